@@ -1,0 +1,25 @@
+"""The bundle: the contract between `export`, which writes it, and `service`, which serves it.
+
+A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `manifest.json` and
+`golden.safetensors`. This package knows files and NumPy; it knows neither torch nor onnxruntime.
+"""
+
+from bundle.files import Bundle, BundleError, discover, read, write
+from bundle.golden import Golden, GoldenMismatch, RunFunction, replay
+from bundle.manifest import Manifest, Parity, StateSlot, TensorSpec
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "Golden",
+    "GoldenMismatch",
+    "Manifest",
+    "Parity",
+    "RunFunction",
+    "StateSlot",
+    "TensorSpec",
+    "discover",
+    "read",
+    "replay",
+    "write",
+]

@@ -1,0 +1,165 @@
+"""What `manifest.json` says of a model: its tensors, its state row, and what export proved.
+
+Read strictly: an unknown field, a wrong type or an inconsistent layout is an error, never a default.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter
+
+FORMAT = 1
+
+#: Names the bundle's graph uses for itself; a model's own tensors must not carry them.
+RESERVED_NAMES = frozenset({"state", "state_out", "sequence_lens"})
+
+Dtype = Literal["float32", "int64", "int32", "bool"]
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of the model.
+
+    The tensor is `(batch, time, *shape)` if `time`, else `(batch, *shape)` (a last-step output).
+    `limit` bounds an integer input to `0 <= value < limit` (the rows of the embedding it indexes).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    time: bool
+    limit: int | None = None
+
+    @property
+    def numpy(self) -> np.dtype[np.generic]:
+        """Little-endian NumPy dtype, the byte order of every wire format."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def size(self) -> int:
+        """Values in one time step."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one time step."""
+        return self.size * self.numpy.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StateSlot:
+    """One piece of the state row: `row[offset : offset + size]`.
+
+    It holds the `h` or the LSTM's `c` of one layer and direction of the recurrent module at path
+    `module`, in its `call`-th call within one forward pass.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    module: str
+    call: int
+    layer: int
+    direction: Literal["forward", "reverse"]
+    kind: Literal["h", "c"]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Largest absolute differences of one output from PyTorch in float64, over the golden inputs.
+
+    `tolerance` is what any provider must stay within: 4 times PyTorch float32's own error plus a
+    floor of 1e-7 times the output's scale.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    output: str
+    onnxruntime: float
+    torch_float32: float
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A bundle's `manifest.json`."""
+
+    __pydantic_config__ = _STRICT
+
+    format: Literal[1]
+    name: str
+    version: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: tuple[StateSlot, ...]
+    state_size: int
+    #: The state row a sequence starts from; None is all zeros.
+    initial_state: tuple[float, ...] | None
+    #: True if running step by step, carrying the state, equals running the whole sequence.
+    streamable: bool
+    #: Why not, in words for the model's author; None if streamable.
+    not_streamable_because: str | None
+    #: True if rows of different length may share a padded batch through `sequence_lens`.
+    ragged: bool
+    #: True if chunking, batch size and neighbours do not change a single bit on the CPU.
+    bit_exact: bool
+    parity: tuple[Parity, ...]
+    #: SHA-256 of the bundle's other files, in hex, by file name.
+    files: dict[str, str]
+    #: Versions of the tools that wrote the bundle, by name.
+    tools: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `model.onnx`: what a session or snapshot is bound to."""
+        return self.files["model.onnx"]
+
+    def initial_row(self) -> np.ndarray:
+        """State row a sequence starts from: (state_size,) float32."""
+        if self.initial_state is None:
+            return np.zeros(self.state_size, np.float32)
+        return np.array(self.initial_state, np.float32)
+
+    def to_json(self) -> bytes:
+        return _ADAPTER.dump_json(self, indent=2) + b"\n"
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Self:
+        """Raises ValueError (pydantic's, or with the inconsistency found)."""
+        manifest = _ADAPTER.validate_json(text)
+        manifest._check()
+        return manifest  # type: ignore[return-value]
+
+    def _check(self) -> None:
+        names = [tensor.name for tensor in self.inputs + self.outputs]
+        if not self.inputs or not self.outputs:
+            raise ValueError("a model needs at least one input and one output")
+        if len(set(names)) != len(names) or RESERVED_NAMES & set(names):
+            raise ValueError(f"tensor names repeat or are reserved: {names}")
+        if any(size < 1 for tensor in self.inputs + self.outputs for size in tensor.shape):
+            raise ValueError("a tensor's feature shape holds a size below 1")
+        if not all(tensor.time for tensor in self.inputs):
+            raise ValueError("an input has no time axis")
+        offset = 0
+        for slot in self.state:
+            if slot.offset != offset or slot.size < 1:
+                raise ValueError(f"the state row has a gap or an overlap at offset {offset}")
+            offset += slot.size
+        if offset != self.state_size or not self.state:
+            raise ValueError(f"state_size is {self.state_size}, the slots hold {offset}")
+        if self.initial_state is not None and len(self.initial_state) != self.state_size:
+            raise ValueError("initial_state does not have state_size values")
+        if {entry.output for entry in self.parity} != {tensor.name for tensor in self.outputs} | {"state_out"}:
+            raise ValueError("parity must cover every output and state_out")
+        if self.streamable != (self.not_streamable_because is None):
+            raise ValueError("streamable and not_streamable_because contradict each other")
+
+
+_ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)

@@ -1,0 +1,28 @@
+"""The command line: `unroll export|serve|demo ...`. Each command belongs to the package that does the work."""
+
+import sys
+from importlib import import_module
+
+#: Imported on demand: serving must not need torch.
+COMMANDS = {
+    "export": ("export.__main__", "turn a PyTorch model into a bundle, proven equal"),
+    "serve": ("service.__main__", "serve a repository of bundles"),
+    "demo": ("examples.demo", "stream a real series through a running server"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in {"-h", "--help"} or argv[0] not in COMMANDS:
+        if argv and argv[0] not in {"-h", "--help"}:
+            print(f"unroll: no command {argv[0]!r}", file=sys.stderr)
+        print("usage: unroll COMMAND [OPTIONS]   (unroll COMMAND --help tells more)\n")
+        for name, (_, purpose) in COMMANDS.items():
+            print(f"  {name:<8}{purpose}")
+        return 0 if argv and argv[0] in {"-h", "--help"} else 2
+    module, _ = COMMANDS[argv[0]]
+    return import_module(module).main(argv[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
