@@ -58,8 +58,8 @@ def write(
 ) -> Path:
     """Write `<repository>/<name>/<version>/` in one rename; returns it.
 
-    `manifest.files` is filled in here. Raises BundleError for a bad name or version, or if the folder exists
-    and `replace_existing` is false.
+    `manifest.files` is filled in here. Raises BundleError for a bad name or version, for a manifest that `read`
+    would refuse, or if the folder exists and `replace_existing` is false.
     """
     check_name(manifest.name, manifest.version)
     target = repository / manifest.name / manifest.version
@@ -67,13 +67,18 @@ def write(
         raise BundleError(f"{target} exists; choose another version or ask to replace it")
     vectors = golden.to_bytes()
     manifest = replace(manifest, files={MODEL: _sha256(model), GOLDEN: _sha256(vectors)})
+    description = manifest.to_json()
+    try:
+        Manifest.from_json(description)
+    except ValueError as error:
+        raise BundleError(f"{target}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
     try:
         temporary.chmod(0o755)
         (temporary / MODEL).write_bytes(model)
         (temporary / GOLDEN).write_bytes(vectors)
-        (temporary / MANIFEST).write_bytes(manifest.to_json())
+        (temporary / MANIFEST).write_bytes(description)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)

@@ -75,7 +75,8 @@ def replay(golden: Golden, manifest: Manifest, run: RunFunction) -> dict[str, fl
             difference = float(np.max(np.abs(array.astype(np.float64) - expected)))
             if not difference <= tolerance[name]:
                 raise GoldenMismatch(
-                    f"{name} differs from PyTorch by {difference:.3g} (tolerance {tolerance[name]:.3g}) in chunks {chunks}"
+                    f"{name} differs from PyTorch by {difference:.3g} (tolerance {tolerance[name]:.3g}) "
+                    f"in chunks {chunks}"
                 )
             worst[name] = max(worst[name], difference)
     return worst

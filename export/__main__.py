@@ -1,0 +1,66 @@
+"""`unroll export`: a checkpoint of ours, or any factory of a PyTorch module, becomes a bundle."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from export.errors import ExportError
+from export.exporter import export
+from export.load import InputSpec, from_checkpoint, from_factory
+
+_USAGE = """unroll export CHECKPOINT --repository DIR [--name NAME]
+       unroll export MODULE:FACTORY [--weights FILE] --input NAME:DTYPE:SHAPE ... --name NAME --repository DIR"""
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 and leaves a bundle, or prints why not with its code, returns 1 or 2 and leaves nothing."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        if ":" in options.model:
+            module, example = from_factory(options.model, options.weights, options.input)
+        else:
+            module, example = from_checkpoint(options.model, options.weights, options.input)
+        report = export(
+            module,
+            example,
+            name=options.name or Path(options.model).name.removesuffix(".safetensors"),
+            version=options.version,
+            repository=options.repository,
+            replace=options.replace,
+            batch_first=not options.time_first,
+            output_names=options.outputs.split(",") if options.outputs else None,
+            progress=lambda stage: print(f"{stage} ...", flush=True),
+        )
+    except ExportError as error:
+        print(f"unroll export: {error.code}: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{report}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unroll export", usage=_USAGE, description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="stem of NAME.safetensors + NAME.json, or MODULE:FACTORY")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or what torch.save wrote")
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        type=InputSpec.parse,
+        metavar="NAME:DTYPE:SHAPE",
+        help="an argument of forward; SHAPE is what one time step holds: 64, 8x3, or empty for a token id",
+    )
+    parser.add_argument("--name", help="the model's name in the repository (a checkpoint's own name if left out)")
+    parser.add_argument("--version", default="1", help="digits (1)")
+    parser.add_argument("--repository", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--replace", action="store_true", help="write over an existing bundle")
+    parser.add_argument("--time-first", action="store_true", help="forward takes (time, batch, ...)")
+    parser.add_argument("--outputs", metavar="A,B", help="names of the outputs, in forward's order")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,35 @@
+"""Runs a user's forward in float64, also where it says float32: PyTorch in double precision is the reference."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _Float32IsDouble(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        swapped = {k: _swap(v) for k, v in (kwargs or {}).items()}
+        return func(*map(_swap, args), **swapped)
+
+
+def _swap(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """Within: new tensors are float64 and a request for float32 is read as float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float32IsDouble():
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,47 @@
+"""The one error that export raises on purpose, and every code it may carry."""
+
+from typing import Literal
+
+Code = Literal[
+    "batch_time",  # an input's first two dimensions are not the batch and the time of the others
+    "bundle",  # the bundle cannot be written: bad name or version, or it exists
+    "calls_depend_on_time",  # a recurrent layer is called more often the longer the sequence is
+    "checkpoint",  # a model or its weights cannot be loaded
+    "dtype",  # only float32 parameters; float32, int64, int32 and bool tensors
+    "forward_failed",  # forward itself fails on the example, or on another batch size or length
+    "initial_state",  # the state a sequence starts from depends on the input, the row, or chance
+    "input",  # the example inputs do not fit forward
+    "keeps_state",  # forward writes a buffer or an attribute that the next forward reads
+    "layer_axes",  # a recurrent layer does not see the model's own batch and time
+    "no_recurrent_layer",
+    "not_copyable",
+    "not_deterministic",  # two identical calls give different answers
+    "not_exportable",  # torch.export cannot follow forward
+    "not_finite",  # NaN or infinity among the outputs
+    "output",  # an output has no batch axis, or a time axis of another length
+    "packed_sequence",
+    "parity",  # onnxruntime differs from PyTorch
+    "projection",  # LSTM with proj_size
+    "quantized",
+    "recurrent_cell",  # nn.LSTMCell, nn.GRUCell, nn.RNNCell
+    "rows_mixed",  # the answer for one sequence depends on its neighbours in the batch
+    "scripted",
+    "unbatched",
+]
+
+
+class ExportError(Exception):
+    """A model that cannot become a bundle: `code` is stable, the message says what to change."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code: Code = code
+
+
+def first_line(error: BaseException) -> str:
+    """The root cause of `error` in one short line, for a message that stays readable."""
+    while (cause := error.__cause__) is not None:
+        error = cause
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else ""
+    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__

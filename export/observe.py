@@ -1,0 +1,134 @@
+"""Watches a lifted model run: which states it asks for, where its axes are, what it starts from."""
+
+import copy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bundle.manifest import RESERVED_NAMES
+from export.double import double_precision
+from export.errors import ExportError
+from export.inputs import check_inputs, state_arguments
+from export.lift import Call, Layout, call_count, lift
+from export.outputs import final_states, plan
+from export.samples import Samples, as_tensors
+from export.streaming import StreamingModule, attempt
+
+
+def lift_model(model: nn.Module, example: dict[str, Any], batch_first: bool) -> tuple[StreamingModule, Samples]:
+    """Lift `model` in place and sort its arguments. Raises ExportError for a forward that cannot be lifted."""
+    tape = lift(model)
+
+    def record(arguments: dict[str, Any]) -> list[Call]:
+        tape.start(None, None)
+        attempt("the example", lambda: model(**arguments))
+        if not tape.calls:
+            raise ExportError("no_recurrent_layer", "forward calls none of the model's recurrent layers")
+        return tape.calls
+
+    constants = state_arguments(example, record)
+    inputs = check_inputs({key: value for key, value in example.items() if key not in constants}, batch_first)
+    tape.start(None, None)
+    samples = Samples({key: tensor.numpy() for key, tensor in inputs.items()})
+    return StreamingModule(model, tape, list(inputs), constants, batch_first), samples
+
+
+def in_double(streaming: StreamingModule) -> StreamingModule:
+    """A copy in float64, with the tensors that are plain attributes."""
+    double = copy.deepcopy(streaming).double()
+    for module in double.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                setattr(module, name, value.double())
+    double.constants = {
+        key: replace(constant, tensors=tuple(tensor.double() for tensor in constant.tensors))
+        for key, constant in streaming.constants.items()
+    }
+    return double
+
+
+def observe(
+    streaming: StreamingModule, double: StreamingModule, samples: Samples, output_names: list[str] | None
+) -> tuple[np.ndarray, list[str]]:
+    """Fill in the layout and the outputs of both; returns the initial state row and the names of dropped outputs."""
+    frames: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+    calls_at: dict[tuple[int, int], list[Call]] = {}
+    for batch, time in ((2, 6), (3, 6), (2, 9)):
+        tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
+        named, calls = attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
+        frames[batch, time], calls_at[batch, time] = named, calls
+    streaming.layout = double.layout = _layout(calls_at)
+    dropped = final_states([tensor for _, tensor in frames[2, 6]], calls_at[2, 6])
+    names = [name for name, _ in frames[2, 6]]
+    if len(dropped) == len(names):
+        dropped = set()
+    streaming.outputs = double.outputs = plan(frames, dropped, output_names)
+    _check_names(streaming)
+    return _initial_row(double, samples), [names[index] or "y" for index in sorted(dropped)]
+
+
+def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
+    """The same at every batch size and length, or ExportError(calls_depend_on_time | layer_axes)."""
+    layouts = [Layout.of(calls) for calls in calls_at.values()]
+    for calls, layout in zip(calls_at.values(), layouts, strict=True):
+        if layout != layouts[0]:
+            raise call_count(calls[-1].module)
+    for (batch, time), calls in calls_at.items():
+        _check_axes(calls, batch, time)
+    return layouts[0]
+
+
+def _check_axes(calls: list[Call], batch: int, time: int) -> None:
+    for call in calls:
+        if (call.batch, call.time) == (time, batch):
+            raise ExportError(
+                "layer_axes",
+                f"layer {call.module!r} takes the batch for time: it wants (time, batch, ...). If forward does too, "
+                "give the example so and say batch_first=False; otherwise build the layer with batch_first=True",
+            )
+        if (call.batch, call.time) != (batch, time):
+            raise ExportError(
+                "layer_axes",
+                f"layer {call.module!r} sees {call.batch} sequences of {call.time} steps where the model gets {batch} "
+                f"of {time}: a state per client needs the same batch and time in every recurrent layer",
+            )
+
+
+def _initial_row(double: StreamingModule, samples: Samples) -> np.ndarray:
+    """(state_size,) float32: what forward starts every sequence from. Raises ExportError(initial_state)."""
+    base: Tensor | None = None
+    for batch, time, seed, cause in (
+        (2, 6, 21, "row"),
+        (2, 6, 22, "input"),
+        (3, 6, 22, "batch size"),
+        (2, 9, 22, "length"),
+    ):
+        tensors = as_tensors(samples.draw(batch, time, seed), double=True)
+        with double_precision():
+            _, calls = attempt("float64 inputs", partial(double.record, *tensors.values()))
+        rows = double.layout.pack(calls, passed=True)
+        base = rows[0] if base is None else base
+        different = (rows - base).abs().amax(0) > 1e-12
+        if different.any():
+            column = int(different.nonzero()[0])
+            slot = next(s for s in double.layout.slots if s.offset <= column < s.offset + s.size)
+            raise ExportError(
+                "initial_state",
+                f"the initial state of layer {slot.module!r} depends on the {cause}; a stream can only start from one "
+                "state, the same for every client",
+            )
+    assert base is not None
+    return base.numpy().astype(np.float32)
+
+
+def _check_names(streaming: StreamingModule) -> None:
+    names = [*streaming.names, *(output.spec.name for output in streaming.outputs)]
+    if len(set(names)) != len(names) or RESERVED_NAMES & set(names):
+        raise ExportError(
+            "output",
+            f"the names of inputs and outputs repeat or are the bundle's own ({', '.join(names)}); give output_names",
+        )

@@ -1,0 +1,106 @@
+"""Proves that onnxruntime gives PyTorch's answers, and keeps the proof as golden vectors."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, replay
+from bundle.golden import run_chunked
+from export.errors import ExportError
+from export.probes import random_chunks
+from export.samples import Samples, states
+
+_GOLDEN_BYTES = 64 * 1024
+
+
+def make_golden(reference: RunFunction, samples: Samples, manifest: Manifest) -> Golden:
+    """Golden vectors from `reference` (PyTorch in float64): at most 3 sequences of 24 steps, less if they are wide."""
+    for batch, time in ((3, 24), (3, 16), (2, 16), (2, 12), (2, 8)):
+        inputs, state = samples.draw(batch, time, seed=71), states(batch, manifest.initial_row(), seed=72)
+        answers = run_chunked(inputs, state, (time,), manifest, reference)
+        rng = np.random.default_rng(73)
+        chunkings = ((time,), (1,) * time, random_chunks(time, rng), random_chunks(time, rng))
+        golden = Golden(inputs, state, answers, answers.pop("state_out"), chunkings)
+        if len(golden.to_bytes()) <= _GOLDEN_BYTES:
+            break
+    return golden
+
+
+def prove(
+    golden: Golden,
+    reference: RunFunction,
+    single: RunFunction,
+    served: RunFunction,
+    samples: Samples,
+    manifest: Manifest,
+) -> tuple[Parity, ...]:
+    """Measure `served` (onnxruntime) and `single` (PyTorch in float32) against `reference` (PyTorch in float64).
+
+    The tolerance is 4 times PyTorch's own float32 error plus 1e-7 of the output's scale. Raises ExportError(parity).
+    """
+    expected = golden.outputs | {"state_out": golden.state_out}
+    own = _own_error(golden, reference, single, samples, manifest)
+    tolerance = {name: _tolerance(own[name], array) for name, array in expected.items()}
+    draft = tuple(Parity(name, 0.0, own[name], tolerance[name]) for name in expected)
+    try:
+        worst = replay(golden, replace(manifest, parity=draft), served)
+    except GoldenMismatch as error:
+        raise ExportError("parity", f"onnxruntime and PyTorch disagree: {error}") from None
+    _prove_sizes(reference, single, served, samples, manifest, tolerance)
+    return tuple(Parity(name, worst[name], own[name], tolerance[name]) for name in expected)
+
+
+def _own_error(
+    golden: Golden, reference: RunFunction, single: RunFunction, samples: Samples, manifest: Manifest
+) -> dict[str, float]:
+    """PyTorch float32's largest error, by output, over the golden inputs and 32 more sequences.
+
+    More than the golden ones, since the largest of a few errors is often small by luck, and onnxruntime's is not.
+    """
+    time = next(iter(golden.inputs.values())).shape[1]
+    inputs, state = samples.draw(32, time, seed=77), states(32, manifest.initial_row(), seed=78)
+    answers = run_chunked(inputs, state, (time,), manifest, reference)
+    more = run_chunked(inputs, state, (time,), manifest, single)
+    own = {name: _difference(array, answers[name]) for name, array in more.items()}
+    expected = golden.outputs | {"state_out": golden.state_out}
+    for chunks in golden.chunkings if manifest.streamable else ((time,),):
+        for name, array in run_chunked(golden.inputs, golden.state, chunks, manifest, single).items():
+            own[name] = max(own[name], _difference(array, expected[name]))
+    return own
+
+
+def _prove_sizes(
+    reference: RunFunction,
+    single: RunFunction,
+    served: RunFunction,
+    samples: Samples,
+    manifest: Manifest,
+    tolerance: dict[str, float],
+) -> None:
+    """Other batch sizes and lengths than the golden ones: nothing may be fixed to what was traced."""
+    for batch, time in ((1, 1), (5, 3), (1, 37)):
+        if time == 1 and not manifest.streamable:
+            continue
+        inputs, state = samples.draw(batch, time, seed=75), states(batch, manifest.initial_row(), seed=76)
+        answers = run_chunked(inputs, state, (time,), manifest, reference)
+        own = run_chunked(inputs, state, (time,), manifest, single)
+        for name, array in run_chunked(inputs, state, (time,), manifest, served).items():
+            allowed = max(tolerance[name], _tolerance(_difference(own[name], answers[name]), answers[name]))
+            difference = _difference(array, answers[name])
+            if array.shape != answers[name].shape or not difference <= allowed:
+                raise ExportError(
+                    "parity",
+                    f"onnxruntime and PyTorch disagree for a batch of {batch} with {time} time steps: {name} differs "
+                    f"by {difference:.3g} (tolerance {allowed:.3g})",
+                )
+
+
+def _tolerance(own: float, expected: np.ndarray) -> float:
+    scale = max(1.0, float(np.max(np.abs(expected.astype(np.float64)))))
+    return 4 * own + 1e-7 * scale
+
+
+def _difference(array: np.ndarray, expected: np.ndarray) -> float:
+    if array.shape != expected.shape:
+        return float("inf")
+    return float(np.max(np.abs(array.astype(np.float64) - expected.astype(np.float64))))

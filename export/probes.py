@@ -1,0 +1,152 @@
+"""Decides what a model may be used for by running it: streaming, ragged batches, bitwise equality."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bundle import Manifest, RunFunction
+from bundle.golden import Arrays, run_chunked
+from export.culprit import find_culprit
+from export.errors import ExportError
+from export.samples import Samples, states
+from export.streaming import StreamingModule
+
+#: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.
+_CLOSE = 1e-9
+
+
+def check_rows(reference: RunFunction, samples: Samples, manifest: Manifest) -> None:
+    """Raises ExportError(rows_mixed) if a sequence's outputs depend on the others in its batch."""
+    batch, time = 3, 7
+    inputs, rows = samples.draw(batch, time, seed=31), states(batch, manifest.initial_row(), seed=32)
+    together = _whole(reference, inputs, rows, manifest)
+    for row in range(batch):
+        alone = _whole(reference, {n: a[row : row + 1] for n, a in inputs.items()}, rows[row : row + 1], manifest)
+        for name, array in alone.items():
+            if not _close(array, together[name][row : row + 1]):
+                raise ExportError(
+                    "rows_mixed",
+                    f"{name} of one sequence depends on the others in its batch; forward must treat rows "
+                    "independently (is the input (time, batch, ...)? then say batch_first=False)",
+                )
+
+
+def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Samples, manifest: Manifest) -> str | None:
+    """None if running in chunks, carrying the state, equals running the whole sequence; else why, in words.
+
+    `run` and `module` compute in float64. Two lengths, two batch sizes, single steps and uneven chunks.
+    """
+    for batch, chunkings in ((3, [(1,) * 11, (4, 1, 6)]), (1, [(1,) * 17, (2, 1, 1, 9, 4)])):
+        time = sum(chunkings[0])
+        inputs, rows = samples.draw(batch, time, seed=41 + batch), states(batch + 1, manifest.initial_row(), seed=43)
+        rows = rows[:batch] if batch > 1 else rows[1:]
+        whole = _whole(run, inputs, rows, manifest)
+        for chunks in chunkings:
+            try:
+                cut = run_chunked(inputs, rows.astype(np.float64), chunks, manifest, run)
+            except ExportError as error:
+                if error.code != "forward_failed":
+                    raise
+                return f"it cannot run in chunks: {error}"
+            wrong = [name for name, array in cut.items() if not _close(array, whole[name])]
+            if wrong:
+                return _reason(wrong[0], run, module, inputs, rows, chunks, samples, manifest)
+    return None
+
+
+def _reason(
+    output: str,
+    run: RunFunction,
+    module: StreamingModule,
+    inputs: Arrays,
+    rows: np.ndarray,
+    chunks: Sequence[int],
+    samples: Samples,
+    manifest: Manifest,
+) -> str:
+    backward = sorted({slot.module for slot in manifest.state if slot.direction == "reverse"})
+    if backward:
+        return f"layer {', '.join(map(repr, backward))} is bidirectional: it reads the sequence from its end"
+    where = find_culprit(module, inputs, rows, chunks)
+    ahead = _looks_ahead(run, inputs, rows, samples, manifest)
+    if ahead:
+        return f"output {ahead!r} at a time step depends on later time steps ({where})"
+    return (
+        f"{output!r} depends on how the sequence is cut: something other than a recurrent layer carries values "
+        f"from one time step to another ({where})"
+    )
+
+
+def _looks_ahead(
+    run: RunFunction, inputs: Arrays, rows: np.ndarray, samples: Samples, manifest: Manifest
+) -> str | None:
+    """The name of an output whose past changes when only the future inputs do."""
+    batch, time = next(iter(inputs.values())).shape[:2]
+    other = samples.draw(batch, time, seed=47)
+    for now in range(1, time):
+        changed = {n: np.concatenate([a[:, :now], other[n][:, now:]], axis=1) for n, a in inputs.items()}
+        one, two = _whole(run, inputs, rows, manifest), _whole(run, changed, rows, manifest)
+        for spec in manifest.outputs:
+            if spec.time and not _close(one[spec.name][:, :now], two[spec.name][:, :now]):
+                return spec.name
+    return None
+
+
+def padding_differs(run: RunFunction, samples: Samples, manifest: Manifest) -> dict[str, float]:
+    """By output and `state_out`: how much a padded row differs from the same row alone, whatever lies in the padding.
+
+    All zero: not by a bit. `run` is onnxruntime's.
+    """
+    # A model that cannot stream may need more than one step at a time.
+    lens = np.array([13, 6, 1 if manifest.streamable else 4, 9], np.int32)
+    inputs, rows = samples.draw(len(lens), 13, seed=51), states(len(lens), manifest.initial_row(), seed=52)
+    outputs, after = run(inputs, rows, lens)
+    worst = dict.fromkeys([*outputs, "state_out"], 0.0)
+    for row, length in enumerate(lens):
+        one = {n: a[row : row + 1, :length] for n, a in inputs.items()}
+        alone, alone_after = run(one, rows[row : row + 1], lens[row : row + 1])
+        pairs = {
+            spec.name: (outputs[spec.name][row, :length] if spec.time else outputs[spec.name][row], alone[spec.name][0])
+            for spec in manifest.outputs
+        }
+        for name, (padded, expected) in (pairs | {"state_out": (after[row], alone_after[0])}).items():
+            difference = np.abs(padded.astype(np.float64) - expected.astype(np.float64))
+            worst[name] = max(worst[name], float(np.max(difference)))
+    return worst
+
+
+def is_bit_exact(run: RunFunction, samples: Samples, manifest: Manifest) -> bool:
+    """True if chunking, batch size and neighbours change no bit of any output or state. `run` is onnxruntime's."""
+    batch, time = 9, 14
+    rng = np.random.default_rng(61)
+    inputs, rows = samples.draw(batch, time, seed=62), states(batch, manifest.initial_row(), seed=63)
+    whole = run_chunked(inputs, rows, (time,), manifest, run)
+    for size in (1, 1, 2, 3, 5, 8, 17, 33):
+        chosen = rng.integers(0, batch, size)
+        chunks = random_chunks(time, rng) if manifest.streamable else (time,)
+        part = run_chunked({n: a[chosen] for n, a in inputs.items()}, rows[chosen], chunks, manifest, run)
+        if not all(np.array_equal(array, whole[name][chosen]) for name, array in part.items()):
+            return False
+    return True
+
+
+def random_chunks(time: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """Cut `time` at random places, at least once if it can be."""
+    cuts = np.flatnonzero(rng.random(time - 1) < 0.4) + 1
+    if not len(cuts) and time > 1:
+        cuts = np.array([time // 2])
+    return tuple(int(size) for size in np.diff([0, *cuts, time]))
+
+
+def _whole(run: RunFunction, inputs: Arrays, rows: np.ndarray, manifest: Manifest) -> Arrays:
+    time = next(iter(inputs.values())).shape[1]
+    return run_chunked(inputs, rows, (time,), manifest, run)
+
+
+def _close(one: np.ndarray, other: np.ndarray) -> bool:
+    if one.shape != other.shape:
+        return False
+    if one.dtype.kind != "f":
+        return np.array_equal(one, other)
+    scale = max(1.0, float(np.max(np.abs(other))))
+    return bool(np.max(np.abs(one - other)) <= _CLOSE * scale)

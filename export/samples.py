@@ -1,0 +1,53 @@
+"""Makes inputs of any batch size and length that look like the example's."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from bundle.golden import Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """`example`: each (batch, time, ...). `limits`: integer inputs are drawn from 0 <= value < limit where known."""
+
+    example: Arrays
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def draw(self, batch: int, time: int, seed: int) -> Arrays:
+        """Inputs (batch, time, ...): the example's own time steps in random order, jittered if they are floats."""
+        rng = np.random.default_rng(seed)
+        return {name: self._draw(name, array, (batch, time), rng) for name, array in self.example.items()}
+
+    def _draw(self, name: str, array: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        shape = (*size, *array.shape[2:])
+        if array.dtype == bool:
+            return rng.integers(0, 2, shape).astype(bool)
+        if name in self.limits:
+            return rng.integers(0, self.limits[name], shape).astype(array.dtype)
+        steps = array.reshape(-1, *array.shape[2:])
+        chosen = steps[rng.integers(0, len(steps), size)]
+        if array.dtype.kind == "i":
+            return chosen
+        noise = rng.standard_normal(shape)
+        if (steps == steps[0]).all():
+            # Nothing to shuffle: spread around the one step there is.
+            jittered = chosen + noise * (float(array.std()) or 1.0)
+        else:
+            # Multiplied, not added: zeros stay zero and signs stay, whatever each feature's scale.
+            jittered = chosen * (1 + 0.1 * noise)
+        return jittered.astype(array.dtype)
+
+
+def states(batch: int, initial: np.ndarray, seed: int) -> np.ndarray:
+    """(batch, state_size) float32: row 0 is `initial`, the others are random and not zero."""
+    rng = np.random.default_rng(seed)
+    rows = rng.uniform(-0.9, 0.9, (batch, len(initial))).astype(np.float32)
+    rows[0] = initial
+    return rows
+
+
+def as_tensors(arrays: Arrays, *, double: bool) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return {name: t.double() if double and t.is_floating_point() else t for name, t in tensors.items()}

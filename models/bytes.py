@@ -1,0 +1,21 @@
+"""A next-byte model of Python source: embedding, two LSTM layers, 256 logits.
+
+Trained by `python -m models.training.bytes` on the Python standard library's own source.
+"""
+
+from pathlib import Path
+
+from models.stacked_rnn import StackedRNN, StackedRNNConfig
+
+CHECKPOINT = Path(__file__).parent / "checkpoints" / "bytes"
+
+#: 204k parameters, 0.8 MB in float32: small enough to keep beside the code.
+CONFIG = StackedRNNConfig(cell="lstm", vocabulary=256, embedding_size=32, hidden_size=112, layers=2, output_size=256)
+
+
+def next_byte() -> StackedRNN:
+    """Untrained; `StackedRNN.load(CHECKPOINT)` is the trained one.
+
+    Takes bytes (batch, time) int64; returns logits (batch, time, 256) of the byte that comes next.
+    """
+    return StackedRNN(CONFIG)

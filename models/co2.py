@@ -1,0 +1,52 @@
+"""A forecaster of atmospheric CO₂: the weeks so far in ppm, the week ahead in ppm out.
+
+Trained by `python -m models.training.co2` on the measurements of `models.mauna_loa`.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import checkpoint
+from models.stacked_rnn import StackedRNN, StackedRNNConfig
+
+CHECKPOINT = Path(__file__).parent / "checkpoints" / "co2"
+
+CONFIG = StackedRNNConfig(cell="gru", input_size=1, hidden_size=16, layers=2, output_size=1)
+
+
+class CO2Forecaster(nn.Module):
+    """Forecasts the change over the coming week and adds it to this week's value.
+
+    Takes ppm: (batch, time, 1), one value a week; returns the same shape, each value the forecast for
+    the week after, from this week and those before. Normalisation is inside: `level` and `spread` (ppm)
+    of the input, `change` (ppm) the size of a weekly change.
+    """
+
+    level: torch.Tensor
+    spread: torch.Tensor
+    change: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = StackedRNN(CONFIG)
+        for name in ("level", "spread", "change"):
+            self.register_buffer(name, torch.ones(()))
+
+    def forward(self, ppm: torch.Tensor) -> torch.Tensor:
+        return ppm + self.change * self.rnn((ppm - self.level) / self.spread)
+
+
+def forecaster() -> CO2Forecaster:
+    """Untrained; `load()` gives the trained one."""
+    return CO2Forecaster()
+
+
+def load(stem: Path = CHECKPOINT) -> CO2Forecaster:
+    """The trained forecaster. Raises CheckpointError."""
+    model = forecaster()
+    if checkpoint.read_config(stem, StackedRNNConfig) != CONFIG:
+        raise checkpoint.CheckpointError(f"{stem}: trained with another configuration than {CONFIG}")
+    checkpoint.read_weights(stem, model)
+    return model.eval()

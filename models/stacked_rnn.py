@@ -1,0 +1,121 @@
+"""A stack of recurrent layers with a linear head: the family of models that Unroll is made for.
+
+A plain PyTorch module. It knows nothing of export, which lifts the state out of `nn.GRU`, `nn.LSTM`
+and `nn.RNN` by itself.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import ConfigDict
+from torch import nn
+
+from models import checkpoint
+
+#: What one recurrent call takes and gives besides the sequence: h, or for an LSTM (h, c), each
+#: (layers * directions, batch, hidden).
+State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+_CELLS: dict[str, Any] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackedRNNConfig:
+    """Shape of a stack. Raises ValueError, naming the field, for a combination that makes no sense.
+
+    Takes either `input_size` real features per time step, or token ids below `vocabulary`, which are
+    looked up in an embedding of `embedding_size`. `dropout` acts between layers, in training only.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    cell: Literal["gru", "lstm", "rnn"]
+    hidden_size: int
+    layers: int
+    output_size: int
+    input_size: int | None = None
+    vocabulary: int | None = None
+    embedding_size: int | None = None
+    bias: bool = True
+    dropout: float = 0.0
+    bidirectional: bool = False
+    #: "step": an output at every time step; "last": one for the whole sequence.
+    head: Literal["step", "last"] = "step"
+
+    def __post_init__(self) -> None:
+        if self.cell not in _CELLS:
+            raise ValueError(f"cell is {self.cell!r}; choose one of {', '.join(_CELLS)}")
+        if self.head not in ("step", "last"):
+            raise ValueError(f"head is {self.head!r}; choose step or last")
+        if (self.input_size is None) == (self.vocabulary is None):
+            raise ValueError("give either input_size (features) or vocabulary (token ids)")
+        if (self.vocabulary is None) != (self.embedding_size is None):
+            raise ValueError("vocabulary and embedding_size come together")
+        for name in ("hidden_size", "layers", "output_size", "input_size", "vocabulary", "embedding_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}, below 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, outside [0, 1)")
+        if self.dropout and self.layers == 1:
+            raise ValueError("dropout acts between layers and there is one layer")
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+
+class StackedRNN(nn.Module):
+    """[embedding] → GRU, LSTM or tanh RNN of several layers → linear head.
+
+    Takes x: (batch, time, input_size) floats, or (batch, time) int64 token ids. Returns
+    (batch, time, output_size), or (batch, output_size) if `config.head` is "last".
+    """
+
+    def __init__(self, config: StackedRNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding: nn.Embedding | None = None
+        inputs = config.input_size
+        if config.vocabulary is not None and config.embedding_size is not None:
+            self.embedding = nn.Embedding(config.vocabulary, config.embedding_size)
+            inputs = config.embedding_size
+        self.rnn = _CELLS[config.cell](
+            inputs,
+            config.hidden_size,
+            config.layers,
+            bias=config.bias,
+            batch_first=True,
+            dropout=config.dropout,
+            bidirectional=config.bidirectional,
+        )
+        self.head = nn.Linear(config.directions * config.hidden_size, config.output_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.advance(x)[0]
+
+    def advance(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
+        """Go on from `state` (None: zeros); returns the output and the state reached."""
+        if self.embedding is not None:
+            x = self.embedding(x)
+        sequence, state = self.rnn(x, state)
+        if self.config.head == "step":
+            return self.head(sequence), state
+        h = state if isinstance(state, torch.Tensor) else state[0]
+        # Final h of the last layer, both directions: unlike sequence[:, -1], where the reverse direction
+        # has seen one step only, each half of it has read the whole sequence.
+        last = h[-self.config.directions :].transpose(0, 1).flatten(1)
+        return self.head(last), state
+
+    def save(self, stem: Path) -> None:
+        """Write `stem`.safetensors and `stem`.json."""
+        checkpoint.write(stem, self, self.config)
+
+    @classmethod
+    def load(cls, stem: Path) -> Self:
+        """Raises CheckpointError if a field or a tensor is missing, unknown, or of the wrong shape."""
+        model = cls(checkpoint.read_config(stem, StackedRNNConfig))
+        checkpoint.read_weights(stem, model)
+        return model

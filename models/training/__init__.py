@@ -1,0 +1,1 @@
+"""The commands that trained the checkpoints, and measure them against naive baselines."""

@@ -1,0 +1,4 @@
+"""The server: keeps each client's hidden state, batches the time steps of many clients, answers over HTTP.
+
+Imports go one way: app → api → catalog | protocol → scheduler → engine | store → state → telemetry → core.
+"""

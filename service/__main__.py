@@ -1,0 +1,47 @@
+"""`unroll serve`: settings, logs, application, uvicorn."""
+
+import signal
+import sys
+
+import structlog
+import uvicorn
+
+from service import app
+from service.catalog.catalog import CatalogError
+from service.engine.runner import DeviceUnavailable
+from service.settings import Settings
+from service.telemetry import logs
+
+_SHUTDOWN_SECONDS = 10
+
+
+def main(argv: list[str]) -> int:
+    settings = Settings.from_arguments(argv)
+    logs.configure(settings.log_level)
+    log = structlog.get_logger(__name__)
+    try:
+        application = app.build(settings)
+    except (CatalogError, DeviceUnavailable, ValueError) as error:
+        log.error("not started", reason=str(error))
+        return 1
+    config = uvicorn.Config(
+        application,
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        date_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+    )
+    # uvicorn handles these while it runs, and raises them once more when it has shut down in order.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGHUP, lambda *_: application.server.catalog.request_rescan())
+    log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
+    uvicorn.Server(config).run()
+    return 1 if application.server.crashed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

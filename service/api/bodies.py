@@ -1,0 +1,84 @@
+"""The bodies of the native API, for the routes that are not in a hurry and for the OpenAPI document."""
+
+from typing import Any
+
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class OpenSession(_Body):
+    session_id: str | None = Field(
+        None, description="1 to 128 letters, digits or . _ ~ : -; made by the server if absent"
+    )
+    state: list[float] | None = Field(None, description="state row to begin from, state_size values")
+    snapshot: Base64Bytes | None = Field(None, description="a snapshot to go on from, Base64")
+
+
+class ForkSession(_Body):
+    session_id: str | None = Field(None, description="id of the new session; made by the server if absent")
+
+
+class SessionInfo(BaseModel):
+    session_id: str
+    position: int = Field(description="time steps consumed")
+    model: str
+    model_version: str
+    model_digest: str = Field(description="SHA-256 of the model the session runs on, for its whole life")
+    durability: str = Field(description="memory: lost with the process, and then reported as unknown")
+    idle_timeout: float | None = Field(description="seconds without use until the session expires; null: never")
+
+
+class Steps(_Body):
+    inputs: list[Any] | dict[str, list[Any]] = Field(description="[step, ...], or {input: [step, ...]}; T >= 1 steps")
+    position: int | None = Field(None, ge=0, description="where the client believes the session is")
+
+
+class StepsReply(BaseModel):
+    outputs: list[Any] | dict[str, list[Any]] = Field(description="[step, ...], or {output: [step, ...]}")
+    position: int = Field(description="time steps consumed, these included")
+
+
+class Sequences(_Body):
+    inputs: list[Any] | dict[str, list[Any]] = Field(
+        description="[sequence, ...], or {input: [sequence, ...]}; the sequences' lengths may differ"
+    )
+
+
+class SequencesReply(BaseModel):
+    outputs: list[Any] | dict[str, list[Any]] = Field(description="one entry per sequence, as in the request")
+
+
+class Tensor(BaseModel):
+    name: str
+    dtype: str
+    shape: list[int] = Field(description="of one time step")
+    time: bool = Field(description="one value per time step; false: only the last")
+
+
+class ModelInfo(BaseModel):
+    name: str
+    version: str
+    digest: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    state_size: int = Field(description="float32 values in a session's state row")
+    streamable: bool
+    not_streamable_because: str | None
+    bit_exact: bool = Field(description="chunking and batching do not change a bit on the CPU")
+    provider: str
+    sessions: int = Field(description="open now")
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="stable; see the list of codes")
+    expected: int | None = Field(None, description="with position_gap, position_too_old and payload_mismatch")
+    position: int | None = Field(None, description="with session_exists")

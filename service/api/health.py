@@ -1,0 +1,47 @@
+"""Is the server alive, is it ready, and what is it doing."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from service.api.server import Server
+from service.telemetry.metrics import Collector
+
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: starting or stopping"}}
+
+
+def router(server: Server) -> APIRouter:
+    api = APIRouter(tags=["health"])
+    collector = Collector(lambda: [model.figures() for model in server.catalog], server.requests)
+
+    def ready(response: Response) -> dict[str, bool]:
+        response.status_code = 200 if server.ready else 503
+        return {"ready": server.ready}
+
+    @api.get("/livez", summary="The process answers")
+    @api.get("/v2/health/live", summary="The process answers (Open Inference Protocol)")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @api.get("/readyz", summary="Every model is loaded and its loop runs", responses=_NOT_READY)
+    async def readyz(response: Response) -> dict[str, bool]:
+        return ready(response)
+
+    @api.get(
+        "/v2/health/ready",
+        summary="Every model is loaded and its loop runs (Open Inference Protocol)",
+        responses=_NOT_READY,
+    )
+    async def v2_ready(response: Response) -> dict[str, bool]:
+        return ready(response)
+
+    @api.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        return Response(collector.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return api

@@ -1,0 +1,80 @@
+"""A request and an answer, as little of each as the inference routes need."""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from service.core.errors import BodyTooLarge, InvalidRequest
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = dict[bytes, bytes]
+
+JSON = b"application/json"
+RAW = b"application/octet-stream"
+
+
+class Disconnected(Exception):
+    """The client went away before its request was complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """headers: by lower-case name."""
+
+    headers: Headers
+    body: bytes
+
+    @property
+    def media_type(self) -> bytes:
+        return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+
+    def whole_number(self, header: bytes) -> int | None:
+        """The value of a header that holds a whole number, None if it was not sent. Raises InvalidRequest."""
+        text = self.headers.get(header)
+        if text is None:
+            return None
+        if not text.isdigit() or len(text) > 18:
+            raise InvalidRequest(f"the header {header.decode()} must be a whole number")
+        return int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    media_type: bytes
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    async def send(self, send: Send) -> None:
+        headers = [
+            (b"content-type", self.media_type),
+            (b"content-length", str(len(self.body)).encode()),
+            *self.headers,
+        ]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
+    """Raises BodyTooLarge before more than `limit` bytes are held, Disconnected if the body never ends."""
+    headers: Headers = dict(scope["headers"])
+    declared = headers.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > limit:
+        raise BodyTooLarge(f"a body may have {limit} bytes, this one has {declared.decode()}")
+    message = await receive()
+    body = message.get("body", b"")
+    if message.get("more_body", False):
+        parts, size = [body], len(body)
+        while message.get("more_body", False):
+            message = await receive()
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                raise BodyTooLarge(f"a body may have {limit} bytes")
+        body = b"".join(parts)
+    if message["type"] == "http.disconnect":
+        raise Disconnected
+    return Request(headers, body)

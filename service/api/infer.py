@@ -1,0 +1,90 @@
+"""The Open Inference Protocol's infer call: from a request to an Answer, without a framework.
+
+A sequence of the protocol is a session: its `sequence_id` is a session id here, an integer as its decimal digits.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import structlog
+
+from service.api.http import JSON, RAW, Answer, Request
+from service.api.server import Server
+from service.api.sessions import check_id
+from service.api.steps import gather, require_streamable
+from service.catalog.model import ServedModel
+from service.core.errors import InvalidRequest, InvalidShape
+from service.engine.base import Tensors
+from service.protocol import open_inference
+from service.protocol.open_inference import InferRequest, SequenceParameters
+
+HEADER_LENGTH = b"inference-header-content-length"
+
+_log = structlog.get_logger(__name__)
+
+
+async def infer(server: Server, name: str, version: str | None, request: Request) -> Answer:
+    """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
+    asked = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), server.limits.max_json_bytes)
+    timeout = asked.timeout or server.limits.request_timeout
+    head: dict = {"model_name": name}
+    if asked.id is not None:
+        head["id"] = asked.id
+    if asked.sequence is None:
+        served = server.catalog.resolve(name, version)
+        replies = await gather(served.loop.sequence(inputs, timeout) for inputs in _batch(served, asked))
+        outputs = [np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)]
+    else:
+        sequence = asked.sequence
+        served = _version_for(server, name, version, sequence)
+        require_streamable(served)
+        batch = _batch(served, asked)
+        if len(batch) != 1:
+            raise InvalidShape("a request of a sequence must have batch size 1")
+        if sequence.start:
+            _end_previous(server, name, sequence)
+        reply = await served.loop.steps(
+            sequence.id, batch[0], timeout, position=sequence.position, start=sequence.start, final=sequence.end
+        )
+        outputs = [array[np.newaxis] for array in reply.outputs]
+        head["parameters"] = {"sequence_position": reply.position}
+    head["model_version"] = served.version
+    return _answer(served, asked, head, outputs)
+
+
+def _version_for(server: Server, name: str, version: str | None, sequence: SequenceParameters) -> ServedModel:
+    """A new sequence gets the newest version; one that lives stays with its own."""
+    check_id(sequence.id)
+    if sequence.start and sequence.position not in (None, 0):
+        raise InvalidRequest("a request that starts a sequence has sequence_position 0")
+    if sequence.start and sequence.position is None:
+        return server.catalog.resolve(name, version)
+    return server.catalog.owner(name, version, sequence.id)
+
+
+def _end_previous(server: Server, name: str, sequence: SequenceParameters) -> None:
+    """START without a position on a living sequence ends the old one, as in Triton; with position 0 it is a retry."""
+    if sequence.position is None and (living := server.catalog.living(name, sequence.id)) is not None:
+        session = living.scheduler.restart(sequence.id, living.loop.clock.now())
+        _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=session.position)
+
+
+def _batch(served: ServedModel, asked: InferRequest) -> list[Tensors]:
+    """The request's rows, each input (time, *shape)."""
+    specs = served.manifest.inputs
+    arrays = open_inference.read_inputs(asked, specs)
+    return [
+        tuple(served.codec.checked(spec, array[i]) for spec, array in zip(specs, arrays, strict=True))
+        for i in range(len(arrays[0]))
+    ]
+
+
+def _answer(served: ServedModel, asked: InferRequest, head: dict, outputs: Sequence[np.ndarray]) -> Answer:
+    available = {spec.name: (spec, array) for spec, array in zip(served.manifest.outputs, outputs, strict=True)}
+    wanted = asked.outputs or tuple((name, asked.binary_output) for name in available)
+    if unknown := {name for name, _ in wanted} - available.keys():
+        raise InvalidRequest(f"outputs {sorted(unknown)} are not among {sorted(available)}")
+    body, header_length = open_inference.encode(head, [(*available[name], binary) for name, binary in wanted])
+    if header_length is None:
+        return Answer(200, JSON, body)
+    return Answer(200, RAW, body, ((HEADER_LENGTH, str(header_length).encode()),))

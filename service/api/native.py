@@ -1,0 +1,215 @@
+"""The native API, v1, as FastAPI routes; steps and sequences are documented here and answered by `front.py`."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+from pydantic import ValidationError
+
+from service.api import sessions
+from service.api.bodies import (
+    ForkSession,
+    ModelInfo,
+    OpenSession,
+    Problem,
+    Sequences,
+    SequencesReply,
+    SessionInfo,
+    Steps,
+    StepsReply,
+    Tensor,
+)
+from service.api.http import JSON, RAW, Answer, Request, read_request
+from service.api.server import Server
+from service.api.steps import sequences as answer_sequences
+from service.api.steps import split_reference
+from service.api.steps import steps as answer_steps
+from service.catalog.model import ServedModel
+from service.core.errors import InvalidRequest, UnsupportedMediaType
+
+Body = TypeVar("Body", OpenSession, ForkSession)
+
+_RAW_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route, for the OpenAPI document."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": _MEANING[status], "content": content, "model": Problem} for status in statuses}
+
+
+_MEANING = {
+    400: "malformed_request",
+    404: "model_unknown or session_unknown",
+    409: "session_exists, position_gap, position_too_old, payload_mismatch or model_changed; the state is untouched",
+    410: "session_closed, session_expired or session_evicted: the state is lost",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid or "
+    "not_streamable; the state is untouched",
+    500: "engine_failed; the state is untouched",
+    503: "queue_full, deadline_unreachable or capacity_exhausted; try again after Retry-After seconds",
+    504: "deadline_exceeded: nothing was run",
+}
+
+
+def _bodies(json_model: str | None) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/octet-stream": _RAW_SCHEMA}
+    if json_model is not None:
+        content["application/json"] = {"schema": {"$ref": f"#/components/schemas/{json_model}"}}
+    return {"requestBody": {"content": content, "required": json_model != "OpenSession"}}
+
+
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "schema": {"type": "integer"}, "description": description}
+
+
+_TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds until the work must have begun")
+_POSITION = _header("Unroll-Position", "with raw bytes: where the client believes the session is")
+
+
+def router(server: Server) -> APIRouter:
+    api = APIRouter(prefix="/v1", tags=["native v1"])
+    limit = server.limits.max_body_bytes
+
+    async def respond(route: Callable[[Request], Awaitable[Answer]], http: HttpRequest) -> Response:
+        answer = await route(await read_request(http.scope, http.receive, limit))
+        headers = {name.decode(): value.decode() for name, value in answer.headers}
+        return Response(answer.body, answer.status, headers, answer.media_type.decode())
+
+    @api.get("/models", summary="The models, newest version of each")
+    async def models() -> list[ModelInfo]:
+        return [_describe(server.catalog.resolve(name)) for name in server.catalog.names()]
+
+    @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
+    async def model(model: str) -> ModelInfo:
+        return _describe(server.catalog.resolve(*split_reference(model)))
+
+    @api.post(
+        "/models/{model}/sequences",
+        summary="Whole sequences, each from the initial state",
+        response_model=SequencesReply,
+        responses=_problems(400, 404, 413, 415, 422, 500, 503, 504),
+        openapi_extra={**_bodies("Sequences"), "parameters": [_TIMEOUT]},
+    )
+    async def sequences(model: str, http: HttpRequest) -> Response:
+        return await respond(lambda request: answer_sequences(server, model, request), http)
+
+    @api.post(
+        "/models/{model}/sessions/{session_id}/steps",
+        summary="The next T >= 1 time steps of a session",
+        response_model=StepsReply,
+        responses=_problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
+        openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _TIMEOUT]},
+    )
+    async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
+        return await respond(lambda request: answer_steps(server, model, session_id, request), http)
+
+    @api.post(
+        "/models/{model}/sessions",
+        summary="Open a session; a raw body is a snapshot to go on from",
+        status_code=201,
+        responses=_problems(400, 404, 409, 413, 415, 422, 503),
+        openapi_extra=_bodies("OpenSession"),
+    )
+    async def open_session(model: str, http: HttpRequest) -> SessionInfo:
+        request = await read_request(http.scope, http.receive, limit)
+        if request.media_type == RAW:
+            body = OpenSession.model_construct(session_id=None, state=None, snapshot=request.body)
+        else:
+            body = _body(OpenSession, request)
+        return _info(
+            *await sessions.open_session(server, model, body.session_id, state=body.state, snapshot=body.snapshot)
+        )
+
+    @api.get("/models/{model}/sessions/{session_id}", summary="Where a session is", responses=_problems(404, 409, 410))
+    async def session(model: str, session_id: str) -> SessionInfo:
+        return _info(*sessions.find(server, model, session_id))
+
+    @api.delete(
+        "/models/{model}/sessions/{session_id}",
+        summary="Close a session; what runs is finished, what waits fails",
+        responses=_problems(404, 409, 410),
+    )
+    async def close(model: str, session_id: str) -> SessionInfo:
+        return _info(*sessions.close(server, model, session_id))
+
+    @api.post(
+        "/models/{model}/sessions/{session_id}/fork",
+        summary="A second session that goes on from here",
+        status_code=201,
+        responses=_problems(400, 404, 409, 410, 413, 415, 503),
+        openapi_extra={
+            "requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ForkSession"}}}}
+        },
+    )
+    async def fork(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
+        body = _body(ForkSession, await read_request(http.scope, http.receive, limit))
+        return _info(*await sessions.fork(server, model, session_id, body.session_id))
+
+    @api.get(
+        "/models/{model}/sessions/{session_id}/state",
+        summary="A snapshot: versioned, bound to the model, checksummed",
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410)},
+    )
+    async def save(model: str, session_id: str) -> Response:
+        snapshot = await sessions.save(server, model, session_id)
+        headers = {"Unroll-Position": str(snapshot.position)}
+        return Response(snapshot.to_bytes(), headers=headers, media_type=RAW.decode())
+
+    @api.put(
+        "/models/{model}/sessions/{session_id}/state",
+        summary="Put a session where a snapshot was taken",
+        responses=_problems(404, 409, 410, 413, 415, 422),
+        openapi_extra=_bodies(None),
+    )
+    async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
+        request = await read_request(http.scope, http.receive, limit)
+        if request.media_type != RAW:
+            raise UnsupportedMediaType("a snapshot is sent as application/octet-stream")
+        return _info(*await sessions.restore(server, model, session_id, request.body))
+
+    return api
+
+
+#: Bodies that only the OpenAPI document refers to.
+DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, Problem)
+
+
+def _body(kind: type[Body], request: Request) -> Body:
+    """A JSON body, or the defaults if there is none."""
+    if request.body and request.media_type != JSON:
+        raise UnsupportedMediaType("send application/json")
+    try:
+        return kind.model_validate_json(request.body or b"{}")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidRequest(f"{where}: {first['msg']}" if where else first["msg"]) from error
+
+
+def _info(served: ServedModel, session: Any) -> SessionInfo:
+    return SessionInfo(**sessions.describe(served, session))
+
+
+def _describe(served: ServedModel) -> ModelInfo:
+    manifest = served.manifest
+    tensors = [
+        [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time) for t in group]
+        for group in (manifest.inputs, manifest.outputs)
+    ]
+    return ModelInfo(
+        name=manifest.name,
+        version=manifest.version,
+        digest=manifest.digest,
+        inputs=tensors[0],
+        outputs=tensors[1],
+        state_size=manifest.state_size,
+        streamable=manifest.streamable,
+        not_streamable_because=manifest.not_streamable_because,
+        bit_exact=manifest.bit_exact,
+        provider=served.provider,
+        sessions=len(served.scheduler.sessions),
+    )

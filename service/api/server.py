@@ -1,0 +1,26 @@
+"""What every route needs: the catalog, the limits, the figures."""
+
+from dataclasses import dataclass, field
+
+from service.catalog.catalog import Catalog
+from service.telemetry.metrics import RequestFigures
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLimits:
+    """request_timeout: seconds until a request must have begun to run, unless it brings its own."""
+
+    request_timeout: float = 30.0
+    max_body_bytes: int = 16 * 2**20
+    max_json_bytes: int = 2 * 2**20
+
+
+@dataclass(slots=True)
+class Server:
+    """requests: figures by inference route. crashed: a model's loop ended by an error, and the process is to end."""
+
+    catalog: Catalog
+    limits: ApiLimits
+    requests: dict[str, RequestFigures] = field(default_factory=dict)
+    ready: bool = False
+    crashed: bool = False

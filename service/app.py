@@ -1,0 +1,118 @@
+"""Wires the parts together: settings in, ASGI application out. The only file that knows them all."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+
+from service.api import health, native, open_inference
+from service.api.errors import open_inference_error, problem, problem_of, reason
+from service.api.front import Front
+from service.api.http import Answer
+from service.api.server import Server
+from service.catalog.catalog import Catalog
+from service.core.clock import Clock, MonotonicClock
+from service.core.errors import UnrollError
+from service.engine.runner import resolve_device
+from service.protocol import json
+from service.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+VERSION = version("unroll")
+
+
+def build(settings: Settings, clock: Clock | None = None) -> Front:
+    """Load every bundle and make the application.
+
+    Raises CatalogError if a bundle is refused, DeviceUnavailable if the device asked for is not there.
+    """
+    device, why = resolve_device(settings.device)
+    _log.info("device", device=device, why=why)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    catalog = Catalog(
+        settings.repository,
+        settings.model_options(device),
+        clock or MonotonicClock(),
+        executor,
+    )
+    catalog.load_all()
+    server = Server(catalog, settings.api_limits())
+
+    def crash() -> None:
+        """A model without its loop would hang for ever: end, and let whoever runs the process start it anew."""
+        server.ready, server.crashed = False, True
+        signal.raise_signal(signal.SIGTERM)
+
+    catalog.on_crash = crash
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(catalog.run())
+        server.ready = True
+        yield
+        server.ready = False
+        running.cancel()
+        await asyncio.wait([running])
+        executor.shutdown()
+
+    return Front(server, _fastapi(server, lifespan))
+
+
+def _fastapi(server: Server, lifespan: Any) -> FastAPI:
+    app = FastAPI(
+        title="Unroll",
+        version=VERSION,
+        summary="Stacked GRU/LSTM models: whole sequences, and streams whose state the server keeps.",
+        lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.include_router(native.router(server))
+    app.include_router(open_inference.router(server, VERSION))
+    app.include_router(health.router(server))
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+
+    @app.exception_handler(UnrollError)
+    async def unroll_error(request: Request, error: UnrollError) -> Response:
+        return _response(open_inference_error(error) if _is_v2(request) else problem(error))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        code = reason(error.status_code)
+        answer = problem_of(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
+        if _is_v2(request):
+            body = json.dump({"error": str(error.detail), "code": code})
+            answer = Answer(error.status_code, b"application/json", body)
+        response = _response(answer)
+        response.headers.update(error.headers or {})
+        return response
+
+    return app
+
+
+def _is_v2(request: Request) -> bool:
+    return request.url.path.startswith("/v2")
+
+
+def _response(answer: Answer) -> Response:
+    headers = {name.decode(): value.decode() for name, value in answer.headers}
+    return Response(answer.body, answer.status, headers, answer.media_type.decode())
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with the bodies that the hot routes read without FastAPI."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        schemas = document["components"]["schemas"]
+        for model in native.DOCUMENTED:
+            schemas.setdefault(model.__name__, model.model_json_schema())
+        app.openapi_schema = document
+    return app.openapi_schema

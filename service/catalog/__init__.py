@@ -1,0 +1,1 @@
+"""Which models and versions are served, and which of them a session belongs to."""

@@ -1,0 +1,173 @@
+"""All versions of all models, by name. A session stays with the version it began on."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+import structlog
+
+from bundle import BundleError, discover, read
+from service.catalog.model import ModelOptions, ModelRefused, ServedModel
+from service.core.clock import Clock
+from service.core.errors import ModelChanged, ModelUnknown
+
+_log = structlog.get_logger(__name__)
+
+_HOUSEKEEPING_SECONDS = 5.0
+
+
+class CatalogError(Exception):
+    """The repository cannot be served as it is; says why, for every bundle."""
+
+
+class Catalog:
+    """`on_crash()` is called if a model's loop ends by an error, which no loop should."""
+
+    def __init__(
+        self,
+        repository: Path,
+        options: ModelOptions,
+        clock: Clock,
+        executor: Executor,
+    ) -> None:
+        self.repository = repository
+        self.options = options
+        self.clock = clock
+        self._executor = executor
+        self.on_crash: Callable[[], None] = lambda: None
+        self._models: list[ServedModel] = []  # by name, newest version last
+        self._rescan = asyncio.Event()
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models)
+
+    def names(self) -> list[str]:
+        return sorted({model.name for model in self._models if not model.retired})
+
+    def versions(self, name: str) -> list[ServedModel]:
+        """Versions that take new sessions, newest last. Raises ModelUnknown if there are none."""
+        found = [model for model in self._models if model.name == name and not model.retired]
+        if not found:
+            raise ModelUnknown(f"no model {name!r}; there are {self.names()}")
+        return found
+
+    def resolve(self, name: str, version: str | None = None) -> ServedModel:
+        """The newest version, or the one asked for. Raises ModelUnknown."""
+        versions = self.versions(name)
+        if version is None:
+            return versions[-1]
+        for model in versions:
+            if model.version == version:
+                return model
+        raise ModelUnknown(f"model {name!r} has the versions {[model.version for model in versions]}, not {version!r}")
+
+    def living(self, name: str, session_id: str) -> ServedModel | None:
+        """The version of a model on which the session lives, if it does."""
+        now = self.clock.now()
+        for model in reversed(self._models):
+            if model.name == name:
+                model.scheduler.sessions.expire(now)
+                if session_id in model.scheduler.sessions:
+                    return model
+        return None
+
+    def owner(self, name: str, version: str | None, session_id: str) -> ServedModel:
+        """The version the session lives on, else one that knows what became of it, else the one new sessions get.
+
+        Raises ModelUnknown, or ModelChanged if the session lives on a version other than the one asked for.
+        """
+        if (model := self.living(name, session_id)) is not None:
+            if version not in (None, model.version):
+                raise ModelChanged(f"session {session_id!r} runs on version {model.version}, not {version}")
+            return model
+        now = self.clock.now()
+        for model in reversed(self._models):
+            known = model.name == name and model.scheduler.sessions.tombstone(session_id, now) is not None
+            if known and version in (None, model.version):
+                return model
+        return self.resolve(name, version)
+
+    # ── loading ──────────────────────────────────────────────────────────────────────────────────
+
+    def load_all(self) -> None:
+        """Load every bundle of the repository. Raises CatalogError if there is none, or if one is refused."""
+        paths = discover(self.repository)
+        if not paths:
+            raise CatalogError(f"{self.repository} holds no bundle (<name>/<version>/manifest.json)")
+        refusals = []
+        for path in paths:
+            try:
+                self._models.append(self._load(path))
+            except ModelRefused as refusal:
+                refusals.append(str(refusal))
+        if refusals:
+            raise CatalogError("\n".join(refusals))
+
+    def _load(self, path: Path) -> ServedModel:
+        return ServedModel.load(path, self.options, self.clock, self._executor)
+
+    def request_rescan(self) -> None:
+        """Look for new, changed and removed bundles soon."""
+        self._rescan.set()
+
+    async def run(self) -> None:
+        """Runs the models' loops and keeps the catalog up to date, until cancelled."""
+        try:
+            for model in self._models:
+                self._start(model)
+            while True:
+                try:
+                    async with asyncio.timeout(_HOUSEKEEPING_SECONDS):
+                        await self._rescan.wait()
+                except TimeoutError:
+                    await self._let_go()
+                else:
+                    self._rescan.clear()
+                    await self.rescan()
+        finally:
+            for model in self._models:
+                await model.stop()
+
+    async def rescan(self) -> None:
+        """Serve what is new, retire what is gone or changed; a refused bundle changes nothing but the log."""
+        wanted = {(path.parent.name, path.name): path for path in discover(self.repository)}
+        for key, path in wanted.items():
+            present = [m for m in self._models if (m.name, m.version) == key and not m.retired]
+            try:
+                if any(old.manifest.digest == read(path).manifest.digest for old in present):
+                    continue
+                model = await asyncio.to_thread(self._load, path)
+            except (BundleError, ModelRefused) as refusal:
+                _log.error("bundle refused", reason=str(refusal))
+                continue
+            for old in present:
+                self._retire(old)
+            self._models.append(model)
+            self._models.sort(key=lambda m: (m.name, int(m.version)))
+            self._start(model)
+        for model in self._models:
+            if not model.retired and (model.name, model.version) not in wanted:
+                self._retire(model)
+        await self._let_go()
+
+    def _retire(self, model: ServedModel) -> None:
+        model.retired = True
+        _log.info("model retired", model=model.name, version=model.version, sessions=len(model.scheduler.sessions))
+
+    async def _let_go(self) -> None:
+        """Drop retired models whose last session is gone."""
+        for model in [m for m in self._models if m.retired]:
+            model.scheduler.sessions.expire(self.clock.now())
+            if not len(model.scheduler.sessions) and not model.scheduler.in_flight:
+                self._models.remove(model)
+                await model.stop()
+                _log.info("model dropped", model=model.name, version=model.version)
+
+    def _start(self, model: ServedModel) -> None:
+        model.start().add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("a model's loop crashed", task=task.get_name(), exc_info=error)
+            self.on_crash()

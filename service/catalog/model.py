@@ -1,0 +1,155 @@
+"""One version of a model, ready to answer: its bundle was verified, replayed on the device, and warmed up."""
+
+import asyncio
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Self
+
+import numpy as np
+import structlog
+
+import bundle as bundles
+from bundle import Bundle, BundleError, GoldenMismatch, Manifest
+from service.core.clock import Clock
+from service.engine.base import Engine
+from service.engine.host import HostEngine
+from service.engine.runner import Runner
+from service.protocol.tensors import Codec
+from service.scheduler.loop import Loop
+from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
+from service.scheduler.sessions import SessionLimits
+from service.scheduler.work import Batch, Chunk, Row
+from service.state.slots import INITIAL, SCRATCH
+from service.store.memory import MemoryStore
+from service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """device: `cpu` or `cuda:N`. threads: onnxruntime's for one call. max_steps: in one request."""
+
+    device: str = "cpu"
+    threads: int = 1
+    max_steps: int = 65_536
+    sessions: SessionLimits = field(default_factory=SessionLimits)
+    scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+class ModelRefused(Exception):
+    """A bundle that must not be served, with the reason."""
+
+
+class ServedModel:
+    """Built by `load`; `start` and `stop` belong to a running event loop. `retired`: takes no new sessions."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, loop: Loop, codec: Codec, provider: str) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.loop = loop
+        self.scheduler = loop.scheduler
+        self.codec = codec
+        self.provider = provider
+        self.retired = False
+        self._task: asyncio.Task[None] | None = None
+        self._batch_rows = Histogram(ROWS)
+        self._batch_seconds = Histogram(SECONDS)
+        loop.on_batch = self._observe
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    def __repr__(self) -> str:
+        return f"<ServedModel {self.name}:{self.version} {self.scheduler!r}>"
+
+    @classmethod
+    def load(cls, path: Path, options: ModelOptions, clock: Clock, executor: Executor) -> Self:
+        """Raises ModelRefused if the bundle is damaged or answers otherwise than PyTorch on this device."""
+        started = perf_counter()
+        try:
+            bundle = bundles.read(path)
+            runner = Runner(bundle.model_path, bundle.manifest, options.device, options.threads)
+            errors = bundles.replay(bundle.golden, bundle.manifest, runner)
+        except (BundleError, GoldenMismatch, ValueError, RuntimeError) as error:
+            raise ModelRefused(f"{path} is refused: {error}") from error
+        manifest = bundle.manifest
+        traits = ModelTraits(tuple(spec.time for spec in manifest.outputs), manifest.streamable, manifest.ragged)
+        scheduler = Scheduler(traits, options.sessions, options.scheduler)
+        engine = HostEngine(runner, manifest, scheduler.rows)
+        scheduler.seconds_per_step = _warm_up(engine, manifest, options.scheduler.max_batch)
+        loop = Loop(scheduler, engine, MemoryStore(), clock, executor)
+        _log.info(
+            "model loaded",
+            model=manifest.name,
+            version=manifest.version,
+            provider=runner.provider,
+            parity={name: float(f"{error:.3g}") for name, error in errors.items()},
+            microseconds_per_step=round(scheduler.seconds_per_step * 1e6, 2),
+            seconds=round(perf_counter() - started, 3),
+        )
+        return cls(bundle, engine, loop, Codec(manifest, options.max_steps), runner.provider)
+
+    def start(self) -> asyncio.Task[None]:
+        self._task = asyncio.create_task(self.loop.run(), name=f"loop {self.name}:{self.version}")
+        return self._task
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def figures(self) -> ModelFigures:
+        counters = self.scheduler.counters
+        return ModelFigures(
+            self.name,
+            self.version,
+            gauges={
+                "unroll_sessions": len(self.scheduler.sessions),
+                "unroll_session_capacity": self.scheduler.sessions.limits.capacity,
+                "unroll_chunks_in_flight": self.scheduler.in_flight,
+                "unroll_estimated_wait_seconds": self.scheduler.estimated_wait(),
+            },
+            counters={
+                "unroll_steps": counters.steps,
+                "unroll_chunks": counters.chunks,
+                "unroll_batches": counters.batches,
+                "unroll_padded_steps": counters.padded_steps,
+                "unroll_replayed": counters.replayed,
+                "unroll_refused": counters.refused,
+                "unroll_sessions_opened": counters.opened,
+                "unroll_sessions_restarted": counters.restarted,
+            },
+            labelled={
+                ("unroll_failed", "code"): counters.failed,
+                ("unroll_sessions_gone", "code"): counters.gone,
+            },
+            histograms={"unroll_batch_rows": self._batch_rows, "unroll_batch_seconds": self._batch_seconds},
+        )
+
+    def _observe(self, batch: Batch, seconds: float) -> None:
+        self._batch_rows.observe(len(batch))
+        self._batch_seconds.observe(seconds)
+
+
+def _warm_up(engine: Engine, manifest: Manifest, max_batch: int) -> float:
+    """Run single steps on the scratch row, small batches and full ones; returns seconds per step of a full one."""
+    inputs = tuple(np.zeros((1, *spec.shape), spec.numpy) for spec in manifest.inputs)
+    row = Row(Chunk(inputs, 1, 0.0, 0.0), inputs, 1, INITIAL, SCRATCH)
+    best = float("inf")
+    for size in (1, max_batch, max_batch, max_batch):
+        started = perf_counter()
+        engine.run([row] * size)
+        best = min(best, (perf_counter() - started) / size)
+    return best

@@ -1,0 +1,1 @@
+"""Nouns everything else may use: errors with stable codes, and the clock."""

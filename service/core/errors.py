@@ -1,0 +1,160 @@
+"""Every error a client can meet, each with a code that never changes.
+
+    client ── body ──▶ protocol ── chunk ──▶ scheduler ── batch ──▶ engine
+              │                    │                       │
+              InvalidRequest       SessionError            ExecutionError
+              (what was sent       (where the session is,  (it was run, or could
+               is wrong)            or cannot be)           not be in time)
+                                   Overloaded (try again later)
+
+The HTTP status of each is written in `api/errors.py` and nowhere else.
+"""
+
+from typing import ClassVar
+
+
+class UnrollError(Exception):
+    """`details` are further members of the error document, such as the expected position."""
+
+    code: ClassVar[str]
+
+    def __init__(self, message: str, **details: str | int | float | None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+
+# ── what was sent is wrong; nothing was queued ───────────────────────────────────────────────────
+
+
+class InvalidRequest(UnrollError):
+    code = "malformed_request"
+
+
+class BodyTooLarge(InvalidRequest):
+    code = "body_too_large"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    code = "unsupported_media_type"
+
+
+class InvalidShape(InvalidRequest):
+    code = "invalid_shape"
+
+
+class InvalidDtype(InvalidRequest):
+    code = "invalid_dtype"
+
+
+class NonFiniteInput(InvalidRequest):
+    code = "non_finite_input"
+
+
+class OutOfRange(InvalidRequest):
+    code = "input_out_of_range"
+
+
+class SnapshotInvalid(InvalidRequest):
+    code = "snapshot_invalid"
+
+
+class NotStreamable(InvalidRequest):
+    code = "not_streamable"
+
+
+class ModelUnknown(UnrollError):
+    code = "model_unknown"
+
+
+# ── where the session is, or cannot be; its state is untouched ───────────────────────────────────
+
+
+class SessionError(UnrollError):
+    pass
+
+
+class SessionUnknown(SessionError):
+    code = "session_unknown"
+
+
+class SessionGone(SessionError):
+    """The session was here and its state is lost for the reason the code gives."""
+
+
+class SessionClosed(SessionGone):
+    code = "session_closed"
+
+
+class SessionExpired(SessionGone):
+    code = "session_expired"
+
+
+class SessionEvicted(SessionGone):
+    code = "session_evicted"
+
+
+class SessionExists(SessionError):
+    code = "session_exists"
+
+
+class PositionGap(SessionError):
+    code = "position_gap"
+
+
+class PositionTooOld(SessionError):
+    code = "position_too_old"
+
+
+class PayloadMismatch(SessionError):
+    code = "payload_mismatch"
+
+
+class ModelChanged(SessionError):
+    code = "model_changed"
+
+
+# ── the server has no room now; nothing was queued ───────────────────────────────────────────────
+
+
+class Overloaded(UnrollError):
+    """`retry_after`: seconds after which trying again is worth it."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Overloaded):
+    code = "queue_full"
+
+
+class DeadlineUnreachable(Overloaded):
+    code = "deadline_unreachable"
+
+
+class CapacityExhausted(Overloaded):
+    code = "capacity_exhausted"
+
+
+# ── it was accepted, and did not succeed; the state is as before ─────────────────────────────────
+
+
+class ExecutionError(UnrollError):
+    pass
+
+
+class Cancelled(ExecutionError):
+    code = "cancelled"
+
+
+class DeadlineExceeded(ExecutionError):
+    code = "deadline_exceeded"
+
+
+class NonFiniteOutput(ExecutionError):
+    code = "non_finite_output"
+
+
+class EngineFailed(ExecutionError):
+    code = "engine_failed"

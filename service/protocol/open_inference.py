@@ -1,0 +1,212 @@
+"""The Open Inference Protocol's infer call: its JSON, and the tensors in JSON or behind it.
+
+Follows the protocol's REST specification and Triton's sequence and binary-tensor extensions.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bundle import TensorSpec
+from service.core.errors import InvalidDtype, InvalidRequest, InvalidShape
+from service.protocol import json
+from service.protocol.tensors import numbers
+
+DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+
+_MAX_ELEMENTS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceParameters:
+    """The sequence parameters. `position`: our optional `sequence_position`."""
+
+    id: str
+    start: bool
+    end: bool
+    position: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InferRequest:
+    """outputs: (name, as binary) of those to return, None for all. binary_output: the default of "as binary".
+
+    inputs: the JSON entries, and binary: the bytes behind the JSON; `read_inputs` makes arrays of them.
+    """
+
+    id: str | None
+    sequence: SequenceParameters | None
+    timeout: float | None  # seconds
+    outputs: tuple[tuple[str, bool], ...] | None
+    binary_output: bool
+    inputs: list[dict[str, Any]]
+    binary: memoryview
+
+
+def parse(body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
+    """`header_length`: the value of `Inference-Header-Content-Length`, None if it was not sent.
+
+    Raises InvalidRequest.
+    """
+    if header_length is None:
+        header_length = len(body)
+    if not 0 < header_length <= len(body):
+        raise InvalidRequest(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
+    document = json.parse_object(body[:header_length], json_limit)
+    parameters = _object(document, "parameters")
+    request_id = document.get("id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise InvalidRequest("'id' must be a string")
+    inputs = document.get("inputs")
+    if not isinstance(inputs, list) or not all(isinstance(item, dict) for item in inputs):
+        raise InvalidRequest("'inputs' must be a list of objects")
+    binary_output = _flag(parameters, "binary_data_output")
+    return InferRequest(
+        request_id,
+        _sequence(parameters),
+        _timeout(parameters),
+        _requested(document.get("outputs"), binary_output),
+        binary_output,
+        inputs,
+        memoryview(body)[header_length:],
+    )
+
+
+def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
+    """The input tensors in the order of `specs`, each (batch, time, *shape), batch and time alike.
+
+    Raises InvalidRequest, InvalidShape or InvalidDtype.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    arrays: dict[str, np.ndarray] = {}
+    binary = request.binary
+    for item in request.inputs:
+        name = item.get("name")
+        spec = by_name.get(name) if isinstance(name, str) else None
+        if spec is None or name in arrays:
+            raise InvalidRequest(f"input {name!r} is not one of {sorted(by_name)}, or came twice")
+        array, used = _tensor(spec, item, binary)
+        arrays[spec.name] = array
+        binary = binary[used:]
+    if missing := by_name.keys() - arrays.keys():
+        raise InvalidRequest(f"inputs are missing: {sorted(missing)}")
+    if binary:
+        raise InvalidRequest(f"{len(binary)} bytes follow the last tensor")
+    if len({array.shape[:2] for array in arrays.values()}) > 1:
+        raise InvalidShape("the inputs differ in batch or time")
+    return [arrays[spec.name] for spec in specs]
+
+
+def encode(head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]) -> tuple[bytes, int | None]:
+    """The response body, and the length of its JSON if tensors follow it. outputs: (spec, array, as binary)."""
+    entries: list[dict[str, Any]] = []
+    binary: list[bytes] = []
+    for spec, array, as_binary in outputs:
+        entry: dict[str, Any] = {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": array.shape}
+        if as_binary:
+            content = array.tobytes()
+            binary.append(content)
+            entry["parameters"] = {"binary_data_size": len(content)}
+        else:
+            entry["data"] = np.ascontiguousarray(array).reshape(-1)
+        entries.append(entry)
+    text = json.dump({**head, "outputs": entries})
+    return (b"".join([text, *binary]), len(text)) if binary else (text, None)
+
+
+def _object(parent: dict[str, Any], key: str) -> dict[str, Any]:
+    value = parent.get(key, {})
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{key!r} must be an object")
+    return value
+
+
+def _flag(parameters: dict[str, Any], key: str) -> bool:
+    value = parameters.get(key, False)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"parameter {key!r} must be true or false")
+    return value
+
+
+def _whole(parameters: dict[str, Any], key: str) -> int | None:
+    value = parameters.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidRequest(f"parameter {key!r} must be a whole number, 0 or more")
+    return value
+
+
+def _sequence(parameters: dict[str, Any]) -> SequenceParameters | None:
+    value = parameters.get("sequence_id", 0)
+    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
+        raise InvalidRequest("parameter 'sequence_id' must be an unsigned integer or a string")
+    start, end = _flag(parameters, "sequence_start"), _flag(parameters, "sequence_end")
+    position = _whole(parameters, "sequence_position")
+    if value in (0, ""):  # the protocol's words for "no sequence"
+        if start or end or position is not None:
+            raise InvalidRequest("sequence parameters were sent without a sequence_id")
+        return None
+    return SequenceParameters(str(value), start, end, position)
+
+
+def _timeout(parameters: dict[str, Any]) -> float | None:
+    microseconds = _whole(parameters, "timeout")
+    return microseconds / 1e6 if microseconds else None
+
+
+def _requested(outputs: Any, binary_by_default: bool) -> tuple[tuple[str, bool], ...] | None:
+    if outputs is None or outputs == []:
+        return None
+    if not isinstance(outputs, list) or not all(
+        isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs
+    ):
+        raise InvalidRequest("'outputs' must be a list of objects with a 'name'")
+    requested = []
+    for output in outputs:
+        parameters = _object(output, "parameters")
+        if "classification" in parameters:
+            raise InvalidRequest("the classification extension is not offered")
+        binary = _flag(parameters, "binary_data") if "binary_data" in parameters else binary_by_default
+        requested.append((output["name"], binary))
+    if len({name for name, _ in requested}) < len(requested):
+        raise InvalidRequest("an output is asked for twice")
+    return tuple(requested)
+
+
+def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple[np.ndarray, int]:
+    """One input tensor (batch, time, *shape) and how many of the binary bytes are its."""
+    if item.get("datatype") != DATATYPES[spec.dtype]:
+        raise InvalidDtype(f"input {spec.name!r} is {DATATYPES[spec.dtype]}, not {item.get('datatype')!r}")
+    shape = item.get("shape")
+    if not isinstance(shape, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in shape):
+        raise InvalidShape(f"the shape of input {spec.name!r} must be a list of whole numbers")
+    expected = f"[batch, time{''.join(f', {n}' for n in spec.shape)}]"
+    if len(shape) != 2 + len(spec.shape) or tuple(shape[2:]) != spec.shape or min(shape) < 1:
+        raise InvalidShape(f"input {spec.name!r} must have the shape {expected}, not {shape}")
+    if (elements := math.prod(shape)) > _MAX_ELEMENTS:
+        raise InvalidShape(f"input {spec.name!r} is too large")
+    parameters = _object(item, "parameters")
+    size = _whole(parameters, "binary_data_size")
+    if size is not None:
+        if "data" in item:
+            raise InvalidRequest(f"input {spec.name!r} has both data and binary_data_size")
+        if size != elements * spec.numpy.itemsize or size > len(binary):
+            raise InvalidShape(
+                f"input {spec.name!r} of shape {shape} has {elements * spec.numpy.itemsize} bytes; "
+                f"binary_data_size is {size}, {len(binary)} bytes are there"
+            )
+        if spec.dtype == "bool":
+            return np.frombuffer(binary[:size], np.uint8).reshape(shape) != 0, size
+        return np.frombuffer(binary[:size], spec.numpy).reshape(shape), size
+    return _from_json(spec, item.get("data"), shape, elements), 0
+
+
+def _from_json(spec: TensorSpec, data: Any, shape: list[int], elements: int) -> np.ndarray:
+    array = numbers(spec, data)
+    if array.size != elements or (array.ndim > 1 and list(array.shape) != shape):
+        raise InvalidShape(f"the data of input {spec.name!r} does not fill its shape {shape}")
+    return array.reshape(shape)

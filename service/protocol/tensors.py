@@ -1,0 +1,122 @@
+"""A model's inputs and outputs as raw bytes and as JSON, checked against its manifest.
+
+Nothing is converted in silence: a float where an integer belongs, a string that looks like a number, a missing
+dimension or a value out of range is an error that names the tensor and what was expected.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from bundle import Manifest, TensorSpec
+from service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnsupportedMediaType
+from service.engine.base import Tensors
+
+#: Kinds of NumPy dtype whose values a JSON array may hold for a tensor of a dtype of the key's kind.
+_ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}
+
+
+class Codec:
+    """Encodes and decodes for one model. Arrays are (time, *shape), outputs without time (*shape)."""
+
+    def __init__(self, manifest: Manifest, max_steps: int) -> None:
+        self.inputs = manifest.inputs
+        self.outputs = manifest.outputs
+        self.max_steps = max_steps
+
+    # ── raw bytes: little-endian, row-major, nothing else ────────────────────────────────────────
+
+    def from_raw(self, body: bytes) -> Tensors:
+        """Exactly T x features values, T >= 1."""
+        if len(self.inputs) > 1 or len(self.outputs) > 1:
+            raise UnsupportedMediaType("raw bytes serve models with one input and one output; send JSON")
+        spec = self.inputs[0]
+        steps, rest = divmod(len(body), spec.nbytes)
+        if rest or not steps:
+            raise InvalidShape(f"a time step of {spec.name!r} is {spec.nbytes} bytes; the body has {len(body)}")
+        array = np.frombuffer(body, spec.numpy).reshape(steps, *spec.shape)
+        return (self.checked(spec, array),)
+
+    def to_raw(self, outputs: Tensors) -> bytes:
+        return outputs[0].tobytes()
+
+    # ── JSON ─────────────────────────────────────────────────────────────────────────────────────
+
+    def from_json(self, value: Any) -> Tensors:
+        """`[step, ...]`, or `{name: [step, ...]}` for a model with several inputs."""
+        arrays = tuple(
+            self.checked(spec, numbers(spec, item))
+            for spec, item in zip(self.inputs, self._by_name(value), strict=True)
+        )
+        if len({len(array) for array in arrays}) > 1:
+            raise InvalidShape("the inputs differ in their number of time steps")
+        return arrays
+
+    def sequences_from_json(self, value: Any) -> list[Tensors]:
+        """`[sequence, ...]` (lengths may differ), or `{name: [sequence, ...]}`."""
+        columns = self._by_name(value)
+        if not all(isinstance(column, list) and column for column in columns):
+            raise InvalidShape("'inputs' must be a list of one or more sequences")
+        if len({len(column) for column in columns}) > 1:
+            raise InvalidShape("the inputs differ in their number of sequences")
+        several = len(self.inputs) > 1
+        names = [spec.name for spec in self.inputs]
+        return [
+            self.from_json(dict(zip(names, items, strict=True)) if several else items[0])
+            for items in zip(*columns, strict=True)
+        ]
+
+    def to_json(self, outputs: Tensors) -> object:
+        """What belongs under `"outputs"`: the array, or `{name: array}` for a model with several outputs."""
+        if len(outputs) == 1:
+            return outputs[0]
+        return {spec.name: array for spec, array in zip(self.outputs, outputs, strict=True)}
+
+    def sequences_to_json(self, sequences: list[Tensors]) -> object:
+        if len(self.outputs) == 1:
+            return [outputs[0] for outputs in sequences]
+        return {spec.name: [outputs[i] for outputs in sequences] for i, spec in enumerate(self.outputs)}
+
+    def checked(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+        """The array, if it is one input (time, *shape) of this model with values it may hold."""
+        if array.shape[1:] != spec.shape or not len(array):
+            raise InvalidShape(
+                f"{spec.name!r} must have the shape (T, {', '.join(map(str, spec.shape))}) with T >= 1, "
+                f"not {array.shape}"
+            )
+        if len(array) > self.max_steps:
+            raise InvalidShape(f"{len(array)} time steps in one request; at most {self.max_steps} are taken")
+        if spec.dtype == "float32":
+            if not np.isfinite(array).all():
+                raise NonFiniteInput(f"{spec.name!r} holds NaN, infinity or a value too large for float32")
+        elif spec.limit is not None and (array.min() < 0 or array.max() >= spec.limit):
+            raise OutOfRange(f"{spec.name!r} must be in 0 … {spec.limit - 1}")
+        return array
+
+    def _by_name(self, value: Any) -> list[Any]:
+        """One item per input, in the manifest's order."""
+        if isinstance(value, dict):
+            names = [spec.name for spec in self.inputs]
+            if set(value) != set(names):
+                raise InvalidShape(f"'inputs' has {sorted(value)}, the model takes {names}")
+            return [value[name] for name in names]
+        if len(self.inputs) > 1:
+            raise InvalidShape(f"'inputs' must name the model's inputs: {[spec.name for spec in self.inputs]}")
+        return [value]
+
+
+def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
+    """A JSON list, nested or flat, as an array of the tensor's dtype; its shape is not checked here."""
+    if not isinstance(value, list):
+        raise InvalidShape(f"{spec.name!r} must be a list")
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise InvalidShape(f"{spec.name!r} is not a regular array: its rows differ in length") from error
+    if array.size and array.dtype.kind not in _ACCEPTED[spec.numpy.kind]:
+        raise InvalidDtype(f"{spec.name!r} must hold values of type {spec.dtype} and nothing else")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which the check of values refuses
+        converted = array.astype(spec.numpy)
+    if spec.numpy.kind == "i" and not np.array_equal(converted, array):
+        raise OutOfRange(f"{spec.name!r} holds values that do not fit {spec.dtype}")
+    return converted

@@ -1,0 +1,203 @@
+"""The session table: who is here, who was, and which row of the arena is whose.
+
+A session's life:
+
+- A session that is opened is IDLE. Work makes it WAITING; a batch that takes its work makes it RUNNING.
+- When the batch is done it is WAITING again if more work is queued, else IDLE.
+- Only an IDLE session expires or is evicted: accepted work is never lost to either.
+- Closing works in any state. What waits fails with `session_closed`; what runs is finished first, LEAVING.
+- A session that is GONE leaves a tombstone: for a while the table can still say what became of it.
+
+Time is an argument. A transition that is not in the table raises and changes nothing.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from service.core.errors import (
+    CapacityExhausted,
+    SessionClosed,
+    SessionEvicted,
+    SessionExists,
+    SessionExpired,
+    SessionGone,
+    SessionUnknown,
+)
+from service.scheduler.work import Applied, Life, Session
+from service.state.slots import INITIAL, Slots
+
+TRANSITIONS = {
+    (Life.IDLE, "accept"): Life.WAITING,
+    (Life.WAITING, "accept"): Life.WAITING,
+    (Life.RUNNING, "accept"): Life.RUNNING,
+    (Life.WAITING, "dispatch"): Life.RUNNING,
+    (Life.RUNNING, "more"): Life.WAITING,
+    (Life.WAITING, "more"): Life.WAITING,
+    (Life.RUNNING, "rest"): Life.IDLE,
+    (Life.WAITING, "rest"): Life.IDLE,
+    (Life.IDLE, "expire"): Life.GONE,
+    (Life.IDLE, "evict"): Life.GONE,
+    (Life.IDLE, "close"): Life.GONE,
+    (Life.WAITING, "close"): Life.GONE,
+    (Life.RUNNING, "close"): Life.LEAVING,
+    (Life.LEAVING, "rest"): Life.GONE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """capacity: sessions at once. idle_timeout, tombstone_life: seconds; None keeps idle sessions for ever."""
+
+    capacity: int = 65_536
+    idle_timeout: float | None = 900.0
+    tombstone_life: float = 3600.0
+    tombstones: int = 262_144
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """Why a session is gone. `last` answers a retry of the chunk that ended it."""
+
+    cause: type[SessionGone]
+    until: float
+    last: Applied | None = None
+
+
+_WORDS = {
+    SessionClosed: "was closed",
+    SessionExpired: "was idle for too long and expired",
+    SessionEvicted: "was evicted to make room for others",
+}
+
+
+class SessionTable:
+    """`on_gone(cause)` is called once for each session that expires or is evicted."""
+
+    def __init__(
+        self, limits: SessionLimits, on_gone: Callable[[type[SessionGone]], None] = lambda cause: None
+    ) -> None:
+        self.limits = limits
+        self.slots = Slots(limits.capacity)
+        self._on_gone = on_gone
+        self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
+        self._tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
+        self._leaving: set[Session] = set()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._live.values())
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._live
+
+    def __repr__(self) -> str:
+        return (
+            f"<SessionTable {len(self._live)} live, {len(self._leaving)} leaving, {len(self._tombstones)} tombstones>"
+        )
+
+    def open(self, session_id: str, now: float, *, position: int = 0) -> Session:
+        """Raises SessionExists, or CapacityExhausted when every row is held by a session with work."""
+        self.expire(now)
+        if session_id in self._live:
+            raise SessionExists(f"session {session_id!r} is open", position=self._live[session_id].position)
+        slot = self.slots.take()
+        if slot is None:
+            self._evict_one(now)
+            slot = self.slots.take()
+            assert slot is not None
+        session = Session(session_id, slot, INITIAL, position, position, now)
+        self._live[session_id] = session
+        self._tombstones.pop(session_id, None)
+        return session
+
+    def find(self, session_id: str, now: float) -> Session:
+        """Raises SessionUnknown, or the SessionGone that says what became of it."""
+        self.expire(now)
+        session = self._live.get(session_id)
+        if session is not None:
+            return session
+        tombstone = self.tombstone(session_id, now)
+        if tombstone is None:
+            raise SessionUnknown(f"no session {session_id!r}: it was never opened here, or its state is lost")
+        raise tombstone.cause(f"session {session_id!r} {_WORDS[tombstone.cause]}")
+
+    def tombstone(self, session_id: str, now: float) -> Tombstone | None:
+        tombstone = self._tombstones.get(session_id)
+        return tombstone if tombstone is not None and now < tombstone.until else None
+
+    def ended_by(self, session_id: str, now: float) -> Applied | None:
+        """The chunk that ended a closed session, so that its retry can be answered."""
+        tombstone = self.tombstone(session_id, now)
+        return tombstone.last if tombstone is not None else None
+
+    def advance(self, session: Session, event: str) -> None:
+        """Follow the table; KeyError if the event is illegal in the session's state."""
+        session.life = TRANSITIONS[session.life, event]
+        if session.life is Life.GONE and session in self._leaving:
+            self._leaving.remove(session)
+            self.slots.give_back(session.slot)
+
+    def touch(self, session: Session, now: float) -> None:
+        """The session was used: it is the last to be evicted, and its idle time starts anew."""
+        session.last_used = now
+        if session.life not in (Life.LEAVING, Life.GONE):
+            self._live.move_to_end(session.id)
+
+    def close(self, session: Session, now: float, last: Applied | None = None) -> None:
+        self._remove(session, "close", SessionClosed, now, last)
+
+    def expire(self, now: float) -> None:
+        """Remove every session idle for the idle timeout. Costs nothing when none is."""
+        timeout = self.limits.idle_timeout
+        if timeout is None:
+            return
+        while self._live:
+            session = next(iter(self._live.values()))
+            if now - session.last_used < timeout:
+                return
+            if session.life is Life.IDLE:
+                self._remove(session, "expire", SessionExpired, now)
+                self._on_gone(SessionExpired)
+            else:
+                self.touch(session, now)  # it has work: its idle time has not begun
+
+    def _evict_one(self, now: float) -> None:
+        for session in self._live.values():
+            if session.life is Life.IDLE:
+                self._remove(session, "evict", SessionEvicted, now)
+                self._on_gone(SessionEvicted)
+                return
+        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
+
+    def _remove(
+        self, session: Session, event: str, cause: type[SessionGone], now: float, last: Applied | None = None
+    ) -> None:
+        self.advance(session, event)
+        del self._live[session.id]
+        if session.life is Life.LEAVING:
+            self._leaving.add(session)
+        else:
+            self.slots.give_back(session.slot)
+        self._tombstones[session.id] = Tombstone(cause, now + self.limits.tombstone_life, last)
+        self._tombstones.move_to_end(session.id)
+        while self._tombstones:
+            oldest, tombstone = next(iter(self._tombstones.items()))
+            if len(self._tombstones) <= self.limits.tombstones and now < tombstone.until:
+                break
+            del self._tombstones[oldest]
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if the table contradicts itself."""
+        everyone = [*self._live.values(), *self._leaving]
+        assert len({session.slot for session in everyone}) == len(everyone), "two sessions share a row"
+        assert self.slots.taken == len(everyone), "a row is lost"
+        assert all(session.id == key for key, session in self._live.items())
+        assert all(session.life is Life.LEAVING for session in self._leaving)
+        for session in self._live.values():
+            assert session.life in (Life.IDLE, Life.WAITING, Life.RUNNING), session
+            assert (session.life is Life.IDLE) == (session.active is None), session
+            assert not session.pending or session.active is not None, session
+            assert session.id not in self._tombstones, session

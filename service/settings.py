@@ -1,0 +1,71 @@
+"""Settings, read once from flags and `UNROLL_*` environment variables, and handed to each layer as its own config."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.api.server import ApiLimits
+from service.catalog.model import ModelOptions
+from service.scheduler.scheduler import SchedulerLimits
+from service.scheduler.sessions import SessionLimits
+
+
+class Settings(BaseSettings):
+    """Serve a repository of bundles."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="UNROLL_", cli_kebab_case=True, cli_prog_name="unroll serve", cli_hide_none_type=True, extra="forbid"
+    )
+
+    repository: Annotated[Path, Field(description="folder of bundles, <name>/<version>/")]
+    host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
+    device: Annotated[str, Field(description="cpu, cuda:N, or auto: a GPU if there is one")] = "auto"
+    threads: Annotated[PositiveInt, Field(description="onnxruntime threads for one call of a model")] = 1
+
+    session_capacity: Annotated[PositiveInt, Field(description="open sessions per model version")] = 65_536
+    idle_timeout: Annotated[float, Field(ge=0, description="seconds until an idle session expires; 0: never")] = 900.0
+    tombstone_life: Annotated[PositiveFloat, Field(description="seconds a lost session's cause is remembered")] = 3600.0
+
+    max_batch: Annotated[PositiveInt, Field(description="rows in one call of a model")] = 256
+    max_batch_steps: Annotated[PositiveInt, Field(description="rows times time steps in one call")] = 2048
+    piece_steps: Annotated[PositiveInt, Field(description="time steps run at a time of a long request")] = 64
+    max_queue: Annotated[PositiveInt, Field(description="requests waiting per model before others are refused")] = 8192
+
+    request_timeout: Annotated[PositiveFloat, Field(description="seconds until a request must have begun to run")] = (
+        30.0
+    )
+    max_body_bytes: Annotated[PositiveInt, Field(description="largest request body")] = 16 * 2**20
+    max_json_bytes: Annotated[PositiveInt, Field(description="largest JSON in a request")] = 2 * 2**20
+    max_steps: Annotated[PositiveInt, Field(description="time steps in one request")] = 65_536
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$", description="least severe log line")] = (
+        "info"
+    )
+
+    @classmethod
+    def from_arguments(cls, argv: list[str]) -> Self:
+        """Flags first, then the environment, then the defaults. Exits with a usage message on a bad flag."""
+        return cls(_cli_parse_args=argv)
+
+    def model_options(self, device: str) -> ModelOptions:
+        return ModelOptions(
+            device=device,
+            threads=self.threads,
+            max_steps=self.max_steps,
+            sessions=SessionLimits(
+                capacity=self.session_capacity,
+                idle_timeout=self.idle_timeout or None,
+                tombstone_life=self.tombstone_life,
+            ),
+            scheduler=SchedulerLimits(
+                max_batch=self.max_batch,
+                max_batch_steps=self.max_batch_steps,
+                piece_steps=self.piece_steps,
+                max_queue=self.max_queue,
+            ),
+        )
+
+    def api_limits(self) -> ApiLimits:
+        return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)

@@ -1,0 +1,27 @@
+"""The slab of state rows in host memory: gather, scatter, and single rows."""
+
+import numpy as np
+
+
+class HostArena:
+    """`rows: (count, state_size) float32`. The memory is the operating system's until a row is first written."""
+
+    def __init__(self, count: int, state_size: int) -> None:
+        self.rows = np.zeros((count, state_size), np.float32)
+
+    def gather(self, slots: list[int]) -> np.ndarray:
+        """Copies of the rows: (len(slots), state_size)."""
+        return self.rows.take(slots, axis=0)
+
+    def scatter(self, slots: list[int], rows: np.ndarray) -> None:
+        self.rows[slots] = rows
+
+    def read(self, slot: int) -> np.ndarray:
+        """A copy of one row: (state_size,)."""
+        return self.rows[slot].copy()
+
+    def write(self, slot: int, row: np.ndarray) -> None:
+        self.rows[slot] = row
+
+    def copy(self, source: int, target: int) -> None:
+        self.rows[target] = self.rows[source]

@@ -1,0 +1,1 @@
+"""Durability: what of a session outlives the process."""

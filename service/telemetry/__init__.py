@@ -1,0 +1,1 @@
+"""What happens, in figures (`metrics.py`) and in words (`logs.py`)."""

@@ -1,0 +1,120 @@
+"""Prometheus metrics, collected when they are scraped: the step path only counts in plain integers."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Histogram:
+    """Counts of values up to each bound, and their sum."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(upper bound, values up to it), as Prometheus wants them."""
+        labels = [*(str(bound) for bound in self.bounds), "+Inf"]
+        return list(zip(labels, map(float, accumulate(self.counts)), strict=True))
+
+
+@dataclass(slots=True)
+class RequestFigures:
+    """Requests of one route: how many by status, and how many seconds they took."""
+
+    by_status: dict[int, int] = field(default_factory=dict)
+    seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+
+    def observe(self, status: int, seconds: float) -> None:
+        self.by_status[status] = self.by_status.get(status, 0) + 1
+        self.seconds.observe(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFigures:
+    """One model version at one moment. gauges and counters by metric name, labelled counters by (name, label)."""
+
+    name: str
+    version: str
+    gauges: Mapping[str, float]
+    counters: Mapping[str, float]
+    labelled: Mapping[tuple[str, str], Mapping[str, int]]
+    histograms: Mapping[str, Histogram]
+
+
+HELP = {
+    "unroll_sessions": "Open sessions.",
+    "unroll_session_capacity": "Sessions that fit at once.",
+    "unroll_chunks_in_flight": "Requests accepted and not yet answered.",
+    "unroll_estimated_wait_seconds": "Time until work accepted now would begin.",
+    "unroll_steps": "Time steps applied.",
+    "unroll_chunks": "Requests applied.",
+    "unroll_batches": "Calls of the model.",
+    "unroll_padded_steps": "Time steps computed only as padding.",
+    "unroll_replayed": "Retries answered without running the model.",
+    "unroll_refused": "Requests refused for want of room or time.",
+    "unroll_sessions_opened": "Sessions opened.",
+    "unroll_sessions_restarted": "Living sessions ended by a sequence_start under their id.",
+    "unroll_sessions_gone": "Sessions lost to expiry or eviction.",
+    "unroll_failed": "Accepted requests that failed, by error code.",
+    "unroll_batch_rows": "Rows in a call of the model.",
+    "unroll_batch_seconds": "Duration of a call of the model.",
+    "unroll_requests": "HTTP requests on the inference routes.",
+    "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
+}
+
+
+class Collector:
+    def __init__(self, models: Callable[[], Iterable[ModelFigures]], requests: Mapping[str, RequestFigures]) -> None:
+        self._models = models
+        self._requests = requests
+
+    def exposition(self) -> bytes:
+        """The text a scrape returns."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry)
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for model in self._models():
+            own = [model.name, model.version]
+            for name, value in model.gauges.items():
+                _family(families, GaugeMetricFamily, name, _MODEL).add_metric(own, value)
+            for name, value in model.counters.items():
+                _family(families, CounterMetricFamily, name, _MODEL).add_metric(own, value)
+            for (name, label), counts in model.labelled.items():
+                family = _family(families, CounterMetricFamily, name, [*_MODEL, label])
+                for key, count in counts.items():
+                    family.add_metric([*own, key], count)
+            for name, histogram in model.histograms.items():
+                family = _family(families, HistogramMetricFamily, name, _MODEL)
+                family.add_metric(own, buckets=histogram.buckets(), sum_value=histogram.sum)
+        for route, figures in self._requests.items():
+            requests = _family(families, CounterMetricFamily, "unroll_requests", ["route", "status"])
+            for status, answered in figures.by_status.items():
+                requests.add_metric([route, str(status)], answered)
+            seconds = _family(families, HistogramMetricFamily, "unroll_request_seconds", ["route"])
+            seconds.add_metric([route], buckets=figures.seconds.buckets(), sum_value=figures.seconds.sum)
+        yield from families.values()
+
+
+_MODEL = ["model", "version"]
+
+
+def _family(families: dict, kind: type, name: str, labels: list[str]):  # type: ignore[no-untyped-def]
+    if name not in families:
+        families[name] = kind(name, HELP[name], labels=labels)
+    return families[name]

@@ -1,0 +1,296 @@
+"""Modules of many shapes as users write them, each with what export must make of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+Forward = Callable[..., Any]
+
+
+class Made(nn.Module):
+    """A module of the given parts; `run(self, *inputs)` is its forward, with arguments named as in `run`."""
+
+    def __init__(self, run: Forward, **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.run = run
+
+
+def made(run: Forward, **parts: Any) -> nn.Module:
+    """Each gets a class of its own, since export reads the signature of forward."""
+    names = run.__code__.co_varnames[1 : run.__code__.co_argcount]
+    defaults = dict(zip(reversed(names), reversed(run.__defaults__ or ()), strict=False))
+    arguments = ", ".join(f"{n}={defaults[n]}" if n in defaults else n for n in names)
+    scope: dict[str, Any] = {}
+    exec(f"def forward(self, {arguments}): return self.run(self, {', '.join(names)})", scope)  # noqa: S102
+    return type("Made", (Made,), {"forward": scope["forward"]})(run, **parts)
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    build: Callable[[], nn.Module]
+    #: Example inputs; floats of (2, 7, 4) unless said.
+    example: Callable[[], dict[str, Any]] = lambda: {"x": torch.randn(2, 7, 4)}
+    options: dict[str, Any] = field(default_factory=dict)
+    #: The code it is refused with, or None.
+    refused: str | None = None
+    #: What the refusal or the reason for not streaming must say.
+    says: str = ""
+    streams: bool = True
+    ragged: bool = True
+    bit_exact: bool = True
+    outputs: tuple[str, ...] = ("y",)
+
+
+def lstm(inputs: int = 4, hidden: int = 6, layers: int = 1, **options: Any) -> nn.LSTM:
+    return nn.LSTM(inputs, hidden, layers, batch_first=True, **options)
+
+
+def gru(inputs: int = 4, hidden: int = 6, layers: int = 1, **options: Any) -> nn.GRU:
+    return nn.GRU(inputs, hidden, layers, batch_first=True, **options)
+
+
+def rnn(inputs: int = 4, hidden: int = 6, layers: int = 1, **options: Any) -> nn.RNN:
+    return nn.RNN(inputs, hidden, layers, batch_first=True, **options)
+
+
+def per_step(s: Any, x: Tensor) -> Tensor:
+    return s.head(s.rnn(x)[0])
+
+
+def head(inputs: int = 6) -> nn.Linear:
+    return nn.Linear(inputs, 3)
+
+
+class Residual(nn.Module):
+    """Embedding, LSTM, LayerNorm with a residual, GRU, head: several recurrent layers with others between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.first = lstm(6, 6, 2, dropout=0.5)
+        self.norm = nn.LayerNorm(6)
+        self.second = gru(6, 5)
+        self.head = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = self.norm(x + self.first(x)[0])
+        return self.head(self.second(x)[0])
+
+
+class Stateful(nn.Module):
+    """Keeps h in the module between calls, the way many scripts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = gru()
+        self.h: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.h = self.rnn(x, self.h)
+        return y
+
+
+class Custom(nn.GRU):
+    """A user's own subclass of a recurrent layer."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        out, h = super().forward(input * 2, hx)
+        return out + 1, h
+
+
+def running_mean(s: Any, x: Tensor) -> Tensor:
+    s.mean = 0.9 * s.mean + 0.1 * x.mean()
+    return s.rnn(x - s.mean)[0]
+
+
+def zeros_passed(s: Any, x: Tensor) -> Tensor:
+    h0 = torch.zeros(2, x.size(0), 6)
+    out, _ = s.rnn(x, (h0, h0.clone()))
+    return s.head(out)
+
+
+def learned(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x, s.h0.expand(-1, x.shape[0], -1).contiguous())[0]
+
+
+def from_input(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x, s.start(x[:, 0]).unsqueeze(0))[0]
+
+
+def by_length(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x, torch.full((1, x.shape[0], 6), float(x.shape[1])))[0]
+
+
+def loop(s: Any, x: Tensor) -> Tensor:
+    h = torch.zeros(1, x.shape[0], 6)
+    outs = []
+    for t in range(x.shape[1]):
+        out, h = s.rnn(x[:, t : t + 1], h)
+        outs.append(out)
+    return torch.cat(outs, 1)
+
+
+def causal(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(s.conv(functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))[0]
+
+
+def pointwise_conv(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(s.conv(x.transpose(1, 2)).transpose(1, 2))[0]
+
+
+def attention(s: Any, x: Tensor) -> Tensor:
+    y = s.rnn(x)[0]
+    return torch.softmax(y @ y.transpose(1, 2), -1) @ y
+
+
+def causal_attention(s: Any, x: Tensor) -> Tensor:
+    y = s.rnn(x)[0]
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    return torch.softmax((y @ y.transpose(1, 2)).masked_fill(~mask, -1e9), -1) @ y
+
+
+def ahead(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(torch.cat([x[:, 1:], x[:, -1:]], 1))[0]
+
+
+def packed(s: Any, x: Tensor) -> Tensor:
+    lengths = torch.full((x.shape[0],), x.shape[1])
+    return pad_packed_sequence(s.rnn(pack_padded_sequence(x, lengths, batch_first=True))[0], batch_first=True)[0]
+
+
+def encoder_decoder(s: Any, x: Tensor) -> Tensor:
+    _, h = s.encoder(x)
+    return s.decoder(x, h)[0]
+
+
+def two_results(s: Any, x: Tensor) -> dict[str, Tensor]:
+    y, (h, _) = s.rnn(x)
+    return {"steps": s.head(y), "last": s.head(h[-1]), "choice": s.head(y).argmax(-1)}
+
+
+def state_dropped(s: Any, x: Tensor, hc: Any = None) -> Any:
+    y, hc = s.rnn(x, hc)
+    return s.head(y), hc
+
+
+def half(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return module.to(dtype)
+
+
+def quantized() -> nn.Module:
+    module = made(per_step, rnn=lstm(), head=head())
+    # The class itself cannot be built without a backend; only its place counts.
+    module.rnn.__class__ = type("LSTM", (nn.LSTM,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.rnn"})
+    return module
+
+
+def pair(one: int, two: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(2, 5, one), "u": torch.randn(2, 5, two)}
+
+
+SHAPES = [
+    # Exported, and streams.
+    Shape("lstm", lambda: made(per_step, rnn=lstm(layers=2), head=head())),
+    Shape("gru", lambda: made(per_step, rnn=gru(layers=3), head=head())),
+    Shape("rnn tanh", lambda: made(per_step, rnn=rnn(layers=4), head=head())),
+    Shape("rnn relu", lambda: made(per_step, rnn=rnn(layers=2, nonlinearity="relu"), head=head())),
+    Shape("no bias", lambda: made(per_step, rnn=lstm(layers=2, bias=False), head=head())),
+    Shape("dropout, in training mode", lambda: made(per_step, rnn=gru(layers=2, dropout=0.5), head=head()).train()),
+    Shape("embedding, LSTM, norm, GRU", Residual, lambda: {"tokens": torch.randint(0, 11, (2, 9))}),
+    Shape("a bare nn.LSTM", lambda: lstm(layers=2), lambda: {"input": torch.randn(1, 5, 4)}),
+    Shape(
+        "time first throughout",
+        lambda: made(per_step, rnn=nn.GRU(4, 6, 2), head=head()),
+        lambda: {"x": torch.randn(7, 2, 4)},
+        {"batch_first": False},
+    ),
+    Shape(
+        "time first inside",
+        lambda: made(lambda s, x: s.rnn(x.transpose(0, 1))[0].transpose(0, 1), rnn=nn.LSTM(4, 6)),
+    ),
+    Shape("time first outside", lambda: made(lambda s, x: s.rnn(x)[0].permute(1, 2, 0), rnn=gru())),
+    Shape("last step by out", lambda: made(lambda s, x: s.head(s.rnn(x)[0][:, -1]), rnn=gru(), head=head()), ragged=False),
+    Shape("last step by h_n", lambda: made(lambda s, x: s.head(s.rnn(x)[1][-1]), rnn=gru(layers=2), head=head())),
+    Shape("h_n alone", lambda: made(lambda s, x: s.rnn(x)[1][0][-1], rnn=lstm())),
+    Shape("only the state itself", lambda: made(lambda s, x: s.rnn(x)[1], rnn=gru(layers=2))),
+    Shape("zeros passed", lambda: made(zeros_passed, rnn=lstm(layers=2), head=head())),
+    Shape("learned initial state", lambda: made(learned, rnn=gru(), h0=nn.Parameter(torch.randn(1, 1, 6)))),
+    Shape("state left out", lambda: made(state_dropped, rnn=lstm(layers=2), head=head())),
+    Shape(
+        "state given",
+        lambda: made(state_dropped, rnn=lstm(layers=2), head=head()),
+        lambda: {"x": torch.randn(2, 5, 4), "hc": (torch.full((2, 2, 6), 0.5), torch.full((2, 2, 6), -0.25))},
+    ),
+    Shape("one module called twice", lambda: made(lambda s, x: s.rnn(s.rnn(x)[0])[0], rnn=gru(6, 6)), lambda: {"x": torch.randn(2, 5, 6)}),
+    Shape(
+        "two inputs",
+        lambda: made(lambda s, x, u: s.a(x)[0] + s.b(u)[0], a=gru(4, 6), b=lstm(3, 6)),
+        lambda: pair(4, 3),
+    ),
+    Shape(
+        "several outputs in a dict",
+        lambda: made(two_results, rnn=lstm(), head=head()),
+        outputs=("steps", "last", "choice"),
+    ),
+    Shape("tuple of outputs", lambda: made(lambda s, x: (s.rnn(x)[0], x * 2), rnn=gru()), outputs=("y0", "y1")),
+    Shape("named outputs", lambda: made(lambda s, x: (s.rnn(x)[0], x * 2), rnn=gru()), options={"output_names": ["a", "b"]}, outputs=("a", "b")),
+    Shape("a subclass of nn.GRU", lambda: Custom(4, 6, batch_first=True), lambda: {"input": torch.randn(2, 5, 4)}),
+    Shape("matrices as steps", lambda: made(lambda s, x: s.rnn(x.flatten(2))[0], rnn=gru(6, 5)), lambda: {"x": torch.randn(2, 5, 2, 3)}),
+    Shape("batch norm", lambda: made(lambda s, x: s.rnn(s.norm(x.transpose(1, 2)).transpose(1, 2))[0], norm=nn.BatchNorm1d(4), rnn=gru())),
+    Shape("1x1 convolution", lambda: made(pointwise_conv, conv=nn.Conv1d(4, 4, 1), rnn=gru()), bit_exact=False),
+    Shape("inputs of wild scales", lambda: made(per_step, rnn=lstm(), head=head()), lambda: {"x": torch.randn(2, 7, 4) * torch.tensor([1e-3, 1.0, 30.0, 0.0])}),
+    # Exported for whole sequences, with the reason.
+    Shape("bidirectional LSTM", lambda: made(per_step, rnn=lstm(layers=2, bidirectional=True), head=head(12)), streams=False, says="layer 'rnn' is bidirectional"),
+    Shape("bidirectional GRU", lambda: made(per_step, rnn=gru(bidirectional=True), head=head(12)), streams=False, says="layer 'rnn' is bidirectional"),
+    Shape("bidirectional RNN", lambda: made(per_step, rnn=rnn(bidirectional=True), head=head(12)), streams=False, says="layer 'rnn' is bidirectional"),
+    Shape("mean over time", lambda: made(lambda s, x: s.head(s.rnn(x)[0].mean(1)), rnn=gru(), head=head()), streams=False, ragged=False, says="how the sequence is cut"),
+    Shape("maximum over time", lambda: made(lambda s, x: s.rnn(x)[0].amax(1), rnn=gru()), streams=False, ragged=False, says="after layer 'rnn'"),
+    Shape("causal convolution", lambda: made(causal, conv=nn.Conv1d(4, 4, 3), rnn=gru()), streams=False, bit_exact=False, says="before layer 'conv' (Conv1d)"),
+    Shape("centred convolution", lambda: made(pointwise_conv, conv=nn.Conv1d(4, 4, 3, padding=1), rnn=gru()), streams=False, ragged=False, bit_exact=False, says="later time steps (at layer 'conv' (Conv1d))"),
+    Shape("cumulative sum", lambda: made(lambda s, x: s.rnn(x.cumsum(1))[0], rnn=gru()), streams=False, says="before layer 'rnn'"),
+    Shape("attention over time", lambda: made(attention, rnn=gru()), streams=False, ragged=False, says="later time steps"),
+    Shape("causal attention", lambda: made(causal_attention, rnn=gru()), streams=False, bit_exact=False, says="how the sequence is cut"),
+    Shape("look-ahead", lambda: made(ahead, rnn=gru()), streams=False, ragged=False, says="later time steps"),
+    Shape("flipped in time", lambda: made(lambda s, x: s.rnn(x.flip(1))[0].flip(1), rnn=gru()), streams=False, ragged=False, says="later time steps"),
+    Shape("position in the sequence", lambda: made(lambda s, x: s.rnn(x + torch.arange(x.shape[1])[:, None] * 0.1)[0], rnn=gru()), streams=False, says="how the sequence is cut"),
+    # Refused.
+    Shape("proj_size", lambda: made(per_step, rnn=lstm(proj_size=3), head=head(3)), refused="projection", says="'rnn'"),
+    Shape("LSTMCell", lambda: made(lambda s, x: s.cell(x[:, 0])[0], cell=nn.LSTMCell(4, 6)), refused="recurrent_cell", says="'cell'"),
+    Shape("packed", lambda: made(packed, rnn=gru()), refused="packed_sequence", says="'rnn'"),
+    Shape("no recurrent layer", lambda: made(lambda s, x: s.head(x), head=head(4)), refused="no_recurrent_layer"),
+    Shape("a recurrent layer never called", lambda: made(lambda s, x: s.head(x), rnn=gru(), head=head(4)), refused="no_recurrent_layer"),
+    Shape("float64", lambda: half(made(per_step, rnn=gru(), head=head()), torch.float64), refused="dtype", says="float64"),
+    Shape("float16", lambda: half(made(per_step, rnn=gru(), head=head()), torch.float16), refused="dtype", says="float16"),
+    Shape("float64 input", lambda: made(per_step, rnn=gru(), head=head()), lambda: {"x": torch.randn(2, 5, 4).double()}, refused="dtype", says="'x'"),
+    Shape("quantized", quantized, refused="quantized", says="'rnn'"),
+    Shape("unbatched", lambda: made(per_step, rnn=gru(), head=head()), lambda: {"x": torch.randn(5, 4)}, refused="unbatched", says="'rnn'"),
+    Shape("state in self.h", Stateful, refused="keeps_state", says="'h'"),
+    Shape("running mean in a buffer", lambda: made(running_mean, rnn=gru(), mean=nn.Buffer(torch.zeros(()))), refused="keeps_state", says="'mean'"),
+    Shape("random numbers", lambda: made(lambda s, x: s.rnn(x + torch.randn_like(x))[0], rnn=gru()), refused="not_deterministic"),
+    Shape("initial state from the input", lambda: made(from_input, rnn=gru(), start=nn.Linear(4, 6)), refused="initial_state", says="'rnn'"),
+    Shape("initial state from the length", lambda: made(by_length, rnn=gru()), refused="initial_state", says="length"),
+    Shape("encoder and decoder", lambda: made(encoder_decoder, encoder=gru(), decoder=gru()), refused="initial_state", says="'decoder'"),
+    Shape("rows of a given state differ", lambda: made(state_dropped, rnn=gru(), head=head()), lambda: {"x": torch.randn(2, 5, 4), "hc": torch.randn(1, 2, 6)}, refused="initial_state", says="'hc'"),
+    Shape("loop over time", lambda: made(loop, rnn=gru()), refused="calls_depend_on_time", says="'rnn'"),
+    Shape("mean over the batch", lambda: made(lambda s, x: s.rnn(x - x.mean(0))[0], rnn=gru()), refused="rows_mixed"),
+    Shape("batch taken for time", lambda: made(per_step, rnn=nn.GRU(4, 6), head=head()), refused="layer_axes", says="batch_first=False"),
+    Shape("every second step", lambda: made(lambda s, x: s.rnn(x[:, ::2])[0], rnn=gru()), refused="layer_axes", says="'rnn'"),
+    Shape("a sequence per sensor", lambda: made(lambda s, x: s.rnn(x.flatten(0, 1))[0], rnn=gru()), lambda: {"x": torch.randn(2, 5, 7, 4)}, refused="layer_axes"),
+    Shape("shorter output", lambda: made(lambda s, x: s.rnn(x)[0][:, 1:], rnn=gru()), refused="output", says="length"),
+    Shape("batch and time folded", lambda: made(lambda s, x: s.rnn(x)[0].flatten(0, 1), rnn=gru()), refused="output"),
+    Shape("a number as output", lambda: made(lambda s, x: (s.rnn(x)[0], 1.5), rnn=gru()), refused="output", says="float"),
+    Shape("an input without time", lambda: made(lambda s, x, u: s.rnn(x)[0] + u[:, None], rnn=gru()), lambda: {"x": torch.randn(2, 5, 4), "u": torch.randn(2, 6)}, refused="batch_time"),
+    Shape("a name forward lacks", lambda: made(per_step, rnn=gru(), head=head()), lambda: {"z": torch.randn(2, 5, 4)}, refused="input"),
+    Shape("NaN", lambda: made(lambda s, x: s.rnn(x)[0].log(), rnn=gru()), refused="not_finite"),
+    Shape("a branch on values", lambda: made(lambda s, x: s.rnn(x)[0] * (2 if x.sum() > 0 else 3), rnn=gru()), refused="rows_mixed|not_exportable"),
+    Shape("fixed length", lambda: made(lambda s, x: s.head(s.rnn(x)[0].flatten(1)), rnn=gru(), head=nn.Linear(42, 2)), refused="forward_failed"),
+]  # fmt: skip

@@ -1,0 +1,93 @@
+"""Every shape of model is either exported, equal to PyTorch, or refused with its reason. Never a third thing."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from model_shapes import SHAPES, Shape
+
+import bundle
+from export import ExportError, export
+from export.outputs import leaves
+
+EXPORTED = [shape for shape in SHAPES if shape.refused is None]
+REFUSED = [shape for shape in SHAPES if shape.refused is not None]
+
+
+@pytest.mark.parametrize("shape", EXPORTED, ids=lambda shape: shape.name)
+def test_exported(shape: Shape, tmp_path: Path) -> None:
+    module, example = shape.build(), shape.example()
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    training = module.training
+
+    report = export(module, example, name="m", repository=tmp_path, **shape.options)
+
+    manifest = report.manifest
+    assert manifest.streamable == shape.streams, manifest.not_streamable_because
+    assert shape.says in (manifest.not_streamable_because or "")
+    assert manifest.ragged == shape.ragged
+    assert manifest.bit_exact or not shape.bit_exact
+    assert tuple(spec.name for spec in manifest.outputs) == shape.outputs
+    assert (report.path / "golden.safetensors").stat().st_size <= 64 * 1024
+    assert bundle.read(report.path).manifest == manifest
+    assert module.training == training
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
+    _answers_like_torch(shape, module, example, report)
+
+
+def _answers_like_torch(shape, module, example, report) -> None:
+    """The bundle from its initial state against the user's own, untouched module, on inputs of another size."""
+    batch_first = shape.options.get("batch_first", True)
+    inputs = {}
+    for name, tensor in example.items():
+        if name in {spec.name for spec in report.manifest.inputs}:
+            major = tensor if batch_first else tensor.transpose(0, 1)
+            inputs[name] = major[torch.randint(0, len(major), (2,))][:, torch.randint(0, major.shape[1], (11,))]
+    feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+    feeds |= {"state": np.repeat(report.manifest.initial_row()[None], 2, 0), "sequence_lens": np.full(2, 11, np.int32)}
+    session = onnxruntime.InferenceSession(report.path / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [spec.name for spec in report.manifest.outputs]
+    given = {name: value for name, value in example.items() if name not in inputs}
+    with torch.no_grad():
+        arguments = {name: t if batch_first else t.transpose(0, 1) for name, t in inputs.items()}
+        returned = [tensor for _, tensor in leaves(module.eval()(**arguments, **given))]
+    for name, ours in zip(names, session.run(names, feeds), strict=True):
+        axes = [(tensor, axes) for tensor in returned for axes in _orders(tensor)]
+        assert any(
+            t.permute(order).shape == ours.shape and np.allclose(t.permute(order), ours, atol=3e-6) for t, order in axes
+        ), name
+
+
+def _orders(tensor: torch.Tensor) -> list[tuple[int, ...]]:
+    rest = range(tensor.dim())
+    return [(a, b, *(i for i in rest if i not in {a, b})) for a in rest for b in rest if a != b]
+
+
+@pytest.mark.parametrize("shape", REFUSED, ids=lambda shape: shape.name)
+def test_refused(shape: Shape, tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as refusal:
+        export(shape.build(), shape.example(), name="m", repository=tmp_path, **shape.options)
+    assert refusal.value.code in shape.refused.split("|")
+    assert shape.says in str(refusal.value)
+    assert len(str(refusal.value)) < 400
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_node_per_layer(tmp_path: Path) -> None:
+    shape = next(shape for shape in SHAPES if shape.name == "embedding, LSTM, norm, GRU")
+    report = export(shape.build(), shape.example(), name="m", repository=tmp_path)
+    nodes = [node.op_type for node in onnx.load(report.path / "model.onnx").graph.node]
+    assert nodes.count("LSTM") == 2
+    assert nodes.count("GRU") == 1
+    assert report.manifest.inputs[0].limit == 11
+    assert report.manifest.state_size == 6 * 2 * 2 + 5
+    assert [(s.module, s.layer, s.kind, s.offset) for s in report.manifest.state] == [
+        ("first", 0, "h", 0),
+        ("first", 0, "c", 6),
+        ("first", 1, "h", 12),
+        ("first", 1, "c", 18),
+        ("second", 0, "h", 24),
+    ]
