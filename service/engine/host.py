@@ -51,22 +51,17 @@ class HostEngine:
             for i, row in enumerate(batch)
         ]
         targets = [row.target for row in batch]
-        if bad := self._not_finite(results, state_out):
-            for i in bad:
+        if not all(np.isfinite(array).all() for array in (state_out, *outputs.values())):
+            good = [i for i, result in enumerate(results) if _finite(result) and np.isfinite(state_out[i]).all()]
+            for i in set(range(len(batch))) - set(good):
                 results[i] = NonFiniteOutput("the model's answer to this input is not finite")
-            good = [i for i in range(len(batch)) if i not in bad]
             targets, state_out = [targets[i] for i in good], state_out[good]
         self._arena.scatter(targets, state_out)
         return results
 
-    @staticmethod
-    def _not_finite(results: list[Tensors | UnrollError], state_out: np.ndarray) -> set[int]:
-        """Rows whose new state or outputs hold NaN or infinity. Their state must not be kept."""
-        bad = set(np.flatnonzero(~np.isfinite(state_out).all(axis=1)).tolist())
-        for i, result in enumerate(results):
-            if isinstance(result, tuple) and not all(np.isfinite(array).all() for array in result):
-                bad.add(i)
-        return bad
+
+def _finite(result: Tensors | UnrollError) -> bool:
+    return isinstance(result, tuple) and all(np.isfinite(array).all() for array in result)
 
 
 def _together(arrays: list[np.ndarray], longest: int, even: bool) -> np.ndarray:

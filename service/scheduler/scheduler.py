@@ -156,6 +156,7 @@ class Scheduler:
         PayloadMismatch, QueueFull or DeadlineUnreachable; the session is then untouched.
         """
         digest = payload_digest(inputs)
+        self.sessions.expire(now)
         ended = self.sessions.ended_by(session_id, now)
         if ended is not None and position == ended.start and digest == ended.digest:
             self.counters.replayed += 1

@@ -1,0 +1,80 @@
+"""Servers for the tests of the API: one shared by those that need nothing special, more on request."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from serving import Oracle, Running
+from torch import Tensor, nn
+
+import export
+from service.core.clock import Clock
+from service.settings import Settings
+
+
+class Hot(nn.Module):
+    """Answers a huge input with infinity, as a float32 model may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 8, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0]) + 100 * x[..., :2]
+
+
+@pytest.fixture(scope="session")
+def repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The common repository and the model `hot`."""
+    path = tmp_path_factory.mktemp("api") / "repository"
+    shutil.copytree(repository, path)
+    torch.manual_seed(5)
+    export.export(Hot().eval(), {"x": torch.randn(2, 9, 3)}, name="hot", repository=path)
+    return path
+
+
+Serve = Callable[..., Running]
+
+
+@pytest.fixture
+def serve(repository: Path) -> Iterator[Serve]:
+    """`serve(clock=None, repository=…, **settings)` starts a server; it is stopped and checked after the test."""
+    running: list[Running] = []
+
+    def start(clock: Clock | None = None, **settings: object) -> Running:
+        running.append(Running(Settings.model_validate({"repository": repository, **settings}), clock))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[Running]:
+    """A server with the default settings, shared: tests must not count on what others leave or not."""
+    running = Running(Settings(repository=repository))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def oracle(repository: Path) -> Callable[..., Oracle]:
+    """`oracle(name, version="1")`: the model as onnxruntime alone runs it."""
+    return lambda name, version="1": Oracle(repository, name, version)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)

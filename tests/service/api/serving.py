@@ -1,0 +1,157 @@
+"""A server on a real socket inside the test process, what holds its work still, and the numbers it must give."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+
+import service.app
+from bundle import Manifest
+from service.api.front import Front
+from service.catalog.model import ServedModel
+from service.core.clock import Clock
+from service.engine.base import BatchRow
+from service.settings import Settings
+
+_PATIENCE = 20.0
+
+RAW = {"Content-Type": "application/octet-stream"}
+
+
+def until(condition: Callable[[], object], what: str = "the condition") -> None:
+    """Returns as soon as the condition holds; fails when it does not come true."""
+    end = time.monotonic() + _PATIENCE
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come true"
+        pause.wait(0.001)
+
+
+class _Announcing(uvicorn.Server):
+    """A uvicorn server that says when it listens, or that it never will."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.announced = threading.Event()
+
+    async def startup(self, sockets: list | None = None) -> None:
+        try:
+            await super().startup(sockets=sockets)
+        finally:
+            self.announced.set()
+
+
+class Running:
+    """One server, from construction to `stop`."""
+
+    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+        self.front: Front = service.app.build(settings, clock)
+        config = uvicorn.Config(self.front, host="127.0.0.1", port=0, access_log=False, log_config=None)
+        self._uvicorn = _Announcing(config)
+        self._thread = threading.Thread(target=self._uvicorn.run, name="server", daemon=True)
+        self._thread.start()
+        assert self._uvicorn.announced.wait(_PATIENCE)
+        assert self._uvicorn.started, "the server did not start"
+        self.port: int = self._uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self.url = f"http://{self.address}"
+
+    def model(self, name: str, version: str | None = None) -> ServedModel:
+        return self.front.server.catalog.resolve(name, version)
+
+    def stop(self) -> None:
+        """Ends the server and checks what it leaves behind."""
+        self._uvicorn.should_exit = True
+        self._thread.join(_PATIENCE)
+        assert not self._thread.is_alive(), "the server did not stop"
+        assert not self.front.server.crashed
+        for model in self.front.server.catalog:
+            assert model.scheduler.in_flight == 0, model
+            model.scheduler.check_invariants()
+
+    @contextmanager
+    def holding(self, name: str, version: str | None = None) -> Iterator["HeldStore"]:
+        """While inside, a batch of the model is run but not committed: its chunks stay in flight."""
+        loop = self.model(name, version).loop
+        before = loop.store
+        held = HeldStore()
+        loop.store = held
+        try:
+            yield held
+        finally:
+            loop.store = before
+            held.release()
+
+
+class HeldStore:
+    """Commits nothing until released."""
+
+    durability = "memory"
+
+    def __init__(self) -> None:
+        self._released = asyncio.Event()
+        self._reached = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def commit(self, batch: Sequence[BatchRow]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reached.set()
+        await self._released.wait()
+
+    def wait(self) -> None:
+        """Returns when a batch is at its commit."""
+        assert self._reached.wait(_PATIENCE), "no batch was run"
+
+    def release(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._released.set)
+        else:
+            self._released.set()
+
+
+class Oracle:
+    """One version of a model, run by onnxruntime alone and without any chunking."""
+
+    def __init__(self, repository: Path, name: str, version: str = "1") -> None:
+        folder = repository / name / version
+        self.manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        self._names = [output.name for output in self.manifest.outputs]
+
+    def all(self, *inputs: np.ndarray, state: np.ndarray | None = None) -> tuple[list[np.ndarray], np.ndarray]:
+        """inputs: each (time, *shape). Returns each output without its batch axis, and the state row after them."""
+        feed = {spec.name: array[np.newaxis] for spec, array in zip(self.manifest.inputs, inputs, strict=True)}
+        row = self.manifest.initial_row() if state is None else state
+        lens = np.array([len(inputs[0])], np.int32)
+        *outputs, state_out = self._session.run(
+            [*self._names, "state_out"], {**feed, "state": row[np.newaxis], "sequence_lens": lens}
+        )
+        return [output[0] for output in outputs], state_out[0]
+
+    def __call__(self, *inputs: np.ndarray) -> np.ndarray:
+        """The first output of the whole sequence."""
+        return self.all(*inputs)[0][0]
+
+
+def metrics(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """A scrape's samples by name and labels. Raises if it is not Prometheus's text format."""
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """The sum of the samples of that name that have these labels."""
+    wanted = set(labels.items())
+    return sum(value for (found, has), value in metrics(text).items() if found == name and wanted <= has)

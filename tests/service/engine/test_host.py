@@ -1,0 +1,148 @@
+"""The real model in the real engine: company, chunking and place change no bit, and nobody fails for a neighbour."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import bundle
+from service.core.errors import EngineFailed, NonFiniteOutput
+from service.engine import runner as runner_module
+from service.engine.host import HostEngine
+from service.engine.runner import DeviceUnavailable, Runner, resolve_device
+from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
+from service.scheduler.sessions import SessionLimits
+from service.scheduler.work import Chunk, Reply
+from service.state.slots import INITIAL, SCRATCH
+
+
+@pytest.fixture(scope="module")
+def load(repository: Path):
+    """A runner and its manifest, by model name."""
+
+    def load(name: str):
+        found = bundle.read(repository / name / "1")
+        return Runner(found.model_path, found.manifest), found.manifest
+
+    return load
+
+
+def alone(runner: Runner, manifest: bundle.Manifest, inputs: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+    """The whole sequence in one call, by itself: each output (time, *shape), or (*shape)."""
+    feeds = {spec.name: array[np.newaxis] for spec, array in zip(manifest.inputs, inputs, strict=True)}
+    outputs, _ = runner(feeds, manifest.initial_row()[np.newaxis], np.array([len(inputs[0])], np.int32))
+    return [outputs[spec.name][0] for spec in manifest.outputs]
+
+
+def random_inputs(manifest: bundle.Manifest, rng: np.random.Generator, steps: int) -> tuple[np.ndarray, ...]:
+    return tuple(
+        rng.integers(0, spec.limit or 2, (steps, *spec.shape)).astype(spec.numpy)
+        if spec.limit
+        else rng.standard_normal((steps, *spec.shape)).astype(spec.numpy)
+        for spec in manifest.inputs
+    )
+
+
+def run_all(scheduler: Scheduler, engine: HostEngine) -> None:
+    while not scheduler.idle:
+        _, batch = scheduler.next_turn(0)
+        if batch:
+            scheduler.finish(batch, engine.run(batch), 0)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "last", "tokens", "two"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), piece=st.sampled_from([1, 2, 5, 16]), rows=st.integers(1, 9))
+def test_any_chunks_in_any_company_equal_the_whole_alone(load, name: str, seed: int, piece: int, rows: int):
+    runner, manifest = load(name)
+    rng = np.random.default_rng(seed)
+    traits = ModelTraits(tuple(spec.time for spec in manifest.outputs), manifest.streamable, manifest.ragged)
+    scheduler = Scheduler(traits, SessionLimits(20), SchedulerLimits(rows, 64, piece, 10_000))
+    engine = HostEngine(runner, manifest, scheduler.rows)
+    wholes = {f"{i}": random_inputs(manifest, rng, int(rng.integers(1, 30))) for i in range(12)}
+    sequences = {key: scheduler.submit_sequence(whole, 0, 1e9) for key, whole in wholes.items()}
+    streamed: dict[str, list[Chunk]] = {key: [] for key in wholes}
+    for key in wholes:
+        scheduler.open(key, 0)
+    at = dict.fromkeys(wholes, 0)
+    while at:
+        key = str(rng.choice(list(at)))
+        length = int(rng.integers(1, 8))
+        chunk = scheduler.submit_steps(key, tuple(a[at[key] : at[key] + length] for a in wholes[key]), 0, 1e9)
+        assert isinstance(chunk, Chunk)
+        streamed[key].append(chunk)
+        at[key] += chunk.length
+        if at[key] >= len(wholes[key][0]):
+            del at[key]
+        if rng.random() < 0.2:
+            run_all(scheduler, engine)
+    run_all(scheduler, engine)
+    for key, whole in wholes.items():
+        expected = alone(runner, manifest, whole)
+        replies = [chunk.outcome for chunk in streamed[key]]
+        whole_reply = sequences[key].outcome
+        assert isinstance(whole_reply, Reply)
+        for i, spec in enumerate(manifest.outputs):
+            parts = [reply.outputs[i] for reply in replies if isinstance(reply, Reply)]
+            assert len(parts) == len(replies)
+            assert np.array_equal(np.concatenate(parts) if spec.time else parts[-1], expected[i])
+            assert np.array_equal(whole_reply.outputs[i], expected[i])
+
+
+def row(*inputs: np.ndarray, source: int = INITIAL, target: int = SCRATCH) -> SimpleNamespace:
+    return SimpleNamespace(inputs=inputs, steps=len(inputs[0]), source=source, target=target)
+
+
+def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load):
+    runner, manifest = load("lstm")
+    engine = HostEngine(runner, manifest, 6)
+    x = np.ones((1, 3), np.float32)
+    engine.write(3, np.full(manifest.state_size, np.inf, np.float32))
+    engine.write(4, np.zeros(manifest.state_size, np.float32))
+    good, bad = engine.run([row(x, target=2), row(x, source=3, target=4)])
+    assert isinstance(bad, NonFiniteOutput)
+    assert not engine.read(4).any()
+    assert isinstance(good, tuple)
+    assert np.array_equal(good[0], alone(runner, manifest, (x,))[0])
+
+
+def test_a_row_the_model_cannot_run_fails_alone(load):
+    runner, manifest = load("tokens")
+    engine = HostEngine(runner, manifest, 6)
+    good, bad = engine.run([row(np.array([3]), target=2), row(np.array([10**6]), target=3)])
+    assert isinstance(bad, EngineFailed)
+    assert isinstance(good, tuple)
+    assert not engine.read(3).any()
+
+
+@pytest.mark.parametrize("lens", [[], [0], [2, 0]])
+def test_what_would_abort_onnxruntime_never_reaches_it(load, lens: list[int]):
+    runner, manifest = load("lstm")
+    with pytest.raises(ValueError, match="at least one time step"):
+        runner(
+            {"x": np.zeros((len(lens), max(lens, default=0), 3), np.float32)},
+            np.zeros((len(lens), manifest.state_size), np.float32),
+            np.array(lens, np.int32),
+        )
+
+
+def test_a_gpu_that_is_not_there_is_an_error_and_auto_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner_module, "_missing_for_cuda", lambda index: "there is none")
+    with pytest.raises(DeviceUnavailable, match="cuda:1 was asked for, but there is none"):
+        resolve_device("cuda:1")
+    assert resolve_device("auto") == ("cpu", "no GPU: there is none")
+    with pytest.raises(ValueError, match="use cpu, cuda:N or auto"):
+        resolve_device("gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lstm", "gru", "last", "whole", "tokens", "two"])
+def test_the_golden_vectors_hold_on_the_gpu(repository: Path, name: str):
+    device, why = resolve_device("auto")
+    if device == "cpu":
+        pytest.skip(why)
+    found = bundle.read(repository / name / "1")
+    bundle.replay(found.golden, found.manifest, Runner(found.model_path, found.manifest, device))

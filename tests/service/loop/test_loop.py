@@ -1,0 +1,151 @@
+"""The loop around the scheduler: who waits is answered, who leaves is forgotten, and no reply overtakes its commit."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from service.core.clock import ManualClock
+from service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
+from service.engine.base import BatchRow, Tensors
+from service.scheduler.loop import Loop
+from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
+from service.scheduler.sessions import SessionLimits
+from service.store.memory import MemoryStore
+
+
+class GatedEngine:
+    """Adds one to each input; a batch waits until the gate is open."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.gate = asyncio.Event()
+
+    def run(self, batch: Sequence[BatchRow]) -> list[Tensors | UnrollError]:
+        self.batches.append(len(batch))
+        return [(row.inputs[0] + 1,) for row in batch]
+
+    def read(self, slot: int) -> np.ndarray:
+        return np.zeros(1, np.float32)
+
+    def write(self, slot: int, row: np.ndarray) -> None: ...
+
+    def copy(self, source: int, target: int) -> None: ...
+
+
+class GatedStore(MemoryStore):
+    """Commits when told to."""
+
+    def __init__(self, gate: asyncio.Event) -> None:
+        self.gate = gate
+        self.committing = asyncio.Event()
+
+    async def commit(self, batch: Sequence[BatchRow]) -> None:
+        self.committing.set()
+        await self.gate.wait()
+
+
+@asynccontextmanager
+async def running(seconds_per_step: float = 0.0) -> AsyncIterator[tuple[Loop, GatedStore, ManualClock, GatedEngine]]:
+    clock, engine = ManualClock(), GatedEngine()
+    scheduler = Scheduler(ModelTraits((True,), True, True), SessionLimits(8), SchedulerLimits())
+    scheduler.seconds_per_step = seconds_per_step
+    store = GatedStore(engine.gate)
+    with ThreadPoolExecutor(1) as executor:
+        loop = Loop(scheduler, engine, store, clock, executor)
+        task = asyncio.create_task(loop.run())
+        try:
+            yield loop, store, clock, engine
+        finally:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+
+X = (np.array([1.0, 2.0]),)
+
+
+@pytest.mark.parametrize("seconds_per_step", [0.0, 1e-1], ids=["inline", "thread"])
+async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
+    async with running(seconds_per_step) as (loop, store, _, engine):
+        waiting = asyncio.create_task(loop.sequence(X, 10))
+        await store.committing.wait()
+        assert not waiting.done()
+        engine.gate.set()
+        assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
+
+
+async def test_what_arrives_while_a_batch_runs_forms_the_next():
+    async with running() as (loop, store, _, engine):
+        first = asyncio.create_task(loop.sequence(X, 10))
+        await store.committing.wait()
+        others = [asyncio.create_task(loop.sequence(X, 10)) for _ in range(5)]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(first, *others)
+        assert engine.batches == [1, 5]
+
+
+async def test_a_caller_that_leaves_takes_its_queued_work_along():
+    async with running() as (loop, store, _, engine):
+        first = asyncio.create_task(loop.sequence(X, 10))
+        await store.committing.wait()
+        leaving = asyncio.create_task(loop.sequence(X, 10))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        engine.gate.set()
+        await first
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert (loop.scheduler.in_flight, engine.batches) == (0, [1])
+        assert loop.scheduler.counters.failed == {"cancelled": 1}
+
+
+async def test_a_retry_that_joined_keeps_the_work_alive():
+    async with running() as (loop, store, _, engine):
+        loop.scheduler.open("a", 0)
+        blocker = asyncio.create_task(loop.sequence(X, 10))
+        await store.committing.wait()
+        first = asyncio.create_task(loop.steps("a", X, 10, position=0))
+        retry = asyncio.create_task(loop.steps("a", X, 10, position=0))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await blocker
+        assert (await retry).position == 2
+        assert engine.batches == [1, 1]
+
+
+async def test_errors_reach_the_caller():
+    async with running() as (loop, store, clock, engine):
+        blocker = asyncio.create_task(loop.sequence(X, 10))
+        await store.committing.wait()
+        loop.scheduler.open("a", 0)
+        late = asyncio.create_task(loop.sequence(X, 5))
+        closed = asyncio.create_task(loop.steps("a", X, 10))
+        await asyncio.sleep(0)
+        clock.advance(6)
+        loop.scheduler.close("a", clock.now())
+        engine.gate.set()
+        await blocker
+        with pytest.raises(DeadlineExceeded):
+            await late
+        with pytest.raises(SessionClosed):
+            await closed
+
+
+async def test_an_action_waits_for_the_chunks_before_it():
+    async with running() as (loop, store, _, engine):
+        loop.scheduler.open("a", 0)
+        step = asyncio.create_task(loop.steps("a", X, 10))
+        await store.committing.wait()
+        acting = asyncio.create_task(loop.act("a", lambda session: session.position))
+        await asyncio.sleep(0)
+        assert not acting.done()
+        engine.gate.set()
+        await step
+        assert await acting == 2

@@ -1,0 +1,101 @@
+"""An engine whose state is a number anyone can recompute, and the fold that recomputes it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from service.core.errors import EngineFailed, UnrollError
+from service.engine.base import BatchRow, Tensors
+from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
+from service.scheduler.sessions import SessionLimits
+from service.scheduler.work import Batch, Chunk, Reply
+
+START = 7
+
+
+def fold(steps: Sequence[int], state: int = START) -> list[int]:
+    """The state after each step: it depends on every step before and on their order."""
+    states = []
+    for step in steps:
+        state = (state * 31 + step) % 1_000_003
+        states.append(state)
+    return states
+
+
+class FoldEngine:
+    """Outputs the state after each step, and the last of them as a second output without time."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = [START] + [-1] * (rows - 1)
+        self.failing: set[int] = set()  # steps no row survives
+
+    def run(self, batch: Sequence[BatchRow]) -> list[Tensors | UnrollError]:
+        results: list[Tensors | UnrollError] = []
+        states = [self.rows[row.source] for row in batch]
+        for row, state in zip(batch, states, strict=True):
+            steps = row.inputs[0].tolist()
+            assert len(steps) == row.steps > 0
+            assert state >= 0, "a row was read that was never written"
+            if self.failing.intersection(steps):
+                results.append(EngineFailed("as asked"))
+                continue
+            outputs = fold(steps, state)
+            self.rows[row.target] = outputs[-1]
+            results.append((np.array(outputs), np.array(outputs[-1])))
+        return results
+
+
+def scheduler(
+    capacity: int = 4,
+    *,
+    idle_timeout: float | None = 100.0,
+    tombstone_life: float = 1000.0,
+    cuttable: bool = True,
+    ragged: bool = True,
+    max_batch: int = 3,
+    max_batch_steps: int = 12,
+    piece_steps: int = 4,
+    max_queue: int = 50,
+) -> Scheduler:
+    return Scheduler(
+        ModelTraits((True, False), cuttable, ragged),
+        SessionLimits(capacity, idle_timeout, tombstone_life, tombstones=20),
+        SchedulerLimits(max_batch, max_batch_steps, piece_steps, max_queue),
+    )
+
+
+def inputs(*steps: int) -> Tensors:
+    return (np.array(steps),)
+
+
+def turn(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -> Batch:
+    """One turn of the loop; returns the batch that was run."""
+    actions, batch = scheduler.next_turn(now)
+    for action in actions:
+        scheduler.finish_action(action, action.run(), now)
+    if batch:
+        scheduler.finish(batch, engine.run(batch), now)
+    return batch
+
+
+def run_until_idle(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -> list[Batch]:
+    batches = []
+    while not scheduler.idle:
+        batches.append(turn(scheduler, engine, now))
+        scheduler.check_invariants()
+    return batches
+
+
+def answer(work: Chunk | Reply) -> list[int]:
+    """The outputs over time of an answered chunk."""
+    reply = work.outcome if isinstance(work, Chunk) else work
+    assert isinstance(reply, Reply), reply
+    assert reply.outputs[1] == reply.outputs[0][-1]
+    return reply.outputs[0].tolist()
+
+
+def failure(chunk: Chunk | Reply) -> str:
+    """The code a chunk failed with."""
+    assert isinstance(chunk, Chunk)
+    assert isinstance(chunk.outcome, UnrollError), chunk.outcome
+    return chunk.outcome.code

@@ -1,0 +1,384 @@
+"""What runs next, what a retry is, and that nothing but a finished chunk changes a session."""
+
+import pytest
+from fold import FoldEngine, answer, failure, fold, inputs, run_until_idle, scheduler, turn
+
+from service.core.errors import (
+    CapacityExhausted,
+    DeadlineUnreachable,
+    PayloadMismatch,
+    PositionGap,
+    PositionTooOld,
+    QueueFull,
+    SessionClosed,
+    SessionEvicted,
+    SessionExists,
+    SessionExpired,
+    SessionUnknown,
+)
+from service.scheduler.work import Chunk, Life, Reply, Session
+
+LATER = 1e9
+
+
+@pytest.fixture
+def s():
+    return scheduler()
+
+
+@pytest.fixture
+def engine(s):
+    return FoldEngine(s.rows)
+
+
+def test_steps_go_on_from_where_the_session_was(s, engine):
+    s.open("a", 0)
+    first = s.submit_steps("a", inputs(1, 2), 0, LATER)
+    second = s.submit_steps("a", inputs(3), 0, LATER)
+    run_until_idle(s, engine)
+    assert answer(first) + answer(second) == fold([1, 2, 3])
+    assert repr(s.sessions.find("a", 0)) == "<Session a idle position=3 expected=3>"
+
+
+def test_a_session_is_in_a_batch_once_and_sessions_share_it(s, engine):
+    for name in "abc":
+        s.open(name, 0)
+        s.submit_steps(name, inputs(1), 0, LATER)
+        s.submit_steps(name, inputs(2), 0, LATER)
+    batches = run_until_idle(s, engine)
+    assert [[row.chunk.session.id for row in batch] for batch in batches] == [["a", "b", "c"], ["a", "b", "c"]]
+
+
+def test_a_sequence_starts_from_the_initial_state_and_leaves_no_trace(s, engine):
+    long = s.submit_sequence(inputs(*range(11)), 0, LATER)
+    short = s.submit_sequence(inputs(5), 0, LATER)
+    run_until_idle(s, engine)
+    assert answer(long) == fold(range(11))
+    assert answer(short) == fold([5])
+    assert s.workspaces.taken == 0
+
+
+def test_a_long_chunk_takes_turns_with_single_steps(s, engine):
+    s.open("long", 0)
+    s.open("live", 0)
+    long = s.submit_steps("long", inputs(*range(12)), 0, LATER)
+    turn(s, engine)
+    live = s.submit_steps("live", inputs(1), 0, LATER)
+    turn(s, engine)
+    turn(s, engine)
+    assert isinstance(live.outcome, Reply)
+    assert long.outcome is None
+    run_until_idle(s, engine)
+    assert answer(long) == fold(range(12))
+
+
+def test_a_long_chunk_does_not_touch_its_session_until_its_last_piece(s, engine):
+    session = s.open("a", 0)
+    s.submit_steps("a", inputs(1), 0, LATER)
+    run_until_idle(s, engine)
+    row = engine.rows[session.slot]
+    long = s.submit_steps("a", inputs(*range(12)), 0, LATER)
+    turn(s, engine)
+    turn(s, engine)
+    assert engine.rows[session.slot] == row
+    s.cancel(long, 0)
+    run_until_idle(s, engine)
+    assert failure(long) == "cancelled"
+    assert (engine.rows[session.slot], session.position, session.expected) == (row, 1, 1)
+
+
+def test_rows_of_other_lengths_do_not_share_a_batch_unless_the_model_is_ragged():
+    s = scheduler(ragged=False)
+    engine = FoldEngine(s.rows)
+    for length in (2, 3, 2):
+        s.submit_sequence(inputs(*range(length)), 0, LATER)
+    assert [[row.steps for row in batch] for batch in run_until_idle(s, engine)] == [[2, 2], [3]]
+
+    s = scheduler(ragged=True)
+    for length in (3, 4, 3):
+        s.submit_sequence(inputs(*range(length)), 0, LATER)
+    assert [[row.steps for row in batch] for batch in run_until_idle(s, FoldEngine(s.rows))] == [[3, 4, 3]]
+    assert s.counters.padded_steps == 2
+
+
+def test_a_model_that_cannot_be_cut_runs_a_sequence_whole():
+    s = scheduler(cuttable=False)
+    chunk = s.submit_sequence(inputs(*range(30)), 0, LATER)
+    batches = run_until_idle(s, FoldEngine(s.rows))
+    assert [row.steps for row in batches[0]] == [30]
+    assert answer(chunk) == fold(range(30))
+
+
+def test_more_long_chunks_than_workspaces_wait_and_all_come_through(s, engine):
+    chunks = [s.submit_sequence(inputs(*range(i, i + 10)), 0, LATER) for i in range(10)]
+    run_until_idle(s, engine)
+    assert [answer(chunk) for chunk in chunks] == [fold(range(i, i + 10)) for i in range(10)]
+    assert s.workspaces.taken == 0
+
+
+def test_cancelling_starved_chunks_leaves_no_workspace_idle(s, engine):
+    chunks = [s.submit_sequence(inputs(*range(10)), 0, LATER) for _ in range(8)]
+    turn(s, engine)
+    turn(s, engine)
+    for chunk in chunks[3:7]:
+        s.cancel(chunk, 0)
+    run_until_idle(s, engine)
+    assert answer(chunks[7]) == fold(range(10))
+
+
+# ── positions and retries ────────────────────────────────────────────────────────────────────────
+
+
+def test_a_retry_of_the_last_chunk_gets_the_same_reply(s, engine):
+    s.open("a", 0)
+    first = s.submit_steps("a", inputs(1, 2), 0, LATER, position=0)
+    run_until_idle(s, engine)
+    again = s.submit_steps("a", inputs(1, 2), 0, LATER, position=0)
+    assert again is first.outcome
+    assert s.sessions.find("a", 0).position == 2
+    assert s.counters.replayed == 1
+
+
+def test_a_retry_of_a_chunk_in_flight_is_that_chunk(s, engine):
+    s.open("a", 0)
+    first = s.submit_steps("a", inputs(1), 0, LATER)
+    second = s.submit_steps("a", inputs(2), 0, LATER, position=1)
+    assert s.submit_steps("a", inputs(1), 0, LATER, position=0) is first
+    assert s.submit_steps("a", inputs(2), 0, LATER, position=1) is second
+    with pytest.raises(PayloadMismatch):
+        s.submit_steps("a", inputs(9), 0, LATER, position=1)
+
+
+@pytest.mark.parametrize(
+    ("position", "step", "error", "expected"),
+    [(2, 3, PayloadMismatch, 3), (0, 1, PositionTooOld, 3), (1, 2, PositionTooOld, 3), (4, 5, PositionGap, 3)],
+)
+def test_what_is_no_retry_is_refused_and_changes_nothing(s, engine, position, step, error, expected):
+    session = s.open("a", 0)
+    s.submit_steps("a", inputs(1), 0, LATER)
+    s.submit_steps("a", inputs(1), 0, LATER)
+    s.submit_steps("a", inputs(1), 0, LATER)
+    run_until_idle(s, engine)
+    before = (repr(session), engine.rows[session.slot], s.in_flight)
+    with pytest.raises(error) as raised:
+        s.submit_steps("a", inputs(step), 0, LATER, position=position)
+    assert raised.value.details["expected"] == expected
+    assert (repr(session), engine.rows[session.slot], s.in_flight) == before
+
+
+def test_when_a_chunk_fails_those_that_insist_on_their_position_fail_and_the_others_move_up(s, engine):
+    engine.failing = {13}
+    session = s.open("a", 0)
+    bad = s.submit_steps("a", inputs(13), 0, LATER)
+    pinned = s.submit_steps("a", inputs(2), 0, LATER, position=1)
+    free = s.submit_steps("a", inputs(3), 0, LATER)
+    run_until_idle(s, engine)
+    assert failure(bad) == "engine_failed"
+    assert failure(pinned) == "position_gap"
+    assert answer(free) == fold([3])
+    assert session.position == 1
+
+
+def test_a_failing_row_leaves_its_neighbours_alone(s, engine):
+    engine.failing = {13}
+    for name in "ab":
+        s.open(name, 0)
+    bad, good = s.submit_steps("a", inputs(13), 0, LATER), s.submit_steps("b", inputs(1), 0, LATER)
+    run_until_idle(s, engine)
+    assert (failure(bad), answer(good)) == ("engine_failed", fold([1]))
+
+
+# ── START and END ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_start_opens_and_final_closes_and_their_retries_are_answered(s, engine):
+    first = s.submit_steps("a", inputs(1), 0, LATER, position=0, start=True)
+    run_until_idle(s, engine)
+    assert s.submit_steps("a", inputs(1), 0, LATER, position=0, start=True) is first.outcome
+    last = s.submit_steps("a", inputs(2), 0, LATER, position=1, final=True)
+    run_until_idle(s, engine)
+    assert "a" not in s.sessions
+    assert s.submit_steps("a", inputs(2), 0, LATER, position=1, final=True) is last.outcome
+    with pytest.raises(SessionClosed):
+        s.submit_steps("a", inputs(3), 0, LATER, position=1)
+    with pytest.raises(SessionClosed):
+        s.submit_steps("a", inputs(2), 0, LATER)
+
+
+# ── closing, expiry, eviction ────────────────────────────────────────────────────────────────────
+
+
+def test_closing_fails_what_waits_and_finishes_what_runs(s, engine):
+    session = s.open("a", 0)
+    running = s.submit_steps("a", inputs(1), 0, LATER)
+    waiting = s.submit_steps("a", inputs(2), 0, LATER)
+    _, batch = s.next_turn(0)
+    s.close("a", 0)
+    assert failure(waiting) == "session_closed"
+    assert session.life is Life.LEAVING
+    reopened = s.open("a", 0)
+    assert reopened.slot != session.slot
+    s.finish(batch, engine.run(batch), 0)
+    assert answer(running) == fold([1])
+    assert session.life is Life.GONE
+    s.check_invariants()
+
+
+def test_closing_between_pieces_fails_the_chunk(s, engine):
+    s.open("a", 0)
+    chunk = s.submit_steps("a", inputs(*range(10)), 0, LATER)
+    turn(s, engine)
+    s.close("a", 0)
+    run_until_idle(s, engine)
+    assert failure(chunk) == "session_closed"
+    assert s.workspaces.taken == 0
+
+
+def test_idle_sessions_expire_busy_ones_do_not(s, engine):
+    s.open("idle", 0)
+    s.open("busy", 0)
+    chunk = s.submit_steps("busy", inputs(1), 0, LATER)
+    with pytest.raises(SessionExpired):
+        s.sessions.find("idle", 100)
+    assert "busy" in s.sessions
+    run_until_idle(s, engine, 100)
+    assert answer(chunk) == fold([1])
+    s.sessions.find("busy", 199)
+    with pytest.raises(SessionExpired):
+        s.sessions.find("busy", 200)
+
+
+def test_start_opens_a_session_that_expired(s, engine):
+    s.open("a", 0)
+    chunk = s.submit_steps("a", inputs(4), 100, LATER, start=True)
+    run_until_idle(s, engine, 100)
+    assert answer(chunk) == fold([4])
+
+
+def test_without_idle_timeout_nothing_expires():
+    s = scheduler(idle_timeout=None)
+    s.open("a", 0)
+    assert s.sessions.find("a", 1e12).id == "a"
+
+
+def test_the_least_recently_used_idle_session_makes_room(s, engine):
+    for i, name in enumerate("abcd"):
+        s.open(name, i)
+    s.submit_steps("a", inputs(1), 10, LATER)
+    run_until_idle(s, engine, 10)
+    s.open("e", 11)
+    with pytest.raises(SessionEvicted):
+        s.sessions.find("b", 11)
+    assert [session.id for session in s.sessions] == ["c", "d", "a", "e"]
+    assert s.counters.gone == {"session_evicted": 1}
+
+
+def test_no_room_when_every_session_has_work(s):
+    for name in "abcd":
+        s.open(name, 0)
+        s.submit_steps(name, inputs(1), 0, LATER)
+    with pytest.raises(CapacityExhausted):
+        s.open("e", 0)
+    s.check_invariants()
+
+
+def test_a_new_session_in_a_used_row_starts_from_the_initial_state():
+    s = scheduler(capacity=1)
+    engine = FoldEngine(s.rows)
+    for name in "abc":
+        s.open(name, 0)
+        chunk = s.submit_steps(name, inputs(5), 0, LATER)
+        run_until_idle(s, engine)
+        assert answer(chunk) == fold([5])
+
+
+def test_a_tombstone_is_forgotten_in_the_end(s):
+    s.open("a", 0)
+    s.close("a", 0)
+    with pytest.raises(SessionClosed):
+        s.sessions.find("a", 999)
+    with pytest.raises(SessionUnknown):
+        s.sessions.find("a", 1000)
+
+
+def test_tombstones_are_bounded(s):
+    for i in range(50):
+        s.open(f"{i}", 0)
+        s.close(f"{i}", 0)
+    assert repr(s.sessions) == "<SessionTable 0 live, 0 leaving, 20 tombstones>"
+
+
+def test_opening_twice_is_refused_reopening_is_not(s):
+    s.open("a", 0)
+    with pytest.raises(SessionExists):
+        s.open("a", 0)
+    s.close("a", 0)
+    assert s.open("a", 0).position == 0
+
+
+# ── limits ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_queue_is_bounded(s):
+    for _ in range(50):
+        s.submit_sequence(inputs(1), 0, LATER)
+    with pytest.raises(QueueFull):
+        s.submit_sequence(inputs(1), 0, LATER)
+    assert s.in_flight == 50
+
+
+def test_work_that_cannot_be_in_time_is_refused_at_once(s, engine):
+    s.seconds_per_step = 1.0
+    s.submit_sequence(inputs(1, 2, 3), 0, LATER)
+    with pytest.raises(DeadlineUnreachable) as raised:
+        s.submit_sequence(inputs(1), 0, 2.9)
+    assert raised.value.retry_after == pytest.approx(3)
+
+
+def test_work_past_its_deadline_is_dropped_unexecuted(s, engine):
+    session = s.open("a", 0)
+    late = s.submit_steps("a", inputs(1), 0, 5)
+    after = s.submit_steps("a", inputs(2), 0, LATER)
+    run_until_idle(s, engine, 5)
+    assert failure(late) == "deadline_exceeded"
+    assert answer(after) == fold([2])
+    assert session.position == 1
+
+
+# ── actions ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_action_runs_in_its_turn(s, engine):
+    s.open("a", 0)
+    s.submit_steps("a", inputs(1), 0, LATER)
+    seen = []
+    s.submit_action("a", lambda session: seen.append(session.position), 0)
+    last = s.submit_steps("a", inputs(2), 0, LATER)
+    run_until_idle(s, engine)
+    assert seen == [1]
+    assert answer(last) == fold([1, 2])[1:]
+
+
+def test_an_action_that_moves_the_session_fails_what_insisted_on_the_old_position(s, engine):
+    s.open("a", 0)
+
+    def jump(session: Session) -> None:
+        session.position = 40
+
+    s.submit_action("a", jump, 0)
+    pinned = s.submit_steps("a", inputs(1), 0, LATER, position=0)
+    free = s.submit_steps("a", inputs(1), 0, LATER)
+    run_until_idle(s, engine)
+    assert failure(pinned) == "position_gap"
+    assert isinstance(free, Chunk)
+    assert isinstance(free.outcome, Reply)
+    assert free.outcome.position == 41
+
+
+def test_closing_fails_an_action_that_waits(s, engine):
+    s.open("a", 0)
+    s.submit_steps("a", inputs(1), 0, LATER)
+    action = s.submit_action("a", lambda session: session, 0)
+    s.close("a", 0)
+    run_until_idle(s, engine)
+    assert isinstance(action.outcome, SessionClosed)

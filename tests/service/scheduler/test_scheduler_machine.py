@@ -1,0 +1,179 @@
+"""Any order of events: every reply is the fold over what its session was given, and nothing is lost or mixed."""
+
+import hypothesis.strategies as st
+from fold import START, FoldEngine, fold, inputs, scheduler
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from service.core.errors import EngineFailed, UnrollError
+from service.scheduler.work import Batch, Chunk, Outcome, Reply, Session
+
+IDS = st.sampled_from("abcd")
+STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)
+BAD = 99
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(ragged=st.booleans(), cuttable=st.booleans())
+    def begin(self, ragged: bool, cuttable: bool) -> None:
+        self.scheduler = scheduler(ragged=ragged, cuttable=cuttable, capacity=3, max_queue=1000)
+        self.engine = FoldEngine(self.scheduler.rows)
+        self.engine.failing = {BAD}
+        self.now = 0.0
+        self.running: Batch = []
+        self.histories: dict[Session, list[int]] = {}
+        self.open_chunks: list[Chunk] = []
+        self.accepted = self.answered = 0
+
+    # ── the oracle ───────────────────────────────────────────────────────────────────────────────
+
+    def accept(self, work: Chunk | Reply, steps: list[int]) -> None:
+        if isinstance(work, Reply):
+            assert work.outputs[0].tolist() == fold(steps, self.state_before(work, steps))
+            return
+        if work.listeners:  # a retry that joined
+            return
+        self.accepted += 1
+        self.open_chunks.append(work)
+        work.listeners.append(lambda outcome: self.check(work, steps, outcome))
+
+    def state_before(self, reply: Reply, steps: list[int]) -> int:
+        start = reply.position - len(steps)
+        for history in self.histories.values():
+            if history[start : reply.position] == steps:
+                before = fold(history[:start])[-1] if start else START
+                if fold(steps, before) == reply.outputs[0].tolist():
+                    return before
+        raise AssertionError("a reply was repeated that no session was given")
+
+    def check(self, chunk: Chunk, steps: list[int], outcome: Outcome) -> None:
+        self.answered += 1
+        self.open_chunks.remove(chunk)
+        if isinstance(outcome, UnrollError):
+            assert BAD in steps or not isinstance(outcome, EngineFailed)
+            return
+        history = self.histories[chunk.session] if chunk.session is not None else []
+        assert outcome.outputs[0].tolist() == fold(history + steps)[len(history) :]
+        history.extend(steps)
+        assert outcome.position == len(history)
+
+    # ── what can happen ──────────────────────────────────────────────────────────────────────────
+
+    @rule(session_id=IDS)
+    def open(self, session_id: str) -> None:
+        try:
+            self.histories[self.scheduler.open(session_id, self.now)] = []
+        except UnrollError as error:
+            assert error.code in {"session_exists", "capacity_exhausted"}
+
+    @rule(session_id=IDS, steps=STEPS, offset=st.none() | st.integers(-12, 2), final=st.booleans(), start=st.booleans())
+    def step(self, session_id: str, steps: list[int], offset: int | None, final: bool, start: bool) -> None:
+        self.submit(session_id, steps, offset, final=final and offset == 0, start=start and offset is None)
+
+    @rule(session_id=IDS, steps=STEPS)
+    def bad_step(self, session_id: str, steps: list[int]) -> None:
+        self.submit(session_id, [*steps, BAD], None)
+
+    @rule(session_id=IDS)
+    def retry(self, session_id: str) -> None:
+        if session_id in self.scheduler.sessions:
+            session = self.scheduler.sessions.find(session_id, self.now)
+            if session.last is not None:
+                history = self.histories[session]
+                steps = history[session.last.start :]
+                assert (
+                    self.scheduler.submit_steps(
+                        session_id, inputs(*steps), self.now, self.now + 50, position=session.last.start
+                    )
+                    is session.last.reply
+                )
+
+    def submit(self, session_id: str, steps: list[int], offset: int | None, **flags: bool) -> None:
+        known = {session.id: session for session in self.scheduler.sessions}
+        position = None
+        if offset is not None and session_id in known:
+            position = max(0, known[session_id].expected + offset)
+        before = repr(known.get(session_id))
+        try:
+            work = self.scheduler.submit_steps(
+                session_id, inputs(*steps), self.now, self.now + 50, position=position, **flags
+            )
+        except UnrollError as error:
+            assert error.code in {
+                "session_unknown", "session_closed", "session_expired", "session_evicted", "position_gap",
+                "position_too_old", "payload_mismatch", "queue_full", "capacity_exhausted",
+            }  # fmt: skip
+            assert repr(known.get(session_id)) == before
+            return
+        if isinstance(work, Chunk) and work.session is not None:
+            self.histories.setdefault(work.session, [])
+        self.accept(work, steps)
+
+    @rule(steps=STEPS)
+    def sequence(self, steps: list[int]) -> None:
+        self.accept(self.scheduler.submit_sequence(inputs(*steps), self.now, self.now + 50), steps)
+
+    @rule(session_id=IDS, new_id=IDS)
+    def fork(self, session_id: str, new_id: str) -> None:
+        def copy(session: Session) -> None:
+            if new_id in self.scheduler.sessions:
+                return
+            try:
+                forked = self.scheduler.open(new_id, self.now, position=session.position)
+            except UnrollError:
+                return
+            if session.source != 0:
+                self.engine.rows[forked.slot] = self.engine.rows[session.source]
+                forked.source = forked.slot
+            self.histories[forked] = list(self.histories[session])
+
+        if session_id in self.scheduler.sessions:
+            self.scheduler.submit_action(session_id, copy, self.now)
+
+    @rule(session_id=IDS)
+    def close(self, session_id: str) -> None:
+        if session_id in self.scheduler.sessions:
+            self.scheduler.close(session_id, self.now)
+
+    @rule(index=st.integers(0, 50))
+    def cancel(self, index: int) -> None:
+        if self.open_chunks:
+            self.scheduler.cancel(self.open_chunks[index % len(self.open_chunks)], self.now)
+
+    @rule(seconds=st.sampled_from([0.1, 10.0, 60.0, 101.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.scheduler.sessions.expire(self.now)
+
+    @rule()
+    def begin_batch(self) -> None:
+        """The batch runs while other things happen, as it does in a thread."""
+        if not self.running:
+            actions, self.running = self.scheduler.next_turn(self.now)
+            for action in actions:
+                self.scheduler.finish_action(action, action.run(), self.now)
+
+    @rule()
+    def end_batch(self) -> None:
+        if self.running:
+            batch, self.running = self.running, []
+            self.scheduler.finish(batch, self.engine.run(batch), self.now)
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        if hasattr(self, "scheduler") and not self.running:
+            self.scheduler.check_invariants()
+            assert self.accepted - self.answered == self.scheduler.in_flight == len(self.open_chunks)
+
+    def teardown(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.end_batch()
+            while not self.scheduler.idle:
+                self.begin_batch()
+                self.end_batch()
+            self.nothing_is_lost()
+            assert self.scheduler.in_flight == 0
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+test_scheduler_machine = SchedulerMachine.TestCase
