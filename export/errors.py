@@ -26,6 +26,7 @@ Code = Literal[
     "recurrent_cell",  # nn.LSTMCell, nn.GRUCell, nn.RNNCell
     "rows_mixed",  # the answer for one sequence depends on its neighbours in the batch
     "scripted",
+    "too_large",
     "unbatched",
 ]
 

@@ -54,10 +54,10 @@ def export(
     repository = Path(repository)
     _check_target(repository, name, version, replace)
     progress("reading the model")
+    refusals.check_modules(module)
     model = _copy(module)
     example = {key: _detached(value) for key, value in example_inputs.items() if value is not None}
     check_arguments(model, example)
-    refusals.check_modules(model)
     original = copy.deepcopy(model)
 
     progress("running it as it is")
@@ -68,7 +68,7 @@ def export(
     initial, dropped = observe(streaming, double, samples, output_names)
 
     progress("tracing it into ONNX")
-    graph = onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
+    graph, suspects = onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
     content = graph.SerializeToString()
     served = onnx_graph.onnx_runner(content, streaming)
     samples = dataclasses.replace(samples, limits=_integer_limits(graph, samples))
@@ -83,7 +83,7 @@ def export(
 
     progress("proving it equal to PyTorch")
     golden = parity.make_golden(reference, samples, draft)
-    draft = dataclasses.replace(draft, parity=parity.prove(golden, reference, single, served, samples, draft))
+    draft = dataclasses.replace(draft, parity=parity.prove(golden, reference, single, served, samples, draft, suspects))
     padding = probes.padding_differs(served, samples, draft)
     ragged = all(padding[entry.output] <= entry.tolerance for entry in draft.parity)
     exact = probes.is_bit_exact(served, samples, draft) and not (ragged and any(padding.values()))
@@ -126,8 +126,13 @@ def _detached(value: Any) -> Any:
 
 
 def _integer_limits(graph: onnx.ModelProto, samples: Samples) -> dict[str, int]:
-    limits = onnx_graph.index_limits(graph)
-    return {name: limits[name] for name, array in samples.example.items() if array.dtype.kind == "i" and name in limits}
+    """Raises ExportError(input) where neither an embedding nor the example gives more than one value to try."""
+    integers = {name: array for name, array in samples.example.items() if array.dtype.kind == "i"}
+    limits = {name: limit for name, limit in onnx_graph.index_limits(graph).items() if name in integers}
+    for name, array in integers.items():
+        if name not in limits and (array == array.flat[0]).all():
+            raise ExportError("input", f"the example of {name!r} holds one value only; give the values it may take")
+    return limits
 
 
 def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples, initial: np.ndarray) -> Manifest:

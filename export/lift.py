@@ -125,10 +125,6 @@ def lift(model: nn.Module) -> Tape:
     tape = Tape()
     for path, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
-            kind = _kind(module)
-            for layer in range(module.num_layers):
-                for name, weight in zip("wrb", ops.layer_weights(module, kind, layer), strict=True):
-                    module.register_buffer(f"onnx_{name}{layer}", weight, persistent=False)
             # After the module's own class in the resolution order, so that a subclass of nn.LSTM keeps its
             # forward and reaches ours through super().
             lifted = next(lifted for base, lifted in _LIFTED.items() if isinstance(module, base))
@@ -137,6 +133,15 @@ def lift(model: nn.Module) -> Tape:
             module.unroll_tape = tape
             module.unroll_path = path or type(module).__name__
     return tape
+
+
+def take_weights(model: nn.Module) -> None:
+    """Keep the weights as ONNX wants them. After a forward, since a normalised weight is computed by one."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            for layer in range(module.num_layers):
+                for name, weight in zip("wrb", ops.layer_weights(module, _kind(module), layer), strict=True):
+                    module.register_buffer(f"onnx_{name}{layer}", weight, persistent=False)
 
 
 @dataclass(frozen=True, slots=True)

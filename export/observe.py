@@ -13,7 +13,7 @@ from bundle.manifest import RESERVED_NAMES
 from export.double import double_precision
 from export.errors import ExportError
 from export.inputs import check_inputs, state_arguments
-from export.lift import Call, Layout, call_count, lift
+from export.lift import Call, Layout, call_count, lift, take_weights
 from export.outputs import final_states, plan
 from export.samples import Samples, as_tensors
 from export.streaming import StreamingModule, attempt
@@ -31,6 +31,7 @@ def lift_model(model: nn.Module, example: dict[str, Any], batch_first: bool) -> 
         return tape.calls
 
     constants = state_arguments(example, record)
+    take_weights(model)
     inputs = check_inputs({key: value for key, value in example.items() if key not in constants}, batch_first)
     tape.start(None, None)
     samples = Samples({key: tensor.numpy() for key, tensor in inputs.items()})
@@ -100,14 +101,15 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
 
 def _initial_row(double: StreamingModule, samples: Samples) -> np.ndarray:
     """(state_size,) float32: what forward starts every sequence from. Raises ExportError(initial_state)."""
+    alike = {name: np.repeat(array, 2, axis=0) for name, array in samples.draw(1, 6, seed=21).items()}
     base: Tensor | None = None
-    for batch, time, seed, cause in (
-        (2, 6, 21, "row"),
-        (2, 6, 22, "input"),
-        (3, 6, 22, "batch size"),
-        (2, 9, 22, "length"),
+    for inputs, cause in (
+        (alike, "row's place in the batch"),
+        (samples.draw(2, 6, seed=22), "input"),
+        (samples.draw(3, 6, seed=22), "batch size"),
+        (samples.draw(2, 9, seed=22), "length"),
     ):
-        tensors = as_tensors(samples.draw(batch, time, seed), double=True)
+        tensors = as_tensors(inputs, double=True)
         with double_precision():
             _, calls = attempt("float64 inputs", partial(double.record, *tensors.values()))
         rows = double.layout.pack(calls, passed=True)

@@ -3,19 +3,20 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import onnx
 import onnxruntime
 import torch
 from onnxscript import opset20 as op
-from torch.export import Dim
 
 from bundle.golden import Arrays, RunFunction
 from export.errors import ExportError, first_line
 from export.samples import as_tensors
 from export.streaming import StreamingModule
+from export.tracing import Suspects, trace
 
 OPSET = 20
 
@@ -26,23 +27,19 @@ _PUBLIC = "public:"
 _TRANSPARENT = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Flatten"}
 
 
-def to_onnx(module: StreamingModule, inputs: Arrays) -> onnx.ModelProto:
-    """Trace `module` with `inputs`, each (batch, time, ...). Raises ExportError(not_exportable)."""
+def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, Suspects]:
+    """Trace `module` with `inputs`, each (batch, time, ...); also returns the sizes at which the graph may be wrong.
+
+    Raises ExportError(not_exportable).
+    """
     tensors = as_tensors(inputs, double=False)
     size, time = next(iter(inputs.values())).shape[:2]
-    batch, steps = Dim("batch", min=1), Dim("time", min=1)
     arguments = (torch.zeros(size, module.layout.size), torch.full((size,), time, dtype=torch.int32), *tensors.values())
     inputs_of_graph = ["state", "sequence_lens", *module.names]
     outputs_of_graph = [*(output.spec.name for output in module.outputs), "state_out"]
     with _quiet():
         try:
-            # Traced here, not by the exporter: it would take a branch on the length for a runtime check, and drop it.
-            traced = torch.export.export(
-                module,
-                arguments,
-                dynamic_shapes=({0: batch}, {0: batch}, tuple({0: batch, 1: steps} for _ in tensors)),
-                strict=False,
-            )
+            traced, suspects = trace(module, arguments)
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
@@ -64,7 +61,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> onnx.ModelProto:
     assert program is not None
     model = program.model_proto
     _rename(model.graph)
-    return _bare(model)
+    return _bare(model), suspects
 
 
 def _rename(graph: onnx.GraphProto) -> None:
@@ -188,11 +185,11 @@ def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about its own deprecations and logs every unusual constraint; a failure is raised anyway."""
+    """The exporter warns of deprecations, logs, and prints graphs it cannot follow; a failure is raised anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

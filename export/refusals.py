@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from export.errors import ExportError
 from export.outputs import leaves
 
+#: A bundle's graph is one protobuf message, of less than 2 GiB.
+_LARGEST = 2**31 - 2**24
+
 
 def check_modules(model: nn.Module) -> None:
     """Raises ExportError for a module or parameter that cannot be exported faithfully, naming it."""
@@ -39,6 +42,9 @@ def check_modules(model: nn.Module) -> None:
             raise ExportError(
                 "dtype", f"parameter {name!r} is {parameter.dtype}; export a float32 model (model.float())"
             )
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if size > _LARGEST:
+        raise ExportError("too_large", f"the parameters take {size / 2**30:.1f} GiB; a bundle holds less than 2 GiB")
 
 
 def check_steady(model: nn.Module, forward: Callable[[], Any]) -> Any:

@@ -1,5 +1,6 @@
 """Modules of many shapes as users write them, each with what export must make of it."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,29 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 Forward = Callable[..., Any]
 
 
-class Made(nn.Module):
-    """A module of the given parts; `run(self, *inputs)` is its forward, with arguments named as in `run`."""
-
-    def __init__(self, run: Forward, **parts: Any) -> None:
+class Parts(nn.Module):
+    def __init__(self, **parts: Any) -> None:
         super().__init__()
         for name, part in parts.items():
             setattr(self, name, part)
-        self.run = run
 
 
-def made(run: Forward, **parts: Any) -> nn.Module:
-    """Each gets a class of its own, since export reads the signature of forward."""
-    names = run.__code__.co_varnames[1 : run.__code__.co_argcount]
-    defaults = dict(zip(reversed(names), reversed(run.__defaults__ or ()), strict=False))
-    arguments = ", ".join(f"{n}={defaults[n]}" if n in defaults else n for n in names)
-    scope: dict[str, Any] = {}
-    exec(f"def forward(self, {arguments}): return self.run(self, {', '.join(names)})", scope)  # noqa: S102
-    return type("Made", (Made,), {"forward": scope["forward"]})(run, **parts)
+def made(forward: Forward, **parts: Any) -> nn.Module:
+    """A module of the given parts, with `forward(self, ...)` as its own."""
+    return type("Made", (Parts,), {"forward": forward})(**parts)
 
 
 @dataclass(frozen=True)
@@ -112,6 +106,17 @@ def running_mean(s: Any, x: Tensor) -> Tensor:
     return s.rnn(x - s.mean)[0]
 
 
+def flattened(s: Any, x: Tensor) -> Tensor:
+    s.rnn.flatten_parameters()
+    return s.rnn(x)[0]
+
+
+def remembers(s: Any, x: Tensor) -> Tensor:
+    """Writes an attribute that no later call reads."""
+    s.seen = s.rnn(x)[0]
+    return s.seen
+
+
 def zeros_passed(s: Any, x: Tensor) -> Tensor:
     h0 = torch.zeros(2, x.size(0), 6)
     out, _ = s.rnn(x, (h0, h0.clone()))
@@ -188,8 +193,20 @@ def half(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def quantized() -> nn.Module:
     module = made(per_step, rnn=lstm(), head=head())
-    # The class itself cannot be built without a backend; only its place counts.
+    # Only the place of its class counts.
     module.rnn.__class__ = type("LSTM", (nn.LSTM,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.rnn"})
+    return module
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still found in the wild
+        return made(per_step, rnn=torch.jit.script(gru()), head=head())
+
+
+def trained() -> nn.Module:
+    module = Stateful()
+    module(torch.randn(1, 3, 4))
     return module
 
 
@@ -218,7 +235,9 @@ SHAPES = [
         lambda: made(lambda s, x: s.rnn(x.transpose(0, 1))[0].transpose(0, 1), rnn=nn.LSTM(4, 6)),
     ),
     Shape("time first outside", lambda: made(lambda s, x: s.rnn(x)[0].permute(1, 2, 0), rnn=gru())),
-    Shape("last step by out", lambda: made(lambda s, x: s.head(s.rnn(x)[0][:, -1]), rnn=gru(), head=head()), ragged=False),
+    Shape(
+        "last step by out", lambda: made(lambda s, x: s.head(s.rnn(x)[0][:, -1]), rnn=gru(), head=head()), ragged=False
+    ),
     Shape("last step by h_n", lambda: made(lambda s, x: s.head(s.rnn(x)[1][-1]), rnn=gru(layers=2), head=head())),
     Shape("h_n alone", lambda: made(lambda s, x: s.rnn(x)[1][0][-1], rnn=lstm())),
     Shape("only the state itself", lambda: made(lambda s, x: s.rnn(x)[1], rnn=gru(layers=2))),
@@ -230,7 +249,11 @@ SHAPES = [
         lambda: made(state_dropped, rnn=lstm(layers=2), head=head()),
         lambda: {"x": torch.randn(2, 5, 4), "hc": (torch.full((2, 2, 6), 0.5), torch.full((2, 2, 6), -0.25))},
     ),
-    Shape("one module called twice", lambda: made(lambda s, x: s.rnn(s.rnn(x)[0])[0], rnn=gru(6, 6)), lambda: {"x": torch.randn(2, 5, 6)}),
+    Shape(
+        "one module called twice",
+        lambda: made(lambda s, x: s.rnn(s.rnn(x)[0])[0], rnn=gru(6, 6)),
+        lambda: {"x": torch.randn(2, 5, 6)},
+    ),
     Shape(
         "two inputs",
         lambda: made(lambda s, x, u: s.a(x)[0] + s.b(u)[0], a=gru(4, 6), b=lstm(3, 6)),
@@ -242,55 +265,272 @@ SHAPES = [
         outputs=("steps", "last", "choice"),
     ),
     Shape("tuple of outputs", lambda: made(lambda s, x: (s.rnn(x)[0], x * 2), rnn=gru()), outputs=("y0", "y1")),
-    Shape("named outputs", lambda: made(lambda s, x: (s.rnn(x)[0], x * 2), rnn=gru()), options={"output_names": ["a", "b"]}, outputs=("a", "b")),
+    Shape(
+        "named outputs",
+        lambda: made(lambda s, x: (s.rnn(x)[0], x * 2), rnn=gru()),
+        options={"output_names": ["a", "b"]},
+        outputs=("a", "b"),
+    ),
     Shape("a subclass of nn.GRU", lambda: Custom(4, 6, batch_first=True), lambda: {"input": torch.randn(2, 5, 4)}),
-    Shape("matrices as steps", lambda: made(lambda s, x: s.rnn(x.flatten(2))[0], rnn=gru(6, 5)), lambda: {"x": torch.randn(2, 5, 2, 3)}),
-    Shape("batch norm", lambda: made(lambda s, x: s.rnn(s.norm(x.transpose(1, 2)).transpose(1, 2))[0], norm=nn.BatchNorm1d(4), rnn=gru())),
+    Shape(
+        "matrices as steps",
+        lambda: made(lambda s, x: s.rnn(x.flatten(2))[0], rnn=gru(6, 5)),
+        lambda: {"x": torch.randn(2, 5, 2, 3)},
+    ),
+    Shape(
+        "batch norm",
+        lambda: made(
+            lambda s, x: s.rnn(s.norm(x.transpose(1, 2)).transpose(1, 2))[0], norm=nn.BatchNorm1d(4), rnn=gru()
+        ),
+    ),
     Shape("1x1 convolution", lambda: made(pointwise_conv, conv=nn.Conv1d(4, 4, 1), rnn=gru()), bit_exact=False),
-    Shape("inputs of wild scales", lambda: made(per_step, rnn=lstm(), head=head()), lambda: {"x": torch.randn(2, 7, 4) * torch.tensor([1e-3, 1.0, 30.0, 0.0])}),
+    Shape(
+        "inputs of wild scales",
+        lambda: made(per_step, rnn=lstm(), head=head()),
+        lambda: {"x": torch.randn(2, 7, 4) * torch.tensor([1e-3, 1.0, 30.0, 0.0])},
+    ),
+    Shape(
+        "one-hot integers",
+        lambda: made(lambda s, x: s.rnn(functional.one_hot(x, 4).float())[0], rnn=gru()),
+        lambda: {"x": torch.randint(0, 4, (2, 5))},
+    ),
+    Shape("weight norm", lambda: made(per_step, rnn=parametrizations.weight_norm(gru(), "weight_hh_l0"), head=head())),
+    Shape(
+        "spectral norm by hook", lambda: made(per_step, rnn=nn.utils.spectral_norm(lstm(), "weight_hh_l0"), head=head())
+    ),
+    Shape("weights flattened in forward", lambda: made(flattened, rnn=gru())),
+    Shape(
+        "names the exporter uses itself",
+        lambda: made(lambda s, transpose: s.rnn(transpose)[0], rnn=gru()),
+        lambda: {"transpose": torch.randn(2, 5, 4)},
+    ),
+    Shape("an input that is an output", lambda: made(lambda s, x: (s.rnn(x)[0], x), rnn=gru()), outputs=("y0", "y1")),
+    Shape(
+        "a mask",
+        lambda: made(lambda s, x, mask: s.rnn(x)[0] * mask[..., None], rnn=gru()),
+        lambda: {"x": torch.randn(2, 5, 4), "mask": torch.rand(2, 5) > 0.5},
+    ),
+    Shape(
+        "an example of zeros, one step",
+        lambda: made(per_step, rnn=gru(), head=head()),
+        lambda: {"x": torch.zeros(1, 1, 4)},
+    ),
+    Shape("an attribute written for inspection", lambda: made(remembers, rnn=gru())),
     # Exported for whole sequences, with the reason.
-    Shape("bidirectional LSTM", lambda: made(per_step, rnn=lstm(layers=2, bidirectional=True), head=head(12)), streams=False, says="layer 'rnn' is bidirectional"),
-    Shape("bidirectional GRU", lambda: made(per_step, rnn=gru(bidirectional=True), head=head(12)), streams=False, says="layer 'rnn' is bidirectional"),
-    Shape("bidirectional RNN", lambda: made(per_step, rnn=rnn(bidirectional=True), head=head(12)), streams=False, says="layer 'rnn' is bidirectional"),
-    Shape("mean over time", lambda: made(lambda s, x: s.head(s.rnn(x)[0].mean(1)), rnn=gru(), head=head()), streams=False, ragged=False, says="how the sequence is cut"),
-    Shape("maximum over time", lambda: made(lambda s, x: s.rnn(x)[0].amax(1), rnn=gru()), streams=False, ragged=False, says="after layer 'rnn'"),
-    Shape("causal convolution", lambda: made(causal, conv=nn.Conv1d(4, 4, 3), rnn=gru()), streams=False, bit_exact=False, says="before layer 'conv' (Conv1d)"),
-    Shape("centred convolution", lambda: made(pointwise_conv, conv=nn.Conv1d(4, 4, 3, padding=1), rnn=gru()), streams=False, ragged=False, bit_exact=False, says="later time steps (at layer 'conv' (Conv1d))"),
-    Shape("cumulative sum", lambda: made(lambda s, x: s.rnn(x.cumsum(1))[0], rnn=gru()), streams=False, says="before layer 'rnn'"),
-    Shape("attention over time", lambda: made(attention, rnn=gru()), streams=False, ragged=False, says="later time steps"),
-    Shape("causal attention", lambda: made(causal_attention, rnn=gru()), streams=False, bit_exact=False, says="how the sequence is cut"),
+    Shape(
+        "bidirectional LSTM",
+        lambda: made(per_step, rnn=lstm(layers=2, bidirectional=True), head=head(12)),
+        streams=False,
+        says="layer 'rnn' is bidirectional",
+    ),
+    Shape(
+        "bidirectional GRU",
+        lambda: made(per_step, rnn=gru(bidirectional=True), head=head(12)),
+        streams=False,
+        says="layer 'rnn' is bidirectional",
+    ),
+    Shape(
+        "bidirectional RNN",
+        lambda: made(per_step, rnn=rnn(bidirectional=True), head=head(12)),
+        streams=False,
+        says="layer 'rnn' is bidirectional",
+    ),
+    Shape(
+        "mean over time",
+        lambda: made(lambda s, x: s.head(s.rnn(x)[0].mean(1)), rnn=gru(), head=head()),
+        streams=False,
+        ragged=False,
+        says="how the sequence is cut",
+    ),
+    Shape(
+        "maximum over time",
+        lambda: made(lambda s, x: s.rnn(x)[0].amax(1), rnn=gru()),
+        streams=False,
+        ragged=False,
+        says="after layer 'rnn'",
+    ),
+    Shape(
+        "causal convolution",
+        lambda: made(causal, conv=nn.Conv1d(4, 4, 3), rnn=gru()),
+        streams=False,
+        bit_exact=False,
+        says="before layer 'conv' (Conv1d)",
+    ),
+    Shape(
+        "centred convolution",
+        lambda: made(pointwise_conv, conv=nn.Conv1d(4, 4, 3, padding=1), rnn=gru()),
+        streams=False,
+        ragged=False,
+        bit_exact=False,
+        says="later time steps (at layer 'conv' (Conv1d))",
+    ),
+    Shape(
+        "cumulative sum",
+        lambda: made(lambda s, x: s.rnn(x.cumsum(1))[0], rnn=gru()),
+        streams=False,
+        says="before layer 'rnn'",
+    ),
+    Shape(
+        "attention over time", lambda: made(attention, rnn=gru()), streams=False, ragged=False, says="later time steps"
+    ),
+    Shape(
+        "causal attention",
+        lambda: made(causal_attention, rnn=gru()),
+        streams=False,
+        bit_exact=False,
+        says="how the sequence is cut",
+    ),
     Shape("look-ahead", lambda: made(ahead, rnn=gru()), streams=False, ragged=False, says="later time steps"),
-    Shape("flipped in time", lambda: made(lambda s, x: s.rnn(x.flip(1))[0].flip(1), rnn=gru()), streams=False, ragged=False, says="later time steps"),
-    Shape("position in the sequence", lambda: made(lambda s, x: s.rnn(x + torch.arange(x.shape[1])[:, None] * 0.1)[0], rnn=gru()), streams=False, says="how the sequence is cut"),
+    Shape(
+        "flipped in time",
+        lambda: made(lambda s, x: s.rnn(x.flip(1))[0].flip(1), rnn=gru()),
+        streams=False,
+        ragged=False,
+        says="later time steps",
+    ),
+    Shape(
+        "position in the sequence",
+        lambda: made(lambda s, x: s.rnn(x + torch.arange(x.shape[1])[:, None] * 0.1)[0], rnn=gru()),
+        streams=False,
+        says="how the sequence is cut",
+    ),
     # Refused.
     Shape("proj_size", lambda: made(per_step, rnn=lstm(proj_size=3), head=head(3)), refused="projection", says="'rnn'"),
-    Shape("LSTMCell", lambda: made(lambda s, x: s.cell(x[:, 0])[0], cell=nn.LSTMCell(4, 6)), refused="recurrent_cell", says="'cell'"),
+    Shape(
+        "LSTMCell",
+        lambda: made(lambda s, x: s.cell(x[:, 0])[0], cell=nn.LSTMCell(4, 6)),
+        refused="recurrent_cell",
+        says="'cell'",
+    ),
     Shape("packed", lambda: made(packed, rnn=gru()), refused="packed_sequence", says="'rnn'"),
     Shape("no recurrent layer", lambda: made(lambda s, x: s.head(x), head=head(4)), refused="no_recurrent_layer"),
-    Shape("a recurrent layer never called", lambda: made(lambda s, x: s.head(x), rnn=gru(), head=head(4)), refused="no_recurrent_layer"),
-    Shape("float64", lambda: half(made(per_step, rnn=gru(), head=head()), torch.float64), refused="dtype", says="float64"),
-    Shape("float16", lambda: half(made(per_step, rnn=gru(), head=head()), torch.float16), refused="dtype", says="float16"),
-    Shape("float64 input", lambda: made(per_step, rnn=gru(), head=head()), lambda: {"x": torch.randn(2, 5, 4).double()}, refused="dtype", says="'x'"),
+    Shape(
+        "a recurrent layer never called",
+        lambda: made(lambda s, x: s.head(x), rnn=gru(), head=head(4)),
+        refused="no_recurrent_layer",
+    ),
+    Shape(
+        "float64", lambda: half(made(per_step, rnn=gru(), head=head()), torch.float64), refused="dtype", says="float64"
+    ),
+    Shape(
+        "float16", lambda: half(made(per_step, rnn=gru(), head=head()), torch.float16), refused="dtype", says="float16"
+    ),
+    Shape(
+        "float64 input",
+        lambda: made(per_step, rnn=gru(), head=head()),
+        lambda: {"x": torch.randn(2, 5, 4).double()},
+        refused="dtype",
+        says="'x'",
+    ),
+    Shape("scripted", scripted, refused="scripted", says="'rnn'"),
+    Shape("kept from training", trained, refused="not_copyable"),
     Shape("quantized", quantized, refused="quantized", says="'rnn'"),
-    Shape("unbatched", lambda: made(per_step, rnn=gru(), head=head()), lambda: {"x": torch.randn(5, 4)}, refused="unbatched", says="'rnn'"),
+    Shape(
+        "unbatched",
+        lambda: made(per_step, rnn=gru(), head=head()),
+        lambda: {"x": torch.randn(5, 4)},
+        refused="unbatched",
+        says="'rnn'",
+    ),
     Shape("state in self.h", Stateful, refused="keeps_state", says="'h'"),
-    Shape("running mean in a buffer", lambda: made(running_mean, rnn=gru(), mean=nn.Buffer(torch.zeros(()))), refused="keeps_state", says="'mean'"),
-    Shape("random numbers", lambda: made(lambda s, x: s.rnn(x + torch.randn_like(x))[0], rnn=gru()), refused="not_deterministic"),
-    Shape("initial state from the input", lambda: made(from_input, rnn=gru(), start=nn.Linear(4, 6)), refused="initial_state", says="'rnn'"),
+    Shape(
+        "running mean in a buffer",
+        lambda: made(running_mean, rnn=gru(), mean=nn.Buffer(torch.zeros(()))),
+        refused="keeps_state",
+        says="'mean'",
+    ),
+    Shape(
+        "random numbers",
+        lambda: made(lambda s, x: s.rnn(x + torch.randn_like(x))[0], rnn=gru()),
+        refused="not_deterministic",
+    ),
+    Shape(
+        "initial state from the input",
+        lambda: made(from_input, rnn=gru(), start=nn.Linear(4, 6)),
+        refused="initial_state",
+        says="'rnn' depends on the input",
+    ),
     Shape("initial state from the length", lambda: made(by_length, rnn=gru()), refused="initial_state", says="length"),
-    Shape("encoder and decoder", lambda: made(encoder_decoder, encoder=gru(), decoder=gru()), refused="initial_state", says="'decoder'"),
-    Shape("rows of a given state differ", lambda: made(state_dropped, rnn=gru(), head=head()), lambda: {"x": torch.randn(2, 5, 4), "hc": torch.randn(1, 2, 6)}, refused="initial_state", says="'hc'"),
+    Shape(
+        "encoder and decoder",
+        lambda: made(encoder_decoder, encoder=gru(), decoder=gru()),
+        refused="initial_state",
+        says="'decoder'",
+    ),
+    Shape(
+        "rows of a given state differ",
+        lambda: made(state_dropped, rnn=gru(), head=head()),
+        lambda: {"x": torch.randn(2, 5, 4), "hc": torch.randn(1, 2, 6)},
+        refused="initial_state",
+        says="'hc'",
+    ),
     Shape("loop over time", lambda: made(loop, rnn=gru()), refused="calls_depend_on_time", says="'rnn'"),
     Shape("mean over the batch", lambda: made(lambda s, x: s.rnn(x - x.mean(0))[0], rnn=gru()), refused="rows_mixed"),
-    Shape("batch taken for time", lambda: made(per_step, rnn=nn.GRU(4, 6), head=head()), refused="layer_axes", says="batch_first=False"),
-    Shape("every second step", lambda: made(lambda s, x: s.rnn(x[:, ::2])[0], rnn=gru()), refused="layer_axes", says="'rnn'"),
-    Shape("a sequence per sensor", lambda: made(lambda s, x: s.rnn(x.flatten(0, 1))[0], rnn=gru()), lambda: {"x": torch.randn(2, 5, 7, 4)}, refused="layer_axes"),
+    Shape(
+        "batch taken for time",
+        lambda: made(per_step, rnn=nn.GRU(4, 6), head=head()),
+        refused="layer_axes",
+        says="batch_first=False",
+    ),
+    Shape(
+        "every second step",
+        lambda: made(lambda s, x: s.rnn(x[:, ::2])[0], rnn=gru()),
+        refused="layer_axes",
+        says="'rnn'",
+    ),
+    Shape(
+        "a sequence per sensor",
+        lambda: made(lambda s, x: s.rnn(x.flatten(0, 1))[0], rnn=gru()),
+        lambda: {"x": torch.randn(2, 5, 7, 4)},
+        refused="layer_axes",
+    ),
     Shape("shorter output", lambda: made(lambda s, x: s.rnn(x)[0][:, 1:], rnn=gru()), refused="output", says="length"),
     Shape("batch and time folded", lambda: made(lambda s, x: s.rnn(x)[0].flatten(0, 1), rnn=gru()), refused="output"),
-    Shape("a number as output", lambda: made(lambda s, x: (s.rnn(x)[0], 1.5), rnn=gru()), refused="output", says="float"),
-    Shape("an input without time", lambda: made(lambda s, x, u: s.rnn(x)[0] + u[:, None], rnn=gru()), lambda: {"x": torch.randn(2, 5, 4), "u": torch.randn(2, 6)}, refused="batch_time"),
-    Shape("a name forward lacks", lambda: made(per_step, rnn=gru(), head=head()), lambda: {"z": torch.randn(2, 5, 4)}, refused="input"),
+    Shape(
+        "a number as output", lambda: made(lambda s, x: (s.rnn(x)[0], 1.5), rnn=gru()), refused="output", says="float"
+    ),
+    Shape(
+        "an input without time",
+        lambda: made(lambda s, x, u: s.rnn(x)[0] + u[:, None], rnn=gru()),
+        lambda: {"x": torch.randn(2, 5, 4), "u": torch.randn(2, 6)},
+        refused="batch_time",
+    ),
+    Shape(
+        "one integer value only",
+        lambda: made(lambda s, x: s.rnn(functional.one_hot(x, 4).float())[0], rnn=gru()),
+        lambda: {"x": torch.zeros(2, 5, dtype=torch.int64)},
+        refused="input",
+        says="one value",
+    ),
+    Shape(
+        "a name forward lacks",
+        lambda: made(per_step, rnn=gru(), head=head()),
+        lambda: {"z": torch.randn(2, 5, 4)},
+        refused="input",
+    ),
     Shape("NaN", lambda: made(lambda s, x: s.rnn(x)[0].log(), rnn=gru()), refused="not_finite"),
-    Shape("a branch on values", lambda: made(lambda s, x: s.rnn(x)[0] * (2 if x.sum() > 0 else 3), rnn=gru()), refused="rows_mixed|not_exportable"),
-    Shape("fixed length", lambda: made(lambda s, x: s.head(s.rnn(x)[0].flatten(1)), rnn=gru(), head=nn.Linear(42, 2)), refused="forward_failed"),
-]  # fmt: skip
+    Shape(
+        "a branch on values",
+        lambda: made(lambda s, x: s.rnn(x)[0] * (2 if x.sum() > 0 else 3), rnn=gru()),
+        refused="not_exportable",
+    ),
+    Shape(
+        "a branch on the length",
+        lambda: made(lambda s, x: s.rnn(x[:, -50:] if x.shape[1] > 50 else x)[0], rnn=gru()),
+        refused="not_exportable",
+        says="time",
+    ),
+    Shape(
+        "a table of positions",
+        lambda: made(
+            lambda s, x: s.rnn(x + s.table[: x.shape[1]])[0], rnn=gru(), table=nn.Parameter(torch.randn(30, 4))
+        ),
+        refused="not_exportable",
+        says="time",
+    ),
+    Shape(
+        "fixed length",
+        lambda: made(lambda s, x: s.head(s.rnn(x)[0].flatten(1)), rnn=gru(), head=nn.Linear(42, 2)),
+        refused="forward_failed",
+    ),
+]

@@ -70,7 +70,7 @@ def _orders(tensor: torch.Tensor) -> list[tuple[int, ...]]:
 def test_refused(shape: Shape, tmp_path: Path) -> None:
     with pytest.raises(ExportError) as refusal:
         export(shape.build(), shape.example(), name="m", repository=tmp_path, **shape.options)
-    assert refusal.value.code in shape.refused.split("|")
+    assert refusal.value.code == shape.refused, refusal.value
     assert shape.says in str(refusal.value)
     assert len(str(refusal.value)) < 400
     assert list(tmp_path.iterdir()) == []

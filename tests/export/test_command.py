@@ -1,0 +1,152 @@
+"""The command line: what it leaves on disk, what it prints, and its exit code."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import bundle
+import unroll
+from export.load import InputSpec, from_factory
+from models.stacked_rnn import StackedRNN, StackedRNNConfig
+
+SOURCE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, bidirectional=False):
+        super().__init__()
+        self.embed = nn.Embedding(17, 4)
+        self.rnn = nn.LSTM(4, 6, batch_first=True, bidirectional=bidirectional)
+
+    def forward(self, token):
+        return self.rnn(self.embed(token))[0]
+
+def both_ways():
+    return Net(bidirectional=True)
+
+def broken():
+    raise RuntimeError("no such file")
+
+def projected():
+    return nn.LSTM(4, 6, proj_size=2, batch_first=True)
+
+nothing = dict
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "usermodel.py").write_text(SOURCE)
+    monkeypatch.delitem(sys.modules, "usermodel", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    return unroll.main(["export", *arguments])
+
+
+def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = StackedRNNConfig(cell="gru", hidden_size=6, layers=2, output_size=3, input_size=4, dropout=0.1)
+    StackedRNN(config).save(folder / "small")
+
+    assert run("small.safetensors", "--repository", "models") == 0
+
+    manifest = bundle.read(folder / "models/small/1").manifest
+    assert [(spec.name, spec.shape) for spec in manifest.inputs] == [("x", (4,))]
+    printed = capsys.readouterr().out
+    assert "finding out whether it streams ..." in printed
+    assert "streaming yes" in printed
+    assert "tolerance" in printed
+
+    before = (folder / "models/small/1/manifest.json").read_bytes()
+    assert run("small", "--repository", "models") == 1
+    assert "bundle: " in capsys.readouterr().err
+    assert (folder / "models/small/1/manifest.json").read_bytes() == before
+    assert run("small", "--repository", "models", "--replace") == 0
+    # The same model gives the same bytes, so the digest that sessions are bound to stays.
+    assert bundle.read(folder / "models/small/1").manifest.digest == manifest.digest
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module, _ = from_factory("usermodel:Net", None, [InputSpec.parse("token:int64:")])
+    weights, path = module.state_dict(), folder / f"weights{suffix}"
+    safetensors.torch.save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
+
+    code = run(
+        "usermodel:both_ways" if suffix == ".pt" else "usermodel:Net",
+        *("--weights", str(path), "--input", "token:int64:", "--name", "net", "--version", "3", "--repository", "out"),
+    )
+
+    printed = capsys.readouterr()
+    if suffix == ".pt":  # the weights of one direction only
+        assert (code, (folder / "out").exists()) == (1, False)
+        assert "checkpoint: " in printed.err
+        assert "reverse" in printed.err
+    else:
+        assert code == 0
+        manifest = bundle.read(folder / "out/net/3").manifest
+        assert (manifest.inputs[0].limit, manifest.inputs[0].shape) == (17, ())
+        onnx_bytes = (folder / "out/net/3/model.onnx").read_bytes()
+        assert weights["embed.weight"].numpy().tobytes() in onnx_bytes
+
+
+def test_not_streamable_is_exported_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("usermodel:both_ways", "--input", "token:int64:", "--name", "b", "--repository", "out") == 0
+    assert "streaming NO: layer 'rnn' is bidirectional" in capsys.readouterr().out
+
+
+TOKEN = ("--input", "token:int64:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("usermodel:Net", "--name", "n"), 1, "input: "),
+        (("usermodel:Net", "--input", "token:int64", "--name", "n"), 2, "NAME:DTYPE:SHAPE"),
+        (("usermodel:Net", "--input", "token:float16:3", "--name", "n"), 2, "NAME:DTYPE:SHAPE"),
+        (("usermodel:Net", "--input", "x:int64:", "--name", "n"), 1, "input: "),
+        (("usermodel:Net", *TOKEN, "--name", "n", "--weights", "none.pt"), 1, "checkpoint: "),
+        (("usermodel:Net", *TOKEN, "--name", "../n"), 1, "bundle: "),
+        (("usermodel:Net", *TOKEN, "--name", "n", "--version", "01"), 1, "bundle: "),
+        (("usermodel:Other", *TOKEN, "--name", "n"), 1, "checkpoint: "),
+        (("usermodel:broken", *TOKEN, "--name", "n"), 1, "no such file"),
+        (("usermodel:nothing", *TOKEN, "--name", "n"), 1, "checkpoint: "),
+        (("nowhere:Net", *TOKEN, "--name", "n"), 1, "checkpoint: "),
+        (("usermodel:projected", "--input", "input:float32:4", "--name", "n"), 1, "projection: "),
+        (("missing",), 1, "checkpoint: "),
+        (("missing", *TOKEN), 1, "checkpoint: "),
+        (("--nonsense",), 2, "usage"),
+    ],
+)
+def test_refused(folder: Path, capsys, arguments: tuple[str, ...], code: int, says: str) -> None:
+    assert run(*arguments, "--repository", "out") == code
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert "Traceback" not in printed.err
+    assert not (folder / "out").exists()
+
+
+def test_nothing_is_written_when_parity_fails(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.parity._tolerance", lambda own, expected: 0.0)
+    assert run("usermodel:Net", *TOKEN, "--name", "n", "--repository", "out") == 1
+    assert "parity: " in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_help(capsys) -> None:
+    assert run("--help") == 0
+    assert "MODULE:FACTORY" in capsys.readouterr().out
+
+
+def test_a_factory_may_be_the_module_itself(folder: Path) -> None:
+    (folder / "instance.py").write_text("from torch import nn\nmodel = nn.GRU(2, 3, batch_first=True)\n")
+    module, example = from_factory("instance:model", None, [InputSpec.parse("input:float32:2")])
+    assert isinstance(module, nn.GRU)
+    assert example["input"].shape == (2, 16, 2)
