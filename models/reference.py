@@ -10,6 +10,7 @@ layer over the whole sequence, or step by step through all layers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -123,5 +124,11 @@ def layers_of(module: nn.RNNBase) -> list[Layer]:
     cell = {"GRU": gru, "LSTM": lstm, "RNN_TANH": rnn}.get(module.mode)
     if cell is None or module.bidirectional or module.proj_size:
         raise ValueError(f"no equations here for {module}")
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return [Layer(cell, *(getattr(module, f"{name}_l{i}", None) for name in names)) for i in range(module.num_layers)]
+
+    def weight(name: str, i: int) -> Any:
+        return getattr(module, f"{name}_l{i}", None)  # None: a module without biases
+
+    return [
+        Layer(cell, weight("weight_ih", i), weight("weight_hh", i), weight("bias_ih", i), weight("bias_hh", i))
+        for i in range(module.num_layers)
+    ]
