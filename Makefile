@@ -1,0 +1,63 @@
+# `make` alone lists the targets. pip's own configuration applies to all of them.
+PYTHON  ?= python3
+PORT    ?= 8000
+RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),gpu,cpu)
+BIN     := .venv/bin
+# Where there is an NVIDIA driver, serving also wants the CUDA libraries, which come as wheels.
+ifneq ($(wildcard /proc/driver/nvidia/version),)
+CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install run stop test check format train bundles bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: .venv/.installed ## .venv with everything: serving, export, training, tests
+
+run: .venv-serve/.installed ## serve the example bundles on :8000 and run the demo (PORT=8001, DETACH=1)
+	@.venv-serve/bin/python -m examples.run --port $(PORT) $(if $(filter-out 0,$(DETACH)),--detach)
+
+stop: ## end the server that `make run DETACH=1` left running
+	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m examples.run --stop
+
+test: install ## run the tests
+	$(BIN)/python -m pytest
+
+check: install ## format, lint, types and the layers' contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## rewrite the files as `make check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: install ## train the two example models again (minutes)
+	$(BIN)/python -m models.training.co2
+	$(BIN)/python -m models.training.co2 --write-expected
+	$(BIN)/python -m models.training.bytes
+
+bundles: install ## export the trained examples into examples/repository
+	$(BIN)/python -m examples.bundles
+
+bench: install ## measure steps per second
+	$(BIN)/python -m bench.steps
+
+clean: ## remove environments, caches and build outputs
+	rm -rf .venv .venv-serve .run .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	@echo 'Installing everything into .venv, once (minutes if PyTorch is to be downloaded) ...'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),export,train,test]'
+	@touch $@
+
+.venv-serve/.installed: pyproject.toml constraints.txt
+	@echo 'Installing what serving needs into .venv-serve, once ...'
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME)]' $(CUDA)
+	@touch $@

@@ -1,0 +1,210 @@
+"""`unroll demo`: 43 years of weekly CO₂ measurements through one session of a running server, compared with PyTorch.
+
+Needs no torch: PyTorch's own forecasts lie beside the measurements in `expected.safetensors`.
+"""
+
+import argparse
+import io
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from examples.client import Client, RemoteSession, ServerError
+from examples.display import display
+from models import mauna_loa
+from models.mauna_loa import Series
+
+MODEL = "co2"
+EXAMPLE = Path(__file__).parent / "co2"
+
+#: The forecaster was trained on the years up to this one.
+LAST_TRAINING_YEAR = 1990
+#: With --quick, the weeks sent one by one; those before go in one request.
+QUICK_WEEKS = 520
+
+
+class DemoFailed(Exception):
+    """The example is incomplete, or the server's answers are not what they must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """The measurements, and what PyTorch makes of them; forecasts[i] is for week i + 1."""
+
+    series: Series
+    float32: np.ndarray  # (weeks,)
+    float64: np.ndarray  # (weeks,)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Raises DemoFailed."""
+        try:
+            series = mauna_loa.read(folder / "co2.csv")
+            expected = load((folder / "expected.safetensors").read_bytes())
+            inputs, single, double = (expected[name][:, 0] for name in ("input", "float32", "float64"))
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise DemoFailed(f"{folder} does not hold the example: {error}") from error
+        if not np.array_equal(inputs, series.ppm):
+            raise DemoFailed(f"{folder}: expected.safetensors belongs to other measurements than co2.csv")
+        return cls(series, single, double)
+
+    @property
+    def rounding(self) -> float:
+        """Largest difference between PyTorch in float32 and in float64, in ppm."""
+        return float(np.abs(self.float32 - self.float64).max())
+
+    @property
+    def unit(self) -> float:
+        """One unit in the last place of a float32 as large as the largest measurement, in ppm."""
+        return float(np.spacing(self.series.ppm.max()))
+
+    @property
+    def tolerance(self) -> float:
+        """The bound that export uses too: four times PyTorch's own rounding, and a floor for the output's scale."""
+        return 4 * self.rounding + self.unit
+
+    def judged(self) -> np.ndarray:
+        """Weeks whose forecast is fair to judge: held out from training, measured, and so was the week before."""
+        measured = ~self.series.interpolated
+        held_out = np.array([day.year > LAST_TRAINING_YEAR for day in self.series.dates])
+        return np.flatnonzero(held_out[1:] & measured[1:] & measured[:-1]) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What the server answered, week by week; `singles` requests of one week took `seconds`."""
+
+    forecasts: np.ndarray  # (weeks,) float32
+    singles: int
+    seconds: float
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 if the served forecasts are PyTorch's, 1 with the reason if not or if there is no server."""
+    options = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for the bars
+    try:
+        example = Example.read(options.example)
+        with Client(options.url) as client:
+            exact = _check_server(client)
+            with client.open_session(MODEL) as session:
+                streamed = stream(session, example, quick=options.quick)
+                _retry(session, example, streamed)
+            whole = client.sequence(MODEL, _raw(example.series.ppm))
+    except (DemoFailed, ServerError) as error:
+        print(f"unroll demo: {error}", file=sys.stderr)
+        return 1
+    faults = report(example, streamed, np.frombuffer(whole, "<f4"), exact=exact)
+    for fault in faults:
+        print(f"unroll demo: {fault}", file=sys.stderr)
+    if not faults:
+        print(f"""
+By hand: open a session, send it two weeks, ask where it is; the same weeks as a whole sequence; take the session's
+state away as a file and go on from it in a new one; the model as the Open Inference Protocol sees it.
+
+{commands(client.url)}""")
+    return 1 if faults else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unroll demo", description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (%(default)s)")
+    parser.add_argument(
+        "--example", type=Path, default=EXAMPLE, metavar="DIR", help="folder of co2.csv and expected.safetensors"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"week by week only for the last {QUICK_WEEKS} weeks")
+    return parser
+
+
+def _check_server(client: Client) -> bool:
+    """Is it there, ready, and has it the model? Returns whether the model's bits must not depend on chunking."""
+    try:
+        client.get("/readyz")
+        model = client.get(f"/v1/models/{MODEL}")
+    except ServerError as error:
+        hint = "start one with `make run`, or `unroll serve --repository examples/repository`"
+        if error.code == "model_unknown":
+            hint = f"the demo needs the model {MODEL!r}: unroll serve --repository examples/repository"
+        raise ServerError(f"{error}\n{hint}", error.code) from error
+    return bool(model["bit_exact"] and model["provider"] == "CPUExecutionProvider")
+
+
+def stream(session: RemoteSession, example: Example, *, quick: bool = False) -> Streamed:
+    """The whole series through one session, a request a week; the server holds the state in between."""
+    ppm = example.series.ppm
+    forecasts = np.empty(len(ppm), np.float32)
+    head = max(0, len(ppm) - QUICK_WEEKS) if quick else 0
+    if head:
+        forecasts[:head] = np.frombuffer(session.steps(_raw(ppm[:head])), "<f4")
+    print(
+        f"CO₂ at Mauna Loa, week by week from {example.series.dates[head]}; each forecast was made the week before.\n"
+    )
+    shown = display(sys.stdout, example.series.dates, ppm, head)
+    started = time.perf_counter()
+    for week in range(head, len(ppm)):
+        if week:
+            shown.show(week, forecasts)
+        forecasts[week] = np.frombuffer(session.steps(_raw(ppm[week : week + 1])), "<f4")[0]
+    return Streamed(forecasts, len(ppm) - head, time.perf_counter() - started)
+
+
+def _retry(session: RemoteSession, example: Example, streamed: Streamed) -> None:
+    """Send the last step once more, as a client does whose connection broke before the answer came."""
+    weeks = len(example.series.ppm)
+    again = session.steps(_raw(example.series.ppm[-1:]), position=weeks - 1)
+    if again != _raw(streamed.forecasts[-1:]) or session.position != weeks:
+        raise DemoFailed(f"a repeated step was not answered as the first time (position {session.position})")
+
+
+def _raw(values: np.ndarray) -> bytes:
+    return values.astype("<f4").tobytes()
+
+
+def report(example: Example, streamed: Streamed, whole: np.ndarray, *, exact: bool) -> list[str]:
+    """Print the figures; returns what is not as it must be. `exact`: streamed and whole must agree in every bit."""
+    ppm, served, judged = example.series.ppm.astype(np.float64), streamed.forecasts, example.judged()
+    error = np.abs(served[judged - 1] - ppm[judged]).mean()
+    persistence = np.abs(ppm[judged - 1] - ppm[judged]).mean()
+    single, double = (float(np.abs(served - torch).max()) for torch in (example.float32, example.float64))
+    equal = np.array_equal(served, whole)
+    print(f"""
+{len(ppm)} weeks through one session, {streamed.singles} of them one request each: {streamed.seconds:.2f} s, \
+{streamed.singles / streamed.seconds:.0f} steps/s on one connection
+
+Forecast one week ahead, {len(judged)} measured weeks after {LAST_TRAINING_YEAR}, none of them trained on
+  mean absolute error     {error:.3f} ppm; saying "as this week" {persistence:.3f} ppm
+Against PyTorch, all {len(ppm)} weeks
+  max |served - float64|  {double:.1e} ppm; tolerance {example.tolerance:.1e}: 4 x PyTorch float32's own \
+{example.rounding:.1e}, and one float32 unit {example.unit:.1e}
+  max |served - float32|  {single:.1e} ppm
+Streamed = whole          {"yes, bit for bit" if equal else f"differs by {np.abs(served - whole).max():.1e} ppm"}
+Last step sent twice      same answer, applied once""")
+    faults = []
+    if not double <= example.tolerance:
+        faults.append(f"the served forecasts differ from PyTorch by {double:.1e} ppm, beyond {example.tolerance:.1e}")
+    if not equal and (exact or not np.abs(served - whole).max() <= example.tolerance):
+        faults.append("the streamed forecasts are not those of the whole sequence")
+    return faults
+
+
+def commands(url: str) -> str:
+    """Lines for a shell that show the API; a new session each time, so that they work again."""
+    session, post = f"try-{secrets.token_hex(2)}", "curl -sw '\\n' -H 'content-type: application/json'"
+    model = f"{url}/v1/models/{MODEL}"
+    # No comments between the lines: an interactive zsh takes them for commands.
+    return f"""\
+{post} {model}/sessions -d '{{"session_id": "{session}"}}'
+{post} {model}/sessions/{session}/steps -d '{{"inputs": [[371.2], [371.5]], "position": 0}}'
+curl -sw '\\n' {model}/sessions/{session}
+{post} {model}/sequences -d '{{"inputs": [[[371.2], [371.5]]]}}'
+curl -s {model}/sessions/{session}/state -o /tmp/co2.state
+curl -sw '\\n' -H 'content-type: application/octet-stream' {model}/sessions --data-binary @/tmp/co2.state
+curl -sw '\\n' {url}/v2/models/{MODEL}"""

@@ -1,0 +1,169 @@
+"""`make run` and `make stop`: start a server of the example bundles, show the demo, leave the server running.
+
+python -m examples.run [--port 8000] [--detach]      start, wait until ready, demo; then until Ctrl-C, or at once
+python -m examples.run --stop                        end what `--detach` left running
+"""
+
+import argparse
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from examples import demo
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY = ROOT / "examples" / "repository"
+#: In the current directory.
+RUN = Path(".run")
+#: Holds the server's process id, and is locked by the server for its life: an id alone may be another's by now.
+PID_FILE = RUN / "server.pid"
+LOG = RUN / "server.log"
+
+_HOST = "127.0.0.1"
+_READY_SECONDS = 60.0
+_STOP_SECONDS = 15.0
+_POLL_SECONDS = 0.1
+
+
+class NotStarted(Exception):
+    """Why there is no server, and what to do about it."""
+
+
+def main(argv: list[str]) -> int:
+    options = _parser().parse_args(argv)
+    RUN.mkdir(exist_ok=True)
+    if options.stop:
+        return stop()
+    url = f"http://{_HOST}:{options.port}"
+    try:
+        server = start(options.repository, options.port)
+    except NotStarted as error:
+        print(f"make run: {error}", file=sys.stderr)
+        return 1
+    try:
+        _wait_until_ready(server, url)
+        status = demo.main(["--url", url])
+        print(f"\nServing on {url}: try {url}/docs for the API, {url}/metrics for its figures. Log: {LOG}.")
+        if options.detach:
+            print(f"Process {server.pid}; `make stop` ends it.")
+            return status
+        print("Ctrl-C ends it.", flush=True)
+        ended = server.wait()
+        print(f"the server ended with status {ended}; see {LOG}", file=sys.stderr)
+        return ended or status
+    except NotStarted as error:
+        print(f"make run: {error}", file=sys.stderr)
+        end(server)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopping ...")
+        return end(server)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m examples.run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR")
+    parser.add_argument("--detach", action="store_true", help="return after the demo; the server goes on")
+    parser.add_argument("--stop", action="store_true", help="end the server that --detach left running")
+    return parser
+
+
+def start(repository: Path, port: int) -> subprocess.Popen[bytes]:
+    """A server in a session of its own, so that Ctrl-C reaches only this process, which then ends it in order."""
+    with PID_FILE.open("a+") as file:
+        if not _lock(file):
+            raise NotStarted(f"a server from here is running (process {_pid()}); `make stop` ends it")
+        if not _is_free(port):
+            raise NotStarted(f"port {port} is taken by another program; choose one: make run PORT={port + 1}")
+        with LOG.open("wb") as log:
+            server = subprocess.Popen(
+                [sys.executable, "-m", "unroll", "serve", "--repository", repository, "--port", str(port)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=[file.fileno()],  # the lock goes on as long as the server
+            )
+        file.truncate(0)
+        file.write(f"{server.pid}\n")
+    return server
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while server.poll() is None:
+        try:
+            with urlopen(f"{url}/readyz", timeout=1):
+                return
+        except (URLError, OSError):
+            if time.monotonic() > deadline:
+                raise NotStarted(f"not ready after {_READY_SECONDS:.0f} s; see {LOG}") from None
+            time.sleep(_POLL_SECONDS)
+    lines = LOG.read_text(errors="replace").splitlines()[-10:]
+    raise NotStarted("\n".join([f"the server ended with status {server.returncode}; the end of {LOG}:", *lines]))
+
+
+def end(server: subprocess.Popen[bytes]) -> int:
+    """SIGTERM, and the server's exit status; SIGKILL if it does not go."""
+    server.terminate()
+    try:
+        return server.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        return server.wait()
+
+
+def stop() -> int:
+    """SIGTERM to the server that holds the lock, and wait until it lets go."""
+    with PID_FILE.open("a+") as file:
+        if _lock(file):
+            print("no server from here is running")
+            return 0
+        pid = _pid()
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while not _lock(file):
+            if time.monotonic() > deadline:
+                print(f"process {pid} has not ended after {_STOP_SECONDS:.0f} s", file=sys.stderr)
+                return 1
+            time.sleep(_POLL_SECONDS)
+    print(f"stopped process {pid}")
+    return 0
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _pid() -> int:
+    return int(PID_FILE.read_text())
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)  # the server must not outlive this process unnoticed
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""`make run` and `make stop`, without make."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
+    """`run("--detach", ...)` in an empty folder; what it leaves running is stopped."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "examples.run", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
+
+    yield call
+    call("--stop")
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int, tmp_path: Path):
+    started = run("--port", str(port), "--detach")
+    assert started.returncode == 0, started.stderr
+    assert "yes, bit for bit" in started.stdout
+    with urlopen(f"http://127.0.0.1:{port}/readyz") as ready:
+        assert ready.status == 200
+    pid = int((tmp_path / ".run" / "server.pid").read_text())
+
+    again = run("--port", str(port + 1), "--detach")
+    assert again.returncode == 1
+    assert f"a server from here is running (process {pid})" in again.stderr
+
+    assert f"stopped process {pid}" in run("--stop").stdout
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    assert "no server from here is running" in run("--stop").stdout
+
+
+def test_a_port_that_is_taken(run: Run):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused = run("--port", str(port), "--detach")
+    assert refused.returncode == 1
+    assert f"port {port} is taken by another program; choose one: make run PORT={port + 1}" in refused.stderr
+
+
+def test_a_server_that_cannot_start_is_told_with_its_log(run: Run, port: int, tmp_path: Path):
+    bundle = tmp_path / "bundles" / "broken" / "1"
+    bundle.mkdir(parents=True)
+    (bundle / "manifest.json").write_text("{}")
+    failed = run("--port", str(port), "--repository", str(bundle.parents[1]), "--detach")
+    assert failed.returncode == 1
+    assert "the server ended with status 1" in failed.stderr
+    assert "broken" in failed.stderr
