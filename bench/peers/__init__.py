@@ -1,0 +1,1 @@
+"""Servers to compare with, one a file, each started with `python -m bench.peers.<name> ... PORT`."""
