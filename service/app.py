@@ -111,7 +111,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document, with the bodies that the hot routes read without FastAPI."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        for operation in (operation for path in document["paths"].values() for operation in path.values()):
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]  # FastAPI's own, which a path of two strings cannot cause
         schemas = document["components"]["schemas"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
         for model in native.DOCUMENTED:
             schemas.setdefault(model.__name__, model.model_json_schema())
         app.openapi_schema = document

@@ -64,17 +64,15 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         raise BodyTooLarge(f"a body may have {limit} bytes, this one has {declared.decode()}")
-    message = await receive()
-    body = message.get("body", b"")
-    if message.get("more_body", False):
-        parts, size = [body], len(body)
-        while message.get("more_body", False):
-            message = await receive()
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > limit:
-                raise BodyTooLarge(f"a body may have {limit} bytes")
-        body = b"".join(parts)
-    if message["type"] == "http.disconnect":
-        raise Disconnected
-    return Request(headers, body)
+    parts: list[bytes] = []
+    room, more = limit, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+        room -= len(parts[-1])
+        if room < 0:
+            raise BodyTooLarge(f"a body may have {limit} bytes")
+    return Request(headers, parts[0] if len(parts) == 1 else b"".join(parts))

@@ -3,15 +3,14 @@
 A sequence of the protocol is a session: its `sequence_id` is a session id here, an integer as its decimal digits.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import structlog
 
+from bundle import TensorSpec
 from service.api.http import JSON, RAW, Answer, Request
 from service.api.server import Server
 from service.api.sessions import check_id
-from service.api.steps import gather, require_streamable
+from service.api.steps import require_streamable, whole_sequences
 from service.catalog.model import ServedModel
 from service.core.errors import InvalidRequest, InvalidShape
 from service.engine.base import Tensors
@@ -32,40 +31,57 @@ async def infer(server: Server, name: str, version: str | None, request: Request
         head["id"] = asked.id
     if asked.sequence is None:
         served = server.catalog.resolve(name, version)
-        replies = await gather(served.loop.sequence(inputs, timeout) for inputs in _batch(served, asked))
+        wanted = _wanted(served, asked)
+        replies = await whole_sequences(served, _batch(served, asked), timeout)
         outputs = [np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)]
     else:
         sequence = asked.sequence
-        served = _version_for(server, name, version, sequence)
+        served = _version_for(server, name, version, sequence, asked)
         require_streamable(served)
+        wanted = _wanted(served, asked)
         batch = _batch(served, asked)
         if len(batch) != 1:
             raise InvalidShape("a request of a sequence must have batch size 1")
         if sequence.start:
-            _end_previous(server, name, sequence)
+            _end_previous(server, name, served, sequence, timeout)
         reply = await served.loop.steps(
             sequence.id, batch[0], timeout, position=sequence.position, start=sequence.start, final=sequence.end
         )
         outputs = [array[np.newaxis] for array in reply.outputs]
         head["parameters"] = {"sequence_position": reply.position}
     head["model_version"] = served.version
-    return _answer(served, asked, head, outputs)
+    arrays = dict(zip((spec.name for spec in served.manifest.outputs), outputs, strict=True))
+    body, header_length = open_inference.encode(head, [(spec, arrays[spec.name], binary) for spec, binary in wanted])
+    if header_length is None:
+        return Answer(200, JSON, body)
+    return Answer(200, RAW, body, ((HEADER_LENGTH, str(header_length).encode()),))
 
 
-def _version_for(server: Server, name: str, version: str | None, sequence: SequenceParameters) -> ServedModel:
-    """A new sequence gets the newest version; one that lives stays with its own."""
+def _version_for(
+    server: Server, name: str, version: str | None, sequence: SequenceParameters, asked: InferRequest
+) -> ServedModel:
+    """A sequence that lives, or whose end is asked for again, stays with its version; a new one gets the newest."""
     check_id(sequence.id)
-    if sequence.start and sequence.position not in (None, 0):
+    if not sequence.start:
+        return server.catalog.owner(name, version, sequence.id)
+    if sequence.position not in (None, 0):
         raise InvalidRequest("a request that starts a sequence has sequence_position 0")
-    if sequence.start and sequence.position is None:
-        return server.catalog.resolve(name, version)
-    return server.catalog.owner(name, version, sequence.id)
+    if sequence.position == 0:
+        owner = server.catalog.owner(name, version, sequence.id)
+        now = owner.loop.clock.now()
+        if sequence.id in owner.scheduler.sessions or any(
+            owner.scheduler.ended_with(sequence.id, inputs, 0, now) for inputs in _batch(owner, asked)
+        ):
+            return owner
+    return server.catalog.resolve(name, version)
 
 
-def _end_previous(server: Server, name: str, sequence: SequenceParameters) -> None:
+def _end_previous(server: Server, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float) -> None:
     """START without a position on a living sequence ends the old one, as in Triton; with position 0 it is a retry."""
     if sequence.position is None and (living := server.catalog.living(name, sequence.id)) is not None:
-        session = living.scheduler.restart(sequence.id, living.loop.clock.now())
+        now = living.loop.clock.now()
+        served.scheduler.check_room(now, now + timeout)  # a request that is refused must not end anything
+        session = living.scheduler.restart(sequence.id, now)
         _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=session.position)
 
 
@@ -79,12 +95,10 @@ def _batch(served: ServedModel, asked: InferRequest) -> list[Tensors]:
     ]
 
 
-def _answer(served: ServedModel, asked: InferRequest, head: dict, outputs: Sequence[np.ndarray]) -> Answer:
-    available = {spec.name: (spec, array) for spec, array in zip(served.manifest.outputs, outputs, strict=True)}
+def _wanted(served: ServedModel, asked: InferRequest) -> list[tuple[TensorSpec, bool]]:
+    """The outputs to return, and which of them as binary. Raises InvalidRequest for one the model does not have."""
+    available = {spec.name: spec for spec in served.manifest.outputs}
     wanted = asked.outputs or tuple((name, asked.binary_output) for name in available)
     if unknown := {name for name, _ in wanted} - available.keys():
         raise InvalidRequest(f"outputs {sorted(unknown)} are not among {sorted(available)}")
-    body, header_length = open_inference.encode(head, [(*available[name], binary) for name, binary in wanted])
-    if header_length is None:
-        return Answer(200, JSON, body)
-    return Answer(200, RAW, body, ((HEADER_LENGTH, str(header_length).encode()),))
+    return [(available[name], binary) for name, binary in wanted]

@@ -26,7 +26,7 @@ from service.api.steps import sequences as answer_sequences
 from service.api.steps import split_reference
 from service.api.steps import steps as answer_steps
 from service.catalog.model import ServedModel
-from service.core.errors import InvalidRequest, UnsupportedMediaType
+from service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
 Body = TypeVar("Body", OpenSession, ForkSession)
 
@@ -118,7 +118,7 @@ def router(server: Server) -> APIRouter:
         if request.media_type == RAW:
             body = OpenSession.model_construct(session_id=None, state=None, snapshot=request.body)
         else:
-            body = _body(OpenSession, request)
+            body = _body(OpenSession, request, server.limits.max_json_bytes)
         return _info(
             *await sessions.open_session(server, model, body.session_id, state=body.state, snapshot=body.snapshot)
         )
@@ -145,7 +145,7 @@ def router(server: Server) -> APIRouter:
         },
     )
     async def fork(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
-        body = _body(ForkSession, await read_request(http.scope, http.receive, limit))
+        body = _body(ForkSession, await read_request(http.scope, http.receive, limit), server.limits.max_json_bytes)
         return _info(*await sessions.fork(server, model, session_id, body.session_id))
 
     @api.get(
@@ -178,8 +178,10 @@ def router(server: Server) -> APIRouter:
 DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, Problem)
 
 
-def _body(kind: type[Body], request: Request) -> Body:
+def _body(kind: type[Body], request: Request, limit: int) -> Body:
     """A JSON body, or the defaults if there is none."""
+    if len(request.body) > limit:
+        raise BodyTooLarge(f"a JSON body may have {limit} bytes, this one has {len(request.body)}")
     if request.body and request.media_type != JSON:
         raise UnsupportedMediaType("send application/json")
     try:

@@ -24,6 +24,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         410: "the sequence ended, expired or was evicted",
         413: "too large",
         422: "a shape, type or value the model does not take; the state is untouched",
+        500: "the model failed on this input; the state is untouched",
         503: "no room now; try again after Retry-After seconds",
         504: "the deadline passed before the work was begun",
     }.items()

@@ -5,7 +5,8 @@ import asyncio
 from service.api.http import JSON, RAW, Answer, Request
 from service.api.server import Server
 from service.catalog.model import ServedModel
-from service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
+from service.core.errors import InvalidRequest, InvalidShape, NotStreamable, UnsupportedMediaType
+from service.engine.base import Tensors
 from service.protocol import json
 from service.scheduler.work import Reply
 
@@ -43,17 +44,18 @@ async def sequences(server: Server, model: str, request: Request) -> Answer:
         reply = await served.loop.sequence(served.codec.from_raw(request.body), timeout)
         return Answer(200, RAW, served.codec.to_raw(reply.outputs))
     document = _json_body(server, request, {"inputs"})
-    sequences = served.codec.sequences_from_json(document["inputs"])
-    replies = await gather(served.loop.sequence(inputs, timeout) for inputs in sequences)
+    replies = await whole_sequences(served, served.codec.sequences_from_json(document["inputs"]), timeout)
     return Answer(200, JSON, json.dump({"outputs": served.codec.sequences_to_json([r.outputs for r in replies])}))
 
 
-async def gather(sequences) -> list[Reply]:  # type: ignore[no-untyped-def]
+async def whole_sequences(served: ServedModel, sequences: list[Tensors], timeout: float) -> list[Reply]:
     """All replies, or the first error, the others being cancelled."""
+    if len(sequences) > served.scheduler.limits.max_queue:
+        raise InvalidShape(f"{len(sequences)} sequences in one request; {served.scheduler.limits.max_queue} can wait")
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(sequence) for sequence in sequences]
-    except BaseExceptionGroup as errors:
+            tasks = [group.create_task(served.loop.sequence(inputs, timeout)) for inputs in sequences]
+    except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
 

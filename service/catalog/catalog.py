@@ -161,6 +161,8 @@ class Catalog:
             model.scheduler.sessions.expire(self.clock.now())
             if not len(model.scheduler.sessions) and not model.scheduler.in_flight:
                 self._models.remove(model)
+                for heir in [m for m in self._models if m.name == model.name][-1:]:
+                    heir.scheduler.sessions.inherit(model.scheduler.sessions)
                 await model.stop()
                 _log.info("model dropped", model=model.name, version=model.version)
 

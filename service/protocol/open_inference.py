@@ -13,7 +13,7 @@ import numpy as np
 from bundle import TensorSpec
 from service.core.errors import InvalidDtype, InvalidRequest, InvalidShape
 from service.protocol import json
-from service.protocol.tensors import numbers
+from service.protocol.tensors import from_bytes, numbers
 
 DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
@@ -199,9 +199,7 @@ def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple
                 f"input {spec.name!r} of shape {shape} has {elements * spec.numpy.itemsize} bytes; "
                 f"binary_data_size is {size}, {len(binary)} bytes are there"
             )
-        if spec.dtype == "bool":
-            return np.frombuffer(binary[:size], np.uint8).reshape(shape) != 0, size
-        return np.frombuffer(binary[:size], spec.numpy).reshape(shape), size
+        return from_bytes(spec, binary[:size]).reshape(shape), size
     return _from_json(spec, item.get("data"), shape, elements), 0
 
 

@@ -23,6 +23,7 @@ class Codec:
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
         self.max_steps = max_steps
+        self._raw_step = self.inputs[0].nbytes
 
     # ── raw bytes: little-endian, row-major, nothing else ────────────────────────────────────────
 
@@ -31,10 +32,10 @@ class Codec:
         if len(self.inputs) > 1 or len(self.outputs) > 1:
             raise UnsupportedMediaType("raw bytes serve models with one input and one output; send JSON")
         spec = self.inputs[0]
-        steps, rest = divmod(len(body), spec.nbytes)
+        steps, rest = divmod(len(body), self._raw_step)
         if rest or not steps:
-            raise InvalidShape(f"a time step of {spec.name!r} is {spec.nbytes} bytes; the body has {len(body)}")
-        array = np.frombuffer(body, spec.numpy).reshape(steps, *spec.shape)
+            raise InvalidShape(f"a time step of {spec.name!r} is {self._raw_step} bytes; the body has {len(body)}")
+        array = from_bytes(spec, body).reshape(steps, *spec.shape)
         return (self.checked(spec, array),)
 
     def to_raw(self, outputs: Tensors) -> bytes:
@@ -113,10 +114,24 @@ def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
         array = np.array(value)
     except ValueError as error:
         raise InvalidShape(f"{spec.name!r} is not a regular array: its rows differ in length") from error
-    if array.size and array.dtype.kind not in _ACCEPTED[spec.numpy.kind]:
+    kind = spec.numpy.kind
+    if array.size and (array.dtype.kind not in _ACCEPTED[kind] or (kind != "b" and _holds_bool(value))):
         raise InvalidDtype(f"{spec.name!r} must hold values of type {spec.dtype} and nothing else")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which the check of values refuses
         converted = array.astype(spec.numpy)
-    if spec.numpy.kind == "i" and not np.array_equal(converted, array):
+    if kind == "i" and not np.array_equal(converted, array):
         raise OutOfRange(f"{spec.name!r} holds values that do not fit {spec.dtype}")
     return converted
+
+
+def from_bytes(spec: TensorSpec, content: bytes | memoryview) -> np.ndarray:
+    """Little-endian values of the tensor's dtype, in one row. Raises OutOfRange for a bool that is neither 0 nor 1."""
+    if spec.dtype == "bool" and np.frombuffer(content, np.uint8).max(initial=0) > 1:
+        raise OutOfRange(f"{spec.name!r} must hold bytes 0 or 1")
+    return np.frombuffer(content, spec.numpy)
+
+
+def _holds_bool(value: list) -> bool:
+    """NumPy takes true for 1 when it stands among numbers. The list is a regular array: at most 64 deep."""
+    kinds = set(map(type, value))
+    return bool in kinds or (list in kinds and any(map(_holds_bool, value)))

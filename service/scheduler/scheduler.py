@@ -157,11 +157,11 @@ class Scheduler:
         """
         digest = payload_digest(inputs)
         self.sessions.expire(now)
-        ended = self.sessions.ended_by(session_id, now)
-        if ended is not None and position == ended.start and digest == ended.digest:
+        if (reply := self._last_words(session_id, position, digest, now)) is not None:
             self.counters.replayed += 1
-            return ended.reply
+            return reply
         if start and session_id not in self.sessions:
+            self.check_room(now, deadline)
             self.open(session_id, now)
         session = self.sessions.find(session_id, now)
         if position is not None and position != session.expected:
@@ -172,6 +172,10 @@ class Scheduler:
         session.expected += chunk.length
         self._enqueue(session, chunk, now)
         return chunk
+
+    def ended_with(self, session_id: str, inputs: Tensors, position: int | None, now: float) -> bool:
+        """Is this a retry of the chunk that ended the session?"""
+        return self._last_words(session_id, position, payload_digest(inputs), now) is not None
 
     def submit_action(self, session_id: str, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the session's chunks accepted so far."""
@@ -221,8 +225,8 @@ class Scheduler:
         self.counters.batches += 1
         self.counters.padded_steps += len(batch) * max(row.steps for row in batch) - steps
         if seconds is not None:
-            sample = seconds / steps
-            self.seconds_per_step += (sample - self.seconds_per_step) * (0.05 if self.seconds_per_step else 1.0)
+            # Weighted by steps: the fixed cost of small batches says nothing of how long a full queue takes.
+            self.seconds_per_step += (seconds / steps - self.seconds_per_step) * steps / (steps + 1000)
         for row, result in zip(batch, results, strict=True):
             chunk = row.chunk
             chunk.running = False
@@ -247,14 +251,22 @@ class Scheduler:
 
     # ── accepting ────────────────────────────────────────────────────────────────────────────────
 
-    def _admit(self, chunk: Chunk, now: float) -> None:
+    def check_room(self, now: float, deadline: float) -> None:
+        """Raises QueueFull or DeadlineUnreachable if a chunk submitted now would be refused."""
         wait = self.estimated_wait()
         if self._in_flight >= self.limits.max_queue:
             self.counters.refused += 1
             raise QueueFull(f"{self._in_flight} requests are waiting", retry_after=max(wait, 0.1))
-        if now + wait > chunk.deadline:
+        if now + wait > deadline:
             self.counters.refused += 1
             raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
+
+    def _last_words(self, session_id: str, position: int | None, digest: bytes, now: float) -> Reply | None:
+        ended = self.sessions.ended_by(session_id, now)
+        return ended.reply if ended is not None and (position, digest) == (ended.start, ended.digest) else None
+
+    def _admit(self, chunk: Chunk, now: float) -> None:
+        self.check_room(now, chunk.deadline)
         self._in_flight += 1
         self._waiting_steps += chunk.length
 
@@ -280,6 +292,8 @@ class Scheduler:
                 f"position {position} was already consumed with another payload", expected=session.expected
             )
         self.counters.replayed += 1
+        if isinstance(known[1], Chunk):
+            known[1].abandoned = None  # its first client went away; now there is one again
         return known[1]
 
     def _enqueue(self, session: Session, work: Chunk | Action, now: float) -> None:

@@ -128,6 +128,12 @@ class SessionTable:
         tombstone = self._tombstones.get(session_id)
         return tombstone if tombstone is not None and now < tombstone.until else None
 
+    def inherit(self, other: "SessionTable") -> None:
+        """Remember what became of another table's sessions; that table is being dropped."""
+        for session_id, tombstone in other._tombstones.items():
+            if session_id not in self._live:
+                self._tombstones.setdefault(session_id, tombstone)
+
     def ended_by(self, session_id: str, now: float) -> Applied | None:
         """The chunk that ended a closed session, so that its retry can be answered."""
         tombstone = self.tombstone(session_id, now)

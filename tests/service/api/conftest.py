@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from serving import Oracle, Running
+from serving import Oracle, Running, Serve
 from torch import Tensor, nn
 
 import export
@@ -36,9 +37,6 @@ def repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     torch.manual_seed(5)
     export.export(Hot().eval(), {"x": torch.randn(2, 9, 3)}, name="hot", repository=path)
     return path
-
-
-Serve = Callable[..., Running]
 
 
 @pytest.fixture
@@ -78,3 +76,10 @@ def oracle(repository: Path) -> Callable[..., Oracle]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., Future]]:
+    """`background(call, *args, **kwargs)` runs a blocking call in a thread and returns its Future."""
+    with ThreadPoolExecutor(16) as threads:
+        yield threads.submit

@@ -40,8 +40,10 @@ class _Announcing(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.announced = threading.Event()
+        self.loop: asyncio.AbstractEventLoop
 
     async def startup(self, sockets: list | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
         try:
             await super().startup(sockets=sockets)
         finally:
@@ -65,6 +67,10 @@ class Running:
 
     def model(self, name: str, version: str | None = None) -> ServedModel:
         return self.front.server.catalog.resolve(name, version)
+
+    def rescan(self) -> None:
+        """What SIGHUP does. Returns at once; the rescan is done soon."""
+        self._uvicorn.loop.call_soon_threadsafe(self.front.server.catalog.request_rescan)
 
     def stop(self) -> None:
         """Ends the server and checks what it leaves behind."""
@@ -116,6 +122,18 @@ class HeldStore:
             self._released.set()
 
 
+class SlowStore:
+    """Takes its time over a commit, as a store on another machine does: meanwhile work gathers for the next batch."""
+
+    durability = "memory"
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    async def commit(self, batch: Sequence[BatchRow]) -> None:
+        await asyncio.sleep(self.seconds)
+
+
 class Oracle:
     """One version of a model, run by onnxruntime alone and without any chunking."""
 
@@ -155,3 +173,7 @@ def metric(text: str, name: str, **labels: str) -> float:
     """The sum of the samples of that name that have these labels."""
     wanted = set(labels.items())
     return sum(value for (found, has), value in metrics(text).items() if found == name and wanted <= has)
+
+
+#: The fixture `serve`: a clock or None, and settings by name.
+Serve = Callable[..., Running]

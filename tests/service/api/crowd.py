@@ -1,0 +1,387 @@
+"""A crowd of clients that do everything a client may do, rightly and wrongly, and know what the answer must be.
+
+Each client has a session and perhaps forks of it. It keeps the inputs the server accepted, and every output it was
+given; `Track.check` recomputes them with onnxruntime over the whole input and compares bit for bit.
+"""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import httpx
+import numpy as np
+import tritonclient.http.aio as triton
+import wire
+from serving import RAW, Oracle
+
+WAYS = ("json", "raw", "v2", "triton")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """code and expected are None where the way does not tell them."""
+
+    status: int
+    code: str | None = None
+    expected: int | None = None
+    outputs: np.ndarray | None = None
+    position: int | None = None
+
+
+class Evicted(Exception):
+    """The session is gone for want of room: nobody's fault, and noted in its track."""
+
+
+@dataclass
+class Track:
+    """What one session must be. `gone`: the code of the cause, None while it lives."""
+
+    model: str
+    id: str
+    oracle: Oracle
+    evictable: bool
+    accepted: list[np.ndarray] = field(default_factory=list)
+    given: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    last: tuple[int, np.ndarray, np.ndarray] | None = None  # start, input, output
+    saved: tuple[bytes, list[np.ndarray]] | None = None
+    gone: str | None = None
+    applied: int = 0  # steps, in all its lives
+    doubtful: int = 0  # steps that were sent, and lost to an eviction before anyone heard of them
+
+    @property
+    def path(self) -> str:
+        return f"/v1/models/{self.model}/sessions/{self.id}"
+
+    @property
+    def position(self) -> int:
+        return sum(map(len, self.accepted))
+
+    def accept(self, x: np.ndarray, reply: Reply) -> None:
+        assert reply.outputs is not None
+        start = self.position
+        assert reply.position == start + len(x)
+        self.accepted.append(x)
+        self.applied += len(x)
+        self.given.append((start, reply.outputs))
+        self.last = start, x, reply.outputs
+
+    def check(self) -> None:
+        """Everything given so far equals the whole, computed in one piece."""
+        if self.given:
+            whole = self.oracle(np.concatenate(self.accepted))
+            for start, outputs in self.given:
+                assert np.array_equal(outputs, whole[start : start + len(outputs)]), self
+        self.given = []
+
+    def begin(self) -> None:
+        self.check()
+        self.accepted, self.last, self.gone = [], None, None
+
+    def end(self, cause: str) -> None:
+        self.check()
+        self.gone = cause
+
+
+class Wires:
+    """The four ways to send a chunk."""
+
+    def __init__(self, url: str, client: httpx.AsyncClient, triton_client: triton.InferenceServerClient) -> None:
+        self.port = httpx.URL(url).port
+        self.client = client
+        self.triton = triton_client
+
+    async def send(self, way: str, track: Track, x: np.ndarray, position: int | None, **flags: bool) -> Reply:
+        if way == "json":
+            body = {"inputs": x.tolist()} | ({} if position is None else {"position": position})
+            headers = {"Content-Type": "application/json"}
+            answer = await self.client.post(f"{track.path}/steps", content=json.dumps(body), headers=headers)
+            if answer.status_code == 200:
+                document = answer.json()
+                return Reply(200, outputs=np.array(document["outputs"], np.float32), position=document["position"])
+            return self.problem(answer)
+        if way == "raw":
+            headers = RAW | ({} if position is None else {"Unroll-Position": str(position)})
+            answer = await self.client.post(f"{track.path}/steps", content=x.tobytes(), headers=headers)
+            if answer.status_code == 200:
+                outputs = np.frombuffer(answer.content, "<f4").reshape(-1, 2)
+                return Reply(200, outputs=outputs, position=int(answer.headers["unroll-position"]))
+            return self.problem(answer)
+        place = {} if position is None else {"sequence_position": position}
+        if way == "v2":
+            made = wire.body({"x": x[np.newaxis]}, binary=len(x) % 2 == 0, sequence_id=track.id, **place, **flags)
+            url = f"/v2/models/{track.model}/infer"
+            answer = await self.client.post(url, content=made.content, headers=made.headers)
+            if answer.status_code == 200:
+                document, arrays = wire.outputs(answer)
+                place = document["parameters"]["sequence_position"]
+                return Reply(200, outputs=arrays["y"][0], position=place)  # type: ignore[arg-type]
+            return self.problem(answer)
+        return await self._triton(track, x, place, flags)
+
+    async def _triton(self, track: Track, x: np.ndarray, place: dict[str, int], flags: dict[str, bool]) -> Reply:
+        tensor = triton.InferInput("x", [1, *x.shape], "FP32")
+        tensor.set_data_from_numpy(x[np.newaxis], binary_data=len(x) != 1)
+        wanted = [triton.InferRequestedOutput("y", binary_data=len(x) != 3)]
+        name = int(track.id) if track.id.isdigit() else track.id
+        try:
+            result = await self.triton.infer(
+                track.model, [tensor], outputs=wanted, sequence_id=name, parameters=place or None, **flags
+            )
+        except triton.InferenceServerException as error:
+            return Reply(int(error.status()))
+        position = result.get_response()["parameters"]["sequence_position"]
+        return Reply(200, outputs=result.as_numpy("y")[0], position=position)
+
+    async def abandon(self, track: Track, x: np.ndarray, position: int) -> None:
+        """Send a chunk and go away without reading the reply."""
+        head = f"POST {track.path}/steps HTTP/1.1\r\nHost: test\r\nContent-Type: application/octet-stream\r\n"
+        head += f"Unroll-Position: {position}\r\nContent-Length: {x.nbytes}\r\n\r\n"
+        _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(head.encode() + x.tobytes())
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    async def call(self, method: str, path: str, **request: object) -> tuple[Reply, httpx.Response]:
+        """One of the other routes of v1."""
+        answer = await self.client.request(method, path, **request)  # type: ignore[arg-type]
+        return (Reply(answer.status_code) if answer.is_success else self.problem(answer)), answer
+
+    @staticmethod
+    def problem(answer: httpx.Response) -> Reply:
+        document = answer.json()
+        assert document.get("detail") or document.get("error")
+        return Reply(answer.status_code, document["code"], document.get("expected"))
+
+
+class Client:
+    """One client: a session, its forks, and a random sequence of things to do."""
+
+    def __init__(self, track: Track, wires: Wires, chance: random.Random, outcomes: Counter[str]) -> None:
+        self.tracks = [track]
+        self.wires = wires
+        self.chance = chance
+        self.numbers = np.random.default_rng(chance.getrandbits(32))
+        self.outcomes = outcomes
+        self.forks = 0
+        self._doing = "open"
+
+    async def act(self) -> None:
+        track = self.chance.choice([self.tracks[0], *self.tracks])
+        does: list[tuple[int, Callable[[Track], Awaitable[None]]]]
+        if track.gone is not None:
+            does = [(3, self.use_what_is_gone), (5, self.open), (2, self.start)]
+        else:
+            does = [
+                (50, self.step),
+                (8, self.retry),
+                (6, self.twins),
+                (4, self.leave_and_retry),
+                (4, self.gap),
+                (4, self.another_payload),
+                (3, self.too_old),
+                (5, self.not_finite),
+                (4, self.overflow),
+                (2, self.unknown),
+                (3, self.fork),
+                (2, self.close),
+                (2, self.finish),
+                (2, self.restart),
+                (3, self.look),
+                (3, self.save),
+                (5, self.restore),
+            ]
+        weights, choices = zip(*does, strict=True)
+        do = self.chance.choices(choices, weights)[0]
+        self._doing = do.__name__
+        try:
+            await do(track)
+        except Evicted:
+            self.outcomes["evicted"] += 1
+
+    # ── asking, and what the answer must be ──────────────────────────────────────────────────────
+
+    def chunk(self, length: int | None = None) -> np.ndarray:
+        length = length or self.chance.randint(1, 5)
+        return self.numbers.standard_normal((length, 3)).astype(np.float32)
+
+    def way(self, ways: tuple[str, ...] = WAYS) -> str:
+        return self.chance.choice(ways)
+
+    def gone_or(self, track: Track, reply: Reply) -> Reply:
+        if reply.status == 410 and track.gone is None:
+            assert track.evictable, f"{track.id} was lost: {reply}"
+            assert reply.code in (None, "session_evicted"), reply
+            track.end("session_evicted")
+            raise Evicted
+        return reply
+
+    def is_refused(self, track: Track, reply: Reply, status: int, code: str, expected: int | None = None) -> None:
+        self.gone_or(track, reply)
+        assert reply.status == status, (self._doing, reply)
+        if reply.code is not None:
+            assert (reply.code, reply.expected) == (code, expected), (self._doing, reply)
+        self.outcomes[code] += 1
+
+    def is_good(self, track: Track, reply: Reply) -> Reply:
+        self.gone_or(track, reply)
+        assert reply.status in (200, 201), (self._doing, reply)
+        self.outcomes[self._doing] += 1
+        return reply
+
+    async def send(self, track: Track, x: np.ndarray, position: int | None, way: str | None = None) -> Reply:
+        return await self.wires.send(way or self.way(), track, x, position)
+
+    # ── things to do with a session that lives ───────────────────────────────────────────────────
+
+    async def step(self, track: Track) -> None:
+        x = self.chunk()
+        position = track.position if self.chance.random() < 0.7 else None
+        track.accept(x, self.is_good(track, await self.send(track, x, position)))
+
+    async def retry(self, track: Track) -> None:
+        if track.last is None:
+            return
+        start, x, outputs = track.last
+        reply = self.is_good(track, await self.send(track, x, start))
+        assert np.array_equal(reply.outputs, outputs)
+        assert reply.position == start + len(x)
+
+    async def twins(self, track: Track) -> None:
+        """The same chunk several times at once, each perhaps another way. Any but the first may come too late."""
+        x, position = self.chunk(), track.position
+        replies = await asyncio.gather(*(self.send(track, x, position) for _ in range(self.chance.randint(2, 3))))
+        good = [reply for reply in replies if reply.status == 200]
+        if good:
+            track.accept(x, good[0])
+        for reply in replies:
+            self.is_good(track, reply)
+            assert np.array_equal(reply.outputs, good[0].outputs)
+
+    async def leave_and_retry(self, track: Track) -> None:
+        x, position = self.chunk(), track.position
+        await self.wires.abandon(track, x, position)
+        track.doubtful += len(x)
+        track.accept(x, self.is_good(track, await self.send(track, x, position)))
+        track.doubtful -= len(x)
+
+    async def gap(self, track: Track) -> None:
+        ahead = track.position + self.chance.randint(1, 9)
+        reply = await self.send(track, self.chunk(), ahead)
+        self.is_refused(track, reply, 409, "position_gap", track.position)
+
+    async def another_payload(self, track: Track) -> None:
+        if track.last is not None:
+            reply = await self.send(track, self.chunk(), track.last[0])
+            self.is_refused(track, reply, 409, "payload_mismatch", track.position)
+
+    async def too_old(self, track: Track) -> None:
+        if track.last is not None and track.last[0] > 0:
+            position = self.chance.randrange(track.last[0])
+            reply = await self.send(track, self.chunk(), position)
+            self.is_refused(track, reply, 409, "position_too_old", track.position)
+
+    async def not_finite(self, track: Track) -> None:
+        x = self.chunk()
+        x[self.chance.randrange(len(x)), 1] = self.chance.choice([np.nan, np.inf, -np.inf])
+        way = self.way()
+        if way == "json":
+            self.is_refused(track, await self.send(track, x, None, way), 400, "malformed_request")
+        elif len(x) % 2 == 0 or way == "raw":
+            self.is_refused(track, await self.send(track, x, None, way), 422, "non_finite_input")
+
+    async def overflow(self, track: Track) -> None:
+        """Finite, but the answer of `hot` is not; somewhere in the middle of other clients' batches."""
+        if track.model == "hot":
+            x = self.chunk()
+            x[self.chance.randrange(len(x)), 0] = 3e38
+            self.is_refused(track, await self.send(track, x, None), 422, "non_finite_output")
+
+    async def unknown(self, track: Track) -> None:
+        stranger = Track(track.model, f"never-{self.chance.getrandbits(40)}", track.oracle, False)
+        way = self.way()
+        status = 404 if way in ("json", "raw") else 400
+        self.is_refused(stranger, await self.send(stranger, self.chunk(), 0, way), status, "session_unknown")
+
+    async def fork(self, track: Track) -> None:
+        self.forks += 1
+        name = f"{track.id}-fork-{self.forks}"
+        reply, answer = await self.wires.call("POST", f"{track.path}/fork", json={"session_id": name})
+        self.is_good(track, reply)
+        assert answer.json()["position"] == track.position
+        forked = Track(track.model, name, track.oracle, track.evictable, accepted=list(track.accepted))
+        self.outcomes["opened"] += 1
+        self.tracks.append(forked)
+
+    async def close(self, track: Track) -> None:
+        reply, _ = await self.wires.call("DELETE", track.path)
+        self.is_good(track, reply)
+        track.end("session_closed")
+
+    async def finish(self, track: Track) -> None:
+        """END, and perhaps its retry."""
+        x, position, way = self.chunk(), track.position, self.way(("v2", "triton"))
+        reply = self.is_good(track, await self.wires.send(way, track, x, position, sequence_end=True))
+        track.accept(x, reply)
+        track.end("session_closed")
+        again = await self.wires.send(way, track, x, position, sequence_end=True)
+        assert np.array_equal(again.outputs, reply.outputs)
+
+    async def restart(self, track: Track) -> None:
+        """START on a session that is sure to live."""
+        if not track.evictable:
+            await self.start(track)
+
+    async def look(self, track: Track) -> None:
+        reply, answer = await self.wires.call("GET", track.path)
+        self.is_good(track, reply)
+        assert answer.json()["position"] == track.position
+
+    async def save(self, track: Track) -> None:
+        reply, answer = await self.wires.call("GET", f"{track.path}/state")
+        self.is_good(track, reply)
+        track.saved = answer.content, list(track.accepted)
+        check_snapshot(track, answer.content)
+
+    async def restore(self, track: Track) -> None:
+        if track.saved is not None:
+            content, accepted = track.saved
+            reply, answer = await self.wires.call("PUT", f"{track.path}/state", content=content, headers=RAW)
+            self.is_good(track, reply)
+            track.begin()
+            track.accepted = list(accepted)
+            assert answer.json()["position"] == track.position
+
+    # ── and with one that is gone ────────────────────────────────────────────────────────────────
+
+    async def use_what_is_gone(self, track: Track) -> None:
+        assert track.gone is not None
+        self.is_refused(track, await self.send(track, self.chunk(), None), 410, track.gone)
+
+    async def open(self, track: Track) -> None:
+        request = {"session_id": track.id}
+        reply, _ = await self.wires.call("POST", f"/v1/models/{track.model}/sessions", json=request)
+        self.is_good(track, reply)
+        self.outcomes["opened"] += 1
+        track.begin()
+
+    async def start(self, track: Track) -> None:
+        x = self.chunk()
+        place = 0 if track.gone is not None and self.chance.random() < 0.5 else None
+        reply = await self.wires.send(self.way(("v2", "triton")), track, x, place, sequence_start=True)
+        self.outcomes["opened"] += 1
+        track.begin()
+        track.accept(x, self.is_good(track, reply))
+
+
+def check_snapshot(track: Track, content: bytes) -> None:
+    """The row in the snapshot is the state after all accepted input."""
+    row = np.frombuffer(content[52:-16], "<f4")
+    if track.accepted:
+        expected = track.oracle.all(np.concatenate(track.accepted))[1]
+    else:
+        expected = track.oracle.manifest.initial_row()
+    assert np.array_equal(row, expected), track

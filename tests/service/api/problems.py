@@ -1,0 +1,17 @@
+"""What an error of v1 looks like, whatever it is."""
+
+import httpx
+
+#: One step that every model with three features takes.
+GOOD = [[0.1, 0.2, 0.3]]
+
+
+def assert_problem(answer: httpx.Response, status: int, code: str) -> None:
+    """The answer is that error, as RFC 9457 problem details."""
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), answer.text
+    problem = answer.json()
+    assert problem["code"] == code, problem
+    assert problem["status"] == status
+    assert problem["type"] == f"urn:unroll:error:{code}"
+    assert problem["title"]
+    assert problem["detail"]

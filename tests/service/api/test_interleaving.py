@@ -1,0 +1,127 @@
+"""Hundreds of sessions at once, every way of sending, every mistake: no state is lost, mixed, or moved twice."""
+
+import asyncio
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import httpx
+import pytest
+import tritonclient.http.aio as triton
+from crowd import Client, Track, Wires, check_snapshot
+from serving import Oracle, Running, Serve, SlowStore, metric
+
+#: More of them, separated by commas, in a longer run.
+SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "20261").split(",")]
+CLIENTS = 200
+ROUNDS = 16
+AT_ONCE = 64
+COMMIT_SECONDS = 0.02
+
+#: What has to happen at least once, or the test says little.
+EVERYTHING = {
+    *("step", "retry", "twins", "leave_and_retry", "fork", "close", "finish", "restart", "start", "look", "save"),
+    *("restore", "position_gap", "payload_mismatch", "position_too_old", "malformed_request", "non_finite_input"),
+    *("non_finite_output", "session_unknown", "session_closed", "session_evicted"),
+}
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], seed: int) -> None:
+    running = serve(session_capacity=140, max_batch=16, piece_steps=4, idle_timeout=0)
+    for name in ("hot", "gru"):
+        running.model(name).loop.store = SlowStore(COMMIT_SECONDS)
+    chance = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+    models = {"hot": oracle("hot"), "gru": oracle("gru", "2")}
+    async with (
+        httpx.AsyncClient(base_url=running.url, limits=httpx.Limits(max_connections=None), timeout=60) as http,
+        triton.InferenceServerClient(running.address, conn_limit=AT_ONCE) as triton_client,
+    ):
+        wires = Wires(running.url, http, triton_client)
+        clients = []
+        for i in range(CLIENTS):
+            model = "gru" if i % 4 == 0 else "hot"  # there is room for all of gru's, but not for all of hot's
+            name = str(1000 + i) if i % 3 else f"s{i}"
+            track = Track(model, name, models[model], evictable=model == "hot", gone="session_unknown")
+            clients.append(Client(track, wires, random.Random(chance.getrandbits(32)), outcomes))
+        for client in clients:
+            await client.open(client.tracks[0])
+        turns = [client for client in clients for _ in range(ROUNDS)]
+        chance.shuffle(turns)
+        await _all(turns)
+
+        tracks = [track for client in clients for track in client.tracks]
+        for track in tracks:
+            await _settle(track, wires, outcomes)
+        text = (await http.get("/metrics")).text
+    _account(running, text, tracks, outcomes)
+    shared = 1 - metric(text, "unroll_batch_rows_bucket", le="1") / metric(text, "unroll_batch_rows_sum")
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(outcomes.items()))
+    print(f"\nseed {seed}: {sum(outcomes.values())} outcomes, {shared:.0%} of the rows in shared batches: {counts}")
+
+
+async def _all(turns: list[Client]) -> None:
+    """Every turn, AT_ONCE clients at a time, each client one thing at a time."""
+    busy: set[int] = set()
+    free = asyncio.Condition()
+    waiting = list(reversed(turns))
+
+    async def worker() -> None:
+        while True:
+            async with free:
+                await free.wait_for(lambda: not waiting or any(id(client) not in busy for client in waiting[-AT_ONCE:]))
+                if not waiting:
+                    return
+                at = next(i for i in range(len(waiting) - 1, -1, -1) if id(waiting[i]) not in busy)
+                client = waiting.pop(at)
+                busy.add(id(client))
+            try:
+                await client.act()
+            finally:
+                async with free:
+                    busy.remove(id(client))
+                    free.notify_all()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(AT_ONCE):
+            group.create_task(worker())
+
+
+async def _settle(track: Track, wires: Wires, outcomes: Counter[str]) -> None:
+    """The last look at a session: where it is, the very bits of its state, and the outputs it gave."""
+    reply, answer = await wires.call("GET", f"{track.path}/state")
+    track.check()
+    if track.gone is not None:
+        assert (reply.status, reply.code) == (410, track.gone)
+    elif reply.status == 410:
+        assert track.evictable
+        assert reply.code == "session_evicted"
+        track.gone = reply.code
+        outcomes["evicted"] += 1
+    else:
+        assert reply.status == 200
+        assert int(answer.headers["unroll-position"]) == track.position
+        check_snapshot(track, answer.content)
+
+
+def _account(running: Running, text: str, tracks: list[Track], outcomes: Counter[str]) -> None:
+    """The server's own figures agree with what the clients saw."""
+    assert metric(text, "unroll_chunks_in_flight") == 0
+    assert metric(text, "unroll_estimated_wait_seconds") == 0
+    for name in ("hot", "gru"):
+        served = running.model(name)
+        served.scheduler.check_invariants()
+        alive = sum(track.model == name and track.gone is None for track in tracks)
+        assert metric(text, "unroll_sessions", model=name, version=served.version) == alive
+    rows, alone = metric(text, "unroll_batch_rows_sum"), metric(text, "unroll_batch_rows_bucket", le="1")
+    assert alone < 0.75 * rows, "sessions hardly ever shared a batch"
+    applied = sum(track.applied for track in tracks)
+    assert applied <= metric(text, "unroll_steps_total") <= applied + sum(track.doubtful for track in tracks)
+    assert metric(text, "unroll_sessions_gone_total", code="session_evicted") == outcomes["evicted"] > 0
+    assert metric(text, "unroll_sessions_opened_total") == outcomes["opened"]
+    assert metric(text, "unroll_sessions_restarted_total") == outcomes["restart"]
+    assert metric(text, "unroll_failed_total") == outcomes["non_finite_output"]
+    assert outcomes.keys() >= EVERYTHING, f"nobody met {EVERYTHING - outcomes.keys()}"

@@ -1,0 +1,96 @@
+"""`python -m service` as a process: what it does on SIGHUP and SIGTERM, and when it cannot start."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import wire
+from serving import RAW, Oracle, metric, until
+
+ROOT = Path(__file__).parents[3]
+
+
+def launch(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "service", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+class Process:
+    """A server as its own process. `log`: its lines on stderr, each a JSON document."""
+
+    def __init__(self, repository: Path) -> None:
+        self.popen = launch("--repository", str(repository), "--port", "0", "--device", "cpu")
+        self.log: list[dict] = []
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self.log.append(json.loads(line))
+            if found := re.search(r"running on (http://\S+:\d+)", self.log[-1]["event"]):
+                self.url = found.group(1)
+                return
+        raise AssertionError(f"the server did not start: {self.log}")
+
+    def end(self) -> int:
+        """Exit status, after the rest of the log was read."""
+        _, rest = self.popen.communicate(timeout=20)
+        self.log += [json.loads(line) for line in rest.splitlines()]
+        return self.popen.returncode
+
+
+@pytest.fixture
+def shelf(repository: Path, tmp_path: Path) -> Path:
+    shutil.copytree(repository / "gru" / "1", tmp_path / "gru" / "1")
+    return tmp_path
+
+
+@pytest.fixture
+def process(shelf: Path) -> Iterator[Process]:
+    process = Process(shelf)
+    yield process
+    if process.popen.poll() is None:
+        process.popen.kill()
+        process.popen.communicate()
+
+
+def test_signals(
+    process: Process,
+    shelf: Path,
+    repository: Path,
+    background: Callable[..., Future],
+    oracle: Callable[..., Oracle],
+    rng: np.random.Generator,
+) -> None:
+    x = rng.standard_normal((4, 3)).astype(np.float32)
+    with httpx.Client(base_url=process.url, timeout=30) as client:
+        session = f"/v1/models/gru/sessions/{client.post('/v1/models/gru/sessions').json()['session_id']}"
+        first = client.post(f"{session}/steps", content=x[:2].tobytes(), headers=RAW).content
+        shutil.copytree(repository / "gru" / "2", shelf / ".coming")
+        (shelf / ".coming").rename(shelf / "gru" / "2")
+        process.popen.send_signal(signal.SIGHUP)
+        until(lambda: client.get("/v1/models/gru").json()["version"] == "2", "version 2")
+        second = client.post(f"{session}/steps", content=x[2:].tobytes(), headers=RAW).content
+        assert np.array_equal(np.frombuffer(first + second, "<f4").reshape(-1, 2), oracle("gru", "1")(x))
+
+        work = np.tile(x, (128, 500, 1))  # long enough to be caught at work
+        running = background(wire.infer, client, "gru", work)
+        until(lambda: metric(client.get("/metrics").text, "unroll_chunks_in_flight") > 0, "work in flight")
+        process.popen.send_signal(signal.SIGTERM)
+        assert np.array_equal(wire.outputs(running.result())[1]["y"][5], oracle("gru", "2")(work[0]))
+    assert process.end() == 0
+    assert not [line for line in process.log if line["level"] not in ("info", "debug")]
+
+
+def test_a_repository_that_cannot_be_served(tmp_path: Path) -> None:
+    refused = launch("--repository", str(tmp_path), "--port", "0", "--device", "cpu")
+    _, log = refused.communicate(timeout=20)
+    assert refused.returncode == 1
+    assert "holds no bundle" in log
+    assert "Traceback" not in log

@@ -1,0 +1,205 @@
+"""Bundles come, change and go while sessions run: a session never leaves the weights it began with."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import wire
+from serving import RAW, Oracle, Running, Serve, until
+
+import bundle
+
+Oracles = Callable[..., Oracle]
+
+X = np.random.default_rng(3).standard_normal((400, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def shelf(repository: Path, tmp_path: Path) -> Path:
+    """A repository of its own with `gru` version 1 and `lstm`."""
+    for path in ("gru/1", "lstm/1"):
+        shutil.copytree(repository / path, tmp_path / path)
+    return tmp_path
+
+
+@pytest.fixture
+def running(serve: Serve, shelf: Path) -> Running:
+    return serve(repository=shelf)
+
+
+@pytest.fixture
+async def http(running: Running) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=running.url) as http:
+        yield http
+
+
+def add(repository: Path, shelf: Path, version: str) -> None:
+    """Put a version on the shelf in one rename, as export does."""
+    shutil.copytree(repository / "gru" / version, shelf / ".coming")
+    (shelf / ".coming").rename(shelf / "gru" / version)
+
+
+def versions(running: Running) -> list[tuple[str, bool]]:
+    return [(m.version, m.retired) for m in running.front.server.catalog if m.name == "gru"]
+
+
+async def rescanned(running: Running, expected: list[tuple[str, bool]]) -> None:
+    running.rescan()
+    await asyncio.to_thread(until, lambda: versions(running) == expected, str(expected))
+
+
+async def opened(http: httpx.AsyncClient, model: str = "gru", **body: object) -> str:
+    answer = await http.post(f"/v1/models/{model}/sessions", json=body)
+    assert answer.status_code == 201, answer.text
+    return f"/v1/models/gru/sessions/{answer.json()['session_id']}"
+
+
+async def step(http: httpx.AsyncClient, session: str, x: np.ndarray) -> np.ndarray:
+    answer = await http.post(f"{session}/steps", content=x.tobytes(), headers=RAW)
+    assert answer.status_code == 200, answer.text
+    return np.frombuffer(answer.content, "<f4").reshape(-1, 2)
+
+
+async def test_a_new_version_under_load(
+    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path, oracle: Oracles
+) -> None:
+    stop = asyncio.Event()
+
+    async def stream(version: str) -> int:
+        """Steps until told to stop, and then compares everything with one run of that version."""
+        session, outputs = await opened(http), []
+        assert (await http.get(session)).json()["model_version"] == version
+        while len(outputs) < len(X) and not (stop.is_set() and len(outputs) >= 20):
+            outputs.append(await step(http, session, X[len(outputs) : len(outputs) + 1]))
+        assert np.array_equal(np.concatenate(outputs), oracle("gru", version)(X[: len(outputs)]))
+        assert (await http.get(session)).json()["model_version"] == version
+        return len(outputs)
+
+    async with asyncio.TaskGroup() as group:
+        old = [group.create_task(stream("1")) for _ in range(8)]
+        await asyncio.to_thread(until, lambda: running.model("gru", "1").scheduler.counters.steps > 20)
+        add(repository, shelf, "2")
+        await rescanned(running, [("1", False), ("2", False)])
+        new = [group.create_task(stream("2")) for _ in range(8)]
+        await asyncio.to_thread(until, lambda: running.model("gru", "2").scheduler.counters.steps > 20)
+        stop.set()
+    assert all(task.result() >= 20 for task in old + new)
+
+
+async def test_the_other_version_must_not_be_asked_for(
+    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path, oracle: Oracles
+) -> None:
+    session = await opened(http)
+    first = await step(http, session, X[:3])
+    add(repository, shelf, "2")
+    await rescanned(running, [("1", False), ("2", False)])
+    other = session.replace("/gru/", "/gru:2/")
+    before = (await http.get(f"{session}/state")).content
+    for answer in (
+        await http.post(f"{other}/steps", content=X[3:4].tobytes(), headers=RAW),
+        await http.get(other),
+        await http.get(f"{other}/state"),
+        await http.put(f"{other}/state", content=before, headers=RAW),
+        await http.post(f"{other}/fork"),
+        await http.delete(other),
+    ):
+        assert (answer.status_code, answer.json()["code"]) == (409, "model_changed")
+    assert (await http.get(f"{session}/state")).content == before
+    forked = await http.post(f"{session}/fork")
+    assert forked.json()["model_version"] == "1"
+    rest = await step(http, session, X[3:5])
+    assert np.array_equal(np.concatenate([first, rest]), oracle("gru", "1")(X[:5]))
+
+
+async def test_a_version_is_removed(
+    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path, oracle: Oracles
+) -> None:
+    session = await opened(http)
+    first = await step(http, session, X[:3])
+    add(repository, shelf, "2")
+    shutil.rmtree(shelf / "gru" / "1")
+    await rescanned(running, [("1", True), ("2", False)])
+    for answer in (await http.get("/v1/models/gru:1"), await http.post("/v1/models/gru:1/sessions")):
+        assert (answer.status_code, answer.json()["code"]) == (404, "model_unknown")
+    assert np.array_equal(np.concatenate([first, await step(http, session, X[3:5])]), oracle("gru", "1")(X[:5])), (
+        "the session finishes on its version"
+    )
+    assert np.array_equal(await step(http, await opened(http), X[:5]), oracle("gru", "2")(X[:5]))
+    await http.delete(session)
+    await rescanned(running, [("2", False)])
+
+
+async def test_a_whole_model_is_removed(running: Running, http: httpx.AsyncClient, shelf: Path) -> None:
+    session = await opened(http)
+    shutil.rmtree(shelf / "gru")
+    await rescanned(running, [("1", True)])
+    await step(http, session, X[:1])
+    assert (await http.post("/v1/models/gru/sessions")).status_code == 404
+    assert [model["name"] for model in (await http.get("/v1/models")).json()] == ["lstm"]
+
+
+async def test_a_version_is_replaced_in_place(
+    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path, oracle: Oracles
+) -> None:
+    session = await opened(http)
+    first = await step(http, session, X[:3])
+    saved = (await http.get(f"{session}/state")).content
+    other = bundle.read(repository / "gru" / "2")
+    manifest = replace(other.manifest, version="1")
+    bundle.write(shelf, manifest, other.model_path.read_bytes(), other.golden, replace_existing=True)
+    await rescanned(running, [("1", True), ("1", False)])
+    assert np.array_equal(np.concatenate([first, await step(http, session, X[3:5])]), oracle("gru", "1")(X[:5]))
+    assert np.array_equal(await step(http, await opened(http), X[:5]), oracle("gru", "2")(X[:5]))
+    refused = await http.post("/v1/models/gru/sessions", content=saved, headers=RAW)
+    assert (refused.status_code, refused.json()["code"]) == (409, "model_changed")
+
+
+async def test_a_bundle_that_is_refused_changes_nothing(
+    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path
+) -> None:
+    add(repository, shelf, "2")
+    graph = shelf / "gru" / "2" / "model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    shutil.copytree(repository / "hot", shelf / "hot")
+    running.rescan()
+    await asyncio.to_thread(until, lambda: "hot" in running.front.server.catalog.names())
+    assert versions(running) == [("1", False)]
+    await step(http, await opened(http), X[:1])
+
+
+async def test_what_became_of_a_session_outlives_its_version(
+    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path
+) -> None:
+    session = await opened(http)
+    await http.delete(session)
+    add(repository, shelf, "2")
+    shutil.rmtree(shelf / "gru" / "1")
+    running.rescan()
+    await asyncio.to_thread(until, lambda: ("2", False) in versions(running))
+    running.rescan()
+    answer = await http.get(session)
+    assert (answer.status_code, answer.json()["code"]) == (410, "session_closed")
+
+
+@pytest.mark.parametrize("position", [{}, {"sequence_position": 0}])
+async def test_a_sequence_that_starts_anew_gets_the_newest_version(
+    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path, position: dict[str, int]
+) -> None:
+    def start(end: bool, x: np.ndarray) -> wire.Body:
+        return wire.body({"x": x[np.newaxis]}, sequence_id=5, sequence_start=True, sequence_end=end, **position)
+
+    first = start(True, X[:2])
+    answer = await http.post("/v2/models/gru/infer", content=first.content, headers=first.headers)
+    assert wire.outputs(answer)[0]["model_version"] == "1"
+    add(repository, shelf, "2")
+    await rescanned(running, [("1", False), ("2", False)])
+    second = start(False, X[2:4])
+    answer = await http.post("/v2/models/gru/infer", content=second.content, headers=second.headers)
+    assert wire.outputs(answer)[0]["model_version"] == "2"

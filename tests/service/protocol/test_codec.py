@@ -1,0 +1,178 @@
+"""The codec: what goes through comes out bit for bit, what is wrong is an UnrollError that says so."""
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensor_models import arrays, manifest, manifests, same
+
+from bundle import TensorSpec
+from service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
+from service.protocol import json
+from service.protocol.tensors import Codec
+
+BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+X = TensorSpec("x", "float32", (3,), True)
+Y = TensorSpec("y", "float32", (2,), True)
+TOKEN = TensorSpec("token", "int64", (), True, limit=11)
+FLAG = TensorSpec("flag", "bool", (), True)
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=3),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.sampled_from("xyab"), children, max_size=3),
+    max_leaves=12,
+)
+
+
+def codec(*inputs: TensorSpec, max_steps: int = 100) -> Codec:
+    return Codec(manifest(inputs, (Y,)), max_steps)
+
+
+@BRIEF
+@given(st.data())
+def test_raw_round_trip(data: st.DataObject) -> None:
+    model = data.draw(manifests(most_inputs=1, most_outputs=1))
+    array = data.draw(arrays(model.inputs[0], data.draw(st.integers(1, 5))))
+    made = Codec(model, 100)
+    (decoded,) = made.from_raw(array.tobytes())
+    assert same(decoded, array)
+    output = data.draw(arrays(model.outputs[0], *([4] if model.outputs[0].time else [])))
+    assert made.to_raw((output,)) == output.tobytes()
+
+
+@BRIEF
+@given(st.data())
+def test_json_round_trip(data: st.DataObject) -> None:
+    """Through real JSON text and back, for one input or several."""
+    model = data.draw(manifests())
+    steps = data.draw(st.integers(1, 4))
+    inputs = [data.draw(arrays(spec, steps)) for spec in model.inputs]
+    value = {spec.name: array.tolist() for spec, array in zip(model.inputs, inputs, strict=True)}
+    text = orjson.dumps(value if len(inputs) > 1 else value[model.inputs[0].name])
+    decoded = Codec(model, 100).from_json(orjson.loads(text))
+    for got, array in zip(decoded, inputs, strict=True):
+        assert got.dtype == array.dtype
+        assert got.tolist() == array.tolist()
+
+
+@BRIEF
+@given(st.data())
+def test_json_output_says_the_same_bits(data: st.DataObject) -> None:
+    model = data.draw(manifests())
+    batch = [data.draw(arrays(spec, *([1, 3] if spec.time else [1]))) for spec in model.outputs]
+    outputs = tuple(array[0].copy() for array in batch)  # as the engine cuts them
+    text = json.dump({"outputs": Codec(model, 100).to_json(outputs)})
+    assert b"null" not in text
+    assert b"NaN" not in text
+    value = orjson.loads(text)["outputs"]
+    for spec, array in zip(model.outputs, outputs, strict=True):
+        found = value[spec.name] if len(outputs) > 1 else value
+        assert same(np.array(found, spec.numpy).reshape(array.shape), array)
+
+
+@BRIEF
+@given(st.data())
+def test_sequences_round_trip(data: st.DataObject) -> None:
+    model = data.draw(manifests())
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    sequences = [tuple(data.draw(arrays(spec, length)) for spec in model.inputs) for length in lengths]
+    columns = {spec.name: [row[i].tolist() for row in sequences] for i, spec in enumerate(model.inputs)}
+    decoded = Codec(model, 100).sequences_from_json(columns)
+    assert [[a.tolist() for a in row] for row in decoded] == [[a.tolist() for a in row] for row in sequences]
+
+
+@BRIEF
+@given(model=manifests(), body=st.binary(max_size=200))
+def test_random_bytes_as_raw(model, body: bytes) -> None:  # type: ignore[no-untyped-def]
+    made = Codec(model, 5)
+    try:
+        (array,) = made.from_raw(body)
+    except UnrollError:
+        return
+    assert array.tobytes() == body
+
+
+@BRIEF
+@given(model=manifests(), value=JSON_VALUES)
+def test_random_json(model, value: object) -> None:  # type: ignore[no-untyped-def]
+    made = Codec(model, 5)
+    for decode in (made.from_json, made.sequences_from_json):
+        try:
+            decode(value)
+        except UnrollError:
+            continue
+
+
+@BRIEF
+@given(st.binary(max_size=100) | st.text(max_size=40).map(str.encode))
+def test_random_bytes_as_json(body: bytes) -> None:
+    try:
+        assert isinstance(json.parse_object(body, 80), dict)
+    except UnrollError:
+        return
+
+
+@pytest.mark.parametrize("depth", [60, 64, 65, 100, 1000, 1023])
+def test_deep_lists(depth: int) -> None:
+    value: object = 1.0
+    for _ in range(depth):
+        value = [value]
+    with pytest.raises(InvalidShape):
+        codec(X).from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "value", "error"),
+    [
+        (X, [[1, 2, True]], InvalidDtype),
+        (X, [[True, True, True]], InvalidDtype),
+        (X, [[1, 2, "3"]], InvalidDtype),
+        (X, [[1, 2, None]], InvalidDtype),
+        (X, [[1, 2, 1e39]], NonFiniteInput),
+        (X, [[1, 2, 2**64 - 1]], None),
+        (X, [], InvalidShape),
+        (X, [[]], InvalidShape),
+        (TOKEN, [1, True], InvalidDtype),
+        (TOKEN, [1.0], InvalidDtype),
+        (TOKEN, [2**63], OutOfRange),
+        (TOKEN, [11], OutOfRange),
+        (TOKEN, [-1], OutOfRange),
+        (FLAG, [0, 1], InvalidDtype),
+        (FLAG, [True, 1], InvalidDtype),
+        (FLAG, ["true"], InvalidDtype),
+        (FLAG, [True, False], None),
+    ],
+)
+def test_values(spec: TensorSpec, value: object, error: type[UnrollError] | None) -> None:
+    if error is None:
+        codec(spec).from_json(value)
+    else:
+        with pytest.raises(error, match=spec.name):
+            codec(spec).from_json(value)
+
+
+def test_a_number_that_does_not_fit_int32() -> None:
+    with pytest.raises(OutOfRange):
+        codec(TensorSpec("n", "int32", (), True)).from_json([2**31])
+
+
+def test_more_steps_than_are_taken() -> None:
+    made = codec(X, max_steps=2)
+    assert len(made.from_raw(bytes(24))[0]) == 2
+    with pytest.raises(InvalidShape, match="at most 2"):
+        made.from_raw(bytes(36))
+
+
+def test_a_raw_bool_is_zero_or_one() -> None:
+    """Any other byte would reach the graph as a bool that is neither."""
+    made = codec(FLAG)
+    assert made.from_raw(b"\x00\x01")[0].tolist() == [False, True]
+    for byte in (b"\x02", b"\xff"):
+        with pytest.raises(OutOfRange, match="flag"):
+            made.from_raw(b"\x00\x01" + byte)
