@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[PositiveInt, Field(description="largest request body")] = 16 * 2**20
     max_json_bytes: Annotated[PositiveInt, Field(description="largest JSON in a request")] = 2 * 2**20
     max_steps: Annotated[PositiveInt, Field(description="time steps in one request")] = 65_536
+    max_sequences: Annotated[PositiveInt, Field(description="whole sequences in one request")] = 1024
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$", description="least severe log line")] = (
         "info"
     )
@@ -54,6 +55,7 @@ class Settings(BaseSettings):
             device=device,
             threads=self.threads,
             max_steps=self.max_steps,
+            max_sequences=self.max_sequences,
             sessions=SessionLimits(
                 capacity=self.session_capacity,
                 idle_timeout=self.idle_timeout or None,

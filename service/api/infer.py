@@ -89,6 +89,7 @@ def _batch(served: ServedModel, asked: InferRequest) -> list[Tensors]:
     """The request's rows, each input (time, *shape)."""
     specs = served.manifest.inputs
     arrays = open_inference.read_inputs(asked, specs)
+    served.codec.check_sequences(len(arrays[0]))
     return [
         tuple(served.codec.checked(spec, array[i]) for spec, array in zip(specs, arrays, strict=True))
         for i in range(len(arrays[0]))

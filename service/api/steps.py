@@ -5,7 +5,7 @@ import asyncio
 from service.api.http import JSON, RAW, Answer, Request
 from service.api.server import Server
 from service.catalog.model import ServedModel
-from service.core.errors import InvalidRequest, InvalidShape, NotStreamable, UnsupportedMediaType
+from service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
 from service.engine.base import Tensors
 from service.protocol import json
 from service.scheduler.work import Reply
@@ -50,8 +50,6 @@ async def sequences(server: Server, model: str, request: Request) -> Answer:
 
 async def whole_sequences(served: ServedModel, sequences: list[Tensors], timeout: float) -> list[Reply]:
     """All replies, or the first error, the others being cancelled."""
-    if len(sequences) > served.scheduler.limits.max_queue:
-        raise InvalidShape(f"{len(sequences)} sequences in one request; {served.scheduler.limits.max_queue} can wait")
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(served.loop.sequence(inputs, timeout)) for inputs in sequences]

@@ -30,11 +30,12 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """device: `cpu` or `cuda:N`. threads: onnxruntime's for one call. max_steps: in one request."""
+    """device: `cpu` or `cuda:N`. threads: onnxruntime's for one call. max_steps, max_sequences: in one request."""
 
     device: str = "cpu"
     threads: int = 1
     max_steps: int = 65_536
+    max_sequences: int = 1024
     sessions: SessionLimits = field(default_factory=SessionLimits)
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
 
@@ -99,7 +100,13 @@ class ServedModel:
             microseconds_per_step=round(scheduler.seconds_per_step * 1e6, 2),
             seconds=round(perf_counter() - started, 3),
         )
-        return cls(bundle, engine, loop, Codec(manifest, options.max_steps), runner.provider)
+        return cls(
+            bundle,
+            engine,
+            loop,
+            Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue)),
+            runner.provider,
+        )
 
     def start(self) -> asyncio.Task[None]:
         self._task = asyncio.create_task(self.loop.run(), name=f"loop {self.name}:{self.version}")
@@ -146,7 +153,7 @@ class ServedModel:
 def _warm_up(engine: Engine, manifest: Manifest, max_batch: int) -> float:
     """Run single steps on the scratch row, small batches and full ones; returns seconds per step of a full one."""
     inputs = tuple(np.zeros((1, *spec.shape), spec.numpy) for spec in manifest.inputs)
-    row = Row(Chunk(inputs, 1, 0.0, 0.0), inputs, 1, INITIAL, SCRATCH)
+    row = Row(Chunk(inputs, 1, 0.0), inputs, 1, INITIAL, SCRATCH)
     best = float("inf")
     for size in (1, max_batch, max_batch, max_batch):
         started = perf_counter()

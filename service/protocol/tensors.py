@@ -19,10 +19,11 @@ _ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}
 class Codec:
     """Encodes and decodes for one model. Arrays are (time, *shape), outputs without time (*shape)."""
 
-    def __init__(self, manifest: Manifest, max_steps: int) -> None:
+    def __init__(self, manifest: Manifest, max_steps: int, max_sequences: int) -> None:
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
         self.max_steps = max_steps
+        self.max_sequences = max_sequences
         self._raw_step = self.inputs[0].nbytes
 
     # ── raw bytes: little-endian, row-major, nothing else ────────────────────────────────────────
@@ -60,12 +61,18 @@ class Codec:
             raise InvalidShape("'inputs' must be a list of one or more sequences")
         if len({len(column) for column in columns}) > 1:
             raise InvalidShape("the inputs differ in their number of sequences")
+        self.check_sequences(len(columns[0]))
         several = len(self.inputs) > 1
         names = [spec.name for spec in self.inputs]
         return [
             self.from_json(dict(zip(names, items, strict=True)) if several else items[0])
             for items in zip(*columns, strict=True)
         ]
+
+    def check_sequences(self, count: int) -> None:
+        """Raises InvalidShape if a request holds too many; to be called before each is looked at."""
+        if count > self.max_sequences:
+            raise InvalidShape(f"{count} sequences in one request; at most {self.max_sequences} are taken")
 
     def to_json(self, outputs: Tensors) -> object:
         """What belongs under `"outputs"`: the array, or `{name: array}` for a model with several outputs."""

@@ -132,7 +132,7 @@ class Scheduler:
 
     def submit_sequence(self, inputs: Tensors, now: float, deadline: float) -> Chunk:
         """A whole sequence from the initial state; inputs: each (time, *shape)."""
-        chunk = Chunk(inputs, len(inputs[0]), deadline, now)
+        chunk = Chunk(inputs, len(inputs[0]), deadline)
         self._admit(chunk, now)
         self._make_ready(chunk)
         return chunk
@@ -160,14 +160,23 @@ class Scheduler:
         if (reply := self._last_words(session_id, position, digest, now)) is not None:
             self.counters.replayed += 1
             return reply
-        if start and session_id not in self.sessions:
-            self.check_room(now, deadline)
-            self.open(session_id, now)
+        opens = start and session_id not in self.sessions
+        if opens:
+            self._open_by_steps(session_id, position, digest, now, deadline)
         session = self.sessions.find(session_id, now)
         if position is not None and position != session.expected:
             return self._recognise(session, position, digest)
-        chunk = Chunk(inputs, len(inputs[0]), deadline, now, session, session.expected, position is not None, final)
-        chunk.digest = digest
+        chunk = Chunk(
+            inputs,
+            len(inputs[0]),
+            deadline,
+            session,
+            start=session.expected,
+            pinned=position is not None,
+            opens=opens,
+            final=final,
+            digest=digest,
+        )
         self._admit(chunk, now)
         session.expected += chunk.length
         self._enqueue(session, chunk, now)
@@ -260,6 +269,15 @@ class Scheduler:
         if now + wait > deadline:
             self.counters.refused += 1
             raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
+
+    def _open_by_steps(self, session_id: str, position: int | None, digest: bytes, now: float, deadline: float) -> None:
+        """Unless the steps are a late duplicate of those that opened a session which is gone by now."""
+        tombstone = self.sessions.tombstone(session_id, now)
+        if tombstone is not None and position == 0 and digest == tombstone.opened_with:
+            raise self.sessions.loss(session_id, now)
+        self.check_room(now, deadline)
+        session = self.open(session_id, now)
+        session.opened_with = digest if position == 0 else b""
 
     def _last_words(self, session_id: str, position: int | None, digest: bytes, now: float) -> Reply | None:
         ended = self.sessions.ended_by(session_id, now)
@@ -403,8 +421,12 @@ class Scheduler:
 
     def _fail(self, chunk: Chunk, why: UnrollError, now: float) -> None:
         self._settle(chunk, why, now)
-        if chunk.session is not None:
-            self._recount(chunk.session, now)
+        if chunk.session is None:
+            return
+        if chunk.opens and chunk.session.life not in (Life.LEAVING, Life.GONE):
+            chunk.session.opened_with = b""  # nothing was applied: the request may be tried again
+            self._close(chunk.session, now)
+        self._recount(chunk.session, now)
 
     def _feed_starved(self) -> None:
         while self._starved:

@@ -23,6 +23,7 @@ from service.core.errors import (
     SessionExpired,
     SessionGone,
     SessionUnknown,
+    UnrollError,
 )
 from service.scheduler.work import Applied, Life, Session
 from service.state.slots import INITIAL, Slots
@@ -57,11 +58,12 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """Why a session is gone. `last` answers a retry of the chunk that ended it."""
+    """Why a session is gone. `last` answers a retry of the chunk that ended it; `opened_with` is the session's."""
 
     cause: type[SessionGone]
     until: float
     last: Applied | None = None
+    opened_with: bytes = b""
 
 
 _WORDS = {
@@ -119,10 +121,14 @@ class SessionTable:
         session = self._live.get(session_id)
         if session is not None:
             return session
+        raise self.loss(session_id, now)
+
+    def loss(self, session_id: str, now: float) -> UnrollError:
+        """What to tell of a session that is not here."""
         tombstone = self.tombstone(session_id, now)
         if tombstone is None:
-            raise SessionUnknown(f"no session {session_id!r}: it was never opened here, or its state is lost")
-        raise tombstone.cause(f"session {session_id!r} {_WORDS[tombstone.cause]}")
+            return SessionUnknown(f"no session {session_id!r}: it was never opened here, or its state is lost")
+        return tombstone.cause(f"session {session_id!r} {_WORDS[tombstone.cause]}")
 
     def tombstone(self, session_id: str, now: float) -> Tombstone | None:
         tombstone = self._tombstones.get(session_id)
@@ -187,7 +193,8 @@ class SessionTable:
             self._leaving.add(session)
         else:
             self.slots.give_back(session.slot)
-        self._tombstones[session.id] = Tombstone(cause, now + self.limits.tombstone_life, last)
+        until = now + self.limits.tombstone_life
+        self._tombstones[session.id] = Tombstone(cause, until, last, session.opened_with)
         self._tombstones.move_to_end(session.id)
         while self._tombstones:
             oldest, tombstone = next(iter(self._tombstones.items()))

@@ -48,7 +48,8 @@ class Session:
     """One client's stream.
 
     slot: its row in the arena. source: the row its next chunk reads, the initial row until the first commit.
-    position: steps consumed. expected: the position once all accepted work is done.
+    position: steps consumed. expected: the position once all accepted work is done. opened_with: digest of the
+    request that opened it at position 0, so that its late duplicate does not open another.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Session:
     last_used: float
     life: Life = Life.IDLE
     last: Applied | None = None
+    opened_with: bytes = b""
     active: "Chunk | Action | None" = None
     pending: "list[Chunk | Action]" = field(default_factory=list)
 
@@ -75,7 +77,8 @@ class Session:
 class Chunk:
     """T >= 1 time steps of one session, or one whole stateless sequence (`session` is None).
 
-    pinned: the client said at which position it belongs (`start`). final: the session closes after it.
+    pinned: the client said at which position it belongs (`start`). opens: the session began with it, and ends if it
+    fails. final: the session closes after it.
     done: steps already run, for a chunk that is run in pieces; its state is then in row `workspace`.
     running: a batch holds it now. abandoned: what it ends with unless that batch completes it.
     """
@@ -83,10 +86,10 @@ class Chunk:
     inputs: Tensors
     length: int
     deadline: float
-    accepted: float
     session: Session | None = None
     start: int = 0
     pinned: bool = False
+    opens: bool = False
     final: bool = False
     digest: bytes = b""
     done: int = 0

@@ -31,7 +31,7 @@ JSON_VALUES = st.recursive(
 
 
 def codec(*inputs: TensorSpec, max_steps: int = 100) -> Codec:
-    return Codec(manifest(inputs, (Y,)), max_steps)
+    return Codec(manifest(inputs, (Y,)), max_steps, 1000)
 
 
 @BRIEF
@@ -39,7 +39,7 @@ def codec(*inputs: TensorSpec, max_steps: int = 100) -> Codec:
 def test_raw_round_trip(data: st.DataObject) -> None:
     model = data.draw(manifests(most_inputs=1, most_outputs=1))
     array = data.draw(arrays(model.inputs[0], data.draw(st.integers(1, 5))))
-    made = Codec(model, 100)
+    made = Codec(model, 100, 1000)
     (decoded,) = made.from_raw(array.tobytes())
     assert same(decoded, array)
     output = data.draw(arrays(model.outputs[0], *([4] if model.outputs[0].time else [])))
@@ -55,7 +55,7 @@ def test_json_round_trip(data: st.DataObject) -> None:
     inputs = [data.draw(arrays(spec, steps)) for spec in model.inputs]
     value = {spec.name: array.tolist() for spec, array in zip(model.inputs, inputs, strict=True)}
     text = orjson.dumps(value if len(inputs) > 1 else value[model.inputs[0].name])
-    decoded = Codec(model, 100).from_json(orjson.loads(text))
+    decoded = Codec(model, 100, 1000).from_json(orjson.loads(text))
     for got, array in zip(decoded, inputs, strict=True):
         assert got.dtype == array.dtype
         assert got.tolist() == array.tolist()
@@ -67,7 +67,7 @@ def test_json_output_says_the_same_bits(data: st.DataObject) -> None:
     model = data.draw(manifests())
     batch = [data.draw(arrays(spec, *([1, 3] if spec.time else [1]))) for spec in model.outputs]
     outputs = tuple(array[0].copy() for array in batch)  # as the engine cuts them
-    text = json.dump({"outputs": Codec(model, 100).to_json(outputs)})
+    text = json.dump({"outputs": Codec(model, 100, 1000).to_json(outputs)})
     assert b"null" not in text
     assert b"NaN" not in text
     value = orjson.loads(text)["outputs"]
@@ -83,14 +83,14 @@ def test_sequences_round_trip(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     sequences = [tuple(data.draw(arrays(spec, length)) for spec in model.inputs) for length in lengths]
     columns = {spec.name: [row[i].tolist() for row in sequences] for i, spec in enumerate(model.inputs)}
-    decoded = Codec(model, 100).sequences_from_json(columns)
+    decoded = Codec(model, 100, 1000).sequences_from_json(columns)
     assert [[a.tolist() for a in row] for row in decoded] == [[a.tolist() for a in row] for row in sequences]
 
 
 @BRIEF
 @given(model=manifests(), body=st.binary(max_size=200))
 def test_random_bytes_as_raw(model, body: bytes) -> None:  # type: ignore[no-untyped-def]
-    made = Codec(model, 5)
+    made = Codec(model, 5, 1000)
     try:
         (array,) = made.from_raw(body)
     except UnrollError:
@@ -101,7 +101,7 @@ def test_random_bytes_as_raw(model, body: bytes) -> None:  # type: ignore[no-unt
 @BRIEF
 @given(model=manifests(), value=JSON_VALUES)
 def test_random_json(model, value: object) -> None:  # type: ignore[no-untyped-def]
-    made = Codec(model, 5)
+    made = Codec(model, 5, 1000)
     for decode in (made.from_json, made.sequences_from_json):
         try:
             decode(value)

@@ -382,3 +382,25 @@ def test_closing_fails_an_action_that_waits(s, engine):
     s.close("a", 0)
     run_until_idle(s, engine)
     assert isinstance(action.outcome, SessionClosed)
+
+
+def test_a_late_duplicate_of_the_request_that_opened_a_session_opens_no_other(s, engine):
+    s.submit_steps("a", inputs(1), 0, LATER, position=0, start=True)
+    s.submit_steps("a", inputs(2), 0, LATER, position=1, final=True)
+    run_until_idle(s, engine)
+    with pytest.raises(SessionClosed):
+        s.submit_steps("a", inputs(1), 0, LATER, position=0, start=True)
+    another = s.submit_steps("a", inputs(5), 0, LATER, position=0, start=True)
+    run_until_idle(s, engine)
+    assert answer(another) == fold([5])
+
+
+def test_a_start_that_fails_leaves_no_session_and_may_be_tried_again(s, engine):
+    late = s.submit_steps("a", inputs(1), 0, 5, position=0, start=True)
+    behind = s.submit_steps("a", inputs(2), 0, LATER)
+    run_until_idle(s, engine, 5)
+    assert (failure(late), failure(behind)) == ("deadline_exceeded", "session_closed")
+    assert "a" not in s.sessions
+    again = s.submit_steps("a", inputs(1), 6, LATER, position=0, start=True)
+    run_until_idle(s, engine, 6)
+    assert answer(again) == fold([1])
