@@ -21,7 +21,7 @@ from service.api.server import Server
 from service.catalog.catalog import Catalog
 from service.core.clock import Clock, MonotonicClock
 from service.core.errors import UnrollError
-from service.engine.runner import resolve_device
+from service.engine.runner import DeviceUnavailable, resolve_device
 from service.protocol import json
 from service.settings import Settings
 
@@ -38,13 +38,16 @@ def build(settings: Settings, clock: Clock | None = None) -> Front:
     device, why = resolve_device(settings.device)
     _log.info("device", device=device, why=why)
     executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
-    catalog = Catalog(
-        settings.repository,
-        settings.model_options(device),
-        clock or MonotonicClock(),
-        executor,
-    )
-    catalog.load_all()
+    clock = clock or MonotonicClock()
+    try:
+        catalog = Catalog(settings.repository, settings.model_options(device), clock, executor)
+        catalog.load_all()
+    except DeviceUnavailable as error:
+        if settings.device != "auto":
+            raise
+        _log.warning("device", device="cpu", why=str(error))
+        catalog = Catalog(settings.repository, settings.model_options("cpu"), clock, executor)
+        catalog.load_all()
     server = Server(catalog, settings.api_limits())
 
     def crash() -> None:

@@ -66,7 +66,10 @@ class Runner:
         self._session = ort.InferenceSession(str(model), options, providers=providers)
         self.provider = self._session.get_providers()[0]
         if self.provider != (providers[0] if device == "cpu" else "CUDAExecutionProvider"):
-            raise DeviceUnavailable(f"{device} was asked for, but onnxruntime runs on {self.provider}")
+            raise DeviceUnavailable(
+                f"onnxruntime runs on {self.provider} instead of {device}: its CUDA libraries could not be loaded "
+                "(pip install 'onnxruntime-gpu[cuda,cudnn]' brings them)"
+            )
         _check_names("inputs", self._session.get_inputs(), [t.name for t in manifest.inputs], "state", "sequence_lens")
         _check_names("outputs", self._session.get_outputs(), [t.name for t in manifest.outputs], "state_out")
         self._outputs = [*(tensor.name for tensor in manifest.outputs), "state_out"]

@@ -1,0 +1,46 @@
+"""What `--device` does on a machine whose GPU, or whose CUDA libraries, are not there."""
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from service import __main__ as serve
+from service import app
+from service.engine.runner import DeviceUnavailable, resolve_device
+from service.settings import Settings
+
+
+def settings(repository: Path, device: str) -> Settings:
+    return Settings(repository=repository, device=device)
+
+
+@pytest.fixture
+def driver_without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There seems to be a GPU, and then onnxruntime cannot use it."""
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    if resolve_device("auto")[0] != "cpu":
+        pytest.skip("needs a machine without a GPU")
+    monkeypatch.setattr(app, "resolve_device", lambda device: ("cuda:0", "a GPU was found"))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+
+
+@pytest.mark.usefixtures("driver_without_libraries")
+def test_auto_falls_back_to_the_cpu(repository: Path):
+    front = app.build(settings(repository, "auto"))
+    assert {model.provider for model in front.server.catalog} == {"CPUExecutionProvider"}
+
+
+@pytest.mark.usefixtures("driver_without_libraries")
+def test_a_device_that_was_asked_for_does_not(repository: Path):
+    with pytest.raises(DeviceUnavailable, match="onnxruntime runs on CPUExecutionProvider instead of cuda:0"):
+        app.build(settings(repository, "cuda:0"))
+
+
+def test_serve_ends_with_a_reason(repository: Path, capfd: pytest.CaptureFixture[str]):
+    assert serve.main(["--repository", str(repository), "--device", "cuda:99"]) == 1
+    last = json.loads(capfd.readouterr().err.splitlines()[-1])
+    assert last["event"] == "not started"
+    assert "cuda:99 was asked for, but" in last["reason"]
