@@ -150,3 +150,21 @@ def test_a_factory_may_be_the_module_itself(folder: Path) -> None:
     module, example = from_factory("instance:model", None, [InputSpec.parse("input:float32:2")])
     assert isinstance(module, nn.GRU)
     assert example["input"].shape == (2, 16, 2)
+
+
+class Canary:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, (f"open({str(self.path)!r}, 'w')",)
+
+
+def test_weights_that_would_run_code_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"embed.weight": Canary(folder / "canary")}, folder / "evil.pt")
+    assert run("usermodel:Net", *TOKEN, "--name", "n", "--weights", "evil.pt", "--repository", "out") == 1
+    assert "checkpoint: " in capsys.readouterr().err
+    assert not (folder / "canary").exists()
+    assert not (folder / "out").exists()
