@@ -74,16 +74,18 @@ def write(
         raise BundleError(f"{target}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    replaced = temporary.with_name(temporary.name + "-replaced")
     try:
         temporary.chmod(0o755)
         (temporary / MODEL).write_bytes(model)
         (temporary / GOLDEN).write_bytes(vectors)
         (temporary / MANIFEST).write_bytes(description)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(replaced)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 

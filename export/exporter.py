@@ -79,6 +79,8 @@ def export(
     _check_same_as_original(original, streaming, samples, draft)
     probes.check_rows(reference, samples, draft)
     reason = probes.why_not_streamable(torch_runner(double, double=True, ops=True), double, samples, draft)
+    if reason is None:
+        reason = probes.why_not_over_long(served, samples, draft)
     draft = dataclasses.replace(draft, streamable=reason is None, not_streamable_because=reason)
 
     progress("proving it equal to PyTorch")

@@ -14,6 +14,9 @@ from export.streaming import StreamingModule
 #: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.
 _CLOSE = 1e-9
 
+#: Steps of the longest sequence that is tried, whole and cut, unless the example is longer.
+LONG = 1024
+
 
 def check_rows(reference: RunFunction, samples: Samples, manifest: Manifest) -> None:
     """Raises ExportError(rows_mixed) if a sequence's outputs depend on the others in its batch."""
@@ -51,6 +54,22 @@ def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Sampl
             wrong = [name for name, array in cut.items() if not _close(array, whole[name])]
             if wrong:
                 return _reason(wrong[0], run, module, inputs, rows, chunks, samples, manifest)
+    return None
+
+
+def why_not_over_long(run: RunFunction, samples: Samples, manifest: Manifest) -> str | None:
+    """The same question over a sequence of LONG steps or the example's length, for what reaches far back.
+
+    `run` is onnxruntime's: it is fast, and repeats a recurrent layer bit for bit however the sequence is cut, so that
+    not even a chaotic model's rounding is taken for a difference.
+    """
+    time = max(LONG, *(array.shape[1] for array in samples.example.values()))
+    inputs, rows = samples.draw(1, time, seed=53), states(1, manifest.initial_row(), seed=54)
+    whole = _whole(run, inputs, rows, manifest)
+    for name, array in run_chunked(inputs, rows, (time // 2, 1, time - time // 2 - 1), manifest, run).items():
+        scale = max(1.0, float(np.abs(whole[name]).max()))
+        if not np.abs(array.astype(np.float64) - whole[name]).max() <= 1e-3 * scale:
+            return f"{name!r} depends on how a long sequence ({time} steps) is cut: something reaches far back in time"
     return None
 
 

@@ -6,6 +6,7 @@ import sys
 
 import structlog
 import uvicorn
+from pydantic import ValidationError
 
 from service import app
 from service.catalog.catalog import CatalogError
@@ -14,10 +15,17 @@ from service.settings import Settings
 from service.telemetry import logs
 
 _SHUTDOWN_SECONDS = 10
+#: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
+_KEEP_ALIVE_SECONDS = 75
 
 
 def main(argv: list[str]) -> int:
-    settings = Settings.from_arguments(argv)
+    try:
+        settings = Settings.from_arguments(argv)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            print(f"unroll serve: --{problem['loc'][0]}: {problem['msg']}".replace("_", "-"), file=sys.stderr)
+        return 2
     logs.configure(settings.log_level)
     log = structlog.get_logger(__name__)
     try:
@@ -33,6 +41,7 @@ def main(argv: list[str]) -> int:
         log_config=None,
         server_header=False,
         date_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     # What was built so far stays; and what a step allocates is freed by counting references, not by a collection.

@@ -59,7 +59,8 @@ def build(settings: Settings, clock: Clock | None = None) -> Front:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(catalog.run())
+        running = asyncio.create_task(catalog.run(), name="catalog")
+        running.add_done_callback(catalog.watch)
         server.ready = True
         yield
         server.ready = False

@@ -5,6 +5,7 @@ Everything else, and every path that is not quite one of these, goes on to FastA
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from time import perf_counter
 
 from service.api.errors import open_inference_error, problem
@@ -57,7 +58,8 @@ class Front:
                 if len(path) == length and all(path[i] == part for i, part in fixed.items()):
                     await self._answer(name, route, error_form, path, scope, receive, send)
                     return
-        await self._app(scope, receive, send)
+        with suppress(Disconnected):
+            await self._app(scope, receive, send)
 
     async def _answer(
         self,

@@ -1,10 +1,10 @@
 """A request and an answer, as little of each as the inference routes need."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.core.errors import BodyTooLarge, InvalidRequest
+from service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -58,9 +58,20 @@ class Answer:
         await send({"type": "http.response.body", "body": self.body})
 
 
+def _refuse_repeated(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Of two different positions or lengths, neither can be believed."""
+    names = [name for name, _ in headers if name.startswith((b"unroll-", b"inference-", b"content-"))]
+    if len(set(names)) < len(names):
+        raise InvalidRequest("a header that must be there once was sent twice")
+
+
 async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
     """Raises BodyTooLarge before more than `limit` bytes are held, Disconnected if the body never ends."""
     headers: Headers = dict(scope["headers"])
+    if len(headers) < len(scope["headers"]):
+        _refuse_repeated(scope["headers"])
+    if headers.get(b"content-encoding", b"identity") != b"identity":
+        raise UnsupportedMediaType("compressed bodies are not taken: send it without Content-Encoding")
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         raise BodyTooLarge(f"a body may have {limit} bytes, this one has {declared.decode()}")

@@ -10,7 +10,7 @@ from bundle import TensorSpec
 from service.api.http import JSON, RAW, Answer, Request
 from service.api.server import Server
 from service.api.sessions import check_id
-from service.api.steps import require_streamable, whole_sequences
+from service.api.steps import require_streamable
 from service.catalog.model import ServedModel
 from service.core.errors import InvalidRequest, InvalidShape
 from service.engine.base import Tensors
@@ -32,7 +32,7 @@ async def infer(server: Server, name: str, version: str | None, request: Request
     if asked.sequence is None:
         served = server.catalog.resolve(name, version)
         wanted = _wanted(served, asked)
-        replies = await whole_sequences(served, _batch(served, asked), timeout)
+        replies = await served.loop.sequences(_batch(served, asked), timeout)
         outputs = [np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)]
     else:
         sequence = asked.sequence
@@ -68,19 +68,24 @@ def _version_for(
         raise InvalidRequest("a request that starts a sequence has sequence_position 0")
     if sequence.position == 0:
         owner = server.catalog.owner(name, version, sequence.id)
-        now = owner.loop.clock.now()
-        if sequence.id in owner.scheduler.sessions or any(
-            owner.scheduler.ended_with(sequence.id, inputs, 0, now) for inputs in _batch(owner, asked)
-        ):
+        if sequence.id in owner.scheduler.sessions or _remembers(owner, sequence.id, asked):
             return owner
     return server.catalog.resolve(name, version)
+
+
+def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool:
+    now = owner.loop.clock.now()
+    try:
+        return any(owner.scheduler.remembers(session_id, inputs, now) for inputs in _batch(owner, asked))
+    except InvalidRequest:  # an older version's inputs may have been others
+        return False
 
 
 def _end_previous(server: Server, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float) -> None:
     """START without a position on a living sequence ends the old one, as in Triton; with position 0 it is a retry."""
     if sequence.position is None and (living := server.catalog.living(name, sequence.id)) is not None:
         now = living.loop.clock.now()
-        served.scheduler.check_room(now, now + timeout)  # a request that is refused must not end anything
+        served.scheduler.check_room(now, now + timeout, row=True)  # a request that is refused must not end anything
         session = living.scheduler.restart(sequence.id, now)
         _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=session.position)
 

@@ -66,7 +66,7 @@ def _header(name: str, description: str) -> dict[str, Any]:
 
 
 _TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds until the work must have begun")
-_POSITION = _header("Unroll-Position", "with raw bytes: where the client believes the session is")
+_POSITION = _header("Unroll-Position", "where the client believes the session is; JSON bodies may say it as `position`")
 
 
 def router(server: Server) -> APIRouter:

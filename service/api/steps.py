@@ -1,14 +1,10 @@
 """Steps and sequences of the native API: from a request to an Answer, without a framework."""
 
-import asyncio
-
 from service.api.http import JSON, RAW, Answer, Request
 from service.api.server import Server
 from service.catalog.model import ServedModel
 from service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
-from service.engine.base import Tensors
 from service.protocol import json
-from service.scheduler.work import Reply
 
 POSITION = b"unroll-position"
 TIMEOUT = b"unroll-timeout-ms"
@@ -19,17 +15,20 @@ async def steps(server: Server, model: str, session_id: str, request: Request) -
     served = server.catalog.owner(*split_reference(model), session_id)
     require_streamable(served)
     timeout = _timeout(server, request)
+    position = request.whole_number(POSITION)
     if request.media_type == RAW:
         inputs = served.codec.from_raw(request.body)
-        position = request.whole_number(POSITION)
         reply = await served.loop.steps(session_id, inputs, timeout, position=position)
         return Answer(
             200, RAW, served.codec.to_raw(reply.outputs), ((b"unroll-position", str(reply.position).encode()),)
         )
     document = _json_body(server, request, {"inputs", "position"})
-    position = document.get("position")
-    if position is not None and (isinstance(position, bool) or not isinstance(position, int) or position < 0):
-        raise InvalidRequest("'position' must be a whole number, 0 or more")
+    if (said := document.get("position")) is not None:
+        if isinstance(said, bool) or not isinstance(said, int) or said < 0:
+            raise InvalidRequest("'position' must be a whole number, 0 or more")
+        if position not in (None, said):
+            raise InvalidRequest(f"the header says position {position}, the body {said}")
+        position = said
     inputs = served.codec.from_json(document["inputs"])
     reply = await served.loop.steps(session_id, inputs, timeout, position=position)
     body = json.dump({"outputs": served.codec.to_json(reply.outputs), "position": reply.position})
@@ -41,21 +40,11 @@ async def sequences(server: Server, model: str, request: Request) -> Answer:
     served = server.catalog.resolve(*split_reference(model))
     timeout = _timeout(server, request)
     if request.media_type == RAW:
-        reply = await served.loop.sequence(served.codec.from_raw(request.body), timeout)
+        (reply,) = await served.loop.sequences([served.codec.from_raw(request.body)], timeout)
         return Answer(200, RAW, served.codec.to_raw(reply.outputs))
     document = _json_body(server, request, {"inputs"})
-    replies = await whole_sequences(served, served.codec.sequences_from_json(document["inputs"]), timeout)
+    replies = await served.loop.sequences(served.codec.sequences_from_json(document["inputs"]), timeout)
     return Answer(200, JSON, json.dump({"outputs": served.codec.sequences_to_json([r.outputs for r in replies])}))
-
-
-async def whole_sequences(served: ServedModel, sequences: list[Tensors], timeout: float) -> list[Reply]:
-    """All replies, or the first error, the others being cancelled."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(served.loop.sequence(inputs, timeout)) for inputs in sequences]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 def split_reference(model: str) -> tuple[str, str | None]:

@@ -11,6 +11,7 @@ from bundle import BundleError, discover, read
 from service.catalog.model import ModelOptions, ModelRefused, ServedModel
 from service.core.clock import Clock
 from service.core.errors import ModelChanged, ModelUnknown
+from service.engine.runner import DeviceUnavailable
 
 _log = structlog.get_logger(__name__)
 
@@ -22,7 +23,7 @@ class CatalogError(Exception):
 
 
 class Catalog:
-    """`on_crash()` is called if a model's loop ends by an error, which no loop should."""
+    """`on_crash()` is called if a model's loop, or the catalog's own, ends by an error, which none should."""
 
     def __init__(
         self,
@@ -132,13 +133,17 @@ class Catalog:
     async def rescan(self) -> None:
         """Serve what is new, retire what is gone or changed; a refused bundle changes nothing but the log."""
         wanted = {(path.parent.name, path.name): path for path in discover(self.repository)}
+        if not wanted:  # unmounted, most likely; to take the last model away, stop the server
+            _log.error("repository is empty", repository=str(self.repository))
+            return
         for key, path in wanted.items():
             present = [m for m in self._models if (m.name, m.version) == key and not m.retired]
             try:
-                if any(old.manifest.digest == read(path).manifest.digest for old in present):
+                manifest = (await asyncio.to_thread(read, path)).manifest
+                if any(old.manifest.digest == manifest.digest for old in present):
                     continue
                 model = await asyncio.to_thread(self._load, path)
-            except (BundleError, ModelRefused) as refusal:
+            except (BundleError, ModelRefused, DeviceUnavailable) as refusal:
                 _log.error("bundle refused", reason=str(refusal))
                 continue
             for old in present:
@@ -167,9 +172,10 @@ class Catalog:
                 _log.info("model dropped", model=model.name, version=model.version)
 
     def _start(self, model: ServedModel) -> None:
-        model.start().add_done_callback(self._ended)
+        model.start().add_done_callback(self.watch)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def watch(self, task: asyncio.Task[None]) -> None:
+        """Call `on_crash` if a task that should run for ever ended by an error."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.critical("a model's loop crashed", task=task.get_name(), exc_info=error)
+            _log.critical("crashed", task=task.get_name(), exc_info=error)
             self.on_crash()

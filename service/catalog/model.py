@@ -11,11 +11,12 @@ import numpy as np
 import structlog
 
 import bundle as bundles
-from bundle import Bundle, BundleError, GoldenMismatch, Manifest
+from bundle import Bundle, Manifest
 from service.core.clock import Clock
+from service.core.errors import UnrollError
 from service.engine.base import Engine
 from service.engine.host import HostEngine
-from service.engine.runner import Runner
+from service.engine.runner import DeviceUnavailable, Runner
 from service.protocol.tensors import Codec
 from service.scheduler.loop import Loop
 from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
@@ -83,7 +84,9 @@ class ServedModel:
             bundle = bundles.read(path)
             runner = Runner(bundle.model_path, bundle.manifest, options.device, options.threads)
             errors = bundles.replay(bundle.golden, bundle.manifest, runner)
-        except (BundleError, GoldenMismatch, ValueError, RuntimeError) as error:
+        except DeviceUnavailable:
+            raise
+        except Exception as error:  # whatever is wrong with one bundle must not stop the others
             raise ModelRefused(f"{path} is refused: {error}") from error
         manifest = bundle.manifest
         traits = ModelTraits(tuple(spec.time for spec in manifest.outputs), manifest.streamable, manifest.ragged)
@@ -157,6 +160,8 @@ def _warm_up(engine: Engine, manifest: Manifest, max_batch: int) -> float:
     best = float("inf")
     for size in (1, max_batch, max_batch, max_batch):
         started = perf_counter()
-        engine.run([row] * size)
+        results = engine.run([row] * size)
         best = min(best, (perf_counter() - started) / size)
+        if failed := [result for result in results if isinstance(result, UnrollError)]:
+            raise ModelRefused(f"{manifest.name}:{manifest.version} cannot run a batch of {size}: {failed[0].message}")
     return best

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import structlog
 
 from bundle import Manifest
 from service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
@@ -11,12 +12,15 @@ from service.engine.runner import Runner
 from service.state.arena import HostArena
 from service.state.slots import INITIAL
 
+_log = structlog.get_logger(__name__)
+
 
 class HostEngine:
     """`rows`: rows of the arena, the initial and the scratch row included."""
 
     def __init__(self, runner: Runner, manifest: Manifest, rows: int) -> None:
         self._runner = runner
+        self._name = f"{manifest.name}:{manifest.version}"
         self._inputs = manifest.inputs
         self._outputs = manifest.outputs
         self._arena = HostArena(rows, manifest.state_size)
@@ -31,7 +35,8 @@ class HostEngine:
         except Exception as error:
             if len(batch) > 1:  # find the row that cannot be run; the others must not suffer for it
                 return [result for row in batch for result in self.run([row])]
-            return [EngineFailed(f"the model could not be run on this input: {error}")]
+            _log.error("the model failed", model=self._name, steps=batch[0].steps, exc_info=error)
+            return [EngineFailed("the model could not be run on this input; the server's log says why")]
 
     def _run(self, batch: Sequence[BatchRow]) -> list[Tensors | UnrollError]:
         lens = np.array([row.steps for row in batch], np.int32)

@@ -63,7 +63,10 @@ class Runner:
         else:
             ort.preload_dlls()
             providers = [("CUDAExecutionProvider", {"device_id": device.partition(":")[2], "use_tf32": "0"})]
-        self._session = ort.InferenceSession(str(model), options, providers=providers)
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=providers)
+        except Exception as error:  # its exceptions have no base class of their own
+            raise ValueError(f"onnxruntime cannot load it: {error}") from error
         self.provider = self._session.get_providers()[0]
         if self.provider != (providers[0] if device == "cpu" else "CUDAExecutionProvider"):
             raise DeviceUnavailable(

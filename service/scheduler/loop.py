@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
@@ -24,7 +23,7 @@ _TICK_SECONDS = 1.0
 
 
 class Loop:
-    """One model version's loop. `executor`: the device's single engine thread. `on_batch(batch, seconds)` observes."""
+    """One model version's loop. executor: the device's single engine thread. on_batch: called after each batch."""
 
     def __init__(
         self,
@@ -33,23 +32,34 @@ class Loop:
         store: Store,
         clock: Clock,
         executor: Executor,
-        on_batch: Callable[[Batch, float], None] = lambda batch, seconds: None,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
         self.store = store
         self.clock = clock
         self._executor = executor
-        self.on_batch = on_batch
+        self.on_batch: Callable[[Batch, float], None] = lambda batch, seconds: None
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
     # ── what callers wait for ────────────────────────────────────────────────────────────────────
 
-    async def sequence(self, inputs: Tensors, timeout: float) -> Reply:
-        """A whole sequence from the initial state; inputs: each (time, *shape); timeout: seconds."""
+    async def sequences(self, batch: Sequence[Tensors], timeout: float) -> list[Reply]:
+        """Whole sequences from the initial state, each input (time, *shape); timeout: seconds until they have begun.
+
+        Returns all replies, or raises the first error, the other sequences being cancelled.
+        """
         now = self.clock.now()
-        return await self._outcome(self.scheduler.submit_sequence(inputs, now, now + timeout))
+        chunks: list[Chunk] = []
+        try:
+            for inputs in batch:
+                chunks.append(self.scheduler.submit_sequence(inputs, now, now + timeout))  # noqa: PERF401 one may raise
+            self._work.set()
+            return await asyncio.gather(*map(self._future, chunks))
+        except BaseException:
+            for chunk in chunks:
+                self.scheduler.cancel(chunk, self.clock.now())
+            raise
 
     async def steps(
         self,
@@ -77,18 +87,22 @@ class Loop:
         return await future
 
     async def _outcome(self, chunk: Chunk) -> Reply:
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        listener = partial(_resolve, future)
-        chunk.listeners.append(listener)
+        """What became of a session's chunk. A caller that is cancelled cancels it, unless a retry waits for it too."""
+        future = self._future(chunk)
+        listener = chunk.listeners[-1]
         self._work.set()
         try:
             return await future
         except asyncio.CancelledError:
-            with suppress(ValueError):
-                chunk.listeners.remove(listener)
-            if not chunk.listeners:  # a retry may be listening too
+            chunk.listeners.remove(listener)
+            if not chunk.listeners:
                 self.scheduler.cancel(chunk, self.clock.now())
             raise
+
+    def _future(self, chunk: Chunk) -> asyncio.Future[Reply]:
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        chunk.listeners.append(partial(_resolve, future))
+        return future
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 

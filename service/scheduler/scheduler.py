@@ -118,7 +118,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._actions and not any(self._lanes.values())
+        return not self._actions and not self._starved and not any(self._lanes.values())
 
     def __repr__(self) -> str:
         return f"<Scheduler {self._in_flight} chunks in flight, {self.sessions!r}>"
@@ -157,15 +157,16 @@ class Scheduler:
         """
         digest = payload_digest(inputs)
         self.sessions.expire(now)
-        if (reply := self._last_words(session_id, position, digest, now)) is not None:
+        ended = self.sessions.ended_by(session_id, now)
+        if ended is not None and final and (position, digest) == (ended.start, ended.digest):
             self.counters.replayed += 1
-            return reply
+            return ended.reply
         opens = start and session_id not in self.sessions
         if opens:
             self._open_by_steps(session_id, position, digest, now, deadline)
         session = self.sessions.find(session_id, now)
         if position is not None and position != session.expected:
-            return self._recognise(session, position, digest)
+            return self._recognise(session, position, digest, final)
         chunk = Chunk(
             inputs,
             len(inputs[0]),
@@ -182,9 +183,11 @@ class Scheduler:
         self._enqueue(session, chunk, now)
         return chunk
 
-    def ended_with(self, session_id: str, inputs: Tensors, position: int | None, now: float) -> bool:
-        """Is this a retry of the chunk that ended the session?"""
-        return self._last_words(session_id, position, payload_digest(inputs), now) is not None
+    def remembers(self, session_id: str, inputs: Tensors, now: float) -> bool:
+        """Is this the request that opened or ended a session which is gone?"""
+        digest = payload_digest(inputs)
+        ended = self.sessions.ended_by(session_id, now)
+        return (ended is not None and digest == ended.digest) or digest == self.sessions.opened_with(session_id, now)
 
     def submit_action(self, session_id: str, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the session's chunks accepted so far."""
@@ -214,11 +217,12 @@ class Scheduler:
     def next_turn(self, now: float) -> tuple[list[Action], Batch]:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
-        actions = [action for action in self._actions if action.outcome is None]
-        self._actions.clear()
+        self._feed_starved(now)
         batch: Batch = []
         while not batch and (lane := self._oldest_lane()) is not None:
             batch = self._fill(lane, now)
+        actions = [action for action in self._actions if action.outcome is None]
+        self._actions.clear()
         return actions, batch
 
     def finish_action(self, action: Action, outcome: object, now: float) -> None:
@@ -242,9 +246,10 @@ class Scheduler:
             if isinstance(result, UnrollError):
                 self._fail(chunk, result, now)
                 continue
+            self._waiting_steps -= self._piece(chunk)
             chunk.done += row.steps
+            self._waiting_steps += self._piece(chunk)
             chunk.pieces.append(result)
-            self._waiting_steps -= row.steps
             if chunk.done == chunk.length:
                 self._apply(chunk, now)
             elif chunk.abandoned is not None:
@@ -255,13 +260,18 @@ class Scheduler:
                 self._make_ready(chunk)
 
     def estimated_wait(self) -> float:
-        """Seconds until work accepted now would begin, from the rate seen lately."""
+        """Seconds until work accepted now would begin, from the rate seen lately: one piece of each chunk first."""
         return self._waiting_steps * self.seconds_per_step
 
     # ── accepting ────────────────────────────────────────────────────────────────────────────────
 
-    def check_room(self, now: float, deadline: float) -> None:
-        """Raises QueueFull or DeadlineUnreachable if a chunk submitted now would be refused."""
+    def check_room(self, now: float, deadline: float, *, row: bool = False) -> None:
+        """Raises QueueFull or DeadlineUnreachable if a chunk submitted now would be refused.
+
+        With `row`, also CapacityExhausted if there would be no row for a new session.
+        """
+        if row:
+            self.sessions.check_room()
         wait = self.estimated_wait()
         if self._in_flight >= self.limits.max_queue:
             self.counters.refused += 1
@@ -272,23 +282,18 @@ class Scheduler:
 
     def _open_by_steps(self, session_id: str, position: int | None, digest: bytes, now: float, deadline: float) -> None:
         """Unless the steps are a late duplicate of those that opened a session which is gone by now."""
-        tombstone = self.sessions.tombstone(session_id, now)
-        if tombstone is not None and position == 0 and digest == tombstone.opened_with:
+        if position == 0 and digest == self.sessions.opened_with(session_id, now):
             raise self.sessions.loss(session_id, now)
-        self.check_room(now, deadline)
+        self.check_room(now, deadline, row=True)
         session = self.open(session_id, now)
         session.opened_with = digest if position == 0 else b""
-
-    def _last_words(self, session_id: str, position: int | None, digest: bytes, now: float) -> Reply | None:
-        ended = self.sessions.ended_by(session_id, now)
-        return ended.reply if ended is not None and (position, digest) == (ended.start, ended.digest) else None
 
     def _admit(self, chunk: Chunk, now: float) -> None:
         self.check_room(now, chunk.deadline)
         self._in_flight += 1
-        self._waiting_steps += chunk.length
+        self._waiting_steps += self._piece(chunk)
 
-    def _recognise(self, session: Session, position: int, digest: bytes) -> Chunk | Reply:
+    def _recognise(self, session: Session, position: int, digest: bytes, final: bool) -> Chunk | Reply:
         """What a chunk that does not begin at the session's end is: a retry, too old, or too early."""
         if position > session.expected:
             raise PositionGap(
@@ -297,9 +302,11 @@ class Scheduler:
         known: tuple[bytes, Chunk | Reply] | None = None
         if session.last is not None and session.last.start == position:
             known = session.last.digest, session.last.reply
+            if final and session.last.digest == digest:
+                raise PayloadMismatch("the chunk was applied without ending the session", expected=session.expected)
         for work in session.queue():
             if isinstance(work, Chunk) and work.start == position:
-                known = work.digest, work
+                known = work.digest if work.final == final else b"", work
         if known is None:
             raise PositionTooOld(
                 f"the session is at {session.expected}; only its last chunk can be asked for again",
@@ -353,11 +360,9 @@ class Scheduler:
         batch: Batch = []
         while lane and len(batch) < most:
             chunk = lane.popleft()
-            if chunk.outcome is not None:
-                continue  # it was cancelled, or its session closed, while it waited
-            if now >= chunk.deadline:
-                self._fail(chunk, DeadlineExceeded("the deadline passed before the work was begun"), now)
-            elif (row := self._row(chunk)) is None:
+            if self._is_over(chunk, now):
+                continue
+            if (row := self._row(chunk)) is None:
                 self._starved.append(chunk)
             else:
                 chunk.running = True
@@ -365,6 +370,25 @@ class Scheduler:
                     self.sessions.advance(chunk.session, "dispatch")
                 batch.append(row)
         return batch
+
+    def _is_over(self, chunk: Chunk, now: float) -> bool:
+        """Was it cancelled while it waited, or its session closed; or is it now too late to begin it?"""
+        if chunk.outcome is None and chunk.done == 0 and now >= chunk.deadline:
+            self._fail(chunk, DeadlineExceeded("the deadline passed before the work was begun"), now)
+        return chunk.outcome is not None
+
+    def _feed_starved(self, now: float) -> None:
+        """Let as many chunks wait in the lanes again as there are workspaces for."""
+        starved, self._starved = self._starved, deque()
+        free = self.workspaces.count - self.workspaces.taken
+        for chunk in starved:
+            if self._is_over(chunk, now):
+                continue
+            if free > 0:
+                self._make_ready(chunk)
+                free -= 1
+            else:
+                self._starved.append(chunk)
 
     def _row(self, chunk: Chunk) -> Row | None:
         """None if the chunk needs a workspace and none is free."""
@@ -403,16 +427,15 @@ class Scheduler:
         session.last = Applied(chunk.start, chunk.digest, reply)
         self._settle(chunk, reply, now)
         if chunk.final and session.life not in (Life.LEAVING, Life.GONE):
-            self._close(session, now, session.last)
+            self._close(session, now, session.last if chunk.pinned else None)
 
     def _settle(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
         """Answer, and let the session's next work take its turn."""
         self._in_flight -= 1
-        self._waiting_steps -= chunk.length - chunk.done
+        self._waiting_steps -= self._piece(chunk)
         chunk.pieces = []
         if chunk.workspace is not None:
             self.workspaces.give_back(chunk.workspace)
-            self._feed_starved()
         if isinstance(outcome, UnrollError):
             self.counters.failed[outcome.code] = self.counters.failed.get(outcome.code, 0) + 1
         chunk.settle(outcome)
@@ -427,13 +450,6 @@ class Scheduler:
             chunk.session.opened_with = b""  # nothing was applied: the request may be tried again
             self._close(chunk.session, now)
         self._recount(chunk.session, now)
-
-    def _feed_starved(self) -> None:
-        while self._starved:
-            chunk = self._starved.popleft()
-            if chunk.outcome is None:
-                self._make_ready(chunk)
-                return
 
     def _next_of(self, session: Session, now: float) -> None:
         """The session's active work is done: the next that is still wanted becomes active."""

@@ -48,22 +48,27 @@ TRANSITIONS = {
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """capacity: sessions at once. idle_timeout, tombstone_life: seconds; None keeps idle sessions for ever."""
+    """capacity: sessions at once. idle_timeout, tombstone_life: seconds; None keeps idle sessions for ever.
+
+    duplicates_life: seconds after a session's end in which a repeat of the request that opened it is told from a new
+    session. last_words_bytes: of replies kept for retries of the chunks that ended sessions.
+    """
 
     capacity: int = 65_536
     idle_timeout: float | None = 900.0
     tombstone_life: float = 3600.0
     tombstones: int = 262_144
+    duplicates_life: float = 60.0
+    last_words_bytes: int = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """Why a session is gone. `last` answers a retry of the chunk that ended it; `opened_with` is the session's."""
+    """Why a session is gone, and since when. `opened_with` is the session's."""
 
     cause: type[SessionGone]
-    until: float
-    last: Applied | None = None
-    opened_with: bytes = b""
+    since: float
+    opened_with: bytes
 
 
 _WORDS = {
@@ -71,6 +76,29 @@ _WORDS = {
     SessionExpired: "was idle for too long and expired",
     SessionEvicted: "was evicted to make room for others",
 }
+
+
+class LastWords:
+    """The replies of the chunks that ended sessions, up to `limit` bytes of them, the oldest forgotten first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._kept: OrderedDict[str, Applied] = OrderedDict()
+
+    def get(self, session_id: str) -> Applied | None:
+        return self._kept.get(session_id)
+
+    def keep(self, session_id: str, last: Applied) -> None:
+        self.forget(session_id)
+        self._kept[session_id] = last
+        self._bytes += last.reply.nbytes
+        while self._bytes > self._limit:
+            self.forget(next(iter(self._kept)))
+
+    def forget(self, session_id: str) -> None:
+        if (last := self._kept.pop(session_id, None)) is not None:
+            self._bytes -= last.reply.nbytes
 
 
 class SessionTable:
@@ -85,6 +113,7 @@ class SessionTable:
         self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self._tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
         self._leaving: set[Session] = set()
+        self._last_words = LastWords(limits.last_words_bytes)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -112,8 +141,13 @@ class SessionTable:
             assert slot is not None
         session = Session(session_id, slot, INITIAL, position, position, now)
         self._live[session_id] = session
-        self._tombstones.pop(session_id, None)
+        self._forget(session_id)
         return session
+
+    def check_room(self) -> None:
+        """Raises CapacityExhausted if a session could not be opened now."""
+        if self.slots.taken == self.slots.count and not any(s.life is Life.IDLE for s in self._live.values()):
+            raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
 
     def find(self, session_id: str, now: float) -> Session:
         """Raises SessionUnknown, or the SessionGone that says what became of it."""
@@ -132,18 +166,28 @@ class SessionTable:
 
     def tombstone(self, session_id: str, now: float) -> Tombstone | None:
         tombstone = self._tombstones.get(session_id)
-        return tombstone if tombstone is not None and now < tombstone.until else None
+        return tombstone if tombstone is not None and self._lives(tombstone, now) else None
+
+    def _lives(self, tombstone: Tombstone, now: float) -> bool:
+        return now < tombstone.since + self.limits.tombstone_life
 
     def inherit(self, other: "SessionTable") -> None:
         """Remember what became of another table's sessions; that table is being dropped."""
         for session_id, tombstone in other._tombstones.items():
-            if session_id not in self._live:
-                self._tombstones.setdefault(session_id, tombstone)
+            if session_id not in self._live and session_id not in self._tombstones:
+                self._tombstones[session_id] = tombstone
+                if (last := other._last_words.get(session_id)) is not None:
+                    self._last_words.keep(session_id, last)
 
     def ended_by(self, session_id: str, now: float) -> Applied | None:
         """The chunk that ended a closed session, so that its retry can be answered."""
+        return self._last_words.get(session_id) if self.tombstone(session_id, now) is not None else None
+
+    def opened_with(self, session_id: str, now: float) -> bytes | None:
+        """Digest of the request that opened a session which is gone, for as long as its duplicates may be under way."""
         tombstone = self.tombstone(session_id, now)
-        return tombstone.last if tombstone is not None else None
+        recent = tombstone is not None and now < tombstone.since + self.limits.duplicates_life
+        return tombstone.opened_with or None if tombstone is not None and recent else None
 
     def advance(self, session: Session, event: str) -> None:
         """Follow the table; KeyError if the event is illegal in the session's state."""
@@ -193,14 +237,19 @@ class SessionTable:
             self._leaving.add(session)
         else:
             self.slots.give_back(session.slot)
-        until = now + self.limits.tombstone_life
-        self._tombstones[session.id] = Tombstone(cause, until, last, session.opened_with)
+        self._tombstones[session.id] = Tombstone(cause, now, session.opened_with)
         self._tombstones.move_to_end(session.id)
+        if last is not None:
+            self._last_words.keep(session.id, last)
         while self._tombstones:
             oldest, tombstone = next(iter(self._tombstones.items()))
-            if len(self._tombstones) <= self.limits.tombstones and now < tombstone.until:
+            if len(self._tombstones) <= self.limits.tombstones and self._lives(tombstone, now):
                 break
-            del self._tombstones[oldest]
+            self._forget(oldest)
+
+    def _forget(self, session_id: str) -> None:
+        self._tombstones.pop(session_id, None)
+        self._last_words.forget(session_id)
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the table contradicts itself."""

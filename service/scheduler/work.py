@@ -17,6 +17,10 @@ class Reply:
     outputs: Tensors
     position: int
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.outputs)
+
 
 Outcome = Reply | UnrollError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from export import ExportError, export
 from export.probes import random_chunks
@@ -101,3 +101,24 @@ def test_wide_outputs_make_a_short_golden(tmp_path: Path) -> None:
     module = nn.GRU(2, 600, batch_first=True)
     report = export(module, {"input": torch.randn(2, 5, 2)}, name="wide", repository=tmp_path)
     assert (report.path / "golden.safetensors").stat().st_size < 2 * 64 * 1024
+
+
+class FarBack(nn.Module):
+    """Beside the recurrent layer, each output needs the input of `lag` steps before."""
+
+    def __init__(self, lag: int) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+        self.lag = lag
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = nn.functional.pad(x, (0, 0, self.lag, 0))[:, : x.shape[1]]
+        return self.head(self.rnn(x)[0]) + before
+
+
+@pytest.mark.parametrize("lag", [24, 400])
+def test_what_reaches_far_back_does_not_stream(tmp_path: Path, lag: int) -> None:
+    report = export(FarBack(lag), {"x": torch.randn(2, 12, 3)}, name="far", repository=tmp_path)
+    assert not report.manifest.streamable
+    assert "reaches far back in time" in str(report.manifest.not_streamable_because)

@@ -71,18 +71,18 @@ X = (np.array([1.0, 2.0]),)
 @pytest.mark.parametrize("seconds_per_step", [0.0, 1e-1], ids=["inline", "thread"])
 async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
     async with running(seconds_per_step) as (loop, store, _, engine):
-        waiting = asyncio.create_task(loop.sequence(X, 10))
+        waiting = asyncio.create_task(loop.sequences([X], 10))
         await store.committing.wait()
         assert not waiting.done()
         engine.gate.set()
-        assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
+        assert (await waiting)[0].outputs[0].tolist() == [2.0, 3.0]
 
 
 async def test_what_arrives_while_a_batch_runs_forms_the_next():
     async with running() as (loop, store, _, engine):
-        first = asyncio.create_task(loop.sequence(X, 10))
+        first = asyncio.create_task(loop.sequences([X], 10))
         await store.committing.wait()
-        others = [asyncio.create_task(loop.sequence(X, 10)) for _ in range(5)]
+        others = [asyncio.create_task(loop.sequences([X], 10)) for _ in range(5)]
         await asyncio.sleep(0)
         engine.gate.set()
         await asyncio.gather(first, *others)
@@ -91,9 +91,9 @@ async def test_what_arrives_while_a_batch_runs_forms_the_next():
 
 async def test_a_caller_that_leaves_takes_its_queued_work_along():
     async with running() as (loop, store, _, engine):
-        first = asyncio.create_task(loop.sequence(X, 10))
+        first = asyncio.create_task(loop.sequences([X], 10))
         await store.committing.wait()
-        leaving = asyncio.create_task(loop.sequence(X, 10))
+        leaving = asyncio.create_task(loop.sequences([X], 10))
         await asyncio.sleep(0)
         leaving.cancel()
         engine.gate.set()
@@ -107,7 +107,7 @@ async def test_a_caller_that_leaves_takes_its_queued_work_along():
 async def test_a_retry_that_joined_keeps_the_work_alive():
     async with running() as (loop, store, _, engine):
         loop.scheduler.open("a", 0)
-        blocker = asyncio.create_task(loop.sequence(X, 10))
+        blocker = asyncio.create_task(loop.sequences([X], 10))
         await store.committing.wait()
         first = asyncio.create_task(loop.steps("a", X, 10, position=0))
         retry = asyncio.create_task(loop.steps("a", X, 10, position=0))
@@ -122,10 +122,10 @@ async def test_a_retry_that_joined_keeps_the_work_alive():
 
 async def test_errors_reach_the_caller():
     async with running() as (loop, store, clock, engine):
-        blocker = asyncio.create_task(loop.sequence(X, 10))
+        blocker = asyncio.create_task(loop.sequences([X], 10))
         await store.committing.wait()
         loop.scheduler.open("a", 0)
-        late = asyncio.create_task(loop.sequence(X, 5))
+        late = asyncio.create_task(loop.sequences([X], 5))
         closed = asyncio.create_task(loop.steps("a", X, 10))
         await asyncio.sleep(0)
         clock.advance(6)

@@ -1,5 +1,6 @@
 """What runs next, what a retry is, and that nothing but a finished chunk changes a session."""
 
+import numpy as np
 import pytest
 from fold import FoldEngine, answer, failure, fold, inputs, run_until_idle, scheduler, turn
 
@@ -16,7 +17,8 @@ from service.core.errors import (
     SessionExpired,
     SessionUnknown,
 )
-from service.scheduler.work import Chunk, Life, Reply, Session
+from service.scheduler.sessions import LastWords
+from service.scheduler.work import Applied, Chunk, Life, Reply, Session
 
 LATER = 1e9
 
@@ -404,3 +406,56 @@ def test_a_start_that_fails_leaves_no_session_and_may_be_tried_again(s, engine):
     again = s.submit_steps("a", inputs(1), 6, LATER, position=0, start=True)
     run_until_idle(s, engine, 6)
     assert answer(again) == fold([1])
+
+
+def test_a_starved_chunk_that_is_late_wakes_the_next(s):
+    s = scheduler(max_batch=1)
+    engine = FoldEngine(s.rows)
+    chunks = [s.submit_sequence(inputs(*range(10)), 0, deadline) for deadline in (LATER, 5, LATER, LATER)]
+    turn(s, engine, 0)
+    turn(s, engine, 1)
+    assert chunks[0].outcome is None
+    run_until_idle(s, engine, 6)
+    assert failure(chunks[1]) == "deadline_exceeded"
+    assert [answer(chunk) for chunk in (chunks[0], *chunks[2:])] == [fold(range(10))] * 3
+
+
+def test_a_deadline_does_not_stop_what_has_begun(s, engine):
+    chunk = s.submit_sequence(inputs(*range(12)), 0, 5)
+    turn(s, engine, 0)
+    run_until_idle(s, engine, 9)
+    assert answer(chunk) == fold(range(12))
+
+
+def test_a_step_need_not_wait_for_all_of_a_long_sequence(s):
+    s.seconds_per_step = 1.0
+    s.submit_sequence(inputs(*range(1000)), 0, LATER)
+    assert s.estimated_wait() == 4
+    s.submit_sequence(inputs(1), 0, 5)
+
+
+def test_a_repeat_that_ends_the_session_is_no_retry_of_one_that_did_not(s, engine):
+    s.submit_steps("a", inputs(1), 0, LATER, position=0, start=True)
+    run_until_idle(s, engine)
+    with pytest.raises(PayloadMismatch):
+        s.submit_steps("a", inputs(1), 0, LATER, position=0, final=True)
+    assert "a" in s.sessions
+
+
+def test_after_a_while_the_same_request_opens_a_new_session(s, engine):
+    s.submit_steps("a", inputs(1), 0, LATER, position=0, start=True)
+    s.submit_steps("a", inputs(2), 0, LATER, position=1, final=True)
+    run_until_idle(s, engine)
+    again = s.submit_steps("a", inputs(1), 60, LATER, position=0, start=True)
+    run_until_idle(s, engine, 60)
+    assert answer(again) == fold([1])
+
+
+def test_last_words_are_bounded_in_bytes(s, engine):
+    words = LastWords(100)
+    for name in "abc":
+        words.keep(name, Applied(0, b"", Reply((np.zeros(5),), 5)))
+    assert [words.get(name) is not None for name in "abc"] == [False, True, True]
+    words.forget("b")
+    words.keep("d", Applied(0, b"", Reply((np.zeros(5),), 5)))
+    assert [words.get(name) is not None for name in "bcd"] == [False, True, True]
