@@ -49,16 +49,30 @@ class Client:
     def exchange(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[bytes, http.client.HTTPMessage]:
+        headers = headers or {}
         try:
-            self._connection.request(method, self._path + path, body, headers or {})
-            response = self._connection.getresponse()
-            answer = response.read()
+            try:
+                response, answer = self._ask(method, path, body, headers)
+            except (ConnectionError, http.client.HTTPException):
+                # The server lets go of a connection that was idle for long. What says its position, and what
+                # only reads, may be sent again: a step that was applied is not applied twice.
+                if method != "GET" and "Unroll-Position" not in headers:
+                    raise
+                self._connection.close()
+                response, answer = self._ask(method, path, body, headers)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise ServerError(f"no answer from {self.url}: {error or type(error).__name__}") from error
         if response.status >= 400:
             raise _refusal(f"{method} {path}", response.status, answer)
         return answer, response.headers
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        self._connection.request(method, self._path + path, body, headers)
+        response = self._connection.getresponse()
+        return response, response.read()
 
 
 class RemoteSession:

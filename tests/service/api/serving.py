@@ -72,6 +72,11 @@ class Running:
         """What SIGHUP does. Returns at once; the rescan is done soon."""
         self._uvicorn.loop.call_soon_threadsafe(self.front.server.catalog.request_rescan)
 
+    def rescan_now(self) -> None:
+        """Returns when a whole rescan is done."""
+        rescan = self.front.server.catalog.rescan()
+        asyncio.run_coroutine_threadsafe(rescan, self._uvicorn.loop).result(_PATIENCE)
+
     def stop(self) -> None:
         """Ends the server and checks what it leaves behind."""
         self._uvicorn.should_exit = True

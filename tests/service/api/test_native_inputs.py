@@ -333,3 +333,22 @@ def test_every_route_limits_its_body(small: httpx.Client, path: str) -> None:
     method = "PUT" if path.endswith("state") else "POST"
     answer = small.request(method, path, content=bytes(200_001), headers=RAW)
     assert_problem(answer, 413, "body_too_large")
+
+
+def test_json_may_say_its_position_in_the_header(lstm: Watched) -> None:
+    headers = {"Unroll-Position": "3"}
+    first = lstm.client.post(f"{lstm.path}/steps", json={"inputs": GOOD}, headers=headers)
+    again = lstm.client.post(f"{lstm.path}/steps", json={"inputs": GOOD}, headers=headers)
+    assert (first.status_code, first.content) == (200, again.content)
+    assert lstm.client.get(lstm.path).json()["position"] == 4
+
+
+def test_a_position_that_contradicts_itself(lstm: Watched) -> None:
+    lstm.refuses(400, "malformed_request", json={"inputs": GOOD, "position": 3}, headers={"Unroll-Position": "4"})
+    twice = [("Unroll-Position", "3"), ("Unroll-Position", "0"), ("Content-Type", "application/json")]
+    lstm.refuses(400, "malformed_request", content=b'{"inputs": [[1, 2, 3]]}', headers=twice)
+
+
+def test_a_compressed_body(lstm: Watched) -> None:
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"}
+    lstm.refuses(415, "unsupported_media_type", content=bytes(24), headers=headers)

@@ -94,3 +94,12 @@ def test_a_repository_that_cannot_be_served(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "holds no bundle" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("flags", [(), ("--repository", ".", "--port", "abc"), ("--bogus",)])
+def test_flags_that_are_wrong_end_with_a_line_each(flags: tuple[str, ...]) -> None:
+    refused = launch(*flags)
+    _, said = refused.communicate(timeout=20)
+    assert refused.returncode == 2
+    assert "unroll serve" in said
+    assert "Traceback" not in said

@@ -1,6 +1,7 @@
 """Bundles come, change and go while sessions run: a session never leaves the weights it began with."""
 
 import asyncio
+import hashlib
 import shutil
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -159,14 +160,17 @@ async def test_a_version_is_replaced_in_place(
     assert (refused.status_code, refused.json()["code"]) == (409, "model_changed")
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["damaged", "no model at all"])
 async def test_a_bundle_that_is_refused_changes_nothing(
-    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path
+    running: Running, http: httpx.AsyncClient, repository: Path, shelf: Path, signed: bool
 ) -> None:
     add(repository, shelf, "2")
-    graph = shelf / "gru" / "2" / "model.onnx"
-    content = bytearray(graph.read_bytes())
-    content[len(content) // 2] ^= 1
-    graph.write_bytes(content)
+    graph, manifest = shelf / "gru" / "2" / "model.onnx", shelf / "gru" / "2" / "manifest.json"
+    before = hashlib.sha256(graph.read_bytes()).hexdigest()
+    graph.write_bytes(graph.read_bytes()[::-1])
+    if signed:
+        after = hashlib.sha256(graph.read_bytes()).hexdigest()
+        manifest.write_text(manifest.read_text().replace(before, after))
     shutil.copytree(repository / "hot", shelf / "hot")
     running.rescan()
     await asyncio.to_thread(until, lambda: "hot" in running.front.server.catalog.names())
@@ -203,3 +207,12 @@ async def test_a_sequence_that_starts_anew_gets_the_newest_version(
     second = start(False, X[2:4])
     answer = await http.post("/v2/models/gru/infer", content=second.content, headers=second.headers)
     assert wire.outputs(answer)[0]["model_version"] == "2"
+
+
+async def test_an_empty_repository_takes_nothing_away(running: Running, http: httpx.AsyncClient, shelf: Path) -> None:
+    session = await opened(http)
+    away = Path(shutil.move(shelf, shelf.with_name("away")))
+    await asyncio.to_thread(running.rescan_now)
+    assert versions(running) == [("1", False)]
+    await step(http, session, X[:1])
+    shutil.move(away, shelf)
