@@ -16,12 +16,12 @@ from models.stacked_rnn import StackedRNN
 REPOSITORY = Path(__file__).parent / "repository"
 
 
-def main() -> None:
+def main(repository: Path = REPOSITORY) -> None:
     ppm = torch.from_numpy(mauna_loa.read().ppm[:2000]).reshape(4, 500, 1)
     text = torch.tensor([list(Path(__file__).read_bytes()[:256])])
-    print(export.export(co2.load(), {"ppm": ppm}, name="co2", repository=REPOSITORY, replace=True))
+    print(export.export(co2.load(), {"ppm": ppm}, name="co2", repository=repository, replace=True))
     model = StackedRNN.load(next_byte.CHECKPOINT)
-    print(export.export(model, {"x": text}, name="bytes", repository=REPOSITORY, replace=True))
+    print(export.export(model, {"x": text}, name="bytes", repository=repository, replace=True))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""The committed bundles are what the committed checkpoints export to."""
+
+from pathlib import Path
+
+import pytest
+
+import bundle
+from examples import bundles
+from service.engine.runner import Runner
+
+
+@pytest.fixture(scope="module")
+def afresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("afresh")
+    bundles.main(repository)
+    return repository
+
+
+@pytest.mark.parametrize("name", ["co2", "bytes"])
+def test_exported_afresh_it_gives_the_same_numbers(afresh: Path, name: str) -> None:
+    committed, fresh = bundle.read(bundles.REPOSITORY / name / "1"), bundle.read(afresh / name / "1")
+    assert fresh.manifest.state == committed.manifest.state
+    assert (fresh.manifest.streamable, fresh.manifest.bit_exact) == (True, True)
+    for golden, model in ((committed, fresh), (fresh, committed)):
+        bundle.replay(golden.golden, golden.manifest, Runner(model.model_path, model.manifest))
+
+
+@pytest.mark.parametrize("name", ["co2", "bytes"])
+def test_it_is_small(name: str) -> None:
+    assert sum(file.stat().st_size for file in (bundles.REPOSITORY / name / "1").iterdir()) <= 1_000_000
