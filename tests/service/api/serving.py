@@ -55,7 +55,9 @@ class Running:
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         self.front: Front = service.app.build(settings, clock)
-        config = uvicorn.Config(self.front, host="127.0.0.1", port=0, access_log=False, log_config=None)
+        config = uvicorn.Config(
+            self.front, host="127.0.0.1", port=0, access_log=False, log_config=None, date_header=False
+        )
         self._uvicorn = _Announcing(config)
         self._thread = threading.Thread(target=self._uvicorn.run, name="server", daemon=True)
         self._thread.start()
