@@ -86,7 +86,7 @@ def _fastapi(server: Server, lifespan: Any) -> FastAPI:
 
     @app.exception_handler(UnrollError)
     async def unroll_error(request: Request, error: UnrollError) -> Response:
-        return _response(open_inference_error(error) if _is_v2(request) else problem(error))
+        return (open_inference_error(error) if _is_v2(request) else problem(error)).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -95,7 +95,7 @@ def _fastapi(server: Server, lifespan: Any) -> FastAPI:
         if _is_v2(request):
             body = json.dump({"error": str(error.detail), "code": code})
             answer = Answer(error.status_code, b"application/json", body)
-        response = _response(answer)
+        response = answer.response()
         response.headers.update(error.headers or {})
         return response
 
@@ -104,11 +104,6 @@ def _fastapi(server: Server, lifespan: Any) -> FastAPI:
 
 def _is_v2(request: Request) -> bool:
     return request.url.path.startswith("/v2")
-
-
-def _response(answer: Answer) -> Response:
-    headers = {name.decode(): value.decode() for name, value in answer.headers}
-    return Response(answer.body, answer.status, headers, answer.media_type.decode())
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

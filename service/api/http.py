@@ -4,6 +4,8 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.responses import Response
+
 from service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
 Scope = MutableMapping[str, Any]
@@ -47,6 +49,11 @@ class Answer:
     media_type: bytes
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    def response(self) -> Response:
+        """The same answer, for routes that FastAPI calls."""
+        headers = {name.decode(): value.decode() for name, value in self.headers}
+        return Response(self.body, self.status, headers, self.media_type.decode())
 
     async def send(self, send: Send) -> None:
         headers = [

@@ -74,9 +74,7 @@ def router(server: Server) -> APIRouter:
     limit = server.limits.max_body_bytes
 
     async def respond(route: Callable[[Request], Awaitable[Answer]], http: HttpRequest) -> Response:
-        answer = await route(await read_request(http.scope, http.receive, limit))
-        headers = {name.decode(): value.decode() for name, value in answer.headers}
-        return Response(answer.body, answer.status, headers, answer.media_type.decode())
+        return (await route(await read_request(http.scope, http.receive, limit))).response()
 
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:

@@ -129,9 +129,7 @@ def router(server: Server, version: str) -> APIRouter:
 
     async def respond(http: HttpRequest, model: str, version: str | None) -> Response:
         request = await read_request(http.scope, http.receive, server.limits.max_body_bytes)
-        answer = await answer_infer(server, model, version, request)
-        headers = {name.decode(): value.decode() for name, value in answer.headers}
-        return Response(answer.body, answer.status, headers, answer.media_type.decode())
+        return (await answer_infer(server, model, version, request)).response()
 
     @api.post("/models/{model}/infer", summary="Infer: whole sequences, or steps of a sequence", **_INFER)
     async def infer(model: str, http: HttpRequest) -> Response:
