@@ -13,10 +13,7 @@ from service.catalog.catalog import CatalogError
 from service.engine.runner import DeviceUnavailable
 from service.settings import Settings
 from service.telemetry import logs
-
-_SHUTDOWN_SECONDS = 10
-#: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
-_KEEP_ALIVE_SECONDS = 75
+from service.transport.uvicorn_config import uvicorn_config
 
 
 def main(argv: list[str]) -> int:
@@ -29,21 +26,11 @@ def main(argv: list[str]) -> int:
     logs.configure(settings.log_level)
     log = structlog.get_logger(__name__)
     try:
-        application = app.build(settings)
+        application, server = app.build(settings)
     except (CatalogError, DeviceUnavailable, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
-    config = uvicorn.Config(
-        application,
-        host=settings.host,
-        port=settings.port,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        date_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-    )
+    config = uvicorn_config(application, server, settings.host, settings.port)
     # What was built so far stays; and what a step allocates is freed by counting references, not by a collection.
     gc.collect()
     gc.freeze()
@@ -51,10 +38,10 @@ def main(argv: list[str]) -> int:
     # uvicorn handles these while it runs, and raises them once more when it has shut down in order.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    signal.signal(signal.SIGHUP, lambda *_: application.server.catalog.request_rescan())
+    signal.signal(signal.SIGHUP, lambda *_: server.catalog.request_rescan())
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     uvicorn.Server(config).run()
-    return 1 if application.server.crashed else 0
+    return 1 if server.crashed else 0
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from starlette.exceptions import HTTPException
 
 from service.api import health, native, open_inference
 from service.api.errors import open_inference_error, problem, problem_of, reason
-from service.api.front import Front
-from service.api.http import Answer
+from service.api.http import Answer, Disconnected
 from service.api.server import Server
 from service.catalog.catalog import Catalog
 from service.core.clock import Clock, MonotonicClock
@@ -30,8 +29,8 @@ _log = structlog.get_logger(__name__)
 VERSION = version("unroll")
 
 
-def build(settings: Settings, clock: Clock | None = None) -> Front:
-    """Load every bundle and make the application.
+def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Server]:
+    """Load every bundle and make the application, and what the transport needs of it.
 
     Raises CatalogError if a bundle is refused, DeviceUnavailable if the device asked for is not there.
     """
@@ -68,7 +67,7 @@ def build(settings: Settings, clock: Clock | None = None) -> Front:
         await asyncio.wait([running])
         executor.shutdown()
 
-    return Front(server, _fastapi(server, lifespan))
+    return _fastapi(server, lifespan), server
 
 
 def _fastapi(server: Server, lifespan: Any) -> FastAPI:
@@ -87,6 +86,10 @@ def _fastapi(server: Server, lifespan: Any) -> FastAPI:
     @app.exception_handler(UnrollError)
     async def unroll_error(request: Request, error: UnrollError) -> Response:
         return (open_inference_error(error) if _is_v2(request) else problem(error)).response()
+
+    @app.exception_handler(Disconnected)
+    async def gone(request: Request, error: Disconnected) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -1,17 +1,21 @@
 """A request and an answer, as little of each as the inference routes need."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import structlog
 from starlette.responses import Response
 
-from service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, UnrollError, UnsupportedMediaType
 
+_log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Headers = dict[bytes, bytes]
 
 JSON = b"application/json"
@@ -55,14 +59,45 @@ class Answer:
         headers = {name.decode(): value.decode() for name, value in self.headers}
         return Response(self.body, self.status, headers, self.media_type.decode())
 
-    async def send(self, send: Send) -> None:
-        headers = [
-            (b"content-type", self.media_type),
-            (b"content-length", str(len(self.body)).encode()),
-            *self.headers,
-        ]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body})
+
+#: Takes the answer to a request, once.
+Respond = Callable[[Answer], None]
+#: Tells the work on a request that nobody waits for its answer any more.
+Cancel = Callable[[], None]
+
+
+def nothing_to_cancel() -> None:
+    """The request was answered at once."""
+
+
+def answering(
+    respond: Respond, encode: Callable[[T], Answer], failure: Callable[[UnrollError], Answer]
+) -> Callable[[T | UnrollError], None]:
+    """What the scheduler calls with the outcome of the work: it never raises."""
+
+    def settled(outcome: T | UnrollError) -> None:
+        if isinstance(outcome, UnrollError):
+            answer = failure(outcome)
+        else:
+            try:
+                answer = encode(outcome)
+            except Exception as error:  # the loop that calls this serves everyone
+                _log.error("an answer could not be written", exc_info=error)
+                answer = failure(EngineFailed("the answer could not be written; the server's log says why"))
+        respond(answer)
+
+    return settled
+
+
+async def answered(begin: Callable[[Respond], Cancel]) -> Answer:
+    """The answer to what `begin` begins; cancelling the caller cancels it."""
+    future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    cancel = begin(lambda answer: None if future.done() else future.set_result(answer))
+    try:
+        return await future
+    except asyncio.CancelledError:
+        cancel()
+        raise
 
 
 def _refuse_repeated(headers: Sequence[tuple[bytes, bytes]]) -> None:
@@ -72,16 +107,22 @@ def _refuse_repeated(headers: Sequence[tuple[bytes, bytes]]) -> None:
         raise InvalidRequest("a header that must be there once was sent twice")
 
 
-async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
-    """Raises BodyTooLarge before more than `limit` bytes are held, Disconnected if the body never ends."""
-    headers: Headers = dict(scope["headers"])
-    if len(headers) < len(scope["headers"]):
-        _refuse_repeated(scope["headers"])
-    if headers.get(b"content-encoding", b"identity") != b"identity":
+def checked_headers(headers: Sequence[tuple[bytes, bytes]], limit: int) -> Headers:
+    """By name. Raises InvalidRequest, UnsupportedMediaType, or BodyTooLarge for a body declared longer than `limit`."""
+    by_name: Headers = dict(headers)
+    if len(by_name) < len(headers):
+        _refuse_repeated(headers)
+    if by_name.get(b"content-encoding", b"identity") != b"identity":
         raise UnsupportedMediaType("compressed bodies are not taken: send it without Content-Encoding")
-    declared = headers.get(b"content-length", b"0")
+    declared = by_name.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         raise BodyTooLarge(f"a body may have {limit} bytes, this one has {declared.decode()}")
+    return by_name
+
+
+async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
+    """Raises BodyTooLarge before more than `limit` bytes are held, Disconnected if the body never ends."""
+    headers = checked_headers(scope["headers"], limit)
     parts: list[bytes] = []
     room, more = limit, True
     while more:

@@ -3,11 +3,14 @@
 A sequence of the protocol is a session: its `sequence_id` is a session id here, an integer as its decimal digits.
 """
 
+from functools import partial
+
 import numpy as np
 import structlog
 
 from bundle import TensorSpec
-from service.api.http import JSON, RAW, Answer, Request
+from service.api.errors import open_inference_error
+from service.api.http import JSON, RAW, Answer, Cancel, Request, Respond, answering, nothing_to_cancel
 from service.api.server import Server
 from service.api.sessions import check_id
 from service.api.steps import require_streamable
@@ -16,45 +19,77 @@ from service.core.errors import InvalidRequest, InvalidShape
 from service.engine.base import Tensors
 from service.protocol import open_inference
 from service.protocol.open_inference import InferRequest, SequenceParameters
+from service.scheduler.work import Reply
 
 HEADER_LENGTH = b"inference-header-content-length"
 
 _log = structlog.get_logger(__name__)
 
 
-async def infer(server: Server, name: str, version: str | None, request: Request) -> Answer:
+def infer(server: Server, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
     asked = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), server.limits.max_json_bytes)
     timeout = asked.timeout or server.limits.request_timeout
-    head: dict = {"model_name": name}
+    if asked.sequence is not None:
+        return _sequence_steps(server, name, version, asked, asked.sequence, timeout, respond)
+    served = server.catalog.resolve(name, version)
+    wanted = _wanted(served, asked)
+
+    def encode(replies: list[Reply]) -> Answer:
+        outputs = [np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)]
+        return _answer(served, name, asked, wanted, outputs)
+
+    settled = answering(respond, encode, open_inference_error)
+    return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
+
+
+def _sequence_steps(
+    server: Server,
+    name: str,
+    version: str | None,
+    asked: InferRequest,
+    sequence: SequenceParameters,
+    timeout: float,
+    respond: Respond,
+) -> Cancel:
+    served = _version_for(server, name, version, sequence, asked)
+    require_streamable(served)
+    wanted = _wanted(served, asked)
+    batch = _batch(served, asked)
+    if len(batch) != 1:
+        raise InvalidShape("a request of a sequence must have batch size 1")
+    if sequence.start:
+        _end_previous(server, name, served, sequence, timeout)
+
+    def encode(reply: Reply) -> Answer:
+        outputs = [array[np.newaxis] for array in reply.outputs]
+        return _answer(served, name, asked, wanted, outputs, {"sequence_position": reply.position})
+
+    settled = answering(respond, encode, open_inference_error)
+    chunk = served.loop.submit_steps(
+        sequence.id, batch[0], timeout, settled, position=sequence.position, start=sequence.start, final=sequence.end
+    )
+    return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
+
+
+def _answer(
+    served: ServedModel,
+    name: str,
+    asked: InferRequest,
+    wanted: list[tuple[TensorSpec, bool]],
+    outputs: list[np.ndarray],
+    parameters: dict | None = None,
+) -> Answer:
+    head: dict = {"model_name": name, "model_version": served.version}
     if asked.id is not None:
         head["id"] = asked.id
-    if asked.sequence is None:
-        served = server.catalog.resolve(name, version)
-        wanted = _wanted(served, asked)
-        replies = await served.loop.sequences(_batch(served, asked), timeout)
-        outputs = [np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)]
-    else:
-        sequence = asked.sequence
-        served = _version_for(server, name, version, sequence, asked)
-        require_streamable(served)
-        wanted = _wanted(served, asked)
-        batch = _batch(served, asked)
-        if len(batch) != 1:
-            raise InvalidShape("a request of a sequence must have batch size 1")
-        if sequence.start:
-            _end_previous(server, name, served, sequence, timeout)
-        reply = await served.loop.steps(
-            sequence.id, batch[0], timeout, position=sequence.position, start=sequence.start, final=sequence.end
-        )
-        outputs = [array[np.newaxis] for array in reply.outputs]
-        head["parameters"] = {"sequence_position": reply.position}
-    head["model_version"] = served.version
+    if parameters is not None:
+        head["parameters"] = parameters
     arrays = dict(zip((spec.name for spec in served.manifest.outputs), outputs, strict=True))
     body, header_length = open_inference.encode(head, [(spec, arrays[spec.name], binary) for spec, binary in wanted])
     if header_length is None:
         return Answer(200, JSON, body)
-    return Answer(200, RAW, body, ((HEADER_LENGTH, str(header_length).encode()),))
+    return Answer(200, RAW, body, ((HEADER_LENGTH, b"%d" % header_length),))
 
 
 def _version_for(

@@ -1,6 +1,5 @@
-"""The native API, v1, as FastAPI routes; steps and sequences are documented here and answered by `front.py`."""
+"""The native API, v1, as FastAPI routes. The transport answers most steps and sequences before they come here."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Response
@@ -20,11 +19,10 @@ from service.api.bodies import (
     StepsReply,
     Tensor,
 )
-from service.api.http import JSON, RAW, Answer, Request, read_request
+from service.api.http import JSON, RAW, Request, answered, read_request
+from service.api.routes import Route, sequences_route, steps_route
 from service.api.server import Server
-from service.api.steps import sequences as answer_sequences
 from service.api.steps import split_reference
-from service.api.steps import steps as answer_steps
 from service.catalog.model import ServedModel
 from service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
@@ -73,8 +71,9 @@ def router(server: Server) -> APIRouter:
     api = APIRouter(prefix="/v1", tags=["native v1"])
     limit = server.limits.max_body_bytes
 
-    async def respond(route: Callable[[Request], Awaitable[Answer]], http: HttpRequest) -> Response:
-        return (await route(await read_request(http.scope, http.receive, limit))).response()
+    async def respond(route: Route, http: HttpRequest) -> Response:
+        request = await read_request(http.scope, http.receive, limit)
+        return (await answered(lambda respond: route.handle(server, request, respond))).response()
 
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:
@@ -92,7 +91,7 @@ def router(server: Server) -> APIRouter:
         openapi_extra={**_bodies("Sequences"), "parameters": [_TIMEOUT]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
-        return await respond(lambda request: answer_sequences(server, model, request), http)
+        return await respond(sequences_route(model), http)
 
     @api.post(
         "/models/{model}/sessions/{session_id}/steps",
@@ -102,7 +101,7 @@ def router(server: Server) -> APIRouter:
         openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _TIMEOUT]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
-        return await respond(lambda request: answer_steps(server, model, session_id, request), http)
+        return await respond(steps_route(model, session_id), http)
 
     @api.post(
         "/models/{model}/sessions",

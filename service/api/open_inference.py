@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, v2, as FastAPI routes; infer is documented here and answered by `front.py`."""
+"""The Open Inference Protocol, v2, as FastAPI routes. The transport answers most infer calls before they come here."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from bundle import TensorSpec
-from service.api.http import read_request
-from service.api.infer import infer as answer_infer
+from service.api.http import answered, read_request
+from service.api.routes import infer_route
 from service.api.server import Server
 from service.catalog.model import ServedModel
 from service.protocol.open_inference import DATATYPES
@@ -129,7 +129,8 @@ def router(server: Server, version: str) -> APIRouter:
 
     async def respond(http: HttpRequest, model: str, version: str | None) -> Response:
         request = await read_request(http.scope, http.receive, server.limits.max_body_bytes)
-        return (await answer_infer(server, model, version, request)).response()
+        route = infer_route(model, version)
+        return (await answered(lambda respond: route.handle(server, request, respond))).response()
 
     @api.post("/models/{model}/infer", summary="Infer: whole sequences, or steps of a sequence", **_INFER)
     async def infer(model: str, http: HttpRequest) -> Response:

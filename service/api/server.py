@@ -17,10 +17,20 @@ class ApiLimits:
 
 @dataclass(slots=True)
 class Server:
-    """requests: figures by inference route. crashed: a model's loop ended by an error, and the process is to end."""
+    """requests: figures by inference route. streams: the open ones.
+
+    crashed: a model's loop ended by an error, and the process is to end.
+    """
 
     catalog: Catalog
     limits: ApiLimits
     requests: dict[str, RequestFigures] = field(default_factory=dict)
+    streams: set[object] = field(default_factory=set)
     ready: bool = False
     crashed: bool = False
+
+    def figures(self, route: str) -> RequestFigures:
+        found = self.requests.get(route)
+        if found is None:
+            found = self.requests[route] = RequestFigures()
+        return found

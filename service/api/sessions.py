@@ -93,7 +93,7 @@ async def restore(server: Server, model: str, session_id: str, content: bytes) -
 
     def write(session: Session) -> Session:
         _restore(served, session, snapshot)
-        session.last = None  # it belongs to another past
+        session.forget_applied()  # they belong to another past
         return session
 
     return served, await served.loop.act(session_id, write)

@@ -1,50 +1,76 @@
 """Steps and sequences of the native API: from a request to an Answer, without a framework."""
 
-from service.api.http import JSON, RAW, Answer, Request
+from functools import partial
+
+from service.api.errors import problem
+from service.api.http import JSON, RAW, Answer, Cancel, Request, Respond, answering, nothing_to_cancel
 from service.api.server import Server
 from service.catalog.model import ServedModel
 from service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
 from service.protocol import json
+from service.scheduler.work import Reply
 
 POSITION = b"unroll-position"
 TIMEOUT = b"unroll-timeout-ms"
 
 
-async def steps(server: Server, model: str, session_id: str, request: Request) -> Answer:
+def steps(server: Server, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
     """T >= 1 time steps of a session; the reply's outputs are one per time step."""
     served = server.catalog.owner(*split_reference(model), session_id)
     require_streamable(served)
+    codec = served.codec
     timeout = _timeout(server, request)
     position = request.whole_number(POSITION)
-    if request.media_type == RAW:
-        inputs = served.codec.from_raw(request.body)
-        reply = await served.loop.steps(session_id, inputs, timeout, position=position)
-        return Answer(
-            200, RAW, served.codec.to_raw(reply.outputs), ((b"unroll-position", str(reply.position).encode()),)
-        )
-    document = _json_body(server, request, {"inputs", "position"})
-    if (said := document.get("position")) is not None:
-        if isinstance(said, bool) or not isinstance(said, int) or said < 0:
-            raise InvalidRequest("'position' must be a whole number, 0 or more")
-        if position not in (None, said):
-            raise InvalidRequest(f"the header says position {position}, the body {said}")
-        position = said
-    inputs = served.codec.from_json(document["inputs"])
-    reply = await served.loop.steps(session_id, inputs, timeout, position=position)
-    body = json.dump({"outputs": served.codec.to_json(reply.outputs), "position": reply.position})
-    return Answer(200, JSON, body, ((b"unroll-position", str(reply.position).encode()),))
+    raw = request.media_type == RAW
+    if raw:
+        inputs = codec.from_raw(request.body)
+    else:
+        document = _json_body(server, request, {"inputs", "position"})
+        position = _position(document, position)
+        inputs = codec.from_json(document["inputs"])
+
+    def encode(reply: Reply) -> Answer:
+        reached = ((POSITION, b"%d" % reply.position),)
+        if raw:
+            return Answer(200, RAW, codec.to_raw(reply.outputs), reached)
+        body = json.dump({"outputs": codec.to_json(reply.outputs), "position": reply.position})
+        return Answer(200, JSON, body, reached)
+
+    settled = answering(respond, encode, problem)
+    chunk = served.loop.submit_steps(session_id, inputs, timeout, settled, position=position)
+    return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 
 
-async def sequences(server: Server, model: str, request: Request) -> Answer:
+def sequences(server: Server, model: str, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, each from the model's initial state; nothing is kept."""
     served = server.catalog.resolve(*split_reference(model))
+    codec = served.codec
     timeout = _timeout(server, request)
-    if request.media_type == RAW:
-        (reply,) = await served.loop.sequences([served.codec.from_raw(request.body)], timeout)
-        return Answer(200, RAW, served.codec.to_raw(reply.outputs))
-    document = _json_body(server, request, {"inputs"})
-    replies = await served.loop.sequences(served.codec.sequences_from_json(document["inputs"]), timeout)
-    return Answer(200, JSON, json.dump({"outputs": served.codec.sequences_to_json([r.outputs for r in replies])}))
+    raw = request.media_type == RAW
+    if raw:
+        batch = [codec.from_raw(request.body)]
+    else:
+        batch = codec.sequences_from_json(_json_body(server, request, {"inputs"})["inputs"])
+
+    def encode(replies: list[Reply]) -> Answer:
+        if raw:
+            return Answer(200, RAW, codec.to_raw(replies[0].outputs))
+        outputs = codec.sequences_to_json([reply.outputs for reply in replies])
+        return Answer(200, JSON, json.dump({"outputs": outputs}))
+
+    return served.loop.submit_sequences(batch, timeout, answering(respond, encode, problem))
+
+
+def _position(document: dict, header: int | None) -> int | None:
+    """Where the client believes the session is: what the body says, or the header. Raises InvalidRequest."""
+    said = document.get("position")
+    if said is None:
+        return header
+    if isinstance(said, bool) or not isinstance(said, int) or said < 0:
+        raise InvalidRequest("'position' must be a whole number, 0 or more")
+    if header not in (None, said):
+        raise InvalidRequest(f"the header says position {header}, the body {said}")
+    return said
 
 
 def split_reference(model: str) -> tuple[str, str | None]:

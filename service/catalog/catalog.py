@@ -38,6 +38,7 @@ class Catalog:
         self._executor = executor
         self.on_crash: Callable[[], None] = lambda: None
         self._models: list[ServedModel] = []  # by name, newest version last
+        self._by_name: dict[str, list[ServedModel]] = {}  # newest version first
         self._rescan = asyncio.Event()
 
     def __iter__(self) -> Iterator[ServedModel]:
@@ -48,7 +49,7 @@ class Catalog:
 
     def versions(self, name: str) -> list[ServedModel]:
         """Versions that take new sessions, newest last. Raises ModelUnknown if there are none."""
-        found = [model for model in self._models if model.name == name and not model.retired]
+        found = [model for model in reversed(self._by_name.get(name, ())) if not model.retired]
         if not found:
             raise ModelUnknown(f"no model {name!r}; there are {self.names()}")
         return found
@@ -66,11 +67,9 @@ class Catalog:
     def living(self, name: str, session_id: str) -> ServedModel | None:
         """The version of a model on which the session lives, if it does."""
         now = self.clock.now()
-        for model in reversed(self._models):
-            if model.name == name:
-                model.scheduler.sessions.expire(now)
-                if session_id in model.scheduler.sessions:
-                    return model
+        for model in self._by_name.get(name, ()):
+            if model.scheduler.sessions.living(session_id, now) is not None:
+                return model
         return None
 
     def owner(self, name: str, version: str | None, session_id: str) -> ServedModel:
@@ -79,12 +78,12 @@ class Catalog:
         Raises ModelUnknown, or ModelChanged if the session lives on a version other than the one asked for.
         """
         if (model := self.living(name, session_id)) is not None:
-            if version not in (None, model.version):
+            if version is not None and version != model.version:
                 raise ModelChanged(f"session {session_id!r} runs on version {model.version}, not {version}")
             return model
         now = self.clock.now()
-        for model in reversed(self._models):
-            known = model.name == name and model.scheduler.sessions.tombstone(session_id, now) is not None
+        for model in self._by_name.get(name, ()):
+            known = model.scheduler.sessions.tombstone(session_id, now) is not None
             if known and version in (None, model.version):
                 return model
         return self.resolve(name, version)
@@ -104,6 +103,13 @@ class Catalog:
                 refusals.append(str(refusal))
         if refusals:
             raise CatalogError("\n".join(refusals))
+        self._index()
+
+    def _index(self) -> None:
+        self._models.sort(key=lambda model: (model.name, int(model.version)))
+        self._by_name = {}
+        for model in reversed(self._models):
+            self._by_name.setdefault(model.name, []).append(model)
 
     def _load(self, path: Path) -> ServedModel:
         return ServedModel.load(path, self.options, self.clock, self._executor)
@@ -149,7 +155,7 @@ class Catalog:
             for old in present:
                 self._retire(old)
             self._models.append(model)
-            self._models.sort(key=lambda m: (m.name, int(m.version)))
+            self._index()
             self._start(model)
         for model in self._models:
             if not model.retired and (model.name, model.version) not in wanted:
@@ -166,6 +172,7 @@ class Catalog:
             model.scheduler.sessions.expire(self.clock.now())
             if not len(model.scheduler.sessions) and not model.scheduler.in_flight:
                 self._models.remove(model)
+                self._index()
                 for heir in [m for m in self._models if m.name == model.name][-1:]:
                     heir.scheduler.sessions.inherit(model.scheduler.sessions)
                 await model.stop()

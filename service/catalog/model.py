@@ -13,7 +13,6 @@ import structlog
 import bundle as bundles
 from bundle import Bundle, Manifest
 from service.core.clock import Clock
-from service.core.errors import UnrollError
 from service.engine.base import Engine
 from service.engine.host import HostEngine
 from service.engine.runner import DeviceUnavailable, Runner
@@ -21,7 +20,7 @@ from service.protocol.tensors import Codec
 from service.scheduler.loop import Loop
 from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
 from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Batch, Chunk, Row
+from service.scheduler.work import Batch
 from service.state.slots import INITIAL, SCRATCH
 from service.store.memory import MemoryStore
 from service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
@@ -89,7 +88,7 @@ class ServedModel:
         except Exception as error:  # whatever is wrong with one bundle must not stop the others
             raise ModelRefused(f"{path} is refused: {error}") from error
         manifest = bundle.manifest
-        traits = ModelTraits(tuple(spec.time for spec in manifest.outputs), manifest.streamable, manifest.ragged)
+        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
         scheduler = Scheduler(traits, options.sessions, options.scheduler)
         engine = HostEngine(runner, manifest, scheduler.rows)
         scheduler.seconds_per_step = _warm_up(engine, manifest, options.scheduler.max_batch)
@@ -155,13 +154,13 @@ class ServedModel:
 
 def _warm_up(engine: Engine, manifest: Manifest, max_batch: int) -> float:
     """Run single steps on the scratch row, small batches and full ones; returns seconds per step of a full one."""
-    inputs = tuple(np.zeros((1, *spec.shape), spec.numpy) for spec in manifest.inputs)
-    row = Row(Chunk(inputs, 1, 0.0), inputs, 1, INITIAL, SCRATCH)
     best = float("inf")
     for size in (1, max_batch, max_batch, max_batch):
+        inputs = tuple(np.zeros((size, 1, *spec.shape), spec.numpy) for spec in manifest.inputs)
+        batch = Batch([], inputs, [1] * size, [INITIAL] * size, [SCRATCH] * size)
         started = perf_counter()
-        results = engine.run([row] * size)
+        _, failed = engine.run(batch)
         best = min(best, (perf_counter() - started) / size)
-        if failed := [result for result in results if isinstance(result, UnrollError)]:
+        if failed:
             raise ModelRefused(f"{manifest.name}:{manifest.version} cannot run a batch of {size}: {failed[0].message}")
     return best

@@ -11,24 +11,30 @@ from service.core.errors import UnrollError
 Tensors = tuple[np.ndarray, ...]
 
 
-class BatchRow(Protocol):
-    """Run `inputs`, `steps` long, from the state in row `source`; put the new state in row `target`."""
+class Rows(Protocol):
+    """Run row i of `inputs`, lens[i] steps long, from the state in sources[i]; put the new one in targets[i]."""
 
     @property
-    def inputs(self) -> Tensors: ...
+    def inputs(self) -> Tensors:
+        """Each (rows, longest, *shape)."""
+        ...
+
     @property
-    def steps(self) -> int: ...
+    def lens(self) -> Sequence[int]: ...
     @property
-    def source(self) -> int: ...
+    def sources(self) -> Sequence[int]: ...
     @property
-    def target(self) -> int: ...
+    def targets(self) -> Sequence[int]: ...
 
 
 class Engine(Protocol):
     """Owns the arena. Never called by two threads at once."""
 
-    def run(self, batch: Sequence[BatchRow]) -> list[Tensors | UnrollError]:
-        """One result per row. The target of a row that failed is as it was; no row fails for another's sake."""
+    def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
+        """Outputs, each (rows, longest, *shape) or (rows, *shape) without time, and the rows that failed.
+
+        The target of a row that failed is as it was; no row fails for another's sake.
+        """
         ...
 
     def read(self, slot: int) -> np.ndarray:

@@ -1,18 +1,29 @@
 """The engine with its rows in host memory; the graph runs wherever the runner's session runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import structlog
 
 from bundle import Manifest
 from service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
-from service.engine.base import BatchRow, Tensors
+from service.engine.base import Rows, Tensors
 from service.engine.runner import Runner
 from service.state.arena import HostArena
 from service.state.slots import INITIAL
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Some:
+    """Some rows of a batch, as a batch."""
+
+    inputs: Tensors
+    lens: Sequence[int]
+    sources: Sequence[int]
+    targets: Sequence[int]
 
 
 class HostEngine:
@@ -29,51 +40,55 @@ class HostEngine:
         self.write = self._arena.write
         self.copy = self._arena.copy
 
-    def run(self, batch: Sequence[BatchRow]) -> list[Tensors | UnrollError]:
+    def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
         try:
-            return self._run(batch)
+            return self._run(rows)
         except Exception as error:
-            if len(batch) > 1:  # find the row that cannot be run; the others must not suffer for it
-                return [result for row in batch for result in self.run([row])]
-            _log.error("the model failed", model=self._name, steps=batch[0].steps, exc_info=error)
-            return [EngineFailed("the model could not be run on this input; the server's log says why")]
+            if len(rows.lens) > 1:  # find the row that cannot be run; the others must not suffer for it
+                return self._run_one_by_one(rows)
+            _log.error("the model failed", model=self._name, steps=rows.lens[0], exc_info=error)
+            failure = EngineFailed("the model could not be run on this input; the server's log says why")
+            return self._no_outputs(1, rows.lens[0]), {0: failure}
 
-    def _run(self, batch: Sequence[BatchRow]) -> list[Tensors | UnrollError]:
-        lens = np.array([row.steps for row in batch], np.int32)
-        longest = int(lens.max())
-        even = int(lens.min()) == longest
-        inputs = {
-            spec.name: _together([row.inputs[i] for row in batch], longest, even) for i, spec in enumerate(self._inputs)
+    def _run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
+        lens = np.array(rows.lens, np.int32)
+        inputs = {spec.name: array for spec, array in zip(self._inputs, rows.inputs, strict=True)}
+        by_name, state_out = self._runner(inputs, self._arena.gather(rows.sources), lens)
+        outputs = tuple(by_name[spec.name] for spec in self._outputs)
+        if all(np.isfinite(array).all() for array in (state_out, *outputs)):
+            self._arena.scatter(rows.targets, state_out)
+            return outputs, {}
+        failed: dict[int, UnrollError] = {
+            i: NonFiniteOutput("the model's answer to this input is not finite")
+            for i, steps in enumerate(rows.lens)
+            if not (np.isfinite(state_out[i]).all() and all(map(_finite, self._row(outputs, i, steps))))
         }
-        state = self._arena.gather([row.source for row in batch])
-        outputs, state_out = self._runner(inputs, state, lens)
+        good = [i for i in range(len(lens)) if i not in failed]
+        self._arena.scatter([rows.targets[i] for i in good], state_out[good])
+        return outputs, failed
 
-        results: list[Tensors | UnrollError] = [
-            tuple(
-                (outputs[spec.name][i, : row.steps] if spec.time else outputs[spec.name][i]).copy()
-                for spec in self._outputs
-            )
-            for i, row in enumerate(batch)
-        ]
-        targets = [row.target for row in batch]
-        if not all(np.isfinite(array).all() for array in (state_out, *outputs.values())):
-            good = [i for i, result in enumerate(results) if _finite(result) and np.isfinite(state_out[i]).all()]
-            for i in set(range(len(batch))) - set(good):
-                results[i] = NonFiniteOutput("the model's answer to this input is not finite")
-            targets, state_out = [targets[i] for i in good], state_out[good]
-        self._arena.scatter(targets, state_out)
-        return results
+    def _run_one_by_one(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
+        together = self._no_outputs(len(rows.lens), max(rows.lens))
+        failed: dict[int, UnrollError] = {}
+        for i, steps in enumerate(rows.lens):
+            inputs = tuple(array[i : i + 1, :steps] for array in rows.inputs)
+            outputs, failure = self.run(_Some(inputs, [steps], [rows.sources[i]], [rows.targets[i]]))
+            for target, source in zip(self._row(together, i, steps), self._row(outputs, 0, steps), strict=True):
+                target[...] = source
+            if failure:
+                failed[i] = failure[0]
+        return together, failed
+
+    def _row(self, outputs: Tensors, row: int, steps: int) -> Tensors:
+        """Views of one row's outputs, without the padding."""
+        return tuple(
+            array[row, :steps] if spec.time else array[row, ...]
+            for spec, array in zip(self._outputs, outputs, strict=True)
+        )
+
+    def _no_outputs(self, rows: int, steps: int) -> Tensors:
+        return tuple(np.zeros((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in self._outputs)
 
 
-def _finite(result: Tensors | UnrollError) -> bool:
-    return isinstance(result, tuple) and all(np.isfinite(array).all() for array in result)
-
-
-def _together(arrays: list[np.ndarray], longest: int, even: bool) -> np.ndarray:
-    """Arrays (time_i, *shape) as one batch: (len(arrays), longest, *shape), short rows padded with zeros."""
-    if even:
-        return np.concatenate(arrays).reshape(len(arrays), longest, *arrays[0].shape[1:])
-    batch = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), arrays[0].dtype)
-    for i, array in enumerate(arrays):
-        batch[i, : len(array)] = array
-    return batch
+def _finite(array: np.ndarray) -> bool:
+    return bool(np.isfinite(array).all())

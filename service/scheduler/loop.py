@@ -11,7 +11,7 @@ from service.core.clock import Clock
 from service.core.errors import UnrollError
 from service.engine.base import Engine, Tensors
 from service.scheduler.scheduler import Scheduler
-from service.scheduler.work import Action, Batch, Chunk, Outcome, Reply, Session
+from service.scheduler.work import Action, Batch, Chunk, GroupReply, Outcome, Reply, Session
 from service.store.base import Store
 
 T = TypeVar("T")
@@ -42,41 +42,85 @@ class Loop:
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
-    # ── what callers wait for ────────────────────────────────────────────────────────────────────
+    # ── work, and who is called when it is done ──────────────────────────────────────────────────
 
-    async def sequences(self, batch: Sequence[Tensors], timeout: float) -> list[Reply]:
+    def submit_sequences(
+        self, batch: Sequence[Tensors], timeout: float, then: Callable[[list[Reply] | UnrollError], None]
+    ) -> Callable[[], None]:
         """Whole sequences from the initial state, each input (time, *shape); timeout: seconds until they have begun.
 
-        Returns all replies, or raises the first error, the other sequences being cancelled.
+        `then` is called once: with all replies, or with the first error, the other sequences being cancelled. What is
+        returned cancels them. Raises what `Scheduler.submit_sequence` raises; nothing is queued then.
         """
+        gathering = _Gathering(self, then)
         now = self.clock.now()
-        chunks: list[Chunk] = []
         try:
             for inputs in batch:
-                chunks.append(self.scheduler.submit_sequence(inputs, now, now + timeout))  # noqa: PERF401 one may raise
-            self._work.set()
-            return await asyncio.gather(*map(self._future, chunks))
-        except BaseException:
-            for chunk in chunks:
-                self.scheduler.cancel(chunk, self.clock.now())
+                gathering.chunks.append(self.scheduler.submit_sequence(inputs, now, now + timeout))
+        except UnrollError:
+            gathering.cancel()
             raise
+        for chunk in gathering.chunks:
+            chunk.listeners.append(gathering.settled)
+        self._work.set()
+        return gathering.cancel
 
-    async def steps(
+    def submit_steps(
         self,
         session_id: str,
         inputs: Tensors,
         timeout: float,
+        then: Callable[[Outcome], None],
         *,
         position: int | None = None,
         start: bool = False,
         final: bool = False,
-    ) -> Reply:
-        """Steps of a session, see `Scheduler.submit_steps`; timeout: seconds until they must have begun."""
+    ) -> Chunk | None:
+        """Steps of a session, see `Scheduler.submit_steps`; timeout: seconds until they must have begun.
+
+        `then` is called once, with the reply or the error; at once, and None returned, if the reply is known already.
+        """
         now = self.clock.now()
-        answer = self.scheduler.submit_steps(
+        chunk = self.scheduler.submit_steps(
             session_id, inputs, now, now + timeout, position=position, start=start, final=final
         )
-        return answer if isinstance(answer, Reply) else await self._outcome(answer)
+        if isinstance(chunk, Reply):
+            then(chunk)
+            return None
+        chunk.listeners.append(then)
+        self._work.set()
+        return chunk
+
+    def leave(self, chunk: Chunk, then: Callable[[Outcome], None]) -> None:
+        """`then` is not to be called any more; if nobody else waits for the chunk, it is cancelled."""
+        if then in chunk.listeners:
+            chunk.listeners.remove(then)
+        if not chunk.listeners:
+            self.scheduler.cancel(chunk, self.clock.now())
+
+    def submit_group(
+        self,
+        sessions: Sequence[Session],
+        positions: Sequence[int | None],
+        inputs: Tensors,
+        timeout: float,
+        then: Callable[[GroupReply], None],
+    ) -> list[int]:
+        """The next steps of many sessions at once, see `Scheduler.submit_group`."""
+        now = self.clock.now()
+        left = self.scheduler.submit_group(sessions, positions, inputs, now, now + timeout, then)
+        self._work.set()
+        return left
+
+    async def sequences(self, batch: Sequence[Tensors], timeout: float) -> list[Reply]:
+        """`submit_sequences` for who can wait; cancelling the caller cancels the sequences."""
+        future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
+        cancel = self.submit_sequences(batch, timeout, partial(_resolve, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            cancel()
+            raise
 
     async def act(self, session_id: str, run: Callable[[Session], T]) -> T:
         """Run `run(session)` between batches, in the session's turn; its exception is raised here."""
@@ -85,24 +129,6 @@ class Loop:
         action.listeners.append(partial(_resolve, future))
         self._work.set()
         return await future
-
-    async def _outcome(self, chunk: Chunk) -> Reply:
-        """What became of a session's chunk. A caller that is cancelled cancels it, unless a retry waits for it too."""
-        future = self._future(chunk)
-        listener = chunk.listeners[-1]
-        self._work.set()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            chunk.listeners.remove(listener)
-            if not chunk.listeners:
-                self.scheduler.cancel(chunk, self.clock.now())
-            raise
-
-    def _future(self, chunk: Chunk) -> asyncio.Future[Reply]:
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        chunk.listeners.append(partial(_resolve, future))
-        return future
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 
@@ -122,18 +148,18 @@ class Loop:
             self._act(action)
         if batch:
             started = perf_counter()
-            results = await self._execute(batch)
+            outputs, failed = await self._execute(batch)
             seconds = perf_counter() - started
             await self.store.commit(batch)
-            self.scheduler.finish(batch, results, self.clock.now(), seconds)
+            self.scheduler.finish(batch, outputs, failed, self.clock.now(), seconds)
             self.on_batch(batch, seconds)
             await asyncio.sleep(0)  # replies leave, new work arrives
         elif not actions:
             self._work.clear()
             await self._work.wait()
 
-    async def _execute(self, batch: Batch) -> Sequence[Tensors | UnrollError]:
-        if sum(row.steps for row in batch) * self.scheduler.seconds_per_step <= INLINE_SECONDS:
+    async def _execute(self, batch: Batch) -> tuple[Tensors, dict[int, UnrollError]]:
+        if batch.steps * self.scheduler.seconds_per_step <= INLINE_SECONDS:
             return self.engine.run(batch)
         return await asyncio.get_running_loop().run_in_executor(self._executor, self.engine.run, batch)
 
@@ -148,6 +174,34 @@ class Loop:
     def _tick(self) -> None:
         self._work.set()
         self._timer = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
+
+
+class _Gathering:
+    """Waits for several chunks: calls `then` once, with all their replies or with the first error."""
+
+    def __init__(self, loop: Loop, then: Callable[[list[Reply] | UnrollError], None]) -> None:
+        self.chunks: list[Chunk] = []
+        self._loop = loop
+        self._then: Callable[[list[Reply] | UnrollError], None] | None = then
+        self._settled = 0
+
+    def settled(self, outcome: Outcome) -> None:
+        then = self._then
+        if then is None:
+            return
+        self._settled += 1
+        if isinstance(outcome, UnrollError):
+            self.cancel()
+            then(outcome)
+        elif self._settled == len(self.chunks):
+            self._then = None
+            then([chunk.outcome for chunk in self.chunks if isinstance(chunk.outcome, Reply)])
+
+    def cancel(self) -> None:
+        self._then = None
+        now = self._loop.clock.now()
+        for chunk in self.chunks:
+            self._loop.scheduler.cancel(chunk, now)
 
 
 def _resolve(future: asyncio.Future, outcome: Outcome | object) -> None:

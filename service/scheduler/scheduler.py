@@ -3,12 +3,13 @@
 A turn of the loop is:
 
     actions, batch = scheduler.next_turn(now)     # what to do, decided here
-    results = engine.run(batch)                   # done elsewhere
-    scheduler.finish(batch, results, now)         # replies settle here
+    outputs, failed = engine.run(batch)           # done elsewhere
+    scheduler.finish(batch, outputs, failed, now) # replies settle here
 
 Rules:
 
 - A session has at most one chunk in a batch, and its chunks run in the order of their arrival.
+- A group is one step, or a few, of many sessions that were idle: handled as one, whatever their number.
 - Work waits in one lane per length class, so that rows of a batch are about equally long; the lane whose head has
   waited longest goes first. A long chunk is run in pieces and waits anew, behind the others, after each.
 - A chunk counts as applied when its last piece is done: only then does the session's row change. Until then it
@@ -17,11 +18,12 @@ Rules:
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from bundle import TensorSpec
 from service.core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -41,23 +43,26 @@ from service.scheduler.work import (
     Applied,
     Batch,
     Chunk,
+    Group,
+    GroupReply,
     Life,
     Outcome,
     Reply,
-    Row,
     Session,
     payload_digest,
+    together,
 )
+from service.state.last_steps import LastSteps
 from service.state.slots import INITIAL, SCRATCH, Slots
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
-    """What the scheduler must know of a model. `joins`: per output, True if pieces are joined over time, False if
-    the last piece's output is the answer. `cuttable`: chunks may be run in pieces. `ragged`: rows of different
-    length may share a batch."""
+    """What the scheduler must know of a model. `cuttable`: chunks may be run in pieces; of an output without time the
+    last piece's is the answer. `ragged`: rows of different length may share a batch."""
 
-    joins: tuple[bool, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     cuttable: bool
     ragged: bool
 
@@ -97,7 +102,9 @@ class Scheduler:
         self.sessions = SessionTable(sessions, on_gone=self._count_gone)
         #: Rows for chunks that are run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=self.sessions.slots.end)
-        self._lanes: dict[int, deque[Chunk]] = {}
+        fits = LastSteps.fits(traits.inputs, traits.outputs)
+        self._last_steps = LastSteps(self.rows, traits.inputs, traits.outputs) if fits else None
+        self._lanes: dict[int, deque[Chunk | Group]] = {}
         self._actions: deque[Action] = deque()
         self._starved: deque[Chunk] = deque()  # they need a workspace, and all are taken
         self._order = 0
@@ -155,33 +162,68 @@ class Scheduler:
         request that did; `final` closes it afterwards. Raises SessionError, PositionGap, PositionTooOld,
         PayloadMismatch, QueueFull or DeadlineUnreachable; the session is then untouched.
         """
-        digest = payload_digest(inputs)
-        self.sessions.expire(now)
-        ended = self.sessions.ended_by(session_id, now)
-        if ended is not None and final and (position, digest) == (ended.start, ended.digest):
-            self.counters.replayed += 1
-            return ended.reply
-        opens = start and session_id not in self.sessions
+        if final:
+            ended = self.sessions.ended_by(session_id, now)
+            if ended is not None and (position, payload_digest(inputs)) == (ended.start, ended.digest):
+                self.counters.replayed += 1
+                return ended.reply
+        opens = start and self.sessions.living(session_id, now) is None
         if opens:
-            self._open_by_steps(session_id, position, digest, now, deadline)
+            self._open_by_steps(session_id, inputs, position, now, deadline)
         session = self.sessions.find(session_id, now)
         if position is not None and position != session.expected:
-            return self._recognise(session, position, digest, final)
-        chunk = Chunk(
-            inputs,
-            len(inputs[0]),
-            deadline,
-            session,
-            start=session.expected,
-            pinned=position is not None,
-            opens=opens,
-            final=final,
-            digest=digest,
-        )
+            return self._recognise(session, position, inputs, final)
+        chunk = Chunk(inputs, len(inputs[0]), deadline, session, session.expected, position is not None, opens, final)
         self._admit(chunk, now)
         session.expected += chunk.length
-        self._enqueue(session, chunk, now)
+        self._enqueue(session, chunk)
         return chunk
+
+    def submit_group(
+        self,
+        sessions: Sequence[Session],
+        positions: Sequence[int | None],
+        inputs: Tensors,
+        now: float,
+        deadline: float,
+        then: Callable[[GroupReply], None],
+    ) -> list[int]:
+        """Queue the next steps of every session that is idle, and at the position said for it, if one was.
+
+        inputs: each (len(sessions), time, *shape). Returns the rows that were not taken: their sessions are busy,
+        gone, elsewhere, or the row is a session's second; `submit_steps` takes them or says why not. The others are
+        answered by one call of `then`, or one for each `max_batch` of them. Raises QueueFull or DeadlineUnreachable;
+        nothing is queued then.
+        """
+        steps = inputs[0].shape[1]
+        if self._is_long(steps):
+            return list(range(len(sessions)))
+        self.check_room(now, deadline)
+        most = self._most_rows(steps)
+        left: list[int] = []
+        group = Group([], [], inputs, steps, deadline, then)
+        for row, (session, position) in enumerate(zip(sessions, positions, strict=True)):
+            if session.life is Life.IDLE and (position is None or position == session.position):
+                if len(group.rows) == most:
+                    self._queue_group(group)
+                    group = Group([], [], inputs, steps, deadline, then)
+                session.life = Life.BUSY
+                session.active = group
+                session.expected += steps
+                group.sessions.append(session)
+                group.rows.append(row)
+            else:
+                left.append(row)
+        if group.rows:
+            self._queue_group(group)
+        return left
+
+    def _queue_group(self, group: Group) -> None:
+        if len(group.rows) < len(group.inputs[0]):
+            group.inputs = tuple(array[group.rows] for array in group.inputs)
+        self._in_flight += len(group.rows)
+        self._waiting_steps += len(group.rows) * group.length
+        self._make_ready(group)
 
     def remembers(self, session_id: str, inputs: Tensors, now: float) -> bool:
         """Is this the request that opened or ended a session which is gone?"""
@@ -193,7 +235,7 @@ class Scheduler:
         """Run `run(session)` between batches, after the session's chunks accepted so far."""
         session = self.sessions.find(session_id, now)
         action = Action(session, lambda: run(session))
-        self._enqueue(session, action, now)
+        self._enqueue(session, action)
         return action
 
     def close(self, session_id: str, now: float) -> Session:
@@ -218,7 +260,7 @@ class Scheduler:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
         self._feed_starved(now)
-        batch: Batch = []
+        batch = Batch()
         while not batch and (lane := self._oldest_lane()) is not None:
             batch = self._fill(lane, now)
         actions = [action for action in self._actions if action.outcome is None]
@@ -231,33 +273,110 @@ class Scheduler:
         self._recount(action.session, now)
 
     def finish(
-        self, batch: Batch, results: Sequence[Tensors | UnrollError], now: float, seconds: float | None = None
+        self,
+        batch: Batch,
+        outputs: Tensors,
+        failed: Mapping[int, UnrollError],
+        now: float,
+        seconds: float | None = None,
     ) -> None:
-        """Take in what the engine made of each row. `seconds`: how long it took, for the estimate of waiting times."""
-        steps = sum(row.steps for row in batch)
+        """Take in what the engine made of each row: outputs (rows, longest, *shape), or (rows, *shape) without time.
+
+        `seconds`: how long it took, for the estimate of waiting times.
+        """
+        steps, longest = batch.steps, max(batch.lens)
         self.counters.batches += 1
-        self.counters.padded_steps += len(batch) * max(row.steps for row in batch) - steps
+        self.counters.padded_steps += len(batch) * longest - steps
         if seconds is not None:
             # Weighted by steps: the fixed cost of small batches says nothing of how long a full queue takes.
             self.seconds_per_step += (seconds / steps - self.seconds_per_step) * steps / (steps + 1000)
-        for row, result in zip(batch, results, strict=True):
-            chunk = row.chunk
-            chunk.running = False
-            if isinstance(result, UnrollError):
-                self._fail(chunk, result, now)
-                continue
-            self._waiting_steps -= self._piece(chunk)
-            chunk.done += row.steps
-            self._waiting_steps += self._piece(chunk)
-            chunk.pieces.append(result)
-            if chunk.done == chunk.length:
-                self._apply(chunk, now)
-            elif chunk.abandoned is not None:
-                self._fail(chunk, chunk.abandoned, now)
+        if longest == 1 and self._last_steps is not None:
+            self._keep_last(self._last_steps, batch, outputs, failed)
+        row = 0
+        for work in batch.work:
+            if isinstance(work, Group):
+                end = row + len(work.sessions)
+                errors = {i - row: failed[i] for i in range(row, end) if i in failed} if failed else {}
+                self._finish_group(work, tuple(array[row:end] for array in outputs), errors, now)
+                row = end
             else:
-                if chunk.session is not None:
-                    self.sessions.advance(chunk.session, "more")
-                self._make_ready(chunk)
+                self._finish_chunk(work, batch, outputs, row, failed.get(row), now)
+                row += 1
+
+    def _keep_last(
+        self, last_steps: LastSteps, batch: Batch, outputs: Tensors, failed: Mapping[int, UnrollError]
+    ) -> None:
+        slots, inputs = batch.targets, batch.inputs
+        if failed:
+            good = [row for row in range(len(batch)) if row not in failed]
+            slots = [slots[row] for row in good]
+            inputs, outputs = tuple(a[good] for a in inputs), tuple(a[good] for a in outputs)
+        last_steps.keep(slots, inputs, outputs)
+
+    def _finish_chunk(
+        self, chunk: Chunk, batch: Batch, outputs: Tensors, row: int, error: UnrollError | None, now: float
+    ) -> None:
+        chunk.running = False
+        if error is not None:
+            self._fail(chunk, error, now)
+            return
+        steps = batch.lens[row]
+        result = tuple(
+            array[row, :steps] if spec.time else array[row, ...]
+            for spec, array in zip(self.traits.outputs, outputs, strict=True)
+        )
+        if steps == chunk.length:
+            chunk.done = steps
+            self._waiting_steps -= steps
+            self._apply(chunk, result, now)
+            return
+        self._waiting_steps -= self._piece(chunk)
+        chunk.done += steps
+        self._waiting_steps += self._piece(chunk)
+        if chunk.pieces is None:
+            chunk.pieces = []
+        chunk.pieces.append(tuple(array.copy() for array in result))
+        if chunk.done == chunk.length:
+            joined = tuple(
+                np.concatenate(parts) if spec.time else parts[-1]
+                for spec, parts in zip(self.traits.outputs, zip(*chunk.pieces, strict=True), strict=True)
+            )
+            self._apply(chunk, joined, now)
+        elif chunk.abandoned is not None:
+            self._fail(chunk, chunk.abandoned, now)
+        else:
+            self._make_ready(chunk)
+
+    def _finish_group(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
+        steps, in_table = group.length, group.length == 1 and self._last_steps is not None
+        self._in_flight -= len(group.sessions)
+        self._waiting_steps -= len(group.sessions) * steps
+        self.counters.chunks += len(group.sessions) - len(errors)
+        self.counters.steps += (len(group.sessions) - len(errors)) * steps
+        positions = []
+        for row, session in enumerate(group.sessions):
+            if row not in errors:
+                start = session.position
+                session.position = start + steps
+                session.source = session.slot
+                if in_table and session.depth == 1:
+                    session.stepped, session.applied = start, ()
+                else:
+                    reply = Reply(_row(outputs, row), session.position)
+                    self._remember(session, Applied(start, payload_digest(_row(group.inputs, row)), reply.copy()))
+            positions.append(session.position)
+            if session.pending or session.life is not Life.BUSY:
+                self._next_of(session, now)
+            else:
+                session.active = None
+                self.sessions.rest(session, now)
+        for row, error in errors.items():
+            self._count_failed(error)
+            self._recount(group.sessions[row], now)
+        group.settle(GroupReply(group.rows, positions, outputs, errors))
+        for row, follower in group.followers:
+            reply = Reply(_row(outputs, row), positions[row])
+            follower.settle(errors.get(row) or reply.copy())
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, from the rate seen lately: one piece of each chunk first."""
@@ -280,73 +399,109 @@ class Scheduler:
             self.counters.refused += 1
             raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
 
-    def _open_by_steps(self, session_id: str, position: int | None, digest: bytes, now: float, deadline: float) -> None:
+    def _open_by_steps(
+        self, session_id: str, inputs: Tensors, position: int | None, now: float, deadline: float
+    ) -> None:
         """Unless the steps are a late duplicate of those that opened a session which is gone by now."""
-        if position == 0 and digest == self.sessions.opened_with(session_id, now):
+        digest = payload_digest(inputs) if position == 0 else b""
+        if digest and digest == self.sessions.opened_with(session_id, now):
             raise self.sessions.loss(session_id, now)
         self.check_room(now, deadline, row=True)
-        session = self.open(session_id, now)
-        session.opened_with = digest if position == 0 else b""
+        self.open(session_id, now).opened_with = digest
 
     def _admit(self, chunk: Chunk, now: float) -> None:
         self.check_room(now, chunk.deadline)
         self._in_flight += 1
         self._waiting_steps += self._piece(chunk)
 
-    def _recognise(self, session: Session, position: int, digest: bytes, final: bool) -> Chunk | Reply:
+    def _recognise(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | Reply:
         """What a chunk that does not begin at the session's end is: a retry, too old, or too early."""
         if position > session.expected:
             raise PositionGap(
                 f"the session is at {session.expected}, the chunk begins at {position}", expected=session.expected
             )
-        known: tuple[bytes, Chunk | Reply] | None = None
-        if session.last is not None and session.last.start == position:
-            known = session.last.digest, session.last.reply
-            if final and session.last.digest == digest:
-                raise PayloadMismatch("the chunk was applied without ending the session", expected=session.expected)
-        for work in session.queue():
-            if isinstance(work, Chunk) and work.start == position:
-                known = work.digest if work.final == final else b"", work
-        if known is None:
+        if (again := self._in_flight_at(session, position, inputs, final)) is not None:
+            again.abandoned = None  # its first client went away; now there is one again
+            self.counters.replayed += 1
+            return again
+        reply = self._applied_at(session, position, inputs)
+        if reply is None:
             raise PositionTooOld(
-                f"the session is at {session.expected}; only its last chunk can be asked for again",
+                f"the session is at {session.expected}; only its last {'chunk' if session.depth == 1 else 'chunks'} "
+                "can be asked for again",
                 expected=session.expected,
             )
-        if known[0] != digest:
-            raise PayloadMismatch(
-                f"position {position} was already consumed with another payload", expected=session.expected
-            )
+        if final:
+            raise PayloadMismatch("the chunk was applied without ending the session", expected=session.expected)
         self.counters.replayed += 1
-        if isinstance(known[1], Chunk):
-            known[1].abandoned = None  # its first client went away; now there is one again
-        return known[1]
+        return reply
 
-    def _enqueue(self, session: Session, work: Chunk | Action, now: float) -> None:
+    def _in_flight_at(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | None:
+        """The accepted chunk that begins there, if this is the same. Raises PayloadMismatch if it is another."""
+        for work in session.queue():
+            if isinstance(work, Chunk) and work.start == position:
+                if work.final != final or not _same(work.inputs, inputs):
+                    raise _mismatch(session, position)
+                return work
+            if isinstance(work, Group) and session.position == position:
+                row = work.sessions.index(session)
+                if final or not _same(_row(work.inputs, row), inputs):
+                    raise _mismatch(session, position)
+                follower = Chunk(inputs, work.length, work.deadline, session, position, pinned=True, running=True)
+                work.followers.append((row, follower))
+                return follower
+        return None
+
+    def _applied_at(self, session: Session, position: int, inputs: Tensors) -> Reply | None:
+        """The reply to the chunk that began there, if it is still known. Raises PayloadMismatch if this is another."""
+        if position == session.stepped and self._last_steps is not None:
+            if not _same(self._last_steps.payload(session.slot), inputs):
+                raise _mismatch(session, position)
+            return Reply(self._last_steps.answer(session.slot), position + 1)
+        for applied in session.applied:
+            if applied.start == position:
+                if applied.digest != payload_digest(inputs):
+                    raise _mismatch(session, position)
+                return applied.reply
+        return None
+
+    def _enqueue(self, session: Session, work: Chunk | Action) -> None:
         self.sessions.advance(session, "accept")
-        self.sessions.touch(session, now)
         if session.active is None:
             session.active = work
             self._make_ready(work)
+        elif session.pending is None:
+            session.pending = [work]
         else:
             session.pending.append(work)
 
     # ── forming a batch ──────────────────────────────────────────────────────────────────────────
 
-    def _make_ready(self, work: Chunk | Action) -> None:
+    def _make_ready(self, work: Chunk | Group | Action) -> None:
         if isinstance(work, Action):
             self._actions.append(work)
             return
         self._order += 1
         work.order = self._order
-        self._lanes.setdefault(self._length_class(work), deque()).append(work)
+        length = self._length_class(work)
+        lane = self._lanes.get(length)
+        if lane is None:
+            lane = self._lanes[length] = deque()
+        lane.append(work)
+
+    def _is_long(self, steps: int) -> bool:
+        return self.traits.cuttable and steps > self.limits.piece_steps
+
+    def _most_rows(self, steps: int) -> int:
+        return min(self.limits.max_batch, max(1, self.limits.max_batch_steps // steps))
 
     def _piece(self, chunk: Chunk) -> int:
         remaining = chunk.length - chunk.done
         return min(remaining, self.limits.piece_steps) if self.traits.cuttable else remaining
 
-    def _length_class(self, chunk: Chunk) -> int:
-        """Steps a row of this chunk's lane is padded to at most."""
-        piece = self._piece(chunk)
+    def _length_class(self, work: Chunk | Group) -> int:
+        """Steps a row of this work's lane is padded to at most."""
+        piece = work.length if isinstance(work, Group) else self._piece(work)
         return 1 << (piece - 1).bit_length() if self.traits.ragged else piece
 
     def _oldest_lane(self) -> int | None:
@@ -356,20 +511,41 @@ class Scheduler:
 
     def _fill(self, length: int, now: float) -> Batch:
         lane = self._lanes[length]
-        most = min(self.limits.max_batch, max(1, self.limits.max_batch_steps // length))
-        batch: Batch = []
-        while lane and len(batch) < most:
-            chunk = lane.popleft()
-            if self._is_over(chunk, now):
-                continue
-            if (row := self._row(chunk)) is None:
-                self._starved.append(chunk)
+        most = self._most_rows(length)
+        batch = Batch()
+        blocks: list[Tensors] = []
+        while lane:
+            work = lane[0]
+            if isinstance(work, Group):
+                if len(batch) and len(batch) + len(work.sessions) > most:
+                    break
+                lane.popleft()
+                if now >= work.deadline:
+                    self._expire_group(work, now)
+                    continue
+                batch.lens += [work.length] * len(work.sessions)
+                batch.sources += [session.source for session in work.sessions]
+                batch.targets += [session.slot for session in work.sessions]
+                blocks.append(tuple(array.reshape(-1, *array.shape[2:]) for array in work.inputs))
             else:
-                chunk.running = True
-                if chunk.session is not None:
-                    self.sessions.advance(chunk.session, "dispatch")
-                batch.append(row)
+                if len(batch) >= most:
+                    break
+                lane.popleft()
+                if self._is_over(work, now):
+                    continue
+                if not self._place(work, batch, blocks):
+                    self._starved.append(work)
+                    continue
+                work.running = True
+            batch.work.append(work)
+        if blocks:
+            batch.inputs = tuple(together(tensors, batch.lens) for tensors in zip(*blocks, strict=True))
         return batch
+
+    def _expire_group(self, group: Group, now: float) -> None:
+        late = DeadlineExceeded("the deadline passed before the work was begun")
+        outputs = tuple(np.zeros(0) for _ in self.traits.outputs)
+        self._finish_group(group, outputs, dict.fromkeys(range(len(group.sessions)), late), now)
 
     def _is_over(self, chunk: Chunk, now: float) -> bool:
         """Was it cancelled while it waited, or its session closed; or is it now too late to begin it?"""
@@ -390,32 +566,31 @@ class Scheduler:
             else:
                 self._starved.append(chunk)
 
-    def _row(self, chunk: Chunk) -> Row | None:
-        """None if the chunk needs a workspace and none is free."""
-        steps = self._piece(chunk)
-        last = chunk.done + steps == chunk.length
-        if not last and chunk.workspace is None:
-            chunk.workspace = self.workspaces.take()
-            if chunk.workspace is None:
-                return None
+    def _place(self, chunk: Chunk, batch: Batch, blocks: list[Tensors]) -> bool:
+        """Make the chunk's next piece a row of the batch; False if it needs a workspace and none is free."""
         session = chunk.session
         begin, end = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
-        workspace = chunk.workspace if chunk.workspace is not None else SCRATCH
-        inputs = chunk.inputs
-        if steps < chunk.length:
+        inputs, steps = chunk.inputs, chunk.length
+        if chunk.done or self._is_long(steps):
+            steps = self._piece(chunk)
+            last = chunk.done + steps == chunk.length
+            if chunk.workspace is None:
+                chunk.workspace = self.workspaces.take()
+                if chunk.workspace is None:
+                    return False
             inputs = tuple(array[chunk.done : chunk.done + steps] for array in inputs)
-        return Row(chunk, inputs, steps, begin if chunk.done == 0 else workspace, end if last else workspace)
+            begin = chunk.workspace if chunk.done else begin
+            end = end if last else chunk.workspace
+        blocks.append(inputs)
+        batch.lens.append(steps)
+        batch.sources.append(begin)
+        batch.targets.append(end)
+        return True
 
     # ── ending work ──────────────────────────────────────────────────────────────────────────────
 
-    def _apply(self, chunk: Chunk, now: float) -> None:
+    def _apply(self, chunk: Chunk, outputs: Tensors, now: float) -> None:
         session = chunk.session
-        outputs = chunk.pieces[0]
-        if len(chunk.pieces) > 1:
-            outputs = tuple(
-                np.concatenate(parts) if join else parts[-1]
-                for join, parts in zip(self.traits.joins, zip(*chunk.pieces, strict=True), strict=True)
-            )
         self.counters.chunks += 1
         self.counters.steps += chunk.length
         if session is None:
@@ -424,20 +599,28 @@ class Scheduler:
         session.position = chunk.start + chunk.length
         session.source = session.slot
         reply = Reply(outputs, session.position)
-        session.last = Applied(chunk.start, chunk.digest, reply)
+        if chunk.length == 1 and session.depth == 1 and self._last_steps is not None and not chunk.final:
+            session.stepped, session.applied = chunk.start, ()
+        else:
+            self._remember(session, Applied(chunk.start, payload_digest(chunk.inputs), reply.copy()))
         self._settle(chunk, reply, now)
         if chunk.final and session.life not in (Life.LEAVING, Life.GONE):
-            self._close(session, now, session.last if chunk.pinned else None)
+            self._close(session, now, session.applied[-1] if chunk.pinned else None)
+
+    def _remember(self, session: Session, applied: Applied) -> None:
+        session.stepped = -1
+        session.applied = (*session.applied, applied)[-session.depth :]
 
     def _settle(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
         """Answer, and let the session's next work take its turn."""
         self._in_flight -= 1
-        self._waiting_steps -= self._piece(chunk)
-        chunk.pieces = []
+        if chunk.done < chunk.length:
+            self._waiting_steps -= self._piece(chunk)
+        chunk.pieces = None
         if chunk.workspace is not None:
             self.workspaces.give_back(chunk.workspace)
         if isinstance(outcome, UnrollError):
-            self.counters.failed[outcome.code] = self.counters.failed.get(outcome.code, 0) + 1
+            self._count_failed(outcome)
         chunk.settle(outcome)
         if chunk.session is not None and chunk.session.active is chunk:
             self._next_of(chunk.session, now)
@@ -457,18 +640,21 @@ class Scheduler:
         while session.pending and session.active is None:
             work = session.pending.pop(0)
             session.active = work if work.outcome is None else None
-        self.sessions.advance(session, "rest" if session.active is None else "more")
-        self.sessions.touch(session, now)
-        if session.active is not None:
+        if session.active is None:
+            session.pending = None
+            self.sessions.rest(session, now)
+        else:
             self._make_ready(session.active)
 
     def _recount(self, session: Session, now: float) -> None:
         """What the session counted on did not come: give what waits its new place, or fail what insists on the old."""
         expected = session.position
         for work in session.queue():
-            if not isinstance(work, Chunk):
+            if isinstance(work, Action):
                 continue
-            if work.pinned and work.start != expected:
+            if isinstance(work, Group):
+                expected += work.length
+            elif work.pinned and work.start != expected:
                 gap = f"the session is at {expected}, the chunk begins at {work.start}"
                 self._settle(work, PositionGap(gap, expected=expected), now)
             else:
@@ -484,16 +670,21 @@ class Scheduler:
 
     def _close(self, session: Session, now: float, last: Applied | None = None) -> None:
         waiting = session.queue()
-        session.pending.clear()
-        self.sessions.close(session, now, last)
+        active = session.active
+        running = isinstance(active, Group) or (isinstance(active, Chunk) and active.running)
+        session.pending = None
+        self.sessions.close(session, now, last, running=running)
         if session.life is Life.GONE:
             session.active = None
         for work in waiting:
             gone = SessionClosed(f"session {session.id!r} was closed")
             if isinstance(work, Chunk):
                 self._abandon(work, gone, now)
-            else:
+            elif isinstance(work, Action):
                 work.settle(gone)
+
+    def _count_failed(self, error: UnrollError) -> None:
+        self.counters.failed[error.code] = self.counters.failed.get(error.code, 0) + 1
 
     def _count_gone(self, cause: type[SessionGone]) -> None:
         self.counters.gone[cause.code] = self.counters.gone.get(cause.code, 0) + 1
@@ -501,16 +692,29 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raises AssertionError if the bookkeeping contradicts itself. Meant for a moment when no batch runs."""
         self.sessions.check_invariants()
-        waiting = [chunk for lane in self._lanes.values() for chunk in lane if chunk.outcome is None]
+        waiting = [work for lane in self._lanes.values() for work in lane if work.outcome is None]
         waiting += [chunk for chunk in self._starved if chunk.outcome is None]
+        chunks = [work for work in waiting if isinstance(work, Chunk)]
         for session in self.sessions:
-            ready = [chunk for chunk in waiting if chunk.session is session]
-            assert len(ready) <= 1, f"{session!r} has two chunks ready"
+            ready = [work for work in waiting if work is session.active]
+            assert len(ready) <= 1, f"{session!r} has two pieces of work ready"
             assert session.expected == session.position + sum(
-                work.length for work in session.queue() if isinstance(work, Chunk)
+                work.length for work in session.queue() if not isinstance(work, Action)
             ), session
-        held = {chunk.workspace for chunk in waiting} - {None}
+        held = {chunk.workspace for chunk in chunks} - {None}
         assert len(held) == self.workspaces.taken, "a workspace is lost"
         if self.idle:
             assert self._in_flight == 0, f"{self._in_flight} chunks are lost"
             assert self._waiting_steps == 0, f"{self._waiting_steps} steps are lost"
+
+
+def _row(tensors: Tensors, row: int) -> Tensors:
+    return tuple(array[row, ...] for array in tensors)
+
+
+def _same(one: Tensors, other: Tensors) -> bool:
+    return all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+def _mismatch(session: Session, position: int) -> PayloadMismatch:
+    return PayloadMismatch(f"position {position} was already consumed with another payload", expected=session.expected)

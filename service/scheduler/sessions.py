@@ -2,8 +2,7 @@
 
 A session's life:
 
-- A session that is opened is IDLE. Work makes it WAITING; a batch that takes its work makes it RUNNING.
-- When the batch is done it is WAITING again if more work is queued, else IDLE.
+- A session that is opened is IDLE. Work makes it BUSY, until none is left.
 - Only an IDLE session expires or is evicted: accepted work is never lost to either.
 - Closing works in any state. What waits fails with `session_closed`; what runs is finished first, LEAVING.
 - A session that is GONE leaves a tombstone: for a while the table can still say what became of it.
@@ -29,19 +28,14 @@ from service.scheduler.work import Applied, Life, Session
 from service.state.slots import INITIAL, Slots
 
 TRANSITIONS = {
-    (Life.IDLE, "accept"): Life.WAITING,
-    (Life.WAITING, "accept"): Life.WAITING,
-    (Life.RUNNING, "accept"): Life.RUNNING,
-    (Life.WAITING, "dispatch"): Life.RUNNING,
-    (Life.RUNNING, "more"): Life.WAITING,
-    (Life.WAITING, "more"): Life.WAITING,
-    (Life.RUNNING, "rest"): Life.IDLE,
-    (Life.WAITING, "rest"): Life.IDLE,
+    (Life.IDLE, "accept"): Life.BUSY,
+    (Life.BUSY, "accept"): Life.BUSY,
+    (Life.BUSY, "rest"): Life.IDLE,
     (Life.IDLE, "expire"): Life.GONE,
     (Life.IDLE, "evict"): Life.GONE,
     (Life.IDLE, "close"): Life.GONE,
-    (Life.WAITING, "close"): Life.GONE,
-    (Life.RUNNING, "close"): Life.LEAVING,
+    (Life.BUSY, "close"): Life.GONE,
+    (Life.BUSY, "leave"): Life.LEAVING,
     (Life.LEAVING, "rest"): Life.GONE,
 }
 
@@ -151,11 +145,21 @@ class SessionTable:
 
     def find(self, session_id: str, now: float) -> Session:
         """Raises SessionUnknown, or the SessionGone that says what became of it."""
-        self.expire(now)
-        session = self._live.get(session_id)
+        session = self.living(session_id, now)
         if session is not None:
             return session
         raise self.loss(session_id, now)
+
+    def living(self, session_id: str, now: float) -> Session | None:
+        session = self._live.get(session_id)
+        if session is not None and self._is_overdue(session, now):
+            self.expire(now)
+            return None
+        return session
+
+    def _is_overdue(self, session: Session, now: float) -> bool:
+        timeout = self.limits.idle_timeout
+        return timeout is not None and session.life is Life.IDLE and now - session.last_used >= timeout
 
     def loss(self, session_id: str, now: float) -> UnrollError:
         """What to tell of a session that is not here."""
@@ -196,14 +200,16 @@ class SessionTable:
             self._leaving.remove(session)
             self.slots.give_back(session.slot)
 
-    def touch(self, session: Session, now: float) -> None:
-        """The session was used: it is the last to be evicted, and its idle time starts anew."""
+    def rest(self, session: Session, now: float) -> None:
+        """The session's work is done: it is the last to be evicted, and its idle time begins."""
+        self.advance(session, "rest")
         session.last_used = now
-        if session.life not in (Life.LEAVING, Life.GONE):
+        if session.life is Life.IDLE:
             self._live.move_to_end(session.id)
 
-    def close(self, session: Session, now: float, last: Applied | None = None) -> None:
-        self._remove(session, "close", SessionClosed, now, last)
+    def close(self, session: Session, now: float, last: Applied | None = None, *, running: bool = False) -> None:
+        """`running`: its work has begun and is finished first."""
+        self._remove(session, "leave" if running else "close", SessionClosed, now, last)
 
     def expire(self, now: float) -> None:
         """Remove every session idle for the idle timeout. Costs nothing when none is."""
@@ -217,8 +223,9 @@ class SessionTable:
             if session.life is Life.IDLE:
                 self._remove(session, "expire", SessionExpired, now)
                 self._on_gone(SessionExpired)
-            else:
-                self.touch(session, now)  # it has work: its idle time has not begun
+            else:  # it has work: its idle time has not begun
+                session.last_used = now
+                self._live.move_to_end(session.id)
 
     def _evict_one(self, now: float) -> None:
         for session in self._live.values():
@@ -259,7 +266,7 @@ class SessionTable:
         assert all(session.id == key for key, session in self._live.items())
         assert all(session.life is Life.LEAVING for session in self._leaving)
         for session in self._live.values():
-            assert session.life in (Life.IDLE, Life.WAITING, Life.RUNNING), session
+            assert session.life in (Life.IDLE, Life.BUSY), session
             assert (session.life is Life.IDLE) == (session.active is None), session
             assert not session.pending or session.active is not None, session
             assert session.id not in self._tombstones, session

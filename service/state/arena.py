@@ -1,5 +1,7 @@
 """The slab of state rows in host memory: gather, scatter, and single rows."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -9,11 +11,11 @@ class HostArena:
     def __init__(self, count: int, state_size: int) -> None:
         self.rows = np.zeros((count, state_size), np.float32)
 
-    def gather(self, slots: list[int]) -> np.ndarray:
+    def gather(self, slots: Sequence[int]) -> np.ndarray:
         """Copies of the rows: (len(slots), state_size)."""
         return self.rows.take(slots, axis=0)
 
-    def scatter(self, slots: list[int], rows: np.ndarray) -> None:
+    def scatter(self, slots: Sequence[int], rows: np.ndarray) -> None:
         self.rows[slots] = rows
 
     def read(self, slot: int) -> np.ndarray:

@@ -1,9 +1,8 @@
 """What the loop needs of a store. One implementation a file."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from service.engine.base import BatchRow
+from service.engine.base import Rows
 
 
 class Store(Protocol):
@@ -12,6 +11,6 @@ class Store(Protocol):
     @property
     def durability(self) -> str: ...
 
-    async def commit(self, batch: Sequence[BatchRow]) -> None:
+    async def commit(self, batch: Rows) -> None:
         """Make the new states of a batch durable. The loop answers no row of the batch before this returns."""
         ...

@@ -29,8 +29,8 @@ def driver_without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("driver_without_libraries")
 def test_auto_falls_back_to_the_cpu(repository: Path):
-    front = app.build(settings(repository, "auto"))
-    assert {model.provider for model in front.server.catalog} == {"CPUExecutionProvider"}
+    _, server = app.build(settings(repository, "auto"))
+    assert {model.provider for model in server.catalog} == {"CPUExecutionProvider"}
 
 
 @pytest.mark.usefixtures("driver_without_libraries")

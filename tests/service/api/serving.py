@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import service.app
 from bundle import Manifest
-from service.api.front import Front
 from service.catalog.model import ServedModel
 from service.core.clock import Clock
-from service.engine.base import BatchRow
+from service.engine.base import Rows
 from service.settings import Settings
+from service.transport.uvicorn_config import uvicorn_config
 
 _PATIENCE = 20.0
 
@@ -54,11 +54,8 @@ class Running:
     """One server, from construction to `stop`."""
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
-        self.front: Front = service.app.build(settings, clock)
-        config = uvicorn.Config(
-            self.front, host="127.0.0.1", port=0, access_log=False, log_config=None, date_header=False
-        )
-        self._uvicorn = _Announcing(config)
+        application, self.server = service.app.build(settings, clock)
+        self._uvicorn = _Announcing(uvicorn_config(application, self.server, "127.0.0.1", 0))
         self._thread = threading.Thread(target=self._uvicorn.run, name="server", daemon=True)
         self._thread.start()
         assert self._uvicorn.announced.wait(_PATIENCE)
@@ -68,15 +65,15 @@ class Running:
         self.url = f"http://{self.address}"
 
     def model(self, name: str, version: str | None = None) -> ServedModel:
-        return self.front.server.catalog.resolve(name, version)
+        return self.server.catalog.resolve(name, version)
 
     def rescan(self) -> None:
         """What SIGHUP does. Returns at once; the rescan is done soon."""
-        self._uvicorn.loop.call_soon_threadsafe(self.front.server.catalog.request_rescan)
+        self._uvicorn.loop.call_soon_threadsafe(self.server.catalog.request_rescan)
 
     def rescan_now(self) -> None:
         """Returns when a whole rescan is done."""
-        rescan = self.front.server.catalog.rescan()
+        rescan = self.server.catalog.rescan()
         asyncio.run_coroutine_threadsafe(rescan, self._uvicorn.loop).result(_PATIENCE)
 
     def stop(self) -> None:
@@ -84,8 +81,8 @@ class Running:
         self._uvicorn.should_exit = True
         self._thread.join(_PATIENCE)
         assert not self._thread.is_alive(), "the server did not stop"
-        assert not self.front.server.crashed
-        for model in self.front.server.catalog:
+        assert not self.server.crashed
+        for model in self.server.catalog:
             assert model.scheduler.in_flight == 0, model
             model.scheduler.check_invariants()
 
@@ -113,7 +110,7 @@ class HeldStore:
         self._reached = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def commit(self, batch: Sequence[BatchRow]) -> None:
+    async def commit(self, batch: Rows) -> None:
         self._loop = asyncio.get_running_loop()
         self._reached.set()
         await self._released.wait()
@@ -137,7 +134,7 @@ class SlowStore:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    async def commit(self, batch: Sequence[BatchRow]) -> None:
+    async def commit(self, batch: Rows) -> None:
         await asyncio.sleep(self.seconds)
 
 

@@ -123,5 +123,5 @@ def _account(running: Running, text: str, tracks: list[Track], outcomes: Counter
     assert metric(text, "unroll_sessions_gone_total", code="session_evicted") == outcomes["evicted"] > 0
     assert metric(text, "unroll_sessions_opened_total") == outcomes["opened"]
     assert metric(text, "unroll_sessions_restarted_total") == outcomes["restart"]
-    assert metric(text, "unroll_failed_total") == outcomes["non_finite_output"]
+    assert metric(text, "unroll_failed_total", code="non_finite_output") == outcomes["non_finite_output"]
     assert outcomes.keys() >= EVERYTHING, f"nobody met {EVERYTHING - outcomes.keys()}"

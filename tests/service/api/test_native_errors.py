@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from importlib import import_module
 
@@ -14,7 +14,7 @@ from serving import RAW, Running, Serve, until
 
 from service.core import errors
 from service.core.clock import ManualClock
-from service.engine.base import BatchRow, Tensors
+from service.engine.base import Rows, Tensors
 
 Background = Callable[..., Future]
 
@@ -293,11 +293,9 @@ class Broken:
     def __getattr__(self, name: str) -> object:
         return getattr(self._engine, name)
 
-    def run(self, batch: Sequence[BatchRow]) -> list[Tensors | errors.UnrollError]:
-        return [
-            errors.EngineFailed("broken") if row.inputs[0][0, 0] == 13 else self._engine.run([row])[0]  # type: ignore[attr-defined]
-            for row in batch
-        ]
+    def run(self, rows: Rows) -> tuple[Tensors, dict[int, errors.UnrollError]]:
+        bad = {i: errors.EngineFailed("broken") for i in range(len(rows.lens)) if rows.inputs[0][i, 0, 0] == 13}
+        return ((np.zeros((1, 1, 2)),), bad) if bad else self._engine.run(rows)  # type: ignore[attr-defined]
 
 
 def test_the_engine_fails(start: Start) -> None:

@@ -1,7 +1,6 @@
 """The real model in the real engine: company, chunking and place change no bit, and nobody fails for a neighbour."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,8 +14,8 @@ from service.engine.host import HostEngine
 from service.engine.runner import DeviceUnavailable, Runner, resolve_device
 from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
 from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Chunk, Reply
-from service.state.slots import INITIAL, SCRATCH
+from service.scheduler.work import Batch, Chunk, Reply
+from service.state.slots import INITIAL
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def run_all(scheduler: Scheduler, engine: HostEngine) -> None:
     while not scheduler.idle:
         _, batch = scheduler.next_turn(0)
         if batch:
-            scheduler.finish(batch, engine.run(batch), 0)
+            scheduler.finish(batch, *engine.run(batch), 0)
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "last", "tokens", "two"])
@@ -59,7 +58,7 @@ def run_all(scheduler: Scheduler, engine: HostEngine) -> None:
 def test_any_chunks_in_any_company_equal_the_whole_alone(load, name: str, seed: int, piece: int, rows: int):
     runner, manifest = load(name)
     rng = np.random.default_rng(seed)
-    traits = ModelTraits(tuple(spec.time for spec in manifest.outputs), manifest.streamable, manifest.ragged)
+    traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
     scheduler = Scheduler(traits, SessionLimits(20), SchedulerLimits(rows, 64, piece, 10_000))
     engine = HostEngine(runner, manifest, scheduler.rows)
     wholes = {f"{i}": random_inputs(manifest, rng, int(rng.integers(1, 30))) for i in range(12)}
@@ -92,29 +91,26 @@ def test_any_chunks_in_any_company_equal_the_whole_alone(load, name: str, seed: 
             assert np.array_equal(whole_reply.outputs[i], expected[i])
 
 
-def row(*inputs: np.ndarray, source: int = INITIAL, target: int = SCRATCH) -> SimpleNamespace:
-    return SimpleNamespace(inputs=inputs, steps=len(inputs[0]), source=source, target=target)
-
-
 def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load):
     runner, manifest = load("lstm")
     engine = HostEngine(runner, manifest, 6)
-    x = np.ones((1, 3), np.float32)
+    x = np.ones((2, 1, 3), np.float32)
     engine.write(3, np.full(manifest.state_size, np.inf, np.float32))
     engine.write(4, np.zeros(manifest.state_size, np.float32))
-    good, bad = engine.run([row(x, target=2), row(x, source=3, target=4)])
-    assert isinstance(bad, NonFiniteOutput)
+    outputs, failed = engine.run(Batch([], (x,), [1, 1], [INITIAL, 3], [2, 4]))
+    assert {row: type(error) for row, error in failed.items()} == {1: NonFiniteOutput}
     assert not engine.read(4).any()
-    assert isinstance(good, tuple)
-    assert np.array_equal(good[0], alone(runner, manifest, (x,))[0])
+    assert np.array_equal(outputs[0][0], alone(runner, manifest, (x[0],))[0])
 
 
 def test_a_row_the_model_cannot_run_fails_alone(load):
     runner, manifest = load("tokens")
     engine = HostEngine(runner, manifest, 6)
-    good, bad = engine.run([row(np.array([3]), target=2), row(np.array([10**6]), target=3)])
-    assert isinstance(bad, EngineFailed)
-    assert isinstance(good, tuple)
+    tokens = np.array([[3, 1], [10**6, 0]])
+    outputs, failed = engine.run(Batch([], (tokens,), [2, 1], [INITIAL, INITIAL], [2, 3]))
+    assert {row: type(error) for row, error in failed.items()} == {1: EngineFailed}
+    assert np.array_equal(outputs[0][0], alone(runner, manifest, (tokens[0],))[0])
+    assert engine.read(2).any()
     assert not engine.read(3).any()
 
 

@@ -1,20 +1,24 @@
 """The loop around the scheduler: who waits is answered, who leaves is forgotten, and no reply overtakes its commit."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 
+from bundle import TensorSpec
 from service.core.clock import ManualClock
 from service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
-from service.engine.base import BatchRow, Tensors
+from service.engine.base import Rows, Tensors
 from service.scheduler.loop import Loop
 from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
 from service.scheduler.sessions import SessionLimits
+from service.scheduler.work import Outcome, Reply
 from service.store.memory import MemoryStore
+
+NUMBER = TensorSpec("x", "float32", (), True)
 
 
 class GatedEngine:
@@ -24,9 +28,9 @@ class GatedEngine:
         self.batches: list[int] = []
         self.gate = asyncio.Event()
 
-    def run(self, batch: Sequence[BatchRow]) -> list[Tensors | UnrollError]:
-        self.batches.append(len(batch))
-        return [(row.inputs[0] + 1,) for row in batch]
+    def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
+        self.batches.append(len(rows.lens))
+        return (rows.inputs[0] + 1,), {}
 
     def read(self, slot: int) -> np.ndarray:
         return np.zeros(1, np.float32)
@@ -43,7 +47,7 @@ class GatedStore(MemoryStore):
         self.gate = gate
         self.committing = asyncio.Event()
 
-    async def commit(self, batch: Sequence[BatchRow]) -> None:
+    async def commit(self, batch: Rows) -> None:
         self.committing.set()
         await self.gate.wait()
 
@@ -51,7 +55,7 @@ class GatedStore(MemoryStore):
 @asynccontextmanager
 async def running(seconds_per_step: float = 0.0) -> AsyncIterator[tuple[Loop, GatedStore, ManualClock, GatedEngine]]:
     clock, engine = ManualClock(), GatedEngine()
-    scheduler = Scheduler(ModelTraits((True,), True, True), SessionLimits(8), SchedulerLimits())
+    scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
     scheduler.seconds_per_step = seconds_per_step
     store = GatedStore(engine.gate)
     with ThreadPoolExecutor(1) as executor:
@@ -65,7 +69,26 @@ async def running(seconds_per_step: float = 0.0) -> AsyncIterator[tuple[Loop, Ga
                 await task
 
 
-X = (np.array([1.0, 2.0]),)
+async def steps(loop: Loop, session_id: str, inputs: Tensors, timeout: float, position: int | None = None) -> Reply:
+    """As a client waits for its answer; one that is cancelled has gone away."""
+    future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+    def then(outcome: Outcome) -> None:
+        if isinstance(outcome, UnrollError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    chunk = loop.submit_steps(session_id, inputs, timeout, then, position=position)
+    try:
+        return await future
+    except asyncio.CancelledError:
+        assert chunk is not None
+        loop.leave(chunk, then)
+        raise
+
+
+X = (np.array([1.0, 2.0], np.float32),)
 
 
 @pytest.mark.parametrize("seconds_per_step", [0.0, 1e-1], ids=["inline", "thread"])
@@ -109,8 +132,8 @@ async def test_a_retry_that_joined_keeps_the_work_alive():
         loop.scheduler.open("a", 0)
         blocker = asyncio.create_task(loop.sequences([X], 10))
         await store.committing.wait()
-        first = asyncio.create_task(loop.steps("a", X, 10, position=0))
-        retry = asyncio.create_task(loop.steps("a", X, 10, position=0))
+        first = asyncio.create_task(steps(loop, "a", X, 10, position=0))
+        retry = asyncio.create_task(steps(loop, "a", X, 10, position=0))
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.sleep(0)
@@ -126,7 +149,7 @@ async def test_errors_reach_the_caller():
         await store.committing.wait()
         loop.scheduler.open("a", 0)
         late = asyncio.create_task(loop.sequences([X], 5))
-        closed = asyncio.create_task(loop.steps("a", X, 10))
+        closed = asyncio.create_task(steps(loop, "a", X, 10))
         await asyncio.sleep(0)
         clock.advance(6)
         loop.scheduler.close("a", clock.now())
@@ -141,7 +164,7 @@ async def test_errors_reach_the_caller():
 async def test_an_action_waits_for_the_chunks_before_it():
     async with running() as (loop, store, _, engine):
         loop.scheduler.open("a", 0)
-        step = asyncio.create_task(loop.steps("a", X, 10))
+        step = asyncio.create_task(steps(loop, "a", X, 10))
         await store.committing.wait()
         acting = asyncio.create_task(loop.act("a", lambda session: session.position))
         await asyncio.sleep(0)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bundle import TensorSpec
 from service.core.errors import EngineFailed, UnrollError
-from service.engine.base import BatchRow, Tensors
+from service.engine.base import Rows, Tensors
 from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Batch, Chunk, Reply
@@ -29,20 +30,21 @@ class FoldEngine:
         self.rows = [START] + [-1] * (rows - 1)
         self.failing: set[int] = set()  # steps no row survives
 
-    def run(self, batch: Sequence[BatchRow]) -> list[Tensors | UnrollError]:
-        results: list[Tensors | UnrollError] = []
-        states = [self.rows[row.source] for row in batch]
-        for row, state in zip(batch, states, strict=True):
-            steps = row.inputs[0].tolist()
-            assert len(steps) == row.steps > 0
-            assert state >= 0, "a row was read that was never written"
+    def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
+        states = np.zeros((len(rows.lens), max(rows.lens)), np.int64)
+        failed: dict[int, UnrollError] = {}
+        before = [self.rows[source] for source in rows.sources]
+        for i, (length, target) in enumerate(zip(rows.lens, rows.targets, strict=True)):
+            steps = rows.inputs[0][i, :length].tolist()
+            assert length > 0
+            assert before[i] >= 0, "a row was read that was never written"
             if self.failing.intersection(steps):
-                results.append(EngineFailed("as asked"))
+                failed[i] = EngineFailed("as asked")
                 continue
-            outputs = fold(steps, state)
-            self.rows[row.target] = outputs[-1]
-            results.append((np.array(outputs), np.array(outputs[-1])))
-        return results
+            states[i, :length] = fold(steps, before[i])
+            self.rows[target] = int(states[i, length - 1])
+        last = np.array([states[i, length - 1] for i, length in enumerate(rows.lens)])
+        return (states, last), failed
 
 
 def scheduler(
@@ -58,7 +60,12 @@ def scheduler(
     max_queue: int = 50,
 ) -> Scheduler:
     return Scheduler(
-        ModelTraits((True, False), cuttable, ragged),
+        ModelTraits(
+            (TensorSpec("step", "int64", (), True),),
+            (TensorSpec("states", "int64", (), True), TensorSpec("last", "int64", (), False)),
+            cuttable,
+            ragged,
+        ),
         SessionLimits(capacity, idle_timeout, tombstone_life, tombstones=20),
         SchedulerLimits(max_batch, max_batch_steps, piece_steps, max_queue),
     )
@@ -74,7 +81,7 @@ def turn(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -> Batch:
     for action in actions:
         scheduler.finish_action(action, action.run(), now)
     if batch:
-        scheduler.finish(batch, engine.run(batch), now)
+        scheduler.finish(batch, *engine.run(batch), now)
     return batch
 
 
@@ -84,6 +91,11 @@ def run_until_idle(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -
         batches.append(turn(scheduler, engine, now))
         scheduler.check_invariants()
     return batches
+
+
+def names(batch: Batch) -> list[str]:
+    """Whose work it is."""
+    return [work.session.id for work in batch.work if isinstance(work, Chunk) and work.session is not None]
 
 
 def answer(work: Chunk | Reply) -> list[int]:

@@ -1,12 +1,13 @@
 """Any order of events: every reply is the fold over what its session was given, and nothing is lost or mixed."""
 
 import hypothesis.strategies as st
+import numpy as np
 from fold import START, FoldEngine, fold, inputs, scheduler
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from service.core.errors import EngineFailed, UnrollError
-from service.scheduler.work import Batch, Chunk, Outcome, Reply, Session
+from service.scheduler.work import Batch, Chunk, GroupReply, Outcome, Reply, Session
 
 IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)
@@ -20,10 +21,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine = FoldEngine(self.scheduler.rows)
         self.engine.failing = {BAD}
         self.now = 0.0
-        self.running: Batch = []
+        self.running = Batch()
         self.histories: dict[Session, list[int]] = {}
         self.open_chunks: list[Chunk] = []
-        self.accepted = self.answered = 0
+        self.accepted = self.answered = self.grouped = 0
+        self.followers: list[Chunk] = []
 
     # ── the oracle ───────────────────────────────────────────────────────────────────────────────
 
@@ -76,17 +78,55 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(session_id=IDS)
     def retry(self, session_id: str) -> None:
+        """The last chunk a session applied can be asked for again, and changes nothing."""
         if session_id in self.scheduler.sessions:
             session = self.scheduler.sessions.find(session_id, self.now)
-            if session.last is not None:
-                history = self.histories[session]
-                steps = history[session.last.start :]
-                assert (
-                    self.scheduler.submit_steps(
-                        session_id, inputs(*steps), self.now, self.now + 50, position=session.last.start
-                    )
-                    is session.last.reply
+            start = session.stepped if session.stepped >= 0 else session.applied[-1].start if session.applied else None
+            if start is not None:
+                steps = self.histories[session][start : session.position]
+                work = self.scheduler.submit_steps(
+                    session_id, inputs(*steps), self.now, self.now + 50, position=start
                 )
+                assert isinstance(work, Reply)
+                self.accept(work, steps)
+
+    @rule(ids=st.lists(IDS, min_size=1, max_size=6), data=st.data(), length=st.sampled_from([1, 1, 1, 2, 5]))
+    def group(self, ids: list[str], data: st.DataObject, length: int) -> None:
+        """A frame: a step or more of several sessions, of which some may be busy, or elsewhere, or named twice."""
+        sessions = [self.scheduler.sessions.find(i, self.now) for i in ids if i in self.scheduler.sessions]
+        if not sessions:
+            return
+        digits = st.lists(st.sampled_from([0, 1, 2, 3, BAD]), min_size=length, max_size=length)
+        rows = [data.draw(digits) for _ in sessions]
+        positions = [data.draw(st.sampled_from([None, s.position, s.position + 1])) for s in sessions]
+        before = self.scheduler.in_flight
+        taken: list[int] = []
+        left = self.scheduler.submit_group(
+            sessions,
+            positions,
+            (np.array(rows),),
+            self.now,
+            self.now + 50,
+            lambda reply: self.check_group(sessions, rows, reply),
+        )
+        taken = [row for row in range(len(sessions)) if row not in left]
+        assert self.scheduler.in_flight - before == len(taken) == len({id(sessions[row]) for row in taken})
+        for row in left:
+            assert sessions[row].active is not None or positions[row] != sessions[row].position or length > 4
+        self.accepted += len(taken)
+        self.grouped += len(taken)
+
+    def check_group(self, sessions: list[Session], rows: list[list[int]], reply: GroupReply) -> None:
+        self.answered += len(reply.rows)
+        self.grouped -= len(reply.rows)
+        for i, row in enumerate(reply.rows):
+            history = self.histories[sessions[row]]
+            if i in reply.errors:
+                assert BAD in rows[row] or reply.errors[i].code == "deadline_exceeded"
+            else:
+                assert reply.outputs[0][i].tolist() == fold(history + rows[row])[len(history) :]
+                history.extend(rows[row])
+            assert reply.positions[i] == len(history)
 
     def submit(self, session_id: str, steps: list[int], offset: int | None, **flags: bool) -> None:
         known = {session.id: session for session in self.scheduler.sessions}
@@ -156,14 +196,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def end_batch(self) -> None:
         if self.running:
-            batch, self.running = self.running, []
-            self.scheduler.finish(batch, self.engine.run(batch), self.now)
+            batch, self.running = self.running, Batch()
+            self.scheduler.finish(batch, *self.engine.run(batch), self.now)
 
     @invariant()
     def nothing_is_lost(self) -> None:
         if hasattr(self, "scheduler") and not self.running:
             self.scheduler.check_invariants()
-            assert self.accepted - self.answered == self.scheduler.in_flight == len(self.open_chunks)
+            assert self.accepted - self.answered == self.scheduler.in_flight == len(self.open_chunks) + self.grouped
 
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):

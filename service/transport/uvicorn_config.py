@@ -1,0 +1,30 @@
+"""How uvicorn runs the application: with our protocols, and without what a step does not need."""
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.api.server import Server
+from service.transport.http import http_protocol
+from service.transport.websocket import StreamProtocol
+
+_SHUTDOWN_SECONDS = 10
+#: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
+_KEEP_ALIVE_SECONDS = 75
+
+
+def uvicorn_config(application: FastAPI, server: Server, host: str, port: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        application,
+        host=host,
+        port=port,
+        http=http_protocol(server),
+        ws=StreamProtocol,
+        ws_max_size=server.limits.max_body_bytes,
+        ws_per_message_deflate=False,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+    )
