@@ -5,7 +5,7 @@ Read strictly: an unknown field, a wrong type or an inconsistent layout is an er
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
@@ -16,6 +16,8 @@ FORMAT = 1
 RESERVED_NAMES = frozenset({"state", "state_out", "sequence_lens"})
 
 Dtype = Literal["float32", "int64", "int32", "bool"]
+
+_LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -39,7 +41,7 @@ class TensorSpec:
     @property
     def numpy(self) -> np.dtype[np.generic]:
         """Little-endian NumPy dtype, the byte order of every wire format."""
-        return np.dtype(self.dtype).newbyteorder("<")
+        return _LITTLE_ENDIAN[self.dtype]
 
     @property
     def size(self) -> int:

@@ -41,12 +41,10 @@ _PROBLEM = b"application/problem+json"
 
 def problem(error: e.UnrollError) -> Answer:
     """RFC 9457 problem details, with the stable `code` as an extension member."""
-    return problem_of(STATUS[type(error)], error.code, error.message, error.details, _headers(error))
+    return problem_of(STATUS[type(error)], error.code, error.message, error.details, _fields(error))
 
 
-def problem_of(
-    status: int, code: str, detail: str, members: dict | None = None, headers: tuple[tuple[bytes, bytes], ...] = ()
-) -> Answer:
+def problem_of(status: int, code: str, detail: str, members: dict | None = None, fields: bytes = b"") -> Answer:
     document = {
         "type": f"urn:unroll:error:{code}",
         "title": code.replace("_", " "),
@@ -55,7 +53,7 @@ def problem_of(
         "code": code,
         **(members or {}),
     }
-    return Answer(status, _PROBLEM, json.dump(document), headers)
+    return Answer(status, _PROBLEM, json.dump(document), fields)
 
 
 def open_inference_error(error: e.UnrollError) -> Answer:
@@ -65,13 +63,11 @@ def open_inference_error(error: e.UnrollError) -> Answer:
     if isinstance(error, e.SessionUnknown):  # in Triton's words and status, which its clients look for
         status, message = 400, f"{message}; must specify the START flag on the first request of the sequence"
     document = {"error": message, "code": error.code, **error.details}
-    return Answer(status, JSON, json.dump(document), _headers(error))
+    return Answer(status, JSON, json.dump(document), _fields(error))
 
 
-def _headers(error: e.UnrollError) -> tuple[tuple[bytes, bytes], ...]:
-    if isinstance(error, e.Overloaded):
-        return ((b"retry-after", str(math.ceil(error.retry_after)).encode()),)
-    return ()
+def _fields(error: e.UnrollError) -> bytes:
+    return b"retry-after: %d\r\n" % math.ceil(error.retry_after) if isinstance(error, e.Overloaded) else b""
 
 
 def reason(status: int) -> str:

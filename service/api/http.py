@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import structlog
 from starlette.responses import Response
@@ -12,6 +12,7 @@ from service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, Unro
 
 _log = structlog.get_logger(__name__)
 
+C = TypeVar("C")
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,12 +27,14 @@ class Disconnected(Exception):
     """The client went away before its request was complete."""
 
 
-@dataclass(frozen=True, slots=True)
 class Request:
     """headers: by lower-case name."""
 
-    headers: Headers
-    body: bytes
+    __slots__ = ("body", "headers")
+
+    def __init__(self, headers: Headers, body: bytes) -> None:
+        self.headers = headers
+        self.body = body
 
     @property
     def media_type(self) -> bytes:
@@ -47,16 +50,18 @@ class Request:
         return int(text)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
+    """fields: further header lines, each ended by CR LF; names and values are ours, never a client's."""
+
     status: int
     media_type: bytes
     body: bytes
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    fields: bytes = b""
 
     def response(self) -> Response:
         """The same answer, for routes that FastAPI calls."""
-        headers = {name.decode(): value.decode() for name, value in self.headers}
+        headers = dict(line.split(": ", 1) for line in self.fields.decode().splitlines())
         return Response(self.body, self.status, headers, self.media_type.decode())
 
 
@@ -70,23 +75,36 @@ def nothing_to_cancel() -> None:
     """The request was answered at once."""
 
 
-def answering(
-    respond: Respond, encode: Callable[[T], Answer], failure: Callable[[UnrollError], Answer]
-) -> Callable[[T | UnrollError], None]:
-    """What the scheduler calls with the outcome of the work: it never raises."""
+class Answering(Generic[C, T]):
+    """What the scheduler calls with the outcome of the work on a request: it answers, and never raises.
 
-    def settled(outcome: T | UnrollError) -> None:
+    encode: makes the answer of what is passed here as `context` and the outcome.
+    """
+
+    __slots__ = ("context", "encode", "failure", "respond")
+
+    def __init__(
+        self,
+        respond: Respond,
+        failure: Callable[[UnrollError], Answer],
+        encode: Callable[[C, T], Answer],
+        context: C,
+    ) -> None:
+        self.respond = respond
+        self.failure = failure
+        self.encode = encode
+        self.context = context
+
+    def __call__(self, outcome: T | UnrollError) -> None:
         if isinstance(outcome, UnrollError):
-            answer = failure(outcome)
+            answer = self.failure(outcome)
         else:
             try:
-                answer = encode(outcome)
+                answer = self.encode(self.context, outcome)
             except Exception as error:  # the loop that calls this serves everyone
                 _log.error("an answer could not be written", exc_info=error)
-                answer = failure(EngineFailed("the answer could not be written; the server's log says why"))
-        respond(answer)
-
-    return settled
+                answer = self.failure(EngineFailed("the answer could not be written; the server's log says why"))
+        self.respond(answer)
 
 
 async def answered(begin: Callable[[Respond], Cancel]) -> Answer:

@@ -10,7 +10,7 @@ import structlog
 
 from bundle import TensorSpec
 from service.api.errors import open_inference_error
-from service.api.http import JSON, RAW, Answer, Cancel, Request, Respond, answering, nothing_to_cancel
+from service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
 from service.api.server import Server
 from service.api.sessions import check_id
 from service.api.steps import require_streamable
@@ -35,11 +35,11 @@ def infer(server: Server, name: str, version: str | None, request: Request, resp
     served = server.catalog.resolve(name, version)
     wanted = _wanted(served, asked)
 
-    def encode(replies: list[Reply]) -> Answer:
+    def encode(asked: InferRequest, replies: list[Reply]) -> Answer:
         outputs = [np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)]
         return _answer(served, name, asked, wanted, outputs)
 
-    settled = answering(respond, encode, open_inference_error)
+    settled = Answering(respond, open_inference_error, encode, asked)
     return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
 
 
@@ -61,11 +61,11 @@ def _sequence_steps(
     if sequence.start:
         _end_previous(server, name, served, sequence, timeout)
 
-    def encode(reply: Reply) -> Answer:
+    def encode(asked: InferRequest, reply: Reply) -> Answer:
         outputs = [array[np.newaxis] for array in reply.outputs]
         return _answer(served, name, asked, wanted, outputs, {"sequence_position": reply.position})
 
-    settled = answering(respond, encode, open_inference_error)
+    settled = Answering(respond, open_inference_error, encode, asked)
     chunk = served.loop.submit_steps(
         sequence.id, batch[0], timeout, settled, position=sequence.position, start=sequence.start, final=sequence.end
     )
@@ -89,7 +89,7 @@ def _answer(
     body, header_length = open_inference.encode(head, [(spec, arrays[spec.name], binary) for spec, binary in wanted])
     if header_length is None:
         return Answer(200, JSON, body)
-    return Answer(200, RAW, body, ((HEADER_LENGTH, b"%d" % header_length),))
+    return Answer(200, RAW, body, b"inference-header-content-length: %d\r\n" % header_length)
 
 
 def _version_for(

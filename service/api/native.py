@@ -19,7 +19,7 @@ from service.api.bodies import (
     StepsReply,
     Tensor,
 )
-from service.api.http import JSON, RAW, Request, answered, read_request
+from service.api.http import JSON, RAW, Request, read_request
 from service.api.routes import Route, sequences_route, steps_route
 from service.api.server import Server
 from service.api.steps import split_reference
@@ -73,7 +73,7 @@ def router(server: Server) -> APIRouter:
 
     async def respond(route: Route, http: HttpRequest) -> Response:
         request = await read_request(http.scope, http.receive, limit)
-        return (await answered(lambda respond: route.handle(server, request, respond))).response()
+        return (await route.answer(server, request)).response()
 
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from bundle import TensorSpec
-from service.api.http import answered, read_request
+from service.api.http import read_request
 from service.api.routes import infer_route
 from service.api.server import Server
 from service.catalog.model import ServedModel
@@ -129,8 +129,7 @@ def router(server: Server, version: str) -> APIRouter:
 
     async def respond(http: HttpRequest, model: str, version: str | None) -> Response:
         request = await read_request(http.scope, http.receive, server.limits.max_body_bytes)
-        route = infer_route(model, version)
-        return (await answered(lambda respond: route.handle(server, request, respond))).response()
+        return (await infer_route(model, version).answer(server, request)).response()
 
     @api.post("/models/{model}/infer", summary="Infer: whole sequences, or steps of a sequence", **_INFER)
     async def infer(model: str, http: HttpRequest) -> Response:

@@ -8,7 +8,7 @@ from time import perf_counter
 import structlog
 
 from service.api.errors import open_inference_error, problem
-from service.api.http import Answer, Cancel, Request, Respond, nothing_to_cancel
+from service.api.http import Answer, Cancel, Request, Respond, answered, nothing_to_cancel
 from service.api.infer import infer
 from service.api.server import Server
 from service.api.steps import sequences, steps
@@ -26,22 +26,22 @@ class Route:
     failure: Callable[[UnrollError], Answer]
 
     def handle(self, server: Server, request: Request, respond: Respond) -> Cancel:
-        """Begin; `respond` is called once whatever happens, and the request is counted."""
-        started = perf_counter()
-        figures = server.figures(self.name)
-
-        def counted(answer: Answer) -> None:
-            respond(answer)
-            figures.observe(answer.status, perf_counter() - started)
-
+        """Begin; `respond` is called once whatever happens."""
         try:
-            return self.begin(server, request, counted)
+            return self.begin(server, request, respond)
         except UnrollError as error:
-            counted(self.failure(error))
+            respond(self.failure(error))
         except Exception as error:
             _log.error("an unforeseen error", route=self.name, exc_info=error)
-            counted(self.failure(EngineFailed("the server failed on this request; its log says why")))
+            respond(self.failure(EngineFailed("the server failed on this request; its log says why")))
         return nothing_to_cancel
+
+    async def answer(self, server: Server, request: Request) -> Answer:
+        """For who can wait; cancelling the caller cancels the work."""
+        started = perf_counter()
+        answer = await answered(lambda respond: self.handle(server, request, respond))
+        server.count(self.name, answer.status, perf_counter() - started)
+        return answer
 
 
 def steps_route(model: str, session_id: str) -> Route:

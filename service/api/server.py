@@ -29,8 +29,9 @@ class Server:
     ready: bool = False
     crashed: bool = False
 
-    def figures(self, route: str) -> RequestFigures:
-        found = self.requests.get(route)
-        if found is None:
-            found = self.requests[route] = RequestFigures()
-        return found
+    def count(self, route: str, status: int, seconds: float) -> None:
+        """A request of an inference route was answered."""
+        figures = self.requests.get(route)
+        if figures is None:
+            figures = self.requests[route] = RequestFigures()
+        figures.observe(status, seconds)

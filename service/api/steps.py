@@ -3,11 +3,12 @@
 from functools import partial
 
 from service.api.errors import problem
-from service.api.http import JSON, RAW, Answer, Cancel, Request, Respond, answering, nothing_to_cancel
+from service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
 from service.api.server import Server
 from service.catalog.model import ServedModel
 from service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
 from service.protocol import json
+from service.protocol.tensors import Codec
 from service.scheduler.work import Reply
 
 POSITION = b"unroll-position"
@@ -18,47 +19,46 @@ def steps(server: Server, model: str, session_id: str, request: Request, respond
     """T >= 1 time steps of a session; the reply's outputs are one per time step."""
     served = server.catalog.owner(*split_reference(model), session_id)
     require_streamable(served)
-    codec = served.codec
     timeout = _timeout(server, request)
     position = request.whole_number(POSITION)
-    raw = request.media_type == RAW
-    if raw:
-        inputs = codec.from_raw(request.body)
+    if request.media_type == RAW:
+        inputs, encode = served.codec.from_raw(request.body), _raw_steps
     else:
         document = _json_body(server, request, {"inputs", "position"})
         position = _position(document, position)
-        inputs = codec.from_json(document["inputs"])
-
-    def encode(reply: Reply) -> Answer:
-        reached = ((POSITION, b"%d" % reply.position),)
-        if raw:
-            return Answer(200, RAW, codec.to_raw(reply.outputs), reached)
-        body = json.dump({"outputs": codec.to_json(reply.outputs), "position": reply.position})
-        return Answer(200, JSON, body, reached)
-
-    settled = answering(respond, encode, problem)
+        inputs, encode = served.codec.from_json(document["inputs"]), _json_steps
+    settled = Answering(respond, problem, encode, served.codec)
     chunk = served.loop.submit_steps(session_id, inputs, timeout, settled, position=position)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
+
+
+def _raw_steps(codec: Codec, reply: Reply) -> Answer:
+    return Answer(200, RAW, codec.to_raw(reply.outputs), b"unroll-position: %d\r\n" % reply.position)
+
+
+def _json_steps(codec: Codec, reply: Reply) -> Answer:
+    body = json.dump({"outputs": codec.to_json(reply.outputs), "position": reply.position})
+    return Answer(200, JSON, body, b"unroll-position: %d\r\n" % reply.position)
 
 
 def sequences(server: Server, model: str, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, each from the model's initial state; nothing is kept."""
     served = server.catalog.resolve(*split_reference(model))
-    codec = served.codec
     timeout = _timeout(server, request)
-    raw = request.media_type == RAW
-    if raw:
-        batch = [codec.from_raw(request.body)]
+    if request.media_type == RAW:
+        batch, encode = [served.codec.from_raw(request.body)], _raw_sequence
     else:
-        batch = codec.sequences_from_json(_json_body(server, request, {"inputs"})["inputs"])
+        inputs = _json_body(server, request, {"inputs"})["inputs"]
+        batch, encode = served.codec.sequences_from_json(inputs), _json_sequences
+    return served.loop.submit_sequences(batch, timeout, Answering(respond, problem, encode, served.codec))
 
-    def encode(replies: list[Reply]) -> Answer:
-        if raw:
-            return Answer(200, RAW, codec.to_raw(replies[0].outputs))
-        outputs = codec.sequences_to_json([reply.outputs for reply in replies])
-        return Answer(200, JSON, json.dump({"outputs": outputs}))
 
-    return served.loop.submit_sequences(batch, timeout, answering(respond, encode, problem))
+def _raw_sequence(codec: Codec, replies: list[Reply]) -> Answer:
+    return Answer(200, RAW, codec.to_raw(replies[0].outputs))
+
+
+def _json_sequences(codec: Codec, replies: list[Reply]) -> Answer:
+    return Answer(200, JSON, json.dump({"outputs": codec.sequences_to_json([reply.outputs for reply in replies])}))
 
 
 def _position(document: dict, header: int | None) -> int | None:

@@ -9,9 +9,12 @@ import structlog
 from bundle import Manifest
 from service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
 from service.engine.base import Rows, Tensors
-from service.engine.runner import Runner
+from service.engine.runner import Runner, StepBuffers
 from service.state.arena import HostArena
 from service.state.slots import INITIAL
+
+#: Rows of a call on bound memory. For more, what passing arrays costs does not count.
+_BOUND_ROWS = 256
 
 _log = structlog.get_logger(__name__)
 
@@ -32,8 +35,8 @@ class HostEngine:
     def __init__(self, runner: Runner, manifest: Manifest, rows: int) -> None:
         self._runner = runner
         self._name = f"{manifest.name}:{manifest.version}"
-        self._inputs = manifest.inputs
-        self._outputs = manifest.outputs
+        self._manifest = manifest
+        self._buffers = StepBuffers(runner, manifest, _BOUND_ROWS)
         self._arena = HostArena(rows, manifest.state_size)
         self._arena.write(INITIAL, manifest.initial_row())
         self.read = self._arena.read
@@ -51,10 +54,13 @@ class HostEngine:
             return self._no_outputs(1, rows.lens[0]), {0: failure}
 
     def _run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
-        lens = np.array(rows.lens, np.int32)
-        inputs = {spec.name: array for spec, array in zip(self._inputs, rows.inputs, strict=True)}
-        by_name, state_out = self._runner(inputs, self._arena.gather(rows.sources), lens)
-        outputs = tuple(by_name[spec.name] for spec in self._outputs)
+        if max(rows.lens) == 1 and len(rows.lens) <= _BOUND_ROWS:
+            outputs, state_out = self._run_steps(rows)
+        else:
+            inputs = {spec.name: array for spec, array in zip(self._manifest.inputs, rows.inputs, strict=True)}
+            state, lens = self._arena.gather(rows.sources), np.array(rows.lens, np.int32)
+            by_name, state_out = self._runner(inputs, state, lens)
+            outputs = tuple(by_name[spec.name] for spec in self._manifest.outputs)
         if all(np.isfinite(array).all() for array in (state_out, *outputs)):
             self._arena.scatter(rows.targets, state_out)
             return outputs, {}
@@ -63,9 +69,18 @@ class HostEngine:
             for i, steps in enumerate(rows.lens)
             if not (np.isfinite(state_out[i]).all() and all(map(_finite, self._row(outputs, i, steps))))
         }
-        good = [i for i in range(len(lens)) if i not in failed]
+        good = [i for i in range(len(rows.lens)) if i not in failed]
         self._arena.scatter([rows.targets[i] for i in good], state_out[good])
         return outputs, failed
+
+    def _run_steps(self, rows: Rows) -> tuple[Tensors, np.ndarray]:
+        """Single steps; returns outputs and new states, the latter in memory that the next call overwrites."""
+        buffers, count = self._buffers, len(rows.lens)
+        for bound, array in zip(buffers.inputs, rows.inputs, strict=True):
+            bound[:count] = array
+        self._arena.gather(rows.sources, out=buffers.state[:count])
+        buffers.run(count)
+        return tuple([array[:count].copy() for array in buffers.outputs]), buffers.state_out[:count]
 
     def _run_one_by_one(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
         together = self._no_outputs(len(rows.lens), max(rows.lens))
@@ -83,11 +98,13 @@ class HostEngine:
         """Views of one row's outputs, without the padding."""
         return tuple(
             array[row, :steps] if spec.time else array[row, ...]
-            for spec, array in zip(self._outputs, outputs, strict=True)
+            for spec, array in zip(self._manifest.outputs, outputs, strict=True)
         )
 
     def _no_outputs(self, rows: int, steps: int) -> Tensors:
-        return tuple(np.zeros((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in self._outputs)
+        return tuple(
+            np.zeros((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in self._manifest.outputs
+        )
 
 
 def _finite(array: np.ndarray) -> bool:

@@ -64,17 +64,17 @@ class Runner:
             ort.preload_dlls()
             providers = [("CUDAExecutionProvider", {"device_id": device.partition(":")[2], "use_tf32": "0"})]
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=providers)
+            self.session = ort.InferenceSession(str(model), options, providers=providers)
         except Exception as error:  # its exceptions have no base class of their own
             raise ValueError(f"onnxruntime cannot load it: {error}") from error
-        self.provider = self._session.get_providers()[0]
+        self.provider = self.session.get_providers()[0]
         if self.provider != (providers[0] if device == "cpu" else "CUDAExecutionProvider"):
             raise DeviceUnavailable(
                 f"onnxruntime runs on {self.provider} instead of {device}: its CUDA libraries could not be loaded "
                 "(pip install 'onnxruntime-gpu[cuda,cudnn]' brings them)"
             )
-        _check_names("inputs", self._session.get_inputs(), [t.name for t in manifest.inputs], "state", "sequence_lens")
-        _check_names("outputs", self._session.get_outputs(), [t.name for t in manifest.outputs], "state_out")
+        _check_names("inputs", self.session.get_inputs(), [t.name for t in manifest.inputs], "state", "sequence_lens")
+        _check_names("outputs", self.session.get_outputs(), [t.name for t in manifest.outputs], "state_out")
         self._outputs = [*(tensor.name for tensor in manifest.outputs), "state_out"]
 
     def __call__(self, inputs: Arrays, state: np.ndarray, sequence_lens: np.ndarray) -> tuple[Arrays, np.ndarray]:
@@ -85,10 +85,48 @@ class Runner:
         # An empty batch or T = 0 aborts the process inside onnxruntime, and a length of 0 zeroes the state.
         if not len(state) or sequence_lens.min() < 1:
             raise ValueError("a batch needs rows, and each row at least one time step")
-        *outputs, state_out = self._session.run(
+        *outputs, state_out = self.session.run(
             self._outputs, {**inputs, "state": state, "sequence_lens": sequence_lens}
         )
         return dict(zip(self._outputs, outputs, strict=False)), state_out
+
+
+class StepBuffers:
+    """Calls of the graph for one step of up to `max_rows` rows, on memory bound to it: cheaper than passing arrays.
+
+    Fill `inputs`, each (max_rows, 1, *shape), and `state` (max_rows, state_size) up to the rows of the call; `run`
+    fills `outputs`, each (max_rows, 1, *shape) or (max_rows, *shape), and `state_out` as far. The next call overwrites
+    them.
+    """
+
+    def __init__(self, runner: Runner, manifest: Manifest, max_rows: int) -> None:
+        self.inputs = [np.zeros((max_rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
+        self.outputs = [np.zeros((max_rows, *(1,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs]
+        self.state = np.zeros((max_rows, manifest.state_size), np.float32)
+        self.state_out = np.zeros_like(self.state)
+        lens = np.ones(max_rows, np.int32)
+        names = [spec.name for spec in manifest.inputs]
+        self._bound_inputs = dict(
+            zip([*names, "state", "sequence_lens"], [*self.inputs, self.state, lens], strict=True)
+        )
+        names = [spec.name for spec in manifest.outputs]
+        self._bound_outputs = dict(zip([*names, "state_out"], [*self.outputs, self.state_out], strict=True))
+        self._session = runner.session
+        self._bindings: dict[int, ort.IOBinding] = {}
+
+    def run(self, rows: int) -> None:
+        binding = self._bindings.get(rows)
+        if binding is None:
+            binding = self._bindings[rows] = self._bind(rows)
+        self._session.run_with_iobinding(binding)
+
+    def _bind(self, rows: int) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        for name, array in self._bound_inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, (rows, *array.shape[1:]), array.ctypes.data)
+        for name, array in self._bound_outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, (rows, *array.shape[1:]), array.ctypes.data)
+        return binding
 
 
 def _check_names(what: str, found: Iterable, model: list[str], *own: str) -> None:

@@ -199,7 +199,7 @@ def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple
                 f"input {spec.name!r} of shape {shape} has {elements * spec.numpy.itemsize} bytes; "
                 f"binary_data_size is {size}, {len(binary)} bytes are there"
             )
-        return from_bytes(spec, binary[:size]).reshape(shape), size
+        return from_bytes(spec, binary[:size], tuple(shape)), size
     return _from_json(spec, item.get("data"), shape, elements), 0
 
 

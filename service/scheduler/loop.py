@@ -61,7 +61,7 @@ class Loop:
             gathering.cancel()
             raise
         for chunk in gathering.chunks:
-            chunk.listeners.append(gathering.settled)
+            chunk.listeners = (gathering.settled,)
         self._work.set()
         return gathering.cancel
 
@@ -87,14 +87,13 @@ class Loop:
         if isinstance(chunk, Reply):
             then(chunk)
             return None
-        chunk.listeners.append(then)
+        chunk.listeners += (then,)
         self._work.set()
         return chunk
 
     def leave(self, chunk: Chunk, then: Callable[[Outcome], None]) -> None:
         """`then` is not to be called any more; if nobody else waits for the chunk, it is cancelled."""
-        if then in chunk.listeners:
-            chunk.listeners.remove(then)
+        chunk.listeners = tuple(listener for listener in chunk.listeners if listener is not then)
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
@@ -143,6 +142,7 @@ class Loop:
                 self._timer.cancel()
 
     async def _turn(self) -> None:
+        await self._gather_work()
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
             self._act(action)
@@ -153,10 +153,21 @@ class Loop:
             await self.store.commit(batch)
             self.scheduler.finish(batch, outputs, failed, self.clock.now(), seconds)
             self.on_batch(batch, seconds)
-            await asyncio.sleep(0)  # replies leave, new work arrives
         elif not actions:
             self._work.clear()
             await self._work.wait()
+
+    async def _gather_work(self) -> None:
+        """Let replies leave and work arrive, as long as each look at the sockets brings more, or the batch is full.
+
+        Nothing is waited for: a request that is there must be read anyway, and costs less in the batch before it.
+        """
+        seen = -1
+        while seen < self.scheduler.in_flight:
+            seen = self.scheduler.in_flight
+            await asyncio.sleep(0)
+            if seen >= self.scheduler.limits.max_batch:
+                return
 
     async def _execute(self, batch: Batch) -> tuple[Tensors, dict[int, UnrollError]]:
         if batch.steps * self.scheduler.seconds_per_step <= INLINE_SECONDS:

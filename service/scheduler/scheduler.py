@@ -17,6 +17,7 @@ Rules:
 - Nothing waits without bound: past `max_queue` chunks, or when the deadline cannot be met, work is refused at once.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class Scheduler:
         self.sessions = SessionTable(sessions, on_gone=self._count_gone)
         #: Rows for chunks that are run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=self.sessions.slots.end)
+        self._longest_piece = limits.piece_steps if traits.cuttable else sys.maxsize
         fits = LastSteps.fits(traits.inputs, traits.outputs)
         self._last_steps = LastSteps(self.rows, traits.inputs, traits.outputs) if fits else None
         self._lanes: dict[int, deque[Chunk | Group]] = {}
@@ -297,11 +299,24 @@ class Scheduler:
             if isinstance(work, Group):
                 end = row + len(work.sessions)
                 errors = {i - row: failed[i] for i in range(row, end) if i in failed} if failed else {}
-                self._finish_group(work, tuple(array[row:end] for array in outputs), errors, now)
+                self._finish_group(work, tuple([array[row:end] for array in outputs]), errors, now)
                 row = end
+                continue
+            work.running = False
+            if row in failed:
+                self._fail(work, failed[row], now)
             else:
-                self._finish_chunk(work, batch, outputs, row, failed.get(row), now)
-                row += 1
+                self._finish_chunk(work, self._result(outputs, row, batch.lens[row], longest), batch.lens[row], now)
+            row += 1
+
+    def _result(self, outputs: Tensors, row: int, steps: int, longest: int) -> Tensors:
+        """One row's outputs, without the padding."""
+        result = _row(outputs, row)
+        if steps == longest:
+            return result
+        return tuple(
+            [array[:steps] if spec.time else array for spec, array in zip(self.traits.outputs, result, strict=True)]
+        )
 
     def _keep_last(
         self, last_steps: LastSteps, batch: Batch, outputs: Tensors, failed: Mapping[int, UnrollError]
@@ -313,18 +328,7 @@ class Scheduler:
             inputs, outputs = tuple(a[good] for a in inputs), tuple(a[good] for a in outputs)
         last_steps.keep(slots, inputs, outputs)
 
-    def _finish_chunk(
-        self, chunk: Chunk, batch: Batch, outputs: Tensors, row: int, error: UnrollError | None, now: float
-    ) -> None:
-        chunk.running = False
-        if error is not None:
-            self._fail(chunk, error, now)
-            return
-        steps = batch.lens[row]
-        result = tuple(
-            array[row, :steps] if spec.time else array[row, ...]
-            for spec, array in zip(self.traits.outputs, outputs, strict=True)
-        )
+    def _finish_chunk(self, chunk: Chunk, result: Tensors, steps: int, now: float) -> None:
         if steps == chunk.length:
             chunk.done = steps
             self._waiting_steps -= steps
@@ -410,7 +414,8 @@ class Scheduler:
         self.open(session_id, now).opened_with = digest
 
     def _admit(self, chunk: Chunk, now: float) -> None:
-        self.check_room(now, chunk.deadline)
+        if self._in_flight >= self.limits.max_queue or now + self.estimated_wait() > chunk.deadline:
+            self.check_room(now, chunk.deadline)  # says what is wrong
         self._in_flight += 1
         self._waiting_steps += self._piece(chunk)
 
@@ -447,7 +452,8 @@ class Scheduler:
                 row = work.sessions.index(session)
                 if final or not _same(_row(work.inputs, row), inputs):
                     raise _mismatch(session, position)
-                follower = Chunk(inputs, work.length, work.deadline, session, position, pinned=True, running=True)
+                follower = Chunk(inputs, work.length, work.deadline, session, position, pinned=True)
+                follower.running = True
                 work.followers.append((row, follower))
                 return follower
         return None
@@ -490,18 +496,20 @@ class Scheduler:
         lane.append(work)
 
     def _is_long(self, steps: int) -> bool:
-        return self.traits.cuttable and steps > self.limits.piece_steps
+        return steps > self._longest_piece
 
     def _most_rows(self, steps: int) -> int:
         return min(self.limits.max_batch, max(1, self.limits.max_batch_steps // steps))
 
-    def _piece(self, chunk: Chunk) -> int:
-        remaining = chunk.length - chunk.done
-        return min(remaining, self.limits.piece_steps) if self.traits.cuttable else remaining
+    def _piece(self, work: Chunk | Group) -> int:
+        """Steps of it that run next."""
+        if work.length <= self._longest_piece or isinstance(work, Group):
+            return work.length
+        return min(work.length - work.done, self._longest_piece)
 
     def _length_class(self, work: Chunk | Group) -> int:
         """Steps a row of this work's lane is padded to at most."""
-        piece = work.length if isinstance(work, Group) else self._piece(work)
+        piece = self._piece(work)
         return 1 << (piece - 1).bit_length() if self.traits.ragged else piece
 
     def _oldest_lane(self) -> int | None:
@@ -709,7 +717,7 @@ class Scheduler:
 
 
 def _row(tensors: Tensors, row: int) -> Tensors:
-    return tuple(array[row, ...] for array in tensors)
+    return tuple([array[row, ...] for array in tensors])
 
 
 def _same(one: Tensors, other: Tensors) -> bool:

@@ -10,6 +10,7 @@ A session's life:
 Time is an argument. A transition that is not in the table raises and changes nothing.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class SessionTable:
         self, limits: SessionLimits, on_gone: Callable[[type[SessionGone]], None] = lambda cause: None
     ) -> None:
         self.limits = limits
+        self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
         self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
@@ -146,20 +148,16 @@ class SessionTable:
     def find(self, session_id: str, now: float) -> Session:
         """Raises SessionUnknown, or the SessionGone that says what became of it."""
         session = self.living(session_id, now)
-        if session is not None:
-            return session
-        raise self.loss(session_id, now)
+        if session is None:
+            raise self.loss(session_id, now)
+        return session
 
     def living(self, session_id: str, now: float) -> Session | None:
         session = self._live.get(session_id)
-        if session is not None and self._is_overdue(session, now):
+        if session is not None and now - session.last_used >= self._idle_timeout and session.life is Life.IDLE:
             self.expire(now)
             return None
         return session
-
-    def _is_overdue(self, session: Session, now: float) -> bool:
-        timeout = self.limits.idle_timeout
-        return timeout is not None and session.life is Life.IDLE and now - session.last_used >= timeout
 
     def loss(self, session_id: str, now: float) -> UnrollError:
         """What to tell of a session that is not here."""
@@ -202,10 +200,12 @@ class SessionTable:
 
     def rest(self, session: Session, now: float) -> None:
         """The session's work is done: it is the last to be evicted, and its idle time begins."""
-        self.advance(session, "rest")
         session.last_used = now
-        if session.life is Life.IDLE:
+        if session.life is Life.BUSY:
+            session.life = Life.IDLE
             self._live.move_to_end(session.id)
+        else:
+            self.advance(session, "rest")
 
     def close(self, session: Session, now: float, last: Applied | None = None, *, running: bool = False) -> None:
         """`running`: its work has begun and is finished first."""
@@ -213,12 +213,9 @@ class SessionTable:
 
     def expire(self, now: float) -> None:
         """Remove every session idle for the idle timeout. Costs nothing when none is."""
-        timeout = self.limits.idle_timeout
-        if timeout is None:
-            return
         while self._live:
             session = next(iter(self._live.values()))
-            if now - session.last_used < timeout:
+            if now - session.last_used < self._idle_timeout:
                 return
             if session.life is Life.IDLE:
                 self._remove(session, "expire", SessionExpired, now)

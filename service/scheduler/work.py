@@ -12,7 +12,7 @@ from service.core.errors import UnrollError
 from service.engine.base import Tensors
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Reply:
     """The answer to a chunk. `position`: time steps the session has consumed, this chunk included.
 
@@ -92,7 +92,6 @@ class Session:
         return f"<Session {self.id} {self.life.value} position={self.position} expected={self.expected}>"
 
 
-@dataclass(slots=True, eq=False)
 class Chunk:
     """T >= 1 time steps of one session, or one whole stateless sequence (`session` is None).
 
@@ -100,24 +99,38 @@ class Chunk:
     began with it, and ends if it fails. final: the session closes after it.
     done: steps already run, for a chunk that is run in pieces; its state is then in row `workspace`.
     running: a batch holds it now. abandoned: what it ends with unless that batch completes it.
+    listeners: called with the outcome; they must not raise.
     """
 
-    inputs: Tensors
-    length: int
-    deadline: float
-    session: Session | None = None
-    start: int = 0
-    pinned: bool = False
-    opens: bool = False
-    final: bool = False
-    done: int = 0
+    # What most chunks never change is left to the class: one is made for every request.
+    done = 0
     workspace: int | None = None
     pieces: list[Tensors] | None = None
-    order: int = 0
-    running: bool = False
+    order = 0
+    running = False
     abandoned: UnrollError | None = None
     outcome: Outcome | None = None
-    listeners: list[Callable[[Outcome], None]] = field(default_factory=list)
+    listeners: tuple[Callable[[Outcome], None], ...] = ()
+
+    def __init__(
+        self,
+        inputs: Tensors,
+        length: int,
+        deadline: float,
+        session: Session | None = None,
+        start: int = 0,
+        pinned: bool = False,
+        opens: bool = False,
+        final: bool = False,
+    ) -> None:
+        self.inputs = inputs
+        self.length = length
+        self.deadline = deadline
+        self.session = session
+        self.start = start
+        self.pinned = pinned
+        self.opens = opens
+        self.final = final
 
     def settle(self, outcome: Outcome) -> None:
         self.outcome = outcome

@@ -5,7 +5,8 @@ when the work is done the answer is written, in one piece. A connection that is 
 """
 
 import asyncio
-from functools import partial
+import functools
+from time import perf_counter
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,31 +24,29 @@ def http_protocol(server: Server) -> type[HttpToolsProtocol]:
     return type("HttpProtocol", (HttpProtocol,), {"unroll": server})
 
 
-class Exchange:
-    """One request of an inference route and its answer; stands where uvicorn has its RequestResponseCycle."""
+class Exchange(Request):
+    """The request of an inference route that a connection is busy with, in the place of uvicorn's own record of one.
 
-    __slots__ = (
-        "cancel",
-        "disconnected",
-        "headers",
-        "keep_alive",
-        "more_body",
-        "parts",
-        "response_complete",
-        "room",
-        "route",
-    )
+    A connection has one of these, used again for each request.
+    """
 
-    def __init__(self, route: Route, headers: Headers, room: int, keep_alive: bool) -> None:
-        self.route = route
-        self.headers = headers
-        self.parts: list[bytes] = []
-        self.room = room  # bytes the body may still have
-        self.keep_alive = keep_alive
+    __slots__ = ("cancel", "disconnected", "keep_alive", "more_body", "response_complete", "room", "route", "started")
+
+    def __init__(self) -> None:
+        super().__init__({}, b"")
         self.cancel: Cancel = nothing_to_cancel
-        self.response_complete = False
+        self.response_complete = True
         self.disconnected = False
-        self.more_body = True
+        self.more_body = False
+
+    def begin(self, route: Route, room: int, keep_alive: bool) -> None:
+        """room: bytes the body may have."""
+        self.route = route
+        self.room = room
+        self.keep_alive = keep_alive
+        self.body = b""
+        self.response_complete = False
+        self.started = perf_counter()
 
     @property
     def message_event(self) -> "Exchange":
@@ -60,10 +59,13 @@ class Exchange:
 
 class HttpProtocol(HttpToolsProtocol):
     unroll: Server
+    cycle: Any  # uvicorn's record of the request, or our `Exchange`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._exchange: Exchange | None = None  # being answered
+        self._exchange = Exchange()
+        self._parts: list[bytes] = []  # of the body, after the first
+        self._respond = self._answer
         self._route: Route | None = None
         self._route_url = b""
         self._idle_since: float | None = None
@@ -82,34 +84,42 @@ class HttpProtocol(HttpToolsProtocol):
         if route is None:
             self._begin_for_uvicorn()
             return
-        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         limit = self.unroll.limits.max_body_bytes
-        self.cycle = self._exchange = exchange = Exchange(route, {}, limit, keep_alive)  # type: ignore[assignment]
+        exchange = self._exchange
+        exchange.begin(route, limit, self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0")
+        self.cycle = exchange
         try:
             exchange.headers = checked_headers(self.headers, limit)
         except UnrollError as error:
-            self._answer(exchange, route.failure(error))
+            self._answer(route.failure(error))
 
     def on_body(self, body: bytes) -> None:
-        exchange = self.cycle
-        if not isinstance(exchange, Exchange):
+        exchange = self._exchange
+        if self.cycle is not exchange:
             super().on_body(body)
         elif not exchange.response_complete:
-            exchange.parts.append(body)
             exchange.room -= len(body)
             if exchange.room < 0:
                 error = BodyTooLarge(f"a body may have {self.unroll.limits.max_body_bytes} bytes")
-                self._answer(exchange, exchange.route.failure(error))
+                self._answer(exchange.route.failure(error))
+            elif exchange.body:
+                self._parts.append(body)
+            else:
+                exchange.body = body
 
     def on_message_complete(self) -> None:
-        exchange = self.cycle
-        if not isinstance(exchange, Exchange):
+        exchange = self._exchange
+        if self.cycle is not exchange:
             super().on_message_complete()
         elif not exchange.response_complete:
-            exchange.more_body = False
-            parts = exchange.parts
-            request = Request(exchange.headers, parts[0] if len(parts) == 1 else b"".join(parts))
-            exchange.cancel = exchange.route.handle(self.unroll, request, partial(self._answer, exchange))
+            if self._parts:
+                exchange.body = b"".join([exchange.body, *self._parts])
+                self._parts.clear()
+            cancel = exchange.route.handle(self.unroll, exchange, self._respond)
+            self.headers.clear()
+            exchange.headers, exchange.body = _NONE, b""
+            if not exchange.response_complete:
+                exchange.cancel = cancel
 
     def _find_route(self) -> Route | None:
         """The inference route asked for; None leaves the request to uvicorn and the application."""
@@ -131,27 +141,31 @@ class HttpProtocol(HttpToolsProtocol):
 
     # ── answering ────────────────────────────────────────────────────────────────────────────────
 
-    def _answer(self, exchange: Exchange, answer: Answer) -> None:
+    def _answer(self, answer: Answer) -> None:
+        exchange = self._exchange
         exchange.response_complete = True
         exchange.cancel = nothing_to_cancel
-        self._exchange = None
+        self._parts.clear()
+        self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
         if self.transport.is_closing():
             return
-        head = [STATUS_LINE[answer.status], b"content-type: ", answer.media_type]
-        for name, value in (*self.server_state.default_headers, *answer.headers):
-            head += (b"\r\n", name, b": ", value)
-        if not exchange.keep_alive:
-            head.append(b"\r\nconnection: close")
-        head.append(b"\r\ncontent-length: %d\r\n\r\n" % len(answer.body))
-        head.append(answer.body)
-        self.transport.write(b"".join(head))
+        self.transport.write(
+            b"%b%b%bcontent-length: %d\r\n\r\n%b"
+            % (
+                _head(answer.status, answer.media_type),
+                answer.fields,
+                b"" if exchange.keep_alive else b"connection: close\r\n",
+                len(answer.body),
+                answer.body,
+            )
+        )
         if not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but with one timer for the connection instead of one for each request."""
-        if self.pipeline or not isinstance(self.cycle, Exchange):
+        if self.pipeline or self.cycle is not self._exchange:
             super().on_response_complete()
             return
         self.server_state.total_requests += 1
@@ -175,5 +189,12 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._idle_timer is not None:
             self._idle_timer.cancel()
-        if self._exchange is not None:
-            self._exchange.cancel()
+        self._exchange.cancel()
+
+
+_NONE: Headers = {}
+
+
+@functools.cache
+def _head(status: int, media_type: bytes) -> bytes:
+    return b"%bcontent-type: %b\r\n" % (STATUS_LINE[status], media_type)

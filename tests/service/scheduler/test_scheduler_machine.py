@@ -37,7 +37,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.accepted += 1
         self.open_chunks.append(work)
-        work.listeners.append(lambda outcome: self.check(work, steps, outcome))
+        work.listeners += (lambda outcome: self.check(work, steps, outcome),)
 
     def state_before(self, reply: Reply, steps: list[int]) -> int:
         start = reply.position - len(steps)
