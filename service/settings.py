@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.api.server import ApiLimits
 from service.catalog.model import ModelOptions
-from service.scheduler.scheduler import SchedulerLimits
+from service.scheduler.limits import SchedulerLimits
 from service.scheduler.sessions import SessionLimits
 
 

@@ -38,7 +38,8 @@ class Request:
 
     @property
     def media_type(self) -> bytes:
-        return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        sent = self.headers.get(b"content-type", b"")
+        return sent if sent in (JSON, RAW) else sent.partition(b";")[0].strip().lower()
 
     def whole_number(self, header: bytes) -> int | None:
         """The value of a header that holds a whole number, None if it was not sent. Raises InvalidRequest."""

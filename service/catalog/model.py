@@ -17,8 +17,9 @@ from service.engine.base import Engine
 from service.engine.host import HostEngine
 from service.engine.runner import DeviceUnavailable, Runner
 from service.protocol.tensors import Codec
+from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.loop import Loop
-from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
+from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Batch
 from service.state.slots import INITIAL, SCRATCH
@@ -91,7 +92,7 @@ class ServedModel:
         traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
         scheduler = Scheduler(traits, options.sessions, options.scheduler)
         engine = HostEngine(runner, manifest, scheduler.rows)
-        scheduler.seconds_per_step = _warm_up(engine, manifest, options.scheduler.max_batch)
+        scheduler.pace.seconds_per_step = _warm_up(engine, manifest, options.scheduler.max_batch)
         loop = Loop(scheduler, engine, MemoryStore(), clock, executor)
         _log.info(
             "model loaded",
@@ -99,7 +100,7 @@ class ServedModel:
             version=manifest.version,
             provider=runner.provider,
             parity={name: float(f"{error:.3g}") for name, error in errors.items()},
-            microseconds_per_step=round(scheduler.seconds_per_step * 1e6, 2),
+            microseconds_per_step=round(scheduler.pace.seconds_per_step * 1e6, 2),
             seconds=round(perf_counter() - started, 3),
         )
         return cls(

@@ -17,6 +17,9 @@ from service.engine.base import Tensors
 _ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}
 
 
+#: If the squares of all values add up to less, each of them is finite in float32.
+_FAR_FROM_OVERFLOW = 1e70
+
 #: Values of which the product with themselves is cheaper than a look at each.
 _FEW = 1024
 
@@ -42,9 +45,7 @@ class Codec:
         steps, rest = divmod(len(body), self._raw_step)
         if rest or not steps:
             raise InvalidShape(f"a time step of {spec.name!r} is {self._raw_step} bytes; the body has {len(body)}")
-        array = from_bytes(spec, body, (steps, *spec.shape))
-        self.check_values(spec, array)
-        return (array,)
+        return (self.checked(spec, from_bytes(spec, body, (steps, *spec.shape))),)
 
     def to_raw(self, outputs: Tensors) -> bytes:
         return outputs[0].tobytes()
@@ -53,9 +54,10 @@ class Codec:
 
     def from_json(self, value: Any) -> Tensors:
         """`[step, ...]`, or `{name: [step, ...]}` for a model with several inputs."""
+        if len(self.inputs) == 1 and isinstance(value, list):
+            return (self._from_list(self.inputs[0], value),)
         arrays = tuple(
-            self.checked(spec, numbers(spec, item))
-            for spec, item in zip(self.inputs, self._by_name(value), strict=True)
+            self._from_list(spec, item) for spec, item in zip(self.inputs, self._by_name(value), strict=True)
         )
         if len({len(array) for array in arrays}) > 1:
             raise InvalidShape("the inputs differ in their number of time steps")
@@ -94,22 +96,29 @@ class Codec:
 
     def checked(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
         """The array, if it is one input (time, *shape) of this model with values it may hold."""
+        self._check_shape(spec, array)
+        if spec.dtype == "float32" and not all_finite(array):
+            raise _non_finite(spec)
+        self._check_limit(spec, array)
+        return array
+
+    def _from_list(self, spec: TensorSpec, value: Any) -> np.ndarray:
+        array = numbers(spec, value)
+        self._check_shape(spec, array)
+        self._check_limit(spec, array)
+        return array
+
+    def _check_shape(self, spec: TensorSpec, array: np.ndarray) -> None:
         if array.shape[1:] != spec.shape or not len(array):
             raise InvalidShape(
                 f"{spec.name!r} must have the shape (T, {', '.join(map(str, spec.shape))}) with T >= 1, "
                 f"not {array.shape}"
             )
-        self.check_values(spec, array)
-        return array
-
-    def check_values(self, spec: TensorSpec, array: np.ndarray) -> None:
-        """array: (time, *shape), as `spec` says. Raises InvalidShape if it is too long, NonFiniteInput, OutOfRange."""
         if len(array) > self.max_steps:
             raise InvalidShape(f"{len(array)} time steps in one request; at most {self.max_steps} are taken")
-        if spec.dtype == "float32":
-            if not all_finite(array):
-                raise NonFiniteInput(f"{spec.name!r} holds NaN, infinity or a value too large for float32")
-        elif spec.limit is not None and (array.min() < 0 or array.max() >= spec.limit):
+
+    def _check_limit(self, spec: TensorSpec, array: np.ndarray) -> None:
+        if spec.limit is not None and (array.min() < 0 or array.max() >= spec.limit):
             raise OutOfRange(f"{spec.name!r} must be in 0 … {spec.limit - 1}")
 
     def _by_name(self, value: Any) -> list[Any]:
@@ -130,7 +139,7 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
-    """A JSON list, nested or flat, as an array of the tensor's dtype; its shape is not checked here."""
+    """A JSON list, nested or flat, as a finite array of the tensor's dtype; its shape is not checked here."""
     if not isinstance(value, list):
         raise InvalidShape(f"{spec.name!r} must be a list")
     try:
@@ -140,11 +149,22 @@ def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
     kind = spec.numpy.kind
     if array.size and (array.dtype.kind not in _ACCEPTED[kind] or (kind != "b" and _holds_bool(value))):
         raise InvalidDtype(f"{spec.name!r} must hold values of type {spec.dtype} and nothing else")
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which the check of values refuses
-        converted = array.astype(spec.numpy)
+    if kind == "f":
+        if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
+            return array.astype(spec.numpy)
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity
+            converted = array.astype(spec.numpy)
+        if not np.isfinite(converted).all():
+            raise _non_finite(spec)
+        return converted
+    converted = array.astype(spec.numpy)
     if kind == "i" and not np.array_equal(converted, array):
         raise OutOfRange(f"{spec.name!r} holds values that do not fit {spec.dtype}")
     return converted
+
+
+def _non_finite(spec: TensorSpec) -> NonFiniteInput:
+    return NonFiniteInput(f"{spec.name!r} holds NaN, infinity or a value too large for float32")
 
 
 def from_bytes(spec: TensorSpec, content: bytes | memoryview, shape: tuple[int, ...]) -> np.ndarray:

@@ -170,7 +170,7 @@ class Loop:
                 return
 
     async def _execute(self, batch: Batch) -> tuple[Tensors, dict[int, UnrollError]]:
-        if batch.steps * self.scheduler.seconds_per_step <= INLINE_SECONDS:
+        if batch.steps * self.scheduler.pace.seconds_per_step <= INLINE_SECONDS:
             return self.engine.run(batch)
         return await asyncio.get_running_loop().run_in_executor(self._executor, self.engine.run, batch)
 

@@ -10,21 +10,18 @@ Rules:
 
 - A session has at most one chunk in a batch, and its chunks run in the order of their arrival.
 - A group is one step, or a few, of many sessions that were idle: handled as one, whatever their number.
-- Work waits in one lane per length class, so that rows of a batch are about equally long; the lane whose head has
-  waited longest goes first. A long chunk is run in pieces and waits anew, behind the others, after each.
+- Short work is not kept waiting by long: long chunks are run in pieces, see `lanes.py`.
 - A chunk counts as applied when its last piece is done: only then does the session's row change. Until then it
   works on a row of its own, so that cancelling, failing or missing the deadline leaves the session as it was.
 - Nothing waits without bound: past `max_queue` chunks, or when the deadline cannot be met, work is refused at once.
 """
 
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from bundle import TensorSpec
 from service.core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -38,6 +35,8 @@ from service.core.errors import (
     UnrollError,
 )
 from service.engine.base import Tensors
+from service.scheduler.lanes import Lanes, Pace
+from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.sessions import SessionLimits, SessionTable
 from service.scheduler.work import (
     Action,
@@ -51,32 +50,9 @@ from service.scheduler.work import (
     Reply,
     Session,
     payload_digest,
-    together,
 )
 from service.state.last_steps import LastSteps
-from service.state.slots import INITIAL, SCRATCH, Slots
-
-
-@dataclass(frozen=True, slots=True)
-class ModelTraits:
-    """What the scheduler must know of a model. `cuttable`: chunks may be run in pieces; of an output without time the
-    last piece's is the answer. `ragged`: rows of different length may share a batch."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    cuttable: bool
-    ragged: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """max_batch: rows in a batch. max_batch_steps: rows times steps. piece_steps: longest piece of a chunk.
-    max_queue: chunks accepted and not yet answered."""
-
-    max_batch: int = 256
-    max_batch_steps: int = 2048
-    piece_steps: int = 64
-    max_queue: int = 8192
+from service.state.slots import Slots
 
 
 @dataclass(slots=True)
@@ -103,17 +79,13 @@ class Scheduler:
         self.sessions = SessionTable(sessions, on_gone=self._count_gone)
         #: Rows for chunks that are run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=self.sessions.slots.end)
-        self._longest_piece = limits.piece_steps if traits.cuttable else sys.maxsize
         fits = LastSteps.fits(traits.inputs, traits.outputs)
         self._last_steps = LastSteps(self.rows, traits.inputs, traits.outputs) if fits else None
-        self._lanes: dict[int, deque[Chunk | Group]] = {}
+        self.pace = Pace(limits)
+        self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
         self._actions: deque[Action] = deque()
-        self._starved: deque[Chunk] = deque()  # they need a workspace, and all are taken
-        self._order = 0
         self._in_flight = 0
         self._waiting_steps = 0
-        #: Seconds a step has cost lately, everything included; the warm-up gives the first value.
-        self.seconds_per_step = 0.0
 
     @property
     def rows(self) -> int:
@@ -127,7 +99,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._actions and not self._starved and not any(self._lanes.values())
+        return not self._actions and self._lanes.idle
 
     def __repr__(self) -> str:
         return f"<Scheduler {self._in_flight} chunks in flight, {self.sessions!r}>"
@@ -198,10 +170,10 @@ class Scheduler:
         nothing is queued then.
         """
         steps = inputs[0].shape[1]
-        if self._is_long(steps):
+        if self._lanes.is_long(steps):
             return list(range(len(sessions)))
         self.check_room(now, deadline)
-        most = self._most_rows(steps)
+        most = self._lanes.most_rows(steps)
         left: list[int] = []
         group = Group([], [], inputs, steps, deadline, then)
         for row, (session, position) in enumerate(zip(sessions, positions, strict=True)):
@@ -261,12 +233,11 @@ class Scheduler:
     def next_turn(self, now: float) -> tuple[list[Action], Batch]:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
-        self._feed_starved(now)
-        batch = Batch()
-        while not batch and (lane := self._oldest_lane()) is not None:
-            batch = self._fill(lane, now)
+        batch = self._lanes.take(now)
         actions = [action for action in self._actions if action.outcome is None]
         self._actions.clear()
+        if not batch and not actions:
+            self.pace.rest()
         return actions, batch
 
     def finish_action(self, action: Action, outcome: object, now: float) -> None:
@@ -290,8 +261,8 @@ class Scheduler:
         self.counters.batches += 1
         self.counters.padded_steps += len(batch) * longest - steps
         if seconds is not None:
-            # Weighted by steps: the fixed cost of small batches says nothing of how long a full queue takes.
-            self.seconds_per_step += (seconds / steps - self.seconds_per_step) * steps / (steps + 1000)
+            first = batch.work[0]
+            self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
         if longest == 1 and self._last_steps is not None:
             self._keep_last(self._last_steps, batch, outputs, failed)
         row = 0
@@ -334,9 +305,9 @@ class Scheduler:
             self._waiting_steps -= steps
             self._apply(chunk, result, now)
             return
-        self._waiting_steps -= self._piece(chunk)
+        self._waiting_steps -= self._lanes.next_steps(chunk)
         chunk.done += steps
-        self._waiting_steps += self._piece(chunk)
+        self._waiting_steps += self._lanes.next_steps(chunk)
         if chunk.pieces is None:
             chunk.pieces = []
         chunk.pieces.append(tuple(array.copy() for array in result))
@@ -379,12 +350,11 @@ class Scheduler:
             self._recount(group.sessions[row], now)
         group.settle(GroupReply(group.rows, positions, outputs, errors))
         for row, follower in group.followers:
-            reply = Reply(_row(outputs, row), positions[row])
-            follower.settle(errors.get(row) or reply.copy())
+            follower.settle(errors.get(row) or Reply(_row(outputs, row), positions[row]).copy())
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, from the rate seen lately: one piece of each chunk first."""
-        return self._waiting_steps * self.seconds_per_step
+        return self._waiting_steps * self.pace.seconds_per_step
 
     # ── accepting ────────────────────────────────────────────────────────────────────────────────
 
@@ -417,7 +387,7 @@ class Scheduler:
         if self._in_flight >= self.limits.max_queue or now + self.estimated_wait() > chunk.deadline:
             self.check_room(now, chunk.deadline)  # says what is wrong
         self._in_flight += 1
-        self._waiting_steps += self._piece(chunk)
+        self._waiting_steps += self._lanes.next_steps(chunk)
 
     def _recognise(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | Reply:
         """What a chunk that does not begin at the session's end is: a retry, too old, or too early."""
@@ -481,119 +451,22 @@ class Scheduler:
         else:
             session.pending.append(work)
 
-    # ── forming a batch ──────────────────────────────────────────────────────────────────────────
-
     def _make_ready(self, work: Chunk | Group | Action) -> None:
         if isinstance(work, Action):
             self._actions.append(work)
-            return
-        self._order += 1
-        work.order = self._order
-        length = self._length_class(work)
-        lane = self._lanes.get(length)
-        if lane is None:
-            lane = self._lanes[length] = deque()
-        lane.append(work)
+        else:
+            self._lanes.put(work)
 
-    def _is_long(self, steps: int) -> bool:
-        return steps > self._longest_piece
-
-    def _most_rows(self, steps: int) -> int:
-        return min(self.limits.max_batch, max(1, self.limits.max_batch_steps // steps))
-
-    def _piece(self, work: Chunk | Group) -> int:
-        """Steps of it that run next."""
-        if work.length <= self._longest_piece or isinstance(work, Group):
-            return work.length
-        return min(work.length - work.done, self._longest_piece)
-
-    def _length_class(self, work: Chunk | Group) -> int:
-        """Steps a row of this work's lane is padded to at most."""
-        piece = self._piece(work)
-        return 1 << (piece - 1).bit_length() if self.traits.ragged else piece
-
-    def _oldest_lane(self) -> int | None:
-        for length in [length for length, lane in self._lanes.items() if not lane]:
-            del self._lanes[length]
-        return min(self._lanes, key=lambda length: self._lanes[length][0].order, default=None)
-
-    def _fill(self, length: int, now: float) -> Batch:
-        lane = self._lanes[length]
-        most = self._most_rows(length)
-        batch = Batch()
-        blocks: list[Tensors] = []
-        while lane:
-            work = lane[0]
-            if isinstance(work, Group):
-                if len(batch) and len(batch) + len(work.sessions) > most:
-                    break
-                lane.popleft()
-                if now >= work.deadline:
-                    self._expire_group(work, now)
-                    continue
-                batch.lens += [work.length] * len(work.sessions)
-                batch.sources += [session.source for session in work.sessions]
-                batch.targets += [session.slot for session in work.sessions]
-                blocks.append(tuple(array.reshape(-1, *array.shape[2:]) for array in work.inputs))
-            else:
-                if len(batch) >= most:
-                    break
-                lane.popleft()
-                if self._is_over(work, now):
-                    continue
-                if not self._place(work, batch, blocks):
-                    self._starved.append(work)
-                    continue
-                work.running = True
-            batch.work.append(work)
-        if blocks:
-            batch.inputs = tuple(together(tensors, batch.lens) for tensors in zip(*blocks, strict=True))
-        return batch
-
-    def _expire_group(self, group: Group, now: float) -> None:
-        late = DeadlineExceeded("the deadline passed before the work was begun")
-        outputs = tuple(np.zeros(0) for _ in self.traits.outputs)
-        self._finish_group(group, outputs, dict.fromkeys(range(len(group.sessions)), late), now)
-
-    def _is_over(self, chunk: Chunk, now: float) -> bool:
+    def _is_over(self, work: Chunk | Group, now: float) -> bool:
         """Was it cancelled while it waited, or its session closed; or is it now too late to begin it?"""
-        if chunk.outcome is None and chunk.done == 0 and now >= chunk.deadline:
-            self._fail(chunk, DeadlineExceeded("the deadline passed before the work was begun"), now)
-        return chunk.outcome is not None
-
-    def _feed_starved(self, now: float) -> None:
-        """Let as many chunks wait in the lanes again as there are workspaces for."""
-        starved, self._starved = self._starved, deque()
-        free = self.workspaces.count - self.workspaces.taken
-        for chunk in starved:
-            if self._is_over(chunk, now):
-                continue
-            if free > 0:
-                self._make_ready(chunk)
-                free -= 1
-            else:
-                self._starved.append(chunk)
-
-    def _place(self, chunk: Chunk, batch: Batch, blocks: list[Tensors]) -> bool:
-        """Make the chunk's next piece a row of the batch; False if it needs a workspace and none is free."""
-        session = chunk.session
-        begin, end = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
-        inputs, steps = chunk.inputs, chunk.length
-        if chunk.done or self._is_long(steps):
-            steps = self._piece(chunk)
-            last = chunk.done + steps == chunk.length
-            if chunk.workspace is None:
-                chunk.workspace = self.workspaces.take()
-                if chunk.workspace is None:
-                    return False
-            inputs = tuple(array[chunk.done : chunk.done + steps] for array in inputs)
-            begin = chunk.workspace if chunk.done else begin
-            end = end if last else chunk.workspace
-        blocks.append(inputs)
-        batch.lens.append(steps)
-        batch.sources.append(begin)
-        batch.targets.append(end)
-        return True
+        if isinstance(work, Group):
+            if now >= work.deadline:
+                outputs = tuple(np.zeros(0) for _ in self.traits.outputs)
+                errors: dict[int, UnrollError] = dict.fromkeys(range(len(work.sessions)), _late())
+                self._finish_group(work, outputs, errors, now)
+        elif work.outcome is None and work.done == 0 and now >= work.deadline:
+            self._fail(work, _late(), now)
+        return work.outcome is not None
 
     # ── ending work ──────────────────────────────────────────────────────────────────────────────
 
@@ -623,7 +496,7 @@ class Scheduler:
         """Answer, and let the session's next work take its turn."""
         self._in_flight -= 1
         if chunk.done < chunk.length:
-            self._waiting_steps -= self._piece(chunk)
+            self._waiting_steps -= self._lanes.next_steps(chunk)
         chunk.pieces = None
         if chunk.workspace is not None:
             self.workspaces.give_back(chunk.workspace)
@@ -700,8 +573,7 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raises AssertionError if the bookkeeping contradicts itself. Meant for a moment when no batch runs."""
         self.sessions.check_invariants()
-        waiting = [work for lane in self._lanes.values() for work in lane if work.outcome is None]
-        waiting += [chunk for chunk in self._starved if chunk.outcome is None]
+        waiting = [work for work in self._lanes if work.outcome is None]
         chunks = [work for work in waiting if isinstance(work, Chunk)]
         for session in self.sessions:
             ready = [work for work in waiting if work is session.active]
@@ -722,6 +594,10 @@ def _row(tensors: Tensors, row: int) -> Tensors:
 
 def _same(one: Tensors, other: Tensors) -> bool:
     return all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+def _late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline passed before the work was begun")
 
 
 def _mismatch(session: Session, position: int) -> PayloadMismatch:

@@ -12,7 +12,8 @@ from service.core.errors import EngineFailed, NonFiniteOutput
 from service.engine import runner as runner_module
 from service.engine.host import HostEngine
 from service.engine.runner import DeviceUnavailable, Runner, resolve_device
-from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
+from service.scheduler.limits import ModelTraits, SchedulerLimits
+from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Batch, Chunk, Reply
 from service.state.slots import INITIAL

@@ -12,8 +12,9 @@ from bundle import TensorSpec
 from service.core.clock import ManualClock
 from service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
 from service.engine.base import Rows, Tensors
+from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.loop import Loop
-from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
+from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Outcome, Reply
 from service.store.memory import MemoryStore
@@ -56,7 +57,7 @@ class GatedStore(MemoryStore):
 async def running(seconds_per_step: float = 0.0) -> AsyncIterator[tuple[Loop, GatedStore, ManualClock, GatedEngine]]:
     clock, engine = ManualClock(), GatedEngine()
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
-    scheduler.seconds_per_step = seconds_per_step
+    scheduler.pace.seconds_per_step = seconds_per_step
     store = GatedStore(engine.gate)
     with ThreadPoolExecutor(1) as executor:
         loop = Loop(scheduler, engine, store, clock, executor)

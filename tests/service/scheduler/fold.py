@@ -7,7 +7,8 @@ import numpy as np
 from bundle import TensorSpec
 from service.core.errors import EngineFailed, UnrollError
 from service.engine.base import Rows, Tensors
-from service.scheduler.scheduler import ModelTraits, Scheduler, SchedulerLimits
+from service.scheduler.limits import ModelTraits, SchedulerLimits
+from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Batch, Chunk, Reply
 

@@ -331,7 +331,7 @@ def test_the_queue_is_bounded(s):
 
 
 def test_work_that_cannot_be_in_time_is_refused_at_once(s, engine):
-    s.seconds_per_step = 1.0
+    s.pace.seconds_per_step = 1.0
     s.submit_sequence(inputs(1, 2, 3), 0, LATER)
     with pytest.raises(DeadlineUnreachable) as raised:
         s.submit_sequence(inputs(1), 0, 2.9)
@@ -429,7 +429,7 @@ def test_a_deadline_does_not_stop_what_has_begun(s, engine):
 
 
 def test_a_step_need_not_wait_for_all_of_a_long_sequence(s):
-    s.seconds_per_step = 1.0
+    s.pace.seconds_per_step = 1.0
     s.submit_sequence(inputs(*range(1000)), 0, LATER)
     assert s.estimated_wait() == 4
     s.submit_sequence(inputs(1), 0, 5)

@@ -1,0 +1,214 @@
+"""The work that is ready to run, and which of it forms the next batch.
+
+Work waits in one lane per length class, so that the rows of a batch are about equally long, and long chunks wait in a
+lane of their own; the lane whose head has waited longest goes first. A long chunk is run in pieces, and waits anew,
+behind the others, after each ("cellular batching": P. Gao et al., "Low latency RNN inference with cellular batching",
+EuroSys 2018).
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from service.engine.base import Tensors
+from service.scheduler.limits import ModelTraits, SchedulerLimits
+from service.scheduler.work import Batch, Chunk, Group, together
+from service.state.slots import INITIAL, SCRATCH, Slots
+
+#: A piece of long work takes as long as everything else took since the last one, within these bounds.
+_LEAST_SECONDS, _MOST_SECONDS = 0.001, 0.005
+
+#: The lane of the chunks that are run in pieces.
+_LONG = sys.maxsize
+
+
+class Pace:
+    """How long work takes lately, everything included, and how long a piece of long work may be."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._limits = limits
+        #: The warm-up gives the first value.
+        self.seconds_per_step = 0.0
+        self._in_pieces = 0.0  # seconds per step of long work
+        self._last_piece: float | None = None  # when it ended, if there was no rest since
+        self._shared = False  # did other work run since then?
+
+    def observe(self, steps: int, seconds: float, now: float, *, long: bool) -> None:
+        """A batch of so many steps has been run."""
+        # Weighted by steps: the fixed cost of small batches says nothing of how long a full queue takes.
+        self.seconds_per_step += (seconds / steps - self.seconds_per_step) * steps / (steps + 1000)
+        if long:
+            self._in_pieces += (seconds / steps - self._in_pieces) * (0.2 if self._in_pieces else 1.0)
+            self._last_piece = now
+        self._shared = not long
+
+    def rest(self) -> None:
+        """There is nothing to do."""
+        self._last_piece = None
+
+    def piece(self, rows: int, now: float) -> int:
+        """Time steps of each of `rows` long chunks to run now."""
+        if not self._in_pieces:
+            return self._limits.piece_steps
+        seconds = _MOST_SECONDS
+        if self._shared and self._last_piece is not None:
+            seconds = min(max(now - self._last_piece, _LEAST_SECONDS), _MOST_SECONDS)
+        most = max(1, self._limits.max_batch_steps // rows)
+        return min(max(1, int(seconds / (self._in_pieces * rows))), most)
+
+
+class Lanes:
+    """workspaces: rows of the arena for chunks between their pieces. drop(work, now): is it not to be run any more?"""
+
+    def __init__(
+        self,
+        traits: ModelTraits,
+        limits: SchedulerLimits,
+        workspaces: Slots,
+        pace: Pace,
+        drop: Callable[[Chunk | Group, float], bool],
+    ) -> None:
+        self._traits = traits
+        self._limits = limits
+        self._workspaces = workspaces
+        self._pace = pace
+        self._drop = drop
+        self._longest = limits.piece_steps if traits.cuttable else sys.maxsize
+        self._lanes: dict[int, deque[Chunk | Group]] = {}
+        self._starved: deque[Chunk] = deque()  # they need a workspace, and all are taken
+        self._order = 0
+
+    def __iter__(self) -> Iterator[Chunk | Group]:
+        """All that waits."""
+        for lane in self._lanes.values():
+            yield from lane
+        yield from self._starved
+
+    @property
+    def idle(self) -> bool:
+        return not self._starved and not any(self._lanes.values())
+
+    def is_long(self, steps: int) -> bool:
+        """Would a chunk of so many steps be run in pieces?"""
+        return steps > self._longest
+
+    def most_rows(self, steps: int) -> int:
+        """Rows of so many steps that fit in a batch."""
+        return min(self._limits.max_batch, max(1, self._limits.max_batch_steps // steps))
+
+    def next_steps(self, work: Chunk | Group) -> int:
+        """Steps of each row that run next, about."""
+        if work.length <= self._longest or isinstance(work, Group):
+            return work.length
+        return min(work.length - work.done, self._longest)
+
+    def put(self, work: Chunk | Group) -> None:
+        self._order += 1
+        work.order = self._order
+        length = self._length_class(work.length)
+        lane = self._lanes.get(length)
+        if lane is None:
+            lane = self._lanes[length] = deque()
+        lane.append(work)
+
+    def take(self, now: float) -> Batch:
+        """The next batch; empty if nothing waits."""
+        self._feed_starved(now)
+        batch = Batch()
+        while not batch and (length := self._oldest_lane()) is not None:
+            batch = self._fill_long(now) if length == _LONG else self._fill(length, now)
+        return batch
+
+    def _length_class(self, steps: int) -> int:
+        """Steps a row of the lane is padded to at most."""
+        if steps > self._longest:
+            return _LONG
+        return 1 << (steps - 1).bit_length() if self._traits.ragged else steps
+
+    def _oldest_lane(self) -> int | None:
+        for length in [length for length, lane in self._lanes.items() if not lane]:
+            del self._lanes[length]
+        return min(self._lanes, key=lambda length: self._lanes[length][0].order, default=None)
+
+    def _fill(self, length: int, now: float) -> Batch:
+        lane = self._lanes[length]
+        most = self.most_rows(length)
+        batch = Batch()
+        blocks: list[Tensors] = []
+        while lane:
+            work = lane[0]
+            rows = len(work.sessions) if isinstance(work, Group) else 1
+            if len(batch) and len(batch) + rows > most:
+                break
+            lane.popleft()
+            if self._drop(work, now):
+                continue
+            batch.work.append(work)
+            if isinstance(work, Group):
+                batch.lens += [work.length] * rows
+                batch.sources += [session.source for session in work.sessions]
+                batch.targets += [session.slot for session in work.sessions]
+                blocks.append(tuple([array.reshape(-1, *array.shape[2:]) for array in work.inputs]))
+            else:
+                work.running = True
+                session = work.session
+                batch.lens.append(work.length)
+                batch.sources.append(INITIAL if session is None else session.source)
+                batch.targets.append(SCRATCH if session is None else session.slot)
+                blocks.append(work.inputs)
+        return _assembled(batch, blocks)
+
+    def _fill_long(self, now: float) -> Batch:
+        """One piece of each long chunk, all as long as the shortest has left: so nothing is padded."""
+        lane = self._lanes[_LONG]
+        chunks: list[Chunk] = []
+        while lane and len(chunks) < self._limits.max_batch:
+            chunk = lane.popleft()
+            if not isinstance(chunk, Chunk) or self._drop(chunk, now):
+                continue
+            if chunk.workspace is None:
+                chunk.workspace = self._workspaces.take()
+            if chunk.workspace is None:
+                self._starved.append(chunk)
+            else:
+                chunks.append(chunk)
+        batch = Batch()
+        blocks: list[Tensors] = []
+        if chunks:
+            left = min(chunk.length - chunk.done for chunk in chunks)
+            steps = min(self._pace.piece(len(chunks), now), left)
+            for chunk in chunks:
+                self._place(chunk, steps, batch, blocks)
+        return _assembled(batch, blocks)
+
+    def _place(self, chunk: Chunk, steps: int, batch: Batch, blocks: list[Tensors]) -> None:
+        """Make the next `steps` steps of a long chunk a row of the batch."""
+        assert chunk.workspace is not None
+        chunk.running = True
+        session = chunk.session
+        begin, end = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
+        last = chunk.done + steps == chunk.length
+        batch.work.append(chunk)
+        batch.lens.append(steps)
+        batch.sources.append(chunk.workspace if chunk.done else begin)
+        batch.targets.append(end if last else chunk.workspace)
+        blocks.append(tuple([array[chunk.done : chunk.done + steps] for array in chunk.inputs]))
+
+    def _feed_starved(self, now: float) -> None:
+        """Let as many chunks wait in the lanes again as there are workspaces for."""
+        starved, self._starved = self._starved, deque()
+        free = self._workspaces.count - self._workspaces.taken
+        for chunk in starved:
+            if self._drop(chunk, now):
+                continue
+            if free > 0:
+                self.put(chunk)
+                free -= 1
+            else:
+                self._starved.append(chunk)
+
+
+def _assembled(batch: Batch, blocks: list[Tensors]) -> Batch:
+    if blocks:
+        batch.inputs = tuple([together(tensors, batch.lens) for tensors in zip(*blocks, strict=True)])
+    return batch
