@@ -13,7 +13,7 @@ import structlog
 import bundle as bundles
 from bundle import Bundle, Manifest
 from service.core.clock import Clock
-from service.engine.base import Engine
+from service.engine.base import Engine, PlainRows
 from service.engine.host import HostEngine
 from service.engine.runner import DeviceUnavailable, Runner
 from service.protocol.tensors import Codec
@@ -158,9 +158,9 @@ def _warm_up(engine: Engine, manifest: Manifest, max_batch: int) -> float:
     best = float("inf")
     for size in (1, max_batch, max_batch, max_batch):
         inputs = tuple(np.zeros((size, 1, *spec.shape), spec.numpy) for spec in manifest.inputs)
-        batch = Batch([], inputs, [1] * size, [INITIAL] * size, [SCRATCH] * size)
+        rows = PlainRows(inputs, [1] * size, [INITIAL] * size, [SCRATCH] * size)
         started = perf_counter()
-        _, failed = engine.run(batch)
+        _, failed = engine.run(rows)
         best = min(best, (perf_counter() - started) / size)
         if failed:
             raise ModelRefused(f"{manifest.name}:{manifest.version} cannot run a batch of {size}: {failed[0].message}")

@@ -1,6 +1,7 @@
 """What the scheduler needs of an engine. One implementation a file: `host.py` keeps the rows in host memory."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,9 +23,19 @@ class Rows(Protocol):
     @property
     def lens(self) -> Sequence[int]: ...
     @property
-    def sources(self) -> Sequence[int]: ...
+    def sources(self) -> Sequence[int] | np.ndarray: ...
     @property
-    def targets(self) -> Sequence[int]: ...
+    def targets(self) -> Sequence[int] | np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainRows:
+    """Rows that belong to no batch of the scheduler's."""
+
+    inputs: Tensors
+    lens: Sequence[int]
+    sources: Sequence[int]
+    targets: Sequence[int]
 
 
 class Engine(Protocol):

@@ -1,14 +1,11 @@
 """The engine with its rows in host memory; the graph runs wherever the runner's session runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import structlog
 
 from bundle import Manifest
 from service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
-from service.engine.base import Rows, Tensors
+from service.engine.base import PlainRows, Rows, Tensors
 from service.engine.runner import Runner, StepBuffers
 from service.state.arena import HostArena
 from service.state.slots import INITIAL
@@ -17,16 +14,6 @@ from service.state.slots import INITIAL
 _BOUND_ROWS = 256
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Some:
-    """Some rows of a batch, as a batch."""
-
-    inputs: Tensors
-    lens: Sequence[int]
-    sources: Sequence[int]
-    targets: Sequence[int]
 
 
 class HostEngine:
@@ -87,7 +74,7 @@ class HostEngine:
         failed: dict[int, UnrollError] = {}
         for i, steps in enumerate(rows.lens):
             inputs = tuple(array[i : i + 1, :steps] for array in rows.inputs)
-            outputs, failure = self.run(_Some(inputs, [steps], [rows.sources[i]], [rows.targets[i]]))
+            outputs, failure = self.run(PlainRows(inputs, [steps], [rows.sources[i]], [rows.targets[i]]))
             for target, source in zip(self._row(together, i, steps), self._row(outputs, 0, steps), strict=True):
                 target[...] = source
             if failure:

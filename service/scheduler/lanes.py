@@ -10,9 +10,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from service.engine.base import Tensors
 from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.work import Batch, Chunk, Group, together
+from service.scheduler.work import Batch, Chunk, Group
 from service.state.slots import INITIAL, SCRATCH, Slots
 
 #: A piece of long work takes as long as everything else took since the last one, within these bounds.
@@ -114,10 +113,10 @@ class Lanes:
     def take(self, now: float) -> Batch:
         """The next batch; empty if nothing waits."""
         self._feed_starved(now)
-        batch = Batch()
-        while not batch and (length := self._oldest_lane()) is not None:
-            batch = self._fill_long(now) if length == _LONG else self._fill(length, now)
-        return batch
+        while (length := self._oldest_lane()) is not None:
+            if batch := self._fill_long(now) if length == _LONG else self._fill(length, now):
+                return batch.seal()
+        return Batch()
 
     def _length_class(self, steps: int) -> int:
         """Steps a row of the lane is padded to at most."""
@@ -134,7 +133,6 @@ class Lanes:
         lane = self._lanes[length]
         most = self.most_rows(length)
         batch = Batch()
-        blocks: list[Tensors] = []
         while lane:
             work = lane[0]
             rows = len(work.sessions) if isinstance(work, Group) else 1
@@ -143,20 +141,16 @@ class Lanes:
             lane.popleft()
             if self._drop(work, now):
                 continue
-            batch.work.append(work)
             if isinstance(work, Group):
-                batch.lens += [work.length] * rows
-                batch.sources += [session.source for session in work.sessions]
-                batch.targets += [session.slot for session in work.sessions]
-                blocks.append(tuple([array.reshape(-1, *array.shape[2:]) for array in work.inputs]))
+                block = tuple([array.reshape(-1, *array.shape[2:]) for array in work.inputs])
+                sources = [session.source for session in work.sessions]
+                batch.add(work, block, [work.length] * rows, sources, [session.slot for session in work.sessions])
             else:
                 work.running = True
                 session = work.session
-                batch.lens.append(work.length)
-                batch.sources.append(INITIAL if session is None else session.source)
-                batch.targets.append(SCRATCH if session is None else session.slot)
-                blocks.append(work.inputs)
-        return _assembled(batch, blocks)
+                source, target = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
+                batch.add(work, work.inputs, [work.length], [source], [target])
+        return batch
 
     def _fill_long(self, now: float) -> Batch:
         """One piece of each long chunk, all as long as the shortest has left: so nothing is padded."""
@@ -173,26 +167,12 @@ class Lanes:
             else:
                 chunks.append(chunk)
         batch = Batch()
-        blocks: list[Tensors] = []
         if chunks:
             left = min(chunk.length - chunk.done for chunk in chunks)
             steps = min(self._pace.piece(len(chunks), now), left)
             for chunk in chunks:
-                self._place(chunk, steps, batch, blocks)
-        return _assembled(batch, blocks)
-
-    def _place(self, chunk: Chunk, steps: int, batch: Batch, blocks: list[Tensors]) -> None:
-        """Make the next `steps` steps of a long chunk a row of the batch."""
-        assert chunk.workspace is not None
-        chunk.running = True
-        session = chunk.session
-        begin, end = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
-        last = chunk.done + steps == chunk.length
-        batch.work.append(chunk)
-        batch.lens.append(steps)
-        batch.sources.append(chunk.workspace if chunk.done else begin)
-        batch.targets.append(end if last else chunk.workspace)
-        blocks.append(tuple([array[chunk.done : chunk.done + steps] for array in chunk.inputs]))
+                _add_piece(batch, chunk, steps)
+        return batch
 
     def _feed_starved(self, now: float) -> None:
         """Let as many chunks wait in the lanes again as there are workspaces for."""
@@ -208,7 +188,13 @@ class Lanes:
                 self._starved.append(chunk)
 
 
-def _assembled(batch: Batch, blocks: list[Tensors]) -> Batch:
-    if blocks:
-        batch.inputs = tuple([together(tensors, batch.lens) for tensors in zip(*blocks, strict=True)])
-    return batch
+def _add_piece(batch: Batch, chunk: Chunk, steps: int) -> None:
+    """The next `steps` steps of a chunk that has a workspace."""
+    assert chunk.workspace is not None
+    chunk.running = True
+    session, end = chunk.session, chunk.done + steps
+    begin, target = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
+    source = chunk.workspace if chunk.done else begin
+    if end < chunk.length:
+        target = chunk.workspace
+    batch.add(chunk, tuple([array[chunk.done : end] for array in chunk.inputs]), [steps], [source], [target])

@@ -176,19 +176,21 @@ class Scheduler:
         most = self._lanes.most_rows(steps)
         left: list[int] = []
         group = Group([], [], inputs, steps, deadline, then)
+        members, rows = group.sessions, group.rows
         for row, (session, position) in enumerate(zip(sessions, positions, strict=True)):
-            if session.life is Life.IDLE and (position is None or position == session.position):
-                if len(group.rows) == most:
-                    self._queue_group(group)
-                    group = Group([], [], inputs, steps, deadline, then)
-                session.life = Life.BUSY
-                session.active = group
-                session.expected += steps
-                group.sessions.append(session)
-                group.rows.append(row)
-            else:
+            at = session.position
+            if session.active is not None or session.life is not Life.OPEN or (position != at and position is not None):
                 left.append(row)
-        if group.rows:
+                continue
+            if len(rows) == most:
+                self._queue_group(group)
+                group = Group([], [], inputs, steps, deadline, then)
+                members, rows = group.sessions, group.rows
+            session.active = group
+            session.expected = at + steps
+            members.append(session)
+            rows.append(row)
+        if rows:
             self._queue_group(group)
         return left
 
@@ -211,6 +213,16 @@ class Scheduler:
         action = Action(session, lambda: run(session))
         self._enqueue(session, action)
         return action
+
+    def remember_chunks(self, session: Session, depth: int) -> None:
+        """From now on the last `depth` chunks of a session can be asked for again."""
+        if session.stepped and depth > 1 and self._last_steps is not None:
+            start = session.position - 1
+            reply = Reply(self._last_steps.answer(session.slot), session.position)
+            session.applied = (Applied(start, payload_digest(self._last_steps.payload(session.slot)), reply),)
+            session.stepped = False
+        session.depth = depth
+        session.applied = session.applied[-depth:]
 
     def close(self, session_id: str, now: float) -> Session:
         """Close at once: what waits fails with `session_closed`, what runs is finished and answered."""
@@ -257,7 +269,7 @@ class Scheduler:
 
         `seconds`: how long it took, for the estimate of waiting times.
         """
-        steps, longest = batch.steps, max(batch.lens)
+        steps, longest = batch.steps, batch.longest
         self.counters.batches += 1
         self.counters.padded_steps += len(batch) * longest - steps
         if seconds is not None:
@@ -295,8 +307,8 @@ class Scheduler:
         slots, inputs = batch.targets, batch.inputs
         if failed:
             good = [row for row in range(len(batch)) if row not in failed]
-            slots = [slots[row] for row in good]
-            inputs, outputs = tuple(a[good] for a in inputs), tuple(a[good] for a in outputs)
+            slots = slots[good]
+            inputs, outputs = tuple([a[good] for a in inputs]), tuple([a[good] for a in outputs])
         last_steps.keep(slots, inputs, outputs)
 
     def _finish_chunk(self, chunk: Chunk, result: Tensors, steps: int, now: float) -> None:
@@ -324,30 +336,26 @@ class Scheduler:
 
     def _finish_group(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
         steps, in_table = group.length, group.length == 1 and self._last_steps is not None
-        self._in_flight -= len(group.sessions)
-        self._waiting_steps -= len(group.sessions) * steps
-        self.counters.chunks += len(group.sessions) - len(errors)
-        self.counters.steps += (len(group.sessions) - len(errors)) * steps
-        positions = []
+        count = len(group.sessions)
+        self._in_flight -= count
+        self._waiting_steps -= count * steps
+        self.counters.chunks += count - len(errors)
+        self.counters.steps += (count - len(errors)) * steps
         for row, session in enumerate(group.sessions):
             if row not in errors:
-                start = session.position
-                session.position = start + steps
-                session.source = session.slot
-                if in_table and session.depth == 1:
-                    session.stepped, session.applied = start, ()
-                else:
-                    reply = Reply(_row(outputs, row), session.position)
-                    self._remember(session, Applied(start, payload_digest(_row(group.inputs, row)), reply.copy()))
-            positions.append(session.position)
-            if session.pending or session.life is not Life.BUSY:
+                session.position += steps
+                if not session.stepped or not in_table:
+                    session.source = session.slot
+                    self._remember(session, session.position - steps, _row(group.inputs, row), _row(outputs, row))
+        if group.followed:
+            for session in group.sessions:
                 self._next_of(session, now)
-            else:
-                session.active = None
-                self.sessions.rest(session, now)
+        else:
+            self.sessions.rest_all(group.sessions, now)
         for row, error in errors.items():
             self._count_failed(error)
             self._recount(group.sessions[row], now)
+        positions = [session.position for session in group.sessions]
         group.settle(GroupReply(group.rows, positions, outputs, errors))
         for row, follower in group.followers:
             follower.settle(errors.get(row) or Reply(_row(outputs, row), positions[row]).copy())
@@ -430,7 +438,7 @@ class Scheduler:
 
     def _applied_at(self, session: Session, position: int, inputs: Tensors) -> Reply | None:
         """The reply to the chunk that began there, if it is still known. Raises PayloadMismatch if this is another."""
-        if position == session.stepped and self._last_steps is not None:
+        if session.stepped and position == session.position - 1 and self._last_steps is not None:
             if not _same(self._last_steps.payload(session.slot), inputs):
                 raise _mismatch(session, position)
             return Reply(self._last_steps.answer(session.slot), position + 1)
@@ -442,7 +450,8 @@ class Scheduler:
         return None
 
     def _enqueue(self, session: Session, work: Chunk | Action) -> None:
-        self.sessions.advance(session, "accept")
+        if isinstance(session.active, Group):
+            session.active.followed = True
         if session.active is None:
             session.active = work
             self._make_ready(work)
@@ -479,18 +488,22 @@ class Scheduler:
             return
         session.position = chunk.start + chunk.length
         session.source = session.slot
+        if not session.stepped or chunk.length > 1 or chunk.final:
+            self._remember(session, chunk.start, chunk.inputs, outputs, apart=chunk.final)
         reply = Reply(outputs, session.position)
-        if chunk.length == 1 and session.depth == 1 and self._last_steps is not None and not chunk.final:
-            session.stepped, session.applied = chunk.start, ()
-        else:
-            self._remember(session, Applied(chunk.start, payload_digest(chunk.inputs), reply.copy()))
         self._settle(chunk, reply, now)
         if chunk.final and session.life not in (Life.LEAVING, Life.GONE):
             self._close(session, now, session.applied[-1] if chunk.pinned else None)
 
-    def _remember(self, session: Session, applied: Applied) -> None:
-        session.stepped = -1
-        session.applied = (*session.applied, applied)[-session.depth :]
+    def _remember(
+        self, session: Session, start: int, inputs: Tensors, outputs: Tensors, *, apart: bool = False
+    ) -> None:
+        """So that this chunk can be asked for again. `apart`: the session is about to end, and its row with it."""
+        if len(inputs[0]) == 1 and session.depth == 1 and self._last_steps is not None and not apart:
+            session.stepped, session.applied = True, ()
+        else:
+            applied = Applied(start, payload_digest(inputs), Reply(outputs, session.position).copy())
+            session.stepped, session.applied = False, (*session.applied, applied)[-session.depth :]
 
     def _settle(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
         """Answer, and let the session's next work take its turn."""
@@ -521,11 +534,11 @@ class Scheduler:
         while session.pending and session.active is None:
             work = session.pending.pop(0)
             session.active = work if work.outcome is None else None
-        if session.active is None:
+        if session.active is not None:
+            self._make_ready(session.active)
+        else:
             session.pending = None
             self.sessions.rest(session, now)
-        else:
-            self._make_ready(session.active)
 
     def _recount(self, session: Session, now: float) -> None:
         """What the session counted on did not come: give what waits its new place, or fail what insists on the old."""
@@ -552,7 +565,9 @@ class Scheduler:
     def _close(self, session: Session, now: float, last: Applied | None = None) -> None:
         waiting = session.queue()
         active = session.active
-        running = isinstance(active, Group) or (isinstance(active, Chunk) and active.running)
+        running = isinstance(active, Chunk) and active.running
+        if isinstance(active, Group):
+            active.followed = running = True
         session.pending = None
         self.sessions.close(session, now, last, running=running)
         if session.life is Life.GONE:

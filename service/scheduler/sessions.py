@@ -2,8 +2,8 @@
 
 A session's life:
 
-- A session that is opened is IDLE. Work makes it BUSY, until none is left.
-- Only an IDLE session expires or is evicted: accepted work is never lost to either.
+- A session that is OPEN is idle, or has work: one piece of it is active, the rest is pending.
+- Only an idle session expires or is evicted: accepted work is never lost to either.
 - Closing works in any state. What waits fails with `session_closed`; what runs is finished first, LEAVING.
 - A session that is GONE leaves a tombstone: for a while the table can still say what became of it.
 
@@ -12,7 +12,7 @@ Time is an argument. A transition that is not in the table raises and changes no
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from service.core.errors import (
@@ -29,14 +29,10 @@ from service.scheduler.work import Applied, Life, Session
 from service.state.slots import INITIAL, Slots
 
 TRANSITIONS = {
-    (Life.IDLE, "accept"): Life.BUSY,
-    (Life.BUSY, "accept"): Life.BUSY,
-    (Life.BUSY, "rest"): Life.IDLE,
-    (Life.IDLE, "expire"): Life.GONE,
-    (Life.IDLE, "evict"): Life.GONE,
-    (Life.IDLE, "close"): Life.GONE,
-    (Life.BUSY, "close"): Life.GONE,
-    (Life.BUSY, "leave"): Life.LEAVING,
+    (Life.OPEN, "expire"): Life.GONE,
+    (Life.OPEN, "evict"): Life.GONE,
+    (Life.OPEN, "close"): Life.GONE,
+    (Life.OPEN, "leave"): Life.LEAVING,
     (Life.LEAVING, "rest"): Life.GONE,
 }
 
@@ -142,7 +138,7 @@ class SessionTable:
 
     def check_room(self) -> None:
         """Raises CapacityExhausted if a session could not be opened now."""
-        if self.slots.taken == self.slots.count and not any(s.life is Life.IDLE for s in self._live.values()):
+        if self.slots.taken == self.slots.count and not any(s.active is None for s in self._live.values()):
             raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
 
     def find(self, session_id: str, now: float) -> Session:
@@ -154,7 +150,7 @@ class SessionTable:
 
     def living(self, session_id: str, now: float) -> Session | None:
         session = self._live.get(session_id)
-        if session is not None and now - session.last_used >= self._idle_timeout and session.life is Life.IDLE:
+        if session is not None and now - session.last_used >= self._idle_timeout and session.active is None:
             self.expire(now)
             return None
         return session
@@ -200,12 +196,20 @@ class SessionTable:
 
     def rest(self, session: Session, now: float) -> None:
         """The session's work is done: it is the last to be evicted, and its idle time begins."""
+        session.active = None
         session.last_used = now
-        if session.life is Life.BUSY:
-            session.life = Life.IDLE
+        if session.life is Life.OPEN:
             self._live.move_to_end(session.id)
         else:
             self.advance(session, "rest")
+
+    def rest_all(self, sessions: Iterable[Session], now: float) -> None:
+        """`rest` for sessions that are open, each."""
+        to_end = self._live.move_to_end
+        for session in sessions:
+            session.active = None
+            session.last_used = now
+            to_end(session.id)
 
     def close(self, session: Session, now: float, last: Applied | None = None, *, running: bool = False) -> None:
         """`running`: its work has begun and is finished first."""
@@ -217,7 +221,7 @@ class SessionTable:
             session = next(iter(self._live.values()))
             if now - session.last_used < self._idle_timeout:
                 return
-            if session.life is Life.IDLE:
+            if session.active is None:
                 self._remove(session, "expire", SessionExpired, now)
                 self._on_gone(SessionExpired)
             else:  # it has work: its idle time has not begun
@@ -226,7 +230,7 @@ class SessionTable:
 
     def _evict_one(self, now: float) -> None:
         for session in self._live.values():
-            if session.life is Life.IDLE:
+            if session.active is None:
                 self._remove(session, "evict", SessionEvicted, now)
                 self._on_gone(SessionEvicted)
                 return
@@ -263,7 +267,6 @@ class SessionTable:
         assert all(session.id == key for key, session in self._live.items())
         assert all(session.life is Life.LEAVING for session in self._leaving)
         for session in self._live.values():
-            assert session.life in (Life.IDLE, Life.BUSY), session
-            assert (session.life is Life.IDLE) == (session.active is None), session
+            assert session.life is Life.OPEN, session
             assert not session.pending or session.active is not None, session
             assert session.id not in self._tombstones, session

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 
@@ -34,15 +34,11 @@ Outcome = Reply | UnrollError
 
 
 class Life(StrEnum):
-    """The states of a session; `sessions.py` holds the transitions."""
+    """The states of a session; `sessions.py` holds the transitions. While OPEN it is idle if no work is `active`."""
 
-    IDLE = "idle"
-    BUSY = "busy"
+    OPEN = "open"
     LEAVING = "leaving"
     GONE = "gone"
-
-    # Enum's own hash is a Python call, and the transition table is read several times a step.
-    __hash__ = str.__hash__
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +58,7 @@ class Session:
     position: steps consumed. expected: the position once all accepted work is done. opened_with: digest of the
     request that opened it at position 0, so that its late duplicate does not open another.
     depth: how many of the last chunks can be asked for again. If the last was a single step, and depth is 1, `stepped`
-    is where it began, and `LastSteps` has its payload and its answer; otherwise `applied` has the chunks, latest last.
+    says so, and `LastSteps` has its payload and its answer; otherwise `applied` has the chunks, latest last.
     """
 
     id: str
@@ -72,8 +68,8 @@ class Session:
     expected: int
     last_used: float
     depth: int = 1
-    life: Life = Life.IDLE
-    stepped: int = -1
+    life: Life = Life.OPEN
+    stepped: bool = False
     applied: tuple[Applied, ...] = ()
     opened_with: bytes = b""
     active: "Chunk | Group | Action | None" = None
@@ -86,10 +82,11 @@ class Session:
 
     def forget_applied(self) -> None:
         """No chunk of the past can be asked for again."""
-        self.stepped, self.applied = -1, ()
+        self.stepped, self.applied = False, ()
 
     def __repr__(self) -> str:
-        return f"<Session {self.id} {self.life.value} position={self.position} expected={self.expected}>"
+        life = self.life.value if self.life is not Life.OPEN else "idle" if self.active is None else "busy"
+        return f"<Session {self.id} {life} position={self.position} expected={self.expected}>"
 
 
 class Chunk:
@@ -157,7 +154,8 @@ class Group:
     """The next T steps of several sessions that were idle: accepted, run and answered as one piece of work.
 
     inputs: each (len(sessions), time, *shape). rows: which of the submission's rows they are. It is never cancelled:
-    a session that is closed meanwhile leaves when the group is done. followers: retries of a row, answered with it.
+    a session that is closed meanwhile leaves when the group is done. followed: one of the sessions was closed, or has
+    more work by now. followers: retries of a row, answered with it.
     """
 
     sessions: list[Session]
@@ -167,6 +165,7 @@ class Group:
     deadline: float
     then: Callable[[GroupReply], None]
     order: int = 0
+    followed: bool = False
     followers: list[tuple[int, Chunk]] = field(default_factory=list)
     outcome: GroupReply | None = None
 
@@ -190,45 +189,56 @@ class Action:
             listener(outcome)
 
 
-@dataclass(slots=True, eq=False)
 class Batch:
-    """One call of the model. work: chunks, a row each, and groups, in the order of their rows.
+    """One call of the model: rows that are added one piece of work after another, and then `seal`ed.
 
-    lens, sources, targets: per row, how many steps it runs, from the state in which row, and where the new one goes.
+    work: chunks, a row each, and groups, in the order of their rows. lens: steps of each row. sources, targets: rows of
+    the arena that each reads its state from and writes the new one to. steps: of all rows together.
     """
 
-    work: list[Chunk | Group] = field(default_factory=list)
-    inputs: Tensors = ()
-    lens: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.work: list[Chunk | Group] = []
+        self.lens: list[int] = []
+        self._sources: list[int] = []
+        self._targets: list[int] = []
+        self._blocks: list[Tensors] = []
 
     def __len__(self) -> int:
         return len(self.lens)
 
-    @property
-    def steps(self) -> int:
-        return sum(self.lens)
+    def add(self, work: Chunk | Group, block: Tensors, lens: list[int], sources: list[int], targets: list[int]) -> None:
+        """block: each input of these rows, one after another: (steps of all of them, *shape)."""
+        self.work.append(work)
+        self.lens += lens
+        self._sources += sources
+        self._targets += targets
+        self._blocks.append(block)
+
+    def seal(self) -> Self:
+        """Make arrays of what was added; afterwards the batch can be run."""
+        self.steps = sum(self.lens)
+        self.longest = max(self.lens)
+        self.inputs = tuple([together(blocks, self.lens, self.longest) for blocks in zip(*self._blocks, strict=True)])
+        self.targets = np.array(self._targets, np.intp)
+        same = self._sources == self._targets
+        self.sources = self.targets if same else np.array(self._sources, np.intp)
+        return self
 
 
-def together(blocks: Sequence[np.ndarray], lens: Sequence[int]) -> np.ndarray:
+def together(blocks: Sequence[np.ndarray], lens: Sequence[int], longest: int) -> np.ndarray:
     """Rows as one array (rows, longest, *shape), short ones padded with zeros.
 
     blocks: each (time, *shape), the steps of one row or of several, one after another.
     """
-    rows, longest = len(lens), max(lens)
-    shape = blocks[0].shape[1:]
-    if rows * longest == sum(lens):
-        flat = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    rows, shape = len(lens), blocks[0].shape[1:]
+    flat = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    if rows * longest == len(flat):
         return flat.reshape(rows, longest, *shape)
     padded = np.zeros((rows, longest, *shape), blocks[0].dtype)
-    row = 0
-    for block in blocks:
-        at = 0
-        while at < len(block):
-            padded[row, : lens[row]] = block[at : at + lens[row]]
-            at += lens[row]
-            row += 1
+    begin = 0
+    for row, steps in enumerate(lens):
+        padded[row, :steps] = flat[begin : begin + steps]
+        begin += steps
     return padded
 
 

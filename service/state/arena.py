@@ -11,11 +11,11 @@ class HostArena:
     def __init__(self, count: int, state_size: int) -> None:
         self.rows = np.zeros((count, state_size), np.float32)
 
-    def gather(self, slots: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+    def gather(self, slots: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Copies of the rows: (len(slots), state_size), in `out` if it is given."""
         return self.rows.take(slots, axis=0, out=out, mode="clip")  # "raise" would copy twice
 
-    def scatter(self, slots: Sequence[int], rows: np.ndarray) -> None:
+    def scatter(self, slots: Sequence[int] | np.ndarray, rows: np.ndarray) -> None:
         self.rows[slots] = rows
 
     def read(self, slot: int) -> np.ndarray:

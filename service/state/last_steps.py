@@ -26,7 +26,7 @@ class LastSteps:
     def fits(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
         return sum(spec.nbytes for spec in (*inputs, *outputs)) <= MAX_STEP_BYTES
 
-    def keep(self, slots: Sequence[int], inputs: Tensors, outputs: Tensors) -> None:
+    def keep(self, slots: Sequence[int] | np.ndarray, inputs: Tensors, outputs: Tensors) -> None:
         """inputs: each (len(slots), 1, *shape); outputs: the same, or (len(slots), *shape) without time."""
         for table, rows in zip(self._inputs, inputs, strict=True):
             table[slots] = rows

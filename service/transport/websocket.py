@@ -44,7 +44,16 @@ class DirectStream:
     def resume(self) -> None:
         self._protocol.transport.resume_reading()
 
+    def unsent(self) -> int:
+        """Bytes written that the client has not taken yet."""
+        return self._protocol.transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Cut the connection off."""
+        self._protocol.transport.abort()
+
     def end(self) -> None:
+        """There will be no more messages."""
         if not self.closed.done():
             self.closed.set_result(None)
 

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 import bundle
 from service.core.errors import EngineFailed, NonFiniteOutput
 from service.engine import runner as runner_module
+from service.engine.base import PlainRows
 from service.engine.host import HostEngine
 from service.engine.runner import DeviceUnavailable, Runner, resolve_device
 from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Batch, Chunk, Reply
+from service.scheduler.work import Chunk, Reply
 from service.state.slots import INITIAL
 
 
@@ -98,7 +99,7 @@ def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load):
     x = np.ones((2, 1, 3), np.float32)
     engine.write(3, np.full(manifest.state_size, np.inf, np.float32))
     engine.write(4, np.zeros(manifest.state_size, np.float32))
-    outputs, failed = engine.run(Batch([], (x,), [1, 1], [INITIAL, 3], [2, 4]))
+    outputs, failed = engine.run(PlainRows((x,), [1, 1], [INITIAL, 3], [2, 4]))
     assert {row: type(error) for row, error in failed.items()} == {1: NonFiniteOutput}
     assert not engine.read(4).any()
     assert np.array_equal(outputs[0][0], alone(runner, manifest, (x[0],))[0])
@@ -108,7 +109,7 @@ def test_a_row_the_model_cannot_run_fails_alone(load):
     runner, manifest = load("tokens")
     engine = HostEngine(runner, manifest, 6)
     tokens = np.array([[3, 1], [10**6, 0]])
-    outputs, failed = engine.run(Batch([], (tokens,), [2, 1], [INITIAL, INITIAL], [2, 3]))
+    outputs, failed = engine.run(PlainRows((tokens,), [2, 1], [INITIAL, INITIAL], [2, 3]))
     assert {row: type(error) for row, error in failed.items()} == {1: EngineFailed}
     assert np.array_equal(outputs[0][0], alone(runner, manifest, (tokens[0],))[0])
     assert engine.read(2).any()

@@ -18,7 +18,7 @@ from service.core.errors import (
     SessionUnknown,
 )
 from service.scheduler.sessions import LastWords
-from service.scheduler.work import Applied, Chunk, Life, Reply, Session
+from service.scheduler.work import Applied, Chunk, GroupReply, Life, Reply, Session
 
 LATER = 1e9
 
@@ -189,6 +189,115 @@ def test_a_failing_row_leaves_its_neighbours_alone(s, engine):
     bad, good = s.submit_steps("a", inputs(13), 0, LATER), s.submit_steps("b", inputs(1), 0, LATER)
     run_until_idle(s, engine)
     assert (failure(bad), answer(good)) == ("engine_failed", fold([1]))
+
+
+def test_a_client_that_pipelines_can_ask_for_as_many_chunks_again(s, engine):
+    session = s.open("a", 0)
+    s.submit_steps("a", inputs(0), 0, LATER)
+    run_until_idle(s, engine)
+    s.remember_chunks(session, 3)
+    for step in (1, 2):
+        s.submit_steps("a", inputs(step), 0, LATER)
+        run_until_idle(s, engine)
+    for step in (0, 1, 2):
+        again = s.submit_steps("a", inputs(step), 0, LATER, position=step)
+        assert answer(again) == fold([0, 1, 2])[step : step + 1]
+    s.submit_steps("a", inputs(3), 0, LATER)
+    run_until_idle(s, engine)
+    with pytest.raises(PositionTooOld):
+        s.submit_steps("a", inputs(0), 0, LATER, position=0)
+    s.remember_chunks(session, 1)
+    assert answer(s.submit_steps("a", inputs(3), 0, LATER, position=3)) == fold([0, 1, 2, 3])[3:]
+    with pytest.raises(PositionTooOld):
+        s.submit_steps("a", inputs(2), 0, LATER, position=2)
+
+
+# ── groups ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def grouped(s, names, rows, positions=None):
+    """The sessions, what was not taken, and the list that receives the replies."""
+    replies: list[GroupReply] = []
+    sessions = [s.sessions.find(name, 0) for name in names]
+    positions = positions or [session.position for session in sessions]
+    left = s.submit_group(sessions, positions, (np.array(rows),), 0, LATER, replies.append)
+    return sessions, left, replies
+
+
+def test_a_group_is_one_step_of_each_of_its_sessions(s, engine):
+    for name in "abc":
+        s.open(name, 0)
+    s.submit_steps("b", inputs(9), 0, LATER)
+    sessions, left, replies = grouped(s, "abca", [[1], [2], [3], [4]], [0, 0, None, 0])
+    assert left == [1, 3]  # b is busy, and a has its step already
+    run_until_idle(s, engine)
+    (reply,) = replies
+    assert (reply.rows, reply.positions, reply.errors) == ([0, 2], [1, 1], {})
+    assert reply.outputs[0].tolist() == [fold([1]), fold([3])]
+    assert grouped(s, "ab", [[5], [6]], [0, 1])[1] == [0]
+
+
+def test_a_group_of_more_rows_than_a_batch_is_answered_in_parts(s, engine):
+    for name in "abcd":
+        s.open(name, 0)
+    _, left, replies = grouped(s, "abcd", [[1], [2], [3], [4]])
+    assert left == []
+    run_until_idle(s, engine)
+    assert [reply.rows for reply in replies] == [[0, 1, 2], [3]]
+
+
+def test_a_step_of_a_group_can_be_asked_for_again_while_it_runs_and_after(s, engine):
+    s.open("a", 0)
+    _, _, replies = grouped(s, "a", [[1]])
+    _, batch = s.next_turn(0)
+    again = s.submit_steps("a", inputs(1), 0, LATER, position=0)
+    with pytest.raises(PayloadMismatch):
+        s.submit_steps("a", inputs(2), 0, LATER, position=0)
+    s.finish(batch, *engine.run(batch), 0)
+    assert answer(again) == fold([1]) == replies[0].outputs[0][0].tolist()
+    assert answer(s.submit_steps("a", inputs(1), 0, LATER, position=0)) == fold([1])
+    with pytest.raises(PayloadMismatch):
+        s.submit_steps("a", inputs(2), 0, LATER, position=0)
+    assert s.in_flight == 0
+
+
+def test_a_row_of_a_group_fails_alone_and_what_counted_on_it_too(s, engine):
+    engine.failing = {13}
+    for name in "ab":
+        s.open(name, 0)
+    sessions, _, replies = grouped(s, "ab", [[13], [1]])
+    pinned = s.submit_steps("a", inputs(2), 0, LATER, position=1)
+    free = s.submit_steps("a", inputs(3), 0, LATER)
+    run_until_idle(s, engine)
+    assert {row: error.code for row, error in replies[0].errors.items()} == {0: "engine_failed"}
+    assert replies[0].outputs[0][1].tolist() == fold([1])
+    assert failure(pinned) == "position_gap"
+    assert answer(free) == fold([3])
+    assert [session.position for session in sessions] == [1, 1]
+
+
+def test_a_session_closed_while_its_group_runs_leaves_when_it_is_done(s, engine):
+    for name in "ab":
+        s.open(name, 0)
+    sessions, _, replies = grouped(s, "ab", [[1], [2]])
+    waiting = s.submit_steps("a", inputs(2), 0, LATER)
+    s.close("a", 0)
+    assert failure(waiting) == "session_closed"
+    assert sessions[0].life is Life.LEAVING
+    run_until_idle(s, engine)
+    assert replies[0].outputs[0].tolist() == [fold([1]), fold([2])]
+    assert sessions[0].life is Life.GONE
+    assert s.sessions.slots.taken == 1
+
+
+def test_a_group_that_is_late_fails_whole(s, engine):
+    s.open("a", 0)
+    replies: list[GroupReply] = []
+    s.submit_group([s.sessions.find("a", 0)], [0], (np.array([[1]]),), 0, 5, replies.append)
+    again = s.submit_steps("a", inputs(1), 0, LATER, position=0)
+    run_until_idle(s, engine, now=6)
+    assert replies[0].errors[0].code == failure(again) == "deadline_exceeded"
+    assert (s.in_flight, s.sessions.find("a", 6).position) == (0, 0)
 
 
 # ── START and END ────────────────────────────────────────────────────────────────────────────────

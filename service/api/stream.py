@@ -1,0 +1,597 @@
+"""The WebSocket stream of the native API: many sessions on one connection, many of their chunks in one frame.
+
+`Stream` is the protocol and nothing else: it is given messages and functions to answer by, never waits, and knows no
+web server. Below it, what ties a Stream to one: any ASGI server, or a transport that offers `unroll.stream`.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, Protocol
+
+import structlog
+from fastapi import APIRouter, WebSocket
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette.websockets import WebSocketDisconnect
+
+from service.api import sessions
+from service.api.errors import problem, problem_of, reason
+from service.api.http import Answer
+from service.api.server import Server
+from service.api.sessions import _new_id as new_id
+from service.api.steps import require_streamable, split_reference
+from service.catalog.model import ServedModel
+from service.core.errors import (
+    BodyTooLarge,
+    CapacityExhausted,
+    InvalidRequest,
+    ModelChanged,
+    Overloaded,
+    QueueFull,
+    SessionClosed,
+    SessionUnknown,
+    UnrollError,
+)
+from service.engine.base import Tensors
+from service.protocol import json
+from service.protocol.frames import Frame, FrameCodec, encode, encode_one
+from service.scheduler.work import Action, Chunk, GroupReply, Life, Outcome, Session
+
+_log = structlog.get_logger(__name__)
+
+#: Entries of a connection that may be unanswered before no more is read from it.
+WINDOW = 2048
+#: Sessions bound to one connection at a time, and in one `open`.
+MAX_HANDLES = 65_536
+#: Seconds after which a client that does not read is cut off.
+STALLED_SECONDS = 30.0
+
+#: Bytes written and not yet sent, above which an ASGI client counts as not reading, and below which it reads again.
+_HIGH_WATER, _LOW_WATER = 65_536, 16_384
+
+Handle = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class _Control(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Wanted(_Control):
+    handle: Handle
+    session_id: str | None = None
+    mode: Literal["new", "resume", "either"] = "new"
+    depth: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class _Open(_Control):
+    op: Literal["open"]
+    sessions: Annotated[list[_Wanted], Field(min_length=1, max_length=MAX_HANDLES)]
+
+
+class _Handles(_Control):
+    op: Literal["close", "detach"]
+    handles: Annotated[list[Handle], Field(min_length=1, max_length=MAX_HANDLES)]
+
+
+_CONTROL: TypeAdapter[_Open | _Handles] = TypeAdapter(Annotated[_Open | _Handles, Field(discriminator="op")])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bound:
+    """What a handle means: one session, and not another that is opened under its id later."""
+
+    served: ServedModel
+    session: Session
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A chunk of this connection that is not answered. position: as the client said it. alone: its frame's only one."""
+
+    stream: "Stream"
+    served: ServedModel
+    handle: int
+    steps: int
+    position: int | None
+    alone: bool
+    chunk: Chunk | None = None
+
+    def __call__(self, outcome: Outcome) -> None:
+        self.stream._settled(self, outcome)
+
+
+class Stream:
+    """One connection. `pause` and `resume` stop and start what calls `on_text` and `on_binary`.
+
+    `later` calls a function when the event loop comes round: the answers that came until then leave in one frame.
+    Raises ModelUnknown, or NotStreamable.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        model: str,
+        send_binary: Callable[[bytes], None],
+        send_text: Callable[[bytes], None],
+        pause: Callable[[], None],
+        resume: Callable[[], None],
+        *,
+        later: Callable[[Callable[[], None]], object],
+    ) -> None:
+        self._server = server
+        self._model = model
+        self._name, self._version = split_reference(model)
+        served = server.catalog.resolve(self._name, self._version)
+        require_streamable(served)
+        self._inputs, self._outputs = served.manifest.inputs, served.manifest.outputs
+        self._codec = FrameCodec(self._inputs, served.codec.max_steps)
+        self._send_binary, self._send_text = send_binary, send_text
+        self._pause, self._resume = pause, resume
+        self._later = later
+        self._bound: dict[int, _Bound] = {}
+        self._waiting: dict[_Waiting, None] = {}
+        self._answers: list[tuple[int, int, int, list[bytes]]] = []  # handle, steps, position, outputs
+        self._unanswered = 0
+        self._writable = True
+        self._paused = False
+        self._closed = False
+        server.streams.add(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "paused" if self._paused else "open"
+        return f"<Stream {self._model} {state}, {len(self._bound)} sessions, {self._unanswered} entries unanswered>"
+
+    # ── what the transport calls ─────────────────────────────────────────────────────────────────
+
+    def on_text(self, message: bytes) -> None:
+        try:
+            self._send_text(json.dump(self._control(message)))
+        except InvalidRequest as error:
+            self._send_text(json.dump({"op": "error", **_described(error)}))
+
+    def on_binary(self, message: bytes) -> None:
+        try:
+            limit = self._server.limits.max_body_bytes
+            if len(message) > limit:
+                raise BodyTooLarge(f"a frame may have {limit} bytes, this one has {len(message)}")
+            frame = self._codec.decode(message)
+        except InvalidRequest as error:
+            self._send_text(json.dump({"op": "error", **_described(error)}))
+            return
+        self._unanswered += len(frame.handles)
+        if len(frame.handles) == 1:
+            fault = self._codec.fault(frame.chunks[0])
+            self._submit(frame, 0, frame.chunks[0], fault)
+        else:
+            self._submit_all(frame)
+        self._regulate()
+
+    def on_writable(self, writable: bool) -> None:
+        """Does the client read, or is what it does not read piling up?"""
+        self._writable = writable
+        self._regulate()
+
+    def close(self) -> None:
+        """The connection is gone; its sessions stay. What has not begun to run is dropped, the last first."""
+        self._closed = True
+        self._server.streams.discard(self)
+        for waiting in reversed([*self._waiting]):
+            if waiting.chunk is not None:
+                waiting.served.loop.leave(waiting.chunk, waiting)
+        self._waiting.clear()
+        self._answers.clear()
+        self._unanswered = 0
+
+    # ── control ──────────────────────────────────────────────────────────────────────────────────
+
+    def _control(self, message: bytes) -> dict[str, Any]:
+        """The reply to a control message. Raises InvalidRequest; nothing was done then."""
+        limit = self._server.limits.max_json_bytes
+        if len(message) > limit:
+            raise BodyTooLarge(f"a text message may have {limit} bytes, this one has {len(message)}")
+        try:
+            asked = _CONTROL.validate_json(message)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            raise InvalidRequest(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
+        if isinstance(asked, _Open):
+            return {"op": "opened", "sessions": [self._open(wanted) for wanted in asked.sessions]}
+        if asked.op == "close":
+            return {"op": "closed", "sessions": [self._end(handle) for handle in asked.handles]}
+        if unknown := [handle for handle in asked.handles if handle not in self._bound]:
+            raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
+        for handle in asked.handles:
+            self._bound.pop(handle, None)
+        return {"op": "detached", "handles": asked.handles}
+
+    def _open(self, wanted: _Wanted) -> dict[str, Any]:
+        try:
+            if wanted.handle in self._bound:
+                raise InvalidRequest(f"handle {wanted.handle} is bound to a session")
+            if len(self._bound) >= MAX_HANDLES:
+                raise CapacityExhausted(f"one connection holds {MAX_HANDLES} sessions: detach some, or use another")
+            served, session = self._session(wanted)
+        except UnrollError as error:
+            return {"handle": wanted.handle, "error": _described(error)}
+        served.scheduler.remember_chunks(session, wanted.depth)
+        self._bound[wanted.handle] = _Bound(served, session)
+        return {
+            "handle": wanted.handle,
+            "session_id": session.id,
+            "position": session.position,
+            "model_version": served.version,
+            "durability": served.loop.store.durability,
+        }
+
+    def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
+        if wanted.mode == "resume" and wanted.session_id is None:
+            raise InvalidRequest("a session to resume needs its session_id")
+        if wanted.mode != "new" and wanted.session_id is not None:
+            sessions.check_id(wanted.session_id)
+            try:
+                served, session = sessions.find(self._server, self._model, wanted.session_id)
+            except SessionUnknown:
+                if wanted.mode == "resume":
+                    raise
+            else:
+                self._check_tensors(served)
+                return served, session
+        served = self._server.catalog.resolve(self._name, self._version)
+        self._check_tensors(served)
+        session_id = new_id(self._server, self._name, wanted.session_id)
+        return served, served.scheduler.open(session_id, served.loop.clock.now())
+
+    def _check_tensors(self, served: ServedModel) -> None:
+        """Frames have one layout: the sessions may be of several versions, but these must agree on it."""
+        if (served.manifest.inputs, served.manifest.outputs) != (self._inputs, self._outputs):
+            raise ModelChanged(
+                f"version {served.version} has other inputs or outputs than this connection's: "
+                f"connect to {served.name}:{served.version}"
+            )
+
+    def _end(self, handle: int) -> dict[str, Any]:
+        try:
+            bound = self._bound.pop(handle, None)
+            if bound is None:
+                raise InvalidRequest(f"no session is bound to handle {handle}")
+            self._check_here(bound)
+            session = bound.served.scheduler.close(bound.session.id, bound.served.loop.clock.now())
+        except UnrollError as error:
+            return {"handle": handle, "error": _described(error)}
+        return {"handle": handle, "position": session.position}
+
+    def _check_here(self, bound: _Bound) -> None:
+        """Raises what became of the session, if it is not here any more."""
+        session = bound.session
+        if session.life is Life.LEAVING or session.life is Life.GONE:
+            table = bound.served.scheduler.sessions
+            if session.id in table:
+                raise SessionClosed(f"session {session.id!r} was closed; another of that id was opened since")
+            raise table.loss(session.id, bound.served.loop.clock.now())
+
+    # ── chunks ───────────────────────────────────────────────────────────────────────────────────
+
+    def _submit_all(self, frame: Frame) -> None:
+        """As one group what can be, the rest one by one."""
+        faults = self._codec.faults(frame)
+        left: Sequence[int] = range(len(frame.handles))
+        if frame.even is not None:
+            bounds = [self._bound.get(handle) for handle in frame.handles]
+            groups: dict[ServedModel, tuple[list[int], list[Session]]] = {}
+            for i, bound in enumerate(bounds):
+                if bound is not None and i not in faults:
+                    group = groups.get(bound.served)
+                    if group is None:
+                        group = groups[bound.served] = [], []
+                    group[0].append(i)
+                    group[1].append(bound.session)
+            taken: set[int] = set()
+            for served, (rows, members) in groups.items():
+                taken.update(self._submit_group(frame, served, rows, members))
+            left = [i for i in left if i not in taken]
+        for i in left:
+            self._submit(frame, i, frame.chunk(i), faults.get(i))
+
+    def _submit_group(self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session]) -> list[int]:
+        """Returns the rows of the frame that are taken or refused."""
+        assert frame.even is not None
+        inputs, positions = frame.even, frame.positions
+        if len(rows) < len(frame.handles):
+            inputs = tuple(array[rows] for array in inputs)
+            positions = [positions[i] for i in rows]
+        then = partial(self._settled_group, frame, rows)
+        try:
+            left = served.loop.submit_group(members, positions, inputs, self._server.limits.request_timeout, then)
+        except UnrollError as error:
+            for i in rows:
+                self._refuse(frame.handles[i], frame.positions[i], error)
+            return rows
+        if not left:
+            return rows
+        others = set(left)
+        return [i for row, i in enumerate(rows) if row not in others]
+
+    def _submit(self, frame: Frame, i: int, inputs: Tensors, fault: UnrollError | None) -> None:
+        handle, position = frame.handles[i], frame.positions[i]
+        try:
+            if fault is not None:
+                raise fault
+            bound = self._bound.get(handle)
+            if bound is None:
+                raise InvalidRequest(f"no session is bound to handle {handle}")
+            session = bound.session
+            if session.active is not None or session.life is not Life.OPEN:
+                self._check_here(bound)
+                _check_depth(session, position)
+            served = bound.served
+            waiting = _Waiting(self, served, handle, frame.steps[i], position, len(frame.handles) == 1)
+            timeout = self._server.limits.request_timeout
+            waiting.chunk = served.loop.submit_steps(session.id, inputs, timeout, waiting, position=position)
+            if waiting.chunk is not None:
+                self._waiting[waiting] = None
+        except UnrollError as error:
+            self._refuse(handle, position, error)
+
+    # ── answers ──────────────────────────────────────────────────────────────────────────────────
+
+    def _settled(self, waiting: _Waiting, outcome: Outcome) -> None:
+        if self._closed:
+            return
+        self._waiting.pop(waiting, None)
+        if isinstance(outcome, UnrollError):
+            self._refuse(waiting.handle, waiting.position, outcome)
+        elif waiting.alone:
+            self._send_binary(encode_one(waiting.handle, waiting.steps, outcome.position, outcome.outputs))
+            self._answered(1)
+        else:
+            if not self._answers:
+                self._later(self._send_answers)
+            values = [output.tobytes() for output in outcome.outputs]
+            self._answers.append((waiting.handle, waiting.steps, outcome.position, values))
+
+    def _send_answers(self) -> None:
+        if not self._answers:
+            return
+        handles, steps, positions, values = zip(*self._answers, strict=True)
+        self._answers = []
+        in_order = (entry for output in zip(*values, strict=True) for entry in output)
+        self._send_binary(encode(handles, steps, positions, in_order))
+        self._answered(len(handles))
+
+    def _settled_group(self, frame: Frame, rows: list[int], reply: GroupReply) -> None:
+        if self._closed:
+            return
+        handles, positions, outputs = [frame.handles[rows[row]] for row in reply.rows], reply.positions, reply.outputs
+        if reply.errors:
+            for i, error in reply.errors.items():
+                self._refuse(handles[i], frame.positions[rows[reply.rows[i]]], error)
+            good = [i for i in range(len(handles)) if i not in reply.errors]
+            handles, positions = [handles[i] for i in good], [positions[i] for i in good]
+            outputs = tuple(output[good] for output in outputs)
+        if handles:
+            values = [output.tobytes() for output in outputs]
+            self._send_binary(encode(handles, frame.steps[0], positions, values))
+            self._answered(len(handles))
+
+    def _refuse(self, handle: int, position: int | None, error: UnrollError) -> None:
+        document = {"op": "error", **_described(error), "handle": handle, "position": position}
+        self._send_text(json.dump(document))
+        self._answered(1)
+
+    def _answered(self, count: int) -> None:
+        self._unanswered -= count
+        if self._paused:
+            self._regulate()
+
+    def _regulate(self) -> None:
+        paused = self._unanswered > WINDOW or not self._writable
+        if paused != self._paused:
+            self._paused = paused
+            (self._pause if paused else self._resume)()
+
+
+def _described(error: UnrollError) -> dict[str, Any]:
+    described: dict[str, Any] = {**error.details, "code": error.code, "detail": error.message}
+    if isinstance(error, Overloaded):
+        described["retry_after"] = error.retry_after
+    return described
+
+
+def _check_depth(session: Session, position: int | None) -> None:
+    """Raises QueueFull if a new chunk is one more than the session's client pipelines. A retry is not new."""
+    if position is None or position == session.expected:
+        chunks = sum(not isinstance(work, Action) for work in session.queue())
+        if chunks >= session.depth:
+            raise QueueFull(f"{chunks} chunks of the session are unanswered; it was opened for {session.depth}", 0.0)
+
+
+# ── a Stream and a web server ────────────────────────────────────────────────────────────────────
+
+
+class Link(Protocol):
+    """A connection that has been accepted, whoever serves it. closed: done when there will be no more messages."""
+
+    closed: asyncio.Future[None]
+
+    def attach(
+        self,
+        on_text: Callable[[bytes], None],
+        on_binary: Callable[[bytes], None],
+        on_writable: Callable[[bool], None],
+    ) -> None: ...
+    def send_binary(self, message: bytes) -> None: ...
+    def send_text(self, message: bytes) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def unsent(self) -> int:
+        """Bytes that were sent here, and that the client has not taken."""
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection; what is unsent is lost."""
+        ...
+
+
+def router(server: Server, *, origins: Collection[str] = (), stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
+    """origins: pages of other hosts that are let in, such as `https://example.org`."""
+    api = APIRouter()
+
+    @api.websocket("/v1/models/{model}/stream")
+    async def stream(websocket: WebSocket, model: str) -> None:
+        extensions = websocket.scope.get("extensions") or {}
+        if not _may_enter(websocket, origins):
+            await _deny(websocket, problem_of(403, reason(403), "pages of another origin may not open a stream here"))
+            return
+        loop = asyncio.get_running_loop()
+        link: Link = extensions.get("unroll.stream") or _AsgiLink(websocket)
+        try:
+            served = Stream(
+                server, model, link.send_binary, link.send_text, link.pause, link.resume, later=loop.call_soon
+            )
+        except UnrollError as error:
+            await _deny(websocket, problem(error))
+            return
+        watch = _Watch(link, served.on_writable, stalled_seconds)
+        try:
+            await websocket.accept()
+            link.attach(served.on_text, served.on_binary, watch.on_writable)
+            await link.closed
+        finally:
+            watch.stop()
+            served.close()
+
+    return api
+
+
+def _may_enter(websocket: WebSocket, origins: Collection[str]) -> bool:
+    """Browsers let any page connect to any host, and say which page it is; other clients say nothing."""
+    origin = websocket.headers.get("origin")
+    return origin is None or origin in origins or origin.partition("://")[2] == websocket.headers.get("host")
+
+
+async def _deny(websocket: WebSocket, answer: Answer) -> None:
+    """As HTTP if the server can, else by a close code: 4000 and the status."""
+    if "websocket.http.response" in (websocket.scope.get("extensions") or {}):
+        await websocket.send_denial_response(answer.response())
+    else:
+        await websocket.accept()
+        await websocket.close(4000 + answer.status)
+
+
+class _Watch:
+    """Cuts off a client that takes nothing for `seconds` while much is waiting for it."""
+
+    def __init__(self, link: Link, on_writable: Callable[[bool], None], seconds: float) -> None:
+        self._link = link
+        self._then = on_writable
+        self._seconds = seconds
+        self._unsent = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def on_writable(self, writable: bool) -> None:
+        self.stop()
+        if not writable:
+            self._wait()
+        self._then(writable)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self) -> None:
+        self._unsent = self._link.unsent()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._look)
+
+    def _look(self) -> None:
+        if self._link.unsent() < self._unsent:
+            self._wait()
+        else:
+            _log.info("a client that does not read is cut off", unsent=self._unsent)
+            self._link.abort()
+
+
+class _AsgiLink:
+    """A link over ASGI's `receive` and `send`. A transport that offers `unroll.stream` does it without the queue."""
+
+    closed: asyncio.Future[None]
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket = websocket
+        self._outgoing: deque[tuple[str, bytes]] = deque()
+        self._unsent = 0
+        self._to_write = asyncio.Event()
+        self._reading = asyncio.Event()
+        self._reading.set()
+        self._aborted = asyncio.Event()
+
+    def attach(
+        self,
+        on_text: Callable[[bytes], None],
+        on_binary: Callable[[bytes], None],
+        on_writable: Callable[[bool], None],
+    ) -> None:
+        self._on_text, self._on_binary, self._on_writable = on_text, on_binary, on_writable
+        self.closed = asyncio.ensure_future(self._run())
+
+    def send_binary(self, message: bytes) -> None:
+        self._put("bytes", message)
+
+    def send_text(self, message: bytes) -> None:
+        self._put("text", message)
+
+    def pause(self) -> None:
+        self._reading.clear()
+
+    def resume(self) -> None:
+        self._reading.set()
+
+    def unsent(self) -> int:
+        return self._unsent
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+    async def _run(self) -> None:
+        tasks = [asyncio.ensure_future(part) for part in (self._read(), self._write(), self._aborted.wait())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        for task in done:
+            task.result()
+
+    async def _read(self) -> None:
+        while True:
+            await self._reading.wait()
+            message = await self._websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            if (content := message.get("bytes")) is not None:
+                self._on_binary(content)
+            else:
+                self._on_text(message["text"].encode())
+
+    async def _write(self) -> None:
+        while True:
+            await self._to_write.wait()
+            self._to_write.clear()
+            while self._outgoing:
+                kind, content = self._outgoing.popleft()
+                value = content if kind == "bytes" else content.decode()
+                try:
+                    await self._websocket.send({"type": "websocket.send", kind: value})
+                except WebSocketDisconnect:
+                    return
+                before, self._unsent = self._unsent, self._unsent - len(content)
+                if before > _LOW_WATER >= self._unsent:
+                    self._on_writable(True)
+
+    def _put(self, kind: str, content: bytes) -> None:
+        self._outgoing.append((kind, content))
+        self._to_write.set()
+        before, self._unsent = self._unsent, self._unsent + len(content)
+        if before <= _HIGH_WATER < self._unsent:
+            self._on_writable(False)

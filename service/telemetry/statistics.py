@@ -1,0 +1,88 @@
+"""What a model version has done, as the Open Inference Protocol's statistics want it: counted once for each batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Statistics:
+    """Counts since the model was loaded. A row is a request's share of a batch: a request that runs in several pieces
+    has a row in several batches. Times of a batch count for each of its rows, as each of them waited for it.
+
+    warm_up: (rows, steps, seconds) of the calls that were measured at load; best_rows: the best batch among them.
+    """
+
+    def __init__(self, warm_up: Sequence[tuple[int, int, float]] = (), best_rows: int = 0) -> None:
+        self._warm_up = tuple(warm_up)
+        self._best_rows = best_rows
+        self._last: float | None = None
+        self._answered = self._failed = self._steps = 0
+        self._queue_seconds = self._failed_seconds = 0.0
+        #: By rows in the batch: batches, and seconds of gathering, running and scattering.
+        self._batches: dict[int, list[float]] = {}
+
+    def observe(
+        self,
+        now: float,
+        rows: int,
+        steps: int,
+        answered: int,
+        failed: int,
+        queue_seconds: float,
+        run_seconds: float,
+        input_seconds: float = 0.0,
+        output_seconds: float = 0.0,
+    ) -> None:
+        """A batch is done. now: on the server's clock. steps, queue_seconds: of all rows together.
+
+        answered, failed: requests that ended with it; the other rows' requests have further pieces to run.
+        """
+        self._last = now
+        self._steps += steps
+        self._answered += answered
+        self._queue_seconds += queue_seconds
+        if failed:
+            self._failed += failed
+            self._failed_seconds += failed * (input_seconds + run_seconds + output_seconds)
+        batches = self._batches.get(rows)
+        if batches is None:
+            batches = self._batches[rows] = [0, 0.0, 0.0, 0.0]
+        batches[0] += 1
+        batches[1] += input_seconds
+        batches[2] += run_seconds
+        batches[3] += output_seconds
+
+    def document(self, now: float, wall: float) -> dict[str, Any]:
+        """The fields of `model_stats` but for name and version. now: on the server's clock; wall: seconds since 1970,
+        at the same moment."""
+        by_size = sorted(self._batches.items())
+        rows = sum(size * int(batches[0]) for size, batches in by_size)
+        spent = [sum(size * batches[i] for size, batches in by_size) for i in (1, 2, 3)]
+        succeeded = max(0.0, self._queue_seconds + sum(spent) - self._failed_seconds)
+        return {
+            "last_inference": 0 if self._last is None else int((wall - (now - self._last)) * 1e3),
+            "inference_count": self._answered,
+            "execution_count": sum(int(batches[0]) for _, batches in by_size),
+            "inference_stats": {
+                "success": _duration(self._answered, succeeded),
+                "fail": _duration(self._failed, self._failed_seconds),
+                "queue": _duration(rows, self._queue_seconds),
+                **_compute(rows, spent),
+            },
+            "batch_stats": [{"batch_size": size, **_compute(int(n), spent)} for size, (n, *spent) in by_size],
+            "step_count": self._steps,
+            "warm_up": [{"rows": r, "steps": s, "ns": _nanoseconds(seconds)} for r, s, seconds in self._warm_up],
+            "best_batch_size": self._best_rows,
+        }
+
+
+def _compute(count: int, seconds: Sequence[float]) -> dict[str, dict[str, int]]:
+    names = ("compute_input", "compute_infer", "compute_output")
+    return {name: _duration(count, spent) for name, spent in zip(names, seconds, strict=True)}
+
+
+def _duration(count: int, seconds: float) -> dict[str, int]:
+    return {"count": count, "ns": _nanoseconds(seconds)}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)

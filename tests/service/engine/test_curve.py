@@ -1,0 +1,171 @@
+"""The cost of a call, from models made up for the purpose: no clock runs here, a call says how long it took."""
+
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from service.core.clock import ManualClock
+from service.engine.curve import Curve, measure
+
+Cost = Callable[[int, int], float]
+
+
+def straight(rows: int, steps: int) -> float:
+    """As a small LSTM: 40 µs for a call, 2 µs a row and step."""
+    return 40e-6 + 2e-6 * rows * steps
+
+
+def with_a_step(rows: int, steps: int) -> float:
+    """Beyond 64 rows all of them cost three times as much."""
+    return straight(rows, steps) * (3 if rows > 64 else 1)
+
+
+class Machine:
+    """Calls that take as long as `cost` says. `slow`: calls, by number from 0, that something else makes ten times
+    slower."""
+
+    def __init__(self, cost: Cost, slow: Callable[[int], bool] = lambda call: False) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self._cost = cost
+        self._slow = slow
+        self._clock = ManualClock()
+
+    def run(self, rows: int, steps: int) -> None:
+        self._clock.advance(self._cost(rows, steps) * (10 if self._slow(len(self.calls)) else 1))
+        self.calls.append((rows, steps))
+
+    def measure(
+        self, max_batch: int = 256, piece_steps: int = 64, max_batch_steps: int = 2048, budget: float = 0.15
+    ) -> Curve:
+        return measure(self.run, max_batch, piece_steps, max_batch_steps, budget, self._clock.now)
+
+    @property
+    def spent(self) -> float:
+        """Seconds."""
+        return self._clock.now()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 64, 100, 200, 256])
+@pytest.mark.parametrize("steps", [1, 2, 16, 64])
+def test_a_straight_line_is_found_from_its_points(rows: int, steps: int) -> None:
+    assert Machine(straight).measure().seconds(rows, steps) == pytest.approx(straight(rows, steps), rel=0.02)
+
+
+def test_past_the_last_point_cost_is_proportional_to_the_rows() -> None:
+    curve = Machine(straight).measure(max_batch=64)
+    assert curve.max_rows == 64
+    assert curve.seconds(128) == pytest.approx(2 * straight(64, 1))
+    assert curve.split(128) == 64
+
+
+def test_calls_that_were_disturbed_do_not_count() -> None:
+    undisturbed = Machine(straight).measure()
+    disturbed = Machine(straight, slow=lambda call: call % 3 != 1).measure()
+    assert disturbed.points() == [pytest.approx(point) for point in undisturbed.points()]
+
+
+def test_many_rows_never_cost_less_than_few() -> None:
+    def odd(rows: int, steps: int) -> float:
+        return straight(rows, steps) * (5 if rows == 16 else 1)
+
+    curve = Machine(odd).measure()
+    assert curve.seconds(16) == curve.seconds(24) == pytest.approx(straight(24, 1))
+    costs = [curve.seconds(rows) for rows in range(1, 300)]
+    assert costs == sorted(costs)
+
+
+def test_sixty_five_rows_that_cost_far_more_are_run_as_sixty_four_and_one() -> None:
+    single = tuple((rows, with_a_step(rows, 1)) for rows in (1, 2, 4, 8, 16, 32, 64, 65, 96, 128))
+    curve = Curve(single)
+    assert [curve.split(rows) for rows in (1, 2, 63, 64)] == [1, 2, 63, 64]
+    assert curve.split(65) == 64
+    assert curve.split(96) == 64
+    assert curve.split(128) == 64
+
+
+def test_a_straight_line_is_never_split() -> None:
+    curve = Machine(straight).measure()
+    assert [curve.split(rows) for rows in range(1, 257)] == list(range(1, 257))
+
+
+def test_two_calls_are_not_worth_what_a_turn_of_the_loop_costs() -> None:
+    tiny = Curve(((1, 1e-6), (4, 4e-6), (5, 16e-6)))
+    assert tiny.split(5) == 5
+
+
+def test_the_best_number_of_rows() -> None:
+    assert Machine(straight).measure().best_rows() == 256
+    assert Machine(with_a_step).measure().best_rows() == 64
+
+
+def test_where_more_rows_gain_next_to_nothing_fewer_are_better() -> None:
+    curve = Machine(lambda rows, steps: 1e-3 * max(rows, 12) * steps).measure(budget=10.0)
+    assert curve.best_rows() == 12
+
+
+def test_steps_are_measured_with_few_of_them_and_few_rows() -> None:
+    machine = Machine(straight)
+    curve = machine.measure(piece_steps=64, max_batch_steps=2048)
+    assert max(rows * steps for rows, steps in machine.calls if steps > 1) <= 2048
+    assert {rows for rows, steps, _ in curve.points() if steps > 1} == {1, 4, 16, 32}
+
+
+def test_a_model_that_is_only_run_step_by_step() -> None:
+    machine = Machine(straight)
+    curve = machine.measure(piece_steps=1)
+    assert {steps for _, steps in machine.calls} == {1}
+    assert curve.seconds(8, 4) >= straight(8, 4)  # what a step costs by itself is the most it can cost in a row
+
+
+def test_a_small_model_is_measured_often_and_within_the_budget() -> None:
+    machine = Machine(straight)
+    machine.measure(budget=0.15)
+    assert machine.calls.count((256, 1)) > 5
+    assert machine.spent <= 0.15
+
+
+def test_a_large_model_is_measured_at_fewer_points() -> None:
+    machine = Machine(lambda rows, steps: 1e-3 + 5e-4 * rows * steps)  # 129 ms for 256 rows
+    curve = machine.measure(budget=0.15)
+    assert machine.spent <= 0.15
+    rows = [rows for rows, _ in curve.single]
+    assert rows[0] == 1
+    assert rows[-1] == 256
+    assert 2 < len(rows) < 10
+
+
+def test_a_model_larger_than_any_budget_is_run_twice() -> None:
+    machine = Machine(lambda rows, steps: 1.0 * rows)
+    curve = machine.measure(budget=0.15)
+    assert machine.calls == [(1, 1), (256, 1)]
+    assert curve.seconds(128) == pytest.approx(128.0)
+
+
+def test_what_the_model_raises_is_raised() -> None:
+    def broken(rows: int, steps: int) -> float:
+        raise ValueError("no memory for it")
+
+    with pytest.raises(ValueError, match="no memory"):
+        Machine(broken).measure()
+
+
+@given(
+    max_batch=st.integers(1, 1000),
+    piece_steps=st.integers(1, 100),
+    max_batch_steps=st.integers(1, 5000),
+    per_call=st.floats(1e-6, 1e-2),
+    per_row=st.floats(1e-7, 1e-2),
+)
+def test_whatever_the_limits(
+    max_batch: int, piece_steps: int, max_batch_steps: int, per_call: float, per_row: float
+) -> None:
+    machine = Machine(lambda rows, steps: per_call + per_row * rows * steps)
+    curve = machine.measure(max_batch, piece_steps, max_batch_steps)
+    assert curve.max_rows == max_batch
+    assert all(rows <= max_batch and steps <= piece_steps for rows, steps in machine.calls)
+    assert 1 <= curve.best_rows() <= max_batch
+    for rows in {1, 2, 3, max_batch // 2, max_batch, max_batch + 1} - {0}:
+        assert 1 <= curve.split(rows) <= min(rows, max_batch)
+        assert curve.seconds(rows, piece_steps) > 0

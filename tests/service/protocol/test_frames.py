@@ -1,0 +1,150 @@
+"""The stream's frames: read as a whole or refused, never guessed; what is wrong with one entry is that entry's."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensor_models import arrays, manifests, same
+
+from bundle import TensorSpec
+from service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange
+from service.protocol.frames import MAX_ENTRIES, UNSAID, FrameCodec, encode, encode_one
+
+BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+X = TensorSpec("x", "float32", (3,), True)
+TOKEN = TensorSpec("token", "int64", (), True, 11)
+FLAG = TensorSpec("flag", "bool", (), True)
+
+POSITIONS = st.one_of(st.none(), st.integers(0, UNSAID - 1))
+ENTRIES = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 4), POSITIONS), min_size=1, max_size=5)
+TWO = [(7, 2, 0), (9, 2, 5)]  # handle, steps, position
+
+
+def frame(entries: list[tuple[int, int, int | None]], *values: np.ndarray, kind: int = 1, count: int = -1) -> bytes:
+    """By the protocol's description and nothing else."""
+    head = struct.pack("<BBHI", kind, 0, 0, len(entries) if count < 0 else count)
+    table = [struct.pack("<IIQ", h, t, UNSAID if p is None else p) for h, t, p in entries]
+    return b"".join([head, *table, *[value.tobytes() for value in values]])
+
+
+@BRIEF
+@given(st.data())
+def test_what_is_written_is_read(data: st.DataObject):
+    specs = data.draw(manifests()).inputs
+    entries = data.draw(ENTRIES)
+    chunks = [[data.draw(arrays(spec, steps)) for spec in specs] for _, steps, _ in entries]
+    got = FrameCodec(specs, 100).decode(frame(entries, *[chunk[i] for i in range(len(specs)) for chunk in chunks]))
+    assert list(zip(got.handles, got.steps, got.positions, strict=True)) == entries
+    alike = len({steps for _, steps, _ in entries}) == 1
+    assert (got.even is not None) == (alike and len(entries) > 1)
+    for i, chunk in enumerate(chunks):
+        assert all(same(a, b) for a, b in zip(got.chunk(i), chunk, strict=True))
+        assert all(array.flags.aligned and array.flags.c_contiguous for array in got.chunk(i))
+    assert FrameCodec(specs, 100).faults(got) == {}
+
+
+def test_the_values_are_not_copied():
+    content = frame(TWO, np.ones((4, 3), "<f4"))
+    assert np.shares_memory(FrameCodec([X], 9).decode(content).even[0], np.frombuffer(content, np.uint8))
+    content = frame(TWO[:1], np.ones((2, 3), "<f4"))
+    assert np.shares_memory(FrameCodec([X], 9).decode(content).chunks[0][0], np.frombuffer(content, np.uint8))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=64) | st.binary(max_size=56).map(lambda rest: struct.pack("<BBHI", 1, 0, 0, 1) + rest))
+def test_any_bytes_are_a_frame_or_refused(content: bytes):
+    codec = FrameCodec([X, FLAG, TOKEN], 100)
+    try:
+        codec.faults(codec.decode(content))
+    except InvalidRequest as error:
+        assert error.code == "malformed_request"
+
+
+@BRIEF
+@given(st.data())
+def test_a_frame_of_another_length_is_refused(data: st.DataObject):
+    entries = data.draw(ENTRIES)
+    whole = frame(entries, np.zeros((sum(steps for _, steps, _ in entries), 3), "<f4"))
+    for content in (whole[: data.draw(st.integers(0, len(whole) - 1))], whole + data.draw(st.binary(min_size=1))):
+        with pytest.raises(InvalidRequest):
+            FrameCodec([X], 100).decode(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "header of 8 bytes"),
+        (frame([], count=0), "0 entries"),
+        (frame([], count=2**32 - 1), "4294967295 entries"),
+        (frame([], count=2**28), "268435456 entries"),  # times 16 it is 0 in 32 bits
+        (frame(TWO, count=3), "3 entries"),
+        (frame([(0, 1, 0)] * (MAX_ENTRIES + 1), np.zeros((MAX_ENTRIES + 1, 3), "<f4")), "there may be 1 to 4096"),
+        (frame([(7, 0, 0)]), "each at least 1"),
+        (frame([(7, 0, 0), (8, 1, 0)], np.zeros((1, 3), "<f4")), "each at least 1"),
+        (frame([(7, 2**32 - 1, 0)] * 2, np.zeros((2, 3), "<f4")), "8589934590 steps"),
+        (frame(TWO, np.zeros((4, 3), "<f4"), kind=2), "type 2"),
+        (b"\1\1" + frame(TWO, np.zeros((4, 3), "<f4"))[2:], "flags 1"),
+        (b"\1\0\1" + frame(TWO, np.zeros((4, 3), "<f4"))[3:], "reserved 1"),
+        (b"\1\0\0\1" + frame(TWO[:1], np.zeros((2, 3), "<f4"))[4:], "reserved 256"),
+    ],
+)
+def test_frames_that_are_refused(content: bytes, says: str):
+    with pytest.raises(InvalidRequest, match=says) as refusal:
+        FrameCodec([X], 2**31).decode(content)
+    assert type(refusal.value) is InvalidRequest
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("steps", [(1, 1, 1), (1, 2, 1)])
+def test_a_value_that_is_not_finite_is_its_entrys_fault(bad: float, steps: tuple[int, ...]):
+    values = np.full((sum(steps), 3), np.finfo(np.float32).max, "<f4")  # large is not infinite
+    codec = FrameCodec([X], 100)
+    entries = [(i, t, 0) for i, t in enumerate(steps)]
+    assert codec.faults(codec.decode(frame(entries, values))) == {}
+    values[1, 2] = bad
+    faults = codec.faults(codec.decode(frame(entries, values)))
+    assert {i: type(fault) for i, fault in faults.items()} == {1: NonFiniteInput}
+    alone = codec.decode(frame(entries[1:2], values[1 : 1 + steps[1]]))
+    assert isinstance(codec.fault(alone.chunks[0]), NonFiniteInput)
+
+
+@pytest.mark.parametrize("bad", [-1, 11, 2**63 - 1, -(2**63)])
+def test_an_integer_out_of_range_is_its_entrys_fault(bad: int):
+    codec = FrameCodec([TOKEN], 100)
+    faults = codec.faults(codec.decode(frame(TWO, np.array([0, 10, bad, 3], "<i8"))))
+    assert {i: type(fault) for i, fault in faults.items()} == {1: OutOfRange}
+    assert "0 … 10" in faults[1].message
+
+
+def test_a_byte_that_is_no_bool_is_its_entrys_fault():
+    codec = FrameCodec([X, FLAG], 100)
+    content = frame(TWO, np.zeros((4, 3), "<f4"), np.array([0, 2, 1, 0], np.uint8))
+    assert {i: type(fault) for i, fault in codec.faults(codec.decode(content)).items()} == {0: OutOfRange}
+
+
+def test_too_many_steps_are_their_entrys_fault():
+    codec = FrameCodec([X], 2)
+    content = frame([(1, 1, 0), (2, 3, 0)], np.zeros((4, 3), "<f4"))
+    assert {i: type(fault) for i, fault in codec.faults(codec.decode(content)).items()} == {1: InvalidShape}
+    content = frame([(1, 3, 0), (2, 3, 0)], np.zeros((6, 3), "<f4"))
+    assert {i: type(fault) for i, fault in codec.faults(codec.decode(content)).items()} == {
+        0: InvalidShape,
+        1: InvalidShape,
+    }
+
+
+@BRIEF
+@given(ENTRIES, st.data())
+def test_outputs_are_written_as_described(entries: list[tuple[int, int, int | None]], data: st.DataObject):
+    entries = [(h, t, p or 0) for h, t, p in entries]
+    y = [data.draw(arrays(X, t)) for _, t, _ in entries]  # an output with time
+    last = [data.draw(arrays(TOKEN)) for _ in entries]  # and one without
+    handles, steps, positions = zip(*entries, strict=True)
+    expected = frame(entries, *y, *last, kind=2)
+    assert encode(handles, steps, positions, [array.tobytes() for array in (*y, *last)]) == expected
+    alone = frame(entries[:1], y[0], last[0], kind=2)
+    assert encode_one(handles[0], steps[0], positions[0], (y[0], last[0])) == alone
+    assert encode(handles[:1], steps[0], positions[:1], [y[0].tobytes(), last[0].tobytes()]) == alone
