@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
-from service.api import health, native, open_inference, stream
+from service.api import health, native, open_inference, statistics, stream
 from service.api.errors import open_inference_error, problem, problem_of, reason
 from service.api.http import Answer, Disconnected
 from service.api.server import Server
@@ -80,6 +80,7 @@ def _fastapi(server: Server, lifespan: Any) -> FastAPI:
     )
     app.include_router(native.router(server))
     app.include_router(stream.router(server))
+    app.include_router(statistics.router(server))
     app.include_router(open_inference.router(server, VERSION))
     app.include_router(health.router(server))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

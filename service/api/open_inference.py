@@ -12,7 +12,7 @@ from service.api.server import Server
 from service.catalog.model import ServedModel
 from service.protocol.open_inference import DATATYPES
 
-EXTENSIONS = ["sequence", "sequence(string_id)", "binary_tensor_data"]
+EXTENSIONS = ["sequence", "sequence(string_id)", "binary_tensor_data", "statistics"]
 
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {

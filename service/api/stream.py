@@ -6,9 +6,10 @@ web server. Below it, what ties a Stream to one: any ASGI server, or a transport
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Literal, Protocol
 
 import structlog
@@ -45,6 +46,8 @@ _log = structlog.get_logger(__name__)
 WINDOW = 2048
 #: Sessions bound to one connection at a time, and in one `open`.
 MAX_HANDLES = 65_536
+#: Sessions that are opened or closed in one turn of the event loop.
+SLICE = 256
 #: Seconds after which a client that does not read is cut off.
 STALLED_SECONDS = 30.0
 
@@ -76,14 +79,6 @@ class _Handles(_Control):
 
 
 _CONTROL: TypeAdapter[_Open | _Handles] = TypeAdapter(Annotated[_Open | _Handles, Field(discriminator="op")])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Bound:
-    """What a handle means: one session, and not another that is opened under its id later."""
-
-    served: ServedModel
-    session: Session
 
 
 @dataclass(slots=True, eq=False)
@@ -130,7 +125,11 @@ class Stream:
         self._send_binary, self._send_text = send_binary, send_text
         self._pause, self._resume = pause, resume
         self._later = later
-        self._bound: dict[int, _Bound] = {}
+        #: What each handle means: one session, and not another that is opened under its id later.
+        self._bound: dict[ServedModel, dict[int, Session]] = {}
+        self._handles = 0
+        self._held: deque[tuple[Callable[[bytes], None], bytes]] = deque()  # messages behind one that takes long
+        self._working = False  # on that one
         self._waiting: dict[_Waiting, None] = {}
         self._answers: list[tuple[int, int, int, list[bytes]]] = []  # handle, steps, position, outputs
         self._unanswered = 0
@@ -141,17 +140,23 @@ class Stream:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "paused" if self._paused else "open"
-        return f"<Stream {self._model} {state}, {len(self._bound)} sessions, {self._unanswered} entries unanswered>"
+        return f"<Stream {self._model} {state}, {self._handles} sessions, {self._unanswered} entries unanswered>"
 
     # ── what the transport calls ─────────────────────────────────────────────────────────────────
 
     def on_text(self, message: bytes) -> None:
+        if self._working:
+            self._held.append((self.on_text, message))
+            return
         try:
-            self._send_text(json.dump(self._control(message)))
+            self._control(message)
         except InvalidRequest as error:
             self._send_text(json.dump({"op": "error", **_described(error)}))
 
     def on_binary(self, message: bytes) -> None:
+        if self._working:
+            self._held.append((self.on_binary, message))
+            return
         try:
             limit = self._server.limits.max_body_bytes
             if len(message) > limit:
@@ -162,8 +167,7 @@ class Stream:
             return
         self._unanswered += len(frame.handles)
         if len(frame.handles) == 1:
-            fault = self._codec.fault(frame.chunks[0])
-            self._submit(frame, 0, frame.chunks[0], fault)
+            self._submit(frame, 0, frame.chunks[0], self._codec.fault(frame.chunks[0]))
         else:
             self._submit_all(frame)
         self._regulate()
@@ -181,13 +185,14 @@ class Stream:
             if waiting.chunk is not None:
                 waiting.served.loop.leave(waiting.chunk, waiting)
         self._waiting.clear()
+        self._held.clear()
         self._answers.clear()
         self._unanswered = 0
 
     # ── control ──────────────────────────────────────────────────────────────────────────────────
 
-    def _control(self, message: bytes) -> dict[str, Any]:
-        """The reply to a control message. Raises InvalidRequest; nothing was done then."""
+    def _control(self, message: bytes) -> None:
+        """Raises InvalidRequest; nothing was done then."""
         limit = self._server.limits.max_json_bytes
         if len(message) > limit:
             raise BodyTooLarge(f"a text message may have {limit} bytes, this one has {len(message)}")
@@ -197,26 +202,59 @@ class Stream:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             raise InvalidRequest(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
         if isinstance(asked, _Open):
-            return {"op": "opened", "sessions": [self._open(wanted) for wanted in asked.sessions]}
-        if asked.op == "close":
-            return {"op": "closed", "sessions": [self._end(handle) for handle in asked.handles]}
-        if unknown := [handle for handle in asked.handles if handle not in self._bound]:
-            raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
-        for handle in asked.handles:
-            self._bound.pop(handle, None)
-        return {"op": "detached", "handles": asked.handles}
+            self._work("opened", [], map(self._open, asked.sessions))
+        elif asked.op == "close":
+            self._work("closed", [], map(self._end, asked.handles))
+        else:
+            if unknown := [handle for handle in asked.handles if self._find(handle) is None]:
+                raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
+            for handle in asked.handles:
+                self._unbind(handle)
+            self._send_text(json.dump({"op": "detached", "handles": asked.handles}))
+
+    def _work(self, op: str, done: list[dict[str, Any]], rest: Iterator[dict[str, Any]]) -> None:
+        """Do some of `rest` now and some each time the event loop comes round, then send what came of all."""
+        part = list(islice(rest, SLICE))
+        done += part
+        self._working = len(part) == SLICE
+        if self._working:
+            self._later(partial(self._go_on, op, done, rest))
+            self._regulate()
+        else:
+            self._send_text(json.dump({"op": op, "sessions": done}))
+
+    def _go_on(self, op: str, done: list[dict[str, Any]], rest: Iterator[dict[str, Any]]) -> None:
+        if self._closed:
+            return
+        self._work(op, done, rest)
+        while self._held and not self._working:
+            take, message = self._held.popleft()
+            take(message)
+        self._regulate()
+
+    def _find(self, handle: int) -> tuple[ServedModel, Session] | None:
+        for served, bound in self._bound.items():
+            if (session := bound.get(handle)) is not None:
+                return served, session
+        return None
+
+    def _unbind(self, handle: int) -> None:
+        for bound in self._bound.values():
+            if bound.pop(handle, None) is not None:
+                self._handles -= 1
 
     def _open(self, wanted: _Wanted) -> dict[str, Any]:
         try:
-            if wanted.handle in self._bound:
+            if self._find(wanted.handle) is not None:
                 raise InvalidRequest(f"handle {wanted.handle} is bound to a session")
-            if len(self._bound) >= MAX_HANDLES:
+            if self._handles >= MAX_HANDLES:
                 raise CapacityExhausted(f"one connection holds {MAX_HANDLES} sessions: detach some, or use another")
             served, session = self._session(wanted)
         except UnrollError as error:
             return {"handle": wanted.handle, "error": _described(error)}
         served.scheduler.remember_chunks(session, wanted.depth)
-        self._bound[wanted.handle] = _Bound(served, session)
+        self._bound.setdefault(served, {})[wanted.handle] = session
+        self._handles += 1
         return {
             "handle": wanted.handle,
             "session_id": session.id,
@@ -253,46 +291,36 @@ class Stream:
 
     def _end(self, handle: int) -> dict[str, Any]:
         try:
-            bound = self._bound.pop(handle, None)
-            if bound is None:
-                raise InvalidRequest(f"no session is bound to handle {handle}")
-            self._check_here(bound)
-            session = bound.served.scheduler.close(bound.session.id, bound.served.loop.clock.now())
+            served, session = self._session_of(handle)
+            self._unbind(handle)
+            _check_here(served, session)
+            served.scheduler.close(session.id, served.loop.clock.now())
         except UnrollError as error:
             return {"handle": handle, "error": _described(error)}
         return {"handle": handle, "position": session.position}
 
-    def _check_here(self, bound: _Bound) -> None:
-        """Raises what became of the session, if it is not here any more."""
-        session = bound.session
-        if session.life is Life.LEAVING or session.life is Life.GONE:
-            table = bound.served.scheduler.sessions
-            if session.id in table:
-                raise SessionClosed(f"session {session.id!r} was closed; another of that id was opened since")
-            raise table.loss(session.id, bound.served.loop.clock.now())
+    def _session_of(self, handle: int) -> tuple[ServedModel, Session]:
+        """Raises InvalidRequest."""
+        found = self._find(handle)
+        if found is None:
+            raise InvalidRequest(f"no session is bound to handle {handle}")
+        return found
 
     # ── chunks ───────────────────────────────────────────────────────────────────────────────────
 
     def _submit_all(self, frame: Frame) -> None:
         """As one group what can be, the rest one by one."""
         faults = self._codec.faults(frame)
-        left: Sequence[int] = range(len(frame.handles))
+        taken: set[int] = set()
         if frame.even is not None:
-            bounds = [self._bound.get(handle) for handle in frame.handles]
-            groups: dict[ServedModel, tuple[list[int], list[Session]]] = {}
-            for i, bound in enumerate(bounds):
-                if bound is not None and i not in faults:
-                    group = groups.get(bound.served)
-                    if group is None:
-                        group = groups[bound.served] = [], []
-                    group[0].append(i)
-                    group[1].append(bound.session)
-            taken: set[int] = set()
-            for served, (rows, members) in groups.items():
-                taken.update(self._submit_group(frame, served, rows, members))
-            left = [i for i in left if i not in taken]
-        for i in left:
-            self._submit(frame, i, frame.chunk(i), faults.get(i))
+            for served, bound in self._bound.items():
+                rows, members = _members(bound, frame.handles, faults)
+                if rows:
+                    taken.update(self._submit_group(frame, served, rows, members))
+        if len(taken) < len(frame.handles):
+            for i in range(len(frame.handles)):
+                if i not in taken:
+                    self._submit(frame, i, frame.chunk(i), faults.get(i))
 
     def _submit_group(self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session]) -> list[int]:
         """Returns the rows of the frame that are taken or refused."""
@@ -318,14 +346,10 @@ class Stream:
         try:
             if fault is not None:
                 raise fault
-            bound = self._bound.get(handle)
-            if bound is None:
-                raise InvalidRequest(f"no session is bound to handle {handle}")
-            session = bound.session
+            served, session = self._session_of(handle)
             if session.active is not None or session.life is not Life.OPEN:
-                self._check_here(bound)
+                _check_here(served, session)
                 _check_depth(session, position)
-            served = bound.served
             waiting = _Waiting(self, served, handle, frame.steps[i], position, len(frame.handles) == 1)
             timeout = self._server.limits.request_timeout
             waiting.chunk = served.loop.submit_steps(session.id, inputs, timeout, waiting, position=position)
@@ -343,6 +367,7 @@ class Stream:
         if isinstance(outcome, UnrollError):
             self._refuse(waiting.handle, waiting.position, outcome)
         elif waiting.alone:
+            self._send_answers()
             self._send_binary(encode_one(waiting.handle, waiting.steps, outcome.position, outcome.outputs))
             self._answered(1)
         else:
@@ -352,6 +377,7 @@ class Stream:
             self._answers.append((waiting.handle, waiting.steps, outcome.position, values))
 
     def _send_answers(self) -> None:
+        """What came for frames of several entries, if anything did; before whatever may be later of a session."""
         if not self._answers:
             return
         handles, steps, positions, values = zip(*self._answers, strict=True)
@@ -370,6 +396,7 @@ class Stream:
             good = [i for i in range(len(handles)) if i not in reply.errors]
             handles, positions = [handles[i] for i in good], [positions[i] for i in good]
             outputs = tuple(output[good] for output in outputs)
+        self._send_answers()
         if handles:
             values = [output.tobytes() for output in outputs]
             self._send_binary(encode(handles, frame.steps[0], positions, values))
@@ -386,7 +413,7 @@ class Stream:
             self._regulate()
 
     def _regulate(self) -> None:
-        paused = self._unanswered > WINDOW or not self._writable
+        paused = self._unanswered > WINDOW or self._working or not self._writable
         if paused != self._paused:
             self._paused = paused
             (self._pause if paused else self._resume)()
@@ -397,6 +424,26 @@ def _described(error: UnrollError) -> dict[str, Any]:
     if isinstance(error, Overloaded):
         described["retry_after"] = error.retry_after
     return described
+
+
+def _members(
+    bound: dict[int, Session], handles: list[int], faults: dict[int, UnrollError]
+) -> tuple[list[int], list[Session]]:
+    """The entries without fault whose handles are bound here, and their sessions."""
+    members = [session for handle in handles if (session := bound.get(handle)) is not None]
+    if len(members) == len(handles) and not faults:
+        return list(range(len(handles))), members
+    rows = [i for i, handle in enumerate(handles) if handle in bound and i not in faults]
+    return rows, [bound[handles[i]] for i in rows]
+
+
+def _check_here(served: ServedModel, session: Session) -> None:
+    """Raises what became of the session, if it is not here any more."""
+    if session.life is Life.LEAVING or session.life is Life.GONE:
+        table = served.scheduler.sessions
+        if session.id in table:
+            raise SessionClosed(f"session {session.id!r} was closed; another of that id was opened since")
+        raise table.loss(session.id, served.loop.clock.now())
 
 
 def _check_depth(session: Session, position: int | None) -> None:

@@ -14,6 +14,7 @@ import bundle as bundles
 from bundle import Bundle, Manifest
 from service.core.clock import Clock
 from service.engine.base import Engine, PlainRows
+from service.engine.curve import Curve, measure
 from service.engine.host import HostEngine
 from service.engine.runner import DeviceUnavailable, Runner
 from service.protocol.tensors import Codec
@@ -25,6 +26,7 @@ from service.scheduler.work import Batch
 from service.state.slots import INITIAL, SCRATCH
 from service.store.memory import MemoryStore
 from service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
+from service.telemetry.statistics import Statistics
 
 _log = structlog.get_logger(__name__)
 
@@ -48,17 +50,21 @@ class ModelRefused(Exception):
 class ServedModel:
     """Built by `load`; `start` and `stop` belong to a running event loop. `retired`: takes no new sessions."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, loop: Loop, codec: Codec, provider: str) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, loop: Loop, codec: Codec, provider: str, statistics: Statistics
+    ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.loop = loop
         self.scheduler = loop.scheduler
         self.codec = codec
         self.provider = provider
+        self.statistics = statistics
         self.retired = False
         self._task: asyncio.Task[None] | None = None
         self._batch_rows = Histogram(ROWS)
         self._batch_seconds = Histogram(SECONDS)
+        self._answered = self._failed = 0
         loop.on_batch = self._observe
 
     @property
@@ -92,8 +98,9 @@ class ServedModel:
         traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
         scheduler = Scheduler(traits, options.sessions, options.scheduler)
         engine = HostEngine(runner, manifest, scheduler.rows)
-        scheduler.pace.seconds_per_step = _warm_up(engine, manifest, options.scheduler.max_batch)
-        loop = Loop(scheduler, engine, MemoryStore(), clock, executor)
+        curve = _warm_up(engine, manifest, options.scheduler)
+        scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
+        loop = Loop(scheduler, engine, MemoryStore(), clock, executor, curve.seconds)
         _log.info(
             "model loaded",
             model=manifest.name,
@@ -101,6 +108,7 @@ class ServedModel:
             provider=runner.provider,
             parity={name: float(f"{error:.3g}") for name, error in errors.items()},
             microseconds_per_step=round(scheduler.pace.seconds_per_step * 1e6, 2),
+            best_batch=curve.best_rows(),
             seconds=round(perf_counter() - started, 3),
         )
         return cls(
@@ -109,6 +117,7 @@ class ServedModel:
             loop,
             Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue)),
             runner.provider,
+            Statistics(curve.points(), curve.best_rows()),
         )
 
     def start(self) -> asyncio.Task[None]:
@@ -151,17 +160,27 @@ class ServedModel:
     def _observe(self, batch: Batch, seconds: float) -> None:
         self._batch_rows.observe(len(batch))
         self._batch_seconds.observe(seconds)
+        counters = self.scheduler.counters
+        answered, failed = counters.chunks, sum(counters.failed.values())
+        self.statistics.observe(
+            self.loop.clock.now(),
+            len(batch),
+            batch.steps,
+            answered - self._answered,
+            failed - self._failed,
+            batch.waited,
+            seconds,
+        )
+        self._answered, self._failed = answered, failed
 
 
-def _warm_up(engine: Engine, manifest: Manifest, max_batch: int) -> float:
-    """Run single steps on the scratch row, small batches and full ones; returns seconds per step of a full one."""
-    best = float("inf")
-    for size in (1, max_batch, max_batch, max_batch):
-        inputs = tuple(np.zeros((size, 1, *spec.shape), spec.numpy) for spec in manifest.inputs)
-        rows = PlainRows(inputs, [1] * size, [INITIAL] * size, [SCRATCH] * size)
-        started = perf_counter()
-        _, failed = engine.run(rows)
-        best = min(best, (perf_counter() - started) / size)
+def _warm_up(engine: Engine, manifest: Manifest, limits: SchedulerLimits) -> Curve:
+    """What calls on the scratch row cost."""
+
+    def run(rows: int, steps: int) -> None:
+        inputs = tuple(np.zeros((rows, steps, *spec.shape), spec.numpy) for spec in manifest.inputs)
+        _, failed = engine.run(PlainRows(inputs, [steps] * rows, [INITIAL] * rows, [SCRATCH] * rows))
         if failed:
-            raise ModelRefused(f"{manifest.name}:{manifest.version} cannot run a batch of {size}: {failed[0].message}")
-    return best
+            raise ModelRefused(f"{manifest.name}:{manifest.version} cannot run a batch of {rows}: {failed[0].message}")
+
+    return measure(run, limits.max_batch, limits.piece_steps, limits.max_batch_steps)

@@ -15,10 +15,6 @@ Point = tuple[int, float]
 
 #: Rows that cost this part more each than in a larger call are not worth its wait.
 _WORTH_WAITING = 0.03
-#: Two calls instead of one must save this part: more than measurements differ by when the machine is busy.
-_WORTH_SPLITTING = 0.1
-#: Sums that differ by no more are the same.
-_ABOUT = 1.001
 #: What a call costs besides, in the loop and the scheduler.
 _TURN_SECONDS = 20e-6
 #: A further step costs the same whether it is the second or the sixtieth, so a few are enough to tell how much.
@@ -41,7 +37,6 @@ class Curve:
     #: By rows, from 0: seconds of a call's first step, and of each further one.
     _first: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _further: tuple[float, ...] = field(init=False, repr=False, compare=False)
-    _split: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         rows = np.arange(self.single[-1][0] + 1)
@@ -54,7 +49,6 @@ class Curve:
             further = first
         object.__setattr__(self, "_first", tuple(first.tolist()))
         object.__setattr__(self, "_further", tuple(further.tolist()))
-        object.__setattr__(self, "_split", tuple(_splits(first)))
 
     @property
     def max_rows(self) -> int:
@@ -73,11 +67,6 @@ class Curve:
         each = [(rows, (self.seconds(rows, steps) + _TURN_SECONDS) / rows) for rows, _ in self.single]
         lowest = min(seconds for _, seconds in each)
         return next(rows for rows, seconds in each if seconds <= lowest * (1 + _WORTH_WAITING))
-
-    def split(self, rows: int) -> int:
-        """Of `rows` single steps that wait, how many to run in the next call: all that fit, unless two calls cost
-        together less than one, by more than 10 %."""
-        return self._split[min(rows, len(self._split) - 1)]
 
     def points(self) -> list[tuple[int, int, float]]:
         """(rows, steps, seconds) of every call that was measured."""
@@ -151,13 +140,3 @@ def _line(points: Sequence[Point], rows: np.ndarray) -> np.ndarray:
     """Seconds at each of `rows`: straight between the points, proportional past the last."""
     known, seconds = np.array(points, np.float64).T
     return np.interp(rows, known, seconds) * np.maximum(rows / known[-1], 1.0)
-
-
-def _splits(first: np.ndarray) -> list[int]:
-    """By rows from 0, see `Curve.split`. first: seconds of a call by rows."""
-    found = [0, 1]
-    for rows in range(2, len(first)):
-        two = first[1:rows] + first[rows - 1 : 0 : -1] + _TURN_SECONDS  # k rows, and the other rows - k
-        most = 1 + int(np.flatnonzero(two <= two.min() * _ABOUT).max())
-        found.append(most if two[most - 1] < first[rows] * (1 - _WORTH_SPLITTING) else rows)
-    return found

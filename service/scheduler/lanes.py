@@ -101,8 +101,9 @@ class Lanes:
             return work.length
         return min(work.length - work.done, self._longest)
 
-    def put(self, work: Chunk | Group) -> None:
+    def put(self, work: Chunk | Group, now: float) -> None:
         self._order += 1
+        work.ready_at = now
         work.order = self._order
         length = self._length_class(work.length)
         lane = self._lanes.get(length)
@@ -115,7 +116,7 @@ class Lanes:
         self._feed_starved(now)
         while (length := self._oldest_lane()) is not None:
             if batch := self._fill_long(now) if length == _LONG else self._fill(length, now):
-                return batch.seal()
+                return batch.seal(now)
         return Batch()
 
     def _length_class(self, steps: int) -> int:
@@ -182,7 +183,7 @@ class Lanes:
             if self._drop(chunk, now):
                 continue
             if free > 0:
-                self.put(chunk)
+                self.put(chunk, now)
                 free -= 1
             else:
                 self._starved.append(chunk)

@@ -23,7 +23,11 @@ _TICK_SECONDS = 1.0
 
 
 class Loop:
-    """One model version's loop. executor: the device's single engine thread. on_batch: called after each batch."""
+    """One model version's loop.
+
+    executor: the device's single engine thread. cost: seconds of a call, by rows and steps. on_batch: called after each
+    batch with the seconds it took.
+    """
 
     def __init__(
         self,
@@ -32,12 +36,14 @@ class Loop:
         store: Store,
         clock: Clock,
         executor: Executor,
+        cost: Callable[[int, int], float],
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
         self.store = store
         self.clock = clock
         self._executor = executor
+        self._cost = cost
         self.on_batch: Callable[[Batch, float], None] = lambda batch, seconds: None
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -170,7 +176,7 @@ class Loop:
                 return
 
     async def _execute(self, batch: Batch) -> tuple[Tensors, dict[int, UnrollError]]:
-        if batch.steps * self.scheduler.pace.seconds_per_step <= INLINE_SECONDS:
+        if self._cost(len(batch), batch.longest) <= INLINE_SECONDS:
             return self.engine.run(batch)
         return await asyncio.get_running_loop().run_in_executor(self._executor, self.engine.run, batch)
 

@@ -115,7 +115,7 @@ class Scheduler:
         """A whole sequence from the initial state; inputs: each (time, *shape)."""
         chunk = Chunk(inputs, len(inputs[0]), deadline)
         self._admit(chunk, now)
-        self._make_ready(chunk)
+        self._make_ready(chunk, now)
         return chunk
 
     def submit_steps(
@@ -150,7 +150,7 @@ class Scheduler:
         chunk = Chunk(inputs, len(inputs[0]), deadline, session, session.expected, position is not None, opens, final)
         self._admit(chunk, now)
         session.expected += chunk.length
-        self._enqueue(session, chunk)
+        self._enqueue(session, chunk, now)
         return chunk
 
     def submit_group(
@@ -183,7 +183,7 @@ class Scheduler:
                 left.append(row)
                 continue
             if len(rows) == most:
-                self._queue_group(group)
+                self._queue_group(group, now)
                 group = Group([], [], inputs, steps, deadline, then)
                 members, rows = group.sessions, group.rows
             session.active = group
@@ -191,15 +191,15 @@ class Scheduler:
             members.append(session)
             rows.append(row)
         if rows:
-            self._queue_group(group)
+            self._queue_group(group, now)
         return left
 
-    def _queue_group(self, group: Group) -> None:
+    def _queue_group(self, group: Group, now: float) -> None:
         if len(group.rows) < len(group.inputs[0]):
             group.inputs = tuple(array[group.rows] for array in group.inputs)
         self._in_flight += len(group.rows)
         self._waiting_steps += len(group.rows) * group.length
-        self._make_ready(group)
+        self._make_ready(group, now)
 
     def remembers(self, session_id: str, inputs: Tensors, now: float) -> bool:
         """Is this the request that opened or ended a session which is gone?"""
@@ -211,7 +211,7 @@ class Scheduler:
         """Run `run(session)` between batches, after the session's chunks accepted so far."""
         session = self.sessions.find(session_id, now)
         action = Action(session, lambda: run(session))
-        self._enqueue(session, action)
+        self._enqueue(session, action, now)
         return action
 
     def remember_chunks(self, session: Session, depth: int) -> None:
@@ -312,12 +312,11 @@ class Scheduler:
         last_steps.keep(slots, inputs, outputs)
 
     def _finish_chunk(self, chunk: Chunk, result: Tensors, steps: int, now: float) -> None:
+        self._waiting_steps -= self._lanes.next_steps(chunk)
         if steps == chunk.length:
             chunk.done = steps
-            self._waiting_steps -= steps
             self._apply(chunk, result, now)
             return
-        self._waiting_steps -= self._lanes.next_steps(chunk)
         chunk.done += steps
         self._waiting_steps += self._lanes.next_steps(chunk)
         if chunk.pieces is None:
@@ -332,7 +331,7 @@ class Scheduler:
         elif chunk.abandoned is not None:
             self._fail(chunk, chunk.abandoned, now)
         else:
-            self._make_ready(chunk)
+            self._make_ready(chunk, now)
 
     def _finish_group(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
         steps, in_table = group.length, group.length == 1 and self._last_steps is not None
@@ -449,22 +448,22 @@ class Scheduler:
                 return applied.reply
         return None
 
-    def _enqueue(self, session: Session, work: Chunk | Action) -> None:
+    def _enqueue(self, session: Session, work: Chunk | Action, now: float) -> None:
         if isinstance(session.active, Group):
             session.active.followed = True
         if session.active is None:
             session.active = work
-            self._make_ready(work)
+            self._make_ready(work, now)
         elif session.pending is None:
             session.pending = [work]
         else:
             session.pending.append(work)
 
-    def _make_ready(self, work: Chunk | Group | Action) -> None:
+    def _make_ready(self, work: Chunk | Group | Action, now: float) -> None:
         if isinstance(work, Action):
             self._actions.append(work)
         else:
-            self._lanes.put(work)
+            self._lanes.put(work, now)
 
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
         """Was it cancelled while it waited, or its session closed; or is it now too late to begin it?"""
@@ -535,7 +534,7 @@ class Scheduler:
             work = session.pending.pop(0)
             session.active = work if work.outcome is None else None
         if session.active is not None:
-            self._make_ready(session.active)
+            self._make_ready(session.active, now)
         else:
             session.pending = None
             self.sessions.rest(session, now)

@@ -104,6 +104,7 @@ class Chunk:
     workspace: int | None = None
     pieces: list[Tensors] | None = None
     order = 0
+    ready_at = 0.0
     running = False
     abandoned: UnrollError | None = None
     outcome: Outcome | None = None
@@ -165,6 +166,7 @@ class Group:
     deadline: float
     then: Callable[[GroupReply], None]
     order: int = 0
+    ready_at: float = 0.0
     followed: bool = False
     followers: list[tuple[int, Chunk]] = field(default_factory=list)
     outcome: GroupReply | None = None
@@ -193,12 +195,14 @@ class Batch:
     """One call of the model: rows that are added one piece of work after another, and then `seal`ed.
 
     work: chunks, a row each, and groups, in the order of their rows. lens: steps of each row. sources, targets: rows of
-    the arena that each reads its state from and writes the new one to. steps: of all rows together.
+    the arena that each reads its state from and writes the new one to. steps: of all rows together. waited: seconds
+    that the work waited for its turn, all rows together.
     """
 
     def __init__(self) -> None:
         self.work: list[Chunk | Group] = []
         self.lens: list[int] = []
+        self.waited = 0.0
         self._sources: list[int] = []
         self._targets: list[int] = []
         self._blocks: list[Tensors] = []
@@ -214,8 +218,10 @@ class Batch:
         self._targets += targets
         self._blocks.append(block)
 
-    def seal(self) -> Self:
+    def seal(self, now: float) -> Self:
         """Make arrays of what was added; afterwards the batch can be run."""
+        for work in self.work:
+            self.waited += (now - work.ready_at) * (len(work.sessions) if isinstance(work, Group) else 1)
         self.steps = sum(self.lens)
         self.longest = max(self.lens)
         self.inputs = tuple([together(blocks, self.lens, self.longest) for blocks in zip(*self._blocks, strict=True)])

@@ -8,7 +8,7 @@ import pytest
 import wire
 from serving import RAW, Running, Serve, metric, metrics
 
-from service.api import errors, health, native, open_inference, routes
+from service.api import errors, health, native, open_inference, routes, statistics
 from service.core import errors as core
 
 
@@ -148,7 +148,7 @@ def test_every_route_is_described(document: dict) -> None:
 def test_every_route_of_the_app_is_documented(server: Running, document: dict) -> None:
     documented = {(method.upper(), path) for method, path, _ in operations(document)}
     state = server.server
-    routers = [native.router(state), open_inference.router(state, "0"), health.router(state)]
+    routers = [native.router(state), statistics.router(state), open_inference.router(state, "0"), health.router(state)]
     served = {(method, r.path) for router in routers for r in router.routes for method in r.methods}  # type: ignore[attr-defined]
     assert served == documented
 

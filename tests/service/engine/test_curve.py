@@ -57,7 +57,6 @@ def test_past_the_last_point_cost_is_proportional_to_the_rows() -> None:
     curve = Machine(straight).measure(max_batch=64)
     assert curve.max_rows == 64
     assert curve.seconds(128) == pytest.approx(2 * straight(64, 1))
-    assert curve.split(128) == 64
 
 
 def test_calls_that_were_disturbed_do_not_count() -> None:
@@ -74,25 +73,6 @@ def test_many_rows_never_cost_less_than_few() -> None:
     assert curve.seconds(16) == curve.seconds(24) == pytest.approx(straight(24, 1))
     costs = [curve.seconds(rows) for rows in range(1, 300)]
     assert costs == sorted(costs)
-
-
-def test_sixty_five_rows_that_cost_far_more_are_run_as_sixty_four_and_one() -> None:
-    single = tuple((rows, with_a_step(rows, 1)) for rows in (1, 2, 4, 8, 16, 32, 64, 65, 96, 128))
-    curve = Curve(single)
-    assert [curve.split(rows) for rows in (1, 2, 63, 64)] == [1, 2, 63, 64]
-    assert curve.split(65) == 64
-    assert curve.split(96) == 64
-    assert curve.split(128) == 64
-
-
-def test_a_straight_line_is_never_split() -> None:
-    curve = Machine(straight).measure()
-    assert [curve.split(rows) for rows in range(1, 257)] == list(range(1, 257))
-
-
-def test_two_calls_are_not_worth_what_a_turn_of_the_loop_costs() -> None:
-    tiny = Curve(((1, 1e-6), (4, 4e-6), (5, 16e-6)))
-    assert tiny.split(5) == 5
 
 
 def test_the_best_number_of_rows() -> None:
@@ -167,5 +147,4 @@ def test_whatever_the_limits(
     assert all(rows <= max_batch and steps <= piece_steps for rows, steps in machine.calls)
     assert 1 <= curve.best_rows() <= max_batch
     for rows in {1, 2, 3, max_batch // 2, max_batch, max_batch + 1} - {0}:
-        assert 1 <= curve.split(rows) <= min(rows, max_batch)
         assert curve.seconds(rows, piece_steps) > 0

@@ -57,10 +57,9 @@ class GatedStore(MemoryStore):
 async def running(seconds_per_step: float = 0.0) -> AsyncIterator[tuple[Loop, GatedStore, ManualClock, GatedEngine]]:
     clock, engine = ManualClock(), GatedEngine()
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
-    scheduler.pace.seconds_per_step = seconds_per_step
     store = GatedStore(engine.gate)
     with ThreadPoolExecutor(1) as executor:
-        loop = Loop(scheduler, engine, store, clock, executor)
+        loop = Loop(scheduler, engine, store, clock, executor, lambda rows, steps: rows * steps * seconds_per_step)
         task = asyncio.create_task(loop.run())
         try:
             yield loop, store, clock, engine

@@ -228,7 +228,7 @@ def test_a_group_is_one_step_of_each_of_its_sessions(s, engine):
     for name in "abc":
         s.open(name, 0)
     s.submit_steps("b", inputs(9), 0, LATER)
-    sessions, left, replies = grouped(s, "abca", [[1], [2], [3], [4]], [0, 0, None, 0])
+    _, left, replies = grouped(s, "abca", [[1], [2], [3], [4]], [0, 0, None, 0])
     assert left == [1, 3]  # b is busy, and a has its step already
     run_until_idle(s, engine)
     (reply,) = replies

@@ -191,11 +191,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             for action in actions:
                 self.scheduler.finish_action(action, action.run(), self.now)
 
-    @rule()
-    def end_batch(self) -> None:
+    @rule(seconds=st.sampled_from([1e-4, 1e-3, 1e-1]))
+    def end_batch(self, seconds: float = 1e-3) -> None:
         if self.running:
             batch, self.running = self.running, Batch()
-            self.scheduler.finish(batch, *self.engine.run(batch), self.now)
+            self.scheduler.finish(batch, *self.engine.run(batch), self.now, seconds)
 
     @invariant()
     def nothing_is_lost(self) -> None:
