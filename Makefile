@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test check format train bundles bench clean
+.PHONY: help install run stop test check format train bundles bench figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -43,8 +43,12 @@ train: install ## train the two example models again (minutes)
 bundles: install ## export the trained examples into examples/repository
 	$(BIN)/python -m examples.bundles
 
-bench: install ## measure steps per second
-	$(BIN)/python -m bench.steps
+bench: install ## measure everything, beside the servers it can be compared with (most of an hour)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench --peers all
+
+figures: ## write docs/benchmarks.md and its plots from what `make bench` found
+	$(BIN)/python -m bench --write-docs .bench/results.json
 
 clean: ## remove environments, caches and build outputs
 	rm -rf .venv .venv-serve .run .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

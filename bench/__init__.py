@@ -1,1 +1,1 @@
-"""Throughput measurements: what a server answers per second, beside what the machine and a plain server can do."""
+"""A benchmark from outside: Unroll over HTTP and WebSocket, beside what the machine allows and what others reach."""

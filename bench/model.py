@@ -1,4 +1,4 @@
-"""The model that is served: an LSTM of 2 layers of 64 and a linear head, 16 values in and 16 out, random weights.
+"""Exports the models with random weights, and writes down what PyTorch says to the first inputs.
 
 Run as `python -m bench.model REPOSITORY`; a process of its own, so that the one that measures never loads PyTorch.
 """
@@ -6,28 +6,35 @@ Run as `python -m bench.model REPOSITORY`; a process of its own, so that the one
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import export
-from bench.subjects import FEATURES, MODEL
-
-LAYERS, HIDDEN = 2, 64
+from bench import inputs
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, shape: inputs.Shape) -> None:
         super().__init__()
-        self.rnn = nn.LSTM(FEATURES, HIDDEN, LAYERS, batch_first=True)
-        self.head = nn.Linear(HIDDEN, FEATURES)
+        self.rnn = nn.LSTM(shape.features, shape.hidden, shape.layers, batch_first=True)
+        self.head = nn.Linear(shape.hidden, shape.features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(x)[0])
 
 
 def write(repository: Path) -> None:
-    torch.manual_seed(0)
-    export.export(Model().eval(), {"x": torch.randn(2, 9, FEATURES)}, name=MODEL, repository=repository)
+    """Each model's bundle, and beside it `torch.npz`: outputs for its `rows` and, by length, its `sequences`."""
+    for name, shape in inputs.MODELS.items():
+        torch.manual_seed(0)
+        model = Model(shape).eval()
+        export.export(model, {"x": torch.randn(2, 9, shape.features)}, name=name, repository=repository)
+        wanted = {"rows": inputs.rows(shape.features)[: inputs.TORCH_SESSIONS]}
+        wanted |= {str(length): inputs.sequences(shape.features, length) for length in inputs.TORCH_LENGTHS}
+        with torch.inference_mode():
+            outputs = {key: model(torch.from_numpy(x)).numpy() for key, x in wanted.items()}
+        np.savez(repository.parent / f"{name}-torch.npz", **outputs)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,59 @@
-"""The right answers: onnxruntime over each client's whole sequence at once, without any server."""
+"""The right answers: onnxruntime over each session's whole input at once, without any server; and PyTorch's."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from bench import inputs
+
+#: How far a peer's float32 may be from PyTorch's.
+TOLERANCE = 1e-5
+
+
+def runner(model: Path) -> ort.InferenceSession:
+    """One thread, which does not spin while it waits: what `unroll serve` has, too."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
 
 class Reference:
-    """values: (clients, steps, features) float32; client i sends values[i], over and over."""
+    """path: of model.onnx. torch: what bench.model wrote."""
 
-    def __init__(self, model: Path, values: np.ndarray) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        self._state_size = next(node.shape[-1] for node in self._session.get_inputs() if node.name == "state")
-        self.values = values
+    def __init__(self, name: str, path: Path, torch: Path) -> None:
+        self.name = name
+        self.path = path
+        self.features = inputs.MODELS[name].features
+        self.rows = inputs.rows(self.features)
+        self._runner = runner(path)
+        self._state_size: int = next(node.shape[-1] for node in self._runner.get_inputs() if node.name == "state")
+        with np.load(torch) as outputs:
+            self._torch = {key: outputs[key] for key in outputs.files}
+        self.sequences = lru_cache(lambda length: inputs.sequences(self.features, length))
 
-    def outputs(self, client: int, steps: int) -> np.ndarray:
-        """What this client must have been answered in its first `steps` steps: (steps, outputs)."""
-        x = self.values[client][np.arange(steps) % self.values.shape[1]]
+    def outputs(self, x: np.ndarray) -> np.ndarray:
+        """What a session that began at zero answers to x: (steps, features) of both."""
         state = np.zeros((1, self._state_size), np.float32)
-        feeds = {"x": x[None], "state": state, "sequence_lens": np.array([steps], np.int32)}
-        y: np.ndarray = self._session.run(None, feeds)[0]
+        feeds = {"x": x[None], "state": state, "sequence_lens": np.array([len(x)], np.int32)}
+        y: np.ndarray = self._runner.run(["y"], feeds)[0]
         return y[0]
+
+    def last(self, session: int, steps: int) -> np.ndarray:
+        """The answer to step number `steps` of a session that sends its rows over and over: (features,)."""
+        return self.outputs(self.rows[session][np.arange(steps) % inputs.ROWS])[-1]
+
+    def torch_last(self, session: int, steps: int) -> np.ndarray | None:
+        """The same by PyTorch, as far as it is known."""
+        known = session < inputs.TORCH_SESSIONS and steps <= inputs.ROWS
+        return self._torch["rows"][session, steps - 1] if known else None
+
+    def sequence(self, number: int, length: int) -> np.ndarray:
+        """The outputs for one of `sequences(length)`: (length, features)."""
+        return self.outputs(self.sequences(length)[number])
+
+    def torch_sequence(self, number: int, length: int) -> np.ndarray:
+        return self._torch[str(length)][number]

@@ -1,94 +1,89 @@
-"""What a run found, as a table and as JSON, with all that is needed to run it again."""
+"""Results as tables, for the terminal and for Markdown: from the JSON document, so that both say the same."""
 
-import os
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from statistics import median
+from collections.abc import Mapping
 from typing import Any
 
-from bench.load import Measured
-from bench.subjects import Subject
-
-#: Above this share of its own ceiling, the load generator slows down what it measures.
-LOAD_BOUND = 0.85
-_BUSY = 0.7
-_PACKAGES = (
-    "unroll",
-    "uvicorn",
-    "uvloop",
-    "httptools",
-    "fastapi",
-    "starlette",
-    "numpy",
-    "orjson",
-    "onnxruntime",
-    "onnxruntime-gpu",
-)
+Document = Mapping[str, Any]
+_LIMIT = "at least: the load generator is the limit"
 
 
-def summary(subjects: Sequence[Subject], measured: Mapping[str, Sequence[Measured]]) -> dict[str, dict[str, Any]]:
-    """One entry per subject; rates are requests per second."""
-    rates = {name: median(run.rate for run in runs) for name, runs in measured.items()}
-    return {
-        subject.name: {
-            "what": subject.what,
-            "rate": rates[subject.name],
-            "rates": [run.rate for run in measured[subject.name]],
-            "p50_ms": median(run.p50 for run in measured[subject.name]),
-            "p99_ms": median(run.p99 for run in measured[subject.name]),
-            "of_echo": rates[subject.name] / rates["echo"],
-            "of_naive": rates[subject.name] / rates["naive"],
-            "load_bound": subject.name != "ceiling" and rates[subject.name] > LOAD_BOUND * rates["ceiling"],
-            "errors": sum(run.errors for run in measured[subject.name]),
-        }
-        for subject in subjects
-    }
-
-
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [f"{'':<13}{'requests/s (min–max)':>26}{'p50 ms':>9}{'p99 ms':>9}{'of echo':>9}{'of naive':>10}"]
-    for name, row in results.items():
-        rate = f"{row['rate']:,.0f} ({min(row['rates']):,.0f}–{max(row['rates']):,.0f})"
-        figures = f"{row['p50_ms']:>9.2f}{row['p99_ms']:>9.2f}{row['of_echo']:>9.2f}{row['of_naive']:>10.2f}"
-        remark = "  at least: the load generator is the limit" if row["load_bound"] else ""
-        lines.append(f"{name:<13}{rate:>26}{figures}{remark}")
+def table(outcome: Document) -> str:
+    """An outcome for the terminal."""
+    lines = [f"\n{outcome['title']}"]
+    if outcome["rows"]:
+        lines.append(f"  {'':<18}{'at':>6}{outcome['unit'] + ' (min–max)':>32}{'p50 ms':>10}{'p99 ms':>10}")
+    for row in outcome["rows"]:
+        figures = f"{_rate(row):>32}{row['p50_ms']:>10.3f}{row['p99_ms']:>10.3f}"
+        remark = f"  {_LIMIT}" if row["load_bound"] else ""
+        lines.append(f"  {row['name']:<18}{_at(row):>6}{figures}{remark}")
+    lines.extend(f"  {_mark(verdict)} {verdict['says']}: {reached(verdict)}" for verdict in outcome["verdicts"])
+    lines.extend(f"  Note: {remark}" for remark in outcome["remarks"])
+    if outcome["failed"]:
+        lines.append(f"  FAILED: {outcome['failed']}")
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "command": [Path(sys.executable).name, "-m", "bench.steps", *sys.argv[1:]],
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "cpu": _cpu(),
-        "cores": sorted(os.sched_getaffinity(0)),
-        "load_average_before": os.getloadavg()[0],
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
-    }
+def verdicts(results: Document) -> list[Document]:
+    found = [verdict for outcome in results["outcomes"].values() for verdict in outcome["verdicts"]]
+    return sorted(found, key=lambda verdict: verdict["number"])
 
 
-def remarks(about: Mapping[str, Any]) -> list[str]:
-    """What a reader of the figures must know of the circumstances."""
-    found = []
-    if len(about["cores"]) == 1:
-        found.append("only one core: server and load generator share it, so the figures are of both together")
-    if about["load_average_before"] > _BUSY:
-        found.append(f"the machine was busy: load average {about['load_average_before']:.1f} before the run")
-    return found
+def markdown_verdicts(results: Document) -> list[str]:
+    lines = ["| | | reached (min–max of the turns) | target | |", "|--:|---|--:|--:|---|"]
+    for verdict in verdicts(results):
+        value = _reached(verdict)
+        lines.append(f"| {verdict['number']} | {verdict['says']} | {value} | {_bound(verdict)} | {_mark(verdict)} |")
+    return lines
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def markdown_outcome(outcome: Document) -> list[str]:
+    lines = [f"### {outcome['title']}", ""]
+    if outcome["rows"]:
+        lines += [f"| | | {outcome['unit']} (min–max) | p50 ms | p99 ms |", "|---|---|--:|--:|--:|"]
+    for row in outcome["rows"]:
+        name = row["name"] + (f", {_at(row)}" if row["at"] is not None else "")
+        what = row["what"] + (f" ({_LIMIT})" if row["load_bound"] else "")
+        lines.append(f"| {name} | {what} | {_rate(row)} | {row['p50_ms']:.3f} | {row['p99_ms']:.3f} |")
+    lines += [""] if outcome["rows"] else []
+    lines += [f"- {remark}" for remark in outcome["remarks"]]
+    if outcome["failed"]:
+        lines.append(f"- Failed: {outcome['failed'].splitlines()[0]}")
+    return [*lines, ""] if lines[-1] else lines
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+def reached(verdict: Document) -> str:
+    return f"{_reached(verdict)}, target {_bound(verdict)}"
+
+
+def _reached(verdict: Document) -> str:
+    if verdict["value"] is None:
+        return "not measured"
+    value = f"{_number(verdict['value'])}{verdict['unit']}"
+    if verdict["low"] is None:
+        return value
+    return f"{value} ({_number(verdict['low'])}–{_number(verdict['high'])})"
+
+
+def _bound(verdict: Document) -> str:
+    return f"{'≥' if verdict['at_least'] else '≤'} {verdict['bound']:g}{verdict['unit']}"
+
+
+def _mark(verdict: Document) -> str:
+    return {True: "pass", False: "MISSED", None: "not judged"}[verdict["passed"]]
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _rate(row: Document) -> str:
+    rates = [turn["rate"] for turn in row["turns"]]
+    return f"{_whole(row['rate'])} ({_whole(min(rates))}–{_whole(max(rates))})"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _at(row: Document) -> str:
+    return "" if row["at"] is None else f"{row['at']:g}"

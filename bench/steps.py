@@ -1,162 +1,160 @@
-"""Steps per second over HTTP: Unroll, a naive server, a bare echo, and the load generator's own limit, in one run.
+"""One time step a request: HTTP, WebSocket, a single client, and what all of it is held against."""
 
-Server on one core, load generator on another; the servers take turns, several times over, and medians are reported.
-"""
-
-import argparse
-import json
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
-
-import numpy as np
-import uvloop
-
-from bench import report
-from bench.load import Client, Load, Measured
+from bench import subjects
+from bench.http_client import post
+from bench.outcomes import Outcome, Row, Verdict, fastest, ratio
 from bench.reference import Reference
-from bench.servers import ServerFailed, on_core, running
-from bench.subjects import FEATURES, MODEL, Subject, subjects
+from bench.turns import Bench, Servers, Turn, by_name
+from bench.websocket_client import ENTRY, HEADER
 
-#: Different requests of one client.
-_REQUESTS = 16
-#: Part of a measurement's time that is spent before it, and not counted.
-_WARM_UP = 0.2
-_EXPORT_SECONDS = 300
-
-
-class BenchFailed(Exception):
-    """A server answered wrongly, or not with status 200: its figures would mean nothing."""
+CLIENTS = 64
+#: Sessions in a frame, and connections that send such frames.
+_ENTRIES, _CONNECTIONS = 256, 2
+#: Microseconds that the server may add to a bare echo and the model.
+_OWN_MICROSECONDS = 120
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A subject, where it listens, and its clients, which go on where they were in each of its turns."""
-
-    subject: Subject
-    port: int
-    clients: list[Client]
-
-    async def check(self, reference: Reference) -> None:
-        """All clients at once, one request each, each reply compared; so the model's batches are mixed."""
-        async with Load(self.port, self.clients) as load:
-            for _ in range(_REQUESTS):
-                _raise_on_errors(self.subject, await load.once())
-                self.compare(reference)
-
-    def compare(self, reference: Reference) -> None:
-        """Each client's last reply must be, bit for bit, what the model says after all that this client sent."""
-        if not self.subject.stateful:
-            return
-        for number, client in enumerate(self.clients):
-            expected = reference.outputs(number, client.answered)[-1]
-            if not np.array_equal(self.subject.outputs(client.last), expected):
-                raise BenchFailed(f"{self.subject.name}: client {number} got a wrong answer to step {client.answered}")
-
-    async def measure(self, seconds: float) -> Measured:
-        async with Load(self.port, self.clients) as load:
-            await load.once()  # every connection is accepted before the clock runs
-            return await load.run(seconds, seconds * _WARM_UP)
+def limits(bench: Bench) -> list[Outcome]:
+    """What the machine allows, before anything is compared with it."""
+    found = []
+    for name, reference in bench.models.items():
+        features = reference.features
+        with bench.servers() as servers:
+            turns = [
+                servers.turn(_ceiling(features), CLIENTS),
+                servers.turn(subjects.echo(features), CLIENTS),
+                servers.turn(subjects.noop(features), CLIENTS),
+                servers.turn(subjects.echo_websocket(features), CLIENTS),
+                *(servers.raw(reference, batch) for batch in (1, 16, 64, 256)),
+                *(servers.raw(reference, batch, 128) for batch in (1, 4, 16, 32, 64)),
+            ]
+            title = f"What the machine allows, {name}: one core; requests, steps or sequences a second"
+            found.append(Outcome(f"limits-{name}", title, "1/s", bench.alternate(turns)))
+    return found
 
 
-def _raise_on_errors(subject: Subject, measured: Measured) -> None:
-    if measured.errors:
-        raise BenchFailed(f"{subject.name}: {measured.errors} replies were not 200, first {measured.first_error}")
+def http(bench: Bench) -> list[Outcome]:
+    """64 HTTP clients."""
+    return [_http_small(bench), _http_medium(bench)]
 
 
-def measure(turns: Sequence[Turn], reference: Reference, arguments: argparse.Namespace) -> dict[str, list[Measured]]:
-    """The runs of each subject, by name. Raises BenchFailed."""
-    measured: dict[str, list[Measured]] = {turn.subject.name: [] for turn in turns}
-    for turn in turns:
-        uvloop.run(turn.check(reference))
-    for _ in range(arguments.repeats):
-        for turn in turns:
-            run = uvloop.run(turn.measure(arguments.seconds))
-            _raise_on_errors(turn.subject, run)
-            measured[turn.subject.name].append(run)
-    for turn in turns:
-        turn.compare(reference)
-    return measured
+def _http_small(bench: Bench) -> Outcome:
+    reference = bench.models["small"]
+    with bench.servers() as servers:
+        launch = bench.unroll()
+        turns = [
+            servers.turn(_ceiling(reference.features), CLIENTS),
+            servers.turn(subjects.echo(reference.features), CLIENTS),
+            servers.turn(subjects.raw_steps(launch, reference), CLIENTS),
+            servers.turn(subjects.json_steps(launch, reference), CLIENTS),
+            servers.turn(subjects.infer_steps(launch, reference), CLIENTS),
+        ]
+        turns += _peers(bench, servers, reference, CLIENTS)
+        rows = bench.alternate(turns)
+    named = by_name(rows)
+    ours, echo, triton, judged = named["unroll"], named["echo"], fastest(named, "triton"), bench.judged
+    verdicts = [
+        ratio(1, "small, HTTP, raw bytes: of the bare echo", 0.70, ours, echo, judged=judged),
+        ratio(1, "small, HTTP, raw bytes: of Triton", 2.2, ours, triton, judged=judged),
+        ratio(1, "small, HTTP, raw bytes: of the naive server", 6.0, ours, named.get("naive"), judged=judged),
+        ratio(2, "small, HTTP, JSON: of the bare echo", 0.62, named["unroll-json"], echo, judged=judged),
+        ratio(3, "small, HTTP, Open Inference: of Triton", 2.0, named["unroll-infer"], triton, judged=judged),
+    ]
+    return Outcome("http-small", "One step a request, 64 HTTP clients, LSTM 2×64", "steps/s", rows, verdicts)
 
 
-def run(arguments: argparse.Namespace, folder: Path, server_core: int) -> dict[str, dict[str, object]]:
-    repository = folder / "repository"
-    subprocess.run([sys.executable, "-m", "bench.model", str(repository)], check=True, timeout=_EXPORT_SECONDS)
-    shape = (arguments.clients, _REQUESTS, FEATURES)
-    values = np.random.default_rng(0).standard_normal(shape, np.float32)
-    reference = Reference(repository / MODEL / "1" / "model.onnx", values)
-    with ExitStack() as servers:
-        turns: list[Turn] = []
-        ports: dict[tuple[str, ...], int] = {}
-        for subject in subjects(repository, json_bodies=arguments.json_bodies):
-            if subject.command not in ports:
-                log = folder / f"{subject.name}.log"
-                ports[subject.command] = servers.enter_context(running(subject.command, server_core, log))
-            port = ports[subject.command]
-            subject.open_all(port, arguments.clients)
-            clients = [Client(subject.requests(number, values[number])) for number in range(arguments.clients)]
-            turns.append(Turn(subject, port, clients))
-        measured = measure(turns, reference, arguments)
-    return report.summary([turn.subject for turn in turns], measured)
+def _http_medium(bench: Bench) -> Outcome:
+    reference = bench.models["medium"]
+    with bench.servers() as servers:
+        turns = [
+            servers.turn(_ceiling(reference.features), CLIENTS),
+            servers.turn(subjects.echo(reference.features), CLIENTS),
+            servers.turn(subjects.raw_steps(bench.unroll(), reference), CLIENTS),
+        ]
+        turns += _peers(bench, servers, reference, CLIENTS)
+        rows = bench.alternate(turns)
+    named = by_name(rows)
+    says = "medium, HTTP, raw bytes: of the bare echo"
+    verdicts = [ratio(4, says, 0.50, named["unroll"], named["echo"], judged=bench.judged)]
+    return Outcome("http-medium", "One step a request, 64 HTTP clients, LSTM 2×256", "steps/s", rows, verdicts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = _arguments(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
-    about = report.machine()
-    cores = about["cores"]
-    remarks = report.remarks(about)
-    print(
-        f"{arguments.clients} clients, {arguments.repeats} × {arguments.seconds:g} s each; "
-        f"server on core {cores[0]}, load generator on core {cores[-1]} of {about['cpu']}"
+def websocket(bench: Bench) -> list[Outcome]:
+    """64 WebSockets with one step a frame; two with 256 sessions a frame."""
+    reference = bench.models["small"]
+    with bench.servers() as servers:
+        frame_bytes = HEADER.size + ENTRY.itemsize + 4 * reference.features
+        turns = [
+            servers.turn(subjects.ceiling_websocket(frame_bytes), CLIENTS),
+            servers.turn(subjects.echo_websocket(reference.features), CLIENTS),
+            servers.turn(subjects.stream_steps(bench.unroll(), reference), CLIENTS),
+        ]
+        rows = bench.alternate(turns)
+    named = by_name(rows)
+    says = "small, WebSocket, a step a frame: of the bare WebSocket echo"
+    verdict = ratio(5, says, 0.62, named["unroll-ws"], named["ws-echo"], judged=bench.judged)
+    single = Outcome("websocket", "One step a frame, 64 WebSockets, LSTM 2×64", "steps/s", rows, [verdict])
+    return [single, _wide_frames(bench, "small", 0.70), _wide_frames(bench, "medium", 0.88)]
+
+
+def _wide_frames(bench: Bench, name: str, bound: float) -> Outcome:
+    """Two connections, so that the server has a frame to work on while the other's is on its way."""
+    reference = bench.models[name]
+    with bench.servers() as servers:
+        turns = [
+            servers.raw(reference, _ENTRIES),
+            servers.turn(subjects.echo_websocket(reference.features, _ENTRIES), _CONNECTIONS),
+            servers.turn(subjects.stream_steps(bench.unroll(), reference, _ENTRIES), _CONNECTIONS),
+        ]
+        rows = bench.alternate(turns)
+    raw, _, ours = rows
+    says = f"{name}, WebSocket, {_ENTRIES} sessions a frame: of onnxruntime alone"
+    verdict = ratio(6, says, bound, ours, raw, judged=bench.judged)
+    title = f"{_ENTRIES} sessions a frame, {_CONNECTIONS} WebSockets, {name} model"
+    return Outcome(f"websocket-{name}-{_ENTRIES}", title, "steps/s", rows, [verdict])
+
+
+def latency(bench: Bench) -> list[Outcome]:
+    """One client that sends one step at a time."""
+    reference = bench.models["small"]
+    with bench.servers() as servers:
+        launch = bench.unroll()
+        turns = [
+            servers.raw(reference, 1),
+            servers.turn(subjects.echo(reference.features), 1),
+            servers.turn(subjects.raw_steps(launch, reference), 1),
+            servers.turn(subjects.echo_websocket(reference.features), 1),
+            servers.turn(subjects.stream_steps(launch, reference), 1),
+            *_peers(bench, servers, reference, 1),
+        ]
+        rows = bench.alternate(turns)
+    named = by_name(rows)
+    raw, echo, ours = (named[name] for name in ("raw-1", "echo", "unroll"))
+    says = "one client: median latency above that of the bare echo and of onnxruntime alone"
+    each = [_above(*turns) for turns in zip(ours.turns, echo.turns, raw.turns, strict=True)]
+    verdict = Verdict(
+        7,
+        says,
+        _OWN_MICROSECONDS,
+        _above(ours, echo, raw),
+        min(each),
+        max(each),
+        at_least=False,
+        unit=" µs",
+        judged=bench.judged,
     )
-    try:
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder, on_core(cores[-1]):
-            results = run(arguments, Path(folder), cores[0])
-    except (BenchFailed, ServerFailed, ConnectionError, TimeoutError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the servers are stopped", file=sys.stderr)
-        return 130
-    print(report.table(results), *(f"Note: {remark}" for remark in remarks), sep="\n")
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({**about, "settings": _settings(arguments), "remarks": remarks, "results": results}, indent=2)
-            + "\n"
-        )
-    return 0
+    return [Outcome("latency", "One client, one step at a time, LSTM 2×64", "steps/s", rows, [verdict])]
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """As Ctrl-C: the event loop, while it runs, knows what to do with that."""
-    signal.raise_signal(signal.SIGINT)
+def _above(ours: Row, echo: Row, raw: Row) -> float:
+    """In microseconds; of rows or of single turns."""
+    return (ours.p50 - echo.p50 - raw.p50) * 1e3
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, object]:
-    return {name: value for name, value in vars(arguments).items() if name != "json"}
+def _peers(bench: Bench, servers: Servers, reference: Reference, clients: int) -> list[Turn]:
+    found = bench.of_peers(servers, lambda peer, launch: subjects.peer_steps(peer, launch, reference))
+    return [servers.turn(subject, clients) for subject in found]
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.steps", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement, at most 60")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each server, at most 100")
-    parser.add_argument("--clients", type=int, default=64, help="concurrent clients, at most 1024")
-    parser.add_argument("--json-bodies", action="store_true", help="measure Unroll with JSON bodies, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    arguments = parser.parse_args(argv)
-    if not (0 < arguments.seconds <= 60 and 0 < arguments.repeats <= 100 and 0 < arguments.clients <= 1024):
-        parser.error("out of bounds, see --help")
-    return arguments
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _ceiling(features: int) -> subjects.Subject:
+    return subjects.ceiling(post("/", bytes(4 * features)), 4 * features)

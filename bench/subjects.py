@@ -1,96 +1,266 @@
-"""What is measured: how each server is started, and what its requests and replies look like."""
+"""What is measured: how each server is started, and what its clients send and must get back."""
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
 
-from bench.servers import HOST, ServerFailed
+from bench import inputs
+from bench.http_client import http_client, post
+from bench.load import Client
+from bench.peers import Peer
+from bench.reference import TOLERANCE, Reference
+from bench.servers import HOST
+from bench.websocket_client import read_outputs, steps_frame, websocket_client
 
-#: The model's name, and how many values it takes and gives in a step.
-MODEL, FEATURES = "bench", 16
-_TIMEOUT = 10.0
+INFER_HEADER = "inference-header-content-length"
+
+
+class WrongAnswer(Exception):
+    """A server's figures would mean nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a server is started. command: by an empty folder, with the word PORT where the port belongs."""
+
+    name: str
+    command: Callable[[Path], tuple[str, ...]]
+    ready_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """command: with the word PORT where the port belongs. path: of a step, with {} for the client's number.
-    stateful: it runs the model, so that its answers can be checked. open: makes the session of a client."""
+    """client: makes client number n. check: raises WrongAnswer if its last reply is not what it should be.
+
+    optional: if it fails, the others are measured without it.
+    """
 
     name: str
     what: str
-    command: tuple[str, ...]
-    path: str
-    stateful: bool = False
-    json: bool = False
-    open: Callable[[HTTPConnection, int], None] = lambda connection, client: None
-
-    def requests(self, client: int, values: np.ndarray) -> list[bytes]:
-        """One request for each row of `values`: (steps, features)."""
-        return [self._request(self.path.format(client), row) for row in values]
-
-    def _request(self, path: str, row: np.ndarray) -> bytes:
-        if self.json:
-            media, body = "application/json", json.dumps({"inputs": [row.tolist()]}).encode()
-        else:
-            media, body = "application/octet-stream", row.tobytes()
-        head = f"POST {path} HTTP/1.1\r\nhost: {HOST}\r\ncontent-type: {media}\r\ncontent-length: {len(body)}\r\n\r\n"
-        return head.encode() + body
-
-    def outputs(self, body: bytes) -> np.ndarray:
-        """The values in a reply: (outputs,) float32."""
-        if self.json:
-            return np.array(json.loads(body)["outputs"][0], np.float32)
-        return np.frombuffer(body, np.float32)
-
-    def open_all(self, port: int, clients: int) -> None:
-        connection = HTTPConnection(HOST, port, timeout=_TIMEOUT)
-        for client in range(clients):
-            self.open(connection, client)
-        connection.close()
+    launch: Launch
+    client: Callable[[int], Client]
+    check: Callable[[Client], None] = lambda client: None
+    optional: bool = False
 
 
-def subjects(repository: Path, *, json_bodies: bool) -> list[Subject]:
-    """In the order in which they take turns."""
-    python = sys.executable
-    serve = f"-m unroll serve --repository {{}} --host {HOST} --port PORT --device cpu --log-level warning"
-    unroll = (python, *(word.format(repository) for word in serve.split()))
-    model = str(repository / MODEL / "1" / "model.onnx")
-    found = [
-        Subject("ceiling", "canned replies", (python, "-m", "bench.peers.canned", "PORT"), "/"),
-        Subject("echo", "bare uvicorn", (python, "-m", "bench.peers.echo", "PORT"), "/"),
-        Subject("unroll", "Unroll", unroll, _path("raw"), stateful=True, open=_open("raw")),
-        Subject(
-            "naive",
-            "FastAPI, dict of states",
-            (python, "-m", "bench.peers.naive", model, "PORT"),
-            "/sessions/{}/steps",
-            stateful=True,
-        ),
-    ]
-    if json_bodies:
-        found.insert(
-            3,
-            Subject("unroll-json", "Unroll, JSON bodies", unroll, _path("json"), True, json=True, open=_open("json")),
+# ── what runs no model ───────────────────────────────────────────────────────────────────────────
+
+
+def _module(name: str) -> Launch:
+    return Launch(name, lambda folder: (sys.executable, "-m", f"bench.peers.{name}", "PORT"))
+
+
+CANNED, ECHO, NOOP = _module("canned"), _module("echo"), _module("noop")
+
+
+def ceiling(request: bytes, reply_bytes: int) -> Subject:
+    """The load generator's own limit for requests and replies of these sizes."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    again = f"POST /{reply_bytes} HTTP/1.1".encode() + head[head.index(b"\r\n") :] + b"\r\n\r\n" + body
+    return Subject("ceiling", "canned replies: the load generator's own limit", CANNED, lambda n: http_client([again]))
+
+
+def ceiling_websocket(entries_bytes: int) -> Subject:
+    path, values = f"/{entries_bytes}", np.zeros((1, (entries_bytes - 24) // 4), np.float32)
+    requests = [steps_frame([0], values)]
+    return Subject(
+        "ceiling",
+        "canned replies: the load generator's own limit",
+        CANNED,
+        lambda n: websocket_client(path, requests, (), None, 1),
+    )
+
+
+def echo(features: int) -> Subject:
+    request = post("/", bytes(4 * features))
+    return Subject("echo", "bare uvicorn sends the body back", ECHO, lambda n: http_client([request]))
+
+
+def echo_websocket(features: int, entries: int = 1) -> Subject:
+    requests = [steps_frame(range(entries), np.zeros((entries, features), np.float32))]
+    return Subject(
+        "ws-echo" if entries == 1 else f"ws-echo-{entries}",
+        "bare uvicorn (websockets) sends the message back",
+        ECHO,
+        lambda n: websocket_client("/", requests, (), None, entries),
+    )
+
+
+def noop(features: int) -> Subject:
+    row = inputs.rows(features)[0, 0].tolist()
+    request = post("/steps", {"inputs": [row]})
+    return Subject("noop", "a FastAPI route sends a pydantic body back", NOOP, lambda n: http_client([request]))
+
+
+# ── Unroll ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def unroll(repository: Path, *options: str, name: str = "unroll") -> Launch:
+    words = f"--host {HOST} --port PORT --device cpu --log-level warning".split()
+    command = (sys.executable, "-m", "unroll", "serve", "--repository", str(repository), *words, *options)
+    return Launch(name, lambda folder: command, "/v2/health/ready")
+
+
+def raw_steps(launch: Launch, reference: Reference) -> Subject:
+    return _native(launch, reference, "unroll", "Unroll, raw bytes", lambda row: row.tobytes(), _floats)
+
+
+def json_steps(launch: Launch, reference: Reference) -> Subject:
+    return _native(
+        launch,
+        reference,
+        "unroll-json",
+        "Unroll, JSON",
+        lambda row: {"inputs": [row.tolist()]},
+        lambda body: np.array(json.loads(body)["outputs"][0], np.float32),
+    )
+
+
+def _native(
+    launch: Launch,
+    reference: Reference,
+    name: str,
+    what: str,
+    body: Callable[[np.ndarray], bytes | Mapping[str, object]],
+    outputs: Callable[[bytes], np.ndarray],
+) -> Subject:
+    sessions = f"/v1/models/{reference.name}/sessions"
+
+    def client(n: int) -> Client:
+        opening = [post(sessions, {"session_id": f"{name}-{n}"})]
+        requests = [post(f"{sessions}/{name}-{n}/steps", body(row)) for row in reference.rows[n]]
+        return http_client(requests, n, opening, unstepped=1)
+
+    return Subject(name, what, launch, client, _check_steps(name, reference, outputs))
+
+
+def infer_steps(launch: Launch, reference: Reference) -> Subject:
+    """The Open Inference Protocol, as tritonclient.http writes it."""
+
+    def client(n: int) -> Client:
+        first, *rest = reference.rows[n]
+        opening = [infer_request(reference.name, n + 1, first, start=True)]
+        return http_client([infer_request(reference.name, n + 1, row) for row in (*rest, first)], n, opening)
+
+    what = "Unroll, Open Inference with binary tensors"
+    check = _check_steps("unroll-infer", reference, lambda body: _floats(body[-4 * reference.features :]))
+    return Subject("unroll-infer", what, launch, client, check)
+
+
+def infer_request(model: str, sequence: int, row: np.ndarray, *, start: bool = False) -> bytes:
+    tensor = {"name": "x", "shape": [1, 1, len(row)], "datatype": "FP32"}
+    document = {
+        "inputs": [{**tensor, "parameters": {"binary_data_size": row.nbytes}}],
+        "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
+        "parameters": {"sequence_id": sequence, "sequence_start": start, "sequence_end": False},
+    }
+    text = json.dumps(document, separators=(",", ":")).encode()
+    headers = {"content-type": "", INFER_HEADER: str(len(text))}
+    return post(f"/v2/models/{model}/infer", text + row.tobytes(), headers)
+
+
+def stream_steps(launch: Launch, reference: Reference, entries: int = 1) -> Subject:
+    """WebSocket: client n has the sessions from n * entries, all in each frame."""
+    name = "unroll-ws" if entries == 1 else f"unroll-ws-{entries}"
+
+    def client(n: int) -> Client:
+        sessions = range(n * entries, (n + 1) * entries)
+        frames = [steps_frame(sessions, reference.rows[sessions, i]) for i in range(inputs.ROWS)]
+        return websocket_client(f"/v1/models/{reference.name}/stream", frames, sessions, name, entries)
+
+    def check(client: Client) -> None:
+        handles, positions, values = (
+            np.concatenate(parts) for parts in zip(*map(read_outputs, client.last), strict=True)
         )
-    return found
+        if sorted(handles) != [*client.sessions] or (positions != client.steps).any():
+            raise WrongAnswer(f"{name}: sessions or positions are not those of step {client.steps}")
+        every = 1 if client.steps == inputs.ROWS else 16
+        sample = np.arange(0, len(handles), every)
+        for i in sample:
+            if not np.array_equal(values[i], reference.last(handles[i], client.steps)):
+                raise WrongAnswer(f"{name}: session {handles[i]} got a wrong answer to step {client.steps}")
+
+    plural = "time step" if entries == 1 else f"{entries} sessions' time steps"
+    return Subject(name, f"Unroll, WebSocket, {plural} a frame", launch, client, check)
 
 
-def _path(prefix: str) -> str:
-    return f"/v1/models/{MODEL}/sessions/{prefix}-{{}}/steps"
+def raw_sequences(launch: Launch, reference: Reference, length: int) -> Subject:
+    path = f"/v1/models/{reference.name}/sequences"
+
+    def client(n: int) -> Client:
+        return http_client([post(path, reference.sequences(length)[n].tobytes())], n)
+
+    def check(client: Client) -> None:
+        found = _floats(client.last[0])
+        if not np.array_equal(found, reference.sequence(client.sessions[0], length).ravel()):
+            raise WrongAnswer(f"unroll: the outputs of sequence {client.sessions[0]} are wrong")
+
+    return Subject("unroll", f"Unroll, raw bytes, {length} time steps a request", launch, client, check)
 
 
-def _open(prefix: str) -> Callable[[HTTPConnection, int], None]:
-    def open_session(connection: HTTPConnection, client: int) -> None:
-        body = json.dumps({"session_id": f"{prefix}-{client}"})
-        connection.request("POST", f"/v1/models/{MODEL}/sessions", body, {"content-type": "application/json"})
-        reply = connection.getresponse()
-        if reply.status != 201:
-            raise ServerFailed(f"no session for client {client}: {reply.status} {reply.read()!r}")
-        reply.read()
+def _floats(body: bytes) -> np.ndarray:
+    return np.frombuffer(body, np.float32)
 
-    return open_session
+
+def _check_steps(name: str, reference: Reference, outputs: Callable[[bytes], np.ndarray]) -> Callable[[Client], None]:
+    """Bit for bit, over all that the session has been sent."""
+
+    def check(client: Client) -> None:
+        session = client.sessions[0]
+        if client.steps and not np.array_equal(outputs(client.last[0]), reference.last(session, client.steps)):
+            raise WrongAnswer(f"{name}: client {session} got a wrong answer to step {client.steps}")
+
+    return check
+
+
+# ── peers ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def peer_launch(peer: Peer, python: Path, models: Mapping[str, Path]) -> Launch:
+    return Launch(peer.name, lambda folder: peer.command(python, models, folder), peer.ready_path)
+
+
+def peer_steps(peer: Peer, launch: Launch, reference: Reference) -> Subject:
+    def client(n: int) -> Client:
+        first, *rest = reference.rows[n]
+        again = [peer.step(reference.name, n, i, row) for i, row in enumerate((*rest, first), start=1)]
+        return http_client(again, n, [peer.step(reference.name, n, 0, first)])
+
+    def check(client: Client) -> None:
+        session = client.sessions[0]
+        expected = reference.torch_last(session, client.steps)
+        if expected is None:
+            expected = reference.last(session, client.steps)
+        _check_close(peer, client, expected, reference.features)
+
+    return Subject(peer.name, peer.what, launch, client, check, optional=True)
+
+
+def peer_sequences(peer: Peer, launch: Launch, reference: Reference, length: int) -> Subject | None:
+    """None if it does not offer that."""
+
+    def requests(n: int) -> Sequence[bytes]:
+        request = peer.sequence(reference.name, reference.sequences(length)[n])
+        return [] if request is None else [request]
+
+    def check(client: Client) -> None:
+        expected = reference.torch_sequence(client.sessions[0], length).ravel()
+        _check_close(peer, client, expected, reference.features)
+
+    if not requests(0):
+        return None
+    return Subject(peer.name, peer.what, launch, lambda n: http_client(requests(n), n), check, optional=True)
+
+
+def _check_close(peer: Peer, client: Client, expected: np.ndarray, features: int) -> None:
+    try:
+        found = peer.outputs(client.last[0], features)
+        right = found.shape == expected.shape and np.allclose(found, expected, rtol=0.0, atol=TOLERANCE)
+    except (ValueError, KeyError, TypeError) as error:
+        raise WrongAnswer(f"{peer.name}: {error}: {client.last[0][:400]!r}") from error
+    if not right:
+        raise WrongAnswer(f"{peer.name}: client {client.sessions[0]} got a wrong answer to request {client.answered}")

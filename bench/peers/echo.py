@@ -1,4 +1,7 @@
-"""uvicorn and nothing on top of it: reads the body and sends it back. The most that an ASGI application can answer."""
+"""uvicorn and nothing on top of it: sends back each body, and each binary message of a WebSocket.
+
+The most that an ASGI application can answer.
+"""
 
 import sys
 
@@ -7,7 +10,10 @@ from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
 
 
 async def app(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-    assert scope["type"] == "http"
+    await (_websocket if scope["type"] == "websocket" else _http)(receive, send)
+
+
+async def _http(receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
     body, more = b"", True
     while more:
         message = await receive()
@@ -19,6 +25,13 @@ async def app(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
+async def _websocket(receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+    await receive()
+    await send({"type": "websocket.accept", "subprotocol": None, "headers": []})
+    while (message := await receive())["type"] == "websocket.receive":
+        await send({"type": "websocket.send", "bytes": message["bytes"], "text": None})
+
+
 if __name__ == "__main__":
     uvicorn.run(
         app,
@@ -28,4 +41,5 @@ if __name__ == "__main__":
         access_log=False,
         server_header=False,
         date_header=False,
+        ws_per_message_deflate=False,
     )

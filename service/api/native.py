@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic import ValidationError
 
-from service.api import sessions
+from service.api import routes, sessions
 from service.api.bodies import (
     ForkSession,
     ModelInfo,
@@ -20,7 +20,6 @@ from service.api.bodies import (
     Tensor,
 )
 from service.api.http import JSON, RAW, Request, read_request
-from service.api.routes import Route, sequences_route, steps_route
 from service.api.server import Server
 from service.api.steps import split_reference
 from service.catalog.model import ServedModel
@@ -71,9 +70,9 @@ def router(server: Server) -> APIRouter:
     api = APIRouter(prefix="/v1", tags=["native v1"])
     limit = server.limits.max_body_bytes
 
-    async def respond(route: Route, http: HttpRequest) -> Response:
+    async def respond(http: HttpRequest) -> Response:
         request = await read_request(http.scope, http.receive, limit)
-        return (await route.answer(server, request)).response()
+        return (await routes.answer(server, http.url.path, request)).response()
 
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:
@@ -91,7 +90,7 @@ def router(server: Server) -> APIRouter:
         openapi_extra={**_bodies("Sequences"), "parameters": [_TIMEOUT]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
-        return await respond(sequences_route(model), http)
+        return await respond(http)
 
     @api.post(
         "/models/{model}/sessions/{session_id}/steps",
@@ -101,7 +100,7 @@ def router(server: Server) -> APIRouter:
         openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _TIMEOUT]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
-        return await respond(steps_route(model, session_id), http)
+        return await respond(http)
 
     @api.post(
         "/models/{model}/sessions",

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from bundle import TensorSpec
+from service.api import routes
 from service.api.http import read_request
-from service.api.routes import infer_route
 from service.api.server import Server
 from service.catalog.model import ServedModel
 from service.protocol.open_inference import DATATYPES
@@ -127,17 +127,17 @@ def router(server: Server, version: str) -> APIRouter:
     async def version_ready(model: str, version: str) -> dict[str, Any]:
         return {"name": server.catalog.resolve(model, version).name, "ready": True}
 
-    async def respond(http: HttpRequest, model: str, version: str | None) -> Response:
+    async def respond(http: HttpRequest) -> Response:
         request = await read_request(http.scope, http.receive, server.limits.max_body_bytes)
-        return (await infer_route(model, version).answer(server, request)).response()
+        return (await routes.answer(server, http.url.path, request)).response()
 
     @api.post("/models/{model}/infer", summary="Infer: whole sequences, or steps of a sequence", **_INFER)
     async def infer(model: str, http: HttpRequest) -> Response:
-        return await respond(http, model, None)
+        return await respond(http)
 
     @api.post("/models/{model}/versions/{version}/infer", summary="Infer on a version", **_INFER)
     async def version_infer(model: str, version: str, http: HttpRequest) -> Response:
-        return await respond(http, model, version)
+        return await respond(http)
 
     return api
 

@@ -1,6 +1,5 @@
 """The inference routes: what each path begins, and how its errors look. Called by the transport, and by FastAPI."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -16,19 +15,30 @@ from service.core.errors import EngineFailed, UnrollError
 
 _log = structlog.get_logger(__name__)
 
+#: A path, split at its slashes.
+Path = list[str]
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """name: as metrics have it. begin: starts the work on a request; raises UnrollError. failure: the error's form."""
+    """name: as metrics have it. fixed: the parts of its paths that are always the same, by their place.
+
+    begin: starts the work on a request; raises UnrollError. failure: the error's form.
+    """
 
     name: str
-    begin: Callable[[Server, Request, Respond], Cancel]
+    parts: int
+    fixed: dict[int, str]
+    begin: Callable[[Server, Path, Request, Respond], Cancel]
     failure: Callable[[UnrollError], Answer]
 
-    def handle(self, server: Server, request: Request, respond: Respond) -> Cancel:
+    def matches(self, path: Path) -> bool:
+        return len(path) == self.parts and all(path[i] == part for i, part in self.fixed.items())
+
+    def handle(self, server: Server, path: Path, request: Request, respond: Respond) -> Cancel:
         """Begin; `respond` is called once whatever happens."""
         try:
-            return self.begin(server, request, respond)
+            return self.begin(server, path, request, respond)
         except UnrollError as error:
             respond(self.failure(error))
         except Exception as error:
@@ -36,36 +46,54 @@ class Route:
             respond(self.failure(EngineFailed("the server failed on this request; its log says why")))
         return nothing_to_cancel
 
-    async def answer(self, server: Server, request: Request) -> Answer:
-        """For who can wait; cancelling the caller cancels the work."""
-        started = perf_counter()
-        answer = await answered(lambda respond: self.handle(server, request, respond))
-        server.count(self.name, answer.status, perf_counter() - started)
-        return answer
+
+_STEPS = Route(
+    "v1/steps",
+    7,
+    {1: "v1", 2: "models", 4: "sessions"},
+    lambda server, path, request, respond: steps(server, path[3], path[5], request, respond),
+    problem,
+)
+_SEQUENCES = Route(
+    "v1/sequences",
+    5,
+    {1: "v1", 2: "models"},
+    lambda server, path, request, respond: sequences(server, path[3], request, respond),
+    problem,
+)
+_INFER = Route(
+    "v2/infer",
+    5,
+    {1: "v2", 2: "models"},
+    lambda server, path, request, respond: infer(server, path[3], None, request, respond),
+    open_inference_error,
+)
+_INFER_VERSION = Route(
+    "v2/infer",
+    7,
+    {1: "v2", 2: "models", 4: "versions"},
+    lambda server, path, request, respond: infer(server, path[3], path[5], request, respond),
+    open_inference_error,
+)
+
+#: By the last part of the path.
+_ROUTES = {"steps": (_STEPS,), "sequences": (_SEQUENCES,), "infer": (_INFER, _INFER_VERSION)}
 
 
-def steps_route(model: str, session_id: str) -> Route:
-    return Route("v1/steps", lambda server, *rest: steps(server, model, session_id, *rest), problem)
-
-
-def sequences_route(model: str) -> Route:
-    return Route("v1/sequences", lambda server, *rest: sequences(server, model, *rest), problem)
-
-
-def infer_route(model: str, version: str | None = None) -> Route:
-    return Route("v2/infer", lambda server, *rest: infer(server, model, version, *rest), open_inference_error)
-
-
-@functools.lru_cache(maxsize=4096)
-def find(path: str) -> Route | None:
+def find(path: Path) -> Route | None:
     """The inference route of a POST to this path, if it is one."""
-    match path.split("/"):
-        case ["", "v1", "models", model, "sessions", session_id, "steps"]:
-            return steps_route(model, session_id)
-        case ["", "v1", "models", model, "sequences"]:
-            return sequences_route(model)
-        case ["", "v2", "models", model, "infer"]:
-            return infer_route(model)
-        case ["", "v2", "models", model, "versions", version, "infer"]:
-            return infer_route(model, version)
+    for route in _ROUTES.get(path[-1], ()):
+        if route.matches(path):
+            return route
     return None
+
+
+async def answer(server: Server, path: str, request: Request) -> Answer:
+    """The answer to a POST to the path of an inference route; cancelling the caller cancels the work."""
+    parts = path.split("/")
+    route = find(parts)
+    assert route is not None, path
+    started = perf_counter()
+    found = await answered(lambda respond: route.handle(server, parts, request, respond))
+    server.count(route.name, found.status, perf_counter() - started)
+    return found

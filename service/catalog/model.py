@@ -64,7 +64,7 @@ class ServedModel:
         self._task: asyncio.Task[None] | None = None
         self._batch_rows = Histogram(ROWS)
         self._batch_seconds = Histogram(SECONDS)
-        self._answered = self._failed = 0
+        self._answered = 0
         loop.on_batch = self._observe
 
     @property
@@ -157,21 +157,13 @@ class ServedModel:
             histograms={"unroll_batch_rows": self._batch_rows, "unroll_batch_seconds": self._batch_seconds},
         )
 
-    def _observe(self, batch: Batch, seconds: float) -> None:
+    def _observe(self, batch: Batch, failed: int, seconds: float) -> None:
         self._batch_rows.observe(len(batch))
         self._batch_seconds.observe(seconds)
-        counters = self.scheduler.counters
-        answered, failed = counters.chunks, sum(counters.failed.values())
-        self.statistics.observe(
-            self.loop.clock.now(),
-            len(batch),
-            batch.steps,
-            answered - self._answered,
-            failed - self._failed,
-            batch.waited,
-            seconds,
-        )
-        self._answered, self._failed = answered, failed
+        answered = self.scheduler.counters.chunks
+        now = self.loop.clock.now()
+        self.statistics.observe(now, len(batch), batch.steps, answered - self._answered, failed, batch.waited, seconds)
+        self._answered = answered
 
 
 def _warm_up(engine: Engine, manifest: Manifest, limits: SchedulerLimits) -> Curve:

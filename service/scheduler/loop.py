@@ -26,7 +26,7 @@ class Loop:
     """One model version's loop.
 
     executor: the device's single engine thread. cost: seconds of a call, by rows and steps. on_batch: called after each
-    batch with the seconds it took.
+    batch, with how many of its rows failed and the seconds it took.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Loop:
         self.clock = clock
         self._executor = executor
         self._cost = cost
-        self.on_batch: Callable[[Batch, float], None] = lambda batch, seconds: None
+        self.on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -158,7 +158,7 @@ class Loop:
             seconds = perf_counter() - started
             await self.store.commit(batch)
             self.scheduler.finish(batch, outputs, failed, self.clock.now(), seconds)
-            self.on_batch(batch, seconds)
+            self.on_batch(batch, len(failed), seconds)
         elif not actions:
             self._work.clear()
             await self._work.wait()

@@ -67,6 +67,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._parts: list[bytes] = []  # of the body, after the first
         self._respond = self._answer
         self._route: Route | None = None
+        self._path: routes.Path = []
         self._route_url = b""
         self._idle_since: float | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -115,7 +116,7 @@ class HttpProtocol(HttpToolsProtocol):
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
-            cancel = exchange.route.handle(self.unroll, exchange, self._respond)
+            cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
             self.headers.clear()
             exchange.headers, exchange.body = _NONE, b""
             if not exchange.response_complete:
@@ -128,7 +129,8 @@ class HttpProtocol(HttpToolsProtocol):
             return None
         if self.url != self._route_url:  # a client's next request mostly goes where its last one went
             path = self.url.partition(b"?")[0].decode("ascii", "replace")
-            self._route = routes.find(unquote(path) if "%" in path else path)
+            self._path = (unquote(path) if "%" in path else path).split("/")
+            self._route = routes.find(self._path)
             self._route_url = self.url
         return self._route
 

@@ -1,24 +1,93 @@
-"""The measurement runs, checks every answer, and leaves figures; how good they are is not tested here."""
+"""The benchmark runs, checks every answer, and leaves figures; how good they are is not tested here."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+
+from bench.load import Measured
+from bench.outcomes import Outcome, Row, Verdict, ratio
+from bench.subjects import infer_request
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_short_run_has_figures_for_every_server_and_no_errors(tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    words = f"-m bench.steps --seconds 0.2 --repeats 1 --clients 2 --json-bodies --json {figures}"
-    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=55)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(figures.read_text())
-    assert list(found["results"]) == ["ceiling", "echo", "unroll", "unroll-json", "naive"]
-    for name, row in found["results"].items():
-        assert name in run.stdout
-        assert row["errors"] == 0
-        assert row["rate"] > 0
-        assert 0 < row["p50_ms"] <= row["p99_ms"]
-    assert found["settings"]["clients"] == 2
-    assert found["versions"]["uvloop"]
+@pytest.mark.timeout(180)  # most of it is the export of the models; a busy machine takes its time
+def test_a_quick_run_has_figures_and_no_errors(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    words = f"-m bench --quick --peers none --only websocket,mixed,start --json {file}"
+    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=170)
+    assert run.returncode == 0, run.stdout + run.stderr
+    outcomes = json.loads(file.read_text())["outcomes"]
+    assert list(outcomes) == ["websocket", "websocket-small-256", "websocket-medium-256", "mixed", "start"]
+    assert [row["name"] for row in outcomes["websocket"]["rows"]] == ["ceiling", "ws-echo", "unroll-ws"]
+    for outcome in outcomes.values():
+        assert outcome["title"] in run.stdout
+        assert not outcome["failed"]
+        assert all(verdict["passed"] is None for verdict in outcome["verdicts"])  # quick figures are not judged
+        for row in outcome["rows"]:
+            assert all(turn["errors"] == 0 for turn in row["turns"])
+            assert row["p50_ms"] <= row["p99_ms"]
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_an_infer_request_is_what_tritonclient_sends(start: bool) -> None:
+    row = np.arange(4, dtype=np.float32)
+    x = InferInput("x", [1, 1, 4], "FP32")
+    x.set_data_from_numpy(row.reshape(1, 1, 4))
+    wanted = [InferRequestedOutput("y", binary_data=True)]
+    body, length = InferenceServerClient.generate_request_body(
+        [x], outputs=wanted, sequence_id=7, sequence_start=start, sequence_end=False
+    )
+    head, _, ours = infer_request("m", 7, row, start=start).partition(b"\r\n\r\n")
+    assert ours == body
+    assert b"content-type" not in head
+    assert f"inference-header-content-length: {length}".encode() in head
+
+
+def test_a_ratio_is_of_medians_and_its_range_of_turns() -> None:
+    ours, theirs = row("ours", 10.0, 30.0, 20.0), row("theirs", 10.0, 10.0, 40.0)
+    verdict = ratio(1, "ours of theirs", 1.5, ours, theirs)
+    assert (verdict.value, verdict.low, verdict.high, verdict.passed) == (2.0, 0.5, 3.0, True)
+    assert ratio(1, "ours of no one's", 1.5, ours, None).passed is None
+    assert Verdict(7, "too slow", 120.0, 130.0, at_least=False).passed is False
+
+
+def test_where_the_load_generator_was_the_limit_the_row_says_so() -> None:
+    rows = [row("ceiling", 100.0), row("near", 90.0), row("far", 50.0), row("busy", 50.0, busy=0.95)]
+    bound = {found["name"]: found["load_bound"] for found in Outcome("o", "", rows=rows).document()["rows"]}
+    assert bound == {"ceiling": False, "near": True, "far": False, "busy": True}
+
+
+def test_the_page_has_the_figures_between_its_marks_and_is_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import documents
+
+    curve = [Row("unroll", "", [Measured(100.0, 1.0, 2.0)], at) for at in (1.0, 4.0)]
+    verdict = ratio(1, "ours of theirs", 0.7, row("a", 8.0), row("b", 10.0))
+    outcomes = [Outcome("clients", "Clients", "steps/s", curve), Outcome("http", "HTTP", "steps/s", [], [verdict])]
+    about = {"date": "d", "command": ["c"], "cpu": "u", "cores": [0], "memory_gib": 1.0, "kernel": "k", "python": "p"}
+    run = {"about": {**about, "versions": {}}, "settings": {"repeats": 5, "seconds": 3.0}, "remarks": []}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"runs": [run], "outcomes": {o.name: o.document() for o in outcomes}}))
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{documents.BEGIN}\nold\n{documents.END}\nafter\n")
+    written = []
+    for _ in range(2):
+        documents.write(documents.merged([results]), tmp_path)
+        written.append({file.name: file.read_bytes() for file in tmp_path.iterdir()})
+    assert written[0] == written[1]
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| 1 | ours of theirs | 0.80× (0.80–0.80) | ≥ 0.7× | pass |" in text
+    assert "bench-clients.svg" in written[0]
+
+
+def row(name: str, *rates: float, busy: float = 0.1) -> Row:
+    return Row(name, "", [Measured(rate, 1.0, 2.0, busy=busy) for rate in rates])

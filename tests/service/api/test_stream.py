@@ -376,9 +376,11 @@ def test_an_answer_that_is_not_finite_fails_alone(dial: Dial, oracle: Oracles, r
     x = rng.standard_normal((5, 1, 3)).astype("<f4")
     sent = x.copy()
     sent[3] = 3e38
-    client.socket.send(frame(*[(handle, None, sent[handle]) for handle in range(5)]))
-    good, (error,) = client.receive(5)
-    assert (error["handle"], error["position"], error["code"]) == (3, None, "non_finite_output")
+    said = {3: 0}
+    client.socket.send(frame((99, 7, x[0]), *[(handle, said.get(handle), sent[handle]) for handle in range(5)]))
+    good, (unbound, error) = client.receive(6)
+    assert (unbound["handle"], unbound["position"]) == (99, 7)
+    assert (error["handle"], error["position"], error["code"]) == (3, 0, "non_finite_output")
     assert client.refused(3, 0, sent[3])[0] == "non_finite_output"
     for reply in (*good, client.step((3, 0, x[3]))[3]):
         assert np.array_equal(reply.outputs[0], oracle("hot")(x[reply.handle]))

@@ -1,0 +1,256 @@
+"""Where each microsecond of a step goes: the real server under load, sampled by py-spy and folded by layer.
+
+The server has one core, the load generator another. Shares come from the samples in which the server did something,
+and become microseconds by the processor time that a step took in a run without py-spy. py-spy shares the server's
+core and does not stop it: so it looks while the server stands still, and at no moment of a batch more than at another.
+
+With --native it also sees the kernel's and the libraries' functions, but has to stop the server for milliseconds,
+which then is sampled at the same moments of its turns again and again: good for what costs, not for how much.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench import inputs
+from bench.load import Client, Load, Measured
+from bench.reference import Reference
+from bench.servers import Server, ServerFailed, on_cores, running
+from bench.subjects import Subject, WrongAnswer, infer_steps, json_steps, raw_steps, stream_steps, unroll
+
+#: py-spy reads symbols before it takes its first sample.
+_PY_SPY_STARTS_SECONDS = 3.0
+_EXPORT_SECONDS = 300
+_SAMPLES_PER_SECOND, _NATIVE_SAMPLES_PER_SECOND = 197, 29
+
+IDLE, OTHER = "idle", "other"
+
+#: What a frame tells of its sample, asked from the innermost frame outwards; the first that tells anything counts.
+#: So the interpreter's, NumPy's and the C library's own time is that of the layer which called them.
+LAYERS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (IDLE, re.compile(r"^(epoll_p?wait2?|select|poll) |SimpleQueue_get|^_worker \(concurrent/")),
+    (
+        "kernel: sockets",
+        re.compile(r"^(__)?(libc_)?(write|writev|send|sendto|sendmsg|read|recv|recvfrom|accept4?) \(lib"),
+    ),
+    ("HTTP parser", re.compile(r"httptools/|\(parser\.c|llhttp|\((api|http)\.c")),
+    ("onnxruntime", re.compile(r"onnxruntime")),
+    ("transport", re.compile(r"service/transport/|uvicorn/|websockets/")),
+    ("api", re.compile(r"service/(api|app)|fastapi/|starlette/")),
+    ("protocol", re.compile(r"service/protocol/|orjson")),
+    ("catalog", re.compile(r"service/catalog/")),
+    ("scheduler", re.compile(r"service/scheduler/")),
+    ("engine", re.compile(r"service/(engine|state)/")),
+    ("store", re.compile(r"service/store/")),
+    ("telemetry", re.compile(r"service/telemetry/")),
+    ("event loop", re.compile(r"uvloop|\(loop\.c|libuv|^uv_|_asynciomodule\.c|asyncio/")),
+)
+
+#: A server that another process of the same user may look into, where the kernel otherwise lets only parents.
+_TRACEABLE = (
+    "import ctypes, runpy, sys; ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0); "
+    "sys.argv[0] = 'unroll'; runpy.run_module('unroll', run_name='__main__')"
+)
+
+
+class BudgetFailed(Exception):
+    """It could not be measured, with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """steps: per second. cpu_seconds: of the server, for one step; kernel_seconds: those of them in the kernel."""
+
+    steps: float
+    cpu_seconds: float
+    kernel_seconds: float = 0.0
+
+
+def place(frames: Sequence[str]) -> tuple[str, str]:
+    """The layer of a sample, and its function that told. frames: outermost first, each `function (file)`."""
+    for frame in reversed(frames):
+        for name, pattern in LAYERS:
+            if pattern.search(frame):
+                return name, frame
+    return OTHER, frames[-1]
+
+
+def fold(raw: Iterable[str]) -> Counter[tuple[str, str]]:
+    """Samples in which the server was busy, by place. raw: py-spy's lines, `frame;frame;frame samples`."""
+    folded: Counter[tuple[str, str]] = Counter()
+    for line in raw:
+        stack, _, samples = line.rpartition(" ")
+        where = place(stack.split(";"))
+        if samples.isdigit() and where[0] != IDLE:
+            folded[where] += int(samples)
+    return folded
+
+
+def table(folded: Counter[tuple[str, str]], run: Run, functions: int = 0) -> str:
+    """Microseconds of processor time a step by layer, and below each its `functions` most expensive functions."""
+    total = folded.total()
+    layers: Counter[str] = Counter()
+    for (name, _), samples in folded.items():
+        layers[name] += samples
+
+    def row(name: str, samples: int) -> str:
+        share = samples / total if total else 0.0
+        return f"{name:<58}{share * run.cpu_seconds * 1e6:>9.2f}{share:>8.1%}{samples:>9,}"
+
+    lines = [f"{'':<58}{'µs/step':>9}{'share':>8}{'samples':>9}"]
+    for name, samples in layers.most_common():
+        lines.append(row(name, samples))
+        within = Counter({frame: count for (own, frame), count in folded.items() if own == name})
+        lines += [row(f"    {frame[:52]}", count) for frame, count in within.most_common(functions)]
+    return "\n".join([*lines, row("together", total)])
+
+
+# ── the server under load ────────────────────────────────────────────────────────────────────────
+
+_SUBJECTS = {
+    "raw": raw_steps,
+    "json": json_steps,
+    "infer": infer_steps,
+    "stream": stream_steps,
+    "stream-64": partial(stream_steps, entries=64),
+}
+
+
+def _drive(server: Server, subject: Subject, clients: Sequence[Client], seconds: float) -> Run:
+    """Every client asks anew as soon as it is answered, and must have been answered rightly in the end."""
+
+    async def drive() -> Measured:
+        async with Load(server.port, clients) as load:
+            return await load.run(seconds)
+
+    def so_far() -> tuple[int, float, float]:
+        return sum(client.answered for client in clients), *_cpu_seconds(server.process.pid)
+
+    before = so_far()
+    measured = asyncio.run(drive())
+    answered, user, kernel = (after - then for after, then in zip(so_far(), before, strict=True))
+    if measured.errors:
+        raise BudgetFailed(f"{measured.errors} replies were errors, first {measured.first_error}")
+    for client in clients:
+        subject.check(client)
+    steps = answered * clients[0].weight
+    return Run(measured.rate, (user + kernel) / steps, kernel / steps)
+
+
+def _cpu_seconds(pid: int) -> tuple[float, float]:
+    """Of a process so far: in its own code, and in the kernel."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    return int(after_name[11]) * tick, int(after_name[12]) * tick
+
+
+# ── py-spy ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _py_spy() -> str:
+    beside = Path(sys.executable).with_name("py-spy")
+    found = str(beside) if beside.is_file() else shutil.which("py-spy")
+    if found is None:
+        raise BudgetFailed("py-spy is not installed: pip install py-spy")
+    return found
+
+
+def _record(drive: Callable[[float], Run], pid: int, arguments: argparse.Namespace, kind: str, target: Path) -> None:
+    """py-spy's recording of the server under load, in `target`. kind: its format. Raises BudgetFailed."""
+    rate = _NATIVE_SAMPLES_PER_SECOND if arguments.native else _SAMPLES_PER_SECOND
+    words = ["--pid", str(pid), "--duration", str(round(arguments.seconds)), "--rate", str(rate), "--format", kind]
+    words += [
+        "--function",
+        "--output",
+        str(target),
+        *(["--native", "--idle"] if arguments.native else ["--nonblocking"]),
+    ]
+    cores = os.sched_getaffinity(0) if arguments.native else os.sched_getaffinity(pid)
+    with tempfile.TemporaryFile() as said:
+        with on_cores(cores):
+            spy = subprocess.Popen([_py_spy(), "record", *words], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            drive(arguments.seconds + _PY_SPY_STARTS_SECONDS)
+            status = spy.wait(arguments.seconds + 60)
+        except subprocess.TimeoutExpired as error:
+            raise BudgetFailed("py-spy does not end") from error
+        finally:
+            spy.kill()
+            spy.wait()
+        said.seek(0)
+        if status or not target.is_file():
+            why = said.read().decode(errors="replace")[-2000:]
+            raise BudgetFailed(f"py-spy could not look into the server (it needs the right to trace it):\n{why}")
+
+
+def measure(arguments: argparse.Namespace, folder: Path, cores: Sequence[int]) -> tuple[Counter[tuple[str, str]], Run]:
+    """Samples by place, and the run without py-spy."""
+    repository, model = folder / "repository", arguments.model
+    subprocess.run([sys.executable, "-m", "bench.model", str(repository)], check=True, timeout=_EXPORT_SECONDS)
+    reference = Reference(model, repository / model / "1" / "model.onnx", folder / f"{model}-torch.npz")
+    launch = unroll(repository)
+    subject = _SUBJECTS[arguments.over](launch, reference)
+    python, _, _, *words = launch.command(folder)  # python -m unroll ...
+    command = (python, "-c", _TRACEABLE, *words)
+    with running(command, cores[:1], folder / "server.log", launch.ready_path) as server:
+        clients = [subject.client(n) for n in range(arguments.clients)]
+        drive = partial(_drive, server, subject, clients)
+        run = drive(arguments.seconds)
+        raw = folder / "samples"
+        _record(drive, server.process.pid, arguments, "raw", raw)
+        if arguments.flamegraph:
+            _record(drive, server.process.pid, arguments, "flamegraph", arguments.flamegraph)
+        return fold(raw.read_text(errors="replace").splitlines()), run
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        _py_spy()
+        with tempfile.TemporaryDirectory(prefix="budget-") as folder, on_cores(cores[-1:]):
+            folded, run = measure(arguments, Path(folder), cores)
+    except (BudgetFailed, ServerFailed, WrongAnswer, ConnectionError, TimeoutError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the server is stopped", file=sys.stderr)
+        return 130
+    print(
+        f"{arguments.model}, {arguments.clients} clients, {arguments.over}: {run.steps:,.0f} steps/s, "
+        f"{1e6 / run.steps:.1f} µs a step; the server computed {run.cpu_seconds * 1e6:.1f} µs of them, "
+        f"{run.kernel_seconds * 1e6:.1f} µs in the kernel"
+    )
+    print(table(folded, run, arguments.functions))
+    if len(cores) == 1:
+        print("Note: only one core: server, load generator and py-spy share it")
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.budget", description=__doc__)
+    parser.add_argument("--model", choices=list(inputs.MODELS), default="small")
+    parser.add_argument("--over", choices=list(_SUBJECTS), default="raw", help="what the clients speak")
+    parser.add_argument("--clients", type=int, default=64, help="concurrent clients, at most 1024")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of each run, 1 to 120")
+    parser.add_argument("--functions", type=int, default=0, metavar="N", help="name each layer's N dearest functions")
+    parser.add_argument("--native", action="store_true", help="see functions of the kernel and the libraries, too")
+    parser.add_argument("--flamegraph", type=Path, metavar="FILE", help="write a flame graph (SVG) of another run")
+    arguments = parser.parse_args(argv)
+    if not (1 <= arguments.seconds <= 120 and 0 < arguments.clients <= (16 if arguments.over == "stream-64" else 1024)):
+        parser.error("out of bounds, see --help")
+    return arguments
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,56 @@
+"""docs/benchmarks.md: its figures are replaced by those of a results file, the text around them is written by hand."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import plots, report
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def merged(files: Sequence[Path]) -> dict[str, Any]:
+    """Of each scenario, what the last of these files says."""
+    results: dict[str, Any] = {"runs": [], "outcomes": {}}
+    for file in files:
+        found = json.loads(file.read_text())
+        results["runs"] += found["runs"]
+        results["outcomes"] |= found["outcomes"]
+    return results
+
+
+def write(results: Mapping[str, Any], docs: Path) -> None:
+    """Replaces the figures in `benchmarks.md`, and writes the results and the plots beside it."""
+    page = docs / "benchmarks.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{page} has no place for figures: {BEGIN} … {END}")
+    (docs / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
+    lines = figures(results, plots.draw(results, docs))
+    page.write_text("\n".join([before + BEGIN, "", *lines, END + after]))
+
+
+def figures(results: Mapping[str, Any], plotted: Sequence[Path]) -> list[str]:
+    lines = [*_circumstances(results), "## Targets", "", *report.markdown_verdicts(results), ""]
+    for file in plotted:
+        lines += [f"![{file.stem}]({file.name})", ""]
+    lines += ["## All figures", ""]
+    for outcome in results["outcomes"].values():
+        lines += report.markdown_outcome(outcome)
+    return lines
+
+
+def _circumstances(results: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for run in results["runs"]:
+        about, settings = run["about"], run["settings"]
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        where = f"{about['cpu']}, {len(about['cores'])} cores, {about['memory_gib']:g} GiB, Linux {about['kernel']}"
+        lines.append(
+            f"- {about['date']}, `{' '.join(about['command'])}`: {where}; Python {about['python']}; {versions}"
+        )
+        turns = f"{settings['repeats']} turns of {settings['seconds']:g} s"
+        lines.append("; ".join([f"  {turns}", *run["remarks"]]))
+    return [*lines, ""]

@@ -1,0 +1,56 @@
+"""HTTP/1.1 for the load generator: requests, and where a reply ends."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from bench.load import Client, Connection
+from bench.servers import HOST
+
+RAW, JSON = "application/octet-stream", "application/json"
+_LENGTH = b"\r\ncontent-length:"
+
+
+def post(path: str, body: bytes | Mapping[str, object], headers: Mapping[str, str] | None = None) -> bytes:
+    """A whole request; a mapping is sent as JSON, bytes as they are, both with their media type."""
+    media, content = (RAW, body) if isinstance(body, bytes) else (JSON, json.dumps(body).encode())
+    fields = {"host": HOST, "content-type": media, "content-length": str(len(content)), **(headers or {})}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value)
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def http_client(
+    requests: Sequence[bytes], session: int | None = None, opening: Sequence[bytes] = (), unstepped: int = 0
+) -> Client:
+    return Client(HttpConnection, requests, () if session is None else (session,), opening, unstepped)
+
+
+class HttpConnection(Connection):
+    def begin(self) -> None:
+        self._received = b""
+        self._head = self._whole = -1  # of the last reply: where its body begins, and its length in all
+        self.ready.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        if self._received:
+            data = self._received + data
+        if len(data) != self._whole or data[self._head - 4 : self._head] != b"\r\n\r\n":
+            # Otherwise it is as long as the last one, and so is its head.
+            head = data.find(b"\r\n\r\n")
+            length = _content_length(data[: head + 2]) if head >= 0 else 0
+            if head < 0 or len(data) < head + 4 + length:
+                self._received = data
+                return
+            if length < 0 or len(data) > head + 4 + length:
+                self.fail(f"not one whole reply: {data[:200]!r}")
+                return
+            self._head, self._whole = head + 4, len(data)
+        self._received = b""
+        self.replied([data[self._head :]], "" if data[9:11] == b"20" else repr(data[:400]))
+
+
+def _content_length(head: bytes) -> int:
+    """-1 if it is not there exactly once, as digits."""
+    head = head.lower()
+    _, _, after = head.partition(_LENGTH)
+    digits = after[: after.find(b"\r\n")].strip()
+    return int(digits) if digits.isdigit() and _LENGTH not in after else -1

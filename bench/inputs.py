@@ -1,0 +1,34 @@
+"""The models that are served and the values that clients send: the same for every server, and for the reference."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Different rows of one session; it sends them over and over.
+ROWS = 16
+#: Sessions with rows of their own, and whole sequences of one length.
+SESSIONS, SEQUENCES = 1024, 16
+#: Sessions and lengths of sequences for which PyTorch's outputs are kept.
+TORCH_SESSIONS, TORCH_LENGTHS = 256, (128,)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """An LSTM of 2 layers and a linear head: `features` values in and as many out."""
+
+    hidden: int
+    features: int
+    layers: int = 2
+
+
+MODELS = {"small": Shape(64, 16), "medium": Shape(256, 64)}
+
+
+def rows(features: int) -> np.ndarray:
+    """What sessions send, step by step: (SESSIONS, ROWS, features) float32."""
+    return np.random.default_rng(features).standard_normal((SESSIONS, ROWS, features), np.float32)
+
+
+def sequences(features: int, length: int) -> np.ndarray:
+    """Whole sequences: (SEQUENCES, length, features) float32."""
+    return np.random.default_rng((features, length)).standard_normal((SEQUENCES, length, features), np.float32)

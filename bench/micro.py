@@ -1,0 +1,311 @@
+"""The parts of a step by themselves, in one process and without I/O: what each costs in nanoseconds a step.
+
+    python -m bench.micro [--only WORD] [--repository DIR] [--json FILE]
+
+Each figure is the least of many short runs, which is what the part costs when nothing disturbs it.
+"""
+
+import argparse
+import json
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+
+import bundle
+from bundle import Bundle, Manifest, TensorSpec
+from service.engine.base import PlainRows
+from service.engine.host import HostEngine
+from service.engine.runner import Runner
+from service.protocol import json as json_protocol
+from service.protocol import open_inference
+from service.protocol.frames import STEPS, UNSAID, FrameCodec, encode, encode_one
+from service.protocol.tensors import Codec
+from service.scheduler.limits import ModelTraits, SchedulerLimits
+from service.scheduler.scheduler import Scheduler
+from service.scheduler.sessions import SessionLimits
+from service.scheduler.work import Chunk
+from service.state.arena import HostArena
+
+_FEATURES = 16
+_ROWS = (1, 16, 64, 256)
+_SPEC_IN = TensorSpec("x", "float32", (_FEATURES,), True)
+_SPEC_OUT = TensorSpec("y", "float32", (_FEATURES,), True)
+_LIMIT = 2**21
+#: A run is repeated until it takes this long, so that the clock does not count.
+_RUN_SECONDS = 0.002
+_LEAST_RUNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """call: does the work for `steps` time steps, again and again."""
+
+    name: str
+    steps: int
+    call: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Nanoseconds a time step: the least and the median of all runs. runs: how many there were."""
+
+    name: str
+    steps: int
+    least: float
+    median: float
+    runs: int
+
+
+def measure(part: Part, seconds: float, now: Callable[[], float] = perf_counter) -> Figure:
+    """Runs of a part, for about `seconds` in all."""
+    calls = 1
+    while (took := min(_run(part.call, calls, now) for _ in range(3))) < _RUN_SECONDS:
+        calls = calls * 2 if took <= 0 else max(calls + 1, min(calls * 10, round(calls * _RUN_SECONDS * 1.2 / took)))
+    started, runs = now(), []
+    while len(runs) < _LEAST_RUNS or now() - started < seconds:
+        runs.append(_run(part.call, calls, now) / calls / part.steps * 1e9)
+    return Figure(part.name, part.steps, min(runs), median(runs), len(runs))
+
+
+def _run(call: Callable[[], object], calls: int, now: Callable[[], float]) -> float:
+    started = now()
+    for _ in range(calls):
+        call()
+    return now() - started
+
+
+# ── state ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def arena() -> Iterator[Part]:
+    """Rows of 1 and 4 KiB, scattered over an arena of 4096."""
+    for size in (256, 1024):
+        arena = HostArena(4096, size)
+        arena.rows[:] = 1.0
+        for rows in _ROWS[1:]:
+            slots = np.random.default_rng(rows).permutation(4096)[:rows]
+            out = np.empty((rows, size), np.float32)
+            where = f"{rows} rows of {size * 4 // 1024} KiB"
+            yield Part(f"arena: gather {where}", rows, lambda a=arena, s=slots, o=out: a.gather(s, out=o))
+            yield Part(f"arena: scatter {where}", rows, lambda a=arena, s=slots, o=out: a.scatter(s, o))
+
+
+# ── protocol ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def manifest() -> Manifest:
+    """Of a model with 16 values in and out."""
+    return Manifest(
+        format=1,
+        name="micro",
+        version="1",
+        inputs=(_SPEC_IN,),
+        outputs=(_SPEC_OUT,),
+        state=(),
+        state_size=1,
+        initial_state=None,
+        streamable=True,
+        not_streamable_because=None,
+        ragged=True,
+        bit_exact=True,
+        parity=(),
+        files={},
+        tools={},
+    )
+
+
+def protocol() -> Iterator[Part]:
+    codec = Codec(manifest(), 65_536, 1024)
+    x = np.random.default_rng(0).standard_normal((1, _FEATURES), np.float32)
+    outputs = (x.copy(),)
+    raw = x.tobytes()
+    yield Part("protocol: read raw bytes", 1, lambda: codec.from_raw(raw))
+    yield Part("protocol: write raw bytes", 1, lambda: codec.to_raw(outputs))
+
+    text = json_protocol.dump({"inputs": x, "position": 7})
+    yield Part("protocol: read JSON", 1, lambda: codec.from_json(json_protocol.parse_object(text, _LIMIT)["inputs"]))
+    document = {"outputs": codec.to_json(outputs), "position": 8}
+    yield Part("protocol: write JSON", 1, lambda: json_protocol.dump(document))
+
+    head, body = infer_body(x)
+    yield Part(
+        "protocol: read infer, binary",
+        1,
+        lambda: open_inference.read_inputs(open_inference.parse(body, head, _LIMIT), (_SPEC_IN,)),
+    )
+    answer = {"model_name": "micro", "model_version": "1"}
+    batched = x[np.newaxis]
+    yield Part("protocol: write infer, binary", 1, lambda: open_inference.encode(answer, [(_SPEC_OUT, batched, True)]))
+
+    frames = FrameCodec((_SPEC_IN,), 65_536)
+    for entries in (1, 64, 256):
+        frame = steps_frame(entries)
+        yield Part(f"protocol: read frame of {entries}", entries, lambda f=frame: _read_frame(frames, f))
+    yield Part("protocol: write frame of 1", 1, lambda: encode_one(0, 1, 8, outputs))
+    for entries in (64, 256):
+        handles, positions = list(range(entries)), [8] * entries
+        values = np.zeros((entries, 1, _FEATURES), np.float32)
+        yield Part(
+            f"protocol: write frame of {entries}",
+            entries,
+            lambda h=handles, p=positions, v=values: encode(h, 1, p, [v.tobytes()]),
+        )
+
+
+def infer_body(x: np.ndarray) -> tuple[int, bytes]:
+    """One step of a sequence as tritonclient sends it: the length of its JSON, and the body."""
+    text = json_protocol.dump(
+        {
+            "id": "7",
+            "parameters": {"sequence_id": 7, "sequence_start": False, "sequence_end": False},
+            "inputs": [
+                {
+                    "name": "x",
+                    "shape": [1, *x.shape],
+                    "datatype": "FP32",
+                    "parameters": {"binary_data_size": x.nbytes},
+                }
+            ],
+            "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
+        }
+    )
+    return len(text), text + x.tobytes()
+
+
+def steps_frame(entries: int) -> bytes:
+    """One step of each of so many sessions."""
+    head = struct.pack("<BBHI", STEPS, 0, 0, entries)
+    said = b"".join(struct.pack("<IIQ", handle, 1, UNSAID) for handle in range(entries))
+    return head + said + np.ones((entries, _FEATURES), np.float32).tobytes()
+
+
+def _read_frame(codec: FrameCodec, content: bytes) -> None:
+    frame = codec.decode(content)
+    if codec.faults(frame):
+        raise ValueError("the frame is sound")
+
+
+# ── scheduler ────────────────────────────────────────────────────────────────────────────────────
+
+
+def scheduler() -> Iterator[Part]:
+    """A step of every session: submitted, batched, taken in and answered; the model is left out."""
+    for sessions in _ROWS:
+        yield Part(f"scheduler: {sessions} sessions", sessions, Turns(sessions).each_by_itself)
+    for sessions in _ROWS[1:]:
+        yield Part(f"scheduler: a group of {sessions}", sessions, Turns(sessions).as_a_group)
+
+
+class Turns:
+    """Sessions that take step after step. answered: steps so far."""
+
+    def __init__(self, sessions: int) -> None:
+        traits = ModelTraits((_SPEC_IN,), (_SPEC_OUT,), cuttable=True, ragged=True)
+        self.scheduler = Scheduler(traits, SessionLimits(capacity=4096), SchedulerLimits())
+        self.answered = 0
+        self._sessions = [self.scheduler.open(f"session-{i}", 0.0) for i in range(sessions)]
+        self._together = np.zeros((sessions, 1, _FEATURES), np.float32)
+        self._inputs = [(row,) for row in self._together]
+        self._unsaid = [None] * sessions
+        self._now = 0.0
+
+    def each_by_itself(self) -> None:
+        now = self._tick()
+        submit, settled = self.scheduler.submit_steps, self._settled
+        for session, inputs in zip(self._sessions, self._inputs, strict=True):
+            chunk = submit(session.id, inputs, now, now + 30.0)
+            assert isinstance(chunk, Chunk)
+            chunk.listeners = (settled,)
+        self._turn(now)
+
+    def as_a_group(self) -> None:
+        now = self._tick()
+        self.scheduler.submit_group(
+            self._sessions, self._unsaid, (self._together,), now, now + 30.0, self._group_settled
+        )
+        self._turn(now)
+
+    def _tick(self) -> float:
+        self._now += 1e-4
+        return self._now
+
+    def _turn(self, now: float) -> None:
+        _, batch = self.scheduler.next_turn(now)
+        self.scheduler.finish(batch, (batch.inputs[0],), {}, now, 1e-4)
+
+    def _settled(self, outcome: object) -> None:
+        self.answered += 1
+
+    def _group_settled(self, reply: object) -> None:
+        self.answered += len(reply.rows)  # type: ignore[attr-defined]
+
+
+# ── engine ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def engine(found: Bundle) -> Iterator[Part]:
+    """Single steps of a model: onnxruntime alone, and with the state gathered and scattered."""
+    about = found.manifest
+    runner = Runner(found.model_path, about)
+    engine = HostEngine(runner, about, 4096)
+    for rows in _ROWS:
+        by_name = {spec.name: np.zeros((rows, 1, *spec.shape), spec.numpy) for spec in about.inputs}
+        state, lens = np.zeros((rows, about.state_size), np.float32), np.ones(rows, np.int32)
+        yield Part(
+            f"{about.name}: runner, {rows} rows",
+            rows,
+            lambda i=by_name, s=state, n=lens: runner(i, s, n),
+        )
+        slots = [int(slot) for slot in np.random.default_rng(rows).permutation(4094)[:rows] + 2]
+        batch = PlainRows(tuple(by_name.values()), [1] * rows, slots, slots)
+        yield Part(f"{about.name}: engine, {rows} rows", rows, lambda b=batch: engine.run(b))
+
+
+def parts(repository: Path) -> Iterator[Part]:
+    yield from arena()
+    yield from protocol()
+    yield from scheduler()
+    for path in bundle.discover(repository):
+        yield from engine(bundle.read(path))
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────
+
+
+def table(figures: list[Figure]) -> str:
+    width = max([len(figure.name) for figure in figures], default=0) + 2
+    lines = [f"{'':<{width}}{'ns/step':>11}{'median':>11}{'runs':>7}"]
+    lines += [f"{f.name:<{width}}{f.least:>11,.0f}{f.median:>11,.0f}{f.runs:>7}" for f in figures]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.micro", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", metavar="WORD", help="parts whose name holds this")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each part, at most 60")
+    parser.add_argument(
+        "--repository", type=Path, default=Path("examples/repository"), help="bundles whose engine is measured"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.seconds <= 60:
+        parser.error("out of bounds, see --help")
+    found = [part for part in parts(arguments.repository) if arguments.only in part.name]
+    if not found:
+        print(f"no part's name holds {arguments.only!r}", file=sys.stderr)
+        return 2
+    figures = [measure(part, arguments.seconds) for part in found]
+    print(table(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

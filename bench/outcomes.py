@@ -1,0 +1,126 @@
+"""What was found: rows of figures, the targets they are held against, and where the load generator was the limit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from bench.load import Measured
+
+#: Above this share of its ceiling, or of its core, the load generator slows down what it measures.
+LOAD_BOUND = 0.85
+#: Milliseconds that requests of an open loop may leave late.
+_LATE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A subject's turns; the figures of all of them, and their medians. at: where it stands in a curve."""
+
+    name: str
+    what: str
+    turns: Sequence[Measured]
+    at: float | None = None
+
+    @property
+    def rates(self) -> list[float]:
+        return [turn.rate for turn in self.turns]
+
+    @property
+    def rate(self) -> float:
+        return median(self.rates)
+
+    @property
+    def p50(self) -> float:
+        return median(turn.p50 for turn in self.turns)
+
+    @property
+    def p99(self) -> float:
+        return median(turn.p99 for turn in self.turns)
+
+    def is_load_bound(self, ceiling: float | None) -> bool:
+        """Whether the load generator was the limit; ceiling: what it reached by itself."""
+        late = median(turn.late for turn in self.turns)
+        if late:
+            return late > _LATE
+        busy = median(turn.busy for turn in self.turns)
+        if not busy:  # it had no part in it
+            return False
+        return busy > LOAD_BOUND or (ceiling is not None and self.rate > LOAD_BOUND * ceiling)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A target and what was reached. number: its row in the table of targets. value: None: it was not measured.
+
+    low, high: the least and the most of single turns. judged: False: a quick run, whose figures say nothing.
+    """
+
+    number: int
+    says: str
+    bound: float
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    at_least: bool = True
+    unit: str = ""
+    judged: bool = True
+
+    @property
+    def passed(self) -> bool | None:
+        if self.value is None or not self.judged:
+            return None
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A scenario's figures. unit: of the rates. failed: why there are none."""
+
+    name: str
+    title: str
+    unit: str = ""
+    rows: Sequence[Row] = ()
+    verdicts: Sequence[Verdict] = ()
+    remarks: Sequence[str] = field(default_factory=list)
+    failed: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it: the medians, every turn, and what follows from them."""
+        ceiling = next((row.rate for row in self.rows if row.name == "ceiling"), None)
+        rows = [
+            {
+                "name": row.name,
+                "what": row.what,
+                "at": row.at,
+                "rate": row.rate,
+                "p50_ms": row.p50,
+                "p99_ms": row.p99,
+                "load_bound": row.name != "ceiling" and row.is_load_bound(ceiling),
+                "turns": [asdict(turn) for turn in row.turns],
+            }
+            for row in self.rows
+        ]
+        verdicts = [{**asdict(verdict), "passed": verdict.passed} for verdict in self.verdicts]
+        return {
+            "title": self.title,
+            "unit": self.unit,
+            "rows": rows,
+            "verdicts": verdicts,
+            "remarks": [*self.remarks],
+            "failed": self.failed,
+        }
+
+
+def ratio(number: int, says: str, bound: float, row: Row, other: Row | None, *, judged: bool = True) -> Verdict:
+    """The rate of one as a share of the other's; turn by turn for the least and the most."""
+    if other is None or not all(other.rates):
+        return Verdict(number, says, bound, unit="×", judged=judged)
+    each = [mine / theirs for mine, theirs in zip(row.rates, other.rates, strict=True)]
+    return Verdict(number, says, bound, row.rate / other.rate, min(each), max(each), unit="×", judged=judged)
+
+
+def fastest(rows: Mapping[str, Row], prefix: str) -> Row | None:
+    """Of a server that takes part in several settings, the best."""
+    found = [row for name, row in rows.items() if name.startswith(prefix)]
+    return max(found, key=lambda row: row.rate, default=None)

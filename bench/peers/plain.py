@@ -1,0 +1,52 @@
+"""FastAPI and a dictionary of states: as one writes it first, and as one does after a first measurement."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.peers.peer import BINARY, JSON, Peer, post
+
+
+@dataclass(frozen=True)
+class Naive(Peer):
+    program = "naive"
+
+    def step(self, model: str, client: int, index: int, row: np.ndarray) -> bytes:
+        body: dict[str, object] = {"session_id": str(client), "inputs": [row.tolist()]}
+        if index == 0:
+            body["reset"] = True
+        return post(f"/models/{model}/steps", json.dumps(body).encode(), JSON)
+
+    def sequence(self, model: str, values: np.ndarray) -> bytes:
+        return post(f"/models/{model}/sequences", json.dumps({"inputs": values.tolist()}).encode(), JSON)
+
+    def outputs(self, body: bytes, features: int) -> np.ndarray:
+        return np.array(json.loads(body)["outputs"], np.float32).ravel()
+
+
+@dataclass(frozen=True)
+class NaiveRaw(Peer):
+    program = "naive_raw"
+
+    def step(self, model: str, client: int, index: int, row: np.ndarray) -> bytes:
+        session = f"/models/{model}/sessions/{client}"
+        return post(session if index == 0 else f"{session}/steps", row.tobytes(), BINARY)
+
+    def sequence(self, model: str, values: np.ndarray) -> bytes:
+        return post(f"/models/{model}/sequences", values.tobytes(), BINARY)
+
+    def outputs(self, body: bytes, features: int) -> np.ndarray:
+        return np.frombuffer(body, np.float32)
+
+
+NAIVE = Naive(
+    "naive",
+    "FastAPI with pydantic JSON bodies and a dict of states; onnxruntime with its defaults; no access log",
+    ready_path="/openapi.json",
+)
+NAIVE_RAW = NaiveRaw(
+    "naive-raw",
+    "the same with raw bytes in and out instead of JSON and pydantic, and one onnxruntime thread",
+    ready_path="/openapi.json",
+)

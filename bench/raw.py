@@ -1,0 +1,82 @@
+"""onnxruntime alone: what a model can do on one core, called again and again with inputs that are already there.
+
+Run as `python -m bench.raw MODEL`, it answers lines of `batch steps seconds` on its standard input, so that it takes
+turns with the servers; each answer is a line of JSON. `RawModel` is the other end.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from bench.load import Measured
+from bench.reference import runner
+from bench.servers import ROOT, ServerFailed, on_cores
+
+
+class RawModel:
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def measure(self, batch: int, steps: int, seconds: float) -> Measured:
+        """Calls with (batch, steps, features); the rate is rows a second, the latencies are those of a call."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{batch} {steps} {seconds}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise ServerFailed(f"onnxruntime alone ended with status {self._process.wait()}")
+        return Measured(**json.loads(answer))
+
+
+@contextmanager
+def raw_model(path: Path, cores: Collection[int]) -> Iterator[RawModel]:
+    with on_cores(cores):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bench.raw", str(path)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        yield RawModel(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _measure(session: object, batch: int, steps: int, seconds: float) -> dict[str, float]:
+    shapes = {node.name: node.shape for node in session.get_inputs()}  # type: ignore[attr-defined]
+    x = np.random.default_rng(0).standard_normal((batch, steps, shapes["x"][-1]), np.float32)
+    state = np.zeros((batch, shapes["state"][-1]), np.float32)
+    feeds = {"x": x, "state": state, "sequence_lens": np.full(batch, steps, np.int32)}
+    run, names = session.run, ["y", "state_out"]  # type: ignore[attr-defined]
+    for _ in range(3):
+        run(names, feeds)
+    began = now = perf_counter()
+    latencies = []
+    while now < began + seconds:
+        run(names, feeds)
+        before, now = now, perf_counter()
+        latencies.append(now - before)
+    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
+    return {"rate": len(latencies) * batch / (now - began), "p50": float(p50), "p99": float(p99)}
+
+
+def _answer_all() -> None:
+    session = runner(Path(sys.argv[1]))
+    for line in sys.stdin:
+        batch, steps, seconds = line.split()
+        print(json.dumps(_measure(session, int(batch), int(steps), float(seconds))), flush=True)
+
+
+if __name__ == "__main__":
+    _answer_all()

@@ -1,0 +1,55 @@
+"""A client of the WebSocket stream: a session that goes on where it was when its connection breaks.
+
+session = Session("ws://127.0.0.1:8000", "co2")
+forecasts = session.steps(np.array([[371.2], [371.5]]))
+"""
+
+import json
+import secrets
+import struct
+
+import numpy as np
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+_FRAME = struct.Struct("<BBHIIIQ")  # type, flags, reserved, entries; handle, steps, position
+
+
+class Session:
+    """One session of a model with one float32 input and one output per step, bound to handle 0."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.id = secrets.token_urlsafe()
+        self.position = 0
+        self._address = f"{url}/v1/models/{model}/stream"
+        self._socket: ClientConnection | None = None
+
+    def steps(self, values: np.ndarray) -> np.ndarray:
+        """values: (steps, features). Returns (steps, outputs). Raises RuntimeError with the server's code."""
+        frame = _FRAME.pack(1, 0, 0, 1, 0, len(values), self.position) + values.astype("<f4").tobytes()
+        reply = self._exchange(frame)
+        if isinstance(reply, str):
+            raise RuntimeError(reply)
+        *_, self.position = _FRAME.unpack_from(reply)
+        return np.frombuffer(reply, "<f4", offset=_FRAME.size).reshape(len(values), -1)
+
+    def close(self) -> None:
+        """End the session."""
+        self._exchange(json.dumps({"op": "close", "handles": [0]}))
+
+    def _exchange(self, message: str | bytes) -> str | bytes:
+        """Send, and wait for the answer; once more if the connection breaks: the position tells what was applied."""
+        while True:
+            try:
+                if self._socket is None:
+                    self._socket = connect(self._address, max_size=None).__enter__()
+                    mode = "resume" if self.position else "either"  # the answer to the first try may have been lost
+                    wanted = {"handle": 0, "session_id": self.id, "mode": mode}
+                    self._socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
+                    (opened,) = json.loads(self._socket.recv())["sessions"]
+                    if "error" in opened:
+                        raise RuntimeError(opened["error"])
+                self._socket.send(message)
+                return self._socket.recv()
+            except ConnectionClosed:
+                self._socket = None

@@ -1,0 +1,107 @@
+"""The load generator counts what it should, and fails when a reply is not one."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from bench.http_client import http_client, post
+from bench.load import Load
+
+REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Scripted(asyncio.Protocol):
+    """answer: the bytes to send for each request, in pieces, and the seconds before."""
+
+    def __init__(self, answer: Callable[[int], tuple[float, list[bytes]]]) -> None:
+        self._answer = answer
+        self.requests: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.requests.append(data)
+        delay, pieces = self._answer(len(self.requests))
+        asyncio.get_running_loop().call_later(delay, self._send, pieces)
+
+    def _send(self, pieces: list[bytes]) -> None:
+        if pieces:
+            self._transport.write(pieces[0])
+            asyncio.get_running_loop().call_later(0.001, self._send, pieces[1:])
+
+
+@asynccontextmanager
+async def scripted(answer: Callable[[int], tuple[float, list[bytes]]]) -> AsyncIterator[tuple[int, list[Scripted]]]:
+    made: list[Scripted] = []
+
+    def make() -> Scripted:
+        made.append(Scripted(answer))
+        return made[-1]
+
+    server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], made
+
+
+def prompt(number: int) -> tuple[float, list[bytes]]:
+    return 0.0, [REPLY]
+
+
+async def test_opening_once_and_then_requests_in_turn_over_all_runs() -> None:
+    client = http_client([b"a", b"b"], 3, opening=[b"open"], unstepped=1)
+    async with scripted(prompt) as (port, made):
+        async with Load(port, [client]) as load:
+            await load.once()
+            await load.once()
+        async with Load(port, [client]) as load:
+            await load.once()
+            await load.once()
+        assert [request for each in made for request in each.requests] == [b"open", b"a", b"b", b"a"]
+    assert (client.answered, client.steps, client.last) == (4, 3, [b"ok"])
+
+
+async def test_a_reply_in_pieces_is_one_reply() -> None:
+    async with scripted(lambda number: (0.0, [REPLY[:9], REPLY[9:30], REPLY[30:]])) as (port, _):
+        client = http_client([b"x"])
+        async with Load(port, [client]) as load:
+            for _ in range(3):
+                assert (await load.once()).errors == 0
+        assert client.last == [b"ok"]
+
+
+async def test_a_status_that_is_not_success_is_an_error() -> None:
+    async with scripted(lambda number: (0.0, [REPLY.replace(b"200", b"503")])) as (port, _):
+        async with Load(port, [http_client([b"x"])]) as load:
+            measured = await load.once()
+        assert measured.errors == 1
+        assert "503" in measured.first_error
+
+
+@pytest.mark.parametrize("reply", [REPLY + b"more", b"HTTP/1.1 200 OK\r\n\r\n"])
+async def test_what_is_not_one_whole_reply_fails_the_run(reply: bytes) -> None:
+    async with scripted(lambda number: (0.0, [reply])) as (port, _), Load(port, [http_client([b"x"])]) as load:
+        with pytest.raises(ConnectionError, match="not one whole reply"):
+            await load.once()
+
+
+async def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
+    """A server that stalls once for 0.2 s, two fifths of the run: all that were due meanwhile have waited."""
+
+    def stalls(number: int) -> tuple[float, list[bytes]]:
+        return (0.2 if number == 20 else 0.0), [REPLY]
+
+    async with scripted(stalls) as (port, _), Load(port, [http_client([b"x"])]) as load:
+        measured = await load.run(0.5, rate=200.0)
+    assert measured.rate == pytest.approx(200.0, rel=0.05)
+    assert measured.p99 > 150.0
+    assert measured.p50 < 100.0
+
+
+def test_a_request_has_its_length_and_media_type() -> None:
+    assert post("/a", b"12") == (
+        b"POST /a HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/octet-stream\r\ncontent-length: 2\r\n\r\n12"
+    )
+    assert post("/a", {"b": 1}).endswith(b'application/json\r\ncontent-length: 8\r\n\r\n{"b": 1}')

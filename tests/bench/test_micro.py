@@ -1,0 +1,92 @@
+"""The parts that are measured do what they say, and the least of the runs is what is reported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.micro import Part, Turns, infer_body, manifest, measure, protocol, steps_frame
+from service.protocol import open_inference
+from service.protocol.frames import FrameCodec
+
+ROOT = Path(__file__).parents[2]
+
+
+class Machine:
+    """A part that takes 10 µs for 4 steps, but now and then 5 ms."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.calls = 0
+
+    def call(self) -> None:
+        self.calls += 1
+        self.seconds += 5e-3 if self.calls % 3000 == 0 else 10e-6
+
+
+def test_the_least_of_many_runs_counts() -> None:
+    machine = Machine()
+    figure = measure(Part("p", 4, machine.call), 0.1, lambda: machine.seconds)
+    assert figure.least == pytest.approx(2500)
+    assert figure.least <= figure.median
+    assert figure.runs >= 5
+    assert machine.seconds < 1.0
+
+
+def test_a_slow_part_is_run_a_few_times_all_the_same() -> None:
+    machine = Machine()
+
+    def call() -> None:
+        machine.calls += 1
+        machine.seconds += 1.0
+
+    assert measure(Part("p", 1, call), 0.1, lambda: machine.seconds).least == pytest.approx(1e9)
+    assert machine.calls < 10
+
+
+@pytest.mark.parametrize("sessions", [1, 16, 256])
+def test_every_turn_of_the_scheduler_answers_every_session(sessions: int) -> None:
+    turns = Turns(sessions)
+    for taken in range(1, 4):
+        turns.each_by_itself()
+        assert turns.answered == 2 * taken * sessions - sessions
+        turns.as_a_group()
+        assert turns.answered == 2 * taken * sessions
+    assert turns.scheduler.in_flight == 0
+    turns.scheduler.check_invariants()
+
+
+def test_what_the_decoders_are_given_is_sound() -> None:
+    names = [part.name for part in protocol()]
+    assert len(set(names)) == len(names)
+    for part in protocol():
+        part.call()
+    specs = manifest().inputs
+    frame = FrameCodec(specs, 64).decode(steps_frame(3))
+    assert (frame.handles, frame.steps, frame.positions) == ([0, 1, 2], [1, 1, 1], [None] * 3)
+    head, body = infer_body(frame.chunk(0)[0])
+    request = open_inference.parse(body, head, len(body))
+    assert request.sequence is not None
+    assert open_inference.read_inputs(request, specs)[0].shape == (1, 1, 16)
+
+
+def test_the_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    words = f"-m bench.micro --seconds 0.001 --json {target}"
+    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=55)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(target.read_text())
+    assert len(figures) > 30
+    for figure in figures:
+        assert figure["name"] in run.stdout
+        assert 0 < figure["least"] <= figure["median"]
+    assert {"arena", "protocol", "scheduler", "co2"} <= {figure["name"].partition(":")[0] for figure in figures}
+
+
+def test_a_word_that_no_part_has_is_an_error() -> None:
+    words = "-m bench.micro --only no-such-part"
+    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=55)
+    assert run.returncode == 2
+    assert "no-such-part" in run.stderr

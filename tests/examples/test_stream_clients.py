@@ -1,0 +1,193 @@
+"""The two clients of the stream, over connections that break: no output is lost and none is doubled."""
+
+import json
+import random
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+
+from examples import demo
+from examples.stream import Session
+
+ROOT = Path(__file__).parents[2]
+JAVASCRIPT = ROOT / "examples" / "stream.mjs"
+PAGE = ROOT / "docs" / "protocol.md"
+
+#: Steps of each chunk.
+CHUNKS = [1, 1, 2, 5, 1, 3, 1, 70, 1, 1] * 8
+
+#: Runs the client over the chunks it is given, and prints the outputs in hexadecimal.
+DRIVER = """
+import { Session } from "%s";
+const [url, chunks] = JSON.parse(process.argv[2]);
+const session = new Session(url, "co2");
+const outputs = [];
+for (const chunk of chunks) {
+  const values = await session.steps(new Float32Array(chunk), chunk.length);
+  outputs.push(Buffer.from(values.buffer, values.byteOffset, values.byteLength));
+}
+console.log(JSON.stringify([session.id, session.position, Buffer.concat(outputs).toString("hex")]));
+process.exit();
+"""
+
+
+class Fault:
+    """A proxy that now and then cuts a connection instead of passing on what it was given, on its way in or out."""
+
+    def __init__(self, port: int, chance: random.Random) -> None:
+        self.cuts: Counter[str] = Counter()
+        self._upstream = port
+        self._chance = chance
+        self._open = ExitStack()
+        self._listener = self._open.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.port: int = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._upstream))
+                for way, source, target in (("request", client, server), ("reply", server, client)):
+                    self._open.enter_context(source)
+                    threading.Thread(target=self._pass_on, args=(way, source, target), daemon=True).start()
+
+    def _pass_on(self, way: str, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            handshake = True
+            while content := source.recv(65536):
+                if not handshake and self._chance.random() < 0.1:
+                    self.cuts[way] += 1
+                    break
+                target.sendall(content)
+                handshake = False
+        for end in (source, target):
+            with suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._open.close()
+
+
+@pytest.fixture
+def fault(server: str) -> Iterator[Fault]:
+    port = urlsplit(server).port
+    assert port
+    proxy = Fault(port, random.Random(11))
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="module")
+def ppm() -> np.ndarray:
+    return demo.Example.read(demo.EXAMPLE).series.ppm.astype("<f4")[: sum(CHUNKS)]
+
+
+@pytest.fixture(scope="module")
+def expected(server: str, ppm: np.ndarray) -> bytes:
+    """The outputs of the whole sequence."""
+    url = f"{server}/v1/models/co2/sequences"
+    request = urllib.request.Request(url, ppm.tobytes(), {"Content-Type": "application/octet-stream"})
+    with urllib.request.urlopen(request) as answer:
+        return answer.read()
+
+
+def position(server: str, session_id: str) -> int:
+    with urllib.request.urlopen(f"{server}/v1/models/co2/sessions/{session_id}") as answer:
+        return json.load(answer)["position"]
+
+
+def chunks(ppm: np.ndarray) -> list[np.ndarray]:
+    return np.split(ppm, np.cumsum(CHUNKS)[:-1])
+
+
+def test_python(server: str, fault: Fault, ppm: np.ndarray, expected: bytes):
+    session = Session(f"ws://127.0.0.1:{fault.port}", "co2")
+    outputs = [session.steps(chunk[:, np.newaxis]) for chunk in chunks(ppm)]
+    assert np.concatenate(outputs).tobytes() == expected
+    assert session.position == position(server, session.id) == len(ppm)
+    assert min(fault.cuts["request"], fault.cuts["reply"]) >= 3
+
+
+def test_python_is_told_what_is_wrong(server: str):
+    session = Session(server.replace("http", "ws"), "co2")
+    with pytest.raises(RuntimeError, match="non_finite_input"):
+        session.steps(np.array([[np.nan]]))
+    assert session.steps(np.array([[371.0]])).shape == (1, 1)
+    session.close()
+    again = Session(server.replace("http", "ws"), "co2")
+    again.id, again.position = session.id, 1
+    with pytest.raises(RuntimeError, match="session_closed"):
+        again.steps(np.array([[371.0]]))
+    for each in (session, again):
+        assert each._socket
+        each._socket.close()
+
+
+def test_python_without_a_server():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # taken, and not listening
+        session = Session(f"ws://127.0.0.1:{unused.getsockname()[1]}", "co2")
+        with pytest.raises(OSError, match="refused"):
+            session.steps(np.array([[371.0]]))
+
+
+@pytest.fixture(scope="module")
+def node() -> list[str]:
+    command = shutil.which("node")
+    if command is None:
+        pytest.skip("node is not installed")
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    major = int(version.strip().removeprefix("v").partition(".")[0])
+    if major < 20:
+        pytest.skip(f"node {version.strip()} has no WebSocket")
+    return [command] if major >= 22 else [command, "--experimental-websocket"]
+
+
+def run(node: list[str], script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    script.write_text(DRIVER % JAVASCRIPT.as_uri())
+    return subprocess.run([*node, script, json.dumps(arguments)], capture_output=True, text=True, timeout=50)
+
+
+def test_javascript(server: str, fault: Fault, ppm: np.ndarray, expected: bytes, node: list[str], tmp_path: Path):
+    given = [chunk.tolist() for chunk in chunks(ppm)]
+    ran = run(node, tmp_path / "driver.mjs", f"ws://127.0.0.1:{fault.port}", given)
+    assert ran.returncode == 0, ran.stderr
+    session_id, reached, outputs = json.loads(ran.stdout)
+    assert bytes.fromhex(outputs) == expected
+    assert reached == position(server, session_id) == len(ppm)
+    assert min(fault.cuts["request"], fault.cuts["reply"]) >= 3
+
+
+def test_javascript_is_told_what_is_wrong(server: str, node: list[str], tmp_path: Path):
+    ran = run(node, tmp_path / "driver.mjs", server.replace("http", "ws"), [[1e39]])
+    assert ran.returncode != 0
+    assert "non_finite_input" in ran.stderr
+
+
+@pytest.mark.parametrize(("language", "path"), [("python", "examples/stream.py"), ("js", "examples/stream.mjs")])
+def test_the_page_shows_the_clients_to_the_letter(language: str, path: str):
+    (shown,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert shown == (ROOT / path).read_text()
+    assert f"](../{path})" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", PAGE.read_text()))
+def test_links_lead_somewhere(target: str):
+    assert (PAGE.parent / target).is_file()
