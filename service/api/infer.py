@@ -18,7 +18,7 @@ from service.catalog.model import ServedModel
 from service.core.errors import InvalidRequest, InvalidShape
 from service.engine.base import Tensors
 from service.protocol import open_inference
-from service.protocol.open_inference import InferRequest, SequenceParameters
+from service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
 from service.scheduler.work import Reply
 
 HEADER_LENGTH = b"inference-header-content-length"
@@ -26,21 +26,65 @@ HEADER_LENGTH = b"inference-header-content-length"
 _log = structlog.get_logger(__name__)
 
 
+class _Plan:
+    """What the header of a request means for one version of a model: worked out once, used at every step.
+
+    wanted: the outputs to return, and which of them as binary.
+    """
+
+    def __init__(self, served: ServedModel, name: str, header: InferHeader) -> None:
+        self.manifest = served.manifest
+        self.wanted = _wanted(served, header)
+        self._head: dict = {"model_name": name, "model_version": served.version}
+        if header.id is not None:
+            self._head["id"] = header.id
+        self._binary = all(binary for _, binary in self.wanted)
+        self._shapes: tuple[tuple[int, ...], ...] = ()
+        self._text = b"", b""  # of an answer with these shapes, before and after the position
+
+    def answer(self, outputs: Tensors, position: int | None = None) -> Answer:
+        """outputs: all of the model's, each (batch, time, *shape), or (batch, *shape) without time."""
+        arrays = dict(zip((spec.name for spec in self.manifest.outputs), outputs, strict=True))
+        if position is None:
+            return _encoded(self._head, [(spec, arrays[spec.name], binary) for spec, binary in self.wanted])
+        if not self._binary:
+            head = {**self._head, "parameters": {"sequence_position": position}}
+            return _encoded(head, [(spec, arrays[spec.name], binary) for spec, binary in self.wanted])
+        returned = [arrays[spec.name] for spec, _ in self.wanted]
+        shapes = tuple([array.shape for array in returned])
+        if shapes != self._shapes:
+            self._shapes, self._text = shapes, self._written(returned)
+        text = b"%b%d%b" % (self._text[0], position, self._text[1])
+        fields = b"inference-header-content-length: %d\r\n" % len(text)
+        return Answer(200, RAW, b"".join([text, *[array.tobytes() for array in returned]]), fields)
+
+    def _written(self, returned: list[np.ndarray]) -> tuple[bytes, bytes]:
+        """The JSON of an answer, cut where the position belongs: it is the last member, and 0."""
+        entries = [(spec, array, True) for (spec, _), array in zip(self.wanted, returned, strict=True)]
+        body, length = open_inference.encode({**self._head}, entries)
+        return body[: (length or 1) - 1] + b',"parameters":{"sequence_position":', b"}}"
+
+
+def _plan(served: ServedModel, name: str, asked: InferRequest) -> _Plan:
+    plan: _Plan | None = asked.header.plan
+    if plan is None or plan.manifest is not served.manifest:
+        plan = asked.header.plan = _Plan(served, name, asked.header)
+    return plan
+
+
 def infer(server: Server, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
     asked = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), server.limits.max_json_bytes)
-    timeout = asked.timeout or server.limits.request_timeout
-    if asked.sequence is not None:
-        return _sequence_steps(server, name, version, asked, asked.sequence, timeout, respond)
+    timeout = asked.header.timeout or server.limits.request_timeout
+    if asked.header.sequence is not None:
+        return _sequence_steps(server, name, version, asked, asked.header.sequence, timeout, respond)
     served = server.catalog.resolve(name, version)
-    wanted = _wanted(served, asked)
-
-    def encode(asked: InferRequest, replies: list[Reply]) -> Answer:
-        outputs = [np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)]
-        return _answer(served, name, asked, wanted, outputs)
-
-    settled = Answering(respond, open_inference_error, encode, asked)
+    settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
     return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
+
+
+def _answer_sequences(plan: _Plan, replies: list[Reply]) -> Answer:
+    return plan.answer(tuple(np.stack(arrays) for arrays in zip(*(reply.outputs for reply in replies), strict=True)))
 
 
 def _sequence_steps(
@@ -54,39 +98,24 @@ def _sequence_steps(
 ) -> Cancel:
     served = _version_for(server, name, version, sequence, asked)
     require_streamable(served)
-    wanted = _wanted(served, asked)
+    settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked))
     batch = _batch(served, asked)
     if len(batch) != 1:
         raise InvalidShape("a request of a sequence must have batch size 1")
     if sequence.start:
         _end_previous(server, name, served, sequence, timeout)
-
-    def encode(asked: InferRequest, reply: Reply) -> Answer:
-        outputs = [array[np.newaxis] for array in reply.outputs]
-        return _answer(served, name, asked, wanted, outputs, {"sequence_position": reply.position})
-
-    settled = Answering(respond, open_inference_error, encode, asked)
     chunk = served.loop.submit_steps(
         sequence.id, batch[0], timeout, settled, position=sequence.position, start=sequence.start, final=sequence.end
     )
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 
 
-def _answer(
-    served: ServedModel,
-    name: str,
-    asked: InferRequest,
-    wanted: list[tuple[TensorSpec, bool]],
-    outputs: list[np.ndarray],
-    parameters: dict | None = None,
-) -> Answer:
-    head: dict = {"model_name": name, "model_version": served.version}
-    if asked.id is not None:
-        head["id"] = asked.id
-    if parameters is not None:
-        head["parameters"] = parameters
-    arrays = dict(zip((spec.name for spec in served.manifest.outputs), outputs, strict=True))
-    body, header_length = open_inference.encode(head, [(spec, arrays[spec.name], binary) for spec, binary in wanted])
+def _answer_steps(plan: _Plan, reply: Reply) -> Answer:
+    return plan.answer(tuple([array[np.newaxis] for array in reply.outputs]), reply.position)
+
+
+def _encoded(head: dict, outputs: list[tuple[TensorSpec, np.ndarray, bool]]) -> Answer:
+    body, header_length = open_inference.encode(head, outputs)
     if header_length is None:
         return Answer(200, JSON, body)
     return Answer(200, RAW, body, b"inference-header-content-length: %d\r\n" % header_length)
@@ -130,16 +159,17 @@ def _batch(served: ServedModel, asked: InferRequest) -> list[Tensors]:
     specs = served.manifest.inputs
     arrays = open_inference.read_inputs(asked, specs)
     served.codec.check_sequences(len(arrays[0]))
+    checked = served.codec.checked
     return [
-        tuple(served.codec.checked(spec, array[i]) for spec, array in zip(specs, arrays, strict=True))
+        tuple([checked(spec, array[i]) for spec, array in zip(specs, arrays, strict=True)])
         for i in range(len(arrays[0]))
     ]
 
 
-def _wanted(served: ServedModel, asked: InferRequest) -> list[tuple[TensorSpec, bool]]:
-    """The outputs to return, and which of them as binary. Raises InvalidRequest for one the model does not have."""
+def _wanted(served: ServedModel, header: InferHeader) -> list[tuple[TensorSpec, bool]]:
+    """Raises InvalidRequest for an output that the model does not have."""
     available = {spec.name: spec for spec in served.manifest.outputs}
-    wanted = asked.outputs or tuple((name, asked.binary_output) for name in available)
+    wanted = header.outputs or tuple((name, header.binary_output) for name in available)
     if unknown := {name for name, _ in wanted} - available.keys():
         raise InvalidRequest(f"outputs {sorted(unknown)} are not among {sorted(available)}")
     return [(available[name], binary) for name, binary in wanted]

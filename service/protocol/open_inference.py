@@ -3,6 +3,7 @@
 Follows the protocol's REST specification and Triton's sequence and binary-tensor extensions.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOO
 
 _MAX_ELEMENTS = 2**31
 
+#: The JSON of a request with tensors behind it is read once if it is no longer than this.
+_REMEMBERED_BYTES = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceParameters:
@@ -30,11 +34,13 @@ class SequenceParameters:
     position: int | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class InferRequest:
-    """outputs: (name, as binary) of those to return, None for all. binary_output: the default of "as binary".
+@dataclass(slots=True, eq=False)
+class InferHeader:
+    """What the JSON of a request says.
 
-    inputs: the JSON entries, and binary: the bytes behind the JSON; `read_inputs` makes arrays of them.
+    outputs: (name, as binary) of those to return, None for all. binary_output: the default of "as binary".
+    inputs: the JSON entries; `read_inputs` makes arrays of them.
+    layout, plan: what was worked out for it last, here and by who answers it; a client says the same at every step.
     """
 
     id: str | None
@@ -43,7 +49,25 @@ class InferRequest:
     outputs: tuple[tuple[str, bool], ...] | None
     binary_output: bool
     inputs: list[dict[str, Any]]
+    layout: "Layout | None" = None
+    plan: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class InferRequest:
+    """binary: the bytes behind the JSON."""
+
+    header: InferHeader
     binary: memoryview
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Where the inputs lie in `size` bytes behind the JSON: for each of `specs`, its shape and offset."""
+
+    specs: Sequence[TensorSpec]
+    places: tuple[tuple[TensorSpec, tuple[int, ...], int], ...]
+    size: int
 
 
 def parse(body: bytes, header_length: int | None, json_limit: int) -> InferRequest:
@@ -55,7 +79,14 @@ def parse(body: bytes, header_length: int | None, json_limit: int) -> InferReque
         header_length = len(body)
     if not 0 < header_length <= len(body):
         raise InvalidRequest(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
-    document = json.parse_object(body[:header_length], json_limit)
+    text, binary = body[:header_length], memoryview(body)[header_length:]
+    if binary and header_length <= min(_REMEMBERED_BYTES, json_limit):
+        return InferRequest(_remembered_header(text), binary)
+    return InferRequest(_header(text, json_limit), binary)
+
+
+def _header(text: bytes, json_limit: int) -> InferHeader:
+    document = json.parse_object(text, json_limit)
     parameters = _object(document, "parameters")
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
@@ -64,15 +95,19 @@ def parse(body: bytes, header_length: int | None, json_limit: int) -> InferReque
     if not isinstance(inputs, list) or not all(isinstance(item, dict) for item in inputs):
         raise InvalidRequest("'inputs' must be a list of objects")
     binary_output = _flag(parameters, "binary_data_output")
-    return InferRequest(
+    return InferHeader(
         request_id,
         _sequence(parameters),
         _timeout(parameters),
         _requested(document.get("outputs"), binary_output),
         binary_output,
         inputs,
-        memoryview(body)[header_length:],
     )
+
+
+@functools.lru_cache(maxsize=2048)
+def _remembered_header(text: bytes) -> InferHeader:
+    return _header(text, _REMEMBERED_BYTES)
 
 
 def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
@@ -80,16 +115,21 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
 
     Raises InvalidRequest, InvalidShape or InvalidDtype.
     """
+    binary, layout = request.binary, request.header.layout
+    if layout is not None and layout.specs is specs and layout.size == len(binary):
+        return [from_bytes(spec, binary[offset:], shape) for spec, shape, offset in layout.places]
     by_name = {spec.name: spec for spec in specs}
     arrays: dict[str, np.ndarray] = {}
-    binary = request.binary
-    for item in request.inputs:
+    offsets: dict[str, int] = {}
+    for item in request.header.inputs:
         name = item.get("name")
         spec = by_name.get(name) if isinstance(name, str) else None
         if spec is None or name in arrays:
             raise InvalidRequest(f"input {name!r} is not one of {sorted(by_name)}, or came twice")
         array, used = _tensor(spec, item, binary)
         arrays[spec.name] = array
+        if used:
+            offsets[spec.name] = len(request.binary) - len(binary)
         binary = binary[used:]
     if missing := by_name.keys() - arrays.keys():
         raise InvalidRequest(f"inputs are missing: {sorted(missing)}")
@@ -97,6 +137,9 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
         raise InvalidRequest(f"{len(binary)} bytes follow the last tensor")
     if len({array.shape[:2] for array in arrays.values()}) > 1:
         raise InvalidShape("the inputs differ in batch or time")
+    if len(offsets) == len(specs):
+        places = tuple((spec, arrays[spec.name].shape, offsets[spec.name]) for spec in specs)
+        request.header.layout = Layout(specs, places, len(request.binary))
     return [arrays[spec.name] for spec in specs]
 
 
