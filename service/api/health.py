@@ -12,7 +12,7 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: 
 
 def router(server: Server) -> APIRouter:
     api = APIRouter(tags=["health"])
-    collector = Collector(lambda: [model.figures() for model in server.catalog], server.requests)
+    collector = Collector(lambda: [model.figures() for model in server.catalog], server.requests, server.streams)
 
     def ready(response: Response) -> dict[str, bool]:
         response.status_code = 200 if server.ready else 503

@@ -55,19 +55,19 @@ async def open_session(
     start = (
         _snapshot(served, snapshot) if snapshot is not None else _state(served, state) if state is not None else None
     )
-    session_id = _new_id(server, name, session_id)
+    session_id = new_id(server, name, session_id)
     session = served.scheduler.open(session_id, served.loop.clock.now(), position=start.position if start else 0)
     if start is not None:
         await served.loop.act(session_id, lambda session: _restore(served, session, start))
     return served, session
 
 
-async def fork(server: Server, model: str, session_id: str, new_id: str | None) -> tuple[ServedModel, Session]:
+async def fork(server: Server, model: str, session_id: str, wanted_id: str | None) -> tuple[ServedModel, Session]:
     """A second session that goes on from where the first is, after the work accepted so far."""
     served = owner(server, model, session_id)
 
     def copy(session: Session) -> Session:
-        forked_id = _new_id(server, served.name, new_id)
+        forked_id = new_id(server, served.name, wanted_id)
         forked = served.scheduler.open(forked_id, served.loop.clock.now(), position=session.position)
         if session.source != INITIAL:
             served.engine.copy(session.source, forked.slot)
@@ -134,7 +134,7 @@ def _state(served: ServedModel, state: list[float]) -> Snapshot:
     return Snapshot(served.manifest.digest, 0, row)
 
 
-def _new_id(server: Server, name: str, session_id: str | None) -> str:
+def new_id(server: Server, name: str, session_id: str | None) -> str:
     """The id asked for, if no version has a living session of it; one made here if none was asked for."""
     if session_id is None:
         return secrets.token_urlsafe(_ID_BYTES)

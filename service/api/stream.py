@@ -21,7 +21,7 @@ from service.api import sessions
 from service.api.errors import problem, problem_of, reason
 from service.api.http import Answer
 from service.api.server import Server
-from service.api.sessions import _new_id as new_id
+from service.api.sessions import new_id
 from service.api.steps import require_streamable, split_reference
 from service.catalog.model import ServedModel
 from service.core.errors import (

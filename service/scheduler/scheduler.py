@@ -172,6 +172,7 @@ class Scheduler:
         steps = inputs[0].shape[1]
         if self._lanes.is_long(steps):
             return list(range(len(sessions)))
+        self.sessions.expire(now)
         self.check_room(now, deadline)
         most = self._lanes.most_rows(steps)
         left: list[int] = []

@@ -1,7 +1,7 @@
 """Prometheus metrics, collected when they are scraped: the step path only counts in plain integers."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -71,15 +71,22 @@ HELP = {
     "unroll_failed": "Accepted requests that failed, by error code.",
     "unroll_batch_rows": "Rows in a call of the model.",
     "unroll_batch_seconds": "Duration of a call of the model.",
+    "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
     "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
 }
 
 
 class Collector:
-    def __init__(self, models: Callable[[], Iterable[ModelFigures]], requests: Mapping[str, RequestFigures]) -> None:
+    def __init__(
+        self,
+        models: Callable[[], Iterable[ModelFigures]],
+        requests: Mapping[str, RequestFigures],
+        streams: Collection[object],
+    ) -> None:
         self._models = models
         self._requests = requests
+        self._streams = streams
 
     def exposition(self) -> bytes:
         """The text a scrape returns."""
@@ -89,6 +96,7 @@ class Collector:
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
+        _family(families, GaugeMetricFamily, "unroll_streams", []).add_metric([], len(self._streams))
         for model in self._models():
             own = [model.name, model.version]
             for name, value in model.gauges.items():

@@ -213,7 +213,12 @@ def test_what_a_request_asks_for() -> None:
     assert asked.header.timeout == 0.0015
     assert asked.header.outputs == (("y", True), ("z", False))
     assert asked.header.sequence is not None
-    assert (asked.header.sequence.id, asked.header.sequence.start, asked.header.sequence.end, asked.header.sequence.position) == (
+    assert (
+        asked.header.sequence.id,
+        asked.header.sequence.start,
+        asked.header.sequence.end,
+        asked.header.sequence.position,
+    ) == (
         "7",
         True,
         False,
