@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test check format train bundles bench figures clean
+.PHONY: help install run stop test check format train bundles bench bench-peers profile figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,15 @@ bundles: install ## export the trained examples into examples/repository
 bench: install ## measure everything, beside the servers it can be compared with (most of an hour)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m bench --peers all
+
+bench-peers: install ## make the environments of the servers to compare with
+	$(BIN)/python -m bench.peers
+
+profile: install ## where each microsecond of a step goes, and .bench/profile.svg
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@mkdir -p .bench
+	$(BIN)/python -m bench.budget --functions 5 --flamegraph .bench/profile.svg
+	$(BIN)/python -m bench.micro
 
 figures: ## write docs/benchmarks.md and its plots from what `make bench` found
 	$(BIN)/python -m bench --write-docs .bench/results.json

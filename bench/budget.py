@@ -122,7 +122,7 @@ _SUBJECTS = {
     "json": json_steps,
     "infer": infer_steps,
     "stream": stream_steps,
-    "stream-64": partial(stream_steps, entries=64),
+    "stream-256": partial(stream_steps, entries=256),
 }
 
 
@@ -247,7 +247,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--native", action="store_true", help="see functions of the kernel and the libraries, too")
     parser.add_argument("--flamegraph", type=Path, metavar="FILE", help="write a flame graph (SVG) of another run")
     arguments = parser.parse_args(argv)
-    if not (1 <= arguments.seconds <= 120 and 0 < arguments.clients <= (16 if arguments.over == "stream-64" else 1024)):
+    most = 16 if arguments.over == "stream-256" else 1024
+    if not (1 <= arguments.seconds <= 120 and 0 < arguments.clients <= most):
         parser.error("out of bounds, see --help")
     return arguments
 

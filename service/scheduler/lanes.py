@@ -15,7 +15,9 @@ from service.scheduler.work import Batch, Chunk, Group
 from service.state.slots import INITIAL, SCRATCH, Slots
 
 #: A piece of long work takes as long as everything else took since the last one, within these bounds.
-_LEAST_SECONDS, _MOST_SECONDS = 0.001, 0.005
+_LEAST_SECONDS, _MOST_SECONDS = 0.001, 0.01
+#: A piece when there is nothing else: what comes meanwhile waits for it.
+_ALONE_SECONDS = 0.005
 
 #: The lane of the chunks that are run in pieces.
 _LONG = sys.maxsize
@@ -49,7 +51,7 @@ class Pace:
         """Time steps of each of `rows` long chunks to run now."""
         if not self._in_pieces:
             return self._limits.piece_steps
-        seconds = _MOST_SECONDS
+        seconds = _ALONE_SECONDS
         if self._shared and self._last_piece is not None:
             seconds = min(max(now - self._last_piece, _LEAST_SECONDS), _MOST_SECONDS)
         most = max(1, self._limits.max_batch_steps // rows)

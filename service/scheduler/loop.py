@@ -1,6 +1,7 @@
 """The asynchronous shell of the scheduler: runs what it decides, and lets callers wait for the answer."""
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -16,8 +17,9 @@ from service.store.base import Store
 
 T = TypeVar("T")
 
-#: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free.
-INLINE_SECONDS = 0.001
+#: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free. On a single core
+#: nothing is gained by that until others would be kept waiting.
+INLINE_SECONDS = 0.001 if len(os.sched_getaffinity(0)) > 1 else 0.02
 #: How often idle sessions are looked for when nothing else happens.
 _TICK_SECONDS = 1.0
 

@@ -1,0 +1,8 @@
+"""`python -m bench.peers`: makes the environments of the peers that have one of their own."""
+
+from bench.environments import ensure
+from bench.peers import PEERS
+
+for peer in PEERS.values():
+    if peer.environment:
+        print(f"{peer.name}: {ensure(peer.name, peer.environment)}", flush=True)
