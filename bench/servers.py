@@ -17,6 +17,10 @@ _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 
 
+#: The leading process of each server that runs, by its port.
+_leaders: dict[int, int] = {}
+
+
 class ServerFailed(Exception):
     """A server did not come up, or ended before it was told to; with the end of what it said."""
 
@@ -69,12 +73,29 @@ def running(
         _wait_until_ready(process, port, ready_path, log)
         start_seconds = monotonic() - started
         _pin_threads(process.pid, cores)
+        _leaders[port] = process.pid
         yield Server(port, process, start_seconds)
         if process.poll() is not None:
             raise _failed(process, log)
     finally:
+        _leaders.pop(port, None)
         if process is not None:
             _end(process)
+
+
+@contextmanager
+def only(port: int | None) -> Iterator[None]:
+    """The other servers stand still meanwhile: some of them are never idle. None: all of them."""
+    others = [pid for other, leader in _leaders.items() if other != port for pid in _session_members(leader)]
+    try:
+        for pid in others:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in others:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def _free_port() -> int:
@@ -113,15 +134,20 @@ def _failed(process: "subprocess.Popen[bytes]", log: Path) -> ServerFailed:
 
 
 def _session_members(leader: int) -> list[int]:
-    """The processes that descend from a server, though they may have made groups of their own."""
-    members = []
+    """The processes of a server's session, and those that descend from them and made sessions of their own."""
+    parents: dict[int, int] = {}
+    members: set[int] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(after_name[3]) == leader and after_name[0] != "Z":
-                    members.append(int(entry.name))
-    return members
+                state, parent, _, session, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+                if state != "Z":
+                    parents[int(entry.name)] = int(parent)
+                    if int(session) == leader:
+                        members.add(int(entry.name))
+    while children := {pid for pid, parent in parents.items() if parent in members and pid not in members}:
+        members |= children
+    return sorted(members)
 
 
 def _resident_bytes(pid: int) -> int:

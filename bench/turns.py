@@ -13,7 +13,7 @@ from bench.outcomes import Row
 from bench.peers import Peer
 from bench.raw import RawModel, raw_model
 from bench.reference import Reference
-from bench.servers import Server, ServerFailed, running
+from bench.servers import Server, ServerFailed, only, running
 from bench.subjects import Launch, Subject, WrongAnswer, peer_launch, unroll
 
 #: What ends a scenario, and leaves the others as they are.
@@ -73,7 +73,7 @@ class Servers:
         model = self._raw[reference.path]
         what = f"onnxruntime alone, batch {batch}" + (f", {steps} time steps" if steps > 1 else "")
         name = f"raw-{batch}" if steps == 1 else f"raw-{batch}x{steps}"
-        return Turn(name, what, lambda seconds: model.measure(batch, steps, seconds))
+        return Turn(name, what, lambda seconds: _alone(None, lambda: model.measure(batch, steps, seconds)))
 
 
 def turn_of(
@@ -99,12 +99,17 @@ def turn_of(
     return Turn(
         subject.name,
         subject.what,
-        lambda seconds: uvloop.run(measure(seconds)),
+        lambda seconds: _alone(port, lambda: uvloop.run(measure(seconds))),
         lambda: uvloop.run(check()),
         compare,
         at,
         subject.optional,
     )
+
+
+def _alone(port: int | None, measure: Callable[[], Measured]) -> Measured:
+    with only(port):
+        return measure()
 
 
 def raise_on_errors(name: str, measured: Measured) -> Measured:

@@ -55,12 +55,12 @@ class Running:
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         application, self.server = service.app.build(settings, clock)
-        self._uvicorn = _Announcing(uvicorn_config(application, self.server, "127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._uvicorn.run, name="server", daemon=True)
+        self.uvicorn = _Announcing(uvicorn_config(application, self.server, "127.0.0.1", 0))
+        self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)
         self._thread.start()
-        assert self._uvicorn.announced.wait(_PATIENCE)
-        assert self._uvicorn.started, "the server did not start"
-        self.port: int = self._uvicorn.servers[0].sockets[0].getsockname()[1]
+        assert self.uvicorn.announced.wait(_PATIENCE)
+        assert self.uvicorn.started, "the server did not start"
+        self.port: int = self.uvicorn.servers[0].sockets[0].getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.url = f"http://{self.address}"
 
@@ -69,16 +69,16 @@ class Running:
 
     def rescan(self) -> None:
         """What SIGHUP does. Returns at once; the rescan is done soon."""
-        self._uvicorn.loop.call_soon_threadsafe(self.server.catalog.request_rescan)
+        self.uvicorn.loop.call_soon_threadsafe(self.server.catalog.request_rescan)
 
     def rescan_now(self) -> None:
         """Returns when a whole rescan is done."""
         rescan = self.server.catalog.rescan()
-        asyncio.run_coroutine_threadsafe(rescan, self._uvicorn.loop).result(_PATIENCE)
+        asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(_PATIENCE)
 
     def stop(self) -> None:
         """Ends the server and checks what it leaves behind."""
-        self._uvicorn.should_exit = True
+        self.uvicorn.should_exit = True
         self._thread.join(_PATIENCE)
         assert not self._thread.is_alive(), "the server did not stop"
         assert not self.server.crashed

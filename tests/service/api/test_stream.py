@@ -726,7 +726,7 @@ async def test_a_server_without_http_answers(server: Running):
 
 
 def server_app(running: Running) -> Callable:
-    return running._uvicorn.config.loaded_app
+    return running.uvicorn.config.loaded_app
 
 
 # ── hostile ──────────────────────────────────────────────────────────────────────────────────────

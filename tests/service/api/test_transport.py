@@ -1,0 +1,189 @@
+"""HTTP as clients may send it, not only as they usually do: the short way and FastAPI's answer alike."""
+
+import itertools
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+from serving import RAW, Running, until
+
+STEP = np.float32([[0.1, -0.2, 0.3]])
+
+_ids = itertools.count()
+
+
+class Wire:
+    """A connection on which requests are bytes."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self._received = b""
+
+    def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self.socket.sendall(part)
+
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers by lower-case name, and body of the next answer."""
+        while b"\r\n\r\n" not in self._received:
+            self._received += self._more()
+        head, _, rest = self._received.partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines)
+        length = int(headers["content-length"])
+        while len(rest) < length:
+            rest += self._more()
+        self._received = rest[length:]
+        return int(status.split()[1]), headers, rest[:length]
+
+    def closed(self) -> bool:
+        """Has the server closed it, and sent nothing more?"""
+        return self._received == self.socket.recv(1) == b""
+
+    def _more(self) -> bytes:
+        data = self.socket.recv(65536)
+        assert data, f"closed after {self._received!r}"
+        return data
+
+
+@pytest.fixture
+def wire(server: Running) -> Iterator[Wire]:
+    wire = Wire(server.port)
+    yield wire
+    wire.socket.close()
+
+
+@pytest.fixture
+def path(client: httpx.Client) -> str:
+    """Of the steps of a new session."""
+    session_id = f"wire-{next(_ids)}"
+    client.post("/v1/models/lstm/sessions", json={"session_id": session_id}).raise_for_status()
+    return f"/v1/models/lstm/sessions/{session_id}/steps"
+
+
+def request(path: str, body: bytes = STEP.tobytes(), *headers: str, version: str = "1.1") -> bytes:
+    lines = [f"POST {path} HTTP/{version}", "Host: test", "Content-Type: application/octet-stream", *headers]
+    if not any(header.lower().startswith("transfer-encoding") for header in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "\r\n"]).encode() + body
+
+
+def reached(answer: tuple[int, dict[str, str], bytes]) -> int:
+    status, headers, _ = answer
+    assert status == 200, answer
+    return int(headers["unroll-position"])
+
+
+def test_byte_after_byte(wire: Wire, path: str) -> None:
+    wire.send(*(bytes([byte]) for byte in request(path)))
+    assert reached(wire.answer()) == 1
+
+
+def test_a_chunked_body(wire: Wire, path: str) -> None:
+    content = np.tile(STEP, (3, 1)).tobytes()
+    parts = b"".join(b"%x\r\n%b\r\n" % (12, content[i : i + 12]) for i in range(0, 36, 12))
+    wire.send(request(path, parts + b"0\r\n\r\n", "Transfer-Encoding: chunked"))
+    assert reached(wire.answer()) == 3
+
+
+def test_requests_that_do_not_wait_for_answers_are_answered_in_order(
+    wire: Wire, path: str, client: httpx.Client
+) -> None:
+    """The first goes the short way, those behind it through FastAPI: the answers must not overtake each other."""
+    get = f"GET {path.removesuffix('/steps')} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
+    wire.send(request(path) + request(path) + get + request(path))
+    assert reached(wire.answer()) == 1
+    assert reached(wire.answer()) == 2
+    assert b'"position":2' in wire.answer()[2]
+    assert reached(wire.answer()) == 3
+
+
+def test_expect_continue(wire: Wire, path: str) -> None:
+    head, _, body = request(path, STEP.tobytes(), "Expect: 100-continue").partition(b"\r\n\r\n")
+    wire.send(head + b"\r\n\r\n")
+    assert wire.socket.recv(65536).startswith(b"HTTP/1.1 100 ")
+    wire.send(body)
+    assert reached(wire.answer()) == 1
+
+
+@pytest.mark.parametrize("how", [{"version": "1.0"}, {"connection": "close"}])
+def test_a_connection_that_is_to_be_closed(wire: Wire, path: str, how: dict[str, str]) -> None:
+    headers = ["Connection: close"] if "connection" in how else []
+    wire.send(request(path, STEP.tobytes(), *headers, version=how.get("version", "1.1")))
+    answer = wire.answer()
+    assert reached(answer) == 1
+    assert answer[1]["connection"] == "close"
+    assert wire.closed()
+
+
+def test_an_escaped_path_and_a_query(wire: Wire, path: str) -> None:
+    wire.send(request(path.replace("wire-", "%77ire%2D") + "?a=b"))
+    assert reached(wire.answer()) == 1
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(serve: Callable[..., Running]) -> None:
+    running = serve(max_body_bytes=100)
+    for headers in ([], ["Transfer-Encoding: chunked"]):
+        wire = Wire(running.port)
+        body = b"65\r\n" + bytes(101) + b"\r\n" if headers else bytes(101)
+        wire.send(request("/v1/models/lstm/sequences", body, *headers))
+        status, _, content = wire.answer()
+        assert (status, b"body_too_large" in content) == (413, True)
+        if headers:
+            wire.send(b"0\r\n\r\n")
+        wire.send(request("/v1/models/lstm/sequences"))  # the connection goes on
+        assert wire.answer()[0] == 200
+        wire.socket.close()
+
+
+def test_headers_that_must_not_repeat(wire: Wire, path: str) -> None:
+    wire.send(request(path, STEP.tobytes(), "Unroll-Position: 0", "Unroll-Position: 1"))
+    status, _, content = wire.answer()
+    assert (status, b"malformed_request" in content) == (400, True)
+    wire.send(request(path))
+    assert reached(wire.answer()) == 1
+
+
+def test_other_methods_are_told_so(client: httpx.Client, path: str) -> None:
+    assert client.put(path, content=STEP.tobytes(), headers=RAW).status_code == 405
+
+
+@contextmanager
+def _left_while_it_waits(running: Running, path: str, behind: int) -> Iterator[None]:
+    """A step is sent, and its client goes, while `behind` other sessions' steps are at their commit."""
+    with running.holding("lstm") as held:
+        blocker = Wire(running.port)
+        blocker.send(request("/v1/models/lstm/sequences"))
+        held.wait()
+        leaving = Wire(running.port)
+        leaving.send(request(path))
+        scheduler = running.model("lstm").scheduler
+        until(lambda: scheduler.in_flight == behind + 1)
+        leaving.socket.close()
+        yield
+    blocker.socket.close()
+
+
+def test_a_small_step_whose_client_goes_is_not_applied(serve: Callable[..., Running]) -> None:
+    running = serve()
+    scheduler = running.model("lstm").scheduler
+    with httpx.Client(base_url=running.url) as client:
+        client.post("/v1/models/lstm/sessions", json={"session_id": "a"}).raise_for_status()
+        with _left_while_it_waits(running, "/v1/models/lstm/sessions/a/steps", 1):
+            until(lambda: scheduler.in_flight == 1)
+        until(lambda: scheduler.in_flight == 0)
+        assert client.get("/v1/models/lstm/sessions/a").json()["position"] == 0
+        assert scheduler.counters.failed == {"cancelled": 1}
+
+
+def test_an_idle_connection_is_closed_in_time(serve: Callable[..., Running]) -> None:
+    running = serve()
+    running.uvicorn.config.timeout_keep_alive = 0.05
+    wire = Wire(running.port)
+    for _ in range(3):
+        wire.send(request("/v1/models/lstm/sequences"))
+        assert wire.answer()[0] == 200
+    assert wire.closed()

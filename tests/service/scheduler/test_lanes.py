@@ -1,0 +1,75 @@
+"""How long the pieces of long work are, and that nobody waits for ever for anybody."""
+
+from fold import FoldEngine, answer, fold, inputs, scheduler
+
+from service.scheduler.limits import SchedulerLimits
+from service.scheduler.lanes import Pace
+from service.scheduler.work import Reply
+
+LIMITS = SchedulerLimits(max_batch=256, max_batch_steps=2048, piece_steps=64)
+STEP = 1e-6  # seconds per step and row
+
+
+def pace(*, at: float = 0.0) -> Pace:
+    """A pace that has seen a piece of long work end."""
+    pace = Pace(LIMITS)
+    pace.observe(256, 256 * STEP, at, long=True)
+    return pace
+
+
+def test_before_anything_is_known_a_piece_is_as_set() -> None:
+    assert Pace(LIMITS).piece(4, 0.0) == 64
+
+
+def test_alone_a_piece_takes_five_milliseconds_or_fills_a_batch() -> None:
+    assert pace().piece(8, 1.0) == 2048 // 8
+    slow = Pace(LIMITS)
+    slow.observe(10, 10 * 1e-3, 0.0, long=True)
+    assert slow.piece(1, 1.0) == 5
+
+
+def test_among_others_a_piece_takes_as_long_as_they_took() -> None:
+    for others, expected in ((0.002, 500), (0.0001, 250), (5.0, 512)):
+        shared = pace()
+        shared.observe(64, 0.0005, others / 2, long=False)
+        assert shared.piece(4, others) == expected
+
+
+def test_time_in_which_nothing_was_to_do_does_not_count() -> None:
+    rested = pace()
+    rested.observe(64, 0.0005, 0.001, long=False)
+    rested.rest()
+    assert rested.piece(8, 60.0) == 256
+
+
+def test_long_work_and_single_steps_take_turns() -> None:
+    s = scheduler(max_batch=3, max_batch_steps=12, piece_steps=4)
+    engine = FoldEngine(s.rows)
+    s.open("live", 0)
+    long = [s.submit_sequence(inputs(*range(40)), 0, 1e9) for _ in range(2)]
+    live, now, kinds = 0, 0.0, []
+    while long[0].outcome is None or long[1].outcome is None:
+        s.submit_steps("live", inputs(live), now, 1e9)
+        live += 1
+        for _ in range(2):
+            now += 0.001
+            _, batch = s.next_turn(now)
+            kinds.append(max(batch.lens) == 1)
+            s.finish(batch, *engine.run(batch), now, 1e-6 * batch.steps)
+    assert [answer(chunk) for chunk in long] == [fold(range(40))] * 2
+    assert all(isinstance(chunk.outcome, Reply) for chunk in long)
+    assert kinds == [True, False] * (len(kinds) // 2) or kinds == [False, True] * (len(kinds) // 2)
+
+
+def test_pieces_end_with_the_shortest_so_that_nothing_is_padded() -> None:
+    s = scheduler(ragged=True, piece_steps=4, max_batch_steps=100)
+    engine = FoldEngine(s.rows)
+    for length in (5, 7, 9):
+        s.submit_sequence(inputs(*range(length)), 0, 1e9)
+    lens = []
+    while not s.idle:
+        _, batch = s.next_turn(0)
+        lens.append(batch.lens)
+        s.finish(batch, *engine.run(batch), 0, 1e-9 * batch.steps)
+    assert lens == [[4, 4, 4], [1, 1, 1], [2, 2], [2]]
+    assert s.counters.padded_steps == 0
