@@ -22,6 +22,7 @@ import numpy as np
 from bundle import TensorSpec
 from service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from service.engine.base import Tensors
+from service.protocol.tensors import all_finite
 
 STEPS, OUTPUTS = 1, 2
 
@@ -70,15 +71,24 @@ class FrameCodec:
         if len(frame) >= _ALONE.size:
             header, handle, steps, position = _ALONE.unpack_from(frame)
             if header == _ALONE_STEPS:
-                self._check_length(frame, 1, steps, steps)
-                offset = _ALONE.size
-                inputs = []
-                for dtype, shape, size in self._layout:
-                    values = _values(frame, dtype, steps * size, offset)
-                    inputs.append(values.reshape(steps, *shape))
-                    offset += values.nbytes
-                return Frame([handle], [steps], [None if position == UNSAID else position], None, [tuple(inputs)])
+                if len(frame) != _ALONE.size + steps * self._step_bytes or not steps:
+                    self._check_length(frame, 1, steps, steps)  # says what is wrong
+                inputs = self._one(frame, steps)
+                return Frame([handle], [steps], [None if position == UNSAID else position], None, [inputs])
         return self._decode_many(frame)
+
+    def _one(self, frame: bytes, steps: int) -> Tensors:
+        """The inputs of a frame's only entry, each (steps, *shape)."""
+        if len(self._layout) == 1:
+            dtype, shape, _ = self._layout[0]
+            return (np.ndarray((steps, *shape), dtype, frame, _ALONE.size),)
+        offset = _ALONE.size
+        inputs = []
+        for dtype, shape, size in self._layout:
+            values = _values(frame, dtype, steps * size, offset)
+            inputs.append(values.reshape(steps, *shape))
+            offset += values.nbytes
+        return tuple(inputs)
 
     def _decode_many(self, frame: bytes) -> Frame:
         if len(frame) < _HEADER.size:
@@ -126,7 +136,10 @@ class FrameCodec:
         if len(chunk[0]) > self.max_steps:
             return InvalidShape(f"{len(chunk[0])} time steps in one chunk; at most {self.max_steps} are taken")
         for spec, array in zip(self.inputs, chunk, strict=True):
-            if _sound(spec, array) is not None:
+            if spec.dtype == "float32":
+                if not all_finite(array):
+                    return _unsound(spec)
+            elif _sound(spec, array) is not None:
                 return _unsound(spec)
         return None
 
