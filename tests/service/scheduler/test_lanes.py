@@ -2,8 +2,8 @@
 
 from fold import FoldEngine, answer, fold, inputs, scheduler
 
-from service.scheduler.limits import SchedulerLimits
 from service.scheduler.lanes import Pace
+from service.scheduler.limits import SchedulerLimits
 from service.scheduler.work import Reply
 
 LIMITS = SchedulerLimits(max_batch=256, max_batch_steps=2048, piece_steps=64)
