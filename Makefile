@@ -12,7 +12,7 @@ endif
 .PHONY: help install run stop test check format train bundles bench bench-peers profile figures clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## .venv with everything: serving, export, training, tests
 
