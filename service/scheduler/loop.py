@@ -48,7 +48,6 @@ class Loop:
         self._cost = cost
         self.on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None
         self._work = asyncio.Event()
-        self._woken = False  # was there nothing to do until now?
         self._timer: asyncio.TimerHandle | None = None
 
     # ── work, and who is called when it is done ──────────────────────────────────────────────────
@@ -151,9 +150,7 @@ class Loop:
                 self._timer.cancel()
 
     async def _turn(self) -> None:
-        if not (self._woken and self.scheduler.in_flight == 1):  # a request that came alone need not wait
-            await self._gather_work()
-        self._woken = False
+        await self._gather_work()
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
             self._act(action)
@@ -167,7 +164,6 @@ class Loop:
         elif not actions:
             self._work.clear()
             await self._work.wait()
-            self._woken = True
 
     async def _gather_work(self) -> None:
         """Let replies leave and work arrive, as long as each look at the sockets brings more, or the batch is full.
