@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnxruntime as ort
 
 from bundle import Manifest
 from bundle.golden import Arrays
+from service.engine.memory import Memory
 
 _LOG_ERRORS = 3
 
@@ -49,9 +51,22 @@ def _missing_for_cuda(index: int) -> str | None:
 
 
 class Runner:
-    """`runner(inputs, state, sequence_lens)` calls the graph; `device` is `cpu` or `cuda:N`."""
+    """`runner(inputs, state, sequence_lens)` calls the graph; `device` is `cpu` or `cuda:N`.
 
-    def __init__(self, model: Path, manifest: Manifest, device: str = "cpu", threads: int = 1) -> None:
+    stream: address of the CUDA stream to run on, instead of one of onnxruntime's own. tf32: may matrix products on a
+    GPU round their operands to 10 bits of mantissa?
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        manifest: Manifest,
+        device: str = "cpu",
+        threads: int = 1,
+        *,
+        stream: int | None = None,
+        tf32: bool = False,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -62,9 +77,13 @@ class Runner:
             providers: list = ["CPUExecutionProvider"]
         else:
             ort.preload_dlls()
-            providers = [("CUDAExecutionProvider", {"device_id": device.partition(":")[2], "use_tf32": "0"})]
+            cuda = {"device_id": device.partition(":")[2], "use_tf32": str(int(tf32))}
+            if stream is not None:
+                cuda["user_compute_stream"] = str(stream)
+            providers = [("CUDAExecutionProvider", cuda)]
         try:
-            self.session = ort.InferenceSession(str(model), options, providers=providers)
+            content = model if isinstance(model, bytes) else str(model)
+            self.session = ort.InferenceSession(content, options, providers=providers)
         except Exception as error:  # its exceptions have no base class of their own
             raise ValueError(f"onnxruntime cannot load it: {error}") from error
         self.provider = self.session.get_providers()[0]
@@ -75,6 +94,7 @@ class Runner:
             )
         _check_names("inputs", self.session.get_inputs(), [t.name for t in manifest.inputs], "state", "sequence_lens")
         _check_names("outputs", self.session.get_outputs(), [t.name for t in manifest.outputs], "state_out")
+        self._inputs = [*(tensor.name for tensor in manifest.inputs), "state"]
         self._outputs = [*(tensor.name for tensor in manifest.outputs), "state_out"]
 
     def __call__(self, inputs: Arrays, state: np.ndarray, sequence_lens: np.ndarray) -> tuple[Arrays, np.ndarray]:
@@ -91,42 +111,43 @@ class Runner:
         return dict(zip(self._outputs, outputs, strict=False)), state_out
 
 
-class StepBuffers:
-    """Calls of the graph for one step of up to `max_rows` rows, on memory bound to it: cheaper than passing arrays.
+    def bind(self, inputs: Iterable[Memory], lens: np.ndarray, outputs: Iterable[Memory]) -> "BoundCall":
+        """A call that reads and writes this memory, each time it is run.
 
-    Fill `inputs`, each (max_rows, 1, *shape), and `state` (max_rows, state_size) up to the rows of the call; `run`
-    fills `outputs`, each (max_rows, 1, *shape) or (max_rows, *shape), and `state_out` as far. The next call overwrites
-    them.
-    """
+        inputs: the model's and the state; outputs: the model's and the new state, each in the manifest's order.
+        lens: steps of each row, (batch,) int32; it stays on the host, and a captured call keeps what it was.
+        """
+        binding = self.session.io_binding()
+        for name, memory in zip(self._inputs, inputs, strict=True):
+            binding.bind_input(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
+        binding.bind_input("sequence_lens", "cpu", 0, lens.dtype, lens.shape, lens.ctypes.data)
+        for name, memory in zip(self._outputs, outputs, strict=True):
+            binding.bind_output(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
+        return BoundCall(self.session, binding, lens)
 
-    def __init__(self, runner: Runner, manifest: Manifest, max_rows: int) -> None:
-        self.inputs = [np.zeros((max_rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
-        self.outputs = [np.zeros((max_rows, *(1,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs]
-        self.state = np.zeros((max_rows, manifest.state_size), np.float32)
-        self.state_out = np.zeros_like(self.state)
-        lens = np.ones(max_rows, np.int32)
-        names = [spec.name for spec in manifest.inputs]
-        self._bound_inputs = dict(
-            zip([*names, "state", "sequence_lens"], [*self.inputs, self.state, lens], strict=True)
-        )
-        names = [spec.name for spec in manifest.outputs]
-        self._bound_outputs = dict(zip([*names, "state_out"], [*self.outputs, self.state_out], strict=True))
-        self._session = runner.session
-        self._bindings: dict[int, ort.IOBinding] = {}
 
-    def run(self, rows: int) -> None:
-        binding = self._bindings.get(rows)
-        if binding is None:
-            binding = self._bindings[rows] = self._bind(rows)
-        self._session.run_with_iobinding(binding)
+class BoundCall:
+    """A call of the graph on memory that is bound to it: cheaper than passing arrays."""
 
-    def _bind(self, rows: int) -> ort.IOBinding:
-        binding = self._session.io_binding()
-        for name, array in self._bound_inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, (rows, *array.shape[1:]), array.ctypes.data)
-        for name, array in self._bound_outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, (rows, *array.shape[1:]), array.ctypes.data)
-        return binding
+    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding, lens: np.ndarray) -> None:
+        self._session, self._binding = session, binding
+        self._lens = lens  # the binding has its address only
+
+    def run(self) -> None:
+        """Returns when it is done, and has the memory it needed put back."""
+        self._session.run_with_iobinding(self._binding)
+
+    def queue(self) -> None:
+        """On a stream that was handed in: does not wait for it, so it can be captured."""
+        self._session.run_with_iobinding(self._binding, _without_waiting())
+
+
+@cache
+def _without_waiting() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    options.add_run_config_entry("gpu_graph_id", "-1")  # its own graphs are not used; unsaid, each call throws inside
+    return options
 
 
 def _check_names(what: str, found: Iterable, model: list[str], *own: str) -> None:

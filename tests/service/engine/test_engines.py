@@ -1,4 +1,7 @@
-"""The real model in the real engine: company, chunking and place change no bit, and nobody fails for a neighbour."""
+"""The real model in every engine: company, chunking and place change no bit, and nobody fails for a neighbour.
+
+The CUDA engine runs on a device whose memory is the host's; `test_cuda_gpu.py` runs it on a GPU.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,8 @@ from hypothesis import given, settings
 import bundle
 from service.core.errors import EngineFailed, NonFiniteOutput
 from service.engine import runner as runner_module
-from service.engine.base import PlainRows
+from service.engine.base import Engine, PlainRows
+from service.engine.cuda.engine import CudaEngine
 from service.engine.host import HostEngine
 from service.engine.runner import DeviceUnavailable, Runner, resolve_device
 from service.scheduler.limits import ModelTraits, SchedulerLimits
@@ -18,6 +22,20 @@ from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Chunk, Reply
 from service.state.slots import INITIAL
+from tests.service.engine.fake_device import FakeDevice
+
+ENGINES = {
+    "host": HostEngine,
+    "cuda": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, (1, 2, 4, 9)),
+    "cuda, one bucket": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, (9,)),
+    "cuda, no graphs": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, ()),
+}
+
+
+@pytest.fixture(params=ENGINES)
+def make_engine(request: pytest.FixtureRequest):
+    """From a runner, its manifest and the rows of the arena."""
+    return ENGINES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +65,23 @@ def random_inputs(manifest: bundle.Manifest, rng: np.random.Generator, steps: in
     )
 
 
-def run_all(scheduler: Scheduler, engine: HostEngine) -> None:
+def run_all(scheduler: Scheduler, engine: Engine) -> None:
     while not scheduler.idle:
         _, batch = scheduler.next_turn(0)
         if batch:
             scheduler.finish(batch, *engine.run(batch), 0)
 
 
+@pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("name", ["lstm", "gru", "last", "tokens", "two"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32), piece=st.sampled_from([1, 2, 5, 16]), rows=st.integers(1, 9))
-def test_any_chunks_in_any_company_equal_the_whole_alone(load, name: str, seed: int, piece: int, rows: int):
+def test_any_chunks_in_any_company_equal_the_whole_alone(load, kind: str, name: str, seed: int, piece: int, rows: int):
     runner, manifest = load(name)
     rng = np.random.default_rng(seed)
     traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
     scheduler = Scheduler(traits, SessionLimits(20), SchedulerLimits(rows, 64, piece, 10_000))
-    engine = HostEngine(runner, manifest, scheduler.rows)
+    engine = ENGINES[kind](runner, manifest, scheduler.rows)
     wholes = {f"{i}": random_inputs(manifest, rng, int(rng.integers(1, 30))) for i in range(12)}
     sequences = {key: scheduler.submit_sequence(whole, 0, 1e9) for key, whole in wholes.items()}
     streamed: dict[str, list[Chunk]] = {key: [] for key in wholes}
@@ -93,9 +112,9 @@ def test_any_chunks_in_any_company_equal_the_whole_alone(load, name: str, seed: 
             assert np.array_equal(whole_reply.outputs[i], expected[i])
 
 
-def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load):
+def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load, make_engine):
     runner, manifest = load("lstm")
-    engine = HostEngine(runner, manifest, 6)
+    engine = make_engine(runner, manifest, 6)
     x = np.ones((2, 1, 3), np.float32)
     engine.write(3, np.full(manifest.state_size, np.inf, np.float32))
     engine.write(4, np.zeros(manifest.state_size, np.float32))
@@ -105,9 +124,9 @@ def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load):
     assert np.array_equal(outputs[0][0], alone(runner, manifest, (x[0],))[0])
 
 
-def test_a_row_the_model_cannot_run_fails_alone(load):
+def test_a_row_the_model_cannot_run_fails_alone(load, make_engine):
     runner, manifest = load("tokens")
-    engine = HostEngine(runner, manifest, 6)
+    engine = make_engine(runner, manifest, 6)
     tokens = np.array([[3, 1], [10**6, 0]])
     outputs, failed = engine.run(PlainRows((tokens,), [2, 1], [INITIAL, INITIAL], [2, 3]))
     assert {row: type(error) for row, error in failed.items()} == {1: EngineFailed}
@@ -134,13 +153,3 @@ def test_a_gpu_that_is_not_there_is_an_error_and_auto_says_so(monkeypatch: pytes
     assert resolve_device("auto") == ("cpu", "no GPU: there is none")
     with pytest.raises(ValueError, match="use cpu, cuda:N or auto"):
         resolve_device("gpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["lstm", "gru", "last", "whole", "tokens", "two"])
-def test_the_golden_vectors_hold_on_the_gpu(repository: Path, name: str):
-    device, why = resolve_device("auto")
-    if device == "cpu":
-        pytest.skip(why)
-    found = bundle.read(repository / name / "1")
-    bundle.replay(found.golden, found.manifest, Runner(found.model_path, found.manifest, device))
