@@ -1,6 +1,7 @@
 """One model in onnxruntime: the only file that imports it. A device that was asked for and is not used is an error."""
 
 import ctypes
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -19,22 +20,23 @@ class DeviceUnavailable(Exception):
     """The device asked for cannot be used, with what is missing."""
 
 
-def resolve_device(device: str) -> tuple[str, str]:
-    """`cpu`, `cuda:N` or `auto` → the device to use, and why.
+def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
+    """`cpu`, `auto`, or one or several `cuda:N` with commas between them → the devices to use, and why.
 
-    `auto` takes cuda:0 if it is there. Raises DeviceUnavailable if `cuda:N` is not, ValueError for other words.
+    `auto` takes cuda:0 if it is there. Raises DeviceUnavailable if a `cuda:N` is not, ValueError for other words.
     """
-    if device == "cpu":
-        return "cpu", "asked for"
-    if device == "auto":
+    if wanted == "cpu":
+        return ("cpu",), "asked for"
+    if wanted == "auto":
         missing = _missing_for_cuda(0)
-        return ("cpu", f"no GPU: {missing}") if missing else ("cuda:0", "a GPU was found")
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not index.isdigit():
-        raise ValueError(f"device {device!r}: use cpu, cuda:N or auto")
-    if missing := _missing_for_cuda(int(index)):
-        raise DeviceUnavailable(f"{device} was asked for, but {missing}; --device cpu or auto serves without it")
-    return device, "asked for"
+        return (("cpu",), f"no GPU: {missing}") if missing else (("cuda:0",), "a GPU was found")
+    devices = tuple(wanted.split(","))
+    if not all(re.fullmatch(r"cuda:\d+", device) for device in devices) or len(set(devices)) < len(devices):
+        raise ValueError(f"device {wanted!r}: use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
+    for device in devices:
+        if missing := _missing_for_cuda(int(device.partition(":")[2])):
+            raise DeviceUnavailable(f"{device} was asked for, but {missing}; --device cpu or auto serves without it")
+    return devices, "asked for"
 
 
 def _missing_for_cuda(index: int) -> str | None:
@@ -148,6 +150,18 @@ def _without_waiting() -> ort.RunOptions:
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     options.add_run_config_entry("gpu_graph_id", "-1")  # its own graphs are not used; unsaid, each call throws inside
     return options
+
+
+def to_float16(model: Path) -> bytes:
+    """The graph with its weights and arithmetic in float16, its inputs, outputs and state in float32 as before.
+
+    Raises DeviceUnavailable if the package `onnx` is missing, which onnxruntime's converter needs.
+    """
+    try:
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+    except ImportError as error:
+        raise DeviceUnavailable(f"float16 needs the package onnx (pip install onnx): {error}") from error
+    return convert_float_to_float16(str(model), keep_io_types=True).SerializeToString()
 
 
 def _check_names(what: str, found: Iterable, model: list[str], *own: str) -> None:

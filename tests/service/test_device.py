@@ -8,7 +8,7 @@ import pytest
 
 from service import __main__ as serve
 from service import app
-from service.engine.runner import DeviceUnavailable, resolve_device
+from service.engine.runner import DeviceUnavailable, resolve_devices
 from service.settings import Settings
 
 
@@ -21,16 +21,16 @@ def driver_without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """There seems to be a GPU, and then onnxruntime cannot use it."""
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu")
-    if resolve_device("auto")[0] != "cpu":
+    if resolve_devices("auto")[0] != ("cpu",):
         pytest.skip("needs a machine without a GPU")
-    monkeypatch.setattr(app, "resolve_device", lambda device: ("cuda:0", "a GPU was found"))
+    monkeypatch.setattr(app, "resolve_devices", lambda wanted: (("cuda:0",), "a GPU was found"))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
 
 
 @pytest.mark.usefixtures("driver_without_libraries")
 def test_auto_falls_back_to_the_cpu(repository: Path):
     _, server = app.build(settings(repository, "auto"))
-    assert {model.provider for model in server.catalog} == {"CPUExecutionProvider"}
+    assert {model.serving.provider for model in server.catalog} == {"CPUExecutionProvider"}
 
 
 @pytest.mark.usefixtures("driver_without_libraries")

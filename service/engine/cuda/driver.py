@@ -46,7 +46,7 @@ class Cuda:
     def host_block(self, nbytes: int) -> np.ndarray:
         self._enter()
         pointer = int(_check(runtime.cudaHostAlloc(nbytes, runtime.cudaHostAllocMapped | runtime.cudaHostAllocPortable)))
-        block = np.frombuffer((ctypes.c_byte * nbytes).from_address(pointer), np.uint8)
+        block = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
         block[:] = 0
         return block
 

@@ -16,7 +16,7 @@ from service.engine import runner as runner_module
 from service.engine.base import Engine, PlainRows
 from service.engine.cuda.engine import CudaEngine
 from service.engine.host import HostEngine
-from service.engine.runner import DeviceUnavailable, Runner, resolve_device
+from service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
@@ -148,8 +148,9 @@ def test_what_would_abort_onnxruntime_never_reaches_it(load, lens: list[int]):
 
 def test_a_gpu_that_is_not_there_is_an_error_and_auto_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner_module, "_missing_for_cuda", lambda index: "there is none")
-    with pytest.raises(DeviceUnavailable, match="cuda:1 was asked for, but there is none"):
-        resolve_device("cuda:1")
-    assert resolve_device("auto") == ("cpu", "no GPU: there is none")
-    with pytest.raises(ValueError, match="use cpu, cuda:N or auto"):
-        resolve_device("gpu")
+    with pytest.raises(DeviceUnavailable, match="cuda:0 was asked for, but there is none"):
+        resolve_devices("cuda:0,cuda:1")
+    assert resolve_devices("auto") == (("cpu",), "no GPU: there is none")
+    for words in ("gpu", "cuda", "cuda:0,cpu", "cuda:0,cuda:0"):
+        with pytest.raises(ValueError, match="use cpu, auto, or GPUs"):
+            resolve_devices(words)
