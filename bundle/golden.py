@@ -86,9 +86,7 @@ def differences(golden: Golden, manifest: Manifest, found: Arrays, how: str, sla
         expected = golden.state_out if name == "state_out" else golden.outputs[name]
         worst[name] = float(np.max(np.abs(found[name].astype(np.float64) - expected)))
         if not worst[name] <= tolerance:
-            raise GoldenMismatch(
-                f"{name} differs from PyTorch by {worst[name]:.3g} (tolerance {tolerance:.3g}) {how}"
-            )
+            raise GoldenMismatch(f"{name} differs from PyTorch by {worst[name]:.3g} (tolerance {tolerance:.3g}) {how}")
     return worst
 
 

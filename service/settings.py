@@ -23,7 +23,9 @@ class Settings(BaseSettings):
     repository: Annotated[Path, Field(description="folder of bundles, <name>/<version>/")]
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
-    device: Annotated[str, Field(description="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if any")] = "auto"
+    device: Annotated[str, Field(description="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if any")] = (
+        "auto"
+    )
     threads: Annotated[PositiveInt, Field(description="onnxruntime threads for one call of a model, on a CPU")] = 1
     precision: Annotated[Precision, Field(description="of matrix products on a GPU")] = "float32"
     buckets: Annotated[

@@ -23,7 +23,8 @@ class CatalogError(Exception):
 
 
 class Catalog:
-    """places: the devices, each with its engine thread; every version is served on all of them. `on_crash()` is called if a model's loop, or the catalog's own, ends by an error, which none should."""
+    """places: the devices, each with its engine thread; every version is served on all of them. `on_crash()` is called
+    if a model's loop, or the catalog's own, ends by an error, which none should."""
 
     def __init__(
         self,

@@ -22,7 +22,9 @@ class Proof:
     stability: float
 
 
-def prove_steps(engine: Engine, manifest: Manifest, golden: Golden, sizes: Sequence[int], first: int, slack: float) -> Proof:
+def prove_steps(
+    engine: Engine, manifest: Manifest, golden: Golden, sizes: Sequence[int], first: int, slack: float
+) -> Proof:
     """Calls of each of `sizes` rows, which fill the arena's rows from `first` on.
 
     Raises GoldenMismatch if a difference exceeds `slack` times the manifest's tolerance.
@@ -34,7 +36,9 @@ def prove_steps(engine: Engine, manifest: Manifest, golden: Golden, sizes: Seque
         found = _run(engine, manifest, golden, size, first)
         count = min(size, len(golden.state))
         alone = _rows(golden, count)
-        for name, worst in differences(alone, manifest, _first(found, count), f"in calls of {size} rows", slack).items():
+        for name, worst in differences(
+            alone, manifest, _first(found, count), f"in calls of {size} rows", slack
+        ).items():
             parity[name] = max(parity.get(name, 0.0), worst)
         reference = reference or _first(found, 1)
         repeated = slice(None, None, len(golden.state))  # the first golden row, wherever it stands

@@ -112,7 +112,6 @@ class Runner:
         )
         return dict(zip(self._outputs, outputs, strict=False)), state_out
 
-
     def bind(self, inputs: Iterable[Memory], lens: np.ndarray, outputs: Iterable[Memory]) -> "BoundCall":
         """A call that reads and writes this memory, each time it is run.
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+import bundle
 from service import __main__ as serve
 from service import app
-from service.engine.runner import DeviceUnavailable, resolve_devices
+from service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from service.settings import Settings
 
 
@@ -35,8 +36,15 @@ def test_auto_falls_back_to_the_cpu(repository: Path):
 
 @pytest.mark.usefixtures("driver_without_libraries")
 def test_a_device_that_was_asked_for_does_not(repository: Path):
-    with pytest.raises(DeviceUnavailable, match="onnxruntime runs on CPUExecutionProvider instead of cuda:0"):
+    with pytest.raises(DeviceUnavailable, match=r"cuda:0 (cannot be used|needs NVIDIA's bindings)"):
         app.build(settings(repository, "cuda:0"))
+
+
+@pytest.mark.usefixtures("driver_without_libraries")
+def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
+    found = bundle.read(repository / "lstm" / "1")
+    with pytest.raises(DeviceUnavailable, match="onnxruntime runs on CPUExecutionProvider instead of cuda:0"):
+        Runner(found.model_path, found.manifest, "cuda:0")
 
 
 def test_serve_ends_with_a_reason(repository: Path, capfd: pytest.CaptureFixture[str]):

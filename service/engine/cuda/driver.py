@@ -34,7 +34,9 @@ class Cuda:
         error, pointer = runtime.cudaMalloc(max(wanted.nbytes, 1))
         if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
             runtime.cudaGetLastError()  # or the next call would report it again
-            raise OutOfDeviceMemory(f"{wanted.nbytes:,} bytes are wanted on {self.name}, {self.free_bytes():,} are free")
+            raise OutOfDeviceMemory(
+                f"{wanted.nbytes:,} bytes are wanted on {self.name}, {self.free_bytes():,} are free"
+            )
         _check((error,))
         _check(runtime.cudaMemsetAsync(pointer, 0, wanted.nbytes, self.stream))
         return Memory(int(pointer), wanted.shape, wanted.dtype, "cuda", self._index)
@@ -45,7 +47,9 @@ class Cuda:
 
     def host_block(self, nbytes: int) -> np.ndarray:
         self._enter()
-        pointer = int(_check(runtime.cudaHostAlloc(nbytes, runtime.cudaHostAllocMapped | runtime.cudaHostAllocPortable)))
+        pointer = int(
+            _check(runtime.cudaHostAlloc(nbytes, runtime.cudaHostAllocMapped | runtime.cudaHostAllocPortable))
+        )
         block = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
         block[:] = 0
         return block
@@ -112,11 +116,11 @@ class CapturedGraph:
         runtime.cudaSetDevice(self._index)
         _check(runtime.cudaGraphLaunch(self._executable, self._stream))
 
-    def kernels(self) -> list[str]:
-        """Names of its nodes: kernels as the compiler has them, copies and the like as CUDA calls them."""
+    def nodes(self) -> list[Any]:
+        """What it consists of, as the bindings have it: `cudaGraphNode_t`."""
         _, count = _check(runtime.cudaGraphGetNodes(self._graph))
         nodes, count = _check(runtime.cudaGraphGetNodes(self._graph, count))
-        return [_node_name(node) for node in nodes[:count]]
+        return list(nodes[:count])
 
 
 class EventMark:
@@ -151,14 +155,6 @@ def _compiled(major: int, minor: int) -> bytes:
     code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
     return code
-
-
-def _node_name(node: Any) -> str:
-    kind = _check(runtime.cudaGraphNodeGetType(node))
-    if kind != runtime.cudaGraphNodeType.cudaGraphNodeTypeKernel:
-        return kind.name.removeprefix("cudaGraphNodeType").lower()
-    function = _check(driver.cuGraphKernelNodeGetParams(driver.CUgraphNode(int(node)))).func
-    return _check(driver.cuFuncGetName(function)).decode() if int(function) else "kernel"
 
 
 def _check(result: tuple) -> Any:

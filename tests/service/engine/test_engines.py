@@ -23,6 +23,7 @@ from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Chunk, Reply
 from service.state.slots import INITIAL
 from tests.service.engine.fake_device import FakeDevice
+from tests.service.engine.rows import random_inputs
 
 ENGINES = {
     "host": HostEngine,
@@ -54,15 +55,6 @@ def alone(runner: Runner, manifest: bundle.Manifest, inputs: tuple[np.ndarray, .
     feeds = {spec.name: array[np.newaxis] for spec, array in zip(manifest.inputs, inputs, strict=True)}
     outputs, _ = runner(feeds, manifest.initial_row()[np.newaxis], np.array([len(inputs[0])], np.int32))
     return [outputs[spec.name][0] for spec in manifest.outputs]
-
-
-def random_inputs(manifest: bundle.Manifest, rng: np.random.Generator, steps: int) -> tuple[np.ndarray, ...]:
-    return tuple(
-        rng.integers(0, spec.limit or 2, (steps, *spec.shape)).astype(spec.numpy)
-        if spec.limit
-        else rng.standard_normal((steps, *spec.shape)).astype(spec.numpy)
-        for spec in manifest.inputs
-    )
 
 
 def run_all(scheduler: Scheduler, engine: Engine) -> None:
