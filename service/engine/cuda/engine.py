@@ -11,7 +11,7 @@ import structlog
 
 from bundle import Manifest
 from service.engine.base import LAUNCHED, DeviceFailed, Result, Rows
-from service.engine.cuda.base import Device
+from service.engine.cuda.base import Device, Graph
 from service.engine.cuda.layout import bucket_of
 from service.engine.cuda.sequence_call import SequenceCall
 from service.engine.cuda.step_call import StepCall, StepMemory
@@ -65,6 +65,10 @@ class CudaEngine:
         calls.append(calls.pop(0))  # in turn: a call's memory is in use until its result is fetched
         calls[-1].launch(rows)
         return calls[-1].result
+
+    def graph(self, rows: int) -> Graph:
+        """What is launched for so many rows, with whatever its last call left there: to be looked at and measured."""
+        return self._steps[bucket_of(self._buckets, rows)][-1].graph
 
     def read(self, slot: int) -> np.ndarray:
         row = np.empty(self._manifest.state_size, np.float32)

@@ -1,5 +1,7 @@
 """One step of up to so many rows as a captured graph."""
 
+from contextlib import suppress
+
 import numpy as np
 
 from bundle import Manifest
@@ -10,6 +12,11 @@ from service.engine.memory import Memory
 from service.engine.rows import flagged
 from service.engine.runner import Runner
 from service.state.slots import INITIAL, SCRATCH
+
+
+#: Runs until onnxruntime has all the memory that the call needs, for within a capture none can be taken: the first plans
+#: it, the second takes it, the third shows that it was enough.
+_WARM_UPS = 3
 
 
 class StepMemory:
@@ -50,8 +57,14 @@ class StepCall:
         )
         self._sources[:], self._targets[:] = INITIAL, SCRATCH
         self._filled = 0
-        self._call.run()  # takes the memory that the model needs: within a capture none can be taken
-        self._graph = device.capture(self._queue)
+        for _ in range(_WARM_UPS):
+            self._call.run()
+        try:
+            self.graph = device.capture(self._queue)
+        except Exception:
+            with suppress(Exception):
+                self._call.run()  # onnxruntime's own copy of CUDA's runtime reports the same error once more
+            raise
         self._done = device.mark()
 
     def launch(self, rows: Rows) -> None:
@@ -61,7 +74,7 @@ class StepCall:
         self._filled = count
         for given, array in zip(self._inputs, rows.inputs, strict=True):
             given[:count] = array
-        self._graph.launch()
+        self.graph.launch()
         self._done.set()
 
     def result(self) -> Result:

@@ -184,17 +184,20 @@ def test_no_state_crosses_to_the_host(found: bundle.Bundle, engine: CudaEngine):
     """Within a step there is no copy between host and device of a row's size, whatever the rows."""
     from cuda.bindings import runtime
 
+    from service.engine.cuda.driver import CapturedGraph
+
     row_bytes = 4 * found.manifest.state_size
-    for calls in engine._steps.values():
-        for call in calls:
-            for node in call._graph.nodes():
-                kind = runtime.cudaGraphNodeGetType(node)[1]
-                assert kind != runtime.cudaGraphNodeType.cudaGraphNodeTypeHost
-                if kind == runtime.cudaGraphNodeType.cudaGraphNodeTypeMemcpy:
-                    parameters = runtime.cudaGraphMemcpyNodeGetParams(node)[1]
-                    crossing = parameters.kind != runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-                    # onnxruntime sends each LSTM and GRU the lengths of its rows, which are all 1.
-                    assert not crossing or parameters.extent.width <= 4 * call._size < row_bytes * call._size
+    for size in BUCKETS:
+        graph = engine.graph(size)
+        assert isinstance(graph, CapturedGraph)
+        for node in graph.nodes():
+            kind = runtime.cudaGraphNodeGetType(node)[1]
+            assert kind != runtime.cudaGraphNodeType.cudaGraphNodeTypeHost
+            if kind == runtime.cudaGraphNodeType.cudaGraphNodeTypeMemcpy:
+                parameters = runtime.cudaGraphMemcpyNodeGetParams(node)[1]
+                crossing = parameters.kind != runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+                # onnxruntime sends each LSTM and GRU the lengths of its rows, which are all 1.
+                assert not crossing or parameters.extent.width <= 4 * size < row_bytes * size
 
 
 def test_a_row_that_is_not_finite_fails_alone_and_is_not_kept(found: bundle.Bundle, engine: CudaEngine):

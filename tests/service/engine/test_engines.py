@@ -3,7 +3,9 @@
 The CUDA engine runs on a device whose memory is the host's; `test_cuda_gpu.py` runs it on a GPU.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hypothesis.strategies as st
 import numpy as np
@@ -25,11 +27,19 @@ from service.state.slots import INITIAL
 from tests.service.engine.fake_device import FakeDevice
 from tests.service.engine.rows import random_inputs
 
+class NoCapture(FakeDevice):
+    """As for a model of which a part runs on the CPU."""
+
+    def capture(self, queue: Callable[[], None]) -> NoReturn:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
 ENGINES = {
     "host": HostEngine,
     "cuda": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, (1, 2, 4, 9)),
     "cuda, one bucket": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, (9,)),
-    "cuda, no graphs": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, ()),
+    "cuda, no buckets": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, ()),
+    "cuda, no capture": lambda runner, manifest, rows: CudaEngine(NoCapture(), runner, manifest, rows, (1, 9)),
 }
 
 
