@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.api.server import ApiLimits
 from service.catalog.model import ModelOptions
-from service.engine.place import EngineOptions, Precision
+from service.engine.place import Cells, EngineOptions, Precision
 from service.scheduler.limits import SchedulerLimits
 from service.scheduler.sessions import SessionLimits
 
@@ -28,6 +28,7 @@ class Settings(BaseSettings):
     )
     threads: Annotated[PositiveInt, Field(description="onnxruntime threads for one call of a model, on a CPU")] = 1
     precision: Annotated[Precision, Field(description="of matrix products on a GPU")] = "float32"
+    cells: Annotated[Cells, Field(description="what runs LSTM and GRU layers in a GPU's single steps")] = "fused"
     buckets: Annotated[
         tuple[PositiveInt, ...], Field(description="rows of a GPU's calls of single steps, as in [1,64,256]")
     ] = ()
@@ -67,7 +68,7 @@ class Settings(BaseSettings):
         fill_memory = self.session_capacity == "auto"
         return ModelOptions(
             fill_memory=fill_memory,
-            engine=EngineOptions(self.threads, self.precision, self.buckets, self.memory_share),
+            engine=EngineOptions(self.threads, self.precision, self.buckets, self.cells, self.memory_share),
             max_steps=self.max_steps,
             max_sequences=self.max_sequences,
             sessions=SessionLimits(

@@ -120,8 +120,7 @@ class ServedModel:
             parity = bundles.replay(bundle.golden, manifest, here.runner, here.slack)
             traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
             scheduler = Scheduler(traits, _session_limits(here, manifest, options), options.scheduler)
-            engine = here.engine(scheduler.rows, options.scheduler.max_batch)
-            proof = here.prove(engine, scheduler.rows)
+            engine, proof = here.engine(scheduler.rows, options.scheduler.max_batch)
         except DeviceUnavailable:
             raise
         except Exception as error:  # whatever is wrong with one bundle must not stop the others

@@ -37,8 +37,8 @@ class PlainRows:
 
     inputs: Tensors
     lens: Sequence[int]
-    sources: Sequence[int]
-    targets: Sequence[int]
+    sources: Sequence[int] | np.ndarray
+    targets: Sequence[int] | np.ndarray
 
 
 #: Outputs, each (rows, longest, *shape) or (rows, *shape) without time, and the rows that failed: the target of one

@@ -4,15 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from bundle import Bundle
+import structlog
+
+from bundle import Bundle, GoldenMismatch
 from service.engine.base import DeviceFailed, Engine
-from service.engine.cuda.base import Device, OutOfDeviceMemory
+from service.engine.cuda.base import CompilationFailed, Device, OutOfDeviceMemory
 from service.engine.cuda.engine import CudaEngine
 from service.engine.cuda.layout import buckets
+from service.engine.cuda.parts import Layer, NotSeparable, Segment
 from service.engine.host import HostEngine
 from service.engine.proof import Proof, prove_steps
 from service.engine.runner import DeviceUnavailable, Runner, to_float16
 
+_log = structlog.get_logger(__name__)
+
+Cells = Literal["fused", "onnxruntime"]
 Precision = Literal["float32", "tf32", "float16"]
 
 #: Bits of mantissa that float32 has more: so much larger may a difference from PyTorch be.
@@ -21,12 +27,14 @@ _BITS_LOST: dict[Precision, int] = {"float32": 0, "tf32": 13, "float16": 13}
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """threads: onnxruntime's for one call, on the host. On a GPU: precision, and buckets, the sizes of the calls of
-    single steps (none: the usual ones). memory_share: what part of the free memory a model's state rows may take."""
+    """threads: onnxruntime's for one call, on the host. memory_share: what part of the free memory a model's state rows
+    may take. On a GPU: precision; buckets, the sizes of the calls of single steps, () for the usual ones; cells, what
+    runs the LSTM and GRU layers in them."""
 
     threads: int = 1
     precision: Precision = "float32"
     buckets: tuple[int, ...] = ()
+    cells: Cells = "fused"
     memory_share: float = 0.5
 
 
@@ -44,12 +52,11 @@ class Place(Protocol):
         """Sessions that fit in the share of the free memory: of the state row, and beside it on the host."""
         ...
 
-    def engine(self, rows: int, max_batch: int) -> Engine:
-        """Raises NoRoom, or ValueError if the buckets have no room for `max_batch` rows."""
-        ...
+    def engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
+        """With what the golden vectors say of it.
 
-    def prove(self, engine: Engine, rows: int) -> Proof:
-        """What the golden vectors say of the engine itself, before it has sessions. Raises GoldenMismatch."""
+        Raises NoRoom, GoldenMismatch, or ValueError if the buckets have no room for `max_batch` rows.
+        """
         ...
 
 
@@ -63,39 +70,58 @@ class HostPlace:
     def room(self, row_bytes: int, beside_bytes: int) -> int:
         return int(self._options.memory_share * _available_bytes() / (row_bytes + beside_bytes))
 
-    def engine(self, rows: int, max_batch: int) -> Engine:
-        return HostEngine(self.runner, self._manifest, rows)
-
-    def prove(self, engine: Engine, rows: int) -> Proof:
-        sizes = (1, len(self._golden.state)) if self._manifest.streamable else ()
-        return prove_steps(engine, self._manifest, self._golden, sizes, rows - max(sizes, default=0), self.slack)
+    def engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
+        engine = HostEngine(self.runner, self._manifest, rows)
+        sizes = (1, min(max_batch, len(self._golden.state))) if self._manifest.streamable else ()
+        return engine, prove_steps(engine, self._manifest, self._golden, sizes, rows, self.slack)
 
 
 class CudaPlace:
     def __init__(self, bundle: Bundle, device: Device, options: EngineOptions) -> None:
-        self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
+        self._bundle, self._manifest, self._options = bundle, bundle.manifest, options
         self.device = device
-        self._buckets: tuple[int, ...] = ()
         self.slack = 2.0 ** _BITS_LOST[options.precision]
+        self._tf32 = options.precision == "tf32"
         model = to_float16(bundle.model_path) if options.precision == "float16" else bundle.model_path
-        tf32 = options.precision == "tf32"
-        self.runner = Runner(model, self._manifest, device.name, stream=device.stream, tf32=tf32)
+        self.runner = Runner(model, self._manifest, device.name, stream=device.stream, tf32=self._tf32)
 
     def room(self, row_bytes: int, beside_bytes: int) -> int:
         share = self._options.memory_share
         return int(share * min(self.device.free_bytes() / row_bytes, _available_bytes() / beside_bytes))
 
-    def engine(self, rows: int, max_batch: int) -> Engine:
-        if self._manifest.streamable:
-            self._buckets = buckets(self._options.buckets, max_batch)
+    def engine(self, rows: int, max_batch: int) -> tuple[CudaEngine, Proof]:
+        sizes = buckets(self._options.buckets, max_batch) if self._manifest.streamable else ()
+        parts = self._parts() if sizes and self._options.cells == "fused" else []
+        if parts:
+            try:
+                return self._proven(rows, sizes, parts)
+            except (CompilationFailed, GoldenMismatch) as error:
+                self._fall_back(str(error))
+                self.device.close()
+        return self._proven(rows, sizes, [])
+
+    def _proven(self, rows: int, sizes: tuple[int, ...], parts: list[Layer | Segment]) -> tuple[CudaEngine, Proof]:
         try:
-            return CudaEngine(self.device, self.runner, self._manifest, rows, self._buckets)
+            engine = CudaEngine(self.device, self.runner, self._manifest, rows, sizes, parts, tf32=self._tf32)
         except OutOfDeviceMemory as error:
             raise NoRoom(f"{rows} state rows do not fit: {error}; lower --session-capacity, or make it auto") from error
+        return engine, prove_steps(engine, self._manifest, self._bundle.golden, sizes, rows, self.slack)
 
-    def prove(self, engine: Engine, rows: int) -> Proof:
-        sizes = [min(size, rows) for size in self._buckets]
-        return prove_steps(engine, self._manifest, self._golden, sizes, rows - max(sizes, default=0), self.slack)
+    def _parts(self) -> list[Layer | Segment]:
+        """None if onnxruntime must run the whole model."""
+        if self._options.precision == "float16":
+            return []
+        try:
+            from service.engine.cuda.step_graph import take_apart  # which needs `onnx`
+
+            return take_apart(self._bundle.model_path, self._manifest)
+        except (ImportError, NotSeparable) as error:
+            self._fall_back(str(error))
+            return []
+
+    def _fall_back(self, reason: str) -> None:
+        name = f"{self._manifest.name}:{self._manifest.version}"
+        _log.warning("onnxruntime runs the layers", model=name, device=self.device.name, reason=reason)
 
 
 def place(bundle: Bundle, device: str, options: EngineOptions) -> Place:

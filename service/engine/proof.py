@@ -8,6 +8,7 @@ import numpy as np
 from bundle import Manifest
 from bundle.golden import Arrays, Golden, differences
 from service.engine.base import Engine, PlainRows
+from service.state.slots import FIRST
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +24,17 @@ class Proof:
 
 
 def prove_steps(
-    engine: Engine, manifest: Manifest, golden: Golden, sizes: Sequence[int], first: int, slack: float
+    engine: Engine, manifest: Manifest, golden: Golden, sizes: Sequence[int], rows: int, slack: float
 ) -> Proof:
-    """Calls of each of `sizes` rows, which fill the arena's rows from `first` on.
+    """Calls of each of `sizes`, if it has so many rows, on the last of the arena's `rows`.
 
     Raises GoldenMismatch if a difference exceeds `slack` times the manifest's tolerance.
     """
     parity: dict[str, float] = {}  # empty without sizes, of a model that takes no steps
     stability = 0.0
     reference: Arrays | None = None
-    for size in sizes:
-        found = _run(engine, manifest, golden, size, first)
+    for size in sorted({min(size, rows - FIRST) for size in sizes}):
+        found = _run(engine, manifest, golden, size, rows - size)
         count = min(size, len(golden.state))
         alone = _rows(golden, count)
         for name, worst in differences(

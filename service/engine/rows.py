@@ -23,8 +23,8 @@ def one_by_one(manifest: Manifest, run: Callable[[Rows], Result], rows: Rows) ->
             name = f"{manifest.name}:{manifest.version}"
             _log.error("the model failed", model=name, steps=rows.lens[0], exc_info=error)
             failure = EngineFailed("the model could not be run on this input; the server's log says why")
-            return _no_outputs(manifest, 1, rows.lens[0]), {0: failure}
-    together = _no_outputs(manifest, len(rows.lens), max(rows.lens))
+            return empty_outputs(manifest, 1, rows.lens[0]), {0: failure}
+    together = empty_outputs(manifest, len(rows.lens), max(rows.lens))
     failed: dict[int, UnrollError] = {}
     for i, steps in enumerate(rows.lens):
         inputs = tuple(array[i : i + 1, :steps] for array in rows.inputs)
@@ -67,5 +67,6 @@ def _not_finite() -> NonFiniteOutput:
     return NonFiniteOutput("the model's answer to this input is not finite")
 
 
-def _no_outputs(manifest: Manifest, rows: int, steps: int) -> Tensors:
+def empty_outputs(manifest: Manifest, rows: int, steps: int) -> Tensors:
+    """Zeros, each (rows, steps, *shape), or (rows, *shape) without time."""
     return tuple(np.zeros((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs)

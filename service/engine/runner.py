@@ -2,8 +2,8 @@
 
 import ctypes
 import re
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -69,31 +69,9 @@ class Runner:
         stream: int | None = None,
         tf32: bool = False,
     ) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _LOG_ERRORS
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.device = device
-        if device == "cpu":
-            providers: list = ["CPUExecutionProvider"]
-        else:
-            ort.preload_dlls()
-            cuda = {"device_id": device.partition(":")[2], "use_tf32": str(int(tf32))}
-            if stream is not None:
-                cuda["user_compute_stream"] = str(stream)
-            providers = [("CUDAExecutionProvider", cuda)]
-        try:
-            content = model if isinstance(model, bytes) else str(model)
-            self.session = ort.InferenceSession(content, options, providers=providers)
-        except Exception as error:  # its exceptions have no base class of their own
-            raise ValueError(f"onnxruntime cannot load it: {error}") from error
+        self._open = partial(_open, device=device, threads=threads, stream=stream, tf32=tf32)
+        self.session = self._open(model)
         self.provider = self.session.get_providers()[0]
-        if self.provider != (providers[0] if device == "cpu" else "CUDAExecutionProvider"):
-            raise DeviceUnavailable(
-                f"onnxruntime runs on {self.provider} instead of {device}: its CUDA libraries could not be loaded "
-                "(pip install 'onnxruntime-gpu[cuda,cudnn]' brings them)"
-            )
         _check_names("inputs", self.session.get_inputs(), [t.name for t in manifest.inputs], "state", "sequence_lens")
         _check_names("outputs", self.session.get_outputs(), [t.name for t in manifest.outputs], "state_out")
         self._inputs = [*(tensor.name for tensor in manifest.inputs), "state"]
@@ -118,21 +96,40 @@ class Runner:
         inputs: the model's and the state; outputs: the model's and the new state, each in the manifest's order.
         lens: steps of each row, (batch,) int32; it stays on the host, and a captured call keeps what it was.
         """
-        binding = self.session.io_binding()
-        for name, memory in zip(self._inputs, inputs, strict=True):
-            binding.bind_input(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
-        binding.bind_input("sequence_lens", "cpu", 0, lens.dtype, lens.shape, lens.ctypes.data)
-        for name, memory in zip(self._outputs, outputs, strict=True):
-            binding.bind_output(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
-        return BoundCall(self.session, binding, lens)
+        named = dict(zip(self._inputs, inputs, strict=True)) | {"sequence_lens": Memory.of(lens)}
+        return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
+
+    def part(self, model: bytes) -> "GraphPart":
+        """Another graph in the same circumstances."""
+        return GraphPart(self._open(model))
+
+
+class GraphPart:
+    """A graph whose inputs and outputs are not those of a bundle."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+
+    def bind(self, inputs: Mapping[str, Memory], outputs: Mapping[str, Memory]) -> "BoundCall":
+        return BoundCall(self._session, inputs, outputs)
 
 
 class BoundCall:
-    """A call of the graph on memory that is bound to it: cheaper than passing arrays."""
+    """A call of a graph on memory that is bound to it: cheaper than passing arrays. keep: lives as long as the call."""
 
-    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding, lens: np.ndarray) -> None:
-        self._session, self._binding = session, binding
-        self._lens = lens  # the binding has its address only
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        inputs: Mapping[str, Memory],
+        outputs: Mapping[str, Memory],
+        keep: object = None,
+    ) -> None:
+        self._session, self._keep = session, keep
+        self._binding = session.io_binding()
+        for name, memory in inputs.items():
+            self._binding.bind_input(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
+        for name, memory in outputs.items():
+            self._binding.bind_output(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
 
     def run(self) -> None:
         """Returns when it is done, and has the memory it needed put back."""
@@ -149,6 +146,36 @@ def _without_waiting() -> ort.RunOptions:
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     options.add_run_config_entry("gpu_graph_id", "-1")  # its own graphs are not used; unsaid, each call throws inside
     return options
+
+
+def _open(model: Path | bytes, device: str, threads: int, stream: int | None, tf32: bool) -> ort.InferenceSession:
+    """Raises ValueError if onnxruntime cannot load the graph, DeviceUnavailable if it does so elsewhere."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _LOG_ERRORS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    wanted = "CPUExecutionProvider"
+    providers: list[tuple[str, dict[str, str]]] = [(wanted, {})]
+    if device != "cpu":
+        ort.preload_dlls()
+        cuda = {"device_id": device.partition(":")[2], "use_tf32": str(int(tf32))}
+        if stream is not None:
+            cuda["user_compute_stream"] = str(stream)
+        wanted = "CUDAExecutionProvider"
+        providers = [(wanted, cuda)]
+    content = model if isinstance(model, bytes) else str(model)
+    try:
+        session = ort.InferenceSession(content, options, providers=providers)
+    except Exception as error:  # its exceptions have no base class of their own
+        raise ValueError(f"onnxruntime cannot load it: {error}") from error
+    provider = session.get_providers()[0]
+    if provider != wanted:
+        raise DeviceUnavailable(
+            f"onnxruntime runs on {provider} instead of {device}: its CUDA libraries could not be loaded "
+            "(pip install 'onnxruntime-gpu[cuda,cudnn]' brings them)"
+        )
+    return session
 
 
 def to_float16(model: Path) -> bytes:

@@ -5,15 +5,39 @@ threads at once. `driver.py` is the real one; tests have one whose memory is the
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from service.engine.memory import Memory
 
+Argument = int | np.int32 | np.float32
+
+
+class CompilationFailed(Exception):
+    """A kernel cannot be made for this device."""
+
 
 class OutOfDeviceMemory(Exception):
     """There is no room for what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel of one of this package's CUDA files, and how it is launched.
+
+    constants: the file's, by name. threads: of a block. cluster: blocks that reach one another's shared memory, of
+    `shared_bytes` each. early: may begin while the kernel before it still runs, and waits for it by itself.
+    """
+
+    file: str
+    name: str
+    constants: tuple[tuple[str, int], ...] = ()
+    threads: int = 256
+    cluster: int = 1
+    shared_bytes: int = 0
+    early: bool = False
 
 
 class Graph(Protocol):
@@ -37,6 +61,7 @@ class Device(Protocol):
 
     name: str
     stream: int
+    multiprocessors: int
 
     def close(self) -> None:
         """Give back all memory and all graphs: none may be used any more."""
@@ -66,8 +91,12 @@ class Device(Protocol):
         """From one place of the device's memory to another."""
         ...
 
-    def run(self, kernel: str, blocks: int, *arguments: int) -> None:
-        """Queue a kernel of `kernels.cu`; its arguments are addresses and 64-bit numbers."""
+    def prepare(self, kernel: Kernel) -> None:
+        """What must not wait until a capture. Raises CompilationFailed."""
+        ...
+
+    def run(self, kernel: Kernel, blocks: tuple[int, int], *arguments: Argument) -> None:
+        """Queue a kernel; of its arguments, an `int` is an address or a number of 64 bits."""
         ...
 
     def capture(self, queue: Callable[[], None]) -> Graph:

@@ -10,11 +10,11 @@ import numpy as np
 from cuda.bindings import driver, nvrtc, runtime
 
 from service.engine.base import DeviceFailed
-from service.engine.cuda.base import OutOfDeviceMemory
+from service.engine.cuda.base import Argument, CompilationFailed, Kernel, OutOfDeviceMemory
 from service.engine.memory import Memory
 
-_THREADS = 256
 _COPY = runtime.cudaMemcpyKind
+_C_TYPES = {int: ctypes.c_void_p, np.int32: ctypes.c_int, np.float32: ctypes.c_float}
 
 
 class Cuda:
@@ -25,8 +25,9 @@ class Cuda:
         self._index = index
         self._enter()
         self.stream = int(_check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
-        self._module = _check(driver.cuModuleLoadData(_compiled(*_capability(index))))
-        self._functions: dict[str, Any] = {}
+        attribute = runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount
+        self.multiprocessors = int(_check(runtime.cudaDeviceGetAttribute(attribute, index)))
+        self._functions: dict[Kernel, Any] = {}
         self._allocated: set[int] = set()
         self._blocks: list[int] = []
         self._graphs: list[CapturedGraph] = []
@@ -86,13 +87,29 @@ class Cuda:
     def copy(self, target: int, source: int, nbytes: int) -> None:
         self._copy(target, source, nbytes, _COPY.cudaMemcpyDeviceToDevice)
 
-    def run(self, kernel: str, blocks: int, *arguments: int) -> None:
+    def prepare(self, kernel: Kernel) -> None:
         self._enter()
-        function = self._functions.get(kernel)
-        if function is None:
-            function = self._functions[kernel] = _check(driver.cuModuleGetFunction(self._module, kernel.encode()))
-        packed = arguments, (ctypes.c_void_p,) * len(arguments)  # all of them have 64 bits
-        _check(driver.cuLaunchKernel(function, blocks, 1, 1, _THREADS, 1, 1, 0, self.stream, packed, 0))
+        if kernel not in self._functions:
+            self._functions[kernel] = self._load(kernel)
+
+    def run(self, kernel: Kernel, blocks: tuple[int, int], *arguments: Argument) -> None:
+        self.prepare(kernel)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *blocks, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+        config.sharedMemBytes = kernel.shared_bytes
+        config.hStream = driver.CUstream(self.stream)
+        config.attrs = _launch_attributes(kernel)
+        config.numAttrs = len(config.attrs)
+        packed = tuple(arguments), tuple([_C_TYPES[type(argument)] for argument in arguments])
+        _check(driver.cuLaunchKernelEx(config, self._functions[kernel], packed, 0))
+
+    def _load(self, kernel: Kernel) -> Any:
+        module = _check(driver.cuModuleLoadData(_compiled(kernel.file, kernel.constants, *_capability(self._index))))
+        function = _check(driver.cuModuleGetFunction(module, kernel.name.encode()))
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, most, kernel.shared_bytes))
+        return function
 
     def capture(self, queue: Callable[[], None]) -> "CapturedGraph":
         self._enter()
@@ -165,18 +182,34 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 @cache
-def _compiled(major: int, minor: int) -> bytes:
-    source = (files("service.engine.cuda") / "kernels.cu").read_bytes()
-    program = _check(nvrtc.nvrtcCreateProgram(source, b"kernels.cu", 0, [], []))
-    options = [f"--gpu-architecture=sm_{major}{minor}".encode()]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+def _compiled(file: str, constants: tuple[tuple[str, int], ...], major: int, minor: int) -> bytes:
+    source = (files("service.engine.cuda") / file).read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{name}={n}" for name, n in constants)]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if error:
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise DeviceFailed(f"the kernels cannot be compiled for sm_{major}{minor}: {log.decode()}")
-    code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+        raise CompilationFailed(f"{file} cannot be compiled for sm_{major}{minor}: {log.decode()}")
+    code = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
-    return code
+    return bytes(code)
+
+
+def _launch_attributes(kernel: Kernel) -> list[Any]:
+    which = driver.CUlaunchAttributeID
+    found = []
+    if kernel.cluster > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = which.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = kernel.cluster, 1, 1
+        found.append(cluster)
+    if kernel.early:
+        early = driver.CUlaunchAttribute()
+        early.id = which.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        found.append(early)
+    return found
 
 
 def _check(result: tuple) -> Any:

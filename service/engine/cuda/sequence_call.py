@@ -7,6 +7,7 @@ from service.core.errors import UnrollError
 from service.engine.base import Result, Rows
 from service.engine.cuda.base import Device
 from service.engine.cuda.layout import FLAG, INDEX, Layout, output_tensors
+from service.engine.cuda.step_call import COMMIT, GATHER
 from service.engine.memory import Memory
 from service.engine.rows import flagged, non_finite
 from service.engine.runner import Runner
@@ -34,10 +35,11 @@ class SequenceCall:
         sources, targets, flags = indices.views(block)
         sources[:], targets[:] = rows.sources, rows.targets
         sources_at, targets_at, flags_at = (block.ctypes.data + offset for offset in indices.offsets)
+        arena = self._arena.pointer
 
         for place, array in zip(given, inputs, strict=True):
             self._device.upload(place.pointer, array)
-        self._device.run("gather", count, self._arena.pointer, width, sources_at, state.pointer, 0, 0, 0)
+        self._device.run(GATHER, (count, 1), arena, width, state.pointer, 0, sources_at, 0)
         try:
             self._runner.bind([*given, state], np.array(rows.lens, np.int32), [*answered, state_out]).run()
         except Exception:
@@ -50,9 +52,7 @@ class SequenceCall:
         if not all(np.isfinite(array).all() for array in outputs):
             failed = non_finite(self._manifest, outputs, rows.lens)
             targets[list(failed)] = SCRATCH
-        self._device.run(
-            "commit", count, self._arena.pointer, width, targets_at, state_out.pointer, flags_at, 0, 0, 0, 0, 0
-        )
+        self._device.run(COMMIT, (count, 1), arena, width, targets_at, state_out.pointer, flags_at, 0, 0, 0, 0, 0)
         self._device.synchronize()
         return outputs, flagged(flags) | failed
 

@@ -1,28 +1,24 @@
 """One step of up to so many rows as a captured graph."""
 
-from contextlib import suppress
-
 import numpy as np
 
 from bundle import Manifest
 from service.engine.base import Result, Rows
-from service.engine.cuda.base import Device
+from service.engine.cuda.base import Device, Kernel
 from service.engine.cuda.layout import FLAG, INDEX, Layout, input_tensors, output_tensors
+from service.engine.cuda.step_model import StepModel, StepTensors
 from service.engine.memory import Memory
 from service.engine.rows import flagged
-from service.engine.runner import Runner
 from service.state.slots import INITIAL, SCRATCH
 
-#: Runs until onnxruntime has all the memory that the call needs, for within a capture none can be taken: it plans it in
-#: the first, takes it in the second, and has had it in the third.
-_WARM_UPS = 3
+GATHER, COMMIT = Kernel("kernels.cu", "gather"), Kernel("kernels.cu", "commit")
 
 
 class StepMemory:
     """Memory on the device for one call of up to `most` rows: calls follow one another on the stream, and share it."""
 
     def __init__(self, device: Device, manifest: Manifest, most: int) -> None:
-        self.inputs = device.allocate((Layout(input_tensors(manifest, most)).nbytes,), np.uint8)
+        self.call = device.allocate((_call_layout(manifest, most).nbytes,), np.uint8)
         self.outputs = device.allocate((Layout(output_tensors(manifest, most)).nbytes,), np.uint8)
         self.state = device.allocate((most, manifest.state_size), np.float32)
         self.state_out = device.allocate((most, manifest.state_size), np.float32)
@@ -31,39 +27,35 @@ class StepMemory:
 class StepCall:
     """The graph, and the block of host memory that it reads and writes while it runs.
 
-    In the block: where each row's state is taken from and put, and the inputs; then which rows failed, and the
-    outputs. `launch`, then `result`.
+    In the block: where each row's state is taken from and put, and the inputs, which all go to the device; then which
+    rows failed, and the outputs. `launch`, then `result`.
     """
 
     def __init__(
-        self, device: Device, runner: Runner, manifest: Manifest, arena: Memory, memory: StepMemory, size: int
+        self, device: Device, model: StepModel, manifest: Manifest, arena: Memory, memory: StepMemory, size: int
     ) -> None:
         self._device, self._arena, self._memory = device, arena, memory
-        self._size, self._width = size, manifest.state_size
-        given, answered = input_tensors(manifest, size), output_tensors(manifest, size)
-        layout = Layout([((size,), INDEX), ((size,), INDEX), *given, ((size,), FLAG), *answered])
-        self._block = device.host_block(layout.nbytes)
-        views = layout.views(self._block)
-        (self._sources, self._targets), self._inputs = views[:2], views[2 : 2 + len(given)]
-        self._failed, self._outputs = views[2 + len(given)], views[3 + len(given) :]
-        self._offsets = [*layout.offsets, layout.nbytes]
-        self._checked = _checked(device, manifest, Layout(answered))
+        self._size, self._width, self._gathers = size, manifest.state_size, model.gathers
+        call, answered = _call_layout(manifest, size), Layout(output_tensors(manifest, size))
+        flags = Layout([((size,), FLAG)])
+        self._call_bytes, self._output_bytes = call.nbytes, answered.nbytes
+        self._block = device.host_block(call.nbytes + flags.nbytes + answered.nbytes)
+        self._sources, self._targets, *self._inputs = call.views(self._block)
+        (self._failed,) = flags.views(self._block[call.nbytes :])
+        self._outputs = answered.views(self._block[call.nbytes + flags.nbytes :])
+        self._failed_at = self._block.ctypes.data + call.nbytes
+        self._outputs_at = self._failed_at + flags.nbytes
+        sources, self._targets_there, *inputs = call.memories(memory.call)
         rows = (size, self._width)
-        self._call = runner.bind(
-            [*Layout(given).memories(memory.inputs), memory.state.at(0, rows, memory.state.dtype)],
-            np.ones(size, np.int32),
-            [*Layout(answered).memories(memory.outputs), memory.state_out.at(0, rows, memory.state.dtype)],
-        )
+        state, state_out = (each.at(0, rows, each.dtype) for each in (memory.state, memory.state_out))
+        self._checked = _checked(device, manifest, answered)
         self._sources[:], self._targets[:] = INITIAL, SCRATCH
         self._filled = 0
-        for _ in range(_WARM_UPS):
-            self._call.run()
-        try:
-            self.graph = device.capture(self._queue)
-        except Exception:
-            with suppress(Exception):
-                self._call.run()  # onnxruntime's own copy of CUDA's runtime reports the same error once more
-            raise
+        outputs = answered.memories(memory.outputs)
+        for kernel in (GATHER, COMMIT):
+            device.prepare(kernel)
+        self._queue_model = model.bind(size, StepTensors(inputs, sources, state, state_out, outputs))
+        self.graph = device.capture(self._queue)
         self._done = device.mark()
 
     def launch(self, rows: Rows) -> None:
@@ -83,23 +75,24 @@ class StepCall:
         return outputs, flagged(self._failed[: self._filled])
 
     def _queue(self) -> None:
-        first, inputs = self._block.ctypes.data, len(self._inputs)
-        sources, targets, given, *_ = [first + offset for offset in self._offsets]
-        failed, answered, end = (first + self._offsets[i] for i in (2 + inputs, 3 + inputs, -1))
-        arena, memory, checked = self._arena.pointer, self._memory, self._checked
+        arena, memory, blocks = self._arena.pointer, self._memory, (self._size, 1)
+        state = memory.state.pointer if self._gathers else 0
         self._device.run(
-            "gather",
-            self._size,
-            *(arena, self._width, sources, memory.state.pointer),
-            *(memory.inputs.pointer, given, failed - given),
+            GATHER, blocks, arena, self._width, state, memory.call.pointer, self._block.ctypes.data, self._call_bytes
         )
-        self._call.queue()
+        self._queue_model()
         self._device.run(
-            "commit",
-            self._size,
-            *(arena, self._width, targets, memory.state_out.pointer, failed),
-            *(memory.outputs.pointer, checked.pointer, checked.shape[0], answered, end - answered),
+            COMMIT,
+            blocks,
+            *(arena, self._width, self._targets_there.pointer, memory.state_out.pointer, self._failed_at),
+            *(memory.outputs.pointer, self._checked.pointer, self._checked.shape[0]),
+            *(self._outputs_at, self._output_bytes),
         )
+
+
+def _call_layout(manifest: Manifest, size: int) -> Layout:
+    """Sources and targets of the rows, and the inputs."""
+    return Layout([((size,), INDEX), ((size,), INDEX), *input_tensors(manifest, size)])
 
 
 def _checked(device: Device, manifest: Manifest, outputs: Layout) -> Memory:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from service.engine.cuda.base import OutOfDeviceMemory
+from service.engine.cuda.base import Argument, Kernel, OutOfDeviceMemory
 from service.engine.memory import Memory
 
 
@@ -19,6 +19,7 @@ class FakeDevice:
 
     name = "cuda:0"
     stream = 0
+    multiprocessors = 8
 
     def __init__(self, room: int = 2**40) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -60,9 +61,15 @@ class FakeDevice:
     def copy(self, target: int, source: int, nbytes: int) -> None:
         self._transfer("copy", target, source, nbytes)
 
-    def run(self, kernel: str, blocks: int, *arguments: int) -> None:
-        self.calls.append((kernel, blocks))
-        {"gather": gather, "commit": commit}[kernel](blocks, *arguments)
+    def prepare(self, kernel: Kernel) -> None:
+        assert not self._replaying
+
+    def run(self, kernel: Kernel, blocks: tuple[int, int], *arguments: Argument) -> None:
+        self.calls.append((kernel.name, blocks[0]))
+        if kernel.file == "cells.cu":
+            step(dict(kernel.constants), *arguments)
+        else:
+            {"gather": gather, "commit": commit}[kernel.name](blocks[0], *map(int, arguments))
 
     def capture(self, queue: Callable[[], None]) -> "FakeGraph":
         return FakeGraph(self, queue)
@@ -105,14 +112,13 @@ def at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype).reshape(shape)
 
 
-def gather(
-    rows: int, arena: int, width: int, sources: int, state: int, inputs: int, call_inputs: int, input_bytes: int
-) -> None:
-    if input_bytes:
-        assert input_bytes % 16 == 0
-        ctypes.memmove(inputs, call_inputs, input_bytes)
-    for row, slot in enumerate(at(sources, (rows,), np.int64)):
-        ctypes.memmove(state + 4 * width * row, arena + 4 * width * int(slot), 4 * width)
+def gather(rows: int, arena: int, width: int, state: int, call: int, host: int, call_bytes: int) -> None:
+    assert call_bytes % 16 == 0
+    if call_bytes:
+        ctypes.memmove(call, host, call_bytes)
+    if state:
+        for row, slot in enumerate(at(host, (rows,), np.int64)):
+            ctypes.memmove(state + 4 * width * row, arena + 4 * width * int(slot), 4 * width)
 
 
 def commit(
@@ -139,3 +145,76 @@ def commit(
     if output_bytes:
         assert output_bytes % 16 == 0
         ctypes.memmove(call_outputs, outputs, output_bytes)
+
+
+def step(constants: dict[str, int], *arguments: Any) -> None:
+    x, arena, slots, state_out, y, weights, bias, unscale, _, rows, inputs, hidden, width, h_at, c_at = arguments
+    rows, inputs, hidden, width, h_at, c_at = map(int, (rows, inputs, hidden, width, h_at, c_at))
+    lstm = bool(constants["LSTM"])
+    both = unpack(weights, lstm, constants["PARTS"], inputs, hidden) * float(unscale)
+    b = at(bias, (4, hidden), np.float32)
+    found = [at(arena + 4 * width * int(slot), (width,), np.float32) for slot in at(slots, (rows,), np.int64)]
+    after = _cell(lstm, at(x, (rows, inputs), np.float32), np.stack(found), both, b, h_at, c_at)
+    out = at(state_out, (rows, width), np.float32)
+    parts = [slice(h_at, h_at + hidden), *([slice(c_at, c_at + hidden)] if lstm else [])]
+    for part in parts:
+        out[:, part] = after[:, part]
+    at(y, (rows, hidden), np.float32)[:] = after[:, parts[0]]
+
+
+def cell_step(
+    lstm: bool,
+    x: np.ndarray,
+    states: np.ndarray,
+    w: np.ndarray,
+    r: np.ndarray,
+    b: np.ndarray,
+    hidden: int,
+    h_at: int,
+    c_at: int,
+) -> np.ndarray:
+    """New states in float64, of weights as ONNX has them."""
+    gates = 4 if lstm else 3
+    both = np.concatenate([side.reshape(gates, hidden, -1) for side in (w, r)], axis=2).astype(float)
+    wb, rb = b.reshape(2, gates, hidden).astype(float)
+    bias = wb + rb if lstm else np.stack([wb[0] + rb[0], wb[1] + rb[1], wb[2], rb[2]])
+    return _cell(lstm, x, states, both, bias, h_at, c_at)
+
+
+def _cell(
+    lstm: bool, x: np.ndarray, states: np.ndarray, both: np.ndarray, b: np.ndarray, h_at: int, c_at: int
+) -> np.ndarray:
+    """`cells.cu`, in float64."""
+    inputs, hidden, after = x.shape[1], both.shape[1], states.astype(float)
+    h, b = states[:, h_at : h_at + hidden].astype(float), b.astype(float)
+    over_x = np.einsum("bi,ghi->gbh", x.astype(float), both[:, :, :inputs])
+    over_h = np.einsum("bi,ghi->gbh", h, both[:, :, inputs:])
+    if lstm:
+        i, o, f, g = over_x + over_h + b[:, None]
+        c = sigmoid(f) * after[:, c_at : c_at + hidden] + sigmoid(i) * np.tanh(g)
+        after[:, c_at : c_at + hidden] = c
+        after[:, h_at : h_at + hidden] = sigmoid(o) * np.tanh(c)
+    else:
+        z, r = (over_x + over_h)[:2] + b[:2, None]
+        candidate = np.tanh(over_x[2] + b[2] + sigmoid(r) * (over_h[2] + b[3]))
+        after[:, h_at : h_at + hidden] = (1 - sigmoid(z)) * candidate + sigmoid(z) * h
+    return after
+
+
+def sigmoid(value: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-value))
+
+
+def unpack(weights: int, lstm: bool, parts: int, inputs: int, hidden: int) -> np.ndarray:
+    """(gates, hidden, inputs + hidden): the inverse of `cells.pack`, but for the power of two."""
+    padded, wide = -(-hidden // 128) * 128, [-(-length // 32) * 32 for length in (inputs, hidden)]
+    chunks, gates = sum(wide) // 32, 4 if lstm else 3
+    group, tiles = (8, 2) if lstm else (16, 3)
+    shape = (padded // group, chunks, tiles, 2, parts, 8, 4, 2, 2, 2)
+    fragments = at(weights, shape, np.float16).astype(float).sum(axis=4)
+    # group chunk tile step g t upper half pair -> tile group half g chunk t step upper pair
+    rows = fragments.transpose(2, 0, 7, 4, 1, 5, 3, 6, 8)
+    if lstm:  # tile group half g -> tile half group g
+        rows = rows.swapaxes(1, 2)
+    both = rows.reshape(gates, padded, sum(wide))[:, :hidden]
+    return np.concatenate([both[:, :, :inputs], both[:, :, wide[0] : wide[0] + hidden]], axis=2)

@@ -12,7 +12,12 @@ from service.catalog.catalog import CatalogError
 from service.core.errors import NonFiniteOutput
 from service.engine.base import Engine, PlainRows
 from service.engine.cuda.base import Device
+from service.engine.cuda.cells import CellKernel
 from service.engine.cuda.engine import CudaEngine
+from service.engine.cuda.parts import Layer
+from service.engine.cuda.step_call import COMMIT, GATHER
+from service.engine.cuda.step_graph import take_apart
+from service.engine.memory import Memory
 from service.engine.place import EngineOptions, open_cuda, place
 from service.engine.runner import Runner, resolve_devices
 from service.settings import Settings
@@ -45,11 +50,22 @@ def found(request: pytest.FixtureRequest, repository: Path) -> bundle.Bundle:
     return bundle.read(repository / request.param / "1")
 
 
-@pytest.fixture
-def engine(found: bundle.Bundle, device: Device) -> Iterator[CudaEngine]:
+@pytest.fixture(params=["fused", "onnxruntime"])
+def cells(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def engine_of(found: bundle.Bundle, device: Device, cells: str, buckets: tuple[int, ...] = BUCKETS) -> CudaEngine:
     runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
-    yield CudaEngine(device, runner, found.manifest, ROWS, BUCKETS)
-    device.synchronize()
+    parts = take_apart(found.model_path, found.manifest) if cells == "fused" else []
+    return CudaEngine(device, runner, found.manifest, ROWS, buckets, parts)
+
+
+@pytest.fixture
+def engine(found: bundle.Bundle, cuda: str, cells: str) -> Iterator[CudaEngine]:
+    engine = engine_of(found, open_cuda(cuda), cells)
+    yield engine
+    engine.close()
 
 
 def tolerance(manifest: bundle.Manifest, name: str) -> float:
@@ -71,16 +87,16 @@ def test_the_kernels_do_what_their_equivalents_do(device: Device, width: int):
     block = device.host_block(1024)
     sources = block[:40].view(np.int64)
     sources[:] = [3, 1, 1, 8, 0]
-    given, failed, answered = block[256:512], block[512:532].view(np.int32), block[768:1024]
-    given[:] = rng.integers(0, 255, 256)
+    failed, answered = block[512:532].view(np.int32), block[768:1024]
+    block[40:256] = rng.integers(0, 255, 216)
     device.upload(on_device.pointer, arena)
     at = block.ctypes.data
-    device.run("gather", rows, on_device.pointer, width, at, state.pointer, outputs.pointer, at + 256, 256)
+    device.run(GATHER, (rows, 1), on_device.pointer, width, state.pointer, outputs.pointer, at, 256)
     gathered, copied = np.empty((rows, width), np.float32), np.empty(256, np.uint8)
     device.download(gathered, state.pointer)
     device.download(copied, outputs.pointer)
     assert np.array_equal(gathered, arena[sources])
-    assert np.array_equal(copied, given)
+    assert np.array_equal(copied, block[:256])
 
     after = rng.standard_normal((rows, width)).astype(np.float32)
     after[1, -1] = np.nan
@@ -92,7 +108,7 @@ def test_the_kernels_do_what_their_equivalents_do(device: Device, width: int):
     device.upload(outputs.pointer, y)
     sources[:] = [4, 5, 6, 7, 2]
     arguments = (width, at, state.pointer, at + 512, outputs.pointer, table.pointer, 1, at + 768, 256)
-    device.run("commit", rows, on_device.pointer, *arguments)
+    device.run(COMMIT, (rows, 1), on_device.pointer, *arguments)
     device.synchronize()
     assert failed.tolist() == [0, 1, 0, 1, 0]
     assert np.array_equal(answered[: y.nbytes].view(np.float32).reshape(y.shape), y)
@@ -107,7 +123,7 @@ def test_the_kernels_do_what_their_equivalents_do(device: Device, width: int):
 def test_steps_chunks_and_sequences_answer_as_the_cpu_does(found: bundle.Bundle, engine: CudaEngine):
     assert engine.captured
     manifest = found.manifest
-    on_cpu = place(found, "cpu", EngineOptions()).engine(ROWS, max_batch=64)
+    on_cpu, _ = place(found, "cpu", EngineOptions()).engine(ROWS, max_batch=64)
     rng = np.random.default_rng(1)
     for steps in (1, 1, 3, 1, 12, 1):
         count = int(rng.integers(1, 64))
@@ -153,9 +169,8 @@ def test_two_launches_may_be_outstanding(found: bundle.Bundle, engine: CudaEngin
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_in_one_bucket_neither_company_nor_place_changes_a_bit(found: bundle.Bundle, device: Device):
-    runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
-    engine = CudaEngine(device, runner, found.manifest, ROWS, (64,))
+def test_in_one_bucket_neither_company_nor_place_changes_a_bit(found: bundle.Bundle, device: Device, cells: str):
+    engine = engine_of(found, device, cells, (64,))
     rng = np.random.default_rng(3)
     mine = random_inputs(found.manifest, rng, 8)
 
@@ -223,13 +238,79 @@ def test_rows_are_saved_restored_and_forked(engine: Engine, found: bundle.Bundle
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
-def test_the_golden_vectors_hold_in_every_bucket(found: bundle.Bundle, cuda: str, precision):
-    here = place(found, cuda, EngineOptions(precision=precision, buckets=BUCKETS))
+def test_the_golden_vectors_hold_in_every_bucket(found: bundle.Bundle, cuda: str, precision, cells):
+    here = place(found, cuda, EngineOptions(precision=precision, buckets=BUCKETS, cells=cells))
     whole = bundle.replay(found.golden, found.manifest, here.runner, here.slack)
-    proof = here.prove(here.engine(ROWS, max_batch=64), ROWS)
+    _, proof = here.engine(ROWS, max_batch=64)
     assert set(proof.parity) == set(whole)
     if precision == "float32":
         assert proof.stability < 1e-5
+
+
+def test_a_sequence_in_parts_is_its_steps_to_the_bit(found: bundle.Bundle, device: Device):
+    engine = engine_of(found, device, "fused")
+    inputs = tuple(a[None] for a in random_inputs(found.manifest, np.random.default_rng(7), 30))
+    whole, _ = engine.run(PlainRows(inputs, [30], [INITIAL], [2]))
+    steps = [
+        engine.run(PlainRows(tuple(a[:, t : t + 1] for a in inputs), [1], [3 if t else INITIAL], [3]))[0]
+        for t in range(30)
+    ]
+    for spec, one, *parts in zip(found.manifest.outputs, whole, *steps, strict=True):
+        assert np.array_equal(one, np.concatenate(parts, axis=1) if spec.time else parts[-1])
+    assert np.array_equal(engine.read(2), engine.read(3))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize(("inputs", "hidden"), [(3, 8), (64, 256), (130, 77), (257, 130), (1, 1), (512, 1024)])
+def test_every_tile_gives_the_same_bits_and_float32s_accuracy(device: Device, cell, inputs: int, hidden: int):
+    """Beside a float64 reference; a row that is not finite leaves its neighbours' bits alone."""
+    rng, gates = np.random.default_rng(hidden), {"LSTM": 4, "GRU": 3}[cell]
+    k = hidden**-0.5
+    w, r, b = (
+        rng.uniform(-k, k, shape).astype(np.float32)
+        for shape in ((gates * hidden, inputs), (gates * hidden, hidden), (2 * gates * hidden,))
+    )
+    lstm = cell == "LSTM"
+    layer = Layer(cell, "x", "y", w, r, b, 0, hidden if lstm else 0, bounded=False)
+    width = hidden * (2 if lstm else 1)
+    kernel = CellKernel(device, layer, width, tf32=False)
+    slots = rng.permutation(100)
+    states = rng.uniform(-1, 1, (100, width)).astype(np.float32)
+    x = rng.standard_normal((100, inputs)).astype(np.float32)
+    arena = _on_device(device, states)
+    seen: np.ndarray | None = None
+    for size in (1, 3, 8, 20, 33, 64, 100):
+        for poisoned in (False, True):
+            given = x[:size].copy()
+            if poisoned:
+                given[size // 2] = np.nan
+            y, state_out = (
+                _on_device(device, np.full(shape, 7, np.float32)) for shape in ((size, hidden), (size, width))
+            )
+            places = _on_device(device, slots[:size])
+            kernel.bind(size, _on_device(device, given), arena, places, state_out, y, early=False)()
+            found, after = np.empty((size, hidden), np.float32), np.empty((size, width), np.float32)
+            device.download(found, y.pointer)
+            device.download(after, state_out.pointer)
+            fine = np.arange(size) != (size // 2 if poisoned else -1)
+            assert np.isnan(found[~fine]).all()
+            assert np.array_equal(found, after[:, :hidden], equal_nan=True)
+            if seen is None:
+                seen = after
+            common = min(len(seen), size)
+            assert np.array_equal(after[:common][fine[:common]], seen[:common][fine[:common]])
+            if not poisoned:
+                seen = after if size > len(seen) else seen
+                reference = fake_device.cell_step(
+                    lstm, x[:size], states[slots[:size]], w, r, b, hidden, 0, hidden if lstm else 0
+                )
+                assert np.abs(after - reference).max() < 4e-7
+
+
+def _on_device(device: Device, array: np.ndarray) -> Memory:
+    memory = device.allocate(array.shape, array.dtype)
+    device.upload(memory.pointer, np.ascontiguousarray(array))
+    return memory
 
 
 def test_the_bidirectional_model_takes_whole_sequences(repository: Path, device: Device):
@@ -239,7 +320,7 @@ def test_the_bidirectional_model_takes_whole_sequences(repository: Path, device:
     engine = CudaEngine(device, runner, found.manifest, ROWS, ())
     inputs = tuple(a[None] for a in random_inputs(found.manifest, np.random.default_rng(6), 9))
     rows = PlainRows(inputs, [9], [INITIAL], [2])
-    on_cpu = place(found, "cpu", EngineOptions()).engine(ROWS, max_batch=1)
+    on_cpu, _ = place(found, "cpu", EngineOptions()).engine(ROWS, max_batch=1)
     assert_close(found.manifest, engine.run(rows)[0], on_cpu.run(rows)[0])
 
 

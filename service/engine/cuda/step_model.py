@@ -1,0 +1,119 @@
+"""The model in the middle of a step: the bundle's graph as a whole, or its layers each by a kernel of ours."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from bundle import Manifest
+from service.engine.cuda.base import Device
+from service.engine.cuda.cells import CellKernel
+from service.engine.cuda.parts import Layer, Segment
+from service.engine.memory import Memory
+from service.engine.runner import BoundCall, GraphPart, Runner
+
+#: Runs until onnxruntime has all the memory that a call needs, for within a capture none can be taken: it plans it in
+#: the first, takes it in the second, and has had it in the third.
+_WARM_UPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """On the device. inputs, outputs: the model's, (size, 1, *shape) or (size, *shape) without time. sources: rows of
+    the arena that the states are in, (size,) int64. state, state_out: (size, state_size)."""
+
+    inputs: Sequence[Memory]
+    sources: Memory
+    state: Memory
+    state_out: Memory
+    outputs: Sequence[Memory]
+
+
+class StepModel(Protocol):
+    """gathers: are the rows' states to be in `state` beforehand, or does it find them in the arena?"""
+
+    gathers: bool
+
+    def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
+        """What queues a step of `size` rows, without waiting for it and without taking memory."""
+        ...
+
+
+class WholeModel:
+    gathers = True
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
+        inputs, outputs = [*tensors.inputs, tensors.state], [*tensors.outputs, tensors.state_out]
+        call = self._runner.bind(inputs, np.ones(size, np.int32), outputs)
+        _warm_up(call)
+        return call.queue
+
+
+class SeparateModel:
+    """parts: of the graph, in order; most: rows of a step. Raises CompilationFailed if the device is too old."""
+
+    gathers = False
+
+    def __init__(
+        self,
+        device: Device,
+        runner: Runner,
+        manifest: Manifest,
+        arena: Memory,
+        parts: Sequence[Layer | Segment],
+        most: int,
+        *,
+        tf32: bool,
+    ) -> None:
+        self._manifest, self._arena, self._parts = manifest, arena, parts
+        layers = [part for part in parts if isinstance(part, Layer)]
+        self._layers = {layer.y: CellKernel(device, layer, manifest.state_size, tf32=tf32) for layer in layers}
+        self._segments = {part.outputs[0]: runner.part(part.model) for part in parts if isinstance(part, Segment)}
+        #: What goes from part to part, by name.
+        self._between: dict[str, Memory] = {}
+        for layer in layers:
+            self._between[layer.y] = device.allocate((most, layer.hidden), np.float32)
+            if layer.x in self._segments:
+                self._between[layer.x] = device.allocate((most, layer.inputs), np.float32)
+
+    def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
+        named = dict(self._between)
+        named |= zip([spec.name for spec in self._manifest.inputs], tensors.inputs, strict=True)
+        named |= zip([spec.name for spec in self._manifest.outputs], tensors.outputs, strict=True)
+        bound: list[Callable[[], None]] = []
+        before: Layer | Segment | None = None
+        for part in self._parts:
+            if isinstance(part, Segment):
+                bound.append(_bind_segment(self._segments[part.outputs[0]], part, size, named))
+            else:
+                memory = (named[part.x], self._arena, tensors.sources, tensors.state_out, named[part.y])
+                bound.append(self._layers[part.y].bind(size, *memory, early=isinstance(before, Layer)))
+            before = part
+
+        def queue() -> None:
+            for each in bound:
+                each()
+
+        return queue
+
+
+def _bind_segment(runner: GraphPart, segment: Segment, size: int, named: dict[str, Memory]) -> Callable[[], None]:
+    def memory(name: str, source: str) -> Memory:
+        shape = tuple(size if length == -1 else length for length in segment.shapes[name])
+        return named[source].at(0, shape, named[source].dtype)
+
+    call = runner.bind(
+        {name: memory(name, source) for name, source in segment.inputs.items()},
+        {name: memory(name, name) for name in segment.outputs},
+    )
+    _warm_up(call)
+    return call.queue
+
+
+def _warm_up(call: BoundCall) -> None:
+    for _ in range(_WARM_UPS):
+        call.run()
