@@ -12,16 +12,19 @@ import structlog
 
 from bundle import Manifest
 from service.core.errors import UnrollError
-from service.engine.base import LAUNCHED, DeviceFailed, PlainRows, Result, Rows
+from service.engine.base import LAUNCHED, DeviceFailed, Result, Rows
 from service.engine.cuda.base import CompilationFailed, Device, Graph, OutOfDeviceMemory
 from service.engine.cuda.layout import bucket_of
 from service.engine.cuda.parts import Layer, Segment
 from service.engine.cuda.sequence_call import SequenceCall
-from service.engine.cuda.step_call import StepCall, StepMemory
+from service.engine.cuda.step_call import NOWHERE, StepCall, StepMemory
 from service.engine.cuda.step_model import SeparateModel, StepModel, WholeModel
 from service.engine.rows import empty_outputs, one_by_one
 from service.engine.runner import Runner
-from service.state.slots import INITIAL, SCRATCH
+from service.state.slots import INITIAL
+
+#: Steps of a graph for sequences and chunks, and how many must be left for it to be worth its padding.
+SEVERAL, _WORTHWHILE = 16, 4
 
 _log = structlog.get_logger(__name__)
 
@@ -54,12 +57,12 @@ class CudaEngine:
         self.write(INITIAL, manifest.initial_row())
         self._sequences = SequenceCall(device, runner, manifest, self._arena)
         self._buckets = list(buckets)
-        self._steps: dict[int, list[StepCall]] = {}
+        self._steps: dict[tuple[int, int], list[StepCall]] = {}
         model: StepModel = WholeModel(runner)
         if parts:
             model = SeparateModel(device, runner, manifest, self._arena, parts, most, tf32=tf32)
         try:
-            self._steps = self._capture(model)
+            self._steps = self._capture(model, (1, SEVERAL) if parts else (1,))
         except (CompilationFailed, DeviceFailed, OutOfDeviceMemory):
             raise
         except Exception as error:  # onnxruntime's, from inside the capture; they have no base class of their own
@@ -84,44 +87,56 @@ class CudaEngine:
     def launch(self, rows: Rows) -> Callable[[], Result] | None:
         if not self._steps or len(rows.lens) > self._buckets[-1] or max(rows.lens) > 1:
             return None
-        return self._launch(rows)
+        call = self._next_call(len(rows.lens), 1)
+        call.launch(rows.inputs, rows.sources, rows.targets)
 
-    def _launch(self, rows: Rows) -> Callable[[], Result]:
-        calls = self._steps[bucket_of(self._buckets, len(rows.lens))]
-        calls.append(calls.pop(0))  # in turn: a call's memory is in use until its result is fetched
-        calls[-1].launch(rows)
-        return calls[-1].result
+        def result() -> Result:
+            call.wait()
+            return tuple([array[0].copy() for array in call.answers(1)]), call.failed()
+
+        return result
+
+    def _next_call(self, rows: int, steps: int) -> StepCall:
+        """In turn, since a call's memory is in use until its answers are fetched."""
+        calls = self._steps[bucket_of(self._buckets, rows), steps]
+        calls.append(calls.pop(0))
+        return calls[-1]
 
     def _run_stepwise(self, rows: Rows) -> Result:
-        """States are in rows of the engine's own until a row's last step, so that one that fails changes nothing."""
-        count, longest = len(rows.lens), max(rows.lens)
+        """Several steps at a time. Until the last of its steps a state is in a row of the engine's own, and then goes
+        where it belongs, unless one of them failed."""
+        count, longest, lens = len(rows.lens), max(rows.lens), np.array(rows.lens)
         own = np.arange(self._rows, self._rows + count)
-        sources, targets, lens = np.array(rows.sources), np.array(rows.targets), np.array(rows.lens)
         outputs = empty_outputs(self._manifest, count, longest)
+        waiting: deque[tuple[StepCall, int, int]] = deque()
         failed: dict[int, UnrollError] = {}
-        waiting: deque[tuple[int, Callable[[], Result]]] = deque()
 
         def take() -> None:
-            step, result = waiting.popleft()
-            values, errors = result()
-            for into, value, spec in zip(outputs, values, self._manifest.outputs, strict=True):
+            call, begin, steps = waiting.popleft()
+            call.wait()
+            last = lens - 1 - begin
+            ends = np.flatnonzero((last >= 0) & (last < steps))
+            for into, answer, spec in zip(outputs, call.answers(steps), self._manifest.outputs, strict=True):
                 if spec.time:
-                    into[:, step] = value[:, 0]
+                    into[:, begin : begin + steps] = answer[:, :, 0].swapaxes(0, 1)
                 else:
-                    into[lens == step + 1] = value[lens == step + 1]
-            for row, error in errors.items():
-                if step < lens[row]:
-                    failed.setdefault(row, error)
+                    into[ends] = answer[last[ends], ends]
+            failed.update(call.failed())
 
-        for step in range(longest):
-            ends, over = lens == step + 1, lens <= step
-            while waiting and (len(waiting) == LAUNCHED or ends.any()):
-                take()  # before a row's state is put where it belongs, it is known whether the row has failed
-            to = np.where(ends, targets, own)
-            to[over] = SCRATCH
-            to[list(failed)] = SCRATCH
-            inputs = tuple(array[:, step : step + 1] for array in rows.inputs)
-            waiting.append((step, self._launch(PlainRows(inputs, [1] * count, sources if step == 0 else own, to))))
+        begin = 0
+        while begin < longest:
+            at_once = SEVERAL if longest - begin >= _WORTHWHILE else 1
+            numbers = np.arange(begin, min(begin + at_once, longest))[:, None]
+            sources = np.where(numbers == 0, rows.sources, own)
+            targets = np.where(lens == numbers + 1, rows.targets, own)
+            targets[lens <= numbers] = NOWHERE
+            if len(waiting) == LAUNCHED:
+                take()
+            call = self._next_call(count, at_once)
+            inputs = tuple(array[:, begin : begin + len(numbers)] for array in rows.inputs)
+            call.launch(inputs, sources, targets, first=begin == 0)
+            waiting.append((call, begin, len(numbers)))
+            begin += len(numbers)
         while waiting:
             take()
         return outputs, failed
@@ -132,7 +147,7 @@ class CudaEngine:
 
     def graph(self, rows: int) -> Graph:
         """What is launched for so many rows, with whatever its last call left there: to be looked at and measured."""
-        return self._steps[bucket_of(self._buckets, rows)][-1].graph
+        return self._steps[bucket_of(self._buckets, rows), 1][-1].graph
 
     def read(self, slot: int) -> np.ndarray:
         row = np.empty(self._manifest.state_size, np.float32)
@@ -152,12 +167,15 @@ class CudaEngine:
     def _address(self, slot: int) -> int:
         return self._arena.pointer + slot * self._row_bytes
 
-    def _capture(self, model: StepModel) -> dict[int, list[StepCall]]:
+    def _capture(self, model: StepModel, lengths: Sequence[int]) -> dict[tuple[int, int], list[StepCall]]:
+        """By rows and steps. lengths: steps of a call."""
         if not self._buckets:
             return {}
         memory = StepMemory(self._device, self._manifest, self._buckets[-1])
 
-        def call(size: int) -> StepCall:
-            return StepCall(self._device, model, self._manifest, self._arena, memory, size)
+        def call(size: int, steps: int) -> StepCall:
+            return StepCall(self._device, model, self._manifest, self._arena, memory, size, steps)
 
-        return {size: [call(size) for _ in range(LAUNCHED)] for size in self._buckets}
+        return {
+            (size, steps): [call(size, steps) for _ in range(LAUNCHED)] for size in self._buckets for steps in lengths
+        }

@@ -1,7 +1,7 @@
-// What happens to the rows around a call of the model, in the same graph as the call. One block a row.
+// What happens to the rows around a step of the model, in the same graph as the step. One block a row.
 //
-// `host` is the batch's block of host memory, which the device reads and writes directly: some hundred kilobytes at
-// most, each byte once, for which a copy of its own would cost more than it saves. A row is `width` floats.
+// `host` is memory of the host, which the device reads and writes directly: some hundred kilobytes at most, each byte
+// once, for which a copy of its own would cost more than it saves. A row of the arena is `width` floats.
 
 typedef long long i64;
 
@@ -11,31 +11,35 @@ __device__ void copy_block(uint4* to, const uint4* from, i64 bytes) {
     to[i] = from[i];
 }
 
-// call = host, the block that begins with where each row comes from and where it goes, and the inputs after them;
-// and if there is a `state`: state[row] = arena[sources[row]].
-extern "C" __global__ void gather(const float* arena, i64 width, float* state, uint4* call, const uint4* host,
-                                  i64 bytes) {
+// call = host, the inputs of this step among it; if there is a `state`, state[row] = arena[sources[row]]. No row has
+// failed yet if this is the first of the batch's steps.
+extern "C" __global__ void gather(const float* arena, i64 width, const i64* sources, float* state, int* failed,
+                                  const i64* first, uint4* call, const uint4* host, i64 bytes) {
   copy_block(call, host, bytes);
+  if (threadIdx.x == 0 && *first) failed[blockIdx.x] = 0;
   if (!state) return;
-  const float* from = arena + ((const i64*)host)[blockIdx.x] * width;
+  const float* from = arena + sources[blockIdx.x] * width;
   for (i64 i = threadIdx.x; i < width; i += blockDim.x) state[blockIdx.x * width + i] = from[i];
 }
 
-// arena[targets[row]] = state[row], unless the new state or one of the row's outputs is not finite: then failed[row].
-// checked: `tensors` pairs (first byte of a float output, floats in a row of it). host = outputs.
+// arena[targets[row]] = state[row], unless the row has failed, as it does if its new state or one of its outputs is not
+// finite; a row without a target (-1) is left alone. checked: `tensors` pairs (first byte of a float output, floats in a
+// row of it). host = outputs, and host_failed = failed.
 extern "C" __global__ void commit(float* arena, i64 width, const i64* targets, const float* state, int* failed,
-                                  const char* outputs, const i64* checked, i64 tensors, uint4* host, i64 bytes) {
-  int bad = 0;
-  for (i64 i = threadIdx.x; i < width; i += blockDim.x) bad |= !isfinite(state[blockIdx.x * width + i]);
-  for (i64 t = 0; t < tensors; ++t) {
-    const float* values = (const float*)(outputs + checked[2 * t]) + blockIdx.x * checked[2 * t + 1];
-    for (i64 i = threadIdx.x; i < checked[2 * t + 1]; i += blockDim.x) bad |= !isfinite(values[i]);
+                                  int* host_failed, const char* outputs, const i64* checked, i64 tensors, uint4* host,
+                                  i64 bytes) {
+  const i64 target = targets[blockIdx.x];
+  int bad = failed[blockIdx.x];
+  if (target >= 0) {
+    for (i64 i = threadIdx.x; i < width; i += blockDim.x) bad |= !isfinite(state[blockIdx.x * width + i]);
+    for (i64 t = 0; t < tensors; ++t) {
+      const float* values = (const float*)(outputs + checked[2 * t]) + blockIdx.x * checked[2 * t + 1];
+      for (i64 i = threadIdx.x; i < checked[2 * t + 1]; i += blockDim.x) bad |= !isfinite(values[i]);
+    }
+    bad = __syncthreads_or(bad);
+    for (i64 i = threadIdx.x; i < width && !bad; i += blockDim.x)
+      arena[target * width + i] = state[blockIdx.x * width + i];
   }
-  bad = __syncthreads_or(bad);
-  if (threadIdx.x == 0) failed[blockIdx.x] = bad;
-  if (!bad) {
-    float* to = arena + targets[blockIdx.x] * width;
-    for (i64 i = threadIdx.x; i < width; i += blockDim.x) to[i] = state[blockIdx.x * width + i];
-  }
+  if (threadIdx.x == 0) host_failed[blockIdx.x] = failed[blockIdx.x] = bad;
   copy_block(host, (const uint4*)outputs, bytes);
 }

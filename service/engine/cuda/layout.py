@@ -37,6 +37,13 @@ class Layout:
             for offset, (shape, dtype) in zip(self.offsets, self._tensors, strict=True)
         ]
 
+    def repeated(self, block: np.ndarray, times: int) -> list[np.ndarray]:
+        """The tensors in a block of so many layouts, one after another: each (times, *shape)."""
+        return [
+            np.lib.stride_tricks.as_strided(view, (times, *view.shape), (self.nbytes, *view.strides))
+            for view in self.views(block)
+        ]
+
     def memories(self, block: Memory) -> list[Memory]:
         """The tensors in a block anywhere."""
         return [

@@ -27,19 +27,20 @@ class SequenceCall:
         inputs = [np.ascontiguousarray(array) for array in rows.inputs]
         tensors = [(array.shape, array.dtype) for array in inputs]
         tensors += output_tensors(self._manifest, count, max(rows.lens))
-        layout = Layout([*tensors, *[((count, width), self._arena.dtype)] * 2])
-        *places, state, state_out = layout.memories(self._device_memory(layout.nbytes))
+        layout = Layout([*tensors, *[((count, width), self._arena.dtype)] * 2, ((count,), FLAG)])
+        *places, state, state_out, failed_there = layout.memories(self._device_memory(layout.nbytes))
         given, answered = places[: len(inputs)], places[len(inputs) :]
-        indices = Layout([((count,), INDEX), ((count,), INDEX), ((count,), FLAG)])
+        indices = Layout([((1,), INDEX), ((count,), INDEX), ((count,), INDEX), ((count,), FLAG)])
         block = self._host_block(indices.nbytes)
-        sources, targets, flags = indices.views(block)
-        sources[:], targets[:] = rows.sources, rows.targets
-        sources_at, targets_at, flags_at = (block.ctypes.data + offset for offset in indices.offsets)
+        first, sources, targets, flags = indices.views(block)
+        first[:], sources[:], targets[:] = True, rows.sources, rows.targets
+        first_at, sources_at, targets_at, flags_at = (block.ctypes.data + offset for offset in indices.offsets)
         arena = self._arena.pointer
 
         for place, array in zip(given, inputs, strict=True):
             self._device.upload(place.pointer, array)
-        self._device.run(GATHER, (count, 1), arena, width, state.pointer, 0, sources_at, 0)
+        flagged_at = failed_there.pointer
+        self._device.run(GATHER, (count, 1), arena, width, sources_at, state.pointer, flagged_at, first_at, 0, 0, 0)
         try:
             self._runner.bind([*given, state], np.array(rows.lens, np.int32), [*answered, state_out]).run()
         except Exception:
@@ -52,7 +53,12 @@ class SequenceCall:
         if not all(np.isfinite(array).all() for array in outputs):
             failed = non_finite(self._manifest, outputs, rows.lens)
             targets[list(failed)] = SCRATCH
-        self._device.run(COMMIT, (count, 1), arena, width, targets_at, state_out.pointer, flags_at, 0, 0, 0, 0, 0)
+        self._device.run(
+            COMMIT,
+            (count, 1),
+            *(arena, width, targets_at, state_out.pointer, flagged_at, flags_at),
+            *(0, 0, 0, 0, 0),
+        )
         self._device.synchronize()
         return outputs, flagged(flags) | failed
 

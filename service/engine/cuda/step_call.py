@@ -1,98 +1,136 @@
-"""One step of up to so many rows as a captured graph."""
+"""Steps of up to so many rows as a captured graph: one step, or several of the same rows, one after another."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from bundle import Manifest
-from service.engine.base import Result, Rows
-from service.engine.cuda.base import Device, Kernel
+from service.core.errors import UnrollError
+from service.engine.base import Tensors
+from service.engine.cuda.base import Device, Graph, Kernel
 from service.engine.cuda.layout import FLAG, INDEX, Layout, input_tensors, output_tensors
 from service.engine.cuda.step_model import StepModel, StepTensors
 from service.engine.memory import Memory
 from service.engine.rows import flagged
-from service.state.slots import INITIAL, SCRATCH
+from service.state.slots import INITIAL
 
 GATHER, COMMIT = Kernel("kernels.cu", "gather"), Kernel("kernels.cu", "commit")
 
+#: The target of a row that is only padding, or is over.
+NOWHERE = -1
+
 
 class StepMemory:
-    """Memory on the device for one call of up to `most` rows: calls follow one another on the stream, and share it."""
+    """Memory on the device for a step of up to `most` rows: steps follow one another on the stream, and share it."""
 
     def __init__(self, device: Device, manifest: Manifest, most: int) -> None:
         self.call = device.allocate((_call_layout(manifest, most).nbytes,), np.uint8)
         self.outputs = device.allocate((Layout(output_tensors(manifest, most)).nbytes,), np.uint8)
         self.state = device.allocate((most, manifest.state_size), np.float32)
         self.state_out = device.allocate((most, manifest.state_size), np.float32)
+        self.failed = device.allocate((most,), FLAG)
 
 
 class StepCall:
     """The graph, and the block of host memory that it reads and writes while it runs.
 
-    In the block: where each row's state is taken from and put, and the inputs, which all go to the device; then which
-    rows failed, and the outputs. `launch`, then `result`.
+    In the block, for each step: whether it is the batch's first, where each row's state is taken from and put, and the
+    inputs; then which rows failed, and for each step the outputs. Fill it, `launch`, `wait`, and read it.
     """
 
     def __init__(
-        self, device: Device, model: StepModel, manifest: Manifest, arena: Memory, memory: StepMemory, size: int
+        self,
+        device: Device,
+        model: StepModel,
+        manifest: Manifest,
+        arena: Memory,
+        memory: StepMemory,
+        size: int,
+        steps: int = 1,
     ) -> None:
         self._device, self._arena, self._memory = device, arena, memory
-        self._size, self._width, self._gathers = size, manifest.state_size, model.gathers
-        call, answered = _call_layout(manifest, size), Layout(output_tensors(manifest, size))
+        self._size, self._steps, self._width, self._gathers = size, steps, manifest.state_size, model.gathers
+        self._call, self._answer = _call_layout(manifest, size), Layout(output_tensors(manifest, size))
         flags = Layout([((size,), FLAG)])
-        self._call_bytes, self._output_bytes = call.nbytes, answered.nbytes
-        self._block = device.host_block(call.nbytes + flags.nbytes + answered.nbytes)
-        self._sources, self._targets, *self._inputs = call.views(self._block)
-        (self._failed,) = flags.views(self._block[call.nbytes :])
-        self._outputs = answered.views(self._block[call.nbytes + flags.nbytes :])
-        self._failed_at = self._block.ctypes.data + call.nbytes
-        self._outputs_at = self._failed_at + flags.nbytes
-        sources, self._targets_there, *inputs = call.memories(memory.call)
+        block = device.host_block(steps * self._call.nbytes + flags.nbytes + steps * self._answer.nbytes)
+        self._calls_at = block.ctypes.data
+        self._failed_at = self._calls_at + steps * self._call.nbytes
+        self._answers_at = self._failed_at + flags.nbytes
+        calls, rest = np.split(block, [steps * self._call.nbytes])
+        #: (steps, 1), (steps, size), (steps, size), and each input (steps, size, 1, *shape).
+        self._first, self._sources, self._targets, *self._inputs = self._call.repeated(calls, steps)
+        (self._failed,) = flags.views(rest)
+        self._outputs = self._answer.repeated(rest[flags.nbytes :], steps)
+        self._sources[:], self._targets[:] = INITIAL, NOWHERE
+        self._filled = 0
+        self._checked = _checked(device, manifest, self._answer)
+        _, sources, targets, *inputs = self._call.memories(memory.call)
+        self._targets_there = targets.pointer
         rows = (size, self._width)
         state, state_out = (each.at(0, rows, each.dtype) for each in (memory.state, memory.state_out))
-        self._checked = _checked(device, manifest, answered)
-        self._sources[:], self._targets[:] = INITIAL, SCRATCH
-        self._filled = 0
-        outputs = answered.memories(memory.outputs)
         for kernel in (GATHER, COMMIT):
             device.prepare(kernel)
+        outputs = self._answer.memories(memory.outputs)
         self._queue_model = model.bind(size, StepTensors(inputs, sources, state, state_out, outputs))
-        self.graph = device.capture(self._queue)
+        self.graph: Graph = device.capture(self._queue)
         self._done = device.mark()
 
-    def launch(self, rows: Rows) -> None:
-        count = len(rows.lens)
-        self._sources[:count], self._targets[:count] = rows.sources, rows.targets
-        self._sources[count : self._filled], self._targets[count : self._filled] = INITIAL, SCRATCH
-        self._filled = count
-        for given, array in zip(self._inputs, rows.inputs, strict=True):
-            given[:count] = array
+    def launch(
+        self,
+        inputs: Tensors,
+        sources: Sequence[int] | np.ndarray,
+        targets: Sequence[int] | np.ndarray,
+        *,
+        first: bool = True,
+    ) -> None:
+        """inputs: each (rows, steps, *shape), of no more steps than the graph's; sources, targets: (rows,), or
+        (steps, rows). first: no row has failed before."""
+        rows, steps = inputs[0].shape[:2]
+        self._first[0] = first
+        self._sources[:steps, :rows], self._targets[:steps, :rows] = sources, targets
+        self._targets[:, rows : self._filled] = NOWHERE
+        self._targets[steps:, :rows] = NOWHERE
+        self._filled = rows
+        for given, array in zip(self._inputs, inputs, strict=True):
+            given[:steps, :rows, 0] = array.swapaxes(0, 1)
         self.graph.launch()
         self._done.set()
 
-    def result(self) -> Result:
-        """Waits until the graph has run."""
+    def wait(self) -> None:
         self._done.wait()
-        outputs = tuple([array[: self._filled].copy() for array in self._outputs])
-        return outputs, flagged(self._failed[: self._filled])
+
+    def answers(self, steps: int) -> list[np.ndarray]:
+        """The outputs: views, each (steps, rows, 1, *shape), or (steps, rows, *shape) without time."""
+        return [array[:steps, : self._filled] for array in self._outputs]
+
+    def failed(self) -> dict[int, UnrollError]:
+        return flagged(self._failed[: self._filled])
 
     def _queue(self) -> None:
         arena, memory, blocks = self._arena.pointer, self._memory, (self._size, 1)
+        first, sources, *_ = self._call.offsets
         state = memory.state.pointer if self._gathers else 0
-        self._device.run(
-            GATHER, blocks, arena, self._width, state, memory.call.pointer, self._block.ctypes.data, self._call_bytes
-        )
-        self._queue_model()
-        self._device.run(
-            COMMIT,
-            blocks,
-            *(arena, self._width, self._targets_there.pointer, memory.state_out.pointer, self._failed_at),
-            *(memory.outputs.pointer, self._checked.pointer, self._checked.shape[0]),
-            *(self._outputs_at, self._output_bytes),
-        )
+        for step in range(self._steps):
+            call, answer = self._calls_at + step * self._call.nbytes, self._answers_at + step * self._answer.nbytes
+            self._device.run(
+                GATHER,
+                blocks,
+                *(arena, self._width, call + sources, state, memory.failed.pointer, call + first),
+                *(memory.call.pointer, call, self._call.nbytes),
+            )
+            self._queue_model()
+            self._device.run(
+                COMMIT,
+                blocks,
+                *(arena, self._width, self._targets_there, memory.state_out.pointer, memory.failed.pointer),
+                *(self._failed_at, memory.outputs.pointer, self._checked.pointer, self._checked.shape[0]),
+                *(answer, self._answer.nbytes),
+            )
 
 
 def _call_layout(manifest: Manifest, size: int) -> Layout:
-    """Sources and targets of the rows, and the inputs."""
-    return Layout([((size,), INDEX), ((size,), INDEX), *input_tensors(manifest, size)])
+    """Is it the first step; sources and targets of the rows; the inputs."""
+    return Layout([((1,), INDEX), ((size,), INDEX), ((size,), INDEX), *input_tensors(manifest, size)])
 
 
 def _checked(device: Device, manifest: Manifest, outputs: Layout) -> Memory:

@@ -112,12 +112,25 @@ def at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype).reshape(shape)
 
 
-def gather(rows: int, arena: int, width: int, state: int, call: int, host: int, call_bytes: int) -> None:
+def gather(
+    rows: int,
+    arena: int,
+    width: int,
+    sources: int,
+    state: int,
+    failed: int,
+    first: int,
+    call: int,
+    host: int,
+    call_bytes: int,
+) -> None:
     assert call_bytes % 16 == 0
     if call_bytes:
         ctypes.memmove(call, host, call_bytes)
+    if at(first, (1,), np.int64)[0]:
+        at(failed, (rows,), np.int32)[:] = 0
     if state:
-        for row, slot in enumerate(at(host, (rows,), np.int64)):
+        for row, slot in enumerate(at(sources, (rows,), np.int64)):
             ctypes.memmove(state + 4 * width * row, arena + 4 * width * int(slot), 4 * width)
 
 
@@ -128,23 +141,25 @@ def commit(
     targets: int,
     state: int,
     failed: int,
+    host_failed: int,
     outputs: int,
     checked: int,
     tensors: int,
-    call_outputs: int,
+    host: int,
     output_bytes: int,
 ) -> None:
-    bad = ~np.isfinite(at(state, (rows, width), np.float32)).all(axis=1)
+    fine = np.isfinite(at(state, (rows, width), np.float32)).all(axis=1)
     for first, floats in at(checked, (tensors, 2), np.int64) if tensors else ():
-        values = at(outputs + int(first), (rows, int(floats)), np.float32)
-        bad |= ~np.isfinite(values).all(axis=1)
-    at(failed, (rows,), np.int32)[:] = bad
-    for row, slot in enumerate(at(targets, (rows,), np.int64)):
-        if not bad[row]:
-            ctypes.memmove(arena + 4 * width * int(slot), state + 4 * width * row, 4 * width)
+        fine &= np.isfinite(at(outputs + int(first), (rows, int(floats)), np.float32)).all(axis=1)
+    bad = at(failed, (rows,), np.int32)
+    for row, slot in enumerate(at(targets, (rows,), np.int64).tolist()):
+        bad[row] |= slot >= 0 and not fine[row]
+        if slot >= 0 and not bad[row]:
+            ctypes.memmove(arena + 4 * width * slot, state + 4 * width * row, 4 * width)
+    at(host_failed, (rows,), np.int32)[:] = bad
+    assert output_bytes % 16 == 0
     if output_bytes:
-        assert output_bytes % 16 == 0
-        ctypes.memmove(call_outputs, outputs, output_bytes)
+        ctypes.memmove(host, outputs, output_bytes)
 
 
 def step(constants: dict[str, int], *arguments: Any) -> None:

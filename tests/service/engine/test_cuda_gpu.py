@@ -79,45 +79,59 @@ def assert_close(manifest: bundle.Manifest, one: tuple[np.ndarray, ...], other: 
 
 @pytest.mark.parametrize("width", [1, 7, 256, 1000])
 def test_the_kernels_do_what_their_equivalents_do(device: Device, width: int):
+    """Five rows; the fourth has failed before, and the last has no target."""
     rng = np.random.default_rng(width)
     rows, slots, features = 5, 9, 3
     arena = rng.standard_normal((slots, width)).astype(np.float32)
-    on_device = device.allocate(arena.shape, arena.dtype)
-    state, outputs = device.allocate((rows, width), np.float32), device.allocate((256,), np.uint8)
-    block = device.host_block(1024)
-    sources = block[:40].view(np.int64)
-    sources[:] = [3, 1, 1, 8, 0]
-    failed, answered = block[512:532].view(np.int32), block[768:1024]
-    block[40:256] = rng.integers(0, 255, 216)
-    device.upload(on_device.pointer, arena)
-    at = block.ctypes.data
-    device.run(GATHER, (rows, 1), on_device.pointer, width, state.pointer, outputs.pointer, at, 256)
-    gathered, copied = np.empty((rows, width), np.float32), np.empty(256, np.uint8)
-    device.download(gathered, state.pointer)
-    device.download(copied, outputs.pointer)
-    assert np.array_equal(gathered, arena[sources])
-    assert np.array_equal(copied, block[:256])
-
-    after = rng.standard_normal((rows, width)).astype(np.float32)
+    after, y = rng.standard_normal((rows, width)).astype(np.float32), rng.standard_normal((64,)).astype(np.float32)
     after[1, -1] = np.nan
-    y = rng.standard_normal((rows, features)).astype(np.float32)
-    y[3, 2] = np.inf
-    table = device.allocate((1, 2), np.int64)
-    device.upload(table.pointer, np.array([[0, features]]))
-    device.upload(state.pointer, after)
-    device.upload(outputs.pointer, y)
-    sources[:] = [4, 5, 6, 7, 2]
-    arguments = (width, at, state.pointer, at + 512, outputs.pointer, table.pointer, 1, at + 768, 256)
-    device.run(COMMIT, (rows, 1), on_device.pointer, *arguments)
-    device.synchronize()
-    assert failed.tolist() == [0, 1, 0, 1, 0]
-    assert np.array_equal(answered[: y.nbytes].view(np.float32).reshape(y.shape), y)
-    expected = arena.copy()
-    for row in (0, 2, 4):
-        expected[sources[row]] = after[row]
-    found = np.empty_like(arena)
-    device.download(found, on_device.pointer)
-    assert np.array_equal(found, expected)
+    y[2 * features] = np.inf
+    given = {
+        "arena": arena,
+        "sources": np.array([3, 1, 1, 8, 0]),
+        "state": np.zeros((rows, width), np.float32),
+        "failed": np.array([9, 9, 9, 9, 9], np.int32),
+        "first": np.array([1]),
+        "call": np.zeros(256, np.uint8),
+        "host": rng.integers(0, 255, 256, np.uint8),
+        "targets": np.array([4, 5, 6, 7, -1]),
+        "after": after,
+        "host_failed": np.zeros(rows, np.int32),
+        "y": y,
+        "checked": np.array([[0, features]]),
+        "answered": np.zeros(256, np.uint8),
+    }
+    there = {name: _on_device(device, array) for name, array in given.items()}
+    ours = {name: array.copy() for name, array in given.items()}
+
+    def both(run, names: list[str], *rest: int) -> None:
+        run(device, [there[name].pointer for name in names], *rest)
+        run(None, [ours[name].ctypes.data for name in names], *rest)
+
+    def gathered(on, at: list[int]) -> None:
+        arguments = at[0], width, *at[1:], 256
+        on.run(GATHER, (rows, 1), *arguments) if on else fake_device.gather(rows, *arguments)
+
+    def committed(on, at: list[int]) -> None:
+        arguments = at[0], width, *at[1:7], 1, at[7], 256
+        on.run(COMMIT, (rows, 1), *arguments) if on else fake_device.commit(rows, *arguments)
+
+    both(gathered, ["arena", "sources", "state", "failed", "first", "call", "host"])
+    _compare(device, there, ours)
+    ours["failed"][3] = 1
+    device.upload(there["failed"].pointer, ours["failed"])
+    both(committed, ["arena", "targets", "after", "failed", "host_failed", "y", "checked", "answered"])
+    _compare(device, there, ours)
+    assert ours["failed"].tolist() == ours["host_failed"].tolist() == [0, 1, 1, 1, 0]
+    assert np.array_equal(ours["arena"][4], after[0])
+    assert np.array_equal(ours["arena"][5:8], arena[5:8])
+
+
+def _compare(device: Device, there: dict[str, Memory], here: dict[str, np.ndarray]) -> None:
+    for name, array in here.items():
+        found = np.empty_like(array)
+        device.download(found, there[name].pointer)
+        assert found.tobytes() == array.tobytes(), name
 
 
 def test_steps_chunks_and_sequences_answer_as_the_cpu_does(found: bundle.Bundle, engine: CudaEngine):

@@ -1,4 +1,4 @@
-"""A model in parts, on a device in host memory: the graph is cut right, and the layers' kernels get the right arguments.
+"""A model in parts, on a device in host memory: the graph is cut right, and the kernels get the right arguments.
 
 The kernel's equivalent computes in float64, so answers agree with onnxruntime's within rounding only.
 """
