@@ -1,0 +1,49 @@
+"""Asks `trial.py`, in a process of its own: onnxruntime may be missing, and a broken driver may end a process."""
+
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from service.doctor.facts import Runtime
+
+#: Not imported: it imports onnxruntime.
+_TRIAL = "service.doctor.trial"
+#: CUDA takes some to start where there are many GPUs.
+_SECONDS = 120.0
+
+
+class TrialFailed(Exception):
+    """Why there is no answer, in a line."""
+
+
+def runtime() -> Runtime:
+    """Raises TrialFailed if onnxruntime cannot be imported."""
+    answer = _run()
+    return Runtime(**{**answer, "providers": tuple(answer["providers"])})
+
+
+def session(device: str) -> str | None:
+    """What goes wrong when a model is loaded on `cpu` or `cuda:N`, or None."""
+    try:
+        return _run(device)["problem"]
+    except TrialFailed as failure:
+        return str(failure)
+
+
+def _run(*arguments: str) -> dict[str, Any]:
+    try:
+        ran = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise TrialFailed(f"no answer within {_SECONDS:.0f} seconds") from None
+    if ran.returncode < 0:
+        raise TrialFailed(f"the process was ended by {signal.Signals(-ran.returncode).name}")
+    if ran.returncode:
+        raise TrialFailed((ran.stderr.strip() or f"exit status {ran.returncode}").splitlines()[-1])
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def _command(*arguments: str) -> list[str]:
+    # -P: a folder called `service` where the user happens to be is not ours.
+    return [sys.executable, "-P", "-m", _TRIAL, *arguments]
