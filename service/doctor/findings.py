@@ -162,7 +162,9 @@ def _sessions(facts: Facts, wanted: str) -> Iterator[Finding]:
 
 def _verdict(facts: Facts, device: str, wanted: str) -> Finding:
     name = f"--device {device}"
-    why = f"takes {wanted} ({facts.runtime.auto_why})" if device == "auto" and facts.runtime else "asked for"
+    if facts.runtime is None:
+        return Finding(name, Status.BROKEN, "no device works without onnxruntime", "see above")
+    why = f"takes {wanted} ({facts.runtime.auto_why})" if device == "auto" else "asked for"
     if _works(facts, wanted):
         return Finding(name, Status.OK, f"{why}; it works")
     others = [other for other in facts.sessions if _works(facts, other)]
