@@ -96,12 +96,27 @@ def test_what_is_mended_in_one_way_is_said_once():
 
 def test_a_process_that_dies_is_an_answer(monkeypatch: pytest.MonkeyPatch):
     for program, problem in [
-        ("import os; os.abort()", "the process was ended by SIGABRT"),
+        ("import os; os.abort()", "the process was ended: Aborted (signal 6)"),
         ("import onnxruntime_that_is_not_there", "No module named 'onnxruntime_that_is_not_there'"),
         ("raise SystemExit(3)", "exit status 3"),
     ]:
         monkeypatch.setattr(ask, "_command", lambda *_, program=program: [sys.executable, "-c", program])
         assert problem in str(ask.session("cuda:0"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        ("runs on the CPU", "runs on the CPU; it says: no libcublas"),
+        ("refused: no libcublas", "refused: no libcublas"),
+        (None, None),
+    ],
+)
+def test_what_onnxruntime_logs_is_told(monkeypatch: pytest.MonkeyPatch, problem: str | None, told: str | None):
+    logged, answer = "[E:onnxruntime:Default, a.cc:1 b()] no libcublas", json.dumps({"problem": problem})
+    program = f"import sys; print({logged!r}, file=sys.stderr); print({answer!r})"
+    monkeypatch.setattr(ask, "_command", lambda *_: [sys.executable, "-c", program])
+    assert ask.session("cuda:0") == told
 
 
 def test_a_process_that_hangs_is_an_answer(monkeypatch: pytest.MonkeyPatch):
