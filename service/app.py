@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from service.api.server import Server
 from service.catalog.catalog import Catalog
 from service.core.clock import Clock, MonotonicClock
 from service.core.errors import UnrollError
-from service.engine.runner import DeviceUnavailable, resolve_device
+from service.engine.runner import DeviceUnavailable, resolve_devices
 from service.protocol import json
 from service.settings import Settings
 
@@ -34,19 +34,16 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Serv
 
     Raises CatalogError if a bundle is refused, DeviceUnavailable if the device asked for is not there.
     """
-    device, why = resolve_device(settings.device)
-    _log.info("device", device=device, why=why)
-    executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    devices, why = resolve_devices(settings.device)
+    _log.info("device", devices=devices, why=why)
     clock = clock or MonotonicClock()
     try:
-        catalog = Catalog(settings.repository, settings.model_options(device), clock, executor)
-        catalog.load_all()
+        catalog = _catalog(settings, clock, devices)
     except DeviceUnavailable as error:
         if settings.device != "auto":
             raise
-        _log.warning("device", device="cpu", why=str(error))
-        catalog = Catalog(settings.repository, settings.model_options("cpu"), clock, executor)
-        catalog.load_all()
+        _log.warning("device", devices=["cpu"], why=str(error))
+        catalog = _catalog(settings, clock, ["cpu"])
     server = Server(catalog, settings.api_limits())
 
     def crash() -> None:
@@ -65,9 +62,16 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Serv
         server.ready = False
         running.cancel()
         await asyncio.wait([running])
-        executor.shutdown()
+        catalog.shut_down()
 
     return _fastapi(server, lifespan), server
+
+
+def _catalog(settings: Settings, clock: Clock, devices: Sequence[str]) -> Catalog:
+    places = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
+    catalog = Catalog(settings.repository, settings.model_options(), clock, places)
+    catalog.load_all()
+    return catalog
 
 
 def _fastapi(server: Server, lifespan: Any) -> FastAPI:

@@ -1,13 +1,14 @@
 """Settings, read once from flags and `UNROLL_*` environment variables, and handed to each layer as its own config."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.api.server import ApiLimits
 from service.catalog.model import ModelOptions
+from service.engine.place import EngineOptions, Precision
 from service.scheduler.limits import SchedulerLimits
 from service.scheduler.sessions import SessionLimits
 
@@ -22,10 +23,22 @@ class Settings(BaseSettings):
     repository: Annotated[Path, Field(description="folder of bundles, <name>/<version>/")]
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
-    device: Annotated[str, Field(description="cpu, cuda:N, or auto: a GPU if there is one")] = "auto"
-    threads: Annotated[PositiveInt, Field(description="onnxruntime threads for one call of a model")] = 1
+    device: Annotated[str, Field(description="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if any")] = (
+        "auto"
+    )
+    threads: Annotated[PositiveInt, Field(description="onnxruntime threads for one call of a model, on a CPU")] = 1
+    precision: Annotated[Precision, Field(description="of matrix products on a GPU")] = "float32"
+    buckets: Annotated[
+        tuple[PositiveInt, ...], Field(description="rows of a GPU's calls of single steps, as in [1,64,256]")
+    ] = ()
 
-    session_capacity: Annotated[PositiveInt, Field(description="open sessions per model version")] = 65_536
+    session_capacity: Annotated[
+        PositiveInt | Literal["auto"],
+        Field(description="open sessions per model version and device; auto: as many as fit in memory_share"),
+    ] = 65_536
+    memory_share: Annotated[
+        float, Field(gt=0, le=1, description="part of the free memory that auto may fill with a model's sessions")
+    ] = 0.5
     idle_timeout: Annotated[float, Field(ge=0, description="seconds until an idle session expires; 0: never")] = 900.0
     tombstone_life: Annotated[PositiveFloat, Field(description="seconds a lost session's cause is remembered")] = 3600.0
 
@@ -50,14 +63,15 @@ class Settings(BaseSettings):
         """Flags first, then the environment, then the defaults. Exits with a usage message on a bad flag."""
         return cls(_cli_parse_args=argv)
 
-    def model_options(self, device: str) -> ModelOptions:
+    def model_options(self) -> ModelOptions:
+        fill_memory = self.session_capacity == "auto"
         return ModelOptions(
-            device=device,
-            threads=self.threads,
+            fill_memory=fill_memory,
+            engine=EngineOptions(self.threads, self.precision, self.buckets, self.memory_share),
             max_steps=self.max_steps,
             max_sequences=self.max_sequences,
             sessions=SessionLimits(
-                capacity=self.session_capacity,
+                capacity=1 if self.session_capacity == "auto" else self.session_capacity,
                 idle_timeout=self.idle_timeout or None,
                 tombstone_life=self.tombstone_life,
             ),

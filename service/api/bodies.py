@@ -68,7 +68,16 @@ class ModelInfo(BaseModel):
     streamable: bool
     not_streamable_because: str | None
     bit_exact: bool = Field(description="chunking and batching do not change a bit on the CPU")
-    provider: str
+    device: str = Field(description="where it is served; with several devices, one of them")
+    provider: str = Field(description="onnxruntime's")
+    precision: str = Field(description="of matrix products: float32, tf32 or float16")
+    parity: dict[str, float] = Field(
+        description="largest absolute difference from PyTorch in float64, by output and state_out, measured at load"
+    )
+    stability: float = Field(
+        description="largest absolute difference of a row's results between batches of other sizes or company, "
+        "measured at load; 0: not a bit"
+    )
     sessions: int = Field(description="open now")
 
 

@@ -76,11 +76,11 @@ def router(server: Server) -> APIRouter:
 
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:
-        return [_describe(server.catalog.resolve(name)) for name in server.catalog.names()]
+        return [_describe(server, server.catalog.resolve(name)) for name in server.catalog.names()]
 
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
     async def model(model: str) -> ModelInfo:
-        return _describe(server.catalog.resolve(*split_reference(model)))
+        return _describe(server, server.catalog.resolve(*split_reference(model)))
 
     @api.post(
         "/models/{model}/sequences",
@@ -192,7 +192,7 @@ def _info(served: ServedModel, session: Any) -> SessionInfo:
     return SessionInfo(**sessions.describe(served, session))
 
 
-def _describe(served: ServedModel) -> ModelInfo:
+def _describe(server: Server, served: ServedModel) -> ModelInfo:
     manifest = served.manifest
     tensors = [
         [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time) for t in group]
@@ -208,6 +208,10 @@ def _describe(served: ServedModel) -> ModelInfo:
         streamable=manifest.streamable,
         not_streamable_because=manifest.not_streamable_because,
         bit_exact=manifest.bit_exact,
-        provider=served.provider,
-        sessions=len(served.scheduler.sessions),
+        device=served.serving.device,
+        provider=served.serving.provider,
+        precision=served.serving.precision,
+        parity=served.serving.parity,
+        stability=served.serving.stability,
+        sessions=server.catalog.sessions_of(served.name, served.version),
     )

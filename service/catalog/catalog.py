@@ -1,7 +1,7 @@
 """All versions of all models, by name. A session stays with the version it began on."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -23,19 +23,20 @@ class CatalogError(Exception):
 
 
 class Catalog:
-    """`on_crash()` is called if a model's loop, or the catalog's own, ends by an error, which none should."""
+    """places: the devices, each with its engine thread; every version is served on all of them. `on_crash()` is called
+    if a model's loop, or the catalog's own, ends by an error, which none should."""
 
     def __init__(
         self,
         repository: Path,
         options: ModelOptions,
         clock: Clock,
-        executor: Executor,
+        places: Sequence[tuple[str, Executor]],
     ) -> None:
         self.repository = repository
         self.options = options
         self.clock = clock
-        self._executor = executor
+        self._places = places
         self.on_crash: Callable[[], None] = lambda: None
         self._models: list[ServedModel] = []  # by name, newest version last
         self._by_name: dict[str, list[ServedModel]] = {}  # newest version first
@@ -48,11 +49,22 @@ class Catalog:
         return sorted({model.name for model in self._models if not model.retired})
 
     def versions(self, name: str) -> list[ServedModel]:
-        """Versions that take new sessions, newest last. Raises ModelUnknown if there are none."""
-        found = [model for model in reversed(self._by_name.get(name, ())) if not model.retired]
+        """Versions that take new sessions, newest last, each on the device that has least to do.
+
+        Raises ModelUnknown if there are none.
+        """
+        found: dict[str, ServedModel] = {}
+        for model in reversed(self._by_name.get(name, ())):
+            other = found.get(model.version)
+            if not model.retired and (other is None or model.load_now < other.load_now):
+                found[model.version] = model
         if not found:
             raise ModelUnknown(f"no model {name!r}; there are {self.names()}")
-        return found
+        return list(found.values())
+
+    def sessions_of(self, name: str, version: str) -> int:
+        """Open sessions of a version, on all devices."""
+        return sum(len(model.scheduler.sessions) for model in self._by_name[name] if model.version == version)
 
     def resolve(self, name: str, version: str | None = None) -> ServedModel:
         """The newest version, or the one asked for. Raises ModelUnknown."""
@@ -98,7 +110,7 @@ class Catalog:
         refusals = []
         for path in paths:
             try:
-                self._models.append(self._load(path))
+                self._models += self._load(path)
             except ModelRefused as refusal:
                 refusals.append(str(refusal))
         if refusals:
@@ -111,8 +123,19 @@ class Catalog:
         for model in reversed(self._models):
             self._by_name.setdefault(model.name, []).append(model)
 
-    def _load(self, path: Path) -> ServedModel:
-        return ServedModel.load(path, self.options, self.clock, self._executor)
+    def _load(self, path: Path) -> list[ServedModel]:
+        """On every device, with the same statistics."""
+        models = [
+            ServedModel.load(path, device, self.options, self.clock, executor) for device, executor in self._places
+        ]
+        for model in models[1:]:
+            model.statistics = models[0].statistics
+        return models
+
+    def shut_down(self) -> None:
+        """End the engine threads; `run` must have ended."""
+        for _, executor in self._places:
+            executor.shutdown()
 
     def request_rescan(self) -> None:
         """Look for new, changed and removed bundles soon."""
@@ -148,15 +171,16 @@ class Catalog:
                 manifest = (await asyncio.to_thread(read, path)).manifest
                 if any(old.manifest.digest == manifest.digest for old in present):
                     continue
-                model = await asyncio.to_thread(self._load, path)
+                models = await asyncio.to_thread(self._load, path)
             except (BundleError, ModelRefused, DeviceUnavailable) as refusal:
                 _log.error("bundle refused", reason=str(refusal))
                 continue
             for old in present:
                 self._retire(old)
-            self._models.append(model)
+            self._models += models
             self._index()
-            self._start(model)
+            for model in models:
+                self._start(model)
         for model in self._models:
             if not model.retired and (model.name, model.version) not in wanted:
                 self._retire(model)

@@ -2,7 +2,7 @@
 
 import asyncio
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Self
@@ -15,8 +15,8 @@ from bundle import Bundle, Manifest
 from service.core.clock import Clock
 from service.engine.base import Engine, PlainRows
 from service.engine.curve import Curve, measure
-from service.engine.host import HostEngine
-from service.engine.runner import DeviceUnavailable, Runner
+from service.engine.place import EngineOptions, Place, Precision, place
+from service.engine.runner import DeviceUnavailable
 from service.protocol.tensors import Codec
 from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.loop import Loop
@@ -31,16 +31,36 @@ from service.telemetry.statistics import Statistics
 _log = structlog.get_logger(__name__)
 
 
+#: Bytes on the host that a session takes besides its state row and its last step, about.
+_RECORD_BYTES = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """device: `cpu` or `cuda:N`. threads: onnxruntime's for one call. max_steps, max_sequences: in one request."""
+    """max_steps, max_sequences: in one request. fill_memory: as many sessions as fit in the share of the memory that
+    `engine` allows, instead of `sessions.capacity`, on each device."""
 
-    device: str = "cpu"
-    threads: int = 1
     max_steps: int = 65_536
     max_sequences: int = 1024
+    fill_memory: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
     sessions: SessionLimits = field(default_factory=SessionLimits)
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How a model is served, and what was measured of it there at load. provider: onnxruntime's.
+
+    parity: largest absolute differences from PyTorch float64, by output and `state_out`. stability: of a row's results
+    between batches of different size or company.
+    """
+
+    device: str
+    provider: str
+    precision: Precision
+    parity: dict[str, float]
+    stability: float
 
 
 class ModelRefused(Exception):
@@ -48,17 +68,18 @@ class ModelRefused(Exception):
 
 
 class ServedModel:
-    """Built by `load`; `start` and `stop` belong to a running event loop. `retired`: takes no new sessions."""
+    """On one device; built by `load`. `start` and `stop` belong to a running event loop. `retired`: takes no new
+    sessions."""
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, loop: Loop, codec: Codec, provider: str, statistics: Statistics
+        self, bundle: Bundle, engine: Engine, loop: Loop, codec: Codec, serving: Serving, statistics: Statistics
     ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.loop = loop
         self.scheduler = loop.scheduler
         self.codec = codec
-        self.provider = provider
+        self.serving = serving
         self.statistics = statistics
         self.retired = False
         self._task: asyncio.Task[None] | None = None
@@ -80,24 +101,33 @@ class ServedModel:
         return self.manifest.version
 
     def __repr__(self) -> str:
-        return f"<ServedModel {self.name}:{self.version} {self.scheduler!r}>"
+        return f"<ServedModel {self.name}:{self.version} on {self.serving.device} {self.scheduler!r}>"
+
+    @property
+    def load_now(self) -> int:
+        """What new work is better sent elsewhere for."""
+        return len(self.scheduler.sessions) + self.scheduler.in_flight
 
     @classmethod
-    def load(cls, path: Path, options: ModelOptions, clock: Clock, executor: Executor) -> Self:
-        """Raises ModelRefused if the bundle is damaged or answers otherwise than PyTorch on this device."""
+    def load(cls, path: Path, device: str, options: ModelOptions, clock: Clock, executor: Executor) -> Self:
+        """Raises ModelRefused if the bundle is damaged, answers otherwise than PyTorch on this device or has no room
+        there, and DeviceUnavailable."""
         started = perf_counter()
         try:
             bundle = bundles.read(path)
-            runner = Runner(bundle.model_path, bundle.manifest, options.device, options.threads)
-            errors = bundles.replay(bundle.golden, bundle.manifest, runner)
+            manifest = bundle.manifest
+            here = place(bundle, device, options.engine)
+            parity = bundles.replay(bundle.golden, manifest, here.runner, here.slack)
+            traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
+            scheduler = Scheduler(traits, _session_limits(here, manifest, options), options.scheduler)
+            engine = here.engine(scheduler.rows, options.scheduler.max_batch)
+            proof = here.prove(engine, scheduler.rows)
         except DeviceUnavailable:
             raise
         except Exception as error:  # whatever is wrong with one bundle must not stop the others
             raise ModelRefused(f"{path} is refused: {error}") from error
-        manifest = bundle.manifest
-        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
-        scheduler = Scheduler(traits, options.sessions, options.scheduler)
-        engine = HostEngine(runner, manifest, scheduler.rows)
+        parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
+        serving = Serving(device, here.runner.provider, options.engine.precision, parity, proof.stability)
         curve = _warm_up(engine, manifest, options.scheduler)
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
         loop = Loop(scheduler, engine, MemoryStore(), clock, executor, curve.seconds)
@@ -105,8 +135,12 @@ class ServedModel:
             "model loaded",
             model=manifest.name,
             version=manifest.version,
-            provider=runner.provider,
-            parity={name: float(f"{error:.3g}") for name, error in errors.items()},
+            device=device,
+            provider=serving.provider,
+            precision=serving.precision,
+            parity={name: float(f"{error:.3g}") for name, error in parity.items()},
+            stability=float(f"{serving.stability:.3g}"),
+            session_capacity=scheduler.sessions.limits.capacity,
             microseconds_per_step=round(scheduler.pace.seconds_per_step * 1e6, 2),
             best_batch=curve.best_rows(),
             seconds=round(perf_counter() - started, 3),
@@ -116,7 +150,7 @@ class ServedModel:
             engine,
             loop,
             Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue)),
-            runner.provider,
+            serving,
             Statistics(curve.points(), curve.best_rows()),
         )
 
@@ -134,6 +168,7 @@ class ServedModel:
         return ModelFigures(
             self.name,
             self.version,
+            self.serving.device,
             gauges={
                 "unroll_sessions": len(self.scheduler.sessions),
                 "unroll_session_capacity": self.scheduler.sessions.limits.capacity,
@@ -164,6 +199,14 @@ class ServedModel:
         now = self.loop.clock.now()
         self.statistics.observe(now, len(batch), batch.steps, answered - self._answered, failed, batch.waited, seconds)
         self._answered = answered
+
+
+def _session_limits(here: Place, manifest: Manifest, options: ModelOptions) -> SessionLimits:
+    if not options.fill_memory:
+        return options.sessions
+    beside = _RECORD_BYTES + sum(spec.nbytes for spec in (*manifest.inputs, *manifest.outputs))
+    rows = here.room(4 * manifest.state_size, beside) - 2 - options.scheduler.max_batch
+    return replace(options.sessions, capacity=max(1, rows))
 
 
 def _warm_up(engine: Engine, manifest: Manifest, limits: SchedulerLimits) -> Curve:

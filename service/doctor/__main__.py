@@ -13,7 +13,7 @@ from itertools import groupby
 
 from service.doctor import ask, driver, machine
 from service.doctor.facts import Driver, Facts, Runtime
-from service.doctor.findings import Finding, judge
+from service.doctor.findings import Finding, devices, judge
 
 
 def main(argv: list[str]) -> int:
@@ -42,6 +42,7 @@ def examine(device: str) -> Facts:
         unroll=metadata.version("unroll"),
         packages={name: metadata.version(name) for name in metadata.packages_distributions().get("onnxruntime", [])},
         machine=machine.look(),
+        bindings=next((package.version for package in metadata.distributions(name="cuda-bindings")), None),
         driver=found,
         runtime=runtime,
         runtime_problem=problem,
@@ -64,7 +65,7 @@ def _to_try(device: str, found: Driver | None, runtime: Runtime | None) -> list[
         return []
     cuda = "CUDAExecutionProvider" in runtime.providers
     there = [f"cuda:{index}" for index in range(len(found.gpus) if found and cuda else 0)]
-    return list(dict.fromkeys(["cpu", *there, runtime.auto if device == "auto" else device]))
+    return list(dict.fromkeys(["cpu", *there, *devices(device, runtime)]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,15 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         type=_device,
         default=os.environ.get("UNROLL_DEVICE", "auto"),
-        help="the device that must work: cpu, cuda:N, or auto: what `unroll serve` would take (default: %(default)s)",
+        help="what must work, as for `unroll serve`: cpu, cuda:N, several as in cuda:0,cuda:1, or auto (%(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
 def _device(word: str) -> str:
-    if not re.fullmatch(r"cpu|auto|cuda:\d+", word):
-        raise argparse.ArgumentTypeError("use cpu, cuda:N or auto")
+    if not re.fullmatch(r"cpu|auto|cuda:\d+(,cuda:\d+)*", word):
+        raise argparse.ArgumentTypeError("use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
     return word
 
 

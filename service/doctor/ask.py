@@ -23,7 +23,7 @@ class TrialFailed(Exception):
 def runtime() -> Runtime:
     """Raises TrialFailed if onnxruntime cannot be imported."""
     answer, _ = _run()
-    return Runtime(**{**answer, "providers": tuple(answer["providers"])})
+    return Runtime(**{**answer, "providers": tuple(answer["providers"]), "auto": tuple(answer["auto"])})
 
 
 def session(device: str) -> str | None:

@@ -30,14 +30,15 @@ class Driver:
 class Runtime:
     """onnxruntime, once imported. cuda: the CUDA version it was built for, or empty.
 
-    libraries: what its CUDA provider needs, and the path where the loader finds it. auto: what `--device auto` takes.
+    libraries: what its CUDA provider needs, and the path where the loader finds it. auto: the devices that
+    `--device auto` takes.
     """
 
     version: str
     cuda: str
     providers: tuple[str, ...]
     libraries: dict[str, str | None]
-    auto: str
+    auto: tuple[str, ...]
     auto_why: str
 
 
@@ -60,7 +61,8 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """packages: those that install the Python package `onnxruntime`, and their versions.
+    """packages: those that install the Python package `onnxruntime`, and their versions. bindings: NVIDIA's for Python,
+    their version.
 
     runtime_problem: why there is no runtime. sessions: for each device that was tried, what went wrong, or None.
     """
@@ -69,6 +71,7 @@ class Facts:
     unroll: str
     packages: dict[str, str]
     machine: Machine
+    bindings: str | None = None
     driver: Driver | None = None
     runtime: Runtime | None = None
     runtime_problem: str | None = None

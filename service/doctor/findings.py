@@ -42,9 +42,9 @@ class Finding:
 
 
 def judge(facts: Facts, device: str) -> list[Finding]:
-    """device: `cpu`, `cuda:N` or `auto`, which stands for what the server would take."""
-    wanted = (facts.runtime.auto if facts.runtime else "cpu") if device == "auto" else device
-    gpu = wanted != "cpu" and not _works(facts, wanted)
+    """device: as for the server: `cpu`, one or several `cuda:N`, or `auto`."""
+    wanted = devices(device, facts.runtime)
+    gpu = "cpu" not in wanted and not _work(facts, wanted)
     return [
         Finding("Python", Status.OK, facts.python),
         Finding("Unroll", Status.OK, facts.unroll),
@@ -53,9 +53,17 @@ def judge(facts: Facts, device: str) -> list[Finding]:
         _driver(facts, gpu),
         *_gpus(facts.driver),
         *_libraries(facts, gpu),
+        *_bindings(facts, gpu),
         *_sessions(facts, wanted),
         _verdict(facts, device, wanted),
     ]
+
+
+def devices(wanted: str, runtime: Runtime | None) -> tuple[str, ...]:
+    """What is asked for, `auto` being what the server would take."""
+    if wanted == "auto":
+        return runtime.auto if runtime else ("cpu",)
+    return tuple(wanted.split(","))
 
 
 def _runtime(facts: Facts, gpu: bool) -> Iterator[Finding]:
@@ -151,23 +159,31 @@ def _libraries(facts: Facts, gpu: bool) -> Iterator[Finding]:
             yield Finding(name, Status.OK, f"from {where}: {path}")
 
 
-def _sessions(facts: Facts, wanted: str) -> Iterator[Finding]:
+def _bindings(facts: Facts, gpu: bool) -> Iterator[Finding]:
+    """Of no use without a GPU, so nothing is said of them there."""
+    if facts.bindings:
+        yield Finding("cuda-bindings", Status.OK, facts.bindings)
+    elif gpu or (facts.driver and facts.driver.gpus):
+        yield Finding("cuda-bindings", _absent(gpu), "not installed", "pip install cuda-bindings")
+
+
+def _sessions(facts: Facts, wanted: tuple[str, ...]) -> Iterator[Finding]:
     for device, problem in facts.sessions.items():
-        name, needed = f"LSTM on {device}", device == wanted
+        name, needed = f"LSTM on {device}", device in wanted
         if problem is None:
             yield Finding(name, Status.OK, "loaded and run, with the right answers")
         else:
             yield Finding(name, Status.BROKEN, problem, needed=needed)
 
 
-def _verdict(facts: Facts, device: str, wanted: str) -> Finding:
+def _verdict(facts: Facts, device: str, wanted: tuple[str, ...]) -> Finding:
     name = f"--device {device}"
     if facts.runtime is None:
         return Finding(name, Status.BROKEN, "no device works without onnxruntime", "see above")
-    why = f"takes {wanted} ({facts.runtime.auto_why})" if device == "auto" else "asked for"
-    if _works(facts, wanted):
+    why = f"takes {', '.join(wanted)} ({facts.runtime.auto_why})" if device == "auto" else "asked for"
+    if _work(facts, wanted):
         return Finding(name, Status.OK, f"{why}; it works")
-    others = [other for other in facts.sessions if _works(facts, other)]
+    others = [other for other in facts.sessions if _work(facts, (other,))]
     mend = "see above" + (f"; `unroll serve --device {others[0]}` works" if others else "")
     return Finding(name, Status.BROKEN, f"{why}; it does not work", mend)
 
@@ -177,8 +193,8 @@ def _with_cuda(machine: Machine) -> str:
     return f"pip install 'onnxruntime-gpu[cuda,cudnn]'{image}"
 
 
-def _works(facts: Facts, device: str) -> bool:
-    return facts.sessions.get(device, "not tried") is None
+def _work(facts: Facts, wanted: tuple[str, ...]) -> bool:
+    return all(facts.sessions.get(device, "not tried") is None for device in wanted)
 
 
 def _absent(gpu: bool) -> Status:

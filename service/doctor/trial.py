@@ -14,7 +14,7 @@ from service.catalog.model import ModelOptions, ModelRefused, ServedModel
 from service.core.clock import MonotonicClock
 from service.doctor import libraries
 from service.engine import probe
-from service.engine.runner import DeviceUnavailable, resolve_device
+from service.engine.runner import DeviceUnavailable, resolve_devices
 from service.scheduler.limits import SchedulerLimits
 from service.scheduler.sessions import SessionLimits
 from service.telemetry import logs
@@ -37,7 +37,7 @@ def runtime() -> dict[str, Any]:
     """The fields of `facts.Runtime`."""
     build = probe.build()
     probe.load_cuda_libraries()
-    auto, why = resolve_device("auto")
+    auto, why = resolve_devices("auto")
     names = cuda_libraries(build.folder)
     return {
         "version": build.version,
@@ -61,13 +61,11 @@ def cuda_libraries(folder: Path) -> list[str]:
 
 def session(device: str) -> dict[str, str | None]:
     """`problem`: why the server could not load a model on `cpu` or `cuda:N`, or None."""
-    options = ModelOptions(
-        device, sessions=SessionLimits(capacity=1), scheduler=SchedulerLimits(max_batch=4, max_batch_steps=16)
-    )
+    options = ModelOptions(sessions=SessionLimits(capacity=64), scheduler=SchedulerLimits(max_batch=16))
     try:
-        resolve_device(device)
+        resolve_devices(device)
         with ThreadPoolExecutor(1) as executor:
-            ServedModel.load(_BUNDLE, options, MonotonicClock(), executor)
+            ServedModel.load(_BUNDLE, device, options, MonotonicClock(), executor)
     except (DeviceUnavailable, ModelRefused) as error:
         return {"problem": " ".join(str(error).split())}
     return {"problem": None}

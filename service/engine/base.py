@@ -1,12 +1,15 @@
-"""What the scheduler needs of an engine. One implementation a file: `host.py` keeps the rows in host memory."""
+"""What the scheduler needs of an engine. `host.py` keeps the rows in host memory, `cuda/` in that of a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from service.core.errors import UnrollError
+
+#: Batches that an engine may have begun and not ended.
+LAUNCHED = 2
 
 #: One array per model input or output, in the manifest's order: (time, *shape), or (*shape) without time.
 Tensors = tuple[np.ndarray, ...]
@@ -38,13 +41,26 @@ class PlainRows:
     targets: Sequence[int]
 
 
+#: Outputs, each (rows, longest, *shape) or (rows, *shape) without time, and the rows that failed: the target of one
+#: that failed is as it was, and none fails for another's sake.
+Result = tuple[Tensors, dict[int, UnrollError]]
+
+
+class DeviceFailed(Exception):
+    """The device fails, and what is on it cannot be trusted any more: the process is to end."""
+
+
 class Engine(Protocol):
     """Owns the arena. Never called by two threads at once."""
 
-    def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
-        """Outputs, each (rows, longest, *shape) or (rows, *shape) without time, and the rows that failed.
+    def run(self, rows: Rows) -> Result:
+        """Raises DeviceFailed."""
+        ...
 
-        The target of a row that failed is as it was; no row fails for another's sake.
+    def launch(self, rows: Rows) -> Callable[[], Result] | None:
+        """Begin to run them on the device and return what waits for the result; None: they can only be `run`.
+
+        Results are to be waited for in order, and at most `LAUNCHED` at a time may be outstanding. Raises DeviceFailed.
         """
         ...
 

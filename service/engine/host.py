@@ -1,19 +1,18 @@
-"""The engine with its rows in host memory; the graph runs wherever the runner's session runs."""
+"""The engine with its rows in host memory."""
 
 import numpy as np
-import structlog
 
 from bundle import Manifest
-from service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
-from service.engine.base import PlainRows, Rows, Tensors
-from service.engine.runner import Runner, StepBuffers
+from service.core.errors import UnrollError
+from service.engine.base import Result, Rows, Tensors
+from service.engine.memory import Memory
+from service.engine.rows import non_finite, one_by_one
+from service.engine.runner import BoundCall, Runner
 from service.state.arena import HostArena
 from service.state.slots import INITIAL
 
 #: Rows of a call on bound memory. For more, what passing arrays costs does not count.
 _BOUND_ROWS = 256
-
-_log = structlog.get_logger(__name__)
 
 
 class HostEngine:
@@ -21,7 +20,6 @@ class HostEngine:
 
     def __init__(self, runner: Runner, manifest: Manifest, rows: int) -> None:
         self._runner = runner
-        self._name = f"{manifest.name}:{manifest.version}"
         self._manifest = manifest
         self._buffers = StepBuffers(runner, manifest, _BOUND_ROWS)
         self._arena = HostArena(rows, manifest.state_size)
@@ -30,17 +28,13 @@ class HostEngine:
         self.write = self._arena.write
         self.copy = self._arena.copy
 
-    def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
-        try:
-            return self._run(rows)
-        except Exception as error:
-            if len(rows.lens) > 1:  # find the row that cannot be run; the others must not suffer for it
-                return self._run_one_by_one(rows)
-            _log.error("the model failed", model=self._name, steps=rows.lens[0], exc_info=error)
-            failure = EngineFailed("the model could not be run on this input; the server's log says why")
-            return self._no_outputs(1, rows.lens[0]), {0: failure}
+    def run(self, rows: Rows) -> Result:
+        return one_by_one(self._manifest, self._run, rows)
 
-    def _run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
+    def launch(self, rows: Rows) -> None:
+        """Nothing goes on beside the caller here."""
+
+    def _run(self, rows: Rows) -> Result:
         if max(rows.lens) == 1 and len(rows.lens) <= _BOUND_ROWS:
             outputs, state_out = self._run_steps(rows)
         else:
@@ -48,16 +42,14 @@ class HostEngine:
             state, lens = self._arena.gather(rows.sources), np.array(rows.lens, np.int32)
             by_name, state_out = self._runner(inputs, state, lens)
             outputs = tuple(by_name[spec.name] for spec in self._manifest.outputs)
-        if all(np.isfinite(array).all() for array in (state_out, *outputs)):
+        failed: dict[int, UnrollError] = {}
+        if not all(np.isfinite(array).all() for array in (state_out, *outputs)):
+            failed = non_finite(self._manifest, outputs, rows.lens, state_out)
+        if failed:
+            good = [i for i in range(len(rows.lens)) if i not in failed]
+            self._arena.scatter([rows.targets[i] for i in good], state_out[good])
+        else:
             self._arena.scatter(rows.targets, state_out)
-            return outputs, {}
-        failed: dict[int, UnrollError] = {
-            i: NonFiniteOutput("the model's answer to this input is not finite")
-            for i, steps in enumerate(rows.lens)
-            if not (np.isfinite(state_out[i]).all() and all(map(_finite, self._row(outputs, i, steps))))
-        }
-        good = [i for i in range(len(rows.lens)) if i not in failed]
-        self._arena.scatter([rows.targets[i] for i in good], state_out[good])
         return outputs, failed
 
     def _run_steps(self, rows: Rows) -> tuple[Tensors, np.ndarray]:
@@ -69,30 +61,29 @@ class HostEngine:
         buffers.run(count)
         return tuple([array[:count].copy() for array in buffers.outputs]), buffers.state_out[:count]
 
-    def _run_one_by_one(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
-        together = self._no_outputs(len(rows.lens), max(rows.lens))
-        failed: dict[int, UnrollError] = {}
-        for i, steps in enumerate(rows.lens):
-            inputs = tuple(array[i : i + 1, :steps] for array in rows.inputs)
-            outputs, failure = self.run(PlainRows(inputs, [steps], [rows.sources[i]], [rows.targets[i]]))
-            for target, source in zip(self._row(together, i, steps), self._row(outputs, 0, steps), strict=True):
-                target[...] = source
-            if failure:
-                failed[i] = failure[0]
-        return together, failed
 
-    def _row(self, outputs: Tensors, row: int, steps: int) -> Tensors:
-        """Views of one row's outputs, without the padding."""
-        return tuple(
-            array[row, :steps] if spec.time else array[row, ...]
-            for spec, array in zip(self._manifest.outputs, outputs, strict=True)
-        )
+class StepBuffers:
+    """Calls of the graph for one step of up to `max_rows` rows, on memory bound to it.
 
-    def _no_outputs(self, rows: int, steps: int) -> Tensors:
-        return tuple(
-            np.zeros((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in self._manifest.outputs
-        )
+    Fill `inputs`, each (max_rows, 1, *shape), and `state` (max_rows, state_size) up to the rows of the call; `run`
+    fills `outputs`, each (max_rows, 1, *shape) or (max_rows, *shape), and `state_out` as far. The next call overwrites
+    them.
+    """
 
+    def __init__(self, runner: Runner, manifest: Manifest, max_rows: int) -> None:
+        self.inputs = [np.zeros((max_rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
+        self.outputs = [np.zeros((max_rows, *(1,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs]
+        self.state = np.zeros((max_rows, manifest.state_size), np.float32)
+        self.state_out = np.zeros_like(self.state)
+        self._runner = runner
+        self._calls: dict[int, BoundCall] = {}
 
-def _finite(array: np.ndarray) -> bool:
-    return bool(np.isfinite(array).all())
+    def run(self, rows: int) -> None:
+        call = self._calls.get(rows)
+        if call is None:
+            call = self._calls[rows] = self._runner.bind(
+                [Memory.of(array[:rows]) for array in (*self.inputs, self.state)],
+                np.ones(rows, np.int32),
+                [Memory.of(array[:rows]) for array in (*self.outputs, self.state_out)],
+            )
+        call.run()

@@ -1,7 +1,9 @@
 """One model in onnxruntime: the only file that imports it. A device that was asked for and is not used is an error."""
 
 import ctypes
+import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import onnxruntime as ort
 
 from bundle import Manifest
 from bundle.golden import Arrays
+from service.engine.memory import Memory
 
 _LOG_ERRORS = 3
 
@@ -17,22 +20,23 @@ class DeviceUnavailable(Exception):
     """The device asked for cannot be used, with what is missing."""
 
 
-def resolve_device(device: str) -> tuple[str, str]:
-    """`cpu`, `cuda:N` or `auto` → the device to use, and why.
+def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
+    """`cpu`, `auto`, or one or several `cuda:N` with commas between them → the devices to use, and why.
 
-    `auto` takes cuda:0 if it is there. Raises DeviceUnavailable if `cuda:N` is not, ValueError for other words.
+    `auto` takes cuda:0 if it is there. Raises DeviceUnavailable if a `cuda:N` is not, ValueError for other words.
     """
-    if device == "cpu":
-        return "cpu", "asked for"
-    if device == "auto":
+    if wanted == "cpu":
+        return ("cpu",), "asked for"
+    if wanted == "auto":
         missing = _missing_for_cuda(0)
-        return ("cpu", f"no GPU: {missing}") if missing else ("cuda:0", "a GPU was found")
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not index.isdigit():
-        raise ValueError(f"device {device!r}: use cpu, cuda:N or auto")
-    if missing := _missing_for_cuda(int(index)):
-        raise DeviceUnavailable(f"{device} was asked for, but {missing}; --device cpu or auto serves without it")
-    return device, "asked for"
+        return (("cpu",), f"no GPU: {missing}") if missing else (("cuda:0",), "a GPU was found")
+    devices = tuple(wanted.split(","))
+    if not all(re.fullmatch(r"cuda:\d+", device) for device in devices) or len(set(devices)) < len(devices):
+        raise ValueError(f"device {wanted!r}: use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
+    for device in devices:
+        if missing := _missing_for_cuda(int(device.partition(":")[2])):
+            raise DeviceUnavailable(f"{device} was asked for, but {missing}; --device cpu or auto serves without it")
+    return devices, "asked for"
 
 
 def _missing_for_cuda(index: int) -> str | None:
@@ -49,9 +53,22 @@ def _missing_for_cuda(index: int) -> str | None:
 
 
 class Runner:
-    """`runner(inputs, state, sequence_lens)` calls the graph; `device` is `cpu` or `cuda:N`."""
+    """`runner(inputs, state, sequence_lens)` calls the graph; `device` is `cpu` or `cuda:N`.
 
-    def __init__(self, model: Path, manifest: Manifest, device: str = "cpu", threads: int = 1) -> None:
+    stream: address of the CUDA stream to run on, instead of one of onnxruntime's own. tf32: may matrix products on a
+    GPU round their operands to 10 bits of mantissa?
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        manifest: Manifest,
+        device: str = "cpu",
+        threads: int = 1,
+        *,
+        stream: int | None = None,
+        tf32: bool = False,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -62,9 +79,13 @@ class Runner:
             providers: list = ["CPUExecutionProvider"]
         else:
             ort.preload_dlls()
-            providers = [("CUDAExecutionProvider", {"device_id": device.partition(":")[2], "use_tf32": "0"})]
+            cuda = {"device_id": device.partition(":")[2], "use_tf32": str(int(tf32))}
+            if stream is not None:
+                cuda["user_compute_stream"] = str(stream)
+            providers = [("CUDAExecutionProvider", cuda)]
         try:
-            self.session = ort.InferenceSession(str(model), options, providers=providers)
+            content = model if isinstance(model, bytes) else str(model)
+            self.session = ort.InferenceSession(content, options, providers=providers)
         except Exception as error:  # its exceptions have no base class of their own
             raise ValueError(f"onnxruntime cannot load it: {error}") from error
         self.provider = self.session.get_providers()[0]
@@ -75,6 +96,7 @@ class Runner:
             )
         _check_names("inputs", self.session.get_inputs(), [t.name for t in manifest.inputs], "state", "sequence_lens")
         _check_names("outputs", self.session.get_outputs(), [t.name for t in manifest.outputs], "state_out")
+        self._inputs = [*(tensor.name for tensor in manifest.inputs), "state"]
         self._outputs = [*(tensor.name for tensor in manifest.outputs), "state_out"]
 
     def __call__(self, inputs: Arrays, state: np.ndarray, sequence_lens: np.ndarray) -> tuple[Arrays, np.ndarray]:
@@ -90,43 +112,55 @@ class Runner:
         )
         return dict(zip(self._outputs, outputs, strict=False)), state_out
 
+    def bind(self, inputs: Iterable[Memory], lens: np.ndarray, outputs: Iterable[Memory]) -> "BoundCall":
+        """A call that reads and writes this memory, each time it is run.
 
-class StepBuffers:
-    """Calls of the graph for one step of up to `max_rows` rows, on memory bound to it: cheaper than passing arrays.
+        inputs: the model's and the state; outputs: the model's and the new state, each in the manifest's order.
+        lens: steps of each row, (batch,) int32; it stays on the host, and a captured call keeps what it was.
+        """
+        binding = self.session.io_binding()
+        for name, memory in zip(self._inputs, inputs, strict=True):
+            binding.bind_input(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
+        binding.bind_input("sequence_lens", "cpu", 0, lens.dtype, lens.shape, lens.ctypes.data)
+        for name, memory in zip(self._outputs, outputs, strict=True):
+            binding.bind_output(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
+        return BoundCall(self.session, binding, lens)
 
-    Fill `inputs`, each (max_rows, 1, *shape), and `state` (max_rows, state_size) up to the rows of the call; `run`
-    fills `outputs`, each (max_rows, 1, *shape) or (max_rows, *shape), and `state_out` as far. The next call overwrites
-    them.
+
+class BoundCall:
+    """A call of the graph on memory that is bound to it: cheaper than passing arrays."""
+
+    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding, lens: np.ndarray) -> None:
+        self._session, self._binding = session, binding
+        self._lens = lens  # the binding has its address only
+
+    def run(self) -> None:
+        """Returns when it is done, and has the memory it needed put back."""
+        self._session.run_with_iobinding(self._binding)
+
+    def queue(self) -> None:
+        """On a stream that was handed in: does not wait for it, so it can be captured."""
+        self._session.run_with_iobinding(self._binding, _without_waiting())
+
+
+@cache
+def _without_waiting() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    options.add_run_config_entry("gpu_graph_id", "-1")  # its own graphs are not used; unsaid, each call throws inside
+    return options
+
+
+def to_float16(model: Path) -> bytes:
+    """The graph with its weights and arithmetic in float16, its inputs, outputs and state in float32 as before.
+
+    Raises DeviceUnavailable if the package `onnx` is missing, which onnxruntime's converter needs.
     """
-
-    def __init__(self, runner: Runner, manifest: Manifest, max_rows: int) -> None:
-        self.inputs = [np.zeros((max_rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
-        self.outputs = [np.zeros((max_rows, *(1,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs]
-        self.state = np.zeros((max_rows, manifest.state_size), np.float32)
-        self.state_out = np.zeros_like(self.state)
-        lens = np.ones(max_rows, np.int32)
-        names = [spec.name for spec in manifest.inputs]
-        self._bound_inputs = dict(
-            zip([*names, "state", "sequence_lens"], [*self.inputs, self.state, lens], strict=True)
-        )
-        names = [spec.name for spec in manifest.outputs]
-        self._bound_outputs = dict(zip([*names, "state_out"], [*self.outputs, self.state_out], strict=True))
-        self._session = runner.session
-        self._bindings: dict[int, ort.IOBinding] = {}
-
-    def run(self, rows: int) -> None:
-        binding = self._bindings.get(rows)
-        if binding is None:
-            binding = self._bindings[rows] = self._bind(rows)
-        self._session.run_with_iobinding(binding)
-
-    def _bind(self, rows: int) -> ort.IOBinding:
-        binding = self._session.io_binding()
-        for name, array in self._bound_inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, (rows, *array.shape[1:]), array.ctypes.data)
-        for name, array in self._bound_outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, (rows, *array.shape[1:]), array.ctypes.data)
-        return binding
+    try:
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+    except ImportError as error:
+        raise DeviceUnavailable(f"float16 needs the package onnx (pip install onnx): {error}") from error
+    return convert_float_to_float16(str(model), keep_io_types=True).SerializeToString()
 
 
 def _check_names(what: str, found: Iterable, model: list[str], *own: str) -> None:

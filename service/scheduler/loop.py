@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from service.core.clock import Clock
 from service.core.errors import UnrollError
-from service.engine.base import Engine, Tensors
+from service.engine.base import Engine, Result, Tensors
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.work import Action, Batch, Chunk, GroupReply, Outcome, Reply, Session
 from service.store.base import Store
@@ -49,6 +49,8 @@ class Loop:
         self.on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._launched: tuple[Batch, Callable[[], Result], float] | None = None  # and when
+        self._ended = 0.0  # when the last batch was
 
     # ── work, and who is called when it is done ──────────────────────────────────────────────────
 
@@ -150,18 +152,22 @@ class Loop:
                 self._timer.cancel()
 
     async def _turn(self) -> None:
+        """Begin the next batch, then end the one before it: a device works on the one while the other is answered."""
         await self._gather_work()
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
             self._act(action)
+        before, self._launched = self._launched, None
         if batch:
             started = perf_counter()
-            outputs, failed = await self._execute(batch)
-            seconds = perf_counter() - started
-            await self.store.commit(batch)
-            self.scheduler.finish(batch, outputs, failed, self.clock.now(), seconds)
-            self.on_batch(batch, len(failed), seconds)
-        elif not actions:
+            launched = self.engine.launch(batch)
+        if before is not None:
+            await self._finish(*before)
+        if batch and launched is not None:
+            self._launched = batch, launched, started
+        elif batch:
+            await self._finish(batch, partial(self.engine.run, batch), perf_counter())
+        elif before is None and not actions:
             self._work.clear()
             await self._work.wait()
 
@@ -177,10 +183,16 @@ class Loop:
             if seen >= self.scheduler.limits.max_batch:
                 return
 
-    async def _execute(self, batch: Batch) -> tuple[Tensors, dict[int, UnrollError]]:
+    async def _finish(self, batch: Batch, run: Callable[[], Result], started: float) -> None:
         if self._cost(len(batch), batch.longest) <= INLINE_SECONDS:
-            return self.engine.run(batch)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self.engine.run, batch)
+            outputs, failed = run()
+        else:
+            outputs, failed = await asyncio.get_running_loop().run_in_executor(self._executor, run)
+        ended = perf_counter()
+        seconds, self._ended = ended - max(started, self._ended), ended
+        await self.store.commit(batch)
+        self.scheduler.finish(batch, outputs, failed, self.clock.now(), seconds)
+        self.on_batch(batch, len(failed), seconds)
 
     def _act(self, action: Action) -> None:
         outcome: object

@@ -5,13 +5,13 @@ INITIAL = 0
 #: Where rows nobody will read are written: stateless sequences, warm-up, padding.
 SCRATCH = 1
 
-_FIRST = 2
+FIRST = 2
 
 
 class Slots:
     """A free-list over the rows [first, first + count)."""
 
-    def __init__(self, count: int, first: int = _FIRST) -> None:
+    def __init__(self, count: int, first: int = FIRST) -> None:
         self.count = count
         self.end = first + count
         self._fresh = first  # rows from here on were never taken

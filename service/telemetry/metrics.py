@@ -48,6 +48,7 @@ class ModelFigures:
 
     name: str
     version: str
+    device: str
     gauges: Mapping[str, float]
     counters: Mapping[str, float]
     labelled: Mapping[tuple[str, str], Mapping[str, int]]
@@ -98,7 +99,7 @@ class Collector:
         families: dict[str, Metric] = {}
         _family(families, GaugeMetricFamily, "unroll_streams", []).add_metric([], len(self._streams))
         for model in self._models():
-            own = [model.name, model.version]
+            own = [model.name, model.version, model.device]
             for name, value in model.gauges.items():
                 _family(families, GaugeMetricFamily, name, _MODEL).add_metric(own, value)
             for name, value in model.counters.items():
@@ -119,7 +120,7 @@ class Collector:
         yield from families.values()
 
 
-_MODEL = ["model", "version"]
+_MODEL = ["model", "version", "device"]
 
 
 def _family(families: dict, kind: type, name: str, labels: list[str]):  # type: ignore[no-untyped-def]

@@ -6,9 +6,10 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+import bundle
 from service import __main__ as serve
 from service import app
-from service.engine.runner import DeviceUnavailable, resolve_device
+from service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from service.settings import Settings
 
 
@@ -21,22 +22,29 @@ def driver_without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """There seems to be a GPU, and then onnxruntime cannot use it."""
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu")
-    if resolve_device("auto")[0] != "cpu":
+    if resolve_devices("auto")[0] != ("cpu",):
         pytest.skip("needs a machine without a GPU")
-    monkeypatch.setattr(app, "resolve_device", lambda device: ("cuda:0", "a GPU was found"))
+    monkeypatch.setattr(app, "resolve_devices", lambda wanted: (("cuda:0",), "a GPU was found"))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
 
 
 @pytest.mark.usefixtures("driver_without_libraries")
 def test_auto_falls_back_to_the_cpu(repository: Path):
     _, server = app.build(settings(repository, "auto"))
-    assert {model.provider for model in server.catalog} == {"CPUExecutionProvider"}
+    assert {model.serving.provider for model in server.catalog} == {"CPUExecutionProvider"}
 
 
 @pytest.mark.usefixtures("driver_without_libraries")
 def test_a_device_that_was_asked_for_does_not(repository: Path):
-    with pytest.raises(DeviceUnavailable, match="onnxruntime runs on CPUExecutionProvider instead of cuda:0"):
+    with pytest.raises(DeviceUnavailable, match=r"cuda:0 (cannot be used|needs NVIDIA's bindings)"):
         app.build(settings(repository, "cuda:0"))
+
+
+@pytest.mark.usefixtures("driver_without_libraries")
+def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
+    found = bundle.read(repository / "lstm" / "1")
+    with pytest.raises(DeviceUnavailable, match="onnxruntime runs on CPUExecutionProvider instead of cuda:0"):
+        Runner(found.model_path, found.manifest, "cuda:0")
 
 
 def test_serve_ends_with_a_reason(repository: Path, capfd: pytest.CaptureFixture[str]):

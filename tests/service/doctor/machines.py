@@ -21,15 +21,17 @@ GPU = Facts(
     unroll="0.1.0",
     packages={"onnxruntime-gpu": "1.31.1"},
     machine=replace(BARE, nodes=("/dev/nvidia0", "/dev/nvidiactl")),
+    bindings="13.0.1",
     driver=DRIVER,
-    runtime=Runtime("1.31.1", "13.0", WITH_CUDA, LIBRARIES, "cuda:0", "a GPU was found"),
+    runtime=Runtime("1.31.1", "13.0", WITH_CUDA, LIBRARIES, ("cuda:0",), "a GPU was found"),
     sessions={"cpu": None, "cuda:0": None},
 )
 CPU = replace(
     GPU,
     packages={"onnxruntime": "1.32.0"},
     machine=BARE,
+    bindings=None,
     driver=None,
-    runtime=Runtime("1.32.0", "", ("CPUExecutionProvider",), {}, "cpu", "no GPU"),
+    runtime=Runtime("1.32.0", "", ("CPUExecutionProvider",), {}, ("cpu",), "no GPU"),
     sessions={"cpu": None},
 )

@@ -12,7 +12,7 @@ from machines import CPU, GPU
 from service.doctor import __main__ as doctor
 from service.doctor import ask
 from service.doctor.findings import Finding, Status
-from service.engine.runner import resolve_device
+from service.engine.runner import resolve_devices
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -29,13 +29,13 @@ def test_this_machine(tmp_path: Path):
 
 
 def test_this_machine_as_json(tmp_path: Path):
-    if resolve_device("auto")[0] != "cpu":
+    if resolve_devices("auto")[0] != ("cpu",):
         pytest.skip("needs a machine without a GPU")
     ran = run("--json", cwd=tmp_path)
     report = json.loads(ran.stdout)
     assert ran.returncode == 0
     assert (report["works"], report["device"]) == (True, "auto")
-    assert report["facts"]["runtime"]["auto"] == "cpu"
+    assert report["facts"]["runtime"]["auto"] == ["cpu"]
     assert report["facts"]["sessions"] == {"cpu": None}
     assert report["findings"][-1]["says"].startswith("takes cpu (no GPU: ")
 
@@ -55,12 +55,12 @@ def test_a_broken_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert re.search(r"^broken +onnxruntime .*libstdc\+\+ is too old", ran.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:0,cpu"])
 def test_a_device_that_is_none(device: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         doctor.main(["--device", device])
     assert ended.value.code == 2
-    assert "use cpu, cuda:N or auto" in capsys.readouterr().err
+    assert "use cpu, auto, or GPUs" in capsys.readouterr().err
 
 
 def test_the_device_of_the_environment_is_asked_for(monkeypatch: pytest.MonkeyPatch):

@@ -25,9 +25,8 @@ def runtime(facts: Facts, **changes: object) -> Runtime:
 def without_gpu(machine: Machine) -> Facts:
     """A driver that finds no GPU, and so `auto` takes the CPU."""
     sessions = {"cpu": None, "cuda:0": "the NVIDIA driver finds no usable GPU"}
-    return replace(
-        GPU, machine=machine, driver=NO_DEVICE, runtime=runtime(GPU, auto="cpu", auto_why="no GPU"), sessions=sessions
-    )
+    by_auto = runtime(GPU, auto=("cpu",), auto_why="no GPU")
+    return replace(GPU, machine=machine, driver=NO_DEVICE, runtime=by_auto, sessions=sessions)
 
 
 def test_a_machine_with_a_gpu():
@@ -113,6 +112,24 @@ def test_in_a_container_the_image_is_built_anew():
     findings = judged(replace(GPU, machine=machine, runtime=runtime(GPU, libraries={"libcudnn.so.9": None})))
     assert works(findings)  # the model ran on the GPU, so whatever is missing is not missed
     assert "--build-arg RUNTIME=gpu" in str(findings["libcudnn.so.9"].mend)
+
+
+def test_without_nvidias_bindings():
+    failing = {"cpu": None, "cuda:0": "cuda:0 needs NVIDIA's bindings"}
+    findings = judged(replace(GPU, bindings=None, sessions=failing))
+    assert (findings["cuda-bindings"].status, findings["cuda-bindings"].mend) == (
+        Status.MISSING,
+        "pip install cuda-bindings",
+    )
+    assert "cuda-bindings" not in judged(CPU)
+
+
+def test_several_gpus_must_all_work():
+    facts = replace(GPU, sessions={**GPU.sessions, "cuda:1": None})
+    assert works(judged(facts, "cuda:0,cuda:1"))
+    findings = judged(replace(facts, sessions={**GPU.sessions, "cuda:1": "broken"}), "cuda:0,cuda:1")
+    assert not works(findings)
+    assert findings["--device cuda:0,cuda:1"].status == Status.BROKEN
 
 
 def test_both_packages():

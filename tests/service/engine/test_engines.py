@@ -1,6 +1,11 @@
-"""The real model in the real engine: company, chunking and place change no bit, and nobody fails for a neighbour."""
+"""The real model in every engine: company, chunking and place change no bit, and nobody fails for a neighbour.
 
+The CUDA engine runs on a device whose memory is the host's; `test_cuda_gpu.py` runs it on a GPU.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,14 +15,38 @@ from hypothesis import given, settings
 import bundle
 from service.core.errors import EngineFailed, NonFiniteOutput
 from service.engine import runner as runner_module
-from service.engine.base import PlainRows
+from service.engine.base import Engine, PlainRows
+from service.engine.cuda.engine import CudaEngine
 from service.engine.host import HostEngine
-from service.engine.runner import DeviceUnavailable, Runner, resolve_device
+from service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Chunk, Reply
 from service.state.slots import INITIAL
+from tests.service.engine.fake_device import FakeDevice
+from tests.service.engine.rows import random_inputs
+
+class NoCapture(FakeDevice):
+    """As for a model of which a part runs on the CPU."""
+
+    def capture(self, queue: Callable[[], None]) -> NoReturn:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+ENGINES = {
+    "host": HostEngine,
+    "cuda": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, (1, 2, 4, 9)),
+    "cuda, one bucket": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, (9,)),
+    "cuda, no buckets": lambda runner, manifest, rows: CudaEngine(FakeDevice(), runner, manifest, rows, ()),
+    "cuda, no capture": lambda runner, manifest, rows: CudaEngine(NoCapture(), runner, manifest, rows, (1, 9)),
+}
+
+
+@pytest.fixture(params=ENGINES)
+def make_engine(request: pytest.FixtureRequest):
+    """From a runner, its manifest and the rows of the arena."""
+    return ENGINES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +67,23 @@ def alone(runner: Runner, manifest: bundle.Manifest, inputs: tuple[np.ndarray, .
     return [outputs[spec.name][0] for spec in manifest.outputs]
 
 
-def random_inputs(manifest: bundle.Manifest, rng: np.random.Generator, steps: int) -> tuple[np.ndarray, ...]:
-    return tuple(
-        rng.integers(0, spec.limit or 2, (steps, *spec.shape)).astype(spec.numpy)
-        if spec.limit
-        else rng.standard_normal((steps, *spec.shape)).astype(spec.numpy)
-        for spec in manifest.inputs
-    )
-
-
-def run_all(scheduler: Scheduler, engine: HostEngine) -> None:
+def run_all(scheduler: Scheduler, engine: Engine) -> None:
     while not scheduler.idle:
         _, batch = scheduler.next_turn(0)
         if batch:
             scheduler.finish(batch, *engine.run(batch), 0)
 
 
+@pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("name", ["lstm", "gru", "last", "tokens", "two"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32), piece=st.sampled_from([1, 2, 5, 16]), rows=st.integers(1, 9))
-def test_any_chunks_in_any_company_equal_the_whole_alone(load, name: str, seed: int, piece: int, rows: int):
+def test_any_chunks_in_any_company_equal_the_whole_alone(load, kind: str, name: str, seed: int, piece: int, rows: int):
     runner, manifest = load(name)
     rng = np.random.default_rng(seed)
     traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
     scheduler = Scheduler(traits, SessionLimits(20), SchedulerLimits(rows, 64, piece, 10_000))
-    engine = HostEngine(runner, manifest, scheduler.rows)
+    engine = ENGINES[kind](runner, manifest, scheduler.rows)
     wholes = {f"{i}": random_inputs(manifest, rng, int(rng.integers(1, 30))) for i in range(12)}
     sequences = {key: scheduler.submit_sequence(whole, 0, 1e9) for key, whole in wholes.items()}
     streamed: dict[str, list[Chunk]] = {key: [] for key in wholes}
@@ -93,9 +114,9 @@ def test_any_chunks_in_any_company_equal_the_whole_alone(load, name: str, seed: 
             assert np.array_equal(whole_reply.outputs[i], expected[i])
 
 
-def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load):
+def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load, make_engine):
     runner, manifest = load("lstm")
-    engine = HostEngine(runner, manifest, 6)
+    engine = make_engine(runner, manifest, 6)
     x = np.ones((2, 1, 3), np.float32)
     engine.write(3, np.full(manifest.state_size, np.inf, np.float32))
     engine.write(4, np.zeros(manifest.state_size, np.float32))
@@ -105,9 +126,9 @@ def test_a_row_whose_new_state_is_not_finite_fails_alone_and_is_not_kept(load):
     assert np.array_equal(outputs[0][0], alone(runner, manifest, (x[0],))[0])
 
 
-def test_a_row_the_model_cannot_run_fails_alone(load):
+def test_a_row_the_model_cannot_run_fails_alone(load, make_engine):
     runner, manifest = load("tokens")
-    engine = HostEngine(runner, manifest, 6)
+    engine = make_engine(runner, manifest, 6)
     tokens = np.array([[3, 1], [10**6, 0]])
     outputs, failed = engine.run(PlainRows((tokens,), [2, 1], [INITIAL, INITIAL], [2, 3]))
     assert {row: type(error) for row, error in failed.items()} == {1: EngineFailed}
@@ -129,18 +150,9 @@ def test_what_would_abort_onnxruntime_never_reaches_it(load, lens: list[int]):
 
 def test_a_gpu_that_is_not_there_is_an_error_and_auto_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner_module, "_missing_for_cuda", lambda index: "there is none")
-    with pytest.raises(DeviceUnavailable, match="cuda:1 was asked for, but there is none"):
-        resolve_device("cuda:1")
-    assert resolve_device("auto") == ("cpu", "no GPU: there is none")
-    with pytest.raises(ValueError, match="use cpu, cuda:N or auto"):
-        resolve_device("gpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["lstm", "gru", "last", "whole", "tokens", "two"])
-def test_the_golden_vectors_hold_on_the_gpu(repository: Path, name: str):
-    device, why = resolve_device("auto")
-    if device == "cpu":
-        pytest.skip(why)
-    found = bundle.read(repository / name / "1")
-    bundle.replay(found.golden, found.manifest, Runner(found.model_path, found.manifest, device))
+    with pytest.raises(DeviceUnavailable, match="cuda:0 was asked for, but there is none"):
+        resolve_devices("cuda:0,cuda:1")
+    assert resolve_devices("auto") == (("cpu",), "no GPU: there is none")
+    for words in ("gpu", "cuda", "cuda:0,cpu", "cuda:0,cuda:0"):
+        with pytest.raises(ValueError, match="use cpu, auto, or GPUs"):
+            resolve_devices(words)

@@ -1,0 +1,165 @@
+"""A GPU, through NVIDIA's Python bindings: the only file that imports them."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver, nvrtc, runtime
+
+from service.engine.base import DeviceFailed
+from service.engine.cuda.base import OutOfDeviceMemory
+from service.engine.memory import Memory
+
+_THREADS = 256
+_COPY = runtime.cudaMemcpyKind
+
+
+class Cuda:
+    """Device number `index` and a stream of its own. Raises DeviceFailed."""
+
+    def __init__(self, index: int) -> None:
+        self.name = f"cuda:{index}"
+        self._index = index
+        self._enter()
+        self.stream = int(_check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+        self._module = _check(driver.cuModuleLoadData(_compiled(*_capability(index))))
+        self._functions: dict[str, Any] = {}
+
+    def allocate(self, shape: Sequence[int], dtype: Any) -> Memory:
+        self._enter()
+        wanted = Memory(0, tuple(shape), np.dtype(dtype), "cuda", self._index)
+        error, pointer = runtime.cudaMalloc(max(wanted.nbytes, 1))
+        if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
+            runtime.cudaGetLastError()  # or the next call would report it again
+            raise OutOfDeviceMemory(
+                f"{wanted.nbytes:,} bytes are wanted on {self.name}, {self.free_bytes():,} are free"
+            )
+        _check((error,))
+        _check(runtime.cudaMemsetAsync(pointer, 0, wanted.nbytes, self.stream))
+        return Memory(int(pointer), wanted.shape, wanted.dtype, "cuda", self._index)
+
+    def free(self, memory: Memory) -> None:
+        self._enter()
+        _check(runtime.cudaFree(memory.pointer))
+
+    def host_block(self, nbytes: int) -> np.ndarray:
+        self._enter()
+        pointer = int(
+            _check(runtime.cudaHostAlloc(nbytes, runtime.cudaHostAllocMapped | runtime.cudaHostAllocPortable))
+        )
+        block = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
+        block[:] = 0
+        return block
+
+    def free_bytes(self) -> int:
+        self._enter()
+        free, _ = _check(runtime.cudaMemGetInfo())
+        return int(free)
+
+    def upload(self, target: int, array: np.ndarray) -> None:
+        self._copy(target, array.ctypes.data, array.nbytes, _COPY.cudaMemcpyHostToDevice)
+        self.synchronize()
+
+    def download(self, array: np.ndarray, source: int) -> None:
+        self._copy(array.ctypes.data, source, array.nbytes, _COPY.cudaMemcpyDeviceToHost)
+        self.synchronize()
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        self._copy(target, source, nbytes, _COPY.cudaMemcpyDeviceToDevice)
+
+    def run(self, kernel: str, blocks: int, *arguments: int) -> None:
+        self._enter()
+        function = self._functions.get(kernel)
+        if function is None:
+            function = self._functions[kernel] = _check(driver.cuModuleGetFunction(self._module, kernel.encode()))
+        packed = arguments, (ctypes.c_void_p,) * len(arguments)  # all of them have 64 bits
+        _check(driver.cuLaunchKernel(function, blocks, 1, 1, _THREADS, 1, 1, 0, self.stream, packed, 0))
+
+    def capture(self, queue: Callable[[], None]) -> "CapturedGraph":
+        self._enter()
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        _check(runtime.cudaStreamBeginCapture(self.stream, mode))
+        try:
+            queue()
+        except BaseException:
+            runtime.cudaStreamEndCapture(self.stream)
+            runtime.cudaGetLastError()  # what made it fail is being raised
+            raise
+        graph = _check(runtime.cudaStreamEndCapture(self.stream))
+        return CapturedGraph(graph, self._index, self.stream)
+
+    def mark(self) -> "EventMark":
+        self._enter()
+        return EventMark(self.stream)
+
+    def synchronize(self) -> None:
+        _check(runtime.cudaStreamSynchronize(self.stream))
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: Any) -> None:
+        self._enter()
+        _check(runtime.cudaMemcpyAsync(target, source, nbytes, kind, self.stream))
+
+    def _enter(self) -> None:
+        """Which device is meant is a matter of the thread, and there are several of both."""
+        _check(runtime.cudaSetDevice(self._index))
+
+
+class CapturedGraph:
+    def __init__(self, graph: Any, index: int, stream: int) -> None:
+        self._graph, self._index, self._stream = graph, index, stream
+        self._executable = _check(runtime.cudaGraphInstantiate(graph, 0))
+
+    def launch(self) -> None:
+        runtime.cudaSetDevice(self._index)
+        _check(runtime.cudaGraphLaunch(self._executable, self._stream))
+
+    def nodes(self) -> list[Any]:
+        """What it consists of, as the bindings have it: `cudaGraphNode_t`."""
+        _, count = _check(runtime.cudaGraphGetNodes(self._graph))
+        nodes, count = _check(runtime.cudaGraphGetNodes(self._graph, count))
+        return list(nodes[:count])
+
+
+class EventMark:
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+        self._event = _check(runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming))
+
+    def set(self) -> None:
+        _check(runtime.cudaEventRecord(self._event, self._stream))
+
+    def wait(self) -> None:
+        _check(runtime.cudaEventSynchronize(self._event))
+
+
+def _capability(index: int) -> tuple[int, int]:
+    which = runtime.cudaDeviceAttr
+    major = _check(runtime.cudaDeviceGetAttribute(which.cudaDevAttrComputeCapabilityMajor, index))
+    minor = _check(runtime.cudaDeviceGetAttribute(which.cudaDevAttrComputeCapabilityMinor, index))
+    return int(major), int(minor)
+
+
+@cache
+def _compiled(major: int, minor: int) -> bytes:
+    source = (files("service.engine.cuda") / "kernels.cu").read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(source, b"kernels.cu", 0, [], []))
+    options = [f"--gpu-architecture=sm_{major}{minor}".encode()]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if error:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise DeviceFailed(f"the kernels cannot be compiled for sm_{major}{minor}: {log.decode()}")
+    code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
+
+
+def _check(result: tuple) -> Any:
+    """What a CUDA call returned besides its error. Raises DeviceFailed if there is one."""
+    error, *values = result
+    if error:
+        raise DeviceFailed(f"CUDA says {error.name}")
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,69 @@
+"""Rows of any length in one call, padded to the longest; their answers are looked at before the rows are committed."""
+
+import numpy as np
+
+from bundle import Manifest
+from service.core.errors import UnrollError
+from service.engine.base import Result, Rows
+from service.engine.cuda.base import Device
+from service.engine.cuda.layout import FLAG, INDEX, Layout, output_tensors
+from service.engine.memory import Memory
+from service.engine.rows import flagged, non_finite
+from service.engine.runner import Runner
+from service.state.slots import SCRATCH
+
+
+class SequenceCall:
+    """Takes memory on the device as it is needed, and keeps it."""
+
+    def __init__(self, device: Device, runner: Runner, manifest: Manifest, arena: Memory) -> None:
+        self._device, self._runner, self._manifest, self._arena = device, runner, manifest, arena
+        self._memory = device.allocate((0,), np.uint8)
+        self._block = device.host_block(1)
+
+    def run(self, rows: Rows) -> Result:
+        count, width = len(rows.lens), self._manifest.state_size
+        inputs = [np.ascontiguousarray(array) for array in rows.inputs]
+        tensors = [(array.shape, array.dtype) for array in inputs]
+        tensors += output_tensors(self._manifest, count, max(rows.lens))
+        layout = Layout([*tensors, *[((count, width), self._arena.dtype)] * 2])
+        *places, state, state_out = layout.memories(self._device_memory(layout.nbytes))
+        given, answered = places[: len(inputs)], places[len(inputs) :]
+        indices = Layout([((count,), INDEX), ((count,), INDEX), ((count,), FLAG)])
+        block = self._host_block(indices.nbytes)
+        sources, targets, flags = indices.views(block)
+        sources[:], targets[:] = rows.sources, rows.targets
+        sources_at, targets_at, flags_at = (block.ctypes.data + offset for offset in indices.offsets)
+
+        for place, array in zip(given, inputs, strict=True):
+            self._device.upload(place.pointer, array)
+        self._device.run("gather", count, self._arena.pointer, width, sources_at, state.pointer, 0, 0, 0)
+        try:
+            self._runner.bind([*given, state], np.array(rows.lens, np.int32), [*answered, state_out]).run()
+        except Exception:
+            self._device.synchronize()  # raises DeviceFailed if it was not the model's fault
+            raise
+        outputs = tuple(np.empty(place.shape, place.dtype) for place in answered)
+        for array, place in zip(outputs, answered, strict=True):
+            self._device.download(array, place.pointer)
+        failed: dict[int, UnrollError] = {}
+        if not all(np.isfinite(array).all() for array in outputs):
+            failed = non_finite(self._manifest, outputs, rows.lens)
+            targets[list(failed)] = SCRATCH
+        self._device.run(
+            "commit", count, self._arena.pointer, width, targets_at, state_out.pointer, flags_at, 0, 0, 0, 0, 0
+        )
+        self._device.synchronize()
+        return outputs, flagged(flags) | failed
+
+    def _device_memory(self, nbytes: int) -> Memory:
+        if self._memory.nbytes < nbytes:
+            larger = self._device.allocate((nbytes,), np.uint8)
+            self._device.free(self._memory)
+            self._memory = larger
+        return self._memory
+
+    def _host_block(self, nbytes: int) -> np.ndarray:
+        if len(self._block) < nbytes:
+            self._block = self._device.host_block(2 * nbytes)
+        return self._block

@@ -1,0 +1,125 @@
+"""Where a model is served, and how: on the host or on a GPU, in which precision, with room for how many rows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from bundle import Bundle
+from service.engine.base import DeviceFailed, Engine
+from service.engine.cuda.base import Device, OutOfDeviceMemory
+from service.engine.cuda.engine import CudaEngine
+from service.engine.cuda.layout import buckets
+from service.engine.host import HostEngine
+from service.engine.proof import Proof, prove_steps
+from service.engine.runner import DeviceUnavailable, Runner, to_float16
+
+Precision = Literal["float32", "tf32", "float16"]
+
+#: Bits of mantissa that float32 has more: so much larger may a difference from PyTorch be.
+_BITS_LOST: dict[Precision, int] = {"float32": 0, "tf32": 13, "float16": 13}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """threads: onnxruntime's for one call, on the host. On a GPU: precision, and buckets, the sizes of the calls of
+    single steps (none: the usual ones). memory_share: what part of the free memory a model's state rows may take."""
+
+    threads: int = 1
+    precision: Precision = "float32"
+    buckets: tuple[int, ...] = ()
+    memory_share: float = 0.5
+
+
+class NoRoom(Exception):
+    """The state rows do not fit in the device's memory."""
+
+
+class Place(Protocol):
+    """runner: of the bundle's graph, on the device. slack: how many of the manifest's tolerances it may be off."""
+
+    runner: Runner
+    slack: float
+
+    def room(self, row_bytes: int, beside_bytes: int) -> int:
+        """Sessions that fit in the share of the free memory: of the state row, and beside it on the host."""
+        ...
+
+    def engine(self, rows: int, max_batch: int) -> Engine:
+        """Raises NoRoom, or ValueError if the buckets have no room for `max_batch` rows."""
+        ...
+
+    def prove(self, engine: Engine, rows: int) -> Proof:
+        """What the golden vectors say of the engine itself, before it has sessions. Raises GoldenMismatch."""
+        ...
+
+
+class HostPlace:
+    slack = 1.0
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
+        self.runner = Runner(bundle.model_path, bundle.manifest, threads=options.threads)
+
+    def room(self, row_bytes: int, beside_bytes: int) -> int:
+        return int(self._options.memory_share * _available_bytes() / (row_bytes + beside_bytes))
+
+    def engine(self, rows: int, max_batch: int) -> Engine:
+        return HostEngine(self.runner, self._manifest, rows)
+
+    def prove(self, engine: Engine, rows: int) -> Proof:
+        sizes = (1, len(self._golden.state)) if self._manifest.streamable else ()
+        return prove_steps(engine, self._manifest, self._golden, sizes, rows - max(sizes, default=0), self.slack)
+
+
+class CudaPlace:
+    def __init__(self, bundle: Bundle, device: Device, options: EngineOptions) -> None:
+        self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
+        self._device = device
+        self._buckets: tuple[int, ...] = ()
+        self.slack = 2.0 ** _BITS_LOST[options.precision]
+        model = to_float16(bundle.model_path) if options.precision == "float16" else bundle.model_path
+        tf32 = options.precision == "tf32"
+        self.runner = Runner(model, self._manifest, device.name, stream=device.stream, tf32=tf32)
+
+    def room(self, row_bytes: int, beside_bytes: int) -> int:
+        share = self._options.memory_share
+        return int(share * min(self._device.free_bytes() / row_bytes, _available_bytes() / beside_bytes))
+
+    def engine(self, rows: int, max_batch: int) -> Engine:
+        if self._manifest.streamable:
+            self._buckets = buckets(self._options.buckets, max_batch)
+        try:
+            return CudaEngine(self._device, self.runner, self._manifest, rows, self._buckets)
+        except OutOfDeviceMemory as error:
+            raise NoRoom(f"{rows} state rows do not fit: {error}; lower --session-capacity, or make it auto") from error
+
+    def prove(self, engine: Engine, rows: int) -> Proof:
+        sizes = [min(size, rows) for size in self._buckets]
+        return prove_steps(engine, self._manifest, self._golden, sizes, rows - max(sizes, default=0), self.slack)
+
+
+def place(bundle: Bundle, device: str, options: EngineOptions) -> Place:
+    """device: `cpu` or `cuda:N`. Raises DeviceUnavailable, or ValueError if the model cannot be loaded there."""
+    if device == "cpu":
+        return HostPlace(bundle, options)
+    return CudaPlace(bundle, open_cuda(device), options)
+
+
+def open_cuda(device: str) -> Device:
+    """Raises DeviceUnavailable."""
+    try:
+        from service.engine.cuda.driver import Cuda  # where there is no GPU there may be no bindings
+    except ImportError as error:
+        raise DeviceUnavailable(
+            f"{device} needs NVIDIA's bindings, which the extra `gpu` brings (pip install cuda-bindings): {error}"
+        ) from error
+    try:
+        return Cuda(int(device.partition(":")[2]))
+    except (DeviceFailed, RuntimeError) as error:  # the bindings raise RuntimeError for a library they cannot find
+        raise DeviceUnavailable(f"{device} cannot be used: {error}") from error
+
+
+def _available_bytes() -> int:
+    """Of the host's memory, as Linux estimates it."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

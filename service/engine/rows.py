@@ -1,0 +1,71 @@
+"""What engines do about rows that fail: find them, so that no other row suffers."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import structlog
+
+from bundle import Manifest
+from service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
+from service.engine.base import DeviceFailed, PlainRows, Result, Rows, Tensors
+
+_log = structlog.get_logger(__name__)
+
+
+def one_by_one(manifest: Manifest, run: Callable[[Rows], Result], rows: Rows) -> Result:
+    """`run(rows)`, or if that raises, each row alone: which cannot be run is found, and the others are run."""
+    try:
+        return run(rows)
+    except DeviceFailed:
+        raise
+    except Exception as error:
+        if len(rows.lens) == 1:
+            name = f"{manifest.name}:{manifest.version}"
+            _log.error("the model failed", model=name, steps=rows.lens[0], exc_info=error)
+            failure = EngineFailed("the model could not be run on this input; the server's log says why")
+            return _no_outputs(manifest, 1, rows.lens[0]), {0: failure}
+    together = _no_outputs(manifest, len(rows.lens), max(rows.lens))
+    failed: dict[int, UnrollError] = {}
+    for i, steps in enumerate(rows.lens):
+        inputs = tuple(array[i : i + 1, :steps] for array in rows.inputs)
+        alone = PlainRows(inputs, [steps], [rows.sources[i]], [rows.targets[i]])
+        outputs, failure_alone = one_by_one(manifest, run, alone)
+        for target, source in zip(row(manifest, together, i, steps), row(manifest, outputs, 0, steps), strict=True):
+            target[...] = source
+        if failure_alone:
+            failed[i] = failure_alone[0]
+    return together, failed
+
+
+def non_finite(
+    manifest: Manifest, outputs: Tensors, lens: Sequence[int], state_out: np.ndarray | None = None
+) -> dict[int, UnrollError]:
+    """The rows whose outputs, padding aside, or whose new state are not finite."""
+    return {
+        i: _not_finite()
+        for i, steps in enumerate(lens)
+        if not (
+            (state_out is None or np.isfinite(state_out[i]).all())
+            and all(np.isfinite(array).all() for array in row(manifest, outputs, i, steps))
+        )
+    }
+
+
+def flagged(flags: np.ndarray) -> dict[int, UnrollError]:
+    """The rows whose flag is set, which says that they are not finite."""
+    return {int(i): _not_finite() for i in np.flatnonzero(flags)} if flags.any() else {}
+
+
+def row(manifest: Manifest, outputs: Tensors, i: int, steps: int) -> Tensors:
+    """Views of one row's outputs, without the padding."""
+    return tuple(
+        array[i, :steps] if spec.time else array[i, ...] for spec, array in zip(manifest.outputs, outputs, strict=True)
+    )
+
+
+def _not_finite() -> NonFiniteOutput:
+    return NonFiniteOutput("the model's answer to this input is not finite")
+
+
+def _no_outputs(manifest: Manifest, rows: int, steps: int) -> Tensors:
+    return tuple(np.zeros((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs)

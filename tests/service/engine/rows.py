@@ -1,0 +1,15 @@
+"""Inputs that a model takes."""
+
+import numpy as np
+
+import bundle
+
+
+def random_inputs(manifest: bundle.Manifest, rng: np.random.Generator, steps: int) -> tuple[np.ndarray, ...]:
+    """Each (steps, *shape)."""
+    return tuple(
+        rng.integers(0, spec.limit or 2, (steps, *spec.shape)).astype(spec.numpy)
+        if spec.limit
+        else rng.standard_normal((steps, *spec.shape)).astype(spec.numpy)
+        for spec in manifest.inputs
+    )
