@@ -200,6 +200,7 @@ class Catalog:
                 for heir in [m for m in self._models if m.name == model.name][-1:]:
                     heir.scheduler.sessions.inherit(model.scheduler.sessions)
                 await model.stop()
+                model.engine.close()
                 _log.info("model dropped", model=model.name, version=model.version)
 
     def _start(self, model: ServedModel) -> None:

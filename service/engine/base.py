@@ -64,6 +64,10 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back the memory; nothing else may be called afterwards."""
+        ...
+
     def read(self, slot: int) -> np.ndarray:
         """A copy of one state row: (state_size,) float32."""
         ...

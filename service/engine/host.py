@@ -34,6 +34,9 @@ class HostEngine:
     def launch(self, rows: Rows) -> None:
         """Nothing goes on beside the caller here."""
 
+    def close(self) -> None:
+        """Its memory is its objects'."""
+
     def _run(self, rows: Rows) -> Result:
         if max(rows.lens) == 1 and len(rows.lens) <= _BOUND_ROWS:
             outputs, state_out = self._run_steps(rows)

@@ -74,7 +74,7 @@ class HostPlace:
 class CudaPlace:
     def __init__(self, bundle: Bundle, device: Device, options: EngineOptions) -> None:
         self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
-        self._device = device
+        self.device = device
         self._buckets: tuple[int, ...] = ()
         self.slack = 2.0 ** _BITS_LOST[options.precision]
         model = to_float16(bundle.model_path) if options.precision == "float16" else bundle.model_path
@@ -83,13 +83,13 @@ class CudaPlace:
 
     def room(self, row_bytes: int, beside_bytes: int) -> int:
         share = self._options.memory_share
-        return int(share * min(self._device.free_bytes() / row_bytes, _available_bytes() / beside_bytes))
+        return int(share * min(self.device.free_bytes() / row_bytes, _available_bytes() / beside_bytes))
 
     def engine(self, rows: int, max_batch: int) -> Engine:
         if self._manifest.streamable:
             self._buckets = buckets(self._options.buckets, max_batch)
         try:
-            return CudaEngine(self._device, self.runner, self._manifest, rows, self._buckets)
+            return CudaEngine(self.device, self.runner, self._manifest, rows, self._buckets)
         except OutOfDeviceMemory as error:
             raise NoRoom(f"{rows} state rows do not fit: {error}; lower --session-capacity, or make it auto") from error
 

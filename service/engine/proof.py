@@ -1,4 +1,4 @@
-"""What is shown of a model on its device before it is served: the golden vectors, step by step, in every size of call."""
+"""What is shown of a model on its device before it is served: golden vectors, step by step, in every size of call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

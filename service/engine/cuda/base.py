@@ -38,6 +38,10 @@ class Device(Protocol):
     name: str
     stream: int
 
+    def close(self) -> None:
+        """Give back all memory and all graphs: none may be used any more."""
+        ...
+
     def allocate(self, shape: Sequence[int], dtype: Any) -> Memory:
         """Zeros. Raises OutOfDeviceMemory."""
         ...

@@ -27,6 +27,19 @@ class Cuda:
         self.stream = int(_check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
         self._module = _check(driver.cuModuleLoadData(_compiled(*_capability(index))))
         self._functions: dict[str, Any] = {}
+        self._allocated: set[int] = set()
+        self._blocks: list[int] = []
+        self._graphs: list[CapturedGraph] = []
+
+    def close(self) -> None:
+        self.synchronize()
+        for graph in self._graphs:
+            graph.destroy()
+        for pointer in self._allocated:
+            _check(runtime.cudaFree(pointer))
+        for pointer in self._blocks:
+            _check(runtime.cudaFreeHost(pointer))
+        self._graphs, self._allocated, self._blocks = [], set(), []
 
     def allocate(self, shape: Sequence[int], dtype: Any) -> Memory:
         self._enter()
@@ -39,10 +52,12 @@ class Cuda:
             )
         _check((error,))
         _check(runtime.cudaMemsetAsync(pointer, 0, wanted.nbytes, self.stream))
+        self._allocated.add(int(pointer))
         return Memory(int(pointer), wanted.shape, wanted.dtype, "cuda", self._index)
 
     def free(self, memory: Memory) -> None:
         self._enter()
+        self._allocated.remove(memory.pointer)
         _check(runtime.cudaFree(memory.pointer))
 
     def host_block(self, nbytes: int) -> np.ndarray:
@@ -50,6 +65,7 @@ class Cuda:
         pointer = int(
             _check(runtime.cudaHostAlloc(nbytes, runtime.cudaHostAllocMapped | runtime.cudaHostAllocPortable))
         )
+        self._blocks.append(pointer)
         block = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
         block[:] = 0
         return block
@@ -89,13 +105,15 @@ class Cuda:
             runtime.cudaGetLastError()  # what made it fail is being raised
             raise
         graph = _check(runtime.cudaStreamEndCapture(self.stream))
-        return CapturedGraph(graph, self._index, self.stream)
+        self._graphs.append(CapturedGraph(graph, self._index, self.stream))
+        return self._graphs[-1]
 
     def mark(self) -> "EventMark":
         self._enter()
         return EventMark(self.stream)
 
     def synchronize(self) -> None:
+        self._enter()
         _check(runtime.cudaStreamSynchronize(self.stream))
 
     def _copy(self, target: int, source: int, nbytes: int, kind: Any) -> None:
@@ -115,6 +133,10 @@ class CapturedGraph:
     def launch(self) -> None:
         runtime.cudaSetDevice(self._index)
         _check(runtime.cudaGraphLaunch(self._executable, self._stream))
+
+    def destroy(self) -> None:
+        _check(runtime.cudaGraphExecDestroy(self._executable))
+        _check(runtime.cudaGraphDestroy(self._graph))
 
     def nodes(self) -> list[Any]:
         """What it consists of, as the bindings have it: `cudaGraphNode_t`."""

@@ -66,6 +66,10 @@ class CudaEngine:
         calls[-1].launch(rows)
         return calls[-1].result
 
+    def close(self) -> None:
+        self._steps = {}
+        self._device.close()
+
     def graph(self, rows: int) -> Graph:
         """What is launched for so many rows, with whatever its last call left there: to be looked at and measured."""
         return self._steps[bucket_of(self._buckets, rows)][-1].graph

@@ -13,9 +13,8 @@ from service.engine.rows import flagged
 from service.engine.runner import Runner
 from service.state.slots import INITIAL, SCRATCH
 
-
-#: Runs until onnxruntime has all the memory that the call needs, for within a capture none can be taken: the first plans
-#: it, the second takes it, the third shows that it was enough.
+#: Runs until onnxruntime has all the memory that the call needs, for within a capture none can be taken: it plans it in
+#: the first, takes it in the second, and has had it in the third.
 _WARM_UPS = 3
 
 

@@ -26,6 +26,10 @@ class FakeDevice:
         self._blocks: dict[int, np.ndarray] = {}
         self._replaying = False
 
+    def close(self) -> None:
+        self._room += sum(block.nbytes for block in self._blocks.values())
+        self._blocks.clear()
+
     def allocate(self, shape: Sequence[int], dtype: Any) -> Memory:
         assert not self._replaying
         array = np.zeros(shape, dtype)

@@ -253,6 +253,16 @@ def test_capacity_is_what_fits_or_is_refused(repository: Path, cuda: str):
         build(session_capacity=2**38)
 
 
+def test_memory_is_given_back(found: bundle.Bundle, cuda: str):
+    device = open_cuda(cuda)
+    runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
+    before = device.free_bytes()
+    engine = CudaEngine(device, runner, found.manifest, 10_000_000, BUCKETS)
+    assert device.free_bytes() < before - 4 * 10_000_000 * found.manifest.state_size
+    engine.close()
+    assert device.free_bytes() > before - 2**28  # what onnxruntime keeps for its session
+
+
 def test_the_fake_device_offers_what_the_real_one_does(device: Device):
     real = {name for name in dir(device) if not name.startswith("_")}
     assert real <= {name for name in dir(fake_device.FakeDevice()) if not name.startswith("_")}

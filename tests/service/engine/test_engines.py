@@ -27,6 +27,7 @@ from service.state.slots import INITIAL
 from tests.service.engine.fake_device import FakeDevice
 from tests.service.engine.rows import random_inputs
 
+
 class NoCapture(FakeDevice):
     """As for a model of which a part runs on the CPU."""
 

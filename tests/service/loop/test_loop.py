@@ -35,6 +35,8 @@ class GatedEngine:
 
     def launch(self, rows: Rows) -> None: ...
 
+    def close(self) -> None: ...
+
     def read(self, slot: int) -> np.ndarray:
         return np.zeros(1, np.float32)
 

@@ -1,0 +1,127 @@
+"""docs/gpu.md: its figures are replaced by those of a results file, the text around them is written by hand."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.documents import BEGIN, END
+
+Results = Mapping[str, Any]
+
+
+def write(results: Results, docs: Path) -> None:
+    page = docs / "gpu.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{page} has no place for figures: {BEGIN} … {END}")
+    (docs / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    page.write_text("\n".join([before + BEGIN, "", *figures(results), "", END + after]))
+
+
+def figures(results: Results) -> list[str]:
+    parts = (_circumstances, _steps, _variants, _sequences, _resident, _proof, _streams)
+    return [line for part in parts for line in [*part(results), ""]][:-1]
+
+
+def _circumstances(results: Results) -> list[str]:
+    about, limits = results["about"], results["limits"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return [
+        f"{about['date']}, `{' '.join(about['command'])}`, medians of {results['turns']} turns: {about['gpu']} "
+        f"(name, driver, memory); {about['cpu']}, {len(about['cores'])} cores; Python {about['python']}, {versions}.",
+        "",
+        f"Measured in the same run: copies {limits['copy'] / 1e12:.2f} TB/s, float32 products "
+        f"{limits['float32'] / 1e12:.1f} TFLOP/s, with TF32 {limits['tf32'] / 1e12:.0f} TFLOP/s.",
+    ]
+
+
+def _steps(results: Results) -> list[str]:
+    lines = ["### A step", "", "Microseconds for one time step of every row.", ""]
+    head = ["model", "rows", "precision", "graph", "call", "PyTorch", "graph / PyTorch", "floor", "nodes", "M steps/s"]
+    rows = [
+        [
+            each["title"],
+            each["rows"],
+            each["precision"],
+            f"{each['graph']:.1f}",
+            f"{each['call']:.1f}",
+            f"{each['torch']:.1f}",
+            f"{each['graph'] / each['torch']:.2f}",
+            f"{each['floor']:.1f}",
+            each["nodes"],
+            f"{each['steps_per_second'] / 1e6:.2f}",
+        ]
+        for each in results["steps"]
+    ]
+    return lines + _table(head, rows, left=3)
+
+
+def _variants(results: Results) -> list[str]:
+    head = ["moving the rows, LSTM 2×256", "rows", "graph, µs"]
+    rows = [[each["what"], each["rows"], f"{each['graph']:.1f}"] for each in results["variants"]]
+    return ["### Where the rows are moved", "", *_table(head, rows, left=1)]
+
+
+def _sequences(results: Results) -> list[str]:
+    head = ["32 sequences of 512 steps", "precision", "Unroll, ms", "PyTorch, ms", "PyTorch / Unroll"]
+    rows = [
+        [
+            each["title"],
+            each["precision"],
+            f"{each['ours'] * 1e3:.2f}",
+            f"{each['torch'] * 1e3:.2f}",
+            f"{each['torch'] / each['ours']:.2f}",
+        ]
+        for each in results["sequences"]
+    ]
+    return ["### Whole sequences, from host memory to host memory", "", *_table(head, rows, left=2)]
+
+
+def _resident(results: Results) -> list[str]:
+    rows = [[f"{int(sessions):,}", f"{micro:.1f}"] for sessions, micro in results["resident"].items()]
+    return ["### Sessions on the device", "", *_table(["LSTM 2×256, sessions", "call of 256 rows, µs"], rows, left=0)]
+
+
+def _proof(results: Results) -> list[str]:
+    head = ["LSTM 2×256", "y, from PyTorch float64", "state_out", "between buckets"]
+    rows = [
+        [
+            each["precision"],
+            f"{each['parity']['y']:.2g}",
+            f"{each['parity']['state_out']:.2g}",
+            f"{each['stability']:.2g}",
+        ]
+        for each in results["proof"]
+    ]
+    return [
+        "### Differences",
+        "",
+        "Largest absolute differences over the golden vectors.",
+        "",
+        *_table(head, rows, left=1),
+    ]
+
+
+def _streams(results: Results) -> list[str]:
+    head = ["model", "connections", "sessions a frame", "steps/s", "of the engine's", "p50 ms", "p99 ms"]
+    rows = [
+        [
+            each["title"],
+            each["connections"],
+            each["entries"],
+            f"{each['steps']:,.0f}",
+            f"{each['steps'] / each['engine']:.2f}",
+            f"{each['p50']:.2f}",
+            f"{each['p99']:.2f}",
+        ]
+        for each in results["streams"]
+    ]
+    return ["### Over WebSockets", "", *_table(head, rows, left=1)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int) -> list[str]:
+    """left: columns that are words."""
+    rule = ["---"] * left + ["--:"] * (len(head) - left)
+    return ["| " + " | ".join(map(str, line)) + " |" for line in (head, rule, *rows)]

@@ -1,0 +1,83 @@
+"""The engine, as the server has it: from a bundle, at its place."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+import bundle
+from bench.gpu.shapes import FEATURES
+from service.engine.base import LAUNCHED, PlainRows, Result
+from service.engine.cuda.driver import CapturedGraph
+from service.engine.cuda.engine import CudaEngine
+from service.engine.place import CudaPlace, EngineOptions, Precision, open_cuda
+from service.engine.proof import Proof
+from service.state.slots import INITIAL, SCRATCH
+
+DEVICE = "cuda:0"
+
+
+class Ours:
+    """rows: of the arena."""
+
+    def __init__(self, path: Path, precision: Precision, rows: int, buckets: Sequence[int]) -> None:
+        found = bundle.read(path)
+        self.manifest = found.manifest
+        self._place = CudaPlace(found, open_cuda(DEVICE), EngineOptions(precision=precision, buckets=tuple(buckets)))
+        self.stream = self._place.device.stream
+        engine = self._place.engine(rows, buckets[-1])
+        assert isinstance(engine, CudaEngine)
+        assert engine.captured
+        self.engine, self._rows = engine, rows
+
+    def proof(self) -> Proof:
+        return self._place.prove(self.engine, self._rows)
+
+    def graph(self, rows: int) -> CapturedGraph:
+        graph = self.engine.graph(rows)
+        assert isinstance(graph, CapturedGraph)
+        return graph
+
+    def seconds_per_step(self, batches: Sequence[PlainRows], count: int) -> float:
+        """From host memory to host memory, the batches in turn, as many launched ahead as the server launches."""
+        began = perf_counter()
+        waiting: list[Callable[[], Result]] = []
+        for i in range(count):
+            launched = self.engine.launch(batches[i % len(batches)])
+            assert launched is not None
+            waiting.append(launched)
+            if len(waiting) == LAUNCHED:
+                waiting.pop(0)()
+        for result in waiting:
+            result()
+        return (perf_counter() - began) / count
+
+    def sequences(self, x: np.ndarray) -> Callable[[], np.ndarray]:
+        """x: (batch, time, features)."""
+        count, steps, _ = x.shape
+        rows = PlainRows((x,), [steps] * count, [INITIAL] * count, [SCRATCH] * count)
+        return lambda: self.engine.run(rows)[0][0]
+
+
+@contextmanager
+def ours(path: Path, precision: Precision, rows: int, buckets: Sequence[int]) -> Iterator[Ours]:
+    """Its memory is given back afterwards."""
+    found = Ours(path, precision, rows, sorted(buckets))
+    yield found
+    found.engine.close()
+
+
+def steps_of(slots: np.ndarray, x: np.ndarray) -> PlainRows:
+    """One step of each: x (rows, 1, features)."""
+    return PlainRows((x,), [1] * len(slots), slots, slots)
+
+
+def inputs(rows: int, steps: int = 1) -> np.ndarray:
+    return np.random.default_rng(rows).standard_normal((rows, steps, FEATURES), np.float32)
+
+
+def some_slots(rows: int, count: int) -> np.ndarray:
+    """Different rows of an arena, in no order."""
+    return np.random.default_rng(0).choice(count - 2, rows, replace=False) + 2

@@ -1,0 +1,97 @@
+"""Single steps: the engine's graphs beside the floor and beside PyTorch's graph, in turns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from bench.gpu import peer
+from bench.gpu.ours import inputs, ours, some_slots, steps_of
+from bench.gpu.shapes import Shape, bundle_of, model
+from service.engine.place import Precision
+
+_ARENA = 20_000
+_MANY, _FEW = 1_000_000, 1_000
+#: PyTorch and we differ by rounding: in TF32 to 11 bits, over a few steps.
+_TOLERANCE = {"float32": 1e-5, "tf32": 5e-3, "float16": 5e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of the device, per second: bytes copied, float32 operations without and with TF32."""
+
+    copy: float
+    float32: float
+    tf32: float
+
+    @classmethod
+    def measured(cls) -> "Limits":
+        return cls(peer.copy_rate(), peer.product_rate(tf32=False), peer.product_rate(tf32=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Microseconds of a step of so many rows: medians of the turns. graph: on the device, launched back to back, the
+    batch's inputs and outputs going between host and device included. call: from arrays to arrays, as the server
+    calls it. floor: see `Shape.floor`. nodes: of the graph."""
+
+    title: str
+    rows: int
+    precision: str
+    graph: float
+    call: float
+    torch: float
+    floor: float
+    nodes: int
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.rows / self.graph * 1e6
+
+
+def measure(
+    shape: Shape, sizes: Sequence[int], precision: Precision, limits: Limits, repository: Path, turns: int, count: int
+) -> list[Steps]:
+    """Raises AssertionError if PyTorch answers otherwise."""
+    tf32 = precision == "tf32"
+    peer.set_tf32(tf32)
+    reference = model(shape).cuda()
+    found = []
+    with ours(bundle_of(shape, repository), precision, _ARENA, sizes) as engine:
+        for size in sizes:
+            slots, x = some_slots(size, _ARENA), inputs(size)
+            rows, graph = steps_of(slots, x), engine.graph(size)
+            theirs = peer.TorchSteps(reference, slots, x, _ARENA)
+            for _ in range(3):
+                outputs, failed = engine.engine.run(rows)
+                theirs.launch()
+            assert not failed
+            assert np.allclose(outputs[0], theirs.answer(), rtol=0, atol=_TOLERANCE[precision])
+            each = [
+                (
+                    peer.seconds_per_launch(graph.launch, count, engine.stream),
+                    engine.seconds_per_step([rows], count),
+                    peer.seconds_per_launch(theirs.launch, count),
+                )
+                for _ in range(turns)
+            ]
+            micro = [median(seconds) * 1e6 for seconds in zip(*each, strict=True)]
+            floor = shape.floor(size, limits.copy, limits.tf32 if tf32 else limits.float32) * 1e6
+            found.append(Steps(shape.title, size, precision, *micro, floor, len(graph.nodes())))
+    return found
+
+
+def resident(shape: Shape, size: int, repository: Path, turns: int, count: int) -> dict[int, float]:
+    """Microseconds of a call for rows all over the arena, by how many sessions it holds."""
+    found = {}
+    for sessions in (_FEW, _MANY):
+        with ours(bundle_of(shape, repository), "float32", sessions + 2 + size, [size]) as engine:
+            batches = [
+                steps_of(np.random.default_rng(i).choice(sessions, size, replace=False) + 2, inputs(size))
+                for i in range(32)
+            ]
+            engine.seconds_per_step(batches, count)
+            found[sessions] = median(engine.seconds_per_step(batches, count) for _ in range(turns)) * 1e6
+    return found
