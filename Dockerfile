@@ -5,6 +5,7 @@
 #
 # The GPU image needs no CUDA base image: the CUDA 13 and cuDNN 9 libraries come as wheels. Its host needs the
 # NVIDIA driver for CUDA 13 (580 or newer) and the NVIDIA container toolkit: docker run --gpus all ...
+# What is missing of it, says: docker run --rm --gpus all --entrypoint unroll unroll:gpu doctor --device cuda:0
 
 FROM python:3.11-slim AS build
 ARG RUNTIME=cpu

@@ -7,6 +7,7 @@ from importlib import import_module
 COMMANDS = {
     "export": ("export.__main__", "turn a PyTorch model into a bundle, proven equal"),
     "serve": ("service.__main__", "serve a repository of bundles"),
+    "doctor": ("service.doctor.__main__", "say what this machine can serve with, and what to do about the rest"),
     "demo": ("examples.demo", "stream a real series through a running server"),
 }
 

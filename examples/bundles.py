@@ -1,7 +1,7 @@
-"""Export the two trained examples into `examples/repository`: `make bundles`. Needs torch.
+"""Export the two trained examples into `examples/repository`, and the model of `unroll doctor`: `make bundles`.
 
-The same as `unroll export` does from the command line, with inputs of the size that the models really meet:
-parity with PyTorch is proven on inputs like the example's.
+Needs torch. The same as `unroll export` does from the command line, with inputs of the size that the models really
+meet: parity with PyTorch is proven on inputs like the example's.
 """
 
 from pathlib import Path
@@ -11,17 +11,25 @@ import torch
 import export
 from models import bytes as next_byte
 from models import co2, mauna_loa
-from models.stacked_rnn import StackedRNN
+from models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 REPOSITORY = Path(__file__).parent / "repository"
+DOCTOR = Path(__file__).parents[1] / "service" / "doctor"
 
 
-def main(repository: Path = REPOSITORY) -> None:
+def main(repository: Path = REPOSITORY, doctor: Path = DOCTOR) -> None:
     ppm = torch.from_numpy(mauna_loa.read().ppm[:2000]).reshape(4, 500, 1)
     text = torch.tensor([list(Path(__file__).read_bytes()[:256])])
     print(export.export(co2.load(), {"ppm": ppm}, name="co2", repository=repository, replace=True))
     model = StackedRNN.load(next_byte.CHECKPOINT)
     print(export.export(model, {"x": text}, name="bytes", repository=repository, replace=True))
+    print(export.export(tiny(), {"x": torch.randn(2, 4, 2)}, name="tiny", repository=doctor, replace=True))
+
+
+def tiny() -> StackedRNN:
+    """What `unroll doctor` loads on each device: an untrained LSTM, with the same weights each time."""
+    torch.manual_seed(0)
+    return StackedRNN(StackedRNNConfig(cell="lstm", hidden_size=4, layers=2, input_size=2, output_size=1)).eval()
 
 
 if __name__ == "__main__":

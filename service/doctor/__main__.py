@@ -1,0 +1,90 @@
+"""`unroll doctor`: finds the facts, prints what they come to, and ends with 0 only if the device asked for works."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from itertools import groupby
+
+from service.doctor import ask, driver, machine
+from service.doctor.facts import Driver, Facts, Runtime
+from service.doctor.findings import Finding, devices, judge
+
+
+def main(argv: list[str]) -> int:
+    options = _parser().parse_args(argv)
+    facts = examine(options.device)
+    findings = judge(facts, options.device)
+    works = not any(finding.fault for finding in findings)
+    if options.json:
+        report = {"works": works, "device": options.device, "findings": list(map(asdict, findings))}
+        print(json.dumps(report | {"facts": asdict(facts)}, indent=2))
+    else:
+        print(*lines(findings), sep="\n")
+    return 0 if works else 1
+
+
+def examine(device: str) -> Facts:
+    """Takes a second on a CPU, and some on each GPU. device: is tried even if it does not seem to be there."""
+    found = driver.find()
+    runtime, problem = None, None
+    try:
+        runtime = ask.runtime()
+    except ask.TrialFailed as failure:
+        problem = str(failure)
+    return Facts(
+        python=f"{platform.python_version()}, {sys.executable}",
+        unroll=metadata.version("unroll"),
+        packages={name: metadata.version(name) for name in metadata.packages_distributions().get("onnxruntime", [])},
+        machine=machine.look(),
+        bindings=next((package.version for package in metadata.distributions(name="cuda-bindings")), None),
+        driver=found,
+        runtime=runtime,
+        runtime_problem=problem,
+        sessions={name: ask.session(name) for name in _to_try(device, found, runtime)},
+    )
+
+
+def lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """A line each; below those that are mended in the same way, how."""
+    width = max(len(finding.name) for finding in findings)
+    for mend, together in groupby(findings, key=lambda finding: finding.mend):
+        for finding in together:
+            yield f"{finding.status:<8} {finding.name:<{width}}  {finding.says}"
+        if mend:
+            yield f"{'':<8} {'':<{width}}  → {mend}"
+
+
+def _to_try(device: str, found: Driver | None, runtime: Runtime | None) -> list[str]:
+    if runtime is None:
+        return []
+    cuda = "CUDAExecutionProvider" in runtime.providers
+    there = [f"cuda:{index}" for index in range(len(found.gpus) if found and cuda else 0)]
+    return list(dict.fromkeys(["cpu", *there, *devices(device, runtime)]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("unroll doctor", description="What this machine can serve models with.")
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default=os.environ.get("UNROLL_DEVICE", "auto"),
+        help="what must work, as for `unroll serve`: cpu, cuda:N, several as in cuda:0,cuda:1, or auto (%(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def _device(word: str) -> str:
+    if not re.fullmatch(r"cpu|auto|cuda:\d+(,cuda:\d+)*", word):
+        raise argparse.ArgumentTypeError("use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
+    return word
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

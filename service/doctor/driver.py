@@ -1,0 +1,57 @@
+"""The NVIDIA driver and its GPUs, asked through the driver's own library: nothing else need be installed."""
+
+from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buffer
+from typing import Any
+
+from service.doctor.facts import Driver, Gpu
+from service.doctor.libraries import load, path_of
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+
+
+def find() -> Driver | None:
+    """None if there is no driver's library."""
+    library = load("libcuda.so.1")
+    return ask(library, path_of(library)) if library else None
+
+
+def ask(cuda: Any, path: str) -> Driver:
+    """cuda: the loaded library."""
+    version, count = c_int(0), c_int(0)
+    code = cuda.cuInit(0) or cuda.cuDeviceGetCount(byref(count))
+    known = cuda.cuDriverGetVersion(byref(version)) == 0 and version.value
+    newest = f"{version.value // 1000}.{version.value % 1000 // 10}" if known else None
+    if code:
+        return Driver(path, newest, problem=_words(cuda, code))
+    if not count.value:
+        return Driver(path, newest, problem="it counts 0 GPUs")
+    return Driver(path, newest, tuple(_gpu(cuda, index) for index in range(count.value)))
+
+
+def _gpu(cuda: Any, index: int) -> Gpu:
+    device, memory, major, minor = c_int(0), c_size_t(0), c_int(0), c_int(0)
+    name = create_string_buffer(256)
+    cuda.cuDeviceGet(byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(byref(memory), device)
+    cuda.cuDeviceGetAttribute(byref(major), _CAPABILITY_MAJOR, device)
+    cuda.cuDeviceGetAttribute(byref(minor), _CAPABILITY_MINOR, device)
+    return Gpu(name.value.decode(), f"{major.value}.{minor.value}", memory.value, _free(cuda, device))
+
+
+def _free(cuda: Any, device: c_int) -> int | None:
+    """Bytes. Only a context can tell, and on a GPU in exclusive use by another process there is none to be had."""
+    context, free, memory = c_void_p(), c_size_t(0), c_size_t(0)
+    if cuda.cuDevicePrimaryCtxRetain(byref(context), device):
+        return None
+    cuda.cuCtxPushCurrent_v2(context)
+    code = cuda.cuMemGetInfo_v2(byref(free), byref(memory))
+    cuda.cuCtxPopCurrent_v2(byref(context))
+    cuda.cuDevicePrimaryCtxRelease_v2(device)
+    return None if code else free.value
+
+
+def _words(cuda: Any, code: int) -> str:
+    text = c_char_p()
+    cuda.cuGetErrorString(code, byref(text))
+    return f"{text.value.decode() if text.value else 'unknown error'} (CUDA error {code})"

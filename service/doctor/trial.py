@@ -1,0 +1,75 @@
+"""`python -m service.doctor.trial [DEVICE]`: the part of `unroll doctor` that may die; `ask.py` runs and reads it.
+
+Without a device: what onnxruntime is and finds. With one: a small model is loaded there, just as the server would
+load it. The answer is a JSON object in the last line on stdout; libraries print above it.
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from service.catalog.model import ModelOptions, ModelRefused, ServedModel
+from service.core.clock import MonotonicClock
+from service.doctor import libraries
+from service.engine import probe
+from service.engine.runner import DeviceUnavailable, resolve_devices
+from service.scheduler.limits import SchedulerLimits
+from service.scheduler.sessions import SessionLimits
+from service.telemetry import logs
+
+#: An LSTM of a few weights: `make bundles` writes it.
+_BUNDLE = Path(__file__).parent / "tiny" / "1"
+#: The CUDA provider opens it by name when a model has an LSTM or a GRU, and may not list it as needed.
+_CUDNN = "libcudnn.so.9"
+#: The driver brings it, no package.
+_DRIVER = "libcuda.so.1"
+
+
+def main(argv: list[str]) -> int:
+    logs.configure("error")
+    print(json.dumps(session(*argv) if argv else runtime()))
+    return 0
+
+
+def runtime() -> dict[str, Any]:
+    """The fields of `facts.Runtime`."""
+    build = probe.build()
+    probe.load_cuda_libraries()
+    auto, why = resolve_devices("auto")
+    names = cuda_libraries(build.folder)
+    return {
+        "version": build.version,
+        "cuda": build.cuda,
+        "providers": build.providers,
+        "libraries": {name: libraries.find(name) for name in names},
+        "auto": auto,
+        "auto_why": why,
+    }
+
+
+def cuda_libraries(folder: Path) -> list[str]:
+    """Names of what onnxruntime's CUDA provider needs beyond onnxruntime itself and the driver."""
+    provider = folder / "libonnxruntime_providers_cuda.so"
+    if not provider.exists():
+        return []
+    loaded = [name for module in folder.glob("onnxruntime_pybind11_state*.so") for name in libraries.needed(module)]
+    names = dict.fromkeys([*libraries.needed(provider), _CUDNN])
+    return [name for name in names if name not in {*loaded, _DRIVER}]
+
+
+def session(device: str) -> dict[str, str | None]:
+    """`problem`: why the server could not load a model on `cpu` or `cuda:N`, or None."""
+    options = ModelOptions(sessions=SessionLimits(capacity=64), scheduler=SchedulerLimits(max_batch=16))
+    try:
+        resolve_devices(device)
+        with ThreadPoolExecutor(1) as executor:
+            ServedModel.load(_BUNDLE, device, options, MonotonicClock(), executor)
+    except (DeviceUnavailable, ModelRefused) as error:
+        return {"problem": " ".join(str(error).split())}
+    return {"problem": None}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

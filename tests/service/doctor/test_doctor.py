@@ -1,0 +1,125 @@
+"""`unroll doctor` as a process on the machine that runs the tests, and its report on machines that are made up."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from machines import CPU, GPU
+
+from service.doctor import __main__ as doctor
+from service.doctor import ask
+from service.doctor.findings import Finding, Status
+from service.engine.runner import resolve_devices
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "unroll", "doctor", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=50)
+
+
+def test_this_machine(tmp_path: Path):
+    ran = run("--device", "cpu", cwd=tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert {line.split()[0] for line in ran.stdout.splitlines()} <= {*Status, "→"}
+    assert "ok       LSTM on cpu" in ran.stdout
+    assert ran.stdout.splitlines()[-1].startswith("ok       --device cpu")
+
+
+def test_this_machine_as_json(tmp_path: Path):
+    if resolve_devices("auto")[0] != ("cpu",):
+        pytest.skip("needs a machine without a GPU")
+    ran = run("--json", cwd=tmp_path)
+    report = json.loads(ran.stdout)
+    assert ran.returncode == 0
+    assert (report["works"], report["device"]) == (True, "auto")
+    assert report["facts"]["runtime"]["auto"] == ["cpu"]
+    assert report["facts"]["sessions"] == {"cpu": None}
+    assert report["findings"][-1]["says"].startswith("takes cpu (no GPU: ")
+
+
+def test_a_device_that_is_not_there(tmp_path: Path):
+    ran = run("--device", "cuda:99", "--json", cwd=tmp_path)
+    report = json.loads(ran.stdout)
+    assert (ran.returncode, report["works"]) == (1, False)
+    assert "cuda:99 was asked for, but" in report["facts"]["sessions"]["cuda:99"]
+
+
+def test_a_broken_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libstdc++ is too old')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ran = run(cwd=tmp_path)
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert re.search(r"^broken +onnxruntime .*libstdc\+\+ is too old", ran.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:0,cpu"])
+def test_a_device_that_is_none(device: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(["--device", device])
+    assert ended.value.code == 2
+    assert "use cpu, auto, or GPUs" in capsys.readouterr().err
+
+
+def test_the_device_of_the_environment_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setenv("UNROLL_DEVICE", "cuda:0")
+    monkeypatch.setattr(doctor, "examine", lambda device: asked.append(device) or GPU)
+    assert doctor.main([]) == 0
+    assert asked == ["cuda:0"]
+
+
+@pytest.mark.parametrize(("facts", "device", "status"), [(GPU, "auto", 0), (CPU, "auto", 0), (CPU, "cuda:0", 1)])
+def test_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], facts, device, status):
+    monkeypatch.setattr(doctor, "examine", lambda _: facts)
+    assert doctor.main(["--device", device]) == status
+    capsys.readouterr()
+    assert doctor.main(["--device", device, "--json"]) == status
+    assert json.loads(capsys.readouterr().out)["works"] == (status == 0)
+
+
+def test_what_is_mended_in_one_way_is_said_once():
+    findings = [
+        Finding("a", Status.OK, "here"),
+        Finding("bcd", Status.MISSING, "gone", "install it"),
+        Finding("e", Status.MISSING, "gone too", "install it"),
+    ]
+    assert list(doctor.lines(findings)) == [
+        "ok       a    here",
+        "missing  bcd  gone",
+        "missing  e    gone too",
+        "              → install it",
+    ]
+
+
+def test_a_process_that_dies_is_an_answer(monkeypatch: pytest.MonkeyPatch):
+    for program, problem in [
+        ("import os; os.abort()", "the process was ended: Aborted (signal 6)"),
+        ("import onnxruntime_that_is_not_there", "No module named 'onnxruntime_that_is_not_there'"),
+        ("raise SystemExit(3)", "exit status 3"),
+    ]:
+        monkeypatch.setattr(ask, "_command", lambda *_, program=program: [sys.executable, "-c", program])
+        assert problem in str(ask.session("cuda:0"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        ("runs on the CPU", "runs on the CPU; it says: no libcublas"),
+        ("refused: no libcublas", "refused: no libcublas"),
+        (None, None),
+    ],
+)
+def test_what_onnxruntime_logs_is_told(monkeypatch: pytest.MonkeyPatch, problem: str | None, told: str | None):
+    logged, answer = "[E:onnxruntime:Default, a.cc:1 b()] no libcublas", json.dumps({"problem": problem})
+    program = f"import sys; print({logged!r}, file=sys.stderr); print({answer!r})"
+    monkeypatch.setattr(ask, "_command", lambda *_: [sys.executable, "-c", program])
+    assert ask.session("cuda:0") == told
+
+
+def test_a_process_that_hangs_is_an_answer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ask, "_command", lambda *_: [sys.executable, "-c", "import signal; signal.pause()"])
+    monkeypatch.setattr(ask, "_SECONDS", 0.2)
+    assert "no answer within" in str(ask.session("cuda:0"))

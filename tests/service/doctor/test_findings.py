@@ -1,0 +1,210 @@
+"""What is said of machines that are made up: what is wrong, what to do, and whether it matters."""
+
+from dataclasses import replace
+
+import pytest
+from machines import BARE, CPU, DRIVER, GPU, LIBRARIES, NO_DEVICE
+
+from service.doctor.facts import Facts, Machine, Runtime
+from service.doctor.findings import Finding, Status, judge
+
+
+def judged(facts: Facts, device: str = "auto") -> dict[str, Finding]:
+    return {finding.name: finding for finding in judge(facts, device)}
+
+
+def works(findings: dict[str, Finding]) -> bool:
+    return not any(finding.fault for finding in findings.values())
+
+
+def runtime(facts: Facts, **changes: object) -> Runtime:
+    assert facts.runtime
+    return replace(facts.runtime, **changes)  # type: ignore[arg-type]
+
+
+def without_gpu(machine: Machine) -> Facts:
+    """A driver that finds no GPU, and so `auto` takes the CPU."""
+    sessions = {"cpu": None, "cuda:0": "the NVIDIA driver finds no usable GPU"}
+    by_auto = runtime(GPU, auto=("cpu",), auto_why="no GPU")
+    return replace(GPU, machine=machine, driver=NO_DEVICE, runtime=by_auto, sessions=sessions)
+
+
+def test_a_machine_with_a_gpu():
+    findings = judged(GPU)
+    assert {finding.status for finding in findings.values()} == {Status.OK}
+    assert all(finding.mend is None for finding in findings.values())
+    assert findings["NVIDIA driver"].says.startswith("580.65.06 (")
+    assert "CUDA up to 13.0; /dev/nvidia0, /dev/nvidiactl" in findings["NVIDIA driver"].says
+    assert findings["cuda:0"].says == (
+        "NVIDIA H100 80GB HBM3, 80.0 GiB of memory, 79.0 GiB free, compute capability 9.0"
+    )
+    assert findings["libcudnn.so.9"].says.startswith("from a package: ")
+    assert findings["libcudart.so.13"].says.startswith("from the system: ")
+    assert findings["--device auto"].says == "takes cuda:0 (a GPU was found); it works"
+
+
+def test_a_machine_without_one_lacks_nothing():
+    findings = judged(CPU)
+    assert works(findings)
+    assert findings["NVIDIA driver"].status == Status.NOTE
+    assert str(findings["NVIDIA driver"].mend).startswith("if there is an NVIDIA GPU: ")
+    assert findings["--device auto"].says == "takes cpu (no GPU); it works"
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there():
+    findings = judged(replace(CPU, sessions={"cpu": None, "cuda:0": "there is no CUDA provider"}), "cuda:0")
+    assert not works(findings)
+    assert findings["NVIDIA driver"].status == findings["providers"].status == Status.MISSING
+    assert findings["LSTM on cuda:0"].status == findings["--device cuda:0"].status == Status.BROKEN
+    assert findings["--device cuda:0"].mend == "see above; `unroll serve --device cpu` works"
+
+
+def test_a_driver_without_device_nodes_in_a_container():
+    facts = without_gpu(replace(BARE, container=True))
+    by_auto, asked = judged(facts), judged(facts, "cuda:0")
+    for findings in (by_auto, asked):
+        assert "no /dev/nvidia*; no GPU: no CUDA-capable device" in findings["NVIDIA driver"].says
+        assert "docker run --gpus all" in str(findings["NVIDIA driver"].mend)
+    assert works(by_auto)
+    assert by_auto["NVIDIA driver"].status == Status.NOTE
+    assert not works(asked)
+    assert asked["NVIDIA driver"].status == Status.BROKEN
+
+
+def test_a_container_without_driver():
+    findings = judged(replace(CPU, machine=replace(BARE, container=True)))
+    assert works(findings)
+    assert str(findings["NVIDIA driver"].mend).startswith("if the host has an NVIDIA GPU: ")
+    assert "docker run --gpus all" in str(findings["NVIDIA driver"].mend)
+
+
+@pytest.mark.parametrize(
+    ("machine", "mend"),
+    [
+        (replace(BARE, visible_devices=""), "CUDA_VISIBLE_DEVICES is ''"),
+        (BARE, "nvidia-smi"),
+        (replace(BARE, container=True, nodes=("/dev/nvidia0",)), "nvidia-smi"),
+    ],
+)
+def test_other_reasons_for_which_a_driver_finds_no_gpu(machine: Machine, mend: str):
+    assert mend in str(judged(without_gpu(machine))["NVIDIA driver"].mend)
+
+
+def test_device_nodes_without_a_driver_in_a_container():
+    machine = replace(BARE, container=True, nodes=("/dev/nvidia0",))
+    assert "NVIDIA_DRIVER_CAPABILITIES" in str(judged(replace(CPU, machine=machine))["NVIDIA driver"].mend)
+
+
+def test_without_cudnn():
+    libraries = runtime(GPU, libraries={**LIBRARIES, "libcudnn.so.9": None})
+    findings = judged(replace(GPU, runtime=libraries, sessions={"cpu": None, "cuda:0": "cuDNN is unavailable"}))
+    assert not works(findings)
+    assert (findings["libcudnn.so.9"].status, findings["libcudnn.so.9"].mend) == (
+        Status.MISSING,
+        "pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    )
+    assert findings["LSTM on cuda:0"].says == "cuDNN is unavailable"
+    assert findings["--device auto"].says == "takes cuda:0 (a GPU was found); it does not work"
+
+
+def test_in_a_container_the_image_is_built_anew():
+    machine = replace(BARE, container=True)
+    findings = judged(replace(GPU, machine=machine, runtime=runtime(GPU, libraries={"libcudnn.so.9": None})))
+    assert works(findings)  # the model ran on the GPU, so whatever is missing is not missed
+    assert "--build-arg RUNTIME=gpu" in str(findings["libcudnn.so.9"].mend)
+
+
+def test_without_nvidias_bindings():
+    failing = {"cpu": None, "cuda:0": "cuda:0 needs NVIDIA's bindings"}
+    findings = judged(replace(GPU, bindings=None, sessions=failing))
+    assert (findings["cuda-bindings"].status, findings["cuda-bindings"].mend) == (
+        Status.MISSING,
+        "pip install cuda-bindings",
+    )
+    assert "cuda-bindings" not in judged(CPU)
+
+
+def test_several_gpus_must_all_work():
+    facts = replace(GPU, sessions={**GPU.sessions, "cuda:1": None})
+    assert works(judged(facts, "cuda:0,cuda:1"))
+    findings = judged(replace(facts, sessions={**GPU.sessions, "cuda:1": "broken"}), "cuda:0,cuda:1")
+    assert not works(findings)
+    assert findings["--device cuda:0,cuda:1"].status == Status.BROKEN
+
+
+def test_both_packages():
+    packages = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+    findings = judged(replace(GPU, packages=packages))
+    assert not works(findings)
+    assert findings["onnxruntime"] == Finding(
+        "onnxruntime",
+        Status.BROKEN,
+        "onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are installed into the same folder, "
+        "so each has overwritten files of the other",
+        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    )
+    assert str(judged(replace(CPU, packages=packages))["onnxruntime"].mend).endswith("&& pip install onnxruntime")
+
+
+def test_a_gpu_and_an_onnxruntime_without_cuda():
+    findings = judged(replace(CPU, driver=DRIVER))
+    assert works(findings)  # `auto` takes the CPU, which works; but it is said
+    assert findings["providers"].status == Status.NOTE
+    assert findings["providers"].mend == "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+def test_no_onnxruntime():
+    facts = replace(CPU, packages={}, runtime=None, runtime_problem="No module named 'onnxruntime'", sessions={})
+    findings = judged(facts)
+    assert not works(findings)
+    assert findings["onnxruntime"] == Finding(
+        "onnxruntime", Status.MISSING, "No module named 'onnxruntime'", "pip install onnxruntime"
+    )
+    assert findings["--device auto"].status == Status.BROKEN
+
+
+def test_an_onnxruntime_that_cannot_be_imported():
+    findings = judged(replace(CPU, runtime=None, runtime_problem="undefined symbol", sessions={}))
+    assert findings["onnxruntime"].status == Status.BROKEN
+    assert "undefined symbol" in findings["onnxruntime"].says
+
+
+def test_a_driver_that_is_too_old():
+    sessions = {"cpu": None, "cuda:0": "CUDA driver version is insufficient"}
+    findings = judged(replace(GPU, driver=replace(DRIVER, cuda="12.8"), sessions=sessions))
+    assert not works(findings)
+    assert findings["NVIDIA driver"].status == Status.BROKEN
+    assert "onnxruntime is for CUDA 13.0" in findings["NVIDIA driver"].says
+    assert "580 or newer" in str(findings["NVIDIA driver"].mend)
+
+
+def test_a_second_gpu_that_is_broken_is_said_and_matters_to_who_asks():
+    facts = replace(GPU, sessions={**GPU.sessions, "cuda:1": "onnxruntime runs on CPUExecutionProvider"})
+    assert judged(facts)["LSTM on cuda:1"].status == Status.BROKEN
+    assert works(judged(facts))
+    assert not works(judged(facts, "cuda:1"))
+
+
+def test_a_gpu_that_ends_on_the_cpu_is_broken():
+    problem = "onnxruntime runs on CPUExecutionProvider instead of cuda:0"
+    findings = judged(replace(GPU, sessions={"cpu": None, "cuda:0": problem}))
+    assert not works(findings)
+    assert (findings["LSTM on cuda:0"].status, findings["LSTM on cuda:0"].says) == (Status.BROKEN, problem)
+
+
+def test_the_cpu_suffices_who_asks_for_it():
+    facts = replace(GPU, sessions={"cpu": None, "cuda:0": "broken"}, driver=replace(DRIVER, cuda="12.8"))
+    assert works(judged(facts, "cpu"))
+    assert judged(facts, "cpu")["NVIDIA driver"].status == Status.NOTE
+    assert not works(judged(facts))
+
+
+@pytest.mark.parametrize(
+    ("limit", "container", "mend"),
+    [(4096, False, "systemd"), (4096, True, "docker run --ulimit"), (1_048_576, True, "ulimit -n 1048576")],
+)
+def test_few_open_files_are_few_streams(limit: int, container: bool, mend: str):
+    findings = judged(replace(CPU, machine=replace(BARE, files=1024, files_limit=limit, container=container)))
+    assert findings["open files"].status == Status.NOTE
+    assert mend in str(findings["open files"].mend)
+    assert works(findings)
