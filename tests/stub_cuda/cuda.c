@@ -250,6 +250,20 @@ int cudaLaunchKernelExC(const struct launch_config *how, const void *function, v
     return launch(function, how->grid, how->block, how->stream);
 }
 
+int cuModuleLoadData(void **module, const void *code) { return stub_create("cuModuleLoadData", module); }
+int cuModuleUnload(void *module) { return OK; }
+
+int cuModuleGetFunction(const void **function, void *module, const char *name) {
+    *function = strdup(name);
+    __cudaRegisterFunction(NULL, *function, NULL, *function);
+    return OK;
+}
+
+int cuLaunchKernel(const void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **arguments, void **extra) {
+    return launch(function, (dim3){grid_x, grid_y, grid_z}, (dim3){block_x, block_y, block_z}, stream);
+}
+
 /* What `kernel<<<...>>>` leaves for the host function it then calls. */
 static struct launch_config pushed;
 
@@ -278,7 +292,7 @@ int cudaGetDevice(int *device) { return *device = 0, OK; }
 int cudaSetDevice(int device) { return OK; }
 int cudaDriverGetVersion(int *version) { return *version = 13000, OK; }
 int cudaRuntimeGetVersion(int *version) { return *version = 13000, OK; }
-int cudaDeviceGetAttribute(int *value) { return *value = 0, OK; }
+int cudaDeviceGetAttribute(int *value, int which) { return *value = which == 75 /* major of its capability */ ? 9 : 0, OK; }
 int cudaGetLastError(void) { return OK; }
 int cudaPeekAtLastError(void) { return OK; }
 const char *cudaGetErrorString(int error) { return error == FORBIDDEN ? "forbidden while a stream captures" : "stub"; }
