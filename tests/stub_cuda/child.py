@@ -24,7 +24,7 @@ class Outcome:
 
 
 class Stub:
-    """Makes the library in the folder. `missing()` says what it would lack."""
+    """Makes the library in the folder. `missing()` says why it could not."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -292,7 +292,10 @@ int cudaGetDevice(int *device) { return *device = 0, OK; }
 int cudaSetDevice(int device) { return OK; }
 int cudaDriverGetVersion(int *version) { return *version = 13000, OK; }
 int cudaRuntimeGetVersion(int *version) { return *version = 13000, OK; }
-int cudaDeviceGetAttribute(int *value, int which) { return *value = which == 75 /* major of its capability */ ? 9 : 0, OK; }
+int cudaDeviceGetAttribute(int *value, int which) {
+    *value = which == 75 ? 9 : 0; /* cudaDevAttrComputeCapabilityMajor */
+    return OK;
+}
 int cudaGetLastError(void) { return OK; }
 int cudaPeekAtLastError(void) { return OK; }
 const char *cudaGetErrorString(int error) { return error == FORBIDDEN ? "forbidden while a stream captures" : "stub"; }

@@ -23,7 +23,9 @@ _LOOKED_UP = re.compile(rb"\0((?:cudnn|cufft|nvrtc)[A-Z]\w{3,60})(?=\0)")
 
 
 def missing() -> str | None:
-    """What this machine lacks for it."""
+    """Why it cannot be made, or would not be found, on this machine."""
+    if Path("/proc/driver/nvidia/version").exists():
+        return "needs a machine without an NVIDIA driver"
     tools = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
     return f"needs {' and '.join(tools)}" if tools else None
 
