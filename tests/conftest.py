@@ -1,9 +1,11 @@
-"""Small models of every kind the server treats differently, exported once for the whole run."""
+"""Small models of every kind the server treats differently, exported once for the whole run; a CUDA without a GPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from stub_cuda.child import Outcome, Stub
 from torch import Tensor, nn
 
 import export
@@ -86,3 +88,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Recurrent(nn.GRU, num_layers=2).eval(), {"x": torch.randn(2, 9, 3)}, name="gru", version="2", repository=path
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def run_with_stub(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
+    """`run_with_stub(script, *arguments)` runs Python where onnxruntime-gpu finds the CUDA of `stub_cuda/`.
+
+    What it computes means nothing; the outcome tells what was called.
+    """
+    if missing := Stub.missing():
+        pytest.skip(missing)
+    return Stub(tmp_path_factory.mktemp("stub_cuda")).run
