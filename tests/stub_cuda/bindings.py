@@ -79,13 +79,14 @@ def _argument(value: Any) -> Any:
     return c_void_p(int(value)) if isinstance(value, int) or hasattr(value, "__int__") else None
 
 
-def _launch_kernel(*arguments: Any) -> tuple:
-    _LAUNCH.bind(*arguments)
-    return (driver.CUresult(_LIBRARY.cuLaunchKernel(*map(_argument, arguments[:9]))),)
+def _launch_kernel(config: Any, function: Any, parameters: Any, extra: Any) -> tuple:
+    grid, block = ([getattr(config, f"{what}Dim{axis}") for axis in "XYZ"] for what in ("grid", "block"))
+    arguments = [function, *grid, *block, config.sharedMemBytes, config.hStream]
+    return (driver.CUresult(_LIBRARY.cuLaunchKernel(*map(_argument, arguments))),)
 
 
-_LAUNCH = inspect.signature(driver.cuLaunchKernel)
 _replace(runtime, runtime.cudaError_t, _RUNTIME)
 _replace(driver, driver.CUresult, _DRIVER)
 _replace(nvrtc, nvrtc.nvrtcResult, _NVRTC)
-driver.cuLaunchKernel = _launch_kernel
+driver.cuLaunchKernelEx = _launch_kernel
+driver.cuFuncSetAttribute = lambda function, attribute, value: (driver.CUresult.CUDA_SUCCESS,)
