@@ -61,6 +61,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, S
     assert program is not None
     model = program.model_proto
     _rename(model.graph)
+    _drop_copies(model.graph)
     return _bare(model), suspects
 
 
@@ -78,6 +79,21 @@ def _rename(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
                 _rename(inner)
+
+
+def _drop_copies(graph: onnx.GraphProto) -> None:
+    """A Split into one part, as the exporter writes for the state of a layer with one direction, copies a tensor."""
+    kept = {value.name for value in graph.output}
+    copies = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Split" and len(node.output) == 1 and node.output[0] not in kept
+    }
+    for node in graph.node:
+        node.input[:] = [copies.get(name, name) for name in node.input]
+    nodes = [node for node in graph.node if not copies.keys() & set(node.output)]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def index_limits(model: onnx.ModelProto) -> dict[str, int]:
