@@ -39,19 +39,21 @@ def _circumstances(results: Results) -> list[str]:
 
 def _steps(results: Results) -> list[str]:
     lines = ["### A step", "", "Microseconds for one time step of every row.", ""]
-    head = ["model", "rows", "precision", "graph", "call", "PyTorch", "graph / PyTorch", "floor", "nodes", "M steps/s"]
+    head = ["model", "rows", "precision", "device", "M steps/s", "with transfers", "from arrays to arrays"]
+    head += ["onnxruntime's layers", "PyTorch", "PyTorch / device", "floor"]
     rows = [
         [
             each["title"],
             each["rows"],
             each["precision"],
+            f"{each['device']:.1f}",
+            f"{each['steps_per_second'] / 1e6:.2f}",
             f"{each['graph']:.1f}",
             f"{each['call']:.1f}",
+            f"{each['onnxruntime']:.1f}",
             f"{each['torch']:.1f}",
-            f"{each['graph'] / each['torch']:.2f}",
+            f"{each['torch'] / each['device']:.2f}",
             f"{each['floor']:.1f}",
-            each["nodes"],
-            f"{each['steps_per_second'] / 1e6:.2f}",
         ]
         for each in results["steps"]
     ]

@@ -11,32 +11,25 @@ import bundle
 from bench.gpu.shapes import FEATURES
 from service.engine.base import LAUNCHED, PlainRows, Result
 from service.engine.cuda.driver import CapturedGraph
-from service.engine.cuda.engine import CudaEngine
-from service.engine.place import CudaPlace, EngineOptions, Precision, open_cuda
-from service.engine.proof import Proof
+from service.engine.place import Cells, CudaPlace, EngineOptions, Precision, open_cuda
 from service.state.slots import INITIAL, SCRATCH
 
 DEVICE = "cuda:0"
 
 
 class Ours:
-    """rows: of the arena."""
+    """rows: of the arena. proof: what the golden vectors said of it."""
 
-    def __init__(self, path: Path, precision: Precision, rows: int, buckets: Sequence[int]) -> None:
+    def __init__(self, path: Path, options: EngineOptions, rows: int) -> None:
         found = bundle.read(path)
         self.manifest = found.manifest
-        self._place = CudaPlace(found, open_cuda(DEVICE), EngineOptions(precision=precision, buckets=tuple(buckets)))
-        self.stream = self._place.device.stream
-        engine = self._place.engine(rows, buckets[-1])
-        assert isinstance(engine, CudaEngine)
-        assert engine.captured
-        self.engine, self._rows = engine, rows
+        here = CudaPlace(found, open_cuda(DEVICE), options)
+        self.engine, self.proof = here.engine(rows, options.buckets[-1])
+        assert self.engine.captured
+        self.stream = here.device.stream
 
-    def proof(self) -> Proof:
-        return self._place.prove(self.engine, self._rows)
-
-    def graph(self, rows: int) -> CapturedGraph:
-        graph = self.engine.graph(rows)
+    def graph(self, rows: int, *, transfers: bool = True) -> CapturedGraph:
+        graph = self.engine.graph(rows, transfers=transfers)
         assert isinstance(graph, CapturedGraph)
         return graph
 
@@ -62,9 +55,11 @@ class Ours:
 
 
 @contextmanager
-def ours(path: Path, precision: Precision, rows: int, buckets: Sequence[int]) -> Iterator[Ours]:
+def ours(
+    path: Path, rows: int, buckets: Sequence[int], precision: Precision = "float32", cells: Cells = "fused"
+) -> Iterator[Ours]:
     """Its memory is given back afterwards."""
-    found = Ours(path, precision, rows, sorted(buckets))
+    found = Ours(path, EngineOptions(precision=precision, cells=cells, buckets=tuple(sorted(buckets))), rows)
     yield found
     found.engine.close()
 

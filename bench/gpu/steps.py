@@ -33,22 +33,25 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Microseconds of a step of so many rows: medians of the turns. graph: on the device, launched back to back, the
-    batch's inputs and outputs going between host and device included. call: from arrays to arrays, as the server
-    calls it. floor: see `Shape.floor`. nodes: of the graph."""
+    """Microseconds of a step of so many rows: medians of the turns. device: launched back to back, all on the device;
+    graph: the same with inputs and outputs going between host and device; call: from arrays to arrays, as the server
+    calls it. onnxruntime: `device`, with onnxruntime running the layers. torch: PyTorch's graph. floor: see
+    `Shape.floor`. nodes: of the graph."""
 
     title: str
     rows: int
     precision: str
+    device: float
     graph: float
     call: float
+    onnxruntime: float
     torch: float
     floor: float
     nodes: int
 
     @property
     def steps_per_second(self) -> float:
-        return self.rows / self.graph * 1e6
+        return self.rows / self.device * 1e6
 
 
 def measure(
@@ -57,29 +60,34 @@ def measure(
     """Raises AssertionError if PyTorch answers otherwise."""
     tf32 = precision == "tf32"
     peer.set_tf32(tf32)
-    reference = model(shape).cuda()
+    reference, path = model(shape).cuda(), bundle_of(shape, repository)
     found = []
-    with ours(bundle_of(shape, repository), precision, _ARENA, sizes) as engine:
+    with ours(path, _ARENA, sizes, precision) as fused, ours(path, _ARENA, sizes, precision, "onnxruntime") as plain:
         for size in sizes:
             slots, x = some_slots(size, _ARENA), inputs(size)
-            rows, graph = steps_of(slots, x), engine.graph(size)
-            theirs = peer.TorchSteps(reference, slots, x, _ARENA)
+            rows, theirs = steps_of(slots, x), peer.TorchSteps(reference, slots, x, _ARENA)
             for _ in range(3):
-                outputs, failed = engine.engine.run(rows)
+                answers = [engine.engine.run(rows)[0][0] for engine in (fused, plain)]
                 theirs.launch()
-            assert not failed
-            assert np.allclose(outputs[0], theirs.answer(), rtol=0, atol=_TOLERANCE[precision])
+            for answer in answers:
+                assert np.allclose(answer, theirs.answer(), rtol=0, atol=_TOLERANCE[precision])
+            launches = [
+                (fused.graph(size, transfers=False), fused.stream),
+                (fused.graph(size), fused.stream),
+                (plain.graph(size, transfers=False), plain.stream),
+                (theirs, None),
+            ]
             each = [
-                (
-                    peer.seconds_per_launch(graph.launch, count, engine.stream),
-                    engine.seconds_per_step([rows], count),
-                    peer.seconds_per_launch(theirs.launch, count),
-                )
+                [
+                    *(peer.seconds_per_launch(graph.launch, count, stream) for graph, stream in launches),
+                    fused.seconds_per_step([rows], count),
+                ]
                 for _ in range(turns)
             ]
-            micro = [median(seconds) * 1e6 for seconds in zip(*each, strict=True)]
+            device, graph, layers, torch, call = (median(seconds) * 1e6 for seconds in zip(*each, strict=True))
             floor = shape.floor(size, limits.copy, limits.tf32 if tf32 else limits.float32) * 1e6
-            found.append(Steps(shape.title, size, precision, *micro, floor, len(graph.nodes())))
+            nodes = len(fused.graph(size).nodes())
+            found.append(Steps(shape.title, size, precision, device, graph, call, layers, torch, floor, nodes))
     return found
 
 
@@ -87,7 +95,7 @@ def resident(shape: Shape, size: int, repository: Path, turns: int, count: int) 
     """Microseconds of a call for rows all over the arena, by how many sessions it holds."""
     found = {}
     for sessions in (_FEW, _MANY):
-        with ours(bundle_of(shape, repository), "float32", sessions + 2 + size, [size]) as engine:
+        with ours(bundle_of(shape, repository), sessions + 2 + size, [size]) as engine:
             batches = [
                 steps_of(np.random.default_rng(i).choice(sessions, size, replace=False) + 2, inputs(size))
                 for i in range(32)

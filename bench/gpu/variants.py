@@ -35,10 +35,10 @@ class Variant:
 
 def measure(shape: Shape, sizes: list[int], repository: Path, count: int) -> Iterator[Variant]:
     path = bundle_of(shape, repository)
-    with ours(path, "float32", _ARENA, sizes) as engine:
+    with ours(path, _ARENA, sizes, cells="onnxruntime") as engine:
         for size in sizes:
-            seconds = peer.seconds_per_launch(engine.graph(size).launch, count, engine.stream)
-            yield Variant("kernels around the graph", size, seconds * 1e6)
+            graph = engine.graph(size, transfers=False)
+            yield Variant("kernels around it", size, peer.seconds_per_launch(graph.launch, count, engine.stream) * 1e6)
     device = open_cuda("cuda:0")
     model = onnx.load(str(path / "model.onnx"))
     for what, (change, parts) in _CHANGES.items():

@@ -145,9 +145,11 @@ class CudaEngine:
         self._steps = {}
         self._device.close()
 
-    def graph(self, rows: int) -> Graph:
-        """What is launched for so many rows, with whatever its last call left there: to be looked at and measured."""
-        return self._steps[bucket_of(self._buckets, rows), 1][-1].graph
+    def graph(self, rows: int, *, transfers: bool = True) -> Graph:
+        """What is launched for a step of so many rows, to be looked at and measured; transfers: with what goes between
+        host and device."""
+        call = self._steps[bucket_of(self._buckets, rows), 1][-1]
+        return call.graph if transfers else call.without_transfers()
 
     def read(self, slot: int) -> np.ndarray:
         row = np.empty(self._manifest.state_size, np.float32)

@@ -1,6 +1,7 @@
 """Steps of up to so many rows as a captured graph: one step, or several of the same rows, one after another."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -106,7 +107,11 @@ class StepCall:
     def failed(self) -> dict[int, UnrollError]:
         return flagged(self._failed[: self._filled])
 
-    def _queue(self) -> None:
+    def without_transfers(self) -> Graph:
+        """The same graph, but for what comes from the host and goes there: what the device's own work takes."""
+        return self._device.capture(partial(self._queue, transfers=False))
+
+    def _queue(self, *, transfers: bool = True) -> None:
         arena, memory, blocks = self._arena.pointer, self._memory, (self._size, 1)
         first, sources, *_ = self._call.offsets
         state = memory.state.pointer if self._gathers else 0
@@ -116,7 +121,7 @@ class StepCall:
                 GATHER,
                 blocks,
                 *(arena, self._width, call + sources, state, memory.failed.pointer, call + first),
-                *(memory.call.pointer, call, self._call.nbytes),
+                *(memory.call.pointer, call, self._call.nbytes * transfers),
             )
             self._queue_model()
             self._device.run(
@@ -124,7 +129,7 @@ class StepCall:
                 blocks,
                 *(arena, self._width, self._targets_there, memory.state_out.pointer, memory.failed.pointer),
                 *(self._failed_at, memory.outputs.pointer, self._checked.pointer, self._checked.shape[0]),
-                *(answer, self._answer.nbytes),
+                *(answer, self._answer.nbytes * transfers),
             )
 
 
