@@ -179,6 +179,8 @@ class Lanes:
 
     def _feed_starved(self, now: float) -> None:
         """Let as many chunks wait in the lanes again as there are workspaces for."""
+        if not self._starved:
+            return
         starved, self._starved = self._starved, deque()
         free = self._workspaces.count - self._workspaces.taken
         for chunk in starved:
