@@ -411,7 +411,7 @@ class Scheduler:
         for row, error in errors.items():
             self._count_failed(error)
             self._recount(group.sessions[row], now)
-        if group.again and not group.followed and not errors:
+        if group.again and not group.followed:
             return self.sessions.form(group.sessions, now)
         return None
 
