@@ -24,12 +24,12 @@ from service.engine.host import HostEngine
 from service.engine.runner import Runner
 from service.protocol import json as json_protocol
 from service.protocol import open_inference
-from service.protocol.frames import STEPS, UNSAID, FrameCodec, encode, encode_one
+from service.protocol.frames import STEPS, UNSAID, Alone, FrameCodec, encode, encode_one, entries_of, reached
 from service.protocol.tensors import Codec
 from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Chunk
+from service.scheduler.work import Chunk, Cohort, GroupReply
 from service.state.arena import HostArena
 
 _FEATURES = 16
@@ -149,12 +149,12 @@ def protocol() -> Iterator[Part]:
         yield Part(f"protocol: read frame of {entries}", entries, lambda f=frame: _read_frame(frames, f))
     yield Part("protocol: write frame of 1", 1, lambda: encode_one(0, 1, 8, outputs))
     for entries in (64, 256):
-        handles, positions = list(range(entries)), [8] * entries
-        values = np.zeros((entries, 1, _FEATURES), np.float32)
+        asked = entries_of(range(entries), [1] * entries, [7] * entries)
+        positions, values = np.full(entries, 8, np.uint64), np.zeros((entries, 1, _FEATURES), np.float32)
         yield Part(
             f"protocol: write frame of {entries}",
             entries,
-            lambda h=handles, p=positions, v=values: encode(h, 1, p, [v.tobytes()]),
+            lambda a=asked, p=positions, v=values: encode(reached(a, p), [v.data]),
         )
 
 
@@ -186,8 +186,8 @@ def steps_frame(entries: int) -> bytes:
 
 
 def _read_frame(codec: FrameCodec, content: bytes) -> None:
-    frame = codec.decode(content)
-    if codec.faults(frame):
+    frame = codec.decode_alone(content) or codec.decode(content)
+    if codec.fault(frame.inputs) if isinstance(frame, Alone) else codec.faults(frame):
         raise ValueError("the frame is sound")
 
 
@@ -200,6 +200,7 @@ def scheduler() -> Iterator[Part]:
         yield Part(f"scheduler: {sessions} sessions", sessions, Turns(sessions).each_by_itself)
     for sessions in _ROWS[1:]:
         yield Part(f"scheduler: a group of {sessions}", sessions, Turns(sessions).as_a_group)
+        yield Part(f"scheduler: a cohort of {sessions}", sessions, Turns(sessions).as_a_cohort)
 
 
 class Turns:
@@ -213,6 +214,7 @@ class Turns:
         self._together = np.zeros((sessions, 1, _FEATURES), np.float32)
         self._inputs = [(row,) for row in self._together]
         self._unsaid = [None] * sessions
+        self._cohorts: list[Cohort] = []
         self._now = 0.0
 
     def each_by_itself(self) -> None:
@@ -224,11 +226,21 @@ class Turns:
             chunk.listeners = (settled,)
         self._turn(now)
 
-    def as_a_group(self) -> None:
+    def as_a_group(self, *, again: bool = False) -> None:
         now = self._tick()
         self.scheduler.submit_group(
-            self._sessions, self._unsaid, (self._together,), now, now + 30.0, self._group_settled
+            self._sessions, self._unsaid, (self._together,), now, now + 30.0, self._group_settled, again=again
         )
+        self._turn(now)
+
+    def as_a_cohort(self) -> None:
+        now = self._tick()
+        if not self._cohorts:
+            self.as_a_group(again=True)
+        taken = self.scheduler.submit_cohorts(
+            self._cohorts, None, (self._together,), now, now + 30.0, self._group_settled
+        )
+        assert taken
         self._turn(now)
 
     def _tick(self) -> float:
@@ -242,8 +254,9 @@ class Turns:
     def _settled(self, outcome: object) -> None:
         self.answered += 1
 
-    def _group_settled(self, reply: object) -> None:
-        self.answered += len(reply.rows)  # type: ignore[attr-defined]
+    def _group_settled(self, reply: GroupReply) -> None:
+        self.answered += len(reply.positions)
+        self._cohorts = [] if reply.cohort is None else [reply.cohort]
 
 
 # ── engine ───────────────────────────────────────────────────────────────────────────────────────

@@ -7,11 +7,12 @@ web server. Below it, what ties a Stream to one: any ASGI server, or a transport
 import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
 import structlog
 from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -37,8 +38,8 @@ from service.core.errors import (
 )
 from service.engine.base import Tensors
 from service.protocol import json
-from service.protocol.frames import Frame, FrameCodec, encode, encode_one
-from service.scheduler.work import Action, Chunk, GroupReply, Life, Outcome, Session
+from service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
+from service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session
 
 _log = structlog.get_logger(__name__)
 
@@ -46,6 +47,8 @@ _log = structlog.get_logger(__name__)
 WINDOW = 2048
 #: Sessions bound to one connection at a time, and in one `open`.
 MAX_HANDLES = 65_536
+#: Kinds of frames of a connection that are recognised when they come again.
+MAX_LINEUPS = 16
 #: Sessions that are opened or closed in one turn of the event loop.
 SLICE = 256
 #: Seconds after which a client that does not read is cut off.
@@ -97,6 +100,15 @@ class _Waiting:
         self.stream._settled(self, outcome)
 
 
+@dataclass(slots=True, eq=False)
+class _Lineup:
+    """Whose steps a frame had, which most likely will come together again. served: the version they are all on, if they
+    are. cohorts: theirs, in the frame's order."""
+
+    served: ServedModel | None = None
+    cohorts: list[Cohort] = field(default_factory=list)
+
+
 class Stream:
     """One connection. `pause` and `resume` stop and start what calls `on_text` and `on_binary`.
 
@@ -128,6 +140,7 @@ class Stream:
         #: What each handle means: one session, and not another that is opened under its id later.
         self._bound: dict[ServedModel, dict[int, Session]] = {}
         self._handles = 0
+        self._lineups: dict[bytes, _Lineup] = {}  # by `Frame.who`
         self._held: deque[tuple[Callable[[bytes], None], bytes]] = deque()  # messages behind one that takes long
         self._working = False  # on that one
         self._waiting: dict[_Waiting, None] = {}
@@ -161,14 +174,15 @@ class Stream:
             limit = self._server.limits.max_body_bytes
             if len(message) > limit:
                 raise BodyTooLarge(f"a frame may have {limit} bytes, this one has {len(message)}")
-            frame = self._codec.decode(message)
+            frame = self._codec.decode_alone(message) or self._codec.decode(message)
         except InvalidRequest as error:
             self._send_text(json.dump({"op": "error", **_described(error)}))
             return
-        self._unanswered += len(frame.handles)
-        if len(frame.handles) == 1:
-            self._submit(frame, 0, frame.chunks[0], self._codec.fault(frame.chunks[0]))
+        if isinstance(frame, Alone):
+            self._unanswered += 1
+            self._submit(frame, self._codec.fault(frame.inputs), alone=True)
         else:
+            self._unanswered += len(frame.entries)
             self._submit_all(frame)
         self._regulate()
 
@@ -187,6 +201,7 @@ class Stream:
         self._waiting.clear()
         self._held.clear()
         self._answers.clear()
+        self._lineups.clear()
         self._unanswered = 0
 
     # ── control ──────────────────────────────────────────────────────────────────────────────────
@@ -242,6 +257,7 @@ class Stream:
         for bound in self._bound.values():
             if bound.pop(handle, None) is not None:
                 self._handles -= 1
+                self._lineups.clear()
 
     def _open(self, wanted: _Wanted) -> dict[str, Any]:
         try:
@@ -304,59 +320,92 @@ class Stream:
         found = self._find(handle)
         if found is None:
             raise InvalidRequest(f"no session is bound to handle {handle}")
-        return found
+        served, session = found
+        return served, served.scheduler.sessions.look(session)
 
     # ── chunks ───────────────────────────────────────────────────────────────────────────────────
 
     def _submit_all(self, frame: Frame) -> None:
-        """As one group what can be, the rest one by one."""
+        """As cohorts what steps together time after time, else as one group what can be, and the rest one by one."""
         faults = self._codec.faults(frame)
         taken: set[int] = set()
         if frame.even is not None:
+            lineup = self._lineup(frame)
+            if not faults and self._submit_cohorts(frame, frame.even, lineup):
+                return
             for served, bound in self._bound.items():
                 rows, members = _members(bound, frame.handles, faults)
                 if rows:
-                    taken.update(self._submit_group(frame, served, rows, members))
-        if len(taken) < len(frame.handles):
-            for i in range(len(frame.handles)):
+                    taken.update(self._submit_group(frame, served, rows, members, lineup))
+        if len(taken) < len(frame.entries):
+            for i, said in enumerate(zip(frame.handles, frame.steps, frame.positions, strict=True)):
                 if i not in taken:
-                    self._submit(frame, i, frame.chunk(i), faults.get(i))
+                    self._submit(Alone(*said, frame.chunk(i)), faults.get(i), alone=False)
 
-    def _submit_group(self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session]) -> list[int]:
+    def _lineup(self, frame: Frame) -> _Lineup:
+        who = frame.who
+        lineup = self._lineups.get(who)
+        if lineup is None:
+            if len(self._lineups) == MAX_LINEUPS:
+                del self._lineups[next(iter(self._lineups))]
+            lineup = self._lineups[who] = _Lineup()
+        return lineup
+
+    def _submit_cohorts(self, frame: Frame, inputs: Tensors, lineup: _Lineup) -> bool:
+        """False if the frame's sessions are no cohorts, or cannot take this step as such."""
+        served = lineup.served
+        if served is None or sum(len(cohort.sessions) for cohort in lineup.cohorts) < len(frame.entries):
+            return False
+        said = frame.entries["position"]
+        positions = None if said[0] == UNSAID and (said == UNSAID).all() else said
+        then = partial(self._settled_group, frame, None, None)
+        try:
+            return served.loop.submit_cohorts(
+                lineup.cohorts, positions, inputs, self._server.limits.request_timeout, then
+            )
+        except UnrollError as error:
+            self._refuse_all(frame.entries, error)
+            return True
+
+    def _submit_group(
+        self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session], lineup: _Lineup
+    ) -> list[int]:
         """Returns the rows of the frame that are taken or refused."""
         assert frame.even is not None
         inputs, positions = frame.even, frame.positions
-        if len(rows) < len(frame.handles):
+        whole = len(rows) == len(frame.entries)
+        again = whole and lineup.served is served
+        lineup.served, lineup.cohorts = served if whole else None, []
+        if not whole:
             inputs = tuple(array[rows] for array in inputs)
             positions = [positions[i] for i in rows]
-        then = partial(self._settled_group, frame, rows)
+        then = partial(self._settled_group, frame, None if whole else rows, lineup)
+        timeout = self._server.limits.request_timeout
         try:
-            left = served.loop.submit_group(members, positions, inputs, self._server.limits.request_timeout, then)
+            left = served.loop.submit_group(members, positions, inputs, timeout, then, again=again)
         except UnrollError as error:
-            for i in rows:
-                self._refuse(frame.handles[i], frame.positions[i], error)
+            self._refuse_all(frame.entries[rows], error)
             return rows
         if not left:
             return rows
         others = set(left)
         return [i for row, i in enumerate(rows) if row not in others]
 
-    def _submit(self, frame: Frame, i: int, inputs: Tensors, fault: UnrollError | None) -> None:
-        handle, position = frame.handles[i], frame.positions[i]
+    def _submit(self, said: Alone, fault: UnrollError | None, *, alone: bool) -> None:
         try:
             if fault is not None:
                 raise fault
-            served, session = self._session_of(handle)
+            served, session = self._session_of(said.handle)
             if session.active is not None or session.life is not Life.OPEN:
                 _check_here(served, session)
-                _check_depth(session, position)
-            waiting = _Waiting(self, served, handle, frame.steps[i], position, len(frame.handles) == 1)
+                _check_depth(session, said.position)
+            waiting = _Waiting(self, served, said.handle, said.steps, said.position, alone)
             timeout = self._server.limits.request_timeout
-            waiting.chunk = served.loop.submit_steps(session.id, inputs, timeout, waiting, position=position)
+            waiting.chunk = served.loop.submit_steps(session.id, said.inputs, timeout, waiting, position=said.position)
             if waiting.chunk is not None:
                 self._waiting[waiting] = None
         except UnrollError as error:
-            self._refuse(handle, position, error)
+            self._refuse(said.handle, said.position, error)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────
 
@@ -383,24 +432,32 @@ class Stream:
         handles, steps, positions, values = zip(*self._answers, strict=True)
         self._answers = []
         in_order = (entry for output in zip(*values, strict=True) for entry in output)
-        self._send_binary(encode(handles, steps, positions, in_order))
+        self._send_binary(encode(entries_of(handles, steps, positions), in_order))
         self._answered(len(handles))
 
-    def _settled_group(self, frame: Frame, rows: list[int], reply: GroupReply) -> None:
+    def _settled_group(self, frame: Frame, rows: list[int] | None, lineup: _Lineup | None, reply: GroupReply) -> None:
+        """rows: of the frame that were submitted, if not all."""
         if self._closed:
             return
-        handles, positions, outputs = [frame.handles[rows[row]] for row in reply.rows], reply.positions, reply.outputs
+        if lineup is not None and reply.cohort is not None:
+            lineup.cohorts.append(reply.cohort)
+        at = reply.rows if rows is None or isinstance(reply.rows, slice) else [rows[row] for row in reply.rows]
+        asked, positions, outputs = frame.entries[at], reply.positions, reply.outputs
         if reply.errors:
             for i, error in reply.errors.items():
-                self._refuse(handles[i], frame.positions[rows[reply.rows[i]]], error)
-            good = [i for i in range(len(handles)) if i not in reply.errors]
-            handles, positions = [handles[i] for i in good], [positions[i] for i in good]
+                self._refuse_all(asked[i : i + 1], error)
+            good = [i for i in range(len(asked)) if i not in reply.errors]
+            asked, positions = asked[good], positions[good]
             outputs = tuple(output[good] for output in outputs)
         self._send_answers()
-        if handles:
-            values = [output.tobytes() for output in outputs]
-            self._send_binary(encode(handles, frame.steps[0], positions, values))
-            self._answered(len(handles))
+        if len(asked):
+            self._send_binary(encode(reached(asked, positions), [output.data for output in outputs]))
+            self._answered(len(asked))
+
+    def _refuse_all(self, asked: np.ndarray, error: UnrollError) -> None:
+        """asked: entries of a frame."""
+        for handle, _, position in asked.tolist():
+            self._refuse(handle, None if position == UNSAID else position, error)
 
     def _refuse(self, handle: int, position: int | None, error: UnrollError) -> None:
         document = {"op": "error", **_described(error), "handle": handle, "position": position}

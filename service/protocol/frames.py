@@ -15,7 +15,8 @@ values of one entry is that entry's error.
 import struct
 from array import array as packed
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,19 +39,47 @@ _ALONE_STEPS = _HEADER.pack(STEPS, 0, 0, 1)
 _ALONE_OUTPUTS = _HEADER.pack(OUTPUTS, 0, 0, 1)
 
 
-@dataclass(slots=True, eq=False)
-class Frame:
-    """N chunks. positions: where each begins, None if not said.
+class Alone(NamedTuple):
+    """The chunk of a frame that has no other. position: where it begins, None if not said. inputs: each (T, *shape)."""
 
-    even: each input (N, T, *shape), views into the frame, if there are several entries and all have T steps; else None.
+    handle: int
+    steps: int
+    position: int | None
+    inputs: Tensors
+
+
+class Frame:
+    """N chunks. entries: as they came.
+
+    even: each input (N, T, *shape), views into the frame, if all entries have T steps; else None.
     chunks: if not even, the inputs of each entry, (T, *shape).
     """
 
-    handles: list[int]
-    steps: list[int]
-    positions: list[int | None]
-    even: Tensors | None
-    chunks: list[Tensors]
+    def __init__(self, entries: np.ndarray, even: Tensors | None, chunks: list[Tensors]) -> None:
+        self.entries = entries
+        self.even = even
+        self.chunks = chunks
+
+    @cached_property
+    def handles(self) -> list[int]:
+        return self.entries["handle"].tolist()
+
+    @cached_property
+    def steps(self) -> list[int]:
+        return self.entries["steps"].tolist()
+
+    @cached_property
+    def positions(self) -> list[int | None]:
+        """Where each chunk begins, None if not said."""
+        positions: list[int | None] = self.entries["position"].tolist()
+        if UNSAID in positions:
+            return [None if position == UNSAID else position for position in positions]
+        return positions
+
+    @property
+    def who(self) -> bytes:
+        """The same for frames of the same handles in the same order, with as many steps of each."""
+        return self.entries.view("<u8")[::2].tobytes()
 
     def chunk(self, i: int) -> Tensors:
         """The inputs of entry i: each (T, *shape)."""
@@ -66,16 +95,16 @@ class FrameCodec:
         self._layout = [(spec.numpy, spec.shape, spec.size) for spec in inputs]
         self._step_bytes = sum(spec.nbytes for spec in inputs)
 
-    def decode(self, frame: bytes) -> Frame:
-        """Raises InvalidRequest if the frame is not one of steps, or its lengths contradict each other."""
-        if len(frame) >= _ALONE.size:
-            header, handle, steps, position = _ALONE.unpack_from(frame)
-            if header == _ALONE_STEPS:
-                if len(frame) != _ALONE.size + steps * self._step_bytes or not steps:
-                    self._check_length(frame, 1, steps, steps)  # says what is wrong
-                inputs = self._one(frame, steps)
-                return Frame([handle], [steps], [None if position == UNSAID else position], None, [inputs])
-        return self._decode_many(frame)
+    def decode_alone(self, frame: bytes) -> Alone | None:
+        """The only chunk of a frame, read in one go; None if `decode` is to read it. Raises InvalidRequest."""
+        if len(frame) < _ALONE.size:
+            return None
+        header, handle, steps, position = _ALONE.unpack_from(frame)
+        if header != _ALONE_STEPS:
+            return None
+        if len(frame) != _ALONE.size + steps * self._step_bytes or not steps:
+            self._check_length(frame, 1, steps, steps)  # says what is wrong
+        return Alone(handle, steps, None if position == UNSAID else position, self._one(frame, steps))
 
     def _one(self, frame: bytes, steps: int) -> Tensors:
         """The inputs of a frame's only entry, each (steps, *shape)."""
@@ -90,7 +119,8 @@ class FrameCodec:
             offset += values.nbytes
         return tuple(inputs)
 
-    def _decode_many(self, frame: bytes) -> Frame:
+    def decode(self, frame: bytes) -> Frame:
+        """Raises InvalidRequest if the frame is not one of steps, or its lengths contradict each other."""
         if len(frame) < _HEADER.size:
             raise InvalidRequest(f"a frame has a header of {_HEADER.size} bytes; this one has {len(frame)} in all")
         kind, flags, reserved, count = _HEADER.unpack_from(frame)
@@ -101,26 +131,29 @@ class FrameCodec:
         if len(frame) < _HEADER.size + count * _ENTRY.itemsize:
             raise InvalidRequest(f"a frame of {count} entries has more than {len(frame)} bytes")
         entries = np.frombuffer(frame, _ENTRY, count, _HEADER.size)
-        handles: list[int] = entries["handle"].tolist()
-        steps: list[int] = entries["steps"].tolist()
-        positions: list[int | None] = entries["position"].tolist()
-        if UNSAID in positions:
-            positions = [None if position == UNSAID else position for position in positions]
-        longest = steps[0]
-        alike = steps.count(longest) == count
-        total = longest * count if alike else sum(steps)
-        self._check_length(frame, count, total, longest if alike else min(steps))
+        steps = entries["steps"]
+        fewest, longest = int(steps.min()), int(steps.max())
+        total = longest * count if fewest == longest else int(steps.sum(dtype=np.uint64))
+        self._check_length(frame, count, total, fewest)
+        if fewest < longest:
+            return Frame(entries, None, self._uneven(frame, total, steps.tolist()))
         offset = _HEADER.size + entries.nbytes
-        even: list[np.ndarray] = []
-        columns: list[list[np.ndarray]] = []
+        even = []
         for dtype, shape, size in self._layout:
             values = _values(frame, dtype, total * size, offset)
             offset += values.nbytes
-            if alike:
-                even.append(values.reshape(count, longest, *shape))
-            else:
-                columns.append(_cut(values.reshape(total, *shape), steps))
-        return Frame(handles, steps, positions, tuple(even) if alike else None, list(zip(*columns, strict=True)))
+            even.append(values.reshape(count, longest, *shape))
+        return Frame(entries, tuple(even), [])
+
+    def _uneven(self, frame: bytes, total: int, steps: list[int]) -> list[Tensors]:
+        """The inputs of each entry, (T, *shape)."""
+        offset = _HEADER.size + len(steps) * _ENTRY.itemsize
+        columns = []
+        for dtype, shape, size in self._layout:
+            values = _values(frame, dtype, total * size, offset)
+            offset += values.nbytes
+            columns.append(_cut(values.reshape(total, *shape), steps))
+        return list(zip(*columns, strict=True))
 
     def _check_length(self, frame: bytes, count: int, steps: int, fewest: int) -> None:
         """steps: of all entries together."""
@@ -148,22 +181,31 @@ class FrameCodec:
         if frame.even is None:
             found = [(i, self.fault(chunk)) for i, chunk in enumerate(frame.chunks)]
             return {i: fault for i, fault in found if fault is not None}
-        rows = set(range(len(frame.steps))) if frame.steps[0] > self.max_steps else set()
+        count, steps = frame.even[0].shape[:2]
+        rows = set(range(count)) if steps > self.max_steps else set()
         for spec, array in zip(self.inputs, frame.even, strict=True):
             if (sound := _sound(spec, array)) is not None:
                 rows.update(np.flatnonzero(~sound.reshape(len(array), -1).all(axis=1)).tolist())
         return {i: fault for i in sorted(rows) if (fault := self.fault(frame.chunk(i))) is not None}
 
 
-def encode(
-    handles: Sequence[int], steps: int | Sequence[int], positions: Sequence[int], values: Iterable[bytes]
-) -> bytes:
-    """Outputs of several chunks; steps: of each, or of all. positions: reached. values: in the frame's order."""
-    entries = np.empty(len(handles), _ENTRY)
-    entries["handle"] = packed("I", handles)
-    entries["steps"] = steps if isinstance(steps, int) else packed("I", steps)
-    entries["position"] = packed("Q", positions)
-    return b"".join((_HEADER.pack(OUTPUTS, 0, 0, len(handles)), entries.data, *values))
+def entries_of(handles: Sequence[int], steps: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """The head of a frame: whose chunks, how long each, and the position reached."""
+    told = np.empty(len(handles), _ENTRY)
+    told["handle"], told["steps"], told["position"] = packed("I", handles), packed("I", steps), packed("Q", positions)
+    return told
+
+
+def reached(entries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The head of the answer to a frame of such entries."""
+    told = entries.copy()
+    told["position"] = positions
+    return told
+
+
+def encode(entries: np.ndarray, values: Iterable[bytes | memoryview]) -> bytes:
+    """Outputs of several chunks. values: contiguous, in the frame's order."""
+    return b"".join((_HEADER.pack(OUTPUTS, 0, 0, len(entries)), entries.data, *values))
 
 
 def encode_one(handle: int, steps: int, position: int, outputs: Tensors) -> bytes:

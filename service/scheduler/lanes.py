@@ -10,8 +10,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from service.engine.base import Tensors
 from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.work import Batch, Chunk, Group
+from service.scheduler.work import Batch, Chunk, Group, Indices
 from service.state.slots import INITIAL, SCRATCH, Slots
 
 #: A piece of long work takes as long as everything else took since the last one, within these bounds.
@@ -146,13 +147,12 @@ class Lanes:
                 continue
             if isinstance(work, Group):
                 block = tuple([array.reshape(-1, *array.shape[2:]) for array in work.inputs])
-                sources = [session.source for session in work.sessions]
-                batch.add(work, block, [work.length] * rows, sources, [session.slot for session in work.sessions])
+                batch.add(work, block, work.length, *_rows_of(work))
             else:
                 work.running = True
                 session = work.session
                 source, target = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
-                batch.add(work, work.inputs, [work.length], [source], [target])
+                _add(batch, work, work.inputs, work.length, source, target)
         return batch
 
     def _fill_long(self, now: float) -> Batch:
@@ -179,6 +179,8 @@ class Lanes:
 
     def _feed_starved(self, now: float) -> None:
         """Let as many chunks wait in the lanes again as there are workspaces for."""
+        if not self._starved:
+            return
         starved, self._starved = self._starved, deque()
         free = self._workspaces.count - self._workspaces.taken
         for chunk in starved:
@@ -200,4 +202,17 @@ def _add_piece(batch: Batch, chunk: Chunk, steps: int) -> None:
     source = chunk.workspace if chunk.done else begin
     if end < chunk.length:
         target = chunk.workspace
-    batch.add(chunk, tuple([array[chunk.done : end] for array in chunk.inputs]), [steps], [source], [target])
+    _add(batch, chunk, tuple([array[chunk.done : end] for array in chunk.inputs]), steps, source, target)
+
+
+def _add(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int, source: int, target: int) -> None:
+    targets = [target]
+    batch.add(chunk, inputs, steps, targets if source == target else [source], targets)
+
+
+def _rows_of(group: Group) -> tuple[Indices, Indices]:
+    """Rows of the arena that the group reads, and that it writes."""
+    if group.cohort is not None:
+        return group.cohort.slots, group.cohort.slots
+    sources, targets = [session.source for session in group.sessions], [session.slot for session in group.sessions]
+    return (targets if sources == targets else sources), targets

@@ -8,11 +8,13 @@ from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
+import numpy as np
+
 from service.core.clock import Clock
 from service.core.errors import UnrollError
 from service.engine.base import Engine, Result, Tensors
 from service.scheduler.scheduler import Scheduler
-from service.scheduler.work import Action, Batch, Chunk, GroupReply, Outcome, Reply, Session
+from service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Session
 from service.store.base import Store
 
 T = TypeVar("T")
@@ -114,12 +116,28 @@ class Loop:
         inputs: Tensors,
         timeout: float,
         then: Callable[[GroupReply], None],
+        *,
+        again: bool = False,
     ) -> list[int]:
         """The next steps of many sessions at once, see `Scheduler.submit_group`."""
         now = self.clock.now()
-        left = self.scheduler.submit_group(sessions, positions, inputs, now, now + timeout, then)
+        left = self.scheduler.submit_group(sessions, positions, inputs, now, now + timeout, then, again=again)
         self._work.set()
         return left
+
+    def submit_cohorts(
+        self,
+        cohorts: Sequence[Cohort],
+        positions: np.ndarray | None,
+        inputs: Tensors,
+        timeout: float,
+        then: Callable[[GroupReply], None],
+    ) -> bool:
+        """The next step of all sessions of some cohorts, see `Scheduler.submit_cohorts`."""
+        now = self.clock.now()
+        taken = self.scheduler.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
+        self._work.set()
+        return taken
 
     async def sequences(self, batch: Sequence[Tensors], timeout: float) -> list[Reply]:
         """`submit_sequences` for who can wait; cancelling the caller cancels the sequences."""

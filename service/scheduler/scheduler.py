@@ -10,6 +10,7 @@ Rules:
 
 - A session has at most one chunk in a batch, and its chunks run in the order of their arrival.
 - A group is one step, or a few, of many sessions that were idle: handled as one, whatever their number.
+- Sessions whose group comes again become a cohort: then not even their positions are touched one by one.
 - Short work is not kept waiting by long: long chunks are run in pieces, see `lanes.py`.
 - A chunk counts as applied when its last piece is done: only then does the session's row change. Until then it
   works on a row of its own, so that cancelling, failing or missing the deadline leaves the session as it was.
@@ -43,6 +44,7 @@ from service.scheduler.work import (
     Applied,
     Batch,
     Chunk,
+    Cohort,
     Group,
     GroupReply,
     Life,
@@ -161,6 +163,8 @@ class Scheduler:
         now: float,
         deadline: float,
         then: Callable[[GroupReply], None],
+        *,
+        again: bool = False,
     ) -> list[int]:
         """Queue the next steps of every session that is idle, and at the position said for it, if one was.
 
@@ -168,6 +172,8 @@ class Scheduler:
         gone, elsewhere, or the row is a session's second; `submit_steps` takes them or says why not. The others are
         answered by one call of `then`, or one for each `max_batch` of them. Raises QueueFull or DeadlineUnreachable;
         nothing is queued then.
+
+        `again`: they will step together again, most likely. The reply brings a cohort then, if they can be one.
         """
         steps = inputs[0].shape[1]
         if self._lanes.is_long(steps):
@@ -176,30 +182,61 @@ class Scheduler:
         self.check_room(now, deadline)
         most = self._lanes.most_rows(steps)
         left: list[int] = []
-        group = Group([], [], inputs, steps, deadline, then)
-        members, rows = group.sessions, group.rows
+        rows: list[int] = []
+        group = Group([], rows, inputs, steps, deadline, then, again=again)
         for row, (session, position) in enumerate(zip(sessions, positions, strict=True)):
+            if session.cohort is not None:
+                self.sessions.look(session)
             at = session.position
             if session.active is not None or session.life is not Life.OPEN or (position != at and position is not None):
                 left.append(row)
                 continue
             if len(rows) == most:
                 self._queue_group(group, now)
-                group = Group([], [], inputs, steps, deadline, then)
-                members, rows = group.sessions, group.rows
+                rows = []
+                group = Group([], rows, inputs, steps, deadline, then, again=again)
             session.active = group
             session.expected = at + steps
-            members.append(session)
+            group.sessions.append(session)
             rows.append(row)
         if rows:
             self._queue_group(group, now)
         return left
 
+    def submit_cohorts(
+        self,
+        cohorts: Sequence[Cohort],
+        positions: np.ndarray | None,
+        inputs: Tensors,
+        now: float,
+        deadline: float,
+        then: Callable[[GroupReply], None],
+    ) -> bool:
+        """Queue the next step of every session of some cohorts, as `submit_group` does: all of them, or none.
+
+        positions: said for each, if they were. inputs: each (sessions of all cohorts, 1, *shape). False, and nothing is
+        queued, if a cohort is no more, or busy, or elsewhere; `submit_group` takes them or says why not.
+        """
+        self.sessions.expire(now)
+        rows, end = [], 0
+        for cohort in cohorts:
+            part = slice(end, end := end + len(cohort.sessions))
+            at = positions is None or np.array_equal(positions[part], cohort.positions)
+            if not at or not cohort.formed or cohort.active is not None:
+                return False
+            rows.append(part)
+        self.check_room(now, deadline)
+        for cohort, part in zip(cohorts, rows, strict=True):
+            some = tuple([array[part] for array in inputs])
+            cohort.active = Group(cohort.sessions, part, some, 1, deadline, then, cohort=cohort, again=True)
+            self._queue_group(cohort.active, now)
+        return True
+
     def _queue_group(self, group: Group, now: float) -> None:
-        if len(group.rows) < len(group.inputs[0]):
+        if isinstance(group.rows, list) and len(group.rows) < len(group.inputs[0]):
             group.inputs = tuple(array[group.rows] for array in group.inputs)
-        self._in_flight += len(group.rows)
-        self._waiting_steps += len(group.rows) * group.length
+        self._in_flight += len(group.sessions)
+        self._waiting_steps += len(group.sessions) * group.length
         self._make_ready(group, now)
 
     def remembers(self, session_id: str, inputs: Tensors, now: float) -> bool:
@@ -217,6 +254,7 @@ class Scheduler:
 
     def remember_chunks(self, session: Session, depth: int) -> None:
         """From now on the last `depth` chunks of a session can be asked for again."""
+        self.sessions.look(session)
         if session.stepped and depth > 1 and self._last_steps is not None:
             start = session.position - 1
             reply = Reply(self._last_steps.answer(session.slot), session.position)
@@ -335,13 +373,30 @@ class Scheduler:
             self._make_ready(chunk, now)
 
     def _finish_group(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
-        steps, in_table = group.length, group.length == 1 and self._last_steps is not None
         count = len(group.sessions)
         self._in_flight -= count
-        self._waiting_steps -= count * steps
+        self._waiting_steps -= count * group.length
         self.counters.chunks += count - len(errors)
-        self.counters.steps += (count - len(errors)) * steps
+        self.counters.steps += (count - len(errors)) * group.length
+        cohort = group.cohort
+        if cohort is not None and cohort.formed and not errors:
+            self.sessions.step(cohort, now)
+        else:
+            cohort = self._finish_rows(group, outputs, errors, now)
+        positions = (
+            cohort.positions
+            if cohort is not None
+            else np.array([session.position for session in group.sessions], np.uint64)
+        )
+        group.settle(GroupReply(group.rows, positions, outputs, errors, cohort))
+        for row, follower in group.followers:
+            follower.settle(errors.get(row) or Reply(_row(outputs, row), int(positions[row])).copy())
+
+    def _finish_rows(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> Cohort | None:
+        """Move the sessions of a group on, one by one; returns what they have become, if it is to come again."""
+        steps, in_table = group.length, group.length == 1 and self._last_steps is not None
         for row, session in enumerate(group.sessions):
+            self.sessions.look(session)
             if row not in errors:
                 session.position += steps
                 if not session.stepped or not in_table:
@@ -351,14 +406,14 @@ class Scheduler:
             for session in group.sessions:
                 self._next_of(session, now)
         else:
-            self.sessions.rest_all(group.sessions, now)
+            for session in group.sessions:
+                self.sessions.rest(session, now)
         for row, error in errors.items():
             self._count_failed(error)
             self._recount(group.sessions[row], now)
-        positions = [session.position for session in group.sessions]
-        group.settle(GroupReply(group.rows, positions, outputs, errors))
-        for row, follower in group.followers:
-            follower.settle(errors.get(row) or Reply(_row(outputs, row), positions[row]).copy())
+        if group.again and not group.followed:
+            return self.sessions.form(group.sessions, now)
+        return None
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, from the rate seen lately: one piece of each chunk first."""
@@ -590,7 +645,9 @@ class Scheduler:
         self.sessions.check_invariants()
         waiting = [work for work in self._lanes if work.outcome is None]
         chunks = [work for work in waiting if isinstance(work, Chunk)]
-        for session in self.sessions:
+        for cohort in self.sessions.cohorts:
+            assert cohort.active is None or cohort.active in waiting, cohort
+        for session in (session for session in self.sessions if session.cohort is None):
             ready = [work for work in waiting if work is session.active]
             assert len(ready) <= 1, f"{session!r} has two pieces of work ready"
             assert session.expected == session.position + sum(

@@ -6,14 +6,18 @@ A session's life:
 - Only an idle session expires or is evicted: accepted work is never lost to either.
 - Closing works in any state. What waits fails with `session_closed`; what runs is finished first, LEAVING.
 - A session that is GONE leaves a tombstone: for a while the table can still say what became of it.
+- Idle sessions may become a cohort, which steps, rests, and waits to expire or be evicted as one of them would. Whoever
+  looks at one of its sessions dissolves it: each is then what it would be, had it never been in one.
 
 Time is an argument. A transition that is not in the table raises and changes nothing.
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 from service.core.errors import (
     CapacityExhausted,
@@ -25,7 +29,8 @@ from service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
-from service.scheduler.work import Applied, Life, Session
+from service.scheduler.recency import Recency
+from service.scheduler.work import Applied, Cohort, Life, Session
 from service.state.slots import INITIAL, Slots
 
 TRANSITIONS = {
@@ -102,7 +107,8 @@ class SessionTable:
         self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
-        self._live: OrderedDict[str, Session] = OrderedDict()  # least recently used first
+        self._live: dict[str, Session] = {}
+        self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
         self._tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
         self._leaving: set[Session] = set()
         self._last_words = LastWords(limits.last_words_bytes)
@@ -111,7 +117,13 @@ class SessionTable:
         return len(self._live)
 
     def __iter__(self) -> Iterator[Session]:
-        return iter(self._live.values())
+        """Least recently used first. Those in a cohort stay in it: `look` at one before its position is read."""
+        for entry in self._recency:
+            yield from entry.sessions if isinstance(entry, Cohort) else (entry,)
+
+    @property
+    def cohorts(self) -> list[Cohort]:
+        return [entry for entry in self._recency if isinstance(entry, Cohort)]
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._live
@@ -124,8 +136,8 @@ class SessionTable:
     def open(self, session_id: str, now: float, *, position: int = 0) -> Session:
         """Raises SessionExists, or CapacityExhausted when every row is held by a session with work."""
         self.expire(now)
-        if session_id in self._live:
-            raise SessionExists(f"session {session_id!r} is open", position=self._live[session_id].position)
+        if (living := self._live.get(session_id)) is not None:
+            raise SessionExists(f"session {session_id!r} is open", position=self.look(living).position)
         slot = self.slots.take()
         if slot is None:
             self._evict_one(now)
@@ -133,12 +145,13 @@ class SessionTable:
             assert slot is not None
         session = Session(session_id, slot, INITIAL, position, position, now)
         self._live[session_id] = session
+        self._recency.add(session)
         self._forget(session_id)
         return session
 
     def check_room(self) -> None:
         """Raises CapacityExhausted if a session could not be opened now."""
-        if self.slots.taken == self.slots.count and not any(s.active is None for s in self._live.values()):
+        if self.slots.taken == self.slots.count and all(entry.active is not None for entry in self._recency):
             raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
 
     def find(self, session_id: str, now: float) -> Session:
@@ -150,7 +163,10 @@ class SessionTable:
 
     def living(self, session_id: str, now: float) -> Session | None:
         session = self._live.get(session_id)
-        if session is not None and now - session.last_used >= self._idle_timeout and session.active is None:
+        if session is None:
+            return None
+        self.look(session)
+        if now - session.last_used >= self._idle_timeout and session.active is None:
             self.expire(now)
             return None
         return session
@@ -199,17 +215,48 @@ class SessionTable:
         session.active = None
         session.last_used = now
         if session.life is Life.OPEN:
-            self._live.move_to_end(session.id)
+            self._recency.touch(session)
         else:
             self.advance(session, "rest")
 
-    def rest_all(self, sessions: Iterable[Session], now: float) -> None:
-        """`rest` for sessions that are open, each."""
-        to_end = self._live.move_to_end
+    # ── cohorts ──────────────────────────────────────────────────────────────────────────────────
+
+    def form(self, sessions: list[Session], now: float) -> Cohort | None:
+        """One record for sessions that rest since `now`; None if one took more than a step, or keeps more than one."""
+        if not all(session.stepped for session in sessions):
+            return None
+        positions = np.array([session.position for session in sessions], np.uint64)
+        cohort = Cohort(sessions, np.array([session.slot for session in sessions], np.intp), positions, now)
+        self._recency.add(cohort)
         for session in sessions:
-            session.active = None
-            session.last_used = now
-            to_end(session.id)
+            self._recency.remove(session)
+            session.cohort = cohort
+            del session.position, session.expected, session.last_used, session.active
+        return cohort
+
+    def step(self, cohort: Cohort, now: float) -> None:
+        """The step under way is done, for each of its sessions, and they rest."""
+        cohort.positions = cohort.positions + np.uint64(1)
+        cohort.active = None
+        cohort.last_used = now
+        self._recency.touch(cohort)
+
+    def look(self, session: Session) -> Session:
+        """The session by itself: a cohort that it is part of ends."""
+        if session.cohort is not None:
+            self.dissolve(session.cohort)
+        return session
+
+    def dissolve(self, cohort: Cohort) -> None:
+        steps = 0 if cohort.active is None else 1
+        for session, position in zip(cohort.sessions, cohort.positions.tolist(), strict=True):
+            session.cohort = None
+            session.position, session.expected = position, position + steps
+            session.last_used, session.active = cohort.last_used, cohort.active
+        cohort.formed = False
+        self._recency.replace(cohort, cohort.sessions)
+
+    # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 
     def close(self, session: Session, now: float, last: Applied | None = None, *, running: bool = False) -> None:
         """`running`: its work has begun and is finished first."""
@@ -217,20 +264,20 @@ class SessionTable:
 
     def expire(self, now: float) -> None:
         """Remove every session idle for the idle timeout. Costs nothing when none is."""
-        while self._live:
-            session = next(iter(self._live.values()))
-            if now - session.last_used < self._idle_timeout:
-                return
-            if session.active is None:
-                self._remove(session, "expire", SessionExpired, now)
+        while (oldest := self._recency.oldest) is not None and now - oldest.last_used >= self._idle_timeout:
+            if oldest.active is not None:  # its idle time has not begun
+                oldest.last_used = now
+                self._recency.touch(oldest)
+            elif isinstance(oldest, Cohort):
+                self.dissolve(oldest)
+            else:
+                self._remove(oldest, "expire", SessionExpired, now)
                 self._on_gone(SessionExpired)
-            else:  # it has work: its idle time has not begun
-                session.last_used = now
-                self._live.move_to_end(session.id)
 
     def _evict_one(self, now: float) -> None:
-        for session in self._live.values():
-            if session.active is None:
+        for entry in self._recency:
+            if entry.active is None:
+                session = self.look(entry.sessions[0]) if isinstance(entry, Cohort) else entry
                 self._remove(session, "evict", SessionEvicted, now)
                 self._on_gone(SessionEvicted)
                 return
@@ -241,6 +288,7 @@ class SessionTable:
     ) -> None:
         self.advance(session, event)
         del self._live[session.id]
+        self._recency.remove(session)
         if session.life is Life.LEAVING:
             self._leaving.add(session)
         else:
@@ -266,7 +314,24 @@ class SessionTable:
         assert self.slots.taken == len(everyone), "a row is lost"
         assert all(session.id == key for key, session in self._live.items())
         assert all(session.life is Life.LEAVING for session in self._leaving)
-        for session in self._live.values():
-            assert session.life is Life.OPEN, session
-            assert not session.pending or session.active is not None, session
-            assert session.id not in self._tombstones, session
+        assert sorted(session.id for session in self) == sorted(self._live), "a session has no place, or two"
+        for entry in self._recency:
+            for session in entry.sessions if isinstance(entry, Cohort) else [entry]:
+                assert session.life is Life.OPEN, session
+                assert session.id not in self._tombstones, session
+            if isinstance(entry, Cohort):
+                _check_cohort(entry)
+            else:
+                assert entry.cohort is None
+                assert not entry.pending or entry.active is not None, entry
+
+
+def _check_cohort(cohort: Cohort) -> None:
+    assert cohort.formed
+    assert len(cohort.positions) == len(cohort.sessions)
+    assert cohort.slots.tolist() == [session.slot for session in cohort.sessions]
+    assert cohort.active is None or cohort.active.cohort is cohort
+    for session in cohort.sessions:
+        assert session.cohort is cohort
+        assert not hasattr(session, "position"), "a session in a cohort has a position of its own"
+        assert (session.stepped, session.depth, session.source, session.pending) == (True, 1, session.slot, None)

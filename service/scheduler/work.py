@@ -1,6 +1,8 @@
-"""The nouns of scheduling: session, chunk, group, action, batch, reply. Records only; the rules are beside them."""
+"""The nouns of scheduling: session, cohort, chunk, group, action, batch, reply. Records only, the rules are beside."""
 
 import hashlib
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -10,6 +12,7 @@ import numpy as np
 
 from service.core.errors import UnrollError
 from service.engine.base import Tensors
+from service.scheduler.recency import Used
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +35,9 @@ class Reply:
 
 Outcome = Reply | UnrollError
 
+#: Rows of the arena. A batch writes where it reads if it is given one object for both.
+Indices = list[int] | np.ndarray
+
 
 class Life(StrEnum):
     """The states of a session; `sessions.py` holds the transitions. While OPEN it is idle if no work is `active`."""
@@ -51,7 +57,7 @@ class Applied:
 
 
 @dataclass(slots=True, eq=False)
-class Session:
+class Session(Used):
     """One client's stream.
 
     slot: its row in the arena. source: the row its next chunk reads, the initial row until the first commit.
@@ -59,6 +65,8 @@ class Session:
     request that opened it at position 0, so that its late duplicate does not open another.
     depth: how many of the last chunks can be asked for again. If the last was a single step, and depth is 1, `stepped`
     says so, and `LastSteps` has its payload and its answer; otherwise `applied` has the chunks, latest last.
+    cohort: it is part of that, and has no `position`, `expected`, `last_used` and `active` of its own meanwhile: who
+    reads them without asking for the session first gets an AttributeError, and not what was true once.
     """
 
     id: str
@@ -72,6 +80,7 @@ class Session:
     stepped: bool = False
     applied: tuple[Applied, ...] = ()
     opened_with: bytes = b""
+    cohort: "Cohort | None" = None
     active: "Chunk | Group | Action | None" = None
     pending: "list[Chunk | Action] | None" = None
 
@@ -85,8 +94,30 @@ class Session:
         self.stepped, self.applied = False, ()
 
     def __repr__(self) -> str:
+        if self.cohort is not None:
+            return f"<Session {self.id} in {self.cohort!r}>"
         life = self.life.value if self.life is not Life.OPEN else "idle" if self.active is None else "busy"
         return f"<Session {self.id} {life} position={self.position} expected={self.expected}>"
+
+
+@dataclass(slots=True, eq=False)
+class Cohort(Used):
+    """Open sessions that take single steps together, time after time: one record, until one of them is looked at.
+
+    slots: their rows in the arena, which hold their states. positions: steps consumed, uint64. active: the step that
+    is under way; they have no other work. What a session has besides stays as it was when the cohort was formed: its
+    last step is kept by `LastSteps`, its depth is 1. formed: nobody looked at one of them so far.
+    """
+
+    sessions: list[Session]
+    slots: np.ndarray
+    positions: np.ndarray
+    last_used: float
+    active: "Group | None" = None
+    formed: bool = True
+
+    def __repr__(self) -> str:
+        return f"<Cohort of {len(self.sessions)} {'idle' if self.active is None else 'busy'}>"
 
 
 class Chunk:
@@ -138,16 +169,18 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupReply:
-    """The answer to a group: which rows of the submission it was made of, the positions reached, and the outputs,
-    each (len(rows), time, *shape), or (len(rows), *shape) without time.
+    """The answer to a group: which rows of the submission it was made of, the positions reached, uint64, and the
+    outputs, each (rows, time, *shape), or (rows, *shape) without time.
 
-    errors: by index in `rows`; what outputs hold of a row that failed means nothing.
+    errors: by index in `rows`; what outputs hold of a row that failed means nothing. cohort: what the sessions have
+    become, if they are to step together again.
     """
 
-    rows: list[int]
-    positions: list[int]
+    rows: "list[int] | slice"
+    positions: np.ndarray
     outputs: Tensors
     errors: dict[int, UnrollError]
+    cohort: Cohort | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -156,15 +189,18 @@ class Group:
 
     inputs: each (len(sessions), time, *shape). rows: which of the submission's rows they are. It is never cancelled:
     a session that is closed meanwhile leaves when the group is done. followed: one of the sessions was closed, or has
-    more work by now. followers: retries of a row, answered with it.
+    more work by now. followers: retries of a row, answered with it. cohort: the sessions', if they were one when the
+    group was submitted. again: they will come together again, most likely.
     """
 
     sessions: list[Session]
-    rows: list[int]
+    rows: "list[int] | slice"
     inputs: Tensors
     length: int
     deadline: float
     then: Callable[[GroupReply], None]
+    cohort: Cohort | None = None
+    again: bool = False
     order: int = 0
     ready_at: float = 0.0
     followed: bool = False
@@ -195,40 +231,48 @@ class Batch:
     """One call of the model: rows that are added one piece of work after another, and then `seal`ed.
 
     work: chunks, a row each, and groups, in the order of their rows. lens: steps of each row. sources, targets: rows of
-    the arena that each reads its state from and writes the new one to. steps: of all rows together. waited: seconds
-    that the work waited for its turn, all rows together.
+    the arena that each reads its state from and writes the new one to. steps: of all rows together. longest: of a row.
+    waited: seconds that the work waited for its turn, all rows together.
     """
 
     def __init__(self) -> None:
         self.work: list[Chunk | Group] = []
         self.lens: list[int] = []
+        self.steps = self.longest = 0
         self.waited = 0.0
-        self._sources: list[int] = []
-        self._targets: list[int] = []
+        self._sources: list[Indices] = []
+        self._targets: list[Indices] = []
         self._blocks: list[Tensors] = []
 
     def __len__(self) -> int:
         return len(self.lens)
 
-    def add(self, work: Chunk | Group, block: Tensors, lens: list[int], sources: list[int], targets: list[int]) -> None:
-        """block: each input of these rows, one after another: (steps of all of them, *shape)."""
+    def add(self, work: Chunk | Group, block: Tensors, length: int, sources: Indices, targets: Indices) -> None:
+        """block: each input of these rows, `length` steps of each, one row after another: (all steps, *shape)."""
+        rows = len(targets)
         self.work.append(work)
-        self.lens += lens
-        self._sources += sources
-        self._targets += targets
+        self.lens += [length] * rows
+        self.steps += length * rows
+        self.longest = max(self.longest, length)
+        self._sources.append(sources)
+        self._targets.append(targets)
         self._blocks.append(block)
 
     def seal(self, now: float) -> Self:
         """Make arrays of what was added; afterwards the batch can be run."""
         for work in self.work:
             self.waited += (now - work.ready_at) * (len(work.sessions) if isinstance(work, Group) else 1)
-        self.steps = sum(self.lens)
-        self.longest = max(self.lens)
         self.inputs = tuple([together(blocks, self.lens, self.longest) for blocks in zip(*self._blocks, strict=True)])
-        self.targets = np.array(self._targets, np.intp)
-        same = self._sources == self._targets
-        self.sources = self.targets if same else np.array(self._sources, np.intp)
+        self.targets = _indices(self._targets, len(self))
+        same = all(map(operator.is_, self._sources, self._targets))
+        self.sources = self.targets if same else _indices(self._sources, len(self))
         return self
+
+
+def _indices(parts: list[Indices], count: int) -> np.ndarray:
+    if len(parts) == 1:
+        return np.asarray(parts[0], np.intp)
+    return np.fromiter(itertools.chain.from_iterable(parts), np.intp, count)
 
 
 def together(blocks: Sequence[np.ndarray], lens: Sequence[int], longest: int) -> np.ndarray:

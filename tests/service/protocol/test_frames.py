@@ -10,7 +10,7 @@ from tensor_models import arrays, manifests, same
 
 from bundle import TensorSpec
 from service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange
-from service.protocol.frames import MAX_ENTRIES, UNSAID, FrameCodec, encode, encode_one
+from service.protocol.frames import MAX_ENTRIES, UNSAID, FrameCodec, encode, encode_one, entries_of, reached
 
 BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -39,18 +39,35 @@ def test_what_is_written_is_read(data: st.DataObject):
     got = FrameCodec(specs, 100).decode(frame(entries, *[chunk[i] for i in range(len(specs)) for chunk in chunks]))
     assert list(zip(got.handles, got.steps, got.positions, strict=True)) == entries
     alike = len({steps for _, steps, _ in entries}) == 1
-    assert (got.even is not None) == (alike and len(entries) > 1)
+    assert (got.even is not None) == alike
     for i, chunk in enumerate(chunks):
         assert all(same(a, b) for a, b in zip(got.chunk(i), chunk, strict=True))
         assert all(array.flags.aligned and array.flags.c_contiguous for array in got.chunk(i))
     assert FrameCodec(specs, 100).faults(got) == {}
+    alone = FrameCodec(specs, 100).decode_alone(frame(entries[:1], *chunks[0]))
+    assert alone is not None
+    assert alone[:3] == entries[0]
+    assert all(same(a, b) for a, b in zip(alone.inputs, chunks[0], strict=True))
+
+
+@BRIEF
+@given(ENTRIES, ENTRIES)
+def test_frames_of_the_same_steps_of_the_same_handles_are_known(entries: list, others: list):
+    codec = FrameCodec([X], 100)
+    one, other = (
+        codec.decode(frame(some, np.zeros((sum(steps for _, steps, _ in some), 3), "<f4")))
+        for some in (entries, others)
+    )
+    assert (one.who == other.who) == ([entry[:2] for entry in entries] == [entry[:2] for entry in others])
+    moved = [(handle, steps, 7) for handle, steps, _ in entries]
+    assert codec.decode(frame(moved, np.zeros((one.entries["steps"].sum(), 3), "<f4"))).who == one.who
 
 
 def test_the_values_are_not_copied():
     content = frame(TWO, np.ones((4, 3), "<f4"))
     assert np.shares_memory(FrameCodec([X], 9).decode(content).even[0], np.frombuffer(content, np.uint8))
     content = frame(TWO[:1], np.ones((2, 3), "<f4"))
-    assert np.shares_memory(FrameCodec([X], 9).decode(content).chunks[0][0], np.frombuffer(content, np.uint8))
+    assert np.shares_memory(FrameCodec([X], 9).decode_alone(content).inputs[0], np.frombuffer(content, np.uint8))
 
 
 @settings(max_examples=500, deadline=None)
@@ -58,6 +75,9 @@ def test_the_values_are_not_copied():
 def test_any_bytes_are_a_frame_or_refused(content: bytes):
     codec = FrameCodec([X, FLAG, TOKEN], 100)
     try:
+        alone = codec.decode_alone(content)
+        if alone is not None:
+            codec.fault(alone.inputs)
         codec.faults(codec.decode(content))
     except InvalidRequest as error:
         assert error.code == "malformed_request"
@@ -69,8 +89,9 @@ def test_a_frame_of_another_length_is_refused(data: st.DataObject):
     entries = data.draw(ENTRIES)
     whole = frame(entries, np.zeros((sum(steps for _, steps, _ in entries), 3), "<f4"))
     for content in (whole[: data.draw(st.integers(0, len(whole) - 1))], whole + data.draw(st.binary(min_size=1))):
+        codec = FrameCodec([X], 100)
         with pytest.raises(InvalidRequest):
-            FrameCodec([X], 100).decode(content)
+            codec.decode_alone(content) or codec.decode(content)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +114,7 @@ def test_a_frame_of_another_length_is_refused(data: st.DataObject):
 )
 def test_frames_that_are_refused(content: bytes, says: str):
     with pytest.raises(InvalidRequest, match=says) as refusal:
-        FrameCodec([X], 2**31).decode(content)
+        FrameCodec([X], 2**31).decode_alone(content) or FrameCodec([X], 2**31).decode(content)
     assert type(refusal.value) is InvalidRequest
 
 
@@ -108,7 +129,7 @@ def test_a_value_that_is_not_finite_is_its_entrys_fault(bad: float, steps: tuple
     faults = codec.faults(codec.decode(frame(entries, values)))
     assert {i: type(fault) for i, fault in faults.items()} == {1: NonFiniteInput}
     alone = codec.decode(frame(entries[1:2], values[1 : 1 + steps[1]]))
-    assert isinstance(codec.fault(alone.chunks[0]), NonFiniteInput)
+    assert isinstance(codec.fault(alone.chunk(0)), NonFiniteInput)
 
 
 @pytest.mark.parametrize("bad", [-1, 11, 2**63 - 1, -(2**63)])
@@ -144,7 +165,10 @@ def test_outputs_are_written_as_described(entries: list[tuple[int, int, int | No
     last = [data.draw(arrays(TOKEN)) for _ in entries]  # and one without
     handles, steps, positions = zip(*entries, strict=True)
     expected = frame(entries, *y, *last, kind=2)
-    assert encode(handles, steps, positions, [array.tobytes() for array in (*y, *last)]) == expected
+    told = entries_of(handles, steps, positions)
+    assert encode(told, [array.tobytes() for array in (*y, *last)]) == expected
+    asked = entries_of(handles, steps, [0] * len(handles))
+    assert (reached(asked, np.array(positions, np.uint64)) == told).all()
     alone = frame(entries[:1], y[0], last[0], kind=2)
     assert encode_one(handles[0], steps[0], positions[0], (y[0], last[0])) == alone
-    assert encode(handles[:1], steps[0], positions[:1], [y[0].tobytes(), last[0].tobytes()]) == alone
+    assert encode(told[:1], [y[0].data, last[0].data]) == alone

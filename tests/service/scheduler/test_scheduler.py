@@ -232,7 +232,7 @@ def test_a_group_is_one_step_of_each_of_its_sessions(s, engine):
     assert left == [1, 3]  # b is busy, and a has its step already
     run_until_idle(s, engine)
     (reply,) = replies
-    assert (reply.rows, reply.positions, reply.errors) == ([0, 2], [1, 1], {})
+    assert (reply.rows, reply.positions.tolist(), reply.errors) == ([0, 2], [1, 1], {})
     assert reply.outputs[0].tolist() == [fold([1]), fold([3])]
     assert grouped(s, "ab", [[5], [6]], [0, 1])[1] == [0]
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from service.core.errors import EngineFailed, UnrollError
-from service.scheduler.work import Batch, Chunk, GroupReply, Outcome, Reply, Session
+from service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Session
 
 IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)
@@ -25,7 +25,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.histories: dict[Session, list[int]] = {}
         self.open_chunks: list[Chunk] = []
         self.accepted = self.answered = self.grouped = 0
-        self.followers: list[Chunk] = []
+        self.cohorts: list[Cohort] = []
 
     # ── the oracle ───────────────────────────────────────────────────────────────────────────────
 
@@ -106,6 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.now,
             self.now + 50,
             lambda reply: self.check_group(sessions, rows, reply),
+            again=data.draw(st.booleans()),
         )
         taken = [row for row in range(len(sessions)) if row not in left]
         assert self.scheduler.in_flight - before == len(taken) == len({id(sessions[row]) for row in taken})
@@ -114,10 +115,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.accepted += len(taken)
         self.grouped += len(taken)
 
+    @rule(data=st.data(), said=st.sampled_from([None, 0, 0, 1]))
+    def cohort(self, data: st.DataObject, said: int | None) -> None:
+        """The next step of what a group has become, if that is as it was."""
+        if not self.cohorts:
+            return
+        cohort = data.draw(st.sampled_from(self.cohorts))
+        rows = [[data.draw(st.sampled_from([0, 1, 2, 3, BAD]))] for _ in cohort.sessions]
+        positions = None if said is None else cohort.positions + np.uint64(said)
+        free = cohort.formed and cohort.active is None
+        taken = self.scheduler.submit_cohorts(
+            [cohort],
+            positions,
+            (np.array(rows),),
+            self.now,
+            self.now + 50,
+            lambda reply: self.check_group(cohort.sessions, rows, reply),
+        )
+        assert free or not taken
+        assert said != 1 or not taken
+        self.accepted += len(rows) if taken else 0
+        self.grouped += len(rows) if taken else 0
+
     def check_group(self, sessions: list[Session], rows: list[list[int]], reply: GroupReply) -> None:
-        self.answered += len(reply.rows)
-        self.grouped -= len(reply.rows)
-        for i, row in enumerate(reply.rows):
+        self.answered += len(reply.positions)
+        self.grouped -= len(reply.positions)
+        if reply.cohort is not None and reply.cohort not in self.cohorts:
+            self.cohorts.append(reply.cohort)
+        for i, row in enumerate(reply.rows if isinstance(reply.rows, list) else range(len(sessions))):
             history = self.histories[sessions[row]]
             if i in reply.errors:
                 assert BAD in rows[row] or reply.errors[i].code == "deadline_exceeded"
@@ -127,7 +152,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert reply.positions[i] == len(history)
 
     def submit(self, session_id: str, steps: list[int], offset: int | None, **flags: bool) -> None:
-        known = {session.id: session for session in self.scheduler.sessions}
+        known = {session.id: self.scheduler.sessions.look(session) for session in [*self.scheduler.sessions]}
         position = None
         if offset is not None and session_id in known:
             position = max(0, known[session_id].expected + offset)
