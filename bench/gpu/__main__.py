@@ -34,11 +34,11 @@ STEPS: list[tuple[Shape, list[int], Any]] = [
     (MEDIUM_GRU, [1, 64, 256, 1024], "float32"),
     (LARGE, [64, 1024], "float32"),
     (LARGE, [64, 1024], "tf32"),
-    (WIDE, [64], "float32"),
+    (WIDE, [64, 256], "float32"),
     (WIDE, [64], "tf32"),
 ]
 #: Shape, connections, sessions in a frame.
-STREAMS = [(MEDIUM, 4, 256), (MEDIUM, 4, 1024), (LARGE, 4, 1024)]
+STREAMS = [(MEDIUM, 4, 256), (MEDIUM, 4, 1024), (LARGE, 4, 1024), (WIDE, 4, 256)]
 _SEQUENCES, _LENGTH = 32, 512
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_device
 import numpy as np
 import pytest
+from random_rows import random_inputs
 
 import bundle
 from service import app
@@ -22,8 +24,6 @@ from service.engine.place import EngineOptions, open_cuda, place
 from service.engine.runner import Runner, resolve_devices
 from service.settings import Settings
 from service.state.slots import INITIAL
-from tests.service.engine import fake_device
-from tests.service.engine.rows import random_inputs
 
 pytestmark = pytest.mark.gpu
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from fake_device import FakeDevice
 from hypothesis import given
 
 import bundle
@@ -15,7 +16,6 @@ from service.engine.cuda.layout import BUCKETS, Layout, bucket_of, buckets
 from service.engine.memory import Memory
 from service.engine.runner import Runner
 from service.state.slots import INITIAL, SCRATCH
-from tests.service.engine.fake_device import FakeDevice
 
 
 @given(st.integers(1, 5000), st.data())

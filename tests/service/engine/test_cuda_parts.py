@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fake_device import FakeDevice
+from random_rows import random_inputs
 from torch import Tensor, nn
 
 import bundle
@@ -22,8 +24,6 @@ from service.engine.cuda.step_graph import take_apart
 from service.engine.host import HostEngine
 from service.engine.runner import Runner
 from service.state.slots import INITIAL
-from tests.service.engine.fake_device import FakeDevice
-from tests.service.engine.rows import random_inputs
 
 NAMES = ["lstm", "gru", "last", "tokens", "two"]
 ROWS = 40

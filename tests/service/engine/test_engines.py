@@ -10,7 +10,9 @@ from typing import NoReturn
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from fake_device import FakeDevice
 from hypothesis import given, settings
+from random_rows import random_inputs
 
 import bundle
 from service.core.errors import EngineFailed, NonFiniteOutput
@@ -24,8 +26,6 @@ from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Chunk, Reply
 from service.state.slots import INITIAL
-from tests.service.engine.fake_device import FakeDevice
-from tests.service.engine.rows import random_inputs
 
 
 class NoCapture(FakeDevice):
