@@ -19,7 +19,7 @@ import torch
 from bench import machine
 from bench.gpu import peer, steps, stream, variants
 from bench.gpu.documents import write
-from bench.gpu.ours import inputs, ours
+from bench.gpu.ours import inputs, ours, some_slots, steps_of
 from bench.gpu.shapes import FEATURES, Shape, bundle_of, model
 from bench.servers import ROOT
 
@@ -94,10 +94,9 @@ class Run:
     def streams(self) -> list[dict[str, Any]]:
         found = []
         for shape, connections, entries in STREAMS:
-            call = next(
-                s.call for s in self._steps if (s.title, s.rows, s.precision) == (shape.title, entries, "float32")
-            )
-            rate = entries / call * 1e6
+            with ours(bundle_of(shape, self.repository), 5000, [entries]) as engine:
+                rows = steps_of(some_slots(entries, 5000), inputs(entries))
+                rate = entries / median(engine.seconds_per_step([rows], self.count) for _ in range(self.turns))
             each = stream.measure(shape, connections, entries, rate, self.repository, self.seconds, self.folder)
             found.append(asdict(each))
         return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -32,6 +33,13 @@ class Ours:
         graph = self.engine.graph(rows, transfers=transfers)
         assert isinstance(graph, CapturedGraph)
         return graph
+
+    def step(self, slots: np.ndarray, x: np.ndarray, *, first: bool) -> np.ndarray:
+        """The output for a step of each, from the initial state if it is the first."""
+        rows = steps_of(slots, x)
+        outputs, failed = self.engine.run(replace(rows, sources=[INITIAL] * len(slots)) if first else rows)
+        assert not failed
+        return outputs[0]
 
     def seconds_per_step(self, batches: Sequence[PlainRows], count: int) -> float:
         """From host memory to host memory, the batches in turn, as many launched ahead as the server launches."""
