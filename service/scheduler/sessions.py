@@ -169,7 +169,8 @@ class SessionTable:
         session = self._live.get(session_id)
         if session is None:
             return None
-        self.look(session)
+        if session.cohort is not None:
+            self.dissolve(session.cohort)
         if now - session.last_used >= self._idle_timeout and session.active is None:
             self.expire(now)
             return None
