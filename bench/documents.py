@@ -7,8 +7,6 @@ from typing import Any
 
 from bench import plots, report
 
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-
 
 def merged(files: Sequence[Path]) -> dict[str, Any]:
     """Of each scenario, what the last of these files says."""
@@ -22,14 +20,8 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
 
 def write(results: Mapping[str, Any], docs: Path) -> None:
     """Replaces the figures in `benchmarks.md`, and writes the results and the plots beside it."""
-    page = docs / "benchmarks.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{page} has no place for figures: {BEGIN} … {END}")
+    report.replace_figures(docs / "benchmarks.md", figures(results, plots.draw(results, docs)))
     (docs / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = figures(results, plots.draw(results, docs))
-    page.write_text("\n".join([before + BEGIN, "", *lines, END + after]))
 
 
 def figures(results: Mapping[str, Any], plotted: Sequence[Path]) -> list[str]:

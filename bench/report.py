@@ -1,10 +1,21 @@
 """Results as tables, for the terminal and for Markdown: from the JSON document, so that both say the same."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Document = Mapping[str, Any]
+_BEGIN, _END = "<!-- figures: begin -->", "<!-- figures: end -->"
 _LIMIT = "at least: the load generator is the limit"
+
+
+def replace_figures(page: Path, lines: Sequence[str]) -> None:
+    """Between the marks of a page; the text around them is written by hand. Raises ValueError if there are none."""
+    before, _, rest = page.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise ValueError(f"{page} has no place for figures: {_BEGIN} … {_END}")
+    page.write_text("\n".join([before + _BEGIN, "", *lines, _END + after]))
 
 
 def table(outcome: Document) -> str:

@@ -5,24 +5,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.documents import BEGIN, END
+from bench import report
 
 Results = Mapping[str, Any]
 
 
 def write(results: Results, docs: Path) -> None:
-    page = docs / "gpu.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{page} has no place for figures: {BEGIN} … {END}")
+    report.replace_figures(docs / "gpu.md", [*figures(results), ""])
     (docs / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    page.write_text("\n".join([before + BEGIN, "", *figures(results), "", END + after]))
 
 
 def figures(results: Results) -> list[str]:
-    parts = (_circumstances, _steps, _variants, _sequences, _resident, _proof, _streams)
-    return [line for part in parts for line in [*part(results), ""]][:-1]
+    lines = _circumstances(results)
+    for name, part in _PARTS.items():
+        found = results.get(name, {"failed": "not run"})
+        what = [f"- {name}: not measured ({found['failed']})"] if "failed" in found else part(results)
+        lines += ["", *what]
+    return lines
 
 
 def _circumstances(results: Results) -> list[str]:
@@ -121,6 +120,16 @@ def _streams(results: Results) -> list[str]:
         for each in results["streams"]
     ]
     return ["### Over WebSockets", "", *_table(head, rows, left=1)]
+
+
+_PARTS = {
+    "steps": _steps,
+    "variants": _variants,
+    "sequences": _sequences,
+    "resident": _resident,
+    "proof": _proof,
+    "streams": _streams,
+}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int) -> list[str]:

@@ -85,7 +85,7 @@ class Catalog:
         return None
 
     def owner(self, name: str, version: str | None, session_id: str) -> ServedModel:
-        """The version the session lives on, else one that knows what became of it, else the one new sessions get.
+        """Where the session lives, else where one of that id ended last, else where new sessions go.
 
         Raises ModelUnknown, or ModelChanged if the session lives on a version other than the one asked for.
         """
@@ -94,11 +94,12 @@ class Catalog:
                 raise ModelChanged(f"session {session_id!r} runs on version {model.version}, not {version}")
             return model
         now = self.clock.now()
+        ended: tuple[float, ServedModel] | None = None
         for model in self._by_name.get(name, ()):
-            known = model.scheduler.sessions.tombstone(session_id, now) is not None
-            if known and version in (None, model.version):
-                return model
-        return self.resolve(name, version)
+            tombstone = model.scheduler.sessions.tombstone(session_id, now)
+            if tombstone is not None and version in (None, model.version) and (not ended or tombstone.since > ended[0]):
+                ended = tombstone.since, model
+        return ended[1] if ended else self.resolve(name, version)
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
@@ -12,7 +14,7 @@ import numpy as np
 
 from service.core.clock import Clock
 from service.core.errors import UnrollError
-from service.engine.base import Engine, Result, Tensors
+from service.engine.base import LAUNCHED, Engine, Result, Tensors
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Session
 from service.store.base import Store
@@ -51,7 +53,7 @@ class Loop:
         self.on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._launched: tuple[Batch, Callable[[], Result], float] | None = None  # and when
+        self._launched: deque[_Begun] = deque()
         self._ended = 0.0  # when the last batch was
 
     # ── work, and who is called when it is done ──────────────────────────────────────────────────
@@ -170,24 +172,37 @@ class Loop:
                 self._timer.cancel()
 
     async def _turn(self) -> None:
-        """Begin the next batch, then end the one before it: a device works on the one while the other is answered."""
         await self._gather_work()
+        if len(self._launched) == LAUNCHED:
+            await self._end(self._launched.popleft())
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
             self._act(action)
-        before, self._launched = self._launched, None
         if batch:
-            started = perf_counter()
-            launched = self.engine.launch(batch)
-        if before is not None:
-            await self._finish(*before)
-        if batch and launched is not None:
-            self._launched = batch, launched, started
-        elif batch:
-            await self._finish(batch, partial(self.engine.run, batch), perf_counter())
-        elif before is None and not actions:
+            await self._begin(batch)
+        elif self._launched and self._launched[0].ready:
+            await self._end(self._launched.popleft())
+        elif not actions:
             self._work.clear()
             await self._work.wait()
+
+    async def _begin(self, batch: Batch) -> None:
+        """Launch it, if the device works by itself: then others are answered meanwhile. Else run it."""
+        started = perf_counter()
+        result = self.engine.launch(batch)
+        launched = result is not None
+        if result is None:
+            while self._launched:
+                await self._end(self._launched.popleft())
+            result = partial(self.engine.run, batch)
+        begun = _Begun(batch, started, result)
+        if self._cost(len(batch), batch.longest) > INLINE_SECONDS:
+            begun.future = asyncio.get_running_loop().run_in_executor(self._executor, result)
+            begun.future.add_done_callback(lambda _: self._work.set())
+        if launched:
+            self._launched.append(begun)
+        else:
+            await self._end(begun)
 
     async def _gather_work(self) -> None:
         """Let replies leave and work arrive, as long as each look at the sockets brings more, or the batch is full.
@@ -201,16 +216,13 @@ class Loop:
             if seen >= self.scheduler.limits.max_batch:
                 return
 
-    async def _finish(self, batch: Batch, run: Callable[[], Result], started: float) -> None:
-        if self._cost(len(batch), batch.longest) <= INLINE_SECONDS:
-            outputs, failed = run()
-        else:
-            outputs, failed = await asyncio.get_running_loop().run_in_executor(self._executor, run)
+    async def _end(self, begun: "_Begun") -> None:
+        outputs, failed = begun.result() if begun.future is None else await begun.future
         ended = perf_counter()
-        seconds, self._ended = ended - max(started, self._ended), ended
-        await self.store.commit(batch)
-        self.scheduler.finish(batch, outputs, failed, self.clock.now(), seconds)
-        self.on_batch(batch, len(failed), seconds)
+        seconds, self._ended = ended - max(begun.started, self._ended), ended
+        await self.store.commit(begun.batch)
+        self.scheduler.finish(begun.batch, outputs, failed, self.clock.now(), seconds)
+        self.on_batch(begun.batch, len(failed), seconds)
 
     def _act(self, action: Action) -> None:
         outcome: object
@@ -223,6 +235,21 @@ class Loop:
     def _tick(self) -> None:
         self._work.set()
         self._timer = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._tick)
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A batch, when it was begun, and what waits for its result; future: the engine's thread is waiting."""
+
+    batch: Batch
+    started: float
+    result: Callable[[], Result]
+    future: asyncio.Future[Result] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Can it be ended without keeping new work waiting?"""
+        return self.future is None or self.future.done()
 
 
 class _Gathering:

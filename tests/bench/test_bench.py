@@ -75,7 +75,7 @@ def test_the_page_has_the_figures_between_its_marks_and_is_the_same_each_time(tm
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"runs": [run], "outcomes": {o.name: o.document() for o in outcomes}}))
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"before\n{documents.BEGIN}\nold\n{documents.END}\nafter\n")
+    page.write_text("before\n<!-- figures: begin -->\nold\n<!-- figures: end -->\nafter\n")
     written = []
     for _ in range(2):
         documents.write(documents.merged([results]), tmp_path)

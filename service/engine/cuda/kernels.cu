@@ -1,7 +1,7 @@
 // What happens to the rows around a step of the model, in the same graph as the step. One block a row.
 //
 // `host` is memory of the host, which the device reads and writes directly: some hundred kilobytes at most, each byte
-// once, for which a copy of its own would cost more than it saves. A row of the arena is `width` floats.
+// once, for which copies would take as long, and be two more nodes. A row of the arena is `width` floats.
 
 typedef long long i64;
 

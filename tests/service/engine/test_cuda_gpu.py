@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_device
 import numpy as np
 import pytest
-from random_rows import random_inputs
+from fake_cuda import device as fake_device
+from fake_cuda.inputs import random_inputs
 
 import bundle
 from service import app

@@ -5,7 +5,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from fake_device import FakeDevice
+from fake_cuda.device import FakeDevice
 from hypothesis import given
 
 import bundle

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fake_device import FakeDevice
-from random_rows import random_inputs
+from fake_cuda.device import FakeDevice
+from fake_cuda.inputs import random_inputs
 from torch import Tensor, nn
 
 import bundle

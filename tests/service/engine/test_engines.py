@@ -10,9 +10,9 @@ from typing import NoReturn
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from fake_device import FakeDevice
+from fake_cuda.device import FakeDevice
+from fake_cuda.inputs import random_inputs
 from hypothesis import given, settings
-from random_rows import random_inputs
 
 import bundle
 from service.core.errors import EngineFailed, NonFiniteOutput

@@ -1,7 +1,8 @@
 """The loop around the scheduler: who waits is answered, who leaves is forgotten, and no reply overtakes its commit."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -11,7 +12,7 @@ import pytest
 from bundle import TensorSpec
 from service.core.clock import ManualClock
 from service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
-from service.engine.base import Rows, Tensors
+from service.engine.base import DeviceFailed, Result, Rows, Tensors
 from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.loop import Loop
 from service.scheduler.scheduler import Scheduler
@@ -45,6 +46,35 @@ class GatedEngine:
     def copy(self, source: int, target: int) -> None: ...
 
 
+class LaunchingEngine(GatedEngine):
+    """Each result can be waited for, and is there when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails: Exception | None = None
+        self.done = threading.Semaphore(0)
+        self.log: list[str] = []
+        self._launches: asyncio.Queue[int] = asyncio.Queue()
+
+    async def launched(self) -> None:
+        """The next time something is."""
+        await self._launches.get()
+
+    def launch(self, rows: Rows) -> Callable[[], Result]:  # type: ignore[override]
+        if self.fails is not None:
+            raise self.fails
+        number, answer = len(self.batches), self.run(rows)
+        self.log.append(f"launch {number}")
+        self._launches.put_nowait(number)
+
+        def result() -> Result:
+            assert self.done.acquire(timeout=10)
+            self.log.append(f"result {number}")
+            return answer
+
+        return result
+
+
 class GatedStore(MemoryStore):
     """Commits when told to."""
 
@@ -58,8 +88,10 @@ class GatedStore(MemoryStore):
 
 
 @asynccontextmanager
-async def running(seconds_per_step: float = 0.0) -> AsyncIterator[tuple[Loop, GatedStore, ManualClock, GatedEngine]]:
-    clock, engine = ManualClock(), GatedEngine()
+async def running(
+    seconds_per_step: float = 0.0, make: Callable[[], GatedEngine] = GatedEngine
+) -> AsyncIterator[tuple[Loop, GatedStore, ManualClock, GatedEngine]]:
+    clock, engine = ManualClock(), make()
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
     store = GatedStore(engine.gate)
     with ThreadPoolExecutor(1) as executor:
@@ -176,3 +208,43 @@ async def test_an_action_waits_for_the_chunks_before_it():
         engine.gate.set()
         await step
         assert await acting == 2
+
+
+async def test_the_next_batch_is_launched_before_the_last_is_answered():
+    async with running(1e-1, LaunchingEngine) as (loop, _, _, engine):
+        assert isinstance(engine, LaunchingEngine)
+        engine.gate.set()
+        first = asyncio.create_task(loop.sequences([X], 10))
+        await engine.launched()
+        second = asyncio.create_task(loop.sequences([X], 10))
+        await engine.launched()
+        assert engine.log == ["launch 0", "launch 1"]
+        assert not first.done()
+        engine.done.release(2)
+        assert (await first)[0].outputs[0].tolist() == (await second)[0].outputs[0].tolist() == [2.0, 3.0]
+        assert engine.log == ["launch 0", "launch 1", "result 0", "result 1"]
+        assert loop.scheduler.in_flight == 0
+
+
+async def test_a_session_is_in_one_launched_batch_at_a_time():
+    async with running(0.0, LaunchingEngine) as (loop, _, _, engine):
+        assert isinstance(engine, LaunchingEngine)
+        engine.gate.set()
+        engine.done.release(2)
+        loop.scheduler.open("a", 0)
+        one, two = await asyncio.gather(steps(loop, "a", X, 10), steps(loop, "a", X, 10))
+        assert (one.position, two.position) == (2, 4)
+        assert engine.log == ["launch 0", "result 0", "launch 1", "result 1"]
+
+
+async def test_a_device_that_fails_ends_the_loop():
+    engine = LaunchingEngine()
+    engine.fails = DeviceFailed("it has fallen off the bus")
+    scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
+    with ThreadPoolExecutor(1) as executor:
+        loop = Loop(scheduler, engine, MemoryStore(), ManualClock(), executor, lambda rows, steps: 0.0)
+        task = asyncio.create_task(loop.run())
+        waiting = asyncio.create_task(loop.sequences([X], 10))
+        with pytest.raises(DeviceFailed, match="off the bus"):
+            await task
+        waiting.cancel()

@@ -15,9 +15,9 @@ from service.engine.memory import Memory
 
 
 class FakeDevice:
-    """calls: what was done, in order. room: bytes that can be allocated."""
+    """calls: what was done, in order. room: bytes that can be allocated. name: where onnxruntime is to run."""
 
-    name = "cuda:0"
+    name = "cpu"
     stream = 0
     multiprocessors = 8
 
