@@ -21,9 +21,9 @@ from service.store.base import Store
 
 T = TypeVar("T")
 
-#: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free. On a single core
-#: nothing is gained by that until others would be kept waiting.
-INLINE_SECONDS = 0.001 if len(os.sched_getaffinity(0)) > 1 else 0.02
+#: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free. What is shorter
+#: would lose by the way there and back, and on a single core nothing is gained until others would be kept waiting.
+INLINE_SECONDS = 0.004 if len(os.sched_getaffinity(0)) > 1 else 0.02
 #: How often idle sessions are looked for when nothing else happens.
 _TICK_SECONDS = 1.0
 
