@@ -97,18 +97,22 @@ class CudaPlace:
                 return self._proven(rows, sizes, parts)
             except (CompilationFailed, GoldenMismatch) as error:
                 self._fall_back(str(error))
-                self.device.close()
         return self._proven(rows, sizes, [])
 
     def _proven(self, rows: int, sizes: tuple[int, ...], parts: list[Layer | Segment]) -> tuple[CudaEngine, Proof]:
+        """What was taken of the device is given back if it raises."""
         try:
             engine = CudaEngine(self.device, self.runner, self._manifest, rows, sizes, parts, tf32=self._tf32)
+            return engine, prove_steps(engine, self._manifest, self._bundle.golden, sizes, rows, self.slack)
         except OutOfDeviceMemory as error:
+            self.device.close()
             raise NoRoom(f"{rows} state rows do not fit: {error}; lower --session-capacity, or make it auto") from error
-        return engine, prove_steps(engine, self._manifest, self._bundle.golden, sizes, rows, self.slack)
+        except (CompilationFailed, GoldenMismatch):
+            self.device.close()
+            raise
 
     def _parts(self) -> list[Layer | Segment]:
-        """None if onnxruntime must run the whole model."""
+        """None, if onnxruntime must run the whole model."""
         if self._options.precision == "float16":
             return []
         try:
