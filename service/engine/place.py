@@ -12,6 +12,7 @@ from service.engine.cuda.base import CompilationFailed, Device, OutOfDeviceMemor
 from service.engine.cuda.engine import CudaEngine
 from service.engine.cuda.layout import buckets
 from service.engine.cuda.parts import Layer, NotSeparable, Segment
+from service.engine.cuda.step_call import GATHER
 from service.engine.host import HostEngine
 from service.engine.proof import Proof, prove_steps
 from service.engine.runner import DeviceUnavailable, Runner, to_float16
@@ -144,8 +145,10 @@ def open_cuda(device: str) -> Device:
             f"{device} needs NVIDIA's bindings, which the extra `gpu` brings (pip install cuda-bindings): {error}"
         ) from error
     try:
-        return Cuda(int(device.partition(":")[2]))
-    except (DeviceFailed, RuntimeError) as error:  # the bindings raise RuntimeError for a library they cannot find
+        opened = Cuda(int(device.partition(":")[2]))
+        opened.prepare(GATHER)
+        return opened
+    except (CompilationFailed, DeviceFailed, RuntimeError) as error:  # RuntimeError: the bindings miss a library
         raise DeviceUnavailable(f"{device} cannot be used: {error}") from error
 
 
