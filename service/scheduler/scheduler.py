@@ -78,7 +78,7 @@ class Scheduler:
         self.traits = traits
         self.limits = limits
         self.counters = Counters()
-        self.sessions = SessionTable(sessions, on_gone=self._count_gone)
+        self.sessions = SessionTable(sessions, self._count_gone, self._keep_last_of)
         #: Rows for chunks that are run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=self.sessions.slots.end)
         fits = LastSteps.fits(traits.inputs, traits.outputs)
@@ -314,8 +314,8 @@ class Scheduler:
         if seconds is not None:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
-        if longest == 1 and self._last_steps is not None:
-            self._keep_last(self._last_steps, batch, outputs, failed)
+        if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
+            self._keep_last(batch.targets, batch.inputs, outputs, failed)
         row = 0
         for work in batch.work:
             if isinstance(work, Group):
@@ -341,14 +341,20 @@ class Scheduler:
         )
 
     def _keep_last(
-        self, last_steps: LastSteps, batch: Batch, outputs: Tensors, failed: Mapping[int, UnrollError]
+        self, slots: np.ndarray, inputs: Tensors, outputs: Tensors, failed: Mapping[int, UnrollError]
     ) -> None:
-        slots, inputs = batch.targets, batch.inputs
+        """The steps of these sessions are the last they took, but for the rows that failed."""
+        if self._last_steps is None:
+            return
         if failed:
-            good = [row for row in range(len(batch)) if row not in failed]
+            good = [row for row in range(len(slots)) if row not in failed]
             slots = slots[good]
             inputs, outputs = tuple([a[good] for a in inputs]), tuple([a[good] for a in outputs])
-        last_steps.keep(slots, inputs, outputs)
+        self._last_steps.keep(slots, inputs, outputs)
+
+    def _keep_last_of(self, cohort: Cohort) -> None:
+        if cohort.last is not None and self._last_steps is not None:
+            self._last_steps.keep(cohort.slots, *cohort.last)
 
     def _finish_chunk(self, chunk: Chunk, result: Tensors, steps: int, now: float) -> None:
         self._waiting_steps -= self._lanes.next_steps(chunk)
@@ -380,8 +386,12 @@ class Scheduler:
         self.counters.steps += (count - len(errors)) * group.length
         cohort = group.cohort
         if cohort is not None and cohort.formed and not errors:
+            cohort.last = group.inputs, outputs
             self.sessions.step(cohort, now)
         else:
+            if cohort is not None and len(errors) < count:
+                self.sessions.look(group.sessions[0])  # what that keeps is a step old by now
+                self._keep_last(cohort.slots, group.inputs, outputs, errors)
             cohort = self._finish_rows(group, outputs, errors, now)
         positions = (
             cohort.positions

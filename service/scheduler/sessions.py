@@ -98,15 +98,19 @@ class LastWords:
 
 
 class SessionTable:
-    """`on_gone(cause)` is called once for each session that expires or is evicted."""
+    """`on_gone(cause)` is called once for each session that expires or is evicted, `on_dissolved` for each cohort."""
 
     def __init__(
-        self, limits: SessionLimits, on_gone: Callable[[type[SessionGone]], None] = lambda cause: None
+        self,
+        limits: SessionLimits,
+        on_gone: Callable[[type[SessionGone]], None] = lambda cause: None,
+        on_dissolved: Callable[[Cohort], None] = lambda cohort: None,
     ) -> None:
         self.limits = limits
         self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
+        self._on_dissolved = on_dissolved
         self._live: dict[str, Session] = {}
         self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
         self._tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
@@ -165,7 +169,8 @@ class SessionTable:
         session = self._live.get(session_id)
         if session is None:
             return None
-        self.look(session)
+        if session.cohort is not None:
+            self.dissolve(session.cohort)
         if now - session.last_used >= self._idle_timeout and session.active is None:
             self.expire(now)
             return None
@@ -255,6 +260,7 @@ class SessionTable:
             session.last_used, session.active = cohort.last_used, cohort.active
         cohort.formed = False
         self._recency.replace(cohort, cohort.sessions)
+        self._on_dissolved(cohort)
 
     # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 

@@ -105,8 +105,9 @@ class Cohort(Used):
     """Open sessions that take single steps together, time after time: one record, until one of them is looked at.
 
     slots: their rows in the arena, which hold their states. positions: steps consumed, uint64. active: the step that
-    is under way; they have no other work. What a session has besides stays as it was when the cohort was formed: its
-    last step is kept by `LastSteps`, its depth is 1. formed: nobody looked at one of them so far.
+    is under way; they have no other work. last: inputs and outputs of the step before, for `LastSteps` when the cohort
+    ends; None if it has them. What a session has besides stays as it was when the cohort was formed, its depth of 1
+    included. formed: nobody looked at one of them so far.
     """
 
     sessions: list[Session]
@@ -114,6 +115,7 @@ class Cohort(Used):
     positions: np.ndarray
     last_used: float
     active: "Group | None" = None
+    last: tuple[Tensors, Tensors] | None = None
     formed: bool = True
 
     def __repr__(self) -> str:

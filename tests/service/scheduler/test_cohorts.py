@@ -161,10 +161,14 @@ class Twins(RuleBasedStateMachine):
             if answered or turn < turns - 1:
                 self.both(Served.run, self.now)
 
-    @rule(ids=st.lists(IDS, min_size=1, max_size=5), data=st.data(), offset=st.sampled_from([None, 0, 0, -1, 1]))
+    @rule(
+        ids=st.just([]) | st.lists(IDS, min_size=1, max_size=5),
+        data=st.data(),
+        offset=st.sampled_from([None, 0, 0, -1, 1]),
+    )
     def frame(self, ids: list[str], data: st.DataObject, offset: int | None) -> None:
-        """Of any sessions, in any order."""
-        ids = [i for i in ids if i in self.other.bound]
+        """Of any sessions, in any order; or of the last one's."""
+        ids = [i for i in ids or self.ids if i in self.other.bound]
         if ids:
             values = [data.draw(st.sampled_from([1, 2, 3, BAD])) for _ in ids]
             odd = data.draw(st.integers(0, 2 * len(ids)))  # which of them is elsewhere, if one is
@@ -180,6 +184,12 @@ class Twins(RuleBasedStateMachine):
     def step(self, session_id: str, steps: list[int], offset: int | None, final: bool) -> None:
         position = self.position(session_id, offset)
         self.both(Served.step, session_id, steps, position, final and offset == 0, self.now)
+
+    @rule(value=st.integers(1, 3))
+    def retry(self, value: int) -> None:
+        """Of the last step of everyone; or of another in its place."""
+        for session_id in self.ids:
+            self.both(Served.step, session_id, [value], self.position(session_id, -1), False, self.now)
 
     @rule(session_id=IDS)
     def look(self, session_id: str) -> None:
@@ -283,6 +293,9 @@ def test_sessions_that_come_together_again_are_one(served):
     assert [states for states, _ in zip(served.log[-1][2][::2], "abc", strict=True)] == [
         fold([1, 2, last])[2:] for last in (3, 4, 5)
     ]
+    for name, last in zip("abc", (3, 4, 5), strict=True):
+        again = served.scheduler.submit_steps(name, inputs(last), 0, LATER, position=2)
+        assert answer(again) == fold([1, 2, last])[2:]
 
 
 def test_a_session_in_a_cohort_has_no_record_that_could_be_stale(served):
@@ -395,10 +408,34 @@ def test_a_session_of_which_more_is_to_be_remembered_leaves_its_cohort(served):
 
 
 def test_a_row_that_fails_ends_the_cohort_and_nothing_else(served):
-    served.frame([*"abc"], [None] * 3, [3, BAD, 3], 0)
+    served.frame([*"abc"], [None] * 3, [3, 3, 3], 0)
+    served.run()
+    served.frame([*"abc"], [None] * 3, [4, BAD, 4], 0)
     served.run()
     assert served.log[-1][3] == {1: "engine_failed"}
-    assert [position(served, name) for name in "abc"] == [3, 2, 3]
+    for name, step in (("a", 4), ("b", 3), ("c", 4)):
+        at = position(served, name)
+        again = served.scheduler.submit_steps(name, inputs(step), 0, LATER, position=at - 1)
+        assert answer(again) == fold([1, 2, 3, 4][:at])[-1:]
+    assert [position(served, name) for name in "abc"] == [4, 3, 4]
+
+
+def test_a_cohort_shares_a_batch():
+    """Whatever runs with it, each session's last step can be asked for again."""
+    served = Served(cohorts=True)
+    for name in "abc":
+        served.open(name, 0)
+    for step in (1, 2):
+        served.frame([*"ab"], [None] * 2, [step] * 2, 0)
+        served.run()
+    served.frame([*"ab"], [None] * 2, [3] * 2, 0)
+    served.scheduler.submit_steps("c", inputs(7), 0, LATER)
+    served.begin(0)
+    assert served.batch.lens == [1, 1, 1]
+    served.end(0)
+    for name, steps in (("a", [1, 2, 3]), ("b", [1, 2, 3]), ("c", [7])):
+        again = served.scheduler.submit_steps(name, inputs(steps[-1]), 0, LATER, position=len(steps) - 1)
+        assert answer(again) == fold(steps)[-1:]
 
 
 def test_more_sessions_than_a_batch_takes_are_several_cohorts():
