@@ -139,6 +139,11 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             head = struct.pack("!BBQ", first, _EIGHT_BYTES, size)
         self.transport.write(head + message)
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and self.close_sent:
+            self.handshake_complete = True  # refused, which uvicorn would report as an application that does not answer
+
     def handle_close(self, event: Frame) -> None:
         super().handle_close(event)
         self._direct.end()

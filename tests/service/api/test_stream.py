@@ -827,6 +827,15 @@ def test_models_that_cannot_be_streamed(any_server: Running, dial: Dial, model: 
     assert json.loads(response.body)["code"] == code
 
 
+def test_a_refusal_is_not_logged_as_a_fault(
+    server: Running, dial: Dial, client: httpx.Client, caplog: pytest.LogCaptureFixture
+):
+    with pytest.raises(InvalidStatus):
+        dial(model="nobody")
+    assert client.get("/livez").status_code == 200  # by now the application has returned
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_pages_of_other_origins(any_server: Running, dial: Dial):
     """A browser says which page asks; only the server's own may. Who says nothing is no browser."""
     dial(running=any_server, origin=f"http://{any_server.address}")
