@@ -43,8 +43,9 @@ from service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outc
 
 _log = structlog.get_logger(__name__)
 
-#: Entries of a connection that may be unanswered before no more is read from it.
+#: Entries of a connection that may be unanswered before no more is read from it, and bytes of their outputs.
 WINDOW = 2048
+WINDOW_BYTES = 16 * 2**20
 #: Sessions bound to one connection at a time, and in one `open`.
 MAX_HANDLES = 65_536
 #: Kinds of frames of a connection that are recognised when they come again.
@@ -145,7 +146,8 @@ class Stream:
         self._working = False  # on that one
         self._waiting: dict[_Waiting, None] = {}
         self._answers: list[tuple[int, int, int, list[bytes]]] = []  # handle, steps, position, outputs
-        self._unanswered = 0
+        self._output_bytes = sum(spec.nbytes for spec in self._outputs)  # of a step
+        self._unanswered = self._unanswered_steps = 0
         self._writable = True
         self._paused = False
         self._closed = False
@@ -179,10 +181,10 @@ class Stream:
             self._send_text(json.dump({"op": "error", **_described(error)}))
             return
         if isinstance(frame, Alone):
-            self._unanswered += 1
+            self._asked(1, frame.steps)
             self._submit(frame, self._codec.fault(frame.inputs), alone=True)
         else:
-            self._unanswered += len(frame.entries)
+            self._asked(len(frame.entries), frame.total)
             self._submit_all(frame)
         self._regulate()
 
@@ -202,7 +204,7 @@ class Stream:
         self._held.clear()
         self._answers.clear()
         self._lineups.clear()
-        self._unanswered = 0
+        self._unanswered = self._unanswered_steps = 0
 
     # ── control ──────────────────────────────────────────────────────────────────────────────────
 
@@ -405,7 +407,7 @@ class Stream:
             if waiting.chunk is not None:
                 self._waiting[waiting] = None
         except UnrollError as error:
-            self._refuse(said.handle, said.position, error)
+            self._refuse(said.handle, said.steps, said.position, error)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────
 
@@ -414,11 +416,11 @@ class Stream:
             return
         self._waiting.pop(waiting, None)
         if isinstance(outcome, UnrollError):
-            self._refuse(waiting.handle, waiting.position, outcome)
+            self._refuse(waiting.handle, waiting.steps, waiting.position, outcome)
         elif waiting.alone:
             self._send_answers()
             self._send_binary(encode_one(waiting.handle, waiting.steps, outcome.position, outcome.outputs))
-            self._answered(1)
+            self._answered(1, waiting.steps)
         else:
             if not self._answers:
                 self._later(self._send_answers)
@@ -433,7 +435,7 @@ class Stream:
         self._answers = []
         in_order = (entry for output in zip(*values, strict=True) for entry in output)
         self._send_binary(encode(entries_of(handles, steps, positions), in_order))
-        self._answered(len(handles))
+        self._answered(len(handles), sum(steps))
 
     def _settled_group(self, frame: Frame, rows: list[int] | None, lineup: _Lineup | None, reply: GroupReply) -> None:
         """rows: of the frame that were submitted, if not all."""
@@ -452,25 +454,31 @@ class Stream:
         self._send_answers()
         if len(asked):
             self._send_binary(encode(reached(asked, positions), [output.data for output in outputs]))
-            self._answered(len(asked))
+            self._answered(len(asked), len(asked) * int(asked[0]["steps"]))
 
     def _refuse_all(self, asked: np.ndarray, error: UnrollError) -> None:
         """asked: entries of a frame."""
-        for handle, _, position in asked.tolist():
-            self._refuse(handle, None if position == UNSAID else position, error)
+        for handle, steps, position in asked.tolist():
+            self._refuse(handle, steps, None if position == UNSAID else position, error)
 
-    def _refuse(self, handle: int, position: int | None, error: UnrollError) -> None:
+    def _refuse(self, handle: int, steps: int, position: int | None, error: UnrollError) -> None:
         document = {"op": "error", **_described(error), "handle": handle, "position": position}
         self._send_text(json.dump(document))
-        self._answered(1)
+        self._answered(1, steps)
 
-    def _answered(self, count: int) -> None:
-        self._unanswered -= count
+    def _asked(self, entries: int, steps: int) -> None:
+        self._unanswered += entries
+        self._unanswered_steps += steps
+
+    def _answered(self, entries: int, steps: int) -> None:
+        self._unanswered -= entries
+        self._unanswered_steps -= steps
         if self._paused:
             self._regulate()
 
     def _regulate(self) -> None:
-        paused = self._unanswered > WINDOW or self._working or not self._writable
+        full = self._unanswered > WINDOW or self._unanswered_steps * self._output_bytes > WINDOW_BYTES
+        paused = full or self._working or not self._writable
         if paused != self._paused:
             self._paused = paused
             (self._pause if paused else self._resume)()

@@ -49,14 +49,15 @@ class Alone(NamedTuple):
 
 
 class Frame:
-    """N chunks. entries: as they came.
+    """N chunks. entries: as they came. total: steps of all together.
 
     even: each input (N, T, *shape), views into the frame, if all entries have T steps; else None.
     chunks: if not even, the inputs of each entry, (T, *shape).
     """
 
-    def __init__(self, entries: np.ndarray, even: Tensors | None, chunks: list[Tensors]) -> None:
+    def __init__(self, entries: np.ndarray, total: int, even: Tensors | None, chunks: list[Tensors]) -> None:
         self.entries = entries
+        self.total = total
         self.even = even
         self.chunks = chunks
 
@@ -137,14 +138,14 @@ class FrameCodec:
         total = longest * count if fewest == longest else int(steps.sum(dtype=np.uint64))
         self._check_length(frame, count, total, fewest)
         if fewest < longest:
-            return Frame(entries, None, self._uneven(frame, total, steps.tolist()))
+            return Frame(entries, total, None, self._uneven(frame, total, steps.tolist()))
         offset = _HEADER.size + entries.nbytes
         even = []
         for dtype, shape, size in self._layout:
             values = _values(frame, dtype, total * size, offset)
             offset += values.nbytes
             even.append(values.reshape(count, longest, *shape))
-        return Frame(entries, tuple(even), [])
+        return Frame(entries, total, tuple(even), [])
 
     def _uneven(self, frame: bytes, total: int, steps: list[int]) -> list[Tensors]:
         """The inputs of each entry, (T, *shape)."""

@@ -1107,6 +1107,26 @@ async def test_the_window(wire: Wire):
     assert "open, 2049 sessions, 0 entries" in repr(wire.stream)
 
 
+async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
+    """Few entries may have large answers."""
+    monkeypatch.setattr(stream, "WINDOW_BYTES", 4096)
+    await wire.bind(3)
+    steps = 4096 // sum(spec.nbytes for spec in wire.manifest.outputs) // 2
+    wire.frame(range(2), steps)
+    assert wire.flow == []
+    wire.frame(range(2, 3))
+    assert wire.flow == ["pause"]
+    wire.frame(range(3, 4), steps)  # refused, which is an answer: no such handle
+    wire.stream.on_binary(frame((2, 99, np.ones((7, 3), "<f4")), (0, 99, np.ones((9, 3), "<f4"))))
+    wire.store.release()
+    await soon(lambda: len(wire.answered()) == 3)
+    assert wire.flow == ["pause", "resume"]
+    wire.frame(range(2), steps)
+    assert wire.flow == ["pause", "resume"]
+    wire.frame(range(2, 3))
+    assert wire.flow == ["pause", "resume", "pause"]
+
+
 async def test_not_read_while_the_client_does_not_read(wire: Wire):
     wire.stream.on_writable(False)
     wire.stream.on_writable(False)
