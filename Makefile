@@ -23,7 +23,7 @@ stop: ## end the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m examples.run --stop
 
 test: install ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install ## format, lint, types and the layers' contracts
 	$(BIN)/ruff format --check .

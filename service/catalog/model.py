@@ -127,7 +127,11 @@ class ServedModel:
             raise ModelRefused(f"{path} is refused: {error}") from error
         parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
         serving = Serving(device, here.runner.provider, options.engine.precision, parity, proof.stability)
-        curve = _warm_up(engine, manifest, options.scheduler)
+        try:
+            curve = _warm_up(engine, manifest, options.scheduler)
+        except ModelRefused:
+            engine.close()
+            raise
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
         loop = Loop(scheduler, engine, MemoryStore(), clock, executor, curve.seconds)
         _log.info(

@@ -38,7 +38,7 @@ class HostEngine:
         """Its memory is its objects'."""
 
     def _run(self, rows: Rows) -> Result:
-        if max(rows.lens) == 1 and len(rows.lens) <= _BOUND_ROWS:
+        if rows.inputs[0].shape[1] == 1 and len(rows.lens) <= _BOUND_ROWS:
             outputs, state_out = self._run_steps(rows)
         else:
             inputs = {spec.name: array for spec, array in zip(self._manifest.inputs, rows.inputs, strict=True)}

@@ -12,6 +12,7 @@ from service.engine.cuda.base import CompilationFailed, Device, OutOfDeviceMemor
 from service.engine.cuda.engine import CudaEngine
 from service.engine.cuda.layout import buckets
 from service.engine.cuda.parts import Layer, NotSeparable, Segment
+from service.engine.cuda.step_call import GATHER
 from service.engine.host import HostEngine
 from service.engine.proof import Proof, prove_steps
 from service.engine.runner import DeviceUnavailable, Runner, to_float16
@@ -97,18 +98,22 @@ class CudaPlace:
                 return self._proven(rows, sizes, parts)
             except (CompilationFailed, GoldenMismatch) as error:
                 self._fall_back(str(error))
-                self.device.close()
         return self._proven(rows, sizes, [])
 
     def _proven(self, rows: int, sizes: tuple[int, ...], parts: list[Layer | Segment]) -> tuple[CudaEngine, Proof]:
+        """What was taken of the device is given back if it raises."""
         try:
             engine = CudaEngine(self.device, self.runner, self._manifest, rows, sizes, parts, tf32=self._tf32)
+            return engine, prove_steps(engine, self._manifest, self._bundle.golden, sizes, rows, self.slack)
         except OutOfDeviceMemory as error:
+            self.device.close()
             raise NoRoom(f"{rows} state rows do not fit: {error}; lower --session-capacity, or make it auto") from error
-        return engine, prove_steps(engine, self._manifest, self._bundle.golden, sizes, rows, self.slack)
+        except (CompilationFailed, GoldenMismatch):
+            self.device.close()
+            raise
 
     def _parts(self) -> list[Layer | Segment]:
-        """None if onnxruntime must run the whole model."""
+        """None, if onnxruntime must run the whole model."""
         if self._options.precision == "float16":
             return []
         try:
@@ -140,8 +145,10 @@ def open_cuda(device: str) -> Device:
             f"{device} needs NVIDIA's bindings, which the extra `gpu` brings (pip install cuda-bindings): {error}"
         ) from error
     try:
-        return Cuda(int(device.partition(":")[2]))
-    except (DeviceFailed, RuntimeError) as error:  # the bindings raise RuntimeError for a library they cannot find
+        opened = Cuda(int(device.partition(":")[2]))
+        opened.prepare(GATHER)
+        return opened
+    except (CompilationFailed, DeviceFailed, RuntimeError) as error:  # RuntimeError: the bindings miss a library
         raise DeviceUnavailable(f"{device} cannot be used: {error}") from error
 
 

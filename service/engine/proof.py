@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bundle import Manifest
-from bundle.golden import Arrays, Golden, differences
+from bundle.golden import Arrays, Golden, GoldenMismatch, differences
 from service.engine.base import Engine, PlainRows
 from service.state.slots import FIRST
 
@@ -61,7 +61,7 @@ def _run(engine: Engine, manifest: Manifest, golden: Golden, size: int, first: i
         rows = PlainRows(tuple(array[:, t : t + 1] for array in inputs), [1] * size, slots, slots)
         outputs, failed = engine.run(rows)
         if failed:
-            raise failed[min(failed)]
+            raise GoldenMismatch(f"{failed[min(failed)].message} (a golden sequence in calls of {size} rows)")
         steps.append(outputs)
     found = {
         spec.name: np.concatenate(parts, axis=1) if spec.time else parts[-1]

@@ -24,6 +24,8 @@ T = TypeVar("T")
 #: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free. What is shorter
 #: would lose by the way there and back, and on a single core nothing is gained until others would be kept waiting.
 INLINE_SECONDS = 0.004 if len(os.sched_getaffinity(0)) > 1 else 0.02
+#: The same of a batch that a device runs by itself: meanwhile the event loop has better things to do.
+LAUNCHED_SECONDS = 0.0005
 #: How often idle sessions are looked for when nothing else happens.
 _TICK_SECONDS = 1.0
 
@@ -196,7 +198,7 @@ class Loop:
                 await self._end(self._launched.popleft())
             result = partial(self.engine.run, batch)
         begun = _Begun(batch, started, result)
-        if self._cost(len(batch), batch.longest) > INLINE_SECONDS:
+        if self._cost(len(batch), batch.longest) > (LAUNCHED_SECONDS if launched else INLINE_SECONDS):
             begun.future = asyncio.get_running_loop().run_in_executor(self._executor, result)
             begun.future.add_done_callback(lambda _: self._work.set())
         if launched:

@@ -85,7 +85,7 @@ class CudaEngine:
         return one_by_one(self._manifest, self._sequences.run, rows)
 
     def launch(self, rows: Rows) -> Callable[[], Result] | None:
-        if not self._steps or len(rows.lens) > self._buckets[-1] or max(rows.lens) > 1:
+        if not self._steps or len(rows.lens) > self._buckets[-1] or rows.inputs[0].shape[1] > 1:
             return None
         call = self._next_call(len(rows.lens), 1)
         call.launch(rows.inputs, rows.sources, rows.targets)
@@ -105,7 +105,7 @@ class CudaEngine:
     def _run_stepwise(self, rows: Rows) -> Result:
         """Several steps at a time. Until the last of its steps a state is in a row of the engine's own, and then goes
         where it belongs, unless one of them failed."""
-        count, longest, lens = len(rows.lens), max(rows.lens), np.array(rows.lens)
+        count, longest, lens = len(rows.lens), rows.inputs[0].shape[1], np.array(rows.lens)
         own = np.arange(self._rows, self._rows + count)
         outputs = empty_outputs(self._manifest, count, longest)
         waiting: deque[tuple[StepCall, int, int]] = deque()
