@@ -1,5 +1,5 @@
 // One step of a recurrent layer in one launch:  gates = [x, h] · [W, R]ᵀ + b, then the cell, for B sessions whose h and c
-// lie in the arena rows that `slots` names.  Compiled by fused.py, which sets LSTM, PARTS, VEC and the tile by -D.
+// lie in the arena rows that `slots` names.  LSTM, PARTS, VEC and the tile are set by cells.py.
 //
 // The product runs on the tensor cores (m16n8k16): 16 gate rows are operand A, 8 sessions operand B.  A number enters as
 // two halves, v = high + low with 11 bits each, and low·high + high·low + high·high is summed in fp32: fp32's accuracy, at
