@@ -113,7 +113,7 @@ class CudaPlace:
             raise
 
     def _parts(self) -> list[Layer | Segment]:
-        """None, if onnxruntime must run the whole model."""
+        """Empty if onnxruntime must run the whole model."""
         if self._options.precision == "float16":
             return []
         try:
@@ -132,6 +132,8 @@ class CudaPlace:
 def place(bundle: Bundle, device: str, options: EngineOptions) -> Place:
     """device: `cpu` or `cuda:N`. Raises DeviceUnavailable, or ValueError if the model cannot be loaded there."""
     if device == "cpu":
+        if options.precision != "float32":
+            raise ValueError(f"precision {options.precision} is for a GPU; on the CPU it is float32")
         return HostPlace(bundle, options)
     return CudaPlace(bundle, open_cuda(device), options)
 

@@ -9,6 +9,7 @@ import pytest
 import bundle
 from service import __main__ as serve
 from service import app
+from service.catalog.catalog import CatalogError
 from service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from service.settings import Settings
 
@@ -45,6 +46,11 @@ def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
     found = bundle.read(repository / "lstm" / "1")
     with pytest.raises(DeviceUnavailable, match="onnxruntime runs on CPUExecutionProvider instead of cuda:0"):
         Runner(found.model_path, found.manifest, "cuda:0")
+
+
+def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):
+    with pytest.raises(CatalogError, match="precision tf32 is for a GPU"):
+        app.build(Settings(repository=repository, device="cpu", precision="tf32"))
 
 
 def test_serve_ends_with_a_reason(repository: Path, capfd: pytest.CaptureFixture[str]):

@@ -1,7 +1,8 @@
 """The engine with its rows on a GPU. No state crosses to the host but to be saved, restored or verified.
 
 A batch of single steps is one launch of a graph that was captured at start, for its bucket: gather the rows, call the
-model, commit the rows. Everything else (chunks, whole sequences) is queued call by call on the same stream.
+model, commit the rows. Chunks and sequences are the same steps, several to a graph, if the layers are run by kernels of
+ours; else calls of the whole graph, one after another on the same stream.
 """
 
 from collections import deque
