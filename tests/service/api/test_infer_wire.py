@@ -346,8 +346,9 @@ def test_timeouts_in_microseconds(serve: Serve, background) -> None:  # type: ig
     with httpx.Client(base_url=running.url) as client, running.holding("lstm") as held:
         busy = background(wire.infer, client, "lstm", X, sequence_id=1, sequence_start=True)
         held.wait()
-        answer = wire.infer(client, "lstm", X, timeout=1)
+        late = background(wire.infer, client, "lstm", X, timeout=1)  # refused at once, or when its turn comes
+        held.release()
+        answer = late.result()
         assert answer.status_code in (503, 504)
         assert answer.json()["code"] in ("deadline_unreachable", "deadline_exceeded")
-        held.release()
         assert busy.result().status_code == 200
