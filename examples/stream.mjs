@@ -58,10 +58,12 @@ export class Session {
     if (error) throw new Error(JSON.stringify(error));
   }
 
-  // The next message; null if the connection broke.
+  // The next message; null if the connection broke, as it does after the farewell of a server that ends.
   ask(message) {
     return new Promise((resolve) => {
-      this.socket.onmessage = (event) => resolve(event.data);
+      this.socket.onmessage = ({ data }) => {
+        if (typeof data !== "string" || JSON.parse(data).op !== "closing") resolve(data);
+      };
       this.socket.onerror = this.socket.onclose = () => resolve(null);
       this.socket.send(message);
     });

@@ -7,9 +7,10 @@ forecasts = session.steps(np.array([[371.2], [371.5]]))
 import json
 import secrets
 import struct
+import time
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 _FRAME = struct.Struct("<BBHIIIQ")  # type, flags, reserved, entries; handle, steps, position
@@ -41,15 +42,30 @@ class Session:
         """Send, and wait for the answer; once more if the connection breaks: the position tells what was applied."""
         while True:
             try:
-                if self._socket is None:
-                    self._socket = connect(self._address, max_size=None).__enter__()
-                    mode = "resume" if self.position else "either"  # the answer to the first try may have been lost
-                    wanted = {"handle": 0, "session_id": self.id, "mode": mode}
-                    self._socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
-                    (opened,) = json.loads(self._socket.recv())["sessions"]
-                    if "error" in opened:
-                        raise RuntimeError(opened["error"])
+                self._socket = self._socket or self._connect()
                 self._socket.send(message)
-                return self._socket.recv()
+                while _is_farewell(reply := self._socket.recv()):
+                    pass
+                return reply
             except ConnectionClosed:
                 self._socket = None
+            except InvalidStatus as refused:
+                if refused.response.status_code != 503:
+                    raise
+                time.sleep(1)  # that server is about to end; another will answer
+
+    def _connect(self) -> ClientConnection:
+        socket = connect(self._address, max_size=None).__enter__()
+        mode = "resume" if self.position else "either"  # the answer to the first try may have been lost
+        wanted = {"handle": 0, "session_id": self.id, "mode": mode}
+        socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
+        (opened,) = json.loads(socket.recv())["sessions"]
+        if "error" in opened:
+            socket.close()
+            raise RuntimeError(opened["error"])
+        return socket
+
+
+def _is_farewell(message: str | bytes) -> bool:
+    """Said by a server that ends, before it closes the connection."""
+    return isinstance(message, str) and json.loads(message)["op"] == "closing"

@@ -5,7 +5,6 @@ import signal
 import sys
 
 import structlog
-import uvicorn
 from pydantic import ValidationError
 
 from service import app
@@ -13,6 +12,7 @@ from service.catalog.catalog import CatalogError
 from service.engine.runner import DeviceUnavailable
 from service.settings import Settings
 from service.telemetry import logs
+from service.transport.server import DrainingServer
 from service.transport.uvicorn_config import uvicorn_config
 
 
@@ -35,12 +35,12 @@ def main(argv: list[str]) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    # uvicorn handles these while it runs, and raises them once more when it has shut down in order.
+    draining = DrainingServer(config, server, settings.drain_delay, settings.drain_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, draining.handle_exit)
     signal.signal(signal.SIGHUP, lambda *_: server.catalog.request_rescan())
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
-    uvicorn.Server(config).run()
+    draining.run()
     return 1 if server.crashed else 0
 
 

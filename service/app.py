@@ -59,7 +59,8 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Serv
         running.add_done_callback(catalog.watch)
         server.ready = True
         yield
-        server.ready = False
+        # Nobody is connected, and nothing accepted is unanswered, unless the drain was cut short.
+        server.drain()
         running.cancel()
         await asyncio.wait([running])
         catalog.shut_down()

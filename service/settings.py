@@ -55,6 +55,12 @@ class Settings(BaseSettings):
     max_json_bytes: Annotated[PositiveInt, Field(description="largest JSON in a request")] = 2 * 2**20
     max_steps: Annotated[PositiveInt, Field(description="time steps in one request")] = 65_536
     max_sequences: Annotated[PositiveInt, Field(description="whole sequences in one request")] = 1024
+    drain_delay: Annotated[
+        float, Field(ge=0, description="seconds after SIGTERM in which load balancers may notice that it is not ready")
+    ] = 0.0
+    drain_timeout: Annotated[
+        PositiveFloat, Field(description="seconds that clients then have to take their answers")
+    ] = 10.0
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$", description="least severe log line")] = (
         "info"
     )

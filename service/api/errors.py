@@ -27,6 +27,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.PositionTooOld: 409,
     e.PayloadMismatch: 409,
     e.ModelChanged: 409,
+    e.Draining: 503,
     e.QueueFull: 503,
     e.DeadlineUnreachable: 503,
     e.CapacityExhausted: 503,

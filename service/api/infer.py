@@ -98,6 +98,8 @@ def _sequence_steps(
 ) -> Cancel:
     served = _version_for(server, name, version, sequence, asked)
     require_streamable(served)
+    if sequence.start:
+        server.refuse_if_draining()
     settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked))
     batch = _batch(served, asked)
     if len(batch) != 1:

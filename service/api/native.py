@@ -46,7 +46,7 @@ _MEANING = {
     422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid or "
     "not_streamable; the state is untouched",
     500: "engine_failed; the state is untouched",
-    503: "queue_full, deadline_unreachable or capacity_exhausted; try again after Retry-After seconds",
+    503: "queue_full, deadline_unreachable, capacity_exhausted or draining; try again after Retry-After seconds",
     504: "deadline_exceeded: nothing was run",
 }
 

@@ -1,8 +1,10 @@
 """What every route needs: the catalog, the limits, the figures."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from service.catalog.catalog import Catalog
+from service.core.errors import Draining
 from service.telemetry.metrics import RequestFigures
 
 
@@ -15,19 +17,41 @@ class ApiLimits:
     max_json_bytes: int = 2 * 2**20
 
 
+class Drainable(Protocol):
+    def drain(self) -> None:
+        """End in order."""
+        ...
+
+
 @dataclass(slots=True)
 class Server:
     """requests: figures by inference route. streams: the open ones.
 
-    crashed: a model's loop ended by an error, and the process is to end.
+    draining: the process is to end; it finishes what it has, and takes no session on. crashed: a model's loop ended by
+    an error, and the process is to end.
     """
 
     catalog: Catalog
     limits: ApiLimits
     requests: dict[str, RequestFigures] = field(default_factory=dict)
-    streams: set[object] = field(default_factory=set)
+    streams: set[Drainable] = field(default_factory=set)
     ready: bool = False
+    draining: bool = False
     crashed: bool = False
+
+    @property
+    def in_flight(self) -> int:
+        """Chunks accepted and not yet answered, of all models."""
+        return sum(model.scheduler.in_flight for model in self.catalog)
+
+    def drain(self) -> None:
+        """Not ready any more, and nothing new from now on."""
+        self.ready, self.draining = False, True
+
+    def refuse_if_draining(self) -> None:
+        """Raises Draining: a session is not opened, forked or resumed here any more, but it is elsewhere, or soon."""
+        if self.draining:
+            raise Draining("the server is about to end: try again, another one will answer")
 
     def count(self, route: str, status: int, seconds: float) -> None:
         """A request of an inference route was answered."""

@@ -50,6 +50,7 @@ async def open_session(
     name, version = split_reference(model)
     served = server.catalog.resolve(name, version)
     require_streamable(served)
+    server.refuse_if_draining()
     if state is not None and snapshot is not None:
         raise InvalidRequest("a session begins from a state or from a snapshot, not from both")
     start = (
@@ -64,6 +65,7 @@ async def open_session(
 
 async def fork(server: Server, model: str, session_id: str, wanted_id: str | None) -> tuple[ServedModel, Session]:
     """A second session that goes on from where the first is, after the work accepted so far."""
+    server.refuse_if_draining()
     served = owner(server, model, session_id)
 
     def copy(session: Session) -> Session:

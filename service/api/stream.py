@@ -52,6 +52,8 @@ MAX_HANDLES = 65_536
 MAX_LINEUPS = 16
 #: Sessions that are opened or closed in one turn of the event loop.
 SLICE = 256
+#: Close code of a stream whose server ends: RFC 6455's registry calls it Service Restart.
+RESTART = 1012
 #: Seconds after which a client that does not read is cut off.
 STALLED_SECONDS = 30.0
 
@@ -114,7 +116,7 @@ class Stream:
     """One connection. `pause` and `resume` stop and start what calls `on_text` and `on_binary`.
 
     `later` calls a function when the event loop comes round: the answers that came until then leave in one frame.
-    Raises ModelUnknown, or NotStreamable.
+    `hang_up` closes the connection, with a code and a reason. Raises ModelUnknown, NotStreamable, or Draining.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Stream:
         resume: Callable[[], None],
         *,
         later: Callable[[Callable[[], None]], object],
+        hang_up: Callable[[int, str], None],
     ) -> None:
+        server.refuse_if_draining()
         self._server = server
         self._model = model
         self._name, self._version = split_reference(model)
@@ -137,7 +141,7 @@ class Stream:
         self._codec = FrameCodec(self._inputs, served.codec.max_steps)
         self._send_binary, self._send_text = send_binary, send_text
         self._pause, self._resume = pause, resume
-        self._later = later
+        self._later, self._hang_up = later, hang_up
         #: What each handle means: one session, and not another that is opened under its id later.
         self._bound: dict[ServedModel, dict[int, Session]] = {}
         self._handles = 0
@@ -150,6 +154,8 @@ class Stream:
         self._unanswered = self._unanswered_steps = 0
         self._writable = True
         self._paused = False
+        self._draining = False
+        self._leaving: Iterator[int] | None = None  # handles whose client is still to be told where they are
         self._closed = False
         server.streams.add(self)
 
@@ -160,6 +166,8 @@ class Stream:
     # ── what the transport calls ─────────────────────────────────────────────────────────────────
 
     def on_text(self, message: bytes) -> None:
+        if self._leaving is not None:
+            return
         if self._working:
             self._held.append((self.on_text, message))
             return
@@ -169,6 +177,8 @@ class Stream:
             self._send_text(json.dump({"op": "error", **_described(error)}))
 
     def on_binary(self, message: bytes) -> None:
+        if self._leaving is not None:
+            return
         if self._working:
             self._held.append((self.on_binary, message))
             return
@@ -191,6 +201,11 @@ class Stream:
     def on_writable(self, writable: bool) -> None:
         """Does the client read, or is what it does not read piling up?"""
         self._writable = writable
+        self._regulate()
+
+    def drain(self) -> None:
+        """Read no more, answer what was read, say where each session is, and hang up."""
+        self._draining = True
         self._regulate()
 
     def close(self) -> None:
@@ -282,6 +297,7 @@ class Stream:
         }
 
     def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
+        self._server.refuse_if_draining()
         if wanted.mode == "resume" and wanted.session_id is None:
             raise InvalidRequest("a session to resume needs its session_id")
         if wanted.mode != "new" and wanted.session_id is not None:
@@ -324,6 +340,24 @@ class Stream:
             raise InvalidRequest(f"no session is bound to handle {handle}")
         served, session = found
         return served, served.scheduler.sessions.look(session)
+
+    def _take_leave(self) -> None:
+        """Say where some of the sessions are, and where more are when the event loop comes round; then hang up."""
+        if self._closed or self._leaving is None:
+            return
+        if part := [self._whereabouts(handle) for handle in islice(self._leaving, SLICE)]:
+            self._send_text(json.dump({"op": "closing", "sessions": part}))
+            self._later(self._take_leave)
+        else:
+            self._hang_up(RESTART, "the server is about to end: resume elsewhere")
+
+    def _whereabouts(self, handle: int) -> dict[str, Any]:
+        try:
+            served, session = self._session_of(handle)
+            _check_here(served, session)
+        except UnrollError as error:
+            return {"handle": handle, "error": _described(error)}
+        return {"handle": handle, "session_id": session.id, "position": session.position}
 
     # ── chunks ───────────────────────────────────────────────────────────────────────────────────
 
@@ -478,10 +512,13 @@ class Stream:
 
     def _regulate(self) -> None:
         full = self._unanswered > WINDOW or self._unanswered_steps * self._output_bytes > WINDOW_BYTES
-        paused = full or self._working or not self._writable
+        paused = full or self._working or self._draining or not self._writable
         if paused != self._paused:
             self._paused = paused
             (self._pause if paused else self._resume)()
+        if self._draining and self._leaving is None and not (self._unanswered or self._working or self._held):
+            self._leaving = iter([handle for bound in self._bound.values() for handle in bound])
+            self._take_leave()
 
 
 def _described(error: UnrollError) -> dict[str, Any]:
@@ -541,6 +578,10 @@ class Link(Protocol):
         """Bytes that were sent here, and that the client has not taken."""
         ...
 
+    def close(self, code: int, reason: str) -> None:
+        """Send no more, once what was sent here has left; what the client still sends is not read."""
+        ...
+
     def abort(self) -> None:
         """Cut the connection; what is unsent is lost."""
         ...
@@ -560,7 +601,14 @@ def router(server: Server, *, origins: Collection[str] = (), stalled_seconds: fl
         link: Link = extensions.get("unroll.stream") or _AsgiLink(websocket)
         try:
             served = Stream(
-                server, model, link.send_binary, link.send_text, link.pause, link.resume, later=loop.call_soon
+                server,
+                model,
+                link.send_binary,
+                link.send_text,
+                link.pause,
+                link.resume,
+                later=loop.call_soon,
+                hang_up=link.close,
             )
         except UnrollError as error:
             await _deny(websocket, problem(error))
@@ -631,7 +679,7 @@ class _AsgiLink:
 
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket
-        self._outgoing: deque[tuple[str, bytes]] = deque()
+        self._outgoing: deque[tuple[dict[str, Any], int]] = deque()  # messages, and bytes of each
         self._unsent = 0
         self._to_write = asyncio.Event()
         self._reading = asyncio.Event()
@@ -648,10 +696,10 @@ class _AsgiLink:
         self.closed = asyncio.ensure_future(self._run())
 
     def send_binary(self, message: bytes) -> None:
-        self._put("bytes", message)
+        self._put({"type": "websocket.send", "bytes": message}, len(message))
 
     def send_text(self, message: bytes) -> None:
-        self._put("text", message)
+        self._put({"type": "websocket.send", "text": message.decode()}, len(message))
 
     def pause(self) -> None:
         self._reading.clear()
@@ -661,6 +709,9 @@ class _AsgiLink:
 
     def unsent(self) -> int:
         return self._unsent
+
+    def close(self, code: int, reason: str) -> None:
+        self._put({"type": "websocket.close", "code": code, "reason": reason}, 0)
 
     def abort(self) -> None:
         self._aborted.set()
@@ -691,19 +742,20 @@ class _AsgiLink:
             await self._to_write.wait()
             self._to_write.clear()
             while self._outgoing:
-                kind, content = self._outgoing.popleft()
-                value = content if kind == "bytes" else content.decode()
+                message, size = self._outgoing.popleft()
                 try:
-                    await self._websocket.send({"type": "websocket.send", kind: value})
+                    await self._websocket.send(message)
                 except WebSocketDisconnect:
                     return
-                before, self._unsent = self._unsent, self._unsent - len(content)
+                if message["type"] == "websocket.close":
+                    return
+                before, self._unsent = self._unsent, self._unsent - size
                 if before > _LOW_WATER >= self._unsent:
                     self._on_writable(True)
 
-    def _put(self, kind: str, content: bytes) -> None:
-        self._outgoing.append((kind, content))
+    def _put(self, message: dict[str, Any], size: int) -> None:
+        self._outgoing.append((message, size))
         self._to_write.set()
-        before, self._unsent = self._unsent, self._unsent + len(content)
+        before, self._unsent = self._unsent, self._unsent + size
         if before <= _HIGH_WATER < self._unsent:
             self._on_writable(False)

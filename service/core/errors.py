@@ -125,6 +125,12 @@ class Overloaded(UnrollError):
         self.retry_after = retry_after
 
 
+class Draining(Overloaded):
+    """The process is about to end; others take what it does not."""
+
+    code = "draining"
+
+
 class QueueFull(Overloaded):
     code = "queue_full"
 

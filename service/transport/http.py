@@ -87,7 +87,8 @@ class HttpProtocol(HttpToolsProtocol):
             return
         limit = self.unroll.limits.max_body_bytes
         exchange = self._exchange
-        exchange.begin(route, limit, self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0")
+        keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
+        exchange.begin(route, limit, keep_alive and not self.unroll.draining)
         self.cycle = exchange
         try:
             exchange.headers = checked_headers(self.headers, limit)
@@ -140,6 +141,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects
         self.headers.extend(headers)
         super().on_headers_complete()
+        if self.unroll.draining and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     # ── answering ────────────────────────────────────────────────────────────────────────────────
 

@@ -7,7 +7,6 @@ from service.api.server import Server
 from service.transport.http import http_protocol
 from service.transport.websocket import StreamProtocol
 
-_SHUTDOWN_SECONDS = 10
 #: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
 _KEEP_ALIVE_SECONDS = 75
 
@@ -26,5 +25,4 @@ def uvicorn_config(application: FastAPI, server: Server, host: str, port: int) -
         server_header=False,
         date_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )

@@ -56,6 +56,10 @@ class DirectStream:
         """Bytes written that the client has not taken yet."""
         return self._protocol.transport.get_write_buffer_size()
 
+    def close(self, code: int, reason: str) -> None:
+        """Send no more; what the client still sends is discarded."""
+        self._protocol.send_close(code, reason)
+
     def abort(self) -> None:
         """Cut the connection off."""
         self._protocol.transport.abort()
@@ -139,6 +143,18 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             head = struct.pack("!BBQ", first, _EIGHT_BYTES, size)
         self.transport.write(head + message)
 
+    def send_close(self, code: int, reason: str) -> None:
+        """The connection ends when the client has answered: data that nobody reads would make the kernel cut it, and
+        what is still on its way out would be lost."""
+        if self.close_sent or self.disconnected or self.transport.is_closing():
+            return
+        self.conn.send_close(code, reason)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.transport.resume_reading()
+        self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
+        self._direct.end()
+
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and self.close_sent:
@@ -153,8 +169,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._direct.end()
 
     def shutdown(self) -> None:
-        super().shutdown()
-        self._direct.end()
+        """A stream hangs up by itself, see `Stream.drain`, and what is not one yet is refused by the application."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

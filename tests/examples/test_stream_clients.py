@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.server import ServerConnection, serve
 
 from examples import demo
 from examples.stream import Session
@@ -94,6 +96,36 @@ def fault(server: str) -> Iterator[Fault]:
     proxy.close()
 
 
+@pytest.fixture
+def leaving() -> Iterator[str]:
+    """A server that ends when it is given steps, and behind the same address another, which answers with the inputs."""
+    opened: list[dict] = []
+
+    def handle(connection: ServerConnection) -> None:
+        opened.append(json.loads(connection.recv())["sessions"][0])
+        assert opened[-1]["session_id"] == opened[0]["session_id"]
+        connection.send(json.dumps({"op": "opened", "sessions": [{"handle": 0}]}))
+        message = connection.recv()
+        assert isinstance(message, bytes)
+        if len(opened) == 1:
+            connection.send(json.dumps({"op": "closing", "sessions": [{"handle": 0, "position": 0}]}))
+            connection.close(1012)
+        else:
+            connection.send(
+                b"\2" + message[1:16] + struct.pack("<Q", struct.unpack_from("<I", message, 12)[0]) + message[24:]
+            )
+            with suppress(ConnectionClosed):
+                connection.recv()
+
+    with serve(handle, "127.0.0.1", 0) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"ws://127.0.0.1:{running.socket.getsockname()[1]}"
+        running.shutdown()
+        thread.join()
+    assert len(opened) == 2
+
+
 @pytest.fixture(scope="module")
 def ppm() -> np.ndarray:
     return demo.Example.read(demo.EXAMPLE).series.ppm.astype("<f4")[: sum(CHUNKS)]
@@ -135,9 +167,16 @@ def test_python_is_told_what_is_wrong(server: str):
     again.id, again.position = session.id, 1
     with pytest.raises(RuntimeError, match="session_closed"):
         again.steps(np.array([[371.0]]))
-    for each in (session, again):
-        assert each._socket
-        each._socket.close()
+    assert session._socket
+    session._socket.close()
+
+
+def test_python_when_the_server_ends(leaving: str):
+    session = Session(leaving, "co2")
+    assert session.steps(np.array([[1.0], [2.0]])).tolist() == [[1.0], [2.0]]
+    assert session.position == 2
+    assert session._socket
+    session._socket.close()
 
 
 def test_python_without_a_server():
@@ -173,6 +212,13 @@ def test_javascript(server: str, fault: Fault, ppm: np.ndarray, expected: bytes,
     assert bytes.fromhex(outputs) == expected
     assert reached == position(server, session_id) == len(ppm)
     assert min(fault.cuts["request"], fault.cuts["reply"]) >= 3
+
+
+def test_javascript_when_the_server_ends(leaving: str, node: list[str], tmp_path: Path):
+    ran = run(node, tmp_path / "driver.mjs", leaving, [[1.0, 2.0]])
+    assert ran.returncode == 0, ran.stderr
+    _, reached, outputs = json.loads(ran.stdout)
+    assert (reached, bytes.fromhex(outputs)) == (2, struct.pack("<2f", 1.0, 2.0))
 
 
 def test_javascript_is_told_what_is_wrong(server: str, node: list[str], tmp_path: Path):

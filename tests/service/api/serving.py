@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 import service.app
@@ -18,6 +18,7 @@ from service.catalog.model import ServedModel
 from service.core.clock import Clock
 from service.engine.base import Rows
 from service.settings import Settings
+from service.transport.server import DrainingServer
 from service.transport.uvicorn_config import uvicorn_config
 
 _PATIENCE = 20.0
@@ -34,11 +35,11 @@ def until(condition: Callable[[], object], what: str = "the condition") -> None:
         pause.wait(0.001)
 
 
-class _Announcing(uvicorn.Server):
-    """A uvicorn server that says when it listens, or that it never will."""
+class _Announcing(DrainingServer):
+    """Says when it listens, or that it never will."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.announced = threading.Event()
         self.loop: asyncio.AbstractEventLoop
 
@@ -55,7 +56,8 @@ class Running:
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         application, self.server = service.app.build(settings, clock)
-        self.uvicorn = _Announcing(uvicorn_config(application, self.server, "127.0.0.1", 0))
+        config = uvicorn_config(application, self.server, "127.0.0.1", 0)
+        self.uvicorn = _Announcing(config, self.server, settings.drain_delay, settings.drain_timeout)
         self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)
         self._thread.start()
         assert self.uvicorn.announced.wait(_PATIENCE)
@@ -114,6 +116,11 @@ class HeldStore:
         self._loop = asyncio.get_running_loop()
         self._reached.set()
         await self._released.wait()
+
+    @property
+    def reached(self) -> bool:
+        """Is a batch at its commit?"""
+        return self._reached.is_set()
 
     def wait(self) -> None:
         """Returns when a batch is at its commit."""

@@ -69,6 +69,7 @@ MET = {
     "session_expired": "test_native_errors.test_idle_expiry",
     "session_evicted": "test_native_errors.test_eviction",
     "capacity_exhausted": "test_native_errors.test_capacity",
+    "draining": "test_drain.test_while_load_balancers_notice",
     "queue_full": "test_native_errors.test_queue_full",
     "deadline_unreachable": "test_native_errors.test_a_deadline_that_cannot_be_met",
     "deadline_exceeded": "test_native_errors.test_a_deadline_that_passes",

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -15,20 +15,22 @@ import numpy as np
 import pytest
 import wire
 from serving import RAW, Oracle, metric, until
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 ROOT = Path(__file__).parents[3]
 
 
-def launch(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "service", *arguments]
+def launch(*arguments: str, program: Sequence[str] = ("-m", "service")) -> subprocess.Popen[str]:
+    command = [sys.executable, *program, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 class Process:
     """A server as its own process. `log`: its lines on stderr, each a JSON document."""
 
-    def __init__(self, repository: Path) -> None:
-        self.popen = launch("--repository", str(repository), "--port", "0", "--device", "cpu")
+    def __init__(self, repository: Path, *flags: str, **options: Sequence[str]) -> None:
+        self.popen = launch("--repository", str(repository), "--port", "0", "--device", "cpu", *flags, **options)
         self.log: list[dict] = []
         assert self.popen.stderr is not None
         for line in self.popen.stderr:
@@ -52,12 +54,24 @@ def shelf(repository: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def process(shelf: Path) -> Iterator[Process]:
-    process = Process(shelf)
-    yield process
-    if process.popen.poll() is None:
-        process.popen.kill()
-        process.popen.communicate()
+def start(shelf: Path) -> Iterator[Callable[..., Process]]:
+    """`start(*flags, program=…)`"""
+    started: list[Process] = []
+
+    def call(*flags: str, **options: Sequence[str]) -> Process:
+        started.append(Process(shelf, *flags, **options))
+        return started[-1]
+
+    yield call
+    for process in started:
+        if process.popen.poll() is None:
+            process.popen.kill()
+            process.popen.communicate()
+
+
+@pytest.fixture
+def process(start: Callable[..., Process]) -> Process:
+    return start()
 
 
 def test_signals(
@@ -86,6 +100,49 @@ def test_signals(
         assert np.array_equal(wire.outputs(running.result())[1]["y"][5], oracle("gru", "2")(work[0]))
     assert process.end() == 0
     assert not [line for line in process.log if line["level"] not in ("info", "debug")]
+
+
+def test_a_drain(start: Callable[..., Process]) -> None:
+    """Not ready at once; it ends when a second signal cuts the delay short, and in order."""
+    process = start("--drain-delay", "1000")
+    stream = connect(f"{process.url.replace('http', 'ws')}/v1/models/gru/stream")
+    with httpx.Client(base_url=process.url, timeout=30) as client, stream:
+        stream.send(json.dumps({"op": "open", "sessions": [{"handle": 5, "session_id": "s"}]}))
+        assert "error" not in json.loads(stream.recv())["sessions"][0]
+        process.popen.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/readyz").status_code == 503, "not ready")
+        assert client.get("/v1/models/gru/sessions/s").status_code == 200
+        assert client.post("/v1/models/gru/sessions").json()["code"] == "draining"
+        until(lambda: process.popen.send_signal(signal.SIGTERM) or process.popen.poll() is not None, "the end")
+        told = json.loads(stream.recv())
+        assert told == {"op": "closing", "sessions": [{"handle": 5, "session_id": "s", "position": 0}]}
+        with pytest.raises(ConnectionClosed) as closed:
+            stream.recv()
+        assert closed.value.rcvd
+        assert closed.value.rcvd.code == 1012
+    assert process.end() == 0
+
+
+#: The server, whose loop fails on its first batch.
+CRASHING = """
+import sys
+from service.__main__ import main
+from service.scheduler.loop import Loop
+
+async def crash(self, batch):
+    raise RuntimeError("a crash")
+
+Loop._begin = crash
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_crash(start: Callable[..., Process]) -> None:
+    process = start(program=("-c", CRASHING))
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.post(f"{process.url}/v1/models/gru/sequences", json={"inputs": [[[1.0, 2.0, 3.0]]]}, timeout=30)
+    assert process.end() == 1
+    assert "a crash" in next(str(line) for line in process.log if line["event"] == "crashed")
 
 
 def test_a_repository_that_cannot_be_served(tmp_path: Path) -> None:

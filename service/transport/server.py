@@ -1,0 +1,88 @@
+"""uvicorn's server, which ends in order: what was accepted is answered, and streams learn where their sessions are.
+
+SIGTERM  not ready, no new sessions; answers ask clients to connect anew
+delay    load balancers notice
+then     no new connections; idle ones are closed, busy ones and streams when nothing is owed to their clients
+timeout  who is still connected is cut off
+last     the application's lifespan ends: see `service/app.py`
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from service.api.server import Server
+
+_log = structlog.get_logger(__name__)
+
+#: A signal that comes this soon after the first is the same one, by way of a supervisor.
+_ECHO_SECONDS = 0.5
+#: How often the end of the delay and of the connections is looked for.
+_LOOK_SECONDS = 0.02
+
+
+class DrainingServer(uvicorn.Server):
+    """delay, timeout: seconds, see above. A second signal ends both."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, delay: float = 0.0, timeout: float = 10.0) -> None:
+        super().__init__(config)
+        self._unroll = server
+        self._delay = delay
+        self._timeout = timeout
+        self._signalled = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Also while the server starts."""
+        if not self.should_exit:
+            self._signalled = time.monotonic()
+            self.should_exit = True
+            self._unroll.drain()
+        elif time.monotonic() - self._signalled > _ECHO_SECONDS:
+            self.force_exit = True
+
+    async def main_loop(self) -> None:
+        await super().main_loop()
+        if self._delay and not self._unroll.crashed:
+            _log.info("not ready", delay=self._delay)
+            await self._wait(lambda: False, self._delay)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._unroll.drain()
+        _log.info("draining", connections=len(self.server_state.connections), streams=len(self._unroll.streams))
+        for listener in (*self.servers, *(sockets or ())):
+            listener.close()
+        for connection in [*self.server_state.connections]:
+            connection.shutdown()
+        for stream in [*self._unroll.streams]:
+            stream.drain()
+        await self._wait(self._nothing_left, 0 if self._unroll.crashed else self._timeout)
+        await self._cut()
+        await self.lifespan.shutdown()
+
+    def _nothing_left(self) -> bool:
+        return not (self.server_state.connections or self.server_state.tasks or self._unroll.in_flight)
+
+    async def _wait(self, over: Callable[[], bool], seconds: float) -> None:
+        """Until it is over, or so long, or until a second signal; a moment in any case, in which goodbyes leave."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        await asyncio.sleep(_LOOK_SECONDS)
+        while not over() and not self.force_exit and loop.time() < end:  # noqa: ASYNC110 many things may end it
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _cut(self) -> None:
+        """Whoever is still connected, and the requests of who is not."""
+        connections, tasks = [*self.server_state.connections], [*self.server_state.tasks]
+        if connections or tasks:
+            _log.warning("cut off", connections=len(connections), requests=self._unroll.in_flight)
+        for connection in connections:
+            connection.transport.abort()
+        if tasks:
+            _, pending = await asyncio.wait(tasks, timeout=_LOOK_SECONDS)
+            for task in pending:
+                task.cancel()

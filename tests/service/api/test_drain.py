@@ -1,0 +1,113 @@
+"""The end of a server over HTTP: what it refuses, what it finishes, and how long it waits. Streams: test_stream.py."""
+
+import json
+import signal
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import httpx
+import numpy as np
+import pytest
+import wire
+from serving import RAW, Running, Serve, until
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from service.transport import server as transport
+
+Background = Callable[..., Future]
+
+X = np.ones((2, 3), "<f4")
+
+
+def terminate(running: Running) -> None:
+    """What SIGTERM does."""
+    running.uvicorn.handle_exit(signal.SIGTERM, None)
+
+
+def test_while_load_balancers_notice(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing new, and everything else as ever; a second signal ends it."""
+    monkeypatch.setattr(transport, "_ECHO_SECONDS", 0.0)
+    running = serve(drain_delay=1000)
+    stream = f"ws://{running.address}/v1/models/lstm/stream"
+    with httpx.Client(base_url=running.url) as client, connect(stream) as opened:
+        session = f"/v1/models/lstm/sessions/{client.post('/v1/models/lstm/sessions').json()['session_id']}"
+        wire.infer(client, "lstm", X, sequence_id=7, sequence_start=True)
+        terminate(running)
+
+        for path in ("/readyz", "/v2/health/ready"):
+            assert client.get(path).status_code == 503
+        assert client.get("/livez").status_code == 200
+
+        for refused in (client.post("/v1/models/lstm/sessions"), client.post(f"{session}/fork")):
+            assert (refused.status_code, refused.json()["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) >= 1
+        start = wire.infer(client, "lstm", X, sequence_id=8, sequence_start=True)
+        assert (start.status_code, start.json()["code"]) == (503, "draining")
+        for mode in ("new", "resume", "either"):
+            wanted = {"handle": 0, "session_id": session.rpartition("/")[2], "mode": mode}
+            opened.send(json.dumps({"op": "open", "sessions": [wanted]}))
+            assert json.loads(opened.recv())["sessions"][0]["error"]["code"] == "draining"
+        with pytest.raises(InvalidStatus) as denied:
+            connect(stream).__enter__()
+        assert (denied.value.response.status_code, denied.value.response.headers["retry-after"]) == (503, "1")
+
+        for answer in (
+            client.post(f"{session}/steps", content=X.tobytes(), headers=RAW),
+            client.get(session),
+            wire.infer(client, "lstm", X, sequence_id=7),
+            client.post("/v1/models/lstm/sequences", content=X.tobytes(), headers=RAW),
+        ):
+            assert answer.status_code == 200
+            assert answer.headers["connection"] == "close"
+        terminate(running)
+        running.stop()
+
+
+def test_idle_connections_are_closed_and_busy_ones_answered(serve: Serve, background: Background) -> None:
+    running = serve()
+    idle = socket.create_connection(("127.0.0.1", running.port), 20)
+    idle.sendall(b"POST /v1/models/lstm/sessions HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n")
+    session_id = json.loads(idle.recv(65536).partition(b"\r\n\r\n")[2])["session_id"]
+    with httpx.Client(base_url=running.url, timeout=20) as client:
+        with running.holding("lstm") as held:
+            path = f"/v1/models/lstm/sessions/{session_id}/steps"
+            busy = background(client.post, path, content=X.tobytes(), headers=RAW)
+            held.wait()
+            terminate(running)
+            assert idle.recv(65536) == b""
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", running.port))
+            assert not busy.done()
+        answer = busy.result()
+    assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+    assert answer.headers["unroll-position"] == "2"
+    idle.close()
+    running.stop()
+
+
+def test_work_that_nobody_waits_for_is_finished(serve: Serve) -> None:
+    running = serve()
+    path = f"/v1/models/lstm/sessions/{httpx.post(f'{running.url}/v1/models/lstm/sessions').json()['session_id']}"
+    scheduler = running.model("lstm").scheduler
+    with running.holding("lstm") as held:
+        with socket.create_connection(("127.0.0.1", running.port)) as gone:
+            head = f"POST {path}/steps HTTP/1.1\r\nhost: here\r\ncontent-type: application/octet-stream\r\n"
+            gone.sendall(f"{head}content-length: {X.nbytes}\r\n\r\n".encode() + X.tobytes())
+            held.wait()
+        until(lambda: not running.uvicorn.server_state.connections)
+        terminate(running)
+        until(lambda: not running.uvicorn.servers[0].is_serving())
+        assert scheduler.in_flight == 1
+    running.stop()
+    assert scheduler.counters.steps == len(X)
+
+
+def test_a_client_that_is_too_slow_is_cut_off(serve: Serve) -> None:
+    running = serve(drain_timeout=0.1)
+    with socket.create_connection(("127.0.0.1", running.port), 20) as slow:
+        slow.sendall(b"POST /v1/models/lstm/sequences HTTP/1.1\r\nhost: here\r\ncontent-length: 24\r\n\r\n1234")
+        until(lambda: any(each.cycle for each in running.uvicorn.server_state.connections))
+        running.stop()
+        assert slow.recv(65536) == b""
