@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGHUP, lambda *_: server.catalog.request_rescan())
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     draining.run()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # one that comes now must not change how the process ends
     return 1 if server.crashed else 0
 
 
