@@ -5,15 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import numpy as np
-import onnxruntime as ort
 import uvicorn
+from oracle import Oracle as Oracle
 from prometheus_client.parser import text_string_to_metric_families
 
 import service.app
-from bundle import Manifest
 from service.catalog.model import ServedModel
 from service.core.clock import Clock
 from service.engine.base import Result, Rows
@@ -141,32 +138,6 @@ class SlowEngine(HeldEngine):
     def run(self, rows: Rows) -> Result:
         self._released.wait(self._seconds)
         return self._engine.run(rows)
-
-
-class Oracle:
-    """One version of a model, run by onnxruntime alone and without any chunking."""
-
-    def __init__(self, repository: Path, name: str, version: str = "1") -> None:
-        folder = repository / name / version
-        self.manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self._session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-        self._names = [output.name for output in self.manifest.outputs]
-
-    def all(self, *inputs: np.ndarray, state: np.ndarray | None = None) -> tuple[list[np.ndarray], np.ndarray]:
-        """inputs: each (time, *shape). Returns each output without its batch axis, and the state row after them."""
-        feed = {spec.name: array[np.newaxis] for spec, array in zip(self.manifest.inputs, inputs, strict=True)}
-        row = self.manifest.initial_row() if state is None else state
-        lens = np.array([len(inputs[0])], np.int32)
-        *outputs, state_out = self._session.run(
-            [*self._names, "state_out"], {**feed, "state": row[np.newaxis], "sequence_lens": lens}
-        )
-        return [output[0] for output in outputs], state_out[0]
-
-    def __call__(self, *inputs: np.ndarray) -> np.ndarray:
-        """The first output of the whole sequence."""
-        return self.all(*inputs)[0][0]
 
 
 def metrics(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
