@@ -5,6 +5,7 @@ from typing import Protocol
 
 from service.catalog.catalog import Catalog
 from service.core.errors import Draining
+from service.state.held import SnapshotKeys
 from service.telemetry.metrics import RequestFigures
 
 
@@ -25,7 +26,8 @@ class Drainable(Protocol):
 
 @dataclass(slots=True)
 class Server:
-    """requests: figures by inference route. streams: the open ones.
+    """durability: of sessions that do not say it. snapshot_keys: for states that clients hold, if they may.
+    requests: figures by inference route. streams: the open ones.
 
     draining: the process is to end; it finishes what it has, and takes no session on. crashed: a model's loop ended by
     an error, and the process is to end.
@@ -33,6 +35,8 @@ class Server:
 
     catalog: Catalog
     limits: ApiLimits
+    durability: str = "memory"
+    snapshot_keys: SnapshotKeys | None = None
     requests: dict[str, RequestFigures] = field(default_factory=dict)
     streams: set[Drainable] = field(default_factory=set)
     ready: bool = False

@@ -20,7 +20,7 @@ import serving
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import RAW, HeldStore, Oracle, Running, Serve, until
+from serving import RAW, HeldEngine, Oracle, Running, Serve, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -1127,7 +1127,7 @@ class Wire:
     manifest: Manifest
     sent: list[bytes | dict]
     flow: list[str]
-    store: HeldStore
+    engine: HeldEngine
 
     def frame(self, handles: range, steps: int = 1) -> None:
         self.stream.on_binary(frame(*[(handle, None, np.ones((steps, 3), "<f4")) for handle in handles]))
@@ -1171,11 +1171,10 @@ async def wire(repository: Path, tmp_path: Path) -> AsyncIterator[Wire]:
         hang_up=lambda code, reason: sent.append({"op": "hung up", "code": code}),
     )
     assert server.streams == {made}
-    model.loop.store = store = HeldStore()
-    yield Wire(made, server, model.manifest, sent, flow, store)
-    made.close()
-    assert not server.streams
-    store.release()
+    with HeldEngine(model.loop) as engine:
+        yield Wire(made, server, model.manifest, sent, flow, engine)
+        made.close()
+        assert not server.streams
     await soon(lambda: not model.scheduler.in_flight)
     model.scheduler.check_invariants()
     running.cancel()
@@ -1190,7 +1189,7 @@ async def test_the_window(wire: Wire):
     wire.frame(range(WINDOW, WINDOW + 1))
     assert wire.flow == ["pause"]
     assert f"{WINDOW + 1} entries" in repr(wire.stream)
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: len(wire.answered()) == WINDOW + 1)
     assert wire.flow == ["pause", "resume"]
     assert "open, 2049 sessions, 0 entries" in repr(wire.stream)
@@ -1207,7 +1206,7 @@ async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     assert wire.flow == ["pause"]
     wire.frame(range(3, 4), steps)  # refused, which is an answer: no such handle
     wire.stream.on_binary(frame((2, 99, np.ones((7, 3), "<f4")), (0, 99, np.ones((9, 3), "<f4"))))
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: len(wire.answered()) == 3)
     assert wire.flow == ["pause", "resume"]
     wire.frame(range(2), steps)
@@ -1229,7 +1228,7 @@ async def test_both_reasons_to_pause_must_end(wire: Wire):
     await wire.bind(WINDOW + 1)
     wire.frame(range(WINDOW + 1))
     wire.stream.on_writable(False)
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: len(wire.answered()) == WINDOW + 1)
     assert wire.flow == ["pause"]
     wire.stream.on_writable(True)
@@ -1248,7 +1247,7 @@ async def test_a_frame_is_answered_by_few(wire: Wire):
     await wire.bind(100, depth=2)
     wire.frame(range(50))
     wire.frame(range(100))
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: len(wire.answered()) == 150)
     assert len(wire.sent) <= 4
     frames = [replies(wire.manifest, message) for message in wire.sent if isinstance(message, bytes)]
@@ -1261,11 +1260,11 @@ async def test_nothing_is_sent_to_a_connection_that_is_gone(wire: Wire):
     wire.frame(range(2))
     wire.frame(range(3, 4), steps=200)
     (model,) = wire.stream._server.catalog
-    await soon(lambda: wire.store._reached.is_set())
+    await soon(lambda: wire.engine.reached.is_set())
     assert model.scheduler.in_flight == 7
     wire.stream.close()
     assert model.scheduler.in_flight == 4  # what runs, runs; what waits is dropped
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: not model.scheduler.in_flight)
     assert wire.sent == []
     assert sum(session.position for session in model.scheduler.sessions) == 4
@@ -1287,7 +1286,7 @@ async def test_opening_many_sessions_lets_others_have_their_turn(wire: Wire):
     assert closed["sessions"] == [{"handle": handle, "position": 0} for handle in range(1, 3 * SLICE)]
     assert (refused["handle"], refused["code"], detached["op"]) == (1, "malformed_request", "detached")
     assert wire.flow[-1] == "resume"
-    wire.store.release()
+    wire.engine.release()
     await soon(wire.answered)
 
 
@@ -1326,12 +1325,12 @@ async def test_too_many_sessions_for_one_connection(wire: Wire, monkeypatch: pyt
 async def test_a_drain_waits_for_what_runs(wire: Wire):
     await wire.bind(SLICE + 1)
     wire.frame(range(SLICE + 1))
-    await soon(lambda: wire.store.reached)
+    await soon(wire.engine.reached.is_set)
     wire.stream.drain()
     wire.stream.drain()
     assert wire.flow == ["pause"]
     assert not wire.sent
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: {"op": "hung up", "code": 1012} in wire.sent)
     assert len(wire.answered()) == SLICE + 1
     texts = [message for message in wire.sent if isinstance(message, dict)]
@@ -1351,7 +1350,7 @@ async def test_a_drain_while_sessions_are_opened(wire: Wire):
     wire.frame(range(1))
     wire.server.drain()
     wire.stream.drain()
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: {"op": "hung up", "code": 1012} in wire.sent)
     first, second, *closing, _ = [message for message in wire.sent if isinstance(message, dict)]
     assert [item.get("error", {}).get("code") for item in first["sessions"]] == [None] * SLICE + ["draining"]
