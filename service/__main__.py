@@ -3,6 +3,7 @@
 import gc
 import signal
 import sys
+from functools import partial
 
 import structlog
 from pydantic import ValidationError
@@ -15,9 +16,11 @@ from service.settings import Settings
 from service.telemetry import logs
 from service.transport.server import DrainingServer
 from service.transport.uvicorn_config import uvicorn_config
+from service.workers import Worker, supervise
 
 
 def main(argv: list[str]) -> int:
+    worker = Worker.inherited()
     try:
         settings = Settings.from_arguments(argv)
     except ValidationError as error:
@@ -25,10 +28,13 @@ def main(argv: list[str]) -> int:
             where = "".join(f"--{part}: ".replace("_", "-") for part in problem["loc"][:1])
             print(f"unroll serve: {where}{problem['msg']}", file=sys.stderr)
         return 2
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, **({} if worker is None else {"worker": worker.number}))
     log = structlog.get_logger(__name__)
+    if settings.workers > 1 and worker is None:
+        return supervise(settings.host, settings.port, settings.workers)
     try:
         application, server = app.build(settings)
+        listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
     except (CatalogError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
@@ -38,11 +44,14 @@ def main(argv: list[str]) -> int:
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     draining = DrainingServer(config, server, settings.drain_delay, settings.drain_timeout)
+    if worker is not None:
+        server.shared_port = worker.shared_port
+        draining.on_started = partial(worker.serving, partial(draining.handle_exit, signal.SIGTERM, None))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, draining.handle_exit)
     signal.signal(signal.SIGHUP, lambda *_: server.catalog.request_rescan())
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
-    draining.run()
+    draining.run(listeners)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # one that comes now must not change how the process ends
     return 1 if server.crashed else 0

@@ -25,6 +25,15 @@ class Settings(BaseSettings):
     repository: Annotated[Path, Field(description="folder of bundles, <name>/<version>/")]
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
+    workers: Annotated[
+        PositiveInt, Field(description="processes that serve on the port; several need a store, for any may be reached")
+    ] = 1
+    worker_port: Annotated[
+        int | None,
+        Field(
+            ge=1, le=65535, description="each of several workers also listens alone, on this port and those after it"
+        ),
+    ] = None
     device: Annotated[str, Field(description="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if any")] = (
         "auto"
     )
@@ -100,6 +109,15 @@ class Settings(BaseSettings):
             raise ValueError("durability redis needs a store: --store redis://host:port/db")
         if any(len(key.get_secret_value().encode()) < LEAST_KEY_BYTES for key in self.snapshot_keys):
             raise ValueError(f"a snapshot key has at least {LEAST_KEY_BYTES} bytes")
+        if self.workers > 1 and (self.store is None or self.durability == "memory"):
+            raise ValueError(
+                f"{self.workers} workers need a store, since a session's next request may reach any of them: "
+                "--store redis://host:port/db, and no --durability memory"
+            )
+        if self.workers > 1 and self.state_file is not None:
+            raise ValueError("a state file is for sessions in memory, which several workers do not have")
+        if self.workers == 1 and self.worker_port is not None:
+            raise ValueError("a worker port is for several workers: --workers")
         return self
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 
 from service.api.server import Server
 from service.telemetry.metrics import Collector
@@ -39,9 +39,14 @@ def router(server: Server) -> APIRouter:
         "/metrics",
         summary="Prometheus metrics",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            404: {"description": "this port belongs to several workers; each has its own port for this"},
+        },
     )
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        if server.shared_port is not None and request.scope["server"][1] == server.shared_port:
+            raise HTTPException(404, "this port belongs to several workers: ask each on its own, see --worker-port")
         return Response(collector.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return api

@@ -27,6 +27,7 @@ class Drainable(Protocol):
 @dataclass(slots=True)
 class Server:
     """durability: of sessions that do not say it. snapshot_keys: for states that clients hold, if they may.
+    shared_port: on which other processes listen, too, so that a client's next connection may reach another.
     requests: figures by inference route. streams: the open ones.
 
     draining: the process is to end; it finishes what it has, and takes no session on. crashed: a model's loop ended by
@@ -37,6 +38,7 @@ class Server:
     limits: ApiLimits
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
+    shared_port: int | None = None
     requests: dict[str, RequestFigures] = field(default_factory=dict)
     streams: set[Drainable] = field(default_factory=set)
     ready: bool = False

@@ -103,6 +103,10 @@ def keeper_for(server: Server, durability: str | None) -> Keeper | None:
     Raises DurabilityUnavailable.
     """
     durability = durability or server.durability
+    if durability == "memory" and server.shared_port is not None:
+        raise DurabilityUnavailable(
+            "there are several workers, and a session in the memory of one is unknown to the rest"
+        )
     if durability == "memory":
         return None
     if server.catalog.keeper is None:

@@ -6,8 +6,10 @@ import sys
 import structlog
 
 
-def configure(level: str) -> None:
+def configure(level: str, **fields: int) -> None:
+    """fields: what every line has."""
     shared: list[structlog.typing.Processor] = [
+        lambda logger, method, event: {**event, **fields},
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.dict_tracebacks,

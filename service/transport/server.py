@@ -27,10 +27,11 @@ _LOOK_SECONDS = 0.02
 
 
 class DrainingServer(uvicorn.Server):
-    """delay, timeout: seconds, see above. A second signal ends both."""
+    """delay, timeout: seconds, see above. A second signal ends both. `on_started` is called when it listens."""
 
     def __init__(self, config: uvicorn.Config, server: Server, delay: float = 0.0, timeout: float = 10.0) -> None:
         super().__init__(config)
+        self.on_started: Callable[[], None] = lambda: None
         self._unroll = server
         self._delay = delay
         self._timeout = timeout
@@ -44,6 +45,10 @@ class DrainingServer(uvicorn.Server):
             self._unroll.drain()
         elif time.monotonic() - self._signalled > _ECHO_SECONDS:
             self.force_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_started()
 
     async def main_loop(self) -> None:
         await super().main_loop()

@@ -1,7 +1,7 @@
 """Servers for the tests of the API: one shared by those that need nothing special, more on request."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from processes import Process, StartProcess
 from serving import Oracle, Running, Serve
 from torch import Tensor, nn
 
@@ -83,3 +84,24 @@ def background() -> Iterator[Callable[..., Future]]:
     """`background(call, *args, **kwargs)` runs a blocking call in a thread and returns its Future."""
     with ThreadPoolExecutor(16) as threads:
         yield threads.submit
+
+
+@pytest.fixture
+def shelf(repository: Path, tmp_path: Path) -> Path:
+    shutil.copytree(repository / "gru" / "1", tmp_path / "gru" / "1")
+    return tmp_path
+
+
+@pytest.fixture
+def start_process(shelf: Path) -> Iterator[StartProcess]:
+    """`start_process(*flags, program=…)`"""
+    started: list[Process] = []
+
+    def call(*flags: str, **options: Sequence[str]) -> Process:
+        started.append(Process(shelf, *flags, **options))
+        return started[-1]
+
+    yield call
+    for process in started:
+        with process.popen:
+            process.popen.kill()

@@ -1,12 +1,9 @@
 """`python -m service` as a process: what it does on SIGHUP and SIGTERM, and when it cannot start."""
 
 import json
-import re
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -14,64 +11,15 @@ import httpx
 import numpy as np
 import pytest
 import wire
+from processes import Process, StartProcess, launch
 from serving import RAW, Oracle, metric, until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-ROOT = Path(__file__).parents[3]
-
-
-def launch(*arguments: str, program: Sequence[str] = ("-m", "service")) -> subprocess.Popen[str]:
-    command = [sys.executable, *program, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-class Process:
-    """A server as its own process. `log`: its lines on stderr, each a JSON document."""
-
-    def __init__(self, repository: Path, *flags: str, **options: Sequence[str]) -> None:
-        self.popen = launch("--repository", str(repository), "--port", "0", "--device", "cpu", *flags, **options)
-        self.log: list[dict] = []
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self.log.append(json.loads(line))
-            if found := re.search(r"running on (http://\S+:\d+)", self.log[-1]["event"]):
-                self.url = found.group(1)
-                return
-        raise AssertionError(f"the server did not start: {self.log}")
-
-    def end(self) -> int:
-        """Exit status, after the rest of the log was read."""
-        _, rest = self.popen.communicate(timeout=20)
-        self.log += [json.loads(line) for line in rest.splitlines()]
-        return self.popen.returncode
-
 
 @pytest.fixture
-def shelf(repository: Path, tmp_path: Path) -> Path:
-    shutil.copytree(repository / "gru" / "1", tmp_path / "gru" / "1")
-    return tmp_path
-
-
-@pytest.fixture
-def start(shelf: Path) -> Iterator[Callable[..., Process]]:
-    """`start(*flags, program=…)`"""
-    started: list[Process] = []
-
-    def call(*flags: str, **options: Sequence[str]) -> Process:
-        started.append(Process(shelf, *flags, **options))
-        return started[-1]
-
-    yield call
-    for process in started:
-        if process.popen.poll() is None:
-            process.popen.kill()
-            process.popen.communicate()
-
-
-@pytest.fixture
-def process(start: Callable[..., Process]) -> Process:
-    return start()
+def process(start_process: StartProcess) -> Process:
+    return start_process()
 
 
 def test_signals(
@@ -102,9 +50,9 @@ def test_signals(
     assert not [line for line in process.log if line["level"] not in ("info", "debug")]
 
 
-def test_a_drain(start: Callable[..., Process]) -> None:
+def test_a_drain(start_process: StartProcess) -> None:
     """Not ready at once; it ends when a second signal cuts the delay short, and in order."""
-    process = start("--drain-delay", "1000")
+    process = start_process("--drain-delay", "1000")
     stream = connect(f"{process.url.replace('http', 'ws')}/v1/models/gru/stream")
     with httpx.Client(base_url=process.url, timeout=30) as client, stream:
         stream.send(json.dumps({"op": "open", "sessions": [{"handle": 5, "session_id": "s"}]}))
@@ -137,8 +85,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_crash(start: Callable[..., Process]) -> None:
-    process = start(program=("-c", CRASHING))
+def test_a_crash(start_process: StartProcess) -> None:
+    process = start_process(program=("-c", CRASHING))
     with pytest.raises(httpx.RemoteProtocolError):
         httpx.post(f"{process.url}/v1/models/gru/sequences", json={"inputs": [[[1.0, 2.0, 3.0]]]}, timeout=30)
     assert process.end() == 1

@@ -1,0 +1,197 @@
+"""`unroll serve --workers N`: as many processes of the same command behind one port, and one that keeps them alive.
+
+The supervisor binds a socket for each worker, all to the same port, among which the kernel spreads connections evenly,
+and keeps them open: connections that wait for a worker that died are taken by the one that comes in its place. It never
+accepts, and knows nothing of models. On a pair of sockets a worker says that it serves, and learns that the supervisor
+is gone.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import Process
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Self
+
+import structlog
+
+_log = structlog.get_logger(__name__)
+
+#: In a worker's environment: its number, from 1 on, and the descriptors of the socket it listens on and of its link.
+_VARIABLE = "UNROLL_WORKER"
+_BACKLOG = 2048
+#: Seconds until a worker that ended is started again: none if it ran for long, else more each time.
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
+_LONG = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What a process that is a worker got from its supervisor."""
+
+    number: int
+    listener: socket.socket
+    link: socket.socket
+
+    @classmethod
+    def inherited(cls) -> Self | None:
+        """None in any other process."""
+        said = os.environ.pop(_VARIABLE, None)
+        if said is None:
+            return None
+        number, listener, link = map(int, said.split())
+        return cls(number, socket.socket(fileno=listener), socket.socket(fileno=link))
+
+    @property
+    def shared_port(self) -> int:
+        """Which all workers listen on."""
+        return self.listener.getsockname()[1]
+
+    def listeners(self, host: str, first_own_port: int | None) -> list[socket.socket]:
+        """What it listens on: the shared port, and one of its own if they have some. Raises OSError."""
+        own = [] if first_own_port is None else [_bind(host, first_own_port + self.number - 1)]
+        return [self.listener, *own]
+
+    def serving(self, orphaned: Callable[[], object]) -> None:
+        """Tell the supervisor, and call `orphaned` if that ends. Belongs to the running event loop."""
+        loop = asyncio.get_running_loop()
+
+        def gone() -> None:
+            loop.remove_reader(self.link)
+            orphaned()
+
+        self.link.send(b"1")
+        loop.add_reader(self.link, gone)
+
+
+def supervise(host: str, port: int, workers: int) -> int:
+    """Runs until a signal, or until a worker cannot be started; returns the exit status."""
+    try:
+        listeners = [_bind(host, port, shared=True)]
+        port = listeners[0].getsockname()[1]
+        listeners += [_bind(host, port, shared=True) for _ in range(1, workers)]
+    except OSError as error:
+        _log.error("not started", reason=str(error))
+        return 1
+    return asyncio.run(_Supervisor(host, port, listeners).run())
+
+
+class _Supervisor:
+    def __init__(self, host: str, port: int, listeners: list[socket.socket]) -> None:
+        self._host, self._port = host, port
+        self._listeners = listeners
+        self._running: set[Process] = set()
+        self._serving: set[Process] = set()
+        self._served: set[int] = set()  # workers that ever did
+        self._rescans = 0
+        self._one_at_a_time = asyncio.Lock()  # a worker that starts measures what calls cost, and takes free memory
+        self._stopping = asyncio.Event()
+        self._status = 0
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._rescan)
+        await asyncio.gather(*[self._keep(index) for index in range(len(self._listeners))])
+        return self._status
+
+    def _stop(self) -> None:
+        """Also a second time: then the workers do not wait for their clients."""
+        self._stopping.set()
+        for listener in self._listeners:
+            listener.close()
+        for process in self._running:
+            _send(process, signal.SIGTERM)
+
+    def _rescan(self) -> None:
+        """Those that are starting get it when they serve."""
+        self._rescans += 1
+        for process in self._serving:
+            _send(process, signal.SIGHUP)
+
+    async def _keep(self, index: int) -> None:
+        """A worker, and another whenever it ends, until all are to. Its first must come to serve."""
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while not self._stopping.is_set():
+            began = loop.time()
+            status = await self._run_one(index)
+            if self._stopping.is_set():
+                self._status = self._status or int(status not in (0, -signal.SIGTERM))
+                return
+            _log.error("a worker ended", worker=index + 1, status=status)
+            if index not in self._served:
+                self._status = 1
+                self._stop()
+                return
+            failures = 0 if loop.time() - began > _LONG else failures + 1
+            if failures:
+                await self._pause(index, _PAUSES[min(failures, len(_PAUSES)) - 1])
+
+    async def _run_one(self, index: int) -> int:
+        """Returns its exit status."""
+        async with self._one_at_a_time:
+            if self._stopping.is_set():
+                return 0
+            rescans = self._rescans
+            process, link = await self._start(index)
+            if await asyncio.get_running_loop().sock_recv(link, 1):
+                self._serving.add(process)
+                self._announce(index)
+                if rescans < self._rescans:
+                    _send(process, signal.SIGHUP)
+        with link:
+            status = await process.wait()
+        self._running.discard(process)
+        self._serving.discard(process)
+        return status
+
+    async def _start(self, index: int) -> tuple[Process, socket.socket]:
+        """The process, and our end of its link."""
+        listener = self._listeners[index]
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, *sys.orig_argv[1:]),
+                env={**os.environ, _VARIABLE: f"{index + 1} {listener.fileno()} {theirs.fileno()}"},
+                pass_fds=[listener.fileno(), theirs.fileno()],
+                process_group=0,  # Ctrl-C reaches the supervisor only, which passes it on
+            )
+        ours.setblocking(False)
+        self._running.add(process)
+        if self._stopping.is_set():
+            _send(process, signal.SIGTERM)
+        return process, ours
+
+    def _announce(self, index: int) -> None:
+        """Once, when all serve."""
+        if index not in self._served:
+            self._served.add(index)
+            if len(self._served) == len(self._listeners):
+                host = f"[{self._host}]" if ":" in self._host else self._host
+                _log.info(f"running on http://{host}:{self._port}", workers=len(self._listeners))
+
+    async def _pause(self, index: int, seconds: float) -> None:
+        """Meanwhile the other workers take all connections; those that wait for this one are refused."""
+        self._listeners[index].close()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            self._listeners[index] = _bind(self._host, self._port, shared=True)
+
+
+def _send(process: Process, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it has just ended
+        process.send_signal(number)
+
+
+def _bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """shared: with other sockets of this user that say so, too."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)

@@ -1,0 +1,175 @@
+"""`--workers`: any of them serves any session, none is missed for long, and none outlives the one that keeps them."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from processes import Process, StartProcess, launch
+from redis_server import RedisServer, free_port
+from serving import RAW, Oracle, metric, until
+
+from service import workers
+from service.__main__ import main
+
+NUMBER = 2
+MODEL = "/v1/models/gru"
+
+Background = Callable[..., Future]
+
+
+@pytest.fixture
+def ports() -> list[int]:
+    """Free ones in a row, for the workers' own."""
+    while True:
+        first = free_port()
+        ports = [first + i for i in range(NUMBER)]
+        try:
+            for port in ports:
+                socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return ports
+
+
+@pytest.fixture
+def started(start_process: StartProcess, redis_server: RedisServer, ports: list[int]) -> Process:
+    return start_process("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", redis_server.url)
+
+
+def ids(started: Process) -> list[int]:
+    """The workers' processes."""
+    return [int(line["event"].split("[")[1].rstrip("]")) for line in started.log if "Started server" in line["event"]]
+
+
+def version(port: int) -> str:
+    """Of the model that a worker serves; empty if it does not answer."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}{MODEL}").json()["version"]
+    except httpx.TransportError:
+        return ""
+
+
+def test_one_port_and_several_processes(
+    started: Process,
+    ports: list[int],
+    shelf: Path,
+    repository: Path,
+    oracle: Callable[..., Oracle],
+    background: Background,
+    rng: np.random.Generator,
+) -> None:
+    clients = [httpx.Client(base_url=started.url, timeout=30) for _ in range(64)]
+    x = rng.standard_normal((8, 24, 3)).astype("<f4")
+    for i in range(8):
+        assert clients[i].post(f"{MODEL}/sessions", json={"session_id": f"s{i}"}).json()["durability"] == "redis"
+
+    def steps(i: int) -> bytes:
+        path, outputs = f"{MODEL}/sessions/s{i}/steps", b""
+        for position in range(24):
+            headers = {**RAW, "Unroll-Position": str(position)}
+            content = x[i, position].tobytes()
+            outputs += clients[(8 * position + i) % 64].post(path, content=content, headers=headers).content
+        return outputs
+
+    for i, stepped in enumerate([background(steps, i) for i in range(8)]):
+        assert stepped.result() == oracle("gru")(x[i]).tobytes()
+    for client in clients:
+        client.close()
+
+    # Each has its part, and says it at its own port; at the common one nobody knows who would.
+    served = [metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "unroll_steps_total") for port in ports]
+    assert sum(served) >= 8 * 24
+    assert min(served) > 24
+    assert httpx.get(f"{started.url}/metrics").status_code == 404
+    kept = httpx.post(f"{started.url}{MODEL}/sessions", json={"durability": "memory"})
+    assert (kept.status_code, kept.json()["code"]) == (422, "durability_unavailable")
+
+    shutil.copytree(repository / "gru" / "2", shelf / ".coming")
+    (shelf / ".coming").rename(shelf / "gru" / "2")
+    started.popen.send_signal(signal.SIGHUP)
+    until(lambda: [version(port) for port in ports] == ["2", "2"], "version 2")
+
+    # One dies: connections go on to be answered, by the other, or by its successor.
+    os.kill(ids(started)[0], signal.SIGKILL)
+    answers = [background(httpx.get, f"{started.url}{MODEL}/sessions/s{i % 8}", timeout=30) for i in range(32)]
+    assert {answer.result().json()["position"] for answer in answers} == {24}
+    until(lambda: version(ports[0]), "a successor")
+
+    started.popen.send_signal(signal.SIGTERM)
+    assert started.end() == 0
+    assert not any(version(port) for port in ports)
+    ended = [line for line in started.log if line["event"] == "a worker ended"]
+    assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
+
+
+def test_the_workers_end_with_their_supervisor(started: Process, ports: list[int]) -> None:
+    started.popen.kill()
+    started.popen.wait()
+    until(lambda: not any(version(port) for port in ports), "the end of the workers")
+
+
+def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: RedisServer) -> None:
+    flags = ("--repository", str(tmp_path), "--port", "0", "--device", "cpu", "--store", redis_server.url)
+    refused = launch(*flags, "--workers", "2")
+    _, log = refused.communicate(timeout=30)
+    assert refused.returncode == 1
+    assert log.count("holds no bundle") == 1
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--workers", "2"), "--store"),
+        (("--workers", "2", "--store", "redis://localhost", "--durability", "memory"), "--durability memory"),
+        (("--workers", "2", "--store", "redis://localhost", "--state-file", "sessions"), "state file"),
+        (("--workers", "0"), "--workers"),
+        (("--worker-port", "9001"), "--workers"),
+    ],
+)
+def test_what_does_not_go_together(flags: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--repository", ".", *flags]) == 2
+    assert why in capsys.readouterr().err
+
+
+#: Says that it serves, and dies; but not the fourth time. Each start is a line in a file.
+DYING = """
+import os, signal, socket, sys
+number, listener, link = os.environ["UNROLL_WORKER"].split()
+with open(sys.argv[1], "a+") as starts:
+    print(number, socket.socket(fileno=int(listener)).getsockname()[1], file=starts, flush=True)
+    starts.seek(0)
+    started = len(starts.readlines())
+socket.socket(fileno=int(link)).send(b"1")
+if started < 4:
+    sys.exit(3)
+signal.pause()
+"""
+
+
+async def test_a_worker_that_dies_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started again after a pause, in which its port is not kept for it, and on the same port."""
+    starts = tmp_path / "starts"
+    starts.touch()
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", DYING, str(starts)])
+    monkeypatch.setattr(workers, "_PAUSES", (0.001, 0.002))
+    listener = workers._bind("127.0.0.1", 0, shared=True)
+    port = listener.getsockname()[1]
+    supervisor = workers._Supervisor("127.0.0.1", port, [listener])
+    running = asyncio.create_task(supervisor.run())
+    async with asyncio.timeout(20):
+        while starts.read_text().count("\n") < 4:  # noqa: ASYNC110 there is nothing to wait for but the file
+            await asyncio.sleep(0.001)
+    assert listener.fileno() == -1
+    supervisor._stop()
+    assert await running == 0
+    assert set(starts.read_text().splitlines()) == {f"1 {port}"}
