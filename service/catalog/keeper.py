@@ -58,6 +58,9 @@ class Keeper:
             waiting.append(then)
             return
         self._waiting[key] = [then]
+        found = self._here(key)
+        if found is not None and found[1].durable is not None:
+            found[1].durable.stale = True  # nothing is accepted before those who wait; what was accepted is done first
         task = asyncio.create_task(self._fetch(key), name=f"fetch {name}/{session_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -138,7 +141,6 @@ class Keeper:
             served, session = found
             if session.durable is None:
                 return  # there is no other
-            session.durable.stale = True  # nothing new is accepted until this is done; what was accepted is done first
             await _quiet(served, session)
         for _ in range(_ATTEMPTS):
             record = await self.store.load(key)
