@@ -86,6 +86,7 @@ class Keeper:
             raise SessionExists(f"session {session_id!r} is open", position=found[1].position if found else None)
         if error is not None:
             raise error
+        served.scheduler.counters.opened += 1
         return served.adopt(session_id, record)
 
     async def put(self, served: ServedModel, session_id: str, snapshot: Snapshot) -> Session:
@@ -164,6 +165,7 @@ class Keeper:
             found = None
         model = home(self._models(name), session_id, record) if found is None else found[0]
         model.adopt(session_id, record)
+        model.scheduler.counters.adopted += 1
 
     def _is_gone(self, key: Key, gone: Gone | None) -> None:
         """Whatever is here of it is of the past."""
