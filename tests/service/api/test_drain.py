@@ -10,7 +10,9 @@ import httpx
 import numpy as np
 import pytest
 import wire
-from serving import RAW, Running, Serve, until
+from redis_server import RedisServer
+from serving import RAW, Oracle, Running, Serve, until
+from test_stream import Client, frame, last_messages, replies
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -111,3 +113,33 @@ def test_a_client_that_is_too_slow_is_cut_off(serve: Serve) -> None:
         until(lambda: any(each.cycle for each in running.uvicorn.server_state.connections))
         running.stop()
         assert slow.recv(65536) == b""
+
+
+def test_a_durable_stream_goes_on_at_another_server(
+    serve: Serve, redis_server: RedisServer, oracle: Callable[..., Oracle], rng: np.random.Generator
+) -> None:
+    """Whatever was under way: what was answered was committed, and the rest is done there."""
+    first, second = serve(store=redis_server.url), serve(store=redis_server.url)
+    x = rng.standard_normal((20, 12, 3)).astype("<f4")
+    client = Client(first, oracle("lstm").manifest)
+    names = client.bind(*range(20), depth=12)
+    for t in range(12):
+        client.socket.send(frame(*[(i, t, x[i, t : t + 1]) for i in range(20)]))
+    client.receive(20)
+    terminate(first)
+    *outputs, closing = last_messages(client)
+    reached = dict.fromkeys(range(20), 1)
+    for reply in (reply for message in outputs for reply in replies(client.manifest, message)):
+        assert np.array_equal(reply.outputs[0][0], oracle("lstm")(x[reply.handle])[reply.position - 1])
+        reached[reply.handle] = reply.position
+    told = json.loads(closing)["sessions"]
+    assert [(item["handle"], item["session_id"]) for item in told] == list(enumerate(names))
+    assert {item["handle"]: item["position"] for item in told} == reached
+
+    other = Client(second, client.manifest)
+    opened = other.open(*[{"handle": i, "session_id": name, "mode": "resume"} for i, name in enumerate(names)])
+    assert {item["handle"]: item["position"] for item in opened} == reached
+    left = [(i, reached[i], x[i, reached[i] :]) for i in range(20) if reached[i] < 12]
+    for i, reply in (other.step(*left) if left else {}).items():
+        assert np.array_equal(reply.outputs[0], oracle("lstm")(x[i])[reached[i] :])
+    other.socket.close()
