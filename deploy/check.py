@@ -9,6 +9,7 @@ Standard library only.
 
 import argparse
 import json
+import os
 import secrets
 import struct
 import subprocess
@@ -53,7 +54,9 @@ def docker(*arguments: str) -> str:
 def applied() -> dict[str, float]:
     """Steps of the model that each running replica has applied since it started, by container."""
     scrape = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/metrics').read().decode())"
-    replicas = docker("ps", "-q", "--filter", "label=com.docker.compose.service=unroll").split()
+    project = os.environ.get("COMPOSE_PROJECT_NAME", "unroll")
+    labels = {"com.docker.compose.project": project, "com.docker.compose.service": "unroll"}
+    replicas = docker("ps", "-q", *(f"--filter=label={name}={value}" for name, value in labels.items())).split()
     return {
         replica: sum(
             float(line.split()[-1])
@@ -64,14 +67,18 @@ def applied() -> dict[str, float]:
     }
 
 
+def open_durable(client: Client, session_id: str) -> RemoteSession:
+    sessions = f"/v1/models/{MODEL}/sessions"
+    wanted = json.dumps({"session_id": session_id, "durability": "redis"}).encode()
+    client.exchange("POST", sessions, wanted, {"Content-Type": "application/json", "X-Session-Id": session_id})
+    return RemoteSession(client, f"{sessions}/{session_id}")
+
+
 def check(url: str, kill: bool) -> bool:
     with Client(url) as client:
         session_id = f"check-{secrets.token_hex(8)}"
-        sessions = f"/v1/models/{MODEL}/sessions"
-        wanted = json.dumps({"session_id": session_id, "durability": "redis"}).encode()
-        client.exchange("POST", sessions, wanted, {"Content-Type": "application/json", "X-Session-Id": session_id})
-        print(f"opened {session_id}, durable, through {url}")
-        with RemoteSession(client, f"{sessions}/{session_id}") as session:
+        with open_durable(client, session_id) as session:
+            print(f"opened {session_id}, durable, through {url}")
             half = len(STEPS) // 2
             before = applied() if kill else {}
             outputs = steps(session, STEPS[:half])
