@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from examples.client import Client, RemoteSession, ServerError
@@ -44,7 +45,7 @@ def retried(request: Callable[[], T]) -> T:
 
 
 def steps(session: RemoteSession, values: list[float]) -> bytes:
-    return b"".join(retried(lambda value=value: session.steps(struct.pack("<f", value))) for value in values)
+    return b"".join(retried(partial(session.steps, struct.pack("<f", value))) for value in values)
 
 
 def docker(*arguments: str) -> str:

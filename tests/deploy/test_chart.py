@@ -106,8 +106,7 @@ def test_replicas_find_the_redis_of_the_chart():
 def test_a_replica_has_time_to_drain():
     pod = of_kind(render("default"), "Deployment")["spec"]["template"]["spec"]
     asleep = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    shutdown = re.search(r"_SHUTDOWN_SECONDS = (\d+)", (ROOT / "service/transport/uvicorn_config.py").read_text())
-    assert pod["terminationGracePeriodSeconds"] > asleep + int(shutdown[1])
+    assert pod["terminationGracePeriodSeconds"] > asleep + Settings.model_fields["drain_timeout"].default
 
 
 def test_gpus_are_asked_for_and_insisted_on():
