@@ -1,10 +1,11 @@
-"""Small models of every kind the server treats differently, exported once for the whole run; a CUDA without a GPU."""
+"""Small models of every kind the server treats differently, exported once a run; a CUDA without a GPU, and a Redis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from redis_server import RedisServer, missing
 from stub_cuda.child import Outcome, Stub
 from torch import Tensor, nn
 
@@ -99,3 +100,21 @@ def run_with_stub(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Out
     if missing := Stub.missing():
         pytest.skip(missing)
     return Stub(tmp_path_factory.mktemp("stub_cuda")).run
+
+
+@pytest.fixture(scope="session")
+def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One redis-server for the whole run; tests take `redis_server`."""
+    if why := missing():
+        pytest.skip(why)
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis_server(redis_process: RedisServer) -> RedisServer:
+    """An empty Redis. A test that harms the process itself makes a RedisServer of its own."""
+    redis_process.flush()
+    return redis_process

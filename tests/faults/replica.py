@@ -1,0 +1,109 @@
+"""One `unroll serve` as a process of its own, which keeps its port when it is killed and started again."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from redis_server import free_port
+
+ROOT = Path(__file__).parents[2]
+_PATIENCE = 30.0
+
+
+def tiny_repository(folder: Path) -> Path:
+    """A repository of one small LSTM, `tiny`: what `unroll doctor` tries devices with. Quick to start, made already."""
+    shutil.copytree(ROOT / "service" / "doctor" / "tiny", folder / "repository" / "tiny")
+    return folder / "repository"
+
+
+class Replica:
+    """options: further flags of `unroll serve`. environment: variables it gets besides our own."""
+
+    def __init__(
+        self, name: str, repository: Path, folder: Path, *options: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self.port = free_port()
+        self.log = folder / f"{name}.log"
+        self.environment = dict(environment or {})
+        where = ("--repository", str(repository), "--host", "127.0.0.1", "--port", str(self.port))
+        flags = (*where, "--device", "cpu", "--log-level", "warning", *options)
+        self._command = (sys.executable, "-m", "unroll", "serve", *flags)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def launch(self) -> None:
+        """Returns at once."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=ROOT,
+                env=os.environ | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    async def ready(self) -> None:
+        """Returns when the readiness probe is answered with 200."""
+        end = time.monotonic() + _PATIENCE
+        while not await _is_ready(self.port):
+            assert self.running, f"{self.name} ended: {self.log.read_text()[-2000:]}"
+            assert time.monotonic() < end, f"{self.name} did not start"
+            await asyncio.sleep(0.01)
+
+    async def start(self) -> None:
+        self.launch()
+        await self.ready()
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        """At once; nothing is finished."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(_PATIENCE)
+            self._process = None
+
+    def pause(self) -> None:
+        """Connections are still accepted, by the kernel; nothing is answered, and nothing is lost."""
+        self._send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._send(signal.SIGCONT)
+
+    async def terminate(self) -> int:
+        """Ask it to end; returns its exit status."""
+        self._send(signal.SIGTERM)
+        assert self._process is not None
+        return await asyncio.to_thread(self._process.wait, _PATIENCE)
+
+    async def ended(self) -> int:
+        """The exit status, when it has ended by itself."""
+        assert self._process is not None
+        return await asyncio.to_thread(self._process.wait, _PATIENCE)
+
+    def _send(self, number: signal.Signals) -> None:
+        assert self._process is not None, f"{self.name} is not running"
+        self._process.send_signal(number)
+
+
+async def _is_ready(port: int) -> bool:
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    try:
+        writer.write(b"GET /readyz HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
+        return (await asyncio.wait_for(reader.read(), 1.0)).startswith(b"HTTP/1.1 200")
+    except (OSError, TimeoutError):
+        return False
+    finally:
+        writer.close()

@@ -1,0 +1,206 @@
+"""Four ways to send a chunk to any of several replicas, and what may become of it.
+
+A `Reply` is what the server said. `Broken` is that it said nothing whole: the connection was refused, cut or silent,
+so nobody knows whether the chunk was applied.
+"""
+
+import asyncio
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import WebSocketException
+
+HTTP_WAYS = ("raw", "json", "v2")
+WAYS = (*HTTP_WAYS, "stream")
+
+_RAW = {"content-type": "application/octet-stream"}
+_JSON = {"content-type": "application/json"}
+_FRAME = struct.Struct("<BBHIIIQ")  # type, flags, reserved, entries; handle, steps, position
+_OUTPUTS_BEGIN = _FRAME.size
+
+
+class Broken(Exception):
+    """No whole answer came."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """outputs: as the server's bytes, so that they can be compared. code: of an error; `expected` as it said it."""
+
+    status: int
+    outputs: bytes = b""
+    position: int = -1
+    code: str = ""
+    expected: int | None = None
+    retry_after: float | None = None
+    document: Mapping = field(default_factory=dict)
+
+
+@dataclass
+class Wires:
+    """For the sessions of one model with one float32 input and output per step. timeout: seconds for a whole answer."""
+
+    model: str
+    features: tuple[str, str]  # the names of its input and its output
+    timeout: float = 5.0
+    _idle: dict[int, list["_Connection"]] = field(default_factory=lambda: defaultdict(list))
+
+    async def send(self, way: str, port: int, session: str, x: np.ndarray, position: int) -> Reply:
+        """One chunk, x (time, features), by one of HTTP_WAYS. Raises Broken."""
+        steps = f"/v1/models/{self.model}/sessions/{session}/steps"
+        if way == "raw":
+            headers = _RAW | {"unroll-position": str(position)}
+            status, headers, body = await self.ask(port, "POST", steps, x.tobytes(), headers)
+            if status == 200:
+                return Reply(status, body, int(headers["unroll-position"]))
+        elif way == "json":
+            sent = json.dumps({"inputs": x.tolist(), "position": position}).encode()
+            status, _, body = await self.ask(port, "POST", steps, sent, _JSON)
+            if status == 200:
+                document = json.loads(body)
+                return Reply(status, _packed(document["outputs"]), document["position"])
+        else:
+            status, _, body = await self.ask(
+                port, "POST", f"/v2/models/{self.model}/infer", self._infer(session, x, position)
+            )
+            if status == 200:
+                document = json.loads(body)
+                (output,) = document["outputs"]
+                return Reply(status, _packed(output["data"]), document["parameters"]["sequence_position"])
+        return refusal(status, json.loads(body))
+
+    def _infer(self, session: str, x: np.ndarray, position: int) -> bytes:
+        tensor = {"name": self.features[0], "shape": [1, *x.shape], "datatype": "FP32", "data": x.ravel().tolist()}
+        return json.dumps(
+            {
+                "inputs": [tensor],
+                "outputs": [{"name": self.features[1]}],
+                "parameters": {"sequence_id": session, "sequence_position": position},
+            }
+        ).encode()
+
+    async def call(self, method: str, port: int, path: str, body: object = None) -> Reply:
+        """One of the other routes under the model's. A state's bytes are the `outputs` of its reply."""
+        sent = b"" if body is None else json.dumps(body).encode()
+        path = f"/v1/models/{self.model}{path}"
+        status, headers, content = await self.ask(port, method, path, sent, _JSON if sent else {})
+        if headers["content-type"] == _RAW["content-type"]:
+            return Reply(status, content, int(headers["unroll-position"]))
+        document = json.loads(content)
+        if status < 300:
+            return Reply(status, position=document["position"], document=document)
+        return refusal(status, document)
+
+    async def ask(
+        self, port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the answer. Raises Broken."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                connection = self._idle[port].pop() if self._idle[port] else await _Connection.open(port)
+                try:
+                    answer = await connection.ask(method, path, body, headers or {})
+                except BaseException:
+                    connection.close()
+                    raise
+        except (OSError, EOFError, asyncio.LimitOverrunError) as error:
+            raise Broken(f"{type(error).__name__}: {error}") from error
+        if answer[1].get("connection") == "close":
+            connection.close()
+        else:
+            self._idle[port].append(connection)
+        return answer
+
+    def close(self) -> None:
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._idle.clear()
+
+
+class _Connection:
+    """One HTTP connection that is kept open, with one request at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def open(cls, port: int) -> "_Connection":
+        return cls(*await asyncio.open_connection("127.0.0.1", port))
+
+    async def ask(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[int, dict[str, str], bytes]:
+        fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(body)}\r\n{fields}\r\n"
+        self._writer.write(head.encode() + body)
+        lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        found = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+        content = await self._reader.readexactly(int(found["content-length"]))
+        return int(lines[0].split()[1]), found, content
+
+    def close(self) -> None:
+        self._writer.transport.abort()
+
+
+class Stream:
+    """A WebSocket to one replica with one session on it, as handle 0. Raises Broken, and is of no use afterwards."""
+
+    def __init__(self, wires: Wires, port: int, session: str) -> None:
+        self.port = port
+        self._wires, self._session = wires, session
+        self._socket: ClientConnection | None = None
+
+    async def send(self, x: np.ndarray, position: int) -> Reply:
+        try:
+            async with asyncio.timeout(self._wires.timeout):
+                if self._socket is None and (refused := await self._open()) is not None:
+                    return refused
+                assert self._socket is not None
+                await self._socket.send(_FRAME.pack(1, 0, 0, 1, 0, len(x), position) + x.tobytes())
+                return _stream_reply(await self._socket.recv())
+        except (OSError, WebSocketException) as error:
+            raise Broken(f"{type(error).__name__}: {error}") from error
+
+    async def _open(self) -> Reply | None:
+        """None if the session is bound."""
+        address = f"ws://127.0.0.1:{self.port}/v1/models/{self._wires.model}/stream"
+        self._socket = await connect(address, compression=None, open_timeout=None, ping_interval=None, proxy=None)
+        wanted = {"handle": 0, "session_id": self._session, "mode": "resume"}
+        await self._socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
+        answer = json.loads(await self._socket.recv())
+        (opened,) = answer["sessions"]
+        return refusal(0, opened["error"]) if "error" in opened else None
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.transport.abort()
+
+
+def refusal(status: int, document: Mapping) -> Reply:
+    """An error as v1, v2 or a stream tells it; a stream's has no status."""
+    return Reply(
+        status,
+        code=document["code"],
+        expected=document.get("expected"),
+        retry_after=document.get("retry_after"),
+        document=document,
+    )
+
+
+def _stream_reply(message: str | bytes) -> Reply:
+    if isinstance(message, str):
+        return refusal(0, json.loads(message))
+    kind, _, _, entries, _, _, position = _FRAME.unpack_from(message)
+    assert (kind, entries) == (2, 1), message
+    return Reply(200, message[_OUTPUTS_BEGIN:], position)
+
+
+def _packed(values: list) -> bytes:
+    """JSON's numbers as the float32 they were."""
+    return np.array(values, np.float32).tobytes()

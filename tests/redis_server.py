@@ -1,0 +1,89 @@
+"""A redis-server of a test's own: on a free port of the loopback, in its own folder, ended by who started it.
+
+It can also be treated badly: killed, stopped, left without memory; and started again on the same port from its files.
+"""
+
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import redis
+
+_PATIENCE = 20.0
+
+
+def missing() -> str:
+    """Why there can be no redis-server here; empty if there can."""
+    return "" if shutil.which("redis-server") else "redis-server is not installed"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class RedisServer:
+    """folder: where it keeps its files. appendfsync: always, everysec or no. options: further flags, by name."""
+
+    def __init__(self, folder: Path, appendfsync: str = "everysec", **options: str) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._flags = {"appendonly": "yes", "appendfsync": appendfsync, "save": "", "loglevel": "warning", **options}
+        self._process: subprocess.Popen[bytes] | None = None
+        #: For looking and for breaking things; the servers under test have clients of their own.
+        self.client = redis.Redis(port=self.port, socket_timeout=_PATIENCE)
+
+    def start(self) -> None:
+        """Returns when it answers; with what its files hold, if there are any."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        where = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)}
+        flags = [word for name, value in {**where, **self._flags}.items() for word in (f"--{name}", value)]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(["redis-server", *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        end = time.monotonic() + _PATIENCE
+        pause = threading.Event()
+        while not self._answers():
+            assert self._process.poll() is None, f"redis-server ended: {(self.folder / 'log').read_text()[-2000:]}"
+            assert time.monotonic() < end, "redis-server does not answer"
+            pause.wait(0.005)
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.client.ping())
+        except (redis.ConnectionError, redis.BusyLoadingError):
+            return False
+
+    def flush(self) -> None:
+        self.client.flushall()
+
+    def stop(self) -> None:
+        """In order: what it was told is in its files."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Connections are still accepted, by the kernel; nothing is answered."""
+        self._send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._send(signal.SIGCONT)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._send(number)
+            self._send(signal.SIGCONT)
+            self._process.wait(_PATIENCE)
+        self._process = None
+
+    def _send(self, number: signal.Signals) -> None:
+        assert self._process is not None, "redis-server is not running"
+        self._process.send_signal(number)
