@@ -1,4 +1,4 @@
-"""What a durable session and a commit cost Redis: memory, processor, append-only file and network, by the size of the row.
+"""What a durable session and a commit cost Redis: memory, processor, append-only file, network.
 
     python -m bench.store [--sessions 50000]
 
@@ -138,7 +138,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sessions", type=int, default=50_000)
     count = parser.parse_args(argv).sessions
-    print("| | row, bytes | a session, bytes | an ended one, bytes | a commit: Redis, µs | file, bytes | network, bytes |")
+    print(
+        "| | row, bytes | a session, bytes | an ended one, bytes | a commit: Redis, µs | file, bytes | network, bytes |"
+    )
     print("|---|--:|--:|--:|--:|--:|--:|")
     for model in MODELS:
         print(asyncio.run(measure(model, count)), flush=True)
