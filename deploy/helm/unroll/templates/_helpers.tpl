@@ -23,10 +23,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if and (eq .Values.store.durability "redis") (not $store) }}
   {{- fail "store.durability is redis, but there is none: set redis.enabled or store.secret" }}
 {{- end }}
-{{- if and (eq .Values.store.durability "client") (not .Values.store.snapshotKeysSecret) }}
-  {{- fail "store.durability is client, which needs store.snapshotKeysSecret" }}
-{{- end }}
-{{- if and (or (gt (int .Values.replicas) 1) .Values.autoscaling.enabled) (not $store) (ne .Values.store.durability "client") }}
-  {{- fail "a session in the memory of one replica is unknown to the others: set redis.enabled, store.secret or store.durability=client, or replicas=1" }}
+{{- if and (or (gt (int .Values.replicas) 1) .Values.autoscaling.enabled) (not $store) (not .Values.store.snapshotKeysSecret) }}
+  {{- fail "a session in the memory of one replica is unknown to the others: set redis.enabled, store.secret, or store.snapshotKeysSecret for clients that hold their states; or replicas=1" }}
 {{- end }}
 {{- end }}
