@@ -12,7 +12,9 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: 
 
 def router(server: Server) -> APIRouter:
     api = APIRouter(tags=["health"])
-    collector = Collector(lambda: [model.figures() for model in server.catalog], server.requests, server.streams)
+    collector = Collector(
+        lambda: [model.figures() for model in server.catalog], server.requests, server.streams, server.catalog.overflow
+    )
 
     def ready(response: Response) -> dict[str, bool]:
         response.status_code = 200 if server.ready else 503

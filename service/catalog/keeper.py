@@ -58,6 +58,9 @@ class Keeper:
             waiting.append(then)
             return
         self._waiting[key] = [then]
+        found = self._here(key)
+        if found is not None and found[1].durable is not None:
+            found[1].durable.stale = True  # nothing is accepted before those who wait; what was accepted is done first
         task = asyncio.create_task(self._fetch(key), name=f"fetch {name}/{session_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -83,6 +86,7 @@ class Keeper:
             raise SessionExists(f"session {session_id!r} is open", position=found[1].position if found else None)
         if error is not None:
             raise error
+        served.scheduler.counters.opened += 1
         return served.adopt(session_id, record)
 
     async def put(self, served: ServedModel, session_id: str, snapshot: Snapshot) -> Session:
@@ -138,7 +142,6 @@ class Keeper:
             served, session = found
             if session.durable is None:
                 return  # there is no other
-            session.durable.stale = True  # nothing new is accepted until this is done; what was accepted is done first
             await _quiet(served, session)
         for _ in range(_ATTEMPTS):
             record = await self.store.load(key)
@@ -162,6 +165,7 @@ class Keeper:
             found = None
         model = home(self._models(name), session_id, record) if found is None else found[0]
         model.adopt(session_id, record)
+        model.scheduler.counters.adopted += 1
 
     def _is_gone(self, key: Key, gone: Gone | None) -> None:
         """Whatever is here of it is of the past."""

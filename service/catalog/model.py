@@ -237,6 +237,7 @@ class ServedModel:
                 "unroll_replayed": counters.replayed,
                 "unroll_refused": counters.refused,
                 "unroll_sessions_opened": counters.opened,
+                "unroll_sessions_adopted": counters.adopted,
                 "unroll_sessions_restarted": counters.restarted,
             },
             labelled={

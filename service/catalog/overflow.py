@@ -77,6 +77,7 @@ class Overflow:
         try:
             model = home(self._models(name), session_id, record)
             model.adopt(session_id, record)
+            model.scheduler.counters.adopted += 1
         except UnrollError:
             self._spill.put(key, record, used)
             raise

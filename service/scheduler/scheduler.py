@@ -77,6 +77,7 @@ class Counters:
     replayed: int = 0
     refused: int = 0
     opened: int = 0
+    adopted: int = 0
     restarted: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     gone: dict[str, int] = field(default_factory=dict)

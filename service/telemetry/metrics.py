@@ -1,7 +1,7 @@
 """Prometheus metrics, collected when they are scraped: the step path only counts in plain integers."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -67,11 +67,13 @@ HELP = {
     "unroll_replayed": "Retries answered without running the model.",
     "unroll_refused": "Requests refused for want of room or time.",
     "unroll_sessions_opened": "Sessions opened.",
+    "unroll_sessions_adopted": "Sessions brought in from the store, or back from host memory.",
     "unroll_sessions_restarted": "Living sessions ended by a sequence_start under their id.",
     "unroll_sessions_gone": "Sessions lost to expiry or eviction.",
     "unroll_failed": "Accepted requests that failed, by error code.",
     "unroll_batch_rows": "Rows in a call of the model.",
     "unroll_batch_seconds": "Duration of a call of the model.",
+    "unroll_sessions_spilled": "Memory sessions without a row, in host memory.",
     "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
     "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
@@ -83,11 +85,13 @@ class Collector:
         self,
         models: Callable[[], Iterable[ModelFigures]],
         requests: Mapping[str, RequestFigures],
-        streams: Collection[object],
+        streams: Sized,
+        spilled: Sized,
     ) -> None:
         self._models = models
         self._requests = requests
         self._streams = streams
+        self._spilled = spilled
 
     def exposition(self) -> bytes:
         """The text a scrape returns."""
@@ -97,7 +101,8 @@ class Collector:
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        _family(families, GaugeMetricFamily, "unroll_streams", []).add_metric([], len(self._streams))
+        for name, some in (("unroll_streams", self._streams), ("unroll_sessions_spilled", self._spilled)):
+            _family(families, GaugeMetricFamily, name, []).add_metric([], len(some))
         for model in self._models():
             own = [model.name, model.version, model.device]
             for name, value in model.gauges.items():

@@ -138,6 +138,15 @@ def test_a_row_the_model_cannot_run_fails_alone(load, make_engine):
     assert not engine.read(3).any()
 
 
+def test_several_rows_are_read_at_once(load, make_engine):
+    runner, manifest = load("lstm")
+    engine = make_engine(runner, manifest, 6)
+    rows = np.random.default_rng(3).standard_normal((3, manifest.state_size), np.float32)
+    for slot, row in zip((5, 2, 4), rows, strict=True):
+        engine.write(slot, row)
+    assert np.array_equal(engine.read_rows([5, 2, 4]), rows)
+
+
 @pytest.mark.parametrize("lens", [[], [0], [2, 0]])
 def test_what_would_abort_onnxruntime_never_reaches_it(load, lens: list[int]):
     runner, manifest = load("lstm")
