@@ -25,7 +25,11 @@ _OUTPUTS_BEGIN = _FRAME.size
 
 
 class Broken(Exception):
-    """No whole answer came."""
+    """No whole answer came; kind: the exception's name."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.kind = type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -52,27 +56,23 @@ class Wires:
 
     async def send(self, way: str, port: int, session: str, x: np.ndarray, position: int) -> Reply:
         """One chunk, x (time, features), by one of HTTP_WAYS. Raises Broken."""
-        steps = f"/v1/models/{self.model}/sessions/{session}/steps"
+        path, body, headers = f"/v1/models/{self.model}/sessions/{session}/steps", b"", _JSON
         if way == "raw":
-            headers = _RAW | {"unroll-position": str(position)}
-            status, headers, body = await self.ask(port, "POST", steps, x.tobytes(), headers)
-            if status == 200:
-                return Reply(status, body, int(headers["unroll-position"]))
+            body, headers = x.tobytes(), _RAW | {"unroll-position": str(position)}
         elif way == "json":
-            sent = json.dumps({"inputs": x.tolist(), "position": position}).encode()
-            status, _, body = await self.ask(port, "POST", steps, sent, _JSON)
-            if status == 200:
-                document = json.loads(body)
-                return Reply(status, _packed(document["outputs"]), document["position"])
+            body = json.dumps({"inputs": x.tolist(), "position": position}).encode()
         else:
-            status, _, body = await self.ask(
-                port, "POST", f"/v2/models/{self.model}/infer", self._infer(session, x, position)
-            )
-            if status == 200:
-                document = json.loads(body)
-                (output,) = document["outputs"]
-                return Reply(status, _packed(output["data"]), document["parameters"]["sequence_position"])
-        return refusal(status, json.loads(body))
+            path, body = f"/v2/models/{self.model}/infer", self._infer(session, x, position)
+        status, found, content = await self.ask(port, "POST", path, body, headers)
+        if status != 200:
+            return refusal(status, json.loads(content), found.get("retry-after"))
+        if way == "raw":
+            return Reply(status, content, int(found["unroll-position"]))
+        document = json.loads(content)
+        if way == "json":
+            return Reply(status, _packed(document["outputs"]), document["position"])
+        (output,) = document["outputs"]
+        return Reply(status, _packed(output["data"]), document["parameters"]["sequence_position"])
 
     def _infer(self, session: str, x: np.ndarray, position: int) -> bytes:
         tensor = {"name": self.features[0], "shape": [1, *x.shape], "datatype": "FP32", "data": x.ravel().tolist()}
@@ -94,7 +94,7 @@ class Wires:
         document = json.loads(content)
         if status < 300:
             return Reply(status, position=document["position"], document=document)
-        return refusal(status, document)
+        return refusal(status, document, headers.get("retry-after"))
 
     async def ask(
         self, port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
@@ -109,7 +109,8 @@ class Wires:
                     connection.close()
                     raise
         except (OSError, EOFError, asyncio.LimitOverrunError) as error:
-            raise Broken(f"{type(error).__name__}: {error}") from error
+            self._forget(port)
+            raise Broken(error) from error
         if answer[1].get("connection") == "close":
             connection.close()
         else:
@@ -117,10 +118,13 @@ class Wires:
         return answer
 
     def close(self) -> None:
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
-        self._idle.clear()
+        for port in [*self._idle]:
+            self._forget(port)
+
+    def _forget(self, port: int) -> None:
+        """Where one connection broke, the others most likely did."""
+        for connection in self._idle.pop(port, []):
+            connection.close()
 
 
 class _Connection:
@@ -165,7 +169,7 @@ class Stream:
                 await self._socket.send(_FRAME.pack(1, 0, 0, 1, 0, len(x), position) + x.tobytes())
                 return _stream_reply(await self._socket.recv())
         except (OSError, WebSocketException) as error:
-            raise Broken(f"{type(error).__name__}: {error}") from error
+            raise Broken(error) from error
 
     async def _open(self) -> Reply | None:
         """None if the session is bound."""
@@ -182,13 +186,14 @@ class Stream:
             self._socket.transport.abort()
 
 
-def refusal(status: int, document: Mapping) -> Reply:
-    """An error as v1, v2 or a stream tells it; a stream's has no status."""
+def refusal(status: int, document: Mapping, retry_after: str | float | None = None) -> Reply:
+    """An error as v1, v2 or a stream tells it; a stream's has no status, and `retry_after` inside."""
+    wait = document.get("retry_after", retry_after)
     return Reply(
         status,
         code=document["code"],
         expected=document.get("expected"),
-        retry_after=document.get("retry_after"),
+        retry_after=None if wait is None else float(wait),
         document=document,
     )
 
