@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 from faults.history import Track
@@ -85,7 +86,7 @@ class Client:
         body = {"session_id": self.track.id}
         reply = await self._until_answered(lambda way, port: self._wires.call("POST", port, path, body), ("json",))
         if reply.status != 201 and (reply.code, reply.document.get("position")) != ("session_exists", 0):
-            self._complain(reply)
+            self._note(reply)
 
     async def step(self) -> None:
         """The next chunk: of one step, or of a few."""
@@ -115,9 +116,10 @@ class Client:
         """Where the session is in the end, and its very state."""
         path = f"/sessions/{self.track.id}/state"
         reply = await self._until_answered(lambda way, port: self._wires.call("GET", port, path), ("json",))
-        if reply.status != 200:
-            self._complain(reply)
-        self.track.state = reply.outputs
+        if reply.status == 200:
+            self.track.state = reply.outputs
+        else:
+            self._note(reply)
 
     def chunk(self) -> np.ndarray:
         steps = self._chance.choice((1, 1, 1, 2, 5))
@@ -154,9 +156,12 @@ class Client:
         if (reply.code, reply.expected) != (code, self.track.position):
             self._complain(reply)
 
-    def _complain(self, reply: Reply) -> None:
-        self.track.refused(self.track.position, reply.code or f"status {reply.status}", reply.expected)
+    def _complain(self, reply: Reply) -> NoReturn:
+        self._note(reply)
         raise Refused(self.track.complaints[-1])
+
+    def _note(self, reply: Reply) -> None:
+        self.track.refused(self.track.position, reply.code or f"status {reply.status}", reply.expected)
 
     async def _until_answered(self, send: Callable[[str, int], Awaitable[Reply]], ways: Sequence[str]) -> Reply:
         """The first answer that is final. Raises TimeoutError if there is none."""

@@ -17,10 +17,10 @@ from pathlib import Path
 from time import monotonic
 
 import uvloop
-from faults.client import Client, Told
-from faults.history import Track, Verdict, check
+from faults.client import Told
+from faults.crowd import Crowd
+from faults.history import Verdict
 from faults.replica import Replica, tiny_repository
-from faults.wires import Wires
 from oracle import Oracle
 from redis_server import RedisServer, missing
 
@@ -51,36 +51,23 @@ async def run(
     fsync: str = "everysec",
 ) -> Result:
     """Until there were `kills`, at most for `seconds`; without kills, for `seconds`. fsync: Redis's appendfsync."""
-    chance = random.Random(seed)
     repository = tiny_repository(folder)
     store = RedisServer(folder / "redis", fsync)
     store.start()
     options = ("--store", store.url) if durability == "redis" else ()
     cluster = [Replica(f"replica-{i}", repository, folder, *options) for i in range(replicas)]
-    wires = Wires("tiny", ("x", "y"))
-    told = Told()
-    ports = [replica.port for replica in cluster]
-    tracks = [Track(f"session-{i}") for i in range(sessions)]
-    clients = [Client(track, wires, ports, random.Random(chance.getrandbits(32)), told) for track in tracks]
-    killer = _Killer(kills, random.Random(chance.getrandbits(32)), monotonic() + seconds)
+    killer = _Killer(kills, random.Random(seed), monotonic() + seconds)
     try:
         await asyncio.gather(*(replica.start() for replica in cluster))
-        await asyncio.gather(*(client.open() for client in clients))
-        stop = asyncio.Event()
-        living = [asyncio.create_task(client.live(stop, _PAUSE)) for client in clients]
-        await asyncio.gather(*(killer.haunt(replica) for replica in cluster))
-        stop.set()
-        await asyncio.gather(*living)
-        await asyncio.gather(*(client.look() for client in clients))
+        async with Crowd([replica.port for replica in cluster], seed, sessions, pause=_PAUSE) as crowd:
+            async with crowd.stepping():
+                await asyncio.gather(*(killer.haunt(replica) for replica in cluster))
+            verdict = await crowd.verdict(Oracle(repository, "tiny"))
     finally:
-        for client in clients:
-            client.close()
-        wires.close()
         for replica in cluster:
             replica.kill()
         store.kill()
-    verdict = check(tracks, Oracle(repository, "tiny"))
-    return Result(killer.done, verdict, told, [line for replica in cluster for line in _crashes(replica)])
+    return Result(killer.done, verdict, crowd.told, [line for replica in cluster for line in _crashes(replica)])
 
 
 class _Killer:
