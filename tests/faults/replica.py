@@ -52,7 +52,7 @@ class Replica:
     async def ready(self) -> None:
         """Returns when the readiness probe is answered with 200."""
         end = time.monotonic() + _PATIENCE
-        while not await _is_ready(self.port):
+        while not await is_ready(self.port):
             assert self.running, f"{self.name} ended: {self.log.read_text()[-2000:]}"
             assert time.monotonic() < end, f"{self.name} did not start"
             await asyncio.sleep(0.01)
@@ -95,7 +95,7 @@ class Replica:
         self._process.send_signal(number)
 
 
-async def _is_ready(port: int) -> bool:
+async def is_ready(port: int) -> bool:
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
