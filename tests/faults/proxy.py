@@ -29,14 +29,22 @@ class FaultProxy:
 
     def __init__(self, target: int, draw: Callable[[], Fault] = lambda: Fault.NONE, delay: float = 0.1) -> None:
         self.target, self.draw, self.delay = target, draw, delay
+        self.port = 0  # any, and the same when it accepts again
         self._serving: dict[asyncio.Task[None], _Pair] = {}
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        await self.accept()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        await self.refuse()
+
+    async def accept(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def refuse(self) -> None:
+        """Cut every connection, and take no more of them, until it is to accept again."""
         self._server.close()
         self.cut()
         await asyncio.gather(*self._serving, return_exceptions=True)

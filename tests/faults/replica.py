@@ -79,6 +79,11 @@ class Replica:
     def resume(self) -> None:
         self._send(signal.SIGCONT)
 
+    async def stopped(self) -> None:
+        """Returns when it has been stopped, or has stopped itself."""
+        assert self._process is not None
+        await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+
     async def terminate(self) -> int:
         """Ask it to end; returns its exit status."""
         self._send(signal.SIGTERM)
