@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -72,6 +73,11 @@ async def full(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
     redis.client.config_set("maxmemory", "0")
 
 
+def fill(redis: RedisServer) -> NoReturn:
+    while True:
+        redis.client.set("more", bytes(1024))
+
+
 @asynccontextmanager
 async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
     """Redis refuses writes once one did not get into its file."""
@@ -81,8 +87,7 @@ async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIt
             file.write(bytes(4096))
             file.flush()
     with pytest.raises(ResponseError, match="MISCONF"):
-        while True:
-            redis.client.set("more", bytes(1024))
+        fill(redis)
     yield
     ballast.unlink()
 

@@ -57,7 +57,7 @@ async def test_the_owner_wakes_up(redis_server: RedisServer, replicas: Replicas,
 async def test_the_owner_is_stopped_at_its_commit(
     redis_server: RedisServer, replicas: Replicas, oracle: Oracle, place: str, moves_on: bool
 ) -> None:
-    """The second commit of the owner: it computed the step, and so did another replica, which may have gone on since."""
+    """Stopped at its second commit: it computed the step, and so did another replica, which may have gone on since."""
     (owner,) = replicas(1, "--store", redis_server.url, environment={"UNROLL_FAILPOINTS": f"{place}=stop:2"})
     (other,) = replicas(1, "--store", redis_server.url)
     await start([owner, other])
@@ -76,8 +76,7 @@ async def test_the_owner_is_stopped_at_its_commit(
         assert (reply.outputs, reply.position) == (replies[1].outputs, 2)
     else:
         assert (reply.code, reply.expected) == ("position_too_old", 3)
-    for position in range(len(replies), 4):
-        replies.append(await session.step(owner, position))
+    replies += [await session.step(owner, position) for position in range(len(replies), 4)]
     assert [reply.position for reply in replies] == [1, 2, 3, 4]
     assert b"".join(reply.outputs for reply in replies) == oracle(X).tobytes()
     wires.close()

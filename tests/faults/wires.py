@@ -21,7 +21,7 @@ WAYS = (*HTTP_WAYS, "stream")
 _RAW = {"content-type": "application/octet-stream"}
 _JSON = {"content-type": "application/json"}
 _FRAME = struct.Struct("<BBHIIIQ")  # type, flags, reserved, entries; handle, steps, position
-_OUTPUTS_BEGIN = _FRAME.size
+_UNSAID = 2**64 - 1
 
 
 class Broken(Exception):
@@ -54,15 +54,20 @@ class Wires:
     timeout: float = 5.0
     _idle: dict[int, list["_Connection"]] = field(default_factory=lambda: defaultdict(list))
 
-    async def send(self, way: str, port: int, session: str, x: np.ndarray, position: int) -> Reply:
-        """One chunk, x (time, features), by one of HTTP_WAYS. Raises Broken."""
+    async def send(
+        self, way: str, port: int, session: str, x: np.ndarray, position: int | None, **flags: bool
+    ) -> Reply:
+        """One chunk, x (time, features), by one of HTTP_WAYS. flags: sequence_start or sequence_end, of v2 only.
+
+        Raises Broken.
+        """
         path, body, headers = f"/v1/models/{self.model}/sessions/{session}/steps", b"", _JSON
         if way == "raw":
-            body, headers = x.tobytes(), _RAW | {"unroll-position": str(position)}
+            body, headers = x.tobytes(), _RAW | ({} if position is None else {"unroll-position": str(position)})
         elif way == "json":
             body = json.dumps({"inputs": x.tolist(), "position": position}).encode()
         else:
-            path, body = f"/v2/models/{self.model}/infer", self._infer(session, x, position)
+            path, body = f"/v2/models/{self.model}/infer", self._infer(session, x, position, flags)
         status, found, content = await self.ask(port, "POST", path, body, headers)
         if status != 200:
             return refusal(status, json.loads(content), found.get("retry-after"))
@@ -74,21 +79,19 @@ class Wires:
         (output,) = document["outputs"]
         return Reply(status, _packed(output["data"]), document["parameters"]["sequence_position"])
 
-    def _infer(self, session: str, x: np.ndarray, position: int) -> bytes:
+    def _infer(self, session: str, x: np.ndarray, position: int | None, flags: dict[str, bool]) -> bytes:
         tensor = {"name": self.features[0], "shape": [1, *x.shape], "datatype": "FP32", "data": x.ravel().tolist()}
-        return json.dumps(
-            {
-                "inputs": [tensor],
-                "outputs": [{"name": self.features[1]}],
-                "parameters": {"sequence_id": session, "sequence_position": position},
-            }
-        ).encode()
+        parameters = {"sequence_id": session, **flags}
+        if position is not None:
+            parameters["sequence_position"] = position
+        outputs = [{"name": self.features[1]}]
+        return json.dumps({"inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
 
     async def call(self, method: str, port: int, path: str, body: object = None) -> Reply:
-        """One of the other routes under the model's. A state's bytes are the `outputs` of its reply."""
-        sent = b"" if body is None else json.dumps(body).encode()
-        path = f"/v1/models/{self.model}{path}"
-        status, headers, content = await self.ask(port, method, path, sent, _JSON if sent else {})
+        """One of the other routes under the model's; a body of bytes is a state, and so are a reply's `outputs`."""
+        sent = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        media = _RAW if isinstance(body, bytes) else _JSON if sent else {}
+        status, headers, content = await self.ask(port, method, f"/v1/models/{self.model}{path}", sent, media)
         if headers["content-type"] == _RAW["content-type"]:
             return Reply(status, content, int(headers["unroll-position"]))
         document = json.loads(content)
@@ -160,13 +163,14 @@ class Stream:
         self._wires, self._session = wires, session
         self._socket: ClientConnection | None = None
 
-    async def send(self, x: np.ndarray, position: int) -> Reply:
+    async def send(self, x: np.ndarray, position: int | None) -> Reply:
+        place = _UNSAID if position is None else position
         try:
             async with asyncio.timeout(self._wires.timeout):
                 if self._socket is None and (refused := await self._open()) is not None:
                     return refused
                 assert self._socket is not None
-                await self._socket.send(_FRAME.pack(1, 0, 0, 1, 0, len(x), position) + x.tobytes())
+                await self._socket.send(_FRAME.pack(1, 0, 0, 1, 0, len(x), place) + x.tobytes())
                 return _stream_reply(await self._socket.recv())
         except (OSError, WebSocketException) as error:
             raise Broken(error) from error
@@ -203,7 +207,7 @@ def _stream_reply(message: str | bytes) -> Reply:
         return refusal(0, json.loads(message))
     kind, _, _, entries, _, _, position = _FRAME.unpack_from(message)
     assert (kind, entries) == (2, 1), message
-    return Reply(200, message[_OUTPUTS_BEGIN:], position)
+    return Reply(200, message[_FRAME.size :], position)
 
 
 def _packed(values: list) -> bytes:
