@@ -179,7 +179,7 @@ class Client:
             tries += 1
             if time.monotonic() > end:
                 raise TimeoutError(f"session {self.track.id} was not answered in {tries} tries, last {outcome}")
-            await asyncio.sleep(self._chance.uniform(0, 0.02 * min(tries, 10)))
+            await asyncio.sleep(self._chance.uniform(0, 0.04 * min(tries, 10)))
 
     async def _send(self, way: str, port: int, x: np.ndarray, position: int) -> Reply:
         if way != "stream":

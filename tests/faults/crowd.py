@@ -74,6 +74,13 @@ class Crowd:
             assert not self.complaints, self.complaints
             await asyncio.sleep(0.005)
 
+    async def hears(self, code: str) -> None:
+        """Returns when someone is told this, while stepping."""
+        before = self.told.outcomes[code]
+        while self.told.outcomes[code] == before:
+            assert not self.complaints, self.complaints
+            await asyncio.sleep(0.005)
+
     @property
     def steps(self) -> int:
         return sum(track.position for track in self.tracks)

@@ -56,7 +56,7 @@ async def run(
     store.start()
     options = ("--store", store.url) if durability == "redis" else ()
     cluster = [Replica(f"replica-{i}", repository, folder, *options) for i in range(replicas)]
-    killer = _Killer(kills, random.Random(seed), monotonic() + seconds)
+    killer = _Killer(kills, max(1, replicas - 1), random.Random(seed), monotonic() + seconds)
     try:
         await asyncio.gather(*(replica.start() for replica in cluster))
         async with Crowd([replica.port for replica in cluster], seed, sessions, pause=_PAUSE) as crowd:
@@ -71,10 +71,11 @@ async def run(
 
 
 class _Killer:
-    """Kills replicas until it is enough, and leaves them running."""
+    """Kills replicas until it is enough, and leaves them running. most: how many are down at a time."""
 
-    def __init__(self, wanted: int, chance: random.Random, end: float) -> None:
+    def __init__(self, wanted: int, most: int, chance: random.Random, end: float) -> None:
         self.done = 0
+        self._down = asyncio.Semaphore(most)
         self._wanted, self._chance, self._end = wanted, chance, end
 
     async def haunt(self, replica: Replica) -> None:
@@ -82,10 +83,11 @@ class _Killer:
             await asyncio.sleep(self._end - monotonic())
         while self.done < self._wanted and monotonic() < self._end:
             await asyncio.sleep(self._chance.uniform(0, 2 * _LIFE))
-            if self.done < self._wanted:
-                replica.kill()
-                self.done += 1
-                await replica.start()
+            async with self._down:
+                if self.done < self._wanted:
+                    replica.kill()
+                    self.done += 1
+                    await replica.start()
 
 
 def _crashes(replica: Replica) -> list[str]:

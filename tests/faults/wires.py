@@ -70,7 +70,7 @@ class Wires:
             path, body = f"/v2/models/{self.model}/infer", self._infer(session, x, position, flags)
         status, found, content = await self.ask(port, "POST", path, body, headers)
         if status != 200:
-            return refusal(status, json.loads(content), found.get("retry-after"))
+            return refusal(status, _document(content), found.get("retry-after"))
         if way == "raw":
             return Reply(status, content, int(found["unroll-position"]))
         document = json.loads(content)
@@ -94,7 +94,7 @@ class Wires:
         status, headers, content = await self.ask(port, method, f"/v1/models/{self.model}{path}", sent, media)
         if headers["content-type"] == _RAW["content-type"]:
             return Reply(status, content, int(headers["unroll-position"]))
-        document = json.loads(content)
+        document = _document(content)
         if status < 300:
             return Reply(status, position=document["position"], document=document)
         return refusal(status, document, headers.get("retry-after"))
@@ -208,6 +208,15 @@ def _stream_reply(message: str | bytes) -> Reply:
     kind, _, _, entries, _, _, position = _FRAME.unpack_from(message)
     assert (kind, entries) == (2, 1), message
     return Reply(200, message[_FRAME.size :], position)
+
+
+def _document(content: bytes) -> Mapping:
+    """A body of JSON, which is what a good server sends; else its code tells."""
+    try:
+        document: Mapping = json.loads(content)
+    except ValueError:
+        return {"code": f"not JSON: {content[:100]!r}"}
+    return document
 
 
 def _packed(values: list) -> bytes:
