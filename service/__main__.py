@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from service import app
 from service.catalog.catalog import CatalogError
+from service.core.errors import UnrollError
 from service.engine.runner import DeviceUnavailable
 from service.settings import Settings
 from service.telemetry import logs
@@ -21,13 +22,14 @@ def main(argv: list[str]) -> int:
         settings = Settings.from_arguments(argv)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            print(f"unroll serve: --{problem['loc'][0]}: {problem['msg']}".replace("_", "-"), file=sys.stderr)
+            where = "".join(f"--{part}: ".replace("_", "-") for part in problem["loc"][:1])
+            print(f"unroll serve: {where}{problem['msg']}", file=sys.stderr)
         return 2
     logs.configure(settings.log_level)
     log = structlog.get_logger(__name__)
     try:
         application, server = app.build(settings)
-    except (CatalogError, DeviceUnavailable, ValueError) as error:
+    except (CatalogError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
     config = uvicorn_config(application, server, settings.host, settings.port)

@@ -23,6 +23,8 @@ from service.core.errors import UnrollError
 from service.engine.runner import DeviceUnavailable, resolve_devices
 from service.protocol import json
 from service.settings import Settings
+from service.state.held import SnapshotKeys
+from service.store.redis import RedisStore
 
 _log = structlog.get_logger(__name__)
 
@@ -44,7 +46,13 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Serv
             raise
         _log.warning("device", devices=["cpu"], why=str(error))
         catalog = _catalog(settings, clock, ["cpu"])
-    server = Server(catalog, settings.api_limits())
+    keys = [key.get_secret_value().encode() for key in settings.snapshot_keys]
+    server = Server(
+        catalog,
+        settings.api_limits(),
+        settings.durability or ("memory" if catalog.store is None else catalog.store.durability),
+        SnapshotKeys(keys) if keys else None,
+    )
 
     def crash() -> None:
         """A model without its loop would hang for ever: end, and let whoever runs the process start it anew."""
@@ -55,6 +63,8 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Serv
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if catalog.store is not None:
+            await catalog.store.start()
         running = asyncio.create_task(catalog.run(), name="catalog")
         running.add_done_callback(catalog.watch)
         server.ready = True
@@ -62,6 +72,11 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Serv
         server.ready = False
         running.cancel()
         await asyncio.wait([running])
+        if settings.state_file is not None:
+            written = catalog.overflow.save(settings.state_file, catalog)
+            _log.info("sessions written", path=str(settings.state_file), sessions=written)
+        if catalog.store is not None:
+            await catalog.store.stop()
         catalog.shut_down()
 
     return _fastapi(server, lifespan), server
@@ -69,8 +84,13 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Serv
 
 def _catalog(settings: Settings, clock: Clock, devices: Sequence[str]) -> Catalog:
     places = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
-    catalog = Catalog(settings.repository, settings.model_options(), clock, places)
+    config = settings.store_config()
+    store = None if config is None else RedisStore(config)
+    catalog = Catalog(settings.repository, settings.model_options(), clock, places, store)
     catalog.load_all()
+    if settings.state_file is not None and settings.state_file.exists():
+        read = catalog.overflow.load(settings.state_file)
+        _log.info("sessions read", path=str(settings.state_file), sessions=read)
     return catalog
 
 

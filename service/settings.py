@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.api.server import ApiLimits
@@ -11,6 +11,8 @@ from service.catalog.model import ModelOptions
 from service.engine.place import Cells, EngineOptions, Precision
 from service.scheduler.limits import SchedulerLimits
 from service.scheduler.sessions import SessionLimits
+from service.state.held import LEAST_KEY_BYTES
+from service.store.redis import StoreConfig
 
 
 class Settings(BaseSettings):
@@ -43,6 +45,33 @@ class Settings(BaseSettings):
     idle_timeout: Annotated[float, Field(ge=0, description="seconds until an idle session expires; 0: never")] = 900.0
     tombstone_life: Annotated[PositiveFloat, Field(description="seconds a lost session's cause is remembered")] = 3600.0
 
+    store: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(redis|rediss|unix|redis\+cluster)://",
+            description="where durable sessions are: redis://host:port/db, rediss://, unix://, redis+cluster://",
+        ),
+    ] = None
+    durability: Annotated[
+        Literal["memory", "redis"] | None,
+        Field(description="of sessions that do not say it; redis if there is a store, else memory"),
+    ] = None
+    store_timeout: Annotated[PositiveFloat, Field(description="seconds until a store that does not answer is down")] = (
+        0.5
+    )
+    snapshot_keys: Annotated[
+        tuple[SecretStr, ...],
+        Field(
+            description='secrets that sign the states clients hold, as in ["new","old"]: the first signs, all verify'
+        ),
+    ] = ()
+    spill_bytes: Annotated[
+        int, Field(ge=0, description="host memory for the states of idle sessions when session_capacity is reached")
+    ] = 256 * 2**20
+    state_file: Annotated[
+        Path | None, Field(description="memory sessions are written there at the end, and read at the start")
+    ] = None
+
     max_batch: Annotated[PositiveInt, Field(description="rows in one call of a model")] = 256
     max_batch_steps: Annotated[PositiveInt, Field(description="rows times time steps in one call")] = 2048
     piece_steps: Annotated[PositiveInt, Field(description="time steps run at a time of a long request")] = 64
@@ -59,6 +88,14 @@ class Settings(BaseSettings):
         "info"
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.durability == "redis" and self.store is None:
+            raise ValueError("durability redis needs a store: --store redis://host:port/db")
+        if any(len(key.get_secret_value().encode()) < LEAST_KEY_BYTES for key in self.snapshot_keys):
+            raise ValueError(f"a snapshot key has at least {LEAST_KEY_BYTES} bytes")
+        return self
+
     @classmethod
     def from_arguments(cls, argv: list[str]) -> Self:
         """Flags first, then the environment, then the defaults. Exits with a usage message on a bad flag."""
@@ -68,6 +105,7 @@ class Settings(BaseSettings):
         fill_memory = self.session_capacity == "auto"
         return ModelOptions(
             fill_memory=fill_memory,
+            spill_bytes=self.spill_bytes,
             engine=EngineOptions(self.threads, self.precision, self.buckets, self.cells, self.memory_share),
             max_steps=self.max_steps,
             max_sequences=self.max_sequences,
@@ -83,6 +121,11 @@ class Settings(BaseSettings):
                 max_queue=self.max_queue,
             ),
         )
+
+    def store_config(self) -> StoreConfig | None:
+        if self.store is None:
+            return None
+        return StoreConfig(self.store, self.store_timeout, self.idle_timeout or None, self.tombstone_life)
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)

@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import service.app
 from service.catalog.model import ServedModel
 from service.core.clock import Clock
-from service.engine.base import Rows
+from service.engine.base import Result, Rows
+from service.scheduler.loop import Loop
 from service.settings import Settings
 from service.transport.uvicorn_config import uvicorn_config
 
@@ -84,55 +85,59 @@ class Running:
             model.scheduler.check_invariants()
 
     @contextmanager
-    def holding(self, name: str, version: str | None = None) -> Iterator["HeldStore"]:
-        """While inside, a batch of the model is run but not committed: its chunks stay in flight."""
+    def holding(self, name: str, version: str | None = None) -> Iterator["HeldEngine"]:
+        """While inside, a batch of the model is run but not answered: its chunks stay in flight."""
         loop = self.model(name, version).loop
-        before = loop.store
-        held = HeldStore()
-        loop.store = held
-        try:
+        with HeldEngine(loop) as held:
             yield held
-        finally:
-            loop.store = before
-            held.release()
 
 
-class HeldStore:
-    """Commits nothing until released."""
+class HeldEngine:
+    """In the place of a loop's engine: runs batches in its thread, and hands over no result until released."""
 
-    durability = "memory"
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._engine, self._cost = loop.engine, loop._cost
+        self._released = threading.Event()
+        self.reached = threading.Event()
 
-    def __init__(self) -> None:
-        self._released = asyncio.Event()
-        self._reached = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
+    def __enter__(self) -> "HeldEngine":
+        self._loop.engine, self._loop._cost = self, lambda rows, steps: 1.0
+        return self
 
-    async def commit(self, batch: Rows) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._reached.set()
-        await self._released.wait()
+    def __exit__(self, *_: object) -> None:
+        self._loop.engine, self._loop._cost = self._engine, self._cost
+        self.release()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    def launch(self, rows: Rows) -> None: ...
+
+    def run(self, rows: Rows) -> Result:
+        result = self._engine.run(rows)
+        self.reached.set()
+        assert self._released.wait(_PATIENCE)
+        return result
 
     def wait(self) -> None:
-        """Returns when a batch is at its commit."""
-        assert self._reached.wait(_PATIENCE), "no batch was run"
+        """Returns when a batch was run."""
+        assert self.reached.wait(_PATIENCE), "no batch was run"
 
     def release(self) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._released.set)
-        else:
-            self._released.set()
+        self._released.set()
 
 
-class SlowStore:
-    """Takes its time over a commit, as a store on another machine does: meanwhile work gathers for the next batch."""
+class SlowEngine(HeldEngine):
+    """Takes its time over a batch: meanwhile work gathers for the next."""
 
-    durability = "memory"
+    def __init__(self, loop: Loop, seconds: float) -> None:
+        super().__init__(loop)
+        self._seconds = seconds
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    async def commit(self, batch: Rows) -> None:
-        await asyncio.sleep(self.seconds)
+    def run(self, rows: Rows) -> Result:
+        self._released.wait(self._seconds)
+        return self._engine.run(rows)
 
 
 def metrics(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -1,6 +1,6 @@
 """The bodies of the native API, for the routes that are not in a hurry and for the OpenAPI document."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
@@ -15,6 +15,9 @@ class OpenSession(_Body):
     )
     state: list[float] | None = Field(None, description="state row to begin from, state_size values")
     snapshot: Base64Bytes | None = Field(None, description="a snapshot to go on from, Base64")
+    durability: Literal["memory", "redis", "client"] | None = Field(
+        None, description="who keeps the state: the process, the store, or the client; the server's default if absent"
+    )
 
 
 class ForkSession(_Body):
@@ -27,18 +30,29 @@ class SessionInfo(BaseModel):
     model: str
     model_version: str
     model_digest: str = Field(description="SHA-256 of the model the session runs on, for its whole life")
-    durability: str = Field(description="memory: lost with the process, and then reported as unknown")
+    durability: str = Field(
+        description="memory: lost with the process, and then reported as unknown; redis: any replica goes on with it; "
+        "client: in the snapshot, which each step sends and gets"
+    )
     idle_timeout: float | None = Field(description="seconds without use until the session expires; null: never")
+
+
+class HeldSession(SessionInfo):
+    """A session of durability client."""
+
+    snapshot: str = Field(description="its state, sealed, Base64; to be sent with the first step")
 
 
 class Steps(_Body):
     inputs: list[Any] | dict[str, list[Any]] = Field(description="[step, ...], or {input: [step, ...]}; T >= 1 steps")
     position: int | None = Field(None, ge=0, description="where the client believes the session is")
+    snapshot: Base64Bytes | None = Field(None, description="of a session that the client holds: its latest, Base64")
 
 
 class StepsReply(BaseModel):
     outputs: list[Any] | dict[str, list[Any]] = Field(description="[step, ...], or {output: [step, ...]}")
     position: int = Field(description="time steps consumed, these included")
+    snapshot: str | None = Field(None, description="of a session that the client holds: to be sent with its next step")
 
 
 class Sequences(_Body):

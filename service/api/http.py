@@ -3,12 +3,20 @@
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import structlog
 from starlette.responses import Response
 
-from service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, UnrollError, UnsupportedMediaType
+from service.core.errors import (
+    BodyTooLarge,
+    EngineFailed,
+    InvalidRequest,
+    SessionContended,
+    UnrollError,
+    UnsupportedMediaType,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -19,6 +27,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Headers = dict[bytes, bytes]
 
+#: How often a request is begun anew, since others move its session on, before its client is told to try later.
+ATTEMPTS = 8
+
 JSON = b"application/json"
 RAW = b"application/octet-stream"
 
@@ -28,13 +39,19 @@ class Disconnected(Exception):
 
 
 class Request:
-    """headers: by lower-case name."""
+    """headers: by lower-case name. fresh: its session was just looked up in the store. again: looks a session up and
+    begins the request anew, unless that was done too often; None: there is no store."""
 
-    __slots__ = ("body", "headers")
+    __slots__ = ("again", "body", "fresh", "headers")
 
     def __init__(self, headers: Headers, body: bytes) -> None:
         self.headers = headers
         self.body = body
+        self.fresh = False
+        self.again: Callable[[str], bool] | None = None
+
+    def again_with(self, session_id: str) -> Callable[[], bool] | None:
+        return None if self.again is None else partial(self.again, session_id)
 
     @property
     def media_type(self) -> bytes:
@@ -79,10 +96,11 @@ def nothing_to_cancel() -> None:
 class Answering(Generic[C, T]):
     """What the scheduler calls with the outcome of the work on a request: it answers, and never raises.
 
-    encode: makes the answer of what is passed here as `context` and the outcome.
+    encode: makes the answer of what is passed here as `context` and the outcome. again: the request's, of a step that
+    may find that its session was moved on elsewhere.
     """
 
-    __slots__ = ("context", "encode", "failure", "respond")
+    __slots__ = ("again", "context", "encode", "failure", "respond")
 
     def __init__(
         self,
@@ -90,7 +108,9 @@ class Answering(Generic[C, T]):
         failure: Callable[[UnrollError], Answer],
         encode: Callable[[C, T], Answer],
         context: C,
+        again: Callable[[], bool] | None = None,
     ) -> None:
+        self.again = again
         self.respond = respond
         self.failure = failure
         self.encode = encode
@@ -98,6 +118,8 @@ class Answering(Generic[C, T]):
 
     def __call__(self, outcome: T | UnrollError) -> None:
         if isinstance(outcome, UnrollError):
+            if isinstance(outcome, SessionContended) and self.again is not None and self.again():
+                return
             answer = self.failure(outcome)
         else:
             try:

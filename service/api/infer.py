@@ -3,6 +3,7 @@
 A sequence of the protocol is a session: its `sequence_id` is a session id here, an integer as its decimal digits.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -11,15 +12,16 @@ import structlog
 from bundle import TensorSpec
 from service.api.errors import open_inference_error
 from service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from service.api.parameters import require_streamable
 from service.api.server import Server
 from service.api.sessions import check_id
-from service.api.steps import require_streamable
 from service.catalog.model import ServedModel
-from service.core.errors import InvalidRequest, InvalidShape
+from service.core.errors import InvalidRequest, InvalidShape, SessionAway
 from service.engine.base import Tensors
 from service.protocol import open_inference
 from service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
 from service.scheduler.work import Reply
+from service.store.record import Origin
 
 HEADER_LENGTH = b"inference-header-content-length"
 
@@ -77,7 +79,11 @@ def infer(server: Server, name: str, version: str | None, request: Request, resp
     asked = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), server.limits.max_json_bytes)
     timeout = asked.header.timeout or server.limits.request_timeout
     if asked.header.sequence is not None:
-        return _sequence_steps(server, name, version, asked, asked.header.sequence, timeout, respond)
+        sequence = asked.header.sequence
+        again = request.again_with(sequence.id)
+        return _sequence_steps(
+            server, name, version, asked, sequence, timeout, respond, fresh=request.fresh, again=again
+        )
     served = server.catalog.resolve(name, version)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
     return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
@@ -95,17 +101,25 @@ def _sequence_steps(
     sequence: SequenceParameters,
     timeout: float,
     respond: Respond,
+    *,
+    fresh: bool,
+    again: Callable[[], bool] | None,
 ) -> Cancel:
-    served = _version_for(server, name, version, sequence, asked)
+    served = _version_for(server, name, version, sequence, asked, fresh=fresh)
     require_streamable(served)
-    settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked))
+    settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked), again)
     batch = _batch(served, asked)
     if len(batch) != 1:
         raise InvalidShape("a request of a sequence must have batch size 1")
-    if sequence.start:
-        _end_previous(server, name, served, sequence, timeout)
+    origin, token = _begin_anew(server, name, served, sequence, timeout) if sequence.start else (None, b"")
     chunk = served.loop.submit_steps(
-        sequence.id, batch[0], timeout, settled, position=sequence.position, start=sequence.start, final=sequence.end
+        *(sequence.id, batch[0], timeout, settled),
+        position=sequence.position,
+        start=sequence.start,
+        final=sequence.end,
+        origin=origin,
+        token=token,
+        fresh=fresh,
     )
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 
@@ -122,16 +136,24 @@ def _encoded(head: dict, outputs: list[tuple[TensorSpec, np.ndarray, bool]]) -> 
 
 
 def _version_for(
-    server: Server, name: str, version: str | None, sequence: SequenceParameters, asked: InferRequest
+    server: Server,
+    name: str,
+    version: str | None,
+    sequence: SequenceParameters,
+    asked: InferRequest,
+    *,
+    fresh: bool,
 ) -> ServedModel:
     """A sequence that lives, or whose end is asked for again, stays with its version; a new one gets the newest."""
     check_id(sequence.id)
+    if sequence.start and server.catalog.keeper is not None and not fresh:
+        raise SessionAway(sequence.id)
     if not sequence.start:
-        return server.catalog.owner(name, version, sequence.id)
+        return server.catalog.owner(name, version, sequence.id, fresh=fresh)
     if sequence.position not in (None, 0):
         raise InvalidRequest("a request that starts a sequence has sequence_position 0")
     if sequence.position == 0:
-        owner = server.catalog.owner(name, version, sequence.id)
+        owner = server.catalog.owner(name, version, sequence.id, fresh=fresh)
         if sequence.id in owner.scheduler.sessions or _remembers(owner, sequence.id, asked):
             return owner
     return server.catalog.resolve(name, version)
@@ -145,13 +167,22 @@ def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool
         return False
 
 
-def _end_previous(server: Server, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float) -> None:
-    """START without a position on a living sequence ends the old one, as in Triton; with position 0 it is a retry."""
+def _begin_anew(
+    server: Server, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float
+) -> tuple[Origin | None, bytes]:
+    """START without a position on a living sequence ends the old one, as in Triton; with position 0 it is a retry.
+
+    The origin of the new one, if it is to be durable, and the token of the one whose place it then takes in the store.
+    """
+    durability, token = server.durability, b""
     if sequence.position is None and (living := server.catalog.living(name, sequence.id)) is not None:
         now = living.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, row=True)  # a request that is refused must not end anything
         session = living.scheduler.restart(sequence.id, now)
         _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=session.position)
+        if session.durable is not None and session.origin is not None:
+            durability, token = session.origin.durability, session.durable.token
+    return (None if durability == "memory" else served.origin(durability)), token
 
 
 def _batch(served: ServedModel, asked: InferRequest) -> list[Tensors]:

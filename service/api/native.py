@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from service.api import routes, sessions
 from service.api.bodies import (
     ForkSession,
+    HeldSession,
     ModelInfo,
     OpenSession,
     Problem,
@@ -19,9 +20,10 @@ from service.api.bodies import (
     StepsReply,
     Tensor,
 )
+from service.api.held import encoded
 from service.api.http import JSON, RAW, Request, read_request
+from service.api.parameters import split_reference
 from service.api.server import Server
-from service.api.steps import split_reference
 from service.catalog.model import ServedModel
 from service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
@@ -43,10 +45,11 @@ _MEANING = {
     410: "session_closed, session_expired or session_evicted: the state is lost",
     413: "body_too_large",
     415: "unsupported_media_type",
-    422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid or "
-    "not_streamable; the state is untouched",
+    422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid, "
+    "durability_unavailable or not_streamable; the state is untouched",
     500: "engine_failed; the state is untouched",
-    503: "queue_full, deadline_unreachable or capacity_exhausted; try again after Retry-After seconds",
+    503: "queue_full, deadline_unreachable, capacity_exhausted, store_unavailable or session_contended; try again "
+    "after Retry-After seconds",
     504: "deadline_exceeded: nothing was run",
 }
 
@@ -109,27 +112,31 @@ def router(server: Server) -> APIRouter:
         responses=_problems(400, 404, 409, 413, 415, 422, 503),
         openapi_extra=_bodies("OpenSession"),
     )
-    async def open_session(model: str, http: HttpRequest) -> SessionInfo:
+    async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
         request = await read_request(http.scope, http.receive, limit)
         if request.media_type == RAW:
-            body = OpenSession.model_construct(session_id=None, state=None, snapshot=request.body)
+            body = OpenSession.model_construct(session_id=None, state=None, snapshot=request.body, durability=None)
         else:
             body = _body(OpenSession, request, server.limits.max_json_bytes)
-        return _info(
-            *await sessions.open_session(server, model, body.session_id, state=body.state, snapshot=body.snapshot)
-        )
+        begin: dict[str, Any] = {"state": body.state, "snapshot": body.snapshot}
+        if body.durability == "client":
+            described, sealed = sessions.hold(server, model, body.session_id, **begin)
+            return HeldSession(**described, snapshot=encoded(sealed))
+        return _info(*await sessions.open_session(server, model, body.session_id, **begin, durability=body.durability))
 
-    @api.get("/models/{model}/sessions/{session_id}", summary="Where a session is", responses=_problems(404, 409, 410))
+    @api.get(
+        "/models/{model}/sessions/{session_id}", summary="Where a session is", responses=_problems(404, 409, 410, 503)
+    )
     async def session(model: str, session_id: str) -> SessionInfo:
-        return _info(*sessions.find(server, model, session_id))
+        return _info(*await sessions.find(server, model, session_id))
 
     @api.delete(
         "/models/{model}/sessions/{session_id}",
         summary="Close a session; what runs is finished, what waits fails",
-        responses=_problems(404, 409, 410),
+        responses=_problems(404, 409, 410, 503),
     )
     async def close(model: str, session_id: str) -> SessionInfo:
-        return _info(*sessions.close(server, model, session_id))
+        return _info(*await sessions.close(server, model, session_id))
 
     @api.post(
         "/models/{model}/sessions/{session_id}/fork",
@@ -148,7 +155,7 @@ def router(server: Server) -> APIRouter:
         "/models/{model}/sessions/{session_id}/state",
         summary="A snapshot: versioned, bound to the model, checksummed",
         response_class=Response,
-        responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410)},
+        responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410, 503)},
     )
     async def save(model: str, session_id: str) -> Response:
         snapshot = await sessions.save(server, model, session_id)
@@ -158,7 +165,7 @@ def router(server: Server) -> APIRouter:
     @api.put(
         "/models/{model}/sessions/{session_id}/state",
         summary="Put a session where a snapshot was taken",
-        responses=_problems(404, 409, 410, 413, 415, 422),
+        responses=_problems(404, 409, 410, 413, 415, 422, 503),
         openapi_extra=_bodies(None),
     )
     async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:

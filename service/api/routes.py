@@ -7,11 +7,13 @@ from time import perf_counter
 import structlog
 
 from service.api.errors import open_inference_error, problem
-from service.api.http import Answer, Cancel, Request, Respond, answered, nothing_to_cancel
+from service.api.http import ATTEMPTS, Answer, Cancel, Request, Respond, answered, nothing_to_cancel
 from service.api.infer import infer
+from service.api.parameters import split_reference
 from service.api.server import Server
 from service.api.steps import sequences, steps
-from service.core.errors import EngineFailed, UnrollError
+from service.catalog.keeper import Keeper
+from service.core.errors import EngineFailed, SessionAway, SessionContended, UnrollError
 
 _log = structlog.get_logger(__name__)
 
@@ -37,14 +39,70 @@ class Route:
 
     def handle(self, server: Server, path: Path, request: Request, respond: Respond) -> Cancel:
         """Begin; `respond` is called once whatever happens."""
+        if server.catalog.keeper is not None:
+            return _Attempts(self, server.catalog.keeper, server, path, request, respond).begin()
+        return self.attempt(server, path, request, respond)
+
+    def attempt(self, server: Server, path: Path, request: Request, respond: Respond) -> Cancel:
+        """Raises SessionAway."""
         try:
             return self.begin(server, path, request, respond)
+        except SessionAway:
+            raise
         except UnrollError as error:
             respond(self.failure(error))
         except Exception as error:
             _log.error("an unforeseen error", route=self.name, exc_info=error)
             respond(self.failure(EngineFailed("the server failed on this request; its log says why")))
         return nothing_to_cancel
+
+
+class _Attempts:
+    """A request that may have to be begun anew, since its session is in the store, or was moved on elsewhere."""
+
+    def __init__(
+        self, route: Route, keeper: Keeper, server: Server, path: Path, request: Request, respond: Respond
+    ) -> None:
+        self._route = route
+        self._keeper = keeper
+        self._server = server
+        self._path = path
+        self._request = Request(request.headers, request.body)  # who gave us the other uses it again
+        self._request.again = self._again
+        self._respond = respond
+        self._cancel: Cancel = nothing_to_cancel
+        self._left = ATTEMPTS
+        self._over = False
+
+    def begin(self) -> Cancel:
+        try:
+            self._cancel = self._route.attempt(self._server, self._path, self._request, self._respond)
+        except SessionAway as away:
+            if not self._again(away.session_id):
+                error = SessionContended(f"session {away.session_id!r} is moved on by others all the time", 0.1)
+                self._respond(self._route.failure(error))
+        return self.cancel
+
+    def cancel(self) -> None:
+        self._over = True
+        self._cancel()
+
+    def _again(self, session_id: str) -> bool:
+        if not self._left:
+            return False
+        self._left -= 1
+        self._cancel = nothing_to_cancel
+        self._keeper.fetch(split_reference(self._path[3])[0], session_id, self._looked_up)
+        return True
+
+    def _looked_up(self, error: UnrollError | None) -> None:
+        if self._over:
+            return
+        if error is not None:
+            self._respond(self._route.failure(error))
+            return
+        self._request.fresh = True
+        self.begin()
 
 
 _STEPS = Route(

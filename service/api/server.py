@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from service.catalog.catalog import Catalog
+from service.state.held import SnapshotKeys
 from service.telemetry.metrics import RequestFigures
 
 
@@ -17,13 +18,16 @@ class ApiLimits:
 
 @dataclass(slots=True)
 class Server:
-    """requests: figures by inference route. streams: the open ones.
+    """durability: of sessions that do not say it. snapshot_keys: for states that clients hold, if they may.
+    requests: figures by inference route. streams: the open ones.
 
     crashed: a model's loop ended by an error, and the process is to end.
     """
 
     catalog: Catalog
     limits: ApiLimits
+    durability: str = "memory"
+    snapshot_keys: SnapshotKeys | None = None
     requests: dict[str, RequestFigures] = field(default_factory=dict)
     streams: set[object] = field(default_factory=set)
     ready: bool = False

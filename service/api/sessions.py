@@ -5,10 +5,12 @@ import secrets
 
 import numpy as np
 
+from service.api.held import keys_of
+from service.api.parameters import require_streamable, split_reference
 from service.api.server import Server
-from service.api.steps import require_streamable, split_reference
+from service.catalog.keeper import Keeper
 from service.catalog.model import ServedModel
-from service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, SessionExists
+from service.core.errors import DurabilityUnavailable, InvalidRequest, InvalidShape, NonFiniteInput, SessionExists
 from service.scheduler.work import Session
 from service.state.slots import INITIAL
 from service.state.snapshot import Snapshot
@@ -27,13 +29,14 @@ def check_id(session_id: str) -> None:
 
 def describe(served: ServedModel, session: Session) -> dict:
     limits = served.scheduler.sessions.limits
+    durability = "memory" if session.origin is None else session.origin.durability
     return {
         "session_id": session.id,
         "position": session.position,
         "model": served.name,
         "model_version": served.version,
         "model_digest": served.manifest.digest,
-        "durability": served.loop.store.durability,
+        "durability": durability,
         "idle_timeout": limits.idle_timeout,
     }
 
@@ -45,26 +48,82 @@ async def open_session(
     *,
     state: list[float] | None = None,
     snapshot: bytes | None = None,
+    durability: str | None = None,
 ) -> tuple[ServedModel, Session]:
     """A new session: from the model's initial state, a state row, or a snapshot with its position."""
     name, version = split_reference(model)
     served = server.catalog.resolve(name, version)
     require_streamable(served)
-    if state is not None and snapshot is not None:
-        raise InvalidRequest("a session begins from a state or from a snapshot, not from both")
-    start = (
-        _snapshot(served, snapshot) if snapshot is not None else _state(served, state) if state is not None else None
-    )
+    start = _start(served, state, snapshot)
+    position = start.position if start else 0
+    keeper = keeper_for(server, durability)
+    await look_up(server, name, session_id)
     session_id = new_id(server, name, session_id)
-    session = served.scheduler.open(session_id, served.loop.clock.now(), position=start.position if start else 0)
+    if keeper is not None:
+        return served, await keeper.create(served, session_id, position, _row_of(start))
+    session = served.scheduler.open(session_id, served.loop.clock.now(), position=position)
     if start is not None:
         await served.loop.act(session_id, lambda session: _restore(served, session, start))
     return served, session
 
 
+def hold(
+    server: Server,
+    model: str,
+    session_id: str | None,
+    *,
+    state: list[float] | None = None,
+    snapshot: bytes | None = None,
+) -> tuple[dict, bytes]:
+    """A session that its client holds: what it is, and the sealed snapshot to begin with."""
+    keys = keys_of(server)
+    served = server.catalog.resolve(*split_reference(model))
+    require_streamable(served)
+    start = _start(served, state, snapshot) or Snapshot(served.manifest.digest, 0, served.manifest.initial_row())
+    if session_id is not None:
+        check_id(session_id)
+    session_id = session_id or secrets.token_urlsafe(_ID_BYTES)
+    described = {
+        "session_id": session_id,
+        "position": start.position,
+        "model": served.name,
+        "model_version": served.version,
+        "model_digest": served.manifest.digest,
+        "durability": "client",
+        "idle_timeout": None,
+    }
+    return described, keys.seal(session_id, start)
+
+
+def keeper_for(server: Server, durability: str | None) -> Keeper | None:
+    """Who keeps a new session of that durability, or of the server's own; None: nobody but the process.
+
+    Raises DurabilityUnavailable.
+    """
+    durability = durability or server.durability
+    if durability == "memory":
+        return None
+    if server.catalog.keeper is None:
+        raise DurabilityUnavailable("this server has no store: durability redis needs --store")
+    return server.catalog.keeper
+
+
+async def look_up(server: Server, name: str, session_id: str | None) -> None:
+    """Let what is known of the session here be what the store knows, if there is one. Raises StoreUnavailable."""
+    if server.catalog.keeper is not None and session_id is not None:
+        await server.catalog.keeper.look_up(name, session_id)
+
+
 async def fork(server: Server, model: str, session_id: str, wanted_id: str | None) -> tuple[ServedModel, Session]:
     """A second session that goes on from where the first is, after the work accepted so far."""
-    served = owner(server, model, session_id)
+    served = await owner(server, model, session_id)
+    if _find(served, session_id).durable is not None:
+        snapshot = await _save(served, session_id)
+        await look_up(server, served.name, wanted_id)
+        forked_id = new_id(server, served.name, wanted_id)
+        keeper = keeper_for(server, "redis")
+        assert keeper is not None
+        return served, await keeper.create(served, forked_id, snapshot.position, _row_of(snapshot))
 
     def copy(session: Session) -> Session:
         forked_id = new_id(server, served.name, wanted_id)
@@ -78,8 +137,10 @@ async def fork(server: Server, model: str, session_id: str, wanted_id: str | Non
 
 
 async def save(server: Server, model: str, session_id: str) -> Snapshot:
-    served = owner(server, model, session_id)
+    return await _save(await owner(server, model, session_id), session_id)
 
+
+async def _save(served: ServedModel, session_id: str) -> Snapshot:
     def read(session: Session) -> Snapshot:
         return Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))
 
@@ -88,8 +149,10 @@ async def save(server: Server, model: str, session_id: str) -> Snapshot:
 
 async def restore(server: Server, model: str, session_id: str, content: bytes) -> tuple[ServedModel, Session]:
     """Put a living session where the snapshot was taken."""
-    served = owner(server, model, session_id)
+    served = await owner(server, model, session_id)
     snapshot = _snapshot(served, content)
+    if server.catalog.keeper is not None and _find(served, session_id).durable is not None:
+        return served, await server.catalog.keeper.put(served, session_id, snapshot)
 
     def write(session: Session) -> Session:
         _restore(served, session, snapshot)
@@ -99,18 +162,47 @@ async def restore(server: Server, model: str, session_id: str, content: bytes) -
     return served, await served.loop.act(session_id, write)
 
 
-def close(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
-    served = owner(server, model, session_id)
+async def close(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
+    served, session = await find(server, model, session_id)
+    if server.catalog.keeper is not None and session.durable is not None:
+        await server.catalog.keeper.close(served, session)
+        return served, session
     return served, served.scheduler.close(session_id, served.loop.clock.now())
 
 
-def find(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
-    served = owner(server, model, session_id)
-    return served, served.scheduler.sessions.find(session_id, served.loop.clock.now())
+async def find(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
+    served = await owner(server, model, session_id)
+    return served, _find(served, session_id)
 
 
-def owner(server: Server, model: str, session_id: str) -> ServedModel:
-    return server.catalog.owner(*split_reference(model), session_id)
+def find_here(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
+    """`find` where there is no store."""
+    served = server.catalog.owner(*split_reference(model), session_id, fresh=True)
+    return served, _find(served, session_id)
+
+
+async def owner(server: Server, model: str, session_id: str) -> ServedModel:
+    """Where the session lives, as the store knows it."""
+    name, version = split_reference(model)
+    await look_up(server, name, session_id)
+    return server.catalog.owner(name, version, session_id, fresh=True)
+
+
+def _find(served: ServedModel, session_id: str) -> Session:
+    return served.scheduler.sessions.find(session_id, served.loop.clock.now())
+
+
+def _start(served: ServedModel, state: list[float] | None, snapshot: bytes | None) -> Snapshot | None:
+    """What a new session begins from, if that is not the model's initial state."""
+    if state is not None and snapshot is not None:
+        raise InvalidRequest("a session begins from a state or from a snapshot, not from both")
+    if snapshot is not None:
+        return _snapshot(served, snapshot)
+    return None if state is None else _state(served, state)
+
+
+def _row_of(snapshot: Snapshot | None) -> bytes:
+    return b"" if snapshot is None else snapshot.row.astype("<f4").tobytes()
 
 
 def _restore(served: ServedModel, session: Session, snapshot: Snapshot) -> None:

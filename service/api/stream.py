@@ -6,11 +6,11 @@ web server. Below it, what ties a Stream to one: any ASGI server, or a transport
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import structlog
@@ -20,10 +20,10 @@ from starlette.websockets import WebSocketDisconnect
 
 from service.api import sessions
 from service.api.errors import problem, problem_of, reason
-from service.api.http import Answer
+from service.api.http import ATTEMPTS, Answer
+from service.api.parameters import require_streamable, split_reference
 from service.api.server import Server
 from service.api.sessions import new_id
-from service.api.steps import require_streamable, split_reference
 from service.catalog.model import ServedModel
 from service.core.errors import (
     BodyTooLarge,
@@ -32,7 +32,9 @@ from service.core.errors import (
     ModelChanged,
     Overloaded,
     QueueFull,
+    SessionAway,
     SessionClosed,
+    SessionContended,
     SessionUnknown,
     UnrollError,
 )
@@ -40,6 +42,8 @@ from service.engine.base import Tensors
 from service.protocol import json
 from service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
 from service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -69,6 +73,7 @@ class _Wanted(_Control):
     handle: Handle
     session_id: str | None = None
     mode: Literal["new", "resume", "either"] = "new"
+    durability: Literal["memory", "redis"] | None = None
     depth: Annotated[int, Field(ge=1, le=64)] = 1
 
 
@@ -87,14 +92,15 @@ _CONTROL: TypeAdapter[_Open | _Handles] = TypeAdapter(Annotated[_Open | _Handles
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A chunk of this connection that is not answered. position: as the client said it. alone: its frame's only one."""
+    """A chunk of this connection that is not answered. said: as the client sent it. alone: its frame's only one. left:
+    how often it may be submitted anew, if its session turns out to be moved on elsewhere."""
 
     stream: "Stream"
     served: ServedModel
-    handle: int
-    steps: int
-    position: int | None
+    session: Session
+    said: Alone
     alone: bool
+    left: int
     chunk: Chunk | None = None
 
     def __call__(self, outcome: Outcome) -> None:
@@ -129,6 +135,7 @@ class Stream:
         later: Callable[[Callable[[], None]], object],
     ) -> None:
         self._server = server
+        self._keeper = server.catalog.keeper
         self._model = model
         self._name, self._version = split_reference(model)
         served = server.catalog.resolve(self._name, self._version)
@@ -141,9 +148,11 @@ class Stream:
         #: What each handle means: one session, and not another that is opened under its id later.
         self._bound: dict[ServedModel, dict[int, Session]] = {}
         self._handles = 0
+        self._opening: set[int] = set()  # handles of sessions that are being brought in
         self._lineups: dict[bytes, _Lineup] = {}  # by `Frame.who`
         self._held: deque[tuple[Callable[[bytes], None], bytes]] = deque()  # messages behind one that takes long
         self._working = False  # on that one
+        self._apart: asyncio.Future[None] | None = None  # which does
         self._waiting: dict[_Waiting, None] = {}
         self._answers: list[tuple[int, int, int, list[bytes]]] = []  # handle, steps, position, outputs
         self._output_bytes = sum(spec.nbytes for spec in self._outputs)  # of a step
@@ -219,9 +228,15 @@ class Stream:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             raise InvalidRequest(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
         if isinstance(asked, _Open):
-            self._work("opened", [], map(self._open, asked.sessions))
+            if self._keeper is None:
+                self._work("opened", [], map(self._open, asked.sessions))
+            else:
+                self._work_apart("opened", asked.sessions, self._bring_in)
         elif asked.op == "close":
-            self._work("closed", [], map(self._end, asked.handles))
+            if self._keeper is None:
+                self._work("closed", [], map(self._end, asked.handles))
+            else:
+                self._work_apart("closed", asked.handles, self._end_everywhere)
         else:
             if unknown := [handle for handle in asked.handles if self._find(handle) is None]:
                 raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
@@ -241,9 +256,27 @@ class Stream:
             self._send_text(json.dump({"op": op, "sessions": done}))
 
     def _go_on(self, op: str, done: list[dict[str, Any]], rest: Iterator[dict[str, Any]]) -> None:
-        if self._closed:
-            return
-        self._work(op, done, rest)
+        if not self._closed:
+            self._work(op, done, rest)
+            self._take_held()
+
+    def _work_apart(self, op: str, items: Sequence[T], do: Callable[[T], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+        """The same for what has to ask the store, a slice at a time."""
+
+        async def work() -> None:
+            done: list[dict[str, Any]] = []
+            for begin in range(0, len(items), SLICE):
+                done += await asyncio.gather(*map(do, items[begin : begin + SLICE]))
+            if not self._closed:
+                self._working, self._apart = False, None
+                self._send_text(json.dump({"op": op, "sessions": done}))
+                self._take_held()
+
+        self._working = True
+        self._apart = asyncio.ensure_future(work())
+        self._regulate()
+
+    def _take_held(self) -> None:
         while self._held and not self._working:
             take, message = self._held.popleft()
             take(message)
@@ -263,13 +296,32 @@ class Stream:
 
     def _open(self, wanted: _Wanted) -> dict[str, Any]:
         try:
-            if self._find(wanted.handle) is not None:
-                raise InvalidRequest(f"handle {wanted.handle} is bound to a session")
-            if self._handles >= MAX_HANDLES:
-                raise CapacityExhausted(f"one connection holds {MAX_HANDLES} sessions: detach some, or use another")
+            self._check_handle(wanted.handle)
             served, session = self._session(wanted)
         except UnrollError as error:
             return {"handle": wanted.handle, "error": _described(error)}
+        return self._bind(wanted, served, session)
+
+    async def _bring_in(self, wanted: _Wanted) -> dict[str, Any]:
+        """`_open` where there is a store."""
+        try:
+            self._check_handle(wanted.handle)
+            self._opening.add(wanted.handle)
+            try:
+                served, session = await self._session_anywhere(wanted)
+            finally:
+                self._opening.remove(wanted.handle)
+        except UnrollError as error:
+            return {"handle": wanted.handle, "error": _described(error)}
+        return self._bind(wanted, served, session)
+
+    def _check_handle(self, handle: int) -> None:
+        if self._find(handle) is not None or handle in self._opening:
+            raise InvalidRequest(f"handle {handle} is bound to a session")
+        if self._handles + len(self._opening) >= MAX_HANDLES:
+            raise CapacityExhausted(f"one connection holds {MAX_HANDLES} sessions: detach some, or use another")
+
+    def _bind(self, wanted: _Wanted, served: ServedModel, session: Session) -> dict[str, Any]:
         served.scheduler.remember_chunks(session, wanted.depth)
         self._bound.setdefault(served, {})[wanted.handle] = session
         self._handles += 1
@@ -278,16 +330,31 @@ class Stream:
             "session_id": session.id,
             "position": session.position,
             "model_version": served.version,
-            "durability": served.loop.store.durability,
+            "durability": sessions.describe(served, session)["durability"],
         }
 
-    def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
-        if wanted.mode == "resume" and wanted.session_id is None:
-            raise InvalidRequest("a session to resume needs its session_id")
+    async def _session_anywhere(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
+        _check_mode(wanted)
         if wanted.mode != "new" and wanted.session_id is not None:
             sessions.check_id(wanted.session_id)
             try:
-                served, session = sessions.find(self._server, self._model, wanted.session_id)
+                served, session = await sessions.find(self._server, self._model, wanted.session_id)
+            except SessionUnknown:
+                if wanted.mode == "resume":
+                    raise
+            else:
+                self._check_tensors(served)
+                return served, session
+        self._check_tensors(self._server.catalog.resolve(self._name, self._version))
+        return await sessions.open_session(self._server, self._model, wanted.session_id, durability=wanted.durability)
+
+    def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
+        _check_mode(wanted)
+        sessions.keeper_for(self._server, wanted.durability)  # says that there is none, if one is asked for
+        if wanted.mode != "new" and wanted.session_id is not None:
+            sessions.check_id(wanted.session_id)
+            try:
+                served, session = sessions.find_here(self._server, self._model, wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
@@ -317,12 +384,30 @@ class Stream:
             return {"handle": handle, "error": _described(error)}
         return {"handle": handle, "position": session.position}
 
+    async def _end_everywhere(self, handle: int) -> dict[str, Any]:
+        """`_end` where there is a store."""
+        found = self._find(handle)
+        if found is None or found[1].durable is None:
+            return self._end(handle)
+        bound = found[1]
+        self._unbind(handle)
+        try:
+            _, session = await sessions.find(self._server, self._name, bound.id)
+            if session.origin != bound.origin:
+                raise _another(bound)
+            await sessions.close(self._server, self._name, bound.id)
+        except UnrollError as error:
+            return {"handle": handle, "error": _described(error)}
+        return {"handle": handle, "position": session.position}
+
     def _session_of(self, handle: int) -> tuple[ServedModel, Session]:
-        """Raises InvalidRequest."""
+        """Raises InvalidRequest, or what became of a session that lost its row."""
         found = self._find(handle)
         if found is None:
             raise InvalidRequest(f"no session is bound to handle {handle}")
         served, session = found
+        if session.life is Life.GONE and session.origin is not None and session.durable is None:
+            return self._bind_again(handle, session, fresh=True)
         return served, served.scheduler.sessions.look(session)
 
     # ── chunks ───────────────────────────────────────────────────────────────────────────────────
@@ -393,21 +478,53 @@ class Stream:
         others = set(left)
         return [i for row, i in enumerate(rows) if row not in others]
 
-    def _submit(self, said: Alone, fault: UnrollError | None, *, alone: bool) -> None:
+    def _submit(
+        self, said: Alone, fault: UnrollError | None, *, alone: bool, fresh: bool = False, left: int = ATTEMPTS
+    ) -> None:
+        """fresh: its session was looked up in the store for this very call."""
         try:
             if fault is not None:
                 raise fault
             served, session = self._session_of(said.handle)
+            if session.life is Life.GONE and session.durable is not None:
+                served, session = self._bind_again(said.handle, session, fresh=fresh)
             if session.active is not None or session.life is not Life.OPEN:
                 _check_here(served, session)
                 _check_depth(session, said.position)
-            waiting = _Waiting(self, served, said.handle, said.steps, said.position, alone)
+            waiting = _Waiting(self, served, session, said, alone, left)
             timeout = self._server.limits.request_timeout
-            waiting.chunk = served.loop.submit_steps(session.id, said.inputs, timeout, waiting, position=said.position)
+            waiting.chunk = served.loop.submit_steps(
+                session.id, said.inputs, timeout, waiting, position=said.position, fresh=fresh
+            )
             if waiting.chunk is not None:
                 self._waiting[waiting] = None
+        except SessionAway as away:
+            self._look_up(away.session_id, said, alone, left)
         except UnrollError as error:
             self._refuse(said.handle, said.steps, said.position, error)
+
+    def _bind_again(self, handle: int, before: Session, *, fresh: bool) -> tuple[ServedModel, Session]:
+        """A session that lost its row here is brought back, or was. Raises SessionAway, or what became of it."""
+        if before.durable is not None and not fresh:
+            raise SessionAway(before.id)
+        served, session = sessions.find_here(self._server, self._name, before.id)
+        if session.origin != before.origin:
+            raise _another(before)
+        served.scheduler.remember_chunks(session, before.depth)
+        self._unbind(handle)
+        self._bound.setdefault(served, {})[handle] = session
+        self._handles += 1
+        return served, session
+
+    def _look_up(self, session_id: str, said: Alone, alone: bool, left: int) -> None:
+        """Submit it again when the session was looked up, behind what waits for that already."""
+
+        def then(error: UnrollError | None) -> None:
+            if not self._closed:
+                self._submit(said, error, alone=alone, fresh=True, left=left - 1)
+
+        assert self._keeper is not None
+        self._keeper.fetch(self._name, session_id, then)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────
 
@@ -415,17 +532,20 @@ class Stream:
         if self._closed:
             return
         self._waiting.pop(waiting, None)
-        if isinstance(outcome, UnrollError):
-            self._refuse(waiting.handle, waiting.steps, waiting.position, outcome)
+        said = waiting.said
+        if isinstance(outcome, SessionContended) and waiting.left and self._keeper is not None:
+            self._look_up(waiting.session.id, said, waiting.alone, waiting.left)
+        elif isinstance(outcome, UnrollError):
+            self._refuse(said.handle, said.steps, said.position, outcome)
         elif waiting.alone:
             self._send_answers()
-            self._send_binary(encode_one(waiting.handle, waiting.steps, outcome.position, outcome.outputs))
-            self._answered(1, waiting.steps)
+            self._send_binary(encode_one(said.handle, said.steps, outcome.position, outcome.outputs))
+            self._answered(1, said.steps)
         else:
             if not self._answers:
                 self._later(self._send_answers)
             values = [output.tobytes() for output in outcome.outputs]
-            self._answers.append((waiting.handle, waiting.steps, outcome.position, values))
+            self._answers.append((said.handle, said.steps, outcome.position, values))
 
     def _send_answers(self) -> None:
         """What came for frames of several entries, if anything did; before whatever may be later of a session."""
@@ -507,8 +627,17 @@ def _check_here(served: ServedModel, session: Session) -> None:
     if session.life is Life.LEAVING or session.life is Life.GONE:
         table = served.scheduler.sessions
         if session.id in table:
-            raise SessionClosed(f"session {session.id!r} was closed; another of that id was opened since")
+            raise _another(session)
         raise table.loss(session.id, served.loop.clock.now())
+
+
+def _another(session: Session) -> SessionClosed:
+    return SessionClosed(f"session {session.id!r} was closed; another of that id was opened since")
+
+
+def _check_mode(wanted: _Wanted) -> None:
+    if wanted.mode == "resume" and wanted.session_id is None:
+        raise InvalidRequest("a session to resume needs its session_id")
 
 
 def _check_depth(session: Session, position: int | None) -> None:

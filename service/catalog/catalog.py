@@ -1,17 +1,22 @@
-"""All versions of all models, by name. A session stays with the version it began on."""
+"""All versions of all models, by name. A session stays with the version it began on, wherever its state is meanwhile:
+in the arena, in host memory (`Spill`), or in the store (`Keeper`)."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from bundle import BundleError, discover, read
+from service.catalog.keeper import Keeper
 from service.catalog.model import ModelOptions, ModelRefused, ServedModel
+from service.catalog.overflow import Overflow
 from service.core.clock import Clock
-from service.core.errors import ModelChanged, ModelUnknown
+from service.core.errors import ModelChanged, ModelUnknown, SessionAway
 from service.engine.runner import DeviceUnavailable
+from service.store.base import Store
 
 _log = structlog.get_logger(__name__)
 
@@ -32,10 +37,14 @@ class Catalog:
         options: ModelOptions,
         clock: Clock,
         places: Sequence[tuple[str, Executor]],
+        store: Store | None = None,
     ) -> None:
         self.repository = repository
         self.options = options
         self.clock = clock
+        self.store = store
+        self.keeper = None if store is None else Keeper(store, self._all, self.living)
+        self.overflow = Overflow(options, clock, self._all, store)
         self._places = places
         self.on_crash: Callable[[], None] = lambda: None
         self._models: list[ServedModel] = []  # by name, newest version last
@@ -76,23 +85,38 @@ class Catalog:
                 return model
         raise ModelUnknown(f"model {name!r} has the versions {[model.version for model in versions]}, not {version!r}")
 
+    def with_digest(self, name: str, version: str | None, digest: str) -> ServedModel:
+        """The version of that digest, on the device that has least to do. Raises ModelUnknown or ModelChanged."""
+        found = [model for model in self._by_name.get(name, ()) if model.manifest.digest == digest]
+        if not found:
+            self.resolve(name, version)
+            raise ModelChanged(f"the snapshot was taken from a version of {name!r} that is not served here")
+        if version not in (None, found[0].version):
+            raise ModelChanged(f"the snapshot was taken from version {found[0].version}, not {version}")
+        return min(found, key=lambda model: model.load_now)
+
     def living(self, name: str, session_id: str) -> ServedModel | None:
         """The version of a model on which the session lives, if it does."""
         now = self.clock.now()
         for model in self._by_name.get(name, ()):
             if model.scheduler.sessions.living(session_id, now) is not None:
                 return model
-        return None
+        return self.overflow.bring_back(name, session_id) if self.overflow.holds(name, session_id) else None
 
-    def owner(self, name: str, version: str | None, session_id: str) -> ServedModel:
+    def owner(self, name: str, version: str | None, session_id: str, *, fresh: bool = False) -> ServedModel:
         """Where the session lives, else where one of that id ended last, else where new sessions go.
 
-        Raises ModelUnknown, or ModelChanged if the session lives on a version other than the one asked for.
+        fresh: it was looked up in the store for this very call. Raises ModelUnknown, ModelChanged if the session lives
+        on a version other than the one asked for, or SessionAway.
         """
+        if self.keeper is not None and not fresh and self.keeper.is_looked_up(name, session_id):
+            raise SessionAway(session_id)
         if (model := self.living(name, session_id)) is not None:
             if version is not None and version != model.version:
                 raise ModelChanged(f"session {session_id!r} runs on version {model.version}, not {version}")
             return model
+        if self.keeper is not None and not fresh and name in self._by_name:
+            raise SessionAway(session_id)
         now = self.clock.now()
         ended: tuple[float, ServedModel] | None = None
         for model in self._by_name.get(name, ()):
@@ -118,6 +142,9 @@ class Catalog:
             raise CatalogError("\n".join(refusals))
         self._index()
 
+    def _all(self, name: str) -> list[ServedModel]:
+        return self._by_name.get(name, [])
+
     def _index(self) -> None:
         self._models.sort(key=lambda model: (model.name, int(model.version)))
         self._by_name = {}
@@ -127,10 +154,12 @@ class Catalog:
     def _load(self, path: Path) -> list[ServedModel]:
         """On every device, with the same statistics."""
         models = [
-            ServedModel.load(path, device, self.options, self.clock, executor) for device, executor in self._places
+            ServedModel.load(path, device, self.options, self.clock, executor, self.store)
+            for device, executor in self._places
         ]
-        for model in models[1:]:
+        for model in models:
             model.statistics = models[0].statistics
+            model.scheduler.sessions.spill = partial(self.overflow.take_in, model)
         return models
 
     def shut_down(self) -> None:
@@ -152,6 +181,7 @@ class Catalog:
                     async with asyncio.timeout(_HOUSEKEEPING_SECONDS):
                         await self._rescan.wait()
                 except TimeoutError:
+                    self.overflow.expire()
                     await self._let_go()
                 else:
                     self._rescan.clear()
@@ -159,6 +189,9 @@ class Catalog:
         finally:
             for model in self._models:
                 await model.stop()
+            await self.overflow.stop()
+            if self.keeper is not None:
+                await self.keeper.stop()
 
     async def rescan(self) -> None:
         """Serve what is new, retire what is gone or changed; a refused bundle changes nothing but the log."""

@@ -1,6 +1,8 @@
 """One version of a model, ready to answer: its bundle was verified, replayed on the device, and warmed up."""
 
 import asyncio
+import os
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +15,14 @@ import structlog
 import bundle as bundles
 from bundle import Bundle, Manifest
 from service.core.clock import Clock
+from service.core.errors import (
+    ModelChanged,
+    SessionClosed,
+    SessionEvicted,
+    SessionExpired,
+    SessionGone,
+    SnapshotInvalid,
+)
 from service.engine.base import Engine, PlainRows
 from service.engine.curve import Curve, measure
 from service.engine.place import EngineOptions, Place, Precision, place
@@ -22,14 +32,17 @@ from service.scheduler.limits import ModelTraits, SchedulerLimits
 from service.scheduler.loop import Loop
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Batch
+from service.scheduler.work import Batch, Session
 from service.state.slots import INITIAL, SCRATCH
-from service.store.memory import MemoryStore
+from service.store.base import Store
+from service.store.record import ID_BYTES, Gone, Origin, Record
 from service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
 from service.telemetry.statistics import Statistics
 
 _log = structlog.get_logger(__name__)
 
+
+_CAUSES: dict[str, type[SessionGone]] = {cause.code: cause for cause in (SessionClosed, SessionExpired, SessionEvicted)}
 
 #: Bytes on the host that a session takes besides its state row and its last step, about.
 _RECORD_BYTES = 1024
@@ -37,11 +50,13 @@ _RECORD_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """max_steps, max_sequences: in one request. fill_memory: as many sessions as fit in the share of the memory that
-    `engine` allows, instead of `sessions.capacity`, on each device."""
+    """max_steps, max_sequences: in one request. spill_bytes: of host memory for idle sessions that lost their row.
+    fill_memory: as many sessions as fit in the share of the memory that `engine` allows, instead of
+    `sessions.capacity`, on each device."""
 
     max_steps: int = 65_536
     max_sequences: int = 1024
+    spill_bytes: int = 256 * 2**20
     fill_memory: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
     sessions: SessionLimits = field(default_factory=SessionLimits)
@@ -109,7 +124,15 @@ class ServedModel:
         return len(self.scheduler.sessions) + self.scheduler.in_flight
 
     @classmethod
-    def load(cls, path: Path, device: str, options: ModelOptions, clock: Clock, executor: Executor) -> Self:
+    def load(
+        cls,
+        path: Path,
+        device: str,
+        options: ModelOptions,
+        clock: Clock,
+        executor: Executor,
+        store: Store | None = None,
+    ) -> Self:
         """Raises ModelRefused if the bundle is damaged, answers otherwise than PyTorch on this device or has no room
         there, and DeviceUnavailable."""
         started = perf_counter()
@@ -133,7 +156,7 @@ class ServedModel:
             engine.close()
             raise
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
-        loop = Loop(scheduler, engine, MemoryStore(), clock, executor, curve.seconds)
+        loop = Loop(manifest.name, scheduler, engine, store, clock, executor, curve.seconds)
         _log.info(
             "model loaded",
             model=manifest.name,
@@ -165,6 +188,34 @@ class ServedModel:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+
+    # ── sessions as records ──────────────────────────────────────────────────────────────────────
+
+    def origin(self, durability: str) -> Origin:
+        """Of a session that begins here."""
+        return Origin(self.manifest.digest, durability, os.urandom(ID_BYTES))
+
+    def record(self, session: Session) -> Record:
+        """A memory session that has no work, as bytes."""
+        row = self.engine.read(session.slot).tobytes() if session.source != INITIAL else b""
+        if session.origin is None:
+            session.origin = replace(self.origin("memory"), opened_with=session.opened_with)
+        return Record(session.origin, session.position, row, self.scheduler.records.kept(session), session.depth)
+
+    def adopt(self, session_id: str, record: Record) -> Session:
+        """See `Scheduler.adopt`. Raises CapacityExhausted, or SnapshotInvalid if it is not of this model."""
+        if len(record.row) not in (0, 4 * self.manifest.state_size):
+            raise SnapshotInvalid(f"what is stored of session {session_id!r} is not a state of {self.name!r}")
+        session = self.scheduler.adopt(session_id, record, self.loop.clock.now())
+        if record.row:
+            self.engine.write(session.slot, np.frombuffer(record.row, "<f4"))
+        return session
+
+    def bury(self, session_id: str, gone: Gone) -> None:
+        """Remember what the store knows of a session's end."""
+        last = self.scheduler.records.read(gone.kept[-1:])
+        now = self.loop.clock.now()
+        self.scheduler.sessions.bury(session_id, _CAUSES[gone.cause], now, gone.opened_with, *last)
 
     def figures(self) -> ModelFigures:
         counters = self.scheduler.counters
@@ -202,6 +253,14 @@ class ServedModel:
         now = self.loop.clock.now()
         self.statistics.observe(now, len(batch), batch.steps, answered - self._answered, failed, batch.waited, seconds)
         self._answered = answered
+
+
+def home(models: Sequence[ServedModel], session_id: str, record: Record) -> ServedModel:
+    """Where a session goes on: its version, on the device that has least to do. Raises ModelChanged."""
+    candidates = [model for model in models if model.manifest.digest == record.origin.model]
+    if not candidates:
+        raise ModelChanged(f"session {session_id!r} runs on a version that is not served here any more")
+    return min(candidates, key=lambda model: model.load_now)
 
 
 def _session_limits(here: Place, manifest: Manifest, options: ModelOptions) -> SessionLimits:

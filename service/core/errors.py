@@ -63,6 +63,10 @@ class NotStreamable(InvalidRequest):
     code = "not_streamable"
 
 
+class DurabilityUnavailable(InvalidRequest):
+    code = "durability_unavailable"
+
+
 class ModelUnknown(UnrollError):
     code = "model_unknown"
 
@@ -114,6 +118,14 @@ class ModelChanged(SessionError):
     code = "model_changed"
 
 
+class SessionAway(Exception):
+    """The session, or what became of it, is to be looked up in the store, and the request begun anew."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id)
+        self.session_id = session_id
+
+
 # ── the server has no room now; nothing was queued ───────────────────────────────────────────────
 
 
@@ -135,6 +147,21 @@ class DeadlineUnreachable(Overloaded):
 
 class CapacityExhausted(Overloaded):
     code = "capacity_exhausted"
+
+
+# ── the store of durable sessions; whether the step was applied, its retry finds out ─────────────
+
+
+class StoreUnavailable(Overloaded):
+    """The store does not answer, or cannot write."""
+
+    code = "store_unavailable"
+
+
+class SessionContended(Overloaded):
+    """Another replica moved the session on first. The API tries again on what that left, before a client sees it."""
+
+    code = "session_contended"
 
 
 # ── it was accepted, and did not succeed; the state is as before ─────────────────────────────────

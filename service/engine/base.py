@@ -51,7 +51,8 @@ class DeviceFailed(Exception):
 
 
 class Engine(Protocol):
-    """Owns the arena. Never called by two threads at once."""
+    """Owns the arena. Never called by two threads at once, but that rows which are in no batch may be read, written and
+    copied while one is run."""
 
     def run(self, rows: Rows) -> Result:
         """Raises DeviceFailed."""
@@ -70,6 +71,10 @@ class Engine(Protocol):
 
     def read(self, slot: int) -> np.ndarray:
         """A copy of one state row: (state_size,) float32."""
+        ...
+
+    def read_rows(self, slots: Sequence[int]) -> np.ndarray:
+        """Copies of several: (len(slots), state_size) float32."""
         ...
 
     def write(self, slot: int, row: np.ndarray) -> None: ...

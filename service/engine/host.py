@@ -25,6 +25,7 @@ class HostEngine:
         self._arena = HostArena(rows, manifest.state_size)
         self._arena.write(INITIAL, manifest.initial_row())
         self.read = self._arena.read
+        self.read_rows = self._arena.gather
         self.write = self._arena.write
         self.copy = self._arena.copy
 

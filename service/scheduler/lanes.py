@@ -143,25 +143,37 @@ class Lanes:
             if len(batch) and len(batch) + rows > most:
                 break
             lane.popleft()
-            if self._drop(work, now):
+            if self._drop(work, now) or not self._has_room(work, batch):
                 continue
             if isinstance(work, Group):
                 block = tuple([array.reshape(-1, *array.shape[2:]) for array in work.inputs])
                 batch.add(work, block, work.length, *_rows_of(work))
             else:
                 work.running = True
-                session = work.session
-                source, target = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
-                _add(batch, work, work.inputs, work.length, source, target)
+                _add(batch, work, work.inputs, work.length, *_begin_and_end(work))
         return batch
+
+    def _has_room(self, work: Chunk | Group, batch: Batch) -> bool:
+        """Give a chunk that brings its state a row for it; if there is none, it waits until there is."""
+        if isinstance(work, Group) or work.row is None:
+            return True
+        if work.workspace is None:
+            work.workspace = self._workspaces.take()
+            if work.workspace is None:
+                self._starved.append(work)
+                return False
+            batch.brought.append((work.workspace, work.row))
+        batch.held.append(work)
+        return True
 
     def _fill_long(self, now: float) -> Batch:
         """One piece of each long chunk, all as long as the shortest has left: so nothing is padded."""
         lane = self._lanes[_LONG]
+        batch = Batch()
         chunks: list[Chunk] = []
         while lane and len(chunks) < self._limits.max_batch:
             chunk = lane.popleft()
-            if not isinstance(chunk, Chunk) or self._drop(chunk, now):
+            if not isinstance(chunk, Chunk) or self._drop(chunk, now) or not self._has_room(chunk, batch):
                 continue
             if chunk.workspace is None:
                 chunk.workspace = self._workspaces.take()
@@ -169,7 +181,6 @@ class Lanes:
                 self._starved.append(chunk)
             else:
                 chunks.append(chunk)
-        batch = Batch()
         if chunks:
             left = min(chunk.length - chunk.done for chunk in chunks)
             steps = min(self._pace.piece(len(chunks), now), left)
@@ -197,8 +208,8 @@ def _add_piece(batch: Batch, chunk: Chunk, steps: int) -> None:
     """The next `steps` steps of a chunk that has a workspace."""
     assert chunk.workspace is not None
     chunk.running = True
-    session, end = chunk.session, chunk.done + steps
-    begin, target = (INITIAL, SCRATCH) if session is None else (session.source, session.slot)
+    end = chunk.done + steps
+    begin, target = _begin_and_end(chunk)
     source = chunk.workspace if chunk.done else begin
     if end < chunk.length:
         target = chunk.workspace
@@ -208,6 +219,15 @@ def _add_piece(batch: Batch, chunk: Chunk, steps: int) -> None:
 def _add(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int, source: int, target: int) -> None:
     targets = [target]
     batch.add(chunk, inputs, steps, targets if source == target else [source], targets)
+
+
+def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
+    """Rows of the arena: the state that the chunk begins from, and where the one after it belongs."""
+    if chunk.session is not None:
+        return chunk.session.source, chunk.session.slot
+    if chunk.row is not None and chunk.workspace is not None:
+        return chunk.workspace, chunk.workspace
+    return INITIAL, SCRATCH
 
 
 def _rows_of(group: Group) -> tuple[Indices, Indices]:

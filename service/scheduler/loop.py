@@ -14,10 +14,12 @@ import numpy as np
 
 from service.core.clock import Clock
 from service.core.errors import UnrollError
-from service.engine.base import LAUNCHED, Engine, Result, Tensors
+from service.engine.base import LAUNCHED, Engine, Tensors
+from service.engine.base import Result as EngineResult
 from service.scheduler.scheduler import Scheduler
-from service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Session
-from service.store.base import Store
+from service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Result, Session
+from service.store.base import Commit, Store, Tokens
+from service.store.record import Origin
 
 T = TypeVar("T")
 
@@ -31,21 +33,24 @@ _TICK_SECONDS = 1.0
 
 
 class Loop:
-    """One model version's loop.
+    """One loop of a model version. name: the model's.
 
-    executor: the device's single engine thread. cost: seconds of a call, by rows and steps. on_batch: called after each
-    batch, with how many of its rows failed and the seconds it took.
+    store: where durable sessions are, if there is one. executor: the device's single engine thread. cost: seconds of a
+    call, by rows and steps. on_batch: called after each batch, with how many of its rows failed and the seconds it
+    took.
     """
 
     def __init__(
         self,
+        name: str,
         scheduler: Scheduler,
         engine: Engine,
-        store: Store,
+        store: Store | None,
         clock: Clock,
         executor: Executor,
         cost: Callable[[int, int], float],
     ) -> None:
+        self.name = name
         self.scheduler = scheduler
         self.engine = engine
         self.store = store
@@ -56,6 +61,9 @@ class Loop:
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._launched: deque[_Begun] = deque()
+        self._tokens = Tokens()
+        self._commits: set[asyncio.Task[None]] = set()
+        self._crash: BaseException | None = None
         self._ended = 0.0  # when the last batch was
 
     # ── work, and who is called when it is done ──────────────────────────────────────────────────
@@ -81,6 +89,17 @@ class Loop:
         self._work.set()
         return gathering.cancel
 
+    def submit_held(
+        self, inputs: Tensors, row: np.ndarray, start: int, timeout: float, then: Callable[[Outcome], None]
+    ) -> Chunk:
+        """Steps from a state that the caller holds, reached after `start` steps; the state after them is the chunk's
+        `row` when `then` is called. Raises what `Scheduler.submit_sequence` raises; nothing is queued then."""
+        now = self.clock.now()
+        chunk = self.scheduler.submit_sequence(inputs, now, now + timeout, row=row, start=start)
+        chunk.listeners = (then,)
+        self._work.set()
+        return chunk
+
     def submit_steps(
         self,
         session_id: str,
@@ -91,6 +110,9 @@ class Loop:
         position: int | None = None,
         start: bool = False,
         final: bool = False,
+        origin: Origin | None = None,
+        token: bytes = b"",
+        fresh: bool = False,
     ) -> Chunk | None:
         """Steps of a session, see `Scheduler.submit_steps`; timeout: seconds until they must have begun.
 
@@ -98,7 +120,13 @@ class Loop:
         """
         now = self.clock.now()
         chunk = self.scheduler.submit_steps(
-            session_id, inputs, now, now + timeout, position=position, start=start, final=final
+            *(session_id, inputs, now, now + timeout),
+            position=position,
+            start=start,
+            final=final,
+            origin=origin,
+            token=token,
+            fresh=fresh,
         )
         if isinstance(chunk, Reply):
             then(chunk)
@@ -164,7 +192,7 @@ class Loop:
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 
     async def run(self) -> None:
-        """Runs until cancelled."""
+        """Runs until cancelled; what is on its way to the store is waited for then."""
         self._tick()
         try:
             while True:
@@ -172,9 +200,13 @@ class Loop:
         finally:
             if self._timer is not None:
                 self._timer.cancel()
+            if self._commits:
+                await asyncio.wait(self._commits)
 
     async def _turn(self) -> None:
         await self._gather_work()
+        if self._crash is not None:
+            raise self._crash
         if len(self._launched) == LAUNCHED:
             await self._end(self._launched.popleft())
         actions, batch = self.scheduler.next_turn(self.clock.now())
@@ -190,6 +222,8 @@ class Loop:
 
     async def _begin(self, batch: Batch) -> None:
         """Launch it, if the device works by itself: then others are answered meanwhile. Else run it."""
+        for slot, row in batch.brought:
+            self.engine.write(slot, row)
         started = perf_counter()
         result = self.engine.launch(batch)
         launched = result is not None
@@ -222,9 +256,49 @@ class Loop:
         outputs, failed = begun.result() if begun.future is None else await begun.future
         ended = perf_counter()
         seconds, self._ended = ended - max(begun.started, self._ended), ended
-        await self.store.commit(begun.batch)
-        self.scheduler.finish(begun.batch, outputs, failed, self.clock.now(), seconds)
+        for chunk in begun.batch.held:
+            assert chunk.workspace is not None
+            chunk.row = self.engine.read(chunk.workspace)
+        results = self.scheduler.finish(begun.batch, outputs, failed, self.clock.now(), seconds)
         self.on_batch(begun.batch, len(failed), seconds)
+        if results:
+            task = asyncio.create_task(self._commit(results), name=f"commit {self.name}")
+            self._commits.add(task)
+            task.add_done_callback(self._committed)
+
+    # ── durable sessions ─────────────────────────────────────────────────────────────────────────
+
+    async def _commit(self, results: Sequence[Result]) -> None:
+        """Put what was run into the store, and answer it then. Other batches go on meanwhile."""
+        assert self.store is not None
+        rows = self.engine.read_rows([result.session.slot for result in results])
+        commits = [self._commit_of(result, row.tobytes()) for result, row in zip(results, rows, strict=True)]
+        errors = await self.store.commit(commits)
+        now = self.clock.now()
+        for result, commit, error in zip(results, commits, errors, strict=True):
+            self.scheduler.committed(result, commit.token, error, now)
+        self._work.set()
+
+    def _commit_of(self, result: Result, row: bytes) -> Commit:
+        session, chunk = result.session, result.chunk
+        assert session.durable is not None
+        return Commit(
+            key=(self.name, session.id),
+            expected=session.durable.token,
+            token=self._tokens.next(),
+            position=chunk.start + chunk.length,
+            row=row,
+            last=self.scheduler.records.last_after(result),
+            origin=session.origin if chunk.opens or not session.durable.token else None,
+            ends=chunk.final,
+            opened_with=session.opened_with,
+        )
+
+    def _committed(self, task: asyncio.Task[None]) -> None:
+        self._commits.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._crash = error
+            self._work.set()
 
     def _act(self, action: Action) -> None:
         outcome: object
@@ -245,8 +319,8 @@ class _Begun:
 
     batch: Batch
     started: float
-    result: Callable[[], Result]
-    future: asyncio.Future[Result] | None = None
+    result: Callable[[], EngineResult]
+    future: asyncio.Future[EngineResult] | None = None
 
     @property
     def ready(self) -> bool:

@@ -14,12 +14,16 @@ Rules:
 - Short work is not kept waiting by long: long chunks are run in pieces, see `lanes.py`.
 - A chunk counts as applied when its last piece is done: only then does the session's row change. Until then it
   works on a row of its own, so that cancelling, failing or missing the deadline leaves the session as it was.
+- What a durable session's chunk led to is applied when it is in the store, and not before. If it cannot be put there,
+  the copy here is stale: everything accepted for the session fails, and nothing is until it was looked up again.
+- Of a durable session only new chunks are accepted on the word of the copy here, since their commit checks it. What
+  would be an error, or a stored reply, is `SessionAway` until the session was looked up (`fresh`).
 - Nothing waits without bound: past `max_queue` chunks, or when the deadline cannot be met, work is refused at once.
 """
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,13 +35,16 @@ from service.core.errors import (
     PositionGap,
     PositionTooOld,
     QueueFull,
+    SessionAway,
     SessionClosed,
+    SessionError,
     SessionGone,
     UnrollError,
 )
 from service.engine.base import Tensors
 from service.scheduler.lanes import Lanes, Pace
 from service.scheduler.limits import ModelTraits, SchedulerLimits
+from service.scheduler.records import Records
 from service.scheduler.sessions import SessionLimits, SessionTable
 from service.scheduler.work import (
     Action,
@@ -50,11 +57,13 @@ from service.scheduler.work import (
     Life,
     Outcome,
     Reply,
+    Result,
     Session,
     payload_digest,
 )
 from service.state.last_steps import LastSteps
-from service.state.slots import Slots
+from service.state.slots import INITIAL, Slots
+from service.store.record import Origin, Record
 
 
 @dataclass(slots=True)
@@ -78,14 +87,16 @@ class Scheduler:
         self.traits = traits
         self.limits = limits
         self.counters = Counters()
-        self.sessions = SessionTable(sessions, self._count_gone, self._keep_last_of)
+        self.sessions = SessionTable(sessions, self.count_gone, self._keep_last_of)
         #: Rows for chunks that are run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=self.sessions.slots.end)
         fits = LastSteps.fits(traits.inputs, traits.outputs)
         self._last_steps = LastSteps(self.rows, traits.inputs, traits.outputs) if fits else None
+        self.records = Records(traits.outputs, self._last_steps)
         self.pace = Pace(limits)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
         self._actions: deque[Action] = deque()
+        self._results: list[Result] = []
         self._in_flight = 0
         self._waiting_steps = 0
 
@@ -108,14 +119,20 @@ class Scheduler:
 
     # ── accepting work ───────────────────────────────────────────────────────────────────────────
 
-    def open(self, session_id: str, now: float, *, position: int = 0) -> Session:
-        session = self.sessions.open(session_id, now, position=position)
+    def open(
+        self, session_id: str, now: float, *, position: int = 0, origin: Origin | None = None, token: bytes = b""
+    ) -> Session:
+        session = self.sessions.open(session_id, now, position=position, origin=origin, token=token)
         self.counters.opened += 1
         return session
 
-    def submit_sequence(self, inputs: Tensors, now: float, deadline: float) -> Chunk:
-        """A whole sequence from the initial state; inputs: each (time, *shape)."""
-        chunk = Chunk(inputs, len(inputs[0]), deadline)
+    def submit_sequence(
+        self, inputs: Tensors, now: float, deadline: float, *, row: np.ndarray | None = None, start: int = 0
+    ) -> Chunk:
+        """A sequence from the initial state, or from the state in `row`, reached after `start` steps; inputs: each
+        (time, *shape)."""
+        chunk = Chunk(inputs, len(inputs[0]), deadline, start=start)
+        chunk.row = row
         self._admit(chunk, now)
         self._make_ready(chunk, now)
         return chunk
@@ -130,13 +147,17 @@ class Scheduler:
         position: int | None = None,
         start: bool = False,
         final: bool = False,
+        origin: Origin | None = None,
+        token: bytes = b"",
+        fresh: bool = False,
     ) -> Chunk | Reply:
         """Queue steps of a session; inputs: each (time, *shape).
 
         With `position`, a retry is recognised: of a chunk in flight (that chunk is returned, to be listened to), or of
         the last one applied (its Reply is returned). `start` opens the session first, unless this is the retry of the
-        request that did; `final` closes it afterwards. Raises SessionError, PositionGap, PositionTooOld,
-        PayloadMismatch, QueueFull or DeadlineUnreachable; the session is then untouched.
+        request that did; with `origin` as a durable one, in the place of the one that `token` wrote. `final` closes it
+        afterwards. `fresh`: it was looked up in the store for this very call. Raises SessionError, PositionGap,
+        PositionTooOld, PayloadMismatch, QueueFull, DeadlineUnreachable or SessionAway; the session is then untouched.
         """
         if final:
             ended = self.sessions.ended_by(session_id, now)
@@ -145,10 +166,12 @@ class Scheduler:
                 return ended.reply
         opens = start and self.sessions.living(session_id, now) is None
         if opens:
-            self._open_by_steps(session_id, inputs, position, now, deadline)
+            self._open_by_steps(session_id, inputs, position, now, deadline, origin, token)
         session = self.sessions.find(session_id, now)
+        if session.durable is not None and session.durable.stale:
+            raise SessionAway(session_id)
         if position is not None and position != session.expected:
-            return self._recognise(session, position, inputs, final)
+            return self._recognise(session, position, inputs, final, fresh or session.durable is None)
         chunk = Chunk(inputs, len(inputs[0]), deadline, session, session.expected, position is not None, opens, final)
         self._admit(chunk, now)
         session.expected += chunk.length
@@ -169,9 +192,9 @@ class Scheduler:
         """Queue the next steps of every session that is idle, and at the position said for it, if one was.
 
         inputs: each (len(sessions), time, *shape). Returns the rows that were not taken: their sessions are busy,
-        gone, elsewhere, or the row is a session's second; `submit_steps` takes them or says why not. The others are
-        answered by one call of `then`, or one for each `max_batch` of them. Raises QueueFull or DeadlineUnreachable;
-        nothing is queued then.
+        gone, elsewhere, durable, or the row is a session's second; `submit_steps` takes them or says why not. The
+        others are answered by one call of `then`, or one for each `max_batch` of them. Raises QueueFull or
+        DeadlineUnreachable; nothing is queued then.
 
         `again`: they will step together again, most likely. The reply brings a cohort then, if they can be one.
         """
@@ -188,7 +211,12 @@ class Scheduler:
             if session.cohort is not None:
                 self.sessions.look(session)
             at = session.position
-            if session.active is not None or session.life is not Life.OPEN or (position != at and position is not None):
+            if (
+                session.active is not None
+                or session.life is not Life.OPEN
+                or (position != at and position is not None)
+                or session.durable is not None
+            ):
                 left.append(row)
                 continue
             if len(rows) == most:
@@ -255,13 +283,29 @@ class Scheduler:
     def remember_chunks(self, session: Session, depth: int) -> None:
         """From now on the last `depth` chunks of a session can be asked for again."""
         self.sessions.look(session)
-        if session.stepped and depth > 1 and self._last_steps is not None:
-            start = session.position - 1
-            reply = Reply(self._last_steps.answer(session.slot), session.position)
-            session.applied = (Applied(start, payload_digest(self._last_steps.payload(session.slot)), reply),)
-            session.stepped = False
+        if session.stepped and depth > 1:
+            session.applied, session.stepped = self.records.applied(session), False
         session.depth = depth
         session.applied = session.applied[-depth:]
+
+    def adopt(self, session_id: str, record: Record, now: float) -> Session:
+        """A session as it was stored, in the place of the copy that is here, which must be idle. Its state row is for
+        the caller to put into `slot`, or to leave if the record has none. Raises CapacityExhausted."""
+        session = self.sessions.living(session_id, now)
+        if session is not None and session.origin != record.origin:
+            self.sessions.drop(session)
+            session = None
+        if session is None:
+            session = self.sessions.open(session_id, now, origin=record.origin)
+            session.opened_with = record.origin.opened_with
+        assert session.active is None, session
+        if session.durable is not None:
+            session.durable.token, session.durable.stale = record.token, False
+        session.position = session.expected = record.position
+        session.depth = max(session.depth, record.depth)
+        session.stepped, session.applied = False, self.records.read(record.kept)
+        session.source = session.slot if record.row else INITIAL
+        return session
 
     def close(self, session_id: str, now: float) -> Session:
         """Close at once: what waits fails with `session_closed`, what runs is finished and answered."""
@@ -303,10 +347,11 @@ class Scheduler:
         failed: Mapping[int, UnrollError],
         now: float,
         seconds: float | None = None,
-    ) -> None:
+    ) -> list[Result]:
         """Take in what the engine made of each row: outputs (rows, longest, *shape), or (rows, *shape) without time.
 
-        `seconds`: how long it took, for the estimate of waiting times.
+        `seconds`: how long it took, for the estimate of waiting times. Returns what is to be put into the store, to be
+        followed by `committed` for each; until then its sessions are busy.
         """
         steps, longest = batch.steps, batch.longest
         self.counters.batches += 1
@@ -330,6 +375,26 @@ class Scheduler:
             else:
                 self._finish_chunk(work, self._result(outputs, row, batch.lens[row], longest), batch.lens[row], now)
             row += 1
+        results, self._results = self._results, []
+        return results
+
+    def committed(self, result: Result, token: bytes, error: UnrollError | None, now: float) -> None:
+        """The store has it, as the commit of that token, or it could not be put there."""
+        chunk, session = result.chunk, result.session
+        assert session.durable is not None
+        chunk.running = False
+        if error is None:
+            session.durable.token = token
+            self._apply(chunk, result.outputs, now)
+            return
+        session.durable.stale = True
+        behind, session.pending = session.pending or [], None
+        self._fail(chunk, error, now)
+        for work in behind:
+            if isinstance(work, Chunk) and work.outcome is None:
+                self._fail(work, error, now)
+            elif isinstance(work, Action):
+                work.settle(error)
 
     def _result(self, outputs: Tensors, row: int, steps: int, longest: int) -> Tensors:
         """One row's outputs, without the padding."""
@@ -360,7 +425,7 @@ class Scheduler:
         self._waiting_steps -= self._lanes.next_steps(chunk)
         if steps == chunk.length:
             chunk.done = steps
-            self._apply(chunk, result, now)
+            self._complete(chunk, result, now)
             return
         chunk.done += steps
         self._waiting_steps += self._lanes.next_steps(chunk)
@@ -372,11 +437,19 @@ class Scheduler:
                 np.concatenate(parts) if spec.time else parts[-1]
                 for spec, parts in zip(self.traits.outputs, zip(*chunk.pieces, strict=True), strict=True)
             )
-            self._apply(chunk, joined, now)
+            self._complete(chunk, joined, now)
         elif chunk.abandoned is not None:
             self._fail(chunk, chunk.abandoned, now)
         else:
             self._make_ready(chunk, now)
+
+    def _complete(self, chunk: Chunk, outputs: Tensors, now: float) -> None:
+        """All of its steps are run."""
+        if chunk.session is None or chunk.session.durable is None:
+            self._apply(chunk, outputs, now)
+        else:
+            chunk.running = True
+            self._results.append(Result(chunk, chunk.session, outputs))
 
     def _finish_group(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
         count = len(group.sessions)
@@ -447,14 +520,23 @@ class Scheduler:
             raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
 
     def _open_by_steps(
-        self, session_id: str, inputs: Tensors, position: int | None, now: float, deadline: float
+        self,
+        session_id: str,
+        inputs: Tensors,
+        position: int | None,
+        now: float,
+        deadline: float,
+        origin: Origin | None,
+        token: bytes,
     ) -> None:
         """Unless the steps are a late duplicate of those that opened a session which is gone by now."""
         digest = payload_digest(inputs) if position == 0 else b""
         if digest and digest == self.sessions.opened_with(session_id, now):
             raise self.sessions.loss(session_id, now)
         self.check_room(now, deadline, row=True)
-        self.open(session_id, now).opened_with = digest
+        if origin is not None:
+            origin = replace(origin, opened_with=digest)
+        self.open(session_id, now, origin=origin, token=token).opened_with = digest
 
     def _admit(self, chunk: Chunk, now: float) -> None:
         if self._in_flight >= self.limits.max_queue or now + self.estimated_wait() > chunk.deadline:
@@ -462,15 +544,29 @@ class Scheduler:
         self._in_flight += 1
         self._waiting_steps += self._lanes.next_steps(chunk)
 
-    def _recognise(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | Reply:
-        """What a chunk that does not begin at the session's end is: a retry, too old, or too early."""
+    def _recognise(self, session: Session, position: int, inputs: Tensors, final: bool, certain: bool) -> Chunk | Reply:
+        """What a chunk that does not begin at the session's end is: a retry, too old, or too early.
+
+        Raises SessionAway instead of all that, unless the copy here is `certain` to be what the store has.
+        """
+        try:
+            known = self._known(session, position, inputs, final)
+        except SessionError:
+            if certain:
+                raise
+            raise SessionAway(session.id) from None
+        if not certain and isinstance(known, Reply):
+            raise SessionAway(session.id)
+        self.counters.replayed += 1
+        return known
+
+    def _known(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | Reply:
         if position > session.expected:
             raise PositionGap(
                 f"the session is at {session.expected}, the chunk begins at {position}", expected=session.expected
             )
         if (again := self._in_flight_at(session, position, inputs, final)) is not None:
             again.abandoned = None  # its first client went away; now there is one again
-            self.counters.replayed += 1
             return again
         reply = self._applied_at(session, position, inputs)
         if reply is None:
@@ -481,7 +577,6 @@ class Scheduler:
             )
         if final:
             raise PayloadMismatch("the chunk was applied without ending the session", expected=session.expected)
-        self.counters.replayed += 1
         return reply
 
     def _in_flight_at(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | None:
@@ -549,7 +644,7 @@ class Scheduler:
         self.counters.chunks += 1
         self.counters.steps += chunk.length
         if session is None:
-            self._settle(chunk, Reply(outputs, chunk.length), now)
+            self._settle(chunk, Reply(outputs, chunk.start + chunk.length), now)
             return
         session.position = chunk.start + chunk.length
         session.source = session.slot
@@ -591,6 +686,8 @@ class Scheduler:
         if chunk.opens and chunk.session.life not in (Life.LEAVING, Life.GONE):
             chunk.session.opened_with = b""  # nothing was applied: the request may be tried again
             self._close(chunk.session, now)
+            if chunk.session.durable is not None:
+                self.sessions.forget(chunk.session.id)  # the store knows whether there is one
         self._recount(chunk.session, now)
 
     def _next_of(self, session: Session, now: float) -> None:
@@ -647,7 +744,7 @@ class Scheduler:
     def _count_failed(self, error: UnrollError) -> None:
         self.counters.failed[error.code] = self.counters.failed.get(error.code, 0) + 1
 
-    def _count_gone(self, cause: type[SessionGone]) -> None:
+    def count_gone(self, cause: type[SessionGone]) -> None:
         self.counters.gone[cause.code] = self.counters.gone.get(cause.code, 0) + 1
 
     def check_invariants(self) -> None:

@@ -6,6 +6,7 @@ A session's life:
 - Only an idle session expires or is evicted: accepted work is never lost to either.
 - Closing works in any state. What waits fails with `session_closed`; what runs is finished first, LEAVING.
 - A session that is GONE leaves a tombstone: for a while the table can still say what became of it.
+- A durable session is here as a copy: when it expires or is evicted, only the copy goes, and nothing is remembered.
 - Idle sessions may become a cohort, which steps, rests, and waits to expire or be evicted as one of them would. Whoever
   looks at one of its sessions dissolves it: each is then what it would be, had it never been in one.
 
@@ -30,12 +31,14 @@ from service.core.errors import (
     UnrollError,
 )
 from service.scheduler.recency import Recency
-from service.scheduler.work import Applied, Cohort, Life, Session
+from service.scheduler.work import Applied, Cohort, Durable, Life, Session
 from service.state.slots import INITIAL, Slots
+from service.store.record import Origin
 
 TRANSITIONS = {
     (Life.OPEN, "expire"): Life.GONE,
     (Life.OPEN, "evict"): Life.GONE,
+    (Life.OPEN, "drop"): Life.GONE,
     (Life.OPEN, "close"): Life.GONE,
     (Life.OPEN, "leave"): Life.LEAVING,
     (Life.LEAVING, "rest"): Life.GONE,
@@ -98,7 +101,10 @@ class LastWords:
 
 
 class SessionTable:
-    """`on_gone(cause)` is called once for each session that expires or is evicted, `on_dissolved` for each cohort."""
+    """`on_gone(cause)` is called once for each session that expires or is evicted, `on_dissolved` for each cohort.
+
+    spill: asked to keep a session that is about to be evicted somewhere else; if it does, nothing is lost.
+    """
 
     def __init__(
         self,
@@ -111,6 +117,7 @@ class SessionTable:
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
         self._on_dissolved = on_dissolved
+        self.spill: Callable[[Session], bool] = lambda session: False
         self._live: dict[str, Session] = {}
         self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
         self._tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
@@ -137,8 +144,13 @@ class SessionTable:
             f"<SessionTable {len(self._live)} live, {len(self._leaving)} leaving, {len(self._tombstones)} tombstones>"
         )
 
-    def open(self, session_id: str, now: float, *, position: int = 0) -> Session:
-        """Raises SessionExists, or CapacityExhausted when every row is held by a session with work."""
+    def open(
+        self, session_id: str, now: float, *, position: int = 0, origin: Origin | None = None, token: bytes = b""
+    ) -> Session:
+        """`origin`, `token`: of a session that has a record, or is to have one.
+
+        Raises SessionExists, or CapacityExhausted when every row is held by a session with work.
+        """
         self.expire(now)
         if (living := self._live.get(session_id)) is not None:
             raise SessionExists(f"session {session_id!r} is open", position=self.look(living).position)
@@ -147,10 +159,12 @@ class SessionTable:
             self._evict_one(now)
             slot = self.slots.take()
             assert slot is not None
-        session = Session(session_id, slot, INITIAL, position, position, now)
+        session = Session(session_id, slot, INITIAL, position, position, now, origin=origin)
+        if origin is not None and origin.durability != "memory":
+            session.durable = Durable(token)
         self._live[session_id] = session
         self._recency.add(session)
-        self._forget(session_id)
+        self.forget(session_id)
         return session
 
     def check_room(self) -> None:
@@ -186,6 +200,17 @@ class SessionTable:
     def tombstone(self, session_id: str, now: float) -> Tombstone | None:
         tombstone = self._tombstones.get(session_id)
         return tombstone if tombstone is not None and self._lives(tombstone, now) else None
+
+    def bury(
+        self, session_id: str, cause: type[SessionGone], now: float, opened_with: bytes, last: Applied | None = None
+    ) -> None:
+        """Remember what became of a session that ended somewhere else; `since` now, as far as is known here."""
+        if session_id not in self._live:
+            self._tombstones[session_id] = Tombstone(cause, now, opened_with)
+            self._tombstones.move_to_end(session_id)
+            if last is not None:
+                self._last_words.keep(session_id, last)
+            self._forget_oldest(now)
 
     def _lives(self, tombstone: Tombstone, now: float) -> bool:
         return now < tombstone.since + self.limits.tombstone_life
@@ -276,16 +301,28 @@ class SessionTable:
                 self._recency.touch(oldest)
             elif isinstance(oldest, Cohort):
                 self.dissolve(oldest)
+            elif oldest.durable is not None:
+                self.drop(oldest)
             else:
                 self._remove(oldest, "expire", SessionExpired, now)
                 self._on_gone(SessionExpired)
+
+    def drop(self, session: Session) -> None:
+        """The session is elsewhere now, or again: its row here is given back."""
+        self.advance(session, "drop")
+        del self._live[session.id]
+        self._recency.remove(session)
+        self.slots.give_back(session.slot)
 
     def _evict_one(self, now: float) -> None:
         for entry in self._recency:
             if entry.active is None:
                 session = self.look(entry.sessions[0]) if isinstance(entry, Cohort) else entry
-                self._remove(session, "evict", SessionEvicted, now)
-                self._on_gone(SessionEvicted)
+                if session.durable is not None or self.spill(session):
+                    self.drop(session)
+                else:
+                    self._remove(session, "evict", SessionEvicted, now)
+                    self._on_gone(SessionEvicted)
                 return
         raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
 
@@ -303,13 +340,17 @@ class SessionTable:
         self._tombstones.move_to_end(session.id)
         if last is not None:
             self._last_words.keep(session.id, last)
+        self._forget_oldest(now)
+
+    def _forget_oldest(self, now: float) -> None:
         while self._tombstones:
             oldest, tombstone = next(iter(self._tombstones.items()))
             if len(self._tombstones) <= self.limits.tombstones and self._lives(tombstone, now):
                 break
-            self._forget(oldest)
+            self.forget(oldest)
 
-    def _forget(self, session_id: str) -> None:
+    def forget(self, session_id: str) -> None:
+        """Nothing is known of what became of a session of that id."""
         self._tombstones.pop(session_id, None)
         self._last_words.forget(session_id)
 

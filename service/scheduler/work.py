@@ -1,4 +1,5 @@
-"""The nouns of scheduling: session, cohort, chunk, group, action, batch, reply. Records only, the rules are beside."""
+"""The nouns of scheduling: session, cohort, chunk, group, action, batch, reply, result. Records only, the rules are
+beside."""
 
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import numpy as np
 from service.core.errors import UnrollError
 from service.engine.base import Tensors
 from service.scheduler.recency import Used
+from service.store.record import Origin
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +59,18 @@ class Applied:
 
 
 @dataclass(slots=True, eq=False)
+class Durable:
+    """What ties a session to its record in the store.
+
+    token: of the commit that its next is to follow; empty: there is none. stale: what is here may not be what the store
+    has, and is to be looked up before it is used again.
+    """
+
+    token: bytes = b""
+    stale: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Session(Used):
     """One client's stream.
 
@@ -65,6 +79,8 @@ class Session(Used):
     request that opened it at position 0, so that its late duplicate does not open another.
     depth: how many of the last chunks can be asked for again. If the last was a single step, and depth is 1, `stepped`
     says so, and `LastSteps` has its payload and its answer; otherwise `applied` has the chunks, latest last.
+    origin: what its record begins with, once it has one. durable: its state is the store's, and this a copy; None: this
+    is all there is of it.
     cohort: it is part of that, and has no `position`, `expected`, `last_used` and `active` of its own meanwhile: who
     reads them without asking for the session first gets an AttributeError, and not what was true once.
     """
@@ -81,6 +97,8 @@ class Session(Used):
     applied: tuple[Applied, ...] = ()
     opened_with: bytes = b""
     cohort: "Cohort | None" = None
+    origin: Origin | None = None
+    durable: Durable | None = None
     active: "Chunk | Group | Action | None" = None
     pending: "list[Chunk | Action] | None" = None
 
@@ -123,7 +141,8 @@ class Cohort(Used):
 
 
 class Chunk:
-    """T >= 1 time steps of one session, or one whole stateless sequence (`session` is None).
+    """T >= 1 time steps of one session, or a stateless sequence (`session` is None): a whole one, from the initial
+    state, or one from the state in `row` (state_size,), which is the state after it once it was run.
 
     inputs: each (time, *shape). pinned: the client said at which position it belongs (`start`). opens: the session
     began with it, and ends if it fails. final: the session closes after it.
@@ -135,6 +154,7 @@ class Chunk:
     # What most chunks never change is left to the class: one is made for every request.
     done = 0
     workspace: int | None = None
+    row: np.ndarray | None = None
     pieces: list[Tensors] | None = None
     order = 0
     ready_at = 0.0
@@ -167,6 +187,15 @@ class Chunk:
         self.outcome = outcome
         for listener in self.listeners:
             listener(outcome)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """What the model made of the chunk of a durable session. Until it is in the store, it is as if it were not."""
+
+    chunk: Chunk
+    session: Session
+    outputs: Tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,12 +262,15 @@ class Batch:
     """One call of the model: rows that are added one piece of work after another, and then `seal`ed.
 
     work: chunks, a row each, and groups, in the order of their rows. lens: steps of each row. sources, targets: rows of
-    the arena that each reads its state from and writes the new one to. steps: of all rows together. longest: of a row.
-    waited: seconds that the work waited for its turn, all rows together.
+    the arena that each reads its state from and writes the new one to. brought: states to be put into rows before it
+    runs. held: chunks whose state is to be fetched from their row when it has. steps: of all rows together. longest: of
+    a row. waited: seconds that the work waited for its turn, all rows together.
     """
 
     def __init__(self) -> None:
         self.work: list[Chunk | Group] = []
+        self.brought: list[tuple[int, np.ndarray]] = []
+        self.held: list[Chunk] = []
         self.lens: list[int] = []
         self.steps = self.longest = 0
         self.waited = 0.0

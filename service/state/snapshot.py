@@ -37,6 +37,11 @@ class Snapshot:
         content = header + self.row.astype("<f4").tobytes()
         return content + _checksum(content)
 
+    @staticmethod
+    def model_of(content: bytes) -> str:
+        """The digest of the model that a snapshot says it belongs to."""
+        return content[8:40].hex()
+
     @classmethod
     def from_bytes(cls, content: bytes, *, digest: str, state_size: int) -> Self:
         """Raises SnapshotInvalid if damaged, ModelChanged if it belongs to a model other than `digest`."""

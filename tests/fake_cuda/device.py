@@ -58,6 +58,10 @@ class FakeDevice:
     def download(self, array: np.ndarray, source: int) -> None:
         self._transfer("download", array.ctypes.data, source, array.nbytes)
 
+    def download_rows(self, rows: np.ndarray, sources: Sequence[int]) -> None:
+        for row, source in zip(rows, sources, strict=True):
+            self.download(row, source)
+
     def copy(self, target: int, source: int, nbytes: int) -> None:
         self._transfer("copy", target, source, nbytes)
 

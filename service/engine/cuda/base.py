@@ -87,6 +87,10 @@ class Device(Protocol):
         """Fill a contiguous array from the device; waits."""
         ...
 
+    def download_rows(self, rows: np.ndarray, sources: Sequence[int]) -> None:
+        """Fill each row of a contiguous array from a place of the device's memory; waits once."""
+        ...
+
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """From one place of the device's memory to another."""
         ...

@@ -84,6 +84,11 @@ class Cuda:
         self._copy(array.ctypes.data, source, array.nbytes, _COPY.cudaMemcpyDeviceToHost)
         self.synchronize()
 
+    def download_rows(self, rows: np.ndarray, sources: Sequence[int]) -> None:
+        for row, source in zip(rows, sources, strict=True):
+            self._copy(row.ctypes.data, source, row.nbytes, _COPY.cudaMemcpyDeviceToHost)
+        self.synchronize()
+
     def copy(self, target: int, source: int, nbytes: int) -> None:
         self._copy(target, source, nbytes, _COPY.cudaMemcpyDeviceToDevice)
 

@@ -157,6 +157,11 @@ class CudaEngine:
         self._device.download(row, self._address(slot))
         return row
 
+    def read_rows(self, slots: Sequence[int]) -> np.ndarray:
+        rows = np.empty((len(slots), self._manifest.state_size), np.float32)
+        self._device.download_rows(rows, [self._address(slot) for slot in slots])
+        return rows
+
     def write(self, slot: int, row: np.ndarray) -> None:
         self._device.upload(self._address(slot), np.ascontiguousarray(row, np.float32))
 

@@ -11,7 +11,7 @@ import pytest
 import tritonclient.http.aio as triton
 from crowd import Client, Track, Wires, check_snapshot
 from fake_cuda.device import FakeDevice
-from serving import Oracle, Running, Serve, SlowStore, metric
+from serving import Oracle, Running, Serve, SlowEngine, metric
 
 from service import app
 from service.engine import place
@@ -21,7 +21,7 @@ SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "20261").spli
 CLIENTS = 200
 ROUNDS = 16
 AT_ONCE = 64
-COMMIT_SECONDS = 0.02
+BATCH_SECONDS = 0.02
 
 #: What has to happen at least once, or the test says little.
 EVERYTHING = {
@@ -35,10 +35,10 @@ EVERYTHING = {
 def settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """The GPUs are in host memory, and onnxruntime runs the layers on the CPU: so there, too, it is bit for bit."""
     if request.param == "cpu":
-        return {"session_capacity": 140}
+        return {"session_capacity": 140, "spill_bytes": 0}
     monkeypatch.setattr(app, "resolve_devices", lambda wanted: (("cuda:0", "cuda:1"), "there are two"))
     monkeypatch.setattr(place, "open_cuda", lambda device: FakeDevice())
-    return {"session_capacity": 70, "cells": "onnxruntime"}
+    return {"session_capacity": 70, "spill_bytes": 0, "cells": "onnxruntime"}
 
 
 @pytest.mark.timeout(180)
@@ -46,7 +46,7 @@ def settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], settings: dict, seed: int) -> None:
     running = serve(max_batch=16, piece_steps=4, idle_timeout=0, **settings)
     for model in running.server.catalog:
-        model.loop.store = SlowStore(COMMIT_SECONDS)
+        SlowEngine(model.loop, BATCH_SECONDS).__enter__()
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
     models = {"hot": oracle("hot"), "gru": oracle("gru", "2")}

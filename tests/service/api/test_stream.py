@@ -20,7 +20,7 @@ import serving
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import RAW, HeldStore, Oracle, Running, Serve, until
+from serving import RAW, HeldEngine, Oracle, Running, Serve, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -1039,7 +1039,7 @@ class Wire:
     manifest: Manifest
     sent: list[bytes | dict]
     flow: list[str]
-    store: HeldStore
+    engine: HeldEngine
 
     def frame(self, handles: range, steps: int = 1) -> None:
         self.stream.on_binary(frame(*[(handle, None, np.ones((steps, 3), "<f4")) for handle in handles]))
@@ -1082,11 +1082,10 @@ async def wire(repository: Path, tmp_path: Path) -> AsyncIterator[Wire]:
         later=asyncio.get_running_loop().call_soon,
     )
     assert server.streams == {made}
-    model.loop.store = store = HeldStore()
-    yield Wire(made, model.manifest, sent, flow, store)
-    made.close()
-    assert not server.streams
-    store.release()
+    with HeldEngine(model.loop) as engine:
+        yield Wire(made, model.manifest, sent, flow, engine)
+        made.close()
+        assert not server.streams
     await soon(lambda: not model.scheduler.in_flight)
     model.scheduler.check_invariants()
     running.cancel()
@@ -1101,7 +1100,7 @@ async def test_the_window(wire: Wire):
     wire.frame(range(WINDOW, WINDOW + 1))
     assert wire.flow == ["pause"]
     assert f"{WINDOW + 1} entries" in repr(wire.stream)
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: len(wire.answered()) == WINDOW + 1)
     assert wire.flow == ["pause", "resume"]
     assert "open, 2049 sessions, 0 entries" in repr(wire.stream)
@@ -1118,7 +1117,7 @@ async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     assert wire.flow == ["pause"]
     wire.frame(range(3, 4), steps)  # refused, which is an answer: no such handle
     wire.stream.on_binary(frame((2, 99, np.ones((7, 3), "<f4")), (0, 99, np.ones((9, 3), "<f4"))))
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: len(wire.answered()) == 3)
     assert wire.flow == ["pause", "resume"]
     wire.frame(range(2), steps)
@@ -1140,7 +1139,7 @@ async def test_both_reasons_to_pause_must_end(wire: Wire):
     await wire.bind(WINDOW + 1)
     wire.frame(range(WINDOW + 1))
     wire.stream.on_writable(False)
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: len(wire.answered()) == WINDOW + 1)
     assert wire.flow == ["pause"]
     wire.stream.on_writable(True)
@@ -1159,7 +1158,7 @@ async def test_a_frame_is_answered_by_few(wire: Wire):
     await wire.bind(100, depth=2)
     wire.frame(range(50))
     wire.frame(range(100))
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: len(wire.answered()) == 150)
     assert len(wire.sent) <= 4
     frames = [replies(wire.manifest, message) for message in wire.sent if isinstance(message, bytes)]
@@ -1172,11 +1171,11 @@ async def test_nothing_is_sent_to_a_connection_that_is_gone(wire: Wire):
     wire.frame(range(2))
     wire.frame(range(3, 4), steps=200)
     (model,) = wire.stream._server.catalog
-    await soon(lambda: wire.store._reached.is_set())
+    await soon(lambda: wire.engine.reached.is_set())
     assert model.scheduler.in_flight == 7
     wire.stream.close()
     assert model.scheduler.in_flight == 4  # what runs, runs; what waits is dropped
-    wire.store.release()
+    wire.engine.release()
     await soon(lambda: not model.scheduler.in_flight)
     assert wire.sent == []
     assert sum(session.position for session in model.scheduler.sessions) == 4
@@ -1198,7 +1197,7 @@ async def test_opening_many_sessions_lets_others_have_their_turn(wire: Wire):
     assert closed["sessions"] == [{"handle": handle, "position": 0} for handle in range(1, 3 * SLICE)]
     assert (refused["handle"], refused["code"], detached["op"]) == (1, "malformed_request", "detached")
     assert wire.flow[-1] == "resume"
-    wire.store.release()
+    wire.engine.release()
     await soon(wire.answered)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -18,7 +18,9 @@ from service.scheduler.loop import Loop
 from service.scheduler.scheduler import Scheduler
 from service.scheduler.sessions import SessionLimits
 from service.scheduler.work import Outcome, Reply
+from service.store.base import Commit
 from service.store.memory import MemoryStore
+from service.store.record import Origin
 
 NUMBER = TensorSpec("x", "float32", (), True)
 
@@ -28,10 +30,17 @@ class GatedEngine:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
-        self.gate = asyncio.Event()
+        self.gate = threading.Event()
+        self._began = threading.Event()
+
+    async def began(self) -> None:
+        """Returns when a batch runs."""
+        assert await asyncio.to_thread(self._began.wait, 10)
 
     def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
         self.batches.append(len(rows.lens))
+        self._began.set()
+        assert self.gate.wait(10)
         return (rows.inputs[0] + 1,), {}
 
     def launch(self, rows: Rows) -> None: ...
@@ -40,6 +49,9 @@ class GatedEngine:
 
     def read(self, slot: int) -> np.ndarray:
         return np.zeros(1, np.float32)
+
+    def read_rows(self, slots: Sequence[int]) -> np.ndarray:
+        return np.zeros((len(slots), 1), np.float32)
 
     def write(self, slot: int, row: np.ndarray) -> None: ...
 
@@ -78,24 +90,26 @@ class LaunchingEngine(GatedEngine):
 class GatedStore(MemoryStore):
     """Commits when told to."""
 
-    def __init__(self, gate: asyncio.Event) -> None:
-        self.gate = gate
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
         self.committing = asyncio.Event()
 
-    async def commit(self, batch: Rows) -> None:
+    async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         self.committing.set()
         await self.gate.wait()
+        return await super().commit(commits)
 
 
 @asynccontextmanager
 async def running(
-    seconds_per_step: float = 0.0, make: Callable[[], GatedEngine] = GatedEngine
+    seconds_per_step: float = 1e-1, make: Callable[[], GatedEngine] = GatedEngine
 ) -> AsyncIterator[tuple[Loop, GatedStore, ManualClock, GatedEngine]]:
     clock, engine = ManualClock(), make()
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
-    store = GatedStore(engine.gate)
+    store = GatedStore()
     with ThreadPoolExecutor(1) as executor:
-        loop = Loop(scheduler, engine, store, clock, executor, lambda rows, steps: rows * steps * seconds_per_step)
+        loop = Loop("m", scheduler, engine, store, clock, executor, lambda rows, steps: rows * steps * seconds_per_step)
         task = asyncio.create_task(loop.run())
         try:
             yield loop, store, clock, engine
@@ -127,20 +141,28 @@ async def steps(loop: Loop, session_id: str, inputs: Tensors, timeout: float, po
 X = (np.array([1.0, 2.0], np.float32),)
 
 
+ORIGIN = Origin("00" * 32, "redis", b"b" * 16)
+
+
 @pytest.mark.parametrize("seconds_per_step", [0.0, 1e-1], ids=["inline", "thread"])
 async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
     async with running(seconds_per_step) as (loop, store, _, engine):
-        waiting = asyncio.create_task(loop.sequences([X], 10))
-        await store.committing.wait()
-        assert not waiting.done()
         engine.gate.set()
-        assert (await waiting)[0].outputs[0].tolist() == [2.0, 3.0]
+        loop.scheduler.open("a", 0, origin=ORIGIN)
+        waiting = asyncio.create_task(steps(loop, "a", X, 10, position=0))
+        await store.committing.wait()
+        assert (await loop.sequences([X], 10))[0].position == 2, "who has nothing to commit waits for nobody's commit"
+        assert not waiting.done()
+        assert loop.scheduler.sessions.find("a", 0).position == 0, "what is not in the store has not happened"
+        store.gate.set()
+        assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
+        assert loop.scheduler.sessions.find("a", 0).position == 2
 
 
 async def test_what_arrives_while_a_batch_runs_forms_the_next():
-    async with running() as (loop, store, _, engine):
+    async with running() as (loop, _, _, engine):
         first = asyncio.create_task(loop.sequences([X], 10))
-        await store.committing.wait()
+        await engine.began()
         others = [asyncio.create_task(loop.sequences([X], 10)) for _ in range(5)]
         await asyncio.sleep(0)
         engine.gate.set()
@@ -149,9 +171,9 @@ async def test_what_arrives_while_a_batch_runs_forms_the_next():
 
 
 async def test_a_caller_that_leaves_takes_its_queued_work_along():
-    async with running() as (loop, store, _, engine):
+    async with running() as (loop, _, _, engine):
         first = asyncio.create_task(loop.sequences([X], 10))
-        await store.committing.wait()
+        await engine.began()
         leaving = asyncio.create_task(loop.sequences([X], 10))
         await asyncio.sleep(0)
         leaving.cancel()
@@ -164,10 +186,10 @@ async def test_a_caller_that_leaves_takes_its_queued_work_along():
 
 
 async def test_a_retry_that_joined_keeps_the_work_alive():
-    async with running() as (loop, store, _, engine):
+    async with running() as (loop, _, _, engine):
         loop.scheduler.open("a", 0)
         blocker = asyncio.create_task(loop.sequences([X], 10))
-        await store.committing.wait()
+        await engine.began()
         first = asyncio.create_task(steps(loop, "a", X, 10, position=0))
         retry = asyncio.create_task(steps(loop, "a", X, 10, position=0))
         await asyncio.sleep(0)
@@ -180,9 +202,9 @@ async def test_a_retry_that_joined_keeps_the_work_alive():
 
 
 async def test_errors_reach_the_caller():
-    async with running() as (loop, store, clock, engine):
+    async with running() as (loop, _, clock, engine):
         blocker = asyncio.create_task(loop.sequences([X], 10))
-        await store.committing.wait()
+        await engine.began()
         loop.scheduler.open("a", 0)
         late = asyncio.create_task(loop.sequences([X], 5))
         closed = asyncio.create_task(steps(loop, "a", X, 10))
@@ -198,10 +220,10 @@ async def test_errors_reach_the_caller():
 
 
 async def test_an_action_waits_for_the_chunks_before_it():
-    async with running() as (loop, store, _, engine):
+    async with running() as (loop, _, _, engine):
         loop.scheduler.open("a", 0)
         step = asyncio.create_task(steps(loop, "a", X, 10))
-        await store.committing.wait()
+        await engine.began()
         acting = asyncio.create_task(loop.act("a", lambda session: session.position))
         await asyncio.sleep(0)
         assert not acting.done()
@@ -242,7 +264,7 @@ async def test_a_device_that_fails_ends_the_loop():
     engine.fails = DeviceFailed("it has fallen off the bus")
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
     with ThreadPoolExecutor(1) as executor:
-        loop = Loop(scheduler, engine, MemoryStore(), ManualClock(), executor, lambda rows, steps: 0.0)
+        loop = Loop("m", scheduler, engine, None, ManualClock(), executor, lambda rows, steps: 0.0)
         task = asyncio.create_task(loop.run())
         waiting = asyncio.create_task(loop.sequences([X], 10))
         with pytest.raises(DeviceFailed, match="off the bus"):

@@ -1,0 +1,149 @@
+"""Memory sessions that lost their row of the arena: to host memory, from there to the store, and back when used.
+
+A session is in one place at a time: where a record is taken from, it is removed. What has no place left is evicted, and
+said to be.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import structlog
+
+from service.catalog.model import ModelOptions, ServedModel, home
+from service.core.clock import Clock
+from service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
+from service.scheduler.work import Session
+from service.store import state_file
+from service.store.base import Commit, Key, Store, Tokens
+from service.store.record import Record
+from service.store.spill import Spill
+
+_log = structlog.get_logger(__name__)
+
+
+class Overflow:
+    """models(name): the versions of a model, newest first."""
+
+    def __init__(
+        self,
+        options: ModelOptions,
+        clock: Clock,
+        models: Callable[[str], list[ServedModel]],
+        store: Store | None,
+    ) -> None:
+        self._idle_timeout = options.sessions.idle_timeout
+        self._clock = clock
+        self._models = models
+        self._store = store
+        self._spill = Spill(options.spill_bytes)
+        self._parking: dict[Key, tuple[Record, float]] = {}  # on their way to the store
+        self._tokens = Tokens()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Overflow {self._spill!r}, {len(self._parking)} on their way to the store>"
+
+    def __len__(self) -> int:
+        """Sessions in host memory."""
+        return len(self._spill) + len(self._parking)
+
+    # ── out of the arena and back ────────────────────────────────────────────────────────────────
+
+    def take_in(self, model: ServedModel, session: Session) -> bool:
+        """Keep an idle session that is about to lose its row; False if there is no place for it."""
+        if not self._spill.limit and self._store is None:
+            return False
+        self._spill.put((model.name, session.id), model.record(session), session.last_used)
+        self._make_room()
+        return True
+
+    def holds(self, name: str, session_id: str) -> bool:
+        key = name, session_id
+        return key in self._spill or key in self._parking
+
+    def bring_back(self, name: str, session_id: str) -> ServedModel | None:
+        """Give the session a row again, and return where; None if it is gone meanwhile. Raises CapacityExhausted
+        or ModelChanged."""
+        key = name, session_id
+        found = self._spill.take(key) or self._parking.pop(key, None)
+        if found is None:
+            return None
+        record, used = found
+        if self._idle_timeout is not None and self._clock.now() - used >= self._idle_timeout:
+            self._bury(key, record, SessionExpired)
+            return None
+        try:
+            model = home(self._models(name), session_id, record)
+            model.adopt(session_id, record)
+        except UnrollError:
+            self._spill.put(key, record, used)
+            raise
+        return model
+
+    # ── limits ───────────────────────────────────────────────────────────────────────────────────
+
+    def expire(self) -> None:
+        """Forget what was idle for too long."""
+        if self._idle_timeout is None:
+            return
+        while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:
+            self._bury(*oldest[:2], SessionExpired)
+
+    def _make_room(self) -> None:
+        while (oldest := self._spill.overflow()) is not None:
+            key, record, used = oldest
+            if self._store is None:
+                self._bury(key, record, SessionEvicted)
+                continue
+            self._parking[key] = record, used
+            task = asyncio.get_running_loop().create_task(self._park(self._store, key, record, used))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _park(self, store: Store, key: Key, record: Record, used: float) -> None:
+        """Move a record to the store. If it is wanted meanwhile, what the store has of it by then is removed."""
+        token = self._tokens.next()
+        commit = Commit(key, b"", token, record.position, record.row, record.last, record.origin)
+        (error,) = await store.commit([commit])
+        here = self._parking.pop(key, None)
+        if here is None:
+            await store.take(key, token)
+        elif error is not None:
+            _log.warning("a session is evicted", model=key[0], session=key[1], reason=error.message)
+            self._bury(key, record, SessionEvicted)
+
+    def _bury(self, key: Key, record: Record, cause: type[SessionGone]) -> None:
+        models = self._models(key[0])
+        heirs = [model for model in models if model.manifest.digest == record.origin.model] or models[:1]
+        for model in heirs[:1]:
+            model.scheduler.count_gone(cause)
+            model.scheduler.sessions.bury(key[1], cause, self._clock.now(), record.origin.opened_with)
+
+    # ── from one process to the next ─────────────────────────────────────────────────────────────
+
+    def save(self, path: Path, models: Iterable[ServedModel]) -> int:
+        """Write all memory sessions to a file, and return how many. Their models must have stopped."""
+        now = self._clock.now()
+        resident = (
+            ((model.name, session.id), model.record(session), now - session.last_used)
+            for model in models
+            for session in map(model.scheduler.sessions.look, list(model.scheduler.sessions))
+            if session.durable is None
+        )
+        waiting = ((key, record, now - used) for key, record, used in self._spill)
+        return state_file.write(path, itertools.chain(waiting, resident))
+
+    def load(self, path: Path) -> int:
+        """Take in the sessions of a file, which is removed, so that they are not taken in twice."""
+        count, now = 0, self._clock.now()
+        for key, record, idle in state_file.read(path):
+            self._spill.put(key, record, now - idle)
+            count += 1
+        path.unlink()
+        return count
+
+    async def stop(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks)

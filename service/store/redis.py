@@ -1,0 +1,268 @@
+"""Durable sessions in Redis, Valkey, or a Redis Cluster.
+
+    unroll:{MODEL/SESSION}        hash: token, origin, position, row, last    lives for the idle timeout
+    unroll:{MODEL/SESSION}:gone   hash: cause, opened_with, token, position, last
+                                  lives longer than the session by the tombstone life; says `session_expired` from the
+                                  beginning, which is true as soon as the first key is gone by itself
+
+The braces keep both keys of a session on one node of a cluster. `record.py` says what origin, row and last hold.
+
+Every access is one script on these two keys, so it happens whole or not at all. What many ask at the same moment leaves
+in one pipeline. How much of it a crash of Redis loses is for its `appendfsync` to say.
+"""
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from service.core.errors import SessionContended, StoreUnavailable, UnrollError
+from service.store.base import Commit, Key, Tokens
+from service.store.record import Gone, Origin, Record, pack_last, unpack_last
+
+_log = structlog.get_logger(__name__)
+
+#: Pipelines under way at a time; what comes meanwhile leaves in the next.
+_PIPELINES = 4
+#: Seconds after which a client may find the store again.
+_RETRY_AFTER = 1.0
+#: `expected` of what does not care.
+_ANY = b"*"
+_CLUSTER = "redis+cluster://"
+
+# ARGV: expected, token, idle, gone (milliseconds; 0: for ever), position, row, last, origin or '', opened_with
+_WRITE = """
+local held = redis.call('HGET', KEYS[1], 'token') or ''
+if held == ARGV[2] then return 1 end
+if held ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'token', ARGV[2], 'position', ARGV[5], 'row', ARGV[6], 'last', ARGV[7])
+if ARGV[8] ~= '' then
+  redis.call('HSET', KEYS[1], 'origin', ARGV[8])
+  redis.call('DEL', KEYS[2])
+  redis.call('HSET', KEYS[2], 'cause', 'session_expired', 'opened_with', ARGV[9])
+end
+if ARGV[3] ~= '0' then
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+  redis.call('PEXPIRE', KEYS[2], ARGV[4])
+end
+return 1
+"""
+
+# ARGV: expected or '*', token, gone, position or '', last, opened_with. Returns the position, if it is ended.
+_END = """
+if redis.call('HGET', KEYS[2], 'token') == ARGV[2] then return redis.call('HGET', KEYS[2], 'position') end
+local held = redis.call('HGET', KEYS[1], 'token') or ''
+if ARGV[1] == '*' and held == '' then return false end
+if ARGV[1] ~= '*' and held ~= ARGV[1] then return false end
+local position = ARGV[4]
+if position == '' then position = redis.call('HGET', KEYS[1], 'position') end
+redis.call('HSET', KEYS[2], 'cause', 'session_closed', 'token', ARGV[2], 'position', position, 'last', ARGV[5])
+if ARGV[6] ~= '' then redis.call('HSET', KEYS[2], 'opened_with', ARGV[6]) end
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+redis.call('DEL', KEYS[1])
+return position
+"""
+
+_LOAD = """
+local state = redis.call('HMGET', KEYS[1], 'token', 'origin', 'position', 'row', 'last')
+if state[1] then return state end
+return redis.call('HMGET', KEYS[2], 'cause', 'opened_with', 'last')
+"""
+
+# ARGV: token
+_TAKE = """
+if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1], KEYS[2]) and 1
+"""
+
+_SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (_WRITE, _END, _LOAD, _TAKE)}
+
+#: A script and its keys and arguments.
+_Call = tuple[str, tuple[str, str], tuple[bytes | str | int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """timeout: seconds for an answer. idle_timeout: of sessions, None: for ever. tombstone_life: seconds after that."""
+
+    url: str
+    timeout: float = 0.5
+    idle_timeout: float | None = 900.0
+    tombstone_life: float = 3600.0
+
+
+class RedisStore:
+    durability = "redis"
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._config = config
+        self._client: Any = _client(config)
+        self._tokens = Tokens()
+        self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._answers = True  # so far as is known
+        self._gone = _milliseconds(config.tombstone_life)
+        idle = config.idle_timeout or 0.0
+        self._idle, self._both = _milliseconds(idle), _milliseconds(idle + config.tombstone_life)
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {len(self._under_way)} pipelines under way, {len(self._queue)} calls waiting>"
+
+    async def start(self) -> None:
+        """Say in the log if it cannot be reached; it may be later."""
+        try:
+            await self.load(("", ""))
+        except StoreUnavailable as error:
+            _log.error("the store does not answer", reason=error.message)
+
+    async def stop(self) -> None:
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+        await self._client.aclose()
+
+    async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
+        try:
+            replies = await self._ask([self._end(c) if c.ends else self._write(c) for c in commits])
+        except StoreUnavailable as error:
+            return [error] * len(commits)
+        return [_verdict(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
+
+    async def load(self, key: Key) -> Record | Gone | None:
+        (reply,) = await self._ask([(_LOAD, _keys(key), ())])
+        if isinstance(reply, RedisError):
+            raise _unavailable(reply)
+        if len(reply) == 3:
+            cause, opened_with, last = reply
+            return (
+                None
+                if cause is None
+                else Gone(cause.decode(), opened_with or b"", unpack_last(last)[0] if last else ())
+            )
+        token, origin, position, row, last = reply
+        return Record(Origin.from_bytes(origin), int(position), row, *unpack_last(last), token)
+
+    async def close(self, key: Key) -> int | None:
+        call: _Call = (_END, _keys(key), (_ANY, self._tokens.next(), self._gone, b"", pack_last(1, ()), b""))
+        (reply,) = await self._ask([call])
+        if isinstance(reply, RedisError):
+            raise _unavailable(reply)
+        return None if reply is None else int(reply)
+
+    async def take(self, key: Key, token: bytes) -> bool:
+        (reply,) = await self._ask([(_TAKE, _keys(key), (token,))])
+        if isinstance(reply, RedisError):
+            raise _unavailable(reply)
+        return bool(reply)
+
+    def _write(self, commit: Commit) -> _Call:
+        origin = b"" if commit.origin is None else commit.origin.to_bytes()
+        opened_with = b"" if commit.origin is None else commit.origin.opened_with
+        state = (commit.position, commit.row, commit.last, origin, opened_with)
+        return _WRITE, _keys(commit.key), (commit.expected, commit.token, self._idle, self._both, *state)
+
+    def _end(self, commit: Commit) -> _Call:
+        state = (commit.position, commit.last, commit.opened_with)
+        return _END, _keys(commit.key), (commit.expected, commit.token, self._gone, *state)
+
+    # ── pipelines ────────────────────────────────────────────────────────────────────────────────
+
+    async def _ask(self, calls: list[_Call]) -> list[Any]:
+        """A reply or a RedisError for each. Raises StoreUnavailable if there are none."""
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._queue.append((calls, future))
+        self._send()
+        return await future
+
+    def _send(self) -> None:
+        while self._queue and len(self._under_way) < _PIPELINES:
+            asked, self._queue = self._queue, deque()
+            task = asyncio.create_task(self._pipeline(asked), name="store")
+            self._under_way.add(task)
+            task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._send()
+
+    async def _pipeline(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
+        calls = [call for some, _ in asked for call in some]
+        error: StoreUnavailable | None = None
+        replies: list[Any] = []
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                replies = await self._execute(calls)
+        except (RedisError, OSError, TimeoutError) as reason:
+            error = _unavailable(reason)
+            # Whoever waits behind these would only learn the same, and later.
+            asked, self._queue = [*asked, *self._queue], deque()
+        if self._answers is not (error is None):
+            self._answers = error is None
+            (_log.info if error is None else _log.error)("the store", answers=self._answers, reason=str(error or ""))
+        begin = 0
+        for some, future in asked:
+            end = begin + len(some)
+            if future.done():  # whoever asked is gone
+                pass
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(replies[begin:end])
+            begin = end
+
+    async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
+        replies = await self._run(calls, by_digest=True)
+        if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
+            again = await self._run([calls[i] for i in unknown], by_digest=False)
+            for i, reply in zip(unknown, again, strict=True):
+                replies[i] = reply
+        return replies
+
+    async def _run(self, calls: Sequence[_Call], *, by_digest: bool) -> list[Any]:
+        """by_digest: the scripts are known to the server; otherwise they are sent, and known from then on."""
+        pipeline = self._client.pipeline(**({} if isinstance(self._client, RedisCluster) else {"transaction": False}))
+        for script, keys, arguments in calls:
+            if by_digest:
+                pipeline.execute_command("EVALSHA", _SHA[script], 2, *keys, *arguments)
+            else:
+                pipeline.execute_command("EVAL", script, 2, *keys, *arguments)
+        return await pipeline.execute(raise_on_error=False)
+
+
+def _client(config: StoreConfig) -> Any:
+    # One more try, at once, on a new connection: the old one may be dead for long. The scripts know what comes twice.
+    retry = Retry(NoBackoff(), 1)
+    options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
+    if config.url.startswith(_CLUSTER):
+        return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
+    return Redis.from_url(config.url, **options)
+
+
+def _keys(key: Key) -> tuple[str, str]:
+    state = f"unroll:{{{key[0]}/{key[1]}}}"
+    return state, f"{state}:gone"
+
+
+def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
+    if isinstance(reply, RedisError):
+        return _unavailable(reply)
+    if reply is None or reply == 0:
+        return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
+    return None
+
+
+def _unavailable(reason: Exception) -> StoreUnavailable:
+    why = str(reason).partition("\n")[0] or type(reason).__name__
+    return StoreUnavailable(f"the store of sessions cannot be used now: {why}", _RETRY_AFTER)
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
