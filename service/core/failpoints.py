@@ -1,4 +1,4 @@
-"""Places in the life of a request where tests have the process killed or stopped. Unarmed, passing one costs a comparison.
+"""Places in the life of a request where tests have the process killed or stopped. Unarmed, one costs a comparison.
 
     recv           a whole request of an inference route was read
     batched        a batch was formed

@@ -14,6 +14,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from faults.conftest import start_server
 from faults.wires import WAYS, Reply, Stream, Wires
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -22,7 +23,6 @@ from redis_server import RedisServer, missing
 from serving import Running, until
 
 from service.core.clock import ManualClock
-from service.settings import Settings
 from service.state.snapshot import Snapshot
 
 EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "12"))
@@ -73,7 +73,7 @@ class World:
 
     def _start(self, clock: ManualClock) -> Running:
         options = {"store": self.redis.url, "session_capacity": CAPACITY, "idle_timeout": IDLE_SECONDS}
-        return Running(Settings.model_validate({"repository": self.repository, **options}), clock)
+        return start_server(self.repository, clock, **options)
 
     def restart(self, at: int) -> None:
         self.servers[at].stop()

@@ -124,15 +124,15 @@ Outage = Callable[[RedisServer, FaultProxy], AbstractAsyncContextManager[None]]
 
 
 @pytest.mark.parametrize("outage", [stopped, killed, refusing, silent, full])
-async def test_an_outage(redis: RedisServer, servers: Servers, oracle: Oracle, outage: Outage) -> None:
-    await check(redis, servers, oracle, outage)
+async def test_an_outage(redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage) -> None:
+    await check(redis, servers, wires, oracle, outage)
 
 
-async def test_a_full_disk(servers: Servers, oracle: Oracle, small_disk: Path) -> None:
+async def test_a_full_disk(servers: Servers, wires: Wires, oracle: Oracle, small_disk: Path) -> None:
     redis = RedisServer(small_disk / "redis")
     redis.start()
     try:
-        await check(redis, servers, oracle, without_room_on_disk)
+        await check(redis, servers, wires, oracle, without_room_on_disk)
     finally:
         redis.kill()
 
@@ -146,11 +146,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-async def check(redis: RedisServer, servers: Servers, oracle: Oracle, outage: Outage) -> None:
+async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage) -> None:
     async with FaultProxy(redis.port) as proxy:
         # In a thread, as they ask the store when they start, and the proxy runs here.
         here, there = await asyncio.to_thread(servers, 2, store=f"redis://127.0.0.1:{proxy.port}/0")
-        wires = Wires("tiny", ("x", "y"), timeout=10.0)
         durable, volatile = Session(wires, here.port, "durable"), Session(wires, here.port, "volatile")
         assert (await durable.open("redis")).document["durability"] == "redis"
         assert (await volatile.open("memory")).document["durability"] == "memory"
@@ -174,7 +173,6 @@ async def check(redis: RedisServer, servers: Servers, oracle: Oracle, outage: Ou
             assert (await volatile.step(way)).status == 200
         for session in (durable, volatile):
             assert session.outputs == oracle(STEPS[: session.position]).tobytes()
-        wires.close()
 
 
 async def until_good(session: Session) -> None:

@@ -31,11 +31,12 @@ class Session:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_owner_wakes_up(redis_server: RedisServer, replicas: Replicas, oracle: Oracle, way: str) -> None:
+async def test_the_owner_wakes_up(
+    redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle, way: str
+) -> None:
     """It was stopped with a step of the session unread: that step was taken elsewhere, and another after it."""
     owner, other = cluster = replicas(2, "--store", redis_server.url)
     await start(cluster)
-    wires = Wires("tiny", ("x", "y"), timeout=30.0)
     session = Session(wires)
     await wires.call("POST", owner.port, "/sessions", {"session_id": "a"})
     replies = [await session.step(owner, 0)]
@@ -48,20 +49,18 @@ async def test_the_owner_wakes_up(redis_server: RedisServer, replicas: Replicas,
     replies.append(await session.step(owner, 3))
     assert [reply.position for reply in replies] == [1, 2, 3, 4]
     assert b"".join(reply.outputs for reply in replies) == oracle(X).tobytes()
-    wires.close()
 
 
 @pytest.mark.parametrize(
     ("place", "moves_on"), [("before_commit", False), ("before_commit", True), ("after_commit", True)]
 )
 async def test_the_owner_is_stopped_at_its_commit(
-    redis_server: RedisServer, replicas: Replicas, oracle: Oracle, place: str, moves_on: bool
+    redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle, place: str, moves_on: bool
 ) -> None:
     """Stopped at its second commit: it computed the step, and so did another replica, which may have gone on since."""
     (owner,) = replicas(1, "--store", redis_server.url, environment={"UNROLL_FAILPOINTS": f"{place}=stop:2"})
     (other,) = replicas(1, "--store", redis_server.url)
     await start([owner, other])
-    wires = Wires("tiny", ("x", "y"), timeout=30.0)
     session = Session(wires)
     await wires.call("POST", other.port, "/sessions", {"session_id": "a"})
     replies = [await session.step(owner, 0)]
@@ -79,7 +78,6 @@ async def test_the_owner_is_stopped_at_its_commit(
     replies += [await session.step(owner, position) for position in range(len(replies), 4)]
     assert [reply.position for reply in replies] == [1, 2, 3, 4]
     assert b"".join(reply.outputs for reply in replies) == oracle(X).tobytes()
-    wires.close()
 
 
 async def test_a_replica_dies_at_every_place(redis_server: RedisServer, replicas: Replicas, oracle: Oracle) -> None:
