@@ -168,8 +168,9 @@ class Keeper:
         if (found := self._here(key)) is not None:
             found[0].scheduler.sessions.drop(found[1])
         if gone is not None:
-            for model in self._models(key[0]):
-                model.bury(key[1], gone)
+            models = self._models(key[0])
+            (where, *_) = [m for m in models if m.manifest.digest == gone.origin.model] or models
+            where.bury(key[1], gone)
 
 
 async def _quiet(served: ServedModel, session: Session) -> None:

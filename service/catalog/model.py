@@ -215,7 +215,7 @@ class ServedModel:
         """Remember what the store knows of a session's end."""
         last = self.scheduler.records.read(gone.kept[-1:])
         now = self.loop.clock.now()
-        self.scheduler.sessions.bury(session_id, _CAUSES[gone.cause], now, gone.opened_with, *last)
+        self.scheduler.sessions.bury(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
 
     def figures(self) -> ModelFigures:
         counters = self.scheduler.counters

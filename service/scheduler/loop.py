@@ -296,7 +296,6 @@ class Loop:
             last=self.scheduler.records.last_after(result),
             origin=session.origin if chunk.opens or not session.durable.token else None,
             ends=chunk.final,
-            opened_with=session.opened_with,
         )
 
     def _committed(self, task: asyncio.Task[None]) -> None:

@@ -21,8 +21,8 @@ Key = tuple[str, str]
 class Commit:
     """A session's next state. expected: the token it is the successor of; empty: the session must not be there.
 
-    token: the new one. last: as in a record. origin: of a session that begins with this. ends: it is closed by this;
-    `kept` can still be asked for then, and the row goes.
+    token: the new one. last: as in a record. origin: of a session that begins with this. ends: it is closed by this; what
+    is in `last` can still be asked for then, and the row goes.
     """
 
     key: Key
@@ -33,7 +33,6 @@ class Commit:
     last: bytes
     origin: Origin | None = None
     ends: bool = False
-    opened_with: bytes = b""
 
 
 class Store(Protocol):

@@ -30,7 +30,7 @@ class MemoryStore:
         record = self._records.pop(key, None)
         if record is None:
             return None
-        self._gone[key] = Gone("session_closed", record.origin.opened_with), b""
+        self._gone[key] = Gone("session_closed", record.origin), b""
         return record.position
 
     async def take(self, key: Key, token: bytes) -> bool:
@@ -48,12 +48,12 @@ class MemoryStore:
         if held != commit.expected:
             return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
         kept, depth = unpack_last(commit.last)
-        if commit.ends:
-            self._records.pop(commit.key, None)
-            self._gone[commit.key] = Gone("session_closed", commit.opened_with, kept), commit.token
-            return None
         origin = commit.origin or (record.origin if record is not None else None)
         assert origin is not None, "a session begins with its origin"
+        if commit.ends:
+            self._records.pop(commit.key, None)
+            self._gone[commit.key] = Gone("session_closed", origin, kept), commit.token
+            return None
         self._records[commit.key] = Record(origin, commit.position, commit.row, kept, depth, commit.token)
         self._gone.pop(commit.key, None)
         return None

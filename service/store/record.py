@@ -113,7 +113,7 @@ class Gone:
     """What is known of a session whose state is gone: the code of the cause, and the chunk that ended it, if any."""
 
     cause: str
-    opened_with: bytes = b""
+    origin: Origin
     kept: tuple[Kept, ...] = ()
 
 

@@ -1,7 +1,7 @@
 """Durable sessions in Redis, Valkey, or a Redis Cluster.
 
     unroll:{MODEL/SESSION}        hash: token, origin, position, row, last    lives for the idle timeout
-    unroll:{MODEL/SESSION}:gone   hash: cause, opened_with, token, position, last
+    unroll:{MODEL/SESSION}:gone   hash: cause, origin, token, position, last
                                   lives longer than the session by the tombstone life; says `session_expired` from the
                                   beginning, which is true as soon as the first key is gone by itself
 
@@ -39,7 +39,7 @@ _RETRY_AFTER = 1.0
 _ANY = b"*"
 _CLUSTER = "redis+cluster://"
 
-# ARGV: expected, token, idle, gone (milliseconds; 0: for ever), position, row, last, origin or '', opened_with
+# ARGV: expected, token, idle, gone (milliseconds; 0: for ever), position, row, last, origin or ''
 _WRITE = """
 local held = redis.call('HGET', KEYS[1], 'token') or ''
 if held == ARGV[2] then return 1 end
@@ -48,7 +48,7 @@ redis.call('HSET', KEYS[1], 'token', ARGV[2], 'position', ARGV[5], 'row', ARGV[6
 if ARGV[8] ~= '' then
   redis.call('HSET', KEYS[1], 'origin', ARGV[8])
   redis.call('DEL', KEYS[2])
-  redis.call('HSET', KEYS[2], 'cause', 'session_expired', 'opened_with', ARGV[9])
+  redis.call('HSET', KEYS[2], 'cause', 'session_expired', 'origin', ARGV[8])
 end
 if ARGV[3] ~= '0' then
   redis.call('PEXPIRE', KEYS[1], ARGV[3])
@@ -57,7 +57,7 @@ end
 return 1
 """
 
-# ARGV: expected or '*', token, gone, position or '', last, opened_with. Returns the position, if it is ended.
+# ARGV: expected or '*', token, gone, position or '', last, origin or ''. Returns the position, if it is ended.
 _END = """
 if redis.call('HGET', KEYS[2], 'token') == ARGV[2] then return redis.call('HGET', KEYS[2], 'position') end
 local held = redis.call('HGET', KEYS[1], 'token') or ''
@@ -66,7 +66,7 @@ if ARGV[1] ~= '*' and held ~= ARGV[1] then return false end
 local position = ARGV[4]
 if position == '' then position = redis.call('HGET', KEYS[1], 'position') end
 redis.call('HSET', KEYS[2], 'cause', 'session_closed', 'token', ARGV[2], 'position', position, 'last', ARGV[5])
-if ARGV[6] ~= '' then redis.call('HSET', KEYS[2], 'opened_with', ARGV[6]) end
+if ARGV[6] ~= '' then redis.call('HSET', KEYS[2], 'origin', ARGV[6]) end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 redis.call('DEL', KEYS[1])
 return position
@@ -75,7 +75,7 @@ return position
 _LOAD = """
 local state = redis.call('HMGET', KEYS[1], 'token', 'origin', 'position', 'row', 'last')
 if state[1] then return state end
-return redis.call('HMGET', KEYS[2], 'cause', 'opened_with', 'last')
+return redis.call('HMGET', KEYS[2], 'cause', 'origin', 'last')
 """
 
 # ARGV: token
@@ -141,12 +141,10 @@ class RedisStore:
         if isinstance(reply, RedisError):
             raise _unavailable(reply)
         if len(reply) == 3:
-            cause, opened_with, last = reply
-            return (
-                None
-                if cause is None
-                else Gone(cause.decode(), opened_with or b"", unpack_last(last)[0] if last else ())
-            )
+            cause, begun, last = reply
+            if cause is None:
+                return None
+            return Gone(cause.decode(), Origin.from_bytes(begun), unpack_last(last)[0] if last else ())
         token, origin, position, row, last = reply
         return Record(Origin.from_bytes(origin), int(position), row, *unpack_last(last), token)
 
@@ -164,13 +162,11 @@ class RedisStore:
         return bool(reply)
 
     def _write(self, commit: Commit) -> _Call:
-        origin = b"" if commit.origin is None else commit.origin.to_bytes()
-        opened_with = b"" if commit.origin is None else commit.origin.opened_with
-        state = (commit.position, commit.row, commit.last, origin, opened_with)
+        state = (commit.position, commit.row, commit.last, _origin(commit))
         return _WRITE, _keys(commit.key), (commit.expected, commit.token, self._idle, self._both, *state)
 
     def _end(self, commit: Commit) -> _Call:
-        state = (commit.position, commit.last, commit.opened_with)
+        state = (commit.position, commit.last, _origin(commit))
         return _END, _keys(commit.key), (commit.expected, commit.token, self._gone, *state)
 
     # ── pipelines ────────────────────────────────────────────────────────────────────────────────
@@ -244,6 +240,10 @@ def _client(config: StoreConfig) -> Any:
     if config.url.startswith(_CLUSTER):
         return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
     return Redis.from_url(config.url, **options)
+
+
+def _origin(commit: Commit) -> bytes:
+    return b"" if commit.origin is None else commit.origin.to_bytes()
 
 
 def _keys(key: Key) -> tuple[str, str]:

@@ -37,7 +37,7 @@ def test_a_server_that_is_not_ready_says_so_and_lives(serve: Serve) -> None:
 
 
 def test_metrics_move(serve: Serve) -> None:
-    running: Running = serve(session_capacity=2)
+    running: Running = serve(session_capacity=2, spill_bytes=0)
     x = np.ones((3, 3), np.float32)
     with httpx.Client(base_url=running.url) as client:
         before = client.get("/metrics")

@@ -65,6 +65,9 @@ MET = {
     "not_streamable": "test_native_sessions.test_a_model_that_needs_whole_sequences",
     "model_changed": "test_native_sessions.test_a_session_is_found_by_its_models_name_alone",
     "session_closed": "test_native_sessions.test_close_and_open_anew",
+    "durability_unavailable": "test_durable.test_what_needs_a_store",
+    "store_unavailable": "test_durable.test_a_store_that_is_down",
+    "session_contended": "test_durable.test_steps_from_everywhere_at_once_each_count",
     "session_exists": "test_native_errors.test_opening_what_is_open",
     "session_expired": "test_native_errors.test_idle_expiry",
     "session_evicted": "test_native_errors.test_eviction",
@@ -178,7 +181,7 @@ def test_the_clock_may_stand_still_or_leap(start: Start) -> None:
 
 
 def test_eviction(start: Start) -> None:
-    _, client = start(session_capacity=3)
+    _, client = start(session_capacity=3, spill_bytes=0)
     sessions = [client.open() for _ in range(3)]
     client.step(sessions[0])  # now the second is the least recently used
     newest = client.open()
@@ -188,7 +191,7 @@ def test_eviction(start: Start) -> None:
 
 
 def test_a_fork_may_evict_but_never_its_origin(start: Start) -> None:
-    _, client = start(session_capacity=2)
+    _, client = start(session_capacity=2, spill_bytes=0)
     origin, other = client.open(), client.open()
     client.step(origin)
     client.step(other)
@@ -199,7 +202,7 @@ def test_a_fork_may_evict_but_never_its_origin(start: Start) -> None:
 
 
 def test_a_closed_session_makes_room(start: Start) -> None:
-    _, client = start(session_capacity=2)
+    _, client = start(session_capacity=2, spill_bytes=0)
     first, second = client.open(), client.open()
     client.delete(second)
     client.open()
@@ -215,7 +218,7 @@ def assert_try_again(answer: httpx.Response, code: str) -> None:
 
 
 def test_capacity(start: Start, background: Background) -> None:
-    running, client = start(session_capacity=1)
+    running, client = start(session_capacity=1, spill_bytes=0)
     session = client.open()
     with running.holding("lstm") as held:
         stepping = background(client.step, session)

@@ -622,7 +622,7 @@ def test_a_session_that_ends_elsewhere(dial: Dial, client: httpx.Client, x: np.n
 
 def test_expired_and_evicted(serve: Serve, dial: Dial, x: np.ndarray):
     clock = ManualClock()
-    running = serve(clock, session_capacity=2, idle_timeout=100.0)
+    running = serve(clock, session_capacity=2, idle_timeout=100.0, spill_bytes=0)
     client = dial(running=running)
     a, _ = client.bind(0, 1)
     clock.advance(1)

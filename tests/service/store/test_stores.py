@@ -1,0 +1,198 @@
+"""What every store promises: a commit counts once, and only after the one that it says it follows."""
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+from redis_server import RedisServer
+
+from service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable
+from service.store.base import Commit, Key, Store, Tokens
+from service.store.memory import MemoryStore
+from service.store.record import Gone, Kept, Origin, Record, pack_last
+from service.store.redis import RedisStore, StoreConfig
+
+KEY: Key = ("lstm", "a")
+ORIGIN = Origin("ab" * 32, "redis", b"b" * 16, b"o" * 16)
+KEPT = (Kept(0, 2, b"d" * 16, b"outputs"),)
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    if request.param == "memory":
+        made: Store = MemoryStore()
+    else:
+        server: RedisServer = request.getfixturevalue("redis_server")
+        made = RedisStore(StoreConfig(server.url))
+    await made.start()
+    yield made
+    await made.stop()
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    return Tokens()
+
+
+def commit(token: bytes, expected: bytes = b"", position: int = 2, **options: object) -> Commit:
+    origin = None if expected else ORIGIN
+    row, last = b"%d" % position * 8, pack_last(1, KEPT)
+    made = Commit(KEY, expected, token, position, row, last, origin)
+    return replace(made, **options)
+
+
+async def put(store: Store, *commits: Commit) -> list[type[Exception] | None]:
+    return [error if error is None else type(error) for error in await store.commit(commits)]
+
+
+async def test_a_session_is_loaded_as_it_was_committed(store: Store, tokens: Tokens):
+    first, second = tokens.next(), tokens.next()
+    assert await store.load(KEY) is None
+    assert await put(store, commit(first)) == [None]
+    assert await store.load(KEY) == Record(ORIGIN, 2, b"2" * 8, KEPT, 1, first)
+    assert await put(store, commit(second, first, 3)) == [None]
+    assert await store.load(KEY) == Record(ORIGIN, 3, b"3" * 8, KEPT, 1, second)
+
+
+async def test_a_commit_that_follows_an_older_state_is_refused(store: Store, tokens: Tokens):
+    first, second, third = (tokens.next() for _ in range(3))
+    await put(store, commit(first), commit(second, first, 3))
+    assert await put(store, commit(third, first, 3), commit(third, b"", 3)) == [SessionContended] * 2
+    record = await store.load(KEY)
+    assert isinstance(record, Record)
+    assert record.token == second
+
+
+async def test_the_same_commit_twice_counts_once(store: Store, tokens: Tokens):
+    first, second = tokens.next(), tokens.next()
+    assert await put(store, commit(first), commit(first), commit(second, first), commit(second, first)) == [None] * 4
+    end = commit(tokens.next(), second, ends=True)
+    assert await put(store, end, end) == [None, None]
+
+
+async def test_what_ended_says_how_and_with_which_answer(store: Store, tokens: Tokens):
+    first = tokens.next()
+    await put(store, commit(first), commit(tokens.next(), first, ends=True))
+    assert await store.load(KEY) == Gone("session_closed", ORIGIN, KEPT)
+    assert await put(store, commit(tokens.next(), first)) == [SessionContended], "who missed the end cannot undo it"
+    assert await put(store, commit(tokens.next())) == [None], "another may begin under the same id"
+
+
+async def test_a_session_may_begin_and_end_in_one_commit(store: Store, tokens: Tokens):
+    assert await put(store, commit(tokens.next(), ends=True)) == [None]
+    assert isinstance(await store.load(KEY), Gone)
+
+
+async def test_closing(store: Store, tokens: Tokens):
+    assert await store.close(KEY) is None
+    await put(store, commit(tokens.next()))
+    assert await store.close(KEY) == 2
+    assert await store.load(KEY) == Gone("session_closed", ORIGIN)
+    assert await store.close(KEY) is None
+
+
+async def test_a_new_session_takes_the_place_of_one_it_knows(store: Store, tokens: Tokens):
+    first, second = tokens.next(), tokens.next()
+    another = Origin("cd" * 32, "redis", b"c" * 16)
+    await put(store, commit(first))
+    assert await put(store, commit(second, first, 1, origin=another)) == [None]
+    record = await store.load(KEY)
+    assert isinstance(record, Record)
+    assert record.origin == another
+
+
+async def test_who_takes_a_record_is_the_only_one(store: Store, tokens: Tokens):
+    first = tokens.next()
+    await put(store, commit(first))
+    assert not await store.take(KEY, tokens.next())
+    assert await store.take(KEY, first)
+    assert not await store.take(KEY, first)
+    assert await store.load(KEY) is None
+
+
+# ── Redis alone ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def made(redis_server: RedisServer) -> AsyncIterator[RedisStore]:
+    store = RedisStore(StoreConfig(redis_server.url, timeout=2.0, idle_timeout=5.0, tombstone_life=7.0))
+    yield store
+    await store.stop()
+
+
+def everything(server: RedisServer) -> set[str]:
+    return {key.decode() for key in server.client.scan_iter()}
+
+
+async def test_keys_and_their_lives(made: RedisStore, redis_server: RedisServer, tokens: Tokens):
+    state, gone = "unroll:{lstm/a}", "unroll:{lstm/a}:gone"
+    await put(made, commit(tokens.next()))
+    assert everything(redis_server) == {state, gone}
+    assert 4000 < redis_server.client.pttl(state) <= 5000
+    assert 11000 < redis_server.client.pttl(gone) <= 12000
+    redis_server.client.delete(state)  # as it is when its life is over
+    assert await made.load(KEY) == Gone("session_expired", ORIGIN)
+    assert await made.close(KEY) is None
+
+
+async def test_the_life_of_a_session_begins_anew_with_each_step(
+    made: RedisStore, redis_server: RedisServer, tokens: Tokens
+):
+    first = tokens.next()
+    await put(made, commit(first))
+    for key in everything(redis_server):
+        redis_server.client.pexpire(key, 1000)
+    await put(made, commit(tokens.next(), first))
+    assert min(map(redis_server.client.pttl, everything(redis_server))) > 4000
+
+
+async def test_scripts_are_sent_again_when_the_server_forgot_them(
+    made: RedisStore, redis_server: RedisServer, tokens: Tokens
+):
+    redis_server.client.script_flush()
+    assert await put(made, commit(tokens.next()), commit(tokens.next(), key=("lstm", "b"))) == [None, None]
+
+
+async def test_a_lost_connection_is_made_anew(made: RedisStore, redis_server: RedisServer, tokens: Tokens):
+    first = tokens.next()
+    await put(made, commit(first))
+    redis_server.client.client_kill_filter(_type="normal", skipme=True)
+    assert await put(made, commit(tokens.next(), first)) == [None]
+
+
+async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
+    made: RedisStore, redis_server: RedisServer, tokens: Tokens
+):
+    first = tokens.next()
+    await put(made, commit(first))
+    redis_server.client.config_set("maxmemory", 1)
+    try:
+        assert await put(made, commit(tokens.next(), first, 3)) == [StoreUnavailable]
+        record = await made.load(KEY)
+        assert isinstance(record, Record)
+        assert record.position == 2
+    finally:
+        redis_server.client.config_set("maxmemory", 0)
+
+
+async def test_a_store_that_is_not_there():
+    store = RedisStore(StoreConfig("redis://127.0.0.1:9", timeout=0.5))
+    await store.start()
+    assert await put(store, commit(b"t")) == [StoreUnavailable]
+    with pytest.raises(StoreUnavailable):
+        await store.load(KEY)
+    await store.stop()
+
+
+# ── records as bytes ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_record_as_bytes():
+    record = Record(ORIGIN, 2**40, b"row!" * 9, KEPT * 3, 5)
+    content = record.to_bytes()
+    assert Record.from_bytes(content) == record
+    for i in range(len(content)):
+        with pytest.raises(SnapshotInvalid):
+            Record.from_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        with pytest.raises(SnapshotInvalid):
+            Record.from_bytes(content[:i])
