@@ -11,19 +11,20 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from http.client import HTTPConnection
 from time import perf_counter
 
 import numpy as np
 
-from bench.http_client import http_client, post
+from bench.http_client import JSON, RAW, http_client, post
 from bench.load import Client, Measured
 from bench.outcomes import Outcome, Row, ratio
 from bench.reference import Reference
 from bench.servers import HOST, running
 from bench.steps import CLIENTS, ceiling
-from bench.subjects import Launch, Subject, check_steps, raw_steps
+from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
 from bench.turns import Bench, Turn, by_name, turn_of
 from bench.wandering import wandering_client
 
@@ -32,7 +33,7 @@ _BOUND = 0.6
 #: Sessions that are reloaded, one after another.
 _RELOADED = 500
 _FSYNC = ("everysec", "always")
-_KEYS = ("--durability", "client", "--snapshot-keys", '["bench"]')
+_KEYS = ("--snapshot-keys", '["a key of the benchmark"]')
 
 
 def durability(bench: Bench) -> list[Outcome]:
@@ -97,7 +98,7 @@ def _held(launch: Launch, reference: Reference) -> Subject:
 
         def next_request() -> bytes:
             if not made.answered:
-                return post(sessions, {"session_id": f"held-{n}"})
+                return post(sessions, {"session_id": f"held-{n}", "durability": "client"})
             body = made.last[0]
             first = made.answered == 1
             snapshot = base64.b64decode(json.loads(body)["snapshot"]) if first else body[:-outputs]
@@ -141,13 +142,13 @@ def _elsewhere(bench: Bench, store: tuple[str, str]) -> Outcome:
     first, second = [], []
     with bench.servers() as servers:
         here, there = (servers.server(bench.unroll(*store, name=f"unroll-{name}")).port for name in ("here", "there"))
-        with socket.create_connection((HOST, here)) as one, socket.create_connection((HOST, there)) as other:
+        with closing(HTTPConnection(HOST, here)) as one, closing(HTTPConnection(HOST, there)) as other:
             for n in range(_RELOADED if bench.judged else 20):
-                _exchange(one, post(path, {"session_id": f"reloaded-{n}"}))
-                step = post(f"{path}/reloaded-{n}/steps", row)
-                _exchange(one, step)
-                first.append(_exchange(other, step))
-                second.append(_exchange(other, step))
+                _exchange(one, path, json.dumps({"session_id": f"reloaded-{n}"}).encode(), JSON)
+                step = f"{path}/reloaded-{n}/steps"
+                _exchange(one, step, row)
+                first.append(_exchange(other, step, row))
+                second.append(_exchange(other, step, row))
     rows = [
         Row("reloaded", "the first step at another replica, one client", [_measured(first)]),
         Row("resident", "the step after it", [_measured(second)]),
@@ -155,15 +156,15 @@ def _elsewhere(bench: Bench, store: tuple[str, str]) -> Outcome:
     return Outcome("durability-reload", "A session goes on at another replica, LSTM 2×64", "steps/s", rows)
 
 
-def _exchange(connection: socket.socket, request: bytes) -> float:
-    """Seconds until the reply, which comes in one piece."""
+def _exchange(connection: HTTPConnection, path: str, body: bytes, media: str = RAW) -> float:
+    """Seconds until the reply."""
     began = perf_counter()
-    connection.sendall(request)
-    reply = connection.recv(65536)
-    seconds = perf_counter() - began
-    if reply[9:11] != b"20":
-        raise ValueError(f"not answered as it should be: {reply[:200]!r}")
-    return seconds
+    connection.request("POST", path, body, {"Content-Type": media})
+    reply = connection.getresponse()
+    content = reply.read()
+    if reply.status not in (200, 201):
+        raise WrongAnswer(f"a step of a session was answered with {reply.status}: {content[:200]!r}")
+    return perf_counter() - began
 
 
 def _measured(seconds: list[float]) -> Measured:

@@ -26,6 +26,8 @@ from redis_server import RedisServer, missing
 
 #: Seconds a replica lives on average once it is ready, and a client waits before its next step.
 _LIFE, _PAUSE = 0.6, 0.3
+#: Sessions lose their rows all the time, chunks run in pieces, and those of 200 clients do not fit into a batch.
+_HARD = ("--session-capacity", "100", "--piece-steps", "2", "--max-batch", "32")
 
 
 @dataclass
@@ -55,7 +57,7 @@ async def run(
     store = RedisServer(folder / "redis", fsync)
     store.start()
     options = ("--store", store.url) if durability == "redis" else ()
-    cluster = [Replica(f"replica-{i}", repository, folder, *options) for i in range(replicas)]
+    cluster = [Replica(f"replica-{i}", repository, folder, *_HARD, *options) for i in range(replicas)]
     killer = _Killer(kills, max(1, replicas - 1), random.Random(seed), monotonic() + seconds)
     try:
         await asyncio.gather(*(replica.start() for replica in cluster))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from faults.conftest import start_server
 from faults.wires import WAYS, Reply, Stream, Wires
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from oracle import Oracle
 from redis_server import RedisServer, missing
@@ -25,9 +25,10 @@ from serving import Running, until
 from service.core.clock import ManualClock
 from service.state.snapshot import Snapshot
 
-EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "12"))
-CAPACITY = 3
+EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "8"))
+CAPACITY, DEPTH = 3, 4
 IDLE_SECONDS = 900.0
+START, END = {"sequence_start": True}, {"sequence_end": True}
 
 DURABLE, VOLATILE = ("d0", "d1", "d2", "d3"), ("m0", "m1")
 IDS = st.sampled_from(DURABLE + DURABLE + VOLATILE)
@@ -72,8 +73,8 @@ class World:
         self.examples = itertools.count()
 
     def _start(self, clock: ManualClock) -> Running:
-        options = {"store": self.redis.url, "session_capacity": CAPACITY, "idle_timeout": IDLE_SECONDS}
-        return start_server(self.repository, clock, **options)
+        limits = {"session_capacity": CAPACITY, "piece_steps": 2, "idle_timeout": IDLE_SECONDS}
+        return start_server(self.repository, clock, store=self.redis.url, **limits)
 
     def restart(self, at: int) -> None:
         self.servers[at].stop()
@@ -197,10 +198,10 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS, back=st.integers(1, 9))
     def come_late(self, name: str, at: int, way: str, x: np.ndarray, back: int) -> None:
-        """A chunk of long ago."""
+        """A chunk of so long ago that no replica has its answer."""
         life = self.lives[name]
         if isinstance(life, Life):
-            start = (life.position if life.last is None else life.last[0]) - back
+            start = sum(map(len, life.chunks[:-DEPTH])) - back
             if start >= 0:
                 reply = self.send(name, at, way, x, start)
                 if not self.is_bound_to_another(name, at, way, reply):
@@ -284,12 +285,11 @@ class AppMachine(RuleBasedStateMachine):
         """A last chunk that ends the session; and once more, as if its answer was lost."""
         life = self.lives[name]
         if isinstance(life, Life):
-            end = {"sequence_end": True}
-            reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, life.position, **end))
+            reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, life.position, **END))
             if self.lives_at(name, at, reply) is not None:
                 self.applied(name, x, reply)
                 again = at if name in VOLATILE else again
-                more = self.run(self.wires.send("v2", self.port(again), self.prefix + name, x, life.position, **end))
+                more = self.run(self.wires.send("v2", self.port(again), self.prefix + name, x, life.position, **END))
                 assert (more.status, more.outputs, more.position) == (200, reply.outputs, reply.position)
                 self.lives[name] = Gone.because("session_closed")
 
@@ -297,12 +297,36 @@ class AppMachine(RuleBasedStateMachine):
     def begin(self, name: str, at: int, again: int, x: np.ndarray) -> None:
         """A chunk that opens a session; and once more."""
         if isinstance(self.lives[name], Gone):
-            start = {"sequence_start": True}
-            reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, 0, **start))
+            reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, 0, **START))
             self.lives[name] = Life(next(self.numbers))
             self.applied(name, x, reply)
-            more = self.run(self.wires.send("v2", self.port(again), self.prefix + name, x, 0, **start))
+            more = self.run(self.wires.send("v2", self.port(again), self.prefix + name, x, 0, **START))
             assert (more.status, more.outputs, more.position) == (200, reply.outputs, reply.position)
+
+    @rule(name=st.sampled_from(DURABLE), at=REPLICAS, x=CHUNKS)
+    def start_over(self, name: str, at: int, x: np.ndarray) -> None:
+        """A start without a position ends the session that lives, and begins another."""
+        self.lives[name] = Life(next(self.numbers))
+        self.applied(name, x, self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, None, **START)))
+
+    @rule(
+        name=st.sampled_from(DURABLE), at=REPLICAS, again=REPLICAS, chunks=st.lists(CHUNKS, min_size=2, max_size=DEPTH)
+    )
+    def pipeline(self, name: str, at: int, again: int, chunks: list[np.ndarray]) -> None:
+        """Several chunks at once, and all of them once more, as if the connection broke before the answers."""
+        life = self.lives[name]
+        position = life.position if isinstance(life, Life) else 0
+        replies = self.send_all(name, at, chunks, position)
+        if self.lives_at(name, at, replies[0]) is not None:
+            for x, reply in zip(chunks, replies, strict=True):
+                self.applied(name, x, reply)
+            assert self.send_all(name, again, chunks, position) == replies
+
+    def send_all(self, name: str, at: int, chunks: list[np.ndarray], position: int) -> list[Reply]:
+        stream = Stream(self.wires, self.port(at), self.prefix + name, DEPTH)
+        replies = self.world.runner.run(stream.send_all(chunks, position))
+        stream.close()
+        return replies
 
     # ── what can happen to the servers and the store ─────────────────────────────────────────────
 
@@ -359,20 +383,26 @@ class AppMachine(RuleBasedStateMachine):
         return f"unroll:{{tiny/{self.prefix}{name}}}"
 
     def teardown(self) -> None:
-        for name in self.lives:
-            for at in (0, 1):
-                self.look(name, at)
-        for stream, _ in self.streams.values():
-            stream.close()
-        self.wires.close()
+        try:
+            for name in self.lives:
+                for at in (0, 1):
+                    self.look(name, at)
+        finally:
+            for stream, _ in self.streams.values():
+                stream.close()
+            self.wires.close()
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing())
-@pytest.mark.timeout(60 + 5 * EXAMPLES)
+@pytest.mark.timeout(120 + 30 * EXAMPLES)  # when it fails, it looks for the shortest way to do so
 def test_any_order_of_events(redis_server: RedisServer, tiny: Path, oracle: Oracle) -> None:
     world = World(tiny, redis_server, oracle)
     limits = settings(
-        max_examples=EXAMPLES, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=EXAMPLES,
+        stateful_step_count=30,
+        deadline=None,
+        phases=set(Phase) - {Phase.explain},  # it traces every line
+        suppress_health_check=[HealthCheck.too_slow],
     )
     try:
         run_state_machine_as_test(lambda: AppMachine(world), settings=limits)

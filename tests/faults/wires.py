@@ -8,7 +8,7 @@ import asyncio
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,8 @@ WAYS = (*HTTP_WAYS, "stream")
 
 _RAW = {"content-type": "application/octet-stream"}
 _JSON = {"content-type": "application/json"}
-_FRAME = struct.Struct("<BBHIIIQ")  # type, flags, reserved, entries; handle, steps, position
+_HEADER = struct.Struct("<BBHI")  # type, flags, reserved, entries
+_ENTRY = struct.Struct("<IIQ")  # handle, steps, position
 _UNSAID = 2**64 - 1
 
 
@@ -156,30 +157,42 @@ class _Connection:
 
 
 class Stream:
-    """A WebSocket to one replica with one session on it, as handle 0. Raises Broken, and is of no use afterwards."""
+    """A WebSocket to one replica with one session on it, as handle 0. Raises Broken, and is of no use afterwards.
 
-    def __init__(self, wires: Wires, port: int, session: str) -> None:
-        self.port = port
-        self._wires, self._session = wires, session
+    depth: how many chunks it may have under way.
+    """
+
+    def __init__(self, wires: Wires, port: int, session: str, depth: int = 1) -> None:
+        self._wires, self._port, self._session, self._depth = wires, port, session, depth
         self._socket: ClientConnection | None = None
 
     async def send(self, x: np.ndarray, position: int | None) -> Reply:
-        place = _UNSAID if position is None else position
+        """One chunk, x (time, features)."""
+        return (await self.send_all([x], position))[0]
+
+    async def send_all(self, chunks: Sequence[np.ndarray], position: int | None) -> list[Reply]:
+        """Chunks that follow one another, all at once; or the refusal to bind the session, once."""
+        replies: list[Reply] = []
         try:
             async with asyncio.timeout(self._wires.timeout):
                 if self._socket is None and (refused := await self._open()) is not None:
-                    return refused
+                    return [refused]
                 assert self._socket is not None
-                await self._socket.send(_FRAME.pack(1, 0, 0, 1, 0, len(x), place) + x.tobytes())
-                return _stream_reply(await self._socket.recv())
+                for x in chunks:
+                    place = _UNSAID if position is None else position
+                    await self._socket.send(_HEADER.pack(1, 0, 0, 1) + _ENTRY.pack(0, len(x), place) + x.tobytes())
+                    position = None if position is None else position + len(x)
+                while len(replies) < len(chunks):
+                    replies += _stream_replies(await self._socket.recv())
         except (OSError, WebSocketException) as error:
             raise Broken(error) from error
+        return replies
 
     async def _open(self) -> Reply | None:
         """None if the session is bound."""
-        address = f"ws://127.0.0.1:{self.port}/v1/models/{self._wires.model}/stream"
+        address = f"ws://127.0.0.1:{self._port}/v1/models/{self._wires.model}/stream"
         self._socket = await connect(address, compression=None, open_timeout=None, ping_interval=None, proxy=None)
-        wanted = {"handle": 0, "session_id": self._session, "mode": "resume"}
+        wanted = {"handle": 0, "session_id": self._session, "mode": "resume", "depth": self._depth}
         await self._socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
         answer = json.loads(await self._socket.recv())
         (opened,) = answer["sessions"]
@@ -202,12 +215,20 @@ def refusal(status: int, document: Mapping, retry_after: str | float | None = No
     )
 
 
-def _stream_reply(message: str | bytes) -> Reply:
+def _stream_replies(message: str | bytes) -> list[Reply]:
     if isinstance(message, str):
-        return refusal(0, json.loads(message))
-    kind, _, _, entries, _, _, position = _FRAME.unpack_from(message)
-    assert (kind, entries) == (2, 1), message
-    return Reply(200, message[_FRAME.size :], position)
+        return [refusal(0, json.loads(message))]
+    kind, _, _, count = _HEADER.unpack_from(message)
+    assert kind == 2, message
+    begin = _HEADER.size + count * _ENTRY.size
+    entries = list(_ENTRY.iter_unpack(message[_HEADER.size : begin]))
+    size = (len(message) - begin) // sum(steps for _, steps, _ in entries)  # of a step's outputs
+    replies = []
+    for _, steps, position in entries:
+        end = begin + steps * size
+        replies.append(Reply(200, message[begin:end], position))
+        begin = end
+    return replies
 
 
 def _document(content: bytes) -> Mapping:
