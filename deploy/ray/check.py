@@ -1,0 +1,114 @@
+"""Two Ray Serve replicas and a Redis, all started here: every step of every session goes to any replica, one is killed.
+
+    python -m deploy.ray.check             needs ray[serve], unroll and redis-server; `make check-ray` has them
+
+Ends with 0 if both replicas took part and every output is what it is without any interruption, with 1 if not.
+"""
+
+import random
+import re
+import secrets
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray import serve
+
+from deploy.check import MODEL, open_durable, steps
+from deploy.ray.app import app
+from examples.client import Client
+
+ROOT = Path(__file__).parents[2]
+SESSIONS, STEPS = 16, 50
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def redis() -> Iterator[str]:
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", folder, "--appendonly", "yes"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@contextmanager
+def served(store: str) -> Iterator[str]:
+    port = free_port()
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    ray.init(_node_ip_address="127.0.0.1", num_cpus=4, include_dashboard=False, runtime_env=environment)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(app({"repository": str(ROOT / "examples" / "repository"), "store": store}), name="unroll")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def applied(url: str) -> set[float]:
+    """Steps that each replica has run, whole sequences' too: a scrape is answered by any of them."""
+    pattern = rf'^unroll_steps_total{{.*model="{MODEL}".*}} (\S+)$'
+    with Client(url) as client:
+        scrapes = [client.exchange("GET", "/metrics")[0].decode() for _ in range(40)]
+    return {float(number) for scrape in scrapes for number in re.findall(pattern, scrape, re.MULTILINE)}
+
+
+def kill_a_replica() -> None:
+    """At once and without a warning, as a machine that is gone does it."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    victim = next(actor for actor in actors if actor["name"].startswith("SERVE_REPLICA::unroll#Unroll"))
+    ray.kill(ray.get_actor(**victim))
+    print(f"killed {victim['name']}")
+
+
+def run(url: str, values: list[float], halfway: threading.Barrier) -> bool:
+    """One session, a step a request."""
+    with Client(url) as client:
+        with open_durable(client, f"check-{secrets.token_hex(8)}") as session:
+            outputs = steps(session, values[: STEPS // 2])
+            halfway.wait()
+            outputs += steps(session, values[STEPS // 2 :])
+        return outputs == client.sequence(MODEL, struct.pack(f"<{len(values)}f", *values))
+
+
+def check(url: str, kill: bool) -> bool:
+    inputs = [[random.uniform(340, 400) for _ in range(STEPS)] for _ in range(SESSIONS)]
+    halfway = threading.Barrier(SESSIONS + 1, timeout=60)
+    with ThreadPoolExecutor(SESSIONS) as threads:
+        running = [threads.submit(run, url, values, halfway) for values in inputs]
+        halfway.wait()
+        if kill:
+            kill_a_replica()
+        equal = sum(session.result() for session in running)
+    print(f"{SESSIONS} sessions of {STEPS} steps: {equal} equal to one uninterrupted run")
+    return equal == SESSIONS
+
+
+def main() -> int:
+    with redis() as store, served(store) as url:
+        good = check(url, kill=False)
+        shares = applied(url)
+        print(f"steps by replica: {sorted(shares)}")
+        return 0 if good and len(shares) == 2 and check(url, kill=True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Kubernetes manifests, checked against the schemas of Kubernetes and of the projects that define further resources.
+
+The latter have tens of thousands of lines, so they are not here: `UNROLL_CRDS` names a folder with the
+CustomResourceDefinitions of KServe (config/crd/full) and of the Prometheus operator, as their projects publish them.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_MISSING = "kubernetes-validate is missing: make deploy-tools"
+yaml = pytest.importorskip("yaml", reason=_MISSING)
+jsonschema = pytest.importorskip("jsonschema", reason=_MISSING)
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason=_MISSING)
+
+ROOT = Path(__file__).parents[2]
+#: The oldest that the chart is for, and the newest whose schemas are there.
+KUBERNETES = ("1.30", "1.37")
+
+Manifest = dict[str, Any]
+
+
+def documents(text: str) -> list[Manifest]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return [document for document in yaml.load_all(text, loader) if document]
+
+
+def check(manifest: Manifest) -> None:
+    """Raises for a field that is missing, of the wrong type, or unknown."""
+    for version in KUBERNETES:
+        with _short_message():
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def check_custom(manifest: Manifest) -> None:
+    """As `check`, for a resource that is not Kubernetes' own; skips where its definition is not at hand."""
+    group, _, version = manifest["apiVersion"].partition("/")
+    for schema in _schemas(group, manifest["kind"], version):
+        with _short_message():
+            jsonschema.validate(manifest, _strict(schema))
+        return
+    pytest.skip(f"UNROLL_CRDS names no folder with the definition of {manifest['kind']} of {group}/{version}")
+
+
+@contextmanager
+def _short_message() -> Iterator[None]:
+    """A validation error shows the whole schema; what is wrong, and where, is enough."""
+    try:
+        yield
+    except jsonschema.ValidationError as error:
+        pytest.fail(f"{error.json_path}: {error.message}", pytrace=False)
+
+
+def _schemas(group: str, kind: str, version: str) -> Iterator[Manifest]:
+    if "UNROLL_CRDS" not in os.environ:
+        return
+    for path in Path(os.environ["UNROLL_CRDS"]).glob("*.yaml"):
+        for definition in documents(path.read_text()):
+            spec = definition.get("spec", {})
+            if (spec.get("group"), spec.get("names", {}).get("kind")) == (group, kind):
+                yield from (v["schema"]["openAPIV3Schema"] for v in spec["versions"] if v["name"] == version)
+
+
+def _strict(schema: Any) -> Any:
+    """The schema, refusing fields that it does not name: the API server would drop them in silence."""
+    if isinstance(schema, list):
+        return [_strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {key: _strict(part) for key, part in schema.items()}
+    if strict.get("x-kubernetes-int-or-string"):
+        strict.pop("type", None)
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        strict.setdefault("additionalProperties", False)
+    return strict
