@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test check format train bundles bench bench-peers profile figures check-deploy check-compose check-ray deploy-tools clean
+.PHONY: help install run stop test kill-test rolling-test machine-test check format train bundles bench bench-peers profile figures check-deploy check-compose check-ray deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,15 @@ stop: ## end the server that `make run DETACH=1` left running
 
 test: install ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=)
+	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+rolling-test: install ## restart replicas behind HAProxy while clients step (a minute; SEED=)
+	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
+
+machine-test: install ## any order of events over two replicas, for longer than `make test` (minutes; EXAMPLES=)
+	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s tests/faults/test_app_machine.py
 
 check: install ## format, lint, types and the layers' contracts
 	$(BIN)/ruff format --check .

@@ -51,11 +51,17 @@ def on_cores(cores: Collection[int]) -> Iterator[None]:
 
 @contextmanager
 def running(
-    command: Sequence[str], cores: Collection[int], log: Path, ready_path: str | None = None
+    command: Sequence[str],
+    cores: Collection[int],
+    log: Path,
+    ready_path: str | None = None,
+    *,
+    takes_turns: bool = True,
 ) -> Iterator[Server]:
     """A server that is ready on a port, which replaces `PORT` in the command; ended on the way out.
 
-    ready_path: answered with 200 when it can serve; None: it can once it listens.
+    ready_path: answered with 200 when it can serve; None: it can once it listens. takes_turns: it stands still while
+    another is measured; not what the other needs.
     """
     port = _free_port()
     process: subprocess.Popen[bytes] | None = None
@@ -73,7 +79,8 @@ def running(
         _wait_until_ready(process, port, ready_path, log)
         start_seconds = monotonic() - started
         _pin_threads(process.pid, cores)
-        _leaders[port] = process.pid
+        if takes_turns:
+            _leaders[port] = process.pid
         yield Server(port, process, start_seconds)
         if process.poll() is not None:
             raise _failed(process, log)
@@ -84,9 +91,9 @@ def running(
 
 
 @contextmanager
-def only(port: int | None) -> Iterator[None]:
-    """The other servers stand still meanwhile: some of them are never idle. None: all of them."""
-    others = [pid for other, leader in _leaders.items() if other != port for pid in _session_members(leader)]
+def only(*ports: int) -> Iterator[None]:
+    """The other servers stand still meanwhile: some of them are never idle."""
+    others = [pid for other, leader in _leaders.items() if other not in ports for pid in _session_members(leader)]
     try:
         for pid in others:
             with suppress(ProcessLookupError):

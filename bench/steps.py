@@ -21,7 +21,7 @@ def limits(bench: Bench) -> list[Outcome]:
         features = reference.features
         with bench.servers() as servers:
             turns = [
-                servers.turn(_ceiling(features), CLIENTS),
+                servers.turn(ceiling(features), CLIENTS),
                 servers.turn(subjects.echo(features), CLIENTS),
                 servers.turn(subjects.noop(features), CLIENTS),
                 servers.turn(subjects.echo_websocket(features), CLIENTS),
@@ -43,7 +43,7 @@ def _http_small(bench: Bench) -> Outcome:
     with bench.servers() as servers:
         launch = bench.unroll()
         turns = [
-            servers.turn(_ceiling(reference.features), CLIENTS),
+            servers.turn(ceiling(reference.features), CLIENTS),
             servers.turn(subjects.echo(reference.features), CLIENTS),
             servers.turn(subjects.raw_steps(launch, reference), CLIENTS),
             servers.turn(subjects.json_steps(launch, reference), CLIENTS),
@@ -67,7 +67,7 @@ def _http_medium(bench: Bench) -> Outcome:
     reference = bench.models["medium"]
     with bench.servers() as servers:
         turns = [
-            servers.turn(_ceiling(reference.features), CLIENTS),
+            servers.turn(ceiling(reference.features), CLIENTS),
             servers.turn(subjects.echo(reference.features), CLIENTS),
             servers.turn(subjects.raw_steps(bench.unroll(), reference), CLIENTS),
         ]
@@ -156,5 +156,5 @@ def _peers(bench: Bench, servers: Servers, reference: Reference, clients: int) -
     return [servers.turn(subject, clients) for subject in found]
 
 
-def _ceiling(features: int) -> subjects.Subject:
+def ceiling(features: int) -> subjects.Subject:
     return subjects.ceiling(post("/", bytes(4 * features)), 4 * features)

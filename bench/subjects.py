@@ -135,7 +135,7 @@ def _native(
         requests = [post(f"{sessions}/{name}-{n}/steps", body(row)) for row in reference.rows[n]]
         return http_client(requests, n, opening, unstepped=1)
 
-    return Subject(name, what, launch, client, _check_steps(name, reference, outputs))
+    return Subject(name, what, launch, client, check_steps(name, reference, outputs))
 
 
 def infer_steps(launch: Launch, reference: Reference) -> Subject:
@@ -147,7 +147,7 @@ def infer_steps(launch: Launch, reference: Reference) -> Subject:
         return http_client([infer_request(reference.name, n + 1, row) for row in (*rest, first)], n, opening)
 
     what = "Unroll, Open Inference with binary tensors"
-    check = _check_steps("unroll-infer", reference, lambda body: _floats(body[-4 * reference.features :]))
+    check = check_steps("unroll-infer", reference, lambda body: _floats(body[-4 * reference.features :]))
     return Subject("unroll-infer", what, launch, client, check)
 
 
@@ -206,7 +206,7 @@ def _floats(body: bytes) -> np.ndarray:
     return np.frombuffer(body, np.float32)
 
 
-def _check_steps(name: str, reference: Reference, outputs: Callable[[bytes], np.ndarray]) -> Callable[[Client], None]:
+def check_steps(name: str, reference: Reference, outputs: Callable[[bytes], np.ndarray]) -> Callable[[Client], None]:
     """Bit for bit, over all that the session has been sent."""
 
     def check(client: Client) -> None:

@@ -73,13 +73,19 @@ class Servers:
         model = self._raw[reference.path]
         what = f"onnxruntime alone, batch {batch}" + (f", {steps} time steps" if steps > 1 else "")
         name = f"raw-{batch}" if steps == 1 else f"raw-{batch}x{steps}"
-        return Turn(name, what, lambda seconds: _alone(None, lambda: model.measure(batch, steps, seconds)))
+        return Turn(name, what, lambda seconds: _alone((), lambda: model.measure(batch, steps, seconds)))
 
 
 def turn_of(
-    subject: Subject, port: int, clients: Sequence[Client], at: float | None = None, rate: float | None = None
+    subject: Subject,
+    port: int,
+    clients: Sequence[Client],
+    at: float | None = None,
+    rate: float | None = None,
+    *,
+    beside: Sequence[int] = (),
 ) -> Turn:
-    """rate: requests a second of an open loop."""
+    """rate: requests a second of an open loop. beside: ports of further servers that it needs."""
 
     async def check() -> None:
         async with Load(port, clients) as load:
@@ -99,7 +105,7 @@ def turn_of(
     return Turn(
         subject.name,
         subject.what,
-        lambda seconds: _alone(port, lambda: uvloop.run(measure(seconds))),
+        lambda seconds: _alone((port, *beside), lambda: uvloop.run(measure(seconds))),
         lambda: uvloop.run(check()),
         compare,
         at,
@@ -107,8 +113,8 @@ def turn_of(
     )
 
 
-def _alone(port: int | None, measure: Callable[[], Measured]) -> Measured:
-    with only(port):
+def _alone(ports: Sequence[int], measure: Callable[[], Measured]) -> Measured:
+    with only(*ports):
         return measure()
 
 

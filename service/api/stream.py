@@ -25,6 +25,7 @@ from service.api.parameters import require_streamable, split_reference
 from service.api.server import Server
 from service.api.sessions import new_id
 from service.catalog.model import ServedModel
+from service.core import failpoints
 from service.core.errors import (
     BodyTooLarge,
     CapacityExhausted,
@@ -191,6 +192,7 @@ class Stream:
         if self._working:
             self._held.append((self.on_binary, message))
             return
+        failpoints.reach("recv")
         try:
             limit = self._server.limits.max_body_bytes
             if len(message) > limit:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from service.core import failpoints
 from service.core.clock import Clock
 from service.core.errors import UnrollError
 from service.engine.base import LAUNCHED, Engine, Tensors
@@ -213,6 +214,7 @@ class Loop:
         for action in actions:
             self._act(action)
         if batch:
+            failpoints.reach("batched")
             await self._begin(batch)
         elif self._launched and self._launched[0].ready:
             await self._end(self._launched.popleft())
@@ -254,6 +256,7 @@ class Loop:
 
     async def _end(self, begun: "_Begun") -> None:
         outputs, failed = begun.result() if begun.future is None else await begun.future
+        failpoints.reach("ran")
         ended = perf_counter()
         seconds, self._ended = ended - max(begun.started, self._ended), ended
         for chunk in begun.batch.held:
@@ -273,7 +276,9 @@ class Loop:
         assert self.store is not None
         rows = self.engine.read_rows([result.session.slot for result in results])
         commits = [self._commit_of(result, row.tobytes()) for result, row in zip(results, rows, strict=True)]
+        failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
+        failpoints.reach("after_commit")
         now = self.clock.now()
         for result, commit, error in zip(results, commits, errors, strict=True):
             self.scheduler.committed(result, commit.token, error, now)

@@ -16,6 +16,7 @@ from service.api import routes
 from service.api.http import Answer, Cancel, Headers, Request, checked_headers, nothing_to_cancel
 from service.api.routes import Route
 from service.api.server import Server
+from service.core import failpoints
 from service.core.errors import BodyTooLarge, UnrollError
 
 
@@ -117,6 +118,7 @@ class HttpProtocol(HttpToolsProtocol):
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
+            failpoints.reach("recv")
             cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
             self.headers.clear()
             exchange.headers, exchange.body = _NONE, b""
@@ -152,6 +154,7 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.cancel = nothing_to_cancel
         self._parts.clear()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
+        failpoints.reach("before_reply")
         if self.transport.is_closing():
             return
         self.transport.write(

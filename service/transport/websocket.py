@@ -9,6 +9,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame, apply_mask  # type: ignore[attr-defined]  # the compiled one, if it is there
 from websockets.http11 import Request
 
+from service.core import failpoints
+
 # RFC 6455, 5.2: the first byte of a whole message; how the second byte says the payload's length.
 _FIN_TEXT, _FIN_BINARY = 0x81, 0x82
 _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
@@ -141,6 +143,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             head = struct.pack("!BBH", first, _TWO_BYTES, size)
         else:
             head = struct.pack("!BBQ", first, _EIGHT_BYTES, size)
+        failpoints.reach("before_reply")
         self.transport.write(head + message)
 
     def send_close(self, code: int, reason: str) -> None:

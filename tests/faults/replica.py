@@ -52,7 +52,7 @@ class Replica:
     async def ready(self) -> None:
         """Returns when the readiness probe is answered with 200."""
         end = time.monotonic() + _PATIENCE
-        while not await _is_ready(self.port):
+        while not await is_ready(self.port):
             assert self.running, f"{self.name} ended: {self.log.read_text()[-2000:]}"
             assert time.monotonic() < end, f"{self.name} did not start"
             await asyncio.sleep(0.01)
@@ -79,6 +79,11 @@ class Replica:
     def resume(self) -> None:
         self._send(signal.SIGCONT)
 
+    async def stopped(self) -> None:
+        """Returns when it has been stopped, or has stopped itself."""
+        assert self._process is not None
+        await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
+
     async def terminate(self) -> int:
         """Ask it to end; returns its exit status."""
         self._send(signal.SIGTERM)
@@ -95,7 +100,7 @@ class Replica:
         self._process.send_signal(number)
 
 
-async def _is_ready(port: int) -> bool:
+async def is_ready(port: int) -> bool:
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:

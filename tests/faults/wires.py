@@ -8,7 +8,7 @@ import asyncio
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,12 +20,17 @@ WAYS = (*HTTP_WAYS, "stream")
 
 _RAW = {"content-type": "application/octet-stream"}
 _JSON = {"content-type": "application/json"}
-_FRAME = struct.Struct("<BBHIIIQ")  # type, flags, reserved, entries; handle, steps, position
-_OUTPUTS_BEGIN = _FRAME.size
+_HEADER = struct.Struct("<BBHI")  # type, flags, reserved, entries
+_ENTRY = struct.Struct("<IIQ")  # handle, steps, position
+_UNSAID = 2**64 - 1
 
 
 class Broken(Exception):
-    """No whole answer came."""
+    """No whole answer came; kind: the exception's name."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.kind = type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -50,51 +55,50 @@ class Wires:
     timeout: float = 5.0
     _idle: dict[int, list["_Connection"]] = field(default_factory=lambda: defaultdict(list))
 
-    async def send(self, way: str, port: int, session: str, x: np.ndarray, position: int) -> Reply:
-        """One chunk, x (time, features), by one of HTTP_WAYS. Raises Broken."""
-        steps = f"/v1/models/{self.model}/sessions/{session}/steps"
-        if way == "raw":
-            headers = _RAW | {"unroll-position": str(position)}
-            status, headers, body = await self.ask(port, "POST", steps, x.tobytes(), headers)
-            if status == 200:
-                return Reply(status, body, int(headers["unroll-position"]))
-        elif way == "json":
-            sent = json.dumps({"inputs": x.tolist(), "position": position}).encode()
-            status, _, body = await self.ask(port, "POST", steps, sent, _JSON)
-            if status == 200:
-                document = json.loads(body)
-                return Reply(status, _packed(document["outputs"]), document["position"])
-        else:
-            status, _, body = await self.ask(
-                port, "POST", f"/v2/models/{self.model}/infer", self._infer(session, x, position)
-            )
-            if status == 200:
-                document = json.loads(body)
-                (output,) = document["outputs"]
-                return Reply(status, _packed(output["data"]), document["parameters"]["sequence_position"])
-        return refusal(status, json.loads(body))
+    async def send(
+        self, way: str, port: int, session: str, x: np.ndarray, position: int | None, **flags: bool
+    ) -> Reply:
+        """One chunk, x (time, features), by one of HTTP_WAYS. flags: sequence_start or sequence_end, of v2 only.
 
-    def _infer(self, session: str, x: np.ndarray, position: int) -> bytes:
+        Raises Broken.
+        """
+        path, body, headers = f"/v1/models/{self.model}/sessions/{session}/steps", b"", _JSON
+        if way == "raw":
+            body, headers = x.tobytes(), _RAW | ({} if position is None else {"unroll-position": str(position)})
+        elif way == "json":
+            body = json.dumps({"inputs": x.tolist(), "position": position}).encode()
+        else:
+            path, body = f"/v2/models/{self.model}/infer", self._infer(session, x, position, flags)
+        status, found, content = await self.ask(port, "POST", path, body, headers)
+        if status != 200:
+            return refusal(status, _document(content), found.get("retry-after"))
+        if way == "raw":
+            return Reply(status, content, int(found["unroll-position"]))
+        document = json.loads(content)
+        if way == "json":
+            return Reply(status, _packed(document["outputs"]), document["position"])
+        (output,) = document["outputs"]
+        return Reply(status, _packed(output["data"]), document["parameters"]["sequence_position"])
+
+    def _infer(self, session: str, x: np.ndarray, position: int | None, flags: dict[str, bool]) -> bytes:
         tensor = {"name": self.features[0], "shape": [1, *x.shape], "datatype": "FP32", "data": x.ravel().tolist()}
-        return json.dumps(
-            {
-                "inputs": [tensor],
-                "outputs": [{"name": self.features[1]}],
-                "parameters": {"sequence_id": session, "sequence_position": position},
-            }
-        ).encode()
+        parameters = {"sequence_id": session, **flags}
+        if position is not None:
+            parameters["sequence_position"] = position
+        outputs = [{"name": self.features[1]}]
+        return json.dumps({"inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
 
     async def call(self, method: str, port: int, path: str, body: object = None) -> Reply:
-        """One of the other routes under the model's. A state's bytes are the `outputs` of its reply."""
-        sent = b"" if body is None else json.dumps(body).encode()
-        path = f"/v1/models/{self.model}{path}"
-        status, headers, content = await self.ask(port, method, path, sent, _JSON if sent else {})
+        """One of the other routes under the model's; a body of bytes is a state, and so are a reply's `outputs`."""
+        sent = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        media = _RAW if isinstance(body, bytes) else _JSON if sent else {}
+        status, headers, content = await self.ask(port, method, f"/v1/models/{self.model}{path}", sent, media)
         if headers["content-type"] == _RAW["content-type"]:
             return Reply(status, content, int(headers["unroll-position"]))
-        document = json.loads(content)
+        document = _document(content)
         if status < 300:
             return Reply(status, position=document["position"], document=document)
-        return refusal(status, document)
+        return refusal(status, document, headers.get("retry-after"))
 
     async def ask(
         self, port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
@@ -109,7 +113,8 @@ class Wires:
                     connection.close()
                     raise
         except (OSError, EOFError, asyncio.LimitOverrunError) as error:
-            raise Broken(f"{type(error).__name__}: {error}") from error
+            self._forget(port)
+            raise Broken(error) from error
         if answer[1].get("connection") == "close":
             connection.close()
         else:
@@ -117,10 +122,13 @@ class Wires:
         return answer
 
     def close(self) -> None:
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
-        self._idle.clear()
+        for port in [*self._idle]:
+            self._forget(port)
+
+    def _forget(self, port: int) -> None:
+        """Where one connection broke, the others most likely did."""
+        for connection in self._idle.pop(port, []):
+            connection.close()
 
 
 class _Connection:
@@ -149,29 +157,42 @@ class _Connection:
 
 
 class Stream:
-    """A WebSocket to one replica with one session on it, as handle 0. Raises Broken, and is of no use afterwards."""
+    """A WebSocket to one replica with one session on it, as handle 0. Raises Broken, and is of no use afterwards.
 
-    def __init__(self, wires: Wires, port: int, session: str) -> None:
-        self.port = port
-        self._wires, self._session = wires, session
+    depth: how many chunks it may have under way.
+    """
+
+    def __init__(self, wires: Wires, port: int, session: str, depth: int = 1) -> None:
+        self._wires, self._port, self._session, self._depth = wires, port, session, depth
         self._socket: ClientConnection | None = None
 
-    async def send(self, x: np.ndarray, position: int) -> Reply:
+    async def send(self, x: np.ndarray, position: int | None) -> Reply:
+        """One chunk, x (time, features)."""
+        return (await self.send_all([x], position))[0]
+
+    async def send_all(self, chunks: Sequence[np.ndarray], position: int | None) -> list[Reply]:
+        """Chunks that follow one another, all at once; or the refusal to bind the session, once."""
+        replies: list[Reply] = []
         try:
             async with asyncio.timeout(self._wires.timeout):
                 if self._socket is None and (refused := await self._open()) is not None:
-                    return refused
+                    return [refused]
                 assert self._socket is not None
-                await self._socket.send(_FRAME.pack(1, 0, 0, 1, 0, len(x), position) + x.tobytes())
-                return _stream_reply(await self._socket.recv())
+                for x in chunks:
+                    place = _UNSAID if position is None else position
+                    await self._socket.send(_HEADER.pack(1, 0, 0, 1) + _ENTRY.pack(0, len(x), place) + x.tobytes())
+                    position = None if position is None else position + len(x)
+                while len(replies) < len(chunks):
+                    replies += _stream_replies(await self._socket.recv())
         except (OSError, WebSocketException) as error:
-            raise Broken(f"{type(error).__name__}: {error}") from error
+            raise Broken(error) from error
+        return replies
 
     async def _open(self) -> Reply | None:
         """None if the session is bound."""
-        address = f"ws://127.0.0.1:{self.port}/v1/models/{self._wires.model}/stream"
+        address = f"ws://127.0.0.1:{self._port}/v1/models/{self._wires.model}/stream"
         self._socket = await connect(address, compression=None, open_timeout=None, ping_interval=None, proxy=None)
-        wanted = {"handle": 0, "session_id": self._session, "mode": "resume"}
+        wanted = {"handle": 0, "session_id": self._session, "mode": "resume", "depth": self._depth}
         await self._socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
         answer = json.loads(await self._socket.recv())
         (opened,) = answer["sessions"]
@@ -182,23 +203,41 @@ class Stream:
             self._socket.transport.abort()
 
 
-def refusal(status: int, document: Mapping) -> Reply:
-    """An error as v1, v2 or a stream tells it; a stream's has no status."""
+def refusal(status: int, document: Mapping, retry_after: str | float | None = None) -> Reply:
+    """An error as v1, v2 or a stream tells it; a stream's has no status, and `retry_after` inside."""
+    wait = document.get("retry_after", retry_after)
     return Reply(
         status,
         code=document["code"],
         expected=document.get("expected"),
-        retry_after=document.get("retry_after"),
+        retry_after=None if wait is None else float(wait),
         document=document,
     )
 
 
-def _stream_reply(message: str | bytes) -> Reply:
+def _stream_replies(message: str | bytes) -> list[Reply]:
     if isinstance(message, str):
-        return refusal(0, json.loads(message))
-    kind, _, _, entries, _, _, position = _FRAME.unpack_from(message)
-    assert (kind, entries) == (2, 1), message
-    return Reply(200, message[_OUTPUTS_BEGIN:], position)
+        return [refusal(0, json.loads(message))]
+    kind, _, _, count = _HEADER.unpack_from(message)
+    assert kind == 2, message
+    begin = _HEADER.size + count * _ENTRY.size
+    entries = list(_ENTRY.iter_unpack(message[_HEADER.size : begin]))
+    size = (len(message) - begin) // sum(steps for _, steps, _ in entries)  # of a step's outputs
+    replies = []
+    for _, steps, position in entries:
+        end = begin + steps * size
+        replies.append(Reply(200, message[begin:end], position))
+        begin = end
+    return replies
+
+
+def _document(content: bytes) -> Mapping:
+    """A body of JSON, which is what a good server sends; else its code tells."""
+    try:
+        document: Mapping = json.loads(content)
+    except ValueError:
+        return {"code": f"not JSON: {content[:100]!r}"}
+    return document
 
 
 def _packed(values: list) -> bytes:

@@ -1,0 +1,209 @@
+"""What it costs that sessions outlive their server; `python -m bench.durability` measures this alone.
+
+Redis runs on the load generator's core, as it would on another machine: what the server does for a commit is counted,
+and what Redis does is not.
+"""
+
+import base64
+import json
+import random
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from http.client import HTTPConnection
+from time import perf_counter
+
+import numpy as np
+
+from bench.http_client import JSON, RAW, http_client, post
+from bench.load import Client, Measured
+from bench.outcomes import Outcome, Row, ratio
+from bench.reference import Reference
+from bench.servers import HOST, running
+from bench.steps import CLIENTS, ceiling
+from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
+from bench.turns import Bench, Turn, by_name, turn_of
+from bench.wandering import wandering_client
+
+#: Of what the server does with sessions in memory.
+_BOUND = 0.6
+#: Sessions that are reloaded, one after another.
+_RELOADED = 500
+_FSYNC = ("everysec", "always")
+_KEYS = ("--snapshot-keys", '["a key of the benchmark"]')
+
+
+def durability(bench: Bench) -> list[Outcome]:
+    if shutil.which("redis-server") is None:
+        return [Outcome("durability", "Durable sessions", remarks=["skipped: redis-server is not installed"])]
+    with ExitStack() as stack:
+        redis = {fsync: stack.enter_context(_redis(bench, fsync)) for fsync in _FSYNC}
+        stores = {fsync: ("--store", f"redis://{HOST}:{port}/0") for fsync, port in redis.items()}
+        return [
+            _levels(bench, stores, redis["everysec"]),
+            _elsewhere(bench, stores["everysec"]),
+            _routing(bench, stores["everysec"]),
+        ]
+
+
+@contextmanager
+def _redis(bench: Bench, fsync: str) -> Iterator[int]:
+    """The port of a redis-server on the load generator's core."""
+    folder = bench.folder / f"redis-{fsync}"
+    folder.mkdir()
+    flags = f"--port PORT --bind {HOST} --dir {folder} --appendonly yes --appendfsync {fsync} --loglevel warning"
+    command = ("redis-server", *flags.split(), "--save", "")
+    with running(command, {sorted(bench.cores)[-1]}, folder / "log", takes_turns=False) as server:
+        yield server.port
+
+
+# ── steps, by where the session is ───────────────────────────────────────────────────────────────
+
+
+def _levels(bench: Bench, stores: dict[str, tuple[str, str]], port: int) -> Outcome:
+    reference = bench.models["small"]
+    with bench.servers() as servers:
+        launches = {fsync: bench.unroll(*store, name=f"unroll-{fsync}") for fsync, store in stores.items()}
+        turns = [
+            servers.turn(ceiling(reference.features), CLIENTS),
+            servers.turn(raw_steps(bench.unroll(), reference), CLIENTS),
+            servers.turn(_held(bench.unroll(*_KEYS, name="unroll-client"), reference), CLIENTS),
+            *(servers.turn(_stored(launch, reference), CLIENTS) for launch in launches.values()),
+        ]
+        rows = bench.alternate(turns)
+    named = by_name(rows)
+    says = "HTTP, raw bytes, sessions in Redis (everysec): of those in memory"
+    verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"], judged=bench.judged)
+    title = f"Durability, a step a request, {CLIENTS} HTTP clients, LSTM 2×64; Redis on the load generator's core"
+    remark = f"a session takes {_bytes_of_a_session(port):,.0f} bytes in Redis (MEMORY USAGE of its keys)"
+    return Outcome("durability", title, "steps/s", rows, [verdict], [remark])
+
+
+def _stored(launch: Launch, reference: Reference) -> Subject:
+    subject = raw_steps(launch, reference)
+    return replace(subject, name=launch.name, what=f"Unroll, raw bytes, in Redis, appendfsync {launch.name[7:]}")
+
+
+def _held(launch: Launch, reference: Reference) -> Subject:
+    """Each request carries the snapshot that came with the reply before."""
+    sessions = f"/v1/models/{reference.name}/sessions"
+    outputs = 4 * reference.features
+
+    def client(n: int) -> Client:
+        made = http_client((), n, unstepped=1)
+        rows = reference.rows[n]
+
+        def next_request() -> bytes:
+            if not made.answered:
+                return post(sessions, {"session_id": f"held-{n}", "durability": "client"})
+            body = made.last[0]
+            first = made.answered == 1
+            snapshot = base64.b64decode(json.loads(body)["snapshot"]) if first else body[:-outputs]
+            row = rows[(made.answered - 1) % len(rows)]
+            headers = {"Unroll-Snapshot-Length": str(len(snapshot))}
+            return post(f"{sessions}/held-{n}/steps", snapshot + row.tobytes(), headers)
+
+        made.next_request = next_request
+        return made
+
+    check = check_steps(launch.name, reference, lambda body: np.frombuffer(body[-outputs:], np.float32))
+    return Subject(launch.name, "Unroll, raw bytes, the client holds the signed state", launch, client, check)
+
+
+def _bytes_of_a_session(port: int) -> float:
+    """The mean over all keys of the sessions there are."""
+    with socket.create_connection((HOST, port)) as connection, connection.makefile("rwb") as file:
+
+        def ask(*words: bytes) -> bytes:
+            file.write(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
+            file.flush()
+            line: bytes = file.readline().rstrip()
+            if line[:1] == b"$":
+                return file.read(int(line[1:]) + 2)[:-2]
+            return line[1:]
+
+        count = int(ask(b"KEYS", b"unroll:*"))
+        keys = [file.read(int(file.readline()[1:]) + 2)[:-2] for _ in range(count)]
+        total = sum(int(ask(b"MEMORY", b"USAGE", key, b"SAMPLES", b"0")) for key in keys)
+        return total / len({key.removesuffix(b":gone") for key in keys})
+
+
+# ── one session, two replicas ────────────────────────────────────────────────────────────────────
+
+
+def _elsewhere(bench: Bench, store: tuple[str, str]) -> Outcome:
+    """The first step of a session at a replica that has not got it, and the second."""
+    reference = bench.models["small"]
+    path = f"/v1/models/{reference.name}/sessions"
+    row = reference.rows[0, 0].tobytes()
+    first, second = [], []
+    with bench.servers() as servers:
+        here, there = (servers.server(bench.unroll(*store, name=f"unroll-{name}")).port for name in ("here", "there"))
+        with closing(HTTPConnection(HOST, here)) as one, closing(HTTPConnection(HOST, there)) as other:
+            for n in range(_RELOADED if bench.judged else 20):
+                _exchange(one, path, json.dumps({"session_id": f"reloaded-{n}"}).encode(), JSON)
+                step = f"{path}/reloaded-{n}/steps"
+                _exchange(one, step, row)
+                first.append(_exchange(other, step, row))
+                second.append(_exchange(other, step, row))
+    rows = [
+        Row("reloaded", "the first step at another replica, one client", [_measured(first)]),
+        Row("resident", "the step after it", [_measured(second)]),
+    ]
+    return Outcome("durability-reload", "A session goes on at another replica, LSTM 2×64", "steps/s", rows)
+
+
+def _exchange(connection: HTTPConnection, path: str, body: bytes, media: str = RAW) -> float:
+    """Seconds until the reply."""
+    began = perf_counter()
+    connection.request("POST", path, body, {"Content-Type": media})
+    reply = connection.getresponse()
+    content = reply.read()
+    if reply.status not in (200, 201):
+        raise WrongAnswer(f"a step of a session was answered with {reply.status}: {content[:200]!r}")
+    return perf_counter() - began
+
+
+def _measured(seconds: list[float]) -> Measured:
+    p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
+    return Measured(len(seconds) / sum(seconds), float(p50), float(p99))
+
+
+def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
+    """Two replicas on the server's core."""
+    reference = bench.models["small"]
+    with bench.servers() as servers:
+        launches = [bench.unroll(*store, name=f"unroll-{name}") for name in ("one", "two")]
+        ports = [servers.server(launch).port for launch in launches]
+        turns = [
+            _routed("sticky", "each session at one of two replicas", launches[0], reference, ports),
+            _routed("random", "each step at either of two replicas", launches[0], reference, ports),
+        ]
+        sticky, wandering = rows = bench.alternate(turns)
+    title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in Redis, LSTM 2×64"
+    remark = f"random routing has {wandering.rate / sticky.rate:.2f} of the rate of sticky routing"
+    return Outcome("durability-routing", title, "steps/s", rows, remarks=[remark])
+
+
+def _routed(name: str, what: str, launch: Launch, reference: Reference, ports: list[int]) -> Turn:
+    sessions = f"/v1/models/{reference.name}/sessions"
+    chance = random.Random(0)
+
+    def client(n: int) -> Client:
+        requests = [post(f"{sessions}/{name}-{n}/steps", row.tobytes()) for row in reference.rows[n]]
+        opening = [post(sessions, {"session_id": f"{name}-{n}"})]
+        elsewhere = (lambda: n % 2 == 1) if name == "sticky" else (lambda: chance.random() < 0.5)
+        return wandering_client(requests, n, opening, ports[1], elsewhere)
+
+    check = check_steps(name, reference, lambda body: np.frombuffer(body, np.float32))
+    subject = Subject(name, f"Unroll, raw bytes, {what}", launch, client, check)
+    return turn_of(subject, ports[0], [client(n) for n in range(CLIENTS)], beside=ports[1:])
+
+
+if __name__ == "__main__":
+    from bench.__main__ import main  # which knows this module as a scenario
+
+    raise SystemExit(main(["--only", "durability", "--peers", "none", *sys.argv[1:]]))

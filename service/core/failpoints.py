@@ -1,0 +1,45 @@
+"""Places in the life of a request where tests have the process killed or stopped. Unarmed, one costs a comparison.
+
+    recv           a whole request of an inference route was read
+    batched        a batch was formed
+    ran            it was run
+    before_commit  its durable sessions are about to be put into the store
+    after_commit   the store has answered
+    before_reply   an answer is about to be written
+
+Armed by the environment only: UNROLL_FAILPOINTS="before_commit=kill:3,ran=stop:1" sends the process itself SIGKILL the
+third time it is about to commit, and SIGSTOP the first time it has run a batch.
+"""
+
+import os
+import signal
+
+NAMES = frozenset({"recv", "batched", "ran", "before_commit", "after_commit", "before_reply"})
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+def reach(name: str) -> None:
+    if _armed is not None:
+        _armed.reach(name)
+
+
+class _Armed:
+    def __init__(self, text: str) -> None:
+        """Raises ValueError."""
+        self._left: dict[str, int] = {}
+        self._signals: dict[str, signal.Signals] = {}
+        for word in text.split(","):
+            name, _, does = word.partition("=")
+            what, _, times = does.partition(":")
+            if name not in NAMES or what not in _SIGNALS or not times.isdigit():
+                raise ValueError(f"UNROLL_FAILPOINTS has {word!r}; it should be NAME=kill:N or NAME=stop:N")
+            self._left[name], self._signals[name] = int(times), _SIGNALS[what]
+
+    def reach(self, name: str) -> None:
+        if name in self._left:
+            self._left[name] -= 1
+            if self._left[name] == 0:
+                os.kill(os.getpid(), self._signals[name])
+
+
+_armed = _Armed(os.environ["UNROLL_FAILPOINTS"]) if "UNROLL_FAILPOINTS" in os.environ else None

@@ -1,0 +1,196 @@
+"""A client as they should be: it says the position with each chunk and sends it again until it is acknowledged.
+
+Every try goes to a replica drawn at random, over one of four ways drawn at random. Now and then the client asks for
+what it has, or for what it must not get. Whatever it is told goes into its `Track`.
+"""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import numpy as np
+from faults.history import Track
+from faults.wires import WAYS, Broken, Reply, Stream, Wires
+
+#: Codes after which the same request may be sent again: nothing was applied, or the answer can be had again.
+RETRY = {
+    "store_unavailable",
+    "session_contended",
+    "draining",
+    "queue_full",
+    "deadline_unreachable",
+    "deadline_exceeded",
+    "capacity_exhausted",
+}
+#: Seconds after which a client that is not acknowledged has found a fault.
+_PATIENCE = 60.0
+
+
+class Refused(Exception):
+    """The server said what it must not say; the track has it as a complaint."""
+
+
+@dataclass
+class Told:
+    """What all clients were told. outcomes: of every try. seconds: from the first try of a step until its answer."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    seconds: list[tuple[float, float]] = field(default_factory=list)  # (when it was answered, how long it took)
+
+    def percentile(self, percent: float, since: float = 0.0, until: float = float("inf")) -> float:
+        """In milliseconds, of the steps answered in between."""
+        taken = [seconds for when, seconds in self.seconds if since <= when < until]
+        return float(np.percentile(taken, percent)) * 1e3
+
+
+class Client:
+    """ports: of the replicas. follows_gaps: what the store lost is sent again, instead of being a fault."""
+
+    def __init__(
+        self,
+        track: Track,
+        wires: Wires,
+        ports: Sequence[int],
+        chance: random.Random,
+        told: Told,
+        *,
+        ways: Sequence[str] = WAYS,
+        follows_gaps: bool = False,
+    ) -> None:
+        self.track = track
+        self.ways = ways
+        self.follows_gaps = follows_gaps
+        self._wires, self._ports, self._chance, self._told = wires, ports, chance, told
+        self._numbers = np.random.default_rng(chance.getrandbits(32))
+        self._stream: Stream | None = None
+
+    async def live(self, stop: asyncio.Event, pause: float) -> None:
+        """Steps, with `pause` seconds between them on average, until `stop`; or until a fault is found."""
+        do = [self.step] * 20 + [self.repeat] * 3
+        if not self.follows_gaps:  # else it could be taken, where the store has lost something
+            do += [self.send_others, self.skip]
+        while not stop.is_set():
+            try:
+                await self._chance.choice(do)()
+            except Refused:
+                return
+            await asyncio.sleep(self._chance.uniform(0, 2 * pause))
+
+    async def open(self) -> None:
+        """The answer may be lost, and then the session exists."""
+        path = "/sessions"
+        body = {"session_id": self.track.id}
+        reply = await self._until_answered(lambda way, port: self._wires.call("POST", port, path, body), ("json",))
+        if reply.status != 201 and (reply.code, reply.document.get("position")) != ("session_exists", 0):
+            self._note(reply)
+
+    async def step(self) -> None:
+        """The next chunk: of one step, or of a few."""
+        x = self.chunk()
+        self.track.sent, began = x, time.monotonic()
+        await self._until_acknowledged(self.track.position, x)
+        now = time.monotonic()
+        self._told.seconds.append((now, now - began))
+
+    async def repeat(self) -> None:
+        """The last chunk again, as if its answer had not come."""
+        if self.track.chunks:
+            last = self.track.chunks[-1]
+            await self._until_acknowledged(self.track.position - len(last), last)
+
+    async def send_others(self) -> None:
+        """Other values at the place of the last chunk."""
+        if self.track.chunks:
+            start = self.track.position - len(self.track.chunks[-1])
+            await self._must_refuse(start, "payload_mismatch")
+
+    async def skip(self) -> None:
+        """A chunk that begins where the session is not yet."""
+        await self._must_refuse(self.track.position + self._chance.randint(1, 5), "position_gap")
+
+    async def look(self) -> None:
+        """Where the session is in the end, and its very state."""
+        path = f"/sessions/{self.track.id}/state"
+        reply = await self._until_answered(lambda way, port: self._wires.call("GET", port, path), ("json",))
+        if reply.status == 200:
+            self.track.state = reply.outputs
+        else:
+            self._note(reply)
+
+    def chunk(self) -> np.ndarray:
+        steps = self._chance.choice((1, 1, 1, 2, 5))
+        return self._numbers.standard_normal((steps, 2)).astype(np.float32)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    # ── asking ───────────────────────────────────────────────────────────────────────────────────
+
+    async def _until_acknowledged(self, start: int, x: np.ndarray) -> None:
+        reply = await self._until_answered(lambda way, port: self._send(way, port, x, start), self.ways)
+        if reply.status == 200:
+            self.track.answered(start, x, reply.outputs, reply.position)
+        elif self.follows_gaps and reply.code == "position_gap" and (reply.expected or 0) < start:
+            await self._go_back(reply.expected or 0)
+            await self._until_acknowledged(start, x)
+        else:
+            self._complain(reply)
+
+    async def _go_back(self, expected: int) -> None:
+        """Send again what the store has lost: from the chunk that begins at `expected`."""
+        position = 0
+        for chunk in [*self.track.chunks]:
+            if position >= expected:
+                await self._until_acknowledged(position, chunk)
+            position += len(chunk)
+
+    async def _must_refuse(self, start: int, code: str) -> None:
+        other = self.chunk()
+        reply = await self._until_answered(lambda way, port: self._send(way, port, other, start), self.ways)
+        if (reply.code, reply.expected) != (code, self.track.position):
+            self._complain(reply)
+
+    def _complain(self, reply: Reply) -> NoReturn:
+        self._note(reply)
+        raise Refused(self.track.complaints[-1])
+
+    def _note(self, reply: Reply) -> None:
+        self.track.refused(self.track.position, reply.code or f"status {reply.status}", reply.expected)
+
+    async def _until_answered(self, send: Callable[[str, int], Awaitable[Reply]], ways: Sequence[str]) -> Reply:
+        """The first answer that is final. Raises TimeoutError if there is none."""
+        end, tries = time.monotonic() + _PATIENCE, 0
+        while True:
+            reply = None
+            try:
+                reply = await send(self._chance.choice(ways), self._chance.choice(self._ports))
+                outcome = reply.code or str(reply.status)
+            except Broken as broken:
+                outcome = broken.kind
+            self._told.outcomes[outcome] += 1
+            if reply is not None and outcome not in RETRY:
+                return reply
+            tries += 1
+            if time.monotonic() > end:
+                raise TimeoutError(f"session {self.track.id} was not answered in {tries} tries, last {outcome}")
+            await asyncio.sleep(self._chance.uniform(0, 0.04 * min(tries, 10)))
+
+    async def _send(self, way: str, port: int, x: np.ndarray, position: int) -> Reply:
+        if way != "stream":
+            return await self._wires.send(way, port, self.track.id, x, position)
+        if self._chance.random() < 0.2:
+            self.close()
+        self._stream = self._stream or Stream(self._wires, port, self.track.id)
+        reply = None
+        try:
+            reply = await self._stream.send(x, position)
+        finally:
+            if reply is None or reply.code:
+                self.close()
+        return reply

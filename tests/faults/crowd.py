@@ -1,0 +1,95 @@
+"""Many clients of the same replicas, and what becomes of their sessions."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
+
+from faults.client import Client, Told
+from faults.history import Track, Verdict, check
+from faults.wires import WAYS, Wires
+from oracle import Oracle
+
+
+class Crowd:
+    """ports: where the replicas listen. pause: seconds that a client waits between steps, on average."""
+
+    def __init__(
+        self,
+        ports: Sequence[int],
+        seed: int,
+        sessions: int,
+        *,
+        pause: float = 0.02,
+        timeout: float = 5.0,
+        ways: Sequence[str] = WAYS,
+        follows_gaps: bool = False,
+        prefix: str = "session",
+    ) -> None:
+        chance = random.Random(seed)
+        self.told = Told()
+        self.tracks = [Track(f"{prefix}-{i}") for i in range(sessions)]
+        self._pause = pause
+        self._wires = Wires("tiny", ("x", "y"), timeout)
+        self._clients = [
+            Client(
+                track,
+                self._wires,
+                ports,
+                random.Random(chance.getrandbits(32)),
+                self.told,
+                ways=ways,
+                follows_gaps=follows_gaps,
+            )
+            for track in self.tracks
+        ]
+
+    async def __aenter__(self) -> Self:
+        await asyncio.gather(*(client.open() for client in self._clients))
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        for client in self._clients:
+            client.close()
+        self._wires.close()
+
+    @asynccontextmanager
+    async def stepping(self) -> AsyncIterator[None]:
+        """All step, until the end; and then until each has its answer."""
+        stop = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            for client in self._clients:
+                group.create_task(client.live(stop, self._pause))
+            try:
+                yield
+            finally:
+                stop.set()
+
+    async def acknowledged(self, steps: int) -> None:
+        """Returns when there have been so many more, while stepping."""
+        wanted = self.steps + steps
+        while self.steps < wanted:
+            assert not self.complaints, self.complaints
+            await asyncio.sleep(0.005)
+
+    async def hears(self, code: str) -> None:
+        """Returns when someone is told this, while stepping."""
+        before = self.told.outcomes[code]
+        while self.told.outcomes[code] == before:
+            assert not self.complaints, self.complaints
+            await asyncio.sleep(0.005)
+
+    @property
+    def steps(self) -> int:
+        return sum(track.position for track in self.tracks)
+
+    @property
+    def complaints(self) -> list[tuple[str, str]]:
+        return [complaint for track in self.tracks for complaint in track.complaints]
+
+    async def verdict(self, oracle: Oracle) -> Verdict:
+        """Looks at every session's state, and checks all."""
+        await asyncio.gather(*(client.look() for client in self._clients))
+        return check(self.tracks, oracle)

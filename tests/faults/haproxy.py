@@ -1,0 +1,54 @@
+"""A real HAProxy with the configuration that is deployed, in front of replicas on the loopback."""
+
+import asyncio
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from faults.replica import ROOT, is_ready
+from redis_server import free_port
+
+_PATIENCE = 20.0
+
+
+def missing() -> str:
+    """Why there can be no HAProxy here; empty if there can."""
+    return "" if shutil.which("haproxy") else "haproxy is not installed"
+
+
+class HAProxy:
+    """ports: of the replicas, instead of those that DNS would name; it looks at their health often, to save time."""
+
+    def __init__(self, folder: Path, ports: Sequence[int]) -> None:
+        self.port = free_port()
+        self._config, self._log = folder / "haproxy.cfg", folder / "haproxy.log"
+        replicas = "\n".join(f"  server replica-{port} 127.0.0.1:{port} check inter 100ms" for port in ports)
+        text = (ROOT / "deploy" / "haproxy.cfg").read_text()
+        text, binds = re.subn(r"bind :8000", f"bind 127.0.0.1:{self.port}", text)
+        text, templates = re.subn(r"  server-template .*", replicas, text)
+        assert (binds, templates) == (1, 1), "deploy/haproxy.cfg is not what it was"
+        self._config.write_text(text)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self) -> None:
+        """Returns when a replica answers through it."""
+        self._process = self._launch()
+        end = time.monotonic() + _PATIENCE
+        while not await is_ready(self.port):
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < end, "no replica answers through HAProxy"
+            await asyncio.sleep(0.01)
+
+    def _launch(self) -> "subprocess.Popen[bytes]":
+        command = ["haproxy", "-db", "-f", str(self._config)]
+        with self._log.open("wb") as log:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(_PATIENCE)
+            self._process = None

@@ -1,0 +1,143 @@
+"""`make kill-test`: replicas are killed at random instants while clients step, and no step may be lost or doubled.
+
+Three `unroll serve`, one redis-server, 200 sessions whose clients send each chunk to any replica, by HTTP or WebSocket,
+until it is acknowledged. Each replica is killed with SIGKILL some time after it became ready, and started again, until
+there were enough kills or the time is over. Then every session's state is looked at, and the history checker judges.
+"""
+
+import argparse
+import asyncio
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import uvloop
+from faults.client import Told
+from faults.crowd import Crowd
+from faults.history import Verdict
+from faults.replica import Replica, tiny_repository
+from oracle import Oracle
+from redis_server import RedisServer, missing
+
+#: Seconds a replica lives on average once it is ready, and a client waits before its next step.
+_LIFE, _PAUSE = 0.6, 0.3
+#: Sessions lose their rows all the time, chunks run in pieces, and those of 200 clients do not fit into a batch.
+_HARD = ("--session-capacity", "100", "--piece-steps", "2", "--max-batch", "32")
+
+
+@dataclass
+class Result:
+    kills: int
+    verdict: Verdict
+    told: Told
+    crashes: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.kills} kills, {self.verdict}"
+
+
+async def run(
+    folder: Path,
+    seed: int,
+    *,
+    kills: int,
+    seconds: float,
+    sessions: int = 200,
+    replicas: int = 3,
+    durability: str = "redis",
+    fsync: str = "everysec",
+) -> Result:
+    """Until there were `kills`, at most for `seconds`; without kills, for `seconds`. fsync: Redis's appendfsync."""
+    repository = tiny_repository(folder)
+    store = RedisServer(folder / "redis", fsync)
+    store.start()
+    options = ("--store", store.url) if durability == "redis" else ()
+    cluster = [Replica(f"replica-{i}", repository, folder, *_HARD, *options) for i in range(replicas)]
+    killer = _Killer(kills, max(1, replicas - 1), random.Random(seed), monotonic() + seconds)
+    try:
+        await asyncio.gather(*(replica.start() for replica in cluster))
+        async with Crowd([replica.port for replica in cluster], seed, sessions, pause=_PAUSE) as crowd:
+            async with crowd.stepping():
+                await asyncio.gather(*(killer.haunt(replica) for replica in cluster))
+            verdict = await crowd.verdict(Oracle(repository, "tiny"))
+    finally:
+        for replica in cluster:
+            replica.kill()
+        store.kill()
+    return Result(killer.done, verdict, crowd.told, [line for replica in cluster for line in _crashes(replica)])
+
+
+class _Killer:
+    """Kills replicas until it is enough, and leaves them running. most: how many are down at a time."""
+
+    def __init__(self, wanted: int, most: int, chance: random.Random, end: float) -> None:
+        self.done = 0
+        self._down = asyncio.Semaphore(most)
+        self._wanted, self._chance, self._end = wanted, chance, end
+
+    async def haunt(self, replica: Replica) -> None:
+        if not self._wanted:
+            await asyncio.sleep(self._end - monotonic())
+        while self.done < self._wanted and monotonic() < self._end:
+            await asyncio.sleep(self._chance.uniform(0, 2 * _LIFE))
+            async with self._down:
+                if self.done < self._wanted:
+                    replica.kill()
+                    self.done += 1
+                    await replica.start()
+
+
+def _crashes(replica: Replica) -> list[str]:
+    """What a replica logged of itself, not of its store."""
+    return [line for line in replica.log.read_text().splitlines() if "Traceback" in line]
+
+
+async def _watched(arguments: argparse.Namespace, folder: Path) -> Result:
+    return await run(
+        folder,
+        arguments.seed,
+        kills=arguments.kills,
+        seconds=arguments.seconds,
+        sessions=arguments.sessions,
+        replicas=arguments.replicas,
+        durability=arguments.durability,
+        fsync=arguments.fsync,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m faults.kill_loop", description=__doc__)
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=1200.0, help="at most")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--sessions", type=int, default=200)
+    parser.add_argument("--replicas", type=int, default=3)
+    parser.add_argument("--durability", choices=["redis", "memory"], default="redis")
+    parser.add_argument("--fsync", choices=["always", "everysec", "no"], default="everysec")
+    arguments = parser.parse_args(argv)
+    if why := missing():
+        print(f"cannot run: {why}", file=sys.stderr)
+        return 2
+    print(f"seed {arguments.seed}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="kill-test-"))
+    result = uvloop.run(_watched(arguments, folder))
+    for finding in [*result.verdict.findings[:20], *result.crashes[:20]]:
+        print(finding)
+    print(", ".join(f"{count} {what}" for what, count in result.told.outcomes.most_common()))
+    print(f"a step took {result.told.percentile(50):.1f} ms at p50, {result.told.percentile(99):.0f} ms at p99")
+    good = result.verdict.good and not result.crashes and result.kills >= arguments.kills
+    if good:
+        shutil.rmtree(folder)
+    else:
+        print(f"logs: {folder}")
+    print(result)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,110 @@
+"""`make rolling-test`: every replica is restarted behind a real HAProxy, one after another, while clients step.
+
+Each is asked to end by SIGTERM, must do so with status 0, and is started again. No step may fail for a client that
+retries, and the history checker judges. What the clients waited, before and during the restarts, is printed.
+"""
+
+import argparse
+import asyncio
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import redis_server
+import uvloop
+from faults import haproxy
+from faults.client import Told
+from faults.crowd import Crowd
+from faults.haproxy import HAProxy
+from faults.history import Verdict
+from faults.replica import Replica, tiny_repository
+from oracle import Oracle
+from redis_server import RedisServer
+
+
+@dataclass
+class Result:
+    """statuses: what the replicas ended with. began, ended: when the restarts did."""
+
+    statuses: list[int]
+    verdict: Verdict
+    told: Told
+    began: float
+    ended: float
+
+    def __str__(self) -> str:
+        restarts = f"{len(self.statuses)} restarts, {sum(map(bool, self.statuses))} with an exit status other than 0"
+        return f"{restarts}, {self.verdict}"
+
+    def waits(self) -> str:
+        told, spans = self.told, {"before": (0.0, self.began), "during": (self.began, self.ended)}
+        waited = [
+            f"{name} p50 {told.percentile(50, *span):.1f} ms, p99 {told.percentile(99, *span):.0f} ms"
+            for name, span in spans.items()
+        ]
+        return f"a step took, {'; '.join(waited)}"
+
+
+async def run(
+    folder: Path, seed: int, *, rounds: int = 1, before: float = 1.0, sessions: int = 50, pause: float = 0.2
+) -> Result:
+    """rounds: how often each of three replicas is restarted. before: seconds of steps before the first."""
+    repository = tiny_repository(folder)
+    store = RedisServer(folder / "redis")
+    store.start()
+    cluster = [Replica(f"replica-{i}", repository, folder, "--store", store.url) for i in range(3)]
+    proxy = HAProxy(folder, [replica.port for replica in cluster])
+    statuses = []
+    try:
+        await asyncio.gather(*(replica.start() for replica in cluster))
+        await proxy.start()
+        async with Crowd([proxy.port], seed, sessions, pause=pause) as crowd:
+            async with crowd.stepping():
+                await asyncio.sleep(before)
+                began = monotonic()
+                for replica in cluster * rounds:
+                    statuses.append(await replica.terminate())
+                    await replica.start()
+                ended = monotonic()
+            verdict = await crowd.verdict(Oracle(repository, "tiny"))
+    finally:
+        proxy.stop()
+        for replica in cluster:
+            replica.kill()
+        store.kill()
+    return Result(statuses, verdict, crowd.told, began, ended)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m faults.rolling", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each replica is restarted")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--sessions", type=int, default=200)
+    arguments = parser.parse_args(argv)
+    if why := redis_server.missing() or haproxy.missing():
+        print(f"cannot run: {why}", file=sys.stderr)
+        return 2
+    print(f"seed {arguments.seed}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="rolling-test-"))
+    rolled = run(folder, arguments.seed, rounds=arguments.rounds, before=10.0, sessions=arguments.sessions)
+    result = uvloop.run(rolled)
+    for finding in result.verdict.findings[:20]:
+        print(finding)
+    print(", ".join(f"{count} {what}" for what, count in result.told.outcomes.most_common()))
+    print(result.waits())
+    good = result.verdict.good and not any(result.statuses)
+    if good:
+        shutil.rmtree(folder)
+    else:
+        print(f"logs: {folder}")
+    print(result)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,410 @@
+"""Any order of events over the whole application: two replicas, one store, every route, restarts, lost writes.
+
+The model of a session is the list of its inputs; its oracle is the fold over them, by onnxruntime alone. Every answer
+is compared bit for bit, and every refusal must be the one that the model says. `make machine-test` runs more examples.
+"""
+
+import asyncio
+import itertools
+import os
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from faults.conftest import start_server
+from faults.wires import WAYS, Reply, Stream, Wires
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from oracle import Oracle
+from redis_server import RedisServer, missing
+from serving import Running, until
+
+from service.core.clock import ManualClock
+from service.state.snapshot import Snapshot
+
+EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "8"))
+CAPACITY, DEPTH = 3, 4
+IDLE_SECONDS = 900.0
+START, END = {"sequence_start": True}, {"sequence_end": True}
+
+DURABLE, VOLATILE = ("d0", "d1", "d2", "d3"), ("m0", "m1")
+IDS = st.sampled_from(DURABLE + DURABLE + VOLATILE)
+REPLICAS = st.integers(0, 1)
+CHUNKS = st.tuples(st.integers(1, 3), st.integers(0, 10**6)).map(
+    lambda drawn: np.random.default_rng(drawn[1]).standard_normal((drawn[0], 2)).astype(np.float32)
+)
+
+
+@dataclass(frozen=True)
+class Life:
+    """A session that lives. last: the chunk that can be asked for again, and its outputs. number: of its life."""
+
+    number: int
+    chunks: tuple[np.ndarray, ...] = ()
+    last: tuple[int, np.ndarray, bytes] | None = None
+
+    @property
+    def position(self) -> int:
+        return sum(map(len, self.chunks))
+
+
+@dataclass(frozen=True)
+class Gone:
+    """codes: of which a request is told one."""
+
+    codes: frozenset[str] = frozenset({"session_unknown"})
+
+    @classmethod
+    def because(cls, *codes: str) -> "Gone":
+        return cls(frozenset(codes))
+
+
+class World:
+    """What all examples share: two replicas and their store. A replica is started anew when a rule says so."""
+
+    def __init__(self, repository: Path, redis: RedisServer, oracle: Oracle) -> None:
+        self.repository, self.redis, self.oracle = repository, redis, oracle
+        self.runner = asyncio.Runner()
+        self.clocks = [ManualClock(), ManualClock()]
+        self.servers = [self._start(clock) for clock in self.clocks]
+        self.examples = itertools.count()
+
+    def _start(self, clock: ManualClock) -> Running:
+        limits = {"session_capacity": CAPACITY, "piece_steps": 2, "idle_timeout": IDLE_SECONDS}
+        return start_server(self.repository, clock, store=self.redis.url, **limits)
+
+    def restart(self, at: int) -> None:
+        self.servers[at].stop()
+        self.servers[at] = self._start(self.clocks[at])
+
+    def end(self) -> None:
+        for server in self.servers:
+            server.stop()
+        self.runner.close()
+
+
+class AppMachine(RuleBasedStateMachine):
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.prefix = f"{next(world.examples)}-"
+        self.wires = Wires("tiny", ("x", "y"))
+        self.lives: dict[str, Life | Gone] = {name: Gone() for name in DURABLE + VOLATILE}
+        self.numbers = itertools.count()
+        self.streams: dict[tuple[str, int], tuple[Stream, int]] = {}
+        self.saved: dict[str, tuple[bytes, Life]] = {}
+        self.dumped: dict[str, tuple[bytes, Life]] = {}
+
+    # ── asking ───────────────────────────────────────────────────────────────────────────────────
+
+    def call(self, method: str, at: int, path: str, body: object = None) -> Reply:
+        return self.run(self.wires.call(method, self.port(at), path, body))
+
+    def send(self, name: str, at: int, way: str, x: np.ndarray, position: int | None) -> Reply:
+        if way != "stream":
+            return self.run(self.wires.send(way, self.port(at), self.prefix + name, x, position))
+        life = self.lives[name]
+        if (name, at) not in self.streams:
+            number = life.number if isinstance(life, Life) else -1
+            self.streams[name, at] = Stream(self.wires, self.port(at), self.prefix + name), number
+        return self.run(self.streams[name, at][0].send(x, position))
+
+    def run(self, asked: Coroutine[object, object, Reply]) -> Reply:
+        return self.world.runner.run(asked)
+
+    def port(self, at: int) -> int:
+        return self.world.servers[at].port
+
+    def path(self, name: str) -> str:
+        return f"/sessions/{self.prefix}{name}"
+
+    # ── what the answer must be ──────────────────────────────────────────────────────────────────
+
+    def lives_at(self, name: str, at: int, reply: Reply) -> Life | None:
+        """The session's life, or None if it has none there; then the reply must say so."""
+        life = self.lives[name]
+        if name in VOLATILE:
+            if at != VOLATILE.index(name):
+                life = Gone()
+            elif reply.code == "session_evicted":
+                life = self.lives[name] = Gone.because("session_evicted", "session_unknown")
+        if isinstance(life, Life):
+            return life
+        assert reply.code in life.codes, (name, reply, life)
+        return None
+
+    def is_bound_to_another(self, name: str, at: int, way: str, reply: Reply) -> bool:
+        """A handle of a stream means the session it was bound to, and says so when that one has ended."""
+        life = self.lives[name]
+        if way != "stream":
+            return False
+        stream, number = self.streams[name, at]
+        if reply.status == 200 or not reply.code.startswith("session_"):
+            return False
+        stream.close()
+        del self.streams[name, at]
+        return not isinstance(life, Life) or number != life.number
+
+    def refused(self, name: str, at: int, reply: Reply, code: str) -> None:
+        life = self.lives_at(name, at, reply)
+        if life is not None:
+            assert (reply.code, reply.expected) == (code, life.position), (name, reply, life)
+
+    def applied(self, name: str, x: np.ndarray, reply: Reply) -> Life:
+        life = self.lives[name]
+        assert isinstance(life, Life)
+        chunks = (*life.chunks, x)
+        outputs = self.world.oracle(np.concatenate(chunks))[-len(x) :].tobytes()
+        assert (reply.status, reply.position) == (200, life.position + len(x)), (name, reply, life)
+        assert reply.outputs == outputs, (name, life)
+        self.lives[name] = replace(life, chunks=chunks, last=(life.position, x, outputs))
+        return life
+
+    # ── what can happen to a session ─────────────────────────────────────────────────────────────
+
+    @rule(name=IDS, at=REPLICAS)
+    def open(self, name: str, at: int) -> None:
+        durability = "memory" if name in VOLATILE else "redis"
+        at = VOLATILE.index(name) if name in VOLATILE else at
+        reply = self.call("POST", at, "/sessions", {"session_id": self.prefix + name, "durability": durability})
+        life = self.lives[name]
+        if reply.status == 409:
+            assert isinstance(life, Life), (name, reply, life)
+            assert (reply.code, reply.document["position"]) == ("session_exists", life.position)
+        else:
+            assert (reply.status, reply.document.get("durability")) == (201, durability), (name, reply)
+            assert isinstance(life, Gone) or name in VOLATILE, (name, reply, life)
+            self.lives[name] = Life(next(self.numbers))
+
+    @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS, says=st.booleans())
+    def step(self, name: str, at: int, way: str, x: np.ndarray, says: bool) -> None:
+        life = self.lives[name]
+        position = life.position if says and isinstance(life, Life) else None
+        reply = self.send(name, at, way, x, position)
+        if not self.is_bound_to_another(name, at, way, reply) and self.lives_at(name, at, reply) is not None:
+            self.applied(name, x, reply)
+
+    @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS))
+    def retry(self, name: str, at: int, way: str) -> None:
+        life = self.lives[name]
+        if isinstance(life, Life) and life.last is not None:
+            start, x, outputs = life.last
+            reply = self.send(name, at, way, x, start)
+            if not self.is_bound_to_another(name, at, way, reply) and self.lives_at(name, at, reply) is not None:
+                assert (reply.status, reply.outputs, reply.position) == (200, outputs, start + len(x)), (name, reply)
+
+    @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS, back=st.integers(1, 9))
+    def come_late(self, name: str, at: int, way: str, x: np.ndarray, back: int) -> None:
+        """A chunk of so long ago that no replica has its answer."""
+        life = self.lives[name]
+        if isinstance(life, Life):
+            start = sum(map(len, life.chunks[:-DEPTH])) - back
+            if start >= 0:
+                reply = self.send(name, at, way, x, start)
+                if not self.is_bound_to_another(name, at, way, reply):
+                    self.refused(name, at, reply, "position_too_old")
+
+    @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS)
+    def send_others(self, name: str, at: int, way: str, x: np.ndarray) -> None:
+        """Other values at the place of the last chunk."""
+        life = self.lives[name]
+        if isinstance(life, Life) and life.last is not None and not np.array_equal(x, life.last[1]):
+            reply = self.send(name, at, way, x, life.last[0])
+            if not self.is_bound_to_another(name, at, way, reply):
+                self.refused(name, at, reply, "payload_mismatch")
+
+    @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS, ahead=st.integers(1, 5))
+    def skip(self, name: str, at: int, way: str, x: np.ndarray, ahead: int) -> None:
+        life = self.lives[name]
+        position = (life.position if isinstance(life, Life) else 0) + ahead
+        reply = self.send(name, at, way, x, position)
+        if not self.is_bound_to_another(name, at, way, reply):
+            self.refused(name, at, reply, "position_gap")
+
+    @rule(name=IDS, at=REPLICAS)
+    def look(self, name: str, at: int) -> None:
+        """Where it is, and the very bits of its state."""
+        reply = self.call("GET", at, self.path(name))
+        life = self.lives_at(name, at, reply)
+        if life is None:
+            return
+        assert reply.position == life.position
+        state = self.call("GET", at, f"{self.path(name)}/state")
+        if self.lives_at(name, at, state) is not None:
+            self.saved[name] = state.outputs, life
+            assert np.array_equal(self.row(state.outputs, life.position), self.row_of(life))
+
+    def row(self, content: bytes, position: int) -> np.ndarray:
+        manifest = self.world.oracle.manifest
+        snapshot = Snapshot.from_bytes(content, digest=manifest.digest, state_size=manifest.state_size)
+        assert snapshot.position == position
+        return snapshot.row
+
+    def row_of(self, life: Life) -> np.ndarray:
+        oracle = self.world.oracle
+        return oracle.all(np.concatenate(life.chunks))[1] if life.chunks else oracle.manifest.initial_row()
+
+    @rule(name=IDS, at=REPLICAS)
+    def restore(self, name: str, at: int) -> None:
+        """Put it where a snapshot of it was taken, in this life or another."""
+        if name in self.saved:
+            content, then = self.saved[name]
+            reply = self.call("PUT", at, f"{self.path(name)}/state", content)
+            life = self.lives_at(name, at, reply)
+            if life is not None:
+                assert (reply.status, reply.position) == (200, then.position)
+                self.lives[name] = replace(life, chunks=then.chunks, last=None)
+
+    @rule(name=IDS, to=IDS, at=REPLICAS)
+    def fork(self, name: str, to: str, at: int) -> None:
+        if (name in VOLATILE) or (to in VOLATILE):
+            return
+        reply = self.call("POST", at, f"{self.path(name)}/fork", {"session_id": self.prefix + to})
+        life = self.lives_at(name, at, reply)
+        if life is None:
+            return
+        if isinstance(other := self.lives[to], Life):
+            assert (reply.code, reply.document["position"]) == ("session_exists", other.position)
+        else:
+            assert (reply.status, reply.position, reply.document["durability"]) == (201, life.position, "redis")
+            self.lives[to] = Life(next(self.numbers), life.chunks)
+
+    @rule(name=IDS, at=REPLICAS)
+    def close(self, name: str, at: int) -> None:
+        reply = self.call("DELETE", at, self.path(name))
+        life = self.lives_at(name, at, reply)
+        if life is not None:
+            assert (reply.status, reply.position) == (200, life.position)
+            self.lives[name] = Gone.because("session_closed")
+
+    @rule(name=IDS, at=REPLICAS, again=REPLICAS, x=CHUNKS)
+    def finish(self, name: str, at: int, again: int, x: np.ndarray) -> None:
+        """A last chunk that ends the session; and once more, as if its answer was lost."""
+        life = self.lives[name]
+        if isinstance(life, Life):
+            reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, life.position, **END))
+            if self.lives_at(name, at, reply) is not None:
+                self.applied(name, x, reply)
+                again = at if name in VOLATILE else again
+                more = self.run(self.wires.send("v2", self.port(again), self.prefix + name, x, life.position, **END))
+                assert (more.status, more.outputs, more.position) == (200, reply.outputs, reply.position)
+                self.lives[name] = Gone.because("session_closed")
+
+    @rule(name=st.sampled_from(DURABLE), at=REPLICAS, again=REPLICAS, x=CHUNKS)
+    def begin(self, name: str, at: int, again: int, x: np.ndarray) -> None:
+        """A chunk that opens a session; and once more."""
+        if isinstance(self.lives[name], Gone):
+            reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, 0, **START))
+            self.lives[name] = Life(next(self.numbers))
+            self.applied(name, x, reply)
+            more = self.run(self.wires.send("v2", self.port(again), self.prefix + name, x, 0, **START))
+            assert (more.status, more.outputs, more.position) == (200, reply.outputs, reply.position)
+
+    @rule(name=st.sampled_from(DURABLE), at=REPLICAS, x=CHUNKS)
+    def start_over(self, name: str, at: int, x: np.ndarray) -> None:
+        """A start without a position ends the session that lives, and begins another."""
+        self.lives[name] = Life(next(self.numbers))
+        self.applied(name, x, self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, None, **START)))
+
+    @rule(
+        name=st.sampled_from(DURABLE), at=REPLICAS, again=REPLICAS, chunks=st.lists(CHUNKS, min_size=2, max_size=DEPTH)
+    )
+    def pipeline(self, name: str, at: int, again: int, chunks: list[np.ndarray]) -> None:
+        """Several chunks at once, and all of them once more, as if the connection broke before the answers."""
+        life = self.lives[name]
+        position = life.position if isinstance(life, Life) else 0
+        replies = self.send_all(name, at, chunks, position)
+        if self.lives_at(name, at, replies[0]) is not None:
+            for x, reply in zip(chunks, replies, strict=True):
+                self.applied(name, x, reply)
+            assert self.send_all(name, again, chunks, position) == replies
+
+    def send_all(self, name: str, at: int, chunks: list[np.ndarray], position: int) -> list[Reply]:
+        stream = Stream(self.wires, self.port(at), self.prefix + name, DEPTH)
+        replies = self.world.runner.run(stream.send_all(chunks, position))
+        stream.close()
+        return replies
+
+    # ── what can happen to the servers and the store ─────────────────────────────────────────────
+
+    @rule(at=REPLICAS)
+    def restart(self, at: int) -> None:
+        for name, where in [*self.streams]:
+            if where == at:
+                self.streams.pop((name, where))[0].close()
+        self.world.restart(at)
+        self.lives[VOLATILE[at]] = Gone()
+
+    @rule(at=REPLICAS, seconds=st.sampled_from([10.0, IDLE_SECONDS + 1]))
+    def wait(self, at: int, seconds: float) -> None:
+        """On a replica's own clock. It is the store that knows how long a durable session was idle."""
+        self.world.clocks[at].advance(seconds)
+        if seconds > IDLE_SECONDS:
+            before = self.lives[VOLATILE[at]]
+            codes = before.codes if isinstance(before, Gone) else {"session_expired"}
+            self.lives[VOLATILE[at]] = Gone.because("session_unknown", *codes)
+
+    @rule(name=st.sampled_from(DURABLE))
+    def expire(self, name: str) -> None:
+        """As if the idle timeout were over."""
+        if isinstance(self.lives[name], Life):
+            key, client = self.key(name), self.world.redis.client
+            assert client.pexpire(key, 1), "a session that lives is in the store"
+            until(lambda: not client.exists(key))
+            self.lives[name] = Gone.because("session_expired")
+
+    @rule()
+    def lose_everything(self) -> None:
+        self.world.redis.client.flushall()
+        self.world.redis.client.script_flush()
+        for name in DURABLE:
+            life = self.lives[name]
+            known = life.codes if isinstance(life, Gone) else ()
+            self.lives[name] = Gone.because("session_unknown", *known)
+
+    @rule(name=st.sampled_from(DURABLE))
+    def back_up(self, name: str) -> None:
+        life = self.lives[name]
+        if isinstance(life, Life):
+            self.dumped[name] = self.world.redis.client.dump(self.key(name)), life
+
+    @rule(name=st.sampled_from(DURABLE))
+    def put_back(self, name: str) -> None:
+        """As a failover does that lost the last writes."""
+        if name in self.dumped:
+            content, life = self.dumped[name]
+            self.world.redis.client.restore(self.key(name), int(IDLE_SECONDS * 1000), content, replace=True)
+            self.lives[name] = replace(life, number=next(self.numbers))
+
+    def key(self, name: str) -> str:
+        return f"unroll:{{tiny/{self.prefix}{name}}}"
+
+    def teardown(self) -> None:
+        try:
+            for name in self.lives:
+                for at in (0, 1):
+                    self.look(name, at)
+        finally:
+            for stream, _ in self.streams.values():
+                stream.close()
+            self.wires.close()
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing())
+@pytest.mark.timeout(120 + 30 * EXAMPLES)  # when it fails, it looks for the shortest way to do so
+def test_any_order_of_events(redis_server: RedisServer, tiny: Path, oracle: Oracle) -> None:
+    world = World(tiny, redis_server, oracle)
+    limits = settings(
+        max_examples=EXAMPLES,
+        stateful_step_count=30,
+        deadline=None,
+        phases=set(Phase) - {Phase.explain},  # it traces every line
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    try:
+        run_state_machine_as_test(lambda: AppMachine(world), settings=limits)
+    finally:
+        world.end()

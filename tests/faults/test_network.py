@@ -1,0 +1,66 @@
+"""The network does its worst: what was acknowledged is there once, and whoever asks again is answered."""
+
+import asyncio
+import random
+from collections.abc import Awaitable
+from contextlib import AsyncExitStack
+
+import numpy as np
+import pytest
+from faults.conftest import Servers
+from faults.crowd import Crowd
+from faults.proxy import CUTS, Fault, FaultProxy
+from faults.wires import WAYS, Broken, Reply, Stream, Wires
+from oracle import Oracle
+from redis_server import RedisServer
+
+X = np.array([[0.25, -0.5], [1.5, 0.75]], np.float32)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fault", CUTS)
+async def test_a_cut_is_answered_by_the_retry(
+    servers: Servers, wires: Wires, oracle: Oracle, redis_server: RedisServer, fault: Fault, way: str
+) -> None:
+    """Elsewhere: nobody can tell from the cut whether the chunk was applied."""
+    server, other = servers(2, store=redis_server.url)
+    await wires.call("POST", server.port, "/sessions", {"session_id": "a"})
+    async with FaultProxy(server.port) as proxy:
+        stream = Stream(wires, proxy.port, "a")
+
+        def send(x: np.ndarray, position: int) -> Awaitable[Reply]:
+            return stream.send(x, position) if way == "stream" else wires.send(way, proxy.port, "a", x, position)
+
+        await send(X[:1], 0)
+        proxy.draw = lambda: fault
+        with pytest.raises(Broken):
+            await send(X[1:], 1)
+        stream.close()
+        retry = await wires.send("raw", other.port, "a", X[1:], 1)
+    assert (retry.outputs, retry.position) == (oracle(X)[1:].tobytes(), 2)
+    assert (await wires.call("GET", server.port, "/sessions/a")).position == 2
+
+
+async def test_bad_networks_everywhere(servers: Servers, oracle: Oracle, redis_server: RedisServer) -> None:
+    """Between clients and replicas, and between replicas and their store."""
+    chance = random.Random(4)
+    faults = [Fault.NONE] * 40 + [*CUTS, Fault.DELAY, Fault.SILENCE]
+
+    def draw() -> Fault:
+        return chance.choice(faults)
+
+    async with FaultProxy(redis_server.port, delay=0.02) as store:
+        cluster = await asyncio.to_thread(servers, 2, store=f"redis://127.0.0.1:{store.port}/0", store_timeout=0.1)
+        async with AsyncExitStack() as stack:
+            proxies = [await stack.enter_async_context(FaultProxy(server.port, delay=0.02)) for server in cluster]
+            ports = [proxy.port for proxy in proxies]
+            async with Crowd(ports, seed=4, sessions=30, pause=0.005, timeout=0.5) as crowd:
+                for proxy in (store, *proxies):
+                    proxy.draw = draw
+                async with crowd.stepping():
+                    await crowd.acknowledged(1500)
+                for proxy in (store, *proxies):
+                    proxy.draw = lambda: Fault.NONE
+                verdict = await crowd.verdict(oracle)
+    assert verdict.good, verdict.findings
+    assert crowd.told.outcomes.keys() >= {"IncompleteReadError", "ConnectionClosedError", "TimeoutError"}

@@ -1,0 +1,228 @@
+"""The store is down, and what clients see of it: durable sessions wait, the others go on, and nothing is wrong."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+from faults.conftest import Servers
+from faults.crowd import Crowd
+from faults.proxy import Fault, FaultProxy
+from faults.wires import WAYS, Reply, Stream, Wires
+from oracle import Oracle
+from redis.exceptions import ResponseError
+from redis_server import RedisServer, missing
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+#: Seconds in which a client is told that the store is down.
+SOON = 1.0
+STEPS = np.random.default_rng(8).standard_normal((40, 2)).astype(np.float32)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.kill()
+
+
+# ── ways for a store to be down; each leaves it up again, with what it held ──────────────────────
+
+
+@asynccontextmanager
+async def stopped(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
+    redis.pause()
+    yield
+    redis.resume()
+
+
+@asynccontextmanager
+async def killed(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
+    redis.kill()
+    yield
+    redis.start()
+
+
+@asynccontextmanager
+async def refusing(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
+    await proxy.refuse()
+    yield
+    await proxy.accept()
+
+
+@asynccontextmanager
+async def silent(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
+    proxy.draw = lambda: Fault.SILENCE
+    yield
+    proxy.draw = lambda: Fault.NONE
+
+
+@asynccontextmanager
+async def full(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
+    redis.client.config_set("maxmemory-policy", "noeviction")
+    redis.client.config_set("maxmemory", "1kb")
+    yield
+    redis.client.config_set("maxmemory", "0")
+
+
+def fill(redis: RedisServer) -> NoReturn:
+    while True:
+        redis.client.set("more", bytes(1024))
+
+
+@asynccontextmanager
+async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
+    """Redis refuses writes once one did not get into its file."""
+    ballast = redis.folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(ResponseError, match="MISCONF"):
+        fill(redis)
+    yield
+    ballast.unlink()
+
+
+class Session:
+    """A session whose steps are sent one after another, each until it is answered."""
+
+    def __init__(self, wires: Wires, port: int, name: str) -> None:
+        self.wires, self.port, self.name, self.position = wires, port, name, 0
+        self.outputs = b""
+        self.streams: list[Stream] = []
+
+    async def open(self, durability: str) -> Reply:
+        return await self.wires.call(
+            "POST", self.port, "/sessions", {"session_id": self.name, "durability": durability}
+        )
+
+    async def step(self, way: str = "raw") -> Reply:
+        x = STEPS[self.position : self.position + 1]
+        if way == "stream":
+            self.streams.append(Stream(self.wires, self.port, self.name))
+            reply = await self.streams[-1].send(x, self.position)
+            self.streams[-1].close()
+        else:
+            reply = await self.wires.send(way, self.port, self.name, x, self.position)
+        if reply.status == 200:
+            self.outputs += reply.outputs
+            self.position += 1
+            assert reply.position == self.position
+        return reply
+
+
+Outage = Callable[[RedisServer, FaultProxy], AbstractAsyncContextManager[None]]
+
+
+@pytest.mark.parametrize("outage", [stopped, killed, refusing, silent, full])
+async def test_an_outage(redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage) -> None:
+    await check(redis, servers, wires, oracle, outage)
+
+
+async def test_a_full_disk(servers: Servers, wires: Wires, oracle: Oracle, small_disk: Path) -> None:
+    redis = RedisServer(small_disk / "redis")
+    redis.start()
+    try:
+        await check(redis, servers, wires, oracle, without_room_on_disk)
+    finally:
+        redis.kill()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage) -> None:
+    async with FaultProxy(redis.port) as proxy:
+        # In a thread, as they ask the store when they start, and the proxy runs here.
+        here, there = await asyncio.to_thread(servers, 2, store=f"redis://127.0.0.1:{proxy.port}/0")
+        durable, volatile = Session(wires, here.port, "durable"), Session(wires, here.port, "volatile")
+        assert (await durable.open("redis")).document["durability"] == "redis"
+        assert (await volatile.open("memory")).document["durability"] == "memory"
+        for way in WAYS:
+            assert (await durable.step(way)).status == 200
+            assert (await volatile.step(way)).status == 200
+        async with outage(redis, proxy):
+            for way in WAYS:
+                began = time.monotonic()
+                reply = await durable.step(way)
+                assert time.monotonic() - began < SOON, way
+                assert (reply.status, reply.code) == (0 if way == "stream" else 503, "store_unavailable"), way
+                assert reply.retry_after
+                assert (await volatile.step(way)).status == 200
+            assert (await Session(wires, here.port, "new").open("redis")).code == "store_unavailable"
+            assert (await wires.ask(here.port, "GET", "/livez"))[0] == 200
+        await until_good(durable)
+        durable.port = there.port  # which had no part in it, and must find what was acknowledged
+        for way in WAYS:
+            assert (await durable.step(way)).status == 200
+            assert (await volatile.step(way)).status == 200
+        for session in (durable, volatile):
+            assert session.outputs == oracle(STEPS[: session.position]).tobytes()
+
+
+async def until_good(session: Session) -> None:
+    """Send the same step again until it is taken; nothing is restarted."""
+    end = time.monotonic() + 10
+    while (reply := await session.step()).status != 200:
+        assert reply.code == "store_unavailable"
+        assert time.monotonic() < end, "the store is up, and is not used"
+
+
+@pytest.mark.parametrize("fsync", ["always", "everysec"])
+async def test_redis_is_killed_while_all_step(tmp_path: Path, servers: Servers, oracle: Oracle, fsync: str) -> None:
+    """Again and again, and started from its file. What is in there was written before its reply."""
+    redis = RedisServer(tmp_path / "redis", fsync)
+    redis.start()
+    try:
+        cluster = servers(2, store=redis.url)
+        async with Crowd([server.port for server in cluster], 3, 20, follows_gaps=fsync == "everysec") as crowd:
+            async with crowd.stepping():
+                for _ in range(4):
+                    await crowd.acknowledged(100)
+                    redis.kill()
+                    await crowd.hears("store_unavailable")
+                    redis.start()
+                await crowd.acknowledged(100)
+            verdict = await crowd.verdict(oracle)
+    finally:
+        redis.kill()
+    assert verdict.good, verdict.findings
+
+
+async def test_an_older_file_is_put_back(redis: RedisServer, servers: Servers, oracle: Oracle, tmp_path: Path) -> None:
+    """Acknowledged steps are gone: the clients are told where to go on from, send them again, and all is as it was."""
+    cluster = servers(2, store=redis.url)
+    files, older = redis.folder / "appendonlydir", tmp_path / "older"
+    async with Crowd([server.port for server in cluster], 5, 20, follows_gaps=True) as crowd:
+        async with crowd.stepping():
+            await crowd.acknowledged(200)
+        redis.stop()
+        shutil.copytree(files, older)
+        redis.start()
+        async with crowd.stepping():
+            await crowd.acknowledged(300)
+        redis.kill()
+        shutil.rmtree(files)
+        older.rename(files)
+        redis.start()
+        crowd.told.outcomes.clear()
+        async with crowd.stepping():
+            await crowd.acknowledged(200)
+        verdict = await crowd.verdict(oracle)
+    assert verdict.good, verdict.findings
+    assert crowd.told.outcomes["position_gap"] >= 10
