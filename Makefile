@@ -12,8 +12,7 @@ endif
 .PHONY: help install run stop test kill-test rolling-test machine-test check format train bundles bench bench-peers profile figures check-deploy check-compose check-ray deploy-tools clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s
-", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## .venv with everything: serving, export, training, tests
 
