@@ -183,7 +183,7 @@ class Stream:
                     await self._socket.send(_HEADER.pack(1, 0, 0, 1) + _ENTRY.pack(0, len(x), place) + x.tobytes())
                     position = None if position is None else position + len(x)
                 while len(replies) < len(chunks):
-                    replies += _stream_replies(await self._socket.recv())
+                    replies += _stream_replies(await self._receive())
         except (OSError, WebSocketException) as error:
             raise Broken(error) from error
         return replies
@@ -194,9 +194,16 @@ class Stream:
         self._socket = await connect(address, compression=None, open_timeout=None, ping_interval=None, proxy=None)
         wanted = {"handle": 0, "session_id": self._session, "mode": "resume", "depth": self._depth}
         await self._socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
-        answer = json.loads(await self._socket.recv())
-        (opened,) = answer["sessions"]
+        (opened,) = json.loads(await self._receive())["sessions"]
         return refusal(0, opened["error"]) if "error" in opened else None
+
+    async def _receive(self) -> str | bytes:
+        """The next answer. That the server is about to close the connection is none: soon it will."""
+        assert self._socket is not None
+        while True:
+            message = await self._socket.recv()
+            if isinstance(message, bytes) or json.loads(message)["op"] != "closing":
+                return message
 
     def close(self) -> None:
         if self._socket is not None:
