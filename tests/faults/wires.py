@@ -15,6 +15,9 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
+#: What a proxy's refusal is called here.
+NO_SERVER = "no_server"
+
 HTTP_WAYS = ("raw", "json", "v2")
 WAYS = (*HTTP_WAYS, "stream")
 
@@ -71,7 +74,7 @@ class Wires:
             path, body = f"/v2/models/{self.model}/infer", self._infer(session, x, position, flags)
         status, found, content = await self.ask(port, "POST", path, body, headers)
         if status != 200:
-            return refusal(status, _document(content), found.get("retry-after"))
+            return refusal(status, _document(status, content), found.get("retry-after"))
         if way == "raw":
             return Reply(status, content, int(found["unroll-position"]))
         document = json.loads(content)
@@ -95,7 +98,7 @@ class Wires:
         status, headers, content = await self.ask(port, method, f"/v1/models/{self.model}{path}", sent, media)
         if headers["content-type"] == _RAW["content-type"]:
             return Reply(status, content, int(headers["unroll-position"]))
-        document = _document(content)
+        document = _document(status, content)
         if status < 300:
             return Reply(status, position=document["position"], document=document)
         return refusal(status, document, headers.get("retry-after"))
@@ -238,12 +241,12 @@ def _stream_replies(message: str | bytes) -> list[Reply]:
     return replies
 
 
-def _document(content: bytes) -> Mapping:
-    """A body of JSON, which is what a good server sends; else its code tells."""
+def _document(status: int, content: bytes) -> Mapping:
+    """A body of JSON, which is what a good server sends. A proxy that finds no server sends a page of its own."""
     try:
         document: Mapping = json.loads(content)
     except ValueError:
-        return {"code": f"not JSON: {content[:100]!r}"}
+        return {"code": NO_SERVER if status in (502, 503, 504) else f"not JSON: {content[:100]!r}"}
     return document
 
 
