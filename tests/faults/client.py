@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import numpy as np
 from faults.history import Track
-from faults.wires import WAYS, Broken, Reply, Stream, Wires
+from faults.wires import NO_SERVER, WAYS, Broken, Reply, Stream, Wires
 
 #: Codes after which the same request may be sent again: nothing was applied, or the answer can be had again.
 RETRY = {
@@ -25,6 +25,7 @@ RETRY = {
     "deadline_unreachable",
     "deadline_exceeded",
     "capacity_exhausted",
+    NO_SERVER,
 }
 #: Seconds after which a client that is not acknowledged has found a fault.
 _PATIENCE = 60.0

@@ -25,7 +25,7 @@ class HAProxy:
     def __init__(self, folder: Path, ports: Sequence[int]) -> None:
         self.port = free_port()
         self._config, self._log = folder / "haproxy.cfg", folder / "haproxy.log"
-        replicas = "\n".join(f"  server replica-{port} 127.0.0.1:{port} check inter 100ms" for port in ports)
+        replicas = "\n".join(f"  server replica-{port} 127.0.0.1:{port} check inter 250ms" for port in ports)
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
         text, binds = re.subn(r"bind :8000", f"bind 127.0.0.1:{self.port}", text)
         text, templates = re.subn(r"  server-template .*", replicas, text)

@@ -15,6 +15,9 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
+#: What a proxy's refusal is called here.
+NO_SERVER = "no_server"
+
 HTTP_WAYS = ("raw", "json", "v2")
 WAYS = (*HTTP_WAYS, "stream")
 
@@ -71,7 +74,7 @@ class Wires:
             path, body = f"/v2/models/{self.model}/infer", self._infer(session, x, position, flags)
         status, found, content = await self.ask(port, "POST", path, body, headers)
         if status != 200:
-            return refusal(status, _document(content), found.get("retry-after"))
+            return refusal(status, _document(status, content), found.get("retry-after"))
         if way == "raw":
             return Reply(status, content, int(found["unroll-position"]))
         document = json.loads(content)
@@ -95,7 +98,7 @@ class Wires:
         status, headers, content = await self.ask(port, method, f"/v1/models/{self.model}{path}", sent, media)
         if headers["content-type"] == _RAW["content-type"]:
             return Reply(status, content, int(headers["unroll-position"]))
-        document = _document(content)
+        document = _document(status, content)
         if status < 300:
             return Reply(status, position=document["position"], document=document)
         return refusal(status, document, headers.get("retry-after"))
@@ -183,7 +186,7 @@ class Stream:
                     await self._socket.send(_HEADER.pack(1, 0, 0, 1) + _ENTRY.pack(0, len(x), place) + x.tobytes())
                     position = None if position is None else position + len(x)
                 while len(replies) < len(chunks):
-                    replies += _stream_replies(await self._socket.recv())
+                    replies += _stream_replies(await self._receive())
         except (OSError, WebSocketException) as error:
             raise Broken(error) from error
         return replies
@@ -194,9 +197,16 @@ class Stream:
         self._socket = await connect(address, compression=None, open_timeout=None, ping_interval=None, proxy=None)
         wanted = {"handle": 0, "session_id": self._session, "mode": "resume", "depth": self._depth}
         await self._socket.send(json.dumps({"op": "open", "sessions": [wanted]}))
-        answer = json.loads(await self._socket.recv())
-        (opened,) = answer["sessions"]
+        (opened,) = json.loads(await self._receive())["sessions"]
         return refusal(0, opened["error"]) if "error" in opened else None
+
+    async def _receive(self) -> str | bytes:
+        """The next answer. That the server is about to close the connection is none: soon it will."""
+        assert self._socket is not None
+        while True:
+            message = await self._socket.recv()
+            if isinstance(message, bytes) or json.loads(message)["op"] != "closing":
+                return message
 
     def close(self) -> None:
         if self._socket is not None:
@@ -231,12 +241,12 @@ def _stream_replies(message: str | bytes) -> list[Reply]:
     return replies
 
 
-def _document(content: bytes) -> Mapping:
-    """A body of JSON, which is what a good server sends; else its code tells."""
+def _document(status: int, content: bytes) -> Mapping:
+    """A body of JSON, which is what a good server sends. A proxy that finds no server sends a page of its own."""
     try:
         document: Mapping = json.loads(content)
     except ValueError:
-        return {"code": f"not JSON: {content[:100]!r}"}
+        return {"code": NO_SERVER if status in (502, 503, 504) else f"not JSON: {content[:100]!r}"}
     return document
 
 
