@@ -17,6 +17,9 @@ RESERVED_NAMES = frozenset({"state", "state_out", "sequence_lens"})
 
 Dtype = Literal["float32", "int64", "int32", "bool"]
 
+#: What a piece of state is: a recurrent layer's h or c, or what a loop over time hands from one step to the next.
+Kind = Literal["h", "c", "carry"]
+
 _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -58,8 +61,8 @@ class TensorSpec:
 class StateSlot:
     """One piece of the state row: `row[offset : offset + size]`.
 
-    It holds the `h` or the LSTM's `c` of one layer and direction of the recurrent module at path
-    `module`, in its `call`-th call within one forward pass.
+    It belongs to one layer and direction of the module at path `module`, in its `call`-th call within one
+    forward pass.
     """
 
     __pydantic_config__ = _STRICT
@@ -68,7 +71,7 @@ class StateSlot:
     call: int
     layer: int
     direction: Literal["forward", "reverse"]
-    kind: Literal["h", "c"]
+    kind: Kind
     offset: int
     size: int
 
