@@ -17,8 +17,9 @@ RESERVED_NAMES = frozenset({"state", "state_out", "sequence_lens"})
 
 Dtype = Literal["float32", "int64", "int32", "bool"]
 
-#: What a piece of state is: a recurrent layer's h or c, or what a loop over time hands from one step to the next.
-Kind = Literal["h", "c", "carry"]
+#: What a piece of state is: a recurrent layer's h or c, what a loop over time hands from one step to the next, or what
+#: another layer needs of the past.
+Kind = Literal["h", "c", "carry", "past"]
 
 _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}
 

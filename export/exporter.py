@@ -21,10 +21,10 @@ from bundle import BundleError, Manifest, TensorSpec
 from bundle.files import check_name
 from bundle.golden import run_chunked
 from export import onnx_graph, parity, probes, refusals
-from export.double import double_precision, in_float64
+from export.double import converted, double_precision
 from export.errors import ExportError
 from export.inputs import check_arguments
-from export.observe import in_double, lift_model, observe
+from export.observe import find_past, in_double, lift_model, observe
 from export.outputs import DTYPES, leaves
 from export.report import Report
 from export.samples import Samples, as_tensors
@@ -77,6 +77,9 @@ def _export(
     refusals.check_modules(module)
     model = _copy(module)
     example = {key: _detached(value) for key, value in example_inputs.items() if value is not None}
+    exact, precision = converted(model, torch.float64), refusals.precision(model)
+    if precision != torch.float32:
+        model, example = converted(model, torch.float32), _cast(example, precision)
     check_arguments(model, example)
     original = copy.deepcopy(model)
 
@@ -84,7 +87,8 @@ def _export(
     returned = attempt("the example", lambda: refusals.check_steady(original, lambda: original(**example)))
     refusals.check_finite(leaves(returned))
     streaming, samples = lift_model(model, example, batch_first)
-    double = in_double(streaming, samples)
+    double = in_double(streaming, exact, samples)
+    _keep_past(streaming, double, samples, output_names)
     initial, dropped = observe(streaming, double, samples, output_names)
 
     progress("tracing it into ONNX")
@@ -96,7 +100,8 @@ def _export(
 
     progress("finding out whether it streams")
     draft = _draft(name, version, streaming, samples, initial)
-    _check_same_as_original(original, double, samples, draft)
+    samples = probes.with_reached(reference, samples, draft)
+    _check_same_as_original(exact, double, samples, draft)
     probes.check_rows(reference, samples, draft)
     reason = probes.why_not_streamable(torch_runner(double, double=True, ops=True), double, samples, draft)
     if reason is None:
@@ -108,8 +113,8 @@ def _export(
     draft = dataclasses.replace(draft, parity=parity.prove(golden, reference, single, served, samples, draft, suspects))
     padding = probes.padding_differs(served, samples, draft)
     ragged = all(padding[entry.output] <= entry.tolerance for entry in draft.parity)
-    exact = probes.is_bit_exact(served, samples, draft) and not (ragged and any(padding.values()))
-    draft = dataclasses.replace(draft, ragged=ragged, bit_exact=exact)
+    bit_exact = probes.is_bit_exact(served, samples, draft) and not (ragged and any(padding.values()))
+    draft = dataclasses.replace(draft, ragged=ragged, bit_exact=bit_exact)
 
     progress("writing the bundle")
     try:
@@ -117,7 +122,7 @@ def _export(
         manifest = bundle.read(path).manifest
     except BundleError as error:
         raise ExportError("bundle", str(error)) from error
-    return Report(path, manifest, _notes(streaming, samples, dropped))
+    return Report(path, manifest, _notes(streaming, samples, dropped, precision))
 
 
 def _check_target(repository: Path, name: str, version: str, replace: bool) -> None:
@@ -135,8 +140,11 @@ def _copy(module: nn.Module) -> nn.Module:
     """On the CPU, in eval mode, without gradients; unwrapped if it was compiled."""
     module = getattr(module, "_orig_mod", module)
     try:
-        with torch.no_grad():  # else what weight_norm computes is a tensor that cannot be copied again
-            return copy.deepcopy(module).cpu().eval().requires_grad_(False)
+        with torch.no_grad():
+            # A layer's normalised weight is a result of its parameters, which cannot be copied and is computed anew.
+            computed = [w for m in module.modules() if isinstance(m, nn.RNNBase) for w in m._flat_weights]
+            memo: dict[int, Any] = {id(w): w.detach() for w in computed if w is not None and not w.is_leaf}
+            return copy.deepcopy(module, memo).cpu().eval().requires_grad_(False)
     except Exception as error:
         raise ExportError(
             "not_copyable", f"the module cannot be copied (does it hold a tensor of its last training step?): {error}"
@@ -145,6 +153,11 @@ def _copy(module: nn.Module) -> nn.Module:
 
 def _detached(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), value)
+
+
+def _cast(example: dict[str, Any], precision: torch.dtype) -> dict[str, Any]:
+    """The example of a model in another precision, in float32."""
+    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype == precision else t, example)
 
 
 def _integer_limits(graph: onnx.ModelProto, samples: Samples) -> dict[str, int]:
@@ -188,16 +201,32 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
     )
 
 
-def _check_same_as_original(original: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest) -> None:
+def _keep_past(
+    streaming: StreamingModule, double: StreamingModule, samples: Samples, output_names: list[str] | None
+) -> None:
+    """Keep what layers that are not recurrent need of the past, if with it the model streams."""
+    streaming.places = double.places = find_past(streaming, samples)
+    if streaming.places:
+        try:
+            initial, _ = observe(streaming, double, samples, output_names)
+            draft = _draft("draft", "1", streaming, samples, initial)
+            samples = probes.with_reached(torch_runner(double, double=True), samples, draft)
+            reason = probes.why_not_streamable(torch_runner(double, double=True), double, samples, draft)
+        except ExportError as error:
+            reason = str(error)
+        if reason is not None:
+            streaming.places = double.places = []
+
+
+def _check_same_as_original(exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest) -> None:
     """The lifted copy, started from the initial state, must still be the user's model: both in float64."""
-    user = in_float64(original)
     for batch, time in ((3, 10), (2, 23)):
         inputs = samples.draw(batch, time, seed=25)
         rows = np.repeat(draft.initial_row()[None], batch, axis=0)
         lifted = run_chunked(inputs, rows, (time,), draft, torch_runner(double, double=True))
         tensors = tuple(as_tensors(inputs, double=True).values())
         with double_precision():
-            returned = attempt("other inputs", partial(double.ask, user, tensors))
+            returned = attempt("other inputs", partial(double.ask, exact, tensors))
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
             if not np.allclose(lifted[output.spec.name], expected, rtol=1e-9, atol=1e-9):
@@ -206,8 +235,10 @@ def _check_same_as_original(original: nn.Module, double: StreamingModule, sample
                 )
 
 
-def _notes(streaming: StreamingModule, samples: Samples, dropped: list[str]) -> tuple[str, ...]:
+def _notes(streaming: StreamingModule, samples: Samples, dropped: list[str], precision: torch.dtype) -> tuple[str, ...]:
     notes = [f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped]
+    if precision != torch.float32:
+        notes.append(f"the model is {str(precision).removeprefix('torch.')}, the bundle computes in float32")
     notes += [
         f"input {name!r} is the initial state: it is kept in the manifest, not an input"
         for name in streaming.arguments.constants

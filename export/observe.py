@@ -5,18 +5,20 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from bundle.manifest import RESERVED_NAMES
 from export import packed
-from export.double import double_precision, in_float64
+from export.double import converted, double_precision
 from export.errors import ExportError
 from export.inputs import check_inputs, length_arguments, resized, state_arguments
 from export.layers import lift_layers, take_weights
 from export.lift import Call, Layout, Tape, call_count
 from export.loops import lift_loops
 from export.outputs import final_states, plan
+from export.past import Place, Watch, places
 from export.samples import Samples, as_tensors
 from export.streaming import Arguments, StreamingModule, attempt
 
@@ -58,9 +60,13 @@ def lift_model(model: nn.Module, example: dict[str, Any], batch_first: bool) -> 
     return StreamingModule(model, tape, arguments), samples
 
 
-def in_double(streaming: StreamingModule, samples: Samples) -> StreamingModule:
-    """A copy in float64."""
-    double = in_float64(streaming)
+def in_double(streaming: StreamingModule, exact: nn.Module, samples: Samples) -> StreamingModule:
+    """A copy in float64, with the parameters and buffers of `exact`, the user's model in float64."""
+    double = converted(streaming, torch.float64)
+    for named in (nn.Module.named_parameters, nn.Module.named_buffers):
+        own = dict(named(double.model))
+        for name, tensor in named(exact):
+            own[name].copy_(tensor)
     constants = {
         key: replace(constant, tensors=tuple(tensor.double() for tensor in constant.tensors))
         for key, constant in streaming.arguments.constants.items()
@@ -70,6 +76,19 @@ def in_double(streaming: StreamingModule, samples: Samples) -> StreamingModule:
         attempt("float64 inputs", lambda: double.record(*as_tensors(samples.draw(2, 6, seed=3), double=True).values()))
     take_weights(double.model, double.model)
     return double
+
+
+def find_past(streaming: StreamingModule, samples: Samples) -> list[Place | None]:
+    """Where forward reaches into the past beside its recurrent layers; nothing if it nowhere does."""
+    seen = []
+    for batch, time in ((2, 6), (3, 6), (2, 9)):
+        tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
+        with Watch() as watch:
+            attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
+        seen.append(watch.seen)
+    base, wide, long = seen
+    found = [] if streaming.arguments.unbatched else places(base, wide, long, time=6)
+    return found if any(found) else []
 
 
 def observe(

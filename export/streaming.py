@@ -1,7 +1,7 @@
 """The lifted model as one function of (state row, lengths, inputs): what ONNX gets, and what the probes run."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from export.errors import ExportError, first_line
 from export.inputs import StateArgument
 from export.lift import Call, Layout, Tape
 from export.outputs import Output, leaves
+from export.past import Keep, Place
 from export.samples import as_tensors
 
 Named = list[tuple[str, Tensor]]
@@ -51,6 +52,8 @@ class StreamingModule(nn.Module):
         self.model, self.tape, self.arguments = model, tape, arguments
         self.layout = Layout(())
         self.outputs: tuple[Output, ...] = ()
+        #: Where forward reaches into the past beside its recurrent layers, if that is to be kept: see `past`.
+        self.places: list[Place | None] = []
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +90,7 @@ class StreamingModule(nn.Module):
     def _call(self, inputs: tuple[Tensor, ...], given: Any, lens: Tensor | None) -> tuple[Named, list[Call]]:
         self.tape.start(given, lens)
         try:
-            with packed.padded(self.tape):
+            with packed.padded(self.tape), self._keeping():
                 returned = leaves(packed.as_padded(self.model(**self.arguments_for(inputs, lens))))
             calls = self.tape.calls
             if lens is None and any((lengths != time).any() for lengths, time in self.tape.lengths):
@@ -100,6 +103,9 @@ class StreamingModule(nn.Module):
         if self.arguments.unbatched:
             returned = [(name, tensor.unsqueeze(0)) for name, tensor in returned]
         return returned, calls
+
+    def _keeping(self) -> AbstractContextManager[None]:
+        return Keep(self.tape, self.model, self.places).running() if self.places else nullcontext()
 
     def ask(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Named:
         """What the user's own `model` answers, with its tensors as `record` has them."""
