@@ -3,8 +3,7 @@
 import copy
 import dataclasses
 import importlib.metadata
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bundle
-from bundle import BundleError, Manifest, TensorSpec
+from bundle import BundleError, Manifest, StaticInput, TensorSpec
 from bundle.files import check_name
 from bundle.golden import run_chunked
 from export import onnx_graph, parity, probes, refusals
@@ -43,35 +42,20 @@ def export(
     replace: bool = False,
     batch_first: bool = True,
     output_names: list[str] | None = None,
+    static: Collection[str] = (),
     progress: Progress = lambda stage: None,
 ) -> Report:
     """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
 
     example_inputs: by forward's argument names, each (batch, time, ...), or (time, batch, ...) if not `batch_first`;
     the values set the scale of the inputs that parity is proven on. A state given here becomes the initial state.
+    static: the inputs that have no time, (batch, ...), and are given once when a sequence begins.
     output_names: for the outputs in forward's order. replace: write over an existing bundle. progress: called with a
     line per stage.
 
     Raises ExportError with a code and what to change; then nothing is written. `module` is not changed.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-        return _export(
-            module, example_inputs, name, version, Path(repository), replace, batch_first, output_names, progress
-        )
-
-
-def _export(
-    module: nn.Module,
-    example_inputs: dict[str, Any],
-    name: str,
-    version: str,
-    repository: Path,
-    replace: bool,
-    batch_first: bool,
-    output_names: list[str] | None,
-    progress: Progress,
-) -> Report:
+    repository = Path(repository)
     _check_target(repository, name, version, replace)
     progress("reading the model")
     refusals.check_modules(module)
@@ -81,12 +65,14 @@ def _export(
     if precision != torch.float32:
         model, example = converted(model, torch.float32), _cast(example, precision)
     check_arguments(model, example)
+    if missing := set(static) - example.keys():
+        raise ExportError("input", f"static input {', '.join(sorted(missing))} is not among the example inputs")
     original = copy.deepcopy(model)
 
     progress("running it as it is")
     returned = attempt("the example", lambda: refusals.check_steady(original, lambda: original(**example)))
     refusals.check_finite(leaves(returned))
-    streaming, samples = lift_model(model, example, batch_first)
+    streaming, samples = lift_model(model, example, frozenset(static), batch_first)
     double = in_double(streaming, exact, samples)
     _keep_past(streaming, double, samples, output_names)
     initial, dropped = observe(streaming, double, samples, output_names)
@@ -95,7 +81,7 @@ def _export(
     graph, suspects = onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
     content = graph.SerializeToString()
     served = onnx_graph.onnx_runner(content, streaming)
-    samples = dataclasses.replace(samples, limits=_integer_limits(graph, samples))
+    samples = dataclasses.replace(samples, limits=_integer_limits(graph, streaming, samples))
     reference, single = torch_runner(double, double=True), torch_runner(streaming, double=False)
 
     progress("finding out whether it streams")
@@ -160,14 +146,15 @@ def _cast(example: dict[str, Any], precision: torch.dtype) -> dict[str, Any]:
     return pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype == precision else t, example)
 
 
-def _integer_limits(graph: onnx.ModelProto, samples: Samples) -> dict[str, int]:
+def _integer_limits(graph: onnx.ModelProto, streaming: StreamingModule, samples: Samples) -> dict[str, int]:
     """Raises ExportError(input) where neither an embedding nor the example gives more than one value to try."""
-    integers = {name: array for name, array in samples.example.items() if array.dtype.kind == "i"}
-    limits = {name: limit for name, limit in onnx_graph.index_limits(graph).items() if name in integers}
+    given = samples.example | samples.static
+    integers = {name: array for name, array in given.items() if array.dtype.kind == "i"}
+    limits = onnx_graph.index_limits(graph, streaming.layout)
     for name, array in integers.items():
         if name not in limits and (array == array.flat[0]).all():
             raise ExportError("input", f"the example of {name!r} holds one value only; give the values it may take")
-    return limits
+    return {name: limit for name, limit in limits.items() if name in integers}
 
 
 def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples, initial: np.ndarray) -> Manifest:
@@ -175,6 +162,11 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
     inputs = tuple(
         TensorSpec(key, DTYPES[torch.from_numpy(array).dtype], array.shape[2:], True, samples.limits.get(key))
         for key, array in samples.example.items()
+    )
+    offsets = {slot.module: slot.offset for slot in streaming.layout.slots if slot.kind == "static"}
+    static = tuple(
+        StaticInput(key, DTYPES[value.dtype], tuple(value.shape[1:]), offsets[f"input {key}"], samples.limits.get(key))
+        for key, value in streaming.arguments.static.items()
     )
     return Manifest(
         format=1,
@@ -198,6 +190,7 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
             "unroll": importlib.metadata.version("unroll"),
             "opset": str(onnx_graph.OPSET),
         },
+        static=static,
     )
 
 
@@ -222,11 +215,11 @@ def _check_same_as_original(exact: nn.Module, double: StreamingModule, samples: 
     """The lifted copy, started from the initial state, must still be the user's model: both in float64."""
     for batch, time in ((3, 10), (2, 23)):
         inputs = samples.draw(batch, time, seed=25)
-        rows = np.repeat(draft.initial_row()[None], batch, axis=0)
+        rows = samples.begin(batch, draft, seed=26)
         lifted = run_chunked(inputs, rows, (time,), draft, torch_runner(double, double=True))
         tensors = tuple(as_tensors(inputs, double=True).values())
         with double_precision():
-            returned = attempt("other inputs", partial(double.ask, exact, tensors))
+            returned = attempt("other inputs", partial(double.ask, exact, tensors, torch.from_numpy(rows).double()))
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
             if not np.allclose(lifted[output.spec.name], expected, rtol=1e-9, atol=1e-9):
@@ -250,7 +243,7 @@ def _notes(streaming: StreamingModule, samples: Samples, dropped: list[str], pre
     ]
     notes += [
         f"input {name!r} indexes no embedding that could be found: its values are not checked"
-        for name, array in samples.example.items()
+        for name, array in (samples.example | samples.static).items()
         if array.dtype.kind == "i" and name not in samples.limits
     ]
     return tuple(notes)

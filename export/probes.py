@@ -23,7 +23,7 @@ def with_reached(reference: RunFunction, samples: Samples, manifest: Manifest) -
     """With state rows that sequences end in, if the state is more than that of recurrent layers."""
     if all(slot.kind in {"h", "c"} for slot in manifest.state):
         return samples
-    rows = np.repeat(manifest.initial_row()[None], 4, axis=0)
+    rows = samples.begin(4, manifest, seed=82)
     ends = [
         _whole(reference, samples.draw(4, time, seed=81), rows, manifest)["state_out"].astype(np.float32)
         for time in (4, 7, 19)
