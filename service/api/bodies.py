@@ -15,6 +15,7 @@ class OpenSession(_Body):
     )
     state: list[float] | None = Field(None, description="state row to begin from, state_size values")
     snapshot: Base64Bytes | None = Field(None, description="a snapshot to go on from, Base64")
+    static: dict[str, Any] | None = Field(None, description="a model's static inputs, {name: value}, if it has some")
     durability: Literal["memory", "redis", "client"] | None = Field(
         None, description="who keeps the state: the process, the store, or the client; the server's default if absent"
     )
@@ -59,6 +60,7 @@ class Sequences(_Body):
     inputs: list[Any] | dict[str, list[Any]] = Field(
         description="[sequence, ...], or {input: [sequence, ...]}; the sequences' lengths may differ"
     )
+    static: dict[str, list[Any]] | None = Field(None, description="{static input: [value of each sequence, ...]}")
 
 
 class SequencesReply(BaseModel):
@@ -72,12 +74,19 @@ class Tensor(BaseModel):
     time: bool = Field(description="one value per time step; false: only the last")
 
 
+class StaticTensor(BaseModel):
+    name: str
+    dtype: str
+    shape: list[int]
+
+
 class ModelInfo(BaseModel):
     name: str
     version: str
     digest: str
     inputs: list[Tensor]
     outputs: list[Tensor]
+    static: list[StaticTensor] = Field(description="given once, when a session opens or a sequence begins")
     state_size: int = Field(description="float32 values in a session's state row")
     streamable: bool
     not_streamable_because: str | None

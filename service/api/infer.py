@@ -85,8 +85,15 @@ def infer(server: Server, name: str, version: str | None, request: Request, resp
             server, name, version, asked, sequence, timeout, respond, fresh=request.fresh, again=again
         )
     served = server.catalog.resolve(name, version)
+    _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
     return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
+
+
+def _refuse_static(served: ServedModel) -> None:
+    if served.manifest.static:
+        names = [spec.name for spec in served.manifest.static]
+        raise InvalidShape(f"the static inputs {names} are given to the native API, which opens the session")
 
 
 def _answer_sequences(plan: _Plan, replies: list[Reply]) -> Answer:
@@ -109,6 +116,7 @@ def _sequence_steps(
     require_streamable(served)
     if sequence.start:
         server.refuse_if_draining()
+        _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked), again)
     batch = _batch(served, asked)
     if len(batch) != 1:

@@ -16,6 +16,7 @@ from service.api.bodies import (
     Sequences,
     SequencesReply,
     SessionInfo,
+    StaticTensor,
     Steps,
     StepsReply,
     Tensor,
@@ -115,10 +116,12 @@ def router(server: Server) -> APIRouter:
     async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
         request = await read_request(http.scope, http.receive, limit)
         if request.media_type == RAW:
-            body = OpenSession.model_construct(session_id=None, state=None, snapshot=request.body, durability=None)
+            body = OpenSession.model_construct(
+                **dict.fromkeys(("session_id", "state", "static", "durability")), snapshot=request.body
+            )
         else:
             body = _body(OpenSession, request, server.limits.max_json_bytes)
-        begin: dict[str, Any] = {"state": body.state, "snapshot": body.snapshot}
+        begin: dict[str, Any] = {"state": body.state, "snapshot": body.snapshot, "static": body.static}
         if body.durability == "client":
             described, sealed = sessions.hold(server, model, body.session_id, **begin)
             return HeldSession(**described, snapshot=encoded(sealed))
@@ -211,6 +214,7 @@ def _describe(server: Server, served: ServedModel) -> ModelInfo:
         digest=manifest.digest,
         inputs=tensors[0],
         outputs=tensors[1],
+        static=[StaticTensor(name=s.name, dtype=s.dtype, shape=list(s.shape)) for s in manifest.static],
         state_size=manifest.state_size,
         streamable=manifest.streamable,
         not_streamable_because=manifest.not_streamable_because,

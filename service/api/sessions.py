@@ -48,6 +48,7 @@ async def open_session(
     *,
     state: list[float] | None = None,
     snapshot: bytes | None = None,
+    static: dict | None = None,
     durability: str | None = None,
 ) -> tuple[ServedModel, Session]:
     """A new session: from the model's initial state, a state row, or a snapshot with its position."""
@@ -55,17 +56,23 @@ async def open_session(
     served = server.catalog.resolve(name, version)
     require_streamable(served)
     server.refuse_if_draining()
-    start = _start(served, state, snapshot)
+    start = start_of(served, state, snapshot, static)
     position = start.position if start else 0
     keeper = keeper_for(server, durability)
     await look_up(server, name, session_id)
     session_id = new_id(server, name, session_id)
     if keeper is not None:
         return served, await keeper.create(served, session_id, position, _row_of(start))
-    session = served.scheduler.open(session_id, served.loop.clock.now(), position=position)
+    return served, begin(served, session_id, start)
+
+
+def begin(served: ServedModel, session_id: str, start: Snapshot | None) -> Session:
+    """A new memory session, from there or from the model's initial state."""
+    now = served.loop.clock.now()
+    session = served.scheduler.open(session_id, now, position=start.position if start else 0)
     if start is not None:
-        await served.loop.act(session_id, lambda session: _restore(served, session, start))
-    return served, session
+        _restore(served, session, start)
+    return session
 
 
 def hold(
@@ -75,13 +82,16 @@ def hold(
     *,
     state: list[float] | None = None,
     snapshot: bytes | None = None,
+    static: dict | None = None,
 ) -> tuple[dict, bytes]:
     """A session that its client holds: what it is, and the sealed snapshot to begin with."""
     keys = keys_of(server)
     server.refuse_if_draining()
     served = server.catalog.resolve(*split_reference(model))
     require_streamable(served)
-    start = _start(served, state, snapshot) or Snapshot(served.manifest.digest, 0, served.manifest.initial_row())
+    start = start_of(served, state, snapshot, static) or Snapshot(
+        served.manifest.digest, 0, served.manifest.initial_row()
+    )
     if session_id is not None:
         check_id(session_id)
     session_id = session_id or secrets.token_urlsafe(_ID_BYTES)
@@ -199,13 +209,21 @@ def _find(served: ServedModel, session_id: str) -> Session:
     return served.scheduler.sessions.find(session_id, served.loop.clock.now())
 
 
-def _start(served: ServedModel, state: list[float] | None, snapshot: bytes | None) -> Snapshot | None:
+def start_of(
+    served: ServedModel,
+    state: list[float] | None = None,
+    snapshot: bytes | None = None,
+    static: dict | None = None,
+) -> Snapshot | None:
     """What a new session begins from, if that is not the model's initial state."""
-    if state is not None and snapshot is not None:
-        raise InvalidRequest("a session begins from a state or from a snapshot, not from both")
+    if sum(given is not None for given in (state, snapshot, static)) > 1:
+        raise InvalidRequest("a session begins from a state, from a snapshot or from static inputs, not from several")
     if snapshot is not None:
         return _snapshot(served, snapshot)
-    return None if state is None else _state(served, state)
+    if state is not None:
+        return _state(served, state)
+    row = served.codec.initial_row(static)
+    return None if row is None else Snapshot(served.manifest.digest, 0, row)
 
 
 def _row_of(snapshot: Snapshot | None) -> bytes:

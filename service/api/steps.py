@@ -48,11 +48,13 @@ def sequences(server: Server, model: str, request: Request, respond: Respond) ->
     served = server.catalog.resolve(*split_reference(model))
     timeout = timeout_of(server, request)
     if request.media_type == RAW:
-        batch, encode = [served.codec.from_raw(request.body)], _raw_sequence
+        batch, encode, static = [served.codec.from_raw(request.body)], _raw_sequence, None
     else:
-        inputs = json_body(server, request, {"inputs"})["inputs"]
-        batch, encode = served.codec.sequences_from_json(inputs), _json_sequences
-    return served.loop.submit_sequences(batch, timeout, Answering(respond, problem, encode, served.codec))
+        document = json_body(server, request, {"inputs", "static"})
+        batch, encode = served.codec.sequences_from_json(document["inputs"]), _json_sequences
+        static = document.get("static")
+    rows = served.codec.initial_rows(static, len(batch))
+    return served.loop.submit_sequences(batch, timeout, Answering(respond, problem, encode, served.codec), rows)
 
 
 def _raw_sequence(codec: Codec, replies: list[Reply]) -> Answer:

@@ -77,6 +77,7 @@ class _Wanted(_Control):
     session_id: str | None = None
     mode: Literal["new", "resume", "either"] = "new"
     durability: Literal["memory", "redis"] | None = None
+    static: dict[str, Any] | None = None
     depth: Annotated[int, Field(ge=1, le=64)] = 1
 
 
@@ -364,7 +365,9 @@ class Stream:
                 self._check_tensors(served)
                 return served, session
         self._check_tensors(self._server.catalog.resolve(self._name, self._version))
-        return await sessions.open_session(self._server, self._model, wanted.session_id, durability=wanted.durability)
+        return await sessions.open_session(
+            *(self._server, self._model, wanted.session_id), static=wanted.static, durability=wanted.durability
+        )
 
     def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
@@ -382,8 +385,8 @@ class Stream:
                 return served, session
         served = self._server.catalog.resolve(self._name, self._version)
         self._check_tensors(served)
-        session_id = new_id(self._server, self._name, wanted.session_id)
-        return served, served.scheduler.open(session_id, served.loop.clock.now())
+        start = sessions.start_of(served, static=wanted.static)
+        return served, sessions.begin(served, new_id(self._server, self._name, wanted.session_id), start)
 
     def _check_tensors(self, served: ServedModel) -> None:
         """Frames have one layout: the sessions may be of several versions, but these must agree on it."""

@@ -23,7 +23,7 @@ class HostEngine:
         self._manifest = manifest
         self._buffers = StepBuffers(runner, manifest, _BOUND_ROWS)
         self._arena = HostArena(rows, manifest.state_size)
-        self._arena.write(INITIAL, manifest.initial_row())
+        self._arena.write(INITIAL, manifest.blank_row())
         self.read = self._arena.read
         self.read_rows = self._arena.gather
         self.write = self._arena.write

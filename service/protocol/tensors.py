@@ -28,6 +28,7 @@ class Codec:
     """Encodes and decodes for one model. Arrays are (time, *shape), outputs without time (*shape)."""
 
     def __init__(self, manifest: Manifest, max_steps: int, max_sequences: int) -> None:
+        self._manifest = manifest
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
         self.max_steps = max_steps
@@ -77,6 +78,35 @@ class Codec:
             self.from_json(dict(zip(names, items, strict=True)) if several else items[0])
             for items in zip(*columns, strict=True)
         ]
+
+    def initial_row(self, static: Any) -> np.ndarray | None:
+        """The state row that a sequence with these static inputs, {name: value}, begins from; None: the model's own."""
+        specs, given = self._manifest.static, {} if static is None else static
+        if not isinstance(given, dict) or given.keys() != {spec.name for spec in specs}:
+            names = [spec.name for spec in specs]
+            raise InvalidShape(f"'static' must name the model's static inputs: {names}" if names else "there are none")
+        if not specs:
+            return None
+        values = {}
+        for spec in specs:
+            tensor = TensorSpec(spec.name, spec.dtype, spec.shape, False, spec.limit)
+            array = numbers(tensor, [given[spec.name]])[0]
+            if array.shape != spec.shape:
+                raise InvalidShape(f"{spec.name!r} must have the shape {spec.shape}, not {array.shape}")
+            self._check_limit(tensor, array)
+            values[spec.name] = array
+        try:
+            return self._manifest.initial_row(values)
+        except ValueError as error:
+            raise OutOfRange(str(error)) from error
+
+    def initial_rows(self, static: Any, count: int) -> list[np.ndarray | None]:
+        """The same for several sequences, {name: [value, ...]}."""
+        if not isinstance(static, dict) or not all(isinstance(v, list) and len(v) == count for v in static.values()):
+            if static is None and not self._manifest.static:
+                return [None] * count
+            raise InvalidShape("'static' must hold a list with a value per sequence for each static input")
+        return [self.initial_row({name: values[i] for name, values in static.items()}) for i in range(count)]
 
     def check_sequences(self, count: int) -> None:
         """Raises InvalidShape if a request holds too many; to be called before each is looked at."""

@@ -70,9 +70,14 @@ class Loop:
     # ── work, and who is called when it is done ──────────────────────────────────────────────────
 
     def submit_sequences(
-        self, batch: Sequence[Tensors], timeout: float, then: Callable[[list[Reply] | UnrollError], None]
+        self,
+        batch: Sequence[Tensors],
+        timeout: float,
+        then: Callable[[list[Reply] | UnrollError], None],
+        rows: Sequence[np.ndarray | None] | None = None,
     ) -> Callable[[], None]:
-        """Whole sequences from the initial state, each input (time, *shape); timeout: seconds until they have begun.
+        """Whole sequences, each input (time, *shape), from the initial state, or from the states in `rows`; timeout:
+        seconds until they have begun.
 
         `then` is called once: with all replies, or with the first error, the other sequences being cancelled. What is
         returned cancels them. Raises what `Scheduler.submit_sequence` raises; nothing is queued then.
@@ -80,8 +85,8 @@ class Loop:
         gathering = _Gathering(self, then)
         now = self.clock.now()
         try:
-            for inputs in batch:
-                gathering.chunks.append(self.scheduler.submit_sequence(inputs, now, now + timeout))
+            for inputs, row in zip(batch, rows or [None] * len(batch), strict=True):
+                gathering.chunks.append(self.scheduler.submit_sequence(inputs, now, now + timeout, row=row))
         except UnrollError:
             gathering.cancel()
             raise

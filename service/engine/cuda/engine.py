@@ -55,7 +55,7 @@ class CudaEngine:
         most = buckets[-1] if buckets else 0
         self._rows = rows
         self._arena = device.allocate((rows + most, manifest.state_size), np.float32)
-        self.write(INITIAL, manifest.initial_row())
+        self.write(INITIAL, manifest.blank_row())
         self._sequences = SequenceCall(device, runner, manifest, self._arena)
         self._buckets = list(buckets)
         self._steps: dict[tuple[int, int], list[StepCall]] = {}
