@@ -17,7 +17,7 @@ from service.store.record import Gone, Kept, Origin, Record
 Key = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Commit:
     """A session's next state. expected: the token it is the successor of; empty: the session must not be there.
 

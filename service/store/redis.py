@@ -39,25 +39,24 @@ _RETRY_AFTER = 1.0
 _ANY = b"*"
 _CLUSTER = "redis+cluster://"
 
-# ARGV: expected, token, idle, gone (milliseconds; 0: for ever), position, row, last, origin or ''
+# ARGV: expected, token, position, row, last, and the origin of a session that begins
 _WRITE = """
 local held = redis.call('HGET', KEYS[1], 'token') or ''
 if held == ARGV[2] then return 1 end
 if held ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'token', ARGV[2], 'position', ARGV[5], 'row', ARGV[6], 'last', ARGV[7])
-if ARGV[8] ~= '' then
-  redis.call('HSET', KEYS[1], 'origin', ARGV[8])
+redis.call('HSET', KEYS[1], 'token', ARGV[2], 'position', ARGV[3], 'row', ARGV[4], 'last', ARGV[5])
+if ARGV[6] then
+  redis.call('HSET', KEYS[1], 'origin', ARGV[6])
   redis.call('DEL', KEYS[2])
-  redis.call('HSET', KEYS[2], 'cause', 'session_expired', 'origin', ARGV[8])
+  redis.call('HSET', KEYS[2], 'cause', 'session_expired', 'origin', ARGV[6])
 end
-if ARGV[3] ~= '0' then
-  redis.call('PEXPIRE', KEYS[1], ARGV[3])
-  redis.call('PEXPIRE', KEYS[2], ARGV[4])
-end
+EXPIRE
 return 1
 """
+_EXPIRE = "redis.call('PEXPIRE', KEYS[1], %d) redis.call('PEXPIRE', KEYS[2], %d)"
 
-# ARGV: expected or '*', token, gone, position or '', last, origin or ''. Returns the position, if it is ended.
+# ARGV: expected or '*', token, milliseconds, position or '', last, and the origin of a session that begins
+# Returns the position, if the session is ended.
 _END = """
 if redis.call('HGET', KEYS[2], 'token') == ARGV[2] then return redis.call('HGET', KEYS[2], 'position') end
 local held = redis.call('HGET', KEYS[1], 'token') or ''
@@ -66,7 +65,7 @@ if ARGV[1] ~= '*' and held ~= ARGV[1] then return false end
 local position = ARGV[4]
 if position == '' then position = redis.call('HGET', KEYS[1], 'position') end
 redis.call('HSET', KEYS[2], 'cause', 'session_closed', 'token', ARGV[2], 'position', position, 'last', ARGV[5])
-if ARGV[6] ~= '' then redis.call('HSET', KEYS[2], 'origin', ARGV[6]) end
+if ARGV[6] then redis.call('HSET', KEYS[2], 'origin', ARGV[6]) end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 redis.call('DEL', KEYS[1])
 return position
@@ -84,10 +83,17 @@ if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1], KEYS[2]) and 1
 """
 
-_SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (_WRITE, _END, _LOAD, _TAKE)}
 
-#: A script and its keys and arguments.
-_Call = tuple[str, tuple[str, str], tuple[bytes | str | int, ...]]
+class _Script:
+    """digest: what the server knows it by, once it has seen it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text.encode()
+        self.digest = hashlib.sha1(self.text).hexdigest().encode()
+
+
+#: A script, and its keys and arguments: bytes, as everything else is turned into bytes with more effort.
+_Call = tuple[_Script, tuple[bytes, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +116,10 @@ class RedisStore:
         self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
         self._answers = True  # so far as is known
-        self._gone = _milliseconds(config.tombstone_life)
-        idle = config.idle_timeout or 0.0
-        self._idle, self._both = _milliseconds(idle), _milliseconds(idle + config.tombstone_life)
+        self._gone = b"%d" % _milliseconds(config.tombstone_life)
+        self._write, self._end, self._load, self._take = map(
+            _Script, (_WRITE.replace("EXPIRE", _expiry(config)), _END, _LOAD, _TAKE)
+        )
 
     def __repr__(self) -> str:
         return f"<RedisStore {len(self._under_way)} pipelines under way, {len(self._queue)} calls waiting>"
@@ -131,13 +138,13 @@ class RedisStore:
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
-            replies = await self._ask([self._end(c) if c.ends else self._write(c) for c in commits])
+            replies = await self._ask([self._call(commit) for commit in commits])
         except StoreUnavailable as error:
             return [error] * len(commits)
         return [_verdict(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
 
     async def load(self, key: Key) -> Record | Gone | None:
-        (reply,) = await self._ask([(_LOAD, _keys(key), ())])
+        (reply,) = await self._ask([(self._load, _keys(key))])
         if isinstance(reply, RedisError):
             raise _unavailable(reply)
         if len(reply) == 3:
@@ -149,25 +156,24 @@ class RedisStore:
         return Record(Origin.from_bytes(origin), int(position), row, *unpack_last(last), token)
 
     async def close(self, key: Key) -> int | None:
-        call: _Call = (_END, _keys(key), (_ANY, self._tokens.next(), self._gone, b"", pack_last(1, ()), b""))
-        (reply,) = await self._ask([call])
+        words = (*_keys(key), _ANY, self._tokens.next(), self._gone, b"", pack_last(1, ()))
+        (reply,) = await self._ask([(self._end, words)])
         if isinstance(reply, RedisError):
             raise _unavailable(reply)
         return None if reply is None else int(reply)
 
     async def take(self, key: Key, token: bytes) -> bool:
-        (reply,) = await self._ask([(_TAKE, _keys(key), (token,))])
+        (reply,) = await self._ask([(self._take, (*_keys(key), token))])
         if isinstance(reply, RedisError):
             raise _unavailable(reply)
         return bool(reply)
 
-    def _write(self, commit: Commit) -> _Call:
-        state = (commit.position, commit.row, commit.last, _origin(commit))
-        return _WRITE, _keys(commit.key), (commit.expected, commit.token, self._idle, self._both, *state)
-
-    def _end(self, commit: Commit) -> _Call:
-        state = (commit.position, commit.last, _origin(commit))
-        return _END, _keys(commit.key), (commit.expected, commit.token, self._gone, *state)
+    def _call(self, commit: Commit) -> _Call:
+        begin = () if commit.origin is None else (commit.origin.to_bytes(),)
+        who, position = (*_keys(commit.key), commit.expected, commit.token), b"%d" % commit.position
+        if commit.ends:
+            return self._end, (*who, self._gone, position, commit.last, *begin)
+        return self._write, (*who, position, commit.row, commit.last, *begin)
 
     # ── pipelines ────────────────────────────────────────────────────────────────────────────────
 
@@ -196,7 +202,9 @@ class RedisStore:
         try:
             async with asyncio.timeout(self._config.timeout):
                 replies = await self._execute(calls)
-        except (RedisError, OSError, TimeoutError) as reason:
+        except Exception as reason:  # whatever it is, nobody may wait for ever
+            if not isinstance(reason, (RedisError, OSError, TimeoutError)):
+                _log.error("an unforeseen error of the store", exc_info=reason)
             error = _unavailable(reason)
             # Whoever waits behind these would only learn the same, and later.
             asked, self._queue = [*asked, *self._queue], deque()
@@ -225,11 +233,11 @@ class RedisStore:
     async def _run(self, calls: Sequence[_Call], *, by_digest: bool) -> list[Any]:
         """by_digest: the scripts are known to the server; otherwise they are sent, and known from then on."""
         pipeline = self._client.pipeline(**({} if isinstance(self._client, RedisCluster) else {"transaction": False}))
-        for script, keys, arguments in calls:
+        for script, words in calls:
             if by_digest:
-                pipeline.execute_command("EVALSHA", _SHA[script], 2, *keys, *arguments)
+                pipeline.execute_command("EVALSHA", script.digest, b"2", *words)
             else:
-                pipeline.execute_command("EVAL", script, 2, *keys, *arguments)
+                pipeline.execute_command("EVAL", script.text, b"2", *words)
         return await pipeline.execute(raise_on_error=False)
 
 
@@ -242,13 +250,17 @@ def _client(config: StoreConfig) -> Any:
     return Redis.from_url(config.url, **options)
 
 
-def _origin(commit: Commit) -> bytes:
-    return b"" if commit.origin is None else commit.origin.to_bytes()
+def _keys(key: Key) -> tuple[bytes, bytes]:
+    state = f"unroll:{{{key[0]}/{key[1]}}}".encode()
+    return state, state + b":gone"
 
 
-def _keys(key: Key) -> tuple[str, str]:
-    state = f"unroll:{{{key[0]}/{key[1]}}}"
-    return state, f"{state}:gone"
+def _expiry(config: StoreConfig) -> str:
+    """How the keys of a session that was written come to live on for a while; nothing, if that is for ever."""
+    if config.idle_timeout is None:
+        return ""
+    both = config.idle_timeout + config.tombstone_life
+    return _EXPIRE % (_milliseconds(config.idle_timeout), _milliseconds(both))
 
 
 def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
