@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import pytest
-from redis_server import RedisServer, missing
+from redis_server import RedisServer, free_port, missing
 from serving import until
 
 from service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable
@@ -23,7 +23,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis Cluster of one node, which refuses what a cluster refuses: keys of different slots in one script."""
     if why := missing():
         pytest.skip(why)
-    server = RedisServer(tmp_path_factory.mktemp("cluster"), **{"cluster-enabled": "yes"})
+    server = RedisServer(
+        tmp_path_factory.mktemp("cluster"), **{"cluster-enabled": "yes", "cluster-port": str(free_port())}
+    )
     server.start()
     server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
     until(lambda: b"cluster_state:ok" in server.client.execute_command("CLUSTER", "INFO", NEVER_DECODE=True))
