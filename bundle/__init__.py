@@ -6,7 +6,7 @@ A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `mani
 
 from bundle.files import Bundle, BundleError, discover, read, write
 from bundle.golden import Golden, GoldenMismatch, RunFunction, replay
-from bundle.manifest import Manifest, Parity, StateSlot, TensorSpec
+from bundle.manifest import Manifest, Parity, StateSlot, StaticInput, TensorSpec
 
 __all__ = [
     "Bundle",
@@ -17,6 +17,7 @@ __all__ = [
     "Parity",
     "RunFunction",
     "StateSlot",
+    "StaticInput",
     "TensorSpec",
     "discover",
     "read",

@@ -72,7 +72,12 @@ def open_durable(client: Client, session_id: str) -> RemoteSession:
     sessions = f"/v1/models/{MODEL}/sessions"
     wanted = json.dumps({"session_id": session_id, "durability": "redis"}).encode()
     client.exchange("POST", sessions, wanted, {"Content-Type": "application/json", "X-Session-Id": session_id})
-    return RemoteSession(client, f"{sessions}/{session_id}")
+    return known(client, session_id)
+
+
+def known(client: Client, session_id: str) -> RemoteSession:
+    """A session that was opened, perhaps by another client."""
+    return RemoteSession(client, f"/v1/models/{MODEL}/sessions/{session_id}")
 
 
 def check(url: str, kill: bool) -> bool:

@@ -1,12 +1,25 @@
 """Runs a user's forward in float64, also where it says float32: PyTorch in double precision is the reference."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def converted(model: Module, dtype: torch.dtype) -> Module:
+    """A copy that computes in `dtype`, with the tensors that are plain attributes."""
+    copied = copy.deepcopy(model).to(dtype)
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.to(dtype))
+    return copied
 
 
 class _Float32IsDouble(TorchFunctionMode):

@@ -1,10 +1,6 @@
 """The lifted model as an ONNX graph: one LSTM, GRU or RNN node per layer, batch and time dynamic."""
 
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
 from typing import Any
 
 import onnx
@@ -14,6 +10,8 @@ from onnxscript import opset20 as op
 
 from bundle.golden import Arrays, RunFunction
 from export.errors import ExportError, first_line
+from export.lift import Layout
+from export.quiet import quiet
 from export.samples import as_tensors
 from export.streaming import StreamingModule
 from export.tracing import Suspects, trace
@@ -24,7 +22,7 @@ OPSET = 20
 _PUBLIC = "public:"
 
 #: Nodes that hand an integer on unchanged, as far as the row of an embedding goes.
-_TRANSPARENT = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Flatten"}
+_TRANSPARENT = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Flatten", "Round"}
 
 
 def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, Suspects]:
@@ -37,7 +35,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, S
     arguments = (torch.zeros(size, module.layout.size), torch.full((size,), time, dtype=torch.int32), *tensors.values())
     inputs_of_graph = ["state", "sequence_lens", *module.names]
     outputs_of_graph = [*(output.spec.name for output in module.outputs), "state_out"]
-    with _quiet():
+    with quiet():
         try:
             traced, suspects = trace(module, arguments)
             program = torch.onnx.export(
@@ -50,6 +48,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, S
                     torch.ops.unroll.lstm.default: _lstm,
                     torch.ops.unroll.gru.default: _gru,
                     torch.ops.unroll.rnn.default: _rnn,
+                    torch.ops.unroll.cat.default: _cat,
                 },
                 verbose=False,
                 external_data=False,
@@ -96,11 +95,12 @@ def _drop_copies(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def index_limits(model: onnx.ModelProto) -> dict[str, int]:
-    """For each integer input that indexes an embedding: the number of its rows."""
-    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
+def index_limits(model: onnx.ModelProto, layout: Layout) -> dict[str, int]:
+    """For each integer input that indexes an embedding, static ones included: the number of its rows."""
+    graphs = [model.graph, *_bodies(model.graph)]
+    rows = {tensor.name: tensor.dims[0] for graph in graphs for tensor in graph.initializer if tensor.dims}
     consumers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
+    for node in (node for graph in graphs for node in graph.node):
         for name in node.input:
             consumers.setdefault(name, []).append(node)
 
@@ -110,9 +110,23 @@ def index_limits(model: onnx.ModelProto) -> dict[str, int]:
                 yield from limits(node.output[0])
             elif node.op_type == "Gather" and node.input[1] == name and _is_embedding(node, rows):
                 yield rows[node.input[0]]
+            elif node.op_type == "Scan":
+                (body,) = (attribute.g for attribute in node.attribute if attribute.name == "body")
+                yield from limits(body.input[list(node.input).index(name)].name)
 
     found = {value.name: list(limits(value.name)) for value in model.graph.input if value.name != "sequence_lens"}
+    splits = (node.output for node in model.graph.node if node.op_type == "Split" and node.input[0] == "state")
+    pieces = next(splits, ["state"])
+    for slot, piece in zip(layout.slots, pieces, strict=False):
+        if slot.kind == "static":
+            found[slot.module.removeprefix("input ")] = list(limits(piece))
     return {name: min(values) for name, values in found.items() if values}
+
+
+def _bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """The graphs inside a graph: what its scans run."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return [each for body in inner for each in (body, *_bodies(body))]
 
 
 def _is_embedding(node: onnx.NodeProto, rows: dict[str, int]) -> bool:
@@ -164,6 +178,10 @@ def _rnn(x: Any, lens: Any, h: Any, w: Any, r: Any, b: Any, activation: str) -> 
     return _joined(_without_last(y, 2), h), _without_last(h_out, 1)
 
 
+def _cat(tensors: Any, axis: int) -> Any:
+    return op.Concat(*tensors, axis=axis)
+
+
 def _first_twice(tensor: Any, axis: int) -> Any:
     return op.Concat(tensor, op.Slice(tensor, _ints(0), _ints(1), _ints(axis)), axis=axis)
 
@@ -197,16 +215,3 @@ def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in graph.node:
         node.name = ""
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of deprecations, logs, and prints graphs it cannot follow; a failure is raised anyway."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -12,39 +12,34 @@ from export.outputs import leaves
 #: A bundle's graph is one protobuf message, of less than 2 GiB.
 _LARGEST = 2**31 - 2**24
 
+#: Parameters of any of these become float32.
+_FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
 
 def check_modules(model: nn.Module) -> None:
     """Raises ExportError for a module or parameter that cannot be exported faithfully, naming it."""
-    recurrent = False
     for path, module in model.named_modules():
         where = f"layer {path or type(module).__name__!r}"
         if isinstance(module, torch.jit.ScriptModule):
             raise ExportError("scripted", f"{where} is scripted; export the nn.Module it was made from")
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.quantizable")):
             raise ExportError("quantized", f"{where} is quantized; export the float model")
-        if isinstance(module, nn.RNNCellBase):
-            kind = type(module).__name__
-            raise ExportError(
-                "recurrent_cell", f"{where} is an nn.{kind}; use nn.{kind.removesuffix('Cell')} on whole sequences"
-            )
-        if isinstance(module, nn.RNNBase):
-            recurrent = True
-            if module.proj_size > 0:
-                raise ExportError(
-                    "projection", f"{where} has proj_size={module.proj_size}, which ONNX's LSTM lacks; use a Linear"
-                )
-    if not recurrent:
-        raise ExportError(
-            "no_recurrent_layer", "the model holds no nn.LSTM, nn.GRU or nn.RNN; nothing to keep a state of"
-        )
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ExportError(
-                "dtype", f"parameter {name!r} is {parameter.dtype}; export a float32 model (model.float())"
-            )
-    size = sum(parameter.nbytes for parameter in model.parameters())
+        if parameter.dtype not in _FLOATS:
+            raise ExportError("dtype", f"parameter {name!r} is {parameter.dtype}; export a float32 model")
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
     if size > _LARGEST:
         raise ExportError("too_large", f"the parameters take {size / 2**30:.1f} GiB; a bundle holds less than 2 GiB")
+
+
+def precision(model: nn.Module) -> torch.dtype:
+    """What the parameters are, all of them. Raises ExportError(dtype) if they differ."""
+    dtypes = {parameter.dtype for parameter in model.parameters()} or {torch.float32}
+    if len(dtypes) > 1:
+        raise ExportError(
+            "dtype", f"the parameters are of {len(dtypes)} dtypes; export a float32 model (model.float())"
+        )
+    return dtypes.pop()
 
 
 def check_steady(model: nn.Module, forward: Callable[[], Any]) -> Any:

@@ -71,9 +71,9 @@ class Worker:
 def supervise(host: str, port: int, workers: int) -> int:
     """Runs until a signal, or until a worker cannot be started; returns the exit status."""
     try:
-        listeners = [_bind(host, port, shared=True)]
-        port = listeners[0].getsockname()[1]
-        listeners += [_bind(host, port, shared=True) for _ in range(1, workers)]
+        with _bind(host, port) as alone:  # fails where sharing would not: on the port of another server of this user
+            port = alone.getsockname()[1]
+        listeners = [_bind(host, port, shared=True) for _ in range(workers)]
     except OSError as error:
         _log.error("not started", reason=str(error))
         return 1

@@ -133,7 +133,7 @@ def test_a_durable_stream_goes_on_at_another_server(
         assert np.array_equal(reply.outputs[0][0], oracle("lstm")(x[reply.handle])[reply.position - 1])
         reached[reply.handle] = reply.position
     told = json.loads(closing)["sessions"]
-    assert [(item["handle"], item["session_id"]) for item in told] == list(enumerate(names))
+    assert {item["handle"]: item["session_id"] for item in told} == dict(enumerate(names))
     assert {item["handle"]: item["position"] for item in told} == reached
 
     other = Client(second, client.manifest)

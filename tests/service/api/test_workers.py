@@ -126,6 +126,13 @@ def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: Redis
     assert "Traceback" not in log
 
 
+def test_a_port_that_others_share(capfd: pytest.CaptureFixture[str]) -> None:
+    """Their connections are not for these workers."""
+    with workers._bind("127.0.0.1", 0, shared=True) as others:
+        assert workers.supervise("127.0.0.1", others.getsockname()[1], 2) == 1
+    assert "in use" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [

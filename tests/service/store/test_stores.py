@@ -1,10 +1,11 @@
 """What every store promises: a commit counts once, and only after the one that it says it follows."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import pytest
-from redis_server import RedisServer
+from redis_server import RedisServer, missing
+from serving import until
 
 from service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable
 from service.store.base import Commit, Key, Store, Tokens
@@ -17,13 +18,30 @@ ORIGIN = Origin("ab" * 32, "redis", b"b" * 16, b"o" * 16)
 KEPT = (Kept(0, 2, b"d" * 16, b"outputs"),)
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis Cluster of one node, which refuses what a cluster refuses: keys of different slots in one script."""
+    if why := missing():
+        pytest.skip(why)
+    server = RedisServer(tmp_path_factory.mktemp("cluster"), **{"cluster-enabled": "yes"})
+    server.start()
+    server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    until(lambda: b"cluster_state:ok" in server.client.execute_command("CLUSTER", "INFO", NEVER_DECODE=True))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["memory", "redis", "cluster"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     if request.param == "memory":
         made: Store = MemoryStore()
-    else:
+    elif request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
-        made = RedisStore(StoreConfig(server.url))
+        made = RedisStore(StoreConfig(server.url, timeout=5.0))
+    else:
+        server = request.getfixturevalue("cluster")
+        server.flush()
+        made = RedisStore(StoreConfig(f"redis+cluster://127.0.0.1:{server.port}", timeout=5.0))
     await made.start()
     yield made
     await made.stop()
