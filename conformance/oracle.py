@@ -1,0 +1,145 @@
+"""Asks whether a bundle is what it says it is, without a line of export: onnxruntime against the module in float64.
+
+Sizes, inputs and cuts are random. What the manifest claims is tried: that it streams, that rows may be padded, that not
+a bit depends on cuts and company.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+import bundle
+
+Arrays = dict[str, np.ndarray]
+
+#: `answer(inputs, double)`: the user's own module, whole sequences from its own initial state, by the bundle's names.
+Answer = Callable[[Arrays, bool], Arrays]
+
+#: `draw(batch, time, rng)`: inputs, each (batch, time, ...).
+DrawInputs = Callable[[int, int, np.random.Generator], Arrays]
+
+
+class Wrong(Exception):
+    """A bundle that loads, runs, and is not the model it was made of, or not as good as it says."""
+
+
+def examine(path: Path, answer: Answer, draw: DrawInputs, *, seed: int = 0, rounds: int = 4) -> float:
+    """Largest error found, absolute, against float64. Raises Wrong."""
+    found = bundle.read(path)
+    graph = Graph(found)
+    rng = np.random.default_rng(seed)
+    worst = 0.0
+    for size in range(rounds):
+        # Not below 6 steps: a model that cannot stream may need as many.
+        batch, time = int(rng.integers(1, 6)), int(rng.integers(6, 40)) if size else 6
+        worst = max(worst, _round(graph, answer, draw(batch, time, rng), rng))
+    return worst
+
+
+class Graph:
+    """A bundle on onnxruntime, one thread, run from its initial row or any."""
+
+    def __init__(self, found: bundle.Bundle) -> None:
+        self.manifest = found.manifest
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 4
+        self.session = onnxruntime.InferenceSession(found.model_path, options, providers=["CPUExecutionProvider"])
+        self.names = [spec.name for spec in self.manifest.outputs]
+
+    def run(self, inputs: Arrays, state: np.ndarray, lens: np.ndarray | None = None) -> tuple[Arrays, np.ndarray]:
+        time = next(iter(inputs.values())).shape[1]
+        lens = np.full(len(state), time, np.int32) if lens is None else lens
+        feeds = inputs | {"state": state, "sequence_lens": lens}
+        *outputs, after = self.session.run([*self.names, "state_out"], feeds)
+        return dict(zip(self.names, outputs, strict=True)), after
+
+    def start(self, batch: int) -> np.ndarray:
+        return np.repeat(self.manifest.initial_row()[None], batch, 0)
+
+    def cut(self, inputs: Arrays, chunks: list[int], company: Arrays, rng: np.random.Generator) -> Arrays:
+        """Row by row the same inputs in chunks, each chunk beside some rows of `company`, at another place."""
+        batch = len(next(iter(inputs.values())))
+        state, start, pieces = self.start(batch), 0, []
+        for length in chunks:
+            extra = int(rng.integers(0, 3))
+            order = rng.permutation(batch + extra)
+            feeds = {
+                name: np.concatenate([array[:, start : start + length], company[name][:extra, :length]])[order]
+                for name, array in inputs.items()
+            }
+            rows = np.concatenate([state, rng.uniform(-1, 1, (extra, state.shape[1])).astype(np.float32)])[order]
+            outputs, after = self.run(feeds, rows)
+            back = np.argsort(order)[:batch]
+            pieces.append({name: array[back] for name, array in outputs.items()})
+            state, start = after[back], start + length
+        return {
+            spec.name: np.concatenate([piece[spec.name] for piece in pieces], 1) if spec.time else pieces[-1][spec.name]
+            for spec in self.manifest.outputs
+        } | {"state_out": state}
+
+
+def _round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generator) -> float:
+    manifest = graph.manifest
+    batch, time = next(iter(inputs.values())).shape[:2]
+    expected, single = answer(inputs, True), answer(inputs, False)
+    whole, after = graph.run(inputs, graph.start(batch))
+    size = f"{batch} sequences of {time} steps"
+    worst = _compare(whole, expected, single, size)
+    if manifest.streamable:
+        chunks = _chunks(time, rng)
+        company = {name: array[rng.integers(0, batch, 2)] for name, array in inputs.items()}
+        cut = graph.cut(inputs, chunks, company, rng)
+        worst = max(worst, _compare(cut, expected, single, f"{size} in chunks {chunks}"))
+        exact = all(np.array_equal(cut[name], array) for name, array in (whole | {"state_out": after}).items())
+        if manifest.bit_exact and not exact:
+            raise Wrong(f"bit_exact, but chunks {chunks} of {size} differ from the whole in some bit")
+    if manifest.ragged:
+        worst = max(worst, _padded(graph, answer, inputs, rng))
+    return worst
+
+
+def _padded(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generator) -> float:
+    """Rows of different length in one padded call, each against the module on that row alone."""
+    batch, time = next(iter(inputs.values())).shape[:2]
+    lens = rng.integers(4, time + 1, batch).astype(np.int32)
+    outputs, _ = graph.run(inputs, graph.start(batch), lens)
+    worst = 0.0
+    for row, length in enumerate(lens):
+        alone = {name: array[row : row + 1, :length] for name, array in inputs.items()}
+        found = {
+            spec.name: outputs[spec.name][row : row + 1, :length] if spec.time else outputs[spec.name][row : row + 1]
+            for spec in graph.manifest.outputs
+        }
+        what = f"a row of {length} steps padded to {time}"
+        worst = max(worst, _compare(found, answer(alone, True), answer(alone, False), what))
+    return worst
+
+
+def _compare(found: Arrays, expected: Arrays, single: Arrays, what: str) -> float:
+    """Allowed: 20 times the error of PyTorch's own float32, and 2e-5 of the scale."""
+    worst = 0.0
+    for name, truth in expected.items():
+        if name not in found or found[name].shape != truth.shape:
+            raise Wrong(f"{name} of {what} is {found.get(name, np.empty(0)).shape}, and should be {truth.shape}")
+        if truth.dtype.kind != "f":
+            continue  # a choice between two that are nearly alike may fall the other way
+        difference = _largest(found[name] - truth)
+        allowed = 20 * _largest(single[name] - truth) + 2e-5 * max(1.0, _largest(truth))
+        if not difference <= allowed:
+            raise Wrong(f"{name} of {what} is off by {difference:.3g} (allowed {allowed:.3g})")
+        worst = max(worst, difference)
+    return worst
+
+
+def _largest(array: np.ndarray) -> float:
+    return float(np.max(np.abs(array)))
+
+
+def _chunks(time: int, rng: np.random.Generator) -> list[int]:
+    if rng.random() < 0.25:
+        return [1] * time
+    cuts = np.flatnonzero(rng.random(time - 1) < 0.3) + 1
+    return np.diff([0, *cuts, time]).tolist()
