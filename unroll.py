@@ -1,4 +1,4 @@
-"""The command line: `unroll export|inspect|verify|serve|...`. Each command belongs to the package that does the work."""
+"""The command line: `unroll export|inspect|serve|...`. Each command belongs to the package that does the work."""
 
 import sys
 from importlib import import_module
