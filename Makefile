@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test check format train bundles bench bench-peers profile figures clean
+.PHONY: help install run stop test check format conformance fuzz-export train bundles bench bench-peers profile figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,14 @@ check: install ## format, lint, types and the layers' contracts
 format: install ## rewrite the files as `make check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+conformance: install ## docs/conformance.md: kinds of modules through export, and through torch.onnx.export (ten minutes)
+	$(BIN)/python -m conformance --write-docs models
+	$(BIN)/python -m conformance --write-docs precision
+	$(BIN)/python -m conformance --write-docs matrix
+
+fuzz-export: install ## 2,000 random models through export: none may be silently wrong (an hour; goes on where it ended)
+	$(BIN)/python -m conformance --write-docs fuzz
 
 train: install ## train the two example models again (minutes)
 	$(BIN)/python -m models.training.co2
@@ -60,7 +68,7 @@ figures: ## write docs/benchmarks.md and its plots from what `make bench` found
 	$(BIN)/python -m bench --write-docs .bench/results.json
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-serve .run .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-serve .run .bench .fuzz build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt

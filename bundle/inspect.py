@@ -44,6 +44,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  streaming  {'yes' if found['streamable'] else 'NO: ' + found['not_streamable_because']}"
     yield f"  ragged     {'yes' if found['ragged'] else 'no: rows of different length do not share a batch'}"
     yield f"  bit-exact  {'yes' if found['bit_exact'] else 'no: the batch a row is in may change its last bits'}"
+    yield f"  precision  {found['precision']}; inputs, outputs and state are float32"
     yield f"  operators  {', '.join(f'{count} {name}' for name, count in found['operators'].items())}"
     yield f"  written by {', '.join(f'{name} {version}' for name, version in found['tools'].items())}"
     for title in ("inputs", "outputs"):

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from conformance import children, modules, trees
 from conformance.children import Died
-from conformance.oracle import Wrong, examine
+from conformance.oracle import Wrong, WrongBits, examine
 from conformance.strategies import trees as any_tree
 from conformance.trees import Tree
 from export import ExportError, export
@@ -32,7 +32,7 @@ _ALIKE = 6
 
 @dataclass(frozen=True)
 class Verdict:
-    """outcome: `streams`, `whole only`, `refused`, or one of what must not be: `wrong`, `crashed`, `timed out`."""
+    """outcome: `streams`, `whole only`, `refused`, or one of what must not be, which are BAD."""
 
     tree: str
     outcome: str
@@ -41,7 +41,7 @@ class Verdict:
     error: float = 0.0
 
 
-BAD = ("wrong", "crashed", "timed out")
+BAD = ("wrong", "wrong bits", "crashed", "timed out")
 
 
 def judge(tree: Tree) -> Verdict:
@@ -55,23 +55,25 @@ def judge(tree: Tree) -> Verdict:
                 for name, array in modules.draw(tree, 2, 7, np.random.default_rng(1)).items()
             }
             report = export(model, example, name="m", repository=folder, batch_first=not tree.time_first)
-        except ExportError as error:
-            return verdict("refused", error.code, str(error))
-        except Exception as error:  # whatever it is, it should have been an ExportError
-            return verdict("crashed", type(error).__name__, str(error)[:500])
+        except ExportError as refusal:
+            return verdict("refused", refusal.code, str(refusal))
+        except Exception as failure:  # whatever it is, it should have been an ExportError
+            return verdict("crashed", type(failure).__name__, str(failure)[:500])
         single, double = modules.build(tree), modules.build(tree).double()
         try:
-            worst = examine(
+            error = examine(
                 report.path,
                 lambda inputs, wide: modules.answers(double if wide else single, inputs, double=wide),
                 lambda batch, time, rng: modules.draw(tree, batch, time, rng),
                 seed=tree.seed,
-            )
-        except Wrong as error:
-            return verdict("wrong", "", str(error))
+            ).error
+        except WrongBits as found:
+            return verdict("wrong bits", "", str(found))
+        except Wrong as found:
+            return verdict("wrong", "", str(found))
         if report.manifest.streamable:
-            return verdict("streams", error=worst)
-        return verdict("whole only", "", str(report.manifest.not_streamable_because), error=worst)
+            return verdict("streams", error=error)
+        return verdict("whole only", "", str(report.manifest.not_streamable_because), error=error)
 
 
 def draw(count: int) -> Iterator[Tree]:
@@ -111,13 +113,15 @@ class Store:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "verdicts.jsonl"
+        if self._path.exists() and not (found := self._path.read_bytes()).endswith(b"\n"):
+            self._path.write_bytes(found + b"\n")  # a run was killed while it wrote
 
     def read(self) -> list[Verdict]:
         if not self._path.exists():
             return []
         verdicts = []
         for line in self._path.read_text().splitlines():
-            with suppress(json.JSONDecodeError):  # the last line of a run that was killed
+            with suppress(json.JSONDecodeError):  # a line that was not written to its end
                 verdicts.append(Verdict(**json.loads(line)))
         return verdicts
 

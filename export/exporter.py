@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bundle
-from bundle import BundleError, Manifest, TensorSpec
+from bundle import BundleError, Manifest, Precision, TensorSpec
 from bundle.files import check_name
 from bundle.golden import run_chunked
 from export import onnx_graph, parity, probes, refusals
@@ -23,6 +23,7 @@ from export.errors import ExportError
 from export.inputs import check_arguments
 from export.observe import in_double, lift_model, observe
 from export.outputs import DTYPES, leaves
+from export.precision import limit, reduce
 from export.report import Report
 from export.samples import Samples, as_tensors
 from export.streaming import StreamingModule, attempt, torch_runner
@@ -40,6 +41,8 @@ def export(
     replace: bool = False,
     batch_first: bool = True,
     output_names: list[str] | None = None,
+    precision: Precision = "float32",
+    max_error: float | None = None,
     progress: Progress = lambda stage: None,
 ) -> Report:
     """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
@@ -47,7 +50,8 @@ def export(
     example_inputs: by forward's argument names, each (batch, time, ...), or (time, batch, ...) if not `batch_first`;
     the values set the scale of the inputs that parity is proven on. A state given here becomes the initial state.
     output_names: for the outputs in forward's order. replace: write over an existing bundle. progress: called with a
-    line per stage.
+    line per stage. precision: what the graph shall compute in: float16 for a GPU, int8 for the CPU; inputs, outputs and
+    state stay float32. max_error: the most that an output may differ from PyTorch in float64, absolute.
 
     Raises ExportError with a code and what to change; then nothing is written. `module` is not changed.
     """
@@ -90,6 +94,11 @@ def export(
     ragged = all(padding[entry.output] <= entry.tolerance for entry in draft.parity)
     exact = probes.is_bit_exact(served, samples, draft) and not (ragged and any(padding.values()))
     draft = dataclasses.replace(draft, ragged=ragged, bit_exact=exact)
+
+    if precision != "float32":
+        progress(f"reducing it to {precision} and measuring what that costs")
+        content, draft = reduce(graph, precision, streaming, reference, golden, samples, draft)
+    draft = limit(draft, max_error)
 
     progress("writing the bundle")
     try:

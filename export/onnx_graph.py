@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from onnxscript import opset20 as op
 
+from bundle import CRASHING_OPTIMIZERS
 from bundle.golden import Arrays, RunFunction
 from export.errors import ExportError, first_line
 from export.samples import as_tensors
@@ -37,7 +38,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, S
     arguments = (torch.zeros(size, module.layout.size), torch.full((size,), time, dtype=torch.int32), *tensors.values())
     inputs_of_graph = ["state", "sequence_lens", *module.names]
     outputs_of_graph = [*(output.spec.name for output in module.outputs), "state_out"]
-    with _quiet():
+    with quiet():
         try:
             traced, suspects = trace(module, arguments)
             program = torch.onnx.export(
@@ -126,7 +127,9 @@ def onnx_runner(model: bytes, module: StreamingModule) -> RunFunction:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=CRASHING_OPTIMIZERS
+        )
     except Exception as error:
         raise ExportError("not_exportable", f"onnxruntime cannot load the graph: {first_line(error)}") from error
     names = [output.spec.name for output in module.outputs]
@@ -200,7 +203,7 @@ def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter warns of deprecations, logs, and prints graphs it cannot follow; a failure is raised anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
