@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
 import bundle
 from bundle.operators import operators
@@ -122,16 +124,16 @@ class _Asked:
     """
 
     def __init__(self, shape: Shape, found: bundle.Bundle) -> None:
-        module, example = _made(shape)
+        module, self._example = _made(shape)
         module = getattr(module, "_orig_mod", module)
         self._batch_first = shape.options.get("batch_first", True)
         self._graph = Graph(found)
-        self._specs = found.manifest.inputs
-        names = {spec.name for spec in self._specs}
-        self._given = {name: value for name, value in example.items() if name not in names}
-        swapped = {n: t if self._batch_first else t.transpose(0, 1) for n, t in example.items() if n in names}
-        limits = {spec.name: spec.limit for spec in self._specs if spec.limit is not None}
-        self._samples = Samples({name: tensor.numpy() for name, tensor in swapped.items()}, limits)
+        specs = found.manifest.inputs
+        arrays = {spec.name: self._major(self._example[spec.name]) for spec in specs}
+        self._unbatched = any(arrays[spec.name].ndim == 1 + len(spec.shape) for spec in specs)
+        if self._unbatched:
+            arrays = {name: array[None] for name, array in arrays.items()}
+        self._samples = Samples(arrays, {spec.name: spec.limit for spec in specs if spec.limit is not None})
         self._single, self._double = module, copy.deepcopy(module).double()
         self._places: dict[str, tuple[int, tuple[int, ...]]] | None = None
 
@@ -139,29 +141,51 @@ class _Asked:
         return self._samples.draw(batch, time, int(rng.integers(2**31)))
 
     def answer(self, inputs: Arrays, double: bool) -> Arrays:
-        returned = self._returned(inputs, double)
+        if self._unbatched:
+            rows = range(len(next(iter(inputs.values()))))
+            alone = [self._call({name: array[row] for name, array in inputs.items()}, double) for row in rows]
+            returned = [torch.stack(tensors) for tensors in zip(*alone, strict=True)]
+        else:
+            returned = self._call(inputs, double)
         if self._places is None:
             outputs, _ = self._graph.run(inputs, self._graph.start(len(next(iter(inputs.values())))))
             self._places = {name: _nearest(array, returned) for name, array in outputs.items()}
         return {name: returned[index].permute(axes).numpy() for name, (index, axes) in self._places.items()}
 
-    def _returned(self, inputs: Arrays, double: bool) -> list[Tensor]:
-        batch = len(next(iter(inputs.values())))
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        if not self._batch_first:
-            tensors = {name: tensor.transpose(0, 1) for name, tensor in tensors.items()}
-        tensors |= {name: _for_rows(value, batch) for name, value in self._given.items()}
+    def _major(self, value: Any) -> np.ndarray:
+        if isinstance(value, PackedSequence):
+            return pad_packed_sequence(value, batch_first=True)[0].numpy()
+        return (value if self._batch_first else value.transpose(0, 1)).numpy()
+
+    def _call(self, inputs: Arrays, double: bool) -> list[Tensor]:
+        """forward's own arguments: packed where the example is, and what is no input as the example has it."""
+        size = next(iter(inputs.values())).shape[:2]
+        arguments = dict(self._example)
+        for name, value in self._example.items():
+            if name not in inputs:
+                arguments[name] = _resized(value, *size)
+                continue
+            tensor = torch.from_numpy(inputs[name])
+            tensor = tensor.double() if double and tensor.is_floating_point() else tensor
+            if isinstance(value, PackedSequence):
+                arguments[name] = pack_padded_sequence(tensor, torch.full(size[:1], size[1]), batch_first=True)
+            else:
+                arguments[name] = tensor if self._batch_first else tensor.transpose(0, 1)
         if double:
-            tensors = torch.utils._pytree.tree_map_only(
-                Tensor, lambda t: t.double() if t.is_floating_point() else t, tensors
-            )
+            arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
         with torch.no_grad(), double_precision() if double else nullcontext():
-            return [tensor for _, tensor in leaves((self._double if double else self._single)(**tensors))]
+            return [tensor for _, tensor in leaves((self._double if double else self._single)(**arguments))]
 
 
-def _for_rows(state: Any, batch: int) -> Any:
-    """A state that the example gives, (layers, batch, hidden) with rows alike, for another batch."""
-    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:, :1].expand(-1, batch, -1).contiguous(), state)
+def _resized(value: Any, batch: int, time: int) -> Any:
+    """Lengths that are all of it, or a state, (layers, batch, hidden) with rows alike, for another batch."""
+
+    def one(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 1 and not tensor.is_floating_point():
+            return torch.full((batch,), time, dtype=tensor.dtype)
+        return tensor[:, :1].expand(-1, batch, -1).contiguous() if tensor.dim() == 3 else tensor
+
+    return pytree.tree_map_only(Tensor, one, value)
 
 
 def _nearest(array: np.ndarray, returned: list[Tensor]) -> tuple[int, tuple[int, ...]]:
