@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -88,7 +89,10 @@ class Row:
 def measure(names: list[str], workers: int = 2) -> list[Row]:
     """Each export in a process of its own."""
     jobs: list[Any] = [(name, how) for name in names for how in ("ours", True, False)]
-    found = dict(children.run(_one, jobs, children=workers, seconds=180))
+    found = {}
+    for job, answer in children.run(_one, jobs, children=workers, seconds=300):
+        found[job] = answer
+        print(f"\r{len(found)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
     return [
         Row(name, _ours(found[name, "ours"]), *(_theirs(found[name, how]) for how in (True, False))) for name in names
     ]
