@@ -83,7 +83,7 @@ def measure(architecture: Architecture) -> Measured:
         found = bundle.read(report.path)
         manifest, graph = found.manifest, Graph(found)
         limits = {spec.name: spec.limit for spec in manifest.inputs if spec.limit is not None}
-        samples = Samples({name: tensor.numpy() for name, tensor in example.items()}, limits)
+        samples = Samples({name: tensor.numpy() for name, tensor in example.items()}, limits=limits)
 
         def answer(inputs: Arrays, wide: bool) -> Arrays:
             tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
@@ -108,7 +108,7 @@ def measure(architecture: Architecture) -> Measured:
             4 * manifest.state_size,
             (report.path / "model.onnx").stat().st_size,
             stages,
-            fastest(lambda: graph.run(one, graph.start(1))),
+            fastest(lambda: graph.run(one, graph.start(one))),
         )
 
 
