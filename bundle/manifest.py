@@ -18,6 +18,12 @@ RESERVED_NAMES = frozenset({"state", "state_out", "sequence_lens"})
 
 Dtype = Literal["float32", "int64", "int32", "bool"]
 
+#: What the graph computes in. Inputs, outputs and state are float32 with each.
+Precision = Literal["float32", "float16", "int8"]
+
+#: To be disabled in onnxruntime: ends the process at a recurrent layer with float16 weights on the CPU.
+CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
+
 #: What a piece of state is: a recurrent layer's h or c, what a loop over time hands from one step to the next, or what
 #: another layer needs of the past. A static input's values stay what they are.
 Kind = Literal["h", "c", "carry", "past", "static"]
@@ -107,7 +113,9 @@ class Parity:
     """Largest absolute differences of one output from PyTorch in float64, over the golden inputs.
 
     `torch_float32` is taken over 32 more sequences as well. `tolerance` is what any provider must stay
-    within: 4 times PyTorch float32's own error plus a floor of 1e-7 times the output's scale.
+    within: 4 times PyTorch float32's own error plus a floor of 1e-7 times the output's scale. Of a model in
+    reduced precision `onnxruntime` is the largest of more sequences, too, and `tolerance` twice as much (in
+    float16 at least 4 times PyTorch float16's own error), or less if export was told so.
     """
 
     __pydantic_config__ = _STRICT
@@ -146,6 +154,8 @@ class Manifest:
     files: dict[str, str]
     #: Versions of the tools that wrote the bundle, by name.
     tools: dict[str, str]
+    #: Manifests that do not say are older than the reduced ones.
+    precision: Precision = "float32"
     #: Inputs that are given once; a sequence cannot start without any of them.
     static: tuple[StaticInput, ...] = ()
 

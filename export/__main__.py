@@ -3,7 +3,9 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
+from bundle import Precision
 from export import programs
 from export.errors import ExportError
 from export.exporter import export
@@ -35,6 +37,8 @@ def main(argv: list[str]) -> int:
             repository=options.repository,
             replace=options.replace,
             batch_first=not options.time_first,
+            precision=options.precision,
+            max_error=options.max_error,
             output_names=options.outputs.split(",") if options.outputs else None,
             static=[spec.name for spec in options.static],
             progress=lambda stage: print(f"{stage} ...", flush=True),
@@ -74,7 +78,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replace", action="store_true", help="write over an existing bundle")
     parser.add_argument("--time-first", action="store_true", help="forward takes (time, batch, ...)")
     parser.add_argument("--outputs", metavar="A,B", help="names of the outputs, in forward's order")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="float32",
+        help="float16 is for a GPU, int8 for the CPU (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-error",
+        type=_positive,
+        metavar="E",
+        help="refuse a model of which an output is further from PyTorch float64",
+    )
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("use a number above 0")
+    return value
 
 
 if __name__ == "__main__":

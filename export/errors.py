@@ -14,6 +14,7 @@ Code = Literal[
     "keeps_state",  # forward writes a buffer or an attribute that the next forward reads
     "layer_axes",  # a recurrent layer does not see the model's own batch and time
     "no_recurrent_layer",
+    "max_error",  # a difference from PyTorch in float64 is larger than was allowed
     "not_copyable",
     "not_deterministic",  # two identical calls give different answers
     "not_exportable",  # torch.export cannot follow forward
@@ -21,6 +22,7 @@ Code = Literal[
     "output",  # an output has no batch axis, or a time axis of another length
     "packed_sequence",
     "parity",  # onnxruntime differs from PyTorch
+    "precision",  # the model cannot be reduced to this precision
     "projection",  # LSTM with proj_size
     "quantized",
     "recurrent_cell",  # nn.LSTMCell, nn.GRUCell, nn.RNNCell

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import bundle
-from bundle import BundleError, Manifest, StaticInput, TensorSpec
+from bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from bundle.files import check_name
 from bundle.golden import run_chunked
 from export import onnx_graph, parity, probes, programs, refusals
@@ -26,6 +26,7 @@ from export.errors import ExportError
 from export.inputs import check_arguments
 from export.observe import find_past, in_double, lift_model, observe
 from export.outputs import DTYPES, leaves
+from export.precision import limit, reduce
 from export.report import Report
 from export.samples import Samples, as_tensors
 from export.streaming import StreamingModule, attempt, torch_runner
@@ -43,6 +44,8 @@ def export(
     replace: bool = False,
     batch_first: bool = True,
     output_names: list[str] | None = None,
+    precision: Precision = "float32",
+    max_error: float | None = None,
     static: Collection[str] = (),
     progress: Progress = lambda stage: None,
 ) -> Report:
@@ -52,7 +55,8 @@ def export(
     the values set the scale of the inputs that parity is proven on. A state given here becomes the initial state.
     static: the inputs that have no time, (batch, ...), and are given once when a sequence begins.
     output_names: for the outputs in forward's order. replace: write over an existing bundle. progress: called with a
-    line per stage.
+    line per stage. precision: what the graph shall compute in: float16 for a GPU, int8 for the CPU; inputs, outputs and
+    state stay float32. max_error: the most that an output may differ from PyTorch in float64, absolute.
 
     Raises ExportError with a code and what to change; then nothing is written. `module` is not changed.
     """
@@ -63,9 +67,9 @@ def export(
     refusals.check_modules(module)
     model = _copy(module)
     example = {key: _detached(value) for key, value in example_inputs.items() if value is not None}
-    exact, precision = converted(model, torch.float64), refusals.precision(model)
-    if precision != torch.float32:
-        model, example = converted(model, torch.float32), _cast(example, precision)
+    exact, stored = converted(model, torch.float64), refusals.precision(model)
+    if stored != torch.float32:
+        model, example = converted(model, torch.float32), _cast(example, stored)
     check_arguments(model, example)
     if missing := set(static) - example.keys():
         raise ExportError("input", f"static input {', '.join(sorted(missing))} is not among the example inputs")
@@ -104,13 +108,18 @@ def export(
     bit_exact = probes.is_bit_exact(served, samples, draft) and not (ragged and any(padding.values()))
     draft = dataclasses.replace(draft, ragged=ragged, bit_exact=bit_exact)
 
+    if precision != "float32":
+        progress(f"reducing it to {precision} and measuring what that costs")
+        content, draft = reduce(graph, precision, streaming, reference, golden, samples, draft)
+    draft = limit(draft, max_error)
+
     progress("writing the bundle")
     try:
         path = bundle.write(repository, draft, content, golden, replace_existing=replace)
         manifest = bundle.read(path).manifest
     except BundleError as error:
         raise ExportError("bundle", str(error)) from error
-    return Report(path, manifest, _notes(streaming, samples, dropped, precision))
+    return Report(path, manifest, _notes(streaming, samples, dropped, stored))
 
 
 def _check_target(repository: Path, name: str, version: str, replace: bool) -> None:

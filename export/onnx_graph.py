@@ -8,6 +8,7 @@ import onnxruntime
 import torch
 from onnxscript import opset20 as op
 
+from bundle import CRASHING_OPTIMIZERS
 from bundle.golden import Arrays, RunFunction
 from export.errors import ExportError, first_line
 from export.lift import Layout
@@ -140,7 +141,9 @@ def onnx_runner(model: bytes, module: StreamingModule) -> RunFunction:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=CRASHING_OPTIMIZERS
+        )
     except Exception as error:
         raise ExportError("not_exportable", f"onnxruntime cannot load the graph: {first_line(error)}") from error
     names = [output.spec.name for output in module.outputs]

@@ -27,6 +27,7 @@ class Report:
             f"  state     {manifest.state_size} values, {4 * manifest.state_size} bytes per client",
             f"  streaming {'yes' if manifest.streamable else 'NO: ' + (manifest.not_streamable_because or '')}",
             f"  ragged    {'yes' if manifest.ragged else 'no: rows of different length do not share a batch'}",
+            f"  precision {manifest.precision}",
             f"  bit-exact {'yes' if manifest.bit_exact else 'no: the batch a row is in may change its last bits'}",
             *(f"  note      {note}" for note in self.notes),
             "",

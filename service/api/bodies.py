@@ -93,7 +93,7 @@ class ModelInfo(BaseModel):
     bit_exact: bool = Field(description="chunking and batching do not change a bit on the CPU")
     device: str = Field(description="where it is served; with several devices, one of them")
     provider: str = Field(description="onnxruntime's")
-    precision: str = Field(description="of matrix products: float32, tf32 or float16")
+    precision: str = Field(description="of matrix products: float32, tf32, float16 or int8")
     parity: dict[str, float] = Field(
         description="largest absolute difference from PyTorch in float64, by output and state_out, measured at load"
     )

@@ -73,7 +73,7 @@ class Serving:
 
     device: str
     provider: str
-    precision: Precision
+    precision: Precision | bundles.Precision
     parity: dict[str, float]
     stability: float
 
@@ -149,7 +149,8 @@ class ServedModel:
         except Exception as error:  # whatever is wrong with one bundle must not stop the others
             raise ModelRefused(f"{path} is refused: {error}") from error
         parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
-        serving = Serving(device, here.runner.provider, options.engine.precision, parity, proof.stability)
+        precision = options.engine.precision if manifest.precision == "float32" else manifest.precision
+        serving = Serving(device, here.runner.provider, precision, parity, proof.stability)
         try:
             curve = _warm_up(engine, manifest, options.scheduler)
         except ModelRefused:

@@ -114,7 +114,7 @@ class CudaPlace:
 
     def _parts(self) -> list[Layer | Segment]:
         """Empty if onnxruntime must run the whole model."""
-        if self._options.precision == "float16":
+        if "float16" in {self._options.precision, self._manifest.precision}:
             return []
         try:
             from service.engine.cuda.step_graph import take_apart  # which needs `onnx`
@@ -135,6 +135,11 @@ def place(bundle: Bundle, device: str, options: EngineOptions) -> Place:
         if options.precision != "float32":
             raise ValueError(f"precision {options.precision} is for a GPU; on the CPU it is float32")
         return HostPlace(bundle, options)
+    own = bundle.manifest.precision
+    if own == "int8":
+        raise ValueError("it was exported in int8, which is for the CPU; --device cpu serves it")
+    if own != "float32" and options.precision != "float32":
+        raise ValueError(f"it was exported in {own} already; leave --precision out")
     return CudaPlace(bundle, open_cuda(device), options)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from bundle import Manifest
+from bundle import CRASHING_OPTIMIZERS, Manifest
 from bundle.golden import Arrays
 from service.engine.memory import Memory
 
@@ -166,7 +166,7 @@ def _open(model: Path | bytes, device: str, threads: int, stream: int | None, tf
         providers = [(wanted, cuda)]
     content = model if isinstance(model, bytes) else str(model)
     try:
-        session = ort.InferenceSession(content, options, providers=providers)
+        session = ort.InferenceSession(content, options, providers=providers, disabled_optimizers=CRASHING_OPTIMIZERS)
     except Exception as error:  # its exceptions have no base class of their own
         raise ValueError(f"onnxruntime cannot load it: {error}") from error
     provider = session.get_providers()[0]

@@ -1,0 +1,85 @@
+"""`unroll inspect BUNDLE`: what a bundle takes, gives and keeps, what it is made of, and what was proven of it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bundle.files import GOLDEN, MODEL, Bundle, BundleError, read
+from bundle.manifest import StateSlot, TensorSpec
+from bundle.operators import operators
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("unroll inspect", description=__doc__)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder REPOSITORY/NAME/VERSION")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args(argv)
+    try:
+        found = describe(read(options.bundle.resolve()))
+    except (BundleError, ValueError) as error:
+        print(f"unroll inspect: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(found, indent=2)) if options.json else print(*lines(found), sep="\n")
+    return 0
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """The manifest, and beside it `path`, `operators`, and `bytes` by file and of a client's `state`."""
+    manifest = bundle.manifest
+    return asdict(manifest) | {
+        "path": str(bundle.path),
+        "operators": operators(bundle.model_path.read_bytes()),
+        "bytes": {name: (bundle.path / name).stat().st_size for name in (MODEL, GOLDEN)}
+        | {"state": 4 * manifest.state_size},
+    }
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    yield f"{found['name']} version {found['version']}: {found['path']}"
+    yield f"  size       {found['bytes'][MODEL]} bytes, golden vectors {found['bytes'][GOLDEN]}"
+    yield f"  streaming  {'yes' if found['streamable'] else 'NO: ' + found['not_streamable_because']}"
+    yield f"  ragged     {'yes' if found['ragged'] else 'no: rows of different length do not share a batch'}"
+    yield f"  bit-exact  {'yes' if found['bit_exact'] else 'no: the batch a row is in may change its last bits'}"
+    yield f"  precision  {found['precision']}; inputs, outputs and state are float32"
+    yield f"  operators  {', '.join(f'{count} {name}' for name, count in found['operators'].items())}"
+    yield f"  written by {', '.join(f'{name} {version}' for name, version in found['tools'].items())}"
+    for title in ("inputs", "outputs"):
+        yield ""
+        yield from _table([title, "dtype", "a client's tensor", "limit"], [_tensor(t) for t in found[title]])
+    if found["static"]:
+        yield ""
+        rows = [_tensor(t | {"time": False}) for t in found["static"]]
+        yield from _table(["given once", "dtype", "a client's tensor", "limit"], rows)
+    initial = "zeros" if found["initial_state"] is None else "in the manifest"
+    yield ""
+    yield f"  state: {found['state_size']} float32, {found['bytes']['state']} bytes per client; initially {initial}"
+    yield from _table(list(StateSlot.__dataclass_fields__), [list(map(str, slot.values())) for slot in found["state"]])
+    yield ""
+    yield from _table(
+        ["difference from PyTorch float64", "onnxruntime", "PyTorch float32", "tolerance"],
+        [
+            [p["output"], *(f"{p[name]:.2e}" for name in ("onnxruntime", "torch_float32", "tolerance"))]
+            for p in found["parity"]
+        ],
+    )
+
+
+def _tensor(tensor: dict[str, Any]) -> list[str]:
+    spec = TensorSpec(*(tensor[name] for name in ("name", "dtype", "shape", "time", "limit")))
+    shape = ", ".join(["time"] * spec.time + [str(size) for size in spec.shape])
+    return [spec.name, spec.dtype, f"({shape})", "" if spec.limit is None else f"0 <= value < {spec.limit}"]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """The first column to the left, and what follows under its heading."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

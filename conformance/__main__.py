@@ -1,0 +1,74 @@
+"""`python -m conformance matrix|models|precision|fuzz`: what `make conformance` and `make fuzz-export` run.
+
+Each measures one part of docs/conformance.md, and with --write-docs puts it there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from conformance import architectures, documents, fuzz, matrix, reduced
+from conformance.kinds import kinds
+
+
+def main(argv: list[str]) -> int:
+    """0 if nothing was silently wrong, crashed or hung."""
+    parser = argparse.ArgumentParser("python -m conformance", description=__doc__)
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time (%(default)s)")
+    parser.add_argument("--write-docs", action="store_true", help=f"put what was found into {documents.PAGE.name}")
+    commands = parser.add_subparsers(required=True, dest="command")
+    kind = commands.add_parser("matrix", help="kinds of modules, through export and torch.onnx.export")
+    kind.add_argument("--only", action="append", metavar="KIND", help="one row; may be repeated")
+    commands.add_parser("models", help="export and stream the models of examples/architectures")
+    commands.add_parser("precision", help="what float16 and int8 cost, and gain on this CPU")
+    random = commands.add_parser("fuzz", help="random models through export")
+    random.add_argument("--trees", type=int, default=2000, help="how many (%(default)s)")
+    random.add_argument("--folder", type=Path, default=Path(".fuzz"), help="where what was found is kept (%(default)s)")
+    random.add_argument("--tree", help="one, as a line of the output shows it")
+    options = parser.parse_args(argv)
+    return {"matrix": _matrix, "models": _models, "precision": _precision, "fuzz": _fuzz}[options.command](options)
+
+
+def _matrix(options: argparse.Namespace) -> int:
+    rows = matrix.measure(options.only or [kind.name for kind in kinds()], options.workers)
+    for row in rows:
+        print(f"{row.name}: {row.ours.outcome} {row.ours.says}")
+        print(f"    dynamo=True: {row.dynamo.outcome} {row.dynamo.says or row.dynamo.once}")
+        print(f"    dynamo=False: {row.script.outcome} {row.script.says or row.script.once}")
+    if options.write_docs:
+        documents.replace("kinds", documents.kinds(rows, "make conformance"))
+    return 1 if any(row.ours.outcome in fuzz.BAD for row in rows) else 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    found = [architectures.measure(architecture) for architecture in architectures.ARCHITECTURES]
+    lines = documents.models(found, "make conformance")
+    print(*lines, sep="\n")
+    if options.write_docs:
+        documents.replace("models", lines)
+    return 0
+
+
+def _precision(options: argparse.Namespace) -> int:
+    lines = documents.precision(list(reduced.measure()), "make conformance")
+    print(*lines, sep="\n")
+    if options.write_docs:
+        documents.replace("precision", lines)
+    return 0
+
+
+def _fuzz(options: argparse.Namespace) -> int:
+    if options.tree:
+        verdicts = [fuzz.judge(fuzz.parse(options.tree))]
+        print(verdicts[0])
+    else:
+        verdicts = fuzz.run(options.trees, options.folder, options.workers)
+        print(*fuzz.counts(verdicts), sep="\n")
+    if options.write_docs:
+        lines = [documents.circumstances("make fuzz-export"), "", "```text", *fuzz.counts(verdicts), "```"]
+        documents.replace("random", lines)
+    return 1 if any(verdict.outcome in fuzz.BAD for verdict in verdicts) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

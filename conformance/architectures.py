@@ -1,0 +1,145 @@
+"""Exports and streams the models of `examples/architectures`, and a plain stack of GRUs: errors, seconds, bytes."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bundle
+from conformance.oracle import Arrays, Graph, examine
+from examples.architectures import denoiser, forecaster, keywords, voice
+from export import export
+from export.samples import Samples
+
+
+@dataclass(frozen=True)
+class Architecture:
+    name: str
+    like: str
+    build: Callable[[], nn.Module]
+    example: Callable[[], dict[str, Tensor]]
+    static: tuple[str, ...] = ()
+
+
+class Stack(nn.Module):
+    """Three GRU layers of 512 and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(64, 512, 3, batch_first=True)
+        self.head = nn.Linear(512, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+def _stack() -> nn.Module:
+    torch.manual_seed(0)
+    return Stack().eval()
+
+
+ARCHITECTURES = [
+    Architecture("voice", "voice activity, after Silero VAD", voice.build, voice.example),
+    Architecture("denoiser", "speech enhancement, after DTLN", denoiser.build, denoiser.example),
+    Architecture("keywords", "keyword spotting, causal convolutions and GRUs", keywords.build, keywords.example),
+    Architecture(
+        "forecaster", "probabilistic forecasts, after DeepAR", forecaster.build, forecaster.example, ("series",)
+    ),
+    Architecture("stack", "a stack of three GRUs of 512", _stack, lambda: {"x": torch.randn(2, 16, 64)}),
+]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """error: the oracle's. stages: seconds by what export said it was doing. step: seconds of a step of one client."""
+
+    architecture: Architecture
+    parameters: int
+    streams: bool
+    why: str
+    error: float
+    bits: bool | None
+    state_bytes: int
+    model_bytes: int
+    stages: dict[str, float]
+    step: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+
+def measure(architecture: Architecture) -> Measured:
+    """Raises Wrong or ExportError: these models are to work."""
+    torch.set_num_threads(1)
+    module, example = architecture.build(), architecture.example()
+    single, double = architecture.build(), architecture.build().double()
+    clock = _Stages()
+    with tempfile.TemporaryDirectory() as folder:
+        report = export(
+            module, example, name=architecture.name, repository=folder, static=architecture.static, progress=clock
+        )
+        stages = clock.stop()
+        found = bundle.read(report.path)
+        manifest, graph = found.manifest, Graph(found)
+        arrays = {name: tensor.numpy() for name, tensor in example.items()}
+        static = {name: arrays.pop(name) for name in architecture.static}
+        limits = {spec.name: spec.limit for spec in (*manifest.inputs, *manifest.static) if spec.limit is not None}
+        samples = Samples(arrays, static, limits)
+
+        def draw(batch: int, time: int, rng: np.random.Generator) -> Arrays:
+            series = samples.draw(batch, time, int(rng.integers(2**31)))
+            return series | {name: array[rng.integers(0, len(array), batch)] for name, array in static.items()}
+
+        def answer(inputs: Arrays, wide: bool) -> Arrays:
+            tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+            if wide:
+                tensors = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+            with torch.no_grad():
+                returned: Any = (double if wide else single)(**tensors)
+            returned = returned if isinstance(returned, dict) else {"y": returned}
+            return {name: tensor.numpy() for name, tensor in returned.items()}
+
+        finding = examine(report.path, answer, draw)
+        one = draw(1, 1, np.random.default_rng(1))
+        return Measured(
+            architecture,
+            sum(parameter.numel() for parameter in module.parameters()),
+            manifest.streamable,
+            manifest.not_streamable_because or "",
+            finding.error,
+            finding.bits,
+            4 * manifest.state_size,
+            (report.path / "model.onnx").stat().st_size,
+            stages,
+            fastest(lambda: graph.run(one, graph.start(one))),
+        )
+
+
+class _Stages:
+    """Seconds between the lines that export tells of its progress."""
+
+    def __init__(self) -> None:
+        self._times: list[tuple[str, float]] = []
+
+    def __call__(self, stage: str) -> None:
+        self._times.append((stage, perf_counter()))
+
+    def stop(self) -> dict[str, float]:
+        ends = [time for _, time in self._times[1:]] + [perf_counter()]
+        return {stage: end - start for (stage, start), end in zip(self._times, ends, strict=True)}
+
+
+def fastest(call: Callable[[], object], turns: int = 20, calls: int = 10) -> float:
+    times = []
+    for _ in range(turns):
+        start = perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((perf_counter() - start) / calls)
+    return float(np.min(times))

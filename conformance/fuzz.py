@@ -1,0 +1,167 @@
+"""Random models through export: exported and proven by an oracle of its own, or refused. Nothing may be silently wrong.
+
+`python -m conformance fuzz --trees 2000`; what was found is kept in `.fuzz/`, and a later run goes on from it.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from conformance import children, modules, trees
+from conformance.children import Died
+from conformance.oracle import Wrong, WrongBits, examine
+from conformance.strategies import trees as any_tree
+from conformance.trees import Tree
+from export import ExportError, export
+
+#: Trees that a child exports before it makes room for a fresh one.
+_TOGETHER = 25
+
+#: Trees that are drawn with one seed: few, since hypothesis goes on from one to others like it.
+_ALIKE = 6
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """outcome: `streams`, `whole only`, `refused`, or one of what must not be, which are BAD."""
+
+    tree: str
+    outcome: str
+    code: str = ""
+    says: str = ""
+    error: float = 0.0
+
+
+BAD = ("wrong", "wrong bits", "crashed", "timed out")
+
+
+def judge(tree: Tree) -> Verdict:
+    """Export the tree's model, and if there is a bundle, ask the oracle about it."""
+    verdict = partial(Verdict, repr(tree))
+    model = modules.build(tree)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            example = {
+                name: torch.from_numpy(array.swapaxes(0, 1).copy() if tree.time_first else array)
+                for name, array in modules.draw(tree, 2, 7, np.random.default_rng(1)).items()
+            }
+            report = export(model, example, name="m", repository=folder, batch_first=not tree.time_first)
+        except ExportError as refusal:
+            return verdict("refused", refusal.code, str(refusal))
+        except Exception as failure:  # whatever it is, it should have been an ExportError
+            return verdict("crashed", type(failure).__name__, str(failure)[:500])
+        single, double = modules.build(tree), modules.build(tree).double()
+        try:
+            error = examine(
+                report.path,
+                lambda inputs, wide: modules.answers(double if wide else single, inputs, double=wide),
+                lambda batch, time, rng: modules.draw(tree, batch, time, rng),
+                seed=tree.seed,
+            ).error
+        except WrongBits as found:
+            return verdict("wrong bits", "", str(found))
+        except Wrong as found:
+            return verdict("wrong", "", str(found))
+        if report.manifest.streamable:
+            return verdict("streams", error=error)
+        return verdict("whole only", "", str(report.manifest.not_streamable_because), error=error)
+
+
+def draw(count: int) -> Iterator[Tree]:
+    """`count` different trees, the same ones each time."""
+    found: set[str] = set()
+    number = 0
+    while len(found) < count:
+        for tree in _drawn(number):
+            if repr(tree) not in found and len(found) < count:
+                found.add(repr(tree))
+                yield tree
+        number += 1
+
+
+def _drawn(number: int) -> list[Tree]:
+    collected: list[Tree] = []
+
+    @seed(number)
+    @settings(
+        max_examples=_ALIKE,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(any_tree())
+    def collect(tree: Tree) -> None:
+        collected.append(tree)
+
+    collect()
+    return collected
+
+
+class Store:
+    """One verdict a line, so that a run that was ended loses nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "verdicts.jsonl"
+        if self._path.exists() and not (found := self._path.read_bytes()).endswith(b"\n"):
+            self._path.write_bytes(found + b"\n")  # a run was killed while it wrote
+
+    def read(self) -> list[Verdict]:
+        if not self._path.exists():
+            return []
+        verdicts = []
+        for line in self._path.read_text().splitlines():
+            with suppress(json.JSONDecodeError):  # a line that was not written to its end
+                verdicts.append(Verdict(**json.loads(line)))
+        return verdicts
+
+    def add(self, verdict: Verdict) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(verdict)) + "\n")
+
+
+def run(count: int, folder: Path, workers: int) -> list[Verdict]:
+    """Verdicts on `count` trees, of which those in `folder` are not tried again."""
+    store = Store(folder)
+    wanted = {repr(tree): tree for tree in draw(count)}
+    done = {verdict.tree: verdict for verdict in store.read() if verdict.tree in wanted}
+    todo = [tree for name, tree in wanted.items() if name not in done]
+    for tree, answer in children.run(judge, todo, children=workers, each=_TOGETHER, seconds=600):
+        verdict = answer
+        if isinstance(answer, Died):
+            verdict = Verdict(repr(tree), *answer.reason.partition(" (")[:1], says=answer.reason)
+        store.add(verdict)
+        done[repr(tree)] = verdict
+        if verdict.outcome in BAD:
+            print(f"{verdict.outcome}: {verdict.says}\n  {verdict.tree}", flush=True)
+        if len(done) % 100 == 0:
+            print(f"{len(done)} of {count}: {dict(Counter(v.outcome for v in done.values()))}", flush=True)
+    return list(done.values())
+
+
+def parse(text: str) -> Tree:
+    """A tree from its `repr`."""
+    names = {name: value for name, value in vars(trees).items() if isinstance(value, type)}
+    return eval(text, {"__builtins__": {}}, names)
+
+
+def counts(verdicts: list[Verdict]) -> list[str]:
+    """A line for each outcome, refusals by code."""
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    codes = Counter(verdict.code for verdict in verdicts if verdict.outcome == "refused")
+    worst = max((verdict.error for verdict in verdicts), default=0.0)
+    lines = [f"{len(verdicts)} random models"]
+    lines += [f"  {outcomes[name]:6} {name}" for name in ("streams", "whole only", "refused")]
+    lines += [f"         {number:6} {code}" for code, number in codes.most_common()]
+    lines += [f"  {outcomes[name]:6} {'silently wrong' if name == 'wrong' else name}" for name in BAD]
+    return [*lines, f"  largest error against float64 of those exported: {worst:.2g}"]

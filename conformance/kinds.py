@@ -1,0 +1,227 @@
+"""The rows of the matrix: the shapes of export's tests, and more that occur in models for streams."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.export.model_shapes import SHAPES, Shape, gru, head, lstm, made, rnn
+
+
+class Step(nn.Module):
+    """A Python loop over time around `step(x, states) -> states`; the first state is the output."""
+
+    def __init__(self, hidden: int, states: int = 1, **parts: nn.Module) -> None:
+        super().__init__()
+        self.hidden, self.states = hidden, states
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def step(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = tuple(x.new_zeros(x.shape[0], self.hidden) for _ in range(self.states))
+        outs = []
+        for t in range(x.shape[1]):
+            states = self.step(x[:, t], *states)
+            outs.append(states[0])
+        return torch.stack(outs, 1)
+
+
+class IndRNN(Step):
+    """Each unit sees itself alone."""
+
+    def step(self, x: Tensor, h: Tensor) -> tuple[Tensor]:
+        return (torch.relu(self.wx(x) + self.u * h),)
+
+
+class SRU(Step):
+    """A simple recurrent unit: nothing but an elementwise recurrence depends on the step before."""
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        candidate, f, r = self.wx(x).chunk(3, 1)
+        c = f.sigmoid() * c + (1 - f.sigmoid()) * candidate
+        return r.sigmoid() * c.tanh() + (1 - r.sigmoid()) * candidate, c
+
+
+class Nested(Step):
+    """Two cells a step, the second on the first's state, as in stacked hand-written LSTMs."""
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, c = self.low(x, (h, c))
+        return self.high(h, g), c, h
+
+
+class ExponentialMean(Step):
+    def step(self, x: Tensor, mean: Tensor) -> tuple[Tensor]:
+        return (0.9 * mean + 0.1 * x,)
+
+
+class Steps(NamedTuple):
+    mean: Tensor
+    deviation: Tensor
+
+
+@dataclass
+class Detection:
+    score: Tensor
+    embedding: Tensor
+
+
+def images(s: Any, x: Tensor) -> Tensor:
+    """Frames through a CNN with batch and time folded together, then over time."""
+    batch, time = x.shape[:2]
+    seen = s.cnn(x.flatten(0, 1)).flatten(1)
+    return s.rnn(seen.unflatten(0, (batch, time)))[0]
+
+
+def mixture(s: Any, x: Tensor) -> dict[str, Tensor]:
+    """A mixture density head, as for handwriting."""
+    weight, mean, deviation = s.head(s.rnn(x)[0]).chunk(3, -1)
+    return {"weight": weight.softmax(-1), "mean": mean, "deviation": deviation.exp()}
+
+
+def autoencoder(s: Any, x: Tensor) -> Tensor:
+    """The whole sequence into one vector, and out of it again."""
+    _, (h, _) = s.encoder(x)
+    return s.head(s.decoder(h[-1:].transpose(0, 1).expand(-1, x.shape[1], -1))[0])
+
+
+def decayed(s: Any, x: Tensor, delta: Tensor) -> Tensor:
+    """Values decay with the time since they were measured."""
+    return s.rnn(torch.cat([x * torch.exp(-torch.relu(s.rate(delta))), delta], -1))[0]
+
+
+def conditioned(s: Any, x: Tensor, series: Tensor) -> Tensor:
+    """An embedding of the series, the same for every step."""
+    return s.rnn(torch.cat([x, s.embed(series)[:, None].expand(-1, x.shape[1], -1)], -1))[0]
+
+
+def tied(s: Any, token: Tensor) -> Tensor:
+    return s.rnn(s.embed(token))[0] @ s.embed.weight.T
+
+
+def dilated(s: Any, x: Tensor) -> Tensor:
+    y = x.transpose(1, 2)
+    for index, conv in enumerate(s.convs):
+        y = y + torch.relu(conv(functional.pad(y, (2 * 2**index, 0))))
+    return s.rnn(y.transpose(1, 2))[0]
+
+
+def residual_stack(s: Any, x: Tensor) -> Tensor:
+    for layer, norm in zip(s.layers, s.norms, strict=True):
+        x = norm(x + layer(x)[0])
+    return x
+
+
+def two_speeds(s: Any, x: Tensor) -> Tensor:
+    """The slow layer sees every second step, held."""
+    slow = s.slow(x[:, ::2])[0].repeat_interleave(2, 1)[:, : x.shape[1]]
+    return s.fast(torch.cat([x, slow], -1))[0]
+
+
+def windowed(s: Any, x: Tensor) -> Tensor:
+    """Attention over the last four steps."""
+    y = s.rnn(x)[0]
+    past = functional.pad(y, (0, 0, 3, 0)).unfold(1, 4, 1).transpose(2, 3)
+    return ((past @ y[..., None]).softmax(2) * past).sum(2)
+
+
+def running_peak(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x / x.abs().cummax(1).values.clamp(min=1e-3))[0]
+
+
+MORE = [
+    Shape(
+        "residual stack with norms",
+        lambda: made(
+            residual_stack,
+            layers=nn.ModuleList(lstm(4, 4) for _ in range(4)),
+            norms=nn.ModuleList(nn.LayerNorm(4) for _ in range(4)),
+        ),
+    ),
+    Shape(
+        "dense, gated, recurrent, dense",
+        lambda: made(
+            lambda s, x: s.out(s.rnn(functional.glu(s.into(x)))[0]).relu(),
+            into=nn.Linear(4, 12),
+            rnn=gru(6, 6),
+            out=nn.Linear(6, 2),
+        ),
+    ),
+    Shape(
+        "LSTM, GRU and RNN in one stack",
+        lambda: made(lambda s, x: s.c(s.b(s.a(x)[0])[0])[0], a=lstm(4, 5), b=gru(5, 6), c=rnn(6, 3)),
+    ),
+    Shape(
+        "forward layer over a bidirectional one",
+        lambda: made(lambda s, x: s.top(s.both(x)[0])[0], both=lstm(bidirectional=True), top=gru(12, 3)),
+    ),
+    Shape(
+        "embedding tied to the head",
+        lambda: made(tied, embed=nn.Embedding(11, 6), rnn=lstm(6, 6)),
+        lambda: {"token": torch.randint(0, 11, (2, 7))},
+    ),
+    Shape(
+        "frames through a CNN, then an LSTM",
+        lambda: made(images, cnn=nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2)), rnn=lstm(27, 5)),
+        lambda: {"x": torch.randn(2, 7, 1, 8, 8)},
+    ),
+    Shape(
+        "mixture density head",
+        lambda: made(mixture, rnn=lstm(3, 8, 2), head=nn.Linear(8, 12)),
+        lambda: {"x": torch.randn(2, 7, 3)},
+    ),
+    Shape("autoencoder", lambda: made(autoencoder, encoder=lstm(), decoder=lstm(6, 6), head=nn.Linear(6, 4))),
+    Shape(
+        "decay by time since measured",
+        lambda: made(decayed, rate=nn.Linear(4, 4), rnn=gru(8, 6)),
+        lambda: {"x": torch.randn(2, 7, 4), "delta": torch.rand(2, 7, 4)},
+    ),
+    Shape(
+        "conditioned on the series",
+        lambda: made(conditioned, embed=nn.Embedding(9, 3), rnn=lstm(7, 6)),
+        lambda: {"x": torch.randn(2, 7, 4), "series": torch.randint(0, 9, (2,))},
+        {"static": ["series"]},
+    ),
+    Shape(
+        "dilated causal convolutions, then a GRU",
+        lambda: made(dilated, convs=nn.ModuleList(nn.Conv1d(4, 4, 3, dilation=2**i) for i in range(3)), rnn=gru()),
+    ),
+    Shape(
+        "a named tuple",
+        lambda: made(
+            lambda s, x: Steps(s.head(s.rnn(x)[0]), functional.softplus(s.head(s.rnn(x)[0]))), rnn=gru(), head=head()
+        ),
+    ),
+    Shape("a dataclass", lambda: made(lambda s, x: Detection(s.rnn(x)[0][..., 0].sigmoid(), x), rnn=gru())),
+    Shape(
+        "one number a step",
+        lambda: made(lambda s, x: s.head(s.rnn(x)[0]).squeeze(-1), rnn=lstm(), head=nn.Linear(6, 1)),
+    ),
+    Shape("all states of all layers", lambda: made(lambda s, x: torch.cat(list(s.rnn(x)[1]), -1), rnn=gru(layers=3))),
+    Shape("running peak", lambda: made(running_peak, rnn=gru())),
+    Shape("attention over a window", lambda: made(windowed, rnn=gru())),
+    Shape("two speeds", lambda: made(two_speeds, slow=gru(), fast=gru(10, 6))),
+    Shape("IndRNN in a loop", lambda: IndRNN(6, wx=nn.Linear(4, 6), u=nn.Parameter(torch.rand(6)))),
+    Shape("SRU in a loop", lambda: SRU(6, 2, wx=nn.Linear(4, 18))),
+    Shape("two cells a step", lambda: Nested(6, 3, low=nn.LSTMCell(4, 6), high=nn.GRUCell(6, 6))),
+    Shape("exponential mean in a loop", lambda: ExponentialMean(4)),
+    Shape(
+        "exponential mean, then a GRU",
+        lambda: nn.Sequential(ExponentialMean(4), made(lambda s, x: s.rnn(x)[0], rnn=gru())),
+        lambda: {"input": torch.randn(2, 7, 4)},
+    ),
+    Shape("compiled", lambda: torch.compile(made(lambda s, x: s.rnn(x)[0], rnn=gru()))),
+    Shape("hidden size 1", lambda: made(lambda s, x: s.rnn(x)[0], rnn=lstm(4, 1))),
+    Shape(
+        "clipped and rounded inputs", lambda: made(lambda s, x: s.rnn((x.clamp(-1, 1) * 8).round() / 8)[0], rnn=gru())
+    ),
+]
+
+
+def kinds() -> list[Shape]:
+    return [*SHAPES, *MORE]

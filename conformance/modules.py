@@ -1,0 +1,360 @@
+"""Builds the modules that `trees.py` describes, with weights that its seed decides, and inputs for them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from conformance.trees import (
+    Along,
+    Block,
+    Both,
+    Conv,
+    Dense,
+    Elementwise,
+    Loop,
+    Norm,
+    Recurrent,
+    Residual,
+    Tree,
+    Twice,
+)
+
+#: Token ids that the embedding of a tree knows.
+VOCABULARY = 7
+
+
+class RecurrentBlock(nn.Module):
+    def __init__(self, block: Recurrent) -> None:
+        super().__init__()
+        kind, *relu = block.kind.split()
+        options: dict[str, Any] = {"nonlinearity": "relu"} if relu else {}
+        if block.projection:
+            options["proj_size"] = block.projection
+        self.block = block
+        self.rnn = getattr(nn, kind)(
+            block.inputs,
+            block.hidden,
+            block.layers,
+            bias=block.bias,
+            batch_first=block.axes == "batch first",
+            dropout=0.3 if block.layers > 1 else 0.0,
+            bidirectional=block.bidirectional,
+            **options,
+        )
+        directions = block.layers * (2 if block.bidirectional else 1)
+        self.h = nn.Parameter(torch.rand(directions, 1, block.projection or block.hidden) - 0.5)
+        self.c = nn.Parameter(torch.rand(directions, 1, block.hidden) - 0.5)
+        self.to_h = nn.Linear(block.inputs, block.projection or block.hidden)
+        self.kept: Any = None
+        self.keeps = self.tells = False
+        self.last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.kept if self.keeps else self._start(x)
+        steps = x.transpose(0, 1) if self.block.axes == "time first" else x
+        y, state = self.rnn(steps) if start is None else self.rnn(steps, start)
+        if self.keeps:
+            self.kept = state
+        if self.tells:
+            self.last = state
+        return y.transpose(0, 1) if self.block.axes == "time first" else y
+
+    def _start(self, x: Tensor) -> Any:
+        if self.block.start == "none":
+            return None
+        h, c = (piece.expand(-1, x.shape[0], -1).contiguous() for piece in (self.h, self.c))
+        if self.block.start == "zeros":
+            h, c = torch.zeros_like(h), torch.zeros_like(c)
+        elif self.block.start == "first step":
+            h = self.to_h(x[:, 0]).expand_as(h).contiguous()
+        return (h, c) if self.block.kind == "LSTM" else h
+
+
+class LoopBlock(nn.Module):
+    def __init__(self, block: Loop) -> None:
+        super().__init__()
+        self.block = block
+        inputs, hidden = block.inputs, block.hidden
+        if block.cell in {"LSTMCell", "GRUCell", "RNNCell"}:
+            self.cell = getattr(nn, block.cell)(inputs, hidden)
+        else:
+            self.wx = nn.Linear(inputs, 4 * hidden)
+            self.wh = nn.Linear(hidden, 4 * hidden, bias=False)
+            self.norm = nn.LayerNorm(4 * hidden)
+            self.peep = nn.Parameter(torch.randn(3, hidden) * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], self.block.hidden)
+        c = torch.zeros_like(h)
+        outs = []
+        for t in range(x.shape[1]):
+            h, c = self._step(x[:, t], h, c)
+            outs.append(h)
+        return torch.stack(outs, 1)
+
+    def _step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if self.block.cell == "LSTMCell":
+            return self.cell(x, (h, c))
+        if self.block.cell in {"GRUCell", "RNNCell"}:
+            return self.cell(x, h), c
+        if self.block.cell == "minimal":
+            forget = (self.wx(x) + self.wh(h)).chunk(4, 1)[0].sigmoid()
+            candidate = (self.wx(x) + self.wh(forget * h)).chunk(4, 1)[1].tanh()
+            return (1 - forget) * h + forget * candidate, c
+        gates = self.wx(x) + self.wh(h)
+        i, f, g, o = (self.norm(gates) if self.block.cell == "layer norm" else gates).chunk(4, 1)
+        peep = self.peep if self.block.cell == "peephole" else torch.zeros_like(self.peep)
+        c = (f + peep[0] * c).sigmoid() * c + (i + peep[1] * c).sigmoid() * g.tanh()
+        return (o + peep[2] * c).sigmoid() * c.tanh(), c
+
+
+class ConvBlock(nn.Module):
+    def __init__(self, block: Conv) -> None:
+        super().__init__()
+        self.reach = (block.kernel - 1) * block.dilation
+        self.padding = block.padding
+        groups = block.inputs if block.depthwise else 1
+        outputs = block.inputs if block.depthwise else block.outputs
+        self.conv = nn.Conv1d(block.inputs, outputs, block.kernel, dilation=block.dilation, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = {"causal": self.reach, "centred": self.reach // 2, "none": 0}[self.padding]
+        right = self.reach - left if self.padding == "centred" else 0
+        return self.conv(functional.pad(x.transpose(1, 2), (left, right))).transpose(1, 2)
+
+
+class ElementwiseBlock(nn.Module):
+    def __init__(self, block: Elementwise) -> None:
+        super().__init__()
+        self.kind = block.kind
+        self.linear = nn.Linear(block.inputs, block.inputs)
+        self.dropout = nn.Dropout(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.kind:
+            case "gate":
+                return x * self.linear(x).sigmoid()
+            case "dropout":
+                return self.dropout(x)
+            case "clamp":
+                return x.clamp(-0.5, 0.5)
+            case _:
+                return getattr(torch if self.kind == "tanh" else functional, self.kind)(x)
+
+
+class NormBlock(nn.Module):
+    def __init__(self, block: Norm) -> None:
+        super().__init__()
+        self.kind = block.kind
+        if block.kind == "layer":
+            self.norm: Any = nn.LayerNorm(block.inputs)
+        elif block.kind == "rms":
+            self.norm = nn.RMSNorm(block.inputs, eps=1e-5)
+        elif block.kind == "instance":
+            self.norm = nn.InstanceNorm1d(block.inputs, affine=True)
+        elif block.kind == "batch":
+            self.norm = nn.BatchNorm1d(block.inputs)
+            self.norm.running_mean.normal_()
+            self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "time mean":
+            return x - x.mean(1, keepdim=True)
+        if self.kind == "rows":
+            return x - x.mean(0, keepdim=True)
+        return self.norm(x.transpose(1, 2)).transpose(1, 2) if self.kind in {"batch", "instance"} else self.norm(x)
+
+
+class AlongBlock(nn.Module):
+    def __init__(self, block: Along) -> None:
+        super().__init__()
+        self.function = _ALONG[block.kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def _count(x: Tensor) -> Tensor:
+    return torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[None, :, None]
+
+
+def _attention(x: Tensor) -> Tensor:
+    return torch.softmax(x @ x.transpose(1, 2), -1) @ x
+
+
+def _causal_attention(x: Tensor) -> Tensor:
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    return torch.softmax((x @ x.transpose(1, 2)).masked_fill(~mask, -1e9), -1) @ x
+
+
+def _lagged(x: Tensor, steps: int) -> Tensor:
+    return functional.pad(x, (0, 0, steps, 0))[:, : x.shape[1]]
+
+
+_ALONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "cumulative sum": lambda x: x.cumsum(1) * 0.1,
+    "cumulative mean": lambda x: x.cumsum(1) / _count(x),
+    "cumulative maximum": lambda x: x.cummax(1).values,
+    "difference": lambda x: x - _lagged(x, 1),
+    "lag": lambda x: _lagged(x, 2),
+    "flip": lambda x: x.flip(1),
+    "look ahead": lambda x: torch.cat([x[:, 1:], x[:, -1:]], 1),
+    "position": lambda x: x + 0.1 * _count(x),
+    "length": lambda x: x / x.shape[1],
+    "attention": _attention,
+    "causal attention": _causal_attention,
+    "softmax": lambda x: x.softmax(1),
+    "every second": lambda x: x[:, ::2],
+    "last two": lambda x: x[:, -2:],
+}
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, block: Residual) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*map(build_block, block.body))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class BothBlock(nn.Module):
+    def __init__(self, block: Both) -> None:
+        super().__init__()
+        self.left, self.right = build_block(block.left), build_block(block.right)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.left(x), self.right(x)], -1)
+
+
+class TwiceBlock(nn.Module):
+    def __init__(self, block: Twice) -> None:
+        super().__init__()
+        self.body = build_block(block.body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.body(x))
+
+
+_BUILDERS: dict[type, Callable[[Any], nn.Module]] = {
+    Recurrent: RecurrentBlock,
+    Loop: LoopBlock,
+    Conv: ConvBlock,
+    Dense: lambda block: nn.Linear(block.inputs, block.outputs),
+    Elementwise: ElementwiseBlock,
+    Norm: NormBlock,
+    Along: AlongBlock,
+    Residual: ResidualBlock,
+    Both: BothBlock,
+    Twice: TwiceBlock,
+}
+
+
+def build_block(block: Block) -> nn.Module:
+    return _BUILDERS[type(block)](block)
+
+
+class Model(nn.Module):
+    """forward takes `x`, `token` or both, and returns what the tree's end says."""
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__()
+        self.tree = tree
+        self.embedding = nn.Embedding(VOCABULARY, tree.width)
+        self.blocks = nn.Sequential(*map(build_block, tree.blocks))
+        self.head = nn.Linear(tree.blocks[-1].outputs, 3)
+        recurrent = [module for module in self.modules() if isinstance(module, RecurrentBlock)]
+        self.last = recurrent[-1] if recurrent else None
+        if self.last is not None:
+            self.last.keeps, self.last.tells = tree.end == "kept", tree.end == "state"
+
+    def forward(self, x: Tensor | None = None, token: Tensor | None = None) -> Any:
+        steps = [piece for piece in (x, None if token is None else self.embedding(token)) if piece is not None]
+        hidden = steps[0] if len(steps) == 1 else steps[0] + steps[1]
+        if self.tree.time_first:
+            hidden = hidden.transpose(0, 1)
+        y = self.head(self.blocks(hidden))
+        return self._end(y)
+
+    def _end(self, y: Tensor) -> Any:
+        steps = y.transpose(0, 1) if self.tree.time_first else y
+        match self.tree.end:
+            case "last":
+                return y[:, -1]
+            case "mean":
+                return y.mean(1)
+            case "maximum":
+                return y.amax(1)
+            case "steps and last":
+                return steps, y[:, -1]
+            case "dict":
+                return {"steps": steps, "choice": steps.argmax(-1)}
+            case "time first":
+                return y.transpose(0, 1)
+            case "state":
+                return steps, self.last.last if self.last is not None else None
+            case _:
+                return steps
+
+
+#: Names of the outputs of a bundle and whether they have a time axis, by what the tree returns.
+OUTPUTS: dict[str, dict[str, bool]] = {
+    "last": {"y": False},
+    "mean": {"y": False},
+    "maximum": {"y": False},
+    "steps and last": {"y0": True, "y1": False},
+    "dict": {"steps": True, "choice": True},
+}
+
+
+def build(tree: Tree) -> Model:
+    """With weights far enough from zero that what they do is seen."""
+    torch.manual_seed(tree.seed)
+    model = Model(tree)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.BatchNorm1d)):
+                module.weight.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def draw(tree: Tree, batch: int, time: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Inputs, each (batch, time, ...), whatever axes the model itself has."""
+    found: dict[str, np.ndarray] = {}
+    if tree.source != "tokens":
+        found["x"] = rng.standard_normal((batch, time, tree.width)).astype(np.float32)
+    if tree.source != "floats":
+        found["token"] = rng.integers(0, VOCABULARY, (batch, time))
+    return found
+
+
+def answers(model: Model, inputs: dict[str, np.ndarray], *, double: bool) -> dict[str, np.ndarray]:
+    """What the model itself returns, by the bundle's names and in the bundle's axes: (batch, time, ...)."""
+    tree = model.tree
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    if tree.time_first:
+        tensors = {name: tensor.transpose(0, 1) for name, tensor in tensors.items()}
+    if double:
+        tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+    with torch.no_grad():
+        returned = model(**tensors)
+    outputs = OUTPUTS.get(tree.end, {"y": True})
+    flat = list(_tensors(returned))[: len(outputs)]
+    swapped = tree.time_first or tree.end == "time first"
+    return {
+        name: (tensor.transpose(0, 1) if time and swapped else tensor).numpy()
+        for (name, time), tensor in zip(outputs.items(), flat, strict=True)
+    }
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from value.values()
+    else:
+        yield from (item for item in value if isinstance(item, Tensor))

@@ -1,0 +1,129 @@
+"""Draws random trees with hypothesis: mostly what people write, with now and then what cannot stream or be right."""
+
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+
+from conformance.trees import Along, Block, Both, Conv, Dense, Elementwise, Loop, Norm, Recurrent, Residual, Tree, Twice
+
+Draw = Any
+T = TypeVar("T")
+
+#: Nesting of residual branches and the like.
+_DEPTH = 2
+
+
+def _mostly(usual: T, *others: T, times: int = 8) -> st.SearchStrategy[T]:
+    """`usual`, `times` as often as each of `others`."""
+    return st.sampled_from((*[usual] * times, *others))
+
+
+@st.composite
+def recurrents(draw: Draw, inputs: int, outputs: int | None = None) -> Recurrent:
+    """outputs: its width; any if None."""
+    kind = draw(st.sampled_from(("LSTM", "GRU", "RNN", "RNN relu", "LSTM", "GRU")))
+    both_ways = outputs is None and draw(_mostly(False, True, times=12))
+    return Recurrent(
+        kind,
+        inputs,
+        hidden=outputs or draw(st.integers(1, 6)),
+        layers=draw(st.integers(1, 3)),
+        bias=draw(_mostly(True, False)),
+        bidirectional=both_ways,
+        projection=draw(_mostly(0, 1, times=12)) if kind == "LSTM" and outputs is None else 0,
+        axes=draw(_mostly("batch first", "time first", "time first", "wrong", times=20)),
+        start=draw(_mostly("none", "zeros", "learned", "learned", "first step", times=12)),
+    )
+
+
+@st.composite
+def blocks(draw: Draw, inputs: int, depth: int = 0) -> Block:
+    kinds = ["recurrent"] * 5 + ["dense"] * 3 + ["elementwise"] * 4 + ["norm"] * 4 + ["conv"] * 3 + ["loop", "along"]
+    if depth < _DEPTH:
+        kinds += ["residual"] * 4 + ["both"] * 2 + ["twice"]
+    match draw(st.sampled_from(kinds)):
+        case "recurrent":
+            return draw(recurrents(inputs))
+        case "dense":
+            return Dense(inputs, draw(st.integers(1, 6)))
+        case "elementwise":
+            usual = ("relu", "gelu", "tanh", "silu", "elu", "softplus", "gate", "dropout", "clamp")
+            return Elementwise(draw(st.sampled_from(usual)), inputs)
+        case "norm":
+            return Norm(
+                draw(st.sampled_from(("layer", "batch", "rms") * 4 + ("instance", "time mean", "rows"))), inputs
+            )
+        case "conv":
+            return _conv(draw, inputs)
+        case "loop":
+            cells = ("LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm")
+            return Loop(draw(st.sampled_from(cells)), inputs, draw(st.integers(1, 5)))
+        case "along":
+            return Along(draw(st.sampled_from(_ALONG)), inputs)
+        case "residual":
+            body = [draw(blocks(inputs, depth + 1))]
+            return Residual(
+                (*body, Dense(body[-1].outputs, inputs)) if body[-1].outputs != inputs else (*body,), inputs
+            )
+        case "both":
+            return Both(draw(blocks(inputs, depth + 1)), draw(blocks(inputs, depth + 1)))
+        case _:
+            return Twice(draw(recurrents(inputs, outputs=inputs)))
+
+
+_ALONG = (
+    "cumulative sum",
+    "cumulative mean",
+    "cumulative maximum",
+    "difference",
+    "lag",
+    "flip",
+    "look ahead",
+    "position",
+    "length",
+    "attention",
+    "causal attention",
+    "softmax",
+    "every second",
+    "last two",
+)
+
+
+def _conv(draw: Draw, inputs: int) -> Conv:
+    depthwise = draw(st.booleans())
+    return Conv(
+        inputs,
+        inputs if depthwise else draw(st.integers(1, 6)),
+        kernel=draw(st.sampled_from((1, 2, 3, 5))),
+        dilation=draw(_mostly(1, 2, 4, times=4)),
+        depthwise=depthwise,
+        padding=draw(_mostly("causal", "centred", "none")),
+    )
+
+
+@st.composite
+def trees(draw: Draw) -> Tree:
+    width = draw(st.integers(1, 5))
+    chain: list[Block] = []
+    now = width
+    for _ in range(draw(st.integers(0, 3))):
+        chain.append(draw(blocks(now)))
+        now = chain[-1].outputs
+    # A model without a recurrent layer is refused at once: nearly all get one, anywhere in the chain.
+    if draw(_mostly(True, False, times=20)):
+        place = draw(st.integers(0, len(chain)))
+        inputs = chain[place - 1].outputs if place else width
+        following = place < len(chain)
+        chain.insert(place, draw(recurrents(inputs, outputs=inputs if following else None)))
+    if not chain:
+        chain.append(Dense(width, width))
+    return Tree(
+        source=draw(st.sampled_from(("floats", "floats", "tokens", "both"))),
+        width=width,
+        blocks=tuple(chain),
+        end=draw(
+            _mostly("steps", "last", "last", "mean", "maximum", "steps and last", "dict", "time first", "state", "kept")
+        ),
+        time_first=draw(_mostly(False, True)),
+        seed=draw(st.integers(0, 9)),
+    )

@@ -1,0 +1,166 @@
+"""Random small models as data: what they are made of. Their `repr` is Python that makes them again.
+
+Every block turns (batch, time, inputs) into (batch, time, outputs). Most are what people write; some mix time steps, or
+rows, or take the batch for time, as people also do. `modules.py` builds them, `strategies.py` draws them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """start: the initial state it is handed. axes: `wrong` is a time-first layer that is given the batch first."""
+
+    kind: Literal["LSTM", "GRU", "RNN", "RNN relu"]
+    inputs: int
+    hidden: int
+    layers: int = 1
+    bias: bool = True
+    bidirectional: bool = False
+    projection: int = 0
+    axes: Literal["batch first", "time first", "wrong"] = "batch first"
+    start: Literal["none", "zeros", "learned", "first step"] = "none"
+
+    @property
+    def outputs(self) -> int:
+        return (self.projection or self.hidden) * (2 if self.bidirectional else 1)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A cell in a Python loop over time. `minimal` and `peephole` are cells that no library has."""
+
+    cell: Literal["LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm"]
+    inputs: int
+    hidden: int
+
+    @property
+    def outputs(self) -> int:
+        return self.hidden
+
+
+@dataclass(frozen=True)
+class Conv:
+    """padding: `causal` looks back only, `centred` both ways, `none` shortens the sequence."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    dilation: int = 1
+    depthwise: bool = False
+    padding: Literal["causal", "centred", "none"] = "causal"
+
+
+@dataclass(frozen=True)
+class Dense:
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    kind: Literal["relu", "gelu", "tanh", "silu", "elu", "softplus", "gate", "dropout", "clamp"]
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        return self.inputs
+
+
+@dataclass(frozen=True)
+class Norm:
+    """`instance` and `time mean` are taken over the whole sequence, `rows` over the batch."""
+
+    kind: Literal["layer", "batch", "rms", "instance", "time mean", "rows"]
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        return self.inputs
+
+
+@dataclass(frozen=True)
+class Along:
+    """Something that reads other time steps than its own, without weights."""
+
+    kind: Literal[
+        "cumulative sum",
+        "cumulative mean",
+        "cumulative maximum",
+        "difference",
+        "lag",
+        "flip",
+        "look ahead",
+        "position",
+        "length",
+        "attention",
+        "causal attention",
+        "softmax",
+        "every second",
+        "last two",
+    ]
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        return self.inputs
+
+
+@dataclass(frozen=True)
+class Residual:
+    body: tuple["Block", ...]
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        return self.inputs
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two branches side by side, joined by their features."""
+
+    left: "Block"
+    right: "Block"
+
+    @property
+    def inputs(self) -> int:
+        return self.left.inputs
+
+    @property
+    def outputs(self) -> int:
+        return self.left.outputs + self.right.outputs
+
+
+@dataclass(frozen=True)
+class Twice:
+    """One module, called on its own output."""
+
+    body: "Block"
+
+    @property
+    def inputs(self) -> int:
+        return self.body.inputs
+
+    @property
+    def outputs(self) -> int:
+        return self.body.outputs
+
+
+Block: TypeAlias = Recurrent | Loop | Conv | Dense | Elementwise | Norm | Along | Residual | Both | Twice
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A model. source: one float input, a token id, or a float and a token; end: what it returns.
+
+    `state` returns the last recurrent layer's state beside the steps, `kept` keeps it in the module.
+    """
+
+    source: Literal["floats", "tokens", "both"]
+    width: int
+    blocks: tuple[Block, ...]
+    end: Literal["steps", "last", "mean", "maximum", "steps and last", "dict", "time first", "state", "kept"]
+    time_first: bool = False
+    seed: int = 0

@@ -1,0 +1,10 @@
+"""What a child would import first, lazily and slowly: imported once, by the server that children are forked from."""
+
+import torch
+import torch._dynamo
+import torch._export
+import torch._inductor.config
+import torch.onnx._internal.exporter._core
+import torch.onnx._internal.exporter._registration
+
+torch.set_num_threads(1)

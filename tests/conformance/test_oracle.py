@@ -1,0 +1,83 @@
+"""The oracle finds out a bundle that is not what it says: otherwise its silence would mean nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bundle
+from conformance import modules
+from conformance.oracle import Wrong, WrongBits, examine
+from conformance.trees import Conv, Dense, Recurrent, Tree
+from export import export
+
+GRU = Recurrent("GRU", 3, 4)
+GOOD = Tree("floats", 3, (GRU, Dense(4, 3)), "steps")
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`write(tree, **claims)`: the path of its bundle, with another manifest."""
+
+    @cache
+    def exported(tree: Tree) -> bundle.Bundle:
+        example = {name: torch.from_numpy(a) for name, a in modules.draw(tree, 2, 7, np.random.default_rng(0)).items()}
+        report = export(modules.build(tree), example, name="m", repository=tmp_path_factory.mktemp("exported"))
+        return bundle.read(report.path)
+
+    def one(tree: Tree, **claims: object) -> Path:
+        found = exported(tree)
+        manifest = replace(found.manifest, **claims)
+        folder = tmp_path_factory.mktemp("claims")
+        return bundle.write(folder, manifest, found.model_path.read_bytes(), found.golden)
+
+    return one
+
+
+def ask(path: Path, tree: Tree) -> object:
+    single, double = modules.build(tree), modules.build(tree).double()
+    return examine(
+        path,
+        lambda inputs, wide: modules.answers(double if wide else single, inputs, double=wide),
+        partial(modules.draw, tree),
+    )
+
+
+def test_a_good_one(write) -> None:
+    finding = ask(write(GOOD), GOOD)
+    assert finding.error < 1e-6
+    assert finding.bits
+
+
+def test_other_weights(write) -> None:
+    with pytest.raises(Wrong, match=r"y of \d sequences of 6 steps is off"):
+        ask(write(GOOD), replace(GOOD, seed=1))
+
+
+def test_said_to_stream(write) -> None:
+    tree = Tree("floats", 3, (replace(GRU, bidirectional=True),), "steps")
+    with pytest.raises(Wrong, match="in chunks"):
+        ask(write(tree, streamable=True, not_streamable_because=None), tree)
+
+
+def test_said_to_be_ragged(write) -> None:
+    tree = replace(GOOD, end="last")
+    with pytest.raises(Wrong, match="padded to"):
+        ask(write(tree, ragged=True), tree)
+
+
+def test_another_initial_state(write) -> None:
+    tree = replace(GOOD, blocks=(replace(GRU, start="learned"), Dense(4, 3)))
+    with pytest.raises(Wrong, match="is off"):
+        ask(write(tree, initial_state=None), tree)
+
+
+def test_said_to_be_exact(write) -> None:
+    tree = replace(GOOD, blocks=(Conv(3, 3, 1), GRU))
+    path = write(tree, bit_exact=True)
+    with pytest.raises(WrongBits, match="bit_exact"):
+        ask(path, tree)

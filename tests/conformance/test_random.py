@@ -1,0 +1,75 @@
+"""Random models: a few of those that `make fuzz-export` tries, and the tools it tries them with."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+
+from conformance import children, fuzz
+from conformance.children import Died
+from conformance.fuzz import BAD, Store, Verdict, draw, judge, parse
+from conformance.strategies import trees
+from conformance.trees import Along, Conv, Dense, Elementwise, Loop, Recurrent, Residual, Tree
+
+
+@pytest.mark.timeout(240)
+@settings(max_examples=6, derandomize=True, deadline=None, database=None)
+@given(trees())
+def test_nothing_is_silently_wrong(tree: Tree) -> None:
+    verdict = judge(tree)
+    assert verdict.outcome not in BAD, f"{verdict.says}\npython -m conformance fuzz --tree '{verdict.tree}'"
+
+
+@pytest.mark.parametrize(
+    ("tree", "outcome", "says"),
+    [
+        (Tree("both", 3, (Residual((Recurrent("GRU", 3, 3, 2),), 3), Dense(3, 2)), "steps and last"), "streams", ""),
+        (Tree("floats", 2, (Recurrent("LSTM", 2, 3, axes="wrong"),), "steps"), "refused", "layer_axes"),
+        (Tree("floats", 2, (Along("flip", 2), Recurrent("RNN", 2, 3)), "steps"), "whole only", "later time steps"),
+        (Tree("tokens", 2, (Recurrent("GRU", 2, 3),), "kept"), "refused", "keeps_state"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_trees_of_every_outcome(tree: Tree, outcome: str, says: str) -> None:
+    verdict = judge(tree)
+    assert verdict.outcome == outcome
+    assert says in verdict.code or says in verdict.says
+
+
+def test_a_tree_is_what_it_says() -> None:
+    blocks = (Conv(2, 4, 3), Elementwise("gate", 4), Loop("peephole", 4, 2), Recurrent("LSTM", 2, 3, start="learned"))
+    tree = Tree("floats", 2, blocks, "dict", time_first=True, seed=3)
+    assert parse(repr(tree)) == tree
+
+
+def test_draws_are_the_same_each_time_and_all_different() -> None:
+    some = list(draw(40))
+    assert some == list(draw(40))
+    assert len(set(some)) == 40
+    assert list(draw(50))[:40] == some
+
+
+def test_a_run_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, first = Store(tmp_path), next(draw(1))
+    store.add(Verdict(repr(first), "streams"))
+    with (tmp_path / "verdicts.jsonl").open("a") as file:
+        file.write('{"tree": "Tree(sou')  # killed while it wrote
+    asked: list[Tree] = []
+
+    def run(work, jobs, **options):
+        asked.extend(jobs)
+        yield jobs[0], Died("crashed (-6)")
+        yield from ((job, Verdict(repr(job), "refused", "parity")) for job in jobs[1:])
+
+    monkeypatch.setattr(children, "run", run)
+    verdicts = fuzz.run(4, tmp_path, workers=1)
+    assert len(asked) == 3
+    assert first not in asked
+    assert [verdict.outcome for verdict in verdicts] == ["streams", "crashed", "refused", "refused"]
+    assert len({verdict.tree for verdict in fuzz.Store(tmp_path).read()}) == 4
+    lines = fuzz.counts(verdicts)
+    assert "  1 streams" in lines[1]
+    assert any("2 parity" in line for line in lines)
+    assert any(line.split() == ["1", "crashed"] for line in lines)
+    assert json.loads((tmp_path / "verdicts.jsonl").read_text().splitlines()[0])["outcome"] == "streams"

@@ -1,0 +1,142 @@
+"""Reduced precision: asked for, measured, stated in the bundle, and held to it by the server."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bundle
+import unroll
+from bundle import GoldenMismatch
+from bundle.operators import operators
+from export import ExportError, Report, export
+from export.precision import limit
+from service.engine.place import EngineOptions, place
+from service.engine.runner import Runner
+
+
+class Model(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, hidden: int = 48, head: bool = True) -> None:
+        super().__init__()
+        self.rnn = kind(8, hidden, 2, batch_first=True)
+        self.head = nn.Linear(hidden, 4) if head else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+def exported(repository: Path, module: nn.Module, **options: object) -> Report:
+    return export(module, {"x": torch.randn(2, 9, 8)}, name="m", repository=repository, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Report]:
+    """`reports(kind, precision)`: of the same model in each precision."""
+
+    @cache
+    def one(kind: str, precision: str) -> Report:
+        torch.manual_seed(0)
+        return exported(tmp_path_factory.mktemp(kind), Model(getattr(nn, kind)), precision=precision)
+
+    return one
+
+
+def counted(report: Report) -> dict[str, int]:
+    return operators((report.path / "model.onnx").read_bytes())
+
+
+def test_float32_is_as_it_was(reports) -> None:
+    manifest = reports("LSTM", "float32").manifest
+    assert manifest.precision == "float32"
+    assert manifest.bit_exact
+    assert "LSTM" in counted(reports("LSTM", "float32"))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision: str) -> None:
+    report = reports(kind, precision)
+    manifest = report.manifest
+    assert manifest.precision == precision
+    assert precision in str(report)
+    by_output = {entry.output: entry for entry in manifest.parity}
+    for entry in reports(kind, "float32").manifest.parity:
+        reduced = by_output[entry.output]
+        assert reduced.tolerance >= entry.tolerance
+        assert reduced.onnxruntime <= reduced.tolerance < 0.1
+    assert by_output["y"].onnxruntime > 1e-5
+    # By that bound and no other the server takes it, its state in float32 as ever.
+    found = bundle.read(report.path)
+    here = place(found, "cpu", EngineOptions())
+    assert here.slack == 1.0
+    bundle.replay(found.golden, manifest, here.runner)
+    _, proof = here.engine(64, 16)
+    assert proof.parity["y"] <= by_output["y"].tolerance
+    time = next(iter(found.golden.inputs.values())).shape[1]
+    _, state = here.runner(found.golden.inputs, found.golden.state, np.full(len(found.golden.state), time, np.int32))
+    assert state.dtype == np.float32
+    assert unroll.main(["verify", str(report.path)]) == 0
+
+
+def test_the_server_takes_no_looser_bound(reports) -> None:
+    """A model that is off by more than its own bound, though by less than another precision's, is refused."""
+    coarse, fine = (bundle.read(reports("LSTM", precision).path) for precision in ("int8", "float16"))
+    with pytest.raises(GoldenMismatch):
+        bundle.replay(fine.golden, fine.manifest, Runner(coarse.model_path, coarse.manifest))
+
+
+def test_what_becomes_integer(reports, tmp_path: Path) -> None:
+    lstm, gru = counted(reports("LSTM", "int8")), counted(reports("GRU", "int8"))
+    assert lstm["com.microsoft.DynamicQuantizeLSTM"] == 2
+    assert lstm["MatMulInteger"] == 1
+    assert "LSTM" not in lstm
+    assert (gru["GRU"], gru["MatMulInteger"]) == (2, 1)
+    with pytest.raises(ExportError, match="has neither") as refusal:
+        exported(tmp_path / "none", Model(nn.GRU, head=False), precision="int8")
+    assert refusal.value.code == "precision"
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_too_large_an_error_is_refused(tmp_path: Path, precision: str) -> None:
+    with pytest.raises(ExportError, match=f"'y' in {precision} differs") as refusal:
+        exported(tmp_path, Model(), precision=precision, max_error=1e-10)
+    assert refusal.value.code == "max_error"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_allowed_is_the_bound(reports) -> None:
+    manifest = reports("LSTM", "int8").manifest
+    free, state = manifest.parity
+    allowed = (free.onnxruntime + free.tolerance) / 2
+    assert limit(manifest, allowed).parity == (replace(free, tolerance=allowed), state)
+    assert limit(manifest, 1.0) == limit(manifest, None) == manifest
+
+
+class ByHand(nn.Module):
+    """Makes a float32 tensor of its own, which PyTorch cannot join with float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0] @ torch.eye(6, dtype=torch.float32)
+
+
+def test_what_pytorch_cannot_compute_in_float16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="PyTorch cannot run it in float16") as refusal:
+        exported(tmp_path, ByHand(), precision="float16")
+    assert refusal.value.code == "precision"
+
+
+def test_a_gpu_takes_no_integers_and_no_second_reduction(reports) -> None:
+    with pytest.raises(ValueError, match="is for the CPU"):
+        place(bundle.read(reports("LSTM", "int8").path), "cuda:0", EngineOptions())
+    with pytest.raises(ValueError, match="in float16 already"):
+        place(bundle.read(reports("LSTM", "float16").path), "cuda:0", EngineOptions(precision="tf32"))
