@@ -89,6 +89,8 @@ class _Killer:
                 if self.done < self._wanted:
                     replica.kill()
                     self.done += 1
+                    if self.done % 50 == 0:
+                        print(f"{self.done} kills", flush=True)
                     await replica.start()
 
 

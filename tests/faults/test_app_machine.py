@@ -399,7 +399,7 @@ def test_any_order_of_events(redis_server: RedisServer, tiny: Path, oracle: Orac
     world = World(tiny, redis_server, oracle)
     limits = settings(
         max_examples=EXAMPLES,
-        stateful_step_count=30,
+        stateful_step_count=20,
         deadline=None,
         phases=set(Phase) - {Phase.explain},  # it traces every line
         suppress_health_check=[HealthCheck.too_slow],

@@ -18,68 +18,75 @@ X = np.random.default_rng(6).standard_normal((4, 2)).astype(np.float32)
 
 
 class Session:
-    """`a`, stepped by whatever way at whichever replica; told to begin where the test wants."""
+    """Stepped by whatever way at whichever replica; it begins where the test says. replies: of those that went well."""
 
-    def __init__(self, wires: Wires) -> None:
-        self.wires = wires
+    def __init__(self, wires: Wires, name: str) -> None:
+        self.wires, self.name = wires, name
+        self.replies: list[Reply] = []
 
-    def step(self, replica: Replica, position: int, way: str = "raw") -> Awaitable[Reply]:
+    def send(self, replica: Replica, position: int, way: str = "raw") -> Awaitable[Reply]:
         x = X[position : position + 1]
         if way == "stream":
-            return Stream(self.wires, replica.port, "a").send(x, position)
-        return self.wires.send(way, replica.port, "a", x, position)
+            return Stream(self.wires, replica.port, self.name).send(x, position)
+        return self.wires.send(way, replica.port, self.name, x, position)
+
+    async def step(self, *replicas: Replica) -> None:
+        """The next step, at each of them in turn."""
+        for replica in replicas:
+            self.replies.append(await self.send(replica, len(self.replies)))
+
+    def check(self, oracle: Oracle) -> None:
+        assert [reply.position for reply in self.replies] == [1, 2, 3, 4]
+        assert b"".join(reply.outputs for reply in self.replies) == oracle(X).tobytes()
 
 
-@pytest.mark.parametrize("way", WAYS)
-async def test_the_owner_wakes_up(
-    redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle, way: str
-) -> None:
+async def test_the_owner_wakes_up(redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
     """It was stopped with a step of the session unread: that step was taken elsewhere, and another after it."""
     owner, other = cluster = replicas(2, "--store", redis_server.url)
     await start(cluster)
-    session = Session(wires)
-    await wires.call("POST", owner.port, "/sessions", {"session_id": "a"})
-    replies = [await session.step(owner, 0)]
+    sessions = {way: Session(wires, way) for way in WAYS}
+    for session in sessions.values():
+        await wires.call("POST", owner.port, "/sessions", {"session_id": session.name})
+        await session.step(owner)
     owner.pause()
-    late = asyncio.create_task(session.step(owner, 1, way))
-    replies += [await session.step(other, 1), await session.step(other, 2)]
+    late = [asyncio.create_task(session.send(owner, 1, way)) for way, session in sessions.items()]
+    for session in sessions.values():
+        await session.step(other, other)
     owner.resume()
-    refused = await late
-    assert (refused.code, refused.expected) == ("position_too_old", 3)
-    replies.append(await session.step(owner, 3))
-    assert [reply.position for reply in replies] == [1, 2, 3, 4]
-    assert b"".join(reply.outputs for reply in replies) == oracle(X).tobytes()
+    assert {(reply.code, reply.expected) for reply in await asyncio.gather(*late)} == {("position_too_old", 3)}
+    for session in sessions.values():
+        await session.step(owner)
+        session.check(oracle)
 
 
-@pytest.mark.parametrize(
-    ("place", "moves_on"), [("before_commit", False), ("before_commit", True), ("after_commit", True)]
-)
 async def test_the_owner_is_stopped_at_its_commit(
-    redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle, place: str, moves_on: bool
+    redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle
 ) -> None:
     """Stopped at its second commit: it computed the step, and so did another replica, which may have gone on since."""
-    (owner,) = replicas(1, "--store", redis_server.url, environment={"UNROLL_FAILPOINTS": f"{place}=stop:2"})
-    (other,) = replicas(1, "--store", redis_server.url)
-    await start([owner, other])
-    session = Session(wires)
-    await wires.call("POST", other.port, "/sessions", {"session_id": "a"})
-    replies = [await session.step(owner, 0)]
-    late = asyncio.create_task(session.step(owner, 1))
-    await owner.stopped()
-    replies.append(await session.step(other, 1))
-    if moves_on:
-        replies.append(await session.step(other, 2))
-    owner.resume()
-    reply = await late
-    if place == "after_commit" or not moves_on:  # the reply is that of the step, whoever committed it
-        assert (reply.outputs, reply.position) == (replies[1].outputs, 2)
-    else:
-        assert (reply.code, reply.expected) == ("position_too_old", 3)
-    replies += [await session.step(owner, position) for position in range(len(replies), 4)]
-    assert [reply.position for reply in replies] == [1, 2, 3, 4]
-    assert b"".join(reply.outputs for reply in replies) == oracle(X).tobytes()
+    owner, other = replicas(2, "--store", redis_server.url)
+    await other.start()
+    for place, moves_on in (("before_commit", False), ("before_commit", True), ("after_commit", True)):
+        owner.environment["UNROLL_FAILPOINTS"] = f"{place}=stop:2"
+        await owner.start()
+        session = Session(wires, f"{place}-{moves_on}")
+        await wires.call("POST", other.port, "/sessions", {"session_id": session.name})
+        await session.step(owner)
+        late = asyncio.create_task(session.send(owner, 1))
+        await owner.stopped()
+        await session.step(other, *[other] * moves_on)
+        owner.resume()
+        reply = await late
+        if place == "after_commit" or not moves_on:  # the reply is that of the step, whoever committed it
+            assert (reply.outputs, reply.position) == (session.replies[1].outputs, 2)
+        else:
+            assert (reply.code, reply.expected) == ("position_too_old", 3)
+        await session.step(*[owner] * (4 - len(session.replies)))
+        session.check(oracle)
+        owner.kill()
+        wires.close()  # its connections are of no use any more
 
 
+@pytest.mark.timeout(120)
 async def test_a_replica_dies_at_every_place(redis_server: RedisServer, replicas: Replicas, oracle: Oracle) -> None:
     dying, other = replicas(2, "--store", redis_server.url)
     await other.start()
