@@ -19,10 +19,10 @@ from time import perf_counter
 import numpy as np
 
 from bench.http_client import JSON, RAW, http_client, post
-from bench.load import Client, Measured
+from bench.load import WARM_UP, Client, Measured
 from bench.outcomes import Outcome, Row, ratio
 from bench.reference import Reference
-from bench.servers import HOST, running
+from bench.servers import HOST, Server, running
 from bench.steps import CLIENTS, ceiling
 from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
 from bench.turns import Bench, Turn, by_name, turn_of
@@ -41,45 +41,59 @@ def durability(bench: Bench) -> list[Outcome]:
         return [Outcome("durability", "Durable sessions", remarks=["skipped: redis-server is not installed"])]
     with ExitStack() as stack:
         redis = {fsync: stack.enter_context(_redis(bench, fsync)) for fsync in _FSYNC}
-        stores = {fsync: ("--store", f"redis://{HOST}:{port}/0") for fsync, port in redis.items()}
+        stores = {fsync: ("--store", f"redis://{HOST}:{server.port}/0") for fsync, server in redis.items()}
         return [
-            _levels(bench, stores, redis["everysec"]),
+            _levels(bench, stores, redis),
             _elsewhere(bench, stores["everysec"]),
             _routing(bench, stores["everysec"]),
         ]
 
 
 @contextmanager
-def _redis(bench: Bench, fsync: str) -> Iterator[int]:
-    """The port of a redis-server on the load generator's core."""
+def _redis(bench: Bench, fsync: str) -> Iterator[Server]:
+    """A redis-server on the load generator's core."""
     folder = bench.folder / f"redis-{fsync}"
     folder.mkdir()
     flags = f"--port PORT --bind {HOST} --dir {folder} --appendonly yes --appendfsync {fsync} --loglevel warning"
     command = ("redis-server", *flags.split(), "--save", "")
     with running(command, {sorted(bench.cores)[-1]}, folder / "log", takes_turns=False) as server:
-        yield server.port
+        yield server
 
 
 # ── steps, by where the session is ───────────────────────────────────────────────────────────────
 
 
-def _levels(bench: Bench, stores: dict[str, tuple[str, str]], port: int) -> Outcome:
+def _levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: dict[str, Server]) -> Outcome:
     reference = bench.models["small"]
     with bench.servers() as servers:
-        launches = {fsync: bench.unroll(*store, name=f"unroll-{fsync}") for fsync, store in stores.items()}
-        turns = [
-            servers.turn(ceiling(reference.features), CLIENTS),
-            servers.turn(raw_steps(bench.unroll(), reference), CLIENTS),
-            servers.turn(_held(bench.unroll(*_KEYS, name="unroll-client"), reference), CLIENTS),
-            *(servers.turn(_stored(launch, reference), CLIENTS) for launch in launches.values()),
-        ]
+        memory, held = bench.unroll(), bench.unroll(*_KEYS, name="unroll-client")
+        subjects = {memory: raw_steps(memory, reference), held: _held(held, reference)}
+        for fsync, store in stores.items():
+            launch = bench.unroll(*store, name=f"unroll-{fsync}")
+            subjects[launch] = _stored(launch, reference)
+        measured = {launch: servers.turn(subject, CLIENTS) for launch, subject in subjects.items()}
+        turns = [servers.turn(ceiling(reference.features), CLIENTS), *measured.values()]
         rows = bench.alternate(turns)
+        processes = {server.name: servers.server(server) for server in measured}
+        processes |= {f"Redis with {fsync}": server for fsync, server in redis.items()}
+        remarks = [_cost(bench, turn, processes) for turn in measured.values()]
+    remarks.append(
+        f"a session takes {_bytes_of_a_session(redis['everysec'].port):,.0f} bytes in Redis (MEMORY USAGE of its keys)"
+    )
     named = by_name(rows)
     says = "HTTP, raw bytes, sessions in Redis (everysec): of those in memory"
     verdict = ratio(13, says, _BOUND, named["unroll-everysec"], named["unroll"], judged=bench.judged)
     title = f"Durability, a step a request, {CLIENTS} HTTP clients, LSTM 2×64; Redis on the load generator's core"
-    remark = f"a session takes {_bytes_of_a_session(port):,.0f} bytes in Redis (MEMORY USAGE of its keys)"
-    return Outcome("durability", title, "steps/s", rows, [verdict], [remark])
+    return Outcome("durability", title, "steps/s", rows, [verdict], remarks)
+
+
+def _cost(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
+    """What a step takes of the processors, which a machine that is busy with other things changes little."""
+    before = {name: process.cpu_seconds() for name, process in processes.items()}
+    steps = turn.measure(bench.seconds).rate * bench.seconds * (1 + WARM_UP)
+    took = {name: (process.cpu_seconds() - before[name]) / steps * 1e6 for name, process in processes.items()}
+    each = ", ".join(f"{took[name]:.0f} µs in {name}" for name in took if took[name] >= 1)
+    return f"{turn.name}: a step takes {each}"
 
 
 def _stored(launch: Launch, reference: Reference) -> Subject:

@@ -23,7 +23,7 @@ from bench.servers import HOST
 #: Past the end of a run, how long replies may still take; also for connecting.
 PATIENCE_SECONDS = 30.0
 #: Part of a run's time that is spent before it, and not counted.
-_WARM_UP = 0.2
+WARM_UP = 0.2
 
 
 @dataclass(slots=True, eq=False)
@@ -233,7 +233,7 @@ class Load:
 
     async def run(self, seconds: float, rate: float | None = None) -> Measured:
         """Requests during a warm-up, and then for `seconds` that count; `rate`: that many a second, an open loop."""
-        start = perf_counter() + seconds * _WARM_UP
+        start = perf_counter() + seconds * WARM_UP
         if rate is None:
             return await self._go(_Closed(self._connections, start, start + seconds), seconds)
         return await self._go(_Open(self._connections, start, start + seconds, rate), seconds)

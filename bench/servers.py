@@ -37,6 +37,11 @@ class Server:
         """VmRSS of all its processes."""
         return sum(_resident_bytes(pid) for pid in _session_members(self.process.pid))
 
+    def cpu_seconds(self) -> float:
+        """Computed so far by its leading process."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 @contextmanager
 def on_cores(cores: Collection[int]) -> Iterator[None]:

@@ -8,6 +8,7 @@ import pytest
 
 from bench.http_client import http_client, post
 from bench.load import Load
+from bench.wandering import wandering_client
 
 REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -98,6 +99,17 @@ async def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
     assert measured.rate == pytest.approx(200.0, rel=0.05)
     assert measured.p99 > 150.0
     assert measured.p50 < 100.0
+
+
+async def test_a_wandering_client_goes_where_it_is_told_and_has_one_request_in_flight() -> None:
+    elsewhere = iter([False, True, True, False])
+    async with scripted(prompt) as (here, at_home), scripted(prompt) as (there, abroad):
+        client = wandering_client([b"a", b"b", b"c"], 3, [b"open"], there, lambda: next(elsewhere))
+        async with Load(here, [client]) as load:
+            for _ in range(4):
+                assert (await load.once()).errors == 0
+        assert [each.requests for each in (*at_home, *abroad)] == [[b"open", b"c"], [b"a", b"b"]]
+    assert (client.answered, client.steps, client.last) == (4, 3, [b"ok"])
 
 
 def test_a_request_has_its_length_and_media_type() -> None:
