@@ -78,7 +78,7 @@ class Keeper:
         served.scheduler.sessions.check_room()
         record = Record(served.origin(self.store.durability), position, row, token=self._tokens.next())
         key = served.name, session_id
-        commit = Commit(key, b"", record.token, position, row, record.last, record.origin)
+        commit = Commit(key, b"", record.token, record.origin.to_bytes(), position, row, record.last, begins=True)
         (error,) = await self.store.commit([commit])
         if isinstance(error, SessionContended):
             await self.look_up(*key)
@@ -96,8 +96,8 @@ class Keeper:
         for _ in range(_ATTEMPTS):
             session = served.scheduler.sessions.find(session_id, served.loop.clock.now())
             assert session.durable is not None
-            key, last = (name, session_id), pack_last(session.depth, ())
-            commit = Commit(key, session.durable.token, self._tokens.next(), snapshot.position, row, last)
+            key, last, durable = (name, session_id), pack_last(session.depth, ()), session.durable
+            commit = Commit(key, durable.token, self._tokens.next(), durable.origin, snapshot.position, row, last)
             (error,) = await self.store.commit([commit])
             await self.look_up(name, session_id)
             if not isinstance(error, SessionContended):

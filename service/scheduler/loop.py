@@ -296,10 +296,11 @@ class Loop:
             key=(self.name, session.id),
             expected=session.durable.token,
             token=self._tokens.next(),
+            origin=session.durable.origin,
             position=chunk.start + chunk.length,
             row=row,
             last=self.scheduler.records.last_after(result),
-            origin=session.origin if chunk.opens or not session.durable.token else None,
+            begins=chunk.opens or not session.durable.token,
             ends=chunk.final,
         )
 
