@@ -23,6 +23,9 @@ Precision = Literal["float32", "float16", "int8"]
 #: To be disabled in onnxruntime: ends the process at a recurrent layer with float16 weights on the CPU.
 CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 
+#: What a piece of state is: a recurrent layer's h or c, or what a loop over time hands from one step to the next.
+Kind = Literal["h", "c", "carry"]
+
 _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -64,8 +67,8 @@ class TensorSpec:
 class StateSlot:
     """One piece of the state row: `row[offset : offset + size]`.
 
-    It holds the `h` or the LSTM's `c` of one layer and direction of the recurrent module at path
-    `module`, in its `call`-th call within one forward pass.
+    It belongs to one layer and direction of the module at path `module`, in its `call`-th call within one
+    forward pass.
     """
 
     __pydantic_config__ = _STRICT
@@ -74,7 +77,7 @@ class StateSlot:
     call: int
     layer: int
     direction: Literal["forward", "reverse"]
-    kind: Literal["h", "c"]
+    kind: Kind
     offset: int
     size: int
 

@@ -1,12 +1,25 @@
 """Runs a user's forward in float64, also where it says float32: PyTorch in double precision is the reference."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def in_float64(model: Module) -> Module:
+    """A copy in float64, with the tensors that are plain attributes."""
+    double = copy.deepcopy(model).double()
+    for module in double.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                setattr(module, name, value.double())
+    return double
 
 
 class _Float32IsDouble(TorchFunctionMode):

@@ -1,54 +1,74 @@
 """Watches a lifted model run: which states it asks for, where its axes are, what it starts from."""
 
-import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from bundle.manifest import RESERVED_NAMES
-from export.double import double_precision
+from export import packed
+from export.double import double_precision, in_float64
 from export.errors import ExportError
-from export.inputs import check_inputs, state_arguments
-from export.lift import Call, Layout, call_count, lift, take_weights
+from export.inputs import check_inputs, length_arguments, resized, state_arguments
+from export.layers import lift_layers, take_weights
+from export.lift import Call, Layout, Tape, call_count
+from export.loops import lift_loops
 from export.outputs import final_states, plan
 from export.samples import Samples, as_tensors
-from export.streaming import StreamingModule, attempt
+from export.streaming import Arguments, StreamingModule, attempt
 
 
 def lift_model(model: nn.Module, example: dict[str, Any], batch_first: bool) -> tuple[StreamingModule, Samples]:
     """Lift `model` in place and sort its arguments. Raises ExportError for a forward that cannot be lifted."""
-    tape = lift(model)
+    attempt("the example", lambda: model(**example))  # computes weights that are normalised
+    tape = Tape()
+    if not any(isinstance(value, PackedSequence) for value in example.values()):
+        lift_loops(
+            model, tape, lambda size: attempt("the example", lambda: model(**resized(example, size, batch_first)))
+        )
+    lift_layers(model, tape)
+    take_weights(model, model)
+    packings = {name: value for name, value in example.items() if isinstance(value, PackedSequence)}
+    sequences = {name: pad_packed_sequence(value, batch_first=True) for name, value in packings.items()}
+    example = example | {name: packed.as_argument(*pair) for name, pair in sequences.items()}
 
-    def record(arguments: dict[str, Any]) -> list[Call]:
+    def record(arguments: dict[str, Any]) -> Tape:
         tape.start(None, None)
-        attempt("the example", lambda: model(**arguments))
+        with packed.padded(tape):
+            attempt("the example", lambda: model(**arguments))
         if not tape.calls:
             raise ExportError("no_recurrent_layer", "forward calls none of the model's recurrent layers")
-        return tape.calls
+        return tape
 
-    constants = state_arguments(example, record)
-    take_weights(model)
-    inputs = check_inputs({key: value for key, value in example.items() if key not in constants}, batch_first)
-    tape.start(None, None)
-    samples = Samples({key: tensor.numpy() for key, tensor in inputs.items()})
-    return StreamingModule(model, tape, list(inputs), constants, batch_first), samples
-
-
-def in_double(streaming: StreamingModule) -> StreamingModule:
-    """A copy in float64, with the tensors that are plain attributes."""
-    double = copy.deepcopy(streaming).double()
-    for module in double.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.dtype == torch.float32:
-                setattr(module, name, value.double())
-    double.constants = {
-        key: replace(constant, tensors=tuple(tensor.double() for tensor in constant.tensors))
-        for key, constant in streaming.constants.items()
+    record(example)
+    unbatched, one_by_one = tape.unbatched, {name: value for name, value in example.items() if name not in packings}
+    constants = state_arguments(one_by_one, lambda values: record(example | values).calls, unbatched)
+    lengths = length_arguments(one_by_one, lambda values: [one for one, _ in record(example | values).lengths])
+    rest = {name: value for name, value in example.items() if name not in constants and name not in lengths}
+    rest |= {
+        name: padded if batch_first and not unbatched else padded.transpose(0, 1)
+        for name, (padded, _) in sequences.items()
     }
+    inputs = check_inputs(rest, batch_first, unbatched)
+    samples = Samples({name: tensor.numpy() for name, tensor in inputs.items()})
+    arguments = Arguments(list(inputs), constants, lengths, frozenset(packings), batch_first, unbatched)
+    return StreamingModule(model, tape, arguments), samples
+
+
+def in_double(streaming: StreamingModule, samples: Samples) -> StreamingModule:
+    """A copy in float64."""
+    double = in_float64(streaming)
+    constants = {
+        key: replace(constant, tensors=tuple(tensor.double() for tensor in constant.tensors))
+        for key, constant in streaming.arguments.constants.items()
+    }
+    double.arguments = replace(streaming.arguments, constants=constants)
+    with double_precision():  # once, since a normalised weight is computed by a forward
+        attempt("float64 inputs", lambda: double.record(*as_tensors(samples.draw(2, 6, seed=3), double=True).values()))
+    take_weights(double.model, double.model)
     return double
 
 

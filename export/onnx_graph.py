@@ -1,10 +1,6 @@
 """The lifted model as an ONNX graph: one LSTM, GRU or RNN node per layer, batch and time dynamic."""
 
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
 from typing import Any
 
 import onnx
@@ -15,6 +11,7 @@ from onnxscript import opset20 as op
 from bundle import CRASHING_OPTIMIZERS
 from bundle.golden import Arrays, RunFunction
 from export.errors import ExportError, first_line
+from export.quiet import quiet
 from export.samples import as_tensors
 from export.streaming import StreamingModule
 from export.tracing import Suspects, trace
@@ -51,6 +48,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, S
                     torch.ops.unroll.lstm.default: _lstm,
                     torch.ops.unroll.gru.default: _gru,
                     torch.ops.unroll.rnn.default: _rnn,
+                    torch.ops.unroll.cat.default: _cat,
                 },
                 verbose=False,
                 external_data=False,
@@ -99,9 +97,10 @@ def _drop_copies(graph: onnx.GraphProto) -> None:
 
 def index_limits(model: onnx.ModelProto) -> dict[str, int]:
     """For each integer input that indexes an embedding: the number of its rows."""
-    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
+    graphs = [model.graph, *_bodies(model.graph)]
+    rows = {tensor.name: tensor.dims[0] for graph in graphs for tensor in graph.initializer if tensor.dims}
     consumers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
+    for node in (node for graph in graphs for node in graph.node):
         for name in node.input:
             consumers.setdefault(name, []).append(node)
 
@@ -111,9 +110,18 @@ def index_limits(model: onnx.ModelProto) -> dict[str, int]:
                 yield from limits(node.output[0])
             elif node.op_type == "Gather" and node.input[1] == name and _is_embedding(node, rows):
                 yield rows[node.input[0]]
+            elif node.op_type == "Scan":
+                (body,) = (attribute.g for attribute in node.attribute if attribute.name == "body")
+                yield from limits(body.input[list(node.input).index(name)].name)
 
     found = {value.name: list(limits(value.name)) for value in model.graph.input if value.name != "sequence_lens"}
     return {name: min(values) for name, values in found.items() if values}
+
+
+def _bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """The graphs inside a graph: what its scans run."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return [each for body in inner for each in (body, *_bodies(body))]
 
 
 def _is_embedding(node: onnx.NodeProto, rows: dict[str, int]) -> bool:
@@ -167,6 +175,10 @@ def _rnn(x: Any, lens: Any, h: Any, w: Any, r: Any, b: Any, activation: str) -> 
     return _joined(_without_last(y, 2), h), _without_last(h_out, 1)
 
 
+def _cat(tensors: Any, axis: int) -> Any:
+    return op.Concat(*tensors, axis=axis)
+
+
 def _first_twice(tensor: Any, axis: int) -> Any:
     return op.Concat(tensor, op.Slice(tensor, _ints(0), _ints(1), _ints(axis)), axis=axis)
 
@@ -200,16 +212,3 @@ def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in graph.node:
         node.name = ""
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter warns of deprecations, logs, and prints graphs it cannot follow; a failure is raised anyway."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -6,10 +6,12 @@ features), r (directions, gates * hidden, hidden), b (directions, 2 * gates * hi
 y (time, batch, directions * hidden) is zero beyond a row's length, and its state stays what it was there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 State = tuple[Tensor, ...]
 Step = Callable[[Tensor, State, Tensor, Tensor], State]
@@ -18,10 +20,12 @@ Step = Callable[[Tensor, State, Tensor, Tensor], State]
 GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
-def layer_weights(module: nn.RNNBase, kind: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-    """w, r, b of one layer of a torch module, in ONNX's layout and gate order; a missing bias is zero.
+def layer_weights(module: nn.RNNBase, kind: str, layer: int) -> dict[str, Tensor]:
+    """w, r, b of one layer of a torch module, in ONNX's layout and gate order and in float64; a missing bias is zero.
 
-    Taken from the list that PyTorch computes with: a weight that is normalised may differ from it.
+    Taken from the list that PyTorch computes with: a weight that is normalised may differ from it. With proj_size
+    there is also p (directions, proj_size, hidden), and r is what takes an h that is not projected yet: an LSTM of
+    r @ p whose output p projects is the same function, and one that onnxruntime has.
     """
     named = dict(zip(module._flat_weights_names, module._flat_weights, strict=True))
     suffixes = ["", "_reverse"] if module.bidirectional else [""]
@@ -30,15 +34,21 @@ def layer_weights(module: nn.RNNBase, kind: str, layer: int) -> tuple[Tensor, Te
     def in_order(name: str) -> Tensor:
         weight = named.get(name)
         if weight is None:
-            return torch.zeros(len(order) * module.hidden_size)
-        gates = weight.detach().chunk(len(order))
+            return torch.zeros(len(order) * module.hidden_size, dtype=torch.float64)
+        gates = weight.detach().double().chunk(len(order))
         return torch.cat([gates[index] for index in order])
 
-    w, r, b = (
-        torch.stack([torch.cat([in_order(f"{name}_l{layer}{suffix}") for name in names]) for suffix in suffixes])
-        for names in (["weight_ih"], ["weight_hh"], ["bias_ih", "bias_hh"])
-    )
-    return w, r, b
+    names = {"w": ["weight_ih"], "r": ["weight_hh"], "b": ["bias_ih", "bias_hh"]}
+    found = {
+        short: torch.stack([torch.cat([in_order(f"{name}_l{layer}{end}") for name in long]) for end in suffixes])
+        for short, long in names.items()
+    }
+    if module.proj_size:
+        found["p"] = torch.stack(
+            [weight.double() for end in suffixes if (weight := named[f"weight_hr_l{layer}{end}"]) is not None]
+        )
+        found["r"] = found["r"] @ found["p"]
+    return found
 
 
 @torch.library.custom_op("unroll::lstm", mutates_args=())
@@ -91,6 +101,61 @@ def _run(
         outputs.append(out)
         finals.append(now)
     return torch.cat(outputs, 2), tuple(torch.stack(pieces) for pieces in zip(*finals, strict=True))
+
+
+def _vmap(operator: Any, rows: tuple[int | None, ...]) -> None:
+    """Sequences that come one by one, each a batch of one, are run together. rows: each argument's batch axis."""
+
+    def run(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        def together(value: Any, dim: int | None, axis: int | None) -> Any:
+            if axis is None:
+                return value
+            each = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            return each.movedim(0, axis).flatten(axis, axis + 1)
+
+        results = operator(*map(together, arguments, in_dims, rows))
+        return tuple(result.unflatten(1, (info.batch_size, -1)) for result in results), (1,) * len(results)
+
+    torch.library.register_vmap(operator, run)
+
+
+@torch.library.custom_op("unroll::cat", mutates_args=())
+def cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    """torch.cat, whose own rule for sequences that come one by one fixes their number."""
+    return torch.cat(list(tensors), axis)
+
+
+@cat.register_fake
+def _(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return torch.cat(list(tensors), axis)
+
+
+def _cat_rows(info: Any, in_dims: Any, tensors: Sequence[Tensor], axis: int) -> tuple[Tensor, int]:
+    rows = [
+        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, in_dims[0], strict=True)
+    ]
+    return torch.cat(rows, axis if axis < 0 else axis + 1), 0
+
+
+torch.library.register_vmap(cat, _cat_rows)
+
+
+class OneByOne(TorchFunctionMode):
+    """Within, what is joined may be traced for sequences that come one by one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in {torch.cat, torch.concat, torch.stack}:
+            tensors, axis = args[0], (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+            if func is torch.stack:
+                tensors = [tensor.unsqueeze(axis) for tensor in tensors]
+            return torch.ops.unroll.cat(list(tensors), axis)
+        return func(*args, **(kwargs or {}))
+
+
+_vmap(lstm, (1, 0, 1, 1, None, None, None))
+_vmap(gru, (1, 0, 1, None, None, None))
+_vmap(rnn, (1, 0, 1, None, None, None, None))
 
 
 def _y_like(x: Tensor, h: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from bundle import TensorSpec
 from bundle.manifest import Dtype
@@ -46,6 +47,8 @@ def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
         return [(path, value)]
     if value is None:
         return []
+    if isinstance(value, PackedSequence):
+        return [(path, pad_packed_sequence(value, batch_first=True)[0])]
     if isinstance(value, Mapping):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, tuple) and hasattr(value, "_fields"):

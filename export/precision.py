@@ -23,7 +23,8 @@ from bundle.manifest import Precision
 from bundle.operators import operators
 from export import probes
 from export.errors import ExportError, first_line
-from export.onnx_graph import onnx_runner, quiet
+from export.onnx_graph import onnx_runner
+from export.quiet import quiet
 from export.samples import Samples, as_tensors, states
 from export.streaming import StreamingModule
 

@@ -15,28 +15,12 @@ _LARGEST = 2**31 - 2**24
 
 def check_modules(model: nn.Module) -> None:
     """Raises ExportError for a module or parameter that cannot be exported faithfully, naming it."""
-    recurrent = False
     for path, module in model.named_modules():
         where = f"layer {path or type(module).__name__!r}"
         if isinstance(module, torch.jit.ScriptModule):
             raise ExportError("scripted", f"{where} is scripted; export the nn.Module it was made from")
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.quantizable")):
             raise ExportError("quantized", f"{where} is quantized; export the float model")
-        if isinstance(module, nn.RNNCellBase):
-            kind = type(module).__name__
-            raise ExportError(
-                "recurrent_cell", f"{where} is an nn.{kind}; use nn.{kind.removesuffix('Cell')} on whole sequences"
-            )
-        if isinstance(module, nn.RNNBase):
-            recurrent = True
-            if module.proj_size > 0:
-                raise ExportError(
-                    "projection", f"{where} has proj_size={module.proj_size}, which ONNX's LSTM lacks; use a Linear"
-                )
-    if not recurrent:
-        raise ExportError(
-            "no_recurrent_layer", "the model holds no nn.LSTM, nn.GRU or nn.RNN; nothing to keep a state of"
-        )
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ExportError(

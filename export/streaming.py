@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from bundle.golden import Arrays, RunFunction
+from export import ops, packed
 from export.double import double_precision
 from export.errors import ExportError, first_line
 from export.inputs import StateArgument
@@ -16,50 +19,129 @@ from export.lift import Call, Layout, Tape
 from export.outputs import Output, leaves
 from export.samples import as_tensors
 
+Named = list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What forward's arguments are, by name.
+
+    series: the inputs of every time step. constants: initial states. lengths: those that say how long each row is.
+    packed: the series that forward takes as a PackedSequence. batch_first: forward takes (batch, time, ...).
+    unbatched: forward takes one sequence, (time, ...).
+    """
+
+    series: list[str]
+    constants: dict[str, StateArgument] = field(default_factory=dict)
+    lengths: frozenset[str] = frozenset()
+    packed: frozenset[str] = frozenset()
+    batch_first: bool = True
+    unbatched: bool = False
+
 
 class StreamingModule(nn.Module):
     """`forward(state, sequence_lens, *inputs) -> (*outputs, state_out)`, batch first throughout.
 
-    state: (batch, state_size); sequence_lens: (batch,) int32, or None to run PyTorch's own layers instead of the
-    custom op; inputs: (batch, time, ...). `layout` and `outputs` are filled in once they are known.
+    state: (batch, state_size); sequence_lens: (batch,) int32, or None to run PyTorch's own layers instead of what
+    becomes the graph; inputs: (batch, time, ...). `layout` and `outputs` are filled in once they are known.
     """
 
-    def __init__(
-        self, model: nn.Module, tape: Tape, names: list[str], constants: dict[str, StateArgument], batch_first: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, tape: Tape, arguments: Arguments) -> None:
         super().__init__()
-        self.model, self.tape, self.names, self.constants = model, tape, names, constants
-        self.batch_first = batch_first
+        self.model, self.tape, self.arguments = model, tape, arguments
         self.layout = Layout(())
         self.outputs: tuple[Output, ...] = ()
 
-    def forward(self, state: Tensor, sequence_lens: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        self.tape.start(self.layout.unpack(state), sequence_lens)
-        returned = self._call(inputs)
-        outputs = tuple(output.batch_major(returned[output.index][1]) for output in self.outputs)
-        packed = self.layout.pack(self.tape.calls)
-        self.tape.start(None, None)
-        return (*outputs, packed)
+    @property
+    def names(self) -> list[str]:
+        return self.arguments.series
 
-    def record(self, *inputs: Tensor) -> tuple[list[tuple[str, Tensor]], list[Call]]:
+    def forward(self, state: Tensor, sequence_lens: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not self.arguments.unbatched:
+            return self._run(state, sequence_lens, inputs)
+        if torch.compiler.is_exporting():
+            with ops.OneByOne():
+                return torch.vmap(self._run_row)(state, sequence_lens, *inputs)
+        lens = [None] * len(state) if sequence_lens is None else list(sequence_lens)
+        rows = [self._run_row(*row) for row in zip(state, lens, *inputs, strict=True)]
+        return tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True))
+
+    def _run_row(self, state: Tensor, length: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """One sequence: state (state_size,), length (), inputs (time, ...)."""
+        results = self._run(state.unsqueeze(0), None if length is None else length.unsqueeze(0), inputs)
+        return tuple(result.squeeze(0) for result in results)
+
+    def _run(self, state: Tensor, lens: Tensor | None, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        returned, calls = self._call(inputs, self.layout.unpack(state), lens)
+        outputs = (output.batch_major(returned[output.index][1]) for output in self.outputs)
+        return *outputs, self.layout.pack(calls)
+
+    def record(self, *inputs: Tensor) -> tuple[Named, list[Call]]:
         """Run forward as the user wrote it, from the state it asks for; returns its tensors and the calls."""
-        self.tape.start(None, None)
-        returned = self._call(inputs)
-        calls = self.tape.calls
-        self.tape.start(None, None)
+        if not self.arguments.unbatched:
+            return self._call(inputs, None, None)
+        rows = [self._call(row, None, None) for row in zip(*inputs, strict=True)]
+        named = [(one[0][0], torch.cat([tensor for _, tensor in one])) for one in _across(row for row, _ in rows)]
+        return named, [_joined(one) for one in _across(calls for _, calls in rows)]
+
+    def _call(self, inputs: tuple[Tensor, ...], given: Any, lens: Tensor | None) -> tuple[Named, list[Call]]:
+        self.tape.start(given, lens)
+        try:
+            with packed.padded(self.tape):
+                returned = leaves(packed.as_padded(self.model(**self.arguments_for(inputs, lens))))
+            calls = self.tape.calls
+            if lens is None and any((lengths != time).any() for lengths, time in self.tape.lengths):
+                raise ExportError(
+                    "packed_sequence",
+                    "forward packs sequences with lengths that it computes; take the lengths as an argument",
+                )
+        finally:
+            self.tape.start(None, None)
+        if self.arguments.unbatched:
+            returned = [(name, tensor.unsqueeze(0)) for name, tensor in returned]
         return returned, calls
 
-    def _call(self, inputs: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
-        return leaves(self.model(**self.arguments(inputs)))
+    def ask(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Named:
+        """What the user's own `model` answers, with its tensors as `record` has them."""
+        if self.arguments.unbatched:
+            rows = [leaves(model(**self.arguments_for(row, None))) for row in zip(*inputs, strict=True)]
+            return [(one[0][0], torch.stack([tensor for _, tensor in one])) for one in _across(rows)]
+        arguments = self.arguments_for(inputs, None)
+        size, time = inputs[0].shape[:2]
+        for name in self.arguments.packed:
+            lengths = torch.full((size,), time)
+            arguments[name] = pack_padded_sequence(arguments[name].data, lengths, batch_first=True)
+        return leaves(model(**arguments))
 
-    def arguments(self, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-        """Forward's own arguments, states included, in forward's own layout."""
-        arguments: dict[str, Any] = {
-            name: constant.expand(inputs[0].shape[0]) for name, constant in self.constants.items()
-        }
-        for name, tensor in zip(self.names, inputs, strict=True):
-            arguments[name] = tensor if self.batch_first else tensor.transpose(0, 1)
+    def arguments_for(self, inputs: tuple[Tensor, ...], lens: Tensor | None) -> dict[str, Any]:
+        """Forward's own arguments, states included, in forward's own layout; inputs (batch, time, ...) or one row."""
+        given = self.arguments
+        size, time = inputs[0].shape[:2] if not given.unbatched else (1, inputs[0].shape[0])
+        arguments: dict[str, Any] = {name: constant.expand(size) for name, constant in given.constants.items()}
+        whole = torch.full((size,), time) if lens is None else lens.long()
+        arguments |= dict.fromkeys(given.lengths, whole)
+        for name, tensor in zip(given.series, inputs, strict=True):
+            if name in given.packed:
+                arguments[name] = packed.as_argument(tensor, whole)
+            else:
+                arguments[name] = tensor if given.batch_first or given.unbatched else tensor.transpose(0, 1)
         return arguments
+
+
+def _across(rows: Any) -> list[tuple[Any, ...]]:
+    """The same item of every row, item by item."""
+    return list(zip(*rows, strict=True))
+
+
+def _joined(calls: tuple[Call, ...]) -> Call:
+    """The same call in several rows as one."""
+    return replace(
+        calls[0],
+        batch=len(calls),
+        passed=[torch.cat(parts) for parts in _across(call.passed for call in calls)],
+        final=[torch.cat(parts) for parts in _across(call.final for call in calls)],
+        returned=tuple(torch.cat(states) for states in _across(call.returned for call in calls)),
+    )
 
 
 def attempt(what: str, run: Callable[[], Any]) -> Any:
@@ -74,7 +156,7 @@ def attempt(what: str, run: Callable[[], Any]) -> Any:
 
 
 def torch_runner(module: StreamingModule, *, double: bool, ops: bool = False) -> RunFunction:
-    """`module` as the bundle's run function, in float64 or float32, on PyTorch's layers or on the custom ops.
+    """`module` as the bundle's run function, in float64 or float32, on PyTorch's layers or on what becomes the graph.
 
     It raises ExportError(forward_failed) with the sizes it was called with.
     """

@@ -19,6 +19,8 @@ _GUARD = re.compile(
     r"Not all values of (batch|time) = (.+?) in the specified range satisfy the generated guard (.+?)\.?$"
 )
 
+_FIXED = re.compile(r"You marked (batch|time) as dynamic but your code specialized it")
+
 
 def trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, Suspects]:
     """arguments: state, sequence_lens and the inputs of `module`. Raises ExportError(not_exportable).
@@ -48,6 +50,12 @@ def _suspects(message: str) -> Suspects:
             break
         if not line.startswith("  - "):
             continue
+        if fixed := _FIXED.search(line):
+            raise ExportError(
+                "not_exportable",
+                f"forward makes a plain number of the {'batch size' if fixed[1] == 'batch' else 'length'}, as len(x) "
+                "and int() do, so that it holds for this one only; use x.shape, or x.size()",
+            )
         guard = _GUARD.search(line)
         broken = _broken(guard[2], guard[3]) if guard else None
         if guard is None or broken is None or (broken and max(broken) > _LARGEST_SUSPECT):

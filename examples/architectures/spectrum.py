@@ -16,8 +16,8 @@ class Spectrum(nn.Module):
         # Every bin but the first and the last stands for its mirror image, too.
         weight = torch.full((bins, 1), 2.0 / size, dtype=torch.float64)
         weight[[0, -1]] /= 2
-        self.register_buffer("forth", torch.cat([angle.cos(), -angle.sin()], 1).float())
-        self.register_buffer("back", torch.cat([weight * angle.T.cos(), -weight * angle.T.sin()]).float())
+        self.forth = nn.Buffer(torch.cat([angle.cos(), -angle.sin()], 1).float())
+        self.back = nn.Buffer(torch.cat([weight * angle.T.cos(), -weight * angle.T.sin()]).float())
 
     def split(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """(..., size) -> real and imaginary parts, each (..., bins)."""

@@ -172,6 +172,84 @@ def packed(s: Any, x: Tensor) -> Tensor:
     return pad_packed_sequence(s.rnn(pack_padded_sequence(x, lengths, batch_first=True))[0], batch_first=True)[0]
 
 
+def packed_with(s: Any, x: Tensor, lengths: Tensor) -> Any:
+    p = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    out, sizes = pad_packed_sequence(s.rnn(p)[0], batch_first=True)
+    return s.head(out), out[torch.arange(out.shape[0]), sizes - 1]
+
+
+def packed_by_values(s: Any, x: Tensor) -> Tensor:
+    lengths = (x[..., 0] > 0).sum(1).clamp(min=1)
+    p = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    return pad_packed_sequence(s.rnn(p)[0], batch_first=True, total_length=x.shape[1])[0]
+
+
+def cells(s: Any, x: Tensor) -> Tensor:
+    first = second = None
+    outs = []
+    for step in x.unbind(1):
+        first = s.first(step, first)
+        second = s.second(first[0], second)
+        outs.append(s.head(second))
+    return torch.stack(outs, 1)
+
+
+def minimal(s: Any, x: Tensor) -> Tensor:
+    """A minimal gated unit, with everything in one forward."""
+    h = torch.zeros(x.shape[0], 6)
+    for t in range(x.shape[1]):
+        step = s.embed(x[:, t])
+        f = torch.sigmoid(s.f(torch.cat([step, h], 1)))
+        h = (1 - f) * h + f * torch.tanh(s.g(torch.cat([step, f * h], 1)))
+    return h * 2
+
+
+def growing(s: Any, x: Tensor) -> Tensor:
+    h, seen = torch.zeros(x.shape[0], 6), []
+    for t in range(x.shape[1]):
+        h = s.cell(x[:, t], torch.stack([h, *seen]).mean(0))
+        seen.append(h)
+    return torch.stack(seen, 1)
+
+
+class Layer(nn.Module):
+    """A cell with layer norm in a loop, time first."""
+
+    def __init__(self, inputs: int, hidden: int, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.w, self.r = nn.Linear(inputs, 4 * hidden, bias=False), nn.Linear(hidden, 4 * hidden)
+        self.norm, self.after = nn.LayerNorm(4 * hidden), after or nn.Identity()
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        i, f, g, o = (self.norm(self.w(x)) + self.r(state[0])).chunk(4, 1)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    def steps(self, x: Tensor) -> list[Tensor]:
+        return list(x.unbind(0))
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if state is None:
+            zeros = x.new_zeros(x.shape[1], self.r.in_features)
+            state = (zeros, zeros)
+        outs = []
+        for step in self.steps(x):
+            state = self.step(step, state)
+            outs.append(self.after(state[0]))
+        return torch.stack(self.steps(torch.stack(outs))), state
+
+
+class Backwards(Layer):
+    def steps(self, x: Tensor) -> list[Tensor]:
+        return list(x.unbind(0))[::-1]
+
+
+def stack_of_layers(s: Any, x: Tensor) -> Tensor:
+    zeros = torch.zeros(x.shape[0], 6)
+    y, _ = s.b(s.a(x.transpose(0, 1), (zeros, zeros))[0])
+    return y.transpose(0, 1)
+
+
 def encoder_decoder(s: Any, x: Tensor) -> Tensor:
     _, h = s.encoder(x)
     return s.decoder(x, h)[0]
@@ -316,7 +394,48 @@ SHAPES = [
         lambda: {"x": torch.zeros(1, 1, 4)},
     ),
     Shape("an attribute written for inspection", lambda: made(remembers, rnn=gru())),
+    Shape("proj_size", lambda: made(per_step, rnn=lstm(layers=2, proj_size=3), head=head(3))),
+    Shape(
+        "proj_size, state given",
+        lambda: made(state_dropped, rnn=lstm(proj_size=3, bias=False), head=head(3)),
+        lambda: {"x": torch.randn(2, 5, 4), "hc": (torch.full((1, 2, 3), 0.5), torch.full((1, 2, 6), -0.25))},
+    ),
+    Shape("packed, all of one length", lambda: made(packed, rnn=gru())),
+    Shape(
+        "packed with lengths, last valid step",
+        lambda: made(packed_with, rnn=lstm(layers=2), head=head()),
+        lambda: {"x": torch.randn(3, 7, 4), "lengths": torch.tensor([5, 7, 3])},
+        outputs=("y0", "y1"),
+    ),
+    Shape(
+        "a packed sequence in and out",
+        lambda: gru(layers=2),
+        lambda: {"input": pack_padded_sequence(torch.randn(2, 7, 4), torch.tensor([7, 4]), batch_first=True)},
+    ),
+    Shape("one sequence without a batch", lambda: nn.LSTM(4, 6, 2), lambda: {"input": torch.randn(7, 4)}),
+    Shape("loop over a layer", lambda: made(loop, rnn=gru())),
+    Shape("loop over cells", lambda: made(cells, first=nn.LSTMCell(4, 6), second=nn.GRUCell(6, 5), head=head(5))),
+    Shape(
+        "loop in the open, last step, tokens",
+        lambda: made(minimal, embed=nn.Embedding(9, 4), f=nn.Linear(10, 6), g=nn.Linear(10, 6)),
+        lambda: {"x": torch.randint(0, 9, (2, 7))},
+    ),
+    Shape(
+        "loops of modules of their own", lambda: made(stack_of_layers, a=Layer(4, 6), b=Layer(6, 6, nn.Dropout(0.5)))
+    ),
     # Exported for whole sequences, with the reason.
+    Shape(
+        "bidirectional proj_size",
+        lambda: made(per_step, rnn=lstm(layers=2, bidirectional=True, proj_size=2), head=head(4)),
+        streams=False,
+        says="layer 'rnn' is bidirectional",
+    ),
+    Shape(
+        "loop from the end",
+        lambda: made(lambda s, x: s.b(s.a(x.transpose(0, 1))[0])[0].transpose(0, 1), a=Layer(4, 6), b=Backwards(6, 6)),
+        streams=False,
+        says="layer 'b' is bidirectional",
+    ),
     Shape(
         "bidirectional LSTM",
         lambda: made(per_step, rnn=lstm(layers=2, bidirectional=True), head=head(12)),
@@ -395,14 +514,17 @@ SHAPES = [
         says="how the sequence is cut",
     ),
     # Refused.
-    Shape("proj_size", lambda: made(per_step, rnn=lstm(proj_size=3), head=head(3)), refused="projection", says="'rnn'"),
     Shape(
-        "LSTMCell",
+        "a cell without a loop",
         lambda: made(lambda s, x: s.cell(x[:, 0])[0], cell=nn.LSTMCell(4, 6)),
-        refused="recurrent_cell",
-        says="'cell'",
+        refused="no_recurrent_layer",
     ),
-    Shape("packed", lambda: made(packed, rnn=gru()), refused="packed_sequence", says="'rnn'"),
+    Shape(
+        "packed with lengths of its own",
+        lambda: made(packed_by_values, rnn=gru()),
+        refused="packed_sequence",
+        says="as an argument",
+    ),
     Shape("no recurrent layer", lambda: made(lambda s, x: s.head(x), head=head(4)), refused="no_recurrent_layer"),
     Shape(
         "a recurrent layer never called",
@@ -426,11 +548,10 @@ SHAPES = [
     Shape("kept from training", trained, refused="not_copyable"),
     Shape("quantized", quantized, refused="quantized", says="'rnn'"),
     Shape(
-        "unbatched",
-        lambda: made(per_step, rnn=gru(), head=head()),
-        lambda: {"x": torch.randn(5, 4)},
+        "one step taken for a sequence",
+        lambda: made(lambda s, x: s.rnn(x[:, 0])[0], rnn=gru()),
         refused="unbatched",
-        says="'rnn'",
+        says="2-D",
     ),
     Shape("state in self.h", Stateful, refused="keeps_state", says="'h'"),
     Shape(
@@ -464,7 +585,12 @@ SHAPES = [
         refused="initial_state",
         says="'hc'",
     ),
-    Shape("loop over time", lambda: made(loop, rnn=gru()), refused="calls_depend_on_time", says="'rnn'"),
+    Shape(
+        "a loop that keeps all it has seen",
+        lambda: made(growing, cell=nn.GRUCell(4, 6)),
+        refused="calls_depend_on_time",
+        says="loops over time steps",
+    ),
     Shape("mean over the batch", lambda: made(lambda s, x: s.rnn(x - x.mean(0))[0], rnn=gru()), refused="rows_mixed"),
     Shape(
         "batch taken for time",

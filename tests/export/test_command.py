@@ -32,8 +32,8 @@ def both_ways():
 def broken():
     raise RuntimeError("no such file")
 
-def projected():
-    return nn.LSTM(4, 6, proj_size=2, batch_first=True)
+def halved():
+    return nn.LSTM(4, 6, batch_first=True, dtype=torch.float16)
 
 nothing = dict
 """
@@ -119,7 +119,7 @@ TOKEN = ("--input", "token:int64:")
         (("usermodel:broken", *TOKEN, "--name", "n"), 1, "no such file"),
         (("usermodel:nothing", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("nowhere:Net", *TOKEN, "--name", "n"), 1, "checkpoint: "),
-        (("usermodel:projected", "--input", "input:float32:4", "--name", "n"), 1, "projection: "),
+        (("usermodel:halved", "--input", "input:float32:4", "--name", "n"), 1, "dtype: "),
         (("missing",), 1, "checkpoint: "),
         (("missing", *TOKEN), 1, "checkpoint: "),
         (("--nonsense",), 2, "usage"),

@@ -16,7 +16,7 @@ LAYERS = [
 
 
 def call(kind: str, module: nn.RNNBase, x: torch.Tensor, lens: torch.Tensor, state: tuple[torch.Tensor, ...]):
-    weights = [weight.double() for weight in ops.layer_weights(module, kind, 0)]
+    weights = ops.layer_weights(module, kind, 0).values()
     operator = getattr(torch.ops.unroll, kind.lower())
     extra = (module.nonlinearity.capitalize(),) if kind == "RNN" else ()
     return operator, (x, lens, *state, *weights, *extra)

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from model_shapes import SHAPES, Shape
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import bundle
 from export import ExportError, export
@@ -40,20 +41,31 @@ def test_exported(shape: Shape, tmp_path: Path) -> None:
 
 def _answers_like_torch(shape, module, example, report) -> None:
     """The bundle from its initial state against the user's own, untouched module, on inputs of another size."""
-    batch_first = shape.options.get("batch_first", True)
-    inputs = {}
-    for name, tensor in example.items():
+    first, unbatched = shape.options.get("batch_first", True), "without a batch" in shape.name
+    inputs, given = {}, {}
+    for name, value in example.items():
+        packed = isinstance(value, PackedSequence)
+        tensor = pad_packed_sequence(value, batch_first=True)[0] if packed else value[None] if unbatched else value
         if name in {spec.name for spec in report.manifest.inputs}:
-            major = tensor if batch_first else tensor.transpose(0, 1)
-            inputs[name] = major[torch.randint(0, len(major), (2,))][:, torch.randint(0, major.shape[1], (11,))]
+            major = tensor if first else tensor.transpose(0, 1)
+            rows = major[torch.randint(0, len(major), (2,))][:, torch.randint(0, major.shape[1], (11,))]
+            inputs[name] = rows
+            given[name] = rows if first else rows.transpose(0, 1)
+            if packed:
+                given[name] = pack_padded_sequence(rows, torch.tensor([11, 11]), batch_first=True)
+        else:
+            given[name] = torch.tensor([11, 11]) if name == "lengths" else value
     feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
     feeds |= {"state": np.repeat(report.manifest.initial_row()[None], 2, 0), "sequence_lens": np.full(2, 11, np.int32)}
     session = onnxruntime.InferenceSession(report.path / "model.onnx", providers=["CPUExecutionProvider"])
     names = [spec.name for spec in report.manifest.outputs]
-    given = {name: value for name, value in example.items() if name not in inputs}
     with torch.no_grad():
-        arguments = {name: t if batch_first else t.transpose(0, 1) for name, t in inputs.items()}
-        returned = [tensor for _, tensor in leaves(module.eval()(**arguments, **given))]
+        module.eval()
+        if unbatched:
+            one_by_one = [leaves(module(**{name: value[row] for name, value in given.items()})) for row in range(2)]
+            returned = [torch.stack([tensor for _, tensor in each]) for each in zip(*one_by_one, strict=True)]
+        else:
+            returned = [tensor for _, tensor in leaves(module(**given))]
     for name, ours in zip(names, session.run(names, feeds), strict=True):
         axes = [(tensor, axes) for tensor in returned for axes in _orders(tensor)]
         assert any(

@@ -1,0 +1,20 @@
+"""Keeps PyTorch's exporter quiet: it warns of deprecations, logs, and prints graphs it cannot follow."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, nothing is printed, logged or warned of; a failure is raised anyway."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
