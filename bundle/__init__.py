@@ -6,7 +6,7 @@ A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `mani
 
 from bundle.files import Bundle, BundleError, discover, read, write
 from bundle.golden import Golden, GoldenMismatch, RunFunction, replay
-from bundle.manifest import CRASHING_OPTIMIZERS, Manifest, Parity, Precision, StateSlot, TensorSpec
+from bundle.manifest import CRASHING_OPTIMIZERS, Manifest, Parity, Precision, StateSlot, StaticInput, TensorSpec
 
 __all__ = [
     "CRASHING_OPTIMIZERS",
@@ -19,6 +19,7 @@ __all__ = [
     "Precision",
     "RunFunction",
     "StateSlot",
+    "StaticInput",
     "TensorSpec",
     "discover",
     "read",

@@ -50,6 +50,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for title in ("inputs", "outputs"):
         yield ""
         yield from _table([title, "dtype", "a client's tensor", "limit"], [_tensor(t) for t in found[title]])
+    if found["static"]:
+        yield ""
+        rows = [_tensor(t | {"time": False}) for t in found["static"]]
+        yield from _table(["given once", "dtype", "a client's tensor", "limit"], rows)
     initial = "zeros" if found["initial_state"] is None else "in the manifest"
     yield ""
     yield f"  state: {found['state_size']} float32, {found['bytes']['state']} bytes per client; initially {initial}"
@@ -65,7 +69,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _tensor(tensor: dict[str, Any]) -> list[str]:
-    spec = TensorSpec(**tensor)
+    spec = TensorSpec(*(tensor[name] for name in ("name", "dtype", "shape", "time", "limit")))
     shape = ", ".join(["time"] * spec.time + [str(size) for size in spec.shape])
     return [spec.name, spec.dtype, f"({shape})", "" if spec.limit is None else f"0 <= value < {spec.limit}"]
 

@@ -3,6 +3,7 @@
 Read strictly: an unknown field, a wrong type or an inconsistent layout is an error, never a default.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, Self, get_args
@@ -23,10 +24,14 @@ Precision = Literal["float32", "float16", "int8"]
 #: To be disabled in onnxruntime: ends the process at a recurrent layer with float16 weights on the CPU.
 CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 
-#: What a piece of state is: a recurrent layer's h or c, or what a loop over time hands from one step to the next.
-Kind = Literal["h", "c", "carry"]
+#: What a piece of state is: a recurrent layer's h or c, what a loop over time hands from one step to the next, or what
+#: another layer needs of the past. A static input's values stay what they are.
+Kind = Literal["h", "c", "carry", "past", "static"]
 
 _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}
+
+#: float32 has every integer up to here.
+_EXACT = 2**24
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -61,6 +66,27 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of one time step."""
         return self.size * self.numpy.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInput:
+    """An input without time: given once, when a sequence begins, and kept in the state row from `offset` on.
+
+    One client's is `shape`; in the row it is flat and float32, so an integer must be below 2**24 either side of 0.
+    `limit` is as in TensorSpec.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    offset: int
+    limit: int | None = None
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +139,7 @@ class Manifest:
     outputs: tuple[TensorSpec, ...]
     state: tuple[StateSlot, ...]
     state_size: int
-    #: The state row a sequence starts from; None is all zeros.
+    #: The state row a sequence starts from, with zeros where static inputs go; None is all zeros.
     initial_state: tuple[float, ...] | None
     #: True if running step by step, carrying the state, equals running the whole sequence.
     streamable: bool
@@ -130,17 +156,39 @@ class Manifest:
     tools: dict[str, str]
     #: Manifests that do not say are older than the reduced ones.
     precision: Precision = "float32"
+    #: Inputs that are given once; a sequence cannot start without any of them.
+    static: tuple[StaticInput, ...] = ()
 
     @property
     def digest(self) -> str:
         """SHA-256 of `model.onnx`: what a session or snapshot is bound to."""
         return self.files["model.onnx"]
 
-    def initial_row(self) -> np.ndarray:
-        """State row a sequence starts from: (state_size,) float32."""
+    def blank_row(self) -> np.ndarray:
+        """State row a sequence starts from but for its static inputs, which are zeros: (state_size,) float32."""
         if self.initial_state is None:
             return np.zeros(self.state_size, np.float32)
         return np.array(self.initial_state, np.float32)
+
+    def initial_row(self, static: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """State row a sequence starts from: (state_size,) float32. static: each of the static inputs, of its shape.
+
+        Raises ValueError if one is missing, unknown, of another shape, or out of range.
+        """
+        row, given = self.blank_row(), static or {}
+        names = sorted(spec.name for spec in self.static)
+        if names != sorted(given):
+            raise ValueError(f"a sequence begins with the static inputs {names}, not with {sorted(given)}")
+        for spec in self.static:
+            value = np.asarray(given[spec.name])
+            if value.shape != spec.shape:
+                raise ValueError(f"static input {spec.name!r} is {value.shape}, not {spec.shape}")
+            if spec.dtype.startswith("int"):
+                low, high = (0, spec.limit) if spec.limit is not None else (-_EXACT, _EXACT)
+                if (value < low).any() or (value >= high).any():
+                    raise ValueError(f"static input {spec.name!r} must be at least {low} and below {high}")
+            row[spec.offset : spec.offset + spec.size] = value.ravel()
+        return row
 
     def to_json(self) -> bytes:
         return _ADAPTER.dump_json(self, indent=2) + b"\n"
@@ -153,7 +201,7 @@ class Manifest:
         return manifest  # type: ignore[return-value]
 
     def _check(self) -> None:
-        names = [tensor.name for tensor in self.inputs + self.outputs]
+        names = [tensor.name for tensor in self.inputs + self.outputs] + [spec.name for spec in self.static]
         if not self.inputs or not self.outputs:
             raise ValueError("a model needs at least one input and one output")
         if len(set(names)) != len(names) or RESERVED_NAMES & set(names):
@@ -169,6 +217,9 @@ class Manifest:
             offset += slot.size
         if offset != self.state_size or not self.state:
             raise ValueError(f"state_size is {self.state_size}, the slots hold {offset}")
+        static = [(slot.offset, slot.size) for slot in self.state if slot.kind == "static"]
+        if static != [(spec.offset, spec.size) for spec in self.static]:
+            raise ValueError("the static inputs are not where the state row has room for them")
         if self.initial_state is not None and len(self.initial_state) != self.state_size:
             raise ValueError("initial_state does not have state_size values")
         if {entry.output for entry in self.parity} != {tensor.name for tensor in self.outputs} | {"state_out"}:

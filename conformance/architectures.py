@@ -23,6 +23,7 @@ class Architecture:
     like: str
     build: Callable[[], nn.Module]
     example: Callable[[], dict[str, Tensor]]
+    static: tuple[str, ...] = ()
 
 
 class Stack(nn.Module):
@@ -46,7 +47,9 @@ ARCHITECTURES = [
     Architecture("voice", "voice activity, after Silero VAD", voice.build, voice.example),
     Architecture("denoiser", "speech enhancement, after DTLN", denoiser.build, denoiser.example),
     Architecture("keywords", "keyword spotting, causal convolutions and GRUs", keywords.build, keywords.example),
-    Architecture("forecaster", "probabilistic forecasts, after DeepAR", forecaster.build, forecaster.example),
+    Architecture(
+        "forecaster", "probabilistic forecasts, after DeepAR", forecaster.build, forecaster.example, ("series",)
+    ),
     Architecture("stack", "a stack of three GRUs of 512", _stack, lambda: {"x": torch.randn(2, 16, 64)}),
 ]
 
@@ -78,12 +81,20 @@ def measure(architecture: Architecture) -> Measured:
     single, double = architecture.build(), architecture.build().double()
     clock = _Stages()
     with tempfile.TemporaryDirectory() as folder:
-        report = export(module, example, name=architecture.name, repository=folder, progress=clock)
+        report = export(
+            module, example, name=architecture.name, repository=folder, static=architecture.static, progress=clock
+        )
         stages = clock.stop()
         found = bundle.read(report.path)
         manifest, graph = found.manifest, Graph(found)
-        limits = {spec.name: spec.limit for spec in manifest.inputs if spec.limit is not None}
-        samples = Samples({name: tensor.numpy() for name, tensor in example.items()}, limits)
+        arrays = {name: tensor.numpy() for name, tensor in example.items()}
+        static = {name: arrays.pop(name) for name in architecture.static}
+        limits = {spec.name: spec.limit for spec in (*manifest.inputs, *manifest.static) if spec.limit is not None}
+        samples = Samples(arrays, static, limits)
+
+        def draw(batch: int, time: int, rng: np.random.Generator) -> Arrays:
+            series = samples.draw(batch, time, int(rng.integers(2**31)))
+            return series | {name: array[rng.integers(0, len(array), batch)] for name, array in static.items()}
 
         def answer(inputs: Arrays, wide: bool) -> Arrays:
             tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
@@ -94,10 +105,8 @@ def measure(architecture: Architecture) -> Measured:
             returned = returned if isinstance(returned, dict) else {"y": returned}
             return {name: tensor.numpy() for name, tensor in returned.items()}
 
-        finding = examine(
-            report.path, answer, lambda batch, time, rng: samples.draw(batch, time, int(rng.integers(2**31)))
-        )
-        one = samples.draw(1, 1, seed=1)
+        finding = examine(report.path, answer, draw)
+        one = draw(1, 1, np.random.default_rng(1))
         return Measured(
             architecture,
             sum(parameter.numel() for parameter in module.parameters()),
@@ -108,7 +117,7 @@ def measure(architecture: Architecture) -> Measured:
             4 * manifest.state_size,
             (report.path / "model.onnx").stat().st_size,
             stages,
-            fastest(lambda: graph.run(one, graph.start(1))),
+            fastest(lambda: graph.run(one, graph.start(one))),
         )
 
 

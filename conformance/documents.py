@@ -127,6 +127,7 @@ def _totals(rows: Sequence[Row]) -> list[str]:
         )],
         ["right in a fresh process, an error the second time", 0, *(count(n, "works", True) for n in plain)],
         ["an error or a refusal", ours["refused"] + ours["crashed"], *(count(n, "fails") for n in plain)],
+        ["cannot be compared: the module has no one answer", 0, *(count(n, "cannot be compared") for n in plain)],
         ["**silently wrong**", ours["wrong"] + ours["wrong bits"], *(count(n, "silently wrong") for n in plain)],
     ]  # fmt: skip
     head = [f"of {len(rows)} kinds", "Unroll", "`torch.onnx.export`, dynamo=True", "dynamo=False"]
@@ -141,7 +142,11 @@ def _ours(found: Ours) -> list[str]:
 def _plain(verdict: Verdict) -> str:
     if verdict.outcome == "works":
         return f"works once; the second time {verdict.once}" if verdict.once else "works"
-    return f"**silently wrong** {verdict.says}" if verdict.outcome == "silently wrong" else f"fails {verdict.says}"
+    return (
+        f"**silently wrong** {verdict.says}"
+        if verdict.outcome == "silently wrong"
+        else f"{verdict.outcome}: {verdict.says}"
+    )
 
 
 def _state(row: Row) -> str:

@@ -136,7 +136,7 @@ def run(count: int, folder: Path, workers: int) -> list[Verdict]:
     wanted = {repr(tree): tree for tree in draw(count)}
     done = {verdict.tree: verdict for verdict in store.read() if verdict.tree in wanted}
     todo = [tree for name, tree in wanted.items() if name not in done]
-    for tree, answer in children.run(judge, todo, children=workers, each=_TOGETHER, seconds=300):
+    for tree, answer in children.run(judge, todo, children=workers, each=_TOGETHER, seconds=600):
         verdict = answer
         if isinstance(answer, Died):
             verdict = Verdict(repr(tree), *answer.reason.partition(" (")[:1], says=answer.reason)

@@ -185,6 +185,7 @@ MORE = [
         "conditioned on the series",
         lambda: made(conditioned, embed=nn.Embedding(9, 3), rnn=lstm(7, 6)),
         lambda: {"x": torch.randn(2, 7, 4), "series": torch.randint(0, 9, (2,))},
+        {"static": ["series"]},
     ),
     Shape(
         "dilated causal convolutions, then a GRU",

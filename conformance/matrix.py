@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -88,7 +89,10 @@ class Row:
 def measure(names: list[str], workers: int = 2) -> list[Row]:
     """Each export in a process of its own."""
     jobs: list[Any] = [(name, how) for name in names for how in ("ours", True, False)]
-    found = dict(children.run(_one, jobs, children=workers, seconds=180))
+    found = {}
+    for job, answer in children.run(_one, jobs, children=workers, seconds=300):
+        found[job] = answer
+        print(f"\r{len(found)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
     return [
         Row(name, _ours(found[name, "ours"]), *(_theirs(found[name, how]) for how in (True, False))) for name in names
     ]
@@ -133,12 +137,18 @@ class _Asked:
         self._unbatched = any(arrays[spec.name].ndim == 1 + len(spec.shape) for spec in specs)
         if self._unbatched:
             arrays = {name: array[None] for name, array in arrays.items()}
-        self._samples = Samples(arrays, {spec.name: spec.limit for spec in specs if spec.limit is not None})
+        static = {spec.name: self._example[spec.name].numpy() for spec in found.manifest.static}
+        limits = {spec.name: spec.limit for spec in (*specs, *found.manifest.static) if spec.limit is not None}
+        self._samples = Samples(arrays, static, limits)
+        self._manifest = found.manifest
         self._single, self._double = module, copy.deepcopy(module).double()
         self._places: dict[str, tuple[int, tuple[int, ...]]] | None = None
 
     def draw(self, batch: int, time: int, rng: np.random.Generator) -> Arrays:
-        return self._samples.draw(batch, time, int(rng.integers(2**31)))
+        series = self._samples.draw(batch, time, int(rng.integers(2**31)))
+        return series | {
+            name: array[rng.integers(0, len(array), batch)] for name, array in self._samples.static.items()
+        }
 
     def answer(self, inputs: Arrays, double: bool) -> Arrays:
         if self._unbatched:
@@ -148,7 +158,7 @@ class _Asked:
         else:
             returned = self._call(inputs, double)
         if self._places is None:
-            outputs, _ = self._graph.run(inputs, self._graph.start(len(next(iter(inputs.values())))))
+            outputs, _ = self._graph.run(inputs, self._graph.start(inputs))
             self._places = {name: _nearest(array, returned) for name, array in outputs.items()}
         return {name: returned[index].permute(axes).numpy() for name, (index, axes) in self._places.items()}
 
@@ -159,7 +169,8 @@ class _Asked:
 
     def _call(self, inputs: Arrays, double: bool) -> list[Tensor]:
         """forward's own arguments: packed where the example is, and what is no input as the example has it."""
-        size = next(iter(inputs.values())).shape[:2]
+        size = inputs[self._manifest.inputs[0].name].shape[:2]
+        static = {spec.name for spec in self._manifest.static}
         arguments = dict(self._example)
         for name, value in self._example.items():
             if name not in inputs:
@@ -170,7 +181,7 @@ class _Asked:
             if isinstance(value, PackedSequence):
                 arguments[name] = pack_padded_sequence(tensor, torch.full(size[:1], size[1]), batch_first=True)
             else:
-                arguments[name] = tensor if self._batch_first else tensor.transpose(0, 1)
+                arguments[name] = tensor if self._batch_first or name in static else tensor.transpose(0, 1)
         if double:
             arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
         with torch.no_grad(), double_precision() if double else nullcontext():

@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 #: `answer(inputs, double)`: the user's own module, whole sequences from its own initial state, by the bundle's names.
 Answer = Callable[[Arrays, bool], Arrays]
 
-#: `draw(batch, time, rng)`: inputs, each (batch, time, ...).
+#: `draw(batch, time, rng)`: inputs, each (batch, time, ...), and static ones, (batch, ...).
 DrawInputs = Callable[[int, int, np.random.Generator], Arrays]
 
 
@@ -54,6 +54,10 @@ def examine(path: Path, answer: Answer, draw: DrawInputs, *, seed: int = 0, roun
     return Finding(max(finding.error for finding in findings), bits)
 
 
+def steps(series: Arrays) -> int:
+    return next(iter(series.values())).shape[1]
+
+
 class Graph:
     """A bundle on onnxruntime, one thread, run from its initial row or any."""
 
@@ -71,25 +75,34 @@ class Graph:
         self.names = [spec.name for spec in self.manifest.outputs]
 
     def run(self, inputs: Arrays, state: np.ndarray, lens: np.ndarray | None = None) -> tuple[Arrays, np.ndarray]:
-        time = next(iter(inputs.values())).shape[1]
-        lens = np.full(len(state), time, np.int32) if lens is None else lens
-        feeds = inputs | {"state": state, "sequence_lens": lens}
+        series = self.series(inputs)
+        lens = np.full(len(state), steps(series), np.int32) if lens is None else lens
+        feeds = series | {"state": state, "sequence_lens": lens}
         *outputs, after = self.session.run([*self.names, "state_out"], feeds)
         return dict(zip(self.names, outputs, strict=True)), after
 
-    def start(self, batch: int) -> np.ndarray:
-        return np.repeat(self.manifest.initial_row()[None], batch, 0)
+    def series(self, inputs: Arrays) -> Arrays:
+        """Without the static ones."""
+        return {spec.name: inputs[spec.name] for spec in self.manifest.inputs}
+
+    def start(self, inputs: Arrays) -> np.ndarray:
+        """The row each sequence starts from, with its static inputs."""
+        static = [spec.name for spec in self.manifest.static]
+        batch = len(next(iter(inputs.values())))
+        return np.stack(
+            [self.manifest.initial_row({name: inputs[name][row] for name in static}) for row in range(batch)]
+        )
 
     def cut(self, inputs: Arrays, chunks: list[int], company: Arrays, rng: np.random.Generator) -> Arrays:
         """Row by row the same inputs in chunks, each chunk beside some rows of `company`, at another place."""
         batch = len(next(iter(inputs.values())))
-        state, start, pieces = self.start(batch), 0, []
+        state, start, pieces = self.start(inputs), 0, []
         for length in chunks:
             extra = int(rng.integers(0, 3))
             order = rng.permutation(batch + extra)
             feeds = {
                 name: np.concatenate([array[:, start : start + length], company[name][:extra, :length]])[order]
-                for name, array in inputs.items()
+                for name, array in self.series(inputs).items()
             }
             rows = np.concatenate([state, rng.uniform(-1, 1, (extra, state.shape[1])).astype(np.float32)])[order]
             outputs, after = self.run(feeds, rows)
@@ -104,9 +117,9 @@ class Graph:
 
 def _round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generator) -> Finding:
     manifest = graph.manifest
-    batch, time = next(iter(inputs.values())).shape[:2]
+    batch, time = len(next(iter(inputs.values()))), steps(graph.series(inputs))
     expected, single = answer(inputs, True), answer(inputs, False)
-    whole, after = graph.run(inputs, graph.start(batch))
+    whole, after = graph.run(inputs, graph.start(inputs))
     size = f"{batch} sequences of {time} steps"
     worst, bits = _compare(whole, expected, single, size), None
     if manifest.streamable:
@@ -122,12 +135,13 @@ def _round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generato
 
 def _padded(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generator) -> float:
     """Rows of different length in one padded call, each against the module on that row alone."""
-    batch, time = next(iter(inputs.values())).shape[:2]
+    batch, time = len(next(iter(inputs.values()))), steps(graph.series(inputs))
     lens = rng.integers(4, time + 1, batch).astype(np.int32)
-    outputs, _ = graph.run(inputs, graph.start(batch), lens)
+    outputs, _ = graph.run(inputs, graph.start(inputs), lens)
     worst = 0.0
     for row, length in enumerate(lens):
-        alone = {name: array[row : row + 1, :length] for name, array in inputs.items()}
+        alone = {name: array[row : row + 1] for name, array in inputs.items()}
+        alone |= {name: array[:, :length] for name, array in graph.series(alone).items()}
         found = {
             spec.name: outputs[spec.name][row : row + 1, :length] if spec.time else outputs[spec.name][row : row + 1]
             for spec in graph.manifest.outputs

@@ -5,6 +5,7 @@ and compared with the module. Generous: only differences that no rounding explai
 """
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,16 +17,17 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-Outcome = Literal["works", "fails", "silently wrong"]
+Outcome = Literal["works", "fails", "silently wrong", "cannot be compared"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """fails: with an error, when exporting, loading or running. once: a second export in the same process fails so.
+    """fails: with an error, when exporting, loading or running. cannot be compared: it has no one answer.
 
-    state: can a client's state be handed in and out?
+    once: a second export in the same process fails so. state: can a client's state be handed in and out?
     """
 
     outcome: Outcome
@@ -51,6 +53,13 @@ def judge(build: Callable[[], nn.Module], example: dict[str, Any], batch_first: 
 
 def _judge(module: nn.Module, example: dict[str, Any], batch_first: bool, dynamo: bool) -> Verdict:
     module = module.eval()
+    try:
+        if _difference(_answers(module, example), _answers(module, example)):
+            return Verdict("cannot be compared", "two calls of the module differ")
+    except Exception as error:
+        return Verdict("cannot be compared", f"the module cannot be copied or called: {_short(error)}")
+    if any(isinstance(value, PackedSequence) for value in example.values()):
+        return Verdict("fails", "a PackedSequence has no axes that could be named as dynamic")
     axes = Axes.of(example, batch_first)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plain.onnx"
@@ -243,7 +252,7 @@ def _difference(found: list[np.ndarray], expected: list[np.ndarray]) -> str:
     for ours, theirs in zip(found, expected, strict=True):
         if ours.shape != theirs.shape:
             return f"shape {ours.shape} instead of {theirs.shape}"
-        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True):
             return f"off by {np.abs(ours.astype(np.float64) - theirs).max():.2g}"
     return ""
 
@@ -252,5 +261,5 @@ def _short(error: BaseException) -> str:
     """What the error says at its end, where both exporters put the cause, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words[:160]}"
+    words = re.sub(r"^Found the following conflicts.*?: - ", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {words[:140]}"

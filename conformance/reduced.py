@@ -103,7 +103,7 @@ def _cost(name: str, precision: Precision, module: nn.Module, example: dict[str,
 
 def _seconds(graph: Graph, example: dict[str, Tensor], rows: int) -> float:
     step = Samples({name: tensor.numpy() for name, tensor in example.items()}).draw(rows, 1, seed=1)
-    start = graph.start(rows)
+    start = graph.start(step)
     return fastest(lambda: graph.run(step, start))
 
 

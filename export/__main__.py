@@ -22,9 +22,9 @@ def main(argv: list[str]) -> int:
         return int(stop.code or 0)
     try:
         if ":" in options.model:
-            module, example = from_factory(options.model, options.weights, options.input)
+            module, example = from_factory(options.model, options.weights, options.input, options.static)
         else:
-            module, example = from_checkpoint(options.model, options.weights, options.input)
+            module, example = from_checkpoint(options.model, options.weights, options.input + options.static)
         report = export(
             module,
             example,
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
             precision=options.precision,
             max_error=options.max_error,
             output_names=options.outputs.split(",") if options.outputs else None,
+            static=[spec.name for spec in options.static],
             progress=lambda stage: print(f"{stage} ...", flush=True),
         )
     except ExportError as error:
@@ -56,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         type=InputSpec.parse,
         metavar="NAME:DTYPE:SHAPE",
         help="an argument of forward; SHAPE is what one time step holds: 64, 8x3, or empty for a token id",
+    )
+    parser.add_argument(
+        "--static",
+        action="append",
+        default=[],
+        type=InputSpec.parse,
+        metavar="NAME:DTYPE:SHAPE",
+        help="an argument of forward without time, (batch, *SHAPE): given once, when a sequence begins",
     )
     parser.add_argument("--name", help="the model's name in the repository (a checkpoint's own name if left out)")
     parser.add_argument("--version", default="1", help="digits (1)")

@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def in_float64(model: Module) -> Module:
-    """A copy in float64, with the tensors that are plain attributes."""
-    double = copy.deepcopy(model).double()
-    for module in double.modules():
+def converted(model: Module, dtype: torch.dtype) -> Module:
+    """A copy that computes in `dtype`, with the tensors that are plain attributes."""
+    copied = copy.deepcopy(model).to(dtype)
+    for module in copied.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.dtype == torch.float32:
-                setattr(module, name, value.double())
-    return double
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(module, name, value.to(dtype))
+    return copied
 
 
 class _Float32IsDouble(TorchFunctionMode):

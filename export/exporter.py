@@ -3,8 +3,7 @@
 import copy
 import dataclasses
 import importlib.metadata
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bundle
-from bundle import BundleError, Manifest, Precision, TensorSpec
+from bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from bundle.files import check_name
 from bundle.golden import run_chunked
 from export import onnx_graph, parity, probes, refusals
-from export.double import double_precision, in_float64
+from export.double import converted, double_precision
 from export.errors import ExportError
 from export.inputs import check_arguments
-from export.observe import in_double, lift_model, observe
+from export.observe import find_past, in_double, lift_model, observe
 from export.outputs import DTYPES, leaves
 from export.precision import limit, reduce
 from export.report import Report
@@ -46,73 +45,53 @@ def export(
     output_names: list[str] | None = None,
     precision: Precision = "float32",
     max_error: float | None = None,
+    static: Collection[str] = (),
     progress: Progress = lambda stage: None,
 ) -> Report:
     """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
 
     example_inputs: by forward's argument names, each (batch, time, ...), or (time, batch, ...) if not `batch_first`;
     the values set the scale of the inputs that parity is proven on. A state given here becomes the initial state.
+    static: the inputs that have no time, (batch, ...), and are given once when a sequence begins.
     output_names: for the outputs in forward's order. replace: write over an existing bundle. progress: called with a
     line per stage. precision: what the graph shall compute in: float16 for a GPU, int8 for the CPU; inputs, outputs and
     state stay float32. max_error: the most that an output may differ from PyTorch in float64, absolute.
 
     Raises ExportError with a code and what to change; then nothing is written. `module` is not changed.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-        return _export(
-            module,
-            example_inputs,
-            name,
-            version,
-            Path(repository),
-            replace,
-            batch_first,
-            output_names,
-            precision,
-            max_error,
-            progress,
-        )
-
-
-def _export(
-    module: nn.Module,
-    example_inputs: dict[str, Any],
-    name: str,
-    version: str,
-    repository: Path,
-    replace: bool,
-    batch_first: bool,
-    output_names: list[str] | None,
-    precision: Precision,
-    max_error: float | None,
-    progress: Progress,
-) -> Report:
+    repository = Path(repository)
     _check_target(repository, name, version, replace)
     progress("reading the model")
     refusals.check_modules(module)
     model = _copy(module)
     example = {key: _detached(value) for key, value in example_inputs.items() if value is not None}
+    exact, stored = converted(model, torch.float64), refusals.precision(model)
+    if stored != torch.float32:
+        model, example = converted(model, torch.float32), _cast(example, stored)
     check_arguments(model, example)
+    if missing := set(static) - example.keys():
+        raise ExportError("input", f"static input {', '.join(sorted(missing))} is not among the example inputs")
     original = copy.deepcopy(model)
 
     progress("running it as it is")
     returned = attempt("the example", lambda: refusals.check_steady(original, lambda: original(**example)))
     refusals.check_finite(leaves(returned))
-    streaming, samples = lift_model(model, example, batch_first)
-    double = in_double(streaming, samples)
+    streaming, samples = lift_model(model, example, frozenset(static), batch_first)
+    double = in_double(streaming, exact, samples)
+    _keep_past(streaming, double, samples, output_names)
     initial, dropped = observe(streaming, double, samples, output_names)
 
     progress("tracing it into ONNX")
     graph, suspects = onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
     content = graph.SerializeToString()
     served = onnx_graph.onnx_runner(content, streaming)
-    samples = dataclasses.replace(samples, limits=_integer_limits(graph, samples))
+    samples = dataclasses.replace(samples, limits=_integer_limits(graph, streaming, samples))
     reference, single = torch_runner(double, double=True), torch_runner(streaming, double=False)
 
     progress("finding out whether it streams")
     draft = _draft(name, version, streaming, samples, initial)
-    _check_same_as_original(original, double, samples, draft)
+    samples = probes.with_reached(reference, samples, draft)
+    _check_same_as_original(exact, double, samples, draft)
     probes.check_rows(reference, samples, draft)
     reason = probes.why_not_streamable(torch_runner(double, double=True, ops=True), double, samples, draft)
     if reason is None:
@@ -124,8 +103,8 @@ def _export(
     draft = dataclasses.replace(draft, parity=parity.prove(golden, reference, single, served, samples, draft, suspects))
     padding = probes.padding_differs(served, samples, draft)
     ragged = all(padding[entry.output] <= entry.tolerance for entry in draft.parity)
-    exact = probes.is_bit_exact(served, samples, draft) and not (ragged and any(padding.values()))
-    draft = dataclasses.replace(draft, ragged=ragged, bit_exact=exact)
+    bit_exact = probes.is_bit_exact(served, samples, draft) and not (ragged and any(padding.values()))
+    draft = dataclasses.replace(draft, ragged=ragged, bit_exact=bit_exact)
 
     if precision != "float32":
         progress(f"reducing it to {precision} and measuring what that costs")
@@ -138,7 +117,7 @@ def _export(
         manifest = bundle.read(path).manifest
     except BundleError as error:
         raise ExportError("bundle", str(error)) from error
-    return Report(path, manifest, _notes(streaming, samples, dropped))
+    return Report(path, manifest, _notes(streaming, samples, dropped, stored))
 
 
 def _check_target(repository: Path, name: str, version: str, replace: bool) -> None:
@@ -156,8 +135,11 @@ def _copy(module: nn.Module) -> nn.Module:
     """On the CPU, in eval mode, without gradients; unwrapped if it was compiled."""
     module = getattr(module, "_orig_mod", module)
     try:
-        with torch.no_grad():  # else what weight_norm computes is a tensor that cannot be copied again
-            return copy.deepcopy(module).cpu().eval().requires_grad_(False)
+        with torch.no_grad():
+            # A layer's normalised weight is a result of its parameters, which cannot be copied and is computed anew.
+            computed = [w for m in module.modules() if isinstance(m, nn.RNNBase) for w in m._flat_weights]
+            memo: dict[int, Any] = {id(w): w.detach() for w in computed if w is not None and not w.is_leaf}
+            return copy.deepcopy(module, memo).cpu().eval().requires_grad_(False)
     except Exception as error:
         raise ExportError(
             "not_copyable", f"the module cannot be copied (does it hold a tensor of its last training step?): {error}"
@@ -168,14 +150,20 @@ def _detached(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), value)
 
 
-def _integer_limits(graph: onnx.ModelProto, samples: Samples) -> dict[str, int]:
+def _cast(example: dict[str, Any], precision: torch.dtype) -> dict[str, Any]:
+    """The example of a model in another precision, in float32."""
+    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype == precision else t, example)
+
+
+def _integer_limits(graph: onnx.ModelProto, streaming: StreamingModule, samples: Samples) -> dict[str, int]:
     """Raises ExportError(input) where neither an embedding nor the example gives more than one value to try."""
-    integers = {name: array for name, array in samples.example.items() if array.dtype.kind == "i"}
-    limits = {name: limit for name, limit in onnx_graph.index_limits(graph).items() if name in integers}
+    given = samples.example | samples.static
+    integers = {name: array for name, array in given.items() if array.dtype.kind == "i"}
+    limits = onnx_graph.index_limits(graph, streaming.layout)
     for name, array in integers.items():
         if name not in limits and (array == array.flat[0]).all():
             raise ExportError("input", f"the example of {name!r} holds one value only; give the values it may take")
-    return limits
+    return {name: limit for name, limit in limits.items() if name in integers}
 
 
 def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples, initial: np.ndarray) -> Manifest:
@@ -183,6 +171,11 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
     inputs = tuple(
         TensorSpec(key, DTYPES[torch.from_numpy(array).dtype], array.shape[2:], True, samples.limits.get(key))
         for key, array in samples.example.items()
+    )
+    offsets = {slot.module: slot.offset for slot in streaming.layout.slots if slot.kind == "static"}
+    static = tuple(
+        StaticInput(key, DTYPES[value.dtype], tuple(value.shape[1:]), offsets[f"input {key}"], samples.limits.get(key))
+        for key, value in streaming.arguments.static.items()
     )
     return Manifest(
         format=1,
@@ -206,19 +199,36 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
             "unroll": importlib.metadata.version("unroll"),
             "opset": str(onnx_graph.OPSET),
         },
+        static=static,
     )
 
 
-def _check_same_as_original(original: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest) -> None:
+def _keep_past(
+    streaming: StreamingModule, double: StreamingModule, samples: Samples, output_names: list[str] | None
+) -> None:
+    """Keep what layers that are not recurrent need of the past, if with it the model streams."""
+    streaming.places = double.places = find_past(streaming, samples)
+    if streaming.places:
+        try:
+            initial, _ = observe(streaming, double, samples, output_names)
+            draft = _draft("draft", "1", streaming, samples, initial)
+            samples = probes.with_reached(torch_runner(double, double=True), samples, draft)
+            reason = probes.why_not_streamable(torch_runner(double, double=True), double, samples, draft)
+        except ExportError as error:
+            reason = str(error)
+        if reason is not None:
+            streaming.places = double.places = []
+
+
+def _check_same_as_original(exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest) -> None:
     """The lifted copy, started from the initial state, must still be the user's model: both in float64."""
-    user = in_float64(original)
     for batch, time in ((3, 10), (2, 23)):
         inputs = samples.draw(batch, time, seed=25)
-        rows = np.repeat(draft.initial_row()[None], batch, axis=0)
+        rows = samples.begin(batch, draft, seed=26)
         lifted = run_chunked(inputs, rows, (time,), draft, torch_runner(double, double=True))
         tensors = tuple(as_tensors(inputs, double=True).values())
         with double_precision():
-            returned = attempt("other inputs", partial(double.ask, user, tensors))
+            returned = attempt("other inputs", partial(double.ask, exact, tensors, torch.from_numpy(rows).double()))
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
             if not np.allclose(lifted[output.spec.name], expected, rtol=1e-9, atol=1e-9):
@@ -227,8 +237,10 @@ def _check_same_as_original(original: nn.Module, double: StreamingModule, sample
                 )
 
 
-def _notes(streaming: StreamingModule, samples: Samples, dropped: list[str]) -> tuple[str, ...]:
+def _notes(streaming: StreamingModule, samples: Samples, dropped: list[str], precision: torch.dtype) -> tuple[str, ...]:
     notes = [f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped]
+    if precision != torch.float32:
+        notes.append(f"the model is {str(precision).removeprefix('torch.')}, the bundle computes in float32")
     notes += [
         f"input {name!r} is the initial state: it is kept in the manifest, not an input"
         for name in streaming.arguments.constants
@@ -240,7 +252,7 @@ def _notes(streaming: StreamingModule, samples: Samples, dropped: list[str]) -> 
     ]
     notes += [
         f"input {name!r} indexes no embedding that could be found: its values are not checked"
-        for name, array in samples.example.items()
+        for name, array in (samples.example | samples.static).items()
         if array.dtype.kind == "i" and name not in samples.limits
     ]
     return tuple(notes)

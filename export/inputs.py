@@ -117,7 +117,19 @@ def length_arguments(example: dict[str, Any], packed_with: Callable[[dict[str, A
     return frozenset(found)
 
 
-def resized(example: dict[str, Any], size: tuple[int, int], batch_first: bool) -> dict[str, Any]:
+def check_static(static: dict[str, Any], batch: int, unbatched: bool) -> dict[str, Tensor]:
+    """The example's inputs without time, (batch, ...). Raises ExportError(input)."""
+    for name, value in static.items():
+        if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != batch or unbatched:
+            raise ExportError("input", f"static input {name!r} must be a tensor (batch, ...), with the others' batch")
+        if not value.is_floating_point() and value.abs().max() >= 2**24:
+            raise ExportError("input", f"static input {name!r} has values of 2**24 or more, which float32 cannot keep")
+    return static
+
+
+def resized(
+    example: dict[str, Any], size: tuple[int, int], static: frozenset[str], batch_first: bool
+) -> dict[str, Any]:
     """The example with another batch size and length: its rows and steps repeated, or the first of them."""
     batch, time = size
     tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
@@ -132,7 +144,10 @@ def resized(example: dict[str, Any], size: tuple[int, int], batch_first: bool) -
         axes = [axis for axis in (1, 0)[leaf.dim() < 3 :] if leaf.dim() > axis and leaf.shape[axis] == sizes[rows]]
         return _cycle(leaf, axes[0], batch) if axes else leaf
 
-    return pytree.tree_map_only(Tensor, change, example)
+    return {
+        name: _cycle(value, 0, batch) if name in static else pytree.tree_map_only(Tensor, change, value)
+        for name, value in example.items()
+    }
 
 
 def _cycle(tensor: Tensor, axis: int, size: int) -> Tensor:
@@ -157,7 +172,11 @@ def check_inputs(example: dict[str, Tensor], batch_first: bool, unbatched: bool)
     for name in example:
         if example[name].dim() < 2 or example[name].shape[:2] != example[first].shape[:2]:
             shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in example.items())
-            raise ExportError("batch_time", f"every input must be {layout} with the same batch and time: {shapes}")
+            raise ExportError(
+                "batch_time",
+                f"every input must be {layout} with the same batch and time: {shapes}; name those in `static` that are "
+                "given once when a sequence begins",
+            )
         if min(example[name].shape) < 1:
             raise ExportError("input", f"input {name!r} is empty: {tuple(example[name].shape)}")
     return {name: t if batch_first else t.transpose(0, 1) for name, t in example.items()}

@@ -67,7 +67,9 @@ def from_checkpoint(stem: str, weights: Path | None, inputs: list[InputSpec]) ->
     return model, {"x": InputSpec("x", torch.float32, (model.config.input_size or 1,)).example()}
 
 
-def from_factory(target: str, weights: Path | None, inputs: list[InputSpec]) -> tuple[nn.Module, Example]:
+def from_factory(
+    target: str, weights: Path | None, inputs: list[InputSpec], static: list[InputSpec]
+) -> tuple[nn.Module, Example]:
     """Import `MODULE:FACTORY`, also from the current directory, call it, and load `weights` into what it returns."""
     if not inputs:
         raise ExportError("input", "say what forward takes with --input NAME:DTYPE:SHAPE")
@@ -84,7 +86,7 @@ def from_factory(target: str, weights: Path | None, inputs: list[InputSpec]) -> 
         raise ExportError("checkpoint", f"{target} gives a {type(module).__name__}, not a torch.nn.Module")
     if weights:
         _load_weights(module, weights)
-    return module, {spec.name: spec.example() for spec in inputs}
+    return module, {spec.name: spec.example() for spec in inputs} | {spec.name: spec.example()[:, 0] for spec in static}
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

@@ -52,7 +52,10 @@ class Loop:
 
 def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
     """Lift every module that loops over time, in place. Raises ExportError(calls_depend_on_time) for one it cannot."""
-    base, wide, long = (_watch(model, partial(run, size)) for size in _SIZES)
+    try:
+        base, wide, long = (_watch(model, partial(run, size)) for size in _SIZES)
+    except ExportError:
+        return  # forward fails on other sizes than the example's: what is said of it later is clearer
     loops = [path for path in base if _work(base[path]) != _work(long.get(path, []))]
     for path in loops:
         if any(path != other and (not other or path.startswith(other + ".")) for other in loops):

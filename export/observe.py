@@ -5,30 +5,37 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from bundle.golden import Arrays
 from bundle.manifest import RESERVED_NAMES
 from export import packed
-from export.double import double_precision, in_float64
+from export.double import converted, double_precision
 from export.errors import ExportError
-from export.inputs import check_inputs, length_arguments, resized, state_arguments
+from export.inputs import check_inputs, check_static, length_arguments, resized, state_arguments
 from export.layers import lift_layers, take_weights
 from export.lift import Call, Layout, Tape, call_count
 from export.loops import lift_loops
 from export.outputs import final_states, plan
+from export.past import Place, Watch, places
 from export.samples import Samples, as_tensors
 from export.streaming import Arguments, StreamingModule, attempt
 
 
-def lift_model(model: nn.Module, example: dict[str, Any], batch_first: bool) -> tuple[StreamingModule, Samples]:
+def lift_model(
+    model: nn.Module, example: dict[str, Any], static: frozenset[str], batch_first: bool
+) -> tuple[StreamingModule, Samples]:
     """Lift `model` in place and sort its arguments. Raises ExportError for a forward that cannot be lifted."""
     attempt("the example", lambda: model(**example))  # computes weights that are normalised
     tape = Tape()
     if not any(isinstance(value, PackedSequence) for value in example.values()):
-        lift_loops(
-            model, tape, lambda size: attempt("the example", lambda: model(**resized(example, size, batch_first)))
-        )
+
+        def run(size: tuple[int, int]) -> Any:
+            return attempt("the example", lambda: model(**resized(example, size, static, batch_first)))
+
+        lift_loops(model, tape, run)
     lift_layers(model, tape)
     take_weights(model, model)
     packings = {name: value for name, value in example.items() if isinstance(value, PackedSequence)}
@@ -44,23 +51,37 @@ def lift_model(model: nn.Module, example: dict[str, Any], batch_first: bool) -> 
         return tape
 
     record(example)
-    unbatched, one_by_one = tape.unbatched, {name: value for name, value in example.items() if name not in packings}
+    unbatched = tape.unbatched
+    one_by_one = {name: value for name, value in example.items() if name not in {*packings, *static}}
     constants = state_arguments(one_by_one, lambda values: record(example | values).calls, unbatched)
     lengths = length_arguments(one_by_one, lambda values: [one for one, _ in record(example | values).lengths])
-    rest = {name: value for name, value in example.items() if name not in constants and name not in lengths}
+    rest = {name: value for name, value in example.items() if name not in {*constants, *lengths, *static}}
     rest |= {
         name: padded if batch_first and not unbatched else padded.transpose(0, 1)
         for name, (padded, _) in sequences.items()
     }
     inputs = check_inputs(rest, batch_first, unbatched)
-    samples = Samples({name: tensor.numpy() for name, tensor in inputs.items()})
-    arguments = Arguments(list(inputs), constants, lengths, frozenset(packings), batch_first, unbatched)
+    given = check_static(
+        {name: example[name] for name in example if name in static}, len(next(iter(inputs.values()))), unbatched
+    )
+    samples = Samples(_arrays(inputs), _arrays(given))
+    arguments = Arguments(
+        list(example), list(inputs), constants, given, lengths, frozenset(packings), batch_first, unbatched
+    )
     return StreamingModule(model, tape, arguments), samples
 
 
-def in_double(streaming: StreamingModule, samples: Samples) -> StreamingModule:
-    """A copy in float64."""
-    double = in_float64(streaming)
+def _arrays(tensors: dict[str, Tensor]) -> Arrays:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def in_double(streaming: StreamingModule, exact: nn.Module, samples: Samples) -> StreamingModule:
+    """A copy in float64, with the parameters and buffers of `exact`, the user's model in float64."""
+    double = converted(streaming, torch.float64)
+    for named in (nn.Module.named_parameters, nn.Module.named_buffers):
+        own = dict(named(double.model))
+        for name, tensor in named(exact):
+            own[name].copy_(tensor)
     constants = {
         key: replace(constant, tensors=tuple(tensor.double() for tensor in constant.tensors))
         for key, constant in streaming.arguments.constants.items()
@@ -70,6 +91,19 @@ def in_double(streaming: StreamingModule, samples: Samples) -> StreamingModule:
         attempt("float64 inputs", lambda: double.record(*as_tensors(samples.draw(2, 6, seed=3), double=True).values()))
     take_weights(double.model, double.model)
     return double
+
+
+def find_past(streaming: StreamingModule, samples: Samples) -> list[Place | None]:
+    """Where forward reaches into the past beside its recurrent layers; nothing if it nowhere does."""
+    seen = []
+    for batch, time in ((2, 6), (3, 6), (2, 9)):
+        tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
+        with Watch() as watch:
+            attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
+        seen.append(watch.seen)
+    base, wide, long = seen
+    found = [] if streaming.arguments.unbatched else places(base, wide, long, time=6)
+    return found if any(found) else []
 
 
 def observe(
@@ -105,6 +139,8 @@ def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
 
 def _check_axes(calls: list[Call], batch: int, time: int) -> None:
     for call in calls:
+        if any(part.kind == "static" for part in call.parts):
+            continue
         if (call.batch, call.time) == (time, batch):
             raise ExportError(
                 "layer_axes",
@@ -123,8 +159,11 @@ def _initial_row(double: StreamingModule, samples: Samples) -> np.ndarray:
     """(state_size,) float32: what forward starts every sequence from. Raises ExportError(initial_state)."""
     alike = {name: np.repeat(array, 2, axis=0) for name, array in samples.draw(1, 6, seed=21).items()}
     base: Tensor | None = None
+    static = torch.zeros(double.layout.size, dtype=torch.bool)
+    for slot in double.layout.slots:
+        static[slot.offset : slot.offset + slot.size] = slot.kind == "static"
     for inputs, cause in (
-        (alike, "row's place in the batch"),
+        (alike, "static input" if double.arguments.static else "row's place in the batch"),
         (samples.draw(2, 6, seed=22), "input"),
         (samples.draw(3, 6, seed=22), "batch size"),
         (samples.draw(2, 9, seed=22), "length"),
@@ -132,7 +171,7 @@ def _initial_row(double: StreamingModule, samples: Samples) -> np.ndarray:
         tensors = as_tensors(inputs, double=True)
         with double_precision():
             _, calls = attempt("float64 inputs", partial(double.record, *tensors.values()))
-        rows = double.layout.pack(calls, passed=True)
+        rows = double.layout.pack(calls, passed=True).masked_fill(static, 0.0)
         base = rows[0] if base is None else base
         different = (rows - base).abs().amax(0) > 1e-12
         if different.any():
@@ -148,7 +187,7 @@ def _initial_row(double: StreamingModule, samples: Samples) -> np.ndarray:
 
 
 def _check_names(streaming: StreamingModule) -> None:
-    names = [*streaming.names, *(output.spec.name for output in streaming.outputs)]
+    names = [*streaming.names, *streaming.arguments.static, *(output.spec.name for output in streaming.outputs)]
     if len(set(names)) != len(names) or RESERVED_NAMES & set(names):
         raise ExportError(
             "output",

@@ -11,6 +11,7 @@ from onnxscript import opset20 as op
 from bundle import CRASHING_OPTIMIZERS
 from bundle.golden import Arrays, RunFunction
 from export.errors import ExportError, first_line
+from export.lift import Layout
 from export.quiet import quiet
 from export.samples import as_tensors
 from export.streaming import StreamingModule
@@ -22,7 +23,7 @@ OPSET = 20
 _PUBLIC = "public:"
 
 #: Nodes that hand an integer on unchanged, as far as the row of an embedding goes.
-_TRANSPARENT = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Flatten"}
+_TRANSPARENT = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Flatten", "Round"}
 
 
 def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, Suspects]:
@@ -95,8 +96,8 @@ def _drop_copies(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def index_limits(model: onnx.ModelProto) -> dict[str, int]:
-    """For each integer input that indexes an embedding: the number of its rows."""
+def index_limits(model: onnx.ModelProto, layout: Layout) -> dict[str, int]:
+    """For each integer input that indexes an embedding, static ones included: the number of its rows."""
     graphs = [model.graph, *_bodies(model.graph)]
     rows = {tensor.name: tensor.dims[0] for graph in graphs for tensor in graph.initializer if tensor.dims}
     consumers: dict[str, list[onnx.NodeProto]] = {}
@@ -115,6 +116,11 @@ def index_limits(model: onnx.ModelProto) -> dict[str, int]:
                 yield from limits(body.input[list(node.input).index(name)].name)
 
     found = {value.name: list(limits(value.name)) for value in model.graph.input if value.name != "sequence_lens"}
+    splits = (node.output for node in model.graph.node if node.op_type == "Split" and node.input[0] == "state")
+    pieces = next(splits, ["state"])
+    for slot, piece in zip(layout.slots, pieces, strict=False):
+        if slot.kind == "static":
+            found[slot.module.removeprefix("input ")] = list(limits(piece))
     return {name: min(values) for name, values in found.items() if values}
 
 

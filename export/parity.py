@@ -8,7 +8,7 @@ from bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, replay
 from bundle.golden import run_chunked
 from export.errors import ExportError
 from export.probes import random_chunks
-from export.samples import Samples, states
+from export.samples import Samples
 
 _GOLDEN_BYTES = 64 * 1024
 
@@ -16,7 +16,7 @@ _GOLDEN_BYTES = 64 * 1024
 def make_golden(reference: RunFunction, samples: Samples, manifest: Manifest) -> Golden:
     """Golden vectors from `reference` (PyTorch in float64): at most 3 sequences of 24 steps, less if they are wide."""
     for batch, time in ((3, 24), (3, 16), (2, 16), (2, 12), (2, 8)):
-        inputs, state = samples.draw(batch, time, seed=71), states(batch, manifest.initial_row(), seed=72)
+        inputs, state = samples.draw(batch, time, seed=71), samples.rows(batch, manifest, seed=72)
         answers = run_chunked(inputs, state, (time,), manifest, reference)
         rng = np.random.default_rng(73)
         chunkings = ((time,), (1,) * time, random_chunks(time, rng), random_chunks(time, rng))
@@ -60,7 +60,7 @@ def _own_error(
     More than the golden ones, since the largest of a few errors is often small by luck, and onnxruntime's is not.
     """
     time = next(iter(golden.inputs.values())).shape[1]
-    inputs, state = samples.draw(32, time, seed=77), states(32, manifest.initial_row(), seed=78)
+    inputs, state = samples.draw(32, time, seed=77), samples.rows(32, manifest, seed=78)
     answers = run_chunked(inputs, state, (time,), manifest, reference)
     more = run_chunked(inputs, state, (time,), manifest, single)
     own = {name: _difference(array, answers[name]) for name, array in more.items()}
@@ -82,7 +82,7 @@ def _prove_sizes(
 ) -> None:
     """Nothing may be fixed to the batch and the length that were traced."""
     for batch, time in sizes:
-        inputs, state = samples.draw(batch, time, seed=75), states(batch, manifest.initial_row(), seed=76)
+        inputs, state = samples.draw(batch, time, seed=75), samples.rows(batch, manifest, seed=76)
         try:
             answers = run_chunked(inputs, state, (time,), manifest, reference)
         except ExportError:

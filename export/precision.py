@@ -25,7 +25,7 @@ from export import probes
 from export.errors import ExportError, first_line
 from export.onnx_graph import onnx_runner
 from export.quiet import quiet
-from export.samples import Samples, as_tensors, states
+from export.samples import Samples, as_tensors
 from export.streaming import StreamingModule
 
 #: What onnxruntime computes with integers on the CPU. Its GRU and RNN it does not, and an embedding gains nothing.
@@ -166,7 +166,7 @@ def _error(
         found = run_chunked(golden.inputs, golden.state, chunks, manifest, run)
         compare(found, golden.outputs | {"state_out": golden.state_out})
     for batch, steps in ((32, time), (2, _LONG)):
-        inputs, state = samples.draw(batch, steps, seed=81), states(batch, manifest.initial_row(), seed=82)
+        inputs, state = samples.draw(batch, steps, seed=81), samples.rows(batch, manifest, seed=82)
         expected = run_chunked(inputs, state, (steps,), manifest, reference)
         compare(run_chunked(inputs, state, (steps,), manifest, run), expected)
         for row in range(0, batch, 4):

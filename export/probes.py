@@ -1,6 +1,7 @@
 """Decides what a model may be used for by running it: streaming, ragged batches, bitwise equality."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from bundle import Manifest, RunFunction
 from bundle.golden import Arrays, run_chunked
 from export.culprit import find_culprit
 from export.errors import ExportError
-from export.samples import Samples, states
+from export.samples import Samples
 from export.streaming import StreamingModule
 
 #: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.
@@ -18,10 +19,22 @@ _CLOSE = 1e-9
 LONG = 1024
 
 
+def with_reached(reference: RunFunction, samples: Samples, manifest: Manifest) -> Samples:
+    """With state rows that sequences end in, if the state is more than that of recurrent layers."""
+    if all(slot.kind in {"h", "c"} for slot in manifest.state):
+        return samples
+    rows = samples.begin(4, manifest, seed=82)
+    ends = [
+        _whole(reference, samples.draw(4, time, seed=81), rows, manifest)["state_out"].astype(np.float32)
+        for time in (4, 7, 19)
+    ]
+    return replace(samples, reached=np.concatenate(ends))
+
+
 def check_rows(reference: RunFunction, samples: Samples, manifest: Manifest) -> None:
     """Raises ExportError(rows_mixed) if a sequence's outputs depend on the others in its batch."""
     batch, time = 3, 7
-    inputs, rows = samples.draw(batch, time, seed=31), states(batch, manifest.initial_row(), seed=32)
+    inputs, rows = samples.draw(batch, time, seed=31), samples.rows(batch, manifest, seed=32)
     together = _whole(reference, inputs, rows, manifest)
     for row in range(batch):
         alone = _whole(reference, {n: a[row : row + 1] for n, a in inputs.items()}, rows[row : row + 1], manifest)
@@ -41,7 +54,7 @@ def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Sampl
     """
     for batch, chunkings in ((3, [(1,) * 11, (4, 1, 6)]), (1, [(1,) * 17, (2, 1, 1, 9, 4)])):
         time = sum(chunkings[0])
-        inputs, rows = samples.draw(batch, time, seed=41 + batch), states(batch + 1, manifest.initial_row(), seed=43)
+        inputs, rows = samples.draw(batch, time, seed=41 + batch), samples.rows(batch + 1, manifest, seed=43)
         rows = rows[:batch] if batch > 1 else rows[1:]
         whole = _whole(run, inputs, rows, manifest)
         for chunks in chunkings:
@@ -64,7 +77,7 @@ def why_not_over_long(run: RunFunction, samples: Samples, manifest: Manifest) ->
     not even a chaotic model's rounding is taken for a difference.
     """
     time = max(LONG, *(array.shape[1] for array in samples.example.values()))
-    inputs, rows = samples.draw(1, time, seed=53), states(1, manifest.initial_row(), seed=54)
+    inputs, rows = samples.draw(1, time, seed=53), samples.rows(1, manifest, seed=54)
     whole = _whole(run, inputs, rows, manifest)
     for name, array in run_chunked(inputs, rows, (time // 2, 1, time - time // 2 - 1), manifest, run).items():
         scale = max(1.0, float(np.abs(whole[name]).max()))
@@ -120,8 +133,8 @@ def padding_differs(run: RunFunction, samples: Samples, manifest: Manifest) -> d
     # Many rows, from one step on if it can: a maximum over time hides the padding as long as that is not the largest.
     lens = rng.integers(_fewest_steps(run, samples, manifest), 14, 48).astype(np.int32)
     lens[0] = 13
-    inputs, rows = samples.draw(len(lens), 13, seed=51), states(len(lens), manifest.initial_row(), seed=52)
-    rows[::2] = manifest.initial_row()
+    inputs, rows = samples.draw(len(lens), 13, seed=51), samples.rows(len(lens), manifest, seed=52)
+    rows[::2] = samples.begin(len(lens) // 2, manifest, seed=53)
     outputs, after = run(inputs, rows, lens)
     worst = dict.fromkeys([*outputs, "state_out"], 0.0)
     for row, length in enumerate(lens):
@@ -139,7 +152,7 @@ def padding_differs(run: RunFunction, samples: Samples, manifest: Manifest) -> d
 
 def _fewest_steps(run: RunFunction, samples: Samples, manifest: Manifest) -> int:
     """A model that cannot stream may need more than one at a time."""
-    row = manifest.initial_row()[None]
+    row = samples.begin(1, manifest, seed=50)
     for steps in range(1, 13):
         try:
             run(samples.draw(1, steps, seed=50), row, np.array([steps], np.int32))
@@ -153,7 +166,7 @@ def is_bit_exact(run: RunFunction, samples: Samples, manifest: Manifest) -> bool
     """True if chunking, batch size and neighbours change no bit of any output or state. `run` is onnxruntime's."""
     batch, time = 32, 24  # many values: some functions round one in hundreds otherwise at the end of a vector
     rng = np.random.default_rng(61)
-    inputs, rows = samples.draw(batch, time, seed=62), states(batch, manifest.initial_row(), seed=63)
+    inputs, rows = samples.draw(batch, time, seed=62), samples.rows(batch, manifest, seed=63)
     whole = run_chunked(inputs, rows, (time,), manifest, run)
     for size in (1, 1, 2, 3, 5, 8, 17, 33):
         chosen = rng.integers(0, batch, size)

@@ -12,6 +12,9 @@ from export.outputs import leaves
 #: A bundle's graph is one protobuf message, of less than 2 GiB.
 _LARGEST = 2**31 - 2**24
 
+#: Parameters of any of these become float32.
+_FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
 
 def check_modules(model: nn.Module) -> None:
     """Raises ExportError for a module or parameter that cannot be exported faithfully, naming it."""
@@ -22,13 +25,21 @@ def check_modules(model: nn.Module) -> None:
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.quantizable")):
             raise ExportError("quantized", f"{where} is quantized; export the float model")
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ExportError(
-                "dtype", f"parameter {name!r} is {parameter.dtype}; export a float32 model (model.float())"
-            )
-    size = sum(parameter.nbytes for parameter in model.parameters())
+        if parameter.dtype not in _FLOATS:
+            raise ExportError("dtype", f"parameter {name!r} is {parameter.dtype}; export a float32 model")
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
     if size > _LARGEST:
         raise ExportError("too_large", f"the parameters take {size / 2**30:.1f} GiB; a bundle holds less than 2 GiB")
+
+
+def precision(model: nn.Module) -> torch.dtype:
+    """What the parameters are, all of them. Raises ExportError(dtype) if they differ."""
+    dtypes = {parameter.dtype for parameter in model.parameters()} or {torch.float32}
+    if len(dtypes) > 1:
+        raise ExportError(
+            "dtype", f"the parameters are of {len(dtypes)} dtypes; export a float32 model (model.float())"
+        )
+    return dtypes.pop()
 
 
 def check_steady(model: nn.Module, forward: Callable[[], Any]) -> Any:

@@ -18,9 +18,11 @@ class Report:
         manifest = self.manifest
         inputs = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in manifest.inputs)
         outputs = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}{'' if t.time else ' (last)'}" for t in manifest.outputs)
+        static = ", ".join(f"{t.name} {t.dtype}{list(t.shape)} (once, at the beginning)" for t in manifest.static)
         lines = [
             f"{manifest.name} version {manifest.version}: {self.path}",
             f"  inputs    {inputs}",
+            *([f"  static    {static}"] if static else []),
             f"  outputs   {outputs}",
             f"  state     {manifest.state_size} values, {4 * manifest.state_size} bytes per client",
             f"  streaming {'yes' if manifest.streamable else 'NO: ' + (manifest.not_streamable_because or '')}",

@@ -5,20 +5,49 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from bundle import Manifest
 from bundle.golden import Arrays
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """`example`: each (batch, time, ...). `limits`: integer inputs are drawn from 0 <= value < limit where known."""
+    """`example`: each (batch, time, ...); `static`: each (batch, ...).
+
+    `limits`: integer inputs are drawn from 0 <= value < limit where known.
+    """
 
     example: Arrays
+    static: Arrays = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
+    #: State rows that sequences end in, (rows, state_size): not any numbers may stand where a sum or a count does.
+    reached: np.ndarray | None = None
 
     def draw(self, batch: int, time: int, seed: int) -> Arrays:
         """Inputs (batch, time, ...): the example's own time steps in random order, jittered if they are floats."""
         rng = np.random.default_rng(seed)
         return {name: self._draw(name, array, (batch, time), rng) for name, array in self.example.items()}
+
+    def rows(self, batch: int, manifest: Manifest, seed: int) -> np.ndarray:
+        """(batch, state_size) float32: row 0 is the initial one, the others random, or reached where they must be."""
+        rows = states(batch, manifest.blank_row(), seed)
+        if self.reached is not None:
+            chosen = np.random.default_rng(seed).integers(0, len(self.reached), batch - 1)
+            for slot in manifest.state:
+                if slot.kind not in {"h", "c"}:
+                    columns = slice(slot.offset, slot.offset + slot.size)
+                    rows[1:, columns] = self.reached[chosen, columns]
+        return self._with_static(rows, manifest, seed)
+
+    def begin(self, batch: int, manifest: Manifest, seed: int) -> np.ndarray:
+        """(batch, state_size) float32: what sequences start from."""
+        return self._with_static(np.repeat(manifest.blank_row()[None], batch, axis=0), manifest, seed)
+
+    def _with_static(self, rows: np.ndarray, manifest: Manifest, seed: int) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        for spec in manifest.static:
+            drawn = self._draw(spec.name, self.static[spec.name][:, None], (len(rows), 1), rng)
+            rows[:, spec.offset : spec.offset + spec.size] = drawn.reshape(len(rows), -1)
+        return rows
 
     def _draw(self, name: str, array: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         shape = (*size, *array.shape[2:])

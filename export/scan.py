@@ -95,21 +95,24 @@ class Scan(nn.Module):
             results = list(zip(made, self.outputs, self.finals, strict=False))
             after = [*made[len(results) :], *(r for r, axes, final in results if axes.time is None and final is None)]
             rows = (axes.flat(tensor) for axes, tensor in zip(carried, after, strict=True))
-            chosen = (torch.where(alive.unsqueeze(1), one, other) for one, other in zip(rows, carry, strict=True))
+            chosen = (
+                torch.where(alive.unsqueeze(1), one, other)
+                for one, other in zip(rows, carry[: len(carried)], strict=True)
+            )
             each = (r.squeeze(axes.time).clone() for r, axes, _ in results if axes.time is not None)
             return tuple(chosen) or (carry[0] + 0,), tuple(each)
 
         run = higher_order_scan if torch.compiler.is_exporting() else _run
         begin = tuple(rows.contiguous() for rows in [*parts, *zeros]) or (torch.zeros(batch, 1),)
         carry, each = run(once, begin, (*sequences, alive), dim=0, reverse=self.backwards)
-        tensors = [axes.unflat(rows) for axes, rows in zip(carried, carry, strict=False)]
-        stacked, last = iter(each), iter(tensors[len(self.states) :])
+        reached = [axes.unflat(rows) for axes, rows in zip(carried, carry, strict=False)]
+        stacked, last = iter(each), iter(reached[len(self.states) :])
         results = [
             next(stacked).movedim(0, axes.time)
             if axes.time is not None
             else next(last)
             if final is None
-            else tensors[final]
+            else reached[final]
             for axes, final in zip(self.outputs, self.finals, strict=True)
         ]
         return results, list(carry[: len(self.states)])

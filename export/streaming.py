@@ -1,7 +1,8 @@
 """The lifted model as one function of (state row, lengths, inputs): what ONNX gets, and what the probes run."""
 
+import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from export import ops, packed
 from export.double import double_precision
 from export.errors import ExportError, first_line
 from export.inputs import StateArgument
-from export.lift import Call, Layout, Tape
+from export.lift import Call, Layout, Part, Tape
 from export.outputs import Output, leaves
+from export.past import Keep, Place
 from export.samples import as_tensors
 
 Named = list[tuple[str, Tensor]]
@@ -26,13 +28,17 @@ Named = list[tuple[str, Tensor]]
 class Arguments:
     """What forward's arguments are, by name.
 
-    series: the inputs of every time step. constants: initial states. lengths: those that say how long each row is.
+    names: all of them, in order. series: the inputs of every time step. constants: initial states. lengths: those
+    that say how long each row is.
+    static: the inputs without time, (rows, ...) of each as the example has them.
     packed: the series that forward takes as a PackedSequence. batch_first: forward takes (batch, time, ...).
     unbatched: forward takes one sequence, (time, ...).
     """
 
+    names: list[str]
     series: list[str]
     constants: dict[str, StateArgument] = field(default_factory=dict)
+    static: dict[str, Tensor] = field(default_factory=dict)
     lengths: frozenset[str] = frozenset()
     packed: frozenset[str] = frozenset()
     batch_first: bool = True
@@ -51,6 +57,8 @@ class StreamingModule(nn.Module):
         self.model, self.tape, self.arguments = model, tape, arguments
         self.layout = Layout(())
         self.outputs: tuple[Output, ...] = ()
+        #: Where forward reaches into the past beside its recurrent layers, if that is to be kept: see `past`.
+        self.places: list[Place | None] = []
 
     @property
     def names(self) -> list[str]:
@@ -87,8 +95,9 @@ class StreamingModule(nn.Module):
     def _call(self, inputs: tuple[Tensor, ...], given: Any, lens: Tensor | None) -> tuple[Named, list[Call]]:
         self.tape.start(given, lens)
         try:
-            with packed.padded(self.tape):
-                returned = leaves(packed.as_padded(self.model(**self.arguments_for(inputs, lens))))
+            with packed.padded(self.tape), self._keeping():
+                static = self._static(len(inputs[0]) if given is None else None)
+                returned = leaves(packed.as_padded(self.model(**self.arguments_for(inputs, static, lens))))
             calls = self.tape.calls
             if lens is None and any((lengths != time).any() for lengths, time in self.tape.lengths):
                 raise ExportError(
@@ -101,31 +110,58 @@ class StreamingModule(nn.Module):
             returned = [(name, tensor.unsqueeze(0)) for name, tensor in returned]
         return returned, calls
 
-    def ask(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Named:
-        """What the user's own `model` answers, with its tensors as `record` has them."""
+    def _keeping(self) -> AbstractContextManager[None]:
+        return Keep(self.tape, self.model, self.places).running() if self.places else nullcontext()
+
+    def _static(self, rows: int | None) -> dict[str, Tensor]:
+        """The static inputs from the state row, (batch, size) each; without one, those of the example for `rows`."""
+        found = {}
+        for name, example in self.arguments.static.items():
+            path, values = f"input {name}", []
+            if rows is not None:
+                flat = example.reshape(len(example), -1).to(torch.get_default_dtype())
+                values = [flat[torch.arange(rows) % len(flat)]]
+            index, (row,) = self.tape.begin(path, values)
+            self.tape.calls.append(Call(path, index, (Part("static"),), 0, 0, values, [row]))
+            found[name] = row
+        return found
+
+    def ask(self, model: nn.Module, inputs: tuple[Tensor, ...], state: Tensor) -> Named:
+        """What the user's own `model` answers, with its tensors as `record` has them.
+
+        state: (batch, state_size), of which nothing but the static inputs is used.
+        """
+        given = self.layout.unpack(state)
+        static = {name: given[f"input {name}", 0][0] for name in self.arguments.static}
         if self.arguments.unbatched:
-            rows = [leaves(model(**self.arguments_for(row, None))) for row in zip(*inputs, strict=True)]
+            rows = [leaves(model(**self.arguments_for(row, {}, None))) for row in zip(*inputs, strict=True)]
             return [(one[0][0], torch.stack([tensor for _, tensor in one])) for one in _across(rows)]
-        arguments = self.arguments_for(inputs, None)
+        arguments = self.arguments_for(inputs, static, None)
         size, time = inputs[0].shape[:2]
         for name in self.arguments.packed:
             lengths = torch.full((size,), time)
             arguments[name] = pack_padded_sequence(arguments[name].data, lengths, batch_first=True)
         return leaves(model(**arguments))
 
-    def arguments_for(self, inputs: tuple[Tensor, ...], lens: Tensor | None) -> dict[str, Any]:
+    def arguments_for(
+        self, inputs: tuple[Tensor, ...], static: dict[str, Tensor], lens: Tensor | None
+    ) -> dict[str, Any]:
         """Forward's own arguments, states included, in forward's own layout; inputs (batch, time, ...) or one row."""
         given = self.arguments
         size, time = inputs[0].shape[:2] if not given.unbatched else (1, inputs[0].shape[0])
         arguments: dict[str, Any] = {name: constant.expand(size) for name, constant in given.constants.items()}
         whole = torch.full((size,), time) if lens is None else lens.long()
         arguments |= dict.fromkeys(given.lengths, whole)
+        for name, row in static.items():
+            example = given.static[name]
+            value = row.reshape(row.shape[0], *example.shape[1:])
+            arguments[name] = value if example.is_floating_point() else value.round().to(example.dtype)
         for name, tensor in zip(given.series, inputs, strict=True):
             if name in given.packed:
                 arguments[name] = packed.as_argument(tensor, whole)
             else:
                 arguments[name] = tensor if given.batch_first or given.unbatched else tensor.transpose(0, 1)
-        return arguments
+        return {name: arguments[name] for name in given.names}
 
 
 def _across(rows: Any) -> list[tuple[Any, ...]]:
@@ -147,7 +183,8 @@ def _joined(calls: tuple[Call, ...]) -> Call:
 def attempt(what: str, run: Callable[[], Any]) -> Any:
     """Call `run`; whatever the user's forward raises becomes ExportError(forward_failed)."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
             return run()
     except ExportError:
         raise

@@ -1,6 +1,6 @@
 """What comes next, and how sure is that? A distribution for the next value of many series, after the plan of DeepAR.
 
-A step is the last value, scaled, what the calendar says, and which series it is.
+A step is the last value, scaled, and what the calendar says; which series it is, is said once.
 """
 
 import torch
@@ -19,8 +19,9 @@ class Forecaster(nn.Module):
         self.mix = nn.Linear(hidden, 3 * hidden)
 
     def forward(self, value: Tensor, calendar: Tensor, series: Tensor) -> dict[str, Tensor]:
-        """value (batch, time, 1), calendar (batch, time, 4), series (batch, time) -> mean and deviation of the next."""
-        hidden = self.mix(self.rnn(torch.cat([value, calendar, self.embed(series)], -1))[0]).relu()
+        """value (batch, time, 1), calendar (batch, time, 4), series (batch,) -> mean and deviation of the next."""
+        known = self.embed(series)[:, None].expand(-1, value.shape[1], -1)
+        hidden = self.mix(self.rnn(torch.cat([value, calendar, known], -1))[0]).relu()
         return {"mean": self.mean(hidden), "deviation": functional.softplus(self.deviation(hidden))}
 
 
@@ -33,5 +34,5 @@ def example() -> dict[str, Tensor]:
     return {
         "value": torch.rand(2, 24, 1) * 2,
         "calendar": torch.rand(2, 24, _CALENDAR) - 0.5,
-        "series": torch.randint(0, _SERIES, (2, 1)).expand(2, 24),
+        "series": torch.randint(0, _SERIES, (2,)),
     }

@@ -135,8 +135,8 @@ def test_architectures_give_a_step_for_a_step(module) -> None:
     with torch.no_grad():
         returned = module.build()(**example)
     outputs = returned.values() if isinstance(returned, dict) else [returned]
-    time = next(iter(example.values())).shape[:2]
-    assert all(output.shape[:2] == time and torch.isfinite(output).all() for output in outputs)
+    size = next(iter(example.values())).shape[:2]
+    assert all(output.shape[:2] == size and torch.isfinite(output).all() for output in outputs)
 
 
 def test_the_spectrum_is_fourier_s() -> None:

@@ -148,6 +148,25 @@ def causal(s: Any, x: Tensor) -> Tensor:
     return s.rnn(s.conv(functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))[0]
 
 
+class Cut(nn.Module):
+    """Drops what a convolution adds at the end."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : -self.steps]
+
+
+def cumulative_norm(s: Any, x: Tensor) -> Tensor:
+    """By the mean and the variance of everything so far."""
+    count = torch.ones_like(x[..., :1]).cumsum(1)
+    mean = torch.cumsum(x.mean(2, keepdim=True), dim=1) / count
+    square = torch.cumsum(x.square().mean(2, keepdim=True), dim=1) / count
+    return s.rnn((x - mean) / (square - mean.square() + 1e-3).sqrt())[0]
+
+
 def pointwise_conv(s: Any, x: Tensor) -> Tensor:
     return s.rnn(s.conv(x.transpose(1, 2)).transpose(1, 2))[0]
 
@@ -423,6 +442,20 @@ SHAPES = [
     Shape(
         "loops of modules of their own", lambda: made(stack_of_layers, a=Layer(4, 6), b=Layer(6, 6, nn.Dropout(0.5)))
     ),
+    Shape("causal convolution", lambda: made(causal, conv=nn.Conv1d(4, 4, 3), rnn=gru()), bit_exact=False),
+    Shape(
+        "convolutions that are cut to the length",
+        lambda: made(
+            lambda s, x: s.rnn(s.convolutions(x.transpose(1, 2)).transpose(1, 2))[0],
+            convolutions=nn.Sequential(
+                nn.Conv1d(4, 6, 3, padding=2), Cut(2), nn.ReLU(), nn.Conv1d(6, 4, 3, padding=4, dilation=2), Cut(4)
+            ),
+            rnn=gru(),
+        ),
+        bit_exact=False,
+    ),
+    Shape("cumulative norm", lambda: made(cumulative_norm, rnn=gru())),
+    Shape("delay", lambda: made(lambda s, x: s.rnn(functional.pad(x, (0, 0, 3, 0))[:, : x.shape[1]])[0], rnn=gru())),
     # Exported for whole sequences, with the reason.
     Shape(
         "bidirectional proj_size",
@@ -469,25 +502,12 @@ SHAPES = [
         says="after layer 'rnn'",
     ),
     Shape(
-        "causal convolution",
-        lambda: made(causal, conv=nn.Conv1d(4, 4, 3), rnn=gru()),
-        streams=False,
-        bit_exact=False,
-        says="before layer 'conv' (Conv1d)",
-    ),
-    Shape(
         "centred convolution",
         lambda: made(pointwise_conv, conv=nn.Conv1d(4, 4, 3, padding=1), rnn=gru()),
         streams=False,
         ragged=False,
         bit_exact=False,
         says="later time steps (at layer 'conv' (Conv1d))",
-    ),
-    Shape(
-        "cumulative sum",
-        lambda: made(lambda s, x: s.rnn(x.cumsum(1))[0], rnn=gru()),
-        streams=False,
-        says="before layer 'rnn'",
     ),
     Shape(
         "attention over time", lambda: made(attention, rnn=gru()), streams=False, ragged=False, says="later time steps"

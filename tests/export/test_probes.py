@@ -113,7 +113,7 @@ class FarBack(nn.Module):
         self.lag = lag
 
     def forward(self, x: Tensor) -> Tensor:
-        before = nn.functional.pad(x, (0, 0, self.lag, 0))[:, : x.shape[1]]
+        before = torch.cat([torch.zeros_like(x[:, :1]).expand(-1, self.lag, -1), x], 1)[:, : x.shape[1]]
         return self.head(self.rnn(x)[0]) + before
 
 

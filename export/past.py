@@ -1,0 +1,217 @@
+"""What a model knows of the past beside its recurrent layers: the last frames of a causal convolution, a running sum.
+
+Seen at PyTorch's own functions, so that it does not matter which module calls them. Zeros that are put before a
+sequence stand for what came before it: where the state row has it, it takes their place. Whether that makes the model
+one that streams is then found out by running it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from export.lift import Call, Part, Tape
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """x: the sequence. frames: how many of the past are kept, `fill` before there is any.
+
+    finish: from the past and the sequence, joined, to the result. of_result: the frames kept are the result's.
+    """
+
+    x: Tensor
+    frames: int
+    fill: float
+    finish: Callable[[Tensor], Tensor]
+    of_result: bool = False
+
+
+#: From a call's arguments and the time axis to what it remembers, if anything.
+Rule = Callable[[Any, Any, int], Memory | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The axes of a tensor whose time is the input's; None if it has none."""
+
+    batch: int
+    time: int
+
+
+class Watch(TorchFunctionMode):
+    """Writes down the tensors that calls with a rule are given, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RULES:
+            self.seen.append(_input(args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def places(base: list[Tensor], wide: list[Tensor], long: list[Tensor], time: int) -> list[Place | None]:
+    """Where batch and time are in what was watched at three sizes; `time` is the length of the first."""
+    if not len(base) == len(wide) == len(long):
+        return []
+    found: list[Place | None] = []
+    for tensors in zip(base, wide, long, strict=True):
+        batch, steps = (
+            [axis for axis in range(tensors[0].dim()) if tensors[0].shape[axis] != other.shape[axis]]
+            if other.dim() == tensors[0].dim()
+            else []
+            for other in tensors[1:]
+        )
+        known = len(batch) == len(steps) == 1 and batch != steps and tensors[0].shape[steps[0]] == time
+        found.append(Place(batch[0], steps[0]) if known else None)
+    return found
+
+
+class Keep(TorchFunctionMode):
+    """Within, calls with a rule take the past from the tape and leave it there. places: of these calls, in order."""
+
+    def __init__(self, tape: Tape, model: nn.Module, places: list[Place | None]) -> None:
+        self._tape, self._places = tape, iter(places)
+        self._paths = {module: path or type(module).__name__ for path, module in model.named_modules()}
+        self._stack: list[str] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within, it is on, and knows which module is running."""
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        handles = (
+            register_module_forward_pre_hook(lambda module, _: self._stack.append(self._paths.get(module, ""))),
+            register_module_forward_hook(leave),
+        )
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RULES:
+            place = next(self._places, None)
+            memory = _RULES[func](args, kwargs, place.time) if place else None
+            if place and memory:
+                return self._run(memory, place)
+        return func(*args, **kwargs)
+
+    def _run(self, memory: Memory, place: Place) -> Tensor:
+        x, path = memory.x, next(path for path in reversed(self._stack) if path)
+        major = x.movedim((place.batch, place.time), (0, 1))
+        batch, time, *rest = major.shape
+        passed = x.new_full((batch, memory.frames, *rest), memory.fill).flatten(1)
+        index, (start,) = self._tape.begin(path, [_as_row(passed)])
+        past = start.reshape(batch, memory.frames, *rest).to(x.dtype)
+        joined = torch.cat([past, major], 1).movedim((0, 1), (place.batch, place.time))
+        result = memory.finish(joined)
+        kept = (result if memory.of_result else joined).movedim((place.batch, place.time), (0, 1))
+        final = _last(kept, memory.frames, time, self._tape.lens)
+        self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [_as_row(passed)], [_as_row(final)]))
+        return result
+
+
+def _last(kept: Tensor, frames: int, time: Any, lens: Tensor | None) -> Tensor:
+    """(batch, frames * rest): the frames up to the end of each row. kept: (batch, more + time, ...)."""
+    if lens is None:
+        return kept[:, -frames:].flatten(1)
+    more = kept.shape[1] - time
+    steps = (lens.long() + more - frames).unsqueeze(1) + torch.arange(frames)
+    flat = kept.flatten(2) if kept.dim() > 2 else kept.unsqueeze(2)
+    return flat.gather(1, steps.unsqueeze(2).expand(-1, -1, flat.shape[2])).flatten(1)
+
+
+def _as_row(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def _input(args: Any, kwargs: Any) -> Tensor:
+    return args[0] if args else kwargs["input"]
+
+
+def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
+    """Constants put before a sequence."""
+
+    def call(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Memory | None:
+        pads = list(pad)
+        first = 2 * (input.dim() - 1 - time)
+        if mode != "constant" or first >= len(pads) or pads[first] < 1:
+            return None
+        frames, pads[first] = pads[first], 0
+        return Memory(input, frames, value or 0.0, lambda joined: functional.pad(joined, pads, mode, value))
+
+    return call(*args, **kwargs)
+
+
+def _convolution(function: Any) -> Rule:
+    """Zeros that a convolution puts on both ends of a sequence. Its result is as long as ever."""
+
+    def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
+        def call(
+            input: Tensor,
+            weight: Tensor,
+            bias: Any = None,
+            stride: Any = 1,
+            padding: Any = 0,
+            dilation: Any = 1,
+            groups: int = 1,
+        ) -> Memory | None:
+            count, axis = input.dim() - 2, time - 2
+            strides, dilations = _each(stride, count), _each(dilation, count)
+            if axis < 0 or isinstance(padding, str) or strides[axis] != 1:
+                return None
+            pads = _each(padding, count)
+            frames, pads[axis] = pads[axis], 0
+            if frames < 1:
+                return None
+            after = [0, 0] * (count - 1 - axis) + [0, frames]
+
+            def finish(joined: Tensor) -> Tensor:
+                return function(functional.pad(joined, after), weight, bias, strides, pads, dilations, groups)
+
+            return Memory(input, frames, 0.0, finish)
+
+        return call(*args, **kwargs)
+
+    return rule
+
+
+def _each(value: Any, count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
+
+
+def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
+    """A running sum: it is taken up where it was, so that it adds in the same order however the sequence is cut."""
+
+    def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
+        if dim % input.dim() != time:
+            return None
+
+        def finish(joined: Tensor) -> Tensor:
+            return torch.cumsum(joined, dim, **options).narrow(time, 1, joined.shape[time] - 1)
+
+        return Memory(input, 1, 0.0, finish, of_result=True)
+
+    return call(*args, **kwargs)
+
+
+_RULES: dict[Any, Rule] = {
+    functional.pad: _pad,
+    torch.conv1d: _convolution(torch.conv1d),
+    torch.conv2d: _convolution(torch.conv2d),
+    torch.cumsum: _sum,
+    Tensor.cumsum: _sum,
+}
