@@ -12,7 +12,8 @@ from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import Any
 
-_PRELOAD = ["torch", "onnxscript", "onnxruntime", "onnx", "torch.onnx", "torch.export", "export", "conformance.warm"]
+#: What the jobs of this package import.
+PRELOAD = ["torch", "onnxscript", "onnxruntime", "onnx", "torch.onnx", "torch.export", "export", "conformance.warm"]
 
 Job = Any
 
@@ -33,14 +34,21 @@ class _Child:
 
 
 def run(
-    work: Callable[[Job], Any], jobs: Sequence[Job], *, children: int = 2, each: int = 1, seconds: float = 120
+    work: Callable[[Job], Any],
+    jobs: Sequence[Job],
+    *,
+    children: int = 2,
+    each: int = 1,
+    seconds: float = 120,
+    preload: Sequence[str] = PRELOAD,
 ) -> Iterator[tuple[Job, Any]]:
     """Every job with what `work` returned or Died, in the order in which they end.
 
-    each: jobs that one child does, one after the other. seconds: for one job. `work` and the jobs are pickled.
+    each: jobs that one child does, one after the other. seconds: for one job. preload: modules to be imported once.
+    `work` and the jobs are pickled.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(list(preload))
     waiting = [list(jobs[start : start + each]) for start in range(0, len(jobs), each)]
     running: list[_Child] = []
     try:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import get_args
 
 from bundle import Precision
+from export import programs
 from export.errors import ExportError
 from export.exporter import export
-from export.load import InputSpec, from_checkpoint, from_factory
+from export.load import InputSpec, examples, from_checkpoint, from_factory
 
 _USAGE = """unroll export CHECKPOINT --repository DIR [--name NAME]
+       unroll export SCRIPT.pt --input NAME:DTYPE:SHAPE ... --repository DIR [--name NAME]
        unroll export MODULE:FACTORY [--weights FILE] --input NAME:DTYPE:SHAPE ... --name NAME --repository DIR"""
 
 
@@ -23,12 +25,14 @@ def main(argv: list[str]) -> int:
     try:
         if ":" in options.model:
             module, example = from_factory(options.model, options.weights, options.input, options.static)
+        elif Path(options.model).suffix in programs.SUFFIXES:
+            module, example = programs.load(Path(options.model)), examples(options.input, options.static)
         else:
             module, example = from_checkpoint(options.model, options.weights, options.input + options.static)
         report = export(
             module,
             example,
-            name=options.name or Path(options.model).name.removesuffix(".safetensors"),
+            name=options.name or Path(options.model).name.partition(".")[0],
             version=options.version,
             repository=options.repository,
             replace=options.replace,
@@ -48,7 +52,9 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unroll export", usage=_USAGE, description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="stem of NAME.safetensors + NAME.json, or MODULE:FACTORY")
+    parser.add_argument(
+        "model", metavar="MODEL", help="stem of NAME.safetensors + NAME.json, a TorchScript file, or MODULE:FACTORY"
+    )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or what torch.save wrote")
     parser.add_argument(
         "--input",

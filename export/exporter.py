@@ -13,13 +13,14 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import bundle
 from bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from bundle.files import check_name
 from bundle.golden import run_chunked
-from export import onnx_graph, parity, probes, refusals
+from export import onnx_graph, parity, probes, programs, refusals
 from export.double import converted, double_precision
 from export.errors import ExportError
 from export.inputs import check_arguments
@@ -34,7 +35,7 @@ Progress = Callable[[str], None]
 
 
 def export(
-    module: nn.Module,
+    module: nn.Module | ExportedProgram,
     example_inputs: dict[str, Any],
     *,
     name: str,
@@ -62,6 +63,7 @@ def export(
     repository = Path(repository)
     _check_target(repository, name, version, replace)
     progress("reading the model")
+    module = programs.as_module(module, example_inputs)
     refusals.check_modules(module)
     model = _copy(module)
     example = {key: _detached(value) for key, value in example_inputs.items() if value is not None}

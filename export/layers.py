@@ -54,7 +54,7 @@ def lift_layers(model: nn.Module, tape: Tape) -> None:
             bases = (lifted,) if type(module) in _LIFTED else (type(module), lifted)
             module.__class__ = type(type(module).__name__, bases, {})
             module.unroll_tape = tape
-            module.unroll_path = path or type(module).__name__
+            module.unroll_path = path.removesuffix("unroll_layer").removesuffix(".") or type(module).__name__
 
 
 def take_weights(model: nn.Module, source: nn.Module) -> None:

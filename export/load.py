@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -67,12 +68,17 @@ def from_checkpoint(stem: str, weights: Path | None, inputs: list[InputSpec]) ->
     return model, {"x": InputSpec("x", torch.float32, (model.config.input_size or 1,)).example()}
 
 
-def from_factory(
-    target: str, weights: Path | None, inputs: list[InputSpec], static: list[InputSpec]
-) -> tuple[nn.Module, Example]:
-    """Import `MODULE:FACTORY`, also from the current directory, call it, and load `weights` into what it returns."""
+def examples(inputs: Sequence[InputSpec], static: Sequence[InputSpec]) -> Example:
     if not inputs:
         raise ExportError("input", "say what forward takes with --input NAME:DTYPE:SHAPE")
+    return {spec.name: spec.example() for spec in inputs} | {spec.name: spec.example()[:, 0] for spec in static}
+
+
+def from_factory(
+    target: str, weights: Path | None, inputs: list[InputSpec], static: Sequence[InputSpec] = ()
+) -> tuple[nn.Module, Example]:
+    """Import `MODULE:FACTORY`, also from the current directory, call it, and load `weights` into what it returns."""
+    example = examples(inputs, static)
     path, _, name = target.partition(":")
     sys.path.insert(0, "")
     try:
@@ -86,7 +92,7 @@ def from_factory(
         raise ExportError("checkpoint", f"{target} gives a {type(module).__name__}, not a torch.nn.Module")
     if weights:
         _load_weights(module, weights)
-    return module, {spec.name: spec.example() for spec in inputs} | {spec.name: spec.example()[:, 0] for spec in static}
+    return module, example
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

@@ -5,7 +5,7 @@ over the sequence, is the module is found by comparing numbers; forwards or back
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from export.errors import ExportError, first_line
 from export.lift import Call, Part, Tape
+from export.recognise import Recipe, recognised
 from export.scan import Axes, Scan
 from export.step import Step, find_steps, traced
 
@@ -119,6 +120,9 @@ def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long
     module.__class__ = type(type(module).__name__, (type(module),), {"forward": _forward})
     module.unroll_loop = Loop(name, base.structure, base.gave, base.results)  # type: ignore[assignment]
     module.unroll_scan, module.unroll_tape = scan, tape  # type: ignore[assignment]
+    recipe = recognised(scan)
+    module.unroll_layer = recipe.layer(scan.body) if recipe else None  # type: ignore[assignment]
+    module.unroll_recipe = recipe  # type: ignore[assignment]
 
 
 def _axes(name: str, base: list[Any], wide: list[Any], long: list[Any]) -> list[Axes]:
@@ -200,7 +204,9 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if structure != loop.structure:
         raise _refusal(loop.path, "it is called in different ways")
     given = _tensors(leaves)
-    if not scan.states:
+    if module.unroll_layer is not None:
+        results = _by_layer(module, scan, given)
+    elif not scan.states:
         results, _ = scan(given, [], tape.lens)
     else:
         index, start = tape.begin(loop.path, scan.initial(given) if tape.given is None else [])
@@ -215,6 +221,32 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     left = iter(results)
     gave = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in loop.gave]
     return pytree.tree_unflatten(gave, loop.results)
+
+
+def _by_layer(module: nn.Module, scan: Scan, given: list[Tensor]) -> list[Tensor]:
+    """What the scan would give, from the layer that its step is."""
+    recipe: Recipe = module.unroll_recipe  # type: ignore[assignment]
+    tape: Tape = module.unroll_tape  # type: ignore[assignment]
+    x, axes = next((t, axes) for t, axes in zip(given, scan.inputs, strict=True) if axes.time is not None)
+    states = [state.unsqueeze(0).contiguous() for state in scan.initial(given)]
+    in_order = tuple(states[::-1] if recipe.swapped else states)
+    y, after = module.unroll_layer(  # type: ignore[operator]
+        x.movedim((axes.batch or 0, axes.time or 0), (0, 1)), in_order if len(states) == 2 else in_order[0]
+    )
+    reached = [state.squeeze(0) for state in (after if isinstance(after, tuple) else (after,))]
+    reached = reached[::-1] if recipe.swapped else reached
+    tape.calls[-1] = replace(tape.calls[-1], returned=tuple(reached))
+    return [
+        reached[final] if final is not None else y.movedim((0, 1), (axes.batch or 0, axes.time or 0))
+        for axes, final in zip(scan.outputs, scan.finals, strict=True)
+    ]
+
+
+def refill(model: nn.Module) -> None:
+    """Give recognised layers the weights of the steps that they stand for, in the precision of both."""
+    for module in model.modules():
+        if isinstance(layer := getattr(module, "unroll_layer", None), nn.RNNBase):
+            module.unroll_recipe.fill(layer, module.unroll_scan.body)  # type: ignore[operator, union-attr]
 
 
 def _refusal(name: str, why: str) -> ExportError:

@@ -17,7 +17,7 @@ from export.errors import ExportError
 from export.inputs import check_inputs, check_static, length_arguments, resized, state_arguments
 from export.layers import lift_layers, take_weights
 from export.lift import Call, Layout, Tape, call_count
-from export.loops import lift_loops
+from export.loops import lift_loops, refill
 from export.outputs import final_states, plan
 from export.past import Place, Watch, places
 from export.samples import Samples, as_tensors
@@ -82,6 +82,7 @@ def in_double(streaming: StreamingModule, exact: nn.Module, samples: Samples) ->
         own = dict(named(double.model))
         for name, tensor in named(exact):
             own[name].copy_(tensor)
+    refill(double.model)
     constants = {
         key: replace(constant, tensors=tuple(tensor.double() for tensor in constant.tensors))
         for key, constant in streaming.arguments.constants.items()

@@ -20,8 +20,6 @@ def check_modules(model: nn.Module) -> None:
     """Raises ExportError for a module or parameter that cannot be exported faithfully, naming it."""
     for path, module in model.named_modules():
         where = f"layer {path or type(module).__name__!r}"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ExportError("scripted", f"{where} is scripted; export the nn.Module it was made from")
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.quantizable")):
             raise ExportError("quantized", f"{where} is quantized; export the float model")
     for name, parameter in model.named_parameters():

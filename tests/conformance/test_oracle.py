@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,17 @@ GOOD = Tree("floats", 3, (GRU, Dense(4, 3)), "steps")
 def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`write(tree, **claims)`: the path of its bundle, with another manifest."""
 
-    def one(tree: Tree, **claims: object) -> Path:
-        folder = tmp_path_factory.mktemp("bundles")
+    @cache
+    def exported(tree: Tree) -> bundle.Bundle:
         example = {name: torch.from_numpy(a) for name, a in modules.draw(tree, 2, 7, np.random.default_rng(0)).items()}
-        report = export(modules.build(tree), example, name="m", repository=folder)
-        found = bundle.read(report.path)
+        report = export(modules.build(tree), example, name="m", repository=tmp_path_factory.mktemp("exported"))
+        return bundle.read(report.path)
+
+    def one(tree: Tree, **claims: object) -> Path:
+        found = exported(tree)
         manifest = replace(found.manifest, **claims)
-        return bundle.write(folder / "lies", manifest, found.model_path.read_bytes(), found.golden)
+        folder = tmp_path_factory.mktemp("claims")
+        return bundle.write(folder, manifest, found.model_path.read_bytes(), found.golden)
 
     return one
 

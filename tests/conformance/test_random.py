@@ -1,8 +1,6 @@
 """Random models: a few of those that `make fuzz-export` tries, and the tools it tries them with."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -50,23 +48,6 @@ def test_draws_are_the_same_each_time_and_all_different() -> None:
     assert some == list(draw(40))
     assert len(set(some)) == 40
     assert list(draw(50))[:40] == some
-
-
-def _work(job: str) -> str:
-    if job == "dies":
-        os.abort()
-    if job == "hangs":
-        signal.pause()
-    return job.upper()
-
-
-@pytest.mark.timeout(120)
-def test_a_job_that_dies_or_hangs_costs_no_other_one(capfd: pytest.CaptureFixture[str]) -> None:
-    jobs = ["one", "dies", "two", "hangs", "three"]
-    found = dict(children.run(_work, jobs, children=2, each=3, seconds=8))
-    assert {job: found[job] for job in ("one", "two", "three")} == {"one": "ONE", "two": "TWO", "three": "THREE"}
-    assert found["dies"] == Died(f"crashed ({-signal.SIGABRT})")
-    assert found["hangs"] == Died("timed out")
 
 
 def test_a_run_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -552,10 +552,10 @@ SHAPES = [
         refused="no_recurrent_layer",
     ),
     Shape(
-        "float64", lambda: half(made(per_step, rnn=gru(), head=head()), torch.float64), refused="dtype", says="float64"
-    ),
-    Shape(
-        "float16", lambda: half(made(per_step, rnn=gru(), head=head()), torch.float16), refused="dtype", says="float16"
+        "parameters of two dtypes",
+        lambda: made(per_step, rnn=gru(), head=head().half()),
+        refused="dtype",
+        says="2 dtypes",
     ),
     Shape(
         "float64 input",
@@ -564,7 +564,7 @@ SHAPES = [
         refused="dtype",
         says="'x'",
     ),
-    Shape("scripted", scripted, refused="scripted", says="'rnn'"),
+    Shape("scripted, and no class of its own to run", scripted, refused="scripted", says="nn.Module"),
     Shape("kept from training", trained, refused="not_copyable"),
     Shape("quantized", quantized, refused="quantized", says="'rnn'"),
     Shape(

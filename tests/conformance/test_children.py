@@ -1,0 +1,16 @@
+"""A job that dies or hangs is said to have, and costs no other one."""
+
+import signal
+
+from jobs import work
+
+from conformance import children
+from conformance.children import Died
+
+
+def test_a_job_that_dies_or_hangs_costs_no_other_one() -> None:
+    jobs = ["one", "dies", "two", "hangs", "three"]
+    found = dict(children.run(work, jobs, children=2, each=3, seconds=6, preload=[]))
+    assert {job: found[job] for job in ("one", "two", "three")} == {"one": "ONE", "two": "TWO", "three": "THREE"}
+    assert found["dies"] == Died(f"crashed ({-signal.SIGABRT})")
+    assert found["hangs"] == Died("timed out")
