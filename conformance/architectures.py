@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ ARCHITECTURES = [
 
 @dataclass(frozen=True)
 class Measured:
-    """error: the oracle's. stages: seconds by what export said it was doing. step: seconds of a step of one client."""
+    """error: the oracle's. stages: CPU seconds by what export said it was doing. step: of one step of one client."""
 
     architecture: Architecture
     parameters: int
@@ -122,24 +122,24 @@ def measure(architecture: Architecture) -> Measured:
 
 
 class _Stages:
-    """Seconds between the lines that export tells of its progress."""
+    """CPU seconds between the lines that export tells of its progress."""
 
     def __init__(self) -> None:
         self._times: list[tuple[str, float]] = []
 
     def __call__(self, stage: str) -> None:
-        self._times.append((stage, perf_counter()))
+        self._times.append((stage, process_time()))
 
     def stop(self) -> dict[str, float]:
-        ends = [time for _, time in self._times[1:]] + [perf_counter()]
+        ends = [time for _, time in self._times[1:]] + [process_time()]
         return {stage: end - start for (stage, start), end in zip(self._times, ends, strict=True)}
 
 
 def fastest(call: Callable[[], object], turns: int = 20, calls: int = 10) -> float:
     times = []
     for _ in range(turns):
-        start = perf_counter()
+        start = process_time()
         for _ in range(calls):
             call()
-        times.append((perf_counter() - start) / calls)
+        times.append((process_time() - start) / calls)
     return float(np.min(times))

@@ -73,7 +73,7 @@ def kinds(rows: Sequence[Row], command: str) -> list[str]:
 
 def models(found: Sequence[Measured], command: str) -> list[str]:
     head = ["", "", "parameters", "streams", "largest error", "chunks bit-equal", "state, bytes", "model, bytes"]
-    head += ["a step, µs", "export, s", "of which tracing"]
+    head += ["a step, µs of CPU", "export, s of CPU", "of which tracing"]
     rows = [
         [
             each.architecture.name,
@@ -95,7 +95,7 @@ def models(found: Sequence[Measured], command: str) -> list[str]:
 
 def precision(found: Sequence[Cost], command: str) -> list[str]:
     head = ["", "precision", "largest error of an output", "stated bound", "of the state", "model, bytes"]
-    head += ["1 row, µs", "32 rows, µs", "what is computed in integers", "what is not"]
+    head += ["1 row, µs of CPU", "32 rows, µs of CPU", "what is computed in integers", "what is not"]
     rows = [
         [
             each.model,

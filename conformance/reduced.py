@@ -25,7 +25,7 @@ _INTEGER_MARKS = ("Quantize", "Integer")
 
 @dataclass(frozen=True)
 class Cost:
-    """error, bound: of the outputs, absolute against float64; state: error of state_out. one, many: seconds a call."""
+    """error, bound: of the outputs, absolute against float64; state: of state_out. one, many: CPU seconds of a call."""
 
     model: str
     precision: str

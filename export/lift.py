@@ -16,6 +16,8 @@ from export.errors import ExportError
 
 Key = tuple[str, int]
 
+_HALF = 2**23
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -116,3 +118,23 @@ def call_count(path: str) -> ExportError:
         f"layer {path!r} is called a number of times that depends on the sequence's length; call it once on the "
         "whole sequence instead of looping over time steps",
     )
+
+
+def to_row(values: Tensor) -> Tensor:
+    """(batch, size) of any dtype as floats of the row; a count is in two of them, since float32 ends at 2**24."""
+    if values.is_floating_point():
+        return values
+    if values.dtype != torch.bool:
+        low = torch.remainder(values, _HALF)
+        values = torch.cat([torch.div(values - low, _HALF, rounding_mode="trunc"), low], 1)
+    return values.to(torch.get_default_dtype())
+
+
+def from_row(row: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `to_row` was given. A float is of the precision that the row has."""
+    if dtype.is_floating_point:
+        return row
+    if dtype == torch.bool:
+        return row > 0.5
+    high, low = row.long().chunk(2, 1)
+    return (high * _HALF + low).to(dtype)

@@ -64,7 +64,7 @@ def lift_model(
     given = check_static(
         {name: example[name] for name in example if name in static}, len(next(iter(inputs.values()))), unbatched
     )
-    samples = Samples(_arrays(inputs), _arrays(given))
+    samples = Samples(_arrays(inputs), static=_arrays(given))
     arguments = Arguments(
         list(example), list(inputs), constants, given, lengths, frozenset(packings), batch_first, unbatched
     )

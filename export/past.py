@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from export.lift import Call, Part, Tape
+from export.lift import Call, Part, Tape, from_row, to_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +114,13 @@ class Keep(TorchFunctionMode):
         major = x.movedim((place.batch, place.time), (0, 1))
         batch, time, *rest = major.shape
         passed = x.new_full((batch, memory.frames, *rest), memory.fill).flatten(1)
-        index, (start,) = self._tape.begin(path, [_as_row(passed)])
-        past = start.reshape(batch, memory.frames, *rest).to(x.dtype)
+        index, (start,) = self._tape.begin(path, [to_row(passed)])
+        past = from_row(start, x.dtype).reshape(batch, memory.frames, *rest)
         joined = torch.cat([past, major], 1).movedim((0, 1), (place.batch, place.time))
         result = memory.finish(joined)
         kept = (result if memory.of_result else joined).movedim((place.batch, place.time), (0, 1))
         final = _last(kept, memory.frames, time, self._tape.lens)
-        self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [_as_row(passed)], [_as_row(final)]))
+        self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [to_row(passed)], [to_row(final)]))
         return result
 
 
@@ -132,10 +132,6 @@ def _last(kept: Tensor, frames: int, time: Any, lens: Tensor | None) -> Tensor:
     steps = (lens.long() + more - frames).unsqueeze(1) + torch.arange(frames)
     flat = kept.flatten(2) if kept.dim() > 2 else kept.unsqueeze(2)
     return flat.gather(1, steps.unsqueeze(2).expand(-1, -1, flat.shape[2])).flatten(1)
-
-
-def _as_row(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
 def _input(args: Any, kwargs: Any) -> Tensor:
@@ -199,6 +195,7 @@ def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
     def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
         if dim % input.dim() != time:
             return None
+        input = input if input.is_floating_point() else input.long()
 
         def finish(joined: Tensor) -> Tensor:
             return torch.cumsum(joined, dim, **options).narrow(time, 1, joined.shape[time] - 1)

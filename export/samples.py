@@ -17,10 +17,10 @@ class Samples:
     """
 
     example: Arrays
-    static: Arrays = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     #: State rows that sequences end in, (rows, state_size): not any numbers may stand where a sum or a count does.
     reached: np.ndarray | None = None
+    static: Arrays = field(default_factory=dict)
 
     def draw(self, batch: int, time: int, seed: int) -> Arrays:
         """Inputs (batch, time, ...): the example's own time steps in random order, jittered if they are floats."""

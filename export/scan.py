@@ -3,7 +3,6 @@
 Rows of different length: a row that has ended keeps its state, and its last results.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as higher_order_scan
 
+from export.lift import from_row, to_row
 from export.step import Step
 
 
@@ -40,13 +40,11 @@ class Axes:
     def flat(self, tensor: Tensor) -> Tensor:
         """(batch, size) floats, as the state row has them."""
         rows = tensor.movedim(self.batch or 0, 0)
-        rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
-        return rows if rows.is_floating_point() else rows.to(torch.get_default_dtype())
+        return to_row(rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1))
 
     def unflat(self, rows: Tensor) -> Tensor:
         rest = [size for axis, size in enumerate(self.shape) if axis != self.batch]
-        tensor = rows.reshape(rows.shape[0], *rest).movedim(0, self.batch or 0)
-        return tensor if self.dtype.is_floating_point else tensor.round().to(self.dtype)
+        return from_row(rows, self.dtype).reshape(rows.shape[0], *rest).movedim(0, self.batch or 0)
 
 
 class Scan(nn.Module):
@@ -77,7 +75,7 @@ class Scan(nn.Module):
         lasts = [
             axes for axes, final in zip(self.outputs, self.finals, strict=True) if axes.time is None and final is None
         ]
-        zeros = [torch.zeros(batch, math.prod(axes.with_batch(1))) for axes in lasts]
+        zeros = [axes.flat(torch.zeros(axes.with_batch(batch), dtype=axes.dtype)) for axes in lasts]
         carried = [*self.states, *lasts]
         sequences = [t.movedim(a.time, 0) for t, a in zip(tensors, self.inputs, strict=True) if a.time is not None]
         steps = torch.arange(time, dtype=torch.int32).unsqueeze(1)

@@ -431,7 +431,11 @@ SHAPES = [
         lambda: gru(layers=2),
         lambda: {"input": pack_padded_sequence(torch.randn(2, 7, 4), torch.tensor([7, 4]), batch_first=True)},
     ),
-    Shape("one sequence without a batch", lambda: nn.LSTM(4, 6, 2), lambda: {"input": torch.randn(7, 4)}),
+    Shape(
+        "one sequence without a batch",
+        lambda: made(per_step, rnn=nn.LSTM(4, 6, 2), head=head()),
+        lambda: {"x": torch.randn(7, 4)},
+    ),
     Shape("loop over a layer", lambda: made(loop, rnn=gru())),
     Shape("loop over cells", lambda: made(cells, first=nn.LSTMCell(4, 6), second=nn.GRUCell(6, 5), head=head(5))),
     Shape(

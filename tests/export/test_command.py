@@ -32,8 +32,8 @@ def both_ways():
 def broken():
     raise RuntimeError("no such file")
 
-def halved():
-    return nn.LSTM(4, 6, batch_first=True, dtype=torch.float16)
+def imaginary():
+    return nn.Linear(4, 6, dtype=torch.complex64)
 
 nothing = dict
 """
@@ -119,7 +119,7 @@ TOKEN = ("--input", "token:int64:")
         (("usermodel:broken", *TOKEN, "--name", "n"), 1, "no such file"),
         (("usermodel:nothing", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("nowhere:Net", *TOKEN, "--name", "n"), 1, "checkpoint: "),
-        (("usermodel:halved", "--input", "input:float32:4", "--name", "n"), 1, "dtype: "),
+        (("usermodel:imaginary", "--input", "input:float32:4", "--name", "n"), 1, "dtype: "),
         (("missing",), 1, "checkpoint: "),
         (("missing", *TOKEN), 1, "checkpoint: "),
         (("--nonsense",), 2, "usage"),

@@ -1,0 +1,140 @@
+"""What the exporter makes of a model: which nodes, which inputs; and where the model may come from."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import unroll
+from bundle import Manifest
+from export import ExportError, export
+
+
+class Handwritten(nn.Module):
+    """An LSTM with gates in an order of its own, one matrix, and c before h; `limit` makes it another function."""
+
+    def __init__(self, limit: float | None = None) -> None:
+        super().__init__()
+        self.joint = nn.Linear(10, 24)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = h = x.new_zeros(x.shape[0], 6)
+        outs = []
+        for t in range(x.shape[1]):
+            o, i, g, f = self.joint(torch.cat([h, x[:, t]], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            if self.limit is not None:
+                c = c.clamp(-self.limit, self.limit)
+            h = o.sigmoid() * c.tanh()
+            outs.append(h)
+        return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize(("limit", "node", "kinds"), [(None, "LSTM", ["h", "c"]), (50.0, "Scan", ["carry", "carry"])])
+def test_a_cell_is_recognised_by_its_numbers(tmp_path: Path, limit, node: str, kinds: list[str]) -> None:
+    report = export(Handwritten(limit), {"x": torch.randn(2, 6, 4)}, name="m", repository=tmp_path)
+    nodes = Counter(each.op_type for each in onnx.load(report.path / "model.onnx").graph.node)
+    assert (nodes["LSTM"], nodes["Scan"]) == (node == "LSTM", node == "Scan")
+    assert sorted(slot.kind for slot in report.manifest.state) == sorted(kinds)
+    assert report.manifest.streamable
+    assert report.manifest.bit_exact
+
+
+class Forecast(nn.Module):
+    """Of a series and of what is known beforehand: which item it is, and where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.Embedding(13, 3)
+        self.rnn = nn.GRU(9, 6, batch_first=True)
+
+    def forward(self, item: Tensor, x: Tensor, where: Tensor) -> Tensor:
+        known = torch.cat([self.items(item), where], 1)[:, None].expand(-1, x.shape[1], -1)
+        return self.rnn(torch.cat([x, known], 2))[0]
+
+
+def test_static_inputs_are_kept_in_the_row(tmp_path: Path) -> None:
+    module = Forecast()
+    example = {"item": torch.tensor([3, 4]), "x": torch.randn(2, 7, 4), "where": torch.randn(2, 2)}
+    report = export(module, example, static=["item", "where"], name="m", repository=tmp_path)
+    manifest = report.manifest
+    assert [spec.name for spec in manifest.inputs] == ["x"]
+    assert {spec.name: (spec.dtype, spec.shape, spec.limit) for spec in manifest.static} == {
+        "item": ("int64", (), 13),
+        "where": ("float32", (2,), None),
+    }
+    assert manifest.streamable
+    assert manifest.bit_exact
+    assert "static" in str(report)
+
+    x, where = np.random.default_rng(0).standard_normal((1, 5, 4), np.float32), np.array([0.5, -2], np.float32)
+    row = manifest.initial_row({"item": np.array(12), "where": where})[None]
+    session = onnxruntime.InferenceSession(report.path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = []
+    for t in range(5):
+        feeds = {"x": x[:, t : t + 1], "state": row, "sequence_lens": np.ones(1, np.int32)}
+        y, row = session.run(["y", "state_out"], feeds)
+        found.append(y)
+    with torch.no_grad():
+        expected = module(torch.tensor([12]), torch.from_numpy(x), torch.from_numpy(where)[None])
+    assert np.allclose(np.concatenate(found, 1), expected.numpy(), atol=1e-6)
+
+    _refuses_a_wrong_beginning(manifest)
+
+
+def _refuses_a_wrong_beginning(manifest: Manifest) -> None:
+    item, where = np.array(1), np.zeros(2)
+    for wrong, words in (
+        ({}, "begins with"),
+        ({"item": item}, "begins with"),
+        ({"item": item, "where": np.zeros(3)}, "is \\(3,\\), not \\(2,\\)"),
+        ({"item": np.array(13), "where": where}, "below 13"),
+        ({"item": np.array(-1), "where": where}, "at least 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            manifest.initial_row(wrong)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, 6, 2, batch_first=True)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.jit.script(Net().eval()).save(str(tmp_path / "net.pt"))
+    arguments = ["export", str(tmp_path / "net.pt"), "--input", "x:float32:4", "--repository", str(tmp_path / "r")]
+    assert unroll.main(arguments) == 0
+    nodes = Counter(node.op_type for node in onnx.load(tmp_path / "r/net/1/model.onnx").graph.node)
+    assert nodes["LSTM"] == 2
+
+
+def test_a_program_of_torch_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, both = torch.randn(2, 7, 4), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = torch.export.export(Net().eval(), (x,), dynamic_shapes=(both,))
+    assert export(program, {"x": x}, name="m", repository=tmp_path).manifest.streamable
+
+    with pytest.raises(ExportError, match="dynamic_shapes"):
+        export(torch.export.export(Net().eval(), (x,)), {"x": x}, name="n", repository=tmp_path)
+
+    arguments = ["export", "net.pt2", "--input", "x:float32:4", "--repository", str(tmp_path)]
+    assert unroll.main(arguments) == 1
+    assert "can run code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_models_of_other_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    report = export(Net().to(dtype), {"x": torch.randn(2, 7, 4, dtype=dtype)}, name="m", repository=tmp_path)
+    assert report.manifest.inputs[0].dtype == "float32"
+    assert any("computes in float32" in note for note in report.notes)
