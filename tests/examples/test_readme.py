@@ -72,8 +72,8 @@ def test_a_model_of_ones_own_is_exported_and_served(tmp_path: Path, serve: Calla
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_exists(page: str):
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^)make (\w+)", (ROOT / page).read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([\w-]+)", (ROOT / page).read_text(), re.MULTILINE))
     assert named
     assert named <= targets
 
