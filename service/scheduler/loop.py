@@ -187,13 +187,13 @@ class Loop:
             cancel()
             raise
 
-    async def act(self, session_id: str, run: Callable[[Session], T]) -> T:
-        """Run `run(session)` between batches, in the session's turn; its exception is raised here."""
+    def act(self, session_id: str, run: Callable[[Session], T]) -> "asyncio.Future[T]":
+        """Run `run(session)` between batches, in the session's turn; until then it keeps its row."""
         action = self.scheduler.submit_action(session_id, run, self.clock.now())
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         action.listeners.append(partial(_resolve, future))
         self._work.set()
-        return await future
+        return future
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 
