@@ -162,7 +162,8 @@ class Client:
         raise Refused(self.track.complaints[-1])
 
     def _note(self, reply: Reply) -> None:
-        self.track.refused(self.track.position, reply.code or f"status {reply.status}", reply.expected)
+        way = "a stream" if reply.status == 0 else f"status {reply.status}"
+        self.track.refused(self.track.position, reply.code or way, reply.expected, f"{way}, {dict(reply.document)}")
 
     async def _until_answered(self, send: Callable[[str, int], Awaitable[Reply]], ways: Sequence[str]) -> Reply:
         """The first answer that is final. Raises TimeoutError if there is none."""

@@ -48,12 +48,12 @@ class Track:
             self.sent = None
         self.answers.append((start, len(x), outputs, position))
 
-    def refused(self, start: int, code: str, expected: int | None) -> None:
-        """A chunk that began at `start`, the position of the session, and was not taken."""
+    def refused(self, start: int, code: str, expected: int | None, said: str = "") -> None:
+        """A chunk that began at `start`, the position of the session, and was not taken. said: all of the answer."""
         ahead = 0 if expected is None else expected - start
         most = 0 if self.sent is None else len(self.sent)
         kind = "lost" if ahead < 0 or code.startswith("session_") else "double" if ahead > most else "wrong"
-        self.complaints.append((kind, f"a chunk at {start} was refused: {code}, expected {expected}"))
+        self.complaints.append((kind, f"a chunk at {start} was refused: {code}, expected {expected}; {said}"))
 
     @property
     def inputs(self) -> np.ndarray:

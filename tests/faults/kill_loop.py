@@ -26,8 +26,8 @@ from redis_server import RedisServer, missing
 
 #: Seconds a replica lives on average once it is ready, and a client waits before its next step.
 _LIFE, _PAUSE = 0.6, 0.3
-#: Sessions lose their rows all the time, chunks run in pieces, and those of 200 clients do not fit into a batch.
-_HARD = ("--session-capacity", "100", "--piece-steps", "2", "--max-batch", "32")
+#: Chunks run in pieces, and those of 200 clients do not fit into a batch.
+_HARD = ("--piece-steps", "2", "--max-batch", "32")
 
 
 @dataclass
@@ -48,16 +48,22 @@ async def run(
     kills: int,
     seconds: float,
     sessions: int = 200,
+    capacity: int = 100,
     replicas: int = 3,
     durability: str = "redis",
     fsync: str = "everysec",
 ) -> Result:
-    """Until there were `kills`, at most for `seconds`; without kills, for `seconds`. fsync: Redis's appendfsync."""
+    """Until there were `kills`, at most for `seconds`; without kills, for `seconds`. fsync: Redis's appendfsync.
+
+    capacity: sessions that a replica has rows for; fewer than there are, so that they lose them all the time.
+    """
     repository = tiny_repository(folder)
     store = RedisServer(folder / "redis", fsync)
     store.start()
-    options = ("--store", store.url) if durability == "redis" else ()
-    cluster = [Replica(f"replica-{i}", repository, folder, *_HARD, *options) for i in range(replicas)]
+    options = (*_HARD, "--session-capacity", str(capacity))
+    if durability == "redis":
+        options += ("--store", store.url)
+    cluster = [Replica(f"replica-{i}", repository, folder, *options) for i in range(replicas)]
     killer = _Killer(kills, max(1, replicas - 1), random.Random(seed), monotonic() + seconds)
     try:
         await asyncio.gather(*(replica.start() for replica in cluster))
@@ -106,6 +112,7 @@ async def _watched(arguments: argparse.Namespace, folder: Path) -> Result:
         kills=arguments.kills,
         seconds=arguments.seconds,
         sessions=arguments.sessions,
+        capacity=arguments.capacity,
         replicas=arguments.replicas,
         durability=arguments.durability,
         fsync=arguments.fsync,
@@ -118,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1200.0, help="at most")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--sessions", type=int, default=200)
+    parser.add_argument("--capacity", type=int, default=100, help="sessions that a replica has rows for")
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--durability", choices=["redis", "memory"], default="redis")
     parser.add_argument("--fsync", choices=["always", "everysec", "no"], default="everysec")
