@@ -5,9 +5,9 @@ from typing import Literal
 Code = Literal[
     "batch_time",  # an input's first two dimensions are not the batch and the time of the others
     "bundle",  # the bundle cannot be written: bad name or version, or it exists
-    "calls_depend_on_time",  # a recurrent layer is called more often the longer the sequence is
+    "calls_depend_on_time",  # a loop over time whose step could not be made out
     "checkpoint",  # a model or its weights cannot be loaded
-    "dtype",  # only float32 parameters; float32, int64, int32 and bool tensors
+    "dtype",  # parameters of one float type; float32, int64, int32 and bool tensors
     "forward_failed",  # forward itself fails on the example, or on another batch size or length
     "initial_state",  # the state a sequence starts from depends on the input, the row, or chance
     "input",  # the example inputs do not fit forward
@@ -20,12 +20,10 @@ Code = Literal[
     "not_exportable",  # torch.export cannot follow forward
     "not_finite",  # NaN or infinity among the outputs
     "output",  # an output has no batch axis, or a time axis of another length
-    "packed_sequence",
+    "packed_sequence",  # packed with lengths that are neither an argument nor all of the input's
     "parity",  # onnxruntime differs from PyTorch
     "precision",  # the model cannot be reduced to this precision
-    "projection",  # LSTM with proj_size
     "quantized",
-    "recurrent_cell",  # nn.LSTMCell, nn.GRUCell, nn.RNNCell
     "rows_mixed",  # the answer for one sequence depends on its neighbours in the batch
     "scripted",
     "too_large",

@@ -79,6 +79,7 @@ class Keep(TorchFunctionMode):
 
     def __init__(self, tape: Tape, model: nn.Module, places: list[Place | None]) -> None:
         self._tape, self._places = tape, iter(places)
+        self._root = type(model).__name__
         self._paths = {module: path or type(module).__name__ for path, module in model.named_modules()}
         self._stack: list[str] = []
 
@@ -110,7 +111,7 @@ class Keep(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _run(self, memory: Memory, place: Place) -> Tensor:
-        x, path = memory.x, next(path for path in reversed(self._stack) if path)
+        x, path = memory.x, next((path for path in reversed(self._stack) if path), self._root)
         major = x.movedim((place.batch, place.time), (0, 1))
         batch, time, *rest = major.shape
         passed = x.new_full((batch, memory.frames, *rest), memory.fill).flatten(1)

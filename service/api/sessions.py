@@ -2,6 +2,8 @@
 
 import re
 import secrets
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from service.core.errors import DurabilityUnavailable, InvalidRequest, InvalidSh
 from service.scheduler.work import Session
 from service.state.slots import INITIAL
 from service.state.snapshot import Snapshot
+
+T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9._~:-]{1,128}")
 
@@ -59,11 +63,12 @@ async def open_session(
     start = start_of(served, state, snapshot, static)
     position = start.position if start else 0
     keeper = keeper_for(server, durability)
-    await look_up(server, name, session_id)
-    session_id = new_id(server, name, session_id)
     if keeper is not None:
-        return served, await keeper.create(served, session_id, position, _row_of(start))
-    return served, begin(served, session_id, start)
+        wanted = await _looked_up(server, name, session_id, lambda: new_id(server, name, session_id))
+        return served, await keeper.create(served, wanted, position, _row_of(start))
+    return served, await _looked_up(
+        server, name, session_id, lambda: begin(served, new_id(server, name, session_id), start)
+    )
 
 
 def begin(served: ServedModel, session_id: str, start: Snapshot | None) -> Session:
@@ -124,89 +129,102 @@ def keeper_for(server: Server, durability: str | None) -> Keeper | None:
     return server.catalog.keeper
 
 
-async def look_up(server: Server, name: str, session_id: str | None) -> None:
-    """Let what is known of the session here be what the store knows, if there is one. Raises StoreUnavailable."""
-    if server.catalog.keeper is not None and session_id is not None:
-        await server.catalog.keeper.look_up(name, session_id)
+async def _looked_up(server: Server, name: str, session_id: str | None, do: Callable[[], T]) -> T:
+    """`do()` in the moment in which what is known of the session here is what the store knows, if there is one.
+
+    A moment later it may have lost its row to another session.
+    """
+    if server.catalog.keeper is None or session_id is None:
+        return do()
+    return await server.catalog.keeper.look_up(name, session_id, do)
+
+
+async def _at(server: Server, model: str, session_id: str, do: Callable[[ServedModel, Session], T]) -> T:
+    """The same with a living session, and where it is."""
+    return await _looked_up(
+        server, split_reference(model)[0], session_id, lambda: do(*find_here(server, model, session_id))
+    )
+
+
+async def find(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
+    return await _at(server, model, session_id, lambda served, session: (served, session))
+
+
+def find_here(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
+    """`find` for who has looked it up, or where there is no store."""
+    served = server.catalog.owner(*split_reference(model), session_id, fresh=True)
+    return served, served.scheduler.sessions.find(session_id, served.loop.clock.now())
 
 
 async def fork(server: Server, model: str, session_id: str, wanted_id: str | None) -> tuple[ServedModel, Session]:
     """A second session that goes on from where the first is, after the work accepted so far."""
     server.refuse_if_draining()
-    served = await owner(server, model, session_id)
-    if _find(served, session_id).durable is not None:
-        snapshot = await _save(served, session_id)
-        await look_up(server, served.name, wanted_id)
-        forked_id = new_id(server, served.name, wanted_id)
-        keeper = keeper_for(server, "redis")
-        assert keeper is not None
-        return served, await keeper.create(served, forked_id, snapshot.position, _row_of(snapshot))
 
-    def copy(session: Session) -> Session:
-        forked_id = new_id(server, served.name, wanted_id)
-        forked = served.scheduler.open(forked_id, served.loop.clock.now(), position=session.position)
-        if session.source != INITIAL:
-            served.engine.copy(session.source, forked.slot)
-            forked.source = forked.slot
-        return forked
+    def begin_fork(served: ServedModel, session: Session) -> tuple[ServedModel, Awaitable[Session | Snapshot]]:
+        if session.durable is not None:
+            return served, _save(served, session)
+        return served, served.loop.act(session.id, lambda session: _copy(server, served, session, wanted_id))
 
-    return served, await served.loop.act(session_id, copy)
+    served, forking = await _at(server, model, session_id, begin_fork)
+    forked = await forking
+    if isinstance(forked, Session):
+        return served, forked
+    durability = server.catalog.store.durability if server.catalog.store is not None else None
+    keeper, name = keeper_for(server, durability), served.name
+    assert keeper is not None
+    forked_id = await _looked_up(server, name, wanted_id, lambda: new_id(server, name, wanted_id))
+    return served, await keeper.create(served, forked_id, forked.position, _row_of(forked))
+
+
+def _copy(server: Server, served: ServedModel, session: Session, wanted_id: str | None) -> Session:
+    forked_id = new_id(server, served.name, wanted_id)
+    forked = served.scheduler.open(forked_id, served.loop.clock.now(), position=session.position)
+    if session.source != INITIAL:
+        served.engine.copy(session.source, forked.slot)
+        forked.source = forked.slot
+    return forked
 
 
 async def save(server: Server, model: str, session_id: str) -> Snapshot:
-    return await _save(await owner(server, model, session_id), session_id)
+    return await (await _at(server, model, session_id, _save))
 
 
-async def _save(served: ServedModel, session_id: str) -> Snapshot:
+def _save(served: ServedModel, session: Session) -> Awaitable[Snapshot]:
     def read(session: Session) -> Snapshot:
         return Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))
 
-    return await served.loop.act(session_id, read)
+    return served.loop.act(session.id, read)
 
 
 async def restore(server: Server, model: str, session_id: str, content: bytes) -> tuple[ServedModel, Session]:
     """Put a living session where the snapshot was taken."""
-    served = await owner(server, model, session_id)
-    snapshot = _snapshot(served, content)
-    if server.catalog.keeper is not None and _find(served, session_id).durable is not None:
-        return served, await server.catalog.keeper.put(served, session_id, snapshot)
 
-    def write(session: Session) -> Session:
-        _restore(served, session, snapshot)
-        session.forget_applied()  # they belong to another past
-        return session
+    def begin_put(served: ServedModel, session: Session) -> tuple[ServedModel, Awaitable[Session]]:
+        snapshot = _snapshot(served, content)
+        if server.catalog.keeper is not None and session.durable is not None:
+            return served, server.catalog.keeper.put(served, session, snapshot)
 
-    return served, await served.loop.act(session_id, write)
+        def write(session: Session) -> Session:
+            _restore(served, session, snapshot)
+            session.forget_applied()  # they belong to another past
+            return session
+
+        return served, served.loop.act(session.id, write)
+
+    served, putting = await _at(server, model, session_id, begin_put)
+    return served, await putting
 
 
 async def close(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
-    served, session = await find(server, model, session_id)
+    def begin_close(served: ServedModel, session: Session) -> tuple[ServedModel, Session]:
+        if session.durable is None:
+            served.scheduler.close(session.id, served.loop.clock.now())
+        return served, session
+
+    served, session = await _at(server, model, session_id, begin_close)
     if server.catalog.keeper is not None and session.durable is not None:
         await server.catalog.keeper.close(served, session)
-        return served, session
-    return served, served.scheduler.close(session_id, served.loop.clock.now())
-
-
-async def find(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
-    served = await owner(server, model, session_id)
-    return served, _find(served, session_id)
-
-
-def find_here(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
-    """`find` where there is no store."""
-    served = server.catalog.owner(*split_reference(model), session_id, fresh=True)
-    return served, _find(served, session_id)
-
-
-async def owner(server: Server, model: str, session_id: str) -> ServedModel:
-    """Where the session lives, as the store knows it."""
-    name, version = split_reference(model)
-    await look_up(server, name, session_id)
-    return server.catalog.owner(name, version, session_id, fresh=True)
-
-
-def _find(served: ServedModel, session_id: str) -> Session:
-    return served.scheduler.sessions.find(session_id, served.loop.clock.now())
+    return served, session
 
 
 def start_of(

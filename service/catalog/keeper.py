@@ -7,7 +7,7 @@ and is then begun again with `fresh`. Requests for one session wait in the order
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from typing import TypeVar
 
 import structlog
 
@@ -17,6 +17,8 @@ from service.scheduler.work import Session
 from service.state.snapshot import Snapshot
 from service.store.base import Commit, Key, Store, Tokens
 from service.store.record import Gone, Record, pack_last
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -65,11 +67,23 @@ class Keeper:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def look_up(self, name: str, session_id: str) -> None:
-        """`fetch` for who can wait. Raises StoreUnavailable, or ModelChanged if no version here is the session's."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.fetch(name, session_id, partial(_resolve, future))
-        await future
+    async def look_up(self, name: str, session_id: str, do: Callable[[], T]) -> T:
+        """`fetch` for who can wait, and `do()` in the moment in which it is done; a moment later the session may have
+        lost its row. Raises StoreUnavailable, or ModelChanged if no version here is the session's."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def then(error: UnrollError | None) -> None:
+            if future.done():
+                return
+            try:
+                if error is not None:
+                    raise error
+                future.set_result(do())
+            except UnrollError as reason:
+                future.set_exception(reason)
+
+        self.fetch(name, session_id, then)
+        return await future
 
     # ── what is done to a session besides steps ──────────────────────────────────────────────────
 
@@ -78,33 +92,35 @@ class Keeper:
         served.scheduler.sessions.check_room()
         record = Record(served.origin(self.store.durability), position, row, token=self._tokens.next())
         key = served.name, session_id
-        commit = Commit(key, b"", record.token, position, row, record.last, record.origin)
+        commit = Commit(key, b"", record.token, record.origin.to_bytes(), position, row, record.last, begins=True)
         (error,) = await self.store.commit([commit])
         if isinstance(error, SessionContended):
-            await self.look_up(*key)
-            found = self._here(key)
+            found = await self.look_up(*key, lambda: self._here(key))
             raise SessionExists(f"session {session_id!r} is open", position=found[1].position if found else None)
         if error is not None:
             raise error
         served.scheduler.counters.opened += 1
         return served.adopt(session_id, record)
 
-    async def put(self, served: ServedModel, session_id: str, snapshot: Snapshot) -> Session:
+    async def put(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Session:
         """Put a durable session where the snapshot was taken, whatever it does meanwhile. Raises SessionError,
         StoreUnavailable, or SessionContended if others move it on all the time."""
-        name, row = served.name, snapshot.row.astype("<f4").tobytes()
+        key, row = (served.name, session.id), snapshot.row.astype("<f4").tobytes()
+
+        def find() -> Session:
+            return served.scheduler.sessions.find(session.id, served.loop.clock.now())
+
         for _ in range(_ATTEMPTS):
-            session = served.scheduler.sessions.find(session_id, served.loop.clock.now())
             assert session.durable is not None
-            key, last = (name, session_id), pack_last(session.depth, ())
-            commit = Commit(key, session.durable.token, self._tokens.next(), snapshot.position, row, last)
+            durable, last = session.durable, pack_last(session.depth, ())
+            commit = Commit(key, durable.token, self._tokens.next(), durable.origin, snapshot.position, row, last)
             (error,) = await self.store.commit([commit])
-            await self.look_up(name, session_id)
+            session = await self.look_up(*key, find)
             if not isinstance(error, SessionContended):
                 break
         if error is not None:
             raise error
-        return served.scheduler.sessions.find(session_id, served.loop.clock.now())
+        return session
 
     async def close(self, served: ServedModel, session: Session) -> None:
         """End a durable session that is here. Raises StoreUnavailable, or the SessionError that says why it is not
@@ -112,8 +128,9 @@ class Keeper:
         position = await self.store.close((served.name, session.id))
         now = served.loop.clock.now()
         if position is None:
-            await self.look_up(served.name, session.id)
-            raise served.scheduler.sessions.loss(session.id, now)
+            raise await self.look_up(
+                *(served.name, session.id), lambda: served.scheduler.sessions.loss(session.id, now)
+            )
         if served.scheduler.sessions.living(session.id, now) is session:
             served.scheduler.close(session.id, now)
         session.position = position
@@ -181,12 +198,3 @@ async def _quiet(served: ServedModel, session: Session) -> None:
     """Returns when what was accepted for the session is done."""
     with suppress(UnrollError):  # it ended, or what it waited for failed: either way nothing is under way
         await served.loop.act(session.id, lambda session: None)
-
-
-def _resolve(future: asyncio.Future[None], error: UnrollError | None) -> None:
-    if future.done():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(None)

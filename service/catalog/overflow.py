@@ -106,7 +106,8 @@ class Overflow:
     async def _park(self, store: Store, key: Key, record: Record, used: float) -> None:
         """Move a record to the store. If it is wanted meanwhile, what the store has of it by then is removed."""
         token = self._tokens.next()
-        commit = Commit(key, b"", token, record.position, record.row, record.last, record.origin)
+        origin = record.origin.to_bytes()
+        commit = Commit(key, b"", token, origin, record.position, record.row, record.last, begins=True)
         (error,) = await store.commit([commit])
         here = self._parking.pop(key, None)
         if here is None:

@@ -187,13 +187,13 @@ class Loop:
             cancel()
             raise
 
-    async def act(self, session_id: str, run: Callable[[Session], T]) -> T:
-        """Run `run(session)` between batches, in the session's turn; its exception is raised here."""
+    def act(self, session_id: str, run: Callable[[Session], T]) -> "asyncio.Future[T]":
+        """Run `run(session)` between batches, in the session's turn; until then it keeps its row."""
         action = self.scheduler.submit_action(session_id, run, self.clock.now())
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         action.listeners.append(partial(_resolve, future))
         self._work.set()
-        return await future
+        return future
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 
@@ -296,10 +296,11 @@ class Loop:
             key=(self.name, session.id),
             expected=session.durable.token,
             token=self._tokens.next(),
+            origin=session.durable.origin,
             position=chunk.start + chunk.length,
             row=row,
             last=self.scheduler.records.last_after(result),
-            origin=session.origin if chunk.opens or not session.durable.token else None,
+            begins=chunk.opens or not session.durable.token,
             ends=chunk.final,
         )
 

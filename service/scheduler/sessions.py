@@ -161,7 +161,7 @@ class SessionTable:
             assert slot is not None
         session = Session(session_id, slot, INITIAL, position, position, now, origin=origin)
         if origin is not None and origin.durability != "memory":
-            session.durable = Durable(token)
+            session.durable = Durable(origin.to_bytes(), token)
         self._live[session_id] = session
         self._recency.add(session)
         self.forget(session_id)

@@ -62,10 +62,11 @@ class Applied:
 class Durable:
     """What ties a session to its record in the store.
 
-    token: of the commit that its next is to follow; empty: there is none. stale: what is here may not be what the store
-    has, and is to be looked up before it is used again.
+    origin: the session's, as bytes. token: of the commit that its next is to follow; empty: there is none. stale: what
+    is here may not be what the store has, and is to be looked up before it is used again.
     """
 
+    origin: bytes
     token: bytes = b""
     stale: bool = False
 

@@ -21,17 +21,18 @@ Key = tuple[str, str]
 class Commit:
     """A session's next state. expected: the token it is the successor of; empty: the session must not be there.
 
-    token: the new one. last: as in a record. origin: of a session that begins with this. ends: it is closed by this;
-    what is in `last` can still be asked for then, and the row goes.
+    token: the new one. origin, row, last: as in a record. begins: this is the session's first. ends: it is closed by
+    this; what is in `last` can still be asked for then, and the row goes.
     """
 
     key: Key
     expected: bytes
     token: bytes
+    origin: bytes
     position: int
     row: bytes
     last: bytes
-    origin: Origin | None = None
+    begins: bool = False
     ends: bool = False
 
 

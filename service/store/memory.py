@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from service.core.errors import SessionContended, UnrollError
 from service.store.base import Commit, Key
-from service.store.record import Gone, Record, unpack_last
+from service.store.record import Gone, Origin, Record, unpack_last
 
 
 class MemoryStore:
@@ -48,8 +48,7 @@ class MemoryStore:
         if held != commit.expected:
             return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
         kept, depth = unpack_last(commit.last)
-        origin = commit.origin or (record.origin if record is not None else None)
-        assert origin is not None, "a session begins with its origin"
+        origin = Origin.from_bytes(commit.origin)
         if commit.ends:
             self._records.pop(commit.key, None)
             self._gone[commit.key] = Gone("session_closed", origin, kept), commit.token

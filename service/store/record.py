@@ -1,12 +1,11 @@
-"""A session as bytes: what a store keeps of it, and what a state file holds.
+"""A session as bytes: what a store keeps of it, and what a state file holds. Integers are little-endian.
 
-Three parts. `origin` is written once, `row` and `last` with every commit. Integers are little-endian.
-
-    origin   magic "UNRO", format version u16, durability u8, reserved u8, SHA-256 of the model, 16 bytes `born`,
-             16 bytes `opened_with` (zeros: none)
-    row      the state row, float32; empty: the model's initial state
-    last     depth u32, count u32, and for each chunk that can be asked for again: start u64, steps u32,
-             16 bytes digest of its payload, length of the outputs u32, the outputs' values one after another
+origin   72 bytes, the same for a session's whole life: magic "UNRO", format version u16, durability u8,
+         reserved u8, SHA-256 of the model, 16 bytes `born`, 16 bytes `opened_with` (zeros: none)
+then     position u64, lengths of row and last u32
+row      the state row, float32; empty: the model's initial state
+last     depth u32, count u32, and for each chunk that can be asked for again: start u64, steps u32,
+         16 bytes digest of its payload, length of the outputs u32, the outputs' values one after another
 """
 
 import hashlib
@@ -22,6 +21,7 @@ DURABILITIES = ("memory", "redis")
 ID_BYTES = 16
 
 _ORIGIN = struct.Struct("<4sHBB32s16s16s")
+ORIGIN_BYTES = _ORIGIN.size
 _MAGIC, _VERSION = b"UNRO", 1
 _COUNTS = struct.Struct("<II")
 _KEPT = struct.Struct("<QI16sI")
@@ -88,24 +88,28 @@ class Record:
 
     def to_bytes(self) -> bytes:
         """All of it but the token, with a checksum."""
-        last = self.last
-        content = b"".join(
-            (self.origin.to_bytes(), _WHOLE.pack(self.position, len(self.row), len(last)), self.row, last)
-        )
+        content = pack(self.origin.to_bytes(), self.position, self.row, self.last)
         return content + _checksum(content)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
         """Raises SnapshotInvalid if damaged."""
         body = content[:-_CHECKSUM]
-        if len(body) < _ORIGIN.size + _WHOLE.size or _checksum(body) != content[-_CHECKSUM:]:
+        if _checksum(body) != content[-_CHECKSUM:]:
             raise SnapshotInvalid("a stored session is damaged: its checksum differs")
+        return cls.unpack(body)
+
+    @classmethod
+    def unpack(cls, content: bytes, token: bytes = b"") -> Self:
+        """What `pack` made. Raises SnapshotInvalid."""
         begin = _ORIGIN.size + _WHOLE.size
-        position, row, last = _WHOLE.unpack_from(body, _ORIGIN.size)
-        if begin + row + last != len(body):
+        if len(content) < begin:
+            raise SnapshotInvalid("a stored session is too short")
+        position, row, last = _WHOLE.unpack_from(content, _ORIGIN.size)
+        if begin + row + last != len(content):
             raise SnapshotInvalid("a stored session contradicts itself")
-        origin = Origin.from_bytes(body[: _ORIGIN.size])
-        return cls(origin, position, body[begin : begin + row], *unpack_last(body[begin + row :]))
+        origin = Origin.from_bytes(content[: _ORIGIN.size])
+        return cls(origin, position, content[begin : begin + row], *unpack_last(content[begin + row :]), token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,11 @@ class Gone:
     cause: str
     origin: Origin
     kept: tuple[Kept, ...] = ()
+
+
+def pack(origin: bytes, position: int, row: bytes, last: bytes) -> bytes:
+    """A record, but for its token."""
+    return b"".join((origin, _WHOLE.pack(position, len(row), len(last)), row, last))
 
 
 def pack_last(depth: int, kept: tuple[Kept, ...]) -> bytes:

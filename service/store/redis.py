@@ -1,11 +1,11 @@
 """Durable sessions in Redis, Valkey, or a Redis Cluster.
 
-    unroll:{MODEL/SESSION}        hash: token, origin, position, row, last    lives for the idle timeout
-    unroll:{MODEL/SESSION}:gone   hash: cause, origin, token, position, last
-                                  lives longer than the session by the tombstone life; says `session_expired` from the
-                                  beginning, which is true as soon as the first key is gone by itself
+    unroll:{MODEL/SESSION}        token, and the record as in `record.py`; lives for the idle timeout
+    unroll:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives longer than the session by half
+                                  the tombstone life at least. `e`, from the beginning: it expired, which is true as
+                                  soon as the first key is gone by itself; `c`: it was closed
 
-The braces keep both keys of a session on one node of a cluster. `record.py` says what origin, row and last hold.
+The braces keep both keys of a session on one node of a cluster.
 
 Every access is one script on these two keys, so it happens whole or not at all. What many ask at the same moment leaves
 in one pipeline. How much of it a crash of Redis loses is for its `appendfsync` to say.
@@ -25,63 +25,62 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-from service.core.errors import SessionContended, StoreUnavailable, UnrollError
+from service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
 from service.store.base import Commit, Key, Tokens
-from service.store.record import Gone, Origin, Record, pack_last, unpack_last
+from service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
 
 _log = structlog.get_logger(__name__)
 
 #: Pipelines under way at a time; what comes meanwhile leaves in the next.
-_PIPELINES = 4
+_PIPELINES = 2
 #: Seconds after which a client may find the store again.
 _RETRY_AFTER = 1.0
 #: `expected` of what does not care.
 _ANY = b"*"
 _CLUSTER = "redis+cluster://"
 
-# ARGV: expected, token, position, row, last, and the origin of a session that begins
+# ARGV: expected, token, record, and `gone` of a session that begins
 _WRITE = """
-local held = redis.call('HGET', KEYS[1], 'token') or ''
+local held = redis.call('GETRANGE', KEYS[1], 0, 15)
 if held == ARGV[2] then return 1 end
 if held ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'token', ARGV[2], 'position', ARGV[3], 'row', ARGV[4], 'last', ARGV[5])
-if ARGV[6] then
-  redis.call('HSET', KEYS[1], 'origin', ARGV[6])
-  redis.call('DEL', KEYS[2])
-  redis.call('HSET', KEYS[2], 'cause', 'session_expired', 'origin', ARGV[6])
+redis.call('SET', KEYS[1], ARGV[2] .. ARGV[3]%(idle)s)
+if ARGV[4] then
+  redis.call('SET', KEYS[2], ARGV[4]%(both)s)
+%(longer)s
 end
-EXPIRE
 return 1
 """
-_EXPIRE = "redis.call('PEXPIRE', KEYS[1], %d) redis.call('PEXPIRE', KEYS[2], %d)"
+# Now and then: it costs as much as the rest.
+_LONGER = """elseif redis.call('PTTL', KEYS[2]) < %d then
+  redis.call('PEXPIRE', KEYS[2], %d)"""
 
-# ARGV: expected or '*', token, milliseconds, position or '', last, and the origin of a session that begins
+# ARGV: expected or '*', token, milliseconds, last, and position and origin, if they are not to be what they are
 # Returns the position, if the session is ended.
 _END = """
-if redis.call('HGET', KEYS[2], 'token') == ARGV[2] then return redis.call('HGET', KEYS[2], 'position') end
-local held = redis.call('HGET', KEYS[1], 'token') or ''
+if redis.call('GETRANGE', KEYS[2], 1, 16) == ARGV[2] then return redis.call('GETRANGE', KEYS[2], 17, 24) end
+local held = redis.call('GETRANGE', KEYS[1], 0, 15)
 if ARGV[1] == '*' and held == '' then return false end
 if ARGV[1] ~= '*' and held ~= ARGV[1] then return false end
-local position = ARGV[4]
-if position == '' then position = redis.call('HGET', KEYS[1], 'position') end
-redis.call('HSET', KEYS[2], 'cause', 'session_closed', 'token', ARGV[2], 'position', position, 'last', ARGV[5])
-if ARGV[6] then redis.call('HSET', KEYS[2], 'origin', ARGV[6]) end
-redis.call('PEXPIRE', KEYS[2], ARGV[3])
+local position = ARGV[5] or redis.call('GETRANGE', KEYS[1], 88, 95)
+local origin = ARGV[6] or redis.call('GETRANGE', KEYS[1], 16, 87)
+redis.call('SET', KEYS[2], 'c' .. ARGV[2] .. position .. origin .. ARGV[4], 'PX', ARGV[3])
 redis.call('DEL', KEYS[1])
 return position
 """
 
 _LOAD = """
-local state = redis.call('HMGET', KEYS[1], 'token', 'origin', 'position', 'row', 'last')
-if state[1] then return state end
-return redis.call('HMGET', KEYS[2], 'cause', 'origin', 'last')
+return {redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])}
 """
 
 # ARGV: token
 _TAKE = """
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
+if redis.call('GETRANGE', KEYS[1], 0, 15) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1], KEYS[2]) and 1
 """
+
+_EXPIRED, _CLOSED = b"e", b"c"
+_TOKEN = 16
 
 
 class _Script:
@@ -117,9 +116,7 @@ class RedisStore:
         self._under_way: set[asyncio.Task[None]] = set()
         self._answers = True  # so far as is known
         self._gone = b"%d" % _milliseconds(config.tombstone_life)
-        self._write, self._end, self._load, self._take = map(
-            _Script, (_WRITE.replace("EXPIRE", _expiry(config)), _END, _LOAD, _TAKE)
-        )
+        self._write, self._end, self._load, self._take = map(_Script, (_with_lives(config), _END, _LOAD, _TAKE))
 
     def __repr__(self) -> str:
         return f"<RedisStore {len(self._under_way)} pipelines under way, {len(self._queue)} calls waiting>"
@@ -147,20 +144,17 @@ class RedisStore:
         (reply,) = await self._ask([(self._load, _keys(key))])
         if isinstance(reply, RedisError):
             raise _unavailable(reply)
-        if len(reply) == 3:
-            cause, begun, last = reply
-            if cause is None:
-                return None
-            return Gone(cause.decode(), Origin.from_bytes(begun), unpack_last(last)[0] if last else ())
-        token, origin, position, row, last = reply
-        return Record(Origin.from_bytes(origin), int(position), row, *unpack_last(last), token)
+        state, gone = reply
+        if state is not None:
+            return Record.unpack(state[_TOKEN:], state[:_TOKEN])
+        return None if gone is None else _read_gone(gone)
 
     async def close(self, key: Key) -> int | None:
-        words = (*_keys(key), _ANY, self._tokens.next(), self._gone, b"", pack_last(1, ()))
+        words = (*_keys(key), _ANY, self._tokens.next(), self._gone, pack_last(1, ()))
         (reply,) = await self._ask([(self._end, words)])
         if isinstance(reply, RedisError):
             raise _unavailable(reply)
-        return None if reply is None else int(reply)
+        return None if reply is None else int.from_bytes(reply, "little")
 
     async def take(self, key: Key, token: bytes) -> bool:
         (reply,) = await self._ask([(self._take, (*_keys(key), token))])
@@ -169,11 +163,12 @@ class RedisStore:
         return bool(reply)
 
     def _call(self, commit: Commit) -> _Call:
-        begin = () if commit.origin is None else (commit.origin.to_bytes(),)
-        who, position = (*_keys(commit.key), commit.expected, commit.token), b"%d" % commit.position
+        who = (*_keys(commit.key), commit.expected, commit.token)
         if commit.ends:
-            return self._end, (*who, self._gone, position, commit.last, *begin)
-        return self._write, (*who, position, commit.row, commit.last, *begin)
+            position = commit.position.to_bytes(8, "little")
+            return self._end, (*who, self._gone, commit.last, position, commit.origin)
+        record = pack(commit.origin, commit.position, commit.row, commit.last)
+        return self._write, (*who, record, _will_expire(commit.origin)) if commit.begins else (*who, record)
 
     # ── pipelines ────────────────────────────────────────────────────────────────────────────────
 
@@ -255,12 +250,25 @@ def _keys(key: Key) -> tuple[bytes, bytes]:
     return state, state + b":gone"
 
 
-def _expiry(config: StoreConfig) -> str:
-    """How the keys of a session that was written come to live on for a while; nothing, if that is for ever."""
+def _with_lives(config: StoreConfig) -> str:
+    """The script that writes, with how long the keys live; without that, if sessions never expire."""
     if config.idle_timeout is None:
-        return ""
-    both = config.idle_timeout + config.tombstone_life
-    return _EXPIRE % (_milliseconds(config.idle_timeout), _milliseconds(both))
+        return _WRITE % {"idle": "", "both": "", "longer": ""}
+    idle, tombstone = _milliseconds(config.idle_timeout), _milliseconds(config.tombstone_life)
+    both = idle + tombstone
+    longer = _LONGER % (idle + tombstone // 2, both)
+    return _WRITE % {"idle": f", 'PX', {idle}", "both": f", 'PX', {both}", "longer": longer}
+
+
+def _will_expire(origin: bytes) -> bytes:
+    return _EXPIRED + bytes(_TOKEN + 8) + origin
+
+
+def _read_gone(content: bytes) -> Gone:
+    begin = 1 + _TOKEN + 8
+    origin, last = content[begin : begin + ORIGIN_BYTES], content[begin + ORIGIN_BYTES :]
+    cause = SessionClosed if content[:1] == _CLOSED else SessionExpired
+    return Gone(cause.code, Origin.from_bytes(origin), unpack_last(last)[0] if last else ())
 
 
 def _verdict(commit: Commit, reply: Any) -> UnrollError | None:

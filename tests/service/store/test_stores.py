@@ -55,9 +55,8 @@ def tokens() -> Tokens:
 
 
 def commit(token: bytes, expected: bytes = b"", position: int = 2, **options: object) -> Commit:
-    origin = None if expected else ORIGIN
     row, last = b"%d" % position * 8, pack_last(1, KEPT)
-    made = Commit(KEY, expected, token, position, row, last, origin)
+    made = Commit(KEY, expected, token, ORIGIN.to_bytes(), position, row, last, begins=not expected)
     return replace(made, **options)
 
 
@@ -115,7 +114,7 @@ async def test_a_new_session_takes_the_place_of_one_it_knows(store: Store, token
     first, second = tokens.next(), tokens.next()
     another = Origin("cd" * 32, "redis", b"c" * 16)
     await put(store, commit(first))
-    assert await put(store, commit(second, first, 1, origin=another)) == [None]
+    assert await put(store, commit(second, first, 1, origin=another.to_bytes(), begins=True)) == [None]
     record = await store.load(KEY)
     assert isinstance(record, Record)
     assert record.origin == another
@@ -163,7 +162,19 @@ async def test_the_life_of_a_session_begins_anew_with_each_step(
     for key in everything(redis_server):
         redis_server.client.pexpire(key, 1000)
     await put(made, commit(tokens.next(), first))
-    assert min(map(redis_server.client.pttl, everything(redis_server))) > 4000
+    state, gone = "unroll:{lstm/a}", "unroll:{lstm/a}:gone"
+    assert redis_server.client.pttl(state) > 4000
+    assert redis_server.client.pttl(gone) > 11000, "what outlives the session by too little is made to live longer"
+
+
+async def test_sessions_that_never_expire(redis_server: RedisServer, tokens: Tokens):
+    store = RedisStore(StoreConfig(redis_server.url, timeout=2.0, idle_timeout=None))
+    first = tokens.next()
+    await put(store, commit(first), commit(tokens.next(), first))
+    assert {redis_server.client.pttl(key) for key in everything(redis_server)} == {-1}
+    assert await store.close(KEY) == 2
+    assert redis_server.client.pttl("unroll:{lstm/a}:gone") > 0
+    await store.stop()
 
 
 async def test_scripts_are_sent_again_when_the_server_forgot_them(
