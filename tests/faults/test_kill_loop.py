@@ -1,10 +1,14 @@
-"""A few kills, and one round of restarts: `make kill-test` and `make rolling-test` do the same for longer."""
+"""A few kills, one round of restarts, few rows: `make kill-test` and `make rolling-test` do the same for longer."""
 
 from pathlib import Path
 
 import pytest
 import redis_server
 from faults import haproxy, kill_loop, rolling
+from faults.conftest import Servers
+from faults.crowd import Crowd
+from oracle import Oracle
+from redis_server import RedisServer
 
 pytestmark = pytest.mark.skipif(bool(redis_server.missing()), reason=redis_server.missing())
 
@@ -24,3 +28,15 @@ async def test_replicas_are_restarted_behind_haproxy(tmp_path: Path) -> None:
     result = await rolling.run(tmp_path, 12, sessions=20, before=0.3)
     assert result.verdict.good, result.verdict.findings
     assert result.statuses == [0, 0, 0]
+
+
+async def test_sessions_lose_their_rows_all_the_time(
+    servers: Servers, oracle: Oracle, redis_server: RedisServer
+) -> None:
+    """What is asked of a session must not be answered by its having lost its row again meanwhile."""
+    cluster = servers(2, store=redis_server.url, session_capacity=4, piece_steps=2)
+    async with Crowd([server.port for server in cluster], seed=13, sessions=60, pause=0.01) as crowd:
+        async with crowd.stepping():
+            await crowd.acknowledged(600)
+        verdict = await crowd.verdict(oracle)
+    assert verdict.good, verdict.findings
