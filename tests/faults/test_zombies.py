@@ -90,7 +90,7 @@ async def test_the_owner_is_stopped_at_its_commit(
 async def test_a_replica_dies_at_every_place(redis_server: RedisServer, replicas: Replicas, oracle: Oracle) -> None:
     dying, other = replicas(2, "--store", redis_server.url)
     await other.start()
-    async with Crowd([dying.port, other.port], 9, 20) as crowd:
+    async with Crowd([dying.port, other.port], 9, 20, pause=0.1) as crowd:
         async with crowd.stepping():
             for name in sorted(NAMES):
                 dying.environment["UNROLL_FAILPOINTS"] = f"{name}=kill:20"
