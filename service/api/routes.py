@@ -76,16 +76,24 @@ class _Attempts:
 
     def begin(self) -> Cancel:
         try:
-            self._cancel = self._route.attempt(self._server, self._path, self._request, self._respond)
+            cancel = self._route.attempt(self._server, self._path, self._request, self._finish)
+            if not self._over:
+                self._cancel = cancel
         except SessionAway as away:
             if not self._again(away.session_id):
                 error = SessionContended(f"session {away.session_id!r} is moved on by others all the time", 0.1)
-                self._respond(self._route.failure(error))
+                self._finish(self._route.failure(error))
         return self.cancel
 
     def cancel(self) -> None:
         self._over = True
         self._cancel()
+
+    def _finish(self, answer: Answer) -> None:
+        """Answer, and let go of what would keep this alive until the garbage is collected."""
+        self._over = True
+        self._cancel, self._request.again = nothing_to_cancel, None
+        self._respond(answer)
 
     def _again(self, session_id: str) -> bool:
         if not self._left:
@@ -99,7 +107,7 @@ class _Attempts:
         if self._over:
             return
         if error is not None:
-            self._respond(self._route.failure(error))
+            self._finish(self._route.failure(error))
             return
         self._request.fresh = True
         self.begin()
