@@ -224,7 +224,7 @@ async def test_an_action_waits_for_the_chunks_before_it():
         loop.scheduler.open("a", 0)
         step = asyncio.create_task(steps(loop, "a", X, 10))
         await engine.began()
-        acting = asyncio.create_task(loop.act("a", lambda session: session.position))
+        acting = loop.act("a", lambda session: session.position)
         await asyncio.sleep(0)
         assert not acting.done()
         engine.gate.set()
