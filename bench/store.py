@@ -108,8 +108,8 @@ class Sessions:
         expected, self._held[each] = self._held[each], self._tokens.next()
         row = os.urandom(4 * self._model.state)
         last = pack_last(1, (Kept(0, 1, os.urandom(16), os.urandom(4 * self._model.output)),))
-        origin = self._origin if opens else None
-        return Commit((self._model.name[:4], each), expected, self._held[each], 1, row, last, origin, ends)
+        origin = self._origin.to_bytes()
+        return Commit((self._model.name[:4], each), expected, self._held[each], origin, 1, row, last, opens, ends)
 
     @property
     def ids(self) -> list[str]:
