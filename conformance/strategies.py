@@ -1,10 +1,24 @@
 """Draws random trees with hypothesis: mostly what people write, with now and then what cannot stream or be right."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from hypothesis import strategies as st
 
-from conformance.trees import Along, Block, Both, Conv, Dense, Elementwise, Loop, Norm, Recurrent, Residual, Tree, Twice
+from conformance.trees import (
+    Along,
+    AlongKind,
+    Block,
+    Both,
+    Conv,
+    Dense,
+    Elementwise,
+    Loop,
+    Norm,
+    Recurrent,
+    Residual,
+    Tree,
+    Twice,
+)
 
 Draw = Any
 T = TypeVar("T")
@@ -59,7 +73,7 @@ def blocks(draw: Draw, inputs: int, depth: int = 0) -> Block:
             cells = ("LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm")
             return Loop(draw(st.sampled_from(cells)), inputs, draw(st.integers(1, 5)))
         case "along":
-            return Along(draw(st.sampled_from(_ALONG)), inputs)
+            return Along(draw(st.sampled_from(get_args(AlongKind))), inputs)
         case "residual":
             body = [draw(blocks(inputs, depth + 1))]
             return Residual(
@@ -69,24 +83,6 @@ def blocks(draw: Draw, inputs: int, depth: int = 0) -> Block:
             return Both(draw(blocks(inputs, depth + 1)), draw(blocks(inputs, depth + 1)))
         case _:
             return Twice(draw(recurrents(inputs, outputs=inputs)))
-
-
-_ALONG = (
-    "cumulative sum",
-    "cumulative mean",
-    "cumulative maximum",
-    "difference",
-    "lag",
-    "flip",
-    "look ahead",
-    "position",
-    "length",
-    "attention",
-    "causal attention",
-    "softmax",
-    "every second",
-    "last two",
-)
 
 
 def _conv(draw: Draw, inputs: int) -> Conv:

@@ -80,26 +80,29 @@ class Norm:
         return self.inputs
 
 
+AlongKind = Literal[
+    "cumulative sum",
+    "cumulative mean",
+    "cumulative maximum",
+    "difference",
+    "lag",
+    "flip",
+    "look ahead",
+    "position",
+    "length",
+    "attention",
+    "causal attention",
+    "softmax",
+    "every second",
+    "last two",
+]
+
+
 @dataclass(frozen=True)
 class Along:
     """Something that reads other time steps than its own, without weights."""
 
-    kind: Literal[
-        "cumulative sum",
-        "cumulative mean",
-        "cumulative maximum",
-        "difference",
-        "lag",
-        "flip",
-        "look ahead",
-        "position",
-        "length",
-        "attention",
-        "causal attention",
-        "softmax",
-        "every second",
-        "last two",
-    ]
+    kind: AlongKind
     inputs: int
 
     @property
