@@ -80,7 +80,8 @@ class Keep(TorchFunctionMode):
     def __init__(self, tape: Tape, model: nn.Module, places: list[Place | None]) -> None:
         self._tape, self._places = tape, iter(places)
         self._root = type(model).__name__
-        self._paths = {module: path or type(module).__name__ for path, module in model.named_modules()}
+        # Known by its attributes: a tracer calls a stand-in that shares them.
+        self._paths = {id(vars(module)): path or type(module).__name__ for path, module in model.named_modules()}
         self._stack: list[str] = []
 
     @contextmanager
@@ -91,7 +92,7 @@ class Keep(TorchFunctionMode):
             self._stack.pop()
 
         handles = (
-            register_module_forward_pre_hook(lambda module, _: self._stack.append(self._paths.get(module, ""))),
+            register_module_forward_pre_hook(lambda module, _: self._stack.append(self._paths.get(id(vars(module)), ""))),
             register_module_forward_hook(leave),
         )
         try:
