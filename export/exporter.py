@@ -208,18 +208,31 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
 def _keep_past(
     streaming: StreamingModule, double: StreamingModule, samples: Samples, output_names: list[str] | None
 ) -> None:
-    """Keep what layers that are not recurrent need of the past, if with it the model streams."""
-    streaming.places = double.places = find_past(streaming, samples)
-    if streaming.places:
-        try:
-            initial, _ = observe(streaming, double, samples, output_names)
-            draft = _draft("draft", "1", streaming, samples, initial)
-            samples = probes.with_reached(torch_runner(double, double=True), samples, draft)
-            reason = probes.why_not_streamable(torch_runner(double, double=True), double, samples, draft)
-        except ExportError as error:
-            reason = str(error)
-        if reason is not None:
-            streaming.places = double.places = []
+    """Keep what layers that are not recurrent need of the past, if with it the model streams and can be traced."""
+    found = find_past(streaming, samples)
+    # Numbers that are counted may be of the sequence, or of this call only, as a mask's are.
+    without_counts = [place if place and place.batch is not None else None for place in found]
+    for places in [without_counts, found] if without_counts != found else [found]:
+        streaming.places = double.places = places if any(places) else []
+        if places and _streams(streaming, double, samples, output_names):
+            return
+    streaming.places = double.places = []
+
+
+def _streams(
+    streaming: StreamingModule, double: StreamingModule, samples: Samples, output_names: list[str] | None
+) -> bool:
+    run = torch_runner(double, double=True)
+    try:
+        initial, _ = observe(streaming, double, samples, output_names)
+        draft = _draft("draft", "1", streaming, samples, initial)
+        samples = probes.with_reached(run, samples, draft)
+        reason = probes.why_not_streamable(run, double, samples, draft)
+        if reason is None and streaming.row_by_row:
+            onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))  # which has no rule for some operations
+    except ExportError:
+        return False
+    return reason is None
 
 
 def _check_same_as_original(exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest) -> None:

@@ -91,8 +91,7 @@ def _play_batch(module: nn.RNNBase, native: Native, x: Tensor, hx: Any) -> tuple
     tape: Tape = module.unroll_tape  # type: ignore[assignment]
     path, kind = str(module.unroll_path), _kind(module)
     batch, time = (x.shape[0], x.shape[1]) if module.batch_first else (x.shape[1], x.shape[0])
-    passed = _passed(module, kind, x, hx, batch) if tape.given is None else []
-    index, start = tape.begin(path, passed)
+    index, start = tape.begin(path, lambda: _asked(module, kind, x, hx, batch))
     layers = _layers(module, kind, start)
     if tape.lens is None and not module.proj_size:
         joined = tuple(torch.cat(pieces) for pieces in zip(*layers, strict=True))
@@ -111,7 +110,7 @@ def _play_batch(module: nn.RNNBase, native: Native, x: Tensor, hx: Any) -> tuple
         for direction in ("forward", "reverse")[: 1 + module.bidirectional]
     )
     asked = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
-    tape.calls.append(Call(path, index, parts, batch, time, passed, _pieces(final), asked, returned))
+    tape.calls.append(Call(path, index, parts, batch, time, start, _pieces(final), asked, returned))
     return out, returned if kind == "LSTM" else returned[0]
 
 
@@ -147,7 +146,7 @@ def _projected(module: nn.RNNBase, layer: int, state: tuple[Tensor, ...]) -> tup
     return h @ getattr(module, f"onnx_p{layer}").transpose(1, 2), c
 
 
-def _passed(module: nn.RNNBase, kind: str, x: Tensor, hx: Any, batch: int) -> list[Tensor]:
+def _asked(module: nn.RNNBase, kind: str, x: Tensor, hx: Any, batch: int) -> list[Tensor]:
     directions = 1 + module.bidirectional
     if hx is None:
         zeros = x.new_zeros(directions, batch, module.hidden_size)

@@ -4,6 +4,7 @@ A call is known by (path of the module, how often it was called before). Its sta
 (batch, size); what they mean is the lifted layer's own business.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,9 +33,8 @@ class Part:
 class Call:
     """One call of a lifted layer, as it happened.
 
-    `passed` is the initial state that forward asked for (zeros if it asked for none), whatever state was then used, and
-    `final` the state it reached, part by part. `asked` are the very tensors that it passed, and `returned` those that
-    it got back as final state.
+    `start` is the state it started from, and `final` the one it reached, part by part. `asked` are the very tensors
+    that forward passed, and `returned` those that it got back as final state.
     """
 
     module: str
@@ -42,7 +42,7 @@ class Call:
     parts: tuple[Part, ...]
     batch: int
     time: int
-    passed: list[Tensor]
+    start: list[Tensor]
     final: list[Tensor]
     asked: tuple[Tensor, ...] = ()
     returned: tuple[Tensor, ...] = ()
@@ -51,29 +51,36 @@ class Call:
 class Tape:
     """What the lifted layers of one model read and write during one forward pass.
 
-    With `given`, calls start from it and ignore the state forward passes. With `lens`, they run as what becomes the
-    bundle's graph; without, as PyTorch's own layers.
+    With `given`, calls start from it and ignore the state forward passes; but for those in `computed`, while a row is
+    `fresh`. With `lens`, they run as what becomes the bundle's graph; without, as PyTorch's own layers.
     """
 
     def __init__(self) -> None:
+        #: Calls whose initial state forward computes from the inputs: not one for all.
+        self.computed: frozenset[Key] = frozenset()
         self.start(None, None)
 
     def start(self, given: dict[Key, list[Tensor]] | None, lens: Tensor | None) -> None:
         self.given, self.lens = given, lens
+        #: (batch, 1): is this row at the beginning of its sequence?
+        self.fresh: Tensor | None = None
         self.calls: list[Call] = []
         #: What forward packs a sequence with: the rows' lengths, and the time steps there are.
         self.lengths: list[tuple[Tensor, int]] = []
         #: Was a layer given one sequence without a batch axis?
         self.unbatched = False
 
-    def begin(self, path: str, passed: list[Tensor]) -> tuple[int, list[Tensor]]:
-        """The number of this call, and the state it is to start from."""
+    def begin(self, path: str, asked: Callable[[], list[Tensor]]) -> tuple[int, list[Tensor]]:
+        """The number of this call, and the state it is to start from. asked: computes the one that forward asks for."""
         index = sum(call.module == path for call in self.calls)
         if self.given is None:
-            return index, passed
+            return index, asked()
         if (path, index) not in self.given:
             raise call_count(path)
-        return index, self.given[path, index]
+        kept = self.given[path, index]
+        if self.fresh is not None and (path, index) in self.computed:
+            return index, [torch.where(self.fresh, one, other) for one, other in zip(asked(), kept, strict=True)]
+        return index, kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +112,11 @@ class Layout:
             grouped.setdefault((slot.module, slot.call), []).append(piece)
         return grouped
 
-    def pack(self, calls: list[Call], *, passed: bool = False) -> Tensor:
-        """The final states (or those that forward `passed`) of every call -> (batch, state_size)."""
+    def pack(self, calls: list[Call], *, start: bool = False) -> Tensor:
+        """The final states of every call, or those it started from -> (batch, state_size)."""
         if Layout.of(calls) != self:
             raise call_count(calls[-1].module if calls else self.slots[0].module)
-        return torch.cat([part for call in calls for part in (call.passed if passed else call.final)], dim=1)
+        return torch.cat([part for call in calls for part in (call.start if start else call.final)], dim=1)
 
 
 def call_count(path: str) -> ExportError:

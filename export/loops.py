@@ -209,15 +209,14 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     elif not scan.states:
         results, _ = scan(given, [], tape.lens)
     else:
-        index, start = tape.begin(loop.path, scan.initial(given) if tape.given is None else [])
+        index, start = tape.begin(loop.path, lambda: scan.initial(given))
         results, final = scan(given, start, tape.lens)
         direction: Literal["forward", "reverse"] = "reverse" if scan.backwards else "forward"
         parts = tuple(Part("carry", number, direction) for number in range(len(final)))
         asked = tuple(t for t, axes in zip(given, scan.inputs, strict=True) if axes.time is None)
         returned = tuple(result for result, number in zip(results, scan.finals, strict=True) if number is not None)
         batch, time = scan.size(given)
-        passed = [] if tape.given is not None else start
-        tape.calls.append(Call(loop.path, index, parts, batch, time, passed, final, asked, returned))
+        tape.calls.append(Call(loop.path, index, parts, batch, time, start, final, asked, returned))
     left = iter(results)
     gave = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in loop.gave]
     return pytree.tree_unflatten(gave, loop.results)

@@ -16,7 +16,7 @@ from export.double import converted, double_precision
 from export.errors import ExportError
 from export.inputs import check_inputs, check_static, length_arguments, resized, state_arguments
 from export.layers import lift_layers, take_weights
-from export.lift import Call, Layout, Tape, call_count
+from export.lift import Call, Key, Layout, Tape, call_count
 from export.loops import lift_loops, refill
 from export.outputs import final_states, plan
 from export.past import Place, Watch, places
@@ -87,7 +87,8 @@ def in_double(streaming: StreamingModule, exact: nn.Module, samples: Samples) ->
         key: replace(constant, tensors=tuple(tensor.double() for tensor in constant.tensors))
         for key, constant in streaming.arguments.constants.items()
     }
-    double.arguments = replace(streaming.arguments, constants=constants)
+    static = as_tensors(samples.draw_static(4, seed=3), double=True)
+    double.arguments = replace(streaming.arguments, constants=constants, static=static)
     with double_precision():  # once, since a normalised weight is computed by a forward
         attempt("float64 inputs", lambda: double.record(*as_tensors(samples.draw(2, 6, seed=3), double=True).values()))
     take_weights(double.model, double.model)
@@ -111,6 +112,8 @@ def observe(
     streaming: StreamingModule, double: StreamingModule, samples: Samples, output_names: list[str] | None
 ) -> tuple[np.ndarray, list[str]]:
     """Fill in the layout and the outputs of both; returns the initial state row and the names of dropped outputs."""
+    streaming.tape.computed = double.tape.computed = frozenset()
+    streaming.tape.computed = double.tape.computed = _computed_starts(double, samples)
     frames: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
     calls_at: dict[tuple[int, int], list[Call]] = {}
     for batch, time in ((2, 6), (3, 6), (2, 9)):
@@ -156,35 +159,32 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
             )
 
 
+def _computed_starts(double: StreamingModule, samples: Samples) -> frozenset[Key]:
+    """The calls whose initial state is not the same for all sequences: forward computes it from its inputs."""
+    first: dict[Key, Tensor] = {}
+    computed = set()
+    for batch, time in ((1, 6), (3, 6), (2, 9)):
+        for call in _calls(double, samples, batch, time):
+            rows, key = torch.cat(call.start, 1), (call.module, call.index)
+            base = first.setdefault(key, rows[:1])
+            if call.parts[0].kind != "static" and (rows - base).abs().max() > 1e-12:
+                computed.add(key)
+    return frozenset(computed)
+
+
 def _initial_row(double: StreamingModule, samples: Samples) -> np.ndarray:
-    """(state_size,) float32: what forward starts every sequence from. Raises ExportError(initial_state)."""
-    alike = {name: np.repeat(array, 2, axis=0) for name, array in samples.draw(1, 6, seed=21).items()}
-    base: Tensor | None = None
-    static = torch.zeros(double.layout.size, dtype=torch.bool)
+    """(state_size,) float32: what every sequence starts from, zero where that depends on its inputs."""
+    row = double.layout.pack(_calls(double, samples, 1, 6), start=True)[0]
     for slot in double.layout.slots:
-        static[slot.offset : slot.offset + slot.size] = slot.kind == "static"
-    for inputs, cause in (
-        (alike, "static input" if double.arguments.static else "row's place in the batch"),
-        (samples.draw(2, 6, seed=22), "input"),
-        (samples.draw(3, 6, seed=22), "batch size"),
-        (samples.draw(2, 9, seed=22), "length"),
-    ):
-        tensors = as_tensors(inputs, double=True)
-        with double_precision():
-            _, calls = attempt("float64 inputs", partial(double.record, *tensors.values()))
-        rows = double.layout.pack(calls, passed=True).masked_fill(static, 0.0)
-        base = rows[0] if base is None else base
-        different = (rows - base).abs().amax(0) > 1e-12
-        if different.any():
-            column = int(different.nonzero()[0])
-            slot = next(s for s in double.layout.slots if s.offset <= column < s.offset + s.size)
-            raise ExportError(
-                "initial_state",
-                f"the initial state of layer {slot.module!r} depends on the {cause}; a stream can only start from one "
-                "state, the same for every client",
-            )
-    assert base is not None
-    return base.numpy().astype(np.float32)
+        if slot.kind == "static" or (slot.module, slot.call) in double.tape.computed:
+            row[slot.offset : slot.offset + slot.size] = 0.0
+    return row.numpy().astype(np.float32)
+
+
+def _calls(double: StreamingModule, samples: Samples, batch: int, time: int) -> list[Call]:
+    tensors = as_tensors(samples.draw(batch, time, seed=22), double=True)
+    with double_precision():
+        return attempt("float64 inputs", partial(double.record, *tensors.values()))[1]
 
 
 def _check_names(streaming: StreamingModule) -> None:

@@ -84,11 +84,10 @@ def _rename(graph: onnx.GraphProto) -> None:
 def _drop_copies(graph: onnx.GraphProto) -> None:
     """A Split into one part, as the exporter writes for the state of a layer with one direction, copies a tensor."""
     kept = {value.name for value in graph.output}
-    copies = {
-        node.output[0]: node.input[0]
-        for node in graph.node
-        if node.op_type == "Split" and len(node.output) == 1 and node.output[0] not in kept
-    }
+    copies: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type == "Split" and len(node.output) == 1 and node.output[0] not in kept:
+            copies[node.output[0]] = copies.get(node.input[0], node.input[0])
     for node in graph.node:
         node.input[:] = [copies.get(name, name) for name in node.input]
     nodes = [node for node in graph.node if not copies.keys() & set(node.output)]

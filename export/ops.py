@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 State = tuple[Tensor, ...]
 Step = Callable[[Tensor, State, Tensor, Tensor], State]
@@ -141,8 +143,53 @@ def _cat_rows(info: Any, in_dims: Any, tensors: Sequence[Tensor], axis: int) -> 
 torch.library.register_vmap(cat, _cat_rows)
 
 
+#: PyTorch's functions that treat the rows of a batch alike, with the dimensions of one row; 0 if they may be any.
+_BY_ROWS = {
+    functional.layer_norm: 0,
+    functional.batch_norm: 0,
+    functional.group_norm: 0,
+    functional.instance_norm: 0,
+    torch.conv1d: 2,
+    torch.conv2d: 3,
+}
+
+#: What `by_rows` calls: the function and its arguments, with `Tensor` for each tensor.
+_CALLS: dict[str, tuple[Any, list[Any], Any]] = {}
+
+
+@torch.library.custom_op("unroll::by_rows", mutates_args=())
+def by_rows(tensors: Sequence[Tensor], call: str) -> Tensor:
+    """One of `_BY_ROWS`, whose own rule for sequences that come one by one fixes their number."""
+    return _called(tensors, call)
+
+
+@by_rows.register_fake
+def _(tensors: Sequence[Tensor], call: str) -> Tensor:
+    return _called(tensors, call)
+
+
+def _called(tensors: Sequence[Tensor], call: str) -> Tensor:
+    function, leaves, structure = _CALLS[call]
+    left = iter(tensors)
+    args, kwargs = pytree.tree_unflatten([next(left) if leaf is Tensor else leaf for leaf in leaves], structure)
+    return function(*args, **kwargs)
+
+
+def _by_rows_rule(info: Any, in_dims: Any, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, int]:
+    (x, *weights), (dim, *others) = tensors, in_dims[0]
+    if dim is None or any(other is not None for other in others):
+        raise NotImplementedError(f"{_CALLS[call][0].__name__} with weights of a sequence's own")
+    rows = x.movedim(dim, 0)
+    if rows.dim() - 1 == _BY_ROWS[_CALLS[call][0]]:
+        return _called([rows, *weights], call), 0
+    return _called([rows.flatten(0, 1), *weights], call).unflatten(0, (info.batch_size, -1)), 0
+
+
+torch.library.register_vmap(by_rows, _by_rows_rule)
+
+
 class OneByOne(TorchFunctionMode):
-    """Within, what is joined may be traced for sequences that come one by one."""
+    """Within, calls may be traced for sequences that come one by one, where PyTorch's own rules fix their number."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in {torch.cat, torch.concat, torch.stack}:
@@ -150,6 +197,12 @@ class OneByOne(TorchFunctionMode):
             if func is torch.stack:
                 tensors = [tensor.unsqueeze(axis) for tensor in tensors]
             return torch.ops.unroll.cat(list(tensors), axis)
+        if func in _BY_ROWS and args:
+            leaves, structure = pytree.tree_flatten((args, kwargs or {}))
+            given = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            call = f"{func.__name__} {given} {structure}"
+            _CALLS[call] = func, given, structure
+            return torch.ops.unroll.by_rows([leaf for leaf in leaves if isinstance(leaf, Tensor)], call)
         return func(*args, **(kwargs or {}))
 
 

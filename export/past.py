@@ -1,4 +1,5 @@
-"""What a model knows of the past beside its recurrent layers: the last frames of a causal convolution, a running sum.
+"""What a model knows of the past beside its recurrent layers: the last frames of a causal convolution, a running sum,
+how many time steps there were.
 
 Seen at PyTorch's own functions, so that it does not matter which module calls them. Zeros that are put before a
 sequence stand for what came before it: where the state row has it, it takes their place. Whether that makes the model
@@ -39,22 +40,25 @@ Rule = Callable[[Any, Any, int], Memory | None]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The axes of a tensor whose time is the input's; None if it has none."""
+    """The axes of a tensor whose time is the input's. Numbers counted along time have no batch."""
 
-    batch: int
+    batch: int | None
     time: int
 
 
 class Watch(TorchFunctionMode):
-    """Writes down the tensors that calls with a rule are given, in order."""
+    """Writes down the tensors that calls with a rule are given, and the numbers that are counted, in order."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func in _RULES:
             self.seen.append(_input(args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        elif func is torch.arange:
+            self.seen.append(result)
+        return result
 
 
 def places(base: list[Tensor], wide: list[Tensor], long: list[Tensor], time: int) -> list[Place | None]:
@@ -69,16 +73,24 @@ def places(base: list[Tensor], wide: list[Tensor], long: list[Tensor], time: int
             else []
             for other in tensors[1:]
         )
-        known = len(batch) == len(steps) == 1 and batch != steps and tensors[0].shape[steps[0]] == time
-        found.append(Place(batch[0], steps[0]) if known else None)
+        if len(steps) != 1 or len(batch) > 1 or batch == steps or tensors[0].shape[steps[0]] != time:
+            found.append(None)
+        elif batch:
+            found.append(Place(batch[0], steps[0]))
+        else:
+            counted = tensors[0].dim() == 1 and torch.equal(tensors[0], tensors[2][:time])
+            found.append(Place(None, 0) if counted else None)
     return found
 
 
 class Keep(TorchFunctionMode):
-    """Within, calls with a rule take the past from the tape and leave it there. places: of these calls, in order."""
+    """Within, calls with a rule take the past from the tape and leave it there. places: of these calls, in order.
 
-    def __init__(self, tape: Tape, model: nn.Module, places: list[Place | None]) -> None:
-        self._tape, self._places = tape, iter(places)
+    batch: of what forward is given, which is 1 where numbers are counted: rows are not equally far.
+    """
+
+    def __init__(self, tape: Tape, model: nn.Module, places: list[Place | None], batch: int) -> None:
+        self._tape, self._places, self._batch = tape, iter(places), batch
         self._root = type(model).__name__
         # Known by its attributes: a tracer calls a stand-in that shares them.
         self._paths = {id(vars(module)): path or type(module).__name__ for path, module in model.named_modules()}
@@ -107,22 +119,38 @@ class Keep(TorchFunctionMode):
         if func in _RULES:
             place = next(self._places, None)
             memory = _RULES[func](args, kwargs, place.time) if place else None
-            if place and memory:
-                return self._run(memory, place)
+            if place and place.batch is not None and memory:
+                return self._run(memory, place.batch, place.time)
+        if func is torch.arange and next(self._places, None):
+            return self._count(func(*args, **kwargs), args[2] if len(args) > 2 else kwargs.get("step", 1))
         return func(*args, **kwargs)
 
-    def _run(self, memory: Memory, place: Place) -> Tensor:
-        x, path = memory.x, next((path for path in reversed(self._stack) if path), self._root)
-        major = x.movedim((place.batch, place.time), (0, 1))
+    def _path(self) -> str:
+        """Of the module that is running."""
+        return next((path for path in reversed(self._stack) if path), self._root)
+
+    def _count(self, numbers: Tensor, step: Any) -> Tensor:
+        """numbers: (time,), that begin where a sequence does, each `step` more than the last."""
+        path, zero = self._path(), torch.zeros(self._batch, 1, dtype=torch.int64)
+        index, (start,) = self._tape.begin(path, lambda: [to_row(zero)])
+        count, time = from_row(start, zero.dtype), numbers.shape[0]
+        final = to_row(count + (time if self._tape.lens is None else self._tape.lens.long().unsqueeze(1)))
+        self._tape.calls.append(Call(path, index, (Part("count"),), self._batch, time, [start], [final]))
+        return numbers if self._tape.given is None else numbers + step * count[0]
+
+    def _run(self, memory: Memory, batch_axis: int, time_axis: int) -> Tensor:
+        x, path = memory.x, self._path()
+        major = x.movedim((batch_axis, time_axis), (0, 1))
         batch, time, *rest = major.shape
-        passed = x.new_full((batch, memory.frames, *rest), memory.fill).flatten(1)
-        index, (start,) = self._tape.begin(path, [to_row(passed)])
+        index, (start,) = self._tape.begin(
+            path, lambda: [to_row(x.new_full((batch, memory.frames, *rest), memory.fill).flatten(1))]
+        )
         past = from_row(start, x.dtype).reshape(batch, memory.frames, *rest)
-        joined = torch.cat([past, major], 1).movedim((0, 1), (place.batch, place.time))
+        joined = torch.cat([past, major], 1).movedim((0, 1), (batch_axis, time_axis))
         result = memory.finish(joined)
-        kept = (result if memory.of_result else joined).movedim((place.batch, place.time), (0, 1))
+        kept = (result if memory.of_result else joined).movedim((batch_axis, time_axis), (0, 1))
         final = _last(kept, memory.frames, time, self._tape.lens)
-        self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [to_row(passed)], [to_row(final)]))
+        self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [start], [to_row(final)]))
         return result
 
 
@@ -132,6 +160,8 @@ def _last(kept: Tensor, frames: int, time: Any, lens: Tensor | None) -> Tensor:
         return kept[:, -frames:].flatten(1)
     more = kept.shape[1] - time
     steps = (lens.long() + more - frames).unsqueeze(1) + torch.arange(frames)
+    if isinstance(kept.shape[0], int) and kept.shape[0] == 1:
+        return kept[:, steps[0]].flatten(1)  # PyTorch's own rule for `gather` fixes the number of rows
     flat = kept.flatten(2) if kept.dim() > 2 else kept.unsqueeze(2)
     return flat.gather(1, steps.unsqueeze(2).expand(-1, -1, flat.shape[2])).flatten(1)
 

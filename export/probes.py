@@ -67,6 +67,18 @@ def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Sampl
             wrong = [name for name, array in cut.items() if not _close(array, whole[name])]
             if wrong:
                 return _reason(wrong[0], run, module, inputs, rows, chunks, samples, manifest)
+    return _why_not_for_ever(run, samples, manifest)
+
+
+def _why_not_for_ever(run: RunFunction, samples: Samples, manifest: Manifest) -> str | None:
+    """Where time steps are counted: does it go on after millions of them?"""
+    row = samples.begin(1, manifest, seed=45)
+    counts = [slot.offset for slot in manifest.state if slot.kind == "count"]
+    row[:, counts] = 1.0  # of 2**23
+    try:
+        _whole(run, samples.draw(1, 1, seed=46), row, manifest)
+    except ExportError as error:
+        return f"it counts time steps, and fails after {2**23} of them (a table of positions?): {error}"
     return None
 
 

@@ -42,11 +42,16 @@ class Samples:
         """(batch, state_size) float32: what sequences start from."""
         return self._with_static(np.repeat(manifest.blank_row()[None], batch, axis=0), manifest, seed)
 
-    def _with_static(self, rows: np.ndarray, manifest: Manifest, seed: int) -> np.ndarray:
+    def draw_static(self, batch: int, seed: int) -> Arrays:
+        """Static inputs (batch, ...), likewise."""
         rng = np.random.default_rng(seed)
+        drawn = {name: self._draw(name, array[:, None], (batch, 1), rng) for name, array in self.static.items()}
+        return {name: array[:, 0] for name, array in drawn.items()}
+
+    def _with_static(self, rows: np.ndarray, manifest: Manifest, seed: int) -> np.ndarray:
+        drawn = self.draw_static(len(rows), seed)
         for spec in manifest.static:
-            drawn = self._draw(spec.name, self.static[spec.name][:, None], (len(rows), 1), rng)
-            rows[:, spec.offset : spec.offset + spec.size] = drawn.reshape(len(rows), -1)
+            rows[:, spec.offset : spec.offset + spec.size] = drawn[spec.name].reshape(len(rows), -1)
         return rows
 
     def _draw(self, name: str, array: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

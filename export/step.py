@@ -90,17 +90,18 @@ class _Trace:
             if len({len(tensors) for tensors in operands}) > 1:
                 return None
             for which, nodes in enumerate(zip(*operands, strict=True)):
-                begin, *later = (self._origin(node, first + turn * size, size) for turn, node in enumerate(nodes))
+                begin = self._origin(nodes[0], first, 0)
+                later = [self._origin(node, first + turn * size, size) for turn, node in enumerate(nodes) if turn]
                 if later[0][:2] != later[1][:2] or (later[0][0] == "this" and begin != later[0]):
                     return None
                 if later[0][0] == "last":
-                    if later[0] != later[1] or begin[0] in {"this", "last"}:
+                    if later[0] != later[1] or begin[0] == "this":
                         return None
                     found.setdefault(later[0], _State(later[0][1], later[0][2:], [])).uses.append((index, which))
         return list(found.values())
 
     def _origin(self, node: fx.Node, first: int, size: int) -> Origin:
-        """first: where the iteration begins that takes the tensor."""
+        """first: where the iteration begins that takes the tensor. size: of the iteration before it."""
         node, items = _source(node)
         place = self._place.get(node)
         if place is None:

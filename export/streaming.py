@@ -64,8 +64,13 @@ class StreamingModule(nn.Module):
     def names(self) -> list[str]:
         return self.arguments.series
 
+    @property
+    def row_by_row(self) -> bool:
+        """Is forward given one sequence at a time: because it takes no other, or since each is at another time step?"""
+        return self.arguments.unbatched or any(place is not None and place.batch is None for place in self.places)
+
     def forward(self, state: Tensor, sequence_lens: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if not self.arguments.unbatched:
+        if not self.row_by_row:
             return self._run(state, sequence_lens, inputs)
         if torch.compiler.is_exporting():
             with ops.OneByOne():
@@ -76,6 +81,8 @@ class StreamingModule(nn.Module):
 
     def _run_row(self, state: Tensor, length: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One sequence: state (state_size,), length (), inputs (time, ...)."""
+        if not self.arguments.unbatched:
+            inputs = tuple(tensor.unsqueeze(0) for tensor in inputs)
         results = self._run(state.unsqueeze(0), None if length is None else length.unsqueeze(0), inputs)
         return tuple(result.squeeze(0) for result in results)
 
@@ -95,7 +102,9 @@ class StreamingModule(nn.Module):
     def _call(self, inputs: tuple[Tensor, ...], given: Any, lens: Tensor | None) -> tuple[Named, list[Call]]:
         self.tape.start(given, lens)
         try:
-            with packed.padded(self.tape), self._keeping():
+            batch, time = self._size(inputs)
+            with packed.padded(self.tape), self._keeping(batch):
+                self._begin(batch, time)
                 static = self._static(len(inputs[0]) if given is None else None)
                 returned = leaves(packed.as_padded(self.model(**self.arguments_for(inputs, static, lens))))
             calls = self.tape.calls
@@ -110,19 +119,30 @@ class StreamingModule(nn.Module):
             returned = [(name, tensor.unsqueeze(0)) for name, tensor in returned]
         return returned, calls
 
-    def _keeping(self) -> AbstractContextManager[None]:
-        return Keep(self.tape, self.model, self.places).running() if self.places else nullcontext()
+    def _keeping(self, batch: int) -> AbstractContextManager[None]:
+        return Keep(self.tape, self.model, self.places, batch).running() if self.places else nullcontext()
+
+    def _size(self, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+        """Batch and time of what forward is given."""
+        return (1, inputs[0].shape[0]) if self.arguments.unbatched else tuple(inputs[0].shape[:2])
+
+    def _begin(self, batch: int, time: int) -> None:
+        """Keep in the row that its sequence has begun, if calls start from what forward computes there."""
+        if self.tape.computed:
+            path = "has begun"
+            index, (begun,) = self.tape.begin(path, lambda: [torch.zeros(batch, 1)])
+            self.tape.fresh = begun < 0.5
+            self.tape.calls.append(
+                Call(path, index, (Part("past"),), batch, time, [begun], [torch.ones_like(begun)])
+            )
 
     def _static(self, rows: int | None) -> dict[str, Tensor]:
         """The static inputs from the state row, (batch, size) each; without one, those of the example for `rows`."""
         found = {}
         for name, example in self.arguments.static.items():
-            path, values = f"input {name}", []
-            if rows is not None:
-                flat = example.reshape(len(example), -1).to(torch.get_default_dtype())
-                values = [flat[torch.arange(rows) % len(flat)]]
-            index, (row,) = self.tape.begin(path, values)
-            self.tape.calls.append(Call(path, index, (Part("static"),), 0, 0, values, [row]))
+            path, flat = f"input {name}", example.reshape(len(example), -1).to(torch.get_default_dtype())
+            index, (row,) = self.tape.begin(path, lambda: [flat[torch.arange(rows) % len(flat)]])
+            self.tape.calls.append(Call(path, index, (Part("static"),), 0, 0, [row], [row]))
             found[name] = row
         return found
 
@@ -148,7 +168,7 @@ class StreamingModule(nn.Module):
     ) -> dict[str, Any]:
         """Forward's own arguments, states included, in forward's own layout; inputs (batch, time, ...) or one row."""
         given = self.arguments
-        size, time = inputs[0].shape[:2] if not given.unbatched else (1, inputs[0].shape[0])
+        size, time = self._size(inputs)
         arguments: dict[str, Any] = {name: constant.expand(size) for name, constant in given.constants.items()}
         whole = torch.full((size,), time) if lens is None else lens.long()
         arguments |= dict.fromkeys(given.lengths, whole)
@@ -174,7 +194,7 @@ def _joined(calls: tuple[Call, ...]) -> Call:
     return replace(
         calls[0],
         batch=len(calls),
-        passed=[torch.cat(parts) for parts in _across(call.passed for call in calls)],
+        start=[torch.cat(parts) for parts in _across(call.start for call in calls)],
         final=[torch.cat(parts) for parts in _across(call.final for call in calls)],
         returned=tuple(torch.cat(states) for states in _across(call.returned for call in calls)),
     )
