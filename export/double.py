@@ -18,7 +18,7 @@ def converted(model: Module, dtype: torch.dtype) -> Module:
     for module in copied.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.to(dtype))
+                setattr(module, name, value.detach().to(dtype))
     return copied
 
 

@@ -20,7 +20,7 @@ import bundle
 from bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from bundle.files import check_name
 from bundle.golden import run_chunked
-from export import onnx_graph, parity, probes, programs, refusals
+from export import kept, onnx_graph, parity, probes, programs, refusals
 from export.double import converted, double_precision
 from export.errors import ExportError
 from export.inputs import check_arguments
@@ -73,10 +73,11 @@ def export(
     check_arguments(model, example)
     if missing := set(static) - example.keys():
         raise ExportError("input", f"static input {', '.join(sorted(missing))} is not among the example inputs")
-    original = copy.deepcopy(model)
 
     progress("running it as it is")
-    returned = attempt("the example", lambda: refusals.check_steady(original, lambda: original(**example)))
+    state = _put_back_state(model, example)
+    tried = copy.deepcopy(model)
+    returned = attempt("the example", lambda: refusals.check_steady(lambda: tried(**example), state))
     refusals.check_finite(leaves(returned))
     streaming, samples = lift_model(model, example, frozenset(static), batch_first)
     double = in_double(streaming, exact, samples)
@@ -98,6 +99,10 @@ def export(
     reason = probes.why_not_streamable(torch_runner(double, double=True, ops=True), double, samples, draft)
     if reason is None:
         reason = probes.why_not_over_long(served, samples, draft)
+    if state:
+        if reason is not None:
+            raise kept.refusal(state)
+        _check_goes_on(exact, double, samples, draft, state)
     draft = dataclasses.replace(draft, streamable=reason is None, not_streamable_because=reason)
 
     progress("proving it equal to PyTorch")
@@ -119,7 +124,7 @@ def export(
         manifest = bundle.read(path).manifest
     except BundleError as error:
         raise ExportError("bundle", str(error)) from error
-    return Report(path, manifest, _notes(streaming, samples, dropped, stored))
+    return Report(path, manifest, _notes(streaming, samples, dropped, stored, state))
 
 
 def _check_target(repository: Path, name: str, version: str, replace: bool) -> None:
@@ -146,6 +151,14 @@ def _copy(module: nn.Module) -> nn.Module:
         raise ExportError(
             "not_copyable", f"the module cannot be copied (does it hold a tensor of its last training step?): {error}"
         ) from error
+
+
+def _put_back_state(model: nn.Module, example: dict[str, Any]) -> list[kept.Attribute]:
+    """Let every call of `model` start from the state that it keeps now; returns which attributes that is."""
+    tried = copy.deepcopy(model)
+    state = attempt("the example", lambda: kept.changed_by(tried, lambda: tried(**example)))
+    kept.put_back(model, state)
+    return state
 
 
 def _detached(value: Any) -> Any:
@@ -243,7 +256,8 @@ def _check_same_as_original(exact: nn.Module, double: StreamingModule, samples: 
         lifted = run_chunked(inputs, rows, (time,), draft, torch_runner(double, double=True))
         tensors = tuple(as_tensors(inputs, double=True).values())
         with double_precision():
-            returned = attempt("other inputs", partial(double.ask, exact, tensors, torch.from_numpy(rows).double()))
+            original = copy.deepcopy(exact)
+            returned = attempt("other inputs", partial(double.ask, original, tensors, torch.from_numpy(rows).double()))
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
             if not np.allclose(lifted[output.spec.name], expected, rtol=1e-9, atol=1e-9):
@@ -252,8 +266,36 @@ def _check_same_as_original(exact: nn.Module, double: StreamingModule, samples: 
                 )
 
 
-def _notes(streaming: StreamingModule, samples: Samples, dropped: list[str], precision: torch.dtype) -> tuple[str, ...]:
+def _check_goes_on(
+    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, state: list[kept.Attribute]
+) -> None:
+    """The user's own module, which keeps `state` between its calls, must go on as the bundle does."""
+    inputs, rows = samples.draw(2, 10, seed=27), samples.begin(2, draft, seed=28)
+    lifted = run_chunked(inputs, rows, (10,), draft, torch_runner(double, double=True))
+    original, pieces = copy.deepcopy(exact), []
+    for start, end in ((0, 4), (4, 5), (5, 10)):
+        tensors = tuple(as_tensors({n: a[:, start:end] for n, a in inputs.items()}, double=True).values())
+        with double_precision():
+            pieces.append(
+                attempt("a second call", partial(double.ask, original, tensors, torch.from_numpy(rows).double()))
+            )
+    for output in double.outputs:
+        parts = [output.batch_major(piece[output.index][1]).numpy() for piece in pieces]
+        found = np.concatenate(parts, 1) if output.time is not None else parts[-1]
+        if not np.allclose(lifted[output.spec.name], found, rtol=1e-9, atol=1e-9):
+            raise kept.refusal(state)
+
+
+def _notes(
+    streaming: StreamingModule,
+    samples: Samples,
+    dropped: list[str],
+    precision: torch.dtype,
+    state: list[kept.Attribute],
+) -> tuple[str, ...]:
     notes = [f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped]
+    if state:
+        notes.append(f"what forward keeps in the module ({kept.names(state)}) is part of the state, each client's own")
     if precision != torch.float32:
         notes.append(f"the model is {str(precision).removeprefix('torch.')}, the bundle computes in float32")
     notes += [

@@ -104,7 +104,9 @@ class Keep(TorchFunctionMode):
             self._stack.pop()
 
         handles = (
-            register_module_forward_pre_hook(lambda module, _: self._stack.append(self._paths.get(id(vars(module)), ""))),
+            register_module_forward_pre_hook(
+                lambda module, _: self._stack.append(self._paths.get(id(vars(module)), ""))
+            ),
             register_module_forward_hook(leave),
         )
         try:

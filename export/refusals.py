@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from export.errors import ExportError
+from export.kept import Attribute, refusal, same
 from export.outputs import leaves
 
 #: A bundle's graph is one protobuf message, of less than 2 GiB.
@@ -40,27 +41,16 @@ def precision(model: nn.Module) -> torch.dtype:
     return dtypes.pop()
 
 
-def check_steady(model: nn.Module, forward: Callable[[], Any]) -> Any:
-    """Call `forward` three times; returns what it returned.
+def check_steady(forward: Callable[[], Any], state: list[Attribute]) -> Any:
+    """Call `forward` twice; returns what it returned.
 
-    Raises ExportError(keeps_state) if a call changes a buffer or a tensor attribute once they are warm, or
-    (not_deterministic) if two calls differ: a service would mix the clients that share such a module.
+    Raises ExportError(not_deterministic) if the calls differ, (keeps_state) if the model keeps a `state`.
     """
-    forward()
-    before = _tensors(model)
-    first = forward()
-    changed = [
-        path for path, tensor in _tensors(model).items() if path not in before or not _same(before[path], tensor)
-    ]
-    if changed:
-        raise ExportError(
-            "keeps_state",
-            f"forward changes {', '.join(map(repr, changed))}: state kept in the module is shared by all clients; "
-            "return it, or leave it to the recurrent layer",
-        )
-    second = forward()
+    first, second = forward(), forward()
     for (name, one), (_, other) in zip(leaves(first), leaves(second), strict=True):
-        if not _same(one, other):
+        if not same(one, other):
+            if state:  # changed in place
+                raise refusal(state)
             raise ExportError(
                 "not_deterministic",
                 f"two identical calls differ in output {name or 'y'!r}: forward uses random numbers or keeps a state",
@@ -72,29 +62,3 @@ def check_finite(named: list[tuple[str, Tensor]]) -> None:
     for name, tensor in named:
         if not torch.isfinite(tensor).all():
             raise ExportError("not_finite", f"output {name or 'y'!r} holds NaN or infinity on the example inputs")
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of every buffer and plain tensor attribute, also inside a tuple, list or dict attribute, by path."""
-    found: dict[str, Tensor] = {path: buffer.clone() for path, buffer in model.named_buffers()}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name.startswith("_") and name in vars(nn.Module()):
-                continue
-            if name in {"_flat_weights", "_flat_weight_refs"}:
-                continue
-            for key, tensor in leaves_or_nothing(value):
-                found[".".join(filter(None, (path, name, key)))] = tensor.detach().clone()
-    return found
-
-
-def leaves_or_nothing(value: Any) -> list[tuple[str, Tensor]]:
-    """The tensors in an attribute; nothing if it holds anything else."""
-    try:
-        return leaves(value)
-    except ExportError:
-        return []
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))

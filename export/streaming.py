@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ class StreamingModule(nn.Module):
             batch, time = self._size(inputs)
             with packed.padded(self.tape), self._keeping(batch):
                 self._begin(batch, time)
-                static = self._static(len(inputs[0]) if given is None else None)
+                static = self._static(batch)
                 returned = leaves(packed.as_padded(self.model(**self.arguments_for(inputs, static, lens))))
             calls = self.tape.calls
             if lens is None and any((lengths != time).any() for lengths, time in self.tape.lengths):
@@ -124,7 +125,8 @@ class StreamingModule(nn.Module):
 
     def _size(self, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
         """Batch and time of what forward is given."""
-        return (1, inputs[0].shape[0]) if self.arguments.unbatched else tuple(inputs[0].shape[:2])
+        first, second = inputs[0].shape[:2]
+        return (1, first) if self.arguments.unbatched else (first, second)
 
     def _begin(self, batch: int, time: int) -> None:
         """Keep in the row that its sequence has begun, if calls start from what forward computes there."""
@@ -132,16 +134,14 @@ class StreamingModule(nn.Module):
             path = "has begun"
             index, (begun,) = self.tape.begin(path, lambda: [torch.zeros(batch, 1)])
             self.tape.fresh = begun < 0.5
-            self.tape.calls.append(
-                Call(path, index, (Part("past"),), batch, time, [begun], [torch.ones_like(begun)])
-            )
+            self.tape.calls.append(Call(path, index, (Part("past"),), batch, time, [begun], [torch.ones_like(begun)]))
 
-    def _static(self, rows: int | None) -> dict[str, Tensor]:
-        """The static inputs from the state row, (batch, size) each; without one, those of the example for `rows`."""
+    def _static(self, batch: int) -> dict[str, Tensor]:
+        """The static inputs from the state row, (batch, size) each; without one, those of the example."""
         found = {}
         for name, example in self.arguments.static.items():
             path, flat = f"input {name}", example.reshape(len(example), -1).to(torch.get_default_dtype())
-            index, (row,) = self.tape.begin(path, lambda: [flat[torch.arange(rows) % len(flat)]])
+            index, (row,) = self.tape.begin(path, partial(_rows, flat, batch))
             self.tape.calls.append(Call(path, index, (Part("static"),), 0, 0, [row], [row]))
             found[name] = row
         return found
@@ -182,6 +182,10 @@ class StreamingModule(nn.Module):
             else:
                 arguments[name] = tensor if given.batch_first or given.unbatched else tensor.transpose(0, 1)
         return {name: arguments[name] for name in given.names}
+
+
+def _rows(tensor: Tensor, count: int) -> list[Tensor]:
+    return [tensor[torch.arange(count) % len(tensor)]]
 
 
 def _across(rows: Any) -> list[tuple[Any, ...]]:

@@ -102,7 +102,7 @@ class Custom(nn.GRU):
 
 
 def running_mean(s: Any, x: Tensor) -> Tensor:
-    s.mean = 0.9 * s.mean + 0.1 * x.mean()
+    s.mean = 0.9 * s.mean + 0.1 * x.mean(1, keepdim=True)
     return s.rnn(x - s.mean)[0]
 
 
@@ -131,6 +131,33 @@ def from_input(s: Any, x: Tensor) -> Tensor:
     return s.rnn(x, s.start(x[:, 0]).unsqueeze(0))[0]
 
 
+def from_static(s: Any, x: Tensor, known: Tensor) -> Tensor:
+    h, c = s.start(known).tanh().unflatten(1, (2, 2, 6)).permute(1, 2, 0, 3).contiguous()
+    return s.rnn(x, (h, c))[0]
+
+
+def loop_from_static(s: Any, x: Tensor, known: Tensor) -> Tensor:
+    h, outs = s.start(known), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(s.wx(x[:, t]) + s.u * h)
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+def loop_over_own(s: Any, x: Tensor) -> Tensor:
+    outs = []
+    for t in range(x.shape[1]):
+        s.h = s.cell(x[:, t], s.h)
+        outs.append(s.h)
+    return torch.stack(outs, 1)
+
+
+def changed_in_place(s: Any, x: Tensor) -> Tensor:
+    y, h = s.rnn(x, s.h)
+    s.h.copy_(h)
+    return y
+
+
 def by_length(s: Any, x: Tensor) -> Tensor:
     return s.rnn(x, torch.full((1, x.shape[0], 6), float(x.shape[1])))[0]
 
@@ -146,6 +173,15 @@ def loop(s: Any, x: Tensor) -> Tensor:
 
 def causal(s: Any, x: Tensor) -> Tensor:
     return s.rnn(s.conv(functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))[0]
+
+
+class Causal(nn.Module):
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.reach, self.conv = kernel - 1, nn.Conv1d(channels, channels, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(functional.pad(x.transpose(1, 2), (self.reach, 0))).transpose(1, 2)
 
 
 class Cut(nn.Module):
@@ -165,6 +201,15 @@ def cumulative_norm(s: Any, x: Tensor) -> Tensor:
     mean = torch.cumsum(x.mean(2, keepdim=True), dim=1) / count
     square = torch.cumsum(x.square().mean(2, keepdim=True), dim=1) / count
     return s.rnn((x - mean) / (square - mean.square() + 1e-3).sqrt())[0]
+
+
+def cumulative_norm_by_position(s: Any, x: Tensor) -> Tensor:
+    """The same, counting as audio models do: by the number of values so far."""
+    y = x.transpose(1, 2)
+    count = torch.arange(4, 4 * (y.shape[2] + 1), 4, dtype=x.dtype).view(1, 1, -1)
+    mean = y.sum(1, keepdim=True).cumsum(-1) / count
+    square = y.square().sum(1, keepdim=True).cumsum(-1) / count
+    return s.rnn(((y - mean) / (square - mean.square() + 1e-3).sqrt()).transpose(1, 2))[0]
 
 
 def pointwise_conv(s: Any, x: Tensor) -> Tensor:
@@ -459,6 +504,45 @@ SHAPES = [
         bit_exact=False,
     ),
     Shape("cumulative norm", lambda: made(cumulative_norm, rnn=gru())),
+    Shape(
+        "causal convolution in a module of its own",
+        lambda: nn.Sequential(Causal(4, 3), Causal(4, 2), made(lambda s, x: s.rnn(x)[0], rnn=gru())),
+        lambda: {"input": torch.randn(2, 7, 4)},
+        bit_exact=False,
+    ),
+    Shape("cumulative norm by position", lambda: made(cumulative_norm_by_position, rnn=gru())),
+    Shape(
+        "position in the sequence",
+        lambda: made(lambda s, x: s.rnn(x + torch.arange(x.shape[1])[:, None] * 0.1)[0], rnn=gru()),
+    ),
+    Shape(
+        "position among convolutions and norms",
+        lambda: made(
+            lambda s, x: s.rnn(s.norm(s.conv(x) + torch.sin(torch.arange(x.shape[1]) * 0.1)[:, None]))[0],
+            conv=Causal(4, 3),
+            norm=nn.LayerNorm(4),
+            rnn=lstm(),
+        ),
+        bit_exact=False,
+    ),
+    Shape("initial state from the first step", lambda: made(from_input, rnn=gru(), start=nn.Linear(4, 6))),
+    Shape(
+        "initial state from a static input",
+        lambda: made(from_static, rnn=lstm(layers=2), start=nn.Linear(3, 24)),
+        lambda: {"x": torch.randn(2, 7, 4), "known": torch.randn(2, 3)},
+        {"static": ["known"]},
+    ),
+    Shape(
+        "a loop that starts from a static input",
+        lambda: made(loop_from_static, start=nn.Linear(3, 6), wx=nn.Linear(4, 6), u=nn.Parameter(torch.rand(6))),
+        lambda: {"x": torch.randn(2, 7, 4), "known": torch.randn(2, 3)},
+        {"static": ["known"]},
+    ),
+    Shape("state in self.h", Stateful),
+    Shape(
+        "state in a module within", lambda: nn.Sequential(Stateful(), head()), lambda: {"input": torch.randn(2, 7, 4)}
+    ),
+    Shape("a loop over self.h", lambda: made(loop_over_own, cell=nn.GRUCell(4, 6), h=None)),
     Shape("delay", lambda: made(lambda s, x: s.rnn(functional.pad(x, (0, 0, 3, 0))[:, : x.shape[1]])[0], rnn=gru())),
     # Exported for whole sequences, with the reason.
     Shape(
@@ -532,10 +616,18 @@ SHAPES = [
         says="later time steps",
     ),
     Shape(
-        "position in the sequence",
-        lambda: made(lambda s, x: s.rnn(x + torch.arange(x.shape[1])[:, None] * 0.1)[0], rnn=gru()),
+        "a table of positions, looked up",
+        lambda: made(
+            lambda s, x: s.rnn(x + s.table(torch.arange(x.shape[1])))[0], table=nn.Embedding(50, 4), rnn=gru()
+        ),
         streams=False,
         says="how the sequence is cut",
+    ),
+    Shape(
+        "encoder and decoder",
+        lambda: made(encoder_decoder, encoder=gru(), decoder=gru()),
+        streams=False,
+        says="later time steps (at layer 'decoder'",
     ),
     # Refused.
     Shape(
@@ -577,7 +669,12 @@ SHAPES = [
         refused="unbatched",
         says="2-D",
     ),
-    Shape("state in self.h", Stateful, refused="keeps_state", says="'h'"),
+    Shape(
+        "state changed in place",
+        lambda: made(changed_in_place, rnn=gru(), h=nn.Buffer(torch.zeros(1, 2, 6))),
+        refused="keeps_state",
+        says="'h'",
+    ),
     Shape(
         "running mean in a buffer",
         lambda: made(running_mean, rnn=gru(), mean=nn.Buffer(torch.zeros(()))),
@@ -589,19 +686,7 @@ SHAPES = [
         lambda: made(lambda s, x: s.rnn(x + torch.randn_like(x))[0], rnn=gru()),
         refused="not_deterministic",
     ),
-    Shape(
-        "initial state from the input",
-        lambda: made(from_input, rnn=gru(), start=nn.Linear(4, 6)),
-        refused="initial_state",
-        says="'rnn' depends on the input",
-    ),
-    Shape("initial state from the length", lambda: made(by_length, rnn=gru()), refused="initial_state", says="length"),
-    Shape(
-        "encoder and decoder",
-        lambda: made(encoder_decoder, encoder=gru(), decoder=gru()),
-        refused="initial_state",
-        says="'decoder'",
-    ),
+    Shape("initial state from the length", lambda: made(by_length, rnn=gru()), refused="not_exportable", says="length"),
     Shape(
         "rows of a given state differ",
         lambda: made(state_dropped, rnn=gru(), head=head()),

@@ -56,7 +56,11 @@ def _answers_like_torch(shape, module, example, report) -> None:
         else:
             given[name] = torch.tensor([11, 11]) if name == "lengths" else value
     feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
-    feeds |= {"state": np.repeat(report.manifest.initial_row()[None], 2, 0), "sequence_lens": np.full(2, 11, np.int32)}
+    static = [{spec.name: given[spec.name][row].numpy() for spec in report.manifest.static} for row in range(2)]
+    feeds |= {
+        "state": np.stack([report.manifest.initial_row(values) for values in static]),
+        "sequence_lens": np.full(2, 11, np.int32),
+    }
     session = onnxruntime.InferenceSession(report.path / "model.onnx", providers=["CPUExecutionProvider"])
     names = [spec.name for spec in report.manifest.outputs]
     with torch.no_grad():
