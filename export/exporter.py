@@ -94,7 +94,7 @@ def export(
     progress("finding out whether it streams")
     draft = _draft(name, version, streaming, samples, initial)
     samples = probes.with_reached(reference, samples, draft)
-    _check_same_as_original(exact, double, samples, draft)
+    _check_same_as_original(exact, double, samples, draft, state)
     probes.check_rows(reference, samples, draft)
     reason = probes.why_not_streamable(torch_runner(double, double=True, ops=True), double, samples, draft)
     if reason is None:
@@ -248,7 +248,9 @@ def _streams(
     return reason is None
 
 
-def _check_same_as_original(exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest) -> None:
+def _check_same_as_original(
+    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, state: list[kept.Attribute]
+) -> None:
     """The lifted copy, started from the initial state, must still be the user's model: both in float64."""
     for batch, time in ((3, 10), (2, 23)):
         inputs = samples.draw(batch, time, seed=25)
@@ -256,7 +258,7 @@ def _check_same_as_original(exact: nn.Module, double: StreamingModule, samples: 
         lifted = run_chunked(inputs, rows, (time,), draft, torch_runner(double, double=True))
         tensors = tuple(as_tensors(inputs, double=True).values())
         with double_precision():
-            original = copy.deepcopy(exact)
+            original = _copy(exact) if state else exact
             returned = attempt("other inputs", partial(double.ask, original, tensors, torch.from_numpy(rows).double()))
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
@@ -272,7 +274,7 @@ def _check_goes_on(
     """The user's own module, which keeps `state` between its calls, must go on as the bundle does."""
     inputs, rows = samples.draw(2, 10, seed=27), samples.begin(2, draft, seed=28)
     lifted = run_chunked(inputs, rows, (10,), draft, torch_runner(double, double=True))
-    original, pieces = copy.deepcopy(exact), []
+    original, pieces = _copy(exact), []
     for start, end in ((0, 4), (4, 5), (5, 10)):
         tensors = tuple(as_tensors({n: a[:, start:end] for n, a in inputs.items()}, double=True).values())
         with double_precision():

@@ -65,7 +65,7 @@ def names(attributes: list[Attribute]) -> str:
 def refusal(attributes: list[Attribute]) -> ExportError:
     return ExportError(
         "keeps_state",
-        f"forward changes {names(attributes)}, and its next call does not go on from there as a stream would: state kept "
+        f"forward changes {names(attributes)}, and its next call does not go on as a stream would: state kept "
         "in the module is shared by all clients; return it, or leave it to the recurrent layer",
     )
 
