@@ -9,7 +9,7 @@ from bundle import Precision
 from export import programs
 from export.errors import ExportError
 from export.exporter import export
-from export.load import InputSpec, examples, from_checkpoint, from_factory
+from export.load import InputSpec, StateSpec, examples, from_checkpoint, from_factory
 
 _USAGE = """unroll export CHECKPOINT --repository DIR [--name NAME]
        unroll export SCRIPT.pt --input NAME:DTYPE:SHAPE ... --repository DIR [--name NAME]
@@ -23,12 +23,13 @@ def main(argv: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
+        given = options.input, options.static, options.state
         if ":" in options.model:
-            module, example = from_factory(options.model, options.weights, options.input, options.static)
+            example, module = examples(*given), from_factory(options.model, options.weights)
         elif Path(options.model).suffix in programs.SUFFIXES:
-            module, example = programs.load(Path(options.model)), examples(options.input, options.static)
+            module, example = programs.load(Path(options.model)), examples(*given)
         else:
-            module, example = from_checkpoint(options.model, options.weights, options.input + options.static)
+            module, example = from_checkpoint(options.model, options.weights, any(given))
         report = export(
             module,
             example,
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
             max_error=options.max_error,
             output_names=options.outputs.split(",") if options.outputs else None,
             static=[spec.name for spec in options.static],
+            state={spec.input.name: spec.output for spec in options.state},
             progress=lambda stage: print(f"{stage} ...", flush=True),
         )
     except ExportError as error:
@@ -71,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
         type=InputSpec.parse,
         metavar="NAME:DTYPE:SHAPE",
         help="an argument of forward without time, (batch, *SHAPE): given once, when a sequence begins",
+    )
+    parser.add_argument(
+        "--state",
+        action="append",
+        default=[],
+        type=StateSpec.parse,
+        metavar="NAME:DTYPE:SHAPE=OUTPUT",
+        help="an argument of forward, (batch, *SHAPE) and zeros at first, that the next call gets from this output; "
+        "what goes to a recurrent layer as its state is known without",
     )
     parser.add_argument("--name", help="the model's name in the repository (a checkpoint's own name if left out)")
     parser.add_argument("--version", default="1", help="digits (1)")

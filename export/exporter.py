@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,13 @@ from bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from bundle.files import check_name
 from bundle.golden import run_chunked
 from export import kept, onnx_graph, parity, probes, programs, refusals
+from export.carried import Carried
 from export.double import converted, double_precision
 from export.errors import ExportError
 from export.inputs import check_arguments
-from export.observe import find_past, in_double, lift_model, observe
+from export.observe import find_kept, find_past, in_double, lift_model, observe
 from export.outputs import DTYPES, leaves
+from export.past import Place
 from export.precision import limit, reduce
 from export.report import Report
 from export.samples import Samples, as_tensors
@@ -47,6 +51,7 @@ def export(
     precision: Precision = "float32",
     max_error: float | None = None,
     static: Collection[str] = (),
+    state: Mapping[str, str] = MappingProxyType({}),
     progress: Progress = lambda stage: None,
 ) -> Report:
     """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
@@ -54,6 +59,8 @@ def export(
     example_inputs: by forward's argument names, each (batch, time, ...), or (time, batch, ...) if not `batch_first`;
     the values set the scale of the inputs that parity is proven on. A state given here becomes the initial state.
     static: the inputs that have no time, (batch, ...), and are given once when a sequence begins.
+    state: the inputs that forward hands on itself, as a cache is, each with the name of the output that is handed to
+    the next call: `y1` is the second of a tuple. Their example, alike in every row, is what a sequence starts from.
     output_names: for the outputs in forward's order. replace: write over an existing bundle. progress: called with a
     line per stage. precision: what the graph shall compute in: float16 for a GPU, int8 for the CPU; inputs, outputs and
     state stay float32. max_error: the most that an output may differ from PyTorch in float64, absolute.
@@ -71,17 +78,17 @@ def export(
     if stored != torch.float32:
         model, example = converted(model, torch.float32), _cast(example, stored)
     check_arguments(model, example)
-    if missing := set(static) - example.keys():
-        raise ExportError("input", f"static input {', '.join(sorted(missing))} is not among the example inputs")
+    if missing := {*static, *state} - example.keys():
+        raise ExportError("input", f"{', '.join(sorted(missing))} is not among the example inputs")
 
     progress("running it as it is")
-    state = _put_back_state(model, example)
+    own = _put_back_state(model, example)
     tried = copy.deepcopy(model)
-    returned = attempt("the example", lambda: refusals.check_steady(lambda: tried(**example), state))
+    returned = attempt("the example", lambda: refusals.check_steady(lambda: tried(**example), own))
     refusals.check_finite(leaves(returned))
-    streaming, samples = lift_model(model, example, frozenset(static), batch_first)
+    streaming, samples = lift_model(model, example, frozenset(static), state, batch_first)
     double = in_double(streaming, exact, samples)
-    _keep_past(streaming, double, samples, output_names)
+    _keep_past(streaming, double, samples, own, output_names)
     initial, dropped = observe(streaming, double, samples, output_names)
 
     progress("tracing it into ONNX")
@@ -94,15 +101,15 @@ def export(
     progress("finding out whether it streams")
     draft = _draft(name, version, streaming, samples, initial)
     samples = probes.with_reached(reference, samples, draft)
-    _check_same_as_original(exact, double, samples, draft, state)
+    _check_same_as_original(exact, double, samples, draft, own)
     probes.check_rows(reference, samples, draft)
     reason = probes.why_not_streamable(torch_runner(double, double=True, ops=True), double, samples, draft)
     if reason is None:
         reason = probes.why_not_over_long(served, samples, draft)
-    if state:
+    if own:
         if reason is not None:
-            raise kept.refusal(state)
-        _check_goes_on(exact, double, samples, draft, state)
+            raise kept.refusal(own)
+        _check_goes_on(exact, double, samples, draft, own)
     draft = dataclasses.replace(draft, streamable=reason is None, not_streamable_because=reason)
 
     progress("proving it equal to PyTorch")
@@ -124,7 +131,7 @@ def export(
         manifest = bundle.read(path).manifest
     except BundleError as error:
         raise ExportError("bundle", str(error)) from error
-    return Report(path, manifest, _notes(streaming, samples, dropped, stored, state))
+    return Report(path, manifest, _notes(streaming, samples, dropped, stored, own))
 
 
 def _check_target(repository: Path, name: str, version: str, replace: bool) -> None:
@@ -156,9 +163,9 @@ def _copy(module: nn.Module) -> nn.Module:
 def _put_back_state(model: nn.Module, example: dict[str, Any]) -> list[kept.Attribute]:
     """Let every call of `model` start from the state that it keeps now; returns which attributes that is."""
     tried = copy.deepcopy(model)
-    state = attempt("the example", lambda: kept.changed_by(tried, lambda: tried(**example)))
-    kept.put_back(model, state)
-    return state
+    own = attempt("the example", lambda: kept.changed_by(tried, lambda: tried(**example)))
+    kept.put_back(model, own)
+    return own
 
 
 def _detached(value: Any) -> Any:
@@ -219,17 +226,28 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
 
 
 def _keep_past(
-    streaming: StreamingModule, double: StreamingModule, samples: Samples, output_names: list[str] | None
+    streaming: StreamingModule,
+    double: StreamingModule,
+    samples: Samples,
+    own: list[kept.Attribute],
+    output_names: list[str] | None,
 ) -> None:
     """Keep what layers that are not recurrent need of the past, if with it the model streams and can be traced."""
     found = find_past(streaming, samples)
     # Numbers that are counted may be of the sequence, or of this call only, as a mask's are.
     without_counts = [place if place and place.batch is not None else None for place in found]
-    for places in [without_counts, found] if without_counts != found else [found]:
-        streaming.places = double.places = places if any(places) else []
-        if places and _streams(streaming, double, samples, output_names):
+    carried = find_kept(streaming, own, samples)
+    nothing: tuple[dict[kept.Attribute, Carried], list[Place | None]] = ({}, [])
+    ways = [nothing]
+    for attributes, places in product(({}, carried), (without_counts, found)):
+        way = (attributes, places if any(places) else [])
+        if way not in ways:
+            ways.append(way)
+    for streaming.kept, streaming.places in ways if len(ways) > 1 else []:
+        double.kept, double.places = streaming.kept, streaming.places
+        if _streams(streaming, double, samples, output_names):
             return
-    streaming.places = double.places = []
+    streaming.kept, streaming.places = double.kept, double.places = nothing
 
 
 def _streams(
@@ -249,7 +267,7 @@ def _streams(
 
 
 def _check_same_as_original(
-    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, state: list[kept.Attribute]
+    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[kept.Attribute]
 ) -> None:
     """The lifted copy, started from the initial state, must still be the user's model: both in float64."""
     for batch, time in ((3, 10), (2, 23)):
@@ -258,7 +276,7 @@ def _check_same_as_original(
         lifted = run_chunked(inputs, rows, (time,), draft, torch_runner(double, double=True))
         tensors = tuple(as_tensors(inputs, double=True).values())
         with double_precision():
-            original = _copy(exact) if state else exact
+            original = _copy(exact) if own else exact
             returned = attempt("other inputs", partial(double.ask, original, tensors, torch.from_numpy(rows).double()))
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
@@ -269,9 +287,9 @@ def _check_same_as_original(
 
 
 def _check_goes_on(
-    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, state: list[kept.Attribute]
+    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[kept.Attribute]
 ) -> None:
-    """The user's own module, which keeps `state` between its calls, must go on as the bundle does."""
+    """The user's own module, which keeps a state of its `own` between calls, must go on as the bundle does."""
     inputs, rows = samples.draw(2, 10, seed=27), samples.begin(2, draft, seed=28)
     lifted = run_chunked(inputs, rows, (10,), draft, torch_runner(double, double=True))
     original, pieces = _copy(exact), []
@@ -285,7 +303,7 @@ def _check_goes_on(
         parts = [output.batch_major(piece[output.index][1]).numpy() for piece in pieces]
         found = np.concatenate(parts, 1) if output.time is not None else parts[-1]
         if not np.allclose(lifted[output.spec.name], found, rtol=1e-9, atol=1e-9):
-            raise kept.refusal(state)
+            raise kept.refusal(own)
 
 
 def _notes(
@@ -293,11 +311,11 @@ def _notes(
     samples: Samples,
     dropped: list[str],
     precision: torch.dtype,
-    state: list[kept.Attribute],
+    own: list[kept.Attribute],
 ) -> tuple[str, ...]:
     notes = [f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped]
-    if state:
-        notes.append(f"what forward keeps in the module ({kept.names(state)}) is part of the state, each client's own")
+    if own:
+        notes.append(f"what forward keeps in the module ({kept.names(own)}) is part of the state, each client's own")
     if precision != torch.float32:
         notes.append(f"the model is {str(precision).removeprefix('torch.')}, the bundle computes in float32")
     notes += [

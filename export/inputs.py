@@ -88,13 +88,18 @@ def state_arguments(example: dict[str, Any], record: Record, unbatched: bool) ->
     return found
 
 
-def _row_axis(name: str, tensor: Tensor, batch: int) -> int:
-    candidates = [
-        axis for axis in (1, 0, *range(2, tensor.dim())) if axis < tensor.dim() and tensor.shape[axis] == batch
+def alike_rows(tensor: Tensor, batch: int) -> list[int]:
+    """The axes along which a tensor may be a batch of rows that are all alike."""
+    return [
+        axis
+        for axis in range(tensor.dim())
+        if tensor.shape[axis] == batch and torch.equal(tensor, tensor.narrow(axis, 0, 1).expand_as(tensor))
     ]
-    for axis in candidates:
-        if torch.equal(tensor, tensor.narrow(axis, 0, 1).expand_as(tensor)):
-            return axis
+
+
+def _row_axis(name: str, tensor: Tensor, batch: int) -> int:
+    if axes := alike_rows(tensor, batch):
+        return 1 if 1 in axes else axes[0]
     raise ExportError(
         "initial_state",
         f"input {name!r} is the initial state of a recurrent layer, and its rows differ; give the one state that a "

@@ -42,15 +42,27 @@ def put_back(model: nn.Module, attributes: list[Attribute]) -> None:
         for name in own:
             # An attribute of the module: what converts the module's tensors converts it.
             setattr(module, f"unroll_first_{name}", getattr(module, name, _ABSENT))
-        module.register_forward_hook(_PutBack(own))
+        hook = _PutBack(own)
+        module.register_forward_hook(hook)
+        module.unroll_put_back = hook  # type: ignore[assignment]
+
+
+def left(module: nn.Module, name: str) -> Any:
+    """What the last call left in an attribute that was put back."""
+    hook: _PutBack = module.unroll_put_back  # type: ignore[assignment]
+    return hook.left[name]
 
 
 class _PutBack:
+    """A hook after a module's forward."""
+
     def __init__(self, names: list[str]) -> None:
         self._names = names
+        self.left: dict[str, Any] = {}
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         for name in self._names:
+            self.left[name] = getattr(module, name, None)
             first = getattr(module, f"unroll_first_{name}")
             if first is _ABSENT:
                 delattr(module, name)

@@ -54,9 +54,32 @@ class InputSpec:
         return torch.randint(0, 2, size, generator=random).to(self.dtype)
 
 
-def from_checkpoint(stem: str, weights: Path | None, inputs: list[InputSpec]) -> tuple[nn.Module, Example]:
-    """`NAME.safetensors` and `NAME.json` as StackedRNN saved them; its configuration says what it takes."""
-    if weights or inputs:
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One `--state`: an argument that forward hands on itself, what a row of it holds, and the output it becomes."""
+
+    input: InputSpec
+    output: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`NAME:DTYPE:SHAPE=OUTPUT`, such as `cache:float32:2x64=y1`."""
+        spec, equals, output = text.partition("=")
+        if not equals or not output:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
+        return cls(InputSpec.parse(spec), output)
+
+    def example(self) -> Tensor:
+        """(batch, *shape) zeros."""
+        return torch.zeros(_BATCH, *self.input.shape, dtype=self.input.dtype)
+
+
+def from_checkpoint(stem: str, weights: Path | None, described: bool) -> tuple[nn.Module, Example]:
+    """`NAME.safetensors` and `NAME.json` as StackedRNN saved them; its configuration says what it takes.
+
+    Raises ExportError(checkpoint) where that is not so, and for `weights` or inputs that were `described`.
+    """
+    if weights or described:
         raise ExportError("checkpoint", "--weights and --input are for MODULE:FACTORY; a checkpoint says both itself")
     path = Path(stem)
     try:
@@ -68,17 +91,15 @@ def from_checkpoint(stem: str, weights: Path | None, inputs: list[InputSpec]) ->
     return model, {"x": InputSpec("x", torch.float32, (model.config.input_size or 1,)).example()}
 
 
-def examples(inputs: Sequence[InputSpec], static: Sequence[InputSpec]) -> Example:
+def examples(inputs: Sequence[InputSpec], static: Sequence[InputSpec] = (), state: Sequence[StateSpec] = ()) -> Example:
     if not inputs:
         raise ExportError("input", "say what forward takes with --input NAME:DTYPE:SHAPE")
-    return {spec.name: spec.example() for spec in inputs} | {spec.name: spec.example()[:, 0] for spec in static}
+    found = {spec.name: spec.example() for spec in inputs} | {spec.name: spec.example()[:, 0] for spec in static}
+    return found | {spec.input.name: spec.example() for spec in state}
 
 
-def from_factory(
-    target: str, weights: Path | None, inputs: list[InputSpec], static: Sequence[InputSpec] = ()
-) -> tuple[nn.Module, Example]:
+def from_factory(target: str, weights: Path | None) -> nn.Module:
     """Import `MODULE:FACTORY`, also from the current directory, call it, and load `weights` into what it returns."""
-    example = examples(inputs, static)
     path, _, name = target.partition(":")
     sys.path.insert(0, "")
     try:
@@ -92,7 +113,7 @@ def from_factory(
         raise ExportError("checkpoint", f"{target} gives a {type(module).__name__}, not a torch.nn.Module")
     if weights:
         _load_weights(module, weights)
-    return module, example
+    return module
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

@@ -1,44 +1,66 @@
 """Watches a lifted model run: which states it asks for, where its axes are, what it starts from."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
 from bundle.golden import Arrays
 from bundle.manifest import RESERVED_NAMES
-from export import packed
+from export import kept, packed
+from export.carried import Carried
 from export.double import converted, double_precision
 from export.errors import ExportError
-from export.inputs import check_inputs, check_static, length_arguments, resized, state_arguments
+from export.inputs import (
+    StateArgument,
+    alike_rows,
+    check_inputs,
+    check_static,
+    length_arguments,
+    resized,
+    state_arguments,
+)
+from export.kept import Attribute
 from export.layers import lift_layers, take_weights
 from export.lift import Call, Key, Layout, Tape, call_count
 from export.loops import lift_loops, refill
-from export.outputs import final_states, plan
+from export.outputs import final_states, is_part, leaves, plan
 from export.past import Place, Watch, places
 from export.samples import Samples, as_tensors
 from export.streaming import Arguments, StreamingModule, attempt
 
 
 def lift_model(
-    model: nn.Module, example: dict[str, Any], static: frozenset[str], batch_first: bool
+    model: nn.Module, example: dict[str, Any], static: frozenset[str], state: Mapping[str, str], batch_first: bool
 ) -> tuple[StreamingModule, Samples]:
     """Lift `model` in place and sort its arguments. Raises ExportError for a forward that cannot be lifted."""
     attempt("the example", lambda: model(**example))  # computes weights that are normalised
     tape = Tape()
-    if not any(isinstance(value, PackedSequence) for value in example.values()):
+    packings = {name: value for name, value in example.items() if isinstance(value, PackedSequence)}
+    others = {name: value for name, value in example.items() if name not in state}
+    handed: dict[str, StateArgument] = {}
+    if state:
+        sizes = [tensor.shape[:2] for name, tensor in others.items() if name not in static and tensor.dim() > 1]
+        if packings or not sizes:
+            raise ExportError("input", "a state that is handed on goes with inputs that are (batch, time, ...) tensors")
+        batch = sizes[0][0 if batch_first else 1]
+        handed = _handed(model, example, state, lambda: resized(others, (1, 5), static, batch_first), batch)
+    if not packings:
 
         def run(size: tuple[int, int]) -> Any:
-            return attempt("the example", lambda: model(**resized(example, size, static, batch_first)))
+            now = {name: argument.expand(size[0]) for name, argument in handed.items()}
+            return attempt("the example", lambda: model(**resized(others, size, static, batch_first), **now))
 
         lift_loops(model, tape, run)
     lift_layers(model, tape)
     take_weights(model, model)
-    packings = {name: value for name, value in example.items() if isinstance(value, PackedSequence)}
     sequences = {name: pad_packed_sequence(value, batch_first=True) for name, value in packings.items()}
     example = example | {name: packed.as_argument(*pair) for name, pair in sequences.items()}
 
@@ -46,7 +68,7 @@ def lift_model(
         tape.start(None, None)
         with packed.padded(tape):
             attempt("the example", lambda: model(**arguments))
-        if not tape.calls:
+        if not tape.calls and not state:
             raise ExportError("no_recurrent_layer", "forward calls none of the model's recurrent layers")
         return tape
 
@@ -55,7 +77,13 @@ def lift_model(
     one_by_one = {name: value for name, value in example.items() if name not in {*packings, *static}}
     constants = state_arguments(one_by_one, lambda values: record(example | values).calls, unbatched)
     lengths = length_arguments(one_by_one, lambda values: [one for one, _ in record(example | values).lengths])
-    rest = {name: value for name, value in example.items() if name not in {*constants, *lengths, *static}}
+    handed = {name: argument for name, argument in handed.items() if name not in constants}
+    if handed and unbatched:
+        raise ExportError(
+            "unbatched", "forward takes one sequence without a batch: give a state of its own a batch axis"
+        )
+    known = {*constants, *lengths, *static, *handed}
+    rest = {name: value for name, value in example.items() if name not in known}
     rest |= {
         name: padded if batch_first and not unbatched else padded.transpose(0, 1)
         for name, (padded, _) in sequences.items()
@@ -65,10 +93,83 @@ def lift_model(
         {name: example[name] for name in example if name in static}, len(next(iter(inputs.values()))), unbatched
     )
     samples = Samples(_arrays(inputs), static=_arrays(given))
+    carried = {name: (Carried.of_argument(name, argument), state[name]) for name, argument in handed.items()}
     arguments = Arguments(
-        list(example), list(inputs), constants, given, lengths, frozenset(packings), batch_first, unbatched
+        list(example),
+        list(inputs),
+        constants | handed,
+        given,
+        carried,
+        lengths,
+        frozenset(packings),
+        batch_first,
+        unbatched,
     )
     return StreamingModule(model, tape, arguments), samples
+
+
+def _handed(
+    model: nn.Module, example: dict[str, Any], state: Mapping[str, str], alone: Callable[[], dict[str, Any]], batch: int
+) -> dict[str, StateArgument]:
+    """The arguments that `state` names. alone: the other arguments for a batch of one. Raises ExportError(input)."""
+    flat = {name: pytree.tree_flatten(example[name]) for name in state}
+    returned = leaves(attempt("the example", lambda: model(**example))) if state else []
+    for name, (tensors, _) in flat.items():
+        if _shapes(returned, state[name]) != [tensor.shape for tensor in tensors]:
+            there = ", ".join(f"{key or 'y'} {tuple(tensor.shape)}" for key, tensor in returned)
+            raise ExportError(
+                "input",
+                f"state {name!r} is {', '.join(str(tuple(t.shape)) for t in tensors)}, and forward hands on "
+                f"{state[name]!r} with another shape, or not at all: it returns {there}",
+            )
+    everything = [tensor for tensors, _ in flat.values() for tensor in tensors]
+    choices = list(product(*(alike_rows(tensor, batch) for tensor in everything)))
+    for axes in choices:
+        left = iter(axes)
+        found = {
+            name: StateArgument(tuple(tensors), tuple(next(left) for _ in tensors), structure)
+            for name, (tensors, structure) in flat.items()
+        }
+        if len(choices) == 1 or _fits(model, alone(), found, state):
+            return found
+    raise ExportError(
+        "input", f"state {', '.join(map(repr, state))} must be what a new client starts from, in every row of the batch"
+    )
+
+
+def _fits(
+    model: nn.Module, arguments: dict[str, Any], found: dict[str, StateArgument], state: Mapping[str, str]
+) -> bool:
+    """Does forward take one row of the states, and hand on as much?"""
+    one = {name: argument.expand(1) for name, argument in found.items()}
+    try:
+        returned = leaves(attempt("a batch of one", lambda: model(**arguments, **one)))
+    except ExportError:
+        return False
+    return all(_shapes(returned, state[name]) == [t.shape for t in pytree.tree_leaves(one[name])] for name in found)
+
+
+def _shapes(returned: list[tuple[str, Tensor]], output: str) -> list[torch.Size]:
+    return [tensor.shape for name, tensor in returned if is_part(name, output)]
+
+
+def find_kept(streaming: StreamingModule, state: list[Attribute], samples: Samples) -> dict[Attribute, Carried]:
+    """What forward leaves in these attributes for its next call, as parts of the state row; nothing if it cannot be."""
+    left: list[list[Any]] = []
+    for batch, time in ((2, 6), (3, 6), (2, 9)):
+        tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
+        attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
+        owners = [streaming.model.get_submodule(path) for path, _ in state]
+        left.append([kept.left(owner, name) for owner, (_, name) in zip(owners, state, strict=True)])
+    found = {}
+    for attribute, values in zip(state, zip(*left, strict=True), strict=True):
+        path, name = attribute
+        first = getattr(streaming.model.get_submodule(path), f"unroll_first_{name}")
+        carried = Carried.of_attribute(".".join(filter(None, attribute)), first, list(values))
+        if carried is None:
+            return {}
+        found[attribute] = carried
+    return found
 
 
 def _arrays(tensors: dict[str, Tensor]) -> Arrays:
@@ -84,7 +185,7 @@ def in_double(streaming: StreamingModule, exact: nn.Module, samples: Samples) ->
             own[name].copy_(tensor)
     refill(double.model)
     constants = {
-        key: replace(constant, tensors=tuple(tensor.double() for tensor in constant.tensors))
+        key: replace(constant, tensors=tuple(t.double() if t.is_floating_point() else t for t in constant.tensors))
         for key, constant in streaming.arguments.constants.items()
     }
     static = as_tensors(samples.draw_static(4, seed=3), double=True)
@@ -123,6 +224,8 @@ def observe(
     streaming.layout = double.layout = _layout(calls_at)
     dropped = final_states([tensor for _, tensor in frames[2, 6]], calls_at[2, 6])
     names = [name for name, _ in frames[2, 6]]
+    handed = [output for _, output in streaming.arguments.carried.values()]
+    dropped |= {index for index, name in enumerate(names) if any(is_part(name, output) for output in handed)}
     if len(dropped) == len(names):
         dropped = set()
     streaming.outputs = double.outputs = plan(frames, dropped, output_names)

@@ -64,6 +64,11 @@ def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
     return [leaf for key, item in items for leaf in _walk(item, f"{path}_{key}" if path else key)]
 
 
+def is_part(name: str, whole: str) -> bool:
+    """Is the tensor of this name the output called `whole`, or in it?"""
+    return name == whole or name.startswith(whole + "_")
+
+
 def final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:
     """Positions of the tensors that are a layer's final state itself, as the layer returned it."""
     states = [state for call in calls for state in call.returned]

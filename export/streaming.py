@@ -11,14 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils import _pytree as pytree
 
 from bundle.golden import Arrays, RunFunction
-from export import ops, packed
+from export import kept, ops, packed
+from export.carried import Carried
 from export.double import double_precision
 from export.errors import ExportError, first_line
 from export.inputs import StateArgument
+from export.kept import Attribute
 from export.lift import Call, Layout, Part, Tape
-from export.outputs import Output, leaves
+from export.outputs import Output, is_part, leaves
 from export.past import Keep, Place
 from export.samples import as_tensors
 
@@ -32,6 +35,7 @@ class Arguments:
     names: all of them, in order. series: the inputs of every time step. constants: initial states. lengths: those
     that say how long each row is.
     static: the inputs without time, (rows, ...) of each as the example has them.
+    carried: those that the next call is handed in turn, each with the name of the output that it is then.
     packed: the series that forward takes as a PackedSequence. batch_first: forward takes (batch, time, ...).
     unbatched: forward takes one sequence, (time, ...).
     """
@@ -40,6 +44,7 @@ class Arguments:
     series: list[str]
     constants: dict[str, StateArgument] = field(default_factory=dict)
     static: dict[str, Tensor] = field(default_factory=dict)
+    carried: dict[str, tuple[Carried, str]] = field(default_factory=dict)
     lengths: frozenset[str] = frozenset()
     packed: frozenset[str] = frozenset()
     batch_first: bool = True
@@ -60,6 +65,8 @@ class StreamingModule(nn.Module):
         self.outputs: tuple[Output, ...] = ()
         #: Where forward reaches into the past beside its recurrent layers, if that is to be kept: see `past`.
         self.places: list[Place | None] = []
+        #: The attributes of modules that forward leaves to its next call, if they are to be kept: see `carried`.
+        self.kept: dict[Attribute, Carried] = {}
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +114,8 @@ class StreamingModule(nn.Module):
             with packed.padded(self.tape), self._keeping(batch):
                 self._begin(batch, time)
                 static = self._static(batch)
-                returned = leaves(packed.as_padded(self.model(**self.arguments_for(inputs, static, lens))))
+                arguments = self.arguments_for(inputs, static, lens)
+                returned = self._carrying(arguments, batch, time)
             calls = self.tape.calls
             if lens is None and any((lengths != time).any() for lengths, time in self.tape.lengths):
                 raise ExportError(
@@ -135,6 +143,23 @@ class StreamingModule(nn.Module):
             index, (begun,) = self.tape.begin(path, lambda: [torch.zeros(batch, 1)])
             self.tape.fresh = begun < 0.5
             self.tape.calls.append(Call(path, index, (Part("past"),), batch, time, [begun], [torch.ones_like(begun)]))
+
+    def _carrying(self, arguments: dict[str, Any], batch: int, time: int) -> Named:
+        """Call forward between taking what it is handed and leaving what it hands on."""
+        rows = {}
+        for name, (carried, _) in self.arguments.carried.items():
+            rows[carried], arguments[name] = carried.take(self.tape, batch)
+        for (path, name), carried in self.kept.items():
+            rows[carried], value = carried.take(self.tape, batch)
+            setattr(self.model.get_submodule(path), name, value)
+        returned = leaves(packed.as_padded(self.model(**arguments)))
+        for carried, output in self.arguments.carried.values():
+            tensors = [tensor for name, tensor in returned if is_part(name, output)]
+            carried.leave(self.tape, rows[carried], tensors, batch, time)
+        for (path, name), carried in self.kept.items():
+            left = pytree.tree_leaves(kept.left(self.model.get_submodule(path), name))
+            carried.leave(self.tape, rows[carried], left, batch, time)
+        return returned
 
     def _static(self, batch: int) -> dict[str, Tensor]:
         """The static inputs from the state row, (batch, size) each; without one, those of the example."""

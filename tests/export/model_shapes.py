@@ -152,6 +152,35 @@ def loop_over_own(s: Any, x: Tensor) -> Tensor:
     return torch.stack(outs, 1)
 
 
+def with_cache(s: Any, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """A causal convolution as streaming models have it."""
+    joined = torch.cat([cache, x], 1)
+    return s.rnn(s.conv(joined.transpose(1, 2)).transpose(1, 2))[0], joined[:, -2:]
+
+
+def half_cached(s: Any, x: Tensor) -> Tensor:
+    """The next call has the convolution's past, and none of the layer's."""
+    cache = x.new_zeros(x.shape[0], 2, 4) if s.cache is None else s.cache
+    y, s.cache = with_cache(s, x, cache)
+    return y
+
+
+def cached(s: Any, x: Tensor) -> Tensor:
+    joined = torch.cat([x.new_zeros(x.shape[0], 2, 4) if s.cache is None else s.cache, x], 1)
+    s.cache = joined[:, -2:]
+    y, s.h = s.rnn(s.conv(joined.transpose(1, 2)).transpose(1, 2), s.h)
+    return y
+
+
+def over_window(s: Any, x: Tensor, past: dict[str, Tensor]) -> dict[str, Any]:
+    """Attention over the last nine steps, and how many there were, up to eight."""
+    keys = torch.cat([past["keys"], x], 1)
+    count = past["count"][:, None] + torch.arange(x.shape[1])
+    window = keys.unfold(1, 9, 1).transpose(2, 3)
+    found = ((window @ x[..., None]).softmax(2) * window).sum(2) + s.count(count.clamp(max=8))
+    return {"y": s.head(found), "past": {"keys": keys[:, -8:], "count": count[:, -1] + 1}}
+
+
 def changed_in_place(s: Any, x: Tensor) -> Tensor:
     y, h = s.rnn(x, s.h)
     s.h.copy_(h)
@@ -542,6 +571,31 @@ SHAPES = [
     Shape(
         "state in a module within", lambda: nn.Sequential(Stateful(), head()), lambda: {"input": torch.randn(2, 7, 4)}
     ),
+    Shape(
+        "a cache in the module, beside h",
+        lambda: made(cached, conv=nn.Conv1d(4, 4, 3), rnn=gru(), cache=None, h=None),
+        ragged=False,
+        bit_exact=False,
+    ),
+    Shape(
+        "a cache that forward takes and returns",
+        lambda: made(with_cache, conv=nn.Conv1d(4, 4, 3), rnn=gru()),
+        lambda: {"x": torch.randn(2, 7, 4), "cache": torch.zeros(2, 2, 4)},
+        {"state": {"cache": "y1"}},
+        ragged=False,
+        bit_exact=False,
+    ),
+    Shape(
+        "attention over a window that it takes and returns",
+        lambda: made(over_window, count=nn.Embedding(9, 4), head=nn.Linear(4, 3)),
+        lambda: {
+            "x": torch.randn(2, 7, 4),
+            "past": {"keys": torch.zeros(2, 8, 4), "count": torch.zeros(2, dtype=torch.int64)},
+        },
+        {"state": {"past": "past"}},
+        ragged=False,
+        bit_exact=False,
+    ),
     Shape("a loop over self.h", lambda: made(loop_over_own, cell=nn.GRUCell(4, 6), h=None)),
     Shape("delay", lambda: made(lambda s, x: s.rnn(functional.pad(x, (0, 0, 3, 0))[:, : x.shape[1]])[0], rnn=gru())),
     # Exported for whole sequences, with the reason.
@@ -668,6 +722,28 @@ SHAPES = [
         lambda: made(lambda s, x: s.rnn(x[:, 0])[0], rnn=gru()),
         refused="unbatched",
         says="2-D",
+    ),
+    Shape(
+        "a state of another shape",
+        lambda: made(with_cache, conv=nn.Conv1d(4, 4, 3), rnn=gru()),
+        lambda: {"x": torch.randn(2, 7, 4), "cache": torch.zeros(2, 2, 4)},
+        {"state": {"cache": "y0"}},
+        refused="input",
+        says="it returns y0 (2, 7, 6), y1 (2, 2, 4)",
+    ),
+    Shape(
+        "a state that no client starts from",
+        lambda: made(with_cache, conv=nn.Conv1d(4, 4, 3), rnn=gru()),
+        lambda: {"x": torch.randn(2, 7, 4), "cache": torch.randn(2, 2, 4)},
+        {"state": {"cache": "y1"}},
+        refused="input",
+        says="in every row",
+    ),
+    Shape(
+        "one of two states kept",
+        lambda: made(half_cached, conv=nn.Conv1d(4, 4, 3), rnn=gru(), cache=None),
+        refused="keeps_state",
+        says="'cache'",
     ),
     Shape(
         "state changed in place",

@@ -10,7 +10,7 @@ from torch import nn
 
 import bundle
 import unroll
-from export.load import InputSpec, from_factory
+from export.load import InputSpec, examples, from_factory
 from models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 SOURCE = """
@@ -75,7 +75,7 @@ def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module, _ = from_factory("usermodel:Net", None, [InputSpec.parse("token:int64:")])
+    module = from_factory("usermodel:Net", None)
     weights, path = module.state_dict(), folder / f"weights{suffix}"
     safetensors.torch.save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
 
@@ -147,7 +147,7 @@ def test_help(capsys) -> None:
 
 def test_a_factory_may_be_the_module_itself(folder: Path) -> None:
     (folder / "instance.py").write_text("from torch import nn\nmodel = nn.GRU(2, 3, batch_first=True)\n")
-    module, example = from_factory("instance:model", None, [InputSpec.parse("input:float32:2")])
+    module, example = from_factory("instance:model", None), examples([InputSpec.parse("input:float32:2")])
     assert isinstance(module, nn.GRU)
     assert example["input"].shape == (2, 16, 2)
 
