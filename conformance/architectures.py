@@ -90,7 +90,7 @@ def measure(architecture: Architecture) -> Measured:
         arrays = {name: tensor.numpy() for name, tensor in example.items()}
         static = {name: arrays.pop(name) for name in architecture.static}
         limits = {spec.name: spec.limit for spec in (*manifest.inputs, *manifest.static) if spec.limit is not None}
-        samples = Samples(arrays, static, limits)
+        samples = Samples(arrays, limits, static=static)
 
         def draw(batch: int, time: int, rng: np.random.Generator) -> Arrays:
             series = samples.draw(batch, time, int(rng.integers(2**31)))

@@ -3,6 +3,7 @@
 `python -m conformance fuzz --trees 2000`; what was found is kept in `.fuzz/`, and a later run goes on from it.
 """
 
+import copy
 import json
 import tempfile
 from collections import Counter
@@ -59,11 +60,11 @@ def judge(tree: Tree) -> Verdict:
             return verdict("refused", refusal.code, str(refusal))
         except Exception as failure:  # whatever it is, it should have been an ExportError
             return verdict("crashed", type(failure).__name__, str(failure)[:500])
-        single, double = modules.build(tree), modules.build(tree).double()
+        single, double = modules.build(tree), modules.build(tree).double()  # a call may leave something in a module
         try:
             error = examine(
                 report.path,
-                lambda inputs, wide: modules.answers(double if wide else single, inputs, double=wide),
+                lambda inputs, wide: modules.answers(copy.deepcopy(double if wide else single), inputs, double=wide),
                 lambda batch, time, rng: modules.draw(tree, batch, time, rng),
                 seed=tree.seed,
             ).error

@@ -131,6 +131,7 @@ class _Asked:
         module, self._example = _made(shape)
         module = getattr(module, "_orig_mod", module)
         self._batch_first = shape.options.get("batch_first", True)
+        self._state = shape.options.get("state", {})
         self._graph = Graph(found)
         specs = found.manifest.inputs
         arrays = {spec.name: self._major(self._example[spec.name]) for spec in specs}
@@ -139,7 +140,7 @@ class _Asked:
             arrays = {name: array[None] for name, array in arrays.items()}
         static = {spec.name: self._example[spec.name].numpy() for spec in found.manifest.static}
         limits = {spec.name: spec.limit for spec in (*specs, *found.manifest.static) if spec.limit is not None}
-        self._samples = Samples(arrays, static, limits)
+        self._samples = Samples(arrays, limits, static=static)
         self._manifest = found.manifest
         self._single, self._double = module, copy.deepcopy(module).double()
         self._places: dict[str, tuple[int, tuple[int, ...]]] | None = None
@@ -174,7 +175,7 @@ class _Asked:
         arguments = dict(self._example)
         for name, value in self._example.items():
             if name not in inputs:
-                arguments[name] = _resized(value, *size)
+                arguments[name] = _rows(value, size[0]) if name in self._state else _resized(value, *size)
                 continue
             tensor = torch.from_numpy(inputs[name])
             tensor = tensor.double() if double and tensor.is_floating_point() else tensor
@@ -184,8 +185,14 @@ class _Asked:
                 arguments[name] = tensor if self._batch_first or name in static else tensor.transpose(0, 1)
         if double:
             arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
+        module = copy.deepcopy(self._double if double else self._single)  # as it was before any call
         with torch.no_grad(), double_precision() if double else nullcontext():
-            return [tensor for _, tensor in leaves((self._double if double else self._single)(**arguments))]
+            return [tensor for _, tensor in leaves(module(**arguments))]
+
+
+def _rows(value: Any, batch: int) -> Any:
+    """A state, (batch, ...) with rows alike, for another batch."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[:1].expand(batch, *tensor.shape[1:]), value)
 
 
 def _resized(value: Any, batch: int, time: int) -> Any:

@@ -214,19 +214,19 @@ def _second_call(graph: _Graph, module: nn.Module, example: dict[str, Any]) -> I
 
 
 def _stepped(graph: _Graph, module: nn.Module, example: dict[str, Any], axes: Axes) -> Iterator[str]:
-    """Step by step, the last outputs handed in as the state, against the module over the whole sequence."""
-    expected = _answers(module, example)
+    """Step by step, the last outputs handed in as the state: the graph as the module."""
     places = [i for i, names in enumerate(axes.tensors) if "time" not in names.values()]
-    flat, structure = pytree.tree_flatten(example)
-    steps: list[np.ndarray] = []
-    for t in range(axes.time):
-        arguments = axes.cut(pytree.tree_unflatten(flat, structure), t, t + 1)
-        outputs = graph(arguments)
-        steps.append(outputs[0])
-        for place, state in zip(places, outputs[-len(places) :], strict=True):
-            flat[place] = torch.from_numpy(state)
-    axis = next((i for i, names in axes.tensors[0].items() if names == "time"), 1)
-    if worst := _difference([np.concatenate(steps, axis)], expected[:1]):
+    stepped = []
+    for call in (graph, lambda arguments: _answers(module, arguments)):
+        flat, structure = pytree.tree_flatten(example)
+        steps: list[np.ndarray] = []
+        for t in range(axes.time):
+            outputs = call(axes.cut(pytree.tree_unflatten(flat, structure), t, t + 1))
+            steps.append(outputs[0])
+            for place, state in zip(places, outputs[-len(places) :], strict=True):
+                flat[place] = torch.from_numpy(state)
+        stepped.append(np.stack(steps))
+    if worst := _difference(*([steps] for steps in stepped)):
         yield f"stepped with its state: {worst}"
 
 
