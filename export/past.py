@@ -22,14 +22,13 @@ from export.lift import Call, Part, Tape, from_row, to_row
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """x: the sequence. frames: how many of the past are kept, `fill` before there is any.
+    """x: the sequence. first: what stands for its past before there is any, in as many frames as are kept.
 
     finish: from the past and the sequence, joined, to the result. of_result: the frames kept are the result's.
     """
 
     x: Tensor
-    frames: int
-    fill: float
+    first: Tensor
     finish: Callable[[Tensor], Tensor]
     of_result: bool = False
 
@@ -46,18 +45,52 @@ class Place:
     time: int
 
 
+class _Cuts:
+    """Sequences without their last steps, as they are made; frames put before one make a delay of it."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, func: Any, args: Any, result: Any) -> None:
+        if func is Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(one, slice) and one.stop is not None for one in index):
+                self._made[id(result)] = result, args[0]
+
+    def delay(self, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, int] | None:
+        """The whole sequence, the frames, and the axis along which the call puts them before what is left of it."""
+        if func not in {torch.cat, torch.concat} or not args or len(args[0]) != 2 or id(args[0][1]) not in self._made:
+            return None
+        (frames, cut), axis = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        _, whole = self._made[id(cut)]
+        axis %= cut.dim()
+        shapes = [[size for i, size in enumerate(t.shape) if i != axis] for t in (frames, whole)]
+        if (
+            whole.dim() != cut.dim()
+            or shapes[0] != shapes[1]
+            or whole.shape[axis] - cut.shape[axis] != frames.shape[axis]
+        ):
+            return None
+        return whole, frames, axis
+
+
 class Watch(TorchFunctionMode):
-    """Writes down the tensors that calls with a rule are given, and the numbers that are counted, in order."""
+    """Writes down the sequences that calls with a rule are given, and the numbers that are counted, in order."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
+        self._cuts = _Cuts()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func in _RULES:
-            self.seen.append(_input(args, kwargs or {}))
+            self.seen.append(_input(args, kwargs))
         elif func is torch.arange:
             self.seen.append(result)
+        elif delay := self._cuts.delay(func, args, kwargs):
+            self.seen.append(delay[0])
+        self._cuts.add(func, args, result)
         return result
 
 
@@ -95,6 +128,7 @@ class Keep(TorchFunctionMode):
         # Known by its attributes: a tracer calls a stand-in that shares them.
         self._paths = {id(vars(module)): path or type(module).__name__ for path, module in model.named_modules()}
         self._stack: list[str] = []
+        self._cuts = _Cuts()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -125,7 +159,14 @@ class Keep(TorchFunctionMode):
                 return self._run(memory, place.batch, place.time)
         if func is torch.arange and next(self._places, None):
             return self._count(func(*args, **kwargs), args[2] if len(args) > 2 else kwargs.get("step", 1))
-        return func(*args, **kwargs)
+        if delay := self._cuts.delay(func, args, kwargs):
+            (x, first, axis), place = delay, next(self._places, None)
+            if place and place.batch is not None and place.time == axis:
+                memory = Memory(x, first, lambda joined: joined.narrow(axis, 0, x.shape[axis]))
+                return self._run(memory, place.batch, axis)
+        result = func(*args, **kwargs)
+        self._cuts.add(func, args, result)
+        return result
 
     def _path(self) -> str:
         """Of the module that is running."""
@@ -142,16 +183,15 @@ class Keep(TorchFunctionMode):
 
     def _run(self, memory: Memory, batch_axis: int, time_axis: int) -> Tensor:
         x, path = memory.x, self._path()
-        major = x.movedim((batch_axis, time_axis), (0, 1))
+        first, major = (tensor.movedim((batch_axis, time_axis), (0, 1)) for tensor in (memory.first, x))
         batch, time, *rest = major.shape
-        index, (start,) = self._tape.begin(
-            path, lambda: [to_row(x.new_full((batch, memory.frames, *rest), memory.fill).flatten(1))]
-        )
-        past = from_row(start, x.dtype).reshape(batch, memory.frames, *rest)
+        frames = int(first.shape[1])
+        index, (start,) = self._tape.begin(path, lambda: [to_row(first.flatten(1))])
+        past = from_row(start, x.dtype).reshape(batch, frames, *rest)
         joined = torch.cat([past, major], 1).movedim((0, 1), (batch_axis, time_axis))
         result = memory.finish(joined)
         kept = (result if memory.of_result else joined).movedim((batch_axis, time_axis), (0, 1))
-        final = _last(kept, memory.frames, time, self._tape.lens)
+        final = _last(kept, frames, time, self._tape.lens)
         self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [start], [to_row(final)]))
         return result
 
@@ -172,16 +212,25 @@ def _input(args: Any, kwargs: Any) -> Tensor:
     return args[0] if args else kwargs["input"]
 
 
+def _full(x: Tensor, time: int, frames: int, value: float) -> Tensor:
+    return x.new_full([frames if axis == time else size for axis, size in enumerate(x.shape)], value)
+
+
 def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """Constants put before a sequence."""
+    """Constants put before a sequence, or its first step."""
 
     def call(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Memory | None:
         pads = list(pad)
         first = 2 * (input.dim() - 1 - time)
-        if mode != "constant" or first >= len(pads) or pads[first] < 1:
+        if mode not in {"constant", "replicate"} or first >= len(pads) or pads[first] < 1:
             return None
         frames, pads[first] = pads[first], 0
-        return Memory(input, frames, value or 0.0, lambda joined: functional.pad(joined, pads, mode, value))
+        if mode == "replicate":
+            if any(pads):
+                return None
+            return Memory(input, input.narrow(time, 0, 1).repeat_interleave(frames, time), lambda joined: joined)
+        before = _full(input, time, frames, value or 0.0)
+        return Memory(input, before, lambda joined: functional.pad(joined, pads, mode, value))
 
     return call(*args, **kwargs)
 
@@ -212,7 +261,7 @@ def _convolution(function: Any) -> Rule:
             def finish(joined: Tensor) -> Tensor:
                 return function(functional.pad(joined, after), weight, bias, strides, pads, dilations, groups)
 
-            return Memory(input, frames, 0.0, finish)
+            return Memory(input, _full(input, time, frames, 0.0), finish)
 
         return call(*args, **kwargs)
 
@@ -234,7 +283,20 @@ def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
         def finish(joined: Tensor) -> Tensor:
             return torch.cumsum(joined, dim, **options).narrow(time, 1, joined.shape[time] - 1)
 
-        return Memory(input, 1, 0.0, finish, of_result=True)
+        return Memory(input, _full(input, time, 1, 0.0), finish, of_result=True)
+
+    return call(*args, **kwargs)
+
+
+def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
+    """Of each step from the one before it, or further back; before the first comes what is given."""
+
+    def call(
+        input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+    ) -> Memory | None:
+        if prepend is None or append is not None or n != prepend.shape[time] or dim % input.dim() != time:
+            return None
+        return Memory(input, prepend, lambda joined: torch.diff(joined, n, dim))
 
     return call(*args, **kwargs)
 
@@ -243,6 +305,8 @@ _RULES: dict[Any, Rule] = {
     functional.pad: _pad,
     torch.conv1d: _convolution(torch.conv1d),
     torch.conv2d: _convolution(torch.conv2d),
+    torch.diff: _difference,
+    Tensor.diff: _difference,
     torch.cumsum: _sum,
     Tensor.cumsum: _sum,
 }

@@ -605,6 +605,31 @@ SHAPES = [
     ),
     Shape("a loop over self.h", lambda: made(loop_over_own, cell=nn.GRUCell(4, 6), h=None)),
     Shape("delay", lambda: made(lambda s, x: s.rnn(functional.pad(x, (0, 0, 3, 0))[:, : x.shape[1]])[0], rnn=gru())),
+    Shape(
+        "difference from the step before",
+        lambda: made(lambda s, x: s.rnn(x - torch.cat([x[:, :1], x[:, :-1]], 1))[0], rnn=gru()),
+    ),
+    Shape(
+        "torch.diff", lambda: made(lambda s, x: s.rnn(x.diff(dim=1, prepend=torch.zeros_like(x[:, :1])))[0], rnn=gru())
+    ),
+    Shape(
+        "the token before",
+        lambda: made(
+            lambda s, x: s.rnn(s.embed(x) + s.embed(torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)))[0],
+            embed=nn.Embedding(9, 4),
+            rnn=lstm(),
+        ),
+        lambda: {"x": torch.randint(0, 9, (2, 7))},
+    ),
+    Shape(
+        "causal convolution over a repeated first step",
+        lambda: made(
+            lambda s, x: s.rnn(s.conv(functional.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2))[0],
+            conv=nn.Conv1d(4, 4, 3),
+            rnn=gru(),
+        ),
+        bit_exact=False,
+    ),
     # Exported for whole sequences, with the reason.
     Shape(
         "bidirectional proj_size",
