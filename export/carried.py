@@ -1,15 +1,18 @@
 """What forward hands to its next call beside its layers' state: a cache that it takes and returns, or keeps itself."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from export.errors import ExportError
-from export.inputs import StateArgument
+from export.errors import ExportError, attempt
+from export.inputs import StateArgument, alike_rows
 from export.lift import Call, Part, Tape
+from export.outputs import is_part, leaves
 from export.scan import Axes
 
 
@@ -72,3 +75,51 @@ class Carried:
         parts = tuple(Part("carry", number) for number in range(len(self.parts)))
         final = [axes.flat(tensor) for axes, tensor in zip(self.parts, tensors, strict=True)]
         tape.calls.append(Call(self.name, 0, parts, batch, time, rows, final))
+
+
+def handed_on(
+    model: nn.Module, example: dict[str, Any], state: Mapping[str, str], alone: Callable[[], dict[str, Any]], batch: int
+) -> dict[str, StateArgument]:
+    """The arguments that `state` names, each with the output that it is next. Raises ExportError(input).
+
+    alone: the other arguments for a batch of one. batch: of the example.
+    """
+    flat = {name: pytree.tree_flatten(example[name]) for name in state}
+    returned = leaves(attempt("the example", lambda: model(**example)))
+    for name, (tensors, _) in flat.items():
+        if _shapes(returned, state[name]) != [tensor.shape for tensor in tensors]:
+            there = ", ".join(f"{key or 'y'} {tuple(tensor.shape)}" for key, tensor in returned)
+            raise ExportError(
+                "input",
+                f"state {name!r} is {', '.join(str(tuple(t.shape)) for t in tensors)}, and forward hands on "
+                f"{state[name]!r} with another shape, or not at all: it returns {there}",
+            )
+    everything = [tensor for tensors, _ in flat.values() for tensor in tensors]
+    choices = list(product(*(alike_rows(tensor, batch) for tensor in everything)))
+    for axes in choices:
+        left = iter(axes)
+        found = {
+            name: StateArgument(tuple(tensors), tuple(next(left) for _ in tensors), structure)
+            for name, (tensors, structure) in flat.items()
+        }
+        if len(choices) == 1 or _fits(model, alone(), found, state):
+            return found
+    raise ExportError(
+        "input", f"state {', '.join(map(repr, state))} must be what a new client starts from, in every row of the batch"
+    )
+
+
+def _fits(
+    model: nn.Module, arguments: dict[str, Any], found: dict[str, StateArgument], state: Mapping[str, str]
+) -> bool:
+    """Does forward take one row of the states, and hand on as much?"""
+    one = {name: argument.expand(1) for name, argument in found.items()}
+    try:
+        returned = leaves(attempt("a batch of one", lambda: model(**arguments, **one)))
+    except ExportError:
+        return False
+    return all(_shapes(returned, state[name]) == [t.shape for t in pytree.tree_leaves(one[name])] for name in found)
+
+
+def _shapes(returned: list[tuple[str, Tensor]], output: str) -> list[torch.Size]:
+    return [tensor.shape for name, tensor in returned if is_part(name, output)]

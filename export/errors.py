@@ -1,6 +1,10 @@
 """The one error that export raises on purpose, and every code it may carry."""
 
-from typing import Literal
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
 
 Code = Literal[
     "batch_time",  # an input's first two dimensions are not the batch and the time of the others
@@ -9,9 +13,9 @@ Code = Literal[
     "checkpoint",  # a model or its weights cannot be loaded
     "dtype",  # parameters of one float type; float32, int64, int32 and bool tensors
     "forward_failed",  # forward itself fails on the example, or on another batch size or length
-    "initial_state",  # the state a sequence starts from depends on the input, the row, or chance
+    "initial_state",  # an initial state that is given, and not the same in every row
     "input",  # the example inputs do not fit forward
-    "keeps_state",  # forward writes a buffer or an attribute that the next forward reads
+    "keeps_state",  # forward writes what its next call reads, and that does not go on as a stream would
     "layer_axes",  # a recurrent layer does not see the model's own batch and time
     "no_recurrent_layer",
     "max_error",  # a difference from PyTorch in float64 is larger than was allowed
@@ -46,3 +50,15 @@ def first_line(error: BaseException) -> str:
     text = str(error).strip()
     line = text.splitlines()[0] if text else ""
     return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
+
+
+def attempt(what: str, run: Callable[[], Any]) -> Any:
+    """Call `run`; whatever the user's forward raises becomes ExportError(forward_failed)."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+            return run()
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError("forward_failed", f"forward fails on {what}: {first_line(error)}") from error

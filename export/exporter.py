@@ -25,7 +25,7 @@ from bundle.golden import run_chunked
 from export import kept, onnx_graph, parity, probes, programs, refusals
 from export.carried import Carried
 from export.double import converted, double_precision
-from export.errors import ExportError
+from export.errors import ExportError, attempt
 from export.inputs import check_arguments
 from export.observe import find_kept, find_past, in_double, lift_model, observe
 from export.outputs import DTYPES, leaves
@@ -33,7 +33,7 @@ from export.past import Place
 from export.precision import limit, reduce
 from export.report import Report
 from export.samples import Samples, as_tensors
-from export.streaming import StreamingModule, attempt, torch_runner
+from export.streaming import StreamingModule, torch_runner
 
 Progress = Callable[[str], None]
 

@@ -6,7 +6,7 @@ A call is known by (path of the module, how often it was called before). Its sta
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,6 +125,11 @@ def call_count(path: str) -> ExportError:
         f"layer {path!r} is called a number of times that depends on the sequence's length; call it once on the "
         "whole sequence instead of looping over time steps",
     )
+
+
+def count_up(count: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+    """torch.arange, for within forward: there that name is taken for the user's own, see `past`."""
+    return torch.ops.aten.arange.default(count, dtype=dtype)
 
 
 def to_row(values: Tensor) -> Tensor:

@@ -1,26 +1,23 @@
 """Watches a lifted model run: which states it asks for, where its axes are, what it starts from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from torch.utils import _pytree as pytree
 
 from bundle.golden import Arrays
 from bundle.manifest import RESERVED_NAMES
 from export import kept, packed
-from export.carried import Carried
+from export.carried import Carried, handed_on
 from export.double import converted, double_precision
-from export.errors import ExportError
+from export.errors import ExportError, attempt
 from export.inputs import (
     StateArgument,
-    alike_rows,
     check_inputs,
     check_static,
     length_arguments,
@@ -31,10 +28,10 @@ from export.kept import Attribute
 from export.layers import lift_layers, take_weights
 from export.lift import Call, Key, Layout, Tape, call_count
 from export.loops import lift_loops, refill
-from export.outputs import final_states, is_part, leaves, plan
+from export.outputs import final_states, is_part, plan
 from export.past import Place, Watch, places
 from export.samples import Samples, as_tensors
-from export.streaming import Arguments, StreamingModule, attempt
+from export.streaming import Arguments, StreamingModule
 
 
 def lift_model(
@@ -47,11 +44,11 @@ def lift_model(
     others = {name: value for name, value in example.items() if name not in state}
     handed: dict[str, StateArgument] = {}
     if state:
-        sizes = [tensor.shape[:2] for name, tensor in others.items() if name not in static and tensor.dim() > 1]
-        if packings or not sizes:
+        series = [value for name, value in others.items() if name not in static and isinstance(value, Tensor)]
+        if packings or not series or series[0].dim() < 2:
             raise ExportError("input", "a state that is handed on goes with inputs that are (batch, time, ...) tensors")
-        batch = sizes[0][0 if batch_first else 1]
-        handed = _handed(model, example, state, lambda: resized(others, (1, 5), static, batch_first), batch)
+        batch = series[0].shape[0 if batch_first else 1]
+        handed = handed_on(model, example, state, lambda: resized(others, (1, 5), static, batch_first), batch)
     if not packings:
 
         def run(size: tuple[int, int]) -> Any:
@@ -108,51 +105,6 @@ def lift_model(
     return StreamingModule(model, tape, arguments), samples
 
 
-def _handed(
-    model: nn.Module, example: dict[str, Any], state: Mapping[str, str], alone: Callable[[], dict[str, Any]], batch: int
-) -> dict[str, StateArgument]:
-    """The arguments that `state` names. alone: the other arguments for a batch of one. Raises ExportError(input)."""
-    flat = {name: pytree.tree_flatten(example[name]) for name in state}
-    returned = leaves(attempt("the example", lambda: model(**example))) if state else []
-    for name, (tensors, _) in flat.items():
-        if _shapes(returned, state[name]) != [tensor.shape for tensor in tensors]:
-            there = ", ".join(f"{key or 'y'} {tuple(tensor.shape)}" for key, tensor in returned)
-            raise ExportError(
-                "input",
-                f"state {name!r} is {', '.join(str(tuple(t.shape)) for t in tensors)}, and forward hands on "
-                f"{state[name]!r} with another shape, or not at all: it returns {there}",
-            )
-    everything = [tensor for tensors, _ in flat.values() for tensor in tensors]
-    choices = list(product(*(alike_rows(tensor, batch) for tensor in everything)))
-    for axes in choices:
-        left = iter(axes)
-        found = {
-            name: StateArgument(tuple(tensors), tuple(next(left) for _ in tensors), structure)
-            for name, (tensors, structure) in flat.items()
-        }
-        if len(choices) == 1 or _fits(model, alone(), found, state):
-            return found
-    raise ExportError(
-        "input", f"state {', '.join(map(repr, state))} must be what a new client starts from, in every row of the batch"
-    )
-
-
-def _fits(
-    model: nn.Module, arguments: dict[str, Any], found: dict[str, StateArgument], state: Mapping[str, str]
-) -> bool:
-    """Does forward take one row of the states, and hand on as much?"""
-    one = {name: argument.expand(1) for name, argument in found.items()}
-    try:
-        returned = leaves(attempt("a batch of one", lambda: model(**arguments, **one)))
-    except ExportError:
-        return False
-    return all(_shapes(returned, state[name]) == [t.shape for t in pytree.tree_leaves(one[name])] for name in found)
-
-
-def _shapes(returned: list[tuple[str, Tensor]], output: str) -> list[torch.Size]:
-    return [tensor.shape for name, tensor in returned if is_part(name, output)]
-
-
 def find_kept(streaming: StreamingModule, state: list[Attribute], samples: Samples) -> dict[Attribute, Carried]:
     """What forward leaves in these attributes for its next call, as parts of the state row; nothing if it cannot be."""
     left: list[list[Any]] = []
@@ -201,9 +153,10 @@ def find_past(streaming: StreamingModule, samples: Samples) -> list[Place | None
     seen = []
     for batch, time in ((2, 6), (3, 6), (2, 9)):
         tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
-        with Watch() as watch:
-            attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
-        seen.append(watch.seen)
+        streaming.watch = Watch()
+        attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
+        seen.append(streaming.watch.seen)
+    streaming.watch = None
     base, wide, long = seen
     found = [] if streaming.arguments.unbatched else places(base, wide, long, time=6)
     return found if any(found) else []

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from export.errors import ExportError
-from export.lift import Tape
+from export.lift import Tape, count_up
 
 _TAPE: ContextVar[Tape] = ContextVar("unroll_tape")
 
@@ -69,7 +69,7 @@ def pad(sequence: PackedSequence, batch_first: bool, value: float, total_length:
         raise ExportError("packed_sequence", f"pad_packed_sequence pads to {total_length} steps, not to the input's")
     lengths = sequence.batch_sizes
     if lens is not None:
-        alive = torch.arange(data.shape[1]) < lens.unsqueeze(1)
+        alive = count_up(data.shape[1]) < lens.unsqueeze(1)
         data = torch.where(alive.reshape(*alive.shape, *[1] * (data.dim() - 2)), data, value)
         lengths = lens.long()
     return (data if batch_first else data.transpose(0, 1)), lengths

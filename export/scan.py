@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as higher_order_scan
 
-from export.lift import from_row, to_row
+from export.lift import count_up, from_row, to_row
 from export.step import Step
 
 
@@ -78,7 +78,7 @@ class Scan(nn.Module):
         zeros = [axes.flat(torch.zeros(axes.with_batch(batch), dtype=axes.dtype)) for axes in lasts]
         carried = [*self.states, *lasts]
         sequences = [t.movedim(a.time, 0) for t, a in zip(tensors, self.inputs, strict=True) if a.time is not None]
-        steps = torch.arange(time, dtype=torch.int32).unsqueeze(1)
+        steps = count_up(time, torch.int32).unsqueeze(1)
         alive = steps < (steps.new_full((batch,), time) if lens is None else lens)
 
         def once(carry: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

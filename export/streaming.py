@@ -1,8 +1,6 @@
 """The lifted model as one function of (state row, lengths, inputs): what ONNX gets, and what the probes run."""
 
-import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,12 +15,12 @@ from bundle.golden import Arrays, RunFunction
 from export import kept, ops, packed
 from export.carried import Carried
 from export.double import double_precision
-from export.errors import ExportError, first_line
+from export.errors import ExportError, attempt
 from export.inputs import StateArgument
 from export.kept import Attribute
 from export.lift import Call, Layout, Part, Tape
 from export.outputs import Output, is_part, leaves
-from export.past import Keep, Place
+from export.past import Keep, Place, Watch
 from export.samples import as_tensors
 
 Named = list[tuple[str, Tensor]]
@@ -63,8 +61,9 @@ class StreamingModule(nn.Module):
         self.model, self.tape, self.arguments = model, tape, arguments
         self.layout = Layout(())
         self.outputs: tuple[Output, ...] = ()
-        #: Where forward reaches into the past beside its recurrent layers, if that is to be kept: see `past`.
+        #: Where forward reaches into the past beside its recurrent layers, if that is to be kept; and what finds out.
         self.places: list[Place | None] = []
+        self.watch: Watch | None = None
         #: The attributes of modules that forward leaves to its next call, if they are to be kept: see `carried`.
         self.kept: dict[Attribute, Carried] = {}
 
@@ -111,7 +110,7 @@ class StreamingModule(nn.Module):
         self.tape.start(given, lens)
         try:
             batch, time = self._size(inputs)
-            with packed.padded(self.tape), self._keeping(batch):
+            with packed.padded(self.tape):
                 self._begin(batch, time)
                 static = self._static(batch)
                 arguments = self.arguments_for(inputs, static, lens)
@@ -127,9 +126,6 @@ class StreamingModule(nn.Module):
         if self.arguments.unbatched:
             returned = [(name, tensor.unsqueeze(0)) for name, tensor in returned]
         return returned, calls
-
-    def _keeping(self, batch: int) -> AbstractContextManager[None]:
-        return Keep(self.tape, self.model, self.places, batch).running() if self.places else nullcontext()
 
     def _size(self, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
         """Batch and time of what forward is given."""
@@ -152,7 +148,11 @@ class StreamingModule(nn.Module):
         for (path, name), carried in self.kept.items():
             rows[carried], value = carried.take(self.tape, batch)
             setattr(self.model.get_submodule(path), name, value)
-        returned = leaves(packed.as_padded(self.model(**arguments)))
+        with self.watch or (
+            Keep(self.tape, self.model, self.places, batch).running() if self.places else nullcontext()
+        ):
+            result = self.model(**arguments)
+        returned = leaves(packed.as_padded(result))
         for carried, output in self.arguments.carried.values():
             tensors = [tensor for name, tensor in returned if is_part(name, output)]
             carried.leave(self.tape, rows[carried], tensors, batch, time)
@@ -227,18 +227,6 @@ def _joined(calls: tuple[Call, ...]) -> Call:
         final=[torch.cat(parts) for parts in _across(call.final for call in calls)],
         returned=tuple(torch.cat(states) for states in _across(call.returned for call in calls)),
     )
-
-
-def attempt(what: str, run: Callable[[], Any]) -> Any:
-    """Call `run`; whatever the user's forward raises becomes ExportError(forward_failed)."""
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-            return run()
-    except ExportError:
-        raise
-    except Exception as error:
-        raise ExportError("forward_failed", f"forward fails on {what}: {first_line(error)}") from error
 
 
 def torch_runner(module: StreamingModule, *, double: bool, ops: bool = False) -> RunFunction:
