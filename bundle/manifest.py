@@ -24,8 +24,8 @@ Precision = Literal["float32", "float16", "int8"]
 #: To be disabled in onnxruntime: ends the process at a recurrent layer with float16 weights on the CPU.
 CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 
-#: What a piece of state is: a recurrent layer's h or c, what a loop over time hands from one step to the next, what
-#: another layer needs of the past, or how many time steps there were. A static input's values stay what they are.
+#: What a piece of state is: a recurrent layer's h or c, what a loop over time or forward itself hands on, what another
+#: layer needs of the past, or how many time steps there were. A static input's values stay what they are.
 Kind = Literal["h", "c", "carry", "past", "count", "static"]
 
 _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}

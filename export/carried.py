@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from export.errors import ExportError, attempt
 from export.inputs import StateArgument, alike_rows
 from export.lift import Call, Part, Tape
-from export.outputs import is_part, leaves
+from export.outputs import leaves, parts
 from export.scan import Axes
 
 
@@ -62,7 +62,7 @@ class Carried:
         return rows, pytree.tree_unflatten(tensors, self.structure)
 
     def leave(self, tape: Tape, rows: list[Tensor], tensors: list[Tensor], batch: int, time: int) -> None:
-        """What forward handed on, after it took `rows`. Raises ExportError(keeps_shape) for another shape."""
+        """What forward handed on, after it took `rows`. Raises ExportError(output) for another shape."""
         for axes, tensor in zip(self.parts, tensors, strict=True):
             if tensor.dim() != len(axes.shape) or any(
                 size != own
@@ -122,4 +122,4 @@ def _fits(
 
 
 def _shapes(returned: list[tuple[str, Tensor]], output: str) -> list[torch.Size]:
-    return [tensor.shape for name, tensor in returned if is_part(name, output)]
+    return [returned[index][1].shape for index in parts(returned, output)]

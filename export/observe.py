@@ -28,7 +28,7 @@ from export.kept import Attribute
 from export.layers import lift_layers, take_weights
 from export.lift import Call, Key, Layout, Tape, call_count
 from export.loops import lift_loops, refill
-from export.outputs import final_states, is_part, plan
+from export.outputs import final_states, parts, plan
 from export.past import Place, Watch, places
 from export.samples import Samples, as_tensors
 from export.streaming import Arguments, StreamingModule
@@ -107,6 +107,8 @@ def lift_model(
 
 def find_kept(streaming: StreamingModule, state: list[Attribute], samples: Samples) -> dict[Attribute, Carried]:
     """What forward leaves in these attributes for its next call, as parts of the state row; nothing if it cannot be."""
+    if not state:
+        return {}
     left: list[list[Any]] = []
     for batch, time in ((2, 6), (3, 6), (2, 9)):
         tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
@@ -177,8 +179,8 @@ def observe(
     streaming.layout = double.layout = _layout(calls_at)
     dropped = final_states([tensor for _, tensor in frames[2, 6]], calls_at[2, 6])
     names = [name for name, _ in frames[2, 6]]
-    handed = [output for _, output in streaming.arguments.carried.values()]
-    dropped |= {index for index, name in enumerate(names) if any(is_part(name, output) for output in handed)}
+    for _, output in streaming.arguments.carried.values():
+        dropped |= set(parts(frames[2, 6], output))
     if len(dropped) == len(names):
         dropped = set()
     streaming.outputs = double.outputs = plan(frames, dropped, output_names)

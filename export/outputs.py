@@ -64,9 +64,10 @@ def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
     return [leaf for key, item in items for leaf in _walk(item, f"{path}_{key}" if path else key)]
 
 
-def is_part(name: str, whole: str) -> bool:
-    """Is the tensor of this name the output called `whole`, or in it?"""
-    return name == whole or name.startswith(whole + "_")
+def parts(named: list[tuple[str, Tensor]], whole: str) -> list[int]:
+    """Which of the tensors are the output called `whole`, or what is in it."""
+    exact = [index for index, (name, _) in enumerate(named) if name == whole]
+    return exact or [index for index, (name, _) in enumerate(named) if name.startswith(whole + "_")]
 
 
 def final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:

@@ -179,7 +179,7 @@ class Keep(TorchFunctionMode):
         count, time = from_row(start, zero.dtype), numbers.shape[0]
         final = to_row(count + (time if self._tape.lens is None else self._tape.lens.long().unsqueeze(1)))
         self._tape.calls.append(Call(path, index, (Part("count"),), self._batch, time, [start], [final]))
-        return numbers if self._tape.given is None else numbers + step * count[0]
+        return numbers if self._tape.given is None else numbers + (step * count[0]).to(numbers.dtype)
 
     def _run(self, memory: Memory, batch_axis: int, time_axis: int) -> Tensor:
         x, path = memory.x, self._path()

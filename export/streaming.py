@@ -19,7 +19,7 @@ from export.errors import ExportError, attempt
 from export.inputs import StateArgument
 from export.kept import Attribute
 from export.lift import Call, Layout, Part, Tape
-from export.outputs import Output, is_part, leaves
+from export.outputs import Output, leaves, parts
 from export.past import Keep, Place, Watch
 from export.samples import as_tensors
 
@@ -154,7 +154,7 @@ class StreamingModule(nn.Module):
             result = self.model(**arguments)
         returned = leaves(packed.as_padded(result))
         for carried, output in self.arguments.carried.values():
-            tensors = [tensor for name, tensor in returned if is_part(name, output)]
+            tensors = [returned[index][1] for index in parts(returned, output)]
             carried.leave(self.tape, rows[carried], tensors, batch, time)
         for (path, name), carried in self.kept.items():
             left = pytree.tree_leaves(kept.left(self.model.get_submodule(path), name))
