@@ -15,13 +15,14 @@ How much of it a crash of Redis loses is for its `appendfsync` to say.
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import hiredis
 import structlog
-from redis.asyncio import Redis
+from redis.asyncio import Connection, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -94,8 +95,7 @@ _TOKEN = 16
 _CONTENT = 3
 
 
-#: A call of a function of the script: keys, and the words that it is given. Bytes, as all else is turned into bytes with
-#: more effort.
+#: A call of a function of the script: keys, and the words that it is given.
 _Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
 
 
@@ -247,13 +247,20 @@ def _parts(calls: Sequence[_Call], most: int) -> Iterator[Sequence[_Call]]:
     yield calls[begin:]
 
 
+class _Connection(Connection):
+    """Its commands are packed by hiredis, which takes a third of the time; not those of TLS and of Unix sockets."""
+
+    def pack_commands(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
+        return [hiredis.pack_command(tuple(command)) for command in commands]
+
+
 def _client(config: StoreConfig) -> Any:
     # One more try, at once, on a new connection: the old one may be dead for long. The scripts know what comes twice.
     retry = Retry(NoBackoff(), 1)
     options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
     if config.url.startswith(_CLUSTER):
         return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
-    return Redis.from_url(config.url, **options)
+    return Redis.from_url(config.url, connection_class=_Connection, **options)
 
 
 def _call(
