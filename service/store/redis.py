@@ -38,6 +38,8 @@ _log = structlog.get_logger(__name__)
 _PIPELINES = 2
 #: Calls that one run of the script is given, and the bytes they may bring: meanwhile Redis does nothing else.
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
+#: How often is looked who waits for an answer, within the time that is too long.
+_TICKS = 10
 #: Seconds after which a client may find the store again.
 _RETRY_AFTER = 1.0
 #: `expected` of what does not care.
@@ -120,7 +122,8 @@ class RedisStore:
         self._most, self._options = (1, {}) if clustered else (_MOST_CALLS, {"transaction": False})
         self._tokens = Tokens()
         self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Task[None], int] = {}  # and how many ticks each has seen
+        self._timer: asyncio.TimerHandle | None = None
         self._answers = True  # so far as is known
         self._script = _with_lives(config).encode()
         self._digest = hashlib.sha1(self._script).hexdigest().encode()
@@ -180,11 +183,23 @@ class RedisStore:
         while self._queue and len(self._under_way) < _PIPELINES:
             asked, self._queue = self._queue, deque()
             task = asyncio.create_task(self._pipeline(asked), name="store")
-            self._under_way.add(task)
+            self._under_way[task] = 0
             task.add_done_callback(self._sent)
+        if self._under_way and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
 
     def _sent(self, task: asyncio.Task[None]) -> None:
-        self._under_way.discard(task)
+        del self._under_way[task]
+        self._send()
+
+    def _tick(self) -> None:
+        """Give up what was not answered for too many of these. If it is this process that stood still, that was one:
+        the answers may be there, and nobody could read them yet."""
+        self._timer = None
+        for task in self._under_way:
+            self._under_way[task] += 1
+            if self._under_way[task] % _TICKS == 0:
+                task.cancel()
         self._send()
 
     async def _pipeline(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
@@ -192,12 +207,12 @@ class RedisStore:
         error: StoreUnavailable | None = None
         replies: list[Any] = []
         try:
-            async with asyncio.timeout(self._config.timeout):
-                replies = await self._execute(calls)
-        except Exception as reason:  # whatever it is, nobody may wait for ever
-            if not isinstance(reason, (RedisError, OSError, TimeoutError)):
+            replies = await self._execute(calls)
+        except (Exception, asyncio.CancelledError) as reason:  # whatever it is, nobody may wait for ever
+            if not isinstance(reason, (RedisError, OSError, asyncio.CancelledError)):
                 _log.error("an unforeseen error of the store", exc_info=reason)
-            error = _unavailable(reason)
+            late = TimeoutError(f"no answer within {self._config.timeout:g} s")
+            error = _unavailable(reason if isinstance(reason, Exception) else late)
             # Whoever waits behind these would only learn the same, and later.
             asked, self._queue = [*asked, *self._queue], deque()
         if self._answers is not (error is None):
