@@ -197,8 +197,10 @@ async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server:
     store = RedisStore(StoreConfig(redis_server.url, timeout=0.2))
     first = tokens.next()
     await put(store, commit(first))
+    redis_server.pause()
     putting = asyncio.create_task(put(store, commit(tokens.next(), first)))
-    await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)
+    redis_server.resume()
     time.sleep(0.5)  # noqa: ASYNC251 - as a process that gets no processor
     assert await putting == [None]
     await store.stop()
