@@ -15,17 +15,17 @@ How much of it a crash of Redis loses is for its `appendfsync` to say.
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import hiredis
 import structlog
 from redis.asyncio import Connection, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
 from redis.exceptions import NoScriptError, RedisError
 
 from service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
@@ -117,9 +117,6 @@ class RedisStore:
     def __init__(self, config: StoreConfig) -> None:
         self._config = config
         self._client: Any = _client(config)
-        # In a cluster the keys of one run must be in one slot: each has its own there.
-        clustered = isinstance(self._client, RedisCluster)
-        self._most, self._options = (1, {}) if clustered else (_MOST_CALLS, {"transaction": False})
         self._tokens = Tokens()
         self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
         self._under_way: dict[asyncio.Task[None], int] = {}  # and how many ticks each has seen
@@ -230,33 +227,44 @@ class RedisStore:
             begin = end
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
-        parts = list(_parts(calls, self._most))
-        replies = await self._run(parts, "EVALSHA", self._digest)
+        if isinstance(self._client, RedisCluster):
+            return await self._execute_apart(calls)
+        replies: list[Any] = []
+        for part in _parts(calls):
+            try:
+                replies += await self._client.execute_command("EVALSHA", self._digest, *_words(part))
+            except NoScriptError:
+                replies += await self._client.execute_command("EVAL", self._script, *_words(part))
+        return replies
+
+    async def _execute_apart(self, calls: Sequence[_Call]) -> list[Any]:
+        """In a cluster the keys of a run must be in one slot: so each call has its own, in one pipeline a node."""
+        replies = await self._pipelined(calls, "EVALSHA", self._digest)
         if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
-            again = await self._run([parts[i] for i in unknown], "EVAL", self._script)
+            again = await self._pipelined([calls[i] for i in unknown], "EVAL", self._script)
             for i, reply in zip(unknown, again, strict=True):
                 replies[i] = reply
-        return [
-            each
-            for part, reply in zip(parts, replies, strict=True)
-            for each in (reply if isinstance(reply, list) else [reply] * len(part))
-        ]
+        return [reply[0] if isinstance(reply, list) else reply for reply in replies]
 
-    async def _run(self, parts: Sequence[Sequence[_Call]], command: str, script: bytes) -> list[Any]:
-        """The replies to each part, or why there are none. script: as the command wants it."""
-        pipeline = self._client.pipeline(**self._options)
-        for part in parts:
-            keys, words = zip(*part, strict=True)
-            pipeline.execute_command(command, script, b"%d" % (2 * len(part)), *chain(*keys), *chain(*words))
+    async def _pipelined(self, calls: Sequence[_Call], command: str, script: bytes) -> list[Any]:
+        pipeline = self._client.pipeline()
+        for call in calls:
+            pipeline.execute_command(command, script, *_words([call]))
         return await pipeline.execute(raise_on_error=False)
 
 
-def _parts(calls: Sequence[_Call], most: int) -> Iterator[Sequence[_Call]]:
+def _words(part: Sequence[_Call]) -> list[bytes]:
+    """What follows the script's name: the number of keys, the keys, and what the functions are given."""
+    keys, words = zip(*part, strict=True)
+    return [b"%d" % (2 * len(part)), *chain(*keys), *chain(*words)]
+
+
+def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
     """What one run of the script is given: so many, and fewer if they are large."""
     begin = size = 0
     for end, (_, words) in enumerate(calls):
         size += len(words[_CONTENT])
-        if end - begin == most or (size > _MOST_BYTES and end > begin):
+        if end - begin == _MOST_CALLS or (size > _MOST_BYTES and end > begin):
             yield calls[begin:end]
             begin, size = end, len(words[_CONTENT])
     yield calls[begin:]
@@ -265,12 +273,14 @@ def _parts(calls: Sequence[_Call], most: int) -> Iterator[Sequence[_Call]]:
 class _Connection(Connection):
     """Its commands are packed by hiredis, which takes a third of the time; not those of TLS and of Unix sockets."""
 
-    def pack_commands(self, commands: Iterable[Iterable[Any]]) -> list[bytes]:
-        return [hiredis.pack_command(tuple(command)) for command in commands]
+    _packer = HiredisRespSerializer()
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        return self._packer.pack(*args)
 
 
 def _client(config: StoreConfig) -> Any:
-    # One more try, at once, on a new connection: the old one may be dead for long. The scripts know what comes twice.
+    # One more try, at once, on a new connection: the old one may be dead for long. The script knows what comes twice.
     retry = Retry(NoBackoff(), 1)
     options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
     if config.url.startswith(_CLUSTER):
