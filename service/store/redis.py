@@ -34,8 +34,8 @@ from service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_
 
 _log = structlog.get_logger(__name__)
 
-#: Pipelines under way at a time; what comes meanwhile leaves in the next.
-_PIPELINES = 2
+#: Exchanges with Redis under way at a time; what comes meanwhile leaves with the next.
+_EXCHANGES = 2
 #: Calls that one run of the script is given, and the bytes they may bring: meanwhile Redis does nothing else.
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
 #: How often is looked who waits for an answer, within the time that is too long.
@@ -126,7 +126,7 @@ class RedisStore:
         self._digest = hashlib.sha1(self._script).hexdigest().encode()
 
     def __repr__(self) -> str:
-        return f"<RedisStore {len(self._under_way)} pipelines under way, {len(self._queue)} calls waiting>"
+        return f"<RedisStore {len(self._under_way)} exchanges under way, {len(self._queue)} calls waiting>"
 
     async def start(self) -> None:
         """Say in the log if it cannot be reached; it may be later."""
@@ -177,9 +177,9 @@ class RedisStore:
         return await future
 
     def _send(self) -> None:
-        while self._queue and len(self._under_way) < _PIPELINES:
+        while self._queue and len(self._under_way) < _EXCHANGES:
             asked, self._queue = self._queue, deque()
-            task = asyncio.create_task(self._pipeline(asked), name="store")
+            task = asyncio.create_task(self._exchange(asked), name="store")
             self._under_way[task] = 0
             task.add_done_callback(self._sent)
         if self._under_way and self._timer is None:
@@ -199,7 +199,7 @@ class RedisStore:
                 task.cancel()
         self._send()
 
-    async def _pipeline(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
+    async def _exchange(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
         calls = [call for some, _ in asked for call in some]
         error: StoreUnavailable | None = None
         replies: list[Any] = []
