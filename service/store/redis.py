@@ -7,22 +7,25 @@
 
 The braces keep both keys of a session on one node of a cluster.
 
-Every access is one script on these two keys, so it happens whole or not at all. What many ask at the same moment leaves
-in one pipeline. How much of it a crash of Redis loses is for its `appendfsync` to say.
+Every access to a session is one call of a function on these two keys, so it happens whole or not at all. What many ask
+at the same moment goes together to one script, which calls them one after another; each succeeds or fails by itself.
+How much of it a crash of Redis loses is for its `appendfsync` to say.
 """
 
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import structlog
-from redis.asyncio import Redis
+from redis.asyncio import Connection, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
 from redis.exceptions import NoScriptError, RedisError
 
 from service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
@@ -31,68 +34,71 @@ from service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_
 
 _log = structlog.get_logger(__name__)
 
-#: Pipelines under way at a time; what comes meanwhile leaves in the next.
-_PIPELINES = 2
+#: Exchanges with Redis under way at a time; what comes meanwhile leaves with the next.
+_EXCHANGES = 2
+#: Calls that one run of the script is given, and the bytes they may bring: meanwhile Redis does nothing else.
+_MOST_CALLS, _MOST_BYTES = 128, 2**20
+#: How often is looked who waits for an answer, within the time that is too long.
+_TICKS = 10
 #: Seconds after which a client may find the store again.
 _RETRY_AFTER = 1.0
 #: `expected` of what does not care.
 _ANY = b"*"
 _CLUSTER = "redis+cluster://"
 
-# ARGV: expected, token, record, and `gone` of a session that begins
-_WRITE = """
-local held = redis.call('GETRANGE', KEYS[1], 0, 15)
-if held == ARGV[2] then return 1 end
-if held ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2] .. ARGV[3]%(idle)s)
-if ARGV[4] then
-  redis.call('SET', KEYS[2], ARGV[4]%(both)s)
+# Arguments that a function does not need are empty, and so are those of which it is not known what they are to be.
+# A session that begins has its `origin` with the first write. `finish` returns the position, if it ended the session.
+_SCRIPT = """
+local call, does = redis.call, {}
+function does.write(state, gone, expected, token, record, position, origin)
+  local held = call('GETRANGE', state, 0, 15)
+  if held == token then return 1 end
+  if held ~= expected then return 0 end
+  call('SET', state, token .. record%(idle)s)
+  if origin ~= '' then
+    call('SET', gone, 'e' .. string.rep('\\0', 24) .. origin%(both)s)
 %(longer)s
+  end
+  return 1
 end
-return 1
+function does.finish(state, gone, expected, token, last, position, origin)
+  if call('GETRANGE', gone, 1, 16) == token then return call('GETRANGE', gone, 17, 24) end
+  local held = call('GETRANGE', state, 0, 15)
+  if held ~= expected and (expected ~= '*' or held == '') then return false end
+  if origin == '' then
+    position, origin = call('GETRANGE', state, 88, 95), call('GETRANGE', state, 16, 87)
+  end
+  call('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  call('DEL', state)
+  return position
+end
+function does.load(state, gone)
+  return {call('GET', state), call('GET', gone)}
+end
+function does.take(state, gone, expected)
+  if call('GETRANGE', state, 0, 15) ~= expected then return 0 end
+  return call('DEL', state, gone) and 1
+end
+local replies = {}
+for i = 1, #KEYS / 2 do
+  local good, reply = pcall(does[ARGV[6 * i - 5]], KEYS[2 * i - 1], KEYS[2 * i], unpack(ARGV, 6 * i - 4, 6 * i))
+  if not good and type(reply) ~= 'table' then reply = redis.error_reply(reply) end
+  replies[i] = reply
+end
+return replies
 """
 # Now and then: it costs as much as the rest.
-_LONGER = """elseif redis.call('PTTL', KEYS[2]) < %d then
-  redis.call('PEXPIRE', KEYS[2], %d)"""
+_LONGER = """  elseif call('PTTL', gone) < %d then
+    call('PEXPIRE', gone, %d)"""
 
-# ARGV: expected or '*', token, milliseconds, last, and position and origin, if they are not to be what they are
-# Returns the position, if the session is ended.
-_END = """
-if redis.call('GETRANGE', KEYS[2], 1, 16) == ARGV[2] then return redis.call('GETRANGE', KEYS[2], 17, 24) end
-local held = redis.call('GETRANGE', KEYS[1], 0, 15)
-if ARGV[1] == '*' and held == '' then return false end
-if ARGV[1] ~= '*' and held ~= ARGV[1] then return false end
-local position = ARGV[5] or redis.call('GETRANGE', KEYS[1], 88, 95)
-local origin = ARGV[6] or redis.call('GETRANGE', KEYS[1], 16, 87)
-redis.call('SET', KEYS[2], 'c' .. ARGV[2] .. position .. origin .. ARGV[4], 'PX', ARGV[3])
-redis.call('DEL', KEYS[1])
-return position
-"""
-
-_LOAD = """
-return {redis.call('GET', KEYS[1]), redis.call('GET', KEYS[2])}
-"""
-
-# ARGV: token
-_TAKE = """
-if redis.call('GETRANGE', KEYS[1], 0, 15) ~= ARGV[1] then return 0 end
-return redis.call('DEL', KEYS[1], KEYS[2]) and 1
-"""
-
-_EXPIRED, _CLOSED = b"e", b"c"
+_CLOSED = b"c"
 _TOKEN = 16
+#: Of a call's words: the longest.
+_CONTENT = 3
 
 
-class _Script:
-    """digest: what the server knows it by, once it has seen it."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text.encode()
-        self.digest = hashlib.sha1(self.text).hexdigest().encode()
-
-
-#: A script, and its keys and arguments: bytes, as everything else is turned into bytes with more effort.
-_Call = tuple[_Script, tuple[bytes, ...]]
+#: A call of a function of the script: keys, and the words that it is given.
+_Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +119,14 @@ class RedisStore:
         self._client: Any = _client(config)
         self._tokens = Tokens()
         self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Task[None], int] = {}  # and how many ticks each has seen
+        self._timer: asyncio.TimerHandle | None = None
         self._answers = True  # so far as is known
-        self._gone = b"%d" % _milliseconds(config.tombstone_life)
-        self._write, self._end, self._load, self._take = map(_Script, (_with_lives(config), _END, _LOAD, _TAKE))
+        self._script = _with_lives(config).encode()
+        self._digest = hashlib.sha1(self._script).hexdigest().encode()
 
     def __repr__(self) -> str:
-        return f"<RedisStore {len(self._under_way)} pipelines under way, {len(self._queue)} calls waiting>"
+        return f"<RedisStore {len(self._under_way)} exchanges under way, {len(self._queue)} calls waiting>"
 
     async def start(self) -> None:
         """Say in the log if it cannot be reached; it may be later."""
@@ -135,42 +142,32 @@ class RedisStore:
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
-            replies = await self._ask([self._call(commit) for commit in commits])
+            replies = await self._ask([_call_of(commit) for commit in commits])
         except StoreUnavailable as error:
             return [error] * len(commits)
         return [_verdict(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
 
     async def load(self, key: Key) -> Record | Gone | None:
-        (reply,) = await self._ask([(self._load, _keys(key))])
-        if isinstance(reply, RedisError):
-            raise _unavailable(reply)
-        state, gone = reply
+        state, gone = await self._ask_one(_call(key, b"load"))
         if state is not None:
             return Record.unpack(state[_TOKEN:], state[:_TOKEN])
         return None if gone is None else _read_gone(gone)
 
     async def close(self, key: Key) -> int | None:
-        words = (*_keys(key), _ANY, self._tokens.next(), self._gone, pack_last(1, ()))
-        (reply,) = await self._ask([(self._end, words)])
-        if isinstance(reply, RedisError):
-            raise _unavailable(reply)
-        return None if reply is None else int.from_bytes(reply, "little")
+        position = await self._ask_one(_call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ())))
+        return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes) -> bool:
-        (reply,) = await self._ask([(self._take, (*_keys(key), token))])
+        return bool(await self._ask_one(_call(key, b"take", token)))
+
+    # ── what leaves together ─────────────────────────────────────────────────────────────────────
+
+    async def _ask_one(self, call: _Call) -> Any:
+        """Its reply. Raises StoreUnavailable."""
+        (reply,) = await self._ask([call])
         if isinstance(reply, RedisError):
             raise _unavailable(reply)
-        return bool(reply)
-
-    def _call(self, commit: Commit) -> _Call:
-        who = (*_keys(commit.key), commit.expected, commit.token)
-        if commit.ends:
-            position = commit.position.to_bytes(8, "little")
-            return self._end, (*who, self._gone, commit.last, position, commit.origin)
-        record = pack(commit.origin, commit.position, commit.row, commit.last)
-        return self._write, (*who, record, _will_expire(commit.origin)) if commit.begins else (*who, record)
-
-    # ── pipelines ────────────────────────────────────────────────────────────────────────────────
+        return reply
 
     async def _ask(self, calls: list[_Call]) -> list[Any]:
         """A reply or a RedisError for each. Raises StoreUnavailable if there are none."""
@@ -180,27 +177,39 @@ class RedisStore:
         return await future
 
     def _send(self) -> None:
-        while self._queue and len(self._under_way) < _PIPELINES:
+        while self._queue and len(self._under_way) < _EXCHANGES:
             asked, self._queue = self._queue, deque()
-            task = asyncio.create_task(self._pipeline(asked), name="store")
-            self._under_way.add(task)
+            task = asyncio.create_task(self._exchange(asked), name="store")
+            self._under_way[task] = 0
             task.add_done_callback(self._sent)
+        if self._under_way and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
 
     def _sent(self, task: asyncio.Task[None]) -> None:
-        self._under_way.discard(task)
+        del self._under_way[task]
         self._send()
 
-    async def _pipeline(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
+    def _tick(self) -> None:
+        """Give up what was not answered for too many of these. If it is this process that stood still, that was one:
+        the answers may be there, and nobody could read them yet."""
+        self._timer = None
+        for task in self._under_way:
+            self._under_way[task] += 1
+            if self._under_way[task] % _TICKS == 0:
+                task.cancel()
+        self._send()
+
+    async def _exchange(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
         calls = [call for some, _ in asked for call in some]
         error: StoreUnavailable | None = None
         replies: list[Any] = []
         try:
-            async with asyncio.timeout(self._config.timeout):
-                replies = await self._execute(calls)
-        except Exception as reason:  # whatever it is, nobody may wait for ever
-            if not isinstance(reason, (RedisError, OSError, TimeoutError)):
+            replies = await self._execute(calls)
+        except (Exception, asyncio.CancelledError) as reason:  # whatever it is, nobody may wait for ever
+            if not isinstance(reason, (RedisError, OSError, asyncio.CancelledError)):
                 _log.error("an unforeseen error of the store", exc_info=reason)
-            error = _unavailable(reason)
+            late = TimeoutError(f"no answer within {self._config.timeout:g} s")
+            error = _unavailable(reason if isinstance(reason, Exception) else late)
             # Whoever waits behind these would only learn the same, and later.
             asked, self._queue = [*asked, *self._queue], deque()
         if self._answers is not (error is None):
@@ -218,50 +227,97 @@ class RedisStore:
             begin = end
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
-        replies = await self._run(calls, by_digest=True)
-        if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
-            again = await self._run([calls[i] for i in unknown], by_digest=False)
-            for i, reply in zip(unknown, again, strict=True):
-                replies[i] = reply
+        if isinstance(self._client, RedisCluster):
+            return await self._execute_apart(calls)
+        replies: list[Any] = []
+        for part in _parts(calls):
+            try:
+                replies += await self._client.execute_command("EVALSHA", self._digest, *_words(part))
+            except NoScriptError:
+                replies += await self._client.execute_command("EVAL", self._script, *_words(part))
         return replies
 
-    async def _run(self, calls: Sequence[_Call], *, by_digest: bool) -> list[Any]:
-        """by_digest: the scripts are known to the server; otherwise they are sent, and known from then on."""
-        pipeline = self._client.pipeline(**({} if isinstance(self._client, RedisCluster) else {"transaction": False}))
-        for script, words in calls:
-            if by_digest:
-                pipeline.execute_command("EVALSHA", script.digest, b"2", *words)
-            else:
-                pipeline.execute_command("EVAL", script.text, b"2", *words)
+    async def _execute_apart(self, calls: Sequence[_Call]) -> list[Any]:
+        """In a cluster the keys of a run must be in one slot: so each call has its own, in one pipeline a node."""
+        replies = await self._pipelined(calls, "EVALSHA", self._digest)
+        if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
+            again = await self._pipelined([calls[i] for i in unknown], "EVAL", self._script)
+            for i, reply in zip(unknown, again, strict=True):
+                replies[i] = reply
+        return [reply[0] if isinstance(reply, list) else reply for reply in replies]
+
+    async def _pipelined(self, calls: Sequence[_Call], command: str, script: bytes) -> list[Any]:
+        pipeline = self._client.pipeline()
+        for call in calls:
+            pipeline.execute_command(command, script, *_words([call]))
         return await pipeline.execute(raise_on_error=False)
 
 
+def _words(part: Sequence[_Call]) -> list[bytes]:
+    """What follows the script's name: the number of keys, the keys, and what the functions are given."""
+    keys, words = zip(*part, strict=True)
+    return [b"%d" % (2 * len(part)), *chain(*keys), *chain(*words)]
+
+
+def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
+    """What one run of the script is given: so many, and fewer if they are large."""
+    begin = size = 0
+    for end, (_, words) in enumerate(calls):
+        size += len(words[_CONTENT])
+        if end - begin == _MOST_CALLS or (size > _MOST_BYTES and end > begin):
+            yield calls[begin:end]
+            begin, size = end, len(words[_CONTENT])
+    yield calls[begin:]
+
+
+class _Connection(Connection):
+    """Its commands are packed by hiredis, which takes a third of the time; not those of TLS and of Unix sockets."""
+
+    _packer = HiredisRespSerializer()
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        return self._packer.pack(*args)
+
+
 def _client(config: StoreConfig) -> Any:
-    # One more try, at once, on a new connection: the old one may be dead for long. The scripts know what comes twice.
+    # One more try, at once, on a new connection: the old one may be dead for long. The script knows what comes twice.
     retry = Retry(NoBackoff(), 1)
     options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
     if config.url.startswith(_CLUSTER):
         return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
-    return Redis.from_url(config.url, **options)
+    return Redis.from_url(config.url, connection_class=_Connection, **options)
 
 
-def _keys(key: Key) -> tuple[bytes, bytes]:
+def _call(
+    key: Key,
+    function: bytes,
+    expected: bytes = b"",
+    token: bytes = b"",
+    content: bytes = b"",
+    position: bytes = b"",
+    origin: bytes = b"",
+) -> _Call:
     state = f"unroll:{{{key[0]}/{key[1]}}}".encode()
-    return state, state + b":gone"
+    return (state, state + b":gone"), (function, expected, token, content, position, origin)
+
+
+def _call_of(commit: Commit) -> _Call:
+    who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
+    if commit.ends:
+        return _call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
+    record = pack(commit.origin, commit.position, commit.row, commit.last)
+    return _call(*who, record, origin=commit.origin if commit.begins else b"")
 
 
 def _with_lives(config: StoreConfig) -> str:
-    """The script that writes, with how long the keys live; without that, if sessions never expire."""
+    """The script, with how long the keys live; states live for ever, if sessions never expire."""
+    tombstone = _milliseconds(config.tombstone_life)
     if config.idle_timeout is None:
-        return _WRITE % {"idle": "", "both": "", "longer": ""}
-    idle, tombstone = _milliseconds(config.idle_timeout), _milliseconds(config.tombstone_life)
+        return _SCRIPT % {"idle": "", "both": "", "longer": "", "tombstone": tombstone}
+    idle = _milliseconds(config.idle_timeout)
     both = idle + tombstone
     longer = _LONGER % (idle + tombstone // 2, both)
-    return _WRITE % {"idle": f", 'PX', {idle}", "both": f", 'PX', {both}", "longer": longer}
-
-
-def _will_expire(origin: bytes) -> bytes:
-    return _EXPIRED + bytes(_TOKEN + 8) + origin
+    return _SCRIPT % {"idle": f", 'PX', {idle}", "both": f", 'PX', {both}", "longer": longer, "tombstone": tombstone}
 
 
 def _read_gone(content: bytes) -> Gone:

@@ -1,5 +1,7 @@
 """What every store promises: a commit counts once, and only after the one that it says it follows."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
@@ -189,6 +191,42 @@ async def test_a_lost_connection_is_made_anew(made: RedisStore, redis_server: Re
     await put(made, commit(first))
     redis_server.client.client_kill_filter(_type="normal", skipme=True)
     assert await put(made, commit(tokens.next(), first)) == [None]
+
+
+async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server: RedisServer, tokens: Tokens):
+    store = RedisStore(StoreConfig(redis_server.url, timeout=0.2))
+    first = tokens.next()
+    await put(store, commit(first))
+    redis_server.pause()
+    putting = asyncio.create_task(put(store, commit(tokens.next(), first)))
+    await asyncio.sleep(0.05)
+    redis_server.resume()
+    time.sleep(0.5)  # noqa: ASYNC251 - as a process that gets no processor
+    assert await putting == [None]
+    await store.stop()
+
+
+async def test_each_of_many_is_answered_by_itself(store: Store, tokens: Tokens):
+    """More than one run of the script takes, some of them refused."""
+    firsts = [commit(tokens.next(), key=("lstm", str(n))) for n in range(300)]
+    assert await put(store, *firsts) == [None] * 300
+    seconds = [
+        replace(commit(tokens.next(), c.token if n % 3 else b"?" * 16, 3), key=c.key) for n, c in enumerate(firsts)
+    ]
+    assert await put(store, *seconds) == [None if n % 3 else SessionContended for n in range(300)]
+    for n in (0, 1, 299):
+        record = await store.load(("lstm", str(n)))
+        assert isinstance(record, Record)
+        assert record.position == (3 if n % 3 else 2)
+
+
+async def test_what_is_wrong_with_one_key_is_not_with_others(
+    made: RedisStore, redis_server: RedisServer, tokens: Tokens
+):
+    redis_server.client.lpush("unroll:{lstm/b}", "not a session")
+    others = [commit(tokens.next(), key=("lstm", name)) for name in "abc"]
+    assert await put(made, *others) == [None, StoreUnavailable, None]
+    assert isinstance(await made.load(("lstm", "c")), Record)
 
 
 async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
