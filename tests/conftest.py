@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from httpx._transports import default
 from redis_server import RedisServer, missing
 from stub_cuda.child import Outcome, Stub
 from torch import Tensor, nn
@@ -28,6 +29,14 @@ def _operators_are_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         known = _registration.onnxscript_apis.get_torchlib_ops
         patch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", cache(known), raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _certificates_are_read_once() -> Iterator[None]:
+    """httpx reads all there are for each client, which takes as long as many a test. None of them is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
         yield
 
 
