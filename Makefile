@@ -23,7 +23,7 @@ stop: ## end the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m examples.run --stop
 
 test: install ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
