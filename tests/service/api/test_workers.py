@@ -60,9 +60,10 @@ def version(port: int) -> str:
 
 
 def asked(url: str) -> httpx.Response:
-    """Once more if the connection waited for a worker that died soon after it came: its queue is closed with it."""
-    with suppress(httpx.NetworkError):
-        return httpx.get(url, timeout=30)
+    """Again if the worker that dies had the connection, and again if one waited for it and its queue was closed."""
+    for _ in range(2):
+        with suppress(httpx.NetworkError, httpx.RemoteProtocolError):
+            return httpx.get(url, timeout=30)
     return httpx.get(url, timeout=30)
 
 
