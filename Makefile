@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test kill-test rolling-test machine-test check format conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help install run stop test kill-test rolling-test machine-test crowd-test check format conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -23,7 +23,7 @@ stop: ## end the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m examples.run --stop
 
 test: install ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
@@ -33,6 +33,9 @@ rolling-test: install ## restart replicas behind HAProxy while clients step (a m
 
 machine-test: install ## any order of events over two replicas, for longer than `make test` (minutes; EXAMPLES=)
 	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s tests/faults/test_app_machine.py
+
+crowd-test: install ## hundreds of sessions at once in every way, for longer than `make test` (minutes; SEEDS=1,2,3)
+	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s tests/service/api/test_interleaving.py
 
 check: install ## format, lint, types and the layers' contracts
 	$(BIN)/ruff format --check .

@@ -95,11 +95,12 @@ def _outcomes(name: str, bench: Bench) -> list[Outcome]:
 def _prepare(
     arguments: argparse.Namespace, cores: list[int], peers: Mapping[str, tuple[Peer, Path]], folder: Path
 ) -> Bench:
-    repository = folder / "repository"
-    export = [sys.executable, "-m", "bench.model", str(repository)]
-    subprocess.run(export, check=True, timeout=_EXPORT_SECONDS, cwd=ROOT)
+    repository = arguments.models or folder / "repository"
+    if arguments.models is None:
+        export = [sys.executable, "-m", "bench.model", str(repository)]
+        subprocess.run(export, check=True, timeout=_EXPORT_SECONDS, cwd=ROOT)
     models = {
-        name: Reference(name, repository / name / "1" / "model.onnx", folder / f"{name}-torch.npz")
+        name: Reference(name, repository / name / "1" / "model.onnx", repository.parent / f"{name}-torch.npz")
         for name in inputs.MODELS
     }
     seconds, repeats = arguments.seconds, arguments.repeats
@@ -148,6 +149,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="does everything work? the figures say nothing")
     peers = "which to compare with; by default those whose environments exist; all: make the environments"
     parser.add_argument("--peers", choices=["none", "naive", "existing", "all"], default="existing", help=peers)
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="what `python -m bench.model FOLDER` wrote")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results (default: .bench)")
     docs = "measure nothing: write docs/benchmarks.md from these results, later ones before earlier ones"
     parser.add_argument("--write-docs", type=Path, nargs="+", metavar="FILE", help=docs)

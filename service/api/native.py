@@ -121,11 +121,12 @@ def router(server: Server) -> APIRouter:
             )
         else:
             body = _body(OpenSession, request, server.limits.max_json_bytes)
-        begin: dict[str, Any] = {"state": body.state, "snapshot": body.snapshot, "static": body.static}
+        beginning = sessions.Beginning(state=body.state, snapshot=body.snapshot, static=body.static)
         if body.durability == "client":
-            described, sealed = sessions.hold(server, model, body.session_id, **begin)
+            described, sealed = sessions.hold(server, model, body.session_id, **beginning)
             return HeldSession(**described, snapshot=encoded(sealed))
-        return _info(*await sessions.open_session(server, model, body.session_id, **begin, durability=body.durability))
+        opened = sessions.open_session(server, model, body.session_id, durability=body.durability, **beginning)
+        return _info(*await opened)
 
     @api.get(
         "/models/{model}/sessions/{session_id}", summary="Where a session is", responses=_problems(404, 409, 410, 503)

@@ -3,7 +3,7 @@
 import re
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TypedDict, TypeVar, Unpack
 
 import numpy as np
 
@@ -23,6 +23,14 @@ _ID = re.compile(r"[A-Za-z0-9._~:-]{1,128}")
 
 #: Random bytes in an id made here: 128 bits.
 _ID_BYTES = 16
+
+
+class Beginning(TypedDict, total=False):
+    """What a session begins from, one of these at most; without any, from the model's initial state."""
+
+    state: list[float] | None
+    snapshot: bytes | None
+    static: dict | None
 
 
 def check_id(session_id: str) -> None:
@@ -50,17 +58,15 @@ async def open_session(
     model: str,
     session_id: str | None,
     *,
-    state: list[float] | None = None,
-    snapshot: bytes | None = None,
-    static: dict | None = None,
     durability: str | None = None,
+    **beginning: Unpack[Beginning],
 ) -> tuple[ServedModel, Session]:
-    """A new session: from the model's initial state, a state row, or a snapshot with its position."""
+    """A new session, which the server keeps."""
     name, version = split_reference(model)
     served = server.catalog.resolve(name, version)
     require_streamable(served)
     server.refuse_if_draining()
-    start = start_of(served, state, snapshot, static)
+    start = start_of(served, **beginning)
     position = start.position if start else 0
     keeper = keeper_for(server, durability)
     if keeper is not None:
@@ -84,19 +90,14 @@ def hold(
     server: Server,
     model: str,
     session_id: str | None,
-    *,
-    state: list[float] | None = None,
-    snapshot: bytes | None = None,
-    static: dict | None = None,
+    **beginning: Unpack[Beginning],
 ) -> tuple[dict, bytes]:
     """A session that its client holds: what it is, and the sealed snapshot to begin with."""
     keys = keys_of(server)
     server.refuse_if_draining()
     served = server.catalog.resolve(*split_reference(model))
     require_streamable(served)
-    start = start_of(served, state, snapshot, static) or Snapshot(
-        served.manifest.digest, 0, served.manifest.initial_row()
-    )
+    start = start_of(served, **beginning) or Snapshot(served.manifest.digest, 0, served.manifest.initial_row())
     if session_id is not None:
         check_id(session_id)
     session_id = session_id or secrets.token_urlsafe(_ID_BYTES)
@@ -227,20 +228,15 @@ async def close(server: Server, model: str, session_id: str) -> tuple[ServedMode
     return served, session
 
 
-def start_of(
-    served: ServedModel,
-    state: list[float] | None = None,
-    snapshot: bytes | None = None,
-    static: dict | None = None,
-) -> Snapshot | None:
+def start_of(served: ServedModel, **beginning: Unpack[Beginning]) -> Snapshot | None:
     """What a new session begins from, if that is not the model's initial state."""
-    if sum(given is not None for given in (state, snapshot, static)) > 1:
+    if sum(given is not None for given in beginning.values()) > 1:
         raise InvalidRequest("a session begins from a state, from a snapshot or from static inputs, not from several")
-    if snapshot is not None:
+    if (snapshot := beginning.get("snapshot")) is not None:
         return _snapshot(served, snapshot)
-    if state is not None:
+    if (state := beginning.get("state")) is not None:
         return _state(served, state)
-    row = served.codec.initial_row(static)
+    row = served.codec.initial_row(beginning.get("static"))
     return None if row is None else Snapshot(served.manifest.digest, 0, row)
 
 

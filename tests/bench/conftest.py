@@ -1,11 +1,14 @@
-"""Servers in the test's own loop that answer what the test says."""
+"""Servers in the test's own loop that answer what the test says, and the models that are measured."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
+
+from bench import model
 
 Serve = Callable[[Callable[[ServerConnection], Awaitable[None]]], Any]
 
@@ -20,3 +23,11 @@ def websocket_server() -> Serve:
             yield server.sockets[0].getsockname()[1]
 
     return serving
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of them; what PyTorch says to them is beside it."""
+    repository = tmp_path_factory.mktemp("models") / "repository"
+    model.write(repository)
+    return repository

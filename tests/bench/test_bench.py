@@ -16,10 +16,10 @@ from bench.subjects import infer_request
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(180)  # most of it is the export of the models; a busy machine takes its time
-def test_a_quick_run_has_figures_and_no_errors(tmp_path: Path) -> None:
+@pytest.mark.timeout(180)  # a busy machine takes its time
+def test_a_quick_run_has_figures_and_no_errors(models: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    words = f"-m bench --quick --peers none --only websocket,mixed,start --json {file}"
+    words = f"-m bench --quick --peers none --only websocket,mixed,start --models {models} --json {file}"
     run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=170)
     assert run.returncode == 0, run.stdout + run.stderr
     outcomes = json.loads(file.read_text())["outcomes"]

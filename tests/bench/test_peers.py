@@ -14,46 +14,23 @@ from time import monotonic, sleep
 import numpy as np
 import onnxruntime as ort
 import pytest
-import torch
 import tritonclient.http
-from torch import Tensor, nn
 
-import export
 from bench import environments
+from bench.inputs import MODELS
 from bench.peers import PEERS, Peer
 from bench.peers.triton import TRITON
 from bench.servers import HOST, Server, running
 
-#: By name: features, hidden.
-MODELS = {"small": (16, 64), "medium": (64, 256)}
 CLIENTS, STEPS, LENGTH = 3, 5, 128
 TOLERANCE = 1e-5
 
 
-class Model(nn.Module):
-    def __init__(self, features: int, hidden: int) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(features, hidden, 2, batch_first=True)
-        self.head = nn.Linear(hidden, features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0])
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    repository = tmp_path_factory.mktemp("repository")
-    for name, (features, hidden) in MODELS.items():
-        torch.manual_seed(0)
-        example = {"x": torch.randn(2, 9, features)}
-        export.export(Model(features, hidden).eval(), example, name=name, repository=repository)
-    return {name: repository / name / "1" / "model.onnx" for name in MODELS}
-
-
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
-def test_a_peer_is_right_and_leaves_nothing_behind(peer: Peer, models: dict[str, Path], tmp_path: Path) -> None:
-    with started(peer, models, tmp_path) as server:
-        for name, path in models.items():
+def test_a_peer_is_right_and_leaves_nothing_behind(peer: Peer, models: Path, tmp_path: Path) -> None:
+    paths = {name: models / name / "1" / "model.onnx" for name in MODELS}
+    with started(peer, paths, tmp_path) as server:
+        for name, path in paths.items():
             check_steps(peer, name, path, server.port)
             check_sequence(peer, name, path, server.port)
         processes = descendants(server.process.pid)
@@ -93,7 +70,7 @@ def ask(connection: socket, peer: Peer, request: bytes, model: str) -> np.ndarra
     reply.begin()
     body = reply.read()
     assert reply.status == 200, body
-    return peer.outputs(body, MODELS[model][0])
+    return peer.outputs(body, MODELS[model].features)
 
 
 def expected(path: Path, values: np.ndarray) -> np.ndarray:
@@ -105,7 +82,7 @@ def expected(path: Path, values: np.ndarray) -> np.ndarray:
 
 
 def random(clients: int, steps: int, model: str) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((clients, steps, MODELS[model][0]), np.float32)
+    return np.random.default_rng(1).standard_normal((clients, steps, MODELS[model].features), np.float32)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ assertion here: taking memory, copying or waiting within a graph.
 
 import ctypes
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class FakeMark:
 
 
 def at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    nbytes = prod(shape) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype).reshape(shape)
 
 

@@ -8,7 +8,6 @@ there were enough kills or the time is over. Then every session's state is looke
 import argparse
 import asyncio
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 
 import uvloop
+from faults import report
 from faults.client import Told
 from faults.crowd import Crowd
 from faults.history import Verdict
@@ -39,6 +39,9 @@ class Result:
 
     def __str__(self) -> str:
         return f"{self.kills} kills, {self.verdict}"
+
+    def waits(self) -> str:
+        return f"a step took {self.told.percentile(50):.1f} ms at p50, {self.told.percentile(99):.0f} ms at p99"
 
 
 async def run(
@@ -136,17 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"seed {arguments.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="kill-test-"))
     result = uvloop.run(_watched(arguments, folder))
-    for finding in [*result.verdict.findings[:20], *result.crashes[:20]]:
-        print(finding)
-    print(", ".join(f"{count} {what}" for what, count in result.told.outcomes.most_common()))
-    print(f"a step took {result.told.percentile(50):.1f} ms at p50, {result.told.percentile(99):.0f} ms at p99")
-    good = result.verdict.good and not result.crashes and result.kills >= arguments.kills
-    if good:
-        shutil.rmtree(folder)
-    else:
-        print(f"logs: {folder}")
-    print(result)
-    return 0 if good else 1
+    return report.end(result, folder, good=result.kills >= arguments.kills, crashes=result.crashes)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ retries, and the history checker judges. What the clients waited, before and dur
 import argparse
 import asyncio
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from time import monotonic
 
 import redis_server
 import uvloop
-from faults import haproxy
+from faults import haproxy, report
 from faults.client import Told
 from faults.crowd import Crowd
 from faults.haproxy import HAProxy
@@ -93,17 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="rolling-test-"))
     rolled = run(folder, arguments.seed, rounds=arguments.rounds, before=10.0, sessions=arguments.sessions)
     result = uvloop.run(rolled)
-    for finding in result.verdict.findings[:20]:
-        print(finding)
-    print(", ".join(f"{count} {what}" for what, count in result.told.outcomes.most_common()))
-    print(result.waits())
-    good = result.verdict.good and not any(result.statuses)
-    if good:
-        shutil.rmtree(folder)
-    else:
-        print(f"logs: {folder}")
-    print(result)
-    return 0 if good else 1
+    return report.end(result, folder, good=not any(result.statuses))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import asyncio
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import httpx
 import pytest
@@ -16,12 +18,14 @@ from serving import Oracle, Running, Serve, SlowEngine, metric
 from service import app
 from service.engine import place
 
-#: More of them, separated by commas, in a longer run.
+#: `make crowd-test` has more of them.
 SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "20261").split(",")]
 CLIENTS = 200
 ROUNDS = 16
 AT_ONCE = 64
 BATCH_SECONDS = 0.02
+#: For each request httpx compares every connection of its pool with every other.
+POOLS, POOL = 16, {"limits": httpx.Limits(max_connections=None), "timeout": 60, "verify": False}
 
 #: What has to happen at least once, or the test says little.
 EVERYTHING = {
@@ -41,7 +45,14 @@ def settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return {"session_capacity": 70, "spill_bytes": 0, "cells": "onnxruntime"}
 
 
+@pytest.fixture
+def _without_sniffio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not installed, httpx has Python look through all folders for it, several times a request."""
+    monkeypatch.setitem(sys.modules, "sniffio", None)
+
+
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("_without_sniffio")
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], settings: dict, seed: int) -> None:
     running = serve(max_batch=16, piece_steps=4, idle_timeout=0, **settings)
@@ -50,16 +61,17 @@ async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], set
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
     models = {"hot": oracle("hot"), "gru": oracle("gru", "2")}
-    async with (
-        httpx.AsyncClient(base_url=running.url, limits=httpx.Limits(max_connections=None), timeout=60) as http,
-        triton.InferenceServerClient(running.address, conn_limit=AT_ONCE) as triton_client,
-    ):
-        wires = Wires(running.url, http, triton_client)
+    async with AsyncExitStack() as stack:
+        triton_client = await stack.enter_async_context(
+            triton.InferenceServerClient(running.address, conn_limit=AT_ONCE)
+        )
+        pools = [await stack.enter_async_context(httpx.AsyncClient(base_url=running.url, **POOL)) for _ in range(POOLS)]
         clients = []
         for i in range(CLIENTS):
             model = "gru" if i % 4 == 0 else "hot"  # there is room for all of gru's, but not for all of hot's
             name = str(1000 + i) if i % 3 else f"s{i}"
             track = Track(model, name, models[model], evictable=model == "hot", gone="session_unknown")
+            wires = Wires(running.url, pools[i % POOLS], triton_client)
             clients.append(Client(track, wires, random.Random(chance.getrandbits(32)), outcomes))
         for client in clients:
             await client.open(client.tracks[0])
@@ -69,8 +81,8 @@ async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], set
 
         tracks = [track for client in clients for track in client.tracks]
         for track in tracks:
-            await _settle(track, wires, outcomes)
-        text = (await http.get("/metrics")).text
+            await _settle(track, clients[0].wires, outcomes)
+        text = (await pools[0].get("/metrics")).text
     _account(running, text, tracks, outcomes)
     shared = 1 - metric(text, "unroll_batch_rows_bucket", le="1") / metric(text, "unroll_batch_rows_sum")
     counts = ", ".join(f"{name} {count}" for name, count in sorted(outcomes.items()))

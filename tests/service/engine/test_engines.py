@@ -4,6 +4,7 @@ The CUDA engine runs on a device whose memory is the host's; `test_cuda_gpu.py` 
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,6 +55,7 @@ def make_engine(request: pytest.FixtureRequest):
 def load(repository: Path):
     """A runner and its manifest, by model name."""
 
+    @cache
     def load(name: str):
         found = bundle.read(repository / name / "1")
         return Runner(found.model_path, found.manifest), found.manifest

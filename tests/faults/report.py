@@ -1,0 +1,35 @@
+"""What a run for minutes says at its end, and the exit status it has."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from faults.client import Told
+from faults.history import Verdict
+
+_MOST = 20
+
+
+class Result(Protocol):
+    """`str` of it is the last line."""
+
+    verdict: Verdict
+    told: Told
+
+    def waits(self) -> str: ...
+
+
+def end(result: Result, folder: Path, *, good: bool, crashes: Sequence[str] = ()) -> int:
+    """good: is everything as it must be, besides the verdict and the crashes? The logs are kept if not all is."""
+    for finding in [*result.verdict.findings[:_MOST], *crashes[:_MOST]]:
+        print(finding)
+    print(", ".join(f"{count} {what}" for what, count in result.told.outcomes.most_common()))
+    print(result.waits())
+    good = good and result.verdict.good and not crashes
+    if good:
+        shutil.rmtree(folder)
+    else:
+        print(f"logs: {folder}")
+    print(result)
+    return 0 if good else 1
