@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from conformance import children, modules, trees
+from conformance import children, modules, operators, trees
 from conformance.children import Died
 from conformance.oracle import Wrong, WrongBits, examine
 from conformance.strategies import trees as any_tree
@@ -47,6 +47,7 @@ BAD = ("wrong", "wrong bits", "crashed", "timed out")
 
 def judge(tree: Tree) -> Verdict:
     """Export the tree's model, and if there is a bundle, ask the oracle about it."""
+    operators.read_once()
     verdict = partial(Verdict, repr(tree))
     model = modules.build(tree)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,5 @@
 """Small models of every kind the server treats differently, exported once a run; a CUDA without a GPU, and a Redis."""
 
-import copy
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -13,11 +12,12 @@ from httpx._transports import default
 from redis_server import RedisServer, missing
 from stub_cuda.child import Outcome, Stub
 from torch import Tensor, nn
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import export
+from conformance import operators
 
 torch.set_num_threads(1)
+operators.read_once()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
 
@@ -29,21 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not look at half a million objects again and again."""
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _operators_are_read_once() -> Iterator[None]:
-    """PyTorch parses the source of each of its ONNX operators at every export, for two fifths of the time it takes."""
-    read = cache(ONNXRegistry.from_torchlib)
-
-    def from_torchlib(**options: int) -> ONNXRegistry:
-        registry = copy.copy(read(**options))
-        registry.functions = {name: [*known] for name, known in registry.functions.items()}
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,7 +27,8 @@ def test_nothing_is_silently_wrong(tree: Tree) -> None:
         (Tree("both", 3, (Residual((Recurrent("GRU", 3, 3, 2),), 3), Dense(3, 2)), "steps and last"), "streams", ""),
         (Tree("floats", 2, (Recurrent("LSTM", 2, 3, axes="wrong"),), "steps"), "refused", "layer_axes"),
         (Tree("floats", 2, (Along("flip", 2), Recurrent("RNN", 2, 3)), "steps"), "whole only", "later time steps"),
-        (Tree("tokens", 2, (Recurrent("GRU", 2, 3),), "kept"), "refused", "keeps_state"),
+        (Tree("tokens", 2, (Recurrent("GRU", 2, 3),), "kept"), "streams", ""),
+        (Tree("tokens", 2, (Recurrent("GRU", 2, 3), Recurrent("GRU", 3, 3)), "kept"), "refused", "keeps_state"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
