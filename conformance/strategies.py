@@ -36,15 +36,16 @@ def _mostly(usual: T, *others: T, times: int = 8) -> st.SearchStrategy[T]:
 def recurrents(draw: Draw, inputs: int, outputs: int | None = None) -> Recurrent:
     """outputs: its width; any if None."""
     kind = draw(st.sampled_from(("LSTM", "GRU", "RNN", "RNN relu", "LSTM", "GRU")))
+    hidden = outputs or draw(st.integers(1, 6))
     both_ways = outputs is None and draw(_mostly(False, True, times=12))
     return Recurrent(
         kind,
         inputs,
-        hidden=outputs or draw(st.integers(1, 6)),
+        hidden=hidden,
         layers=draw(st.integers(1, 3)),
         bias=draw(_mostly(True, False)),
         bidirectional=both_ways,
-        projection=draw(_mostly(0, 1, times=12)) if kind == "LSTM" and outputs is None else 0,
+        projection=draw(_mostly(0, 1, times=12)) if kind == "LSTM" and outputs is None and hidden > 1 else 0,
         axes=draw(_mostly("batch first", "time first", "time first", "wrong", times=20)),
         start=draw(_mostly("none", "zeros", "learned", "learned", "first step", times=12)),
     )

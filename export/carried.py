@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from export.errors import ExportError, attempt
 from export.inputs import StateArgument, alike_rows
-from export.lift import Call, Part, Tape
+from export.lift import Call, Part, Tape, fits_row
 from export.outputs import leaves, parts
 from export.scan import Axes
 
@@ -40,7 +40,9 @@ class Carried:
         """From what calls of three sizes leave in the attribute, as in `Axes.of`; None if its rows are not clients'."""
         flat = [pytree.tree_flatten(value) for value in left]
         leaves, structure = [tensors for tensors, _ in flat], flat[0][1]
-        if any(other != structure for _, other in flat) or not all(isinstance(t, Tensor) for ts in leaves for t in ts):
+        if any(other != structure for _, other in flat) or not leaves[0]:
+            return None
+        if not all(isinstance(leaf, Tensor) and fits_row(leaf.dtype) for one in leaves for leaf in one):
             return None
         parts = [Axes.of(*tensors) for tensors in zip(*leaves, strict=True)]
         known = tuple(axes for axes in parts if axes is not None and axes.batch is not None and axes.time is None)

@@ -16,6 +16,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 import bundle
@@ -82,13 +83,14 @@ def export(
         raise ExportError("input", f"{', '.join(sorted(missing))} is not among the example inputs")
 
     progress("running it as it is")
-    own = _put_back_state(model, example)
+    own = attempt("the example", partial(_own_state, model, example))
+    kept.PutBack(model, own)
     tried = copy.deepcopy(model)
     returned = attempt("the example", lambda: refusals.check_steady(lambda: tried(**example), own))
     refusals.check_finite(leaves(returned))
     streaming, samples = lift_model(model, example, frozenset(static), state, batch_first)
     double = in_double(streaming, exact, samples)
-    _keep_past(streaming, double, samples, own, output_names)
+    impossible = _keep_past(streaming, double, samples, own, output_names)
     initial, dropped = observe(streaming, double, samples, output_names)
 
     progress("tracing it into ONNX")
@@ -103,7 +105,9 @@ def export(
     samples = probes.with_reached(reference, samples, draft)
     _check_same_as_original(exact, double, samples, draft, own)
     probes.check_rows(reference, samples, draft)
-    reason = probes.why_not_streamable(torch_runner(double, double=True, ops=True), double, samples, draft)
+    reason = impossible or probes.why_not_streamable(
+        torch_runner(double, double=True, ops=True), double, samples, draft
+    )
     if reason is None:
         reason = probes.why_not_over_long(served, samples, draft)
     if own:
@@ -160,12 +164,11 @@ def _copy(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _put_back_state(model: nn.Module, example: dict[str, Any]) -> list[kept.Attribute]:
-    """Let every call of `model` start from the state that it keeps now; returns which attributes that is."""
-    tried = copy.deepcopy(model)
-    own = attempt("the example", lambda: kept.changed_by(tried, lambda: tried(**example)))
-    kept.put_back(model, own)
-    return own
+def _own_state(model: nn.Module, example: dict[str, Any]) -> list[kept.Attribute]:
+    other = example
+    if not any(isinstance(value, PackedSequence) for value in example.values()):
+        other = pytree.tree_map_only(Tensor, lambda tensor: tensor.flip([*range(tensor.dim())][:2]), example)
+    return kept.state_of(copy.deepcopy(model), example, other)
 
 
 def _detached(value: Any) -> Any:
@@ -231,23 +234,35 @@ def _keep_past(
     samples: Samples,
     own: list[kept.Attribute],
     output_names: list[str] | None,
-) -> None:
-    """Keep what layers that are not recurrent need of the past, if with it the model streams and can be traced."""
+) -> str | None:
+    """Keep what layers that are not recurrent need of the past, as much as there is, if with it the model streams.
+
+    Less is tried only where more does not: what is needed a thousand steps later makes no difference before. Returns
+    why a model that would stream does not, or None.
+    """
     found = find_past(streaming, samples)
     # Numbers that are counted may be of the sequence, or of this call only, as a mask's are.
-    without_counts = [place if place and place.batch is not None else None for place in found]
+    without_counts = [place if place and not place.counted else None for place in found]
     carried = find_kept(streaming, own, samples)
-    nothing: tuple[dict[kept.Attribute, Carried], list[Place | None]] = ({}, [])
-    ways = [nothing]
-    for attributes, places in product(({}, carried), (without_counts, found)):
-        way = (attributes, places if any(places) else [])
-        if way not in ways:
-            ways.append(way)
-    for streaming.kept, streaming.places in ways if len(ways) > 1 else []:
-        double.kept, double.places = streaming.kept, streaming.places
-        if _streams(streaming, double, samples, output_names):
-            return
-    streaming.kept, streaming.places = double.kept, double.places = nothing
+    reason = None
+    for attributes, places in product((carried, {}) if carried else ({},), (found, without_counts)):
+        _keep(attributes, places if any(places) else [], streaming, double)
+        if (streaming.kept or streaming.places) and _streams(streaming, double, samples, output_names):
+            if not streaming.row_by_row:
+                return None
+            try:
+                onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
+            except ExportError as error:
+                reason = f"it counts time steps, and that could not be traced ({error})"
+                break
+            return None
+    _keep({}, [], streaming, double)
+    return reason
+
+
+def _keep(attributes: dict[kept.Attribute, Carried], places: list[Place | None], *modules: StreamingModule) -> None:
+    for module in modules:
+        module.kept, module.places = attributes, places
 
 
 def _streams(
@@ -258,12 +273,9 @@ def _streams(
         initial, _ = observe(streaming, double, samples, output_names)
         draft = _draft("draft", "1", streaming, samples, initial)
         samples = probes.with_reached(run, samples, draft)
-        reason = probes.why_not_streamable(run, double, samples, draft)
-        if reason is None and streaming.row_by_row:
-            onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))  # which has no rule for some operations
+        return probes.why_not_streamable(run, double, samples, draft) is None
     except ExportError:
         return False
-    return reason is None
 
 
 def _check_same_as_original(
@@ -315,7 +327,9 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = [f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped]
     if own:
-        notes.append(f"what forward keeps in the module ({kept.names(own)}) is part of the state, each client's own")
+        notes.append(
+            f"what forward keeps in the module ({kept.described(own)}) is part of the state, each client's own"
+        )
     if precision != torch.float32:
         notes.append(f"the model is {str(precision).removeprefix('torch.')}, the bundle computes in float32")
     notes += [

@@ -4,15 +4,18 @@ So every call starts from what the module starts from. Whether the next call of 
 stream would is found out by running it: see `exporter`.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from export.errors import ExportError
 from export.outputs import leaves
+from export.taint import Taint
 
 #: (path of a module, name of its attribute)
 Attribute = tuple[str, str]
@@ -21,63 +24,119 @@ Attribute = tuple[str, str]
 _ABSENT: Any = ...
 
 
-def changed_by(model: nn.Module, forward: Callable[[], Any]) -> list[Attribute]:
-    """The attributes with tensors that calls of `forward` change, unless that is over and makes no difference."""
-    seen = [_tensors(model)]
-    first = forward()
-    seen.append(_tensors(model))
-    second = forward()
-    seen.append(_tensors(model))
-    changed = [{key for key, tensor in new.items() if not same(old.get(key), tensor)} for old, new in pairwise(seen)]
-    if not changed[1] and all(same(one, two) for (_, one), (_, two) in zip(leaves(first), leaves(second), strict=True)):
-        return []
-    return sorted({(path, name) for path, name, _ in changed[0] | changed[1]})
+def state_of(model: nn.Module, example: dict[str, Any], other: dict[str, Any]) -> list[Attribute]:
+    """The attributes through which one call of forward bears on the next. other: inputs like the example.
+
+    They hold what is computed from the inputs, or do not come to rest; what no later call reads is none of them.
+    """
+    taint = Taint(tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)))
+    seen = [_values(model)]
+    with taint:
+        first = model(**example)
+    computed = {(path, name) for path, name, _, tensor in _tensors(model) if tensor in taint}
+    seen.append(_values(model))
+    for inputs in (other, example):
+        again = model(**inputs)
+        seen.append(_values(model))
+    changed = [{key for key, value in new.items() if not same(old.get(key), value)} for old, new in pairwise(seen)]
+    if alike(first, again):
+        del changed[0]  # as a table is that is made once
+    found = computed | {(path, name) for keys in changed for path, name, _ in keys}
+    return sorted(attribute for attribute in found if _is_read(model, attribute, example))
 
 
-def put_back(model: nn.Module, attributes: list[Attribute]) -> None:
-    """Let each call of a module end with its `attributes` as they are now, in copies of `model` too."""
-    for path in dict.fromkeys(path for path, _ in attributes):
-        module = model.get_submodule(path)
-        own = [name for owner, name in attributes if owner == path]
-        for name in own:
-            # An attribute of the module: what converts the module's tensors converts it.
-            setattr(module, f"unroll_first_{name}", getattr(module, name, _ABSENT))
-        hook = _PutBack(own)
-        module.register_forward_hook(hook)
-        module.unroll_put_back = hook  # type: ignore[assignment]
+def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) -> bool:
+    """Is anything else computed from it, or does another value make a difference?"""
+    path, name = attribute
+    followed = copy.deepcopy(model)
+    value = getattr(followed.get_submodule(path), name)
+    with Taint(tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))) as taint:
+        returned = followed(**example)
+    made = [tensor for *other, _, tensor in _tensors(followed) if tuple(other) != attribute]
+    if any(tensor in taint for tensor in [*made, *(tensor for _, tensor in leaves(returned))]):
+        return True
+    plain, changed = copy.deepcopy(model), copy.deepcopy(model)
+    owner = changed.get_submodule(path)
+    setattr(owner, name, pytree.tree_map(_another, getattr(owner, name)))
+    try:
+        return not alike(plain(**example), changed(**example))
+    except Exception:
+        return True
 
 
-def left(module: nn.Module, name: str) -> Any:
+def _another(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return value ^ True
+    return value + 1 if isinstance(value, (Tensor, int, float)) else value
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Did forward return the same?"""
+    return all(same(a, b) for (_, a), (_, b) in zip(leaves(one), leaves(other), strict=True))
+
+
+class PutBack:
+    """A hook after the forward of a model: its `attributes` are then what they were at first.
+
+    They are kept in the modules that have them, since what converts a module's tensors converts these, too. left: what
+    the last call left in each attribute.
+    """
+
+    def __init__(self, model: nn.Module, attributes: list[Attribute]) -> None:
+        self._attributes = attributes
+        self.left: dict[Attribute, Any] = {}
+        for path, name in attributes:
+            owner = model.get_submodule(path)
+            setattr(owner, _first(name), _rebuilt(getattr(owner, name, _ABSENT)))
+        model.register_forward_hook(self)
+        model.unroll_put_back = self  # type: ignore[assignment]
+
+    def __call__(self, model: nn.Module, args: Any = (), output: Any = None) -> None:
+        for path, name in self._attributes:
+            owner = model.get_submodule(path)
+            self.left[path, name] = getattr(owner, name, None)
+            value = getattr(owner, _first(name))
+            if value is not _ABSENT:
+                setattr(owner, name, _rebuilt(value))
+            elif hasattr(owner, name):
+                delattr(owner, name)
+
+
+def put_back(model: nn.Module) -> None:
+    """Now: after a part of the model was called alone, or when a call has failed."""
+    if isinstance(hook := getattr(model, "unroll_put_back", None), PutBack):
+        hook(model)
+
+
+def left_by(model: nn.Module, attribute: Attribute) -> Any:
     """What the last call left in an attribute that was put back."""
-    hook: _PutBack = module.unroll_put_back  # type: ignore[assignment]
-    return hook.left[name]
+    hook: PutBack = model.unroll_put_back  # type: ignore[assignment]
+    return hook.left[attribute]
 
 
-class _PutBack:
-    """A hook after a module's forward."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-        self.left: dict[str, Any] = {}
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        for name in self._names:
-            self.left[name] = getattr(module, name, None)
-            first = getattr(module, f"unroll_first_{name}")
-            if first is _ABSENT:
-                delattr(module, name)
-            else:
-                setattr(module, name, first)
+def first_of(model: nn.Module, attribute: Attribute) -> Any:
+    """What the attribute is at first."""
+    path, name = attribute
+    return getattr(model.get_submodule(path), _first(name))
 
 
-def names(attributes: list[Attribute]) -> str:
+def _first(name: str) -> str:
+    return f"unroll_first_{name}"
+
+
+def _rebuilt(value: Any) -> Any:
+    """With containers of its own: forward may change what it finds in place."""
+    return pytree.tree_map(lambda leaf: leaf, value)
+
+
+def described(attributes: list[Attribute]) -> str:
     return ", ".join(repr(".".join(filter(None, attribute))) for attribute in attributes)
 
 
 def refusal(attributes: list[Attribute]) -> ExportError:
     return ExportError(
         "keeps_state",
-        f"forward changes {names(attributes)}, and its next call does not go on as a stream would: state kept "
+        f"forward changes {described(attributes)}, and its next call does not go on as a stream would: state kept "
         "in the module is shared by all clients; return it, or leave it to the recurrent layer",
     )
 
@@ -86,15 +145,20 @@ def same(one: Tensor | None, other: Tensor) -> bool:
     return one is not None and one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
-def _tensors(model: nn.Module) -> dict[tuple[str, str, str], Tensor]:
-    """Copies of every buffer and plain tensor attribute, by the attribute and where in a tuple, list or dict it is."""
-    found = {}
+def _values(model: nn.Module) -> dict[tuple[str, str, str], Tensor]:
+    """Copies of every buffer, tensor and number, by the attribute and where in a tuple, list or dict it is."""
+    return {(path, name, key): tensor.detach().clone() for path, name, key, tensor in _tensors(model)}
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
     for path, module in model.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in _NOT_OWN}
         for name, value in (own | dict(module.named_buffers(recurse=False))).items():
+            if isinstance(value, (bool, int, float)):
+                yield path, name, "", torch.tensor(value)
+                continue
             for key, tensor in _leaves_or_nothing(value):
-                found[path, name, key] = tensor.detach().clone()
-    return found
+                yield path, name, key, tensor
 
 
 #: PyTorch's own attributes of a module.

@@ -154,7 +154,7 @@ def _asked(module: nn.RNNBase, kind: str, x: Tensor, hx: Any, batch: int) -> lis
     layers = _by_layer(module, tuple(piece.to(x.dtype) for piece in (hx if kind == "LSTM" else (hx,))))
     if module.proj_size:
         # Any h is the projection of something, as long as it is not wider than what is projected.
-        inverse = [torch.linalg.pinv(getattr(module, f"onnx_p{layer}").double()) for layer in range(module.num_layers)]
+        inverse = [getattr(module, f"onnx_i{layer}") for layer in range(module.num_layers)]
         layers = [(h @ back.to(h.dtype).transpose(1, 2), c) for (h, c), back in zip(layers, inverse, strict=True)]
     return _pieces(layers)
 

@@ -4,7 +4,7 @@ A call is known by (path of the module, how often it was called before). Its sta
 (batch, size); what they mean is the lifted layer's own business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,10 @@ from export.errors import ExportError
 
 Key = tuple[str, int]
 
-_HALF = 2**23
+#: A count is two digits of this base, each of which float32 has exactly.
+_BASE = 2**23
+
+_INTEGERS = {torch.bool, torch.int64, torch.int32, torch.int16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class Tape:
     def __init__(self) -> None:
         #: Calls whose initial state forward computes from the inputs: not one for all.
         self.computed: frozenset[Key] = frozenset()
+        #: Of the last pass that asked: the calls whose initial state was one of `taint`.
+        self.tainted: set[Key] = set()
         self.start(None, None)
 
     def start(self, given: dict[Key, list[Tensor]] | None, lens: Tensor | None) -> None:
@@ -67,6 +72,8 @@ class Tape:
         self.calls: list[Call] = []
         #: What forward packs a sequence with: the rows' lengths, and the time steps there are.
         self.lengths: list[tuple[Tensor, int]] = []
+        #: Tensors that are computed from the inputs, if that is asked: see `taint`.
+        self.taint: Container[Tensor] = ()
         #: Was a layer given one sequence without a batch axis?
         self.unbatched = False
 
@@ -74,7 +81,10 @@ class Tape:
         """The number of this call, and the state it is to start from. asked: computes the one that forward asks for."""
         index = sum(call.module == path for call in self.calls)
         if self.given is None:
-            return index, asked()
+            start = asked()
+            if any(tensor in self.taint for tensor in start):
+                self.tainted.add((path, index))
+            return index, start
         if (path, index) not in self.given:
             raise call_count(path)
         kept = self.given[path, index]
@@ -132,13 +142,17 @@ def count_up(count: Any, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.ops.aten.arange.default(count, dtype=dtype)
 
 
+def fits_row(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype in _INTEGERS
+
+
 def to_row(values: Tensor) -> Tensor:
     """(batch, size) of any dtype as floats of the row; a count is in two of them, since float32 ends at 2**24."""
     if values.is_floating_point():
         return values
     if values.dtype != torch.bool:
-        low = torch.remainder(values, _HALF)
-        values = torch.cat([torch.div(values - low, _HALF, rounding_mode="trunc"), low], 1)
+        low = torch.remainder(values, _BASE)
+        values = torch.cat([torch.div(values - low, _BASE, rounding_mode="trunc"), low], 1)
     return values.to(torch.get_default_dtype())
 
 
@@ -149,4 +163,4 @@ def from_row(row: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bool:
         return row > 0.5
     high, low = row.long().chunk(2, 1)
-    return (high * _HALF + low).to(dtype)
+    return (high * _BASE + low).to(dtype)

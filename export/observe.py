@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
 from bundle.golden import Arrays
 from bundle.manifest import RESERVED_NAMES
@@ -28,7 +29,7 @@ from export.kept import Attribute
 from export.layers import lift_layers, take_weights
 from export.lift import Call, Key, Layout, Tape, call_count
 from export.loops import lift_loops, refill
-from export.outputs import final_states, parts, plan
+from export.outputs import final_states, leaves, parts, plan
 from export.past import Place, Watch, places
 from export.samples import Samples, as_tensors
 from export.streaming import Arguments, StreamingModule
@@ -56,6 +57,7 @@ def lift_model(
             return attempt("the example", lambda: model(**resized(others, size, static, batch_first), **now))
 
         lift_loops(model, tape, run)
+        kept.put_back(model)  # loops were traced alone
     lift_layers(model, tape)
     take_weights(model, model)
     sequences = {name: pad_packed_sequence(value, batch_first=True) for name, value in packings.items()}
@@ -74,6 +76,13 @@ def lift_model(
     one_by_one = {name: value for name, value in example.items() if name not in {*packings, *static}}
     constants = state_arguments(one_by_one, lambda values: record(example | values).calls, unbatched)
     lengths = length_arguments(one_by_one, lambda values: [one for one, _ in record(example | values).lengths])
+    for name in constants.keys() & handed.keys():
+        if not _is_layers_own(model, tape, example, name, state[name]):
+            raise ExportError(
+                "input",
+                f"state {name!r} goes to a recurrent layer as its initial state, and {state[name]!r} is not the state "
+                "that this layer ends in: hand on the layer's own",
+            )
     handed = {name: argument for name, argument in handed.items() if name not in constants}
     if handed and unbatched:
         raise ExportError(
@@ -105,25 +114,43 @@ def lift_model(
     return StreamingModule(model, tape, arguments), samples
 
 
+def _is_layers_own(model: nn.Module, tape: Tape, example: dict[str, Any], name: str, output: str) -> bool:
+    """Is the output the final state of the very call that the argument is the initial state of?"""
+    random = pytree.tree_map(torch.randn_like, example[name])
+    tape.start(None, None)
+    with packed.padded(tape):
+        returned = leaves(attempt("the example", lambda: model(**example | {name: random})))
+    pairs = [pair for call in tape.calls for pair in zip(call.asked, call.returned, strict=False)]
+    given, found = pytree.tree_leaves(random), [returned[index][1] for index in parts(returned, output)]
+    return len(given) == len(found) and all(
+        any(kept.same(asked, one) and kept.same(final, other) for asked, final in pairs)
+        for one, other in zip(given, found, strict=True)
+    )
+
+
 def find_kept(streaming: StreamingModule, state: list[Attribute], samples: Samples) -> dict[Attribute, Carried]:
-    """What forward leaves in these attributes for its next call, as parts of the state row; nothing if it cannot be."""
+    """What forward leaves in these attributes for its next call, as parts of the state row, where that can be."""
     if not state:
         return {}
     left: list[list[Any]] = []
     for batch, time in ((2, 6), (3, 6), (2, 9)):
         tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
-        attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
-        owners = [streaming.model.get_submodule(path) for path, _ in state]
-        left.append([kept.left(owner, name) for owner, (_, name) in zip(owners, state, strict=True)])
+        _, calls = attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
+        values = [kept.left_by(streaming.model, attribute) for attribute in state]
+        # What a recurrent layer returned as its state is in the row anyway.
+        returned = [tensor for call in calls for tensor in call.returned]
+        left.append([None if _is_among(value, returned) else value for value in values])
     found = {}
-    for attribute, values in zip(state, zip(*left, strict=True), strict=True):
-        path, name = attribute
-        first = getattr(streaming.model.get_submodule(path), f"unroll_first_{name}")
-        carried = Carried.of_attribute(".".join(filter(None, attribute)), first, list(values))
-        if carried is None:
-            return {}
-        found[attribute] = carried
+    for attribute, found_there in zip(state, zip(*left, strict=True), strict=True):
+        first = kept.first_of(streaming.model, attribute)
+        if carried := Carried.of_attribute(".".join(filter(None, attribute)), first, list(found_there)):
+            found[attribute] = carried
     return found
+
+
+def _is_among(value: Any, tensors: list[Tensor]) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return all(isinstance(leaf, Tensor) and any(kept.same(leaf, one) for one in tensors) for leaf in leaves)
 
 
 def _arrays(tensors: dict[str, Tensor]) -> Arrays:
@@ -225,9 +252,9 @@ def _computed_starts(double: StreamingModule, samples: Samples) -> frozenset[Key
         for call in _calls(double, samples, batch, time):
             rows, key = torch.cat(call.start, 1), (call.module, call.index)
             base = first.setdefault(key, rows[:1])
-            if call.parts[0].kind != "static" and (rows - base).abs().max() > 1e-12:
+            if (rows - base).abs().max() > 1e-12 or key in double.tape.tainted:
                 computed.add(key)
-    return frozenset(computed)
+    return frozenset(key for key in computed if not key[0].startswith("input "))
 
 
 def _initial_row(double: StreamingModule, samples: Samples) -> np.ndarray:

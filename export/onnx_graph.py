@@ -57,12 +57,19 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, S
         except ExportError:
             raise
         except Exception as error:
+            _leave_vmap()
             raise ExportError("not_exportable", f"torch.export cannot follow forward: {first_line(error)}") from error
     assert program is not None
     model = program.model_proto
     _rename(model.graph)
     _drop_copies(model.graph)
     return _bare(model), suspects
+
+
+def _leave_vmap() -> None:
+    """A failed trace may stay within torch.vmap, where PyTorch refuses much."""
+    while torch._C._functorch.maybe_current_level() is not None:
+        torch._C._functorch._vmap_decrement_nesting()
 
 
 def _rename(graph: onnx.GraphProto) -> None:

@@ -26,8 +26,8 @@ def layer_weights(module: nn.RNNBase, kind: str, layer: int) -> dict[str, Tensor
     """w, r, b of one layer of a torch module, in ONNX's layout and gate order and in float64; a missing bias is zero.
 
     Taken from the list that PyTorch computes with: a weight that is normalised may differ from it. With proj_size
-    there is also p (directions, proj_size, hidden), and r is what takes an h that is not projected yet: an LSTM of
-    r @ p whose output p projects is the same function, and one that onnxruntime has.
+    there is also p (directions, proj_size, hidden), and i, its pseudo-inverse; and r is what takes an h that is not
+    projected yet: an LSTM of r @ p whose output p projects is the same function, and one that onnxruntime has.
     """
     named = dict(zip(module._flat_weights_names, module._flat_weights, strict=True))
     suffixes = ["", "_reverse"] if module.bidirectional else [""]
@@ -49,6 +49,7 @@ def layer_weights(module: nn.RNNBase, kind: str, layer: int) -> dict[str, Tensor
         found["p"] = torch.stack(
             [weight.double() for end in suffixes if (weight := named[f"weight_hr_l{layer}{end}"]) is not None]
         )
+        found["i"] = torch.linalg.pinv(found["p"])
         found["r"] = found["r"] @ found["p"]
     return found
 
@@ -188,22 +189,47 @@ def _by_rows_rule(info: Any, in_dims: Any, tensors: Sequence[Tensor], call: str)
 torch.library.register_vmap(by_rows, _by_rows_rule)
 
 
+#: Casts: PyTorch checks the tensor's size at each, which it cannot do for sequences that come one by one.
+_CASTS = {
+    Tensor.float: torch.float32,
+    Tensor.double: torch.float64,
+    Tensor.half: torch.float16,
+    Tensor.long: torch.int64,
+    Tensor.int: torch.int32,
+    Tensor.bool: torch.bool,
+}
+
+
+def _cast_to(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
+    """What the call casts its first argument to, if it is a cast and nothing else."""
+    if func in _CASTS:
+        return _CASTS[func]
+    if func in {Tensor.to, Tensor.type, Tensor.type_as}:
+        given = [*args[1:], *kwargs.values()]
+        if len(given) == 1 and isinstance(given[0], (torch.dtype, Tensor)):
+            return given[0].dtype if isinstance(given[0], Tensor) else given[0]
+    return None
+
+
 class OneByOne(TorchFunctionMode):
     """Within, calls may be traced for sequences that come one by one, where PyTorch's own rules fix their number."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in {torch.cat, torch.concat, torch.stack}:
-            tensors, axis = args[0], (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+        kwargs = kwargs or {}
+        if func in {torch.cat, torch.concat, torch.stack} and args:
+            tensors, axis = args[0], kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
             if func is torch.stack:
                 tensors = [tensor.unsqueeze(axis) for tensor in tensors]
             return torch.ops.unroll.cat(list(tensors), axis)
+        if dtype := _cast_to(func, args, kwargs):
+            return args[0] if args[0].dtype == dtype else torch.ops.aten._to_copy.default(args[0], dtype=dtype)
         if func in _BY_ROWS and args:
-            leaves, structure = pytree.tree_flatten((args, kwargs or {}))
+            leaves, structure = pytree.tree_flatten((args, kwargs))
             given = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             call = f"{func.__name__} {given} {structure}"
             _CALLS[call] = func, given, structure
             return torch.ops.unroll.by_rows([leaf for leaf in leaves if isinstance(leaf, Tensor)], call)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 _vmap(lstm, (1, 0, 1, 1, None, None, None))

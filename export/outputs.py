@@ -55,7 +55,7 @@ def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
         items = list(zip(value._fields, value, strict=True))
     elif isinstance(value, (tuple, list)):
         items = [(f"y{index}" if not path else str(index), item) for index, item in enumerate(value)]
-    elif is_dataclass(value):
+    elif is_dataclass(value) and not isinstance(value, type):
         items = [(item.name, getattr(value, item.name)) for item in fields(value)]
     else:
         raise ExportError(

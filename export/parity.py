@@ -90,7 +90,13 @@ def _prove_sizes(
                 raise
             continue  # it needs more steps than these
         own = run_chunked(inputs, state, (time,), manifest, single)
-        for name, array in run_chunked(inputs, state, (time,), manifest, served).items():
+        found = run_chunked(inputs, state, (time,), manifest, served)
+        for spec in manifest.outputs:
+            if found[spec.name].dtype != spec.numpy:
+                raise ExportError(
+                    "parity", f"{spec.name} is {spec.dtype} in PyTorch, {found[spec.name].dtype} in the graph"
+                )
+        for name, array in found.items():
             allowed = max(tolerance[name], _tolerance(_difference(own[name], answers[name]), answers[name]))
             difference = _difference(array, answers[name])
             if array.shape != answers[name].shape or not difference <= allowed:

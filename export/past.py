@@ -1,8 +1,8 @@
 """What a model knows of the past beside its recurrent layers: the last frames of a causal convolution, a running sum,
 how many time steps there were.
 
-Seen at PyTorch's own functions, so that it does not matter which module calls them. Zeros that are put before a
-sequence stand for what came before it: where the state row has it, it takes their place. Whether that makes the model
+Seen at PyTorch's own functions, so that it does not matter which module calls them. What is put before a sequence
+stands for what came before it: where the state row has that, it takes its place. Whether that makes the model
 one that streams is then found out by running it.
 """
 
@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from export.lift import Call, Part, Tape, from_row, to_row
+from export.lift import Call, Part, Tape, count_up, fits_row, from_row, to_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,20 @@ class Memory:
     of_result: bool = False
 
 
+#: What was watched, and whether it is numbers that are counted.
+_Seen = list[tuple[Tensor, bool]]
+
 #: From a call's arguments and the time axis to what it remembers, if anything.
 Rule = Callable[[Any, Any, int], Memory | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The axes of a tensor whose time is the input's. Numbers counted along time have no batch."""
+    """The axes of a tensor whose time is the input's. counted: it is numbers along time, without a batch."""
 
-    batch: int | None
+    batch: int
     time: int
+    counted: bool = False
 
 
 class _Cuts:
@@ -53,15 +57,15 @@ class _Cuts:
 
     def add(self, func: Any, args: Any, result: Any) -> None:
         if func is Tensor.__getitem__:
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(isinstance(one, slice) and one.stop is not None for one in index):
+            index = [one for one in (args[1] if isinstance(args[1], tuple) else (args[1],)) if one is not ...]
+            if all(map(_from_the_beginning, index)) and sum(one.stop is not None for one in index) == 1:
                 self._made[id(result)] = result, args[0]
 
     def delay(self, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, int] | None:
         """The whole sequence, the frames, and the axis along which the call puts them before what is left of it."""
         if func not in {torch.cat, torch.concat} or not args or len(args[0]) != 2 or id(args[0][1]) not in self._made:
             return None
-        (frames, cut), axis = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        (frames, cut), axis = args[0], kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
         _, whole = self._made[id(cut)]
         axis %= cut.dim()
         shapes = [[size for i, size in enumerate(t.shape) if i != axis] for t in (frames, whole)]
@@ -74,32 +78,41 @@ class _Cuts:
         return whole, frames, axis
 
 
+def _from_the_beginning(index: Any) -> bool:
+    return (
+        isinstance(index, slice)
+        and index.step in (None, 1)
+        and (index.start is None or (isinstance(index.start, int) and index.start == 0))
+    )
+
+
 class Watch(TorchFunctionMode):
     """Writes down the sequences that calls with a rule are given, and the numbers that are counted, in order."""
 
     def __init__(self) -> None:
-        self.seen: list[Tensor] = []
+        self.seen: list[tuple[Tensor, bool]] = []
         self._cuts = _Cuts()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func in _RULES:
-            self.seen.append(_input(args, kwargs))
+            self.seen.append((_input(args, kwargs), False))
         elif func is torch.arange:
-            self.seen.append(result)
+            self.seen.append((result, True))
         elif delay := self._cuts.delay(func, args, kwargs):
-            self.seen.append(delay[0])
+            self.seen.append((delay[0], False))
         self._cuts.add(func, args, result)
         return result
 
 
-def places(base: list[Tensor], wide: list[Tensor], long: list[Tensor], time: int) -> list[Place | None]:
+def places(base: _Seen, wide: _Seen, long: _Seen, time: int) -> list[Place | None]:
     """Where batch and time are in what was watched at three sizes; `time` is the length of the first."""
     if not len(base) == len(wide) == len(long):
         return []
     found: list[Place | None] = []
-    for tensors in zip(base, wide, long, strict=True):
+    for watched in zip(base, wide, long, strict=True):
+        tensors, counted = [tensor for tensor, _ in watched], watched[0][1]
         batch, steps = (
             [axis for axis in range(tensors[0].dim()) if tensors[0].shape[axis] != other.shape[axis]]
             if other.dim() == tensors[0].dim()
@@ -108,11 +121,11 @@ def places(base: list[Tensor], wide: list[Tensor], long: list[Tensor], time: int
         )
         if len(steps) != 1 or len(batch) > 1 or batch == steps or tensors[0].shape[steps[0]] != time:
             found.append(None)
-        elif batch:
-            found.append(Place(batch[0], steps[0]))
+        elif counted:
+            alike = torch.equal(tensors[0], tensors[2][:time])
+            found.append(Place(0, 0, counted=True) if alike else None)
         else:
-            counted = tensors[0].dim() == 1 and torch.equal(tensors[0], tensors[2][:time])
-            found.append(Place(None, 0) if counted else None)
+            found.append(Place(batch[0], steps[0]) if batch else None)
     return found
 
 
@@ -155,13 +168,13 @@ class Keep(TorchFunctionMode):
         if func in _RULES:
             place = next(self._places, None)
             memory = _RULES[func](args, kwargs, place.time) if place else None
-            if place and place.batch is not None and memory:
+            if place and memory and fits_row(memory.x.dtype):
                 return self._run(memory, place.batch, place.time)
         if func is torch.arange and next(self._places, None):
             return self._count(func(*args, **kwargs), args[2] if len(args) > 2 else kwargs.get("step", 1))
         if delay := self._cuts.delay(func, args, kwargs):
             (x, first, axis), place = delay, next(self._places, None)
-            if place and place.batch is not None and place.time == axis:
+            if place and place.time == axis and fits_row(x.dtype):
                 memory = Memory(x, first, lambda joined: joined.narrow(axis, 0, x.shape[axis]))
                 return self._run(memory, place.batch, axis)
         result = func(*args, **kwargs)
@@ -201,7 +214,7 @@ def _last(kept: Tensor, frames: int, time: Any, lens: Tensor | None) -> Tensor:
     if lens is None:
         return kept[:, -frames:].flatten(1)
     more = kept.shape[1] - time
-    steps = (lens.long() + more - frames).unsqueeze(1) + torch.arange(frames)
+    steps = (lens.long() + more - frames).unsqueeze(1) + count_up(frames)
     if isinstance(kept.shape[0], int) and kept.shape[0] == 1:
         return kept[:, steps[0]].flatten(1)  # PyTorch's own rule for `gather` fixes the number of rows
     flat = kept.flatten(2) if kept.dim() > 2 else kept.unsqueeze(2)
@@ -276,7 +289,7 @@ def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
     """A running sum: it is taken up where it was, so that it adds in the same order however the sequence is cut."""
 
     def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
-        if dim % input.dim() != time:
+        if dim % input.dim() != time or options.get("dtype") not in {None, input.dtype}:
             return None
         input = input if input.is_floating_point() else input.long()
 

@@ -1,6 +1,6 @@
 """The lifted model as one function of (state row, lengths, inputs): what ONNX gets, and what the probes run."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from export.lift import Call, Layout, Part, Tape
 from export.outputs import Output, leaves, parts
 from export.past import Keep, Place, Watch
 from export.samples import as_tensors
+from export.taint import Taint
 
 Named = list[tuple[str, Tensor]]
 
@@ -74,7 +75,7 @@ class StreamingModule(nn.Module):
     @property
     def row_by_row(self) -> bool:
         """Is forward given one sequence at a time: because it takes no other, or since each is at another time step?"""
-        return self.arguments.unbatched or any(place is not None and place.batch is None for place in self.places)
+        return self.arguments.unbatched or any(place is not None and place.counted for place in self.places)
 
     def forward(self, state: Tensor, sequence_lens: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not self.row_by_row:
@@ -121,6 +122,9 @@ class StreamingModule(nn.Module):
                     "packed_sequence",
                     "forward packs sequences with lengths that it computes; take the lengths as an argument",
                 )
+        except BaseException:
+            kept.put_back(self.model)
+            raise
         finally:
             self.tape.start(None, None)
         if self.arguments.unbatched:
@@ -148,18 +152,27 @@ class StreamingModule(nn.Module):
         for (path, name), carried in self.kept.items():
             rows[carried], value = carried.take(self.tape, batch)
             setattr(self.model.get_submodule(path), name, value)
-        with self.watch or (
-            Keep(self.tape, self.model, self.places, batch).running() if self.places else nullcontext()
-        ):
+        mode = Keep(self.tape, self.model, self.places, batch).running() if self.places else nullcontext()
+        with self._tainting(arguments), self.watch or mode:
             result = self.model(**arguments)
         returned = leaves(packed.as_padded(result))
         for carried, output in self.arguments.carried.values():
             tensors = [returned[index][1] for index in parts(returned, output)]
             carried.leave(self.tape, rows[carried], tensors, batch, time)
         for (path, name), carried in self.kept.items():
-            left = pytree.tree_leaves(kept.left(self.model.get_submodule(path), name))
-            carried.leave(self.tape, rows[carried], left, batch, time)
+            tensors = pytree.tree_leaves(kept.left_by(self.model, (path, name)))
+            carried.leave(self.tape, rows[carried], tensors, batch, time)
         return returned
+
+    def _tainting(self, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Where forward is recorded: tell the tape which tensors are computed from its inputs."""
+        if self.tape.given is not None:
+            return nullcontext()
+        fixed = self.arguments.constants.keys() - self.arguments.carried.keys()
+        inputs = pytree.tree_leaves([value for name, value in arguments.items() if name not in fixed])
+        taint = Taint(tuple(tensor for tensor in inputs if isinstance(tensor, Tensor)))
+        self.tape.taint, self.tape.tainted = taint, set()
+        return taint
 
     def _static(self, batch: int) -> dict[str, Tensor]:
         """The static inputs from the state row, (batch, size) each; without one, those of the example."""

@@ -166,6 +166,11 @@ def with_cache(s: Any, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
     return s.rnn(s.conv(joined.transpose(1, 2)).transpose(1, 2))[0], joined[:, -3:]
 
 
+def decayed(s: Any, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    y, h = s.rnn(x, h)
+    return y, h * 0.9
+
+
 def half_cached(s: Any, x: Tensor) -> Tensor:
     """The next call has the convolution's past, and none of the layer's."""
     cache = x.new_zeros(x.shape[0], 3, 4) if s.cache is None else s.cache
@@ -548,7 +553,8 @@ SHAPES = [
     Shape("cumulative norm by position", lambda: made(cumulative_norm_by_position, rnn=gru())),
     Shape(
         "position in the sequence",
-        lambda: made(lambda s, x: s.rnn(x + torch.arange(x.shape[1])[:, None] * 0.1)[0], rnn=gru()),
+        lambda: made(lambda s, x: s.rnn(x + (torch.arange(x.shape[1]).float() * 0.1).sin()[:, None])[0], rnn=gru()),
+        bit_exact=False,
     ),
     Shape(
         "position among convolutions and norms",
@@ -684,6 +690,14 @@ SHAPES = [
         says="later time steps (at layer 'conv' (Conv1d))",
     ),
     Shape(
+        "centred convolution, far",
+        lambda: made(pointwise_conv, conv=nn.Conv1d(4, 4, 3, dilation=16, padding=16), rnn=gru()),
+        streams=False,
+        ragged=False,
+        bit_exact=False,
+        says="later time steps (at layer 'conv' (Conv1d))",
+    ),
+    Shape(
         "attention over time", lambda: made(attention, rnn=gru()), streams=False, ragged=False, says="later time steps"
     ),
     Shape(
@@ -762,6 +776,14 @@ SHAPES = [
         {"state": {"cache": "y0"}},
         refused="input",
         says="it returns y0 (2, 7, 6), y1 (2, 3, 4)",
+    ),
+    Shape(
+        "a state that is not the layer's own",
+        lambda: made(decayed, rnn=gru()),
+        lambda: {"x": torch.randn(2, 7, 4), "h": torch.zeros(1, 2, 6)},
+        {"state": {"h": "y1"}},
+        refused="input",
+        says="'y1' is not the state that this layer ends in",
     ),
     Shape(
         "a state that no client starts from",

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import unroll
 from bundle import Manifest
@@ -99,6 +100,34 @@ def _refuses_a_wrong_beginning(manifest: Manifest) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             manifest.initial_row(wrong)
+
+
+class Rarely(nn.Module):
+    """What makes a difference only later, or seldom, than anyone tries."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which = which
+        self.embed = nn.Embedding(500, 4)
+        self.rnn = nn.GRU(4, 6, batch_first=True)
+        self.other = nn.Parameter(torch.randn(6))
+
+    def forward(self, token: Tensor) -> Tensor:
+        x, h = self.embed(token), None
+        if self.which == "count":
+            x = x + self.embed((torch.arange(x.shape[1]) // 1440) % 7)
+        elif self.which == "past":
+            x = x + functional.pad(x, (0, 0, 2000, 0))[:, : x.shape[1]]
+        else:
+            h = torch.where(token[:, :1] == 3, self.other, 0.0)[None]
+        return self.rnn(x, h)[0]
+
+
+@pytest.mark.parametrize("which", ["count", "past", "has begun"])
+def test_what_makes_a_difference_late_or_seldom_is_kept(tmp_path: Path, which: str) -> None:
+    manifest = export(Rarely(which), {"token": torch.randint(0, 500, (2, 9))}, name="m", repository=tmp_path).manifest
+    assert manifest.streamable
+    assert which in {slot.kind for slot in manifest.state} | {slot.module for slot in manifest.state}
 
 
 class Net(nn.Module):

@@ -36,7 +36,7 @@ def model() -> Mixed:
 
 
 @pytest.fixture(scope="module")
-def repository(model: Mixed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixed(model: Mixed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mixed")
     example = {"x": torch.randn(2, 9, 3), "known": torch.randn(2, 2), "cache": torch.zeros(2, 2, 3)}
     report = export.export(model, example, name="mixed", repository=path, static=["known"], state={"cache": "y1"})
@@ -46,8 +46,8 @@ def repository(model: Mixed, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def running(serve: Serve, repository: Path) -> Running:
-    return serve(repository=repository)
+def running(serve: Serve, mixed: Path) -> Running:
+    return serve(repository=mixed)
 
 
 def test_sessions_that_are_not_equally_far(running: Running, model: Mixed) -> None:

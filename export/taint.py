@@ -1,0 +1,36 @@
+"""Which tensors are computed from the values of the inputs, whatever the values are."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+#: Of their tensors these read the shape only.
+_CREATED = {f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn")} | {
+    f"new_{name}" for name in ("zeros", "ones", "full", "empty", "tensor")
+}
+
+#: Of their tensors but the first these read the shape or the dtype only.
+_AS_OTHER = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+
+
+class Taint(TorchFunctionMode):
+    """Within, `tensor in taint` says whether it was computed from the values of `inputs`."""
+
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+        self._found = {id(tensor): tensor for tensor in inputs}
+
+    def __contains__(self, tensor: object) -> bool:
+        return id(tensor) in self._found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0]
+        read = args[:1] if name in _AS_OTHER else (args, kwargs)
+        if name not in _CREATED and any(leaf in self for leaf in pytree.tree_leaves(read) if isinstance(leaf, Tensor)):
+            changed = args[0] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else None
+            for leaf in pytree.tree_leaves((result, changed)):
+                if isinstance(leaf, Tensor):
+                    self._found[id(leaf)] = leaf
+        return result
