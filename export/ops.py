@@ -154,13 +154,16 @@ _BY_ROWS = {
     torch.conv2d: 3,
 }
 
-#: What `by_rows` calls: the function and its arguments, with `Tensor` for each tensor.
+#: What `by_rows` calls: the function and its arguments, with `Tensor` for each tensor. A few per model that is traced.
 _CALLS: dict[str, tuple[Any, list[Any], Any]] = {}
 
 
 @torch.library.custom_op("unroll::by_rows", mutates_args=())
 def by_rows(tensors: Sequence[Tensor], call: str) -> Tensor:
-    """One of `_BY_ROWS`, whose own rule for sequences that come one by one fixes their number."""
+    """One of `_BY_ROWS`, whose own rule for sequences that come one by one fixes their number.
+
+    Only for these: when the trace is lowered, what runs is the function itself.
+    """
     return _called(tensors, call)
 
 
