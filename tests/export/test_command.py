@@ -152,6 +152,36 @@ def test_a_factory_may_be_the_module_itself(folder: Path) -> None:
     assert example["input"].shape == (2, 16, 2)
 
 
+DELAY = """
+import torch
+from torch import nn
+
+
+class Delay(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x, cache):
+        joined = torch.cat([cache, x], 1)
+        return self.rnn(x - joined[:, :-2])[0], joined[:, -2:]
+"""
+
+
+def test_a_state_that_forward_hands_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "delay.py").write_text(DELAY)
+    delay = ("delay:Delay", "--input", "x:float32:3", "--name", "delay", "--repository", "out")
+    assert run(*delay, "--state", "cache:float32:2x3") == 2
+    assert "NAME:DTYPE:SHAPE=OUTPUT" in capsys.readouterr().err
+    assert run(*delay, "--state", "cache:float32:3x3=y1") == 1
+    assert "forward fails on the example" in capsys.readouterr().err
+    assert run(*delay, "--state", "cache:float32:2x3=y1") == 0
+    manifest = bundle.read(folder / "out/delay/1").manifest
+    assert manifest.streamable
+    assert [spec.name for spec in manifest.inputs + manifest.outputs] == ["x", "y"]
+    assert {slot.kind: slot.size for slot in manifest.state} == {"h": 4, "carry": 6}
+
+
 class Canary:
     """Unpickling this writes a file."""
 
