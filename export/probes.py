@@ -196,7 +196,7 @@ def is_bit_exact(run: RunFunction, samples: Samples, manifest: Manifest) -> bool
     rng = np.random.default_rng(61)
     inputs, rows = samples.draw(batch, time, seed=62), samples.rows(batch, manifest, seed=63)
     whole = run_chunked(inputs, rows, (time,), manifest, run)
-    for size in (1, 1, 2, 3, 5, 8, 17, 33, batch):
+    for size in (8, 17, 33, batch, *(1, 2, 3, 4, 5) * 8):
         chosen = rng.integers(0, batch, size)
         chunks = random_chunks(time, rng) if manifest.streamable else (time,)
         part = run_chunked({n: a[chosen] for n, a in inputs.items()}, rows[chosen], chunks, manifest, run)
