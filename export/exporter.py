@@ -90,7 +90,8 @@ def export(
     refusals.check_finite(leaves(returned))
     streaming, samples = lift_model(model, example, frozenset(static), state, batch_first)
     double = in_double(streaming, exact, samples)
-    impossible = _keep_past(streaming, double, samples, own, output_names)
+    found = find_past(streaming, samples)
+    impossible = _keep_past(streaming, double, samples, found, own, output_names)
     initial, dropped = observe(streaming, double, samples, output_names)
 
     progress("tracing it into ONNX")
@@ -109,7 +110,8 @@ def export(
         torch_runner(double, double=True, ops=True), double, samples, draft
     )
     if reason is None:
-        reason = probes.why_not_over_long(served, samples, draft)
+        uncounted = not streaming.row_by_row and any(place and place.counted for place in found)
+        reason = probes.why_not_over_long(served, samples, draft, probes.LONG * (16 if uncounted else 1))
     if own:
         if reason is not None:
             raise kept.refusal(own)
@@ -232,15 +234,15 @@ def _keep_past(
     streaming: StreamingModule,
     double: StreamingModule,
     samples: Samples,
+    found: list[Place | None],
     own: list[kept.Attribute],
     output_names: list[str] | None,
 ) -> str | None:
-    """Keep what layers that are not recurrent need of the past, as much as there is, if with it the model streams.
+    """Keep what layers that are not recurrent need of the past, as much as was `found`, if with it the model streams.
 
     Less is tried only where more does not: what is needed a thousand steps later makes no difference before. Returns
     why a model that would stream does not, or None.
     """
-    found = find_past(streaming, samples)
     # Numbers that are counted may be of the sequence, or of this call only, as a mask's are.
     without_counts = [place if place and not place.counted else None for place in found]
     carried = find_kept(streaming, own, samples)

@@ -19,7 +19,7 @@ _CLOSE = 1e-9
 #: Values to be compared bit by bit: some functions round one in hundreds otherwise, at the end of a vector.
 _MANY = 2**13
 
-#: Steps of the longest sequence that is tried, whole and cut, unless the example is longer.
+#: Steps of the longest sequence that is tried, whole and cut, unless the example is longer, or steps are counted.
 LONG = 1024
 
 
@@ -86,13 +86,13 @@ def _why_not_for_ever(run: RunFunction, samples: Samples, manifest: Manifest) ->
     return None
 
 
-def why_not_over_long(run: RunFunction, samples: Samples, manifest: Manifest) -> str | None:
-    """The same question over a sequence of LONG steps or the example's length, for what reaches far back.
+def why_not_over_long(run: RunFunction, samples: Samples, manifest: Manifest, steps: int = LONG) -> str | None:
+    """The same question over a sequence of so many steps or the example's length, for what reaches far back.
 
     `run` is onnxruntime's: it is fast, and repeats a recurrent layer bit for bit however the sequence is cut, so that
     not even a chaotic model's rounding is taken for a difference.
     """
-    time = max(LONG, *(array.shape[1] for array in samples.example.values()))
+    time = max(steps, *(array.shape[1] for array in samples.example.values()))
     inputs, rows = samples.draw(1, time, seed=53), samples.rows(1, manifest, seed=54)
     whole = _whole(run, inputs, rows, manifest)
     for name, array in run_chunked(inputs, rows, (time // 2, 1, time - time // 2 - 1), manifest, run).items():
