@@ -1,6 +1,5 @@
 """Measures one row of the matrix: a kind of module through export and the oracle, and through `torch.onnx.export`."""
 
-import copy
 import itertools
 import sys
 import tempfile
@@ -128,8 +127,7 @@ class _Asked:
     """
 
     def __init__(self, shape: Shape, found: bundle.Bundle) -> None:
-        module, self._example = _made(shape)
-        module = getattr(module, "_orig_mod", module)
+        self._shape, (_, self._example) = shape, _made(shape)
         self._batch_first = shape.options.get("batch_first", True)
         self._state = shape.options.get("state", {})
         self._graph = Graph(found)
@@ -142,7 +140,6 @@ class _Asked:
         limits = {spec.name: spec.limit for spec in (*specs, *found.manifest.static) if spec.limit is not None}
         self._samples = Samples(arrays, limits, static=static)
         self._manifest = found.manifest
-        self._single, self._double = module, copy.deepcopy(module).double()
         self._places: dict[str, tuple[int, tuple[int, ...]]] | None = None
 
     def draw(self, batch: int, time: int, rng: np.random.Generator) -> Arrays:
@@ -185,7 +182,9 @@ class _Asked:
                 arguments[name] = tensor if self._batch_first or name in static else tensor.transpose(0, 1)
         if double:
             arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
-        module = copy.deepcopy(self._double if double else self._single)  # as it was before any call
+        module, _ = _made(self._shape)  # as it was before any call
+        module = getattr(module, "_orig_mod", module)
+        module = module.double() if double else module
         with torch.no_grad(), double_precision() if double else nullcontext():
             return [tensor for _, tensor in leaves(module(**arguments))]
 
