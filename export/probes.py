@@ -54,11 +54,19 @@ def check_rows(reference: RunFunction, samples: Samples, manifest: Manifest) -> 
 def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Samples, manifest: Manifest) -> str | None:
     """None if running in chunks, carrying the state, equals running the whole sequence; else why, in words.
 
-    `run` and `module` compute in float64. Two lengths, two batch sizes, single steps and uneven chunks.
+    `run` and `module` compute in float64. Three lengths and batch sizes, single steps and uneven chunks; many rows, of
+    inputs beyond the example's too, since the largest so far is often the last.
     """
-    for batch, chunkings in ((3, [(1,) * 11, (4, 1, 6)]), (1, [(1,) * 17, (2, 1, 1, 9, 4)])):
+    many = [(1,) * 24, (5, 1, 9, 2, 7), (23, 1)]
+    for batch, scale, chunkings in (
+        (3, 1, [(1,) * 11, (4, 1, 6)]),
+        (1, 1, [(1,) * 17, (2, 1, 1, 9, 4)]),
+        (32, 1, many),
+        (32, -2, many[1:]),
+    ):
         time = sum(chunkings[0])
-        inputs, rows = samples.draw(batch, time, seed=41 + batch), samples.rows(batch + 1, manifest, seed=43)
+        inputs = _scaled(samples.draw(batch, time, seed=41 + batch), scale)
+        rows = samples.rows(batch + 1, manifest, seed=43)
         rows = rows[:batch] if batch > 1 else rows[1:]
         whole = _whole(run, inputs, rows, manifest)
         for chunks in chunkings:
@@ -72,6 +80,11 @@ def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Sampl
             if wrong:
                 return _reason(wrong[0], run, module, inputs, rows, chunks, samples, manifest)
     return _why_not_for_ever(run, samples, manifest)
+
+
+def _scaled(inputs: Arrays, scale: float) -> Arrays:
+    """Those that are floats."""
+    return {n: (a * scale).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in inputs.items()}
 
 
 def _why_not_for_ever(run: RunFunction, samples: Samples, manifest: Manifest) -> str | None:
@@ -147,19 +160,21 @@ def padding_differs(run: RunFunction, samples: Samples, manifest: Manifest) -> d
     """
     rng = np.random.default_rng(50)
     # Many rows, from one step on if it can: a maximum over time hides the padding as long as that is not the largest.
-    lens = rng.integers(_fewest_steps(run, samples, manifest), 14, 48).astype(np.int32)
+    few = _fewest_steps(run, samples, manifest)
+    lens = np.concatenate([rng.integers(few, 14, 48), np.minimum(few + rng.integers(0, 3, 200), 13)]).astype(np.int32)
     lens[0] = 13
-    worst = _padded(run, samples, manifest, lens)
+    tries = [_padded(run, samples, manifest, lens, scale) for scale in (1, -1, 3, -3)]
     with suppress(ExportError):  # a table of positions may end before
         # A few long ones: some reach far.
-        for name, difference in _padded(run, samples, manifest, np.array([300, 40, 150, 283], np.int32)).items():
-            worst[name] = max(worst[name], difference)
-    return worst
+        tries.append(_padded(run, samples, manifest, np.array([300, 40, 150, 283], np.int32), 1))
+    return {name: max(each[name] for each in tries) for name in tries[0]}
 
 
-def _padded(run: RunFunction, samples: Samples, manifest: Manifest, lens: np.ndarray) -> dict[str, float]:
+def _padded(run: RunFunction, samples: Samples, manifest: Manifest, lens: np.ndarray, scale: float) -> dict[str, float]:
+    """scale: of inputs that are floats, beside what the example holds."""
     time = int(lens[0])
     inputs, rows = samples.draw(len(lens), time, seed=51), samples.rows(len(lens), manifest, seed=52)
+    inputs = _scaled(inputs, scale)
     rows[::2] = samples.begin(len(lens) // 2, manifest, seed=53)
     outputs, after = run(inputs, rows, lens)
     worst = dict.fromkeys([*outputs, "state_out"], 0.0)
