@@ -37,18 +37,20 @@ def with_reached(reference: RunFunction, samples: Samples, manifest: Manifest) -
 
 def check_rows(reference: RunFunction, samples: Samples, manifest: Manifest) -> None:
     """Raises ExportError(rows_mixed) if a sequence's outputs depend on the others in its batch."""
-    batch, time = 3, 7
-    inputs, rows = samples.draw(batch, time, seed=31), samples.rows(batch, manifest, seed=32)
-    together = _whole(reference, inputs, rows, manifest)
-    for row in range(batch):
-        alone = _whole(reference, {n: a[row : row + 1] for n, a in inputs.items()}, rows[row : row + 1], manifest)
-        for name, array in alone.items():
-            if not _close(array, together[name][row : row + 1]):
-                raise ExportError(
-                    "rows_mixed",
-                    f"{name} of one sequence depends on the others in its batch; forward must treat rows "
-                    "independently (is the input (time, batch, ...)? then say batch_first=False)",
-                )
+    batch, time = 6, 7
+    for scale in (1, -2, 4):
+        inputs = _scaled(samples.draw(batch, time, seed=31), scale)
+        rows = samples.rows(batch, manifest, seed=32)
+        together = _whole(reference, inputs, rows, manifest)
+        for row in range(batch):
+            alone = _whole(reference, {n: a[row : row + 1] for n, a in inputs.items()}, rows[row : row + 1], manifest)
+            for name, array in alone.items():
+                if not _close(array, together[name][row : row + 1]):
+                    raise ExportError(
+                        "rows_mixed",
+                        f"{name} of one sequence depends on the others in its batch; forward must treat rows "
+                        "independently (is the input (time, batch, ...)? then say batch_first=False)",
+                    )
 
 
 def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Samples, manifest: Manifest) -> str | None:
