@@ -82,7 +82,7 @@ class Carried:
 def handed_on(
     model: nn.Module, example: dict[str, Any], state: Mapping[str, str], alone: Callable[[], dict[str, Any]], batch: int
 ) -> dict[str, StateArgument]:
-    """The arguments that `state` names, each with the output that it is next. Raises ExportError(input).
+    """The arguments that `state` names, with where their rows are. Raises ExportError(input).
 
     alone: the other arguments for a batch of one. batch: of the example.
     """
