@@ -1,0 +1,54 @@
+"""The golden files that hold one value each: the value, and how today's code writes and reads it. Nothing is random."""
+
+from pathlib import Path
+
+import numpy as np
+
+from service.state.held import SnapshotKeys
+from service.state.snapshot import Snapshot
+from service.store import state_file
+from service.store.base import Key
+from service.store.record import Gone, Kept, Origin, Record, pack_last
+
+GOLDEN = Path(__file__).parent / "golden"
+REPOSITORY = GOLDEN / "repository"
+
+KEYS = (b"the first golden key", b"the second golden key")
+SESSION = "pump-7"
+KEY: Key = ("steps", SESSION)
+
+SNAPSHOT = Snapshot("ab" * 32, 42, np.array([0.5, -1.25, 3e-39, 1e30], np.float32))
+
+ORIGIN = Origin("ab" * 32, "redis", b"b" * 16, b"o" * 16)
+KEPT = (Kept(38, 3, b"c" * 16, b"outputs of three"), Kept(41, 1, b"d" * 16, b"outputs"))
+RECORD = Record(ORIGIN, 42, SNAPSHOT.row.tobytes(), KEPT, 4, b"t" * 16)
+#: A session in memory at its model's initial state.
+UNTOUCHED = Record(Origin("cd" * 32, "memory", b"e" * 16), 0, b"")
+
+CLOSED = Gone("session_closed", ORIGIN, KEPT)
+EXPIRED = Gone("session_expired", ORIGIN)
+
+SESSIONS: list[tuple[Key, Record, float]] = [
+    (KEY, Record(ORIGIN, 42, SNAPSHOT.row.tobytes(), KEPT, 4), 1.5),
+    (("mixed", "ümlaut"), UNTOUCHED, 0.0),
+]
+
+
+def write(folder: Path) -> None:
+    """All of them but those that only Redis writes, which are put together by the table in `store/redis.py`."""
+    keys = SnapshotKeys(KEYS)
+    origin, last = ORIGIN.to_bytes(), pack_last(RECORD.depth, KEPT)
+    for name, content in {
+        "snapshot": SNAPSHOT.to_bytes(),
+        "sealed_snapshot": keys.seal(SESSION, SNAPSHOT),
+        "sealed_snapshot_second_key": SnapshotKeys(KEYS[::-1]).seal(SESSION, SNAPSHOT),
+        "origin": origin,
+        "last": last,
+        "record": RECORD.to_bytes(),
+        "record_untouched": UNTOUCHED.to_bytes(),
+        "redis_state": RECORD.token + RECORD.to_bytes()[:-16],
+        "redis_gone_closed": b"c" + b"u" * 16 + (42).to_bytes(8, "little") + origin + last,
+        "redis_gone_expired": b"e" + bytes(24) + origin,
+    }.items():
+        (folder / f"{name}.bin").write_bytes(content)
+    state_file.write(folder / "sessions.bin", SESSIONS)

@@ -1,0 +1,68 @@
+"""The names that others depend on: flags, error codes with their statuses, routes, members of bodies, metrics."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+import unroll
+from service.api.errors import STATUS
+from service.core.errors import UnrollError
+from service.settings import Settings
+
+_OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
+_FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
+
+
+def flags() -> dict[str, list[str]]:
+    """Of every command, as its help lists them."""
+    return {command: _flags(import_module(module).main) for command, (module, _) in unroll.COMMANDS.items()}
+
+
+def _flags(main: Any) -> list[str]:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        main(["--help"])
+    return sorted({flag for options in _OPTIONS.findall(text.getvalue()) for flag in _FLAG.findall(options)})
+
+
+def settings() -> list[str]:
+    return sorted(f"{Settings.model_config['env_prefix']}{name.upper()}" for name in Settings.model_fields)
+
+
+def codes() -> dict[str, int]:
+    """Status by code."""
+    kinds = [kind for kind in _below(UnrollError) if hasattr(kind, "code")]
+    return {kind.code: STATUS[kind] for kind in sorted(kinds, key=lambda kind: kind.code)}
+
+
+def _below(kind: type[UnrollError]) -> Iterator[type[UnrollError]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _below(below)
+
+
+def routes(client: httpx.Client) -> list[str]:
+    paths = client.get("/openapi.json").json()["paths"]
+    return sorted(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
+
+
+def bodies(client: httpx.Client) -> dict[str, list[str]]:
+    """Members by schema; `!`: required."""
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    return {
+        name: [member + "!" * (member in schema.get("required", ())) for member in schema["properties"]]
+        for name, schema in sorted(schemas.items())
+    }
+
+
+def metrics(client: httpx.Client) -> list[str]:
+    """Each sample's name, and its labels' names."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name.startswith("unroll")]
+    return sorted({f"{sample.name}{{{','.join(sorted(sample.labels))}}}" for sample in samples})

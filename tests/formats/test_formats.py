@@ -1,0 +1,160 @@
+"""What was written by release 0.1 is read, and written again the same: files, messages, names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from formats import exchanges, files, names, server
+from formats.files import GOLDEN, KEPT, KEY, KEYS, ORIGIN, RECORD, SESSION, SESSIONS, SNAPSHOT, UNTOUCHED
+from redis_server import RedisServer
+
+import bundle
+from bundle import Golden, Manifest
+from service.state.held import SnapshotKeys
+from service.state.snapshot import Snapshot
+from service.store import state_file
+from service.store.base import Commit
+from service.store.record import Origin, Record, pack_last, unpack_last
+from service.store.redis import RedisStore, StoreConfig
+
+
+def golden(name: str) -> bytes:
+    return (GOLDEN / f"{name}.bin").read_bytes()
+
+
+def known(name: str) -> Any:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["steps", "mixed"])
+def test_bundle(name: str, tmp_path: Path) -> None:
+    folder = files.REPOSITORY / name / "1"
+    read = bundle.read(folder)
+    document = json.loads((folder / "manifest.json").read_bytes())
+    assert read.manifest.digest == document["files"]["model.onnx"]
+    assert [spec.name for spec in read.manifest.inputs] == [spec["name"] for spec in document["inputs"]]
+    assert read.manifest.state_size == document["state_size"]
+    assert read.golden.state.shape == read.golden.state_out.shape == (len(read.golden.state), read.manifest.state_size)
+    assert all(array.shape[:2] == read.golden.inputs["x"].shape[:2] for array in read.golden.inputs.values())
+
+    written = bundle.write(tmp_path, read.manifest, read.model_path.read_bytes(), read.golden)
+    for file in ("manifest.json", "model.onnx", "golden.safetensors"):
+        assert (written / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_bundle_of_the_first_release_without_the_later_fields() -> None:
+    document = json.loads((files.REPOSITORY / "steps" / "1" / "manifest.json").read_bytes())
+    del document["precision"], document["static"]
+    manifest = Manifest.from_json(json.dumps(document).encode())
+    assert (manifest.precision, manifest.static) == ("float32", ())
+
+
+def test_golden_vectors() -> None:
+    content = (files.REPOSITORY / "mixed" / "1" / "golden.safetensors").read_bytes()
+    assert Golden.from_bytes(content).to_bytes() == content
+
+
+def test_snapshot() -> None:
+    assert SNAPSHOT.to_bytes() == golden("snapshot")
+    check_snapshot(golden("snapshot"))
+
+
+def check_snapshot(content: bytes) -> None:
+    read = Snapshot.from_bytes(content, digest=SNAPSHOT.digest, state_size=4)
+    assert (read.digest, read.position) == (SNAPSHOT.digest, SNAPSHOT.position)
+    assert np.array_equal(read.row, SNAPSHOT.row)
+    assert Snapshot.model_of(content) == SNAPSHOT.digest
+
+
+def test_sealed_snapshot() -> None:
+    keys, turned = SnapshotKeys(KEYS), SnapshotKeys(KEYS[::-1])
+    assert keys.seal(SESSION, SNAPSHOT) == golden("sealed_snapshot")
+    assert turned.seal(SESSION, SNAPSHOT) == golden("sealed_snapshot_second_key")
+    for name in ("sealed_snapshot", "sealed_snapshot_second_key"):
+        check_snapshot(keys.open(SESSION, golden(name)))
+
+
+def test_origin_and_replies() -> None:
+    assert ORIGIN.to_bytes() == golden("origin")
+    assert Origin.from_bytes(golden("origin")) == ORIGIN
+    assert pack_last(4, KEPT) == golden("last")
+    assert unpack_last(golden("last")) == (KEPT, 4)
+
+
+def test_record() -> None:
+    assert RECORD.to_bytes() == golden("record")
+    assert Record.from_bytes(golden("record")) == files.SESSIONS[0][1]
+    assert UNTOUCHED.to_bytes() == golden("record_untouched")
+    assert Record.from_bytes(golden("record_untouched")) == UNTOUCHED
+
+
+def test_state_file(tmp_path: Path) -> None:
+    assert state_file.read(GOLDEN / "sessions.bin") == SESSIONS
+    assert state_file.write(tmp_path / "sessions", SESSIONS) == len(SESSIONS)
+    assert (tmp_path / "sessions").read_bytes() == golden("sessions")
+
+
+async def test_sessions_in_redis(redis_server: RedisServer) -> None:
+    client, state, gone = redis_server.client, "unroll:{steps/pump-7}", "unroll:{steps/pump-7}:gone"
+    store = RedisStore(StoreConfig(redis_server.url, timeout=5.0))
+    try:
+        client.set(state, golden("redis_state"))
+        assert await store.load(KEY) == RECORD
+        client.delete(state)
+        for name, expected in {"redis_gone_closed": files.CLOSED, "redis_gone_expired": files.EXPIRED}.items():
+            client.set(gone, golden(name))
+            assert await store.load(KEY) == expected
+        client.delete(gone)
+
+        commit = Commit(KEY, b"", RECORD.token, ORIGIN.to_bytes(), 42, RECORD.row, RECORD.last, begins=True)
+        assert await store.commit([commit]) == [None]
+        assert client.get(state) == golden("redis_state")
+        assert client.get(gone) == golden("redis_gone_expired")
+        end = Commit(KEY, RECORD.token, b"u" * 16, ORIGIN.to_bytes(), 42, b"", RECORD.last, ends=True)
+        assert await store.commit([end]) == [None]
+        assert client.get(state) is None
+        assert client.get(gone) == golden("redis_gone_closed")
+    finally:
+        await store.stop()
+
+
+# ── messages ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_http_exchanges_and_metrics() -> None:
+    running = server.start()
+    try:
+        with httpx.Client(base_url=running.url) as client:
+            for exchange in known("http"):
+                exchanges.check_answer(exchange["answer"], exchanges.ask(client, exchange["sent"]), exchange["sent"])
+            found = {"routes": names.routes(client), "bodies": names.bodies(client), "metrics": names.metrics(client)}
+    finally:
+        running.stop()
+    assert {name: known("names")[name] for name in found} == found
+
+
+def test_streams() -> None:
+    running = server.start()
+    for model in ("mixed", "steps"):
+        conversation = exchanges.Conversation(running, model)
+        for exchange in known(f"stream_{model}"):
+            sent = exchange["sent"]
+            exchanges.check_messages(
+                exchange["came"], conversation.exchange(sent), any_order=sent.get("any_order", False)
+            )
+        conversation.close()
+    assert "stop" in sent, "the server was ended by the conversation"
+
+
+# ── names ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("what", ["flags", "settings", "codes"])
+def test_names(what: str) -> None:
+    assert getattr(names, what)() == known("names")[what]
