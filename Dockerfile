@@ -19,7 +19,8 @@ print(*project['dependencies'], *project['optional-dependencies']['$RUNTIME'], s
  && if [ "$RUNTIME" = gpu ]; then echo 'onnxruntime-gpu[cuda,cudnn]' >> requirements.txt; fi
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/unroll/bin/pip install -c constraints.txt -r requirements.txt
-COPY LICENSE README.md unroll.py ./
+COPY LICENSE README.md ./
+COPY src src
 COPY bundle bundle
 COPY service service
 RUN /opt/unroll/bin/pip install --no-deps . && /opt/unroll/bin/pip uninstall -y pip setuptools

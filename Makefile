@@ -17,10 +17,10 @@ help: ## list the targets
 install: .venv/.installed ## .venv with everything: serving, export, training, tests
 
 run: .venv-serve/.installed ## serve the example bundles on :8000 and run the demo (PORT=8001, DETACH=1)
-	@.venv-serve/bin/python -m examples.run --port $(PORT) $(if $(filter-out 0,$(DETACH)),--detach)
+	@.venv-serve/bin/python -m unroll.examples.run --port $(PORT) $(if $(filter-out 0,$(DETACH)),--detach)
 
 stop: ## end the server that `make run DETACH=1` left running
-	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m examples.run --stop
+	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m unroll.examples.run --stop
 
 test: install ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -56,12 +56,12 @@ fuzz-export: install ## 2,000 random models through export: none may be silently
 	$(BIN)/python -m conformance --write-docs fuzz
 
 train: install ## train the two example models again (minutes)
-	$(BIN)/python -m models.training.co2
-	$(BIN)/python -m models.training.co2 --write-expected
-	$(BIN)/python -m models.training.bytes
+	$(BIN)/python -m unroll.models.training.co2
+	$(BIN)/python -m unroll.models.training.co2 --write-expected
+	$(BIN)/python -m unroll.models.training.bytes
 
 bundles: install ## export the trained examples into examples/repository
-	$(BIN)/python -m examples.bundles
+	$(BIN)/python -m unroll.examples.bundles
 
 bench: install ## measure everything, beside the servers it can be compared with (most of an hour)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -10,7 +10,7 @@ from typing import Any
 
 _BUSY = 0.7
 _PACKAGES = (
-    "unroll",
+    "unroll-serve",
     "uvicorn",
     "uvloop",
     "httptools",

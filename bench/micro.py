@@ -17,20 +17,20 @@ from time import perf_counter
 
 import numpy as np
 
-import bundle
-from bundle import Bundle, Manifest, TensorSpec
-from service.engine.base import PlainRows
-from service.engine.host import HostEngine
-from service.engine.runner import Runner
-from service.protocol import json as json_protocol
-from service.protocol import open_inference
-from service.protocol.frames import STEPS, UNSAID, Alone, FrameCodec, encode, encode_one, entries_of, reached
-from service.protocol.tensors import Codec
-from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.scheduler import Scheduler
-from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Chunk, Cohort, GroupReply
-from service.state.arena import HostArena
+from unroll import bundle
+from unroll.bundle import Bundle, Manifest, TensorSpec
+from unroll.service.engine.base import PlainRows
+from unroll.service.engine.host import HostEngine
+from unroll.service.engine.runner import Runner
+from unroll.service.protocol import json as json_protocol
+from unroll.service.protocol import open_inference
+from unroll.service.protocol.frames import STEPS, UNSAID, Alone, FrameCodec, encode, encode_one, entries_of, reached
+from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.scheduler.work import Chunk, Cohort, GroupReply
+from unroll.service.state.arena import HostArena
 
 _FEATURES = 16
 _ROWS = (1, 16, 64, 256)

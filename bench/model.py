@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import export
+import unroll
 from bench import inputs
 
 
@@ -29,7 +29,7 @@ def write(repository: Path) -> None:
     for name, shape in inputs.MODELS.items():
         torch.manual_seed(0)
         model = Model(shape).eval()
-        export.export(model, {"x": torch.randn(2, 9, shape.features)}, name=name, repository=repository)
+        unroll.export(model, {"x": torch.randn(2, 9, shape.features)}, name=name, repository=repository)
         wanted = {"rows": inputs.rows(shape.features)[: inputs.TORCH_SESSIONS]}
         wanted |= {str(length): inputs.sequences(shape.features, length) for length in inputs.TORCH_LENGTHS}
         with torch.inference_mode():

@@ -4,9 +4,9 @@ A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `mani
 `golden.safetensors`. This package knows files and NumPy; it knows neither torch nor onnxruntime.
 """
 
-from bundle.files import Bundle, BundleError, discover, read, write
-from bundle.golden import Golden, GoldenMismatch, RunFunction, replay
-from bundle.manifest import CRASHING_OPTIMIZERS, Manifest, Parity, Precision, StateSlot, StaticInput, TensorSpec
+from unroll.bundle.files import Bundle, BundleError, discover, read, write
+from unroll.bundle.golden import Golden, GoldenMismatch, RunFunction, replay
+from unroll.bundle.manifest import CRASHING_OPTIMIZERS, Manifest, Parity, Precision, StateSlot, StaticInput, TensorSpec
 
 __all__ = [
     "CRASHING_OPTIMIZERS",

@@ -7,8 +7,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bundle.golden import Golden
-from bundle.manifest import Manifest
+from unroll.bundle.golden import Golden
+from unroll.bundle.manifest import Manifest
 
 MODEL, MANIFEST, GOLDEN = "model.onnx", "manifest.json", "golden.safetensors"
 

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from bundle.manifest import Manifest
+from unroll.bundle.manifest import Manifest
 
 Arrays = dict[str, np.ndarray]
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bundle.files import GOLDEN, MODEL, Bundle, BundleError, read
-from bundle.manifest import StateSlot, TensorSpec
-from bundle.operators import operators
+from unroll.bundle.files import GOLDEN, MODEL, Bundle, BundleError, read
+from unroll.bundle.manifest import StateSlot, TensorSpec
+from unroll.bundle.operators import operators
 
 
 def main(argv: list[str]) -> int:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import bundle
 from conformance.oracle import Arrays, Graph, examine
-from examples.architectures import denoiser, forecaster, keywords, voice
-from export import export
-from export.samples import Samples
+from unroll import bundle
+from unroll.examples.architectures import denoiser, forecaster, keywords, voice
+from unroll.export import export
+from unroll.export.samples import Samples
 
 
 @dataclass(frozen=True)

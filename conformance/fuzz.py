@@ -22,7 +22,7 @@ from conformance.children import Died
 from conformance.oracle import Wrong, WrongBits, examine
 from conformance.strategies import trees as any_tree
 from conformance.trees import Tree
-from export import ExportError, export
+from unroll.export import ExportError, export
 
 #: Trees that a child exports before it makes room for a fresh one.
 _TOGETHER = 25

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-import bundle
-from bundle.operators import operators
 from conformance import children, plain
 from conformance.kinds import kinds
 from conformance.oracle import Arrays, Graph, Wrong, examine
-from export import ExportError, export
-from export.double import double_precision
-from export.outputs import leaves
-from export.samples import Samples
 from tests.export.model_shapes import Shape
+from unroll import bundle
+from unroll.bundle.operators import operators
+from unroll.export import ExportError, export
+from unroll.export.double import double_precision
+from unroll.export.outputs import leaves
+from unroll.export.samples import Samples
 
 #: What moves values about without computing any, or is too common to tell anything.
 PLUMBING = {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Range"} | {

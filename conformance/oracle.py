@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-import bundle
+from unroll import bundle
 
 Arrays = dict[str, np.ndarray]
 

@@ -8,15 +8,15 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-import bundle
-from bundle import Precision
-from bundle.operators import operators
 from conformance.architectures import fastest
 from conformance.matrix import PLUMBING
 from conformance.oracle import Graph
-from examples.architectures import denoiser, voice
-from export import ExportError, export
-from export.samples import Samples
+from unroll import bundle
+from unroll.bundle import Precision
+from unroll.bundle.operators import operators
+from unroll.examples.architectures import denoiser, voice
+from unroll.export import ExportError, export
+from unroll.export.samples import Samples
 
 Made = tuple[nn.Module, dict[str, Tensor]]
 

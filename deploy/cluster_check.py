@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from deploy.check import MODEL, known, open_durable, retried
-from examples.client import Client
+from unroll.examples.client import Client
 
 ROOT = Path(__file__).parents[1]
 NODES, REPLICAS = ("27601", "27602", "27603"), ("27611", "27612")
@@ -53,7 +53,7 @@ def start_everything(stack: ExitStack) -> None:
     for port in REPLICAS:
         (root / port).mkdir()
         flags = ["--repository", repository, "--port", port, "--store", f"redis+cluster://127.0.0.1:{NODES[0]}"]
-        start(stack, sys.executable, "-m", "service", *flags, folder=root / port)
+        start(stack, sys.executable, "-m", "unroll.service", *flags, folder=root / port)
         with Client(f"http://127.0.0.1:{port}") as client:
             retried(partial(client.get, "/readyz"))
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-import export
-from models import bytes as next_byte
-from models import co2, mauna_loa
-from models.stacked_rnn import StackedRNN, StackedRNNConfig
+import unroll
+from unroll.models import bytes as next_byte
+from unroll.models import co2, mauna_loa
+from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 REPOSITORY = Path(__file__).parent / "repository"
 DOCTOR = Path(__file__).parents[1] / "service" / "doctor"
@@ -20,10 +20,10 @@ DOCTOR = Path(__file__).parents[1] / "service" / "doctor"
 def main(repository: Path = REPOSITORY, doctor: Path = DOCTOR) -> None:
     ppm = torch.from_numpy(mauna_loa.read().ppm[:2000]).reshape(4, 500, 1)
     text = torch.tensor([list(Path(__file__).read_bytes()[:256])])
-    print(export.export(co2.load(), {"ppm": ppm}, name="co2", repository=repository, replace=True))
+    print(unroll.export(co2.load(), {"ppm": ppm}, name="co2", repository=repository, replace=True))
     model = StackedRNN.load(next_byte.CHECKPOINT)
-    print(export.export(model, {"x": text}, name="bytes", repository=repository, replace=True))
-    print(export.export(tiny(), {"x": torch.randn(2, 4, 2)}, name="tiny", repository=doctor, replace=True))
+    print(unroll.export(model, {"x": text}, name="bytes", repository=repository, replace=True))
+    print(unroll.export(tiny(), {"x": torch.randn(2, 4, 2)}, name="tiny", repository=doctor, replace=True))
 
 
 def tiny() -> StackedRNN:

@@ -16,10 +16,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from examples.client import Client, RemoteSession, ServerError
-from examples.display import display
-from models import mauna_loa
-from models.mauna_loa import Series
+from unroll.examples.client import Client, RemoteSession, ServerError
+from unroll.examples.display import display
+from unroll.models import mauna_loa
+from unroll.models.mauna_loa import Series
 
 MODEL = "co2"
 EXAMPLE = Path(__file__).parent / "co2"

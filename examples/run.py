@@ -1,7 +1,7 @@
 """`make run` and `make stop`: start a server of the example bundles, show the demo, leave the server running.
 
-python -m examples.run [--port 8000] [--detach]      start, wait until ready, demo; then until Ctrl-C, or at once
-python -m examples.run --stop                        end what `--detach` left running
+python -m unroll.examples.run [--port 8000] [--detach]      start, wait until ready, demo; then until Ctrl-C, or at once
+python -m unroll.examples.run --stop                        end what `--detach` left running
 """
 
 import argparse
@@ -17,10 +17,9 @@ from typing import IO
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from examples import demo
+from unroll.examples import demo
 
-ROOT = Path(__file__).parents[1]
-REPOSITORY = ROOT / "examples" / "repository"
+REPOSITORY = Path(__file__).parent / "repository"
 #: In the current directory.
 RUN = Path(".run")
 #: Holds the server's process id, and is locked by the server for its life: an id alone may be another's by now.
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m examples.run", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m unroll.examples.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR")
     parser.add_argument("--detach", action="store_true", help="return after the demo; the server goes on")
@@ -87,7 +86,6 @@ def start(repository: Path, port: int) -> subprocess.Popen[bytes]:
         with LOG.open("wb") as log:
             server = subprocess.Popen(
                 [sys.executable, "-m", "unroll", "serve", "--repository", repository, "--port", str(port)],
-                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

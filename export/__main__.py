@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from bundle import Precision
-from export import programs
-from export.errors import ExportError
-from export.exporter import export
-from export.load import InputSpec, StateSpec, examples, from_checkpoint, from_factory
+from unroll.bundle import Precision
+from unroll.export import programs
+from unroll.export.errors import ExportError
+from unroll.export.exporter import export
+from unroll.export.load import InputSpec, StateSpec, examples, from_checkpoint, from_factory
 
 _USAGE = """unroll export CHECKPOINT --repository DIR [--name NAME]
        unroll export SCRIPT.pt --input NAME:DTYPE:SHAPE ... --repository DIR [--name NAME]

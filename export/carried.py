@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from export.errors import ExportError, attempt
-from export.inputs import StateArgument, alike_rows
-from export.lift import Call, Part, Tape, fits_row
-from export.outputs import leaves, parts
-from export.scan import Axes
+from unroll.export.errors import ExportError, attempt
+from unroll.export.inputs import StateArgument, alike_rows
+from unroll.export.lift import Call, Part, Tape, fits_row
+from unroll.export.outputs import leaves, parts
+from unroll.export.scan import Axes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bundle.golden import Arrays
-from export.streaming import StreamingModule, torch_runner
+from unroll.bundle.golden import Arrays
+from unroll.export.streaming import StreamingModule, torch_runner
 
 #: What each call of a leaf module received and gave, in order of execution.
 Trace = list[tuple[str, list[Tensor], list[Tensor]]]

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import product
@@ -19,22 +18,22 @@ from torch.export import ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-import bundle
-from bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
-from bundle.files import check_name
-from bundle.golden import run_chunked
-from export import kept, onnx_graph, parity, probes, programs, refusals
-from export.carried import Carried
-from export.double import converted, double_precision
-from export.errors import ExportError, attempt
-from export.inputs import check_arguments
-from export.observe import find_kept, find_past, in_double, lift_model, observe
-from export.outputs import DTYPES, leaves
-from export.past import Place
-from export.precision import limit, reduce
-from export.report import Report
-from export.samples import Samples, as_tensors
-from export.streaming import StreamingModule, torch_runner
+from unroll import __version__, bundle
+from unroll.bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
+from unroll.bundle.files import check_name
+from unroll.bundle.golden import run_chunked
+from unroll.export import kept, onnx_graph, parity, probes, programs, refusals
+from unroll.export.carried import Carried
+from unroll.export.double import converted, double_precision
+from unroll.export.errors import ExportError, attempt
+from unroll.export.inputs import check_arguments
+from unroll.export.observe import find_kept, find_past, in_double, lift_model, observe
+from unroll.export.outputs import DTYPES, leaves
+from unroll.export.past import Place
+from unroll.export.precision import limit, reduce
+from unroll.export.report import Report
+from unroll.export.samples import Samples, as_tensors
+from unroll.export.streaming import StreamingModule, torch_runner
 
 Progress = Callable[[str], None]
 
@@ -223,7 +222,7 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
             "torch": torch.__version__,
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
-            "unroll": importlib.metadata.version("unroll"),
+            "unroll": __version__,
             "opset": str(onnx_graph.OPSET),
         },
         static=static,

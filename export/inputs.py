@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from bundle.manifest import RESERVED_NAMES
-from export.errors import ExportError
-from export.lift import Call
-from export.outputs import DTYPES
+from unroll.bundle.manifest import RESERVED_NAMES
+from unroll.export.errors import ExportError
+from unroll.export.lift import Call
+from unroll.export.outputs import DTYPES
 
 #: Runs forward with these arguments and returns the calls its recurrent layers made.
 Record = Callable[[dict[str, Any]], list[Call]]

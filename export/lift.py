@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bundle import StateSlot
-from bundle.manifest import Kind
-from export.errors import ExportError
+from unroll.bundle import StateSlot
+from unroll.bundle.manifest import Kind
+from unroll.export.errors import ExportError
 
 Key = tuple[str, int]
 

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from export.errors import ExportError, first_line
-from export.outputs import DTYPES
-from models.checkpoint import CheckpointError
-from models.stacked_rnn import StackedRNN
+from unroll.export.errors import ExportError, first_line
+from unroll.export.outputs import DTYPES
+from unroll.models.checkpoint import CheckpointError
+from unroll.models.stacked_rnn import StackedRNN
 
 Example = dict[str, Tensor]
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from bundle.golden import Arrays
-from bundle.manifest import RESERVED_NAMES
-from export import kept, packed
-from export.carried import Carried, handed_on
-from export.double import converted, double_precision
-from export.errors import ExportError, attempt
-from export.inputs import (
+from unroll.bundle.golden import Arrays
+from unroll.bundle.manifest import RESERVED_NAMES
+from unroll.export import kept, packed
+from unroll.export.carried import Carried, handed_on
+from unroll.export.double import converted, double_precision
+from unroll.export.errors import ExportError, attempt
+from unroll.export.inputs import (
     StateArgument,
     check_inputs,
     check_static,
@@ -25,14 +25,14 @@ from export.inputs import (
     resized,
     state_arguments,
 )
-from export.kept import Attribute
-from export.layers import lift_layers, take_weights
-from export.lift import Call, Key, Layout, Tape, call_count
-from export.loops import lift_loops, refill
-from export.outputs import final_states, leaves, parts, plan
-from export.past import Place, Watch, places
-from export.samples import Samples, as_tensors
-from export.streaming import Arguments, StreamingModule
+from unroll.export.kept import Attribute
+from unroll.export.layers import lift_layers, take_weights
+from unroll.export.lift import Call, Key, Layout, Tape, call_count
+from unroll.export.loops import lift_loops, refill
+from unroll.export.outputs import final_states, leaves, parts, plan
+from unroll.export.past import Place, Watch, places
+from unroll.export.samples import Samples, as_tensors
+from unroll.export.streaming import Arguments, StreamingModule
 
 
 def lift_model(

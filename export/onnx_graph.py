@@ -8,14 +8,14 @@ import onnxruntime
 import torch
 from onnxscript import opset20 as op
 
-from bundle import CRASHING_OPTIMIZERS
-from bundle.golden import Arrays, RunFunction
-from export.errors import ExportError, first_line
-from export.lift import Layout
-from export.quiet import quiet
-from export.samples import as_tensors
-from export.streaming import StreamingModule
-from export.tracing import Suspects, trace
+from unroll.bundle import CRASHING_OPTIMIZERS
+from unroll.bundle.golden import Arrays, RunFunction
+from unroll.export.errors import ExportError, first_line
+from unroll.export.lift import Layout
+from unroll.export.quiet import quiet
+from unroll.export.samples import as_tensors
+from unroll.export.streaming import StreamingModule
+from unroll.export.tracing import Suspects, trace
 
 OPSET = 20
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from bundle import TensorSpec
-from bundle.manifest import Dtype
-from export.errors import ExportError
-from export.lift import Call
+from unroll.bundle import TensorSpec
+from unroll.bundle.manifest import Dtype
+from unroll.export.errors import ExportError
+from unroll.export.lift import Call
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32",

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, replay
-from bundle.golden import run_chunked
-from export.errors import ExportError
-from export.probes import random_chunks
-from export.samples import Samples
+from unroll.bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, replay
+from unroll.bundle.golden import run_chunked
+from unroll.export.errors import ExportError
+from unroll.export.probes import random_chunks
+from unroll.export.samples import Samples
 
 _GOLDEN_BYTES = 64 * 1024
 

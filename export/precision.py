@@ -17,16 +17,16 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from bundle import Golden, Manifest, Parity, RunFunction
-from bundle.golden import Arrays, run_chunked
-from bundle.manifest import Precision
-from bundle.operators import operators
-from export import probes
-from export.errors import ExportError, first_line
-from export.onnx_graph import onnx_runner
-from export.quiet import quiet
-from export.samples import Samples, as_tensors
-from export.streaming import StreamingModule
+from unroll.bundle import Golden, Manifest, Parity, RunFunction
+from unroll.bundle.golden import Arrays, run_chunked
+from unroll.bundle.manifest import Precision
+from unroll.bundle.operators import operators
+from unroll.export import probes
+from unroll.export.errors import ExportError, first_line
+from unroll.export.onnx_graph import onnx_runner
+from unroll.export.quiet import quiet
+from unroll.export.samples import Samples, as_tensors
+from unroll.export.streaming import StreamingModule
 
 #: What onnxruntime computes with integers on the CPU. Its GRU and RNN it does not, and an embedding gains nothing.
 _INTEGER = ["LSTM", "MatMul"]

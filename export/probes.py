@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from bundle import Manifest, RunFunction
-from bundle.golden import Arrays, run_chunked
-from export.culprit import find_culprit
-from export.errors import ExportError
-from export.samples import Samples
-from export.streaming import StreamingModule
+from unroll.bundle import Manifest, RunFunction
+from unroll.bundle.golden import Arrays, run_chunked
+from unroll.export.culprit import find_culprit
+from unroll.export.errors import ExportError
+from unroll.export.samples import Samples
+from unroll.export.streaming import StreamingModule
 
 #: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.
 _CLOSE = 1e-9

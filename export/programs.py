@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from export.errors import ExportError, first_line
-from export.outputs import leaves
-from export.quiet import quiet
+from unroll.export.errors import ExportError, first_line
+from unroll.export.outputs import leaves
+from unroll.export.quiet import quiet
 
 _LAYERS: dict[Any, tuple[Any, dict[str, Any]]] = {
     torch.ops.aten.lstm.input: (nn.LSTM, {}),

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.errors import ExportError
-from export.kept import Attribute, refusal, same
-from export.outputs import leaves
+from unroll.export.errors import ExportError
+from unroll.export.kept import Attribute, refusal, same
+from unroll.export.outputs import leaves
 
 #: A bundle's graph is one protobuf message, of less than 2 GiB.
 _LARGEST = 2**31 - 2**24

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bundle import Manifest
+from unroll.bundle import Manifest
 
 
 @dataclass(frozen=True, slots=True)

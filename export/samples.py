@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from bundle import Manifest
-from bundle.golden import Arrays
+from unroll.bundle import Manifest
+from unroll.bundle.golden import Arrays
 
 
 @dataclass(frozen=True, slots=True)

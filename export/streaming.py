@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils import _pytree as pytree
 
-from bundle.golden import Arrays, RunFunction
-from export import kept, ops, packed
-from export.carried import Carried
-from export.double import double_precision
-from export.errors import ExportError, attempt
-from export.inputs import StateArgument
-from export.kept import Attribute
-from export.lift import Call, Layout, Part, Tape
-from export.outputs import Output, leaves, parts
-from export.past import Keep, Place, Watch
-from export.samples import as_tensors
-from export.taint import Taint
+from unroll.bundle.golden import Arrays, RunFunction
+from unroll.export import kept, ops, packed
+from unroll.export.carried import Carried
+from unroll.export.double import double_precision
+from unroll.export.errors import ExportError, attempt
+from unroll.export.inputs import StateArgument
+from unroll.export.kept import Attribute
+from unroll.export.lift import Call, Layout, Part, Tape
+from unroll.export.outputs import Output, leaves, parts
+from unroll.export.past import Keep, Place, Watch
+from unroll.export.samples import as_tensors
+from unroll.export.taint import Taint
 
 Named = list[tuple[str, Tensor]]
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from export.errors import ExportError
-from export.streaming import StreamingModule
+from unroll.export.errors import ExportError
+from unroll.export.streaming import StreamingModule
 
 #: (batch, time) pairs to be compared with PyTorch.
 Suspects = list[tuple[int, int]]

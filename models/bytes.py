@@ -1,11 +1,11 @@
 """A next-byte model of Python source: embedding, two LSTM layers, 256 logits.
 
-Trained by `python -m models.training.bytes` on the Python standard library's own source.
+Trained by `python -m unroll.models.training.bytes` on the Python standard library's own source.
 """
 
 from pathlib import Path
 
-from models.stacked_rnn import StackedRNN, StackedRNNConfig
+from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "bytes"
 

@@ -1,6 +1,6 @@
 """A forecaster of atmospheric CO₂: the weeks so far in ppm, the week ahead in ppm out.
 
-Trained by `python -m models.training.co2` on the measurements of `models.mauna_loa`.
+Trained by `python -m unroll.models.training.co2` on the measurements of `models.mauna_loa`.
 """
 
 from pathlib import Path
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import checkpoint
-from models.stacked_rnn import StackedRNN, StackedRNNConfig
+from unroll.models import checkpoint
+from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "co2"
 

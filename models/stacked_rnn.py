@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
-from models import checkpoint
+from unroll.models import checkpoint
 
 #: What one recurrent call takes and gives besides the sequence: h, or for an LSTM (h, c), each
 #: (layers * directions, batch, hidden).

@@ -8,15 +8,15 @@ from functools import partial
 import structlog
 from pydantic import ValidationError
 
-from service import app
-from service.catalog.catalog import CatalogError
-from service.core.errors import UnrollError
-from service.engine.runner import DeviceUnavailable
-from service.settings import Settings
-from service.telemetry import logs
-from service.transport.server import DrainingServer
-from service.transport.uvicorn_config import uvicorn_config
-from service.workers import Worker, supervise
+from unroll.service import app
+from unroll.service.catalog.catalog import CatalogError
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.runner import DeviceUnavailable
+from unroll.service.settings import Settings
+from unroll.service.telemetry import logs
+from unroll.service.transport.server import DrainingServer
+from unroll.service.transport.uvicorn_config import uvicorn_config
+from unroll.service.workers import Worker, supervise
 
 
 def main(argv: list[str]) -> int:

@@ -5,7 +5,6 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 
 import structlog
@@ -13,22 +12,21 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
-from service.api import health, native, open_inference, statistics, stream
-from service.api.errors import open_inference_error, problem, problem_of, reason
-from service.api.http import Answer, Disconnected
-from service.api.server import Server
-from service.catalog.catalog import Catalog
-from service.core.clock import Clock, MonotonicClock
-from service.core.errors import UnrollError
-from service.engine.runner import DeviceUnavailable, resolve_devices
-from service.protocol import json
-from service.settings import Settings
-from service.state.held import SnapshotKeys
-from service.store.redis import RedisStore
+from unroll import __version__
+from unroll.service.api import health, native, open_inference, statistics, stream
+from unroll.service.api.errors import open_inference_error, problem, problem_of, reason
+from unroll.service.api.http import Answer, Disconnected
+from unroll.service.api.server import Server
+from unroll.service.catalog.catalog import Catalog
+from unroll.service.core.clock import Clock, MonotonicClock
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
+from unroll.service.protocol import json
+from unroll.service.settings import Settings
+from unroll.service.state.held import SnapshotKeys
+from unroll.service.store.redis import RedisStore
 
 _log = structlog.get_logger(__name__)
-
-VERSION = version("unroll")
 
 
 def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Server]:
@@ -98,7 +96,7 @@ def _catalog(settings: Settings, clock: Clock, devices: Sequence[str]) -> Catalo
 def _fastapi(server: Server, lifespan: Any) -> FastAPI:
     app = FastAPI(
         title="Unroll",
-        version=VERSION,
+        version=__version__,
         summary="Stacked GRU/LSTM models: whole sequences, and streams whose state the server keeps.",
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -106,7 +104,7 @@ def _fastapi(server: Server, lifespan: Any) -> FastAPI:
     app.include_router(native.router(server))
     app.include_router(stream.router(server))
     app.include_router(statistics.router(server))
-    app.include_router(open_inference.router(server, VERSION))
+    app.include_router(open_inference.router(server, __version__))
     app.include_router(health.router(server))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 

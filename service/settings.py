@@ -6,13 +6,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.api.server import ApiLimits
-from service.catalog.model import ModelOptions
-from service.engine.place import Cells, EngineOptions, Precision
-from service.scheduler.limits import SchedulerLimits
-from service.scheduler.sessions import SessionLimits
-from service.state.held import LEAST_KEY_BYTES
-from service.store.redis import StoreConfig
+from unroll.service.api.server import ApiLimits
+from unroll.service.catalog.model import ModelOptions
+from unroll.service.engine.place import Cells, EngineOptions, Precision
+from unroll.service.scheduler.limits import SchedulerLimits
+from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.state.held import LEAST_KEY_BYTES
+from unroll.service.store.redis import StoreConfig
 
 
 class Settings(BaseSettings):

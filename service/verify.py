@@ -14,13 +14,13 @@ from typing import get_args
 
 import numpy as np
 
-import bundle as bundles
-from bundle import Bundle, BundleError, GoldenMismatch
-from bundle.golden import Arrays, run_chunked
-from service.engine.base import DeviceFailed
-from service.engine.place import EngineOptions, NoRoom, Place, Precision, place
-from service.engine.runner import DeviceUnavailable, resolve_devices
-from service.state.slots import FIRST
+from unroll import bundle as bundles
+from unroll.bundle import Bundle, BundleError, GoldenMismatch
+from unroll.bundle.golden import Arrays, run_chunked
+from unroll.service.engine.base import DeviceFailed
+from unroll.service.engine.place import EngineOptions, NoRoom, Place, Precision, place
+from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
+from unroll.service.state.slots import FIRST
 
 #: Sequences that are cut at random, and rows of the largest batch.
 _ROUNDS, _ROWS = 8, 17

@@ -13,7 +13,7 @@ from redis_server import RedisServer, missing
 from stub_cuda.child import Outcome, Stub
 from torch import Tensor, nn
 
-import export
+import unroll
 from conformance import operators
 
 torch.set_num_threads(1)
@@ -108,9 +108,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("repository")
     for name in NAMES:
         module, example = build(name)
-        export.export(module, example, name=name, repository=path)
+        unroll.export(module, example, name=name, repository=path)
     torch.manual_seed(99)
-    export.export(
+    unroll.export(
         Recurrent(nn.GRU, num_layers=2).eval(), {"x": torch.randn(2, 9, 3)}, name="gru", version="2", repository=path
     )
     return path

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from bundle import Manifest
+from unroll.bundle import Manifest
 
 
 class Oracle:

@@ -10,14 +10,14 @@ from typing import Any
 from oracle import Oracle as Oracle
 from prometheus_client.parser import text_string_to_metric_families
 
-import service.app
-from service.catalog.model import ServedModel
-from service.core.clock import Clock
-from service.engine.base import Result, Rows
-from service.scheduler.loop import Loop
-from service.settings import Settings
-from service.transport.server import DrainingServer
-from service.transport.uvicorn_config import uvicorn_config
+from unroll.service import app
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core.clock import Clock
+from unroll.service.engine.base import Result, Rows
+from unroll.service.scheduler.loop import Loop
+from unroll.service.settings import Settings
+from unroll.service.transport.server import DrainingServer
+from unroll.service.transport.uvicorn_config import uvicorn_config
 
 _PATIENCE = 20.0
 
@@ -53,7 +53,7 @@ class Running:
     """One server, from construction to `stop`."""
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
-        application, self.server = service.app.build(settings, clock)
+        application, self.server = app.build(settings, clock)
         config = uvicorn_config(application, self.server, "127.0.0.1", 0)
         self.uvicorn = _Announcing(config, self.server, settings.drain_delay, settings.drain_timeout)
         self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)

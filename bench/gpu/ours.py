@@ -8,12 +8,12 @@ from time import perf_counter
 
 import numpy as np
 
-import bundle
 from bench.gpu.shapes import FEATURES
-from service.engine.base import LAUNCHED, PlainRows, Result
-from service.engine.cuda.driver import CapturedGraph
-from service.engine.place import Cells, CudaPlace, EngineOptions, Precision, open_cuda
-from service.state.slots import INITIAL, SCRATCH
+from unroll import bundle
+from unroll.service.engine.base import LAUNCHED, PlainRows, Result
+from unroll.service.engine.cuda.driver import CapturedGraph
+from unroll.service.engine.place import Cells, CudaPlace, EngineOptions, Precision, open_cuda
+from unroll.service.state.slots import INITIAL, SCRATCH
 
 DEVICE = "cuda:0"
 

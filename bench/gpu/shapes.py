@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import export
+import unroll
 
 FEATURES = 64
 
@@ -58,5 +58,5 @@ def bundle_of(shape: Shape, repository: Path) -> Path:
     """Exported once, with random weights."""
     path = repository / shape.name / "1"
     if not path.exists():
-        export.export(model(shape), {"x": torch.randn(2, 9, FEATURES)}, name=shape.name, repository=repository)
+        unroll.export(model(shape), {"x": torch.randn(2, 9, FEATURES)}, name=shape.name, repository=repository)
     return path

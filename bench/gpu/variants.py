@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from bench.gpu import peer
 from bench.gpu.ours import inputs, ours, some_slots
 from bench.gpu.shapes import FEATURES, Shape, bundle_of
-from service.engine.cuda.base import Device
-from service.engine.memory import Memory
-from service.engine.place import open_cuda
+from unroll.service.engine.cuda.base import Device
+from unroll.service.engine.memory import Memory
+from unroll.service.engine.place import open_cuda
 
 _ARENA = 20_000
 #: Parts of a row that ScatterND moves as if they were rows: it gives each of them one thread.

@@ -13,8 +13,8 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
-from service.app import build
-from service.settings import Settings
+from unroll.service.app import build
+from unroll.service.settings import Settings
 
 
 @serve.deployment(

@@ -24,7 +24,7 @@ from ray import serve
 
 from deploy.check import MODEL, open_durable, steps
 from deploy.ray.app import app
-from examples.client import Client
+from unroll.examples.client import Client
 
 ROOT = Path(__file__).parents[2]
 SESSIONS, STEPS = 16, 50
@@ -52,7 +52,7 @@ def redis() -> Iterator[str]:
 @contextmanager
 def served(store: str) -> Iterator[str]:
     port = free_port()
-    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    environment = {"env_vars": {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}}
     ray.init(_node_ip_address="127.0.0.1", num_cpus=4, include_dashboard=False, runtime_env=environment)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -7,7 +7,7 @@ the second a representation of its own; two LSTMs each find the mask.
 import torch
 from torch import Tensor, nn
 
-from examples.architectures.spectrum import Spectrum, magnitude
+from unroll.examples.architectures.spectrum import Spectrum, magnitude
 
 _FRAME = 512
 

@@ -7,7 +7,7 @@ make one vector of; an LSTM goes over the steps.
 import torch
 from torch import Tensor, nn
 
-from examples.architectures.spectrum import Spectrum, magnitude
+from unroll.examples.architectures.spectrum import Spectrum, magnitude
 
 _FRAME, _HOP = 256, 128
 

@@ -1,7 +1,7 @@
 """Train the next-byte model on the Python standard library's source, or measure it.
 
-    python -m models.training.bytes              train (seven minutes on one core), save, measure
-    python -m models.training.bytes --evaluate   measure the checkpoint only
+    python -m unroll.models.training.bytes              train (seven minutes on one core), save, measure
+    python -m unroll.models.training.bytes --evaluate   measure the checkpoint only
 
 The library of the running Python is split by file; held-out files are those whose path hashes to a
 multiple of ten, so the split stays the same from one Python version to the next.
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from models.bytes import CHECKPOINT, next_byte
-from models.stacked_rnn import StackedRNN
-from models.training.ngram import NGram
+from unroll.models.bytes import CHECKPOINT, next_byte
+from unroll.models.stacked_rnn import StackedRNN
+from unroll.models.training.ngram import NGram
 
 SEED = 1
 STEPS, BATCH, WINDOW = 9000, 32, 128
@@ -123,7 +123,7 @@ def evaluate(model: StackedRNN, training: Sequence[np.ndarray], held_out: Sequen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.training.bytes", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m unroll.models.training.bytes", description=__doc__.split("\n")[0])
     parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint, do not train")
     arguments = parser.parse_args()
     # One thread: the sums are then the same in every run on a machine, and no other core is taken.

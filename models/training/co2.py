@@ -1,8 +1,8 @@
 """Train the CO₂ forecaster on the years to 1990, or measure it on those after.
 
-python -m models.training.co2                    train (one minute on one core), save, measure
-python -m models.training.co2 --evaluate         measure the checkpoint only
-python -m models.training.co2 --write-expected   write PyTorch's forecasts for every week, to compare a server with
+python -m unroll.models.training.co2                    train (one minute on one core), save, measure
+python -m unroll.models.training.co2 --evaluate         measure the checkpoint only
+python -m unroll.models.training.co2 --write-expected   write PyTorch's forecast of every week, to compare a server with
 """
 
 import argparse
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from models import checkpoint, mauna_loa
-from models.co2 import CHECKPOINT, CO2Forecaster, forecaster, load
-from models.mauna_loa import Series
+from unroll.models import checkpoint, mauna_loa
+from unroll.models.co2 import CHECKPOINT, CO2Forecaster, forecaster, load
+from unroll.models.mauna_loa import Series
 
 #: What a served model is compared with where PyTorch is not installed.
 EXPECTED = mauna_loa.PATH.with_name("expected.safetensors")
@@ -141,7 +141,7 @@ def write_expected(series: Series) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.training.co2", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m unroll.models.training.co2", description=__doc__.split("\n")[0])
     parser.add_argument("--evaluate", action="store_true", help="measure the checkpoint, do not train")
     parser.add_argument("--write-expected", action="store_true", help="write the checkpoint's forecasts, do not train")
     arguments = parser.parse_args()

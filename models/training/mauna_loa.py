@@ -1,18 +1,18 @@
 """Write `examples/co2/co2.csv` anew, from the measurements that statsmodels ships.
 
-python -m models.training.mauna_loa
+python -m unroll.models.training.mauna_loa
 """
 
 from statsmodels.datasets import co2
 
-from models.mauna_loa import PATH
+from unroll.models.mauna_loa import PATH
 
 HEADER = """\
 # Weekly atmospheric CO2 at Mauna Loa Observatory, Hawaii, in parts per million (ppm), from flask samples.
 # Keeling, C.D. and T.P. Whorf (2004), Scripps Institution of Oceanography; in Trends: A Compendium of Data on
 # Global Change, Carbon Dioxide Information Analysis Center, Oak Ridge National Laboratory. Public domain.
 # Taken from statsmodels.datasets.co2. Weeks without a measurement lie on the line between their neighbours and
-# carry interpolated = 1. Written by `python -m models.training.mauna_loa`.
+# carry interpolated = 1. Written by `python -m unroll.models.training.mauna_loa`.
 """
 
 

@@ -3,9 +3,9 @@
 import math
 from http import HTTPStatus
 
-from service.api.http import JSON, Answer
-from service.core import errors as e
-from service.protocol import json
+from unroll.service.api.http import JSON, Answer
+from unroll.service.core import errors as e
+from unroll.service.protocol import json
 
 STATUS: dict[type[e.UnrollError], int] = {
     e.InvalidRequest: 400,

@@ -4,8 +4,8 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
-from service.api.server import Server
-from service.telemetry.metrics import Collector
+from unroll.service.api.server import Server
+from unroll.service.telemetry.metrics import Collector
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: starting or stopping"}}
 

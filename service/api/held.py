@@ -7,16 +7,16 @@ import base64
 import binascii
 from functools import partial
 
-from service.api.errors import problem
-from service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond
-from service.api.parameters import POSITION, position_of, split_reference, timeout_of
-from service.api.server import Server
-from service.catalog.model import ServedModel
-from service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
-from service.protocol import json
-from service.scheduler.work import Chunk, Reply
-from service.state.held import SnapshotKeys
-from service.state.snapshot import Snapshot
+from unroll.service.api.errors import problem
+from unroll.service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond
+from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
+from unroll.service.api.server import Server
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
+from unroll.service.protocol import json
+from unroll.service.scheduler.work import Chunk, Reply
+from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.snapshot import Snapshot
 
 #: Bytes of a raw body that are the snapshot, before the values.
 LENGTH = b"unroll-snapshot-length"

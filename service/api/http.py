@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 from starlette.responses import Response
 
-from service.core.errors import (
+from unroll.service.core.errors import (
     BodyTooLarge,
     EngineFailed,
     InvalidRequest,

@@ -9,19 +9,19 @@ from functools import partial
 import numpy as np
 import structlog
 
-from bundle import TensorSpec
-from service.api.errors import open_inference_error
-from service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
-from service.api.parameters import require_streamable
-from service.api.server import Server
-from service.api.sessions import check_id
-from service.catalog.model import ServedModel
-from service.core.errors import InvalidRequest, InvalidShape, SessionAway
-from service.engine.base import Tensors
-from service.protocol import open_inference
-from service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
-from service.scheduler.work import Reply
-from service.store.record import Origin
+from unroll.bundle import TensorSpec
+from unroll.service.api.errors import open_inference_error
+from unroll.service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.parameters import require_streamable
+from unroll.service.api.server import Server
+from unroll.service.api.sessions import check_id
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core.errors import InvalidRequest, InvalidShape, SessionAway
+from unroll.service.engine.base import Tensors
+from unroll.service.protocol import open_inference
+from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
+from unroll.service.scheduler.work import Reply
+from unroll.service.store.record import Origin
 
 HEADER_LENGTH = b"inference-header-content-length"
 

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic import ValidationError
 
-from service.api import routes, sessions
-from service.api.bodies import (
+from unroll.service.api import routes, sessions
+from unroll.service.api.bodies import (
     ForkSession,
     HeldSession,
     ModelInfo,
@@ -21,12 +21,12 @@ from service.api.bodies import (
     StepsReply,
     Tensor,
 )
-from service.api.held import encoded
-from service.api.http import JSON, RAW, Request, read_request
-from service.api.parameters import split_reference
-from service.api.server import Server
-from service.catalog.model import ServedModel
-from service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from unroll.service.api.held import encoded
+from unroll.service.api.http import JSON, RAW, Request, read_request
+from unroll.service.api.parameters import split_reference
+from unroll.service.api.server import Server
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
 Body = TypeVar("Body", OpenSession, ForkSession)
 

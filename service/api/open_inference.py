@@ -5,12 +5,12 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from bundle import TensorSpec
-from service.api import routes
-from service.api.http import read_request
-from service.api.server import Server
-from service.catalog.model import ServedModel
-from service.protocol.open_inference import DATATYPES
+from unroll.bundle import TensorSpec
+from unroll.service.api import routes
+from unroll.service.api.http import read_request
+from unroll.service.api.server import Server
+from unroll.service.catalog.model import ServedModel
+from unroll.service.protocol.open_inference import DATATYPES
 
 EXTENSIONS = ["sequence", "sequence(string_id)", "binary_tensor_data", "statistics"]
 

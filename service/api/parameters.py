@@ -1,10 +1,10 @@
 """What a request of the native API says besides its values: model, position, time-out, the members of its JSON."""
 
-from service.api.http import JSON, Request
-from service.api.server import Server
-from service.catalog.model import ServedModel
-from service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
-from service.protocol import json
+from unroll.service.api.http import JSON, Request
+from unroll.service.api.server import Server
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
+from unroll.service.protocol import json
 
 POSITION = b"unroll-position"
 TIMEOUT = b"unroll-timeout-ms"

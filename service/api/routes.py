@@ -6,14 +6,14 @@ from time import perf_counter
 
 import structlog
 
-from service.api.errors import open_inference_error, problem
-from service.api.http import ATTEMPTS, Answer, Cancel, Request, Respond, answered, nothing_to_cancel
-from service.api.infer import infer
-from service.api.parameters import split_reference
-from service.api.server import Server
-from service.api.steps import sequences, steps
-from service.catalog.keeper import Keeper
-from service.core.errors import EngineFailed, SessionAway, SessionContended, UnrollError
+from unroll.service.api.errors import open_inference_error, problem
+from unroll.service.api.http import ATTEMPTS, Answer, Cancel, Request, Respond, answered, nothing_to_cancel
+from unroll.service.api.infer import infer
+from unroll.service.api.parameters import split_reference
+from unroll.service.api.server import Server
+from unroll.service.api.steps import sequences, steps
+from unroll.service.catalog.keeper import Keeper
+from unroll.service.core.errors import EngineFailed, SessionAway, SessionContended, UnrollError
 
 _log = structlog.get_logger(__name__)
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from service.catalog.catalog import Catalog
-from service.core.errors import Draining
-from service.state.held import SnapshotKeys
-from service.telemetry.metrics import RequestFigures
+from unroll.service.catalog.catalog import Catalog
+from unroll.service.core.errors import Draining
+from unroll.service.state.held import SnapshotKeys
+from unroll.service.telemetry.metrics import RequestFigures
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,21 @@ from typing import TypedDict, TypeVar, Unpack
 
 import numpy as np
 
-from service.api.held import keys_of
-from service.api.parameters import require_streamable, split_reference
-from service.api.server import Server
-from service.catalog.keeper import Keeper
-from service.catalog.model import ServedModel
-from service.core.errors import DurabilityUnavailable, InvalidRequest, InvalidShape, NonFiniteInput, SessionExists
-from service.scheduler.work import Session
-from service.state.slots import INITIAL
-from service.state.snapshot import Snapshot
+from unroll.service.api.held import keys_of
+from unroll.service.api.parameters import require_streamable, split_reference
+from unroll.service.api.server import Server
+from unroll.service.catalog.keeper import Keeper
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core.errors import (
+    DurabilityUnavailable,
+    InvalidRequest,
+    InvalidShape,
+    NonFiniteInput,
+    SessionExists,
+)
+from unroll.service.scheduler.work import Session
+from unroll.service.state.slots import INITIAL
+from unroll.service.state.snapshot import Snapshot
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from service.api.server import Server
-from service.catalog.model import ServedModel
+from unroll.service.api.server import Server
+from unroll.service.catalog.model import ServedModel
 
 #: What the server's metadata lists among its extensions.
 EXTENSION = "statistics"

@@ -2,14 +2,21 @@
 
 from functools import partial
 
-from service.api.errors import problem
-from service.api.held import LENGTH, held_steps
-from service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
-from service.api.parameters import POSITION, json_body, position_of, require_streamable, split_reference, timeout_of
-from service.api.server import Server
-from service.protocol import json
-from service.protocol.tensors import Codec
-from service.scheduler.work import Reply
+from unroll.service.api.errors import problem
+from unroll.service.api.held import LENGTH, held_steps
+from unroll.service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.parameters import (
+    POSITION,
+    json_body,
+    position_of,
+    require_streamable,
+    split_reference,
+    timeout_of,
+)
+from unroll.service.api.server import Server
+from unroll.service.protocol import json
+from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.work import Reply
 
 
 def steps(server: Server, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:

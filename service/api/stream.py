@@ -18,15 +18,15 @@ from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
-from service.api import sessions
-from service.api.errors import problem, problem_of, reason
-from service.api.http import ATTEMPTS, Answer
-from service.api.parameters import require_streamable, split_reference
-from service.api.server import Server
-from service.api.sessions import new_id
-from service.catalog.model import ServedModel
-from service.core import failpoints
-from service.core.errors import (
+from unroll.service.api import sessions
+from unroll.service.api.errors import problem, problem_of, reason
+from unroll.service.api.http import ATTEMPTS, Answer
+from unroll.service.api.parameters import require_streamable, split_reference
+from unroll.service.api.server import Server
+from unroll.service.api.sessions import new_id
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core import failpoints
+from unroll.service.core.errors import (
     BodyTooLarge,
     CapacityExhausted,
     InvalidRequest,
@@ -39,10 +39,10 @@ from service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
-from service.engine.base import Tensors
-from service.protocol import json
-from service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
-from service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session
+from unroll.service.engine.base import Tensors
+from unroll.service.protocol import json
+from unroll.service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
+from unroll.service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session
 
 T = TypeVar("T")
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import structlog
 
-from bundle import BundleError, discover, read
-from service.catalog.keeper import Keeper
-from service.catalog.model import ModelOptions, ModelRefused, ServedModel
-from service.catalog.overflow import Overflow
-from service.core.clock import Clock
-from service.core.errors import ModelChanged, ModelUnknown, SessionAway
-from service.engine.runner import DeviceUnavailable
-from service.store.base import Store
+from unroll.bundle import BundleError, discover, read
+from unroll.service.catalog.keeper import Keeper
+from unroll.service.catalog.model import ModelOptions, ModelRefused, ServedModel
+from unroll.service.catalog.overflow import Overflow
+from unroll.service.core.clock import Clock
+from unroll.service.core.errors import ModelChanged, ModelUnknown, SessionAway
+from unroll.service.engine.runner import DeviceUnavailable
+from unroll.service.store.base import Store
 
 _log = structlog.get_logger(__name__)
 

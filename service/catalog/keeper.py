@@ -11,12 +11,12 @@ from typing import TypeVar
 
 import structlog
 
-from service.catalog.model import ServedModel, home
-from service.core.errors import SessionContended, SessionExists, SnapshotInvalid, UnrollError
-from service.scheduler.work import Session
-from service.state.snapshot import Snapshot
-from service.store.base import Commit, Key, Store, Tokens
-from service.store.record import Gone, Record, pack_last
+from unroll.service.catalog.model import ServedModel, home
+from unroll.service.core.errors import SessionContended, SessionExists, SnapshotInvalid, UnrollError
+from unroll.service.scheduler.work import Session
+from unroll.service.state.snapshot import Snapshot
+from unroll.service.store.base import Commit, Key, Store, Tokens
+from unroll.service.store.record import Gone, Record, pack_last
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ from typing import Self
 import numpy as np
 import structlog
 
-import bundle as bundles
-from bundle import Bundle, Manifest
-from service.core.clock import Clock
-from service.core.errors import (
+from unroll import bundle as bundles
+from unroll.bundle import Bundle, Manifest
+from unroll.service.core.clock import Clock
+from unroll.service.core.errors import (
     ModelChanged,
     SessionClosed,
     SessionEvicted,
@@ -23,21 +23,21 @@ from service.core.errors import (
     SessionGone,
     SnapshotInvalid,
 )
-from service.engine.base import Engine, PlainRows
-from service.engine.curve import Curve, measure
-from service.engine.place import EngineOptions, Place, Precision, place
-from service.engine.runner import DeviceUnavailable
-from service.protocol.tensors import Codec
-from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.loop import Loop
-from service.scheduler.scheduler import Scheduler
-from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Batch, Session
-from service.state.slots import INITIAL, SCRATCH
-from service.store.base import Store
-from service.store.record import ID_BYTES, Gone, Origin, Record
-from service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
-from service.telemetry.statistics import Statistics
+from unroll.service.engine.base import Engine, PlainRows
+from unroll.service.engine.curve import Curve, measure
+from unroll.service.engine.place import EngineOptions, Place, Precision, place
+from unroll.service.engine.runner import DeviceUnavailable
+from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.loop import Loop
+from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.scheduler.work import Batch, Session
+from unroll.service.state.slots import INITIAL, SCRATCH
+from unroll.service.store.base import Store
+from unroll.service.store.record import ID_BYTES, Gone, Origin, Record
+from unroll.service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
+from unroll.service.telemetry.statistics import Statistics
 
 _log = structlog.get_logger(__name__)
 

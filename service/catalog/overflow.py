@@ -11,14 +11,14 @@ from pathlib import Path
 
 import structlog
 
-from service.catalog.model import ModelOptions, ServedModel, home
-from service.core.clock import Clock
-from service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
-from service.scheduler.work import Session
-from service.store import state_file
-from service.store.base import Commit, Key, Store, Tokens
-from service.store.record import Record
-from service.store.spill import Spill
+from unroll.service.catalog.model import ModelOptions, ServedModel, home
+from unroll.service.core.clock import Clock
+from unroll.service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
+from unroll.service.scheduler.work import Session
+from unroll.service.store import state_file
+from unroll.service.store.base import Commit, Key, Store, Tokens
+from unroll.service.store.record import Record
+from unroll.service.store.spill import Spill
 
 _log = structlog.get_logger(__name__)
 

@@ -11,9 +11,10 @@ from dataclasses import asdict
 from importlib import metadata
 from itertools import groupby
 
-from service.doctor import ask, driver, machine
-from service.doctor.facts import Driver, Facts, Runtime
-from service.doctor.findings import Finding, devices, judge
+from unroll import __version__
+from unroll.service.doctor import ask, driver, machine
+from unroll.service.doctor.facts import Driver, Facts, Runtime
+from unroll.service.doctor.findings import Finding, devices, judge
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +40,7 @@ def examine(device: str) -> Facts:
         problem = str(failure)
     return Facts(
         python=f"{platform.python_version()}, {sys.executable}",
-        unroll=metadata.version("unroll"),
+        unroll=__version__,
         packages={name: metadata.version(name) for name in metadata.packages_distributions().get("onnxruntime", [])},
         machine=machine.look(),
         bindings=next((package.version for package in metadata.distributions(name="cuda-bindings")), None),

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from typing import Any
 
-from service.doctor.facts import Runtime
+from unroll.service.doctor.facts import Runtime
 
 #: Not imported: it imports onnxruntime.
-_TRIAL = "service.doctor.trial"
+_TRIAL = "unroll.service.doctor.trial"
 #: CUDA takes a while to start where there are many GPUs.
 _SECONDS = 120.0
 _LOGGED_ERROR = re.compile(r"\[E:onnxruntime[^\]]*\] (.*\S)")

@@ -3,8 +3,8 @@
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buffer
 from typing import Any
 
-from service.doctor.facts import Driver, Gpu
-from service.doctor.libraries import load, path_of
+from unroll.service.doctor.facts import Driver, Gpu
+from unroll.service.doctor.libraries import load, path_of
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 

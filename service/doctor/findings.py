@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from service.doctor.facts import Driver, Facts, Machine, Runtime
+from unroll.service.doctor.facts import Driver, Facts, Machine, Runtime
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 #: The first driver for a major version of CUDA.

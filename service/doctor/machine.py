@@ -4,7 +4,7 @@ import os
 import resource
 from pathlib import Path
 
-from service.doctor.facts import Machine
+from unroll.service.doctor.facts import Machine
 
 _CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
 

@@ -1,4 +1,4 @@
-"""`python -m service.doctor.trial [DEVICE]`: the part of `unroll doctor` that may die; `ask.py` runs and reads it.
+"""`python -m unroll.service.doctor.trial [DEVICE]`: the part of `unroll doctor` that may crash; `ask.py` runs it.
 
 Without a device: what onnxruntime is and finds. With one: a small model is loaded there, just as the server would
 load it. The answer is a JSON object in the last line on stdout; libraries print above it.
@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from service.catalog.model import ModelOptions, ModelRefused, ServedModel
-from service.core.clock import MonotonicClock
-from service.doctor import libraries
-from service.engine import probe
-from service.engine.runner import DeviceUnavailable, resolve_devices
-from service.scheduler.limits import SchedulerLimits
-from service.scheduler.sessions import SessionLimits
-from service.telemetry import logs
+from unroll.service.catalog.model import ModelOptions, ModelRefused, ServedModel
+from unroll.service.core.clock import MonotonicClock
+from unroll.service.doctor import libraries
+from unroll.service.engine import probe
+from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
+from unroll.service.scheduler.limits import SchedulerLimits
+from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.telemetry import logs
 
 #: An LSTM of a few weights: `make bundles` writes it.
 _BUNDLE = Path(__file__).parent / "tiny" / "1"

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from service.core.errors import UnrollError
+from unroll.service.core.errors import UnrollError
 
 #: Batches that an engine may have begun and not ended.
 LAUNCHED = 2

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from bundle import Manifest
-from service.core.errors import UnrollError
-from service.engine.base import Result, Rows, Tensors
-from service.engine.memory import Memory
-from service.engine.rows import non_finite, one_by_one
-from service.engine.runner import BoundCall, Runner
-from service.state.arena import HostArena
-from service.state.slots import INITIAL
+from unroll.bundle import Manifest
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.base import Result, Rows, Tensors
+from unroll.service.engine.memory import Memory
+from unroll.service.engine.rows import non_finite, one_by_one
+from unroll.service.engine.runner import BoundCall, Runner
+from unroll.service.state.arena import HostArena
+from unroll.service.state.slots import INITIAL
 
 #: Rows of a call on bound memory. For more, what passing arrays costs does not count.
 _BOUND_ROWS = 256

@@ -6,16 +6,16 @@ from typing import Literal, Protocol
 
 import structlog
 
-from bundle import Bundle, GoldenMismatch
-from service.engine.base import DeviceFailed, Engine
-from service.engine.cuda.base import CompilationFailed, Device, OutOfDeviceMemory
-from service.engine.cuda.engine import CudaEngine
-from service.engine.cuda.layout import buckets
-from service.engine.cuda.parts import Layer, NotSeparable, Segment
-from service.engine.cuda.step_call import GATHER
-from service.engine.host import HostEngine
-from service.engine.proof import Proof, prove_steps
-from service.engine.runner import DeviceUnavailable, Runner, to_float16
+from unroll.bundle import Bundle, GoldenMismatch
+from unroll.service.engine.base import DeviceFailed, Engine
+from unroll.service.engine.cuda.base import CompilationFailed, Device, OutOfDeviceMemory
+from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.cuda.layout import buckets
+from unroll.service.engine.cuda.parts import Layer, NotSeparable, Segment
+from unroll.service.engine.cuda.step_call import GATHER
+from unroll.service.engine.host import HostEngine
+from unroll.service.engine.proof import Proof, prove_steps
+from unroll.service.engine.runner import DeviceUnavailable, Runner, to_float16
 
 _log = structlog.get_logger(__name__)
 
@@ -117,7 +117,7 @@ class CudaPlace:
         if "float16" in {self._options.precision, self._manifest.precision}:
             return []
         try:
-            from service.engine.cuda.step_graph import take_apart  # which needs `onnx`
+            from unroll.service.engine.cuda.step_graph import take_apart  # which needs `onnx`
 
             return take_apart(self._bundle.model_path, self._manifest)
         except (ImportError, NotSeparable) as error:
@@ -146,7 +146,7 @@ def place(bundle: Bundle, device: str, options: EngineOptions) -> Place:
 def open_cuda(device: str) -> Device:
     """Raises DeviceUnavailable."""
     try:
-        from service.engine.cuda.driver import Cuda  # where there is no GPU there may be no bindings
+        from unroll.service.engine.cuda.driver import Cuda  # where there is no GPU there may be no bindings
     except ImportError as error:
         raise DeviceUnavailable(
             f"{device} needs NVIDIA's bindings, which the extra `gpu` brings (pip install cuda-bindings): {error}"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bundle import Manifest
-from bundle.golden import Arrays, Golden, GoldenMismatch, differences
-from service.engine.base import Engine, PlainRows
-from service.state.slots import FIRST
+from unroll.bundle import Manifest
+from unroll.bundle.golden import Arrays, Golden, GoldenMismatch, differences
+from unroll.service.engine.base import Engine, PlainRows
+from unroll.service.state.slots import FIRST
 
 
 @dataclass(frozen=True, slots=True)

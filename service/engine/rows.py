@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import structlog
 
-from bundle import Manifest
-from service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
-from service.engine.base import DeviceFailed, PlainRows, Result, Rows, Tensors
+from unroll.bundle import Manifest
+from unroll.service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
+from unroll.service.engine.base import DeviceFailed, PlainRows, Result, Rows, Tensors
 
 _log = structlog.get_logger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from bundle import CRASHING_OPTIMIZERS, Manifest
-from bundle.golden import Arrays
-from service.engine.memory import Memory
+from unroll.bundle import CRASHING_OPTIMIZERS, Manifest
+from unroll.bundle.golden import Arrays
+from unroll.service.engine.memory import Memory
 
 _LOG_ERRORS = 3
 

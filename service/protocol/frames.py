@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bundle import TensorSpec
-from service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
-from service.engine.base import Tensors
-from service.protocol.tensors import all_finite
+from unroll.bundle import TensorSpec
+from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
+from unroll.service.engine.base import Tensors
+from unroll.service.protocol.tensors import all_finite
 
 STEPS, OUTPUTS = 1, 2
 

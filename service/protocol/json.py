@@ -4,7 +4,7 @@ from typing import Any
 
 import orjson
 
-from service.core.errors import BodyTooLarge, InvalidRequest
+from unroll.service.core.errors import BodyTooLarge, InvalidRequest
 
 
 def parse_object(body: bytes, limit: int) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from bundle import TensorSpec
-from service.core.errors import InvalidDtype, InvalidRequest, InvalidShape
-from service.protocol import json
-from service.protocol.tensors import from_bytes, numbers
+from unroll.bundle import TensorSpec
+from unroll.service.core.errors import InvalidDtype, InvalidRequest, InvalidShape
+from unroll.service.protocol import json
+from unroll.service.protocol.tensors import from_bytes, numbers
 
 DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bundle import Manifest, TensorSpec
-from service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnsupportedMediaType
-from service.engine.base import Tensors
+from unroll.bundle import Manifest, TensorSpec
+from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnsupportedMediaType
+from unroll.service.engine.base import Tensors
 
 #: Kinds of NumPy dtype whose values a JSON array may hold for a tensor of a dtype of the key's kind.
 _ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}

@@ -10,10 +10,10 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from service.engine.base import Tensors
-from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.work import Batch, Chunk, Group, Indices
-from service.state.slots import INITIAL, SCRATCH, Slots
+from unroll.service.engine.base import Tensors
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.work import Batch, Chunk, Group, Indices
+from unroll.service.state.slots import INITIAL, SCRATCH, Slots
 
 #: A piece of long work takes as long as everything else took since the last one, within these bounds.
 _LEAST_SECONDS, _MOST_SECONDS = 0.001, 0.01

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bundle import TensorSpec
+from unroll.bundle import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

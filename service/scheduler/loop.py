@@ -12,15 +12,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from service.core import failpoints
-from service.core.clock import Clock
-from service.core.errors import UnrollError
-from service.engine.base import LAUNCHED, Engine, Tensors
-from service.engine.base import Result as EngineResult
-from service.scheduler.scheduler import Scheduler
-from service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Result, Session
-from service.store.base import Commit, Store, Tokens
-from service.store.record import Origin
+from unroll.service.core import failpoints
+from unroll.service.core.clock import Clock
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.base import LAUNCHED, Engine, Tensors
+from unroll.service.engine.base import Result as EngineResult
+from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Result, Session
+from unroll.service.store.base import Commit, Store, Tokens
+from unroll.service.store.record import Origin
 
 T = TypeVar("T")
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bundle import TensorSpec
-from service.engine.base import Tensors
-from service.scheduler.work import Applied, Reply, Result, Session, payload_digest
-from service.state.last_steps import LastSteps
-from service.store.record import Kept, pack_last
+from unroll.bundle import TensorSpec
+from unroll.service.engine.base import Tensors
+from unroll.service.scheduler.work import Applied, Reply, Result, Session, payload_digest
+from unroll.service.state.last_steps import LastSteps
+from unroll.service.store.record import Kept, pack_last
 
 
 class Records:

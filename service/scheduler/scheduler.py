@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from service.core.errors import (
+from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
     DeadlineUnreachable,
@@ -41,12 +41,12 @@ from service.core.errors import (
     SessionGone,
     UnrollError,
 )
-from service.engine.base import Tensors
-from service.scheduler.lanes import Lanes, Pace
-from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.records import Records
-from service.scheduler.sessions import SessionLimits, SessionTable
-from service.scheduler.work import (
+from unroll.service.engine.base import Tensors
+from unroll.service.scheduler.lanes import Lanes, Pace
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.records import Records
+from unroll.service.scheduler.sessions import SessionLimits, SessionTable
+from unroll.service.scheduler.work import (
     Action,
     Applied,
     Batch,
@@ -61,9 +61,9 @@ from service.scheduler.work import (
     Session,
     payload_digest,
 )
-from service.state.last_steps import LastSteps
-from service.state.slots import INITIAL, Slots
-from service.store.record import Origin, Record
+from unroll.service.state.last_steps import LastSteps
+from unroll.service.state.slots import INITIAL, Slots
+from unroll.service.store.record import Origin, Record
 
 
 @dataclass(slots=True)

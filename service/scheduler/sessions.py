@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.core.errors import (
+from unroll.service.core.errors import (
     CapacityExhausted,
     SessionClosed,
     SessionEvicted,
@@ -30,10 +30,10 @@ from service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
-from service.scheduler.recency import Recency
-from service.scheduler.work import Applied, Cohort, Durable, Life, Session
-from service.state.slots import INITIAL, Slots
-from service.store.record import Origin
+from unroll.service.scheduler.recency import Recency
+from unroll.service.scheduler.work import Applied, Cohort, Durable, Life, Session
+from unroll.service.state.slots import INITIAL, Slots
+from unroll.service.store.record import Origin
 
 TRANSITIONS = {
     (Life.OPEN, "expire"): Life.GONE,

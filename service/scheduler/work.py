@@ -11,10 +11,10 @@ from typing import Final, Self
 
 import numpy as np
 
-from service.core.errors import UnrollError
-from service.engine.base import Tensors
-from service.scheduler.recency import Used
-from service.store.record import Origin
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.base import Tensors
+from unroll.service.scheduler.recency import Used
+from unroll.service.store.record import Origin
 
 
 @dataclass(slots=True, eq=False)

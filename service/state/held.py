@@ -16,8 +16,8 @@ import hmac
 import struct
 from collections.abc import Sequence
 
-from service.core.errors import SnapshotInvalid
-from service.state.snapshot import Snapshot
+from unroll.service.core.errors import SnapshotInvalid
+from unroll.service.state.snapshot import Snapshot
 
 #: Bytes that a key must have.
 LEAST_KEY_BYTES = 16

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bundle import TensorSpec
+from unroll.bundle import TensorSpec
 
 Tensors = tuple[np.ndarray, ...]
 

@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from service.core.errors import ModelChanged, SnapshotInvalid
+from unroll.service.core.errors import ModelChanged, SnapshotInvalid
 
 _HEADER = struct.Struct("<4sHH32sQI")
 _MAGIC, _VERSION = b"UNRL", 1

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.core.errors import UnrollError
-from service.store.record import Gone, Kept, Origin, Record
+from unroll.service.core.errors import UnrollError
+from unroll.service.store.record import Gone, Kept, Origin, Record
 
 Key = tuple[str, str]
 

@@ -3,9 +3,9 @@ that share one are replicas of each other."""
 
 from collections.abc import Sequence
 
-from service.core.errors import SessionContended, UnrollError
-from service.store.base import Commit, Key
-from service.store.record import Gone, Origin, Record, unpack_last
+from unroll.service.core.errors import SessionContended, UnrollError
+from unroll.service.store.base import Commit, Key
+from unroll.service.store.record import Gone, Origin, Record, unpack_last
 
 
 class MemoryStore:

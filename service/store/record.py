@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from typing import Self
 
-from service.core.errors import SnapshotInvalid
+from unroll.service.core.errors import SnapshotInvalid
 
 #: What a session may be opened with, by the number that `origin` has for it.
 DURABILITIES = ("memory", "redis")

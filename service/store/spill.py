@@ -3,8 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from service.store.base import Key
-from service.store.record import Record
+from unroll.service.store.base import Key
+from unroll.service.store.record import Record
 
 #: Bytes that a record takes besides its row and its replies, about.
 _RECORD_BYTES = 512

@@ -13,9 +13,9 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from service.core.errors import SnapshotInvalid
-from service.store.base import Key
-from service.store.record import Record
+from unroll.service.core.errors import SnapshotInvalid
+from unroll.service.store.base import Key
+from unroll.service.store.record import Record
 
 _HEADER = struct.Struct("<4sHHQ")
 _ENTRY = struct.Struct("<dHHI")

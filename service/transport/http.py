@@ -12,12 +12,12 @@ from urllib.parse import unquote
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.api import routes
-from service.api.http import Answer, Cancel, Headers, Request, checked_headers, nothing_to_cancel
-from service.api.routes import Route
-from service.api.server import Server
-from service.core import failpoints
-from service.core.errors import BodyTooLarge, UnrollError
+from unroll.service.api import routes
+from unroll.service.api.http import Answer, Cancel, Headers, Request, checked_headers, nothing_to_cancel
+from unroll.service.api.routes import Route
+from unroll.service.api.server import Server
+from unroll.service.core import failpoints
+from unroll.service.core.errors import BodyTooLarge, UnrollError
 
 
 def http_protocol(server: Server) -> type[HttpToolsProtocol]:

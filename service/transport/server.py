@@ -16,7 +16,7 @@ from types import FrameType
 import structlog
 import uvicorn
 
-from service.api.server import Server
+from unroll.service.api.server import Server
 
 _log = structlog.get_logger(__name__)
 

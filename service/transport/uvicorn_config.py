@@ -3,9 +3,9 @@
 import uvicorn
 from fastapi import FastAPI
 
-from service.api.server import Server
-from service.transport.http import http_protocol
-from service.transport.websocket import StreamProtocol
+from unroll.service.api.server import Server
+from unroll.service.transport.http import http_protocol
+from unroll.service.transport.websocket import StreamProtocol
 
 #: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
 _KEEP_ALIVE_SECONDS = 75

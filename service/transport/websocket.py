@@ -9,7 +9,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame, apply_mask  # type: ignore[attr-defined]  # the compiled one, if it is there
 from websockets.http11 import Request
 
-from service.core import failpoints
+from unroll.service.core import failpoints
 
 # RFC 6455, 5.2: the first byte of a whole message; how the second byte says the payload's length.
 _FIN_TEXT, _FIN_BINARY = 0x81, 0x82

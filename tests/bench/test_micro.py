@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench.micro import Part, Turns, infer_body, manifest, measure, protocol, steps_frame
-from service.protocol import open_inference
-from service.protocol.frames import FrameCodec
+from unroll.service.protocol import open_inference
+from unroll.service.protocol.frames import FrameCodec
 
 ROOT = Path(__file__).parents[2]
 

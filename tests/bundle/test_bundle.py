@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bundle
-from bundle import BundleError, Golden, GoldenMismatch, Manifest, Parity, StateSlot, TensorSpec
-from bundle.files import check_name
-from bundle.golden import run_chunked
+from unroll import bundle
+from unroll.bundle import BundleError, Golden, GoldenMismatch, Manifest, Parity, StateSlot, TensorSpec
+from unroll.bundle.files import check_name
+from unroll.bundle.golden import run_chunked
 
 MANIFEST = Manifest(
     format=1,

@@ -9,14 +9,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-import unroll
-from bundle.operators import operators
+from unroll import cli
+from unroll.bundle.operators import operators
 
 BUNDLE = Path(__file__).parents[2] / "examples" / "repository" / "bytes" / "1"
 
 
 def inspect(*arguments: object) -> int:
-    return unroll.main(["inspect", *map(str, arguments)])
+    return cli.main(["inspect", *map(str, arguments)])
 
 
 def test_the_table_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:

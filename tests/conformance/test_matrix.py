@@ -11,9 +11,9 @@ from conformance import documents, matrix, plain
 from conformance.architectures import ARCHITECTURES, measure
 from conformance.kinds import kinds
 from conformance.matrix import Ours, Row
-from examples.architectures import denoiser, forecaster, keywords
-from examples.architectures.spectrum import Spectrum
 from tests.export.model_shapes import gru, made
+from unroll.examples.architectures import denoiser, forecaster, keywords
+from unroll.examples.architectures.spectrum import Spectrum
 
 PAGE = documents.PAGE.read_text()
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import bundle
 from conformance import modules
 from conformance.oracle import Wrong, WrongBits, examine
 from conformance.trees import Conv, Dense, Recurrent, Tree
-from export import export
+from unroll import bundle
+from unroll.export import export
 
 GRU = Recurrent("GRU", 3, 4)
 GOOD = Tree("floats", 3, (GRU, Dense(4, 3)), "steps")

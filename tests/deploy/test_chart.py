@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from manifests import ROOT, Manifest, check, check_custom, documents
 
-from service.settings import Settings
+from unroll.service.settings import Settings
 
 CHART = ROOT / "deploy" / "helm" / "unroll"
 HELM = shutil.which("helm", path=f"{ROOT / '.tools' / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}")

@@ -3,7 +3,7 @@
 import pytest
 from manifests import ROOT, documents
 
-from service.settings import Settings
+from unroll.service.settings import Settings
 
 [FILE] = documents((ROOT / "docker-compose.yml").read_text())
 SERVICES = FILE["services"]

@@ -5,7 +5,7 @@ import re
 import pytest
 from manifests import ROOT, Manifest, check, check_custom, documents
 
-from service.settings import Settings
+from unroll.service.settings import Settings
 
 RUNTIME, SERVICE = ROOT / "deploy/kserve/servingruntime.yaml", ROOT / "deploy/kserve/inferenceservice.yaml"
 

@@ -22,7 +22,7 @@ Serve = Callable[[Path], AbstractContextManager[str]]
 def environment() -> dict[str, str]:
     """What a user's shell has with the environment activated."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "src")}
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import bundle
-from examples import bundles
-from service.engine.runner import Runner
+from unroll import bundle
+from unroll.examples import bundles
+from unroll.service.engine.runner import Runner
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from examples import demo
-from examples.client import Client, ServerError
-from examples.display import Live, bars
+from unroll.examples import demo
+from unroll.examples.client import Client, ServerError
+from unroll.examples.display import Live, bars
 
 
 @pytest.fixture(scope="module")

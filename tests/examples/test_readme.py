@@ -74,7 +74,7 @@ def test_a_model_of_ones_own_is_exported_and_served(
     assert "streaming yes" in ran.stdout
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    exec(block("python", "export.export"), {"__name__": "__main__"})
+    exec(block("python", "unroll.export"), {"__name__": "__main__"})
     assert "streaming yes" in capsys.readouterr().out
     with serve(tmp_path / "bundles") as url, urlopen(f"{url}/v1/models") as models:
         [served] = json.load(models)

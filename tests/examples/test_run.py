@@ -18,7 +18,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "examples.run", *arguments],
+            [sys.executable, "-m", "unroll.examples.run", *arguments],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

@@ -20,8 +20,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
-from examples import demo
-from examples.stream import Session
+from unroll.examples import demo
+from unroll.examples.stream import Session
 
 ROOT = Path(__file__).parents[2]
 JAVASCRIPT = ROOT / "examples" / "stream.mjs"

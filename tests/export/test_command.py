@@ -8,10 +8,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import bundle
-import unroll
-from export.load import InputSpec, examples, from_factory
-from models.stacked_rnn import StackedRNN, StackedRNNConfig
+from unroll import bundle, cli
+from unroll.export.load import InputSpec, examples, from_factory
+from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 SOURCE = """
 import torch
@@ -48,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str) -> int:
-    return unroll.main(["export", *arguments])
+    return cli.main(["export", *arguments])
 
 
 def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +133,7 @@ def test_refused(folder: Path, capsys, arguments: tuple[str, ...], code: int, sa
 
 
 def test_nothing_is_written_when_parity_fails(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.parity._tolerance", lambda own, expected: 0.0)
+    monkeypatch.setattr("unroll.export.parity._tolerance", lambda own, expected: 0.0)
     assert run("usermodel:Net", *TOKEN, "--name", "n", "--repository", "out") == 1
     assert "parity: " in capsys.readouterr().err
     assert not (folder / "out").exists()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import unroll
-from bundle import Manifest
-from export import ExportError, export
+from unroll import cli
+from unroll.bundle import Manifest
+from unroll.export import ExportError, export
 
 
 class Handwritten(nn.Module):
@@ -144,7 +144,7 @@ class Net(nn.Module):
 def test_a_torchscript_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.jit.script(Net().eval()).save(str(tmp_path / "net.pt"))
     arguments = ["export", str(tmp_path / "net.pt"), "--input", "x:float32:4", "--repository", str(tmp_path / "r")]
-    assert unroll.main(arguments) == 0
+    assert cli.main(arguments) == 0
     nodes = Counter(node.op_type for node in onnx.load(tmp_path / "r/net/1/model.onnx").graph.node)
     assert nodes["LSTM"] == 2
 
@@ -159,7 +159,7 @@ def test_a_program_of_torch_export(tmp_path: Path, capsys: pytest.CaptureFixture
         export(torch.export.export(Net().eval(), (x,)), {"x": x}, name="n", repository=tmp_path)
 
     arguments = ["export", "net.pt2", "--input", "x:float32:4", "--repository", str(tmp_path)]
-    assert unroll.main(arguments) == 1
+    assert cli.main(arguments) == 1
     assert "can run code" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from export import ops
+from unroll.export import ops
 
 LAYERS = [
     pytest.param("LSTM", nn.LSTM, {}, id="lstm"),

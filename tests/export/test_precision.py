@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bundle
-import unroll
-from bundle import GoldenMismatch
-from bundle.operators import operators
-from export import ExportError, Report, export
-from export.precision import limit
-from service.engine.place import EngineOptions, place
-from service.engine.runner import Runner
+from unroll import bundle, cli
+from unroll.bundle import GoldenMismatch
+from unroll.bundle.operators import operators
+from unroll.export import ExportError, Report, export
+from unroll.export.precision import limit
+from unroll.service.engine.place import EngineOptions, place
+from unroll.service.engine.runner import Runner
 
 
 class Model(nn.Module):
@@ -80,7 +79,7 @@ def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision
     time = next(iter(found.golden.inputs.values())).shape[1]
     _, state = here.runner(found.golden.inputs, found.golden.state, np.full(len(found.golden.state), time, np.int32))
     assert state.dtype == np.float32
-    assert unroll.main(["verify", str(report.path)]) == 0
+    assert cli.main(["verify", str(report.path)]) == 0
 
 
 def test_the_server_takes_no_looser_bound(reports) -> None:

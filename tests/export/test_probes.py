@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import ExportError, export
-from export.probes import random_chunks
-from export.samples import Samples, states
-from export.tracing import _suspects
+from unroll.export import ExportError, export
+from unroll.export.probes import random_chunks
+from unroll.export.samples import Samples, states
+from unroll.export.tracing import _suspects
 
 GUARD = (
     "Constraints violated (time)!\n  - Not all values of {0} in the specified range satisfy the generated guard {1}."

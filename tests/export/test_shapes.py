@@ -10,9 +10,9 @@ import torch
 from model_shapes import SHAPES, Shape
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-import bundle
-from export import ExportError, export
-from export.outputs import leaves
+from unroll import bundle
+from unroll.export import ExportError, export
+from unroll.export.outputs import leaves
 
 EXPORTED = [shape for shape in SHAPES if shape.refused is None]
 REFUSED = [shape for shape in SHAPES if shape.refused is not None]

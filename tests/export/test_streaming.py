@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bundle import Manifest
-from export import export
-from models.stacked_rnn import StackedRNN, StackedRNNConfig
+from unroll.bundle import Manifest
+from unroll.export import export
+from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 CONFIGS = [
     StackedRNNConfig(cell="gru", hidden_size=5, layers=1, output_size=3, input_size=2),

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from service.engine.cuda.base import Argument, Kernel, OutOfDeviceMemory
-from service.engine.memory import Memory
+from unroll.service.engine.cuda.base import Argument, Kernel, OutOfDeviceMemory
+from unroll.service.engine.memory import Memory
 
 
 class FakeDevice:

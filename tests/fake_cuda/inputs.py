@@ -2,7 +2,7 @@
 
 import numpy as np
 
-import bundle
+from unroll import bundle
 
 
 def random_inputs(manifest: bundle.Manifest, rng: np.random.Generator, steps: int) -> tuple[np.ndarray, ...]:

@@ -11,8 +11,8 @@ from faults.wires import Wires
 from oracle import Oracle
 from serving import Running
 
-from service.core.clock import Clock
-from service.settings import Settings
+from unroll.service.core.clock import Clock
+from unroll.service.settings import Settings
 
 #: Starts so many servers in the test process, with these settings.
 Servers = Callable[..., list[Running]]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from oracle import Oracle
 
-from service.state.snapshot import Snapshot
+from unroll.service.state.snapshot import Snapshot
 
 KINDS = ("lost", "double", "mixed", "wrong")
 

@@ -22,8 +22,8 @@ from oracle import Oracle
 from redis_server import RedisServer, missing
 from serving import Running, until
 
-from service.core.clock import ManualClock
-from service.state.snapshot import Snapshot
+from unroll.service.core.clock import ManualClock
+from unroll.service.state.snapshot import Snapshot
 
 EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "8"))
 CAPACITY, DEPTH = 3, 4

@@ -6,7 +6,7 @@ from faults.history import Track, check
 from faults.replica import ROOT
 from oracle import Oracle
 
-from service.state.snapshot import Snapshot
+from unroll.service.state.snapshot import Snapshot
 
 TINY = ROOT / "service" / "doctor"
 

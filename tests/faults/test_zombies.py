@@ -12,7 +12,7 @@ from faults.wires import WAYS, Reply, Stream, Wires
 from oracle import Oracle
 from redis_server import RedisServer
 
-from service.core.failpoints import NAMES
+from unroll.service.core.failpoints import NAMES
 
 X = np.random.default_rng(6).standard_normal((4, 2)).astype(np.float32)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from service.state.held import SnapshotKeys
-from service.state.snapshot import Snapshot
-from service.store import state_file
-from service.store.base import Key
-from service.store.record import Gone, Kept, Origin, Record, pack_last
+from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.snapshot import Snapshot
+from unroll.service.store import state_file
+from unroll.service.store.base import Key
+from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = GOLDEN / "repository"

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-import unroll
-from service.api.errors import STATUS
-from service.core.errors import UnrollError
-from service.settings import Settings
+from unroll import cli
+from unroll.service.api.errors import STATUS
+from unroll.service.core.errors import UnrollError
+from unroll.service.settings import Settings
 
 _OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
@@ -21,7 +21,7 @@ _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 def flags() -> dict[str, list[str]]:
     """Of every command, as its help lists them."""
-    return {command: _flags(import_module(module).main) for command, (module, _) in unroll.COMMANDS.items()}
+    return {command: _flags(import_module(f"unroll.{module}").main) for command, (module, _) in cli.COMMANDS.items()}
 
 
 def _flags(main: Any) -> list[str]:

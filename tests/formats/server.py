@@ -3,7 +3,7 @@
 from formats.files import KEYS, REPOSITORY
 from serving import Running
 
-from service.settings import Settings
+from unroll.service.settings import Settings
 
 
 def start() -> Running:

@@ -11,14 +11,14 @@ from formats import exchanges, files, names, server
 from formats.files import GOLDEN, KEPT, KEY, KEYS, ORIGIN, RECORD, SESSION, SESSIONS, SNAPSHOT, UNTOUCHED
 from redis_server import RedisServer
 
-import bundle
-from bundle import Golden, Manifest
-from service.state.held import SnapshotKeys
-from service.state.snapshot import Snapshot
-from service.store import state_file
-from service.store.base import Commit
-from service.store.record import Origin, Record, pack_last, unpack_last
-from service.store.redis import RedisStore, StoreConfig
+from unroll import bundle
+from unroll.bundle import Golden, Manifest
+from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.snapshot import Snapshot
+from unroll.service.store import state_file
+from unroll.service.store.base import Commit
+from unroll.service.store.record import Origin, Record, pack_last, unpack_last
+from unroll.service.store.redis import RedisStore, StoreConfig
 
 
 def golden(name: str) -> bytes:

@@ -15,10 +15,10 @@ from formats.server import start
 from serving import RAW
 from torch import Tensor, nn
 
-import export
-from bundle import Manifest
-from service.state.held import SnapshotKeys
-from service.state.snapshot import Snapshot
+import unroll
+from unroll.bundle import Manifest
+from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.snapshot import Snapshot
 
 _UNSAID = 2**64 - 1
 _UNBOUND = 99
@@ -56,9 +56,9 @@ def write_bundles(repository: Path) -> None:
     shutil.rmtree(repository, ignore_errors=True)
     torch.manual_seed(13)
     x = torch.randn(2, 5, 3)
-    export.export(Steps().eval(), {"x": x}, name="steps", repository=repository)
+    unroll.export(Steps().eval(), {"x": x}, name="steps", repository=repository)
     example = {"token": torch.randint(0, 7, (2, 5)), "x": x[..., :2], "plant": torch.randn(2, 1)}
-    export.export(Mixed().eval(), example, static=["plant"], name="mixed", repository=repository)
+    unroll.export(Mixed().eval(), example, static=["plant"], name="mixed", repository=repository)
 
 
 def values(*shape: int) -> np.ndarray:

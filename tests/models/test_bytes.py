@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.bytes import CHECKPOINT, CONFIG, next_byte
-from models.stacked_rnn import StackedRNN
-from models.training.bytes import _windows, bits_per_byte, library_source, probabilities
-from models.training.ngram import NGram
+from unroll.models.bytes import CHECKPOINT, CONFIG, next_byte
+from unroll.models.stacked_rnn import StackedRNN
+from unroll.models.training.bytes import _windows, bits_per_byte, library_source, probabilities
+from unroll.models.training.ngram import NGram
 
 Files = tuple[list[np.ndarray], list[np.ndarray]]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from models import mauna_loa
-from models.checkpoint import CheckpointError
-from models.co2 import CHECKPOINT, CO2Forecaster, load
-from models.mauna_loa import Series
-from models.training import co2
+from unroll.models import mauna_loa
+from unroll.models.checkpoint import CheckpointError
+from unroll.models.co2 import CHECKPOINT, CO2Forecaster, load
+from unroll.models.mauna_loa import Series
+from unroll.models.training import co2
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_interpolated_weeks_lie_on_the_line_between_their_neighbours(series: Ser
 
 def test_file_is_what_statsmodels_gives() -> None:
     pytest.importorskip("statsmodels")
-    from models.training.mauna_loa import csv_text
+    from unroll.models.training.mauna_loa import csv_text
 
     assert mauna_loa.PATH.read_text() == csv_text()
 

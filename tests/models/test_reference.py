@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.reference import Layer, State, layer_by_layer, layers_of, step_by_step
+from unroll.models.reference import Layer, State, layer_by_layer, layers_of, step_by_step
 
 MODULES: list[Callable[..., nn.RNNBase]] = [nn.GRU, nn.LSTM, nn.RNN]
 ORDERS = [layer_by_layer, step_by_step]

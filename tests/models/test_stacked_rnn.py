@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from models.checkpoint import CheckpointError
-from models.stacked_rnn import StackedRNN, StackedRNNConfig
+from unroll.models.checkpoint import CheckpointError
+from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 SMALL: dict[str, Any] = {"cell": "gru", "input_size": 3, "hidden_size": 4, "layers": 2, "output_size": 5}
 TOKENS: dict[str, Any] = SMALL | {"input_size": None, "vocabulary": 7, "embedding_size": 6}

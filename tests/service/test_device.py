@@ -6,12 +6,12 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-import bundle
-from service import __main__ as serve
-from service import app
-from service.catalog.catalog import CatalogError
-from service.engine.runner import DeviceUnavailable, Runner, resolve_devices
-from service.settings import Settings
+from unroll import bundle
+from unroll.service import __main__ as serve
+from unroll.service import app
+from unroll.service.catalog.catalog import CatalogError
+from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
+from unroll.service.settings import Settings
 
 
 def settings(repository: Path, device: str) -> Settings:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import bundle as bundles
-import unroll
-from bundle import Bundle
-from service.engine.place import EngineOptions
-from service.verify import Check, verify
+from unroll import bundle as bundles
+from unroll import cli
+from unroll.bundle import Bundle
+from unroll.service.engine.place import EngineOptions
+from unroll.service.verify import Check, verify
 
 CHECKS = {
     "golden vectors = PyTorch float64",
@@ -38,7 +38,7 @@ def copied(repository: Path, name: str, to: Path, **changes: object) -> Bundle:
 def test_a_good_bundle_holds(repository: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = repository / name / "1"
     manifest = bundles.read(path).manifest
-    assert unroll.main(["verify", str(path)]) == 0
+    assert cli.main(["verify", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "DIFFERS" not in printed
     said = CHECKS if manifest.ragged else CHECKS - {"padded = alone"}
@@ -54,7 +54,7 @@ def test_a_model_for_whole_sequences_is_not_stepped(repository: Path) -> None:
 def test_said_to_stream_and_does_not(repository: Path, tmp_path: Path, capsys) -> None:
     lies = copied(repository, "whole", tmp_path, streamable=True, not_streamable_because=None)
     assert {c.what for c in checks(lies) if not c.holds} >= {"random chunks = whole"}
-    assert unroll.main(["verify", str(lies.path)]) == 1
+    assert cli.main(["verify", str(lies.path)]) == 1
     assert "DIFFERS" in capsys.readouterr().out
 
 
@@ -76,14 +76,14 @@ def test_what_cannot_be_verified(repository: Path, tmp_path: Path, capsys) -> No
         ([str(repository / "gru" / "1"), "--device", "tpu"], "use cpu, auto"),
         ([str(repository / "gru" / "1"), "--precision", "tf32"], "is for a GPU"),
     ):
-        assert unroll.main(["verify", *arguments]) == 1
+        assert cli.main(["verify", *arguments]) == 1
         assert says in capsys.readouterr().err
 
 
 def test_needs_neither_torch_nor_onnx(repository: Path) -> None:
     program = (
-        "import sys, json, unroll; status = unroll.main(sys.argv[1:]);"
-        "print(json.dumps([status, [m for m in ('torch', 'onnx', 'export') if m in sys.modules]]))"
+        "import sys, json; from unroll import cli; status = cli.main(sys.argv[1:]);"
+        "print(json.dumps([status, [m for m in ('torch', 'onnx', 'unroll.export') if m in sys.modules]]))"
     )
     for command in ("verify", "inspect"):
         arguments = [sys.executable, "-c", program, command, str(repository / "lstm" / "1")]

@@ -44,7 +44,7 @@ class Stub:
             **os.environ,
             "LD_LIBRARY_PATH": str(self._folder),
             "STUB_CUDA_LOG": str(log),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, "-c", script, *map(str, arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)

@@ -6,7 +6,7 @@ import pytest
 from stub_cuda.calls import Calls
 from stub_cuda.child import Outcome
 
-import bundle
+from unroll import bundle
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 
@@ -17,11 +17,11 @@ from sys import argv
 import numpy as np
 import stub_cuda.bindings
 from stub_cuda.step import phase
-import bundle
-from service.engine.base import PlainRows
-from service.engine.cuda.driver import Cuda
-from service.engine.cuda.engine import CudaEngine
-from service.engine.runner import Runner
+from unroll import bundle
+from unroll.service.engine.base import PlainRows
+from unroll.service.engine.cuda.driver import Cuda
+from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.runner import Runner
 
 found = bundle.read(Path(argv[1]))
 device = Cuda(0)

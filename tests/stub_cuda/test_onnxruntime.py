@@ -13,7 +13,7 @@ from stub_cuda.calls import Call, Calls
 from stub_cuda.child import Outcome
 from torch import nn
 
-import export
+import unroll
 from tests.export.model_shapes import SHAPES
 
 RunWithStub = Callable[..., Outcome]
@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         else:
             kind, layers = name.split()
             module, example = Stack({"lstm": nn.LSTM, "gru": nn.GRU}[kind], int(layers)), {"x": torch.randn(2, 5, 64)}
-        export.export(module.eval(), example, name=folder, repository=repository)
+        unroll.export(module.eval(), example, name=folder, repository=repository)
         return repository / folder / "1" / "model.onnx"
 
     return model

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from service.engine.memory import Memory
+from unroll.service.engine.memory import Memory
 
 Argument = int | np.int32 | np.float32
 

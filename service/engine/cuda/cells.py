@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from service.engine.cuda.base import Argument, Device, Kernel
-from service.engine.cuda.parts import Layer
-from service.engine.memory import Memory
+from unroll.service.engine.cuda.base import Argument, Device, Kernel
+from unroll.service.engine.cuda.parts import Layer
+from unroll.service.engine.memory import Memory
 
 Cell = Literal["LSTM", "GRU"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver, nvrtc, runtime
 
-from service.engine.base import DeviceFailed
-from service.engine.cuda.base import Argument, CompilationFailed, Kernel, OutOfDeviceMemory
-from service.engine.memory import Memory
+from unroll.service.engine.base import DeviceFailed
+from unroll.service.engine.cuda.base import Argument, CompilationFailed, Kernel, OutOfDeviceMemory
+from unroll.service.engine.memory import Memory
 
 _COPY = runtime.cudaMemcpyKind
 _C_TYPES = {int: ctypes.c_void_p, np.int32: ctypes.c_int, np.float32: ctypes.c_float}
@@ -188,7 +188,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 @cache
 def _compiled(file: str, constants: tuple[tuple[str, int], ...], major: int, minor: int) -> bytes:
-    source = (files("service.engine.cuda") / file).read_bytes()
+    source = (files("unroll.service.engine.cuda") / file).read_bytes()
     program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{name}={n}" for name, n in constants)]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])

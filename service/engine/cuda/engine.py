@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import structlog
 
-from bundle import Manifest
-from service.core.errors import UnrollError
-from service.engine.base import LAUNCHED, DeviceFailed, Result, Rows
-from service.engine.cuda.base import CompilationFailed, Device, Graph, OutOfDeviceMemory
-from service.engine.cuda.layout import bucket_of
-from service.engine.cuda.parts import Layer, Segment
-from service.engine.cuda.sequence_call import SequenceCall
-from service.engine.cuda.step_call import NOWHERE, StepCall, StepMemory
-from service.engine.cuda.step_model import SeparateModel, StepModel, WholeModel
-from service.engine.rows import empty_outputs, one_by_one
-from service.engine.runner import Runner
-from service.state.slots import INITIAL
+from unroll.bundle import Manifest
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.base import LAUNCHED, DeviceFailed, Result, Rows
+from unroll.service.engine.cuda.base import CompilationFailed, Device, Graph, OutOfDeviceMemory
+from unroll.service.engine.cuda.layout import bucket_of
+from unroll.service.engine.cuda.parts import Layer, Segment
+from unroll.service.engine.cuda.sequence_call import SequenceCall
+from unroll.service.engine.cuda.step_call import NOWHERE, StepCall, StepMemory
+from unroll.service.engine.cuda.step_model import SeparateModel, StepModel, WholeModel
+from unroll.service.engine.rows import empty_outputs, one_by_one
+from unroll.service.engine.runner import Runner
+from unroll.service.state.slots import INITIAL
 
 #: Steps of a graph for sequences and chunks, and how many must be left for it to be worth its padding.
 SEVERAL, _WORTHWHILE = 16, 4

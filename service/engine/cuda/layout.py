@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bundle import Manifest
-from service.engine.memory import Memory
+from unroll.bundle import Manifest
+from unroll.service.engine.memory import Memory
 
 #: Numbers of rows, and whether one failed, as `kernels.cu` has them.
 INDEX, FLAG = np.dtype(np.int64), np.dtype(np.int32)

@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from bundle import Manifest
-from service.core.errors import UnrollError
-from service.engine.base import Result, Rows
-from service.engine.cuda.base import Device
-from service.engine.cuda.layout import FLAG, INDEX, Layout, output_tensors
-from service.engine.cuda.step_call import COMMIT, GATHER
-from service.engine.memory import Memory
-from service.engine.rows import flagged, non_finite
-from service.engine.runner import Runner
-from service.state.slots import SCRATCH
+from unroll.bundle import Manifest
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.base import Result, Rows
+from unroll.service.engine.cuda.base import Device
+from unroll.service.engine.cuda.layout import FLAG, INDEX, Layout, output_tensors
+from unroll.service.engine.cuda.step_call import COMMIT, GATHER
+from unroll.service.engine.memory import Memory
+from unroll.service.engine.rows import flagged, non_finite
+from unroll.service.engine.runner import Runner
+from unroll.service.state.slots import SCRATCH
 
 
 class SequenceCall:

@@ -5,15 +5,15 @@ from functools import partial
 
 import numpy as np
 
-from bundle import Manifest
-from service.core.errors import UnrollError
-from service.engine.base import Tensors
-from service.engine.cuda.base import Device, Graph, Kernel
-from service.engine.cuda.layout import FLAG, INDEX, Layout, input_tensors, output_tensors
-from service.engine.cuda.step_model import StepModel, StepTensors
-from service.engine.memory import Memory
-from service.engine.rows import flagged
-from service.state.slots import INITIAL
+from unroll.bundle import Manifest
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.base import Tensors
+from unroll.service.engine.cuda.base import Device, Graph, Kernel
+from unroll.service.engine.cuda.layout import FLAG, INDEX, Layout, input_tensors, output_tensors
+from unroll.service.engine.cuda.step_model import StepModel, StepTensors
+from unroll.service.engine.memory import Memory
+from unroll.service.engine.rows import flagged
+from unroll.service.state.slots import INITIAL
 
 GATHER, COMMIT = Kernel("kernels.cu", "gather"), Kernel("kernels.cu", "commit")
 

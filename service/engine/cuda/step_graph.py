@@ -13,8 +13,8 @@ import onnx
 from onnx import numpy_helper, shape_inference
 from onnx.utils import Extractor
 
-from bundle import Manifest
-from service.engine.cuda.parts import Layer, NotSeparable, Segment
+from unroll.bundle import Manifest
+from unroll.service.engine.cuda.parts import Layer, NotSeparable, Segment
 
 #: With one time step these change a tensor's shape and not the order of its values.
 _RESHAPING = {"Squeeze", "Unsqueeze", "Identity", "Transpose", "Split", "Flatten"}

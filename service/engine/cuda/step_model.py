@@ -6,12 +6,12 @@ from typing import Protocol
 
 import numpy as np
 
-from bundle import Manifest
-from service.engine.cuda.base import Device
-from service.engine.cuda.cells import CellKernel
-from service.engine.cuda.parts import Layer, Segment
-from service.engine.memory import Memory
-from service.engine.runner import BoundCall, GraphPart, Runner
+from unroll.bundle import Manifest
+from unroll.service.engine.cuda.base import Device
+from unroll.service.engine.cuda.cells import CellKernel
+from unroll.service.engine.cuda.parts import Layer, Segment
+from unroll.service.engine.memory import Memory
+from unroll.service.engine.runner import BoundCall, GraphPart, Runner
 
 #: Runs until onnxruntime has all the memory that a call needs, for within a capture none can be taken: it plans it in
 #: the first, takes it in the second, and has had it in the third.

@@ -13,9 +13,9 @@ from processes import Process, StartProcess
 from serving import Oracle, Running, Serve
 from torch import Tensor, nn
 
-import export
-from service.core.clock import Clock
-from service.settings import Settings
+import unroll
+from unroll.service.core.clock import Clock
+from unroll.service.settings import Settings
 
 
 class Hot(nn.Module):
@@ -36,7 +36,7 @@ def repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("api") / "repository"
     shutil.copytree(repository, path)
     torch.manual_seed(5)
-    export.export(Hot().eval(), {"x": torch.randn(2, 9, 3)}, name="hot", repository=path)
+    unroll.export(Hot().eval(), {"x": torch.randn(2, 9, 3)}, name="hot", repository=path)
     return path
 
 

@@ -8,8 +8,8 @@ import pytest
 import wire
 from serving import RAW, Running, Serve, metric, metrics
 
-from service.api import errors, health, native, open_inference, routes, statistics
-from service.core import errors as core
+from unroll.service.api import errors, health, native, open_inference, routes, statistics
+from unroll.service.core import errors as core
 
 
 def test_health(client: httpx.Client) -> None:

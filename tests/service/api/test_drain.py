@@ -16,7 +16,7 @@ from test_stream import Client, frame, last_messages, replies
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from service.transport import server as transport
+from unroll.service.transport import server as transport
 
 Background = Callable[..., Future]
 

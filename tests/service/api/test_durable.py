@@ -14,7 +14,7 @@ from redis_server import RedisServer
 from serving import RAW, Oracle, Running, Serve
 from wire import infer, outputs
 
-from service.core.clock import ManualClock
+from unroll.service.core.clock import ManualClock
 
 Oracles = Callable[..., Oracle]
 Background = Callable[..., Future]

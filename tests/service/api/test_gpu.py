@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from serving import RAW, Running
 
-from service.engine.runner import resolve_devices
-from service.settings import Settings
+from unroll.service.engine.runner import resolve_devices
+from unroll.service.settings import Settings
 
 pytestmark = pytest.mark.gpu
 

@@ -15,8 +15,8 @@ from crowd import Client, Track, Wires, check_snapshot
 from fake_cuda.device import FakeDevice
 from serving import Oracle, Running, Serve, SlowEngine, metric
 
-from service import app
-from service.engine import place
+from unroll.service import app
+from unroll.service.engine import place
 
 #: `make crowd-test` has more of them.
 SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "20261").split(",")]

@@ -9,7 +9,7 @@ import torch
 from serving import RAW, Running, Serve
 from torch import Tensor, nn
 
-import export
+import unroll
 
 
 class Mixed(nn.Module):
@@ -39,7 +39,7 @@ def model() -> Mixed:
 def mixed(model: Mixed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mixed")
     example = {"x": torch.randn(2, 9, 3), "known": torch.randn(2, 2), "cache": torch.zeros(2, 2, 3)}
-    report = export.export(model, example, name="mixed", repository=path, static=["known"], state={"cache": "y1"})
+    report = unroll.export(model, example, name="mixed", repository=path, static=["known"], state={"cache": "y1"})
     assert {slot.kind for slot in report.manifest.state} == {"h", "c", "carry", "past", "count", "static"}
     assert report.manifest.streamable
     return path

@@ -12,9 +12,9 @@ import pytest
 from problems import GOOD, assert_problem
 from serving import RAW, Running, Serve, until
 
-from service.core import errors
-from service.core.clock import ManualClock
-from service.engine.base import Rows, Tensors
+from unroll.service.core import errors
+from unroll.service.core.clock import ManualClock
+from unroll.service.engine.base import Rows, Tensors
 
 Background = Callable[..., Future]
 

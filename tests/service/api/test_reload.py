@@ -13,7 +13,7 @@ import pytest
 import wire
 from serving import RAW, Oracle, Running, Serve, until
 
-import bundle
+from unroll import bundle
 
 Oracles = Callable[..., Oracle]
 

@@ -13,7 +13,7 @@ from test_stream import Client
 from torch import Tensor, nn
 from wire import infer
 
-import export
+import unroll
 
 KEY = "a key of at least 16 bytes"
 
@@ -37,7 +37,7 @@ def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("static") / "repository"
     torch.manual_seed(3)
     example = {"x": torch.randn(2, 9, 3), "speaker": torch.tensor([1, 5]), "gain": torch.randn(2, 2)}
-    export.export(Voices().eval(), example, name="voices", repository=path, static=["speaker", "gain"])
+    unroll.export(Voices().eval(), example, name="voices", repository=path, static=["speaker", "gain"])
     return path
 
 

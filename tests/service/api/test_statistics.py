@@ -8,7 +8,7 @@ import pytest
 import tritonclient.http as triton
 from serving import Running, Serve
 
-from service.telemetry.statistics import Statistics
+from unroll.service.telemetry.statistics import Statistics
 
 NOTHING = {"count": 0, "ns": 0}
 

@@ -24,13 +24,13 @@ from serving import RAW, HeldEngine, Oracle, Running, Serve, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-import service.app
-from bundle import Manifest
-from service.api import stream
-from service.api.server import Server
-from service.api.stream import SLICE, WINDOW, Stream
-from service.core.clock import ManualClock
-from service.settings import Settings
+from unroll.bundle import Manifest
+from unroll.service import app
+from unroll.service.api import stream
+from unroll.service.api.server import Server
+from unroll.service.api.stream import SLICE, WINDOW, Stream
+from unroll.service.core.clock import ManualClock
+from unroll.service.settings import Settings
 
 Oracles = Callable[..., Oracle]
 Background = Callable[..., Future]
@@ -1155,7 +1155,7 @@ async def soon(condition: Callable[[], object]) -> None:
 @pytest.fixture
 async def wire(repository: Path, tmp_path: Path) -> AsyncIterator[Wire]:
     shutil.copytree(repository / "lstm", tmp_path / "lstm")
-    _, server = service.app.build(Settings(repository=tmp_path))
+    _, server = app.build(Settings(repository=tmp_path))
     (model,) = server.catalog
     running = asyncio.create_task(server.catalog.run())
     sent: list[bytes | dict] = []

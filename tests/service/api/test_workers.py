@@ -18,8 +18,8 @@ from processes import Process, StartProcess, launch
 from redis_server import RedisServer, free_port
 from serving import RAW, Oracle, metric, until
 
-from service import workers
-from service.__main__ import main
+from unroll.service import workers
+from unroll.service.__main__ import main
 
 NUMBER = 2
 MODEL = "/v1/models/gru"

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from service.doctor.facts import Driver, Facts, Gpu, Machine, Runtime
+from unroll.service.doctor.facts import Driver, Facts, Gpu, Machine, Runtime
 
 WITH_CUDA = ("CUDAExecutionProvider", "CPUExecutionProvider")
 WHEELS = "/opt/unroll/lib/python3.11/site-packages/nvidia"

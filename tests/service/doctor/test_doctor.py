@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from machines import CPU, GPU
 
-from service.doctor import __main__ as doctor
-from service.doctor import ask
-from service.doctor.findings import Finding, Status
-from service.engine.runner import resolve_devices
+from unroll.service.doctor import __main__ as doctor
+from unroll.service.doctor import ask
+from unroll.service.doctor.findings import Finding, Status
+from unroll.service.engine.runner import resolve_devices
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

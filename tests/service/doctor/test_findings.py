@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from machines import BARE, CPU, DRIVER, GPU, LIBRARIES, NO_DEVICE
 
-from service.doctor.facts import Facts, Machine, Runtime
-from service.doctor.findings import Finding, Status, judge
+from unroll.service.doctor.facts import Facts, Machine, Runtime
+from unroll.service.doctor.findings import Finding, Status, judge
 
 
 def judged(facts: Facts, device: str = "auto") -> dict[str, Finding]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from service.doctor import libraries, trial
+from unroll.service.doctor import libraries, trial
 
 CAPI = Path(onnxruntime.__file__).parent / "capi"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.doctor import machine
+from unroll.service.doctor import machine
 
 KIB = 1024
 

@@ -3,8 +3,8 @@
 from ctypes import c_char_p
 from typing import Any
 
-from service.doctor import driver
-from service.doctor.facts import Driver, Gpu
+from unroll.service.doctor import driver
+from unroll.service.doctor.facts import Driver, Gpu
 
 PATH = "/usr/lib/libcuda.so.580.65.06"
 

@@ -8,22 +8,22 @@ import pytest
 from fake_cuda import device as fake_device
 from fake_cuda.inputs import random_inputs
 
-import bundle
-from service import app
-from service.catalog.catalog import CatalogError
-from service.core.errors import NonFiniteOutput
-from service.engine.base import Engine, PlainRows
-from service.engine.cuda.base import Device
-from service.engine.cuda.cells import CellKernel
-from service.engine.cuda.engine import CudaEngine
-from service.engine.cuda.parts import Layer
-from service.engine.cuda.step_call import COMMIT, GATHER
-from service.engine.cuda.step_graph import take_apart
-from service.engine.memory import Memory
-from service.engine.place import EngineOptions, open_cuda, place
-from service.engine.runner import Runner, resolve_devices
-from service.settings import Settings
-from service.state.slots import INITIAL
+from unroll import bundle
+from unroll.service import app
+from unroll.service.catalog.catalog import CatalogError
+from unroll.service.core.errors import NonFiniteOutput
+from unroll.service.engine.base import Engine, PlainRows
+from unroll.service.engine.cuda.base import Device
+from unroll.service.engine.cuda.cells import CellKernel
+from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.cuda.parts import Layer
+from unroll.service.engine.cuda.step_call import COMMIT, GATHER
+from unroll.service.engine.cuda.step_graph import take_apart
+from unroll.service.engine.memory import Memory
+from unroll.service.engine.place import EngineOptions, open_cuda, place
+from unroll.service.engine.runner import Runner, resolve_devices
+from unroll.service.settings import Settings
+from unroll.service.state.slots import INITIAL
 
 pytestmark = pytest.mark.gpu
 
@@ -213,7 +213,7 @@ def test_no_state_crosses_to_the_host(found: bundle.Bundle, engine: CudaEngine):
     """Within a step there is no copy between host and device of a row's size, whatever the rows."""
     from cuda.bindings import runtime
 
-    from service.engine.cuda.driver import CapturedGraph
+    from unroll.service.engine.cuda.driver import CapturedGraph
 
     row_bytes = 4 * found.manifest.state_size
     for size in BUCKETS:

@@ -8,14 +8,14 @@ import pytest
 from fake_cuda.device import FakeDevice
 from hypothesis import given
 
-import bundle
-from service.engine.base import PlainRows
-from service.engine.cuda.base import OutOfDeviceMemory
-from service.engine.cuda.engine import CudaEngine
-from service.engine.cuda.layout import BUCKETS, Layout, bucket_of, buckets
-from service.engine.memory import Memory
-from service.engine.runner import Runner
-from service.state.slots import INITIAL, SCRATCH
+from unroll import bundle
+from unroll.service.engine.base import PlainRows
+from unroll.service.engine.cuda.base import OutOfDeviceMemory
+from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.cuda.layout import BUCKETS, Layout, bucket_of, buckets
+from unroll.service.engine.memory import Memory
+from unroll.service.engine.runner import Runner
+from unroll.service.state.slots import INITIAL, SCRATCH
 
 
 @given(st.integers(1, 5000), st.data())

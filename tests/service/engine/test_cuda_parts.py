@@ -13,17 +13,17 @@ from fake_cuda.device import FakeDevice
 from fake_cuda.inputs import random_inputs
 from torch import Tensor, nn
 
-import bundle
-import export
-from service.core.errors import NonFiniteOutput
-from service.engine.base import PlainRows
-from service.engine.cuda.cells import TILES, tile_for
-from service.engine.cuda.engine import CudaEngine
-from service.engine.cuda.parts import Layer, NotSeparable, Segment
-from service.engine.cuda.step_graph import take_apart
-from service.engine.host import HostEngine
-from service.engine.runner import Runner
-from service.state.slots import INITIAL
+import unroll
+from unroll import bundle
+from unroll.service.core.errors import NonFiniteOutput
+from unroll.service.engine.base import PlainRows
+from unroll.service.engine.cuda.cells import TILES, tile_for
+from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.cuda.parts import Layer, NotSeparable, Segment
+from unroll.service.engine.cuda.step_graph import take_apart
+from unroll.service.engine.host import HostEngine
+from unroll.service.engine.runner import Runner
+from unroll.service.state.slots import INITIAL
 
 NAMES = ["lstm", "gru", "last", "tokens", "two"]
 ROWS = 40
@@ -72,7 +72,7 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     for module, features in ((Residual(), 5), (Bare(), 4), (StateUsed(), 4)):
         name = type(module).__name__.lower()
-        export.export(module.eval(), {"x": torch.randn(2, 9, features)}, name=name, repository=path)
+        unroll.export(module.eval(), {"x": torch.randn(2, 9, features)}, name=name, repository=path)
     return path
 
 

@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from service.core.clock import ManualClock
-from service.engine.curve import Curve, measure
+from unroll.service.core.clock import ManualClock
+from unroll.service.engine.curve import Curve, measure
 
 Cost = Callable[[int, int], float]
 

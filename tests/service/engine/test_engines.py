@@ -15,18 +15,18 @@ from fake_cuda.device import FakeDevice
 from fake_cuda.inputs import random_inputs
 from hypothesis import given, settings
 
-import bundle
-from service.core.errors import EngineFailed, NonFiniteOutput
-from service.engine import runner as runner_module
-from service.engine.base import Engine, PlainRows
-from service.engine.cuda.engine import CudaEngine
-from service.engine.host import HostEngine
-from service.engine.runner import DeviceUnavailable, Runner, resolve_devices
-from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.scheduler import Scheduler
-from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Chunk, Reply
-from service.state.slots import INITIAL
+from unroll import bundle
+from unroll.service.core.errors import EngineFailed, NonFiniteOutput
+from unroll.service.engine import runner as runner_module
+from unroll.service.engine.base import Engine, PlainRows
+from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.host import HostEngine
+from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.scheduler.work import Chunk, Reply
+from unroll.service.state.slots import INITIAL
 
 
 class NoCapture(FakeDevice):

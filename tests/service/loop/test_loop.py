@@ -9,18 +9,18 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from bundle import TensorSpec
-from service.core.clock import ManualClock
-from service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
-from service.engine.base import DeviceFailed, Result, Rows, Tensors
-from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.loop import Loop
-from service.scheduler.scheduler import Scheduler
-from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Outcome, Reply
-from service.store.base import Commit
-from service.store.memory import MemoryStore
-from service.store.record import Origin
+from unroll.bundle import TensorSpec
+from unroll.service.core.clock import ManualClock
+from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
+from unroll.service.engine.base import DeviceFailed, Result, Rows, Tensors
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.loop import Loop
+from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.scheduler.work import Outcome, Reply
+from unroll.service.store.base import Commit
+from unroll.service.store.memory import MemoryStore
+from unroll.service.store.record import Origin
 
 NUMBER = TensorSpec("x", "float32", (), True)
 

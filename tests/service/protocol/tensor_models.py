@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bundle import Manifest, TensorSpec
-from bundle.manifest import Dtype, Parity, StateSlot
+from unroll.bundle import Manifest, TensorSpec
+from unroll.bundle.manifest import Dtype, Parity, StateSlot
 
 NAMES = st.lists(st.from_regex(r"[a-z][a-z_0-9]{0,5}", fullmatch=True), min_size=2, max_size=5, unique=True)
 SHAPES = st.lists(st.integers(1, 3), max_size=2).map(tuple)

@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensor_models import arrays, manifest, manifests, same
 
-from bundle import TensorSpec
-from service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
-from service.protocol import json
-from service.protocol.tensors import Codec
+from unroll.bundle import TensorSpec
+from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
+from unroll.service.protocol import json
+from unroll.service.protocol.tensors import Codec
 
 BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

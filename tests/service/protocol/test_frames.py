@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensor_models import arrays, manifests, same
 
-from bundle import TensorSpec
-from service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange
-from service.protocol.frames import MAX_ENTRIES, UNSAID, FrameCodec, encode, encode_one, entries_of, reached
+from unroll.bundle import TensorSpec
+from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange
+from unroll.service.protocol.frames import MAX_ENTRIES, UNSAID, FrameCodec, encode, encode_one, entries_of, reached
 
 BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensor_models import arrays, manifest, manifests, same
 
-from bundle import Manifest, TensorSpec
-from service.core.errors import BodyTooLarge, InvalidRequest, OutOfRange, UnrollError
-from service.protocol.open_inference import DATATYPES, InferRequest, encode, parse, read_inputs
+from unroll.bundle import Manifest, TensorSpec
+from unroll.service.core.errors import BodyTooLarge, InvalidRequest, OutOfRange, UnrollError
+from unroll.service.protocol.open_inference import DATATYPES, InferRequest, encode, parse, read_inputs
 
 BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bundle import TensorSpec
-from service.core.errors import EngineFailed, UnrollError
-from service.engine.base import Rows, Tensors
-from service.scheduler.limits import ModelTraits, SchedulerLimits
-from service.scheduler.scheduler import Scheduler
-from service.scheduler.sessions import SessionLimits
-from service.scheduler.work import Batch, Chunk, Reply
+from unroll.bundle import TensorSpec
+from unroll.service.core.errors import EngineFailed, UnrollError
+from unroll.service.engine.base import Rows, Tensors
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.scheduler.work import Batch, Chunk, Reply
 
 START = 7
 

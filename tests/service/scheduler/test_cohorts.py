@@ -7,7 +7,7 @@ from fold import FoldEngine, answer, fold, inputs, run_until_idle, scheduler
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from service.core.errors import (
+from unroll.service.core.errors import (
     DeadlineUnreachable,
     PayloadMismatch,
     QueueFull,
@@ -15,9 +15,9 @@ from service.core.errors import (
     SessionExpired,
     UnrollError,
 )
-from service.scheduler.recency import Recency, Used
-from service.scheduler.scheduler import Scheduler
-from service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Reply, Session
+from unroll.service.scheduler.recency import Recency, Used
+from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Reply, Session
 
 LATER = 1e9
 BAD = 99

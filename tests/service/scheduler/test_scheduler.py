@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fold import FoldEngine, answer, failure, fold, inputs, names, run_until_idle, scheduler, turn
 
-from service.core.errors import (
+from unroll.service.core.errors import (
     CapacityExhausted,
     DeadlineUnreachable,
     PayloadMismatch,
@@ -17,8 +17,8 @@ from service.core.errors import (
     SessionExpired,
     SessionUnknown,
 )
-from service.scheduler.sessions import LastWords
-from service.scheduler.work import Applied, Chunk, GroupReply, Life, Reply, Session
+from unroll.service.scheduler.sessions import LastWords
+from unroll.service.scheduler.work import Applied, Chunk, GroupReply, Life, Reply, Session
 
 LATER = 1e9
 

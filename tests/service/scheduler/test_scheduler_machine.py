@@ -6,8 +6,8 @@ from fold import START, FoldEngine, fold, inputs, scheduler
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from service.core.errors import EngineFailed, UnrollError
-from service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Session
+from unroll.service.core.errors import EngineFailed, UnrollError
+from unroll.service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Session
 
 IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from service.core.errors import ModelChanged, SnapshotInvalid
-from service.state.snapshot import Snapshot
+from unroll.service.core.errors import ModelChanged, SnapshotInvalid
+from unroll.service.state.snapshot import Snapshot
 
 DIGEST = "ab" * 32
 ROW = np.array([0.5, -1.25, 3e-39, 1e30], np.float32)

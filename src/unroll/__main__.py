@@ -1,0 +1,8 @@
+"""`python -m unroll`: the same as the command `unroll`."""
+
+import sys
+
+from unroll.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

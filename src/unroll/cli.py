@@ -1,0 +1,36 @@
+"""The command line: `unroll export|inspect|serve|...`. Each command belongs to the package that does the work."""
+
+import sys
+from importlib import import_module
+
+#: Module and purpose of each command; imported on demand, because serving must not need torch.
+COMMANDS = {
+    "export": ("export.__main__", "turn a PyTorch model into a bundle that is proven equal to it"),
+    "inspect": ("bundle.inspect", "show a bundle's inputs, outputs, state and parity report"),
+    "verify": ("service.verify", "run a bundle on a device of this machine and compare it with PyTorch's outputs"),
+    "serve": ("service.__main__", "serve a repository of bundles"),
+    "doctor": ("service.doctor.__main__", "check what this machine can serve with, and how to fix the rest"),
+    "demo": ("examples.demo", "stream a real series through a running server"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The command and its options; `sys.argv[1:]` if None.
+
+    Returns:
+        The exit status: 0, or 2 for a command or an option that does not exist; otherwise the command's own.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        module, _ = COMMANDS[argv[0]]
+        return import_module(f"unroll.{module}").main(argv[1:])
+    asked_for_help = bool(argv) and argv[0] in {"-h", "--help"}
+    if argv and not asked_for_help:
+        print(f"unroll: no command {argv[0]!r}", file=sys.stderr)
+    print("usage: unroll COMMAND [OPTIONS]   (unroll COMMAND --help lists the options)\n")
+    for name, (_, purpose) in COMMANDS.items():
+        print(f"  {name:<8}{purpose}")
+    return 0 if asked_for_help else 2
