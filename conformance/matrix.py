@@ -20,7 +20,7 @@ from tests.export.model_shapes import Shape
 from unroll import bundle
 from unroll.bundle.operators import operators
 from unroll.export import ExportError, export
-from unroll.export.double import double_precision
+from unroll.export.float64 import double_precision
 from unroll.export.outputs import leaves
 from unroll.export.samples import Samples
 

@@ -22,14 +22,15 @@ from unroll import __version__, bundle
 from unroll.bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from unroll.bundle.files import check_name
 from unroll.bundle.golden import run_chunked
-from unroll.export import kept, onnx_graph, parity, probes, programs, refusals
-from unroll.export.carried import Carried
-from unroll.export.double import converted, double_precision
+from unroll.export import module_state, onnx_graph, parity, preconditions, probes, programs
+from unroll.export.carried_state import Carried
 from unroll.export.errors import ExportError, attempt
+from unroll.export.float64 import converted, double_precision
+from unroll.export.history import Place
 from unroll.export.inputs import check_arguments
+from unroll.export.module_state import Attribute
 from unroll.export.observe import find_kept, find_past, in_double, lift_model, observe
 from unroll.export.outputs import DTYPES, leaves
-from unroll.export.past import Place
 from unroll.export.precision import limit, reduce
 from unroll.export.report import Report
 from unroll.export.samples import Samples, as_tensors
@@ -71,10 +72,10 @@ def export(
     _check_target(repository, name, version, replace)
     progress("reading the model")
     module = programs.as_module(module, example_inputs)
-    refusals.check_modules(module)
+    preconditions.check_modules(module)
     model = _copy(module)
     example = {key: _detached(value) for key, value in example_inputs.items() if value is not None}
-    exact, stored = converted(model, torch.float64), refusals.precision(model)
+    exact, stored = converted(model, torch.float64), preconditions.precision(model)
     if stored != torch.float32:
         model, example = converted(model, torch.float32), _cast(example, stored)
     check_arguments(model, example)
@@ -83,10 +84,10 @@ def export(
 
     progress("running it as it is")
     own = attempt("the example", partial(_own_state, model, example))
-    kept.PutBack(model, own)
+    module_state.PutBack(model, own)
     tried = copy.deepcopy(model)
-    returned = attempt("the example", lambda: refusals.check_steady(lambda: tried(**example), own))
-    refusals.check_finite(leaves(returned))
+    returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), own))
+    preconditions.check_finite(leaves(returned))
     streaming, samples = lift_model(model, example, frozenset(static), state, batch_first)
     double = in_double(streaming, exact, samples)
     found = find_past(streaming, samples)
@@ -113,7 +114,7 @@ def export(
         reason = probes.why_not_over_long(served, samples, draft, probes.LONG * (16 if uncounted else 1))
     if own:
         if reason is not None:
-            raise kept.refusal(own)
+            raise module_state.refusal(own)
         _check_goes_on(exact, double, samples, draft, own)
     draft = dataclasses.replace(draft, streamable=reason is None, not_streamable_because=reason)
 
@@ -165,11 +166,11 @@ def _copy(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _own_state(model: nn.Module, example: dict[str, Any]) -> list[kept.Attribute]:
+def _own_state(model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
     other = example
     if not any(isinstance(value, PackedSequence) for value in example.values()):
         other = pytree.tree_map_only(Tensor, lambda tensor: tensor.flip([*range(tensor.dim())][:2]), example)
-    return kept.state_of(copy.deepcopy(model), example, other)
+    return module_state.state_of(copy.deepcopy(model), example, other)
 
 
 def _detached(value: Any) -> Any:
@@ -234,7 +235,7 @@ def _keep_past(
     double: StreamingModule,
     samples: Samples,
     found: list[Place | None],
-    own: list[kept.Attribute],
+    own: list[Attribute],
     output_names: list[str] | None,
 ) -> str | None:
     """Keep what layers that are not recurrent need of the past, as much as was `found`, if with it the model streams.
@@ -261,7 +262,7 @@ def _keep_past(
     return reason
 
 
-def _keep(attributes: dict[kept.Attribute, Carried], places: list[Place | None], *modules: StreamingModule) -> None:
+def _keep(attributes: dict[Attribute, Carried], places: list[Place | None], *modules: StreamingModule) -> None:
     for module in modules:
         module.kept, module.places = attributes, places
 
@@ -280,7 +281,7 @@ def _streams(
 
 
 def _check_same_as_original(
-    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[kept.Attribute]
+    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[Attribute]
 ) -> None:
     """The lifted copy, started from the initial state, must still be the user's model: both in float64."""
     for batch, time in ((3, 10), (2, 23)):
@@ -300,7 +301,7 @@ def _check_same_as_original(
 
 
 def _check_goes_on(
-    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[kept.Attribute]
+    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[Attribute]
 ) -> None:
     """The user's own module, which keeps a state of its `own` between calls, must go on as the bundle does."""
     inputs, rows = samples.draw(2, 10, seed=27), samples.begin(2, draft, seed=28)
@@ -316,7 +317,7 @@ def _check_goes_on(
         parts = [output.batch_major(piece[output.index][1]).numpy() for piece in pieces]
         found = np.concatenate(parts, 1) if output.time is not None else parts[-1]
         if not np.allclose(lifted[output.spec.name], found, rtol=1e-9, atol=1e-9):
-            raise kept.refusal(own)
+            raise module_state.refusal(own)
 
 
 def _notes(
@@ -324,12 +325,12 @@ def _notes(
     samples: Samples,
     dropped: list[str],
     precision: torch.dtype,
-    own: list[kept.Attribute],
+    own: list[Attribute],
 ) -> tuple[str, ...]:
     notes = [f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped]
     if own:
         notes.append(
-            f"what forward keeps in the module ({kept.described(own)}) is part of the state, each client's own"
+            f"what forward keeps in the module ({module_state.described(own)}) is part of the state, each client's own"
         )
     if precision != torch.float32:
         notes.append(f"the model is {str(precision).removeprefix('torch.')}, the bundle computes in float32")

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from unroll.bundle.manifest import RESERVED_NAMES
 from unroll.export.errors import ExportError
-from unroll.export.lift import Call
 from unroll.export.outputs import DTYPES
+from unroll.export.tape import Call
 
 #: Runs forward with these arguments and returns the calls its recurrent layers made.
 Record = Callable[[dict[str, Any]], list[Call]]

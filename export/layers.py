@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unroll.export import ops, packed
-from unroll.export.lift import Call, Part, Tape
+from unroll.export.tape import Call, Part, Tape
 
 #: The state of one call: for each layer, h (and c for an LSTM), each (directions, batch, hidden).
 Layers = list[tuple[Tensor, ...]]

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from unroll.bundle.golden import Arrays
 from unroll.bundle.manifest import RESERVED_NAMES
-from unroll.export import kept, packed
-from unroll.export.carried import Carried, handed_on
-from unroll.export.double import converted, double_precision
+from unroll.export import module_state, packed
+from unroll.export.carried_state import Carried, handed_on
 from unroll.export.errors import ExportError, attempt
+from unroll.export.float64 import converted, double_precision
+from unroll.export.history import Place, Watch, places
 from unroll.export.inputs import (
     StateArgument,
     check_inputs,
@@ -25,14 +26,13 @@ from unroll.export.inputs import (
     resized,
     state_arguments,
 )
-from unroll.export.kept import Attribute
 from unroll.export.layers import lift_layers, take_weights
-from unroll.export.lift import Call, Key, Layout, Tape, call_count
 from unroll.export.loops import lift_loops, refill
+from unroll.export.module_state import Attribute
 from unroll.export.outputs import final_states, leaves, parts, plan
-from unroll.export.past import Place, Watch, places
 from unroll.export.samples import Samples, as_tensors
 from unroll.export.streaming import Arguments, StreamingModule
+from unroll.export.tape import Call, Key, Layout, Tape, call_count
 
 
 def lift_model(
@@ -57,7 +57,7 @@ def lift_model(
             return attempt("the example", lambda: model(**resized(others, size, static, batch_first), **now))
 
         lift_loops(model, tape, run)
-        kept.put_back(model)  # loops were traced alone
+        module_state.put_back(model)  # loops were traced alone
     lift_layers(model, tape)
     take_weights(model, model)
     sequences = {name: pad_packed_sequence(value, batch_first=True) for name, value in packings.items()}
@@ -123,7 +123,7 @@ def _is_layers_own(model: nn.Module, tape: Tape, example: dict[str, Any], name: 
     pairs = [pair for call in tape.calls for pair in zip(call.asked, call.returned, strict=False)]
     given, found = pytree.tree_leaves(random), [returned[index][1] for index in parts(returned, output)]
     return len(given) == len(found) and all(
-        any(kept.same(asked, one) and kept.same(final, other) for asked, final in pairs)
+        any(module_state.same(asked, one) and module_state.same(final, other) for asked, final in pairs)
         for one, other in zip(given, found, strict=True)
     )
 
@@ -136,13 +136,13 @@ def find_kept(streaming: StreamingModule, state: list[Attribute], samples: Sampl
     for batch, time in ((2, 6), (3, 6), (2, 9)):
         tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
         _, calls = attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
-        values = [kept.left_by(streaming.model, attribute) for attribute in state]
+        values = [module_state.left_by(streaming.model, attribute) for attribute in state]
         # What a recurrent layer returned as its state is in the row anyway.
         returned = [tensor for call in calls for tensor in call.returned]
         left.append([None if _is_among(value, returned) else value for value in values])
     found = {}
     for attribute, found_there in zip(state, zip(*left, strict=True), strict=True):
-        first = kept.first_of(streaming.model, attribute)
+        first = module_state.first_of(streaming.model, attribute)
         if carried := Carried.of_attribute(".".join(filter(None, attribute)), first, list(found_there)):
             found[attribute] = carried
     return found
@@ -150,7 +150,7 @@ def find_kept(streaming: StreamingModule, state: list[Attribute], samples: Sampl
 
 def _is_among(value: Any, tensors: list[Tensor]) -> bool:
     leaves = pytree.tree_leaves(value)
-    return all(isinstance(leaf, Tensor) and any(kept.same(leaf, one) for one in tensors) for leaf in leaves)
+    return all(isinstance(leaf, Tensor) and any(module_state.same(leaf, one) for one in tensors) for leaf in leaves)
 
 
 def _arrays(tensors: dict[str, Tensor]) -> Arrays:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from unroll.bundle import TensorSpec
 from unroll.bundle.manifest import Dtype
 from unroll.export.errors import ExportError
-from unroll.export.lift import Call
+from unroll.export.tape import Call
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32",

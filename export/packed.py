@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
-from unroll.export.lift import Tape, count_up
+from unroll.export.tape import Tape, count_up
 
 _TAPE: ContextVar[Tape] = ContextVar("unroll_tape")
 

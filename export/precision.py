@@ -23,8 +23,8 @@ from unroll.bundle.manifest import Precision
 from unroll.bundle.operators import operators
 from unroll.export import probes
 from unroll.export.errors import ExportError, first_line
+from unroll.export.log_filter import quiet
 from unroll.export.onnx_graph import onnx_runner
-from unroll.export.quiet import quiet
 from unroll.export.samples import Samples, as_tensors
 from unroll.export.streaming import StreamingModule
 

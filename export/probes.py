@@ -8,7 +8,7 @@ import numpy as np
 
 from unroll.bundle import Manifest, RunFunction
 from unroll.bundle.golden import Arrays, run_chunked
-from unroll.export.culprit import find_culprit
+from unroll.export.divergence import find_culprit
 from unroll.export.errors import ExportError
 from unroll.export.samples import Samples
 from unroll.export.streaming import StreamingModule

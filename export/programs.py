@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, first_line
+from unroll.export.log_filter import quiet
 from unroll.export.outputs import leaves
-from unroll.export.quiet import quiet
 
 _LAYERS: dict[Any, tuple[Any, dict[str, Any]]] = {
     torch.ops.aten.lstm.input: (nn.LSTM, {}),

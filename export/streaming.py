@@ -12,17 +12,17 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils import _pytree as pytree
 
 from unroll.bundle.golden import Arrays, RunFunction
-from unroll.export import kept, ops, packed
-from unroll.export.carried import Carried
-from unroll.export.double import double_precision
+from unroll.export import module_state, ops, packed
+from unroll.export.carried_state import Carried
+from unroll.export.dataflow import Taint
 from unroll.export.errors import ExportError, attempt
+from unroll.export.float64 import double_precision
+from unroll.export.history import Keep, Place, Watch
 from unroll.export.inputs import StateArgument
-from unroll.export.kept import Attribute
-from unroll.export.lift import Call, Layout, Part, Tape
+from unroll.export.module_state import Attribute
 from unroll.export.outputs import Output, leaves, parts
-from unroll.export.past import Keep, Place, Watch
 from unroll.export.samples import as_tensors
-from unroll.export.taint import Taint
+from unroll.export.tape import Call, Layout, Part, Tape
 
 Named = list[tuple[str, Tensor]]
 
@@ -65,7 +65,7 @@ class StreamingModule(nn.Module):
         #: Where forward reaches into the past beside its recurrent layers, if that is to be kept; and what finds out.
         self.places: list[Place | None] = []
         self.watch: Watch | None = None
-        #: The attributes of modules that forward leaves to its next call, if they are to be kept: see `carried`.
+        #: The attributes of modules that forward leaves to its next call, if they are to be kept: see `carried_state`.
         self.kept: dict[Attribute, Carried] = {}
 
     @property
@@ -123,7 +123,7 @@ class StreamingModule(nn.Module):
                     "forward packs sequences with lengths that it computes; take the lengths as an argument",
                 )
         except BaseException:
-            kept.put_back(self.model)
+            module_state.put_back(self.model)
             raise
         finally:
             self.tape.start(None, None)
@@ -160,7 +160,7 @@ class StreamingModule(nn.Module):
             tensors = [returned[index][1] for index in parts(returned, output)]
             carried.leave(self.tape, rows[carried], tensors, batch, time)
         for (path, name), carried in self.kept.items():
-            tensors = pytree.tree_leaves(kept.left_by(self.model, (path, name)))
+            tensors = pytree.tree_leaves(module_state.left_by(self.model, (path, name)))
             carried.leave(self.tape, rows[carried], tensors, batch, time)
         return returned
 

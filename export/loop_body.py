@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from unroll.export.quiet import quiet
+from unroll.export.log_filter import quiet
 
 #: Tensors out of nothing: where they are made says nothing about a loop.
 _CREATED = {

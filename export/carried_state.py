@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, attempt
 from unroll.export.inputs import StateArgument, alike_rows
-from unroll.export.lift import Call, Part, Tape, fits_row
 from unroll.export.outputs import leaves, parts
 from unroll.export.scan import Axes
+from unroll.export.tape import Call, Part, Tape, fits_row
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -61,7 +61,7 @@ class Tape:
     def __init__(self) -> None:
         #: Calls whose initial state forward computes from the inputs: not one for all.
         self.computed: frozenset[Key] = frozenset()
-        #: Of the last pass that asked: the calls whose initial state was one of `taint`.
+        #: Of the last pass that asked: the calls whose initial state was in `taint`.
         self.tainted: set[Key] = set()
         self.start(None, None)
 
@@ -72,7 +72,7 @@ class Tape:
         self.calls: list[Call] = []
         #: What forward packs a sequence with: the rows' lengths, and the time steps there are.
         self.lengths: list[tuple[Tensor, int]] = []
-        #: Tensors that are computed from the inputs, if that is asked: see `taint`.
+        #: Tensors that are computed from the inputs, if that is asked: see `dataflow`.
         self.taint: Container[Tensor] = ()
         #: Was a layer given one sequence without a batch axis?
         self.unbatched = False
@@ -138,7 +138,7 @@ def call_count(path: str) -> ExportError:
 
 
 def count_up(count: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-    """torch.arange, for within forward: there that name is taken for the user's own, see `past`."""
+    """torch.arange, for within forward: there that name is taken for the user's own, see `history`."""
     return torch.ops.aten.arange.default(count, dtype=dtype)
 
 

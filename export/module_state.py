@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from unroll.export.dataflow import Taint
 from unroll.export.errors import ExportError
 from unroll.export.outputs import leaves
-from unroll.export.taint import Taint
 
 #: (path of a module, name of its attribute)
 Attribute = tuple[str, str]
