@@ -27,13 +27,13 @@ from unroll.export.carried_state import Carried
 from unroll.export.errors import ExportError, attempt
 from unroll.export.float64 import converted, double_precision
 from unroll.export.history import Place
-from unroll.export.inputs import check_arguments
 from unroll.export.module_state import Attribute
 from unroll.export.observe import find_kept, find_past, in_double, lift_model, observe
-from unroll.export.outputs import DTYPES, leaves
 from unroll.export.precision import limit, reduce
 from unroll.export.report import Report
-from unroll.export.samples import Samples, as_tensors
+from unroll.export.signature.arguments import check_arguments
+from unroll.export.signature.outputs import DTYPES, leaves
+from unroll.export.signature.samples import Samples, as_tensors
 from unroll.export.streaming import StreamingModule, torch_runner
 
 Progress = Callable[[str], None]

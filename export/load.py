@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unroll.export.errors import ExportError, first_line
-from unroll.export.outputs import DTYPES
+from unroll.export.signature.outputs import DTYPES
 from unroll.models.checkpoint import CheckpointError
 from unroll.models.stacked_rnn import StackedRNN
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.dataflow import Taint
 from unroll.export.errors import ExportError
-from unroll.export.outputs import leaves
+from unroll.export.signature.outputs import leaves
 
 #: (path of a module, name of its attribute)
 Attribute = tuple[str, str]

@@ -18,19 +18,13 @@ from unroll.export.carried_state import Carried, handed_on
 from unroll.export.errors import ExportError, attempt
 from unroll.export.float64 import converted, double_precision
 from unroll.export.history import Place, Watch, places
-from unroll.export.inputs import (
-    StateArgument,
-    check_inputs,
-    check_static,
-    length_arguments,
-    resized,
-    state_arguments,
-)
 from unroll.export.layers import lift_layers, take_weights
 from unroll.export.loops import lift_loops, refill
 from unroll.export.module_state import Attribute
-from unroll.export.outputs import final_states, leaves, parts, plan
-from unroll.export.samples import Samples, as_tensors
+from unroll.export.recurrent_arguments import length_arguments, state_arguments
+from unroll.export.signature.arguments import StateArgument, check_inputs, check_static, resized
+from unroll.export.signature.outputs import leaves, parts, plan
+from unroll.export.signature.samples import Samples, as_tensors
 from unroll.export.streaming import Arguments, StreamingModule
 from unroll.export.tape import Call, Key, Layout, Tape, call_count
 
@@ -204,7 +198,7 @@ def observe(
         named, calls = attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
         frames[batch, time], calls_at[batch, time] = named, calls
     streaming.layout = double.layout = _layout(calls_at)
-    dropped = final_states([tensor for _, tensor in frames[2, 6]], calls_at[2, 6])
+    dropped = _final_states([tensor for _, tensor in frames[2, 6]], calls_at[2, 6])
     names = [name for name, _ in frames[2, 6]]
     for _, output in streaming.arguments.carried.values():
         dropped |= set(parts(frames[2, 6], output))
@@ -213,6 +207,16 @@ def observe(
     streaming.outputs = double.outputs = plan(frames, dropped, output_names)
     _check_names(streaming)
     return _initial_row(double, samples), [names[index] or "y" for index in sorted(dropped)]
+
+
+def _final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:
+    """Positions of the tensors that are a layer's final state itself, as the layer returned it."""
+    states = [state for call in calls for state in call.returned]
+    return {
+        index
+        for index, tensor in enumerate(tensors)
+        if any(tensor is s or (tensor.data_ptr() == s.data_ptr() and tensor.shape == s.shape) for s in states)
+    }
 
 
 def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:

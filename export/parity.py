@@ -8,7 +8,7 @@ from unroll.bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction,
 from unroll.bundle.golden import run_chunked
 from unroll.export.errors import ExportError
 from unroll.export.probes import random_chunks
-from unroll.export.samples import Samples
+from unroll.export.signature.samples import Samples
 
 _GOLDEN_BYTES = 64 * 1024
 

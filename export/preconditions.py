@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unroll.export.errors import ExportError
 from unroll.export.module_state import Attribute, refusal, same
-from unroll.export.outputs import leaves
+from unroll.export.signature.outputs import leaves
 
 #: A bundle's graph is one protobuf message, of less than 2 GiB.
 _LARGEST = 2**31 - 2**24

@@ -10,7 +10,7 @@ from unroll.bundle import Manifest, RunFunction
 from unroll.bundle.golden import Arrays, run_chunked
 from unroll.export.divergence import find_culprit
 from unroll.export.errors import ExportError
-from unroll.export.samples import Samples
+from unroll.export.signature.samples import Samples
 from unroll.export.streaming import StreamingModule
 
 #: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, first_line
 from unroll.export.log_filter import quiet
-from unroll.export.outputs import leaves
+from unroll.export.signature.outputs import leaves
 
 _LAYERS: dict[Any, tuple[Any, dict[str, Any]]] = {
     torch.ops.aten.lstm.input: (nn.LSTM, {}),

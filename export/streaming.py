@@ -18,10 +18,10 @@ from unroll.export.dataflow import Taint
 from unroll.export.errors import ExportError, attempt
 from unroll.export.float64 import double_precision
 from unroll.export.history import Keep, Place, Watch
-from unroll.export.inputs import StateArgument
 from unroll.export.module_state import Attribute
-from unroll.export.outputs import Output, leaves, parts
-from unroll.export.samples import as_tensors
+from unroll.export.signature.arguments import StateArgument
+from unroll.export.signature.outputs import Output, leaves, parts
+from unroll.export.signature.samples import as_tensors
 from unroll.export.tape import Call, Layout, Part, Tape
 
 Named = list[tuple[str, Tensor]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unroll.export import ExportError, export
 from unroll.export.probes import random_chunks
-from unroll.export.samples import Samples, states
+from unroll.export.signature.samples import Samples, states
 from unroll.export.tracing import _suspects
 
 GUARD = (

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from unroll.bundle import TensorSpec
 from unroll.bundle.manifest import Dtype
 from unroll.export.errors import ExportError
-from unroll.export.tape import Call
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32",
@@ -68,16 +67,6 @@ def parts(named: list[tuple[str, Tensor]], whole: str) -> list[int]:
     """Which of the tensors are the output called `whole`, or what is in it."""
     exact = [index for index, (name, _) in enumerate(named) if name == whole]
     return exact or [index for index, (name, _) in enumerate(named) if name.startswith(whole + "_")]
-
-
-def final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:
-    """Positions of the tensors that are a layer's final state itself, as the layer returned it."""
-    states = [state for call in calls for state in call.returned]
-    return {
-        index
-        for index, tensor in enumerate(tensors)
-        if any(tensor is s or (tensor.data_ptr() == s.data_ptr() and tensor.shape == s.shape) for s in states)
-    }
 
 
 def plan(

@@ -1,7 +1,6 @@
-"""Sorts forward's arguments: inputs of every time step, states handed straight to a recurrent layer, and lengths."""
+"""The arguments of forward: what they must be, and the example in other sizes."""
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.bundle.manifest import RESERVED_NAMES
 from unroll.export.errors import ExportError
-from unroll.export.outputs import DTYPES
-from unroll.export.tape import Call
-
-#: Runs forward with these arguments and returns the calls its recurrent layers made.
-Record = Callable[[dict[str, Any]], list[Call]]
+from unroll.export.signature.outputs import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,35 +54,6 @@ def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:
                 raise ExportError("dtype", f"input {name!r} is {leaf.dtype}; use float32, int64, int32 or bool")
 
 
-def state_arguments(example: dict[str, Any], record: Record, unbatched: bool) -> dict[str, StateArgument]:
-    """The arguments that reach a recurrent layer as its initial state, value by value, and nothing else does.
-
-    Found by putting random values in their place. Raises ExportError(initial_state) if such a state is not the
-    same for all rows: it becomes the model's initial state, which has one row.
-    """
-    found = {}
-    for name, value in example.items():
-        tensors, structure = pytree.tree_flatten(value)
-        if (
-            not tensors
-            or isinstance(value, PackedSequence)
-            or not all(tensor.is_floating_point() for tensor in tensors)
-        ):
-            continue
-        random = [
-            torch.randn(tensor.shape, generator=torch.Generator().manual_seed(7)) + i
-            for i, tensor in enumerate(tensors)
-        ]
-        calls = record(example | {name: pytree.tree_unflatten(random, structure)})
-        asked = torch.cat([tensor.flatten() for call in calls for tensor in call.asked] or [torch.empty(0)])
-        if all(torch.isin(tensor, asked).all() for tensor in random):
-            axes = () if unbatched else tuple(_row_axis(name, tensor, calls[0].batch) for tensor in tensors)
-            found[name] = StateArgument(tuple(tensors), axes, structure)
-    if example and len(found) == len(example):
-        raise ExportError("input", "every input is an initial state; give an example of what arrives at each time step")
-    return found
-
-
 def alike_rows(tensor: Tensor, batch: int) -> list[int]:
     """The axes along which a tensor may be a batch of rows that are all alike."""
     return [
@@ -95,31 +61,6 @@ def alike_rows(tensor: Tensor, batch: int) -> list[int]:
         for axis in range(tensor.dim())
         if tensor.shape[axis] == batch and torch.equal(tensor, tensor.narrow(axis, 0, 1).expand_as(tensor))
     ]
-
-
-def _row_axis(name: str, tensor: Tensor, batch: int) -> int:
-    if axes := alike_rows(tensor, batch):
-        return 1 if 1 in axes else axes[0]
-    raise ExportError(
-        "initial_state",
-        f"input {name!r} is the initial state of a recurrent layer, and its rows differ; give the one state that a "
-        "new client starts from in every row, or leave it out",
-    )
-
-
-def length_arguments(example: dict[str, Any], packed_with: Callable[[dict[str, Any]], list[Tensor]]) -> frozenset[str]:
-    """The arguments that forward packs its sequences with: other values there are the lengths it packs with.
-
-    packed_with: runs forward with these arguments, and returns the lengths.
-    """
-    found = set()
-    for name, value in example.items():
-        if isinstance(value, Tensor) and value.dim() == 1 and value.dtype in {torch.int64, torch.int32}:
-            other = torch.arange(1, len(value) + 1).clamp(max=int(value.max())).to(value.dtype)
-            lengths = packed_with(example | {name: other})
-            if lengths and all(torch.equal(one, other.long()) for one in lengths):
-                found.add(name)
-    return frozenset(found)
 
 
 def check_static(static: dict[str, Any], batch: int, unbatched: bool) -> dict[str, Tensor]:
