@@ -22,11 +22,12 @@ from unroll import __version__, bundle
 from unroll.bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from unroll.bundle.files import check_name
 from unroll.bundle.golden import run_chunked
-from unroll.export import module_state, onnx_graph, parity, preconditions, probes, programs
+from unroll.export import module_state, onnx_graph, parity, preconditions, probes
 from unroll.export.carried_state import Carried
 from unroll.export.errors import ExportError, attempt
 from unroll.export.float64 import converted, double_precision
 from unroll.export.history import Place
+from unroll.export.loading import programs
 from unroll.export.module_state import Attribute
 from unroll.export.observe import find_kept, find_past, in_double, lift_model, observe
 from unroll.export.precision import limit, reduce

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from unroll import bundle, cli
-from unroll.export.load import InputSpec, examples, from_factory
+from unroll.export.loading.example_inputs import InputSpec, examples
+from unroll.export.loading.user_code import from_factory
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 SOURCE = """
