@@ -20,7 +20,7 @@ from tests.export.model_shapes import Shape
 from unroll import bundle
 from unroll.bundle.operators import operators
 from unroll.export import ExportError, export
-from unroll.export.float64 import double_precision
+from unroll.export.lifting.float64 import double_precision
 from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unroll.bundle.golden import Arrays
-from unroll.export.streaming import StreamingModule, torch_runner
+from unroll.export.lifting.streaming import StreamingModule, torch_runner
 
 #: What each call of a leaf module received and gave, in order of execution.
 Trace = list[tuple[str, list[Tensor], list[Tensor]]]

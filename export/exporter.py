@@ -22,20 +22,21 @@ from unroll import __version__, bundle
 from unroll.bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from unroll.bundle.files import check_name
 from unroll.bundle.golden import run_chunked
-from unroll.export import module_state, onnx_graph, parity, preconditions, probes
-from unroll.export.carried_state import Carried
+from unroll.export import onnx_graph, parity, preconditions, probes
 from unroll.export.errors import ExportError, attempt
-from unroll.export.float64 import converted, double_precision
-from unroll.export.history import Place
+from unroll.export.lifting import module_state
+from unroll.export.lifting.carried_state import Carried
+from unroll.export.lifting.float64 import converted, double_precision
+from unroll.export.lifting.history import Place
+from unroll.export.lifting.module_state import Attribute
+from unroll.export.lifting.observe import find_kept, find_past, in_double, lift_model, observe
+from unroll.export.lifting.streaming import StreamingModule, torch_runner
 from unroll.export.loading import programs
-from unroll.export.module_state import Attribute
-from unroll.export.observe import find_kept, find_past, in_double, lift_model, observe
 from unroll.export.precision import limit, reduce
 from unroll.export.report import Report
 from unroll.export.signature.arguments import check_arguments
 from unroll.export.signature.outputs import DTYPES, leaves
 from unroll.export.signature.samples import Samples, as_tensors
-from unroll.export.streaming import StreamingModule, torch_runner
 
 Progress = Callable[[str], None]
 

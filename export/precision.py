@@ -23,10 +23,10 @@ from unroll.bundle.manifest import Precision
 from unroll.bundle.operators import operators
 from unroll.export import probes
 from unroll.export.errors import ExportError, first_line
+from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.log_filter import quiet
 from unroll.export.onnx_graph import onnx_runner
 from unroll.export.signature.samples import Samples, as_tensors
-from unroll.export.streaming import StreamingModule
 
 #: What onnxruntime computes with integers on the CPU. Its GRU and RNN it does not, and an embedding gains nothing.
 _INTEGER = ["LSTM", "MatMul"]

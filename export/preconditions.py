@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unroll.export.errors import ExportError
-from unroll.export.module_state import Attribute, refusal, same
+from unroll.export.lifting.module_state import Attribute, refusal, same
 from unroll.export.signature.outputs import leaves
 
 #: A bundle's graph is one protobuf message, of less than 2 GiB.

@@ -7,7 +7,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from unroll.export.errors import ExportError
-from unroll.export.streaming import StreamingModule
+from unroll.export.lifting.streaming import StreamingModule
 
 #: (batch, time) pairs to be compared with PyTorch.
 Suspects = list[tuple[int, int]]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from unroll.export.cell_matching import Recipe, recognised
 from unroll.export.errors import ExportError, first_line
-from unroll.export.loop_body import Step, find_steps, traced
-from unroll.export.scan import Axes, Scan
-from unroll.export.tape import Call, Part, Tape
+from unroll.export.lifting.cell_matching import Recipe, recognised
+from unroll.export.lifting.loop_body import Step, find_steps, traced
+from unroll.export.lifting.scan import Axes, Scan
+from unroll.export.lifting.tape import Call, Part, Tape
 
 #: Runs forward on the example, resized to a batch size and a length.
 Resized = Callable[[tuple[int, int]], Any]

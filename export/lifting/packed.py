@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
-from unroll.export.tape import Tape, count_up
+from unroll.export.lifting.tape import Tape, count_up
 
 _TAPE: ContextVar[Tape] = ContextVar("unroll_tape")
 
@@ -77,12 +77,12 @@ def pad(sequence: PackedSequence, batch_first: bool, value: float, total_length:
 
 # The bodies that PyTorch's functions get. They run with the names of PyTorch's module, so they import what they need.
 def _pack_code(input, lengths, batch_first=False, enforce_sorted=True):  # type: ignore[no-untyped-def]
-    from unroll.export.packed import pack
+    from unroll.export.lifting.packed import pack
 
     return pack(input, lengths, batch_first)
 
 
 def _pad_code(sequence, batch_first=False, padding_value=0.0, total_length=None):  # type: ignore[no-untyped-def]
-    from unroll.export.packed import pad
+    from unroll.export.lifting.packed import pad
 
     return pad(sequence, batch_first, padding_value, total_length)

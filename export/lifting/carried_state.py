@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, attempt
-from unroll.export.scan import Axes
+from unroll.export.lifting.scan import Axes
+from unroll.export.lifting.tape import Call, Part, Tape, fits_row
 from unroll.export.signature.arguments import StateArgument, alike_rows
 from unroll.export.signature.outputs import leaves, parts
-from unroll.export.tape import Call, Part, Tape, fits_row
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,17 +12,17 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils import _pytree as pytree
 
 from unroll.bundle.golden import Arrays, RunFunction
-from unroll.export import module_state, ops, packed
-from unroll.export.carried_state import Carried
-from unroll.export.dataflow import Taint
 from unroll.export.errors import ExportError, attempt
-from unroll.export.float64 import double_precision
-from unroll.export.history import Keep, Place, Watch
-from unroll.export.module_state import Attribute
+from unroll.export.lifting import module_state, packed, recurrent_ops
+from unroll.export.lifting.carried_state import Carried
+from unroll.export.lifting.dataflow import Taint
+from unroll.export.lifting.float64 import double_precision
+from unroll.export.lifting.history import Keep, Place, Watch
+from unroll.export.lifting.module_state import Attribute
+from unroll.export.lifting.tape import Call, Layout, Part, Tape
 from unroll.export.signature.arguments import StateArgument
 from unroll.export.signature.outputs import Output, leaves, parts
 from unroll.export.signature.samples import as_tensors
-from unroll.export.tape import Call, Layout, Part, Tape
 
 Named = list[tuple[str, Tensor]]
 
@@ -81,7 +81,7 @@ class StreamingModule(nn.Module):
         if not self.row_by_row:
             return self._run(state, sequence_lens, inputs)
         if torch.compiler.is_exporting():
-            with ops.OneByOne():
+            with recurrent_ops.OneByOne():
                 return torch.vmap(self._run_row)(state, sequence_lens, *inputs)
         lens = [None] * len(state) if sequence_lens is None else list(sequence_lens)
         rows = [self._run_row(*row) for row in zip(state, lens, *inputs, strict=True)]

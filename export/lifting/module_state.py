@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from unroll.export.dataflow import Taint
 from unroll.export.errors import ExportError
+from unroll.export.lifting.dataflow import Taint
 from unroll.export.signature.outputs import leaves
 
 #: (path of a module, name of its attribute)

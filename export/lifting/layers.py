@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from unroll.export import ops, packed
-from unroll.export.tape import Call, Part, Tape
+from unroll.export.lifting import packed, recurrent_ops
+from unroll.export.lifting.tape import Call, Part, Tape
 
 #: The state of one call: for each layer, h (and c for an LSTM), each (directions, batch, hidden).
 Layers = list[tuple[Tensor, ...]]
@@ -66,7 +66,7 @@ def take_weights(model: nn.Module, source: nn.Module) -> None:
         if isinstance(module, nn.RNNBase) and isinstance(original, nn.RNNBase):
             dtype = next(module.parameters()).dtype
             for layer in range(module.num_layers):
-                for name, weight in ops.layer_weights(original, _kind(module), layer).items():
+                for name, weight in recurrent_ops.layer_weights(original, _kind(module), layer).items():
                     module.register_buffer(f"onnx_{name}{layer}", weight.to(dtype), persistent=False)
 
 

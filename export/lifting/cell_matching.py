@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unroll.export.float64 import converted, double_precision
-from unroll.export.scan import Scan
+from unroll.export.lifting.float64 import converted, double_precision
+from unroll.export.lifting.scan import Scan
 
 _GATES: dict[Any, int] = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as higher_order_scan
 
-from unroll.export.loop_body import Step
-from unroll.export.tape import count_up, from_row, to_row
+from unroll.export.lifting.loop_body import Step
+from unroll.export.lifting.tape import count_up, from_row, to_row
 
 
 @dataclass(frozen=True, slots=True)

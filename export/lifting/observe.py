@@ -13,20 +13,20 @@ from torch.utils import _pytree as pytree
 
 from unroll.bundle.golden import Arrays
 from unroll.bundle.manifest import RESERVED_NAMES
-from unroll.export import module_state, packed
-from unroll.export.carried_state import Carried, handed_on
 from unroll.export.errors import ExportError, attempt
-from unroll.export.float64 import converted, double_precision
-from unroll.export.history import Place, Watch, places
-from unroll.export.layers import lift_layers, take_weights
-from unroll.export.loops import lift_loops, refill
-from unroll.export.module_state import Attribute
-from unroll.export.recurrent_arguments import length_arguments, state_arguments
+from unroll.export.lifting import module_state, packed
+from unroll.export.lifting.carried_state import Carried, handed_on
+from unroll.export.lifting.float64 import converted, double_precision
+from unroll.export.lifting.history import Place, Watch, places
+from unroll.export.lifting.layers import lift_layers, take_weights
+from unroll.export.lifting.loops import lift_loops, refill
+from unroll.export.lifting.module_state import Attribute
+from unroll.export.lifting.recurrent_arguments import length_arguments, state_arguments
+from unroll.export.lifting.streaming import Arguments, StreamingModule
+from unroll.export.lifting.tape import Call, Key, Layout, Tape, call_count
 from unroll.export.signature.arguments import StateArgument, check_inputs, check_static, resized
 from unroll.export.signature.outputs import leaves, parts, plan
 from unroll.export.signature.samples import Samples, as_tensors
-from unroll.export.streaming import Arguments, StreamingModule
-from unroll.export.tape import Call, Key, Layout, Tape, call_count
 
 
 def lift_model(

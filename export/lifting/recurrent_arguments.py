@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
+from unroll.export.lifting.tape import Call
 from unroll.export.signature.arguments import StateArgument, alike_rows
-from unroll.export.tape import Call
 
 #: Runs forward with these arguments and returns the calls its recurrent layers made.
 Record = Callable[[dict[str, Any]], list[Call]]
