@@ -11,8 +11,8 @@ from onnxscript import opset20 as op
 from unroll.bundle import CRASHING_OPTIMIZERS
 from unroll.bundle.golden import Arrays, RunFunction
 from unroll.export.errors import ExportError, first_line
+from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.streaming import StreamingModule
-from unroll.export.lifting.tape import Layout
 from unroll.export.log_filter import quiet
 from unroll.export.signature.samples import as_tensors
 from unroll.export.tracing import Suspects, trace

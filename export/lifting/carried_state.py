@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting.scan import Axes
-from unroll.export.lifting.tape import Call, Part, Tape, fits_row
+from unroll.export.lifting.state_row import fits_row
+from unroll.export.lifting.tape import Call, Part, Tape
 from unroll.export.signature.arguments import StateArgument, alike_rows
 from unroll.export.signature.outputs import leaves, parts
 

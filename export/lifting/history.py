@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from unroll.export.lifting.tape import Call, Part, Tape, count_up, fits_row, from_row, to_row
+from unroll.export.lifting.state_row import fits_row, from_row, to_row
+from unroll.export.lifting.tape import Call, Part, Tape, count_up
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from unroll.export.lifting.layers import lift_layers, take_weights
 from unroll.export.lifting.loops import lift_loops, refill
 from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.recurrent_arguments import length_arguments, state_arguments
+from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.streaming import Arguments, StreamingModule
-from unroll.export.lifting.tape import Call, Key, Layout, Tape, call_count
+from unroll.export.lifting.tape import Call, Key, Tape, call_count
 from unroll.export.signature.arguments import StateArgument, check_inputs, check_static, resized
 from unroll.export.signature.outputs import leaves, parts, plan
 from unroll.export.signature.samples import Samples, as_tensors

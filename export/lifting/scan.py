@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as higher_order_scan
 
 from unroll.export.lifting.loop_body import Step
-from unroll.export.lifting.tape import count_up, from_row, to_row
+from unroll.export.lifting.state_row import from_row, to_row
+from unroll.export.lifting.tape import count_up
 
 
 @dataclass(frozen=True, slots=True)

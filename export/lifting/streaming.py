@@ -19,7 +19,8 @@ from unroll.export.lifting.dataflow import Taint
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.lifting.history import Keep, Place, Watch
 from unroll.export.lifting.module_state import Attribute
-from unroll.export.lifting.tape import Call, Layout, Part, Tape
+from unroll.export.lifting.state_row import Layout
+from unroll.export.lifting.tape import Call, Part, Tape
 from unroll.export.signature.arguments import StateArgument
 from unroll.export.signature.outputs import Output, leaves, parts
 from unroll.export.signature.samples import as_tensors
