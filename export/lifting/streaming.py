@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.bundle.golden import Arrays, RunFunction
 from unroll.export.errors import ExportError, attempt
-from unroll.export.lifting import module_state, packed, recurrent_ops
+from unroll.export.lifting import module_state, packed, vmap_rules
 from unroll.export.lifting.carried_state import Carried
 from unroll.export.lifting.dataflow import Taint
 from unroll.export.lifting.float64 import double_precision
@@ -82,7 +82,7 @@ class StreamingModule(nn.Module):
         if not self.row_by_row:
             return self._run(state, sequence_lens, inputs)
         if torch.compiler.is_exporting():
-            with recurrent_ops.OneByOne():
+            with vmap_rules.OneByOne():
                 return torch.vmap(self._run_row)(state, sequence_lens, *inputs)
         lens = [None] * len(state) if sequence_lens is None else list(sequence_lens)
         rows = [self._run_row(*row) for row in zip(state, lens, *inputs, strict=True)]
