@@ -22,21 +22,25 @@ from unroll import __version__, bundle
 from unroll.bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from unroll.bundle.files import check_name
 from unroll.bundle.golden import run_chunked
-from unroll.export import onnx_graph, parity, preconditions, probes
 from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting import module_state
 from unroll.export.lifting.carried_state import Carried
 from unroll.export.lifting.float64 import converted, double_precision
 from unroll.export.lifting.history import Place
+from unroll.export.lifting.lift import in_double, lift_model
 from unroll.export.lifting.module_state import Attribute
-from unroll.export.lifting.observe import find_kept, find_past, in_double, lift_model, observe
+from unroll.export.lifting.observe import find_kept, find_past, observe
 from unroll.export.lifting.streaming import StreamingModule, torch_runner
 from unroll.export.loading import programs
-from unroll.export.precision import limit, reduce
+from unroll.export.onnx.graph import OPSET, to_onnx
+from unroll.export.onnx.index_limits import index_limits
+from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.report import Report
 from unroll.export.signature.arguments import check_arguments
 from unroll.export.signature.outputs import DTYPES, leaves
 from unroll.export.signature.samples import Samples, as_tensors
+from unroll.export.verification import parity, preconditions, probes
+from unroll.export.verification.reduced import limit, reduce
 
 Progress = Callable[[str], None]
 
@@ -97,9 +101,9 @@ def export(
     initial, dropped = observe(streaming, double, samples, output_names)
 
     progress("tracing it into ONNX")
-    graph, suspects = onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
+    graph, suspects = to_onnx(streaming, samples.draw(3, 5, seed=1))
     content = graph.SerializeToString()
-    served = onnx_graph.onnx_runner(content, streaming)
+    served = onnx_runner(content, streaming)
     samples = dataclasses.replace(samples, limits=_integer_limits(graph, streaming, samples))
     reference, single = torch_runner(double, double=True), torch_runner(streaming, double=False)
 
@@ -188,7 +192,7 @@ def _integer_limits(graph: onnx.ModelProto, streaming: StreamingModule, samples:
     """Raises ExportError(input) where neither an embedding nor the example gives more than one value to try."""
     given = samples.example | samples.static
     integers = {name: array for name, array in given.items() if array.dtype.kind == "i"}
-    limits = onnx_graph.index_limits(graph, streaming.layout)
+    limits = index_limits(graph, streaming.layout)
     for name, array in integers.items():
         if name not in limits and (array == array.flat[0]).all():
             raise ExportError("input", f"the example of {name!r} holds one value only; give the values it may take")
@@ -226,7 +230,7 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
             "unroll": __version__,
-            "opset": str(onnx_graph.OPSET),
+            "opset": str(OPSET),
         },
         static=static,
     )
@@ -255,7 +259,7 @@ def _keep_past(
             if not streaming.row_by_row:
                 return None
             try:
-                onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
+                to_onnx(streaming, samples.draw(3, 5, seed=1))
             except ExportError as error:
                 reason = f"it counts time steps, and that could not be traced ({error})"
                 break

@@ -134,7 +134,7 @@ def test_refused(folder: Path, capsys, arguments: tuple[str, ...], code: int, sa
 
 
 def test_nothing_is_written_when_parity_fails(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unroll.export.parity._tolerance", lambda own, expected: 0.0)
+    monkeypatch.setattr("unroll.export.verification.parity._tolerance", lambda own, expected: 0.0)
     assert run("usermodel:Net", *TOKEN, "--name", "n", "--repository", "out") == 1
     assert "parity: " in capsys.readouterr().err
     assert not (folder / "out").exists()

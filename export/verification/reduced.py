@@ -1,35 +1,23 @@
-"""A proven graph in reduced precision: float16 for GPUs, integers for the CPU. Its error is measured and stated.
-
-Inputs, outputs and the state row stay float32. Nothing is reduced unless it is asked for.
-"""
+"""A graph in reduced precision: its error is measured, and stated as the manifest's tolerance."""
 
 import copy
-import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from unroll.bundle import Golden, Manifest, Parity, RunFunction
 from unroll.bundle.golden import Arrays, run_chunked
 from unroll.bundle.manifest import Precision
-from unroll.bundle.operators import operators
-from unroll.export import probes
 from unroll.export.errors import ExportError, first_line
 from unroll.export.lifting.streaming import StreamingModule
-from unroll.export.log_filter import quiet
-from unroll.export.onnx_graph import onnx_runner
+from unroll.export.onnx.precision import reduced_graph
+from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.signature.samples import Samples, as_tensors
-
-#: What onnxruntime computes with integers on the CPU. Its GRU and RNN it does not, and an embedding gains nothing.
-_INTEGER = ["LSTM", "MatMul"]
+from unroll.export.verification import probes
 
 #: Another processor, or other rows beside it, may round otherwise than those that were measured.
 _MARGIN = 2.0
@@ -52,7 +40,7 @@ def reduce(
     The bound it states is twice what onnxruntime is off here, and in float16 at least 4 times what PyTorch itself is
     off in float16, since a GPU does not compute as the CPU does. Raises ExportError(precision).
     """
-    content = _CONVERT[precision](graph)
+    content = reduced_graph(graph, precision)
     try:
         served = onnx_runner(content, streaming)
         measured = _error(served, reference, golden, samples, manifest)
@@ -92,28 +80,6 @@ def limit(manifest: Manifest, most: float | None) -> Manifest:
 
 def _entry(entry: Parity, measured: float, bound: float) -> Parity:
     return replace(entry, onnxruntime=measured, tolerance=max(bound, entry.tolerance))
-
-
-def _float16(graph: onnx.ModelProto) -> bytes:
-    with quiet():
-        return convert_float_to_float16(copy.deepcopy(graph), keep_io_types=True).SerializeToString()
-
-
-def _int8(graph: onnx.ModelProto) -> bytes:
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        path = Path(folder) / "int8.onnx"
-        # Unsigned weights: products of signed ones overflow on processors without VNNI.
-        quantize_dynamic(copy.deepcopy(graph), path, op_types_to_quantize=_INTEGER, weight_type=QuantType.QUInt8)
-        content = path.read_bytes()
-    if not any("Quantize" in name or "Integer" in name for name in operators(content)):
-        found = ", ".join(operators(graph.SerializeToString()))
-        raise ExportError(
-            "precision", f"int8: onnxruntime has integer LSTM and MatMul, and the model has neither ({found})"
-        )
-    return content
-
-
-_CONVERT: dict[str, Callable[[onnx.ModelProto], bytes]] = {"float16": _float16, "int8": _int8}
 
 
 def _half_runner(streaming: StreamingModule) -> RunFunction:

@@ -8,10 +8,10 @@ import numpy as np
 
 from unroll.bundle import Manifest, RunFunction
 from unroll.bundle.golden import Arrays, run_chunked
-from unroll.export.divergence import find_culprit
 from unroll.export.errors import ExportError
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.signature.samples import Samples
+from unroll.export.verification.divergence import find_culprit
 
 #: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.
 _CLOSE = 1e-9

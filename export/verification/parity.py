@@ -7,8 +7,8 @@ import numpy as np
 from unroll.bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, replay
 from unroll.bundle.golden import run_chunked
 from unroll.export.errors import ExportError
-from unroll.export.probes import random_chunks
 from unroll.export.signature.samples import Samples
+from unroll.export.verification.probes import random_chunks
 
 _GOLDEN_BYTES = 64 * 1024
 
