@@ -20,7 +20,7 @@ from unroll.service.core.errors import InvalidRequest, InvalidShape, SessionAway
 from unroll.service.engine.base import Tensors
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
-from unroll.service.scheduler.work import Reply
+from unroll.service.scheduler.reply import Reply
 from unroll.service.store.record import Origin
 
 HEADER_LENGTH = b"inference-header-content-length"

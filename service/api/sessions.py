@@ -19,7 +19,7 @@ from unroll.service.core.errors import (
     NonFiniteInput,
     SessionExists,
 )
-from unroll.service.scheduler.work import Session
+from unroll.service.scheduler.session import Session
 from unroll.service.state.slots import INITIAL
 from unroll.service.state.snapshot import Snapshot
 

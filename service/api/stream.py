@@ -42,7 +42,9 @@ from unroll.service.core.errors import (
 from unroll.service.engine.base import Tensors
 from unroll.service.protocol import json
 from unroll.service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
-from unroll.service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session
+from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
+from unroll.service.scheduler.reply import Outcome
+from unroll.service.scheduler.session import Cohort, Life, Session
 
 T = TypeVar("T")
 

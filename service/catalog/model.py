@@ -28,11 +28,12 @@ from unroll.service.engine.curve import Curve, measure
 from unroll.service.engine.place import EngineOptions, Place, Precision, place
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.session import Session
 from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Batch, Session
 from unroll.service.state.slots import INITIAL, SCRATCH
 from unroll.service.store.base import Store
 from unroll.service.store.record import ID_BYTES, Gone, Origin, Record

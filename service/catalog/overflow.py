@@ -14,7 +14,7 @@ import structlog
 from unroll.service.catalog.model import ModelOptions, ServedModel, home
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
-from unroll.service.scheduler.work import Session
+from unroll.service.scheduler.session import Session
 from unroll.service.store import state_file
 from unroll.service.store.base import Commit, Key, Store, Tokens
 from unroll.service.store.record import Record

@@ -6,7 +6,9 @@ import numpy as np
 
 from unroll.bundle import TensorSpec
 from unroll.service.engine.base import Tensors
-from unroll.service.scheduler.work import Applied, Reply, Result, Session, payload_digest
+from unroll.service.scheduler.chunk import PendingCommit
+from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
+from unroll.service.scheduler.session import Session
 from unroll.service.state.last_steps import LastSteps
 from unroll.service.store.record import Kept, pack_last
 
@@ -22,21 +24,21 @@ class Records:
         """The chunks of a session that can be asked for again. It is looked at by itself."""
         return tuple(map(_kept, self.applied(session)))
 
-    def applied(self, session: Session) -> tuple[Applied, ...]:
+    def applied(self, session: Session) -> tuple[AppliedChunk, ...]:
         if not session.stepped or self._last_steps is None:
             return session.applied
         reply = Reply(self._last_steps.answer(session.slot), session.position)
-        return (Applied(session.position - 1, payload_digest(self._last_steps.payload(session.slot)), reply),)
+        return (AppliedChunk(session.position - 1, payload_digest(self._last_steps.payload(session.slot)), reply),)
 
-    def last_after(self, result: Result) -> bytes:
+    def last_after(self, result: PendingCommit) -> bytes:
         """What can be asked for again of a durable session when this is applied."""
         chunk, session = result.chunk, result.session
         new = Kept(chunk.start, chunk.length, payload_digest(chunk.inputs), _bytes(result.outputs))
         before = map(_kept, session.applied) if session.depth > 1 else ()
         return pack_last(session.depth, (*before, new)[-session.depth :])
 
-    def read(self, kept: Iterable[Kept]) -> tuple[Applied, ...]:
-        return tuple(Applied(k.start, k.digest, Reply(self._tensors(k), k.start + k.steps)) for k in kept)
+    def read(self, kept: Iterable[Kept]) -> tuple[AppliedChunk, ...]:
+        return tuple(AppliedChunk(k.start, k.digest, Reply(self._tensors(k), k.start + k.steps)) for k in kept)
 
     def _tensors(self, kept: Kept) -> Tensors:
         arrays, begin = [], 0
@@ -48,7 +50,7 @@ class Records:
         return tuple(arrays)
 
 
-def _kept(applied: Applied) -> Kept:
+def _kept(applied: AppliedChunk) -> Kept:
     return Kept(applied.start, applied.reply.position - applied.start, applied.digest, _bytes(applied.reply.outputs))
 
 

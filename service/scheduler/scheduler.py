@@ -42,25 +42,14 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.engine.base import Tensors
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, PendingCommit
 from unroll.service.scheduler.lanes import Lanes, Pace
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.scheduler.records import Records
+from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply, payload_digest
+from unroll.service.scheduler.session import Cohort, Life, Session, Work
 from unroll.service.scheduler.sessions import SessionLimits, SessionTable
-from unroll.service.scheduler.work import (
-    Action,
-    Applied,
-    Batch,
-    Chunk,
-    Cohort,
-    Group,
-    GroupReply,
-    Life,
-    Outcome,
-    Reply,
-    Result,
-    Session,
-    payload_digest,
-)
 from unroll.service.state.last_steps import LastSteps
 from unroll.service.state.slots import INITIAL, Slots
 from unroll.service.store.record import Origin, Record
@@ -97,7 +86,7 @@ class Scheduler:
         self.pace = Pace(limits)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
         self._actions: deque[Action] = deque()
-        self._results: list[Result] = []
+        self._results: list[PendingCommit] = []
         self._in_flight = 0
         self._waiting_steps = 0
 
@@ -133,7 +122,7 @@ class Scheduler:
         """A sequence from the initial state, or from the state in `row`, reached after `start` steps; inputs: each
         (time, *shape)."""
         chunk = Chunk(inputs, len(inputs[0]), deadline, start=start)
-        chunk.row = row
+        chunk.state_row = row
         self._admit(chunk, now)
         self._make_ready(chunk, now)
         return chunk
@@ -348,7 +337,7 @@ class Scheduler:
         failed: Mapping[int, UnrollError],
         now: float,
         seconds: float | None = None,
-    ) -> list[Result]:
+    ) -> list[PendingCommit]:
         """Take in what the engine made of each row: outputs (rows, longest, *shape), or (rows, *shape) without time.
 
         `seconds`: how long it took, for the estimate of waiting times. Returns what is to be put into the store, to be
@@ -379,7 +368,7 @@ class Scheduler:
         results, self._results = self._results, []
         return results
 
-    def committed(self, result: Result, token: bytes, error: UnrollError | None, now: float) -> None:
+    def committed(self, result: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
         """The store has it, as the commit of that token, or it could not be put there."""
         chunk, session = result.chunk, result.session
         assert session.durable is not None
@@ -450,7 +439,7 @@ class Scheduler:
             self._apply(chunk, outputs, now)
         else:
             chunk.running = True
-            self._results.append(Result(chunk, chunk.session, outputs))
+            self._results.append(PendingCommit(chunk, chunk.session, outputs))
 
     def _finish_group(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
         count = len(group.sessions)
@@ -621,10 +610,11 @@ class Scheduler:
         else:
             session.pending.append(work)
 
-    def _make_ready(self, work: Chunk | Group | Action, now: float) -> None:
+    def _make_ready(self, work: Work, now: float) -> None:
         if isinstance(work, Action):
             self._actions.append(work)
         else:
+            assert isinstance(work, Chunk | Group)
             self._lanes.put(work, now)
 
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
@@ -663,7 +653,7 @@ class Scheduler:
         if len(inputs[0]) == 1 and session.depth == 1 and self._last_steps is not None and not apart:
             session.stepped, session.applied = True, ()
         else:
-            applied = Applied(start, payload_digest(inputs), Reply(outputs, session.position).copy())
+            applied = AppliedChunk(start, payload_digest(inputs), Reply(outputs, session.position).copy())
             session.stepped, session.applied = False, (*session.applied, applied)[-session.depth :]
 
     def _settle(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
@@ -707,9 +697,7 @@ class Scheduler:
         """What the session counted on did not come: give what waits its new place, or fail what insists on the old."""
         expected = session.position
         for work in session.queue():
-            if isinstance(work, Action):
-                continue
-            if isinstance(work, Group):
+            if not isinstance(work, Chunk):
                 expected += work.length
             elif work.pinned and work.start != expected:
                 gap = f"the session is at {expected}, the chunk begins at {work.start}"
@@ -725,7 +713,7 @@ class Scheduler:
         else:
             self._fail(chunk, why, now)
 
-    def _close(self, session: Session, now: float, last: Applied | None = None) -> None:
+    def _close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
         waiting = session.queue()
         active = session.active
         running = isinstance(active, Chunk) and active.running
@@ -755,12 +743,11 @@ class Scheduler:
         chunks = [work for work in waiting if isinstance(work, Chunk)]
         for cohort in self.sessions.cohorts:
             assert cohort.active is None or cohort.active in waiting, cohort
+            assert cohort.active is None or (isinstance(cohort.active, Group) and cohort.active.cohort is cohort)
         for session in (session for session in self.sessions if session.cohort is None):
             ready = [work for work in waiting if work is session.active]
             assert len(ready) <= 1, f"{session!r} has two pieces of work ready"
-            assert session.expected == session.position + sum(
-                work.length for work in session.queue() if not isinstance(work, Action)
-            ), session
+            assert session.expected == session.position + sum(work.length for work in session.queue()), session
         held = {chunk.workspace for chunk in chunks} - {None}
         assert len(held) == self.workspaces.taken, "a workspace is lost"
         if self.idle:

@@ -31,7 +31,8 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.scheduler.recency import Recency
-from unroll.service.scheduler.work import Applied, Cohort, Durable, Life, Session
+from unroll.service.scheduler.reply import AppliedChunk
+from unroll.service.scheduler.session import Cohort, Durable, Life, Session
 from unroll.service.state.slots import INITIAL, Slots
 from unroll.service.store.record import Origin
 
@@ -83,12 +84,12 @@ class LastWords:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._bytes = 0
-        self._kept: OrderedDict[str, Applied] = OrderedDict()
+        self._kept: OrderedDict[str, AppliedChunk] = OrderedDict()
 
-    def get(self, session_id: str) -> Applied | None:
+    def get(self, session_id: str) -> AppliedChunk | None:
         return self._kept.get(session_id)
 
-    def keep(self, session_id: str, last: Applied) -> None:
+    def keep(self, session_id: str, last: AppliedChunk) -> None:
         self.forget(session_id)
         self._kept[session_id] = last
         self._bytes += last.reply.nbytes
@@ -202,7 +203,12 @@ class SessionTable:
         return tombstone if tombstone is not None and self._lives(tombstone, now) else None
 
     def bury(
-        self, session_id: str, cause: type[SessionGone], now: float, opened_with: bytes, last: Applied | None = None
+        self,
+        session_id: str,
+        cause: type[SessionGone],
+        now: float,
+        opened_with: bytes,
+        last: AppliedChunk | None = None,
     ) -> None:
         """Remember what became of a session that ended somewhere else; `since` now, as far as is known here."""
         if session_id not in self._live:
@@ -223,7 +229,7 @@ class SessionTable:
                 if (last := other._last_words.get(session_id)) is not None:
                     self._last_words.keep(session_id, last)
 
-    def ended_by(self, session_id: str, now: float) -> Applied | None:
+    def ended_by(self, session_id: str, now: float) -> AppliedChunk | None:
         """The chunk that ended a closed session, so that its retry can be answered."""
         return self._last_words.get(session_id) if self.tombstone(session_id, now) is not None else None
 
@@ -289,7 +295,7 @@ class SessionTable:
 
     # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 
-    def close(self, session: Session, now: float, last: Applied | None = None, *, running: bool = False) -> None:
+    def close(self, session: Session, now: float, last: AppliedChunk | None = None, *, running: bool = False) -> None:
         """`running`: its work has begun and is finished first."""
         self._remove(session, "leave" if running else "close", SessionClosed, now, last)
 
@@ -327,7 +333,7 @@ class SessionTable:
         raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
 
     def _remove(
-        self, session: Session, event: str, cause: type[SessionGone], now: float, last: Applied | None = None
+        self, session: Session, event: str, cause: type[SessionGone], now: float, last: AppliedChunk | None = None
     ) -> None:
         self.advance(session, event)
         del self._live[session.id]
@@ -377,7 +383,6 @@ def _check_cohort(cohort: Cohort) -> None:
     assert cohort.formed
     assert len(cohort.positions) == len(cohort.sessions)
     assert cohort.slots.tolist() == [session.slot for session in cohort.sessions]
-    assert cohort.active is None or cohort.active.cohort is cohort
     for session in cohort.sessions:
         assert session.cohort is cohort
         assert not hasattr(session, "position"), "a session in a cohort has a position of its own"

@@ -15,9 +15,9 @@ from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollEr
 from unroll.service.engine.base import DeviceFailed, Result, Rows, Tensors
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.scheduler.loop import Loop
+from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Outcome, Reply
 from unroll.service.store.base import Commit
 from unroll.service.store.memory import MemoryStore
 from unroll.service.store.record import Origin

@@ -15,9 +15,12 @@ from unroll.service.core.errors import (
     SessionExpired,
     UnrollError,
 )
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.chunk import Chunk, GroupReply
 from unroll.service.scheduler.recency import Recency, Used
+from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Reply, Session
+from unroll.service.scheduler.session import Cohort, Session
 
 LATER = 1e9
 BAD = 99

@@ -17,8 +17,10 @@ from unroll.service.core.errors import (
     SessionExpired,
     SessionUnknown,
 )
+from unroll.service.scheduler.chunk import Chunk, GroupReply
+from unroll.service.scheduler.reply import AppliedChunk, Reply
+from unroll.service.scheduler.session import Life, Session
 from unroll.service.scheduler.sessions import LastWords
-from unroll.service.scheduler.work import Applied, Chunk, GroupReply, Life, Reply, Session
 
 LATER = 1e9
 
@@ -564,8 +566,8 @@ def test_after_a_while_the_same_request_opens_a_new_session(s, engine):
 def test_last_words_are_bounded_in_bytes(s, engine):
     words = LastWords(100)
     for name in "abc":
-        words.keep(name, Applied(0, b"", Reply((np.zeros(5),), 5)))
+        words.keep(name, AppliedChunk(0, b"", Reply((np.zeros(5),), 5)))
     assert [words.get(name) is not None for name in "abc"] == [False, True, True]
     words.forget("b")
-    words.keep("d", Applied(0, b"", Reply((np.zeros(5),), 5)))
+    words.keep("d", AppliedChunk(0, b"", Reply((np.zeros(5),), 5)))
     assert [words.get(name) is not None for name in "bcd"] == [False, True, True]

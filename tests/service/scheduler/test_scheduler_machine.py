@@ -7,7 +7,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from unroll.service.core.errors import EngineFailed, UnrollError
-from unroll.service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Session
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.chunk import Chunk, GroupReply
+from unroll.service.scheduler.reply import Outcome, Reply
+from unroll.service.scheduler.session import Cohort, Session
 
 IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)

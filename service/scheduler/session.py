@@ -1,0 +1,112 @@
+"""The records of sessions: one session, and a cohort of sessions that step together. The rules are in other files."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from unroll.service.engine.base import Tensors
+from unroll.service.scheduler.recency import Used
+from unroll.service.scheduler.reply import AppliedChunk
+from unroll.service.store.record import Origin
+
+
+class Work:
+    """What is accepted for a session, or for several of them: a chunk, a group or an action.
+
+    length: time steps of each session; 0 for an action. outcome: None until the work is done.
+    """
+
+    __slots__ = ()
+
+    length: int
+    outcome: object
+
+
+class Life(StrEnum):
+    """The states of a session; the session table has the transitions. An OPEN session without `active` work is idle."""
+
+    OPEN = "open"
+    LEAVING = "leaving"
+    GONE = "gone"
+
+
+@dataclass(slots=True, eq=False)
+class Durable:
+    """The link between a session and its record in the store.
+
+    origin: the session's origin as bytes. token: of the commit that the next commit must follow; empty: none yet.
+    stale: the store may have another state, so the session must be looked up before it is used again.
+    """
+
+    origin: bytes
+    token: bytes = b""
+    stale: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Session(Used):
+    """One client's stream.
+
+    slot: its row in the arena. source: the row its next chunk reads; the initial row until the first chunk is applied.
+    position: steps consumed. expected: the position once all accepted work is done.
+    depth: how many of the last chunks can be retried. If the last was a single step, and depth is 1, `stepped` is true,
+    and the step table has its payload and its reply; otherwise `applied` has the chunks, latest last.
+    opened_with: digest of the request that opened it at position 0, so that its late duplicate opens no other session.
+    origin: the first part of its record, once it has one. durable: the link to the store; None: a memory session.
+    cohort: the cohort it is part of. Until that is dissolved, the session has no `position`, `expected`, `last_used`
+    and `active` of its own: reading them raises AttributeError, so that no stale value can be used.
+    """
+
+    id: str
+    slot: int
+    source: int
+    position: int
+    expected: int
+    last_used: float
+    depth: int = 1
+    life: Life = Life.OPEN
+    stepped: bool = False
+    applied: tuple[AppliedChunk, ...] = ()
+    opened_with: bytes = b""
+    cohort: "Cohort | None" = None
+    origin: Origin | None = None
+    durable: Durable | None = None
+    active: Work | None = None
+    pending: list[Work] | None = None
+
+    def queue(self) -> list[Work]:
+        """The accepted work, in the order it will run."""
+        work = [] if self.active is None else [self.active]
+        return [item for item in [*work, *(self.pending or ())] if item.outcome is None]
+
+    def forget_applied(self) -> None:
+        """No chunk of the past can be retried any more."""
+        self.stepped, self.applied = False, ()
+
+    def __repr__(self) -> str:
+        if self.cohort is not None:
+            return f"<Session {self.id} in {self.cohort!r}>"
+        life = self.life.value if self.life is not Life.OPEN else "idle" if self.active is None else "busy"
+        return f"<Session {self.id} {life} position={self.position} expected={self.expected}>"
+
+
+@dataclass(slots=True, eq=False)
+class Cohort(Used):
+    """Open sessions that take single steps together, time after time: one record instead of one for each of them.
+
+    slots: their rows in the arena, which hold their states. positions: steps consumed, uint64. active: the step that
+    runs or waits; the sessions have no other work. last: inputs and outputs of the step before, which go to the step
+    table when the cohort is dissolved; None if they are there already. formed: false once the cohort is dissolved.
+    The other fields of each session stay as they were when the cohort was formed.
+    """
+
+    sessions: list[Session]
+    slots: np.ndarray
+    positions: np.ndarray
+    last_used: float
+    active: Work | None = None
+    last: tuple[Tensors, Tensors] | None = None
+    formed: bool = True
+
+    def __repr__(self) -> str:
+        return f"<Cohort of {len(self.sessions)} {'idle' if self.active is None else 'busy'}>"
