@@ -172,7 +172,9 @@ def _version_for(
 def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool:
     now = owner.loop.clock.now()
     try:
-        return any(owner.scheduler.remembers(session_id, inputs, now) for inputs in _batch(owner, asked))
+        return any(
+            owner.scheduler.sessions.closed.knows_request(session_id, inputs, now) for inputs in _batch(owner, asked)
+        )
     except InvalidRequest:  # an older version's inputs may have been others
         return False
 

@@ -675,7 +675,7 @@ def _check_here(served: ServedModel, session: Session) -> None:
         table = served.scheduler.sessions
         if session.id in table:
             raise _another(session)
-        raise table.loss(session.id, served.loop.clock.now())
+        raise table.closed.error(session.id, served.loop.clock.now())
 
 
 def _another(session: Session) -> SessionClosed:

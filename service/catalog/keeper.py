@@ -129,7 +129,7 @@ class Keeper:
         now = served.loop.clock.now()
         if position is None:
             raise await self.look_up(
-                *(served.name, session.id), lambda: served.scheduler.sessions.loss(session.id, now)
+                *(served.name, session.id), lambda: served.scheduler.sessions.closed.error(session.id, now)
             )
         if served.scheduler.sessions.living(session.id, now) is session:
             served.scheduler.close(session.id, now)

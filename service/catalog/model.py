@@ -29,11 +29,10 @@ from unroll.service.engine.place import EngineOptions, Place, Precision, place
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
-from unroll.service.scheduler.sessions import SessionLimits
 from unroll.service.state.slots import INITIAL, SCRATCH
 from unroll.service.store.base import Store
 from unroll.service.store.record import ID_BYTES, Gone, Origin, Record
@@ -217,7 +216,7 @@ class ServedModel:
         """Remember what the store knows of a session's end."""
         last = self.scheduler.records.read(gone.kept[-1:])
         now = self.loop.clock.now()
-        self.scheduler.sessions.bury(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
+        self.scheduler.sessions.add_closed(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
 
     def figures(self) -> ModelFigures:
         counters = self.scheduler.counters

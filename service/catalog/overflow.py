@@ -121,7 +121,7 @@ class Overflow:
         heirs = [model for model in models if model.manifest.digest == record.origin.model] or models[:1]
         for model in heirs[:1]:
             model.scheduler.count_gone(cause)
-            model.scheduler.sessions.bury(key[1], cause, self._clock.now(), record.origin.opened_with)
+            model.scheduler.sessions.add_closed(key[1], cause, self._clock.now(), record.origin.opened_with)
 
     # ── from one process to the next ─────────────────────────────────────────────────────────────
 

@@ -45,11 +45,11 @@ from unroll.service.engine.base import Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, PendingCommit
 from unroll.service.scheduler.lanes import Lanes, Pace
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.records import Records
 from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply, payload_digest
 from unroll.service.scheduler.session import Cohort, Life, Session, Work
-from unroll.service.scheduler.sessions import SessionLimits, SessionTable
+from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.last_steps import LastSteps
 from unroll.service.state.slots import INITIAL, Slots
 from unroll.service.store.record import Origin, Record
@@ -150,10 +150,10 @@ class Scheduler:
         PositionTooOld, PayloadMismatch, QueueFull, DeadlineUnreachable or SessionAway; the session is then untouched.
         """
         if final:
-            ended = self.sessions.ended_by(session_id, now)
-            if ended is not None and (position, payload_digest(inputs)) == (ended.start, ended.digest):
+            reply = self.sessions.closed.reply_to(session_id, position, inputs, now)
+            if reply is not None:
                 self.counters.replayed += 1
-                return ended.reply
+                return reply
         opens = start and self.sessions.living(session_id, now) is None
         if opens:
             self._open_by_steps(session_id, inputs, position, now, deadline, origin, token)
@@ -256,12 +256,6 @@ class Scheduler:
         self._in_flight += len(group.sessions)
         self._waiting_steps += len(group.sessions) * group.length
         self._make_ready(group, now)
-
-    def remembers(self, session_id: str, inputs: Tensors, now: float) -> bool:
-        """Is this the request that opened or ended a session which is gone?"""
-        digest = payload_digest(inputs)
-        ended = self.sessions.ended_by(session_id, now)
-        return (ended is not None and digest == ended.digest) or digest == self.sessions.opened_with(session_id, now)
 
     def submit_action(self, session_id: str, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the session's chunks accepted so far."""
@@ -521,8 +515,8 @@ class Scheduler:
     ) -> None:
         """Unless the steps are a late duplicate of those that opened a session which is gone by now."""
         digest = payload_digest(inputs) if position == 0 else b""
-        if digest and digest == self.sessions.opened_with(session_id, now):
-            raise self.sessions.loss(session_id, now)
+        if digest and self.sessions.closed.was_opened_with(session_id, digest, now):
+            raise self.sessions.closed.error(session_id, now)
         self.check_room(now, deadline, row=True)
         if origin is not None:
             origin = replace(origin, opened_with=digest)
@@ -678,7 +672,7 @@ class Scheduler:
             chunk.session.opened_with = b""  # nothing was applied: the request may be tried again
             self._close(chunk.session, now)
             if chunk.session.durable is not None:
-                self.sessions.forget(chunk.session.id)  # the store knows whether there is one
+                self.sessions.closed.forget(chunk.session.id)  # the store knows whether there is one
         self._recount(chunk.session, now)
 
     def _next_of(self, session: Session, now: float) -> None:

@@ -13,11 +13,10 @@ from unroll.bundle import TensorSpec
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
 from unroll.service.engine.base import DeviceFailed, Result, Rows, Tensors
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.sessions import SessionLimits
 from unroll.service.store.base import Commit
 from unroll.service.store.memory import MemoryStore
 from unroll.service.store.record import Origin

@@ -18,9 +18,10 @@ from unroll.service.core.errors import (
     SessionUnknown,
 )
 from unroll.service.scheduler.chunk import Chunk, GroupReply
-from unroll.service.scheduler.reply import AppliedChunk, Reply
+from unroll.service.scheduler.closed_sessions import ClosedSessions
+from unroll.service.scheduler.limits import SessionLimits
+from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
 from unroll.service.scheduler.session import Life, Session
-from unroll.service.scheduler.sessions import LastWords
 
 LATER = 1e9
 
@@ -563,11 +564,16 @@ def test_after_a_while_the_same_request_opens_a_new_session(s, engine):
     assert answer(again) == fold([1])
 
 
-def test_last_words_are_bounded_in_bytes(s, engine):
-    words = LastWords(100)
+def test_the_replies_of_closing_chunks_are_bounded_in_bytes():
+    closed = ClosedSessions(SessionLimits(closing_reply_bytes=100))
+
+    def known() -> str:
+        return "".join(name for name in "abcd" if closed.reply_to(name, 0, inputs(1), 0) is not None)
+
+    last = AppliedChunk(0, payload_digest(inputs(1)), Reply((np.zeros(5),), 5))
     for name in "abc":
-        words.keep(name, AppliedChunk(0, b"", Reply((np.zeros(5),), 5)))
-    assert [words.get(name) is not None for name in "abc"] == [False, True, True]
-    words.forget("b")
-    words.keep("d", AppliedChunk(0, b"", Reply((np.zeros(5),), 5)))
-    assert [words.get(name) is not None for name in "bcd"] == [False, True, True]
+        closed.add(name, SessionClosed, 0, b"", last)
+    assert known() == "bc"
+    closed.forget("b")
+    closed.add("d", SessionClosed, 0, b"", last)
+    assert known() == "cd"

@@ -14,9 +14,7 @@ Time is an argument. A transition that is not in the table raises and changes no
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,9 +25,9 @@ from unroll.service.core.errors import (
     SessionExists,
     SessionExpired,
     SessionGone,
-    SessionUnknown,
-    UnrollError,
 )
+from unroll.service.scheduler.closed_sessions import ClosedSessions
+from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.recency import Recency
 from unroll.service.scheduler.reply import AppliedChunk
 from unroll.service.scheduler.session import Cohort, Durable, Life, Session
@@ -44,61 +42,6 @@ TRANSITIONS = {
     (Life.OPEN, "leave"): Life.LEAVING,
     (Life.LEAVING, "rest"): Life.GONE,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """capacity: sessions at once. idle_timeout, tombstone_life: seconds; None keeps idle sessions for ever.
-
-    duplicates_life: seconds after a session's end in which a repeat of the request that opened it is told from a new
-    session. last_words_bytes: of replies kept for retries of the chunks that ended sessions.
-    """
-
-    capacity: int = 65_536
-    idle_timeout: float | None = 900.0
-    tombstone_life: float = 3600.0
-    tombstones: int = 262_144
-    duplicates_life: float = 60.0
-    last_words_bytes: int = 64 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Tombstone:
-    """Why a session is gone, and since when. `opened_with` is the session's."""
-
-    cause: type[SessionGone]
-    since: float
-    opened_with: bytes
-
-
-_WORDS = {
-    SessionClosed: "was closed",
-    SessionExpired: "was idle for too long and expired",
-    SessionEvicted: "was evicted to make room for others",
-}
-
-
-class LastWords:
-    """The replies of the chunks that ended sessions, up to `limit` bytes of them, the oldest forgotten first."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._bytes = 0
-        self._kept: OrderedDict[str, AppliedChunk] = OrderedDict()
-
-    def get(self, session_id: str) -> AppliedChunk | None:
-        return self._kept.get(session_id)
-
-    def keep(self, session_id: str, last: AppliedChunk) -> None:
-        self.forget(session_id)
-        self._kept[session_id] = last
-        self._bytes += last.reply.nbytes
-        while self._bytes > self._limit:
-            self.forget(next(iter(self._kept)))
-
-    def forget(self, session_id: str) -> None:
-        if (last := self._kept.pop(session_id, None)) is not None:
-            self._bytes -= last.reply.nbytes
 
 
 class SessionTable:
@@ -121,9 +64,8 @@ class SessionTable:
         self.spill: Callable[[Session], bool] = lambda session: False
         self._live: dict[str, Session] = {}
         self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
-        self._tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
         self._leaving: set[Session] = set()
-        self._last_words = LastWords(limits.last_words_bytes)
+        self.closed = ClosedSessions(limits)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -141,9 +83,7 @@ class SessionTable:
         return session_id in self._live
 
     def __repr__(self) -> str:
-        return (
-            f"<SessionTable {len(self._live)} live, {len(self._leaving)} leaving, {len(self._tombstones)} tombstones>"
-        )
+        return f"<SessionTable {len(self._live)} live, {len(self._leaving)} leaving, {len(self.closed)} tombstones>"
 
     def open(
         self, session_id: str, now: float, *, position: int = 0, origin: Origin | None = None, token: bytes = b""
@@ -165,7 +105,7 @@ class SessionTable:
             session.durable = Durable(origin.to_bytes(), token)
         self._live[session_id] = session
         self._recency.add(session)
-        self.forget(session_id)
+        self.closed.forget(session_id)
         return session
 
     def check_room(self) -> None:
@@ -177,7 +117,7 @@ class SessionTable:
         """Raises SessionUnknown, or the SessionGone that says what became of it."""
         session = self.living(session_id, now)
         if session is None:
-            raise self.loss(session_id, now)
+            raise self.closed.error(session_id, now)
         return session
 
     def living(self, session_id: str, now: float) -> Session | None:
@@ -191,18 +131,7 @@ class SessionTable:
             return None
         return session
 
-    def loss(self, session_id: str, now: float) -> UnrollError:
-        """What to tell of a session that is not here."""
-        tombstone = self.tombstone(session_id, now)
-        if tombstone is None:
-            return SessionUnknown(f"no session {session_id!r}: it was never opened here, or its state is lost")
-        return tombstone.cause(f"session {session_id!r} {_WORDS[tombstone.cause]}")
-
-    def tombstone(self, session_id: str, now: float) -> Tombstone | None:
-        tombstone = self._tombstones.get(session_id)
-        return tombstone if tombstone is not None and self._lives(tombstone, now) else None
-
-    def bury(
+    def add_closed(
         self,
         session_id: str,
         cause: type[SessionGone],
@@ -210,34 +139,13 @@ class SessionTable:
         opened_with: bytes,
         last: AppliedChunk | None = None,
     ) -> None:
-        """Remember what became of a session that ended somewhere else; `since` now, as far as is known here."""
+        """Remember a session that ended somewhere else, unless one of that id lives here."""
         if session_id not in self._live:
-            self._tombstones[session_id] = Tombstone(cause, now, opened_with)
-            self._tombstones.move_to_end(session_id)
-            if last is not None:
-                self._last_words.keep(session_id, last)
-            self._forget_oldest(now)
+            self.closed.add(session_id, cause, now, opened_with, last)
 
-    def _lives(self, tombstone: Tombstone, now: float) -> bool:
-        return now < tombstone.since + self.limits.tombstone_life
-
-    def inherit(self, other: "SessionTable") -> None:
-        """Remember what became of another table's sessions; that table is being dropped."""
-        for session_id, tombstone in other._tombstones.items():
-            if session_id not in self._live and session_id not in self._tombstones:
-                self._tombstones[session_id] = tombstone
-                if (last := other._last_words.get(session_id)) is not None:
-                    self._last_words.keep(session_id, last)
-
-    def ended_by(self, session_id: str, now: float) -> AppliedChunk | None:
-        """The chunk that ended a closed session, so that its retry can be answered."""
-        return self._last_words.get(session_id) if self.tombstone(session_id, now) is not None else None
-
-    def opened_with(self, session_id: str, now: float) -> bytes | None:
-        """Digest of the request that opened a session which is gone, for as long as its duplicates may be under way."""
-        tombstone = self.tombstone(session_id, now)
-        recent = tombstone is not None and now < tombstone.since + self.limits.duplicates_life
-        return tombstone.opened_with or None if tombstone is not None and recent else None
+    def merge_closed(self, other: "SessionTable") -> None:
+        """Remember what became of the sessions of another table, which is being dropped."""
+        self.closed.merge(other.closed, self._live)
 
     def advance(self, session: Session, event: str) -> None:
         """Follow the table; KeyError if the event is illegal in the session's state."""
@@ -342,23 +250,7 @@ class SessionTable:
             self._leaving.add(session)
         else:
             self.slots.give_back(session.slot)
-        self._tombstones[session.id] = Tombstone(cause, now, session.opened_with)
-        self._tombstones.move_to_end(session.id)
-        if last is not None:
-            self._last_words.keep(session.id, last)
-        self._forget_oldest(now)
-
-    def _forget_oldest(self, now: float) -> None:
-        while self._tombstones:
-            oldest, tombstone = next(iter(self._tombstones.items()))
-            if len(self._tombstones) <= self.limits.tombstones and self._lives(tombstone, now):
-                break
-            self.forget(oldest)
-
-    def forget(self, session_id: str) -> None:
-        """Nothing is known of what became of a session of that id."""
-        self._tombstones.pop(session_id, None)
-        self._last_words.forget(session_id)
+        self.closed.add(session.id, cause, now, session.opened_with, last)
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the table contradicts itself."""
@@ -371,7 +263,7 @@ class SessionTable:
         for entry in self._recency:
             for session in entry.sessions if isinstance(entry, Cohort) else [entry]:
                 assert session.life is Life.OPEN, session
-                assert session.id not in self._tombstones, session
+                assert session.id not in self.closed, session
             if isinstance(entry, Cohort):
                 _check_cohort(entry)
             else:
