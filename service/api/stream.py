@@ -432,7 +432,7 @@ class Stream:
         served, session = found
         if session.life is Life.GONE and session.origin is not None and session.durable is None:
             return self._bind_again(handle, session, fresh=True)
-        return served, served.scheduler.sessions.look(session)
+        return served, served.scheduler.sessions.detach_from_cohort(session)
 
     def _take_leave(self) -> None:
         """Say where some of the sessions are, and where more are when the event loop comes round; then hang up."""
@@ -690,7 +690,7 @@ def _check_mode(wanted: _Wanted) -> None:
 def _check_depth(session: Session, position: int | None) -> None:
     """Raises QueueFull if a new chunk is one more than the session's client pipelines. A retry is not new."""
     if position is None or position == session.expected:
-        chunks = sum(not isinstance(work, Action) for work in session.queue())
+        chunks = sum(not isinstance(work, Action) for work in session.own_progress.queue())
         if chunks >= session.depth:
             raise QueueFull(f"{chunks} chunks of the session are unanswered; it was opened for {session.depth}", 0.0)
 

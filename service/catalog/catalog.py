@@ -99,7 +99,7 @@ class Catalog:
         """The version of a model on which the session lives, if it does."""
         now = self.clock.now()
         for model in self._by_name.get(name, ()):
-            if model.scheduler.sessions.living(session_id, now) is not None:
+            if model.scheduler.sessions.get_detached(session_id, now) is not None:
                 return model
         return self.overflow.bring_back(name, session_id) if self.overflow.holds(name, session_id) else None
 

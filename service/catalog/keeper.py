@@ -108,7 +108,7 @@ class Keeper:
         key, row = (served.name, session.id), snapshot.row.astype("<f4").tobytes()
 
         def find() -> Session:
-            return served.scheduler.sessions.find(session.id, served.loop.clock.now())
+            return served.scheduler.sessions.find_detached(session.id, served.loop.clock.now())
 
         for _ in range(_ATTEMPTS):
             assert session.durable is not None
@@ -131,7 +131,7 @@ class Keeper:
             raise await self.look_up(
                 *(served.name, session.id), lambda: served.scheduler.sessions.closed.error(session.id, now)
             )
-        if served.scheduler.sessions.living(session.id, now) is session:
+        if served.scheduler.sessions.get_detached(session.id, now) is session:
             served.scheduler.close(session.id, now)
         session.position = position
 
@@ -172,7 +172,9 @@ class Keeper:
 
     def _here(self, key: Key) -> tuple[ServedModel, Session] | None:
         model = self._living(*key)
-        return None if model is None else (model, model.scheduler.sessions.find(key[1], model.loop.clock.now()))
+        return (
+            None if model is None else (model, model.scheduler.sessions.find_detached(key[1], model.loop.clock.now()))
+        )
 
     def _adopt(self, key: Key, record: Record) -> None:
         name, session_id = key

@@ -131,7 +131,7 @@ class Overflow:
         resident = (
             ((model.name, session.id), model.record(session), now - session.last_used)
             for model in models
-            for session in map(model.scheduler.sessions.look, list(model.scheduler.sessions))
+            for session in map(model.scheduler.sessions.detach_from_cohort, list(model.scheduler.sessions))
             if session.durable is None
         )
         waiting = ((key, record, now - used) for key, record, used in self._spill)

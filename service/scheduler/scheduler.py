@@ -154,17 +154,18 @@ class Scheduler:
             if reply is not None:
                 self.counters.replayed += 1
                 return reply
-        opens = start and self.sessions.living(session_id, now) is None
+        opens = start and self.sessions.get_detached(session_id, now) is None
         if opens:
             self._open_by_steps(session_id, inputs, position, now, deadline, origin, token)
-        session = self.sessions.find(session_id, now)
+        session = self.sessions.find_detached(session_id, now)
         if session.durable is not None and session.durable.stale:
             raise SessionAway(session_id)
-        if position is not None and position != session.expected:
+        progress = session.own_progress
+        if position is not None and position != progress.expected:
             return self._recognise(session, position, inputs, final, fresh or session.durable is None)
-        chunk = Chunk(inputs, len(inputs[0]), deadline, session, session.expected, position is not None, opens, final)
+        chunk = Chunk(inputs, len(inputs[0]), deadline, session, progress.expected, position is not None, opens, final)
         self._admit(chunk, now)
-        session.expected += chunk.length
+        progress.expected += chunk.length
         self._enqueue(session, chunk, now)
         return chunk
 
@@ -198,11 +199,10 @@ class Scheduler:
         rows: list[int] = []
         group = Group([], rows, inputs, steps, deadline, then, again=again)
         for row, (session, position) in enumerate(zip(sessions, positions, strict=True)):
-            if session.cohort is not None:
-                self.sessions.look(session)
-            at = session.position
+            progress = session.progress or self.sessions.cohorts.detach(session)
+            at = progress.position
             if (
-                session.active is not None
+                progress.active is not None
                 or session.life is not Life.OPEN
                 or (position != at and position is not None)
                 or session.durable is not None
@@ -213,8 +213,8 @@ class Scheduler:
                 self._queue_group(group, now)
                 rows = []
                 group = Group([], rows, inputs, steps, deadline, then, again=again)
-            session.active = group
-            session.expected = at + steps
+            progress.active = group
+            progress.expected = at + steps
             group.sessions.append(session)
             rows.append(row)
         if rows:
@@ -259,14 +259,14 @@ class Scheduler:
 
     def submit_action(self, session_id: str, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the session's chunks accepted so far."""
-        session = self.sessions.find(session_id, now)
+        session = self.sessions.find_detached(session_id, now)
         action = Action(session, lambda: run(session))
         self._enqueue(session, action, now)
         return action
 
     def remember_chunks(self, session: Session, depth: int) -> None:
         """From now on the last `depth` chunks of a session can be asked for again."""
-        self.sessions.look(session)
+        self.sessions.detach_from_cohort(session)
         if session.stepped and depth > 1:
             session.applied, session.stepped = self.records.applied(session), False
         session.depth = depth
@@ -275,7 +275,7 @@ class Scheduler:
     def adopt(self, session_id: str, record: Record, now: float) -> Session:
         """A session as it was stored, in the place of the copy that is here, which must be idle. Its state row is for
         the caller to put into `slot`, or to leave if the record has none. Raises CapacityExhausted."""
-        session = self.sessions.living(session_id, now)
+        session = self.sessions.get_detached(session_id, now)
         if session is not None and session.origin != record.origin:
             self.sessions.drop(session)
             session = None
@@ -285,7 +285,8 @@ class Scheduler:
         assert session.active is None, session
         if session.durable is not None:
             session.durable.token, session.durable.stale = record.token, False
-        session.position = session.expected = record.position
+        progress = session.own_progress
+        progress.position = progress.expected = record.position
         session.depth = max(session.depth, record.depth)
         session.stepped, session.applied = False, self.records.read(record.kept)
         session.source = session.slot if record.row else INITIAL
@@ -293,7 +294,7 @@ class Scheduler:
 
     def close(self, session_id: str, now: float) -> Session:
         """Close at once: what waits fails with `session_closed`, what runs is finished and answered."""
-        session = self.sessions.find(session_id, now)
+        session = self.sessions.find_detached(session_id, now)
         self._close(session, now)
         return session
 
@@ -372,7 +373,8 @@ class Scheduler:
             self._apply(chunk, result.outputs, now)
             return
         session.durable.stale = True
-        behind, session.pending = session.pending or [], None
+        progress = session.own_progress
+        behind, progress.pending = progress.pending or [], None
         self._fail(chunk, error, now)
         for work in behind:
             if isinstance(work, Chunk) and work.outcome is None:
@@ -444,10 +446,10 @@ class Scheduler:
         cohort = group.cohort
         if cohort is not None and cohort.formed and not errors:
             cohort.last = group.inputs, outputs
-            self.sessions.step(cohort, now)
+            self.sessions.cohorts.step(cohort, now)
         else:
             if cohort is not None and len(errors) < count:
-                self.sessions.look(group.sessions[0])  # what that keeps is a step old by now
+                self.sessions.detach_from_cohort(group.sessions[0])  # the cohort's last step is older than this one
                 self._keep_last(cohort.slots, group.inputs, outputs, errors)
             cohort = self._finish_rows(group, outputs, errors, now)
         positions = (
@@ -463,12 +465,12 @@ class Scheduler:
         """Move the sessions of a group on, one by one; returns what they have become, if it is to come again."""
         steps, in_table = group.length, group.length == 1 and self._last_steps is not None
         for row, session in enumerate(group.sessions):
-            self.sessions.look(session)
+            progress = session.progress or self.sessions.cohorts.detach(session)
             if row not in errors:
-                session.position += steps
+                progress.position += steps
                 if not session.stepped or not in_table:
                     session.source = session.slot
-                    self._remember(session, session.position - steps, _row(group.inputs, row), _row(outputs, row))
+                    self._remember(session, progress.position - steps, _row(group.inputs, row), _row(outputs, row))
         if group.followed:
             for session in group.sessions:
                 self._next_of(session, now)
@@ -479,7 +481,7 @@ class Scheduler:
             self._count_failed(error)
             self._recount(group.sessions[row], now)
         if group.again and not group.followed:
-            return self.sessions.form(group.sessions, now)
+            return self.sessions.cohorts.form(group.sessions, now)
         return None
 
     def estimated_wait(self) -> float:
@@ -565,7 +567,7 @@ class Scheduler:
 
     def _in_flight_at(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | None:
         """The accepted chunk that begins there, if this is the same. Raises PayloadMismatch if it is another."""
-        for work in session.queue():
+        for work in session.own_progress.queue():
             if isinstance(work, Chunk) and work.start == position:
                 if work.final != final or not _same(work.inputs, inputs):
                     raise _mismatch(session, position)
@@ -594,15 +596,16 @@ class Scheduler:
         return None
 
     def _enqueue(self, session: Session, work: Chunk | Action, now: float) -> None:
-        if isinstance(session.active, Group):
-            session.active.followed = True
-        if session.active is None:
-            session.active = work
+        progress = session.own_progress
+        if isinstance(progress.active, Group):
+            progress.active.followed = True
+        if progress.active is None:
+            progress.active = work
             self._make_ready(work, now)
-        elif session.pending is None:
-            session.pending = [work]
+        elif progress.pending is None:
+            progress.pending = [work]
         else:
-            session.pending.append(work)
+            progress.pending.append(work)
 
     def _make_ready(self, work: Work, now: float) -> None:
         if isinstance(work, Action):
@@ -677,20 +680,21 @@ class Scheduler:
 
     def _next_of(self, session: Session, now: float) -> None:
         """The session's active work is done: the next that is still wanted becomes active."""
-        session.active = None
-        while session.pending and session.active is None:
-            work = session.pending.pop(0)
-            session.active = work if work.outcome is None else None
-        if session.active is not None:
-            self._make_ready(session.active, now)
+        progress = session.own_progress
+        progress.active = None
+        while progress.pending and progress.active is None:
+            work = progress.pending.pop(0)
+            progress.active = work if work.outcome is None else None
+        if progress.active is not None:
+            self._make_ready(progress.active, now)
         else:
-            session.pending = None
+            progress.pending = None
             self.sessions.rest(session, now)
 
     def _recount(self, session: Session, now: float) -> None:
         """What the session counted on did not come: give what waits its new place, or fail what insists on the old."""
         expected = session.position
-        for work in session.queue():
+        for work in session.own_progress.queue():
             if not isinstance(work, Chunk):
                 expected += work.length
             elif work.pinned and work.start != expected:
@@ -699,7 +703,7 @@ class Scheduler:
             else:
                 work.start = expected
                 expected += work.length
-        session.expected = expected
+        session.own_progress.expected = expected
 
     def _abandon(self, chunk: Chunk, why: UnrollError, now: float) -> None:
         if chunk.running:
@@ -708,15 +712,15 @@ class Scheduler:
             self._fail(chunk, why, now)
 
     def _close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
-        waiting = session.queue()
-        active = session.active
+        progress = session.own_progress
+        waiting, active = progress.queue(), progress.active
         running = isinstance(active, Chunk) and active.running
         if isinstance(active, Group):
             active.followed = running = True
-        session.pending = None
+        progress.pending = None
         self.sessions.close(session, now, last, running=running)
         if session.life is Life.GONE:
-            session.active = None
+            progress.active = None
         for work in waiting:
             gone = SessionClosed(f"session {session.id!r} was closed")
             if isinstance(work, Chunk):
@@ -741,7 +745,9 @@ class Scheduler:
         for session in (session for session in self.sessions if session.cohort is None):
             ready = [work for work in waiting if work is session.active]
             assert len(ready) <= 1, f"{session!r} has two pieces of work ready"
-            assert session.expected == session.position + sum(work.length for work in session.queue()), session
+            assert session.expected == session.position + sum(work.length for work in session.own_progress.queue()), (
+                session
+            )
         held = {chunk.workspace for chunk in chunks} - {None}
         assert len(held) == self.workspaces.taken, "a workspace is lost"
         if self.idle:

@@ -44,33 +44,16 @@ class Durable:
 
 
 @dataclass(slots=True, eq=False)
-class Session(Used):
-    """One client's stream.
+class Progress:
+    """How far a session is, and its work.
 
-    slot: its row in the arena. source: the row its next chunk reads; the initial row until the first chunk is applied.
-    position: steps consumed. expected: the position once all accepted work is done.
-    depth: how many of the last chunks can be retried. If the last was a single step, and depth is 1, `stepped` is true,
-    and the step table has its payload and its reply; otherwise `applied` has the chunks, latest last.
-    opened_with: digest of the request that opened it at position 0, so that its late duplicate opens no other session.
-    origin: the first part of its record, once it has one. durable: the link to the store; None: a memory session.
-    cohort: the cohort it is part of. Until that is dissolved, the session has no `position`, `expected`, `last_used`
-    and `active` of its own: reading them raises AttributeError, so that no stale value can be used.
+    position: steps consumed. expected: the position once all accepted work is done. last_used: when it last rested.
+    active: the work that runs or is ready. pending: the work after that, None if there is none.
     """
 
-    id: str
-    slot: int
-    source: int
     position: int
     expected: int
     last_used: float
-    depth: int = 1
-    life: Life = Life.OPEN
-    stepped: bool = False
-    applied: tuple[AppliedChunk, ...] = ()
-    opened_with: bytes = b""
-    cohort: "Cohort | None" = None
-    origin: Origin | None = None
-    durable: Durable | None = None
     active: Work | None = None
     pending: list[Work] | None = None
 
@@ -79,12 +62,65 @@ class Session(Used):
         work = [] if self.active is None else [self.active]
         return [item for item in [*work, *(self.pending or ())] if item.outcome is None]
 
+
+@dataclass(slots=True, eq=False)
+class Session(Used):
+    """One client's stream.
+
+    slot: its row in the arena. source: the row its next chunk reads; the initial row until the first chunk is applied.
+    progress: its own; None while it is part of `cohort`, which has one for all of its sessions.
+    depth: how many of the last chunks can be retried. If the last was a single step, and depth is 1, `stepped` is true,
+    and the step table has its payload and its reply; otherwise `applied` has the chunks, latest last.
+    opened_with: digest of the request that opened it at position 0, so that its late duplicate opens no other session.
+    origin: the first part of its record, once it has one. durable: the link to the store; None: a memory session.
+    """
+
+    id: str
+    slot: int
+    source: int
+    progress: Progress | None
+    depth: int = 1
+    life: Life = Life.OPEN
+    stepped: bool = False
+    applied: tuple[AppliedChunk, ...] = ()
+    opened_with: bytes = b""
+    cohort: "Cohort | None" = None
+    origin: Origin | None = None
+    durable: Durable | None = None
+
+    @property
+    def own_progress(self) -> Progress:
+        """Raises RuntimeError while a cohort has it: no stale position can be read. `detach_from_cohort` first."""
+        if self.progress is None:
+            raise RuntimeError(f"{self!r} has no progress of its own")
+        return self.progress
+
+    @property
+    def position(self) -> int:
+        return self.own_progress.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self.own_progress.position = position
+
+    @property
+    def expected(self) -> int:
+        return self.own_progress.expected
+
+    @property
+    def last_used(self) -> float:
+        return self.own_progress.last_used
+
+    @property
+    def active(self) -> Work | None:
+        return self.own_progress.active
+
     def forget_applied(self) -> None:
         """No chunk of the past can be retried any more."""
         self.stepped, self.applied = False, ()
 
     def __repr__(self) -> str:
-        if self.cohort is not None:
+        if self.progress is None:
             return f"<Session {self.id} in {self.cohort!r}>"
         life = self.life.value if self.life is not Life.OPEN else "idle" if self.active is None else "busy"
         return f"<Session {self.id} {life} position={self.position} expected={self.expected}>"

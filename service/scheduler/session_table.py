@@ -7,16 +7,13 @@ A session's life:
 - Closing works in any state. What waits fails with `session_closed`; what runs is finished first, LEAVING.
 - A session that is GONE leaves a tombstone: for a while the table can still say what became of it.
 - A durable session is here as a copy: when it expires or is evicted, only the copy goes, and nothing is remembered.
-- Idle sessions may become a cohort, which steps, rests, and waits to expire or be evicted as one of them would. Whoever
-  looks at one of its sessions dissolves it: each is then what it would be, had it never been in one.
+- Idle sessions may become a cohort, see `cohorts.py`: to look a session up for work is to detach it from its cohort.
 
 Time is an argument. A transition that is not in the table raises and changes nothing.
 """
 
 import math
 from collections.abc import Callable, Iterator
-
-import numpy as np
 
 from unroll.service.core.errors import (
     CapacityExhausted,
@@ -27,10 +24,11 @@ from unroll.service.core.errors import (
     SessionGone,
 )
 from unroll.service.scheduler.closed_sessions import ClosedSessions
+from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.recency import Recency
 from unroll.service.scheduler.reply import AppliedChunk
-from unroll.service.scheduler.session import Cohort, Durable, Life, Session
+from unroll.service.scheduler.session import Cohort, Durable, Life, Progress, Session
 from unroll.service.state.slots import INITIAL, Slots
 from unroll.service.store.record import Origin
 
@@ -60,24 +58,20 @@ class SessionTable:
         self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
-        self._on_dissolved = on_dissolved
         self.spill: Callable[[Session], bool] = lambda session: False
         self._live: dict[str, Session] = {}
         self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
         self._leaving: set[Session] = set()
+        self.cohorts = Cohorts(self._recency, on_dissolved)
         self.closed = ClosedSessions(limits)
 
     def __len__(self) -> int:
         return len(self._live)
 
     def __iter__(self) -> Iterator[Session]:
-        """Least recently used first. Those in a cohort stay in it: `look` at one before its position is read."""
+        """Least recently used first. Those in a cohort stay in it: detach one before reading its position."""
         for entry in self._recency:
             yield from entry.sessions if isinstance(entry, Cohort) else (entry,)
-
-    @property
-    def cohorts(self) -> list[Cohort]:
-        return [entry for entry in self._recency if isinstance(entry, Cohort)]
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._live
@@ -94,13 +88,13 @@ class SessionTable:
         """
         self.expire(now)
         if (living := self._live.get(session_id)) is not None:
-            raise SessionExists(f"session {session_id!r} is open", position=self.look(living).position)
+            raise SessionExists(f"session {session_id!r} is open", position=self.cohorts.detach(living).position)
         slot = self.slots.take()
         if slot is None:
             self._evict_one(now)
             slot = self.slots.take()
             assert slot is not None
-        session = Session(session_id, slot, INITIAL, position, position, now, origin=origin)
+        session = Session(session_id, slot, INITIAL, Progress(position, position, now), origin=origin)
         if origin is not None and origin.durability != "memory":
             session.durable = Durable(origin.to_bytes(), token)
         self._live[session_id] = session
@@ -113,22 +107,32 @@ class SessionTable:
         if self.slots.taken == self.slots.count and all(entry.active is not None for entry in self._recency):
             raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
 
-    def find(self, session_id: str, now: float) -> Session:
-        """Raises SessionUnknown, or the SessionGone that says what became of it."""
-        session = self.living(session_id, now)
+    def find_detached(self, session_id: str, now: float) -> Session:
+        """The open session of that id, detached from its cohort.
+
+        Raises:
+            SessionUnknown: it was never open here.
+            SessionGone: one of the subclasses, which says what became of it.
+        """
+        session = self.get_detached(session_id, now)
         if session is None:
             raise self.closed.error(session_id, now)
         return session
 
-    def living(self, session_id: str, now: float) -> Session | None:
+    def get_detached(self, session_id: str, now: float) -> Session | None:
+        """The open session of that id, detached from its cohort; None if there is none."""
         session = self._live.get(session_id)
         if session is None:
             return None
-        if session.cohort is not None:
-            self.dissolve(session.cohort)
-        if now - session.last_used >= self._idle_timeout and session.active is None:
+        progress = session.progress or self.cohorts.detach(session)
+        if now - progress.last_used >= self._idle_timeout and progress.active is None:
             self.expire(now)
             return None
+        return session
+
+    def detach_from_cohort(self, session: Session) -> Session:
+        """The session with its own progress; the cohort it is part of is dissolved for that."""
+        self.cohorts.detach(session)
         return session
 
     def add_closed(
@@ -156,50 +160,14 @@ class SessionTable:
 
     def rest(self, session: Session, now: float) -> None:
         """The session's work is done: it is the last to be evicted, and its idle time begins."""
-        session.active = None
-        session.last_used = now
+        progress = session.progress
+        assert progress is not None
+        progress.active = None
+        progress.last_used = now
         if session.life is Life.OPEN:
             self._recency.touch(session)
         else:
             self.advance(session, "rest")
-
-    # ── cohorts ──────────────────────────────────────────────────────────────────────────────────
-
-    def form(self, sessions: list[Session], now: float) -> Cohort | None:
-        """One record for sessions that rest since `now`; None if one took more than a step, or keeps more than one."""
-        if not all(session.stepped for session in sessions):
-            return None
-        positions = np.array([session.position for session in sessions], np.uint64)
-        cohort = Cohort(sessions, np.array([session.slot for session in sessions], np.intp), positions, now)
-        self._recency.add(cohort)
-        for session in sessions:
-            self._recency.remove(session)
-            session.cohort = cohort
-            del session.position, session.expected, session.last_used, session.active
-        return cohort
-
-    def step(self, cohort: Cohort, now: float) -> None:
-        """The step under way is done, for each of its sessions, and they rest."""
-        cohort.positions = cohort.positions + np.uint64(1)
-        cohort.active = None
-        cohort.last_used = now
-        self._recency.touch(cohort)
-
-    def look(self, session: Session) -> Session:
-        """The session by itself: a cohort that it is part of ends."""
-        if session.cohort is not None:
-            self.dissolve(session.cohort)
-        return session
-
-    def dissolve(self, cohort: Cohort) -> None:
-        steps = 0 if cohort.active is None else 1
-        for session, position in zip(cohort.sessions, cohort.positions.tolist(), strict=True):
-            session.cohort = None
-            session.position, session.expected = position, position + steps
-            session.last_used, session.active = cohort.last_used, cohort.active
-        cohort.formed = False
-        self._recency.replace(cohort, cohort.sessions)
-        self._on_dissolved(cohort)
 
     # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 
@@ -209,12 +177,15 @@ class SessionTable:
 
     def expire(self, now: float) -> None:
         """Remove every session idle for the idle timeout. Costs nothing when none is."""
-        while (oldest := self._recency.oldest) is not None and now - oldest.last_used >= self._idle_timeout:
-            if oldest.active is not None:  # its idle time has not begun
-                oldest.last_used = now
+        while (oldest := self._recency.oldest) is not None:
+            progress = oldest if isinstance(oldest, Cohort) else oldest.own_progress
+            if now - progress.last_used < self._idle_timeout:
+                return
+            if progress.active is not None:  # its idle time has not begun
+                progress.last_used = now
                 self._recency.touch(oldest)
             elif isinstance(oldest, Cohort):
-                self.dissolve(oldest)
+                self.cohorts.dissolve(oldest)
             elif oldest.durable is not None:
                 self.drop(oldest)
             else:
@@ -231,7 +202,7 @@ class SessionTable:
     def _evict_one(self, now: float) -> None:
         for entry in self._recency:
             if entry.active is None:
-                session = self.look(entry.sessions[0]) if isinstance(entry, Cohort) else entry
+                session = self.detach_from_cohort(entry.sessions[0]) if isinstance(entry, Cohort) else entry
                 if session.durable is not None or self.spill(session):
                     self.drop(session)
                 else:
@@ -264,18 +235,7 @@ class SessionTable:
             for session in entry.sessions if isinstance(entry, Cohort) else [entry]:
                 assert session.life is Life.OPEN, session
                 assert session.id not in self.closed, session
-            if isinstance(entry, Cohort):
-                _check_cohort(entry)
-            else:
+            if isinstance(entry, Session):
                 assert entry.cohort is None
-                assert not entry.pending or entry.active is not None, entry
-
-
-def _check_cohort(cohort: Cohort) -> None:
-    assert cohort.formed
-    assert len(cohort.positions) == len(cohort.sessions)
-    assert cohort.slots.tolist() == [session.slot for session in cohort.sessions]
-    for session in cohort.sessions:
-        assert session.cohort is cohort
-        assert not hasattr(session, "position"), "a session in a cohort has a position of its own"
-        assert (session.stepped, session.depth, session.source, session.pending) == (True, 1, session.slot, None)
+                assert not entry.own_progress.pending or entry.active is not None, entry
+        self.cohorts.check_invariants()

@@ -152,10 +152,10 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
         await store.committing.wait()
         assert (await loop.sequences([X], 10))[0].position == 2, "who has nothing to commit waits for nobody's commit"
         assert not waiting.done()
-        assert loop.scheduler.sessions.find("a", 0).position == 0, "what is not in the store has not happened"
+        assert loop.scheduler.sessions.find_detached("a", 0).position == 0, "what is not in the store has not happened"
         store.gate.set()
         assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
-        assert loop.scheduler.sessions.find("a", 0).position == 2
+        assert loop.scheduler.sessions.find_detached("a", 0).position == 2
 
 
 async def test_what_arrives_while_a_batch_runs_forms_the_next():

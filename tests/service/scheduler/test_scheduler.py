@@ -42,7 +42,7 @@ def test_steps_go_on_from_where_the_session_was(s, engine):
     second = s.submit_steps("a", inputs(3), 0, LATER)
     run_until_idle(s, engine)
     assert answer(first) + answer(second) == fold([1, 2, 3])
-    assert repr(s.sessions.find("a", 0)) == "<Session a idle position=3 expected=3>"
+    assert repr(s.sessions.find_detached("a", 0)) == "<Session a idle position=3 expected=3>"
 
 
 def test_a_session_is_in_a_batch_once_and_sessions_share_it(s, engine):
@@ -141,7 +141,7 @@ def test_a_retry_of_the_last_chunk_gets_the_same_reply(s, engine):
     again = s.submit_steps("a", inputs(1, 2), 0, LATER, position=0)
     assert answer(again) == answer(first)
     assert again.position == 2
-    assert s.sessions.find("a", 0).position == 2
+    assert s.sessions.find_detached("a", 0).position == 2
     assert s.counters.replayed == 1
 
 
@@ -221,7 +221,7 @@ def test_a_client_that_pipelines_can_ask_for_as_many_chunks_again(s, engine):
 def grouped(s, names, rows, positions=None):
     """The sessions, what was not taken, and the list that receives the replies."""
     replies: list[GroupReply] = []
-    sessions = [s.sessions.find(name, 0) for name in names]
+    sessions = [s.sessions.find_detached(name, 0) for name in names]
     positions = positions or [session.position for session in sessions]
     left = s.submit_group(sessions, positions, (np.array(rows),), 0, LATER, replies.append)
     return sessions, left, replies
@@ -296,11 +296,11 @@ def test_a_session_closed_while_its_group_runs_leaves_when_it_is_done(s, engine)
 def test_a_group_that_is_late_fails_whole(s, engine):
     s.open("a", 0)
     replies: list[GroupReply] = []
-    s.submit_group([s.sessions.find("a", 0)], [0], (np.array([[1]]),), 0, 5, replies.append)
+    s.submit_group([s.sessions.find_detached("a", 0)], [0], (np.array([[1]]),), 0, 5, replies.append)
     again = s.submit_steps("a", inputs(1), 0, LATER, position=0)
     run_until_idle(s, engine, now=6)
     assert replies[0].errors[0].code == failure(again) == "deadline_exceeded"
-    assert (s.in_flight, s.sessions.find("a", 6).position) == (0, 0)
+    assert (s.in_flight, s.sessions.find_detached("a", 6).position) == (0, 0)
 
 
 # ── START and END ────────────────────────────────────────────────────────────────────────────────
@@ -354,13 +354,13 @@ def test_idle_sessions_expire_busy_ones_do_not(s, engine):
     s.open("busy", 0)
     chunk = s.submit_steps("busy", inputs(1), 0, LATER)
     with pytest.raises(SessionExpired):
-        s.sessions.find("idle", 100)
+        s.sessions.find_detached("idle", 100)
     assert "busy" in s.sessions
     run_until_idle(s, engine, 100)
     assert answer(chunk) == fold([1])
-    s.sessions.find("busy", 199)
+    s.sessions.find_detached("busy", 199)
     with pytest.raises(SessionExpired):
-        s.sessions.find("busy", 200)
+        s.sessions.find_detached("busy", 200)
 
 
 def test_start_opens_a_session_that_expired(s, engine):
@@ -373,7 +373,7 @@ def test_start_opens_a_session_that_expired(s, engine):
 def test_without_idle_timeout_nothing_expires():
     s = scheduler(idle_timeout=None)
     s.open("a", 0)
-    assert s.sessions.find("a", 1e12).id == "a"
+    assert s.sessions.find_detached("a", 1e12).id == "a"
 
 
 def test_the_least_recently_used_idle_session_makes_room(s, engine):
@@ -383,7 +383,7 @@ def test_the_least_recently_used_idle_session_makes_room(s, engine):
     run_until_idle(s, engine, 10)
     s.open("e", 11)
     with pytest.raises(SessionEvicted):
-        s.sessions.find("b", 11)
+        s.sessions.find_detached("b", 11)
     assert [session.id for session in s.sessions] == ["c", "d", "a", "e"]
     assert s.counters.gone == {"session_evicted": 1}
 
@@ -411,9 +411,9 @@ def test_a_tombstone_is_forgotten_in_the_end(s):
     s.open("a", 0)
     s.close("a", 0)
     with pytest.raises(SessionClosed):
-        s.sessions.find("a", 999)
+        s.sessions.find_detached("a", 999)
     with pytest.raises(SessionUnknown):
-        s.sessions.find("a", 1000)
+        s.sessions.find_detached("a", 1000)
 
 
 def test_tombstones_are_bounded(s):

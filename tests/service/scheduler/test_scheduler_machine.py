@@ -83,7 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def retry(self, session_id: str) -> None:
         """The last chunk a session applied can be asked for again, and changes nothing."""
         if session_id in self.scheduler.sessions:
-            session = self.scheduler.sessions.find(session_id, self.now)
+            session = self.scheduler.sessions.find_detached(session_id, self.now)
             start = session.position - 1 if session.stepped else session.applied[-1].start if session.applied else None
             if start is not None:
                 steps = self.histories[session][start : session.position]
@@ -94,7 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(ids=st.lists(IDS, min_size=1, max_size=6), data=st.data(), length=st.sampled_from([1, 1, 1, 2, 5]))
     def group(self, ids: list[str], data: st.DataObject, length: int) -> None:
         """A frame: a step or more of several sessions, of which some may be busy, or elsewhere, or named twice."""
-        sessions = [self.scheduler.sessions.find(i, self.now) for i in ids if i in self.scheduler.sessions]
+        sessions = [self.scheduler.sessions.find_detached(i, self.now) for i in ids if i in self.scheduler.sessions]
         if not sessions:
             return
         digits = st.lists(st.sampled_from([0, 1, 2, 3, BAD]), min_size=length, max_size=length)
@@ -155,7 +155,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert reply.positions[i] == len(history)
 
     def submit(self, session_id: str, steps: list[int], offset: int | None, **flags: bool) -> None:
-        known = {session.id: self.scheduler.sessions.look(session) for session in [*self.scheduler.sessions]}
+        known = {
+            session.id: self.scheduler.sessions.detach_from_cohort(session) for session in [*self.scheduler.sessions]
+        }
         position = None
         if offset is not None and session_id in known:
             position = max(0, known[session_id].expected + offset)
