@@ -342,7 +342,7 @@ class Stream:
             raise CapacityExhausted(f"one connection holds {MAX_HANDLES} sessions: detach some, or use another")
 
     def _bind(self, wanted: _Wanted, served: ServedModel, session: Session) -> dict[str, Any]:
-        served.scheduler.remember_chunks(session, wanted.depth)
+        served.scheduler.set_retry_depth(session, wanted.depth)
         self._bound.setdefault(served, {})[wanted.handle] = session
         self._handles += 1
         return {
@@ -554,7 +554,7 @@ class Stream:
         served, session = sessions.find_here(self._server, self._name, before.id)
         if session.origin != before.origin:
             raise _another(before)
-        served.scheduler.remember_chunks(session, before.depth)
+        served.scheduler.set_retry_depth(session, before.depth)
         self._unbind(handle)
         self._bound.setdefault(served, {})[handle] = session
         self._handles += 1

@@ -201,7 +201,7 @@ class ServedModel:
         row = self.engine.read(session.slot).tobytes() if session.source != INITIAL else b""
         if session.origin is None:
             session.origin = replace(self.origin("memory"), opened_with=session.opened_with)
-        return Record(session.origin, session.position, row, self.scheduler.records.kept(session), session.depth)
+        return Record(session.origin, session.position, row, self.scheduler.replay.kept(session), session.depth)
 
     def adopt(self, session_id: str, record: Record) -> Session:
         """See `Scheduler.adopt`. Raises CapacityExhausted, or SnapshotInvalid if it is not of this model."""
@@ -214,7 +214,7 @@ class ServedModel:
 
     def bury(self, session_id: str, gone: Gone) -> None:
         """Remember what the store knows of a session's end."""
-        last = self.scheduler.records.read(gone.kept[-1:])
+        last = self.scheduler.replay.read(gone.kept[-1:])
         now = self.loop.clock.now()
         self.scheduler.sessions.add_closed(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
 

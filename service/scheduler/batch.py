@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
+
 from unroll.service.engine.base import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
 
@@ -60,6 +61,11 @@ class Batch:
         same = all(map(operator.is_, self._sources, self._targets))
         self.sources = self.targets if same else _indices(self._sources, len(self))
         return self
+
+
+def row_of(tensors: Tensors, row: int) -> Tensors:
+    """One row of tensors that have a batch axis: views without that axis, arrays even of no dimensions."""
+    return tuple([array[row, ...] for array in tensors])
 
 
 def _indices(parts: list[Indices], count: int) -> np.ndarray:

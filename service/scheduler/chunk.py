@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.base import Tensors
 from unroll.service.scheduler.reply import Outcome

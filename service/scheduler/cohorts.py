@@ -7,6 +7,7 @@ sessions by itself detaches it, which dissolves the cohort: each session is then
 from collections.abc import Callable, Iterator
 
 import numpy as np
+
 from unroll.service.scheduler.recency import Recency
 from unroll.service.scheduler.session import Cohort, Progress, Session
 
@@ -28,7 +29,7 @@ class Cohorts:
 
     def form(self, sessions: list[Session], now: float) -> Cohort | None:
         """One record for sessions that rest since `now`; None if the last chunk of one is not in the step table."""
-        if not all(session.stepped for session in sessions):
+        if not all(session.applied is None for session in sessions):
             return None
         positions = np.array([session.position for session in sessions], np.uint64)
         cohort = Cohort(sessions, np.array([session.slot for session in sessions], np.intp), positions, now)
@@ -70,4 +71,4 @@ class Cohorts:
             for session in cohort.sessions:
                 assert session.cohort is cohort
                 assert session.progress is None, "a session in a cohort has progress of its own"
-                assert (session.stepped, session.depth, session.source) == (True, 1, session.slot)
+                assert (session.applied, session.depth, session.source) == (None, 1, session.slot)

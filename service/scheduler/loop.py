@@ -301,7 +301,7 @@ class Loop:
             origin=session.durable.origin,
             position=chunk.start + chunk.length,
             row=row,
-            last=self.scheduler.records.last_after(result),
+            last=self.scheduler.replay.last_after(result),
             begins=chunk.opens or not session.durable.token,
             ends=chunk.final,
         )

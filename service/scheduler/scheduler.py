@@ -31,9 +31,7 @@ from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
     DeadlineUnreachable,
-    PayloadMismatch,
     PositionGap,
-    PositionTooOld,
     QueueFull,
     SessionAway,
     SessionClosed,
@@ -42,16 +40,15 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.engine.base import Tensors
-from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.batch import Batch, row_of
 from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, PendingCommit
 from unroll.service.scheduler.lanes import Lanes, Pace
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
-from unroll.service.scheduler.records import Records
+from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply, payload_digest
 from unroll.service.scheduler.session import Cohort, Life, Session, Work
 from unroll.service.scheduler.session_table import SessionTable
-from unroll.service.state.last_steps import LastSteps
-from unroll.service.state.slots import INITIAL, Slots
+from unroll.service.state.slots import FIRST, INITIAL, Slots
 from unroll.service.store.record import Origin, Record
 
 
@@ -77,12 +74,10 @@ class Scheduler:
         self.traits = traits
         self.limits = limits
         self.counters = Counters()
-        self.sessions = SessionTable(sessions, self.count_gone, self._keep_last_of)
         #: Rows for chunks that are run in pieces, after those of the sessions.
-        self.workspaces = Slots(limits.max_batch, first=self.sessions.slots.end)
-        fits = LastSteps.fits(traits.inputs, traits.outputs)
-        self._last_steps = LastSteps(self.rows, traits.inputs, traits.outputs) if fits else None
-        self.records = Records(traits.outputs, self._last_steps)
+        self.workspaces = Slots(limits.max_batch, first=FIRST + sessions.capacity)
+        self.replay = ReplayCache(traits, self.rows)
+        self.sessions = SessionTable(sessions, self.count_gone, self.replay.write_last_step)
         self.pace = Pace(limits)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
         self._actions: deque[Action] = deque()
@@ -161,9 +156,10 @@ class Scheduler:
         if session.durable is not None and session.durable.stale:
             raise SessionAway(session_id)
         progress = session.own_progress
-        if position is not None and position != progress.expected:
-            return self._recognise(session, position, inputs, final, fresh or session.durable is None)
-        chunk = Chunk(inputs, len(inputs[0]), deadline, session, progress.expected, position is not None, opens, final)
+        pinned, start_at = position is not None, progress.expected if position is None else position
+        chunk = Chunk(inputs, len(inputs[0]), deadline, session, start_at, pinned, opens, final)
+        if chunk.start != progress.expected:
+            return self._recognise(session, chunk, fresh or session.durable is None)
         self._admit(chunk, now)
         progress.expected += chunk.length
         self._enqueue(session, chunk, now)
@@ -264,13 +260,9 @@ class Scheduler:
         self._enqueue(session, action, now)
         return action
 
-    def remember_chunks(self, session: Session, depth: int) -> None:
-        """From now on the last `depth` chunks of a session can be asked for again."""
-        self.sessions.detach_from_cohort(session)
-        if session.stepped and depth > 1:
-            session.applied, session.stepped = self.records.applied(session), False
-        session.depth = depth
-        session.applied = session.applied[-depth:]
+    def set_retry_depth(self, session: Session, depth: int) -> None:
+        """From now on the session's last `depth` chunks can be retried."""
+        self.replay.set_depth(self.sessions.detach_from_cohort(session), depth)
 
     def adopt(self, session_id: str, record: Record, now: float) -> Session:
         """A session as it was stored, in the place of the copy that is here, which must be idle. Its state row is for
@@ -288,7 +280,7 @@ class Scheduler:
         progress = session.own_progress
         progress.position = progress.expected = record.position
         session.depth = max(session.depth, record.depth)
-        session.stepped, session.applied = False, self.records.read(record.kept)
+        session.applied = self.replay.read(record.kept)
         session.source = session.slot if record.row else INITIAL
         return session
 
@@ -345,7 +337,7 @@ class Scheduler:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
         if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
-            self._keep_last(batch.targets, batch.inputs, outputs, failed)
+            self.replay.write_steps(batch.targets, batch.inputs, outputs, failed)
         row = 0
         for work in batch.work:
             if isinstance(work, Group):
@@ -384,28 +376,12 @@ class Scheduler:
 
     def _result(self, outputs: Tensors, row: int, steps: int, longest: int) -> Tensors:
         """One row's outputs, without the padding."""
-        result = _row(outputs, row)
+        result = row_of(outputs, row)
         if steps == longest:
             return result
         return tuple(
             [array[:steps] if spec.time else array for spec, array in zip(self.traits.outputs, result, strict=True)]
         )
-
-    def _keep_last(
-        self, slots: np.ndarray, inputs: Tensors, outputs: Tensors, failed: Mapping[int, UnrollError]
-    ) -> None:
-        """The steps of these sessions are the last they took, but for the rows that failed."""
-        if self._last_steps is None:
-            return
-        if failed:
-            good = [row for row in range(len(slots)) if row not in failed]
-            slots = slots[good]
-            inputs, outputs = tuple([a[good] for a in inputs]), tuple([a[good] for a in outputs])
-        self._last_steps.keep(slots, inputs, outputs)
-
-    def _keep_last_of(self, cohort: Cohort) -> None:
-        if cohort.last is not None and self._last_steps is not None:
-            self._last_steps.keep(cohort.slots, *cohort.last)
 
     def _finish_chunk(self, chunk: Chunk, result: Tensors, steps: int, now: float) -> None:
         self._waiting_steps -= self._lanes.next_steps(chunk)
@@ -450,7 +426,7 @@ class Scheduler:
         else:
             if cohort is not None and len(errors) < count:
                 self.sessions.detach_from_cohort(group.sessions[0])  # the cohort's last step is older than this one
-                self._keep_last(cohort.slots, group.inputs, outputs, errors)
+                self.replay.write_steps(cohort.slots, group.inputs, outputs, errors)
             cohort = self._finish_rows(group, outputs, errors, now)
         positions = (
             cohort.positions
@@ -459,18 +435,19 @@ class Scheduler:
         )
         group.settle(GroupReply(group.rows, positions, outputs, errors, cohort))
         for row, follower in group.followers:
-            follower.settle(errors.get(row) or Reply(_row(outputs, row), int(positions[row])).copy())
+            follower.settle(errors.get(row) or Reply(row_of(outputs, row), int(positions[row])).copy())
 
     def _finish_rows(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> Cohort | None:
         """Move the sessions of a group on, one by one; returns what they have become, if it is to come again."""
-        steps, in_table = group.length, group.length == 1 and self._last_steps is not None
+        steps = group.length
         for row, session in enumerate(group.sessions):
             progress = session.progress or self.sessions.cohorts.detach(session)
             if row not in errors:
                 progress.position += steps
-                if not session.stepped or not in_table:
+                if session.applied is not None or steps > 1:
                     session.source = session.slot
-                    self._remember(session, progress.position - steps, _row(group.inputs, row), _row(outputs, row))
+                    begin = progress.position - steps
+                    self.replay.remember(session, begin, row_of(group.inputs, row), row_of(outputs, row))
         if group.followed:
             for session in group.sessions:
                 self._next_of(session, now)
@@ -530,13 +507,13 @@ class Scheduler:
         self._in_flight += 1
         self._waiting_steps += self._lanes.next_steps(chunk)
 
-    def _recognise(self, session: Session, position: int, inputs: Tensors, final: bool, certain: bool) -> Chunk | Reply:
+    def _recognise(self, session: Session, chunk: Chunk, certain: bool) -> Chunk | Reply:
         """What a chunk that does not begin at the session's end is: a retry, too old, or too early.
 
         Raises SessionAway instead of all that, unless the copy here is `certain` to be what the store has.
         """
         try:
-            known = self._known(session, position, inputs, final)
+            known = self.replay.recognise(session, chunk)
         except SessionError:
             if certain:
                 raise
@@ -545,55 +522,6 @@ class Scheduler:
             raise SessionAway(session.id)
         self.counters.replayed += 1
         return known
-
-    def _known(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | Reply:
-        if position > session.expected:
-            raise PositionGap(
-                f"the session is at {session.expected}, the chunk begins at {position}", expected=session.expected
-            )
-        if (again := self._in_flight_at(session, position, inputs, final)) is not None:
-            again.abandoned = None  # its first client went away; now there is one again
-            return again
-        reply = self._applied_at(session, position, inputs)
-        if reply is None:
-            raise PositionTooOld(
-                f"the session is at {session.expected}; only its last {'chunk' if session.depth == 1 else 'chunks'} "
-                "can be asked for again",
-                expected=session.expected,
-            )
-        if final:
-            raise PayloadMismatch("the chunk was applied without ending the session", expected=session.expected)
-        return reply
-
-    def _in_flight_at(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | None:
-        """The accepted chunk that begins there, if this is the same. Raises PayloadMismatch if it is another."""
-        for work in session.own_progress.queue():
-            if isinstance(work, Chunk) and work.start == position:
-                if work.final != final or not _same(work.inputs, inputs):
-                    raise _mismatch(session, position)
-                return work
-            if isinstance(work, Group) and session.position == position:
-                row = work.sessions.index(session)
-                if final or not _same(_row(work.inputs, row), inputs):
-                    raise _mismatch(session, position)
-                follower = Chunk(inputs, work.length, work.deadline, session, position, pinned=True)
-                follower.running = True
-                work.followers.append((row, follower))
-                return follower
-        return None
-
-    def _applied_at(self, session: Session, position: int, inputs: Tensors) -> Reply | None:
-        """The reply to the chunk that began there, if it is still known. Raises PayloadMismatch if this is another."""
-        if session.stepped and position == session.position - 1 and self._last_steps is not None:
-            if not _same(self._last_steps.payload(session.slot), inputs):
-                raise _mismatch(session, position)
-            return Reply(self._last_steps.answer(session.slot), position + 1)
-        for applied in session.applied:
-            if applied.start == position:
-                if applied.digest != payload_digest(inputs):
-                    raise _mismatch(session, position)
-                return applied.reply
-        return None
 
     def _enqueue(self, session: Session, work: Chunk | Action, now: float) -> None:
         progress = session.own_progress
@@ -636,22 +564,12 @@ class Scheduler:
             return
         session.position = chunk.start + chunk.length
         session.source = session.slot
-        if not session.stepped or chunk.length > 1 or chunk.final:
-            self._remember(session, chunk.start, chunk.inputs, outputs, apart=chunk.final)
+        if session.applied is not None or chunk.length > 1 or chunk.final:
+            self.replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         reply = Reply(outputs, session.position)
         self._settle(chunk, reply, now)
         if chunk.final and session.life not in (Life.LEAVING, Life.GONE):
-            self._close(session, now, session.applied[-1] if chunk.pinned else None)
-
-    def _remember(
-        self, session: Session, start: int, inputs: Tensors, outputs: Tensors, *, apart: bool = False
-    ) -> None:
-        """So that this chunk can be asked for again. `apart`: the session is about to end, and its row with it."""
-        if len(inputs[0]) == 1 and session.depth == 1 and self._last_steps is not None and not apart:
-            session.stepped, session.applied = True, ()
-        else:
-            applied = AppliedChunk(start, payload_digest(inputs), Reply(outputs, session.position).copy())
-            session.stepped, session.applied = False, (*session.applied, applied)[-session.depth :]
+            self._close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
 
     def _settle(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
         """Answer, and let the session's next work take its turn."""
@@ -755,17 +673,5 @@ class Scheduler:
             assert self._waiting_steps == 0, f"{self._waiting_steps} steps are lost"
 
 
-def _row(tensors: Tensors, row: int) -> Tensors:
-    return tuple([array[row, ...] for array in tensors])
-
-
-def _same(one: Tensors, other: Tensors) -> bool:
-    return all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
-
-
 def _late() -> DeadlineExceeded:
     return DeadlineExceeded("the deadline passed before the work was begun")
-
-
-def _mismatch(session: Session, position: int) -> PayloadMismatch:
-    return PayloadMismatch(f"position {position} was already consumed with another payload", expected=session.expected)

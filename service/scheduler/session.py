@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
+
 from unroll.service.engine.base import Tensors
 from unroll.service.scheduler.recency import Used
 from unroll.service.scheduler.reply import AppliedChunk
@@ -69,8 +70,8 @@ class Session(Used):
 
     slot: its row in the arena. source: the row its next chunk reads; the initial row until the first chunk is applied.
     progress: its own; None while it is part of `cohort`, which has one for all of its sessions.
-    depth: how many of the last chunks can be retried. If the last was a single step, and depth is 1, `stepped` is true,
-    and the step table has its payload and its reply; otherwise `applied` has the chunks, latest last.
+    depth: how many of its last chunks can be retried. applied: those chunks, latest last; None: the last was a single
+    step, the depth is 1, and the replay cache has the step in its table.
     opened_with: digest of the request that opened it at position 0, so that its late duplicate opens no other session.
     origin: the first part of its record, once it has one. durable: the link to the store; None: a memory session.
     """
@@ -81,8 +82,7 @@ class Session(Used):
     progress: Progress | None
     depth: int = 1
     life: Life = Life.OPEN
-    stepped: bool = False
-    applied: tuple[AppliedChunk, ...] = ()
+    applied: tuple[AppliedChunk, ...] | None = ()
     opened_with: bytes = b""
     cohort: "Cohort | None" = None
     origin: Origin | None = None
@@ -117,7 +117,7 @@ class Session(Used):
 
     def forget_applied(self) -> None:
         """No chunk of the past can be retried any more."""
-        self.stepped, self.applied = False, ()
+        self.applied = ()
 
     def __repr__(self) -> str:
         if self.progress is None:

@@ -116,7 +116,7 @@ class Served:
                 position, expected, used = session.position, session.expected, session.last_used
                 busy = session.active is not None
             row = self.engine.rows[session.source]
-            records.append((session.id, session.slot, position, expected, used, busy, session.stepped, row))
+            records.append((session.id, session.slot, position, expected, used, busy, session.applied is None, row))
         return records
 
 
@@ -216,7 +216,7 @@ class Twins(RuleBasedStateMachine):
     def remember(self, session_id: str, depth: int) -> None:
         def remember(served: Served) -> None:
             if session_id in served.scheduler.sessions:
-                served.scheduler.remember_chunks(served.bound[session_id], depth)
+                served.scheduler.set_retry_depth(served.bound[session_id], depth)
 
         self.both(remember)
 
@@ -402,7 +402,7 @@ def test_a_cohort_takes_one_step_at_a_time(served):
 
 
 def test_a_session_of_which_more_is_to_be_remembered_leaves_its_cohort(served):
-    served.scheduler.remember_chunks(served.bound["a"], 2)
+    served.scheduler.set_retry_depth(served.bound["a"], 2)
     assert answer(served.scheduler.submit_steps("a", inputs(2), 0, LATER, position=1)) == fold([1, 2])[1:]
     for _ in range(3):
         served.frame([*"abc"], [None] * 3, [3] * 3, 0)

@@ -198,7 +198,7 @@ def test_a_client_that_pipelines_can_ask_for_as_many_chunks_again(s, engine):
     session = s.open("a", 0)
     s.submit_steps("a", inputs(0), 0, LATER)
     run_until_idle(s, engine)
-    s.remember_chunks(session, 3)
+    s.set_retry_depth(session, 3)
     for step in (1, 2):
         s.submit_steps("a", inputs(step), 0, LATER)
         run_until_idle(s, engine)
@@ -209,7 +209,7 @@ def test_a_client_that_pipelines_can_ask_for_as_many_chunks_again(s, engine):
     run_until_idle(s, engine)
     with pytest.raises(PositionTooOld):
         s.submit_steps("a", inputs(0), 0, LATER, position=0)
-    s.remember_chunks(session, 1)
+    s.set_retry_depth(session, 1)
     assert answer(s.submit_steps("a", inputs(3), 0, LATER, position=3)) == fold([0, 1, 2, 3])[3:]
     with pytest.raises(PositionTooOld):
         s.submit_steps("a", inputs(2), 0, LATER, position=2)

@@ -84,8 +84,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The last chunk a session applied can be asked for again, and changes nothing."""
         if session_id in self.scheduler.sessions:
             session = self.scheduler.sessions.find_detached(session_id, self.now)
-            start = session.position - 1 if session.stepped else session.applied[-1].start if session.applied else None
-            if start is not None:
+            applied = self.scheduler.replay.applied_chunks(session)
+            if applied:
+                start = applied[-1].start
                 steps = self.histories[session][start : session.position]
                 work = self.scheduler.submit_steps(session_id, inputs(*steps), self.now, self.now + 50, position=start)
                 assert isinstance(work, Reply)
