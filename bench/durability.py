@@ -1,7 +1,7 @@
-"""What it costs that sessions outlive their server; `python -m bench.durability` measures this alone.
+"""The cost of durable sessions.
 
-Redis runs on the load generator's core, as it would on another machine: what the server does for a commit is counted,
-and what Redis does is not.
+Redis runs on the load generator's core, as it would on another machine: the server's work for a commit counts, Redis's
+own work does not.
 """
 
 import base64
@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -215,9 +214,3 @@ def _routed(name: str, what: str, launch: Launch, reference: Reference, ports: l
     check = check_steps(name, reference, lambda body: np.frombuffer(body, np.float32))
     subject = Subject(name, f"Unroll, raw bytes, {what}", launch, client, check)
     return turn_of(subject, ports[0], [client(n) for n in range(CLIENTS)], beside=ports[1:])
-
-
-if __name__ == "__main__":
-    from bench.__main__ import main  # which knows this module as a scenario
-
-    raise SystemExit(main(["--only", "durability", "--peers", "none", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from bench.gpu.shapes import Model
+from bench.internals.gpu.shapes import Model
 
 
 def set_tf32(allowed: bool) -> None:

@@ -1,6 +1,6 @@
 """The parts of a step by themselves, in one process and without I/O: what each costs in nanoseconds a step.
 
-    python -m bench.micro [--only WORD] [--repository DIR] [--json FILE]
+    python -m bench.internals.micro [--only WORD] [--repository DIR] [--json FILE]
 
 Each figure is the least of many short runs, which is what the part costs when nothing disturbs it.
 """
@@ -299,7 +299,7 @@ def table(figures: list[Figure]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.micro", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.internals.micro", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", metavar="WORD", help="parts whose name holds this")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each part, at most 60")
     parser.add_argument(

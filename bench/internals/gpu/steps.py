@@ -7,9 +7,9 @@ from statistics import median
 
 import numpy as np
 
-from bench.gpu import peer
-from bench.gpu.ours import inputs, ours, some_slots, steps_of
-from bench.gpu.shapes import Shape, bundle_of, model
+from bench.internals.gpu import peer
+from bench.internals.gpu.ours import inputs, ours, some_slots, steps_of
+from bench.internals.gpu.shapes import Shape, bundle_of, model
 from service.engine.place import Precision
 
 _ARENA = 20_000

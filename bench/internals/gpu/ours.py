@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 
 import bundle
-from bench.gpu.shapes import FEATURES
+from bench.internals.gpu.shapes import FEATURES
 from service.engine.base import LAUNCHED, PlainRows, Result
 from service.engine.cuda.driver import CapturedGraph
 from service.engine.place import Cells, CudaPlace, EngineOptions, Precision, open_cuda

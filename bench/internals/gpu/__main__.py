@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: everything that is to be measured on a GPU, in one run of a few minutes."""
+"""`python -m bench.internals.gpu`: everything that is to be measured on a GPU, in one run of a few minutes."""
 
 import argparse
 import json
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from bench import machine
-from bench.gpu import peer, steps, stream, variants
-from bench.gpu.documents import write
-from bench.gpu.ours import inputs, ours, some_slots, steps_of
-from bench.gpu.shapes import FEATURES, Shape, bundle_of, model
+from bench.internals.gpu import peer, steps, stream, variants
+from bench.internals.gpu.documents import write
+from bench.internals.gpu.ours import inputs, ours, some_slots, steps_of
+from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of, model
 from bench.servers import ROOT
 
 MEDIUM, LARGE, WIDE = Shape("LSTM", 2, 256), Shape("LSTM", 2, 1024), Shape("GRU", 4, 2048)
@@ -103,7 +103,7 @@ class Run:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.internals.gpu", description=__doc__)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement over WebSockets")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -144,7 +144,7 @@ def _about() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
     about = machine.describe([])
-    about["command"] = ["python", "-m", "bench.gpu"]
+    about["command"] = ["python", "-m", "bench.internals.gpu"]
     about["versions"] |= {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import uvloop
 
-from bench.gpu.ours import DEVICE
-from bench.gpu.shapes import FEATURES, Shape, bundle_of, model
+from bench.internals.gpu.ours import DEVICE
+from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of, model
 from bench.load import Client, Load, Measured
 from bench.servers import HOST, on_cores, running
 from bench.turns import raise_on_errors

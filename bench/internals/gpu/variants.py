@@ -12,9 +12,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from bench.gpu import peer
-from bench.gpu.ours import inputs, ours, some_slots
-from bench.gpu.shapes import FEATURES, Shape, bundle_of
+from bench.internals.gpu import peer
+from bench.internals.gpu.ours import inputs, ours, some_slots
+from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of
 from service.engine.cuda.base import Device
 from service.engine.memory import Memory
 from service.engine.place import open_cuda

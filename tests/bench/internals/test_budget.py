@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from bench.budget import OTHER, Run, fold, place, table
+from bench.internals.budget import OTHER, Run, fold, place, table
 
 ROOT = "_run_module_as_main (<frozen runpy>);main (service/__main__.py);run_forever (loop.c);Handle__run (loop.c)"
 FEED = "HttpProtocol.data_received (service/transport/http.py);feed_data (httptools/parser/parser.c)"

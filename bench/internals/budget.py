@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.budget", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.internals.budget", description=__doc__)
     parser.add_argument("--model", choices=list(inputs.MODELS), default="small")
     parser.add_argument("--over", choices=list(_SUBJECTS), default="raw", help="what the clients speak")
     parser.add_argument("--clients", type=int, default=64, help="concurrent clients, at most 1024")

@@ -1,6 +1,6 @@
 """What a durable session and a commit cost Redis: memory, processor, append-only file, network.
 
-    python -m bench.store [--sessions 50000]
+    python -m bench.internals.store [--sessions 50000]
 
 It starts a redis-server of its own and writes to it as the server does, batches of 64. What it counts is Redis's own
 account of itself, so it does not matter who else uses the machine. docs/scaling.md has the arithmetic.
