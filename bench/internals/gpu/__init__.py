@@ -1,1 +1,1 @@
-"""What a GPU does with the engine, beside its own limits and beside PyTorch under a CUDA graph."""
+"""The engine on a GPU, compared with the device's limits and with PyTorch under a CUDA graph."""

@@ -50,9 +50,9 @@ def test_a_slow_part_is_run_a_few_times_all_the_same() -> None:
 def test_every_turn_of_the_scheduler_answers_every_session(sessions: int) -> None:
     turns = Turns(sessions)
     for taken in range(1, 4):
-        turns.each_by_itself()
+        turns.step_as_chunks()
         assert turns.answered == 2 * taken * sessions - sessions
-        turns.as_a_group()
+        turns.step_as_group()
         assert turns.answered == 2 * taken * sessions
     assert turns.scheduler.in_flight == 0
     turns.scheduler.check_invariants()
