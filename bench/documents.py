@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: its figures are replaced by those of a results file, the text around them is written by hand."""
+"""Write the figures of docs/benchmarks.md from results files; the text around them is written by hand."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from bench import plots, report
 
 
 def merged(files: Sequence[Path]) -> dict[str, Any]:
-    """Of each scenario, what the last of these files says."""
+    """Merge results files; for each scenario, the last file wins."""
     results: dict[str, Any] = {"runs": [], "outcomes": {}}
     for file in files:
         found = json.loads(file.read_text())
@@ -19,7 +19,7 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def write(results: Mapping[str, Any], docs: Path) -> None:
-    """Replaces the figures in `benchmarks.md`, and writes the results and the plots beside it."""
+    """Replace the figures in `docs / "benchmarks.md"`, and write the results and plots next to it."""
     report.replace_figures(docs / "benchmarks.md", figures(results, plots.draw(results, docs)))
     (docs / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
 
