@@ -73,8 +73,8 @@ bench-peers: install ## create the environments of the comparison servers
 profile: install ## profile a step by layer and function; writes .bench/profile.svg
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@mkdir -p .bench
-	$(BIN)/python -m bench.budget --functions 5 --flamegraph .bench/profile.svg
-	$(BIN)/python -m bench.micro
+	$(BIN)/python -m bench.internals.budget --functions 5 --flamegraph .bench/profile.svg
+	$(BIN)/python -m bench.internals.micro
 
 figures: ## write docs/benchmarks.md and its plots from the results of `make bench`
 	$(BIN)/python -m bench --write-docs .bench/results.json
