@@ -23,26 +23,25 @@ Rules:
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
-    DeadlineUnreachable,
     NeedsStoreLookup,
     PositionGap,
-    QueueFull,
     SessionClosed,
     SessionError,
-    SessionGone,
     UnrollError,
 )
 from unroll.service.engine.base import Tensors
+from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch, row_of
 from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, PendingCommit
-from unroll.service.scheduler.lanes import Lanes, Pace
+from unroll.service.scheduler.counters import Counters
+from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply, payload_digest
@@ -50,23 +49,6 @@ from unroll.service.scheduler.session import Cohort, Life, Session, Work
 from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import FIRST, INITIAL, Slots
 from unroll.service.store.record import Origin, Record
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened so far, for metrics; `gone` by the error code of the cause."""
-
-    steps: int = 0
-    chunks: int = 0
-    batches: int = 0
-    padded_steps: int = 0
-    replayed: int = 0
-    refused: int = 0
-    opened: int = 0
-    adopted: int = 0
-    restarted: int = 0
-    failed: dict[str, int] = field(default_factory=dict)
-    gone: dict[str, int] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -86,13 +68,12 @@ class Scheduler:
         #: Rows for chunks that are run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=FIRST + sessions.capacity)
         self.replay = ReplayCache(traits, self.rows)
-        self.sessions = SessionTable(sessions, self.count_gone, self.replay.write_last_step)
+        self.sessions = SessionTable(sessions, self.counters.count_gone, self.replay.write_last_step)
         self.pace = Pace(limits)
+        self._admission = Admission(limits, self.pace, self.counters)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
         self._actions: deque[Action] = deque()
         self._results: list[PendingCommit] = []
-        self._in_flight = 0
-        self._waiting_steps = 0
 
     @property
     def rows(self) -> int:
@@ -102,14 +83,14 @@ class Scheduler:
     @property
     def in_flight(self) -> int:
         """Chunks accepted and not yet answered."""
-        return self._in_flight
+        return self._admission.in_flight
 
     @property
     def idle(self) -> bool:
         return not self._actions and self._lanes.idle
 
     def __repr__(self) -> str:
-        return f"<Scheduler {self._in_flight} chunks in flight, {self.sessions!r}>"
+        return f"<Scheduler {self._admission.in_flight} chunks in flight, {self.sessions!r}>"
 
     # ── accepting work ───────────────────────────────────────────────────────────────────────────
 
@@ -257,8 +238,7 @@ class Scheduler:
     def _queue_group(self, group: Group, now: float) -> None:
         if isinstance(group.rows, list) and len(group.rows) < len(group.inputs[0]):
             group.inputs = tuple(array[group.rows] for array in group.inputs)
-        self._in_flight += len(group.sessions)
-        self._waiting_steps += len(group.sessions) * group.length
+        self._admission.add(len(group.sessions), len(group.sessions) * group.length)
         self._make_ready(group, now)
 
     def submit_action(self, session_id: str, run: Callable[[Session], object], now: float) -> Action:
@@ -392,13 +372,13 @@ class Scheduler:
         )
 
     def _finish_chunk(self, chunk: Chunk, result: Tensors, steps: int, now: float) -> None:
-        self._waiting_steps -= self._lanes.next_steps(chunk)
+        self._admission.waiting_steps -= self._lanes.next_steps(chunk)
         if steps == chunk.length:
             chunk.done = steps
             self._complete(chunk, result, now)
             return
         chunk.done += steps
-        self._waiting_steps += self._lanes.next_steps(chunk)
+        self._admission.waiting_steps += self._lanes.next_steps(chunk)
         if chunk.pieces is None:
             chunk.pieces = []
         chunk.pieces.append(tuple(array.copy() for array in result))
@@ -423,8 +403,7 @@ class Scheduler:
 
     def _finish_group(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
         count = len(group.sessions)
-        self._in_flight -= count
-        self._waiting_steps -= count * group.length
+        self._admission.add(-count, -count * group.length)
         self.counters.chunks += count - len(errors)
         self.counters.steps += (count - len(errors)) * group.length
         cohort = group.cohort
@@ -463,7 +442,7 @@ class Scheduler:
             for session in group.sessions:
                 self.sessions.rest(session, now)
         for row, error in errors.items():
-            self._count_failed(error)
+            self.counters.count_failed(error)
             self._recount(group.sessions[row], now)
         if group.again and not group.followed:
             return self.sessions.cohorts.form(group.sessions, now)
@@ -471,7 +450,7 @@ class Scheduler:
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, from the rate seen lately: one piece of each chunk first."""
-        return self._waiting_steps * self.pace.seconds_per_step
+        return self._admission.estimated_wait()
 
     # ── accepting ────────────────────────────────────────────────────────────────────────────────
 
@@ -482,13 +461,7 @@ class Scheduler:
         """
         if row:
             self.sessions.check_room()
-        wait = self.estimated_wait()
-        if self._in_flight >= self.limits.max_queue:
-            self.counters.refused += 1
-            raise QueueFull(f"{self._in_flight} requests are waiting", retry_after=max(wait, 0.1))
-        if now + wait > deadline:
-            self.counters.refused += 1
-            raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
+        self._admission.check(now, deadline)
 
     def _open_by_steps(
         self,
@@ -510,10 +483,8 @@ class Scheduler:
         self.open(session_id, now, origin=origin, token=token).opened_with = digest
 
     def _admit(self, chunk: Chunk, now: float) -> None:
-        if self._in_flight >= self.limits.max_queue or now + self.estimated_wait() > chunk.deadline:
-            self.check_room(now, chunk.deadline)  # says what is wrong
-        self._in_flight += 1
-        self._waiting_steps += self._lanes.next_steps(chunk)
+        self._admission.check(now, chunk.deadline)
+        self._admission.add(1, self._lanes.next_steps(chunk))
 
     def _recognise(self, session: Session, chunk: Chunk) -> Chunk | Reply:
         """What a chunk that does not begin at the session's end is: a retry, too old, or too early.
@@ -582,14 +553,14 @@ class Scheduler:
 
     def _settle(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
         """Answer, and let the session's next work take its turn."""
-        self._in_flight -= 1
+        self._admission.in_flight -= 1
         if chunk.done < chunk.length:
-            self._waiting_steps -= self._lanes.next_steps(chunk)
+            self._admission.waiting_steps -= self._lanes.next_steps(chunk)
         chunk.pieces = None
         if chunk.workspace is not None:
             self.workspaces.give_back(chunk.workspace)
         if isinstance(outcome, UnrollError):
-            self._count_failed(outcome)
+            self.counters.count_failed(outcome)
         chunk.settle(outcome)
         if chunk.session is not None and chunk.session.active is chunk:
             self._next_of(chunk.session, now)
@@ -655,12 +626,6 @@ class Scheduler:
             elif isinstance(work, Action):
                 work.settle(gone)
 
-    def _count_failed(self, error: UnrollError) -> None:
-        self.counters.failed[error.code] = self.counters.failed.get(error.code, 0) + 1
-
-    def count_gone(self, cause: type[SessionGone]) -> None:
-        self.counters.gone[cause.code] = self.counters.gone.get(cause.code, 0) + 1
-
     def check_invariants(self) -> None:
         """Raises AssertionError if the bookkeeping contradicts itself. Meant for a moment when no batch runs."""
         self.sessions.check_invariants()
@@ -678,8 +643,7 @@ class Scheduler:
         held = {chunk.workspace for chunk in chunks} - {None}
         assert len(held) == self.workspaces.taken, "a workspace is lost"
         if self.idle:
-            assert self._in_flight == 0, f"{self._in_flight} chunks are lost"
-            assert self._waiting_steps == 0, f"{self._waiting_steps} steps are lost"
+            self._admission.check_invariants()
 
 
 def _late() -> DeadlineExceeded:

@@ -2,7 +2,7 @@
 
 from fold import FoldEngine, answer, fold, inputs, scheduler
 
-from unroll.service.scheduler.lanes import Pace
+from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.reply import Reply
 
