@@ -21,7 +21,6 @@ Rules:
 - Nothing waits without bound: past `max_queue` chunks, or when the deadline cannot be met, work is refused at once.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -31,7 +30,6 @@ from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
     NeedsStoreLookup,
-    PositionGap,
     SessionClosed,
     SessionError,
     UnrollError,
@@ -45,7 +43,8 @@ from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply, payload_digest
-from unroll.service.scheduler.session import Cohort, Life, Session, Work
+from unroll.service.scheduler.session import Cohort, Life, Session
+from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import FIRST, INITIAL, Slots
 from unroll.service.store.record import Origin, Record
@@ -72,7 +71,7 @@ class Scheduler:
         self.pace = Pace(limits)
         self._admission = Admission(limits, self.pace, self.counters)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
-        self._actions: deque[Action] = deque()
+        self._queues = SessionQueues(self._lanes, self.sessions)
         self._results: list[PendingCommit] = []
 
     @property
@@ -87,7 +86,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._actions and self._lanes.idle
+        return not self._queues.actions and self._lanes.idle
 
     def __repr__(self) -> str:
         return f"<Scheduler {self._admission.in_flight} chunks in flight, {self.sessions!r}>"
@@ -109,7 +108,7 @@ class Scheduler:
         chunk = Chunk(inputs, len(inputs[0]), deadline, start=start)
         chunk.state_row = row
         self._admit(chunk, now)
-        self._make_ready(chunk, now)
+        self._lanes.put(chunk, now)
         return chunk
 
     def submit_steps(
@@ -151,7 +150,7 @@ class Scheduler:
             return self._recognise(session, chunk)
         self._admit(chunk, now)
         progress.expected += chunk.length
-        self._enqueue(session, chunk, now)
+        self._queues.add(progress, chunk, now)
         return chunk
 
     def submit_group(
@@ -239,13 +238,13 @@ class Scheduler:
         if isinstance(group.rows, list) and len(group.rows) < len(group.inputs[0]):
             group.inputs = tuple(array[group.rows] for array in group.inputs)
         self._admission.add(len(group.sessions), len(group.sessions) * group.length)
-        self._make_ready(group, now)
+        self._lanes.put(group, now)
 
     def submit_action(self, session_id: str, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the session's chunks accepted so far."""
         session = self.sessions.find_detached(session_id, now)
         action = Action(session, lambda: run(session))
-        self._enqueue(session, action, now)
+        self._queues.add(session.own_progress, action, now)
         return action
 
     def set_retry_depth(self, session: Session, depth: int) -> None:
@@ -294,16 +293,15 @@ class Scheduler:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
         batch = self._lanes.take(now)
-        actions = [action for action in self._actions if action.outcome is None]
-        self._actions.clear()
+        actions = self._queues.take_actions()
         if not batch and not actions:
             self.pace.rest()
         return actions, batch
 
     def finish_action(self, action: Action, outcome: object, now: float) -> None:
         action.settle(outcome)
-        self._next_of(action.session, now)
-        self._recount(action.session, now)
+        self._queues.advance(action.session, now)
+        self._renumber(action.session, now)
 
     def finish(
         self,
@@ -391,7 +389,7 @@ class Scheduler:
         elif chunk.abandoned is not None:
             self._fail(chunk, chunk.abandoned, now)
         else:
-            self._make_ready(chunk, now)
+            self._lanes.put(chunk, now)
 
     def _complete(self, chunk: Chunk, outputs: Tensors, now: float) -> None:
         """All of its steps are run."""
@@ -437,13 +435,13 @@ class Scheduler:
                     self.replay.remember(session, begin, row_of(group.inputs, row), row_of(outputs, row))
         if group.followed:
             for session in group.sessions:
-                self._next_of(session, now)
+                self._queues.advance(session, now)
         else:
             for session in group.sessions:
                 self.sessions.rest(session, now)
         for row, error in errors.items():
             self.counters.count_failed(error)
-            self._recount(group.sessions[row], now)
+            self._renumber(group.sessions[row], now)
         if group.again and not group.followed:
             return self.sessions.cohorts.form(group.sessions, now)
         return None
@@ -503,25 +501,6 @@ class Scheduler:
         self.counters.replayed += 1
         return known
 
-    def _enqueue(self, session: Session, work: Chunk | Action, now: float) -> None:
-        progress = session.own_progress
-        if isinstance(progress.active, Group):
-            progress.active.followed = True
-        if progress.active is None:
-            progress.active = work
-            self._make_ready(work, now)
-        elif progress.pending is None:
-            progress.pending = [work]
-        else:
-            progress.pending.append(work)
-
-    def _make_ready(self, work: Work, now: float) -> None:
-        if isinstance(work, Action):
-            self._actions.append(work)
-        else:
-            assert isinstance(work, Chunk | Group)
-            self._lanes.put(work, now)
-
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
         """Was it cancelled while it waited, or its session closed; or is it now too late to begin it?"""
         if isinstance(work, Group):
@@ -563,7 +542,7 @@ class Scheduler:
             self.counters.count_failed(outcome)
         chunk.settle(outcome)
         if chunk.session is not None and chunk.session.active is chunk:
-            self._next_of(chunk.session, now)
+            self._queues.advance(chunk.session, now)
 
     def _fail(self, chunk: Chunk, why: UnrollError, now: float) -> None:
         self._settle(chunk, why, now)
@@ -574,34 +553,12 @@ class Scheduler:
             self._close(chunk.session, now)
             if chunk.session.durable is not None:
                 self.sessions.closed.forget(chunk.session.id)  # the store knows whether there is one
-        self._recount(chunk.session, now)
+        self._renumber(chunk.session, now)
 
-    def _next_of(self, session: Session, now: float) -> None:
-        """The session's active work is done: the next that is still wanted becomes active."""
-        progress = session.own_progress
-        progress.active = None
-        while progress.pending and progress.active is None:
-            work = progress.pending.pop(0)
-            progress.active = work if work.outcome is None else None
-        if progress.active is not None:
-            self._make_ready(progress.active, now)
-        else:
-            progress.pending = None
-            self.sessions.rest(session, now)
-
-    def _recount(self, session: Session, now: float) -> None:
-        """What the session counted on did not come: give what waits its new place, or fail what insists on the old."""
-        expected = session.position
-        for work in session.own_progress.queue():
-            if not isinstance(work, Chunk):
-                expected += work.length
-            elif work.pinned and work.start != expected:
-                gap = f"the session is at {expected}, the chunk begins at {work.start}"
-                self._settle(work, PositionGap(gap, expected=expected), now)
-            else:
-                work.start = expected
-                expected += work.length
-        session.own_progress.expected = expected
+    def _renumber(self, session: Session, now: float) -> None:
+        for chunk, gap in self._queues.renumber(session):
+            if chunk.outcome is None:  # the listener of one may have cancelled another
+                self._settle(chunk, gap, now)
 
     def _abandon(self, chunk: Chunk, why: UnrollError, now: float) -> None:
         if chunk.running:
