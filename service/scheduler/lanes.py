@@ -76,6 +76,12 @@ class Lanes:
             lane = self._lanes[length] = deque()
         lane.append(work)
 
+    def give_back_workspace(self, chunk: Chunk) -> None:
+        """The chunk is done with the arena row of its pieces."""
+        assert chunk.workspace is not None
+        self._workspaces.give_back(chunk.workspace)
+        chunk.pieces = None
+
     def take(self, now: float) -> Batch:
         """The next batch; empty if nothing waits."""
         self._feed_starved(now)
