@@ -18,12 +18,12 @@ from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
-from unroll.service.api import sessions
-from unroll.service.api.errors import problem, problem_of, reason
-from unroll.service.api.http import ATTEMPTS, Answer
+from unroll.service.api import session_operations
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import problem, problem_of, reason
 from unroll.service.api.parameters import require_streamable, split_reference
-from unroll.service.api.server import Server
-from unroll.service.api.sessions import new_id
+from unroll.service.api.request import ATTEMPTS, Answer
+from unroll.service.api.session_operations import new_id
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core import failpoints
 from unroll.service.core.errors import (
@@ -129,7 +129,7 @@ class Stream:
 
     def __init__(
         self,
-        server: Server,
+        server: AppState,
         model: str,
         send_binary: Callable[[bytes], None],
         send_text: Callable[[bytes], None],
@@ -348,16 +348,16 @@ class Stream:
             "session_id": session.id,
             "position": session.position,
             "model_version": served.version,
-            "durability": sessions.describe(served, session)["durability"],
+            "durability": session_operations.describe(served, session)["durability"],
         }
 
     async def _session_anywhere(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
         _check_mode(wanted)
         if wanted.mode != "new" and wanted.session_id is not None:
-            sessions.check_id(wanted.session_id)
+            session_operations.check_id(wanted.session_id)
             try:
-                served, session = await sessions.find(self._server, self._model, wanted.session_id)
+                served, session = await session_operations.find(self._server, self._model, wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
@@ -365,18 +365,18 @@ class Stream:
                 self._check_tensors(served)
                 return served, session
         self._check_tensors(self._server.catalog.resolve(self._name, self._version))
-        return await sessions.open_session(
+        return await session_operations.open_session(
             *(self._server, self._model, wanted.session_id), static=wanted.static, durability=wanted.durability
         )
 
     def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
         _check_mode(wanted)
-        sessions.keeper_for(self._server, wanted.durability)  # says that there is none, if one is asked for
+        session_operations.keeper_for(self._server, wanted.durability)  # says that there is none, if one is asked for
         if wanted.mode != "new" and wanted.session_id is not None:
-            sessions.check_id(wanted.session_id)
+            session_operations.check_id(wanted.session_id)
             try:
-                served, session = sessions.find_here(self._server, self._model, wanted.session_id)
+                served, session = session_operations.find_here(self._server, self._model, wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
@@ -385,8 +385,8 @@ class Stream:
                 return served, session
         served = self._server.catalog.resolve(self._name, self._version)
         self._check_tensors(served)
-        start = sessions.start_of(served, static=wanted.static)
-        return served, sessions.begin(served, new_id(self._server, self._name, wanted.session_id), start)
+        start = session_operations.start_of(served, static=wanted.static)
+        return served, session_operations.begin(served, new_id(self._server, self._name, wanted.session_id), start)
 
     def _check_tensors(self, served: ServedModel) -> None:
         """Frames have one layout: the sessions may be of several versions, but these must agree on it."""
@@ -414,10 +414,10 @@ class Stream:
         bound = found[1]
         self._unbind(handle)
         try:
-            _, session = await sessions.find(self._server, self._name, bound.id)
+            _, session = await session_operations.find(self._server, self._name, bound.id)
             if session.origin != bound.origin:
                 raise _another(bound)
-            await sessions.close(self._server, self._name, bound.id)
+            await session_operations.close(self._server, self._name, bound.id)
         except UnrollError as error:
             return {"handle": handle, "error": _described(error)}
         return {"handle": handle, "position": session.position}
@@ -549,7 +549,7 @@ class Stream:
         """A session that lost its row here is brought back, or was. Raises SessionAway, or what became of it."""
         if before.durable is not None and not fresh:
             raise SessionAway(before.id)
-        served, session = sessions.find_here(self._server, self._name, before.id)
+        served, session = session_operations.find_here(self._server, self._name, before.id)
         if session.origin != before.origin:
             raise _another(before)
         served.scheduler.remember_chunks(session, before.depth)
@@ -724,7 +724,7 @@ class Link(Protocol):
         ...
 
 
-def router(server: Server, *, origins: Collection[str] = (), stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
+def router(server: AppState, *, origins: Collection[str] = (), stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
     """origins: pages of other hosts that are let in, such as `https://example.org`."""
     api = APIRouter()
 

@@ -19,7 +19,7 @@ from unroll.service.engine.base import LAUNCHED, Engine, Tensors
 from unroll.service.engine.base import Result as EngineResult
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Result, Session
-from unroll.service.store.base import Commit, Store, Tokens
+from unroll.service.store.interface import Commit, Store, Tokens
 from unroll.service.store.record import Origin
 
 T = TypeVar("T")

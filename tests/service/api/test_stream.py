@@ -27,7 +27,7 @@ from websockets.sync.client import ClientConnection, connect
 from unroll.bundle import Manifest
 from unroll.service import app
 from unroll.service.api import stream
-from unroll.service.api.server import Server
+from unroll.service.api.app_state import AppState
 from unroll.service.api.stream import SLICE, WINDOW, Stream
 from unroll.service.core.clock import ManualClock
 from unroll.service.settings import Settings
@@ -1123,7 +1123,7 @@ class Wire:
     """A Stream without any network."""
 
     stream: Stream
-    server: Server
+    server: AppState
     manifest: Manifest
     sent: list[bytes | dict]
     flow: list[str]
