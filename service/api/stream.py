@@ -41,7 +41,16 @@ from unroll.service.core.errors import (
 )
 from unroll.service.engine.base import Tensors
 from unroll.service.protocol import json
-from unroll.service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
+from unroll.service.protocol.frames import (
+    NO_POSITION,
+    Frame,
+    FrameCodec,
+    SingleEntryFrame,
+    encode,
+    encode_single,
+    pack_entries,
+    with_positions,
+)
 from unroll.service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session
 
 T = TypeVar("T")
@@ -102,7 +111,7 @@ class _Waiting:
     stream: "Stream"
     served: ServedModel
     session: Session
-    said: Alone
+    said: SingleEntryFrame
     alone: bool
     left: int
     chunk: Chunk | None = None
@@ -155,7 +164,7 @@ class Stream:
         self._bound: dict[ServedModel, dict[int, Session]] = {}
         self._handles = 0
         self._opening: set[int] = set()  # handles of sessions that are being brought in
-        self._lineups: dict[bytes, _Lineup] = {}  # by `Frame.who`
+        self._lineups: dict[bytes, _Lineup] = {}  # by `Frame.signature`
         self._held: deque[tuple[Callable[[bytes], None], bytes]] = deque()  # messages behind one that takes long
         self._working = False  # on that one
         self._apart: asyncio.Future[None] | None = None  # which does
@@ -198,11 +207,11 @@ class Stream:
             limit = self._server.limits.max_body_bytes
             if len(message) > limit:
                 raise BodyTooLarge(f"a frame may have {limit} bytes, this one has {len(message)}")
-            frame = self._codec.decode_alone(message) or self._codec.decode(message)
+            frame = self._codec.decode_single(message) or self._codec.decode(message)
         except InvalidRequest as error:
             self._send_text(json.dump({"op": "error", **_described(error)}))
             return
-        if isinstance(frame, Alone):
+        if isinstance(frame, SingleEntryFrame):
             self._asked(1, frame.steps)
             self._submit(frame, self._codec.fault(frame.inputs), alone=True)
         else:
@@ -458,9 +467,9 @@ class Stream:
         """As cohorts what steps together time after time, else as one group what can be, and the rest one by one."""
         faults = self._codec.faults(frame)
         taken: set[int] = set()
-        if frame.even is not None:
+        if frame.uniform_inputs is not None:
             lineup = self._lineup(frame)
-            if not faults and self._submit_cohorts(frame, frame.even, lineup):
+            if not faults and self._submit_cohorts(frame, frame.uniform_inputs, lineup):
                 return
             for served, bound in self._bound.items():
                 rows, members = _members(bound, frame.handles, faults)
@@ -469,10 +478,10 @@ class Stream:
         if len(taken) < len(frame.entries):
             for i, said in enumerate(zip(frame.handles, frame.steps, frame.positions, strict=True)):
                 if i not in taken:
-                    self._submit(Alone(*said, frame.chunk(i)), faults.get(i), alone=False)
+                    self._submit(SingleEntryFrame(*said, frame.chunk(i)), faults.get(i), alone=False)
 
     def _lineup(self, frame: Frame) -> _Lineup:
-        who = frame.who
+        who = frame.signature
         lineup = self._lineups.get(who)
         if lineup is None:
             if len(self._lineups) == MAX_LINEUPS:
@@ -486,7 +495,7 @@ class Stream:
         if served is None or sum(len(cohort.sessions) for cohort in lineup.cohorts) < len(frame.entries):
             return False
         said = frame.entries["position"]
-        positions = None if said[0] == UNSAID and (said == UNSAID).all() else said
+        positions = None if said[0] == NO_POSITION and (said == NO_POSITION).all() else said
         then = partial(self._settled_group, frame, None, None)
         try:
             return served.loop.submit_cohorts(
@@ -500,8 +509,8 @@ class Stream:
         self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session], lineup: _Lineup
     ) -> list[int]:
         """Returns the rows of the frame that are taken or refused."""
-        assert frame.even is not None
-        inputs, positions = frame.even, frame.positions
+        assert frame.uniform_inputs is not None
+        inputs, positions = frame.uniform_inputs, frame.positions
         whole = len(rows) == len(frame.entries)
         again = whole and lineup.served is served
         lineup.served, lineup.cohorts = served if whole else None, []
@@ -521,7 +530,13 @@ class Stream:
         return [i for row, i in enumerate(rows) if row not in others]
 
     def _submit(
-        self, said: Alone, fault: UnrollError | None, *, alone: bool, fresh: bool = False, left: int = ATTEMPTS
+        self,
+        said: SingleEntryFrame,
+        fault: UnrollError | None,
+        *,
+        alone: bool,
+        fresh: bool = False,
+        left: int = ATTEMPTS,
     ) -> None:
         """fresh: its session was looked up in the store for this very call."""
         try:
@@ -558,7 +573,7 @@ class Stream:
         self._handles += 1
         return served, session
 
-    def _look_up(self, session_id: str, said: Alone, alone: bool, left: int) -> None:
+    def _look_up(self, session_id: str, said: SingleEntryFrame, alone: bool, left: int) -> None:
         """Submit it again when the session was looked up, behind what waits for that already."""
 
         def then(error: UnrollError | None) -> None:
@@ -581,7 +596,7 @@ class Stream:
             self._refuse(said.handle, said.steps, said.position, outcome)
         elif waiting.alone:
             self._send_answers()
-            self._send_binary(encode_one(said.handle, said.steps, outcome.position, outcome.outputs))
+            self._send_binary(encode_single(said.handle, said.steps, outcome.position, outcome.outputs))
             self._answered(1, said.steps)
         else:
             if not self._answers:
@@ -596,7 +611,7 @@ class Stream:
         handles, steps, positions, values = zip(*self._answers, strict=True)
         self._answers = []
         in_order = (entry for output in zip(*values, strict=True) for entry in output)
-        self._send_binary(encode(entries_of(handles, steps, positions), in_order))
+        self._send_binary(encode(pack_entries(handles, steps, positions), in_order))
         self._answered(len(handles), sum(steps))
 
     def _settled_group(self, frame: Frame, rows: list[int] | None, lineup: _Lineup | None, reply: GroupReply) -> None:
@@ -615,13 +630,13 @@ class Stream:
             outputs = tuple(output[good] for output in outputs)
         self._send_answers()
         if len(asked):
-            self._send_binary(encode(reached(asked, positions), [output.data for output in outputs]))
+            self._send_binary(encode(with_positions(asked, positions), [output.data for output in outputs]))
             self._answered(len(asked), len(asked) * int(asked[0]["steps"]))
 
     def _refuse_all(self, asked: np.ndarray, error: UnrollError) -> None:
         """asked: entries of a frame."""
         for handle, steps, position in asked.tolist():
-            self._refuse(handle, steps, None if position == UNSAID else position, error)
+            self._refuse(handle, steps, None if position == NO_POSITION else position, error)
 
     def _refuse(self, handle: int, steps: int, position: int | None, error: UnrollError) -> None:
         document = {"op": "error", **_described(error), "handle": handle, "position": position}
