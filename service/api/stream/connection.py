@@ -1,29 +1,25 @@
-"""The WebSocket stream of the native API: many sessions on one connection, many of their chunks in one frame.
+"""One connection of a stream: its messages, its sessions, and the work and the answers of its frames.
 
-`Stream` is the protocol and nothing else: it is given messages and functions to answer by, never waits, and knows no
-web server. Below it, what ties a Stream to one: any ASGI server, or a transport that offers `unroll.stream`.
+It is the protocol and nothing else: it gets messages, answers through a `Link`, never waits, and knows no web server.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import structlog
-from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from starlette.websockets import WebSocketDisconnect
 
 from unroll.service.api import sessions
-from unroll.service.api.errors import problem, problem_of, reason
-from unroll.service.api.http import ATTEMPTS, Answer
+from unroll.service.api.http import ATTEMPTS
 from unroll.service.api.parameters import require_streamable, split_reference
 from unroll.service.api.server import Server
 from unroll.service.api.sessions import new_id
+from unroll.service.api.stream.link import Link
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core import failpoints
 from unroll.service.core.errors import (
@@ -55,7 +51,7 @@ from unroll.service.scheduler.work import Action, Chunk, Cohort, GroupReply, Lif
 
 T = TypeVar("T")
 
-_log = structlog.get_logger(__name__)
+CallSoon = Callable[[Callable[[], None]], object]
 
 #: Entries of a connection that may be unanswered before no more is read from it, and bytes of their outputs.
 WINDOW = 2048
@@ -68,11 +64,6 @@ MAX_LINEUPS = 16
 SLICE = 256
 #: Close code of a stream whose server ends: RFC 6455's registry calls it Service Restart.
 RESTART = 1012
-#: Seconds after which a client that does not read is cut off.
-STALLED_SECONDS = 30.0
-
-#: Bytes written and not yet sent, above which an ASGI client counts as not reading, and below which it reads again.
-_HIGH_WATER, _LOW_WATER = 65_536, 16_384
 
 Handle = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -108,7 +99,7 @@ class _Waiting:
     """A chunk of this connection that is not answered. said: as the client sent it. alone: its frame's only one. left:
     how often it may be submitted anew, if its session turns out to be moved on elsewhere."""
 
-    stream: "Stream"
+    stream: "Connection"
     served: ServedModel
     session: Session
     said: SingleEntryFrame
@@ -129,25 +120,22 @@ class _Lineup:
     cohorts: list[Cohort] = field(default_factory=list)
 
 
-class Stream:
-    """One connection. `pause` and `resume` stop and start what calls `on_text` and `on_binary`.
+class Connection:
+    """Gets what the link receives.
 
-    `later` calls a function when the event loop comes round: the answers that came until then leave in one frame.
-    `hang_up` closes the connection, with a code and a reason. Raises ModelUnknown, NotStreamable, or Draining.
+    Args:
+        server: the state of the app.
+        model: `name` or `name:version`.
+        link: the connection, which need not be accepted yet.
+        call_soon: calls a function in the next turn of the event loop.
+
+    Raises:
+        ModelUnknown: there is no such model.
+        NotStreamable: it serves whole sequences only.
+        Draining: the server is about to end.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        model: str,
-        send_binary: Callable[[bytes], None],
-        send_text: Callable[[bytes], None],
-        pause: Callable[[], None],
-        resume: Callable[[], None],
-        *,
-        later: Callable[[Callable[[], None]], object],
-        hang_up: Callable[[int, str], None],
-    ) -> None:
+    def __init__(self, server: Server, model: str, link: Link, call_soon: CallSoon) -> None:
         server.refuse_if_draining()
         self._server = server
         self._keeper = server.catalog.keeper
@@ -157,9 +145,9 @@ class Stream:
         require_streamable(served)
         self._inputs, self._outputs = served.manifest.inputs, served.manifest.outputs
         self._codec = FrameCodec(self._inputs, served.codec.max_steps)
-        self._send_binary, self._send_text = send_binary, send_text
-        self._pause, self._resume = pause, resume
-        self._later, self._hang_up = later, hang_up
+        self._send_binary, self._send_text = link.send_binary, link.send_text
+        self._pause, self._resume, self._hang_up = link.pause, link.resume, link.close
+        self._call_soon = call_soon
         #: What each handle means: one session, and not another that is opened under its id later.
         self._bound: dict[ServedModel, dict[int, Session]] = {}
         self._handles = 0
@@ -181,7 +169,7 @@ class Stream:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "paused" if self._paused else "open"
-        return f"<Stream {self._model} {state}, {self._handles} sessions, {self._unanswered} entries unanswered>"
+        return f"<Connection {self._model} {state}, {self._handles} sessions, {self._unanswered} entries unanswered>"
 
     # ── what the transport calls ─────────────────────────────────────────────────────────────────
 
@@ -277,7 +265,7 @@ class Stream:
         done += part
         self._working = len(part) == SLICE
         if self._working:
-            self._later(partial(self._go_on, op, done, rest))
+            self._call_soon(partial(self._go_on, op, done, rest))
             self._regulate()
         else:
             self._send_text(json.dump({"op": op, "sessions": done}))
@@ -447,7 +435,7 @@ class Stream:
             return
         if part := [self._whereabouts(handle) for handle in islice(self._leaving, SLICE)]:
             self._send_text(json.dump({"op": "closing", "sessions": part}))
-            self._later(self._take_leave)
+            self._call_soon(self._take_leave)
         else:
             self._hang_up(RESTART, "the server is about to end: resume elsewhere")
 
@@ -600,7 +588,7 @@ class Stream:
             self._answered(1, said.steps)
         else:
             if not self._answers:
-                self._later(self._send_answers)
+                self._call_soon(self._send_answers)
             values = [output.tobytes() for output in outcome.outputs]
             self._answers.append((said.handle, said.steps, outcome.position, values))
 
@@ -706,208 +694,3 @@ def _check_depth(session: Session, position: int | None) -> None:
         chunks = sum(not isinstance(work, Action) for work in session.queue())
         if chunks >= session.depth:
             raise QueueFull(f"{chunks} chunks of the session are unanswered; it was opened for {session.depth}", 0.0)
-
-
-# ── a Stream and a web server ────────────────────────────────────────────────────────────────────
-
-
-class Link(Protocol):
-    """A connection that has been accepted, whoever serves it. closed: done when there will be no more messages."""
-
-    closed: asyncio.Future[None]
-
-    def attach(
-        self,
-        on_text: Callable[[bytes], None],
-        on_binary: Callable[[bytes], None],
-        on_writable: Callable[[bool], None],
-    ) -> None: ...
-    def send_binary(self, message: bytes) -> None: ...
-    def send_text(self, message: bytes) -> None: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def unsent(self) -> int:
-        """Bytes that were sent here, and that the client has not taken."""
-        ...
-
-    def close(self, code: int, reason: str) -> None:
-        """Send no more, once what was sent here has left; what the client still sends is not read."""
-        ...
-
-    def abort(self) -> None:
-        """Cut the connection; what is unsent is lost."""
-        ...
-
-
-def router(server: Server, *, origins: Collection[str] = (), stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
-    """origins: pages of other hosts that are let in, such as `https://example.org`."""
-    api = APIRouter()
-
-    @api.websocket("/v1/models/{model}/stream")
-    async def stream(websocket: WebSocket, model: str) -> None:
-        extensions = websocket.scope.get("extensions") or {}
-        if not _may_enter(websocket, origins):
-            await _deny(websocket, problem_of(403, reason(403), "pages of another origin may not open a stream here"))
-            return
-        loop = asyncio.get_running_loop()
-        link: Link = extensions.get("unroll.stream") or _AsgiLink(websocket)
-        try:
-            served = Stream(
-                server,
-                model,
-                link.send_binary,
-                link.send_text,
-                link.pause,
-                link.resume,
-                later=loop.call_soon,
-                hang_up=link.close,
-            )
-        except UnrollError as error:
-            await _deny(websocket, problem(error))
-            return
-        watch = _Watch(link, served.on_writable, stalled_seconds)
-        try:
-            await websocket.accept()
-            link.attach(served.on_text, served.on_binary, watch.on_writable)
-            await link.closed
-        finally:
-            watch.stop()
-            served.close()
-
-    return api
-
-
-def _may_enter(websocket: WebSocket, origins: Collection[str]) -> bool:
-    """Browsers let any page connect to any host, and say which page it is; other clients say nothing."""
-    origin = websocket.headers.get("origin")
-    return origin is None or origin in origins or origin.partition("://")[2] == websocket.headers.get("host")
-
-
-async def _deny(websocket: WebSocket, answer: Answer) -> None:
-    """As HTTP if the server can, else by a close code: 4000 and the status."""
-    if "websocket.http.response" in (websocket.scope.get("extensions") or {}):
-        await websocket.send_denial_response(answer.response())
-    else:
-        await websocket.accept()
-        await websocket.close(4000 + answer.status)
-
-
-class _Watch:
-    """Cuts off a client that takes nothing for `seconds` while much is waiting for it."""
-
-    def __init__(self, link: Link, on_writable: Callable[[bool], None], seconds: float) -> None:
-        self._link = link
-        self._then = on_writable
-        self._seconds = seconds
-        self._unsent = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def on_writable(self, writable: bool) -> None:
-        self.stop()
-        if not writable:
-            self._wait()
-        self._then(writable)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _wait(self) -> None:
-        self._unsent = self._link.unsent()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._look)
-
-    def _look(self) -> None:
-        if self._link.unsent() < self._unsent:
-            self._wait()
-        else:
-            _log.info("a client that does not read is cut off", unsent=self._unsent)
-            self._link.abort()
-
-
-class _AsgiLink:
-    """A link over ASGI's `receive` and `send`. A transport that offers `unroll.stream` does it without the queue."""
-
-    closed: asyncio.Future[None]
-
-    def __init__(self, websocket: WebSocket) -> None:
-        self._websocket = websocket
-        self._outgoing: deque[tuple[dict[str, Any], int]] = deque()  # messages, and bytes of each
-        self._unsent = 0
-        self._to_write = asyncio.Event()
-        self._reading = asyncio.Event()
-        self._reading.set()
-        self._aborted = asyncio.Event()
-
-    def attach(
-        self,
-        on_text: Callable[[bytes], None],
-        on_binary: Callable[[bytes], None],
-        on_writable: Callable[[bool], None],
-    ) -> None:
-        self._on_text, self._on_binary, self._on_writable = on_text, on_binary, on_writable
-        self.closed = asyncio.ensure_future(self._run())
-
-    def send_binary(self, message: bytes) -> None:
-        self._put({"type": "websocket.send", "bytes": message}, len(message))
-
-    def send_text(self, message: bytes) -> None:
-        self._put({"type": "websocket.send", "text": message.decode()}, len(message))
-
-    def pause(self) -> None:
-        self._reading.clear()
-
-    def resume(self) -> None:
-        self._reading.set()
-
-    def unsent(self) -> int:
-        return self._unsent
-
-    def close(self, code: int, reason: str) -> None:
-        self._put({"type": "websocket.close", "code": code, "reason": reason}, 0)
-
-    def abort(self) -> None:
-        self._aborted.set()
-
-    async def _run(self) -> None:
-        tasks = [asyncio.ensure_future(part) for part in (self._read(), self._write(), self._aborted.wait())]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-        for task in done:
-            task.result()
-
-    async def _read(self) -> None:
-        while True:
-            await self._reading.wait()
-            message = await self._websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            if (content := message.get("bytes")) is not None:
-                self._on_binary(content)
-            else:
-                self._on_text(message["text"].encode())
-
-    async def _write(self) -> None:
-        while True:
-            await self._to_write.wait()
-            self._to_write.clear()
-            while self._outgoing:
-                message, size = self._outgoing.popleft()
-                try:
-                    await self._websocket.send(message)
-                except WebSocketDisconnect:
-                    return
-                if message["type"] == "websocket.close":
-                    return
-                before, self._unsent = self._unsent, self._unsent - size
-                if before > _LOW_WATER >= self._unsent:
-                    self._on_writable(True)
-
-    def _put(self, message: dict[str, Any], size: int) -> None:
-        self._outgoing.append((message, size))
-        self._to_write.set()
-        before, self._unsent = self._unsent, self._unsent + size
-        if before <= _HIGH_WATER < self._unsent:
-            self._on_writable(False)
