@@ -1,4 +1,4 @@
-"""The end of a server over HTTP: what it refuses, what it finishes, and how long it waits. Streams: stream/test_goodbyes.py."""
+"""The end of a server over HTTP: what it refuses, what it finishes, how long it waits. Streams: test_goodbyes.py."""
 
 import json
 import signal
