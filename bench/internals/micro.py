@@ -35,10 +35,10 @@ from unroll.service.protocol.frames import (
     with_positions,
 )
 from unroll.service.protocol.tensors import Codec
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.chunk import Chunk, GroupReply
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Chunk, Cohort, GroupReply
+from unroll.service.scheduler.session import Cohort
 from unroll.service.state.arena import HostArena
 
 _FEATURES = 16

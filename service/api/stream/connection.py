@@ -47,7 +47,9 @@ from unroll.service.protocol.frames import (
     pack_entries,
     with_positions,
 )
-from unroll.service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session
+from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
+from unroll.service.scheduler.reply import Outcome
+from unroll.service.scheduler.session import Cohort, Life, Session
 
 T = TypeVar("T")
 
@@ -337,7 +339,7 @@ class Connection:
             raise CapacityExhausted(f"one connection holds {MAX_HANDLES} sessions: detach some, or use another")
 
     def _bind(self, wanted: _Wanted, served: ServedModel, session: Session) -> dict[str, Any]:
-        served.scheduler.remember_chunks(session, wanted.depth)
+        served.scheduler.set_retry_depth(session, wanted.depth)
         self._bound.setdefault(served, {})[wanted.handle] = session
         self._handles += 1
         return {
@@ -427,7 +429,7 @@ class Connection:
         served, session = found
         if session.life is Life.GONE and session.origin is not None and session.durable is None:
             return self._bind_again(handle, session)
-        return served, served.scheduler.sessions.look(session)
+        return served, served.scheduler.sessions.detach_from_cohort(session)
 
     def _take_leave(self) -> None:
         """Say where some of the sessions are, and where more are when the event loop comes round; then hang up."""
@@ -544,7 +546,7 @@ class Connection:
         served, session = sessions.find_here(self._server, self._name, before.id)
         if session.origin != before.origin:
             raise _another(before)
-        served.scheduler.remember_chunks(session, before.depth)
+        served.scheduler.set_retry_depth(session, before.depth)
         self._unbind(handle)
         self._bound.setdefault(served, {})[handle] = session
         self._handles += 1
@@ -665,7 +667,7 @@ def _check_here(served: ServedModel, session: Session) -> None:
         table = served.scheduler.sessions
         if session.id in table:
             raise _another(session)
-        raise table.loss(session.id, served.loop.clock.now())
+        raise table.closed.error(session.id, served.loop.clock.now())
 
 
 def _another(session: Session) -> SessionClosed:
@@ -680,6 +682,6 @@ def _check_mode(wanted: _Wanted) -> None:
 def _check_depth(session: Session, position: int | None) -> None:
     """Raises QueueFull if a new chunk is one more than the session's client pipelines. A retry is not new."""
     if position is None or position == session.expected:
-        chunks = sum(not isinstance(work, Action) for work in session.queue())
+        chunks = sum(not isinstance(work, Action) for work in session.own_progress.queue())
         if chunks >= session.depth:
             raise QueueFull(f"{chunks} chunks of the session are unanswered; it was opened for {session.depth}", 0.0)
