@@ -13,10 +13,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from unroll import __version__
-from unroll.service.api import health_routes, native_routes, open_inference_routes, statistics_routes, stream
+from unroll.service.api import health_routes, native_routes, open_inference_routes, statistics_routes
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem, problem_of, reason
 from unroll.service.api.request import Answer, Disconnected
+from unroll.service.api.stream import endpoint
 from unroll.service.catalog.catalog import Catalog
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
@@ -102,7 +103,7 @@ def _fastapi(server: AppState, lifespan: Any) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.include_router(native_routes.router(server))
-    app.include_router(stream.router(server))
+    app.include_router(endpoint.router(server))
     app.include_router(statistics_routes.router(server))
     app.include_router(open_inference_routes.router(server, __version__))
     app.include_router(health_routes.router(server))

@@ -16,7 +16,7 @@ from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Req
 from unroll.service.api.sealed_steps import LENGTH, held_steps
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
-from unroll.service.scheduler.work import Reply
+from unroll.service.scheduler.reply import Reply
 
 
 def steps(app: AppState, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
