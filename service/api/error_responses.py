@@ -1,0 +1,79 @@
+"""The HTTP status of every error: the only file that knows them."""
+
+import math
+from http import HTTPStatus
+
+from unroll.service.api.request import JSON, Answer
+from unroll.service.core import errors as e
+from unroll.service.protocol import json
+
+STATUS: dict[type[e.UnrollError], int] = {
+    e.InvalidRequest: 400,
+    e.BodyTooLarge: 413,
+    e.UnsupportedMediaType: 415,
+    e.InvalidShape: 422,
+    e.InvalidDtype: 422,
+    e.NonFiniteInput: 422,
+    e.OutOfRange: 422,
+    e.SnapshotInvalid: 422,
+    e.NotStreamable: 422,
+    e.DurabilityUnavailable: 422,
+    e.ModelUnknown: 404,
+    e.SessionUnknown: 404,
+    e.SessionClosed: 410,
+    e.SessionExpired: 410,
+    e.SessionEvicted: 410,
+    e.SessionExists: 409,
+    e.PositionGap: 409,
+    e.PositionTooOld: 409,
+    e.PayloadMismatch: 409,
+    e.ModelChanged: 409,
+    e.Draining: 503,
+    e.QueueFull: 503,
+    e.DeadlineUnreachable: 503,
+    e.CapacityExhausted: 503,
+    e.StoreUnavailable: 503,
+    e.SessionContended: 503,
+    e.Cancelled: 499,
+    e.DeadlineExceeded: 504,
+    e.NonFiniteOutput: 422,
+    e.EngineFailed: 500,
+}
+
+_PROBLEM = b"application/problem+json"
+
+
+def problem(error: e.UnrollError) -> Answer:
+    """RFC 9457 problem details, with the stable `code` as an extension member."""
+    return problem_of(STATUS[type(error)], error.code, error.message, error.details, _fields(error))
+
+
+def problem_of(status: int, code: str, detail: str, members: dict | None = None, fields: bytes = b"") -> Answer:
+    document = {
+        "type": f"urn:unroll:error:{code}",
+        "title": code.replace("_", " "),
+        "status": status,
+        "detail": detail,
+        "code": code,
+        **(members or {}),
+    }
+    return Answer(status, _PROBLEM, json.dump(document), fields)
+
+
+def open_inference_error(error: e.UnrollError) -> Answer:
+    """`{"error": text}` as the protocol has it, and our `code` beside it."""
+    status = STATUS[type(error)]
+    message = error.message
+    if isinstance(error, e.SessionUnknown):  # in Triton's words and status, which its clients look for
+        status, message = 400, f"{message}; must specify the START flag on the first request of the sequence"
+    document = {"error": message, "code": error.code, **error.details}
+    return Answer(status, JSON, json.dump(document), _fields(error))
+
+
+def _fields(error: e.UnrollError) -> bytes:
+    return b"retry-after: %d\r\n" % math.ceil(error.retry_after) if isinstance(error, e.Overloaded) else b""
+
+
+def reason(status: int) -> str:
+    """A code for statuses that come from the framework, such as `method_not_allowed`."""
+    return HTTPStatus(status).phrase.lower().replace(" ", "_")

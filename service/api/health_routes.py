@@ -1,0 +1,54 @@
+"""Is the server alive, is it ready, and what is it doing."""
+
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request, Response
+
+from unroll.service.api.app_state import AppState
+from unroll.service.telemetry.metrics import Collector
+
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: starting or stopping"}}
+
+
+def router(app: AppState) -> APIRouter:
+    api = APIRouter(tags=["health"])
+    collector = Collector(
+        lambda: [model.figures() for model in app.catalog], app.requests, app.streams, app.catalog.overflow
+    )
+
+    def ready(response: Response) -> dict[str, bool]:
+        response.status_code = 200 if app.ready else 503
+        return {"ready": app.ready}
+
+    @api.get("/livez", summary="The process answers")
+    @api.get("/v2/health/live", summary="The process answers (Open Inference Protocol)")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @api.get("/readyz", summary="Every model is loaded and its loop runs", responses=_NOT_READY)
+    async def readyz(response: Response) -> dict[str, bool]:
+        return ready(response)
+
+    @api.get(
+        "/v2/health/ready",
+        summary="Every model is loaded and its loop runs (Open Inference Protocol)",
+        responses=_NOT_READY,
+    )
+    async def v2_ready(response: Response) -> dict[str, bool]:
+        return ready(response)
+
+    @api.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            404: {"description": "this port belongs to several workers; each has its own port for this"},
+        },
+    )
+    async def metrics(request: Request) -> Response:
+        if app.shared_port is not None and request.scope["server"][1] == app.shared_port:
+            raise HTTPException(404, "this port belongs to several workers: ask each on its own, see --worker-port")
+        return Response(collector.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return api

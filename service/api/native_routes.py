@@ -1,0 +1,229 @@
+"""The native API, v1, as FastAPI routes. The transport answers most steps and sequences before they come here."""
+
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+from pydantic import ValidationError
+
+from unroll.service.api import inference_routes, session_operations
+from unroll.service.api.app_state import AppState
+from unroll.service.api.bodies import (
+    ForkSession,
+    HeldSession,
+    ModelInfo,
+    OpenSession,
+    Problem,
+    Sequences,
+    SequencesReply,
+    SessionInfo,
+    StaticTensor,
+    Steps,
+    StepsReply,
+    Tensor,
+)
+from unroll.service.api.parameters import split_reference
+from unroll.service.api.request import JSON, RAW, Request, read_request
+from unroll.service.api.sealed_steps import encoded
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+
+Body = TypeVar("Body", OpenSession, ForkSession)
+
+_RAW_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route, for the OpenAPI document."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": _MEANING[status], "content": content, "model": Problem} for status in statuses}
+
+
+_MEANING = {
+    400: "malformed_request",
+    404: "model_unknown or session_unknown",
+    409: "session_exists, position_gap, position_too_old, payload_mismatch or model_changed; the state is untouched",
+    410: "session_closed, session_expired or session_evicted: the state is lost",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid, "
+    "durability_unavailable or not_streamable; the state is untouched",
+    500: "engine_failed; the state is untouched",
+    503: "queue_full, deadline_unreachable, capacity_exhausted, store_unavailable, session_contended or draining; try "
+    "again after Retry-After seconds",
+    504: "deadline_exceeded: nothing was run",
+}
+
+
+def _bodies(json_model: str | None) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/octet-stream": _RAW_SCHEMA}
+    if json_model is not None:
+        content["application/json"] = {"schema": {"$ref": f"#/components/schemas/{json_model}"}}
+    return {"requestBody": {"content": content, "required": json_model != "OpenSession"}}
+
+
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "schema": {"type": "integer"}, "description": description}
+
+
+_TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds until the work must have begun")
+_POSITION = _header("Unroll-Position", "where the client believes the session is; JSON bodies may say it as `position`")
+
+
+def router(app: AppState) -> APIRouter:
+    api = APIRouter(prefix="/v1", tags=["native v1"])
+    limit = app.limits.max_body_bytes
+
+    async def respond(http: HttpRequest) -> Response:
+        request = await read_request(http.scope, http.receive, limit)
+        return (await inference_routes.answer(app, http.url.path, request)).response()
+
+    @api.get("/models", summary="The models, newest version of each")
+    async def models() -> list[ModelInfo]:
+        return [_describe(app, app.catalog.resolve(name)) for name in app.catalog.names()]
+
+    @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
+    async def model(model: str) -> ModelInfo:
+        return _describe(app, app.catalog.resolve(*split_reference(model)))
+
+    @api.post(
+        "/models/{model}/sequences",
+        summary="Whole sequences, each from the initial state",
+        response_model=SequencesReply,
+        responses=_problems(400, 404, 413, 415, 422, 500, 503, 504),
+        openapi_extra={**_bodies("Sequences"), "parameters": [_TIMEOUT]},
+    )
+    async def sequences(model: str, http: HttpRequest) -> Response:
+        return await respond(http)
+
+    @api.post(
+        "/models/{model}/sessions/{session_id}/steps",
+        summary="The next T >= 1 time steps of a session",
+        response_model=StepsReply,
+        responses=_problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
+        openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _TIMEOUT]},
+    )
+    async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
+        return await respond(http)
+
+    @api.post(
+        "/models/{model}/sessions",
+        summary="Open a session; a raw body is a snapshot to go on from",
+        status_code=201,
+        responses=_problems(400, 404, 409, 413, 415, 422, 503),
+        openapi_extra=_bodies("OpenSession"),
+    )
+    async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
+        request = await read_request(http.scope, http.receive, limit)
+        if request.media_type == RAW:
+            body = OpenSession.model_construct(
+                **dict.fromkeys(("session_id", "state", "static", "durability")), snapshot=request.body
+            )
+        else:
+            body = _body(OpenSession, request, app.limits.max_json_bytes)
+        beginning = session_operations.Beginning(state=body.state, snapshot=body.snapshot, static=body.static)
+        if body.durability == "client":
+            described, sealed = session_operations.hold(app, model, body.session_id, **beginning)
+            return HeldSession(**described, snapshot=encoded(sealed))
+        opened = session_operations.open_session(app, model, body.session_id, durability=body.durability, **beginning)
+        return _info(*await opened)
+
+    @api.get(
+        "/models/{model}/sessions/{session_id}", summary="Where a session is", responses=_problems(404, 409, 410, 503)
+    )
+    async def session(model: str, session_id: str) -> SessionInfo:
+        return _info(*await session_operations.find(app, model, session_id))
+
+    @api.delete(
+        "/models/{model}/sessions/{session_id}",
+        summary="Close a session; what runs is finished, what waits fails",
+        responses=_problems(404, 409, 410, 503),
+    )
+    async def close(model: str, session_id: str) -> SessionInfo:
+        return _info(*await session_operations.close(app, model, session_id))
+
+    @api.post(
+        "/models/{model}/sessions/{session_id}/fork",
+        summary="A second session that goes on from here",
+        status_code=201,
+        responses=_problems(400, 404, 409, 410, 413, 415, 503),
+        openapi_extra={
+            "requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ForkSession"}}}}
+        },
+    )
+    async def fork(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
+        body = _body(ForkSession, await read_request(http.scope, http.receive, limit), app.limits.max_json_bytes)
+        return _info(*await session_operations.fork(app, model, session_id, body.session_id))
+
+    @api.get(
+        "/models/{model}/sessions/{session_id}/state",
+        summary="A snapshot: versioned, bound to the model, checksummed",
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410, 503)},
+    )
+    async def save(model: str, session_id: str) -> Response:
+        snapshot = await session_operations.save(app, model, session_id)
+        headers = {"Unroll-Position": str(snapshot.position)}
+        return Response(snapshot.to_bytes(), headers=headers, media_type=RAW.decode())
+
+    @api.put(
+        "/models/{model}/sessions/{session_id}/state",
+        summary="Put a session where a snapshot was taken",
+        responses=_problems(404, 409, 410, 413, 415, 422, 503),
+        openapi_extra=_bodies(None),
+    )
+    async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
+        request = await read_request(http.scope, http.receive, limit)
+        if request.media_type != RAW:
+            raise UnsupportedMediaType("a snapshot is sent as application/octet-stream")
+        return _info(*await session_operations.restore(app, model, session_id, request.body))
+
+    return api
+
+
+#: Bodies that only the OpenAPI document refers to.
+DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, Problem)
+
+
+def _body(kind: type[Body], request: Request, limit: int) -> Body:
+    """A JSON body, or the defaults if there is none."""
+    if len(request.body) > limit:
+        raise BodyTooLarge(f"a JSON body may have {limit} bytes, this one has {len(request.body)}")
+    if request.body and request.media_type != JSON:
+        raise UnsupportedMediaType("send application/json")
+    try:
+        return kind.model_validate_json(request.body or b"{}")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidRequest(f"{where}: {first['msg']}" if where else first["msg"]) from error
+
+
+def _info(served: ServedModel, session: Any) -> SessionInfo:
+    return SessionInfo(**session_operations.describe(served, session))
+
+
+def _describe(app: AppState, served: ServedModel) -> ModelInfo:
+    manifest = served.manifest
+    tensors = [
+        [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time) for t in group]
+        for group in (manifest.inputs, manifest.outputs)
+    ]
+    return ModelInfo(
+        name=manifest.name,
+        version=manifest.version,
+        digest=manifest.digest,
+        inputs=tensors[0],
+        outputs=tensors[1],
+        static=[StaticTensor(name=s.name, dtype=s.dtype, shape=list(s.shape)) for s in manifest.static],
+        state_size=manifest.state_size,
+        streamable=manifest.streamable,
+        not_streamable_because=manifest.not_streamable_because,
+        bit_exact=manifest.bit_exact,
+        device=served.serving.device,
+        provider=served.serving.provider,
+        precision=served.serving.precision,
+        parity=served.serving.parity,
+        stability=served.serving.stability,
+        sessions=app.catalog.sessions_of(served.name, served.version),
+    )

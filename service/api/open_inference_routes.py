@@ -1,0 +1,160 @@
+"""The Open Inference Protocol, v2, as FastAPI routes. The transport answers most infer calls before they come here."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+
+from unroll.bundle import TensorSpec
+from unroll.service.api import inference_routes
+from unroll.service.api.app_state import AppState
+from unroll.service.api.request import read_request
+from unroll.service.catalog.model import ServedModel
+from unroll.service.protocol.open_inference import DATATYPES
+
+EXTENSIONS = ["sequence", "sequence(string_id)", "binary_tensor_data", "statistics"]
+
+_ERROR = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": {"application/json": {"schema": _ERROR}}}
+    for status, description in {
+        400: "malformed, or a sequence that was not started",
+        404: "no such model",
+        409: "a position or version conflict; the state is untouched",
+        410: "the sequence ended, expired or was evicted",
+        413: "too large",
+        422: "a shape, type or value the model does not take; the state is untouched",
+        500: "the model failed on this input; the state is untouched",
+        503: "no room now; try again after Retry-After seconds",
+        504: "the deadline passed before the work was begun",
+    }.items()
+}
+
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "shape", "datatype"],
+    "properties": {
+        "name": {"type": "string"},
+        "shape": {"type": "array", "items": {"type": "integer"}, "description": "[batch, time, features...]"},
+        "datatype": {"type": "string", "enum": sorted(DATATYPES.values())},
+        "parameters": {"type": "object", "properties": {"binary_data_size": {"type": "integer"}}},
+        "data": {"type": "array", "items": {}, "description": "nested or flat, row-major"},
+    },
+}
+_PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "sequence_id": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+        "sequence_start": {"type": "boolean"},
+        "sequence_end": {"type": "boolean"},
+        "sequence_position": {"type": "integer", "description": "where the client believes the sequence is"},
+        "binary_data_output": {"type": "boolean"},
+        "timeout": {"type": "integer", "description": "microseconds until the work must have begun"},
+    },
+}
+_OUTPUT = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+}
+_REQUEST = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "parameters": _PARAMETERS,
+        "inputs": {"type": "array", "items": _TENSOR},
+        "outputs": {"type": "array", "items": _OUTPUT},
+    },
+}
+_ANSWER = {
+    "type": "object",
+    "properties": {
+        "model_name": {"type": "string"},
+        "model_version": {"type": "string"},
+        "id": {"type": "string"},
+        "parameters": _PARAMETERS,
+        "outputs": {"type": "array", "items": _TENSOR},
+    },
+}
+_INFER: dict[str, Any] = {
+    "responses": {
+        200: {
+            "description": "The outputs; tensors asked for as binary follow the JSON.",
+            "content": {"application/json": {"schema": _ANSWER}, "application/octet-stream": {}},
+        },
+        **_ERRORS,
+    },
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _REQUEST}, "application/octet-stream": {}},
+        },
+        "parameters": [
+            {
+                "name": "Inference-Header-Content-Length",
+                "in": "header",
+                "required": False,
+                "schema": {"type": "integer"},
+                "description": "length of the JSON when tensors follow it",
+            }
+        ],
+    },
+}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: _ERRORS[404]}
+
+
+def router(app: AppState, version: str) -> APIRouter:
+    api = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
+
+    @api.get("", summary="Server metadata")
+    async def metadata() -> dict[str, Any]:
+        return {"name": "unroll", "version": version, "extensions": EXTENSIONS}
+
+    @api.get("/models/{model}", summary="Model metadata", responses=_NOT_FOUND)
+    async def model_metadata(model: str) -> dict[str, Any]:
+        return _metadata(app, app.catalog.resolve(model))
+
+    @api.get("/models/{model}/versions/{version}", summary="Model metadata of a version", responses=_NOT_FOUND)
+    async def version_metadata(model: str, version: str) -> dict[str, Any]:
+        return _metadata(app, app.catalog.resolve(model, version))
+
+    @api.get("/models/{model}/ready", summary="Is the model ready", responses=_NOT_FOUND)
+    async def model_ready(model: str) -> dict[str, Any]:
+        return {"name": app.catalog.resolve(model).name, "ready": True}
+
+    @api.get("/models/{model}/versions/{version}/ready", summary="Is the version ready", responses=_NOT_FOUND)
+    async def version_ready(model: str, version: str) -> dict[str, Any]:
+        return {"name": app.catalog.resolve(model, version).name, "ready": True}
+
+    async def respond(http: HttpRequest) -> Response:
+        request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+        return (await inference_routes.answer(app, http.url.path, request)).response()
+
+    @api.post("/models/{model}/infer", summary="Infer: whole sequences, or steps of a sequence", **_INFER)
+    async def infer(model: str, http: HttpRequest) -> Response:
+        return await respond(http)
+
+    @api.post("/models/{model}/versions/{version}/infer", summary="Infer on a version", **_INFER)
+    async def version_infer(model: str, version: str, http: HttpRequest) -> Response:
+        return await respond(http)
+
+    return api
+
+
+def _metadata(app: AppState, served: ServedModel) -> dict[str, Any]:
+    return {
+        "name": served.name,
+        "versions": [model.version for model in app.catalog.versions(served.name)],
+        "platform": "onnxruntime_onnx",
+        "inputs": [_tensor(spec) for spec in served.manifest.inputs],
+        "outputs": [_tensor(spec) for spec in served.manifest.outputs],
+    }
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "datatype": DATATYPES[spec.dtype],
+        "shape": [-1, -1, *spec.shape] if spec.time else [-1, *spec.shape],
+    }

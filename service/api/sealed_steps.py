@@ -1,0 +1,99 @@
+"""Sessions whose state the client holds: it comes with each step and goes back with the reply; nothing is kept here.
+
+Any replica with the same keys can take any step, and the same request is answered the same, however often it comes.
+"""
+
+import base64
+import binascii
+from functools import partial
+
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import problem
+from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
+from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond
+from unroll.service.catalog.model import ServedModel
+from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
+from unroll.service.protocol import json
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.reply import Reply
+from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.snapshot import Snapshot
+
+#: Bytes of a raw body that are the snapshot, before the values.
+LENGTH = b"unroll-snapshot-length"
+
+
+def keys_of(app: AppState) -> SnapshotKeys:
+    """Raises DurabilityUnavailable."""
+    if app.snapshot_keys is None:
+        raise DurabilityUnavailable(
+            "this server has no key to sign states with: durability client needs --snapshot-keys"
+        )
+    return app.snapshot_keys
+
+
+def held_steps(
+    app: AppState, model: str, session_id: str, request: Request, respond: Respond, document: dict | None = None
+) -> Cancel:
+    """T >= 1 time steps from the snapshot in the request; document: its body, unless that is raw."""
+    sealed, values = _from_raw(request) if document is None else (_from_json(document), b"")
+    content = keys_of(app).open(session_id, sealed)
+    served = app.catalog.with_digest(*split_reference(model), Snapshot.model_of(content))
+    snapshot = Snapshot.from_bytes(content, digest=served.manifest.digest, state_size=served.manifest.state_size)
+    position = request.whole_number(POSITION)
+    if document is None:
+        inputs = served.codec.from_raw(values)
+    else:
+        position = position_of(document, position)
+        inputs = served.codec.from_json(document["inputs"])
+    if position not in (None, snapshot.position):
+        raise PositionGap(
+            f"the snapshot is at {snapshot.position}, the chunk begins at {position}", expected=snapshot.position
+        )
+    held = _Held(app, served, session_id, raw=document is None)
+    settled = Answering(respond, problem, _Held.encode, held)
+    held.chunk = served.loop.submit_held(inputs, snapshot.row, snapshot.position, timeout_of(app, request), settled)
+    return partial(served.loop.leave, held.chunk, settled)
+
+
+class _Held:
+    """What the answer is made of. raw: is it to be raw bytes?"""
+
+    chunk: Chunk
+
+    def __init__(self, app: AppState, served: ServedModel, session_id: str, *, raw: bool) -> None:
+        self._keys = keys_of(app)
+        self._served = served
+        self._session_id = session_id
+        self._raw = raw
+
+    def encode(self, reply: Reply) -> Answer:
+        assert self.chunk.state_row is not None
+        codec = self._served.codec
+        snapshot = Snapshot(self._served.manifest.digest, reply.position, self.chunk.state_row)
+        sealed = self._keys.seal(self._session_id, snapshot)
+        position = b"unroll-position: %d\r\n" % reply.position
+        if self._raw:
+            fields = position + b"unroll-snapshot-length: %d\r\n" % len(sealed)
+            return Answer(200, RAW, sealed + codec.to_raw(reply.outputs), fields)
+        body = {"outputs": codec.to_json(reply.outputs), "position": reply.position, "snapshot": encoded(sealed)}
+        return Answer(200, JSON, json.dump(body), position)
+
+
+def encoded(sealed: bytes) -> str:
+    return base64.b64encode(sealed).decode()
+
+
+def _from_raw(request: Request) -> tuple[bytes, bytes]:
+    length = request.whole_number(LENGTH)
+    assert length is not None
+    if length > len(request.body):
+        raise InvalidRequest(f"the snapshot is to have {length} bytes, the whole body has {len(request.body)}")
+    return request.body[:length], request.body[length:]
+
+
+def _from_json(document: dict) -> bytes:
+    try:
+        return base64.b64decode(document["snapshot"], validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise SnapshotInvalid("'snapshot' is not Base64") from error

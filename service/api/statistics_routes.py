@@ -1,0 +1,84 @@
+"""The statistics extension of the Open Inference Protocol, as Triton's clients ask for it.
+
+Beyond the protocol: `step_count`, and what the calls measured at load took (`warm_up`, `best_batch_size`). To be
+included before the protocol's other routes, where `/v2/models/stats` would be the model `stats`.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import APIRouter
+
+from unroll.service.api.app_state import AppState
+from unroll.service.catalog.model import ServedModel
+
+#: What the server's metadata lists among its extensions.
+EXTENSION = "statistics"
+
+_DURATION = {"type": "object", "properties": {"count": {"type": "integer"}, "ns": {"type": "integer"}}}
+_COMPUTE = dict.fromkeys(("compute_input", "compute_infer", "compute_output"), _DURATION)
+_MODEL = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "version": {"type": "string"},
+        "last_inference": {"type": "integer", "description": "milliseconds since 1970; 0: none yet"},
+        "inference_count": {"type": "integer", "description": "chunks and whole sequences answered"},
+        "execution_count": {"type": "integer", "description": "calls of the model"},
+        "inference_stats": {
+            "type": "object",
+            "properties": {**dict.fromkeys(("success", "fail", "queue"), _DURATION), **_COMPUTE},
+        },
+        "batch_stats": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"batch_size": {"type": "integer"}, **_COMPUTE}},
+        },
+        "step_count": {"type": "integer", "description": "time steps run"},
+        "warm_up": {
+            "type": "array",
+            "description": "calls of the model that were measured at load",
+            "items": {
+                "type": "object",
+                "properties": {name: {"type": "integer"} for name in ("rows", "steps", "ns")},
+            },
+        },
+        "best_batch_size": {"type": "integer", "description": "single steps in the call in which one costs least"},
+    },
+}
+_SCHEMA = {"type": "object", "properties": {"model_stats": {"type": "array", "items": _MODEL}}}
+_ERROR = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
+_OK: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Counts since each version was loaded.", "content": {"application/json": {"schema": _SCHEMA}}}
+}
+_OK_OR_NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    **_OK,
+    404: {"description": "no such model", "content": {"application/json": {"schema": _ERROR}}},
+}
+
+
+def router(app: AppState) -> APIRouter:
+    api = APIRouter(prefix="/v2/models", tags=["Open Inference Protocol v2"])
+
+    def statistics(models: Iterable[ServedModel]) -> dict[str, Any]:
+        now, wall = app.catalog.clock.now(), time.time()
+        return {
+            "model_stats": [
+                {"name": served.name, "version": served.version, **served.statistics.document(now, wall)}
+                for served in models
+            ]
+        }
+
+    @api.get("/stats", summary="Statistics of all models", responses=_OK)
+    async def all_models() -> dict[str, Any]:
+        return statistics(served for name in app.catalog.names() for served in app.catalog.versions(name))
+
+    @api.get("/{model}/stats", summary="Statistics of a model's versions", responses=_OK_OR_NOT_FOUND)
+    async def all_versions(model: str) -> dict[str, Any]:
+        return statistics(app.catalog.versions(model))
+
+    @api.get("/{model}/versions/{version}/stats", summary="Statistics of a version", responses=_OK_OR_NOT_FOUND)
+    async def one_version(model: str, version: str) -> dict[str, Any]:
+        return statistics([app.catalog.resolve(model, version)])
+
+    return api

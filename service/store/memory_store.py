@@ -1,0 +1,58 @@
+"""A store in the process's own memory: what the others must do, without anything that can fail. Several schedulers
+that share one are replicas of each other."""
+
+from collections.abc import Sequence
+
+from unroll.service.core.errors import SessionContended, UnrollError
+from unroll.service.store.interface import Commit, Key
+from unroll.service.store.record import Gone, Origin, Record, unpack_last
+
+
+class MemoryStore:
+    durability = "redis"
+
+    def __init__(self) -> None:
+        self._records: dict[Key, Record] = {}
+        self._gone: dict[Key, tuple[Gone, bytes]] = {}
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+    async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
+        return [self._commit(commit) for commit in commits]
+
+    async def load(self, key: Key) -> Record | Gone | None:
+        if (record := self._records.get(key)) is not None:
+            return record
+        return self._gone[key][0] if key in self._gone else None
+
+    async def close(self, key: Key) -> int | None:
+        record = self._records.pop(key, None)
+        if record is None:
+            return None
+        self._gone[key] = Gone("session_closed", record.origin), b""
+        return record.position
+
+    async def take(self, key: Key, token: bytes) -> bool:
+        record = self._records.get(key)
+        if record is None or record.token != token:
+            return False
+        del self._records[key]
+        return True
+
+    def _commit(self, commit: Commit) -> UnrollError | None:
+        record = self._records.get(commit.key)
+        held = b"" if record is None else record.token
+        if commit.token in (held, self._gone.get(commit.key, (None, b""))[1]):
+            return None
+        if held != commit.expected:
+            return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
+        kept, depth = unpack_last(commit.last)
+        origin = Origin.from_bytes(commit.origin)
+        if commit.ends:
+            self._records.pop(commit.key, None)
+            self._gone[commit.key] = Gone("session_closed", origin, kept), commit.token
+            return None
+        self._records[commit.key] = Record(origin, commit.position, commit.row, kept, depth, commit.token)
+        self._gone.pop(commit.key, None)
+        return None

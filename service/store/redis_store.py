@@ -1,0 +1,344 @@
+"""Durable sessions in Redis, Valkey, or a Redis Cluster.
+
+    unroll:{MODEL/SESSION}        token, and the record as in `record.py`; lives for the idle timeout
+    unroll:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives longer than the session by half
+                                  the tombstone life at least. `e`, from the beginning: it expired, which is true as
+                                  soon as the first key is gone by itself; `c`: it was closed
+
+The braces keep both keys of a session on one node of a cluster.
+
+Every access to a session is one call of a function on these two keys, so it happens whole or not at all. What many ask
+at the same moment goes together to one script, which calls them one after another; each succeeds or fails by itself.
+How much of it a crash of Redis loses is for its `appendfsync` to say.
+"""
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import structlog
+from redis.asyncio import Connection, Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
+from redis.exceptions import NoScriptError, RedisError
+
+from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
+from unroll.service.store.interface import Commit, Key, Tokens
+from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
+
+_log = structlog.get_logger(__name__)
+
+#: Exchanges with Redis under way at a time; what comes meanwhile leaves with the next.
+_EXCHANGES = 2
+#: Calls that one run of the script is given, and the bytes they may bring: meanwhile Redis does nothing else.
+_MOST_CALLS, _MOST_BYTES = 128, 2**20
+#: How often is looked who waits for an answer, within the time that is too long.
+_TICKS = 10
+#: Seconds after which a client may find the store again.
+_RETRY_AFTER = 1.0
+#: `expected` of what does not care.
+_ANY = b"*"
+_CLUSTER = "redis+cluster://"
+
+# Arguments that a function does not need are empty, and so are those of which it is not known what they are to be.
+# A session that begins has its `origin` with the first write. `finish` returns the position, if it ended the session.
+_SCRIPT = """
+local call, does = redis.call, {}
+function does.write(state, gone, expected, token, record, position, origin)
+  local held = call('GETRANGE', state, 0, 15)
+  if held == token then return 1 end
+  if held ~= expected then return 0 end
+  call('SET', state, token .. record%(idle)s)
+  if origin ~= '' then
+    call('SET', gone, 'e' .. string.rep('\\0', 24) .. origin%(both)s)
+%(longer)s
+  end
+  return 1
+end
+function does.finish(state, gone, expected, token, last, position, origin)
+  if call('GETRANGE', gone, 1, 16) == token then return call('GETRANGE', gone, 17, 24) end
+  local held = call('GETRANGE', state, 0, 15)
+  if held ~= expected and (expected ~= '*' or held == '') then return false end
+  if origin == '' then
+    position, origin = call('GETRANGE', state, 88, 95), call('GETRANGE', state, 16, 87)
+  end
+  call('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  call('DEL', state)
+  return position
+end
+function does.load(state, gone)
+  return {call('GET', state), call('GET', gone)}
+end
+function does.take(state, gone, expected)
+  if call('GETRANGE', state, 0, 15) ~= expected then return 0 end
+  return call('DEL', state, gone) and 1
+end
+local replies = {}
+for i = 1, #KEYS / 2 do
+  local good, reply = pcall(does[ARGV[6 * i - 5]], KEYS[2 * i - 1], KEYS[2 * i], unpack(ARGV, 6 * i - 4, 6 * i))
+  if not good and type(reply) ~= 'table' then reply = redis.error_reply(reply) end
+  replies[i] = reply
+end
+return replies
+"""
+# Now and then: it costs as much as the rest.
+_LONGER = """  elseif call('PTTL', gone) < %d then
+    call('PEXPIRE', gone, %d)"""
+
+_CLOSED = b"c"
+_TOKEN = 16
+#: Of a call's words: the longest.
+_CONTENT = 3
+
+
+#: A call of a function of the script: keys, and the words that it is given.
+_Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """timeout: seconds for an answer. idle_timeout: of sessions, None: for ever. tombstone_life: seconds after that."""
+
+    url: str
+    timeout: float = 0.5
+    idle_timeout: float | None = 900.0
+    tombstone_life: float = 3600.0
+
+
+class RedisStore:
+    durability = "redis"
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._config = config
+        self._client: Any = _client(config)
+        self._tokens = Tokens()
+        self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
+        self._under_way: dict[asyncio.Task[None], int] = {}  # and how many ticks each has seen
+        self._timer: asyncio.TimerHandle | None = None
+        self._answers = True  # so far as is known
+        self._script = _with_lives(config).encode()
+        self._digest = hashlib.sha1(self._script).hexdigest().encode()
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {len(self._under_way)} exchanges under way, {len(self._queue)} calls waiting>"
+
+    async def start(self) -> None:
+        """Say in the log if it cannot be reached; it may be later."""
+        try:
+            await self.load(("", ""))
+        except StoreUnavailable as error:
+            _log.error("the store does not answer", reason=error.message)
+
+    async def stop(self) -> None:
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+        await self._client.aclose()
+
+    async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
+        try:
+            replies = await self._ask([_call_of(commit) for commit in commits])
+        except StoreUnavailable as error:
+            return [error] * len(commits)
+        return [_verdict(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
+
+    async def load(self, key: Key) -> Record | Gone | None:
+        state, gone = await self._ask_one(_call(key, b"load"))
+        if state is not None:
+            return Record.unpack(state[_TOKEN:], state[:_TOKEN])
+        return None if gone is None else _read_gone(gone)
+
+    async def close(self, key: Key) -> int | None:
+        position = await self._ask_one(_call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ())))
+        return None if position is None else int.from_bytes(position, "little")
+
+    async def take(self, key: Key, token: bytes) -> bool:
+        return bool(await self._ask_one(_call(key, b"take", token)))
+
+    # ── what leaves together ─────────────────────────────────────────────────────────────────────
+
+    async def _ask_one(self, call: _Call) -> Any:
+        """Its reply. Raises StoreUnavailable."""
+        (reply,) = await self._ask([call])
+        if isinstance(reply, RedisError):
+            raise _unavailable(reply)
+        return reply
+
+    async def _ask(self, calls: list[_Call]) -> list[Any]:
+        """A reply or a RedisError for each. Raises StoreUnavailable if there are none."""
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._queue.append((calls, future))
+        self._send()
+        return await future
+
+    def _send(self) -> None:
+        while self._queue and len(self._under_way) < _EXCHANGES:
+            asked, self._queue = self._queue, deque()
+            task = asyncio.create_task(self._exchange(asked), name="store")
+            self._under_way[task] = 0
+            task.add_done_callback(self._sent)
+        if self._under_way and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        del self._under_way[task]
+        self._send()
+
+    def _tick(self) -> None:
+        """Give up what was not answered for too many of these. If it is this process that stood still, that was one:
+        the answers may be there, and nobody could read them yet."""
+        self._timer = None
+        for task in self._under_way:
+            self._under_way[task] += 1
+            if self._under_way[task] % _TICKS == 0:
+                task.cancel()
+        self._send()
+
+    async def _exchange(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
+        calls = [call for some, _ in asked for call in some]
+        error: StoreUnavailable | None = None
+        replies: list[Any] = []
+        try:
+            replies = await self._execute(calls)
+        except (Exception, asyncio.CancelledError) as reason:  # whatever it is, nobody may wait for ever
+            if not isinstance(reason, (RedisError, OSError, asyncio.CancelledError)):
+                _log.error("an unforeseen error of the store", exc_info=reason)
+            late = TimeoutError(f"no answer within {self._config.timeout:g} s")
+            error = _unavailable(reason if isinstance(reason, Exception) else late)
+            # Whoever waits behind these would only learn the same, and later.
+            asked, self._queue = [*asked, *self._queue], deque()
+        if self._answers is not (error is None):
+            self._answers = error is None
+            (_log.info if error is None else _log.error)("the store", answers=self._answers, reason=str(error or ""))
+        begin = 0
+        for some, future in asked:
+            end = begin + len(some)
+            if future.done():  # whoever asked is gone
+                pass
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(replies[begin:end])
+            begin = end
+
+    async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
+        if isinstance(self._client, RedisCluster):
+            return await self._execute_apart(calls)
+        replies: list[Any] = []
+        for part in _parts(calls):
+            try:
+                replies += await self._client.execute_command("EVALSHA", self._digest, *_words(part))
+            except NoScriptError:
+                replies += await self._client.execute_command("EVAL", self._script, *_words(part))
+        return replies
+
+    async def _execute_apart(self, calls: Sequence[_Call]) -> list[Any]:
+        """In a cluster the keys of a run must be in one slot: so each call has its own, in one pipeline a node."""
+        replies = await self._pipelined(calls, "EVALSHA", self._digest)
+        if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
+            again = await self._pipelined([calls[i] for i in unknown], "EVAL", self._script)
+            for i, reply in zip(unknown, again, strict=True):
+                replies[i] = reply
+        return [reply[0] if isinstance(reply, list) else reply for reply in replies]
+
+    async def _pipelined(self, calls: Sequence[_Call], command: str, script: bytes) -> list[Any]:
+        pipeline = self._client.pipeline()
+        for call in calls:
+            pipeline.execute_command(command, script, *_words([call]))
+        return await pipeline.execute(raise_on_error=False)
+
+
+def _words(part: Sequence[_Call]) -> list[bytes]:
+    """What follows the script's name: the number of keys, the keys, and what the functions are given."""
+    keys, words = zip(*part, strict=True)
+    return [b"%d" % (2 * len(part)), *chain(*keys), *chain(*words)]
+
+
+def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
+    """What one run of the script is given: so many, and fewer if they are large."""
+    begin = size = 0
+    for end, (_, words) in enumerate(calls):
+        size += len(words[_CONTENT])
+        if end - begin == _MOST_CALLS or (size > _MOST_BYTES and end > begin):
+            yield calls[begin:end]
+            begin, size = end, len(words[_CONTENT])
+    yield calls[begin:]
+
+
+class _Connection(Connection):
+    """Its commands are packed by hiredis, which takes a third of the time; not those of TLS and of Unix sockets."""
+
+    _packer = HiredisRespSerializer()
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        return self._packer.pack(*args)
+
+
+def _client(config: StoreConfig) -> Any:
+    # One more try, at once, on a new connection: the old one may be dead for long. The script knows what comes twice.
+    retry = Retry(NoBackoff(), 1)
+    options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
+    if config.url.startswith(_CLUSTER):
+        return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
+    return Redis.from_url(config.url, connection_class=_Connection, **options)
+
+
+def _call(
+    key: Key,
+    function: bytes,
+    expected: bytes = b"",
+    token: bytes = b"",
+    content: bytes = b"",
+    position: bytes = b"",
+    origin: bytes = b"",
+) -> _Call:
+    state = f"unroll:{{{key[0]}/{key[1]}}}".encode()
+    return (state, state + b":gone"), (function, expected, token, content, position, origin)
+
+
+def _call_of(commit: Commit) -> _Call:
+    who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
+    if commit.ends:
+        return _call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
+    record = pack(commit.origin, commit.position, commit.row, commit.last)
+    return _call(*who, record, origin=commit.origin if commit.begins else b"")
+
+
+def _with_lives(config: StoreConfig) -> str:
+    """The script, with how long the keys live; states live for ever, if sessions never expire."""
+    tombstone = _milliseconds(config.tombstone_life)
+    if config.idle_timeout is None:
+        return _SCRIPT % {"idle": "", "both": "", "longer": "", "tombstone": tombstone}
+    idle = _milliseconds(config.idle_timeout)
+    both = idle + tombstone
+    longer = _LONGER % (idle + tombstone // 2, both)
+    return _SCRIPT % {"idle": f", 'PX', {idle}", "both": f", 'PX', {both}", "longer": longer, "tombstone": tombstone}
+
+
+def _read_gone(content: bytes) -> Gone:
+    begin = 1 + _TOKEN + 8
+    origin, last = content[begin : begin + ORIGIN_BYTES], content[begin + ORIGIN_BYTES :]
+    cause = SessionClosed if content[:1] == _CLOSED else SessionExpired
+    return Gone(cause.code, Origin.from_bytes(origin), unpack_last(last)[0] if last else ())
+
+
+def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
+    if isinstance(reply, RedisError):
+        return _unavailable(reply)
+    if reply is None or reply == 0:
+        return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
+    return None
+
+
+def _unavailable(reason: Exception) -> StoreUnavailable:
+    why = str(reason).partition("\n")[0] or type(reason).__name__
+    return StoreUnavailable(f"the store of sessions cannot be used now: {why}", _RETRY_AFTER)
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
