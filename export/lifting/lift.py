@@ -20,7 +20,7 @@ from unroll.export.lifting.recurrent_arguments import length_arguments, state_ar
 from unroll.export.lifting.streaming import Arguments, StreamingModule
 from unroll.export.lifting.tape import Tape
 from unroll.export.signature.arguments import StateArgument, check_inputs, check_static, resized
-from unroll.export.signature.outputs import leaves, parts
+from unroll.export.signature.outputs import indices_of, is_same, leaves
 from unroll.export.signature.samples import Samples, as_tensors
 
 
@@ -110,9 +110,9 @@ def _is_layers_own(model: nn.Module, tape: Tape, example: dict[str, Any], name: 
     with packed.padded(tape):
         returned = leaves(attempt("the example", lambda: model(**example | {name: random})))
     pairs = [pair for call in tape.calls for pair in zip(call.asked, call.returned, strict=False)]
-    given, found = pytree.tree_leaves(random), [returned[index][1] for index in parts(returned, output)]
+    given, found = pytree.tree_leaves(random), [returned[index][1] for index in indices_of(returned, output)]
     return len(given) == len(found) and all(
-        any(module_state.same(asked, one) and module_state.same(final, other) for asked, final in pairs)
+        any(is_same(asked, one) and is_same(final, other) for asked, final in pairs)
         for one, other in zip(given, found, strict=True)
     )
 

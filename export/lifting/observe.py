@@ -18,7 +18,7 @@ from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.lifting.tape import Call, Key, call_count
-from unroll.export.signature.outputs import parts, plan
+from unroll.export.signature.outputs import indices_of, is_same, plan_outputs
 from unroll.export.signature.samples import Samples, as_tensors
 
 
@@ -44,7 +44,7 @@ def find_kept(streaming: StreamingModule, state: list[Attribute], samples: Sampl
 
 def _is_among(value: Any, tensors: list[Tensor]) -> bool:
     leaves = pytree.tree_leaves(value)
-    return all(isinstance(leaf, Tensor) and any(module_state.same(leaf, one) for one in tensors) for leaf in leaves)
+    return all(isinstance(leaf, Tensor) and any(is_same(leaf, one) for one in tensors) for leaf in leaves)
 
 
 def find_past(streaming: StreamingModule, samples: Samples) -> list[Place | None]:
@@ -77,10 +77,10 @@ def observe(
     dropped = _final_states([tensor for _, tensor in frames[2, 6]], calls_at[2, 6])
     names = [name for name, _ in frames[2, 6]]
     for _, output in streaming.arguments.carried.values():
-        dropped |= set(parts(frames[2, 6], output))
+        dropped |= set(indices_of(frames[2, 6], output))
     if len(dropped) == len(names):
         dropped = set()
-    streaming.outputs = double.outputs = plan(frames, dropped, output_names)
+    streaming.outputs = double.outputs = plan_outputs(frames, dropped, output_names)
     _check_names(streaming)
     return _initial_row(double, samples), [names[index] or "y" for index in sorted(dropped)]
 

@@ -22,7 +22,7 @@ from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.tape import Call, Part, Tape
 from unroll.export.signature.arguments import StateArgument
-from unroll.export.signature.outputs import Output, leaves, parts
+from unroll.export.signature.outputs import Output, indices_of, leaves
 from unroll.export.signature.samples import as_tensors
 
 Named = list[tuple[str, Tensor]]
@@ -158,7 +158,7 @@ class StreamingModule(nn.Module):
             result = self.model(**arguments)
         returned = leaves(packed.as_padded(result))
         for carried, output in self.arguments.carried.values():
-            tensors = [returned[index][1] for index in parts(returned, output)]
+            tensors = [returned[index][1] for index in indices_of(returned, output)]
             carried.leave(self.tape, rows[carried], tensors, batch, time)
         for (path, name), carried in self.kept.items():
             tensors = pytree.tree_leaves(module_state.left_by(self.model, (path, name)))
