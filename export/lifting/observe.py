@@ -13,7 +13,7 @@ from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting import module_state
 from unroll.export.lifting.carried_state import Carried
 from unroll.export.lifting.float64 import double_precision
-from unroll.export.lifting.history import Place, Watch, places
+from unroll.export.lifting.history import Place, WatchHistory, places
 from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.streaming import StreamingModule
@@ -52,7 +52,7 @@ def find_past(streaming: StreamingModule, samples: Samples) -> list[Place | None
     seen = []
     for batch, time in ((2, 6), (3, 6), (2, 9)):
         tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
-        streaming.watch = Watch()
+        streaming.watch = WatchHistory()
         attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
         seen.append(streaming.watch.seen)
     streaming.watch = None

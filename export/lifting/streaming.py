@@ -17,7 +17,7 @@ from unroll.export.lifting import module_state, packed, vmap_rules
 from unroll.export.lifting.carried_state import Carried
 from unroll.export.lifting.dataflow import Taint
 from unroll.export.lifting.float64 import double_precision
-from unroll.export.lifting.history import Keep, Place, Watch
+from unroll.export.lifting.history import KeepHistory, Place, WatchHistory
 from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.tape import Call, Part, Tape
@@ -65,7 +65,7 @@ class StreamingModule(nn.Module):
         self.outputs: tuple[Output, ...] = ()
         #: Where forward reaches into the past beside its recurrent layers, if that is to be kept; and what finds out.
         self.places: list[Place | None] = []
-        self.watch: Watch | None = None
+        self.watch: WatchHistory | None = None
         #: The attributes of modules that forward leaves to its next call, if they are to be kept: see `carried_state`.
         self.kept: dict[Attribute, Carried] = {}
 
@@ -153,7 +153,7 @@ class StreamingModule(nn.Module):
         for (path, name), carried in self.kept.items():
             rows[carried], value = carried.take(self.tape, batch)
             setattr(self.model.get_submodule(path), name, value)
-        mode = Keep(self.tape, self.model, self.places, batch).running() if self.places else nullcontext()
+        mode = KeepHistory(self.tape, self.model, self.places, batch).running() if self.places else nullcontext()
         with self._tainting(arguments), self.watch or mode:
             result = self.model(**arguments)
         returned = leaves(packed.as_padded(result))
