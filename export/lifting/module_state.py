@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
@@ -24,11 +25,12 @@ Attribute = tuple[str, str]
 _ABSENT: Any = ...
 
 
-def state_of(model: nn.Module, example: dict[str, Any], other: dict[str, Any]) -> list[Attribute]:
-    """The attributes through which one call of forward bears on the next. other: inputs like the example.
+def find_module_state(model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
+    """The attributes through which one call of forward bears on the next. `model` is not changed.
 
     They hold what is computed from the inputs, or do not come to rest; what no later call reads is none of them.
     """
+    model, other = copy.deepcopy(model), _another_example(example)
     taint = Taint(tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)))
     seen = [_values(model)]
     with taint:
@@ -43,6 +45,13 @@ def state_of(model: nn.Module, example: dict[str, Any], other: dict[str, Any]) -
         del changed[0]  # as a table is that is made once
     found = computed | {(path, name) for keys in changed for path, name, _ in keys}
     return sorted(attribute for attribute in found if _is_read(model, attribute, example))
+
+
+def _another_example(example: dict[str, Any]) -> dict[str, Any]:
+    """With rows and steps in another order."""
+    if any(isinstance(value, PackedSequence) for value in example.values()):
+        return example
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.flip([*range(tensor.dim())][:2]), example)
 
 
 def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) -> bool:
