@@ -1,4 +1,4 @@
-"""Small models of every kind the server treats differently, exported once a run; a CUDA without a GPU, and a Redis."""
+"""Small models for every code path of the server, exported once per run; a CUDA stub, and a Redis."""
 
 import gc
 import os
@@ -33,7 +33,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _certificates_are_read_once() -> Iterator[None]:
-    """httpx reads all there are for each client, which takes as long as many a test. None of them is asked for."""
+    """httpx loads all root certificates per client, which takes as long as many tests. None is needed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
         yield
