@@ -5,8 +5,8 @@ import pytest
 from fake_link import Wire, soon
 from streams import frame
 
-from unroll.service.api.stream import connection
-from unroll.service.api.stream.connection import WINDOW
+from unroll.service.api.stream import flow
+from unroll.service.api.stream.flow import WINDOW
 
 
 async def test_the_window(wire: Wire):
@@ -25,7 +25,7 @@ async def test_the_window(wire: Wire):
 
 async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     """Few entries may have large answers."""
-    monkeypatch.setattr(connection, "WINDOW_BYTES", 4096)
+    monkeypatch.setattr(flow, "WINDOW_BYTES", 4096)
     await wire.bind(3)
     steps = 4096 // sum(spec.nbytes for spec in wire.manifest.outputs) // 2
     wire.frame(range(2), steps)
