@@ -21,7 +21,7 @@ from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCom
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Cohort, Session
-from unroll.service.store.base import Commit, Store, Tokens
+from unroll.service.store.interface import Commit, Store, Tokens
 from unroll.service.store.record import Origin
 
 T = TypeVar("T")

@@ -75,7 +75,7 @@ class Crowd:
             await asyncio.sleep(0.005)
 
     async def hears(self, code: str) -> None:
-        """Returns when someone is told this, while stepping."""
+        """Return when any client gets this code while stepping."""
         before = self.told.outcomes[code]
         while self.told.outcomes[code] == before:
             assert not self.complaints, self.complaints
