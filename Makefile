@@ -32,10 +32,10 @@ rolling-test: install ## restart replicas behind HAProxy while clients step (a m
 	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
 
 machine-test: install ## any order of events over two replicas, for longer than `make test` (minutes; EXAMPLES=)
-	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s tests/faults/test_app_machine.py
+	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py
 
 crowd-test: install ## hundreds of sessions at once in every way, for longer than `make test` (minutes; SEEDS=1,2,3)
-	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s tests/service/api/test_interleaving.py
+	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
 check: install ## format, lint, types and the layers' contracts
 	$(BIN)/ruff format --check .

@@ -2,13 +2,13 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from oracle import Oracle as Oracle
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import PATIENCE
 
 from unroll.service import app
 from unroll.service.catalog.model import ServedModel
@@ -19,18 +19,7 @@ from unroll.service.settings import Settings
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import uvicorn_config
 
-_PATIENCE = 20.0
-
 RAW = {"Content-Type": "application/octet-stream"}
-
-
-def until(condition: Callable[[], object], what: str = "the condition") -> None:
-    """Returns as soon as the condition holds; fails when it does not come true."""
-    end = time.monotonic() + _PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come true"
-        pause.wait(0.001)
 
 
 class _Announcing(DrainingServer):
@@ -58,7 +47,7 @@ class Running:
         self.uvicorn = _Announcing(config, self.server, settings.drain_delay, settings.drain_timeout)
         self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)
         self._thread.start()
-        assert self.uvicorn.announced.wait(_PATIENCE)
+        assert self.uvicorn.announced.wait(PATIENCE)
         assert self.uvicorn.started, "the server did not start"
         self.port: int = self.uvicorn.servers[0].sockets[0].getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
@@ -74,12 +63,12 @@ class Running:
     def rescan_now(self) -> None:
         """Returns when a whole rescan is done."""
         rescan = self.server.catalog.rescan()
-        asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(_PATIENCE)
+        asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(PATIENCE)
 
     def stop(self) -> None:
         """Ends the server and checks what it leaves behind."""
         self.uvicorn.should_exit = True
-        self._thread.join(_PATIENCE)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the server did not stop"
         assert not self.server.crashed
         for model in self.server.catalog:
@@ -119,12 +108,12 @@ class HeldEngine:
     def run(self, rows: Rows) -> Result:
         result = self._engine.run(rows)
         self.reached.set()
-        assert self._released.wait(_PATIENCE)
+        assert self._released.wait(PATIENCE)
         return result
 
     def wait(self) -> None:
         """Returns when a batch was run."""
-        assert self.reached.wait(_PATIENCE), "no batch was run"
+        assert self.reached.wait(PATIENCE), "no batch was run"
 
     def release(self) -> None:
         self._released.set()

@@ -15,6 +15,7 @@ from typing import NoReturn
 import numpy as np
 from faults.history import Track
 from faults.wires import NO_SERVER, WAYS, Broken, Reply, Stream, Wires
+from waiting import PATIENCE
 
 #: Codes after which the same request may be sent again: nothing was applied, or the answer can be had again.
 RETRY = {
@@ -27,8 +28,6 @@ RETRY = {
     "capacity_exhausted",
     NO_SERVER,
 }
-#: Seconds after which a client that is not acknowledged has found a fault.
-_PATIENCE = 60.0
 
 
 class Refused(Exception):
@@ -37,10 +36,14 @@ class Refused(Exception):
 
 @dataclass
 class Told:
-    """What all clients were told. outcomes: of every try. seconds: from the first try of a step until its answer."""
+    """What all clients were told.
+
+    outcomes: of every try. seconds: from the first try of a step until its answer. changed: set after each outcome.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: list[tuple[float, float]] = field(default_factory=list)  # (when it was answered, how long it took)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def percentile(self, percent: float, since: float = 0.0, until: float = float("inf")) -> float:
         """In milliseconds, of the steps answered in between."""
@@ -167,7 +170,7 @@ class Client:
 
     async def _until_answered(self, send: Callable[[str, int], Awaitable[Reply]], ways: Sequence[str]) -> Reply:
         """The first answer that is final. Raises TimeoutError if there is none."""
-        end, tries = time.monotonic() + _PATIENCE, 0
+        end, tries = time.monotonic() + PATIENCE, 0
         while True:
             reply = None
             try:
@@ -176,6 +179,7 @@ class Client:
             except Broken as broken:
                 outcome = broken.kind
             self._told.outcomes[outcome] += 1
+            self._told.changed.set()
             if reply is not None and outcome not in RETRY:
                 return reply
             tries += 1

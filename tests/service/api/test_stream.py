@@ -20,7 +20,8 @@ import serving
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import RAW, HeldEngine, Oracle, Running, Serve, until
+from serving import RAW, HeldEngine, Oracle, Running, Serve
+from waiting import PATIENCE, reached, turns, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -35,7 +36,6 @@ from unroll.service.settings import Settings
 Oracles = Callable[..., Oracle]
 Background = Callable[..., Future]
 
-PATIENCE = 20
 NOBODY = 2**32 - 1  # a handle no test binds
 UNSAID = 2**64 - 1
 
@@ -1135,7 +1135,7 @@ class Wire:
     async def bind(self, number: int, **options: object) -> None:
         wanted = [{"handle": handle, **options} for handle in range(number)]
         self.stream.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
-        await soon(lambda: self.sent)
+        await reached(lambda: self.sent)
         self.flow.clear()
         opened = self.sent.pop()
         assert isinstance(opened, dict)
@@ -1143,13 +1143,6 @@ class Wire:
 
     def answered(self) -> list[Reply]:
         return [r for message in self.sent if isinstance(message, bytes) for r in replies(self.manifest, message)]
-
-
-async def soon(condition: Callable[[], object]) -> None:
-    """Returns when the event loop has made the condition true."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 there is nothing to wait for but turns of the loop
-            await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -1175,7 +1168,7 @@ async def wire(repository: Path, tmp_path: Path) -> AsyncIterator[Wire]:
         yield Wire(made, server, model.manifest, sent, flow, engine)
         made.close()
         assert not server.streams
-    await soon(lambda: not model.scheduler.in_flight)
+    await reached(lambda: not model.scheduler.in_flight)
     model.scheduler.check_invariants()
     running.cancel()
     await asyncio.wait([running])
@@ -1190,7 +1183,7 @@ async def test_the_window(wire: Wire):
     assert wire.flow == ["pause"]
     assert f"{WINDOW + 1} entries" in repr(wire.stream)
     wire.engine.release()
-    await soon(lambda: len(wire.answered()) == WINDOW + 1)
+    await reached(lambda: len(wire.answered()) == WINDOW + 1)
     assert wire.flow == ["pause", "resume"]
     assert "open, 2049 sessions, 0 entries" in repr(wire.stream)
 
@@ -1207,7 +1200,7 @@ async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     wire.frame(range(3, 4), steps)  # refused, which is an answer: no such handle
     wire.stream.on_binary(frame((2, 99, np.ones((7, 3), "<f4")), (0, 99, np.ones((9, 3), "<f4"))))
     wire.engine.release()
-    await soon(lambda: len(wire.answered()) == 3)
+    await reached(lambda: len(wire.answered()) == 3)
     assert wire.flow == ["pause", "resume"]
     wire.frame(range(2), steps)
     assert wire.flow == ["pause", "resume"]
@@ -1229,7 +1222,7 @@ async def test_both_reasons_to_pause_must_end(wire: Wire):
     wire.frame(range(WINDOW + 1))
     wire.stream.on_writable(False)
     wire.engine.release()
-    await soon(lambda: len(wire.answered()) == WINDOW + 1)
+    await reached(lambda: len(wire.answered()) == WINDOW + 1)
     assert wire.flow == ["pause"]
     wire.stream.on_writable(True)
     assert wire.flow == ["pause", "resume"]
@@ -1248,7 +1241,7 @@ async def test_a_frame_is_answered_by_few(wire: Wire):
     wire.frame(range(50))
     wire.frame(range(100))
     wire.engine.release()
-    await soon(lambda: len(wire.answered()) == 150)
+    await reached(lambda: len(wire.answered()) == 150)
     assert len(wire.sent) <= 4
     frames = [replies(wire.manifest, message) for message in wire.sent if isinstance(message, bytes)]
     assert {reply.position for reply in frames[0]} == {1}
@@ -1260,12 +1253,12 @@ async def test_nothing_is_sent_to_a_connection_that_is_gone(wire: Wire):
     wire.frame(range(2))
     wire.frame(range(3, 4), steps=200)
     (model,) = wire.stream._server.catalog
-    await soon(lambda: wire.engine.reached.is_set())
+    await reached(lambda: wire.engine.reached.is_set())
     assert model.scheduler.in_flight == 7
     wire.stream.close()
     assert model.scheduler.in_flight == 4  # what runs, runs; what waits is dropped
     wire.engine.release()
-    await soon(lambda: not model.scheduler.in_flight)
+    await reached(lambda: not model.scheduler.in_flight)
     assert wire.sent == []
     assert sum(session.position for session in model.scheduler.sessions) == 4
 
@@ -1280,14 +1273,14 @@ async def test_opening_many_sessions_lets_others_have_their_turn(wire: Wire):
     wire.stream.on_text(b'{"op": "detach", "handles": [0]}')
     assert (wire.flow, wire.sent) == (["pause"], [])
     assert f"{SLICE} sessions" in repr(wire.stream)
-    await soon(lambda: len(wire.sent) == 4)
+    await reached(lambda: len(wire.sent) == 4)
     opened, closed, refused, detached = wire.sent
     assert [item["session_id"] for item in opened["sessions"]] == names
     assert closed["sessions"] == [{"handle": handle, "position": 0} for handle in range(1, 3 * SLICE)]
     assert (refused["handle"], refused["code"], detached["op"]) == (1, "malformed_request", "detached")
     assert wire.flow[-1] == "resume"
     wire.engine.release()
-    await soon(wire.answered)
+    await reached(wire.answered)
 
 
 async def test_many_messages_behind_one_that_takes_long(wire: Wire):
@@ -1295,7 +1288,7 @@ async def test_many_messages_behind_one_that_takes_long(wire: Wire):
     wire.stream.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
     for _ in range(3000):
         wire.stream.on_text(b'{"op": "close", "handles": [7]}')
-    await soon(lambda: len(wire.sent) == 3001)
+    await reached(lambda: len(wire.sent) == 3001)
     assert [message["op"] for message in wire.sent[:2]] == ["opened", "closed"]
     assert wire.flow == ["pause", "resume"]
 
@@ -1304,8 +1297,7 @@ async def test_a_connection_that_goes_while_it_opens_sessions(wire: Wire):
     wanted = [{"handle": handle} for handle in range(3 * SLICE)]
     wire.stream.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
     wire.stream.close()
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await turns(5)
     assert (wire.flow, wire.sent) == (["pause"], [])
     assert f"{SLICE} sessions" in repr(wire.stream)
 
@@ -1325,13 +1317,13 @@ async def test_too_many_sessions_for_one_connection(wire: Wire, monkeypatch: pyt
 async def test_a_drain_waits_for_what_runs(wire: Wire):
     await wire.bind(SLICE + 1)
     wire.frame(range(SLICE + 1))
-    await soon(wire.engine.reached.is_set)
+    await reached(wire.engine.reached.is_set)
     wire.stream.drain()
     wire.stream.drain()
     assert wire.flow == ["pause"]
     assert not wire.sent
     wire.engine.release()
-    await soon(lambda: {"op": "hung up", "code": 1012} in wire.sent)
+    await reached(lambda: {"op": "hung up", "code": 1012} in wire.sent)
     assert len(wire.answered()) == SLICE + 1
     texts = [message for message in wire.sent if isinstance(message, dict)]
     assert [text["op"] for text in texts] == ["closing", "closing", "hung up"]
@@ -1351,7 +1343,7 @@ async def test_a_drain_while_sessions_are_opened(wire: Wire):
     wire.server.drain()
     wire.stream.drain()
     wire.engine.release()
-    await soon(lambda: {"op": "hung up", "code": 1012} in wire.sent)
+    await reached(lambda: {"op": "hung up", "code": 1012} in wire.sent)
     first, second, *closing, _ = [message for message in wire.sent if isinstance(message, dict)]
     assert [item.get("error", {}).get("code") for item in first["sessions"]] == [None] * SLICE + ["draining"]
     assert second["sessions"][0]["error"]["code"] == "draining"
