@@ -73,8 +73,8 @@ bench-peers: install ## make the environments of the servers to compare with
 profile: install ## where each microsecond of a step goes, and .bench/profile.svg
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@mkdir -p .bench
-	$(BIN)/python -m bench.budget --functions 5 --flamegraph .bench/profile.svg
-	$(BIN)/python -m bench.micro
+	$(BIN)/python -m bench.internals.budget --functions 5 --flamegraph .bench/profile.svg
+	$(BIN)/python -m bench.internals.micro
 
 figures: ## write docs/benchmarks.md and its plots from what `make bench` found
 	$(BIN)/python -m bench --write-docs .bench/results.json
