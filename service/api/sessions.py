@@ -158,8 +158,8 @@ async def find(server: Server, model: str, session_id: str) -> tuple[ServedModel
 
 
 def find_here(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
-    """`find` for who has looked it up, or where there is no store."""
-    served = server.catalog.owner(*split_reference(model), session_id, fresh=True)
+    """The session as this process knows it, without a lookup in the store."""
+    served = server.catalog.owner_here(*split_reference(model), session_id)
     return served, served.scheduler.sessions.find(session_id, served.loop.clock.now())
 
 

@@ -31,9 +31,9 @@ from unroll.service.core.errors import (
     CapacityExhausted,
     InvalidRequest,
     ModelChanged,
+    NeedsStoreLookup,
     Overloaded,
     QueueFull,
-    SessionAway,
     SessionClosed,
     SessionContended,
     SessionUnknown,
@@ -429,7 +429,7 @@ class Stream:
             raise InvalidRequest(f"no session is bound to handle {handle}")
         served, session = found
         if session.life is Life.GONE and session.origin is not None and session.durable is None:
-            return self._bind_again(handle, session, fresh=True)
+            return self._bind_again(handle, session)
         return served, served.scheduler.sessions.look(session)
 
     def _take_leave(self) -> None:
@@ -520,35 +520,30 @@ class Stream:
         others = set(left)
         return [i for row, i in enumerate(rows) if row not in others]
 
-    def _submit(
-        self, said: Alone, fault: UnrollError | None, *, alone: bool, fresh: bool = False, left: int = ATTEMPTS
-    ) -> None:
-        """fresh: its session was looked up in the store for this very call."""
+    def _submit(self, said: Alone, fault: UnrollError | None, *, alone: bool, left: int = ATTEMPTS) -> None:
         try:
             if fault is not None:
                 raise fault
             served, session = self._session_of(said.handle)
             if session.life is Life.GONE and session.durable is not None:
-                served, session = self._bind_again(said.handle, session, fresh=fresh)
+                served, session = self._bind_again(said.handle, session)
             if session.active is not None or session.life is not Life.OPEN:
                 _check_here(served, session)
                 _check_depth(session, said.position)
             waiting = _Waiting(self, served, session, said, alone, left)
             timeout = self._server.limits.request_timeout
-            waiting.chunk = served.loop.submit_steps(
-                session.id, said.inputs, timeout, waiting, position=said.position, fresh=fresh
-            )
+            waiting.chunk = served.loop.submit_steps(session.id, said.inputs, timeout, waiting, position=said.position)
             if waiting.chunk is not None:
                 self._waiting[waiting] = None
-        except SessionAway as away:
+        except NeedsStoreLookup as away:
             self._look_up(away.session_id, said, alone, left)
         except UnrollError as error:
             self._refuse(said.handle, said.steps, said.position, error)
 
-    def _bind_again(self, handle: int, before: Session, *, fresh: bool) -> tuple[ServedModel, Session]:
-        """A session that lost its row here is brought back, or was. Raises SessionAway, or what became of it."""
-        if before.durable is not None and not fresh:
-            raise SessionAway(before.id)
+    def _bind_again(self, handle: int, before: Session) -> tuple[ServedModel, Session]:
+        """A session that lost its row here is brought back, or was. Raises NeedsStoreLookup, or what became of it."""
+        if self._keeper and before.durable is not None and not self._keeper.is_verified(self._name, before.id):
+            raise NeedsStoreLookup(before.id)
         served, session = sessions.find_here(self._server, self._name, before.id)
         if session.origin != before.origin:
             raise _another(before)
@@ -563,7 +558,7 @@ class Stream:
 
         def then(error: UnrollError | None) -> None:
             if not self._closed:
-                self._submit(said, error, alone=alone, fresh=True, left=left - 1)
+                self._submit(said, error, alone=alone, left=left - 1)
 
         assert self._keeper is not None
         self._keeper.fetch(self._name, session_id, then)

@@ -1,7 +1,8 @@
 """Durable sessions: brings them in from the store, so that they are served here as if they had always been here.
 
-A request that meets a session which is not here, or whose copy here may be old, waits until the session was looked up,
-and is then begun again with `fresh`. Requests for one session wait in the order in which they came.
+A request for a session that is not here, or whose copy here may be stale, waits for a lookup in the store and is then
+handled again. Requests for one session wait in the order of their arrival. While such a request is handled, its session
+is verified (`is_verified`): the copy here, or the absence of one, is what the store has.
 """
 
 import asyncio
@@ -44,6 +45,7 @@ class Keeper:
         self._living = living
         self._tokens = Tokens()
         self._waiting: dict[Key, list[Then]] = {}
+        self._verified: Key | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -52,6 +54,10 @@ class Keeper:
     def is_looked_up(self, name: str, session_id: str) -> bool:
         """Is it under way? Then whoever wants the session is to wait behind those that do."""
         return (name, session_id) in self._waiting
+
+    def is_verified(self, name: str, session_id: str) -> bool:
+        """Was the session looked up for the call that is running?"""
+        return self._verified == (name, session_id)
 
     def fetch(self, name: str, session_id: str, then: Then) -> None:
         """Look the session up; `then` is called when what is known of it here is what the store knows."""
@@ -148,8 +154,13 @@ class Keeper:
         except Exception as reason:  # those who wait must not wait for ever
             _log.error("a session could not be brought in", model=key[0], session=key[1], exc_info=reason)
             error = SnapshotInvalid("what is stored of this session cannot be read; the server's log says why")
-        for then in self._waiting.pop(key):
-            then(error)
+        waiting = self._waiting.pop(key)
+        self._verified = key  # true until the last `then` returns, because nothing can suspend this loop
+        try:
+            for then in waiting:
+                then(error)
+        finally:
+            self._verified = None
 
     async def _bring_in(self, key: Key) -> None:
         name, session_id = key

@@ -2,9 +2,10 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Self
@@ -132,8 +133,11 @@ class ServedModel:
         clock: Clock,
         executor: Executor,
         store: Store | None = None,
+        is_verified: Callable[[str, str], bool] = lambda name, session_id: False,
     ) -> Self:
-        """Raises ModelRefused if the bundle is damaged, answers otherwise than PyTorch on this device or has no room
+        """`is_verified`: was the session of that model and id looked up in the store for the call that is running?
+
+        Raises ModelRefused if the bundle is damaged, answers otherwise than PyTorch on this device or has no room
         there, and DeviceUnavailable."""
         started = perf_counter()
         try:
@@ -142,7 +146,8 @@ class ServedModel:
             here = place(bundle, device, options.engine)
             parity = bundles.replay(bundle.golden, manifest, here.runner, here.slack)
             traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
-            scheduler = Scheduler(traits, _session_limits(here, manifest, options), options.scheduler)
+            limits = _session_limits(here, manifest, options)
+            scheduler = Scheduler(traits, limits, options.scheduler, partial(is_verified, manifest.name))
             engine, proof = here.engine(scheduler.rows, options.scheduler.max_batch)
         except DeviceUnavailable:
             raise

@@ -118,7 +118,6 @@ class Loop:
         final: bool = False,
         origin: Origin | None = None,
         token: bytes = b"",
-        fresh: bool = False,
     ) -> Chunk | None:
         """Steps of a session, see `Scheduler.submit_steps`; timeout: seconds until they must have begun.
 
@@ -132,7 +131,6 @@ class Loop:
             final=final,
             origin=origin,
             token=token,
-            fresh=fresh,
         )
         if isinstance(chunk, Reply):
             then(chunk)

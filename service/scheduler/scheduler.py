@@ -17,7 +17,7 @@ Rules:
 - What a durable session's chunk led to is applied when it is in the store, and not before. If it cannot be put there,
   the copy here is stale: everything accepted for the session fails, and nothing is until it was looked up again.
 - Of a durable session only new chunks are accepted on the word of the copy here, since their commit checks it. What
-  would be an error, or a stored reply, is `SessionAway` until the session was looked up (`fresh`).
+  would be an error, or a stored reply, is `NeedsStoreLookup` until the session was looked up (`is_verified`).
 - Nothing waits without bound: past `max_queue` chunks, or when the deadline cannot be met, work is refused at once.
 """
 
@@ -31,11 +31,11 @@ from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
     DeadlineUnreachable,
+    NeedsStoreLookup,
     PayloadMismatch,
     PositionGap,
     PositionTooOld,
     QueueFull,
-    SessionAway,
     SessionClosed,
     SessionError,
     SessionGone,
@@ -84,8 +84,17 @@ class Counters:
 
 
 class Scheduler:
-    def __init__(self, traits: ModelTraits, sessions: SessionLimits, limits: SchedulerLimits) -> None:
+    """`is_verified(session_id)`: was the session looked up in the store for the call that is running?"""
+
+    def __init__(
+        self,
+        traits: ModelTraits,
+        sessions: SessionLimits,
+        limits: SchedulerLimits,
+        is_verified: Callable[[str], bool] = lambda session_id: False,
+    ) -> None:
         self.traits = traits
+        self._is_verified = is_verified
         self.limits = limits
         self.counters = Counters()
         self.sessions = SessionTable(sessions, self.count_gone, self._keep_last_of)
@@ -150,15 +159,14 @@ class Scheduler:
         final: bool = False,
         origin: Origin | None = None,
         token: bytes = b"",
-        fresh: bool = False,
     ) -> Chunk | Reply:
         """Queue steps of a session; inputs: each (time, *shape).
 
         With `position`, a retry is recognised: of a chunk in flight (that chunk is returned, to be listened to), or of
         the last one applied (its Reply is returned). `start` opens the session first, unless this is the retry of the
         request that did; with `origin` as a durable one, in the place of the one that `token` wrote. `final` closes it
-        afterwards. `fresh`: it was looked up in the store for this very call. Raises SessionError, PositionGap,
-        PositionTooOld, PayloadMismatch, QueueFull, DeadlineUnreachable or SessionAway; the session is then untouched.
+        afterwards. Raises SessionError, PositionGap, PositionTooOld, PayloadMismatch, QueueFull, DeadlineUnreachable or
+        NeedsStoreLookup; the session is then untouched.
         """
         if final:
             ended = self.sessions.ended_by(session_id, now)
@@ -170,9 +178,9 @@ class Scheduler:
             self._open_by_steps(session_id, inputs, position, now, deadline, origin, token)
         session = self.sessions.find(session_id, now)
         if session.durable is not None and session.durable.stale:
-            raise SessionAway(session_id)
+            raise NeedsStoreLookup(session_id)
         if position is not None and position != session.expected:
-            return self._recognise(session, position, inputs, final, fresh or session.durable is None)
+            return self._recognise(session, position, inputs, final)
         chunk = Chunk(inputs, len(inputs[0]), deadline, session, session.expected, position is not None, opens, final)
         self._admit(chunk, now)
         session.expected += chunk.length
@@ -545,19 +553,20 @@ class Scheduler:
         self._in_flight += 1
         self._waiting_steps += self._lanes.next_steps(chunk)
 
-    def _recognise(self, session: Session, position: int, inputs: Tensors, final: bool, certain: bool) -> Chunk | Reply:
+    def _recognise(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | Reply:
         """What a chunk that does not begin at the session's end is: a retry, too old, or too early.
 
-        Raises SessionAway instead of all that, unless the copy here is `certain` to be what the store has.
+        Raises NeedsStoreLookup instead of all that, unless the copy here is certain to be what the store has.
         """
+        certain = session.durable is None or self._is_verified(session.id)
         try:
             known = self._known(session, position, inputs, final)
         except SessionError:
             if certain:
                 raise
-            raise SessionAway(session.id) from None
+            raise NeedsStoreLookup(session.id) from None
         if not certain and isinstance(known, Reply):
-            raise SessionAway(session.id)
+            raise NeedsStoreLookup(session.id)
         self.counters.replayed += 1
         return known
 
