@@ -20,9 +20,9 @@ from tests.export.model_shapes import Shape
 from unroll import bundle
 from unroll.bundle.operators import operators
 from unroll.export import ExportError, export
-from unroll.export.double import double_precision
-from unroll.export.outputs import leaves
-from unroll.export.samples import Samples
+from unroll.export.lifting.float64 import double_precision
+from unroll.export.signature.outputs import leaves
+from unroll.export.signature.samples import Samples
 
 #: What moves values about without computing any, or is too common to tell anything.
 PLUMBING = {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Range"} | {
@@ -166,7 +166,7 @@ class _Asked:
         return (value if self._batch_first else value.transpose(0, 1)).numpy()
 
     def _call(self, inputs: Arrays, double: bool) -> list[Tensor]:
-        """forward's own arguments: packed where the example is, and what is no input as the example has it."""
+        """The arguments of forward: packed if the example's are; non-inputs as in the example."""
         size = inputs[self._manifest.inputs[0].name].shape[:2]
         static = {spec.name for spec in self._manifest.static}
         arguments = dict(self._example)

@@ -1,4 +1,4 @@
-"""What float16 and int8 cost in error and gain in bytes and time, on this CPU, for some models."""
+"""The error of float16 and int8, and their gain in bytes and time on this CPU, for some models."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from unroll.bundle import Precision
 from unroll.bundle.operators import operators
 from unroll.examples.architectures import denoiser, voice
 from unroll.export import ExportError, export
-from unroll.export.samples import Samples
+from unroll.export.signature.samples import Samples
 
 Made = tuple[nn.Module, dict[str, Tensor]]
 

@@ -13,10 +13,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from unroll import __version__
-from unroll.service.api import health, native, open_inference, statistics, stream
+from unroll.service.api import health, native, open_inference, statistics
 from unroll.service.api.errors import open_inference_error, problem, problem_of, reason
 from unroll.service.api.http import Answer, Disconnected
 from unroll.service.api.server import Server
+from unroll.service.api.stream import endpoint
 from unroll.service.catalog.catalog import Catalog
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
@@ -102,7 +103,7 @@ def _fastapi(server: Server, lifespan: Any) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.include_router(native.router(server))
-    app.include_router(stream.router(server))
+    app.include_router(endpoint.router(server))
     app.include_router(statistics.router(server))
     app.include_router(open_inference.router(server, __version__))
     app.include_router(health.router(server))

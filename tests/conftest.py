@@ -24,12 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for processes comes first, beside what computes; and the last test of a worker is a short one."""
+    """Tests that wait for processes run first, in parallel with those that compute; short tests run last."""
     items.sort(key=lambda item: "faults" not in item.path.parts)
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the collector need not look at half a million objects again and again."""
+    """Imported objects stay: the collector need not scan half a million of them."""
     gc.freeze()
 
 

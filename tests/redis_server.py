@@ -71,7 +71,7 @@ class RedisServer:
         self.client.flushall()
 
     def stop(self) -> None:
-        """In order: what it was told is in its files."""
+        """Orderly: everything it accepted is in its files."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:

@@ -121,7 +121,7 @@ class HeldEngine:
 
 
 class SlowEngine(HeldEngine):
-    """Takes its time over a batch: meanwhile work gathers for the next."""
+    """A slow engine: work for the next batch gathers while it runs."""
 
     def __init__(self, loop: Loop, seconds: float) -> None:
         super().__init__(loop)

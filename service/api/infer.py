@@ -20,7 +20,7 @@ from unroll.service.core.errors import InvalidRequest, InvalidShape, NeedsStoreL
 from unroll.service.engine.base import Tensors
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
-from unroll.service.scheduler.work import Reply
+from unroll.service.scheduler.reply import Reply
 from unroll.service.store.record import Origin
 
 HEADER_LENGTH = b"inference-header-content-length"
@@ -166,7 +166,9 @@ def _version_for(
 def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool:
     now = owner.loop.clock.now()
     try:
-        return any(owner.scheduler.remembers(session_id, inputs, now) for inputs in _batch(owner, asked))
+        return any(
+            owner.scheduler.sessions.closed.knows_request(session_id, inputs, now) for inputs in _batch(owner, asked)
+        )
     except InvalidRequest:  # an older version's inputs may have been others
         return False
 

@@ -16,7 +16,7 @@ from unroll.service.api.parameters import (
 from unroll.service.api.server import Server
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
-from unroll.service.scheduler.work import Reply
+from unroll.service.scheduler.reply import Reply
 
 
 def steps(server: Server, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:

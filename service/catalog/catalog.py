@@ -99,7 +99,7 @@ class Catalog:
         """The version of a model on which the session lives, if it does."""
         now = self.clock.now()
         for model in self._by_name.get(name, ()):
-            if model.scheduler.sessions.living(session_id, now) is not None:
+            if model.scheduler.sessions.get_detached(session_id, now) is not None:
                 return model
         return self.overflow.bring_back(name, session_id) if self.overflow.holds(name, session_id) else None
 
@@ -124,7 +124,7 @@ class Catalog:
         now = self.clock.now()
         ended: tuple[float, ServedModel] | None = None
         for model in self._by_name.get(name, ()):
-            tombstone = model.scheduler.sessions.tombstone(session_id, now)
+            tombstone = model.scheduler.sessions.closed.get(session_id, now)
             if tombstone is not None and version in (None, model.version) and (not ended or tombstone.since > ended[0]):
                 ended = tombstone.since, model
         return ended[1] if ended else self.resolve(name, version)
@@ -239,7 +239,7 @@ class Catalog:
                 self._models.remove(model)
                 self._index()
                 for heir in [m for m in self._models if m.name == model.name][-1:]:
-                    heir.scheduler.sessions.inherit(model.scheduler.sessions)
+                    heir.scheduler.sessions.merge_closed(model.scheduler.sessions)
                 await model.stop()
                 model.engine.close()
                 _log.info("model dropped", model=model.name, version=model.version)

@@ -14,7 +14,7 @@ import structlog
 
 from unroll.service.catalog.model import ServedModel, home
 from unroll.service.core.errors import SessionContended, SessionExists, SnapshotInvalid, UnrollError
-from unroll.service.scheduler.work import Session
+from unroll.service.scheduler.session import Session
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.base import Commit, Key, Store, Tokens
 from unroll.service.store.record import Gone, Record, pack_last
@@ -114,7 +114,7 @@ class Keeper:
         key, row = (served.name, session.id), snapshot.row.astype("<f4").tobytes()
 
         def find() -> Session:
-            return served.scheduler.sessions.find(session.id, served.loop.clock.now())
+            return served.scheduler.sessions.find_detached(session.id, served.loop.clock.now())
 
         for _ in range(_ATTEMPTS):
             assert session.durable is not None
@@ -135,9 +135,9 @@ class Keeper:
         now = served.loop.clock.now()
         if position is None:
             raise await self.look_up(
-                *(served.name, session.id), lambda: served.scheduler.sessions.loss(session.id, now)
+                *(served.name, session.id), lambda: served.scheduler.sessions.closed.error(session.id, now)
             )
-        if served.scheduler.sessions.living(session.id, now) is session:
+        if served.scheduler.sessions.get_detached(session.id, now) is session:
             served.scheduler.close(session.id, now)
         session.position = position
 
@@ -183,7 +183,9 @@ class Keeper:
 
     def _here(self, key: Key) -> tuple[ServedModel, Session] | None:
         model = self._living(*key)
-        return None if model is None else (model, model.scheduler.sessions.find(key[1], model.loop.clock.now()))
+        return (
+            None if model is None else (model, model.scheduler.sessions.find_detached(key[1], model.loop.clock.now()))
+        )
 
     def _adopt(self, key: Key, record: Record) -> None:
         name, session_id = key

@@ -29,11 +29,11 @@ from unroll.service.engine.curve import Curve, measure
 from unroll.service.engine.place import EngineOptions, Place, Precision, place
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.protocol.tensors import Codec
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Batch, Session
+from unroll.service.scheduler.session import Session
 from unroll.service.state.slots import INITIAL, SCRATCH
 from unroll.service.store.base import Store
 from unroll.service.store.record import ID_BYTES, Gone, Origin, Record
@@ -206,7 +206,7 @@ class ServedModel:
         row = self.engine.read(session.slot).tobytes() if session.source != INITIAL else b""
         if session.origin is None:
             session.origin = replace(self.origin("memory"), opened_with=session.opened_with)
-        return Record(session.origin, session.position, row, self.scheduler.records.kept(session), session.depth)
+        return Record(session.origin, session.position, row, self.scheduler.replay.kept(session), session.depth)
 
     def adopt(self, session_id: str, record: Record) -> Session:
         """See `Scheduler.adopt`. Raises CapacityExhausted, or SnapshotInvalid if it is not of this model."""
@@ -219,9 +219,9 @@ class ServedModel:
 
     def bury(self, session_id: str, gone: Gone) -> None:
         """Remember what the store knows of a session's end."""
-        last = self.scheduler.records.read(gone.kept[-1:])
+        last = self.scheduler.replay.read(gone.kept[-1:])
         now = self.loop.clock.now()
-        self.scheduler.sessions.bury(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
+        self.scheduler.sessions.add_closed(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
 
     def figures(self) -> ModelFigures:
         counters = self.scheduler.counters

@@ -48,7 +48,7 @@ def check_custom(manifest: Manifest) -> None:
 
 @contextmanager
 def _short_message() -> Iterator[None]:
-    """A validation error shows the whole schema; what is wrong, and where, is enough."""
+    """A validation error prints the whole schema; the fault and its path suffice."""
     try:
         yield
     except jsonschema.ValidationError as error:

@@ -1,4 +1,4 @@
-"""The proxy's configuration, in front of two servers that do as they are told: what goes where, what is sent again."""
+"""The proxy configuration in front of two scripted servers: routing and retries."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(HAPROXY is None, reason="haproxy is missing")
 
 
 class Replica(ThreadingHTTPServer):
-    """Answers with its name; dies over the paths it is told to, before it has answered."""
+    """Replies with its name; on scripted paths it dies before it replies."""
 
     daemon_threads = True
 

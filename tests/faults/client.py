@@ -1,7 +1,7 @@
 """A client as they should be: it says the position with each chunk and sends it again until it is acknowledged.
 
 Every try goes to a replica drawn at random, over one of four ways drawn at random. Now and then the client asks for
-what it has, or for what it must not get. Whatever it is told goes into its `Track`.
+what it has, or for what it must not get. Every reply goes into its `Track`.
 """
 
 import asyncio
@@ -31,14 +31,14 @@ RETRY = {
 
 
 class Refused(Exception):
-    """The server said what it must not say; the track has it as a complaint."""
+    """The server gave an invalid reply; the track has it as a complaint."""
 
 
 @dataclass
 class Told:
-    """What all clients were told.
+    """The replies to all clients.
 
-    outcomes: of every try. seconds: from the first try of a step until its answer. changed: set after each outcome.
+    outcomes: of every try. seconds: from the first try of a step to its answer. changed: set after each outcome.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)

@@ -73,7 +73,7 @@ class Crowd:
         await self._until(lambda: self.steps >= wanted)
 
     async def hears(self, code: str) -> None:
-        """Returns when someone is told this, while stepping."""
+        """Return when any client gets this code while stepping."""
         before = self.told.outcomes[code]
         await self._until(lambda: self.told.outcomes[code] > before)
 

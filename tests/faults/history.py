@@ -1,4 +1,4 @@
-"""The history checker: what clients were told, held against what their sessions must have computed.
+"""The history checker: compares the replies to clients with the correct outputs of their sessions.
 
 A client writes a `Track`: the chunks that were acknowledged, in order, and every answer it was given, repeated ones
 included. `check` folds each session's whole input with onnxruntime alone and compares bit for bit. It counts steps:
@@ -49,7 +49,7 @@ class Track:
         self.answers.append((start, len(x), outputs, position))
 
     def refused(self, start: int, code: str, expected: int | None, said: str = "") -> None:
-        """A chunk that began at `start`, the position of the session, and was not taken. said: all of the answer."""
+        """A refused chunk that began at `start`, the position of the session. said: the whole reply."""
         ahead = 0 if expected is None else expected - start
         most = 0 if self.sent is None else len(self.sent)
         kind = "lost" if ahead < 0 or code.startswith("session_") else "double" if ahead > most else "wrong"
@@ -87,7 +87,7 @@ def check(tracks: Sequence[Track], oracle: Oracle) -> Verdict:
 
 
 def _faults(track: Track, others: Iterable[Track], oracle: Oracle) -> Iterator[tuple[str, int, str]]:
-    """Kind, steps and description of what is wrong, the earliest first."""
+    """Kind, steps and description of each fault, the earliest first."""
     if track.chunks:
         (whole, *_), row = oracle.all(track.inputs)
     else:

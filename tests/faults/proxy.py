@@ -44,7 +44,7 @@ class FaultProxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def refuse(self) -> None:
-        """Cut every connection, and take no more of them, until it is to accept again."""
+        """Cut every connection, and refuse new ones until it accepts again."""
         self._server.close()
         self.cut()
         await asyncio.gather(*self._serving, return_exceptions=True)

@@ -54,7 +54,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Gone:
-    """codes: of which a request is told one."""
+    """codes: the allowed codes of the refusal."""
 
     codes: frozenset[str] = frozenset({"session_unknown"})
 
@@ -64,7 +64,7 @@ class Gone:
 
 
 class World:
-    """What all examples share: two replicas and their store. A replica is started anew when a rule says so."""
+    """State shared by all examples: two replicas and their store. Rules restart replicas."""
 
     def __init__(self, repository: Path, redis: RedisServer, oracle: Oracle) -> None:
         self.repository, self.redis, self.oracle = repository, redis, oracle

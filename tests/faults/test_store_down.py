@@ -1,4 +1,4 @@
-"""The store is down, and what clients see of it: durable sessions wait, the others go on, and nothing is wrong."""
+"""An unavailable store, as clients see it: durable sessions wait, the others continue, and no answer is wrong."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 from redis_server import RedisServer
 from waiting import LoopTime, reached
 
-#: Seconds in which a client is told that the store is down.
+#: Seconds within which a client learns that the store is down.
 SOON = 1.0
 STEPS = np.random.default_rng(8).standard_normal((40, 2)).astype(np.float32)
 
@@ -186,7 +186,7 @@ async def until_good(session: Session) -> None:
 
 @pytest.mark.parametrize("fsync", ["always", "everysec"])
 async def test_redis_is_killed_while_all_step(tmp_path: Path, servers: Servers, oracle: Oracle, fsync: str) -> None:
-    """Again and again, and started from its file. What is in there was written before its reply."""
+    """Kill and restart Redis from its file repeatedly. It writes to the file before it replies."""
     redis = RedisServer(tmp_path / "redis", fsync)
     redis.start()
     try:
@@ -206,7 +206,7 @@ async def test_redis_is_killed_while_all_step(tmp_path: Path, servers: Servers, 
 
 
 async def test_an_older_file_is_put_back(redis: RedisServer, servers: Servers, oracle: Oracle, tmp_path: Path) -> None:
-    """Acknowledged steps are gone: the clients are told where to go on from, send them again, and all is as it was."""
+    """Acknowledged steps are lost: clients get the position to continue from, resend, and reach the same state."""
     cluster = servers(2, store=redis.url)
     older = tmp_path / "older"
     async with Crowd([server.port for server in cluster], 5, 20, follows_gaps=True) as crowd:

@@ -1,4 +1,4 @@
-"""A replica stands still for a while, or dies at a chosen place, and others go on with its sessions meanwhile."""
+"""A replica is stopped for a while, or dies at a chosen point, and others continue its sessions."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -75,7 +75,7 @@ async def test_the_owner_is_stopped_at_its_commit(
         await session.step(other, *[other] * moves_on)
         owner.resume()
         reply = await late
-        if place == "after_commit" or not moves_on:  # the reply is that of the step, whoever committed it
+        if place == "after_commit" or not moves_on:  # the same reply, whichever replica committed the step
             assert (reply.outputs, reply.position) == (session.replies[1].outputs, 2)
         else:
             assert (reply.code, reply.expected) == ("position_too_old", 3)

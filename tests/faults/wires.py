@@ -1,7 +1,7 @@
 """Four ways to send a chunk to any of several replicas, and what may become of it.
 
-A `Reply` is what the server said. `Broken` is that it said nothing whole: the connection was refused, cut or silent,
-so nobody knows whether the chunk was applied.
+A `Reply` is a reply of the server. `Broken`: no complete reply, because the connection was refused, cut or silent,
+so it is unknown whether the chunk was applied.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """outputs: as the server's bytes, so that they can be compared. code: of an error; `expected` as it said it."""
+    """outputs: the server's bytes, for comparison. code, `expected`: of an error."""
 
     status: int
     outputs: bytes = b""

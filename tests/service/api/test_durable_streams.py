@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from redis_server import RedisServer
 from serving import RAW, Oracle, Running, Serve
-from test_stream import Client, frame
+from streams import Client, frame
 from waiting import until
 
 Oracles = Callable[..., Oracle]
