@@ -1,4 +1,4 @@
-"""Small models of every kind the server treats differently, exported once a run; a CUDA without a GPU, and a Redis."""
+"""Small models for every code path of the server, exported once per run; a CUDA stub, and a Redis."""
 
 import gc
 import os

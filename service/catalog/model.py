@@ -35,7 +35,7 @@ from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
 from unroll.service.state.slots import INITIAL, SCRATCH
-from unroll.service.store.base import Store
+from unroll.service.store.interface import Store
 from unroll.service.store.record import ID_BYTES, Gone, Origin, Record
 from unroll.service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
 from unroll.service.telemetry.statistics import Statistics

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from unroll.service.core.errors import SnapshotInvalid
-from unroll.service.store.base import Key
+from unroll.service.store.interface import Key
 from unroll.service.store.record import Record
 
 _HEADER = struct.Struct("<4sHHQ")

@@ -16,7 +16,7 @@ from waiting import PATIENCE, until
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
-#: What a WebSocket's key is hashed with; the proxy looks whether it was.
+#: RFC 6455's GUID for the accept header, which the proxy verifies.
 _RFC_6455 = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="haproxy is missing")
@@ -33,7 +33,7 @@ class Replica(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
-        """The proxy's probes hang up as they please."""
+        """The proxy's health checks may disconnect at any time."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -83,12 +83,12 @@ class Proxy:
         return response.status, body
 
     def wait_for(self, names: set[str]) -> None:
-        """Until requests without a session reach exactly these replicas."""
+        """Wait until requests without a session reach exactly these replicas."""
 
         def answered() -> set[str]:
             try:
                 return {self.ask("/readyz", "GET")[1] for _ in range(4)}
-            except ConnectionRefusedError:  # it does not listen yet
+            except ConnectionRefusedError:  # not listening yet
                 return set()
 
         until(lambda: answered() == names, f"answers of {names}")

@@ -1,4 +1,4 @@
-"""A few kills, one round of restarts, few rows: `make kill-test` and `make rolling-test` do the same for longer."""
+"""A few kills, one round of restarts, few rows: short versions of `make kill-test` and `make rolling-test`."""
 
 from pathlib import Path
 

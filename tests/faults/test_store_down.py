@@ -33,7 +33,7 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
-# ── ways for a store to be down; each leaves it up again, with what it held ──────────────────────
+# ── store failures; each restores the store with its data ────────────────────────────────────────
 
 
 @asynccontextmanager
@@ -79,7 +79,7 @@ def fill(redis: RedisServer) -> NoReturn:
 
 @asynccontextmanager
 async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
-    """Redis refuses writes once one did not get into its file."""
+    """Redis refuses writes after a failed write to its file."""
     ballast = redis.folder / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -91,7 +91,7 @@ async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIt
 
 
 class Session:
-    """A session whose steps are sent one after another, each until it is answered."""
+    """A session whose steps are sent one by one, each until it is answered."""
 
     def __init__(self, wires: Wires, port: int, name: str) -> None:
         self.wires, self.port, self.name, self.position = wires, port, name, 0
@@ -146,7 +146,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage) -> None:
     async with FaultProxy(redis.port) as proxy:
-        # In a thread, as they ask the store when they start, and the proxy runs here.
+        # In a thread, because replicas connect to the store at start, and the proxy runs here.
         here, there = await asyncio.to_thread(servers, 2, store=f"redis://127.0.0.1:{proxy.port}/0")
         durable, volatile = Session(wires, here.port, "durable"), Session(wires, here.port, "volatile")
         assert (await durable.open("redis")).document["durability"] == "redis"
@@ -165,7 +165,7 @@ async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Orac
             assert (await Session(wires, here.port, "new").open("redis")).code == "store_unavailable"
             assert (await wires.ask(here.port, "GET", "/livez"))[0] == 200
         await until_good(durable)
-        durable.port = there.port  # which had no part in it, and must find what was acknowledged
+        durable.port = there.port  # which was not involved, and must find the acknowledged steps
         for way in WAYS:
             assert (await durable.step(way)).status == 200
             assert (await volatile.step(way)).status == 200
@@ -174,7 +174,7 @@ async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Orac
 
 
 async def until_good(session: Session) -> None:
-    """Send the same step again until it is taken; nothing is restarted."""
+    """Resend the same step until it is accepted, without any restart."""
 
     async def is_good() -> bool:
         reply = await session.step()

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from unroll.service.api import sessions
-from unroll.service.api.http import ATTEMPTS
+from unroll.service.api import session_operations
+from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
-from unroll.service.api.server import Server
-from unroll.service.api.sessions import new_id
+from unroll.service.api.request import ATTEMPTS
+from unroll.service.api.session_operations import new_id
 from unroll.service.api.stream.link import Link
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core import failpoints
@@ -137,7 +137,7 @@ class Connection:
         Draining: the server is about to end.
     """
 
-    def __init__(self, server: Server, model: str, link: Link, call_soon: CallSoon) -> None:
+    def __init__(self, server: AppState, model: str, link: Link, call_soon: CallSoon) -> None:
         server.refuse_if_draining()
         self._server = server
         self._keeper = server.catalog.keeper
@@ -347,16 +347,16 @@ class Connection:
             "session_id": session.id,
             "position": session.position,
             "model_version": served.version,
-            "durability": sessions.describe(served, session)["durability"],
+            "durability": session_operations.describe(served, session)["durability"],
         }
 
     async def _session_anywhere(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
         _check_mode(wanted)
         if wanted.mode != "new" and wanted.session_id is not None:
-            sessions.check_id(wanted.session_id)
+            session_operations.check_id(wanted.session_id)
             try:
-                served, session = await sessions.find(self._server, self._model, wanted.session_id)
+                served, session = await session_operations.find(self._server, self._model, wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
@@ -364,18 +364,18 @@ class Connection:
                 self._check_tensors(served)
                 return served, session
         self._check_tensors(self._server.catalog.resolve(self._name, self._version))
-        return await sessions.open_session(
+        return await session_operations.open_session(
             *(self._server, self._model, wanted.session_id), static=wanted.static, durability=wanted.durability
         )
 
     def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
         _check_mode(wanted)
-        sessions.keeper_for(self._server, wanted.durability)  # says that there is none, if one is asked for
+        session_operations.keeper_for(self._server, wanted.durability)  # says that there is none, if one is asked for
         if wanted.mode != "new" and wanted.session_id is not None:
-            sessions.check_id(wanted.session_id)
+            session_operations.check_id(wanted.session_id)
             try:
-                served, session = sessions.find_here(self._server, self._model, wanted.session_id)
+                served, session = session_operations.find_here(self._server, self._model, wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
@@ -384,8 +384,8 @@ class Connection:
                 return served, session
         served = self._server.catalog.resolve(self._name, self._version)
         self._check_tensors(served)
-        start = sessions.start_of(served, static=wanted.static)
-        return served, sessions.begin(served, new_id(self._server, self._name, wanted.session_id), start)
+        start = session_operations.start_of(served, static=wanted.static)
+        return served, session_operations.begin(served, new_id(self._server, self._name, wanted.session_id), start)
 
     def _check_tensors(self, served: ServedModel) -> None:
         """Frames have one layout: the sessions may be of several versions, but these must agree on it."""
@@ -413,10 +413,10 @@ class Connection:
         bound = found[1]
         self._unbind(handle)
         try:
-            _, session = await sessions.find(self._server, self._name, bound.id)
+            _, session = await session_operations.find(self._server, self._name, bound.id)
             if session.origin != bound.origin:
                 raise _another(bound)
-            await sessions.close(self._server, self._name, bound.id)
+            await session_operations.close(self._server, self._name, bound.id)
         except UnrollError as error:
             return {"handle": handle, "error": _described(error)}
         return {"handle": handle, "position": session.position}
@@ -543,7 +543,7 @@ class Connection:
         """A session that lost its row here is brought back, or was. Raises NeedsStoreLookup, or what became of it."""
         if self._keeper and before.durable is not None and not self._keeper.is_verified(self._name, before.id):
             raise NeedsStoreLookup(before.id)
-        served, session = sessions.find_here(self._server, self._name, before.id)
+        served, session = session_operations.find_here(self._server, self._name, before.id)
         if session.origin != before.origin:
             raise _another(before)
         served.scheduler.set_retry_depth(session, before.depth)

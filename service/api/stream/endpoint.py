@@ -6,9 +6,9 @@ from collections.abc import Callable
 import structlog
 from fastapi import APIRouter, WebSocket
 
-from unroll.service.api.errors import problem, problem_of, reason
-from unroll.service.api.http import Answer
-from unroll.service.api.server import Server
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import problem, problem_of, reason
+from unroll.service.api.request import Answer
 from unroll.service.api.stream.connection import Connection
 from unroll.service.api.stream.link import AsgiLink, Link
 from unroll.service.core.errors import UnrollError
@@ -19,7 +19,7 @@ _log = structlog.get_logger(__name__)
 STALLED_SECONDS = 30.0
 
 
-def router(server: Server, *, stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
+def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
     """The route `/v1/models/{model}/stream`."""
     api = APIRouter()
 

@@ -20,7 +20,7 @@ from serving import RAW, Oracle, metric
 from waiting import PATIENCE, reached, until
 
 from unroll.service import workers
-from unroll.service.__main__ import main
+from unroll.service.serve import main
 
 NUMBER = 2
 MODEL = "/v1/models/gru"

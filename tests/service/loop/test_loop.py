@@ -18,8 +18,8 @@ from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, Sessio
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.store.base import Commit
-from unroll.service.store.memory import MemoryStore
+from unroll.service.store.interface import Commit
+from unroll.service.store.memory_store import MemoryStore
 from unroll.service.store.record import Origin
 
 NUMBER = TensorSpec("x", "float32", (), True)

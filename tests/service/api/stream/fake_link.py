@@ -10,7 +10,7 @@ from streams import Reply, frame, replies
 from waiting import reached
 
 from unroll.bundle import Manifest
-from unroll.service.api.server import Server
+from unroll.service.api.app_state import AppState
 from unroll.service.api.stream.connection import Connection
 
 
@@ -50,7 +50,7 @@ class Wire:
     """A connection of a server that is not listening."""
 
     connection: Connection
-    server: Server
+    server: AppState
     manifest: Manifest
     sent: list[bytes | dict]
     flow: list[str]
