@@ -1,4 +1,4 @@
-"""Small models of every kind the server treats differently, exported once a run; a CUDA without a GPU, and a Redis."""
+"""Small models for every code path of the server, exported once per run; a CUDA stub, and a Redis."""
 
 import gc
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from httpx._transports import default
-from redis_server import RedisServer, missing
+from redis_server import RedisServer
 from stub_cuda.child import Outcome, Stub
 from torch import Tensor, nn
+from waiting import PATIENCE
 
 import unroll
 from conformance import operators
@@ -32,10 +34,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _certificates_are_read_once() -> Iterator[None]:
-    """httpx reads all there are for each client, which takes as long as many a test. None of them is asked for."""
+def _httpx_is_quick_and_patient() -> Iterator[None]:
+    """httpx reads all certificates for each client, which takes long and is of no use here, and gives up after 5 s."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
+        for phase in ("connect", "read", "write", "pool"):
+            patch.setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE)
         yield
 
 
@@ -129,9 +133,7 @@ def run_with_stub(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Out
 
 @pytest.fixture(scope="session")
 def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One redis-server for the whole run; tests take `redis_server`."""
-    if why := missing():
-        pytest.skip(why)
+    """One Redis for the whole run; tests take `redis_server`."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server

@@ -1,14 +1,14 @@
-"""A server on a real socket inside the test process, what holds its work still, and the numbers it must give."""
+"""A server on a real socket inside the test process, an engine that can be held, and the correct outputs."""
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from oracle import Oracle as Oracle
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import PATIENCE
 
 from unroll.service import app
 from unroll.service.catalog.model import ServedModel
@@ -19,22 +19,11 @@ from unroll.service.settings import Settings
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import uvicorn_config
 
-_PATIENCE = 20.0
-
 RAW = {"Content-Type": "application/octet-stream"}
 
 
-def until(condition: Callable[[], object], what: str = "the condition") -> None:
-    """Returns as soon as the condition holds; fails when it does not come true."""
-    end = time.monotonic() + _PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come true"
-        pause.wait(0.001)
-
-
 class _Announcing(DrainingServer):
-    """Says when it listens, or that it never will."""
+    """Reports when it listens, or that it failed to."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,10 +44,11 @@ class Running:
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         application, self.server = app.build(settings, clock)
         config = uvicorn_config(application, self.server, "127.0.0.1", 0)
+        config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds its connection open
         self.uvicorn = _Announcing(config, self.server, settings.drain_delay, settings.drain_timeout)
         self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)
         self._thread.start()
-        assert self.uvicorn.announced.wait(_PATIENCE)
+        assert self.uvicorn.announced.wait(PATIENCE)
         assert self.uvicorn.started, "the server did not start"
         self.port: int = self.uvicorn.servers[0].sockets[0].getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
@@ -68,18 +58,18 @@ class Running:
         return self.server.catalog.resolve(name, version)
 
     def rescan(self) -> None:
-        """What SIGHUP does. Returns at once; the rescan is done soon."""
+        """Do the same as SIGHUP. Returns immediately, before the rescan completes."""
         self.uvicorn.loop.call_soon_threadsafe(self.server.catalog.request_rescan)
 
     def rescan_now(self) -> None:
-        """Returns when a whole rescan is done."""
+        """Return when a whole rescan is complete."""
         rescan = self.server.catalog.rescan()
-        asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(_PATIENCE)
+        asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(PATIENCE)
 
     def stop(self) -> None:
-        """Ends the server and checks what it leaves behind."""
+        """Stop the server and check for leaks."""
         self.uvicorn.should_exit = True
-        self._thread.join(_PATIENCE)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the server did not stop"
         assert not self.server.crashed
         for model in self.server.catalog:
@@ -88,14 +78,14 @@ class Running:
 
     @contextmanager
     def holding(self, name: str, version: str | None = None) -> Iterator["HeldEngine"]:
-        """While inside, a batch of the model is run but not answered: its chunks stay in flight."""
+        """Inside the block, a batch of the model runs but is not answered: its chunks stay in flight."""
         loop = self.model(name, version).loop
         with HeldEngine(loop) as held:
             yield held
 
 
 class HeldEngine:
-    """In the place of a loop's engine: runs batches in its thread, and hands over no result until released."""
+    """Replaces a loop's engine: runs batches in its thread, and returns no result until released."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -119,12 +109,12 @@ class HeldEngine:
     def run(self, rows: Rows) -> Result:
         result = self._engine.run(rows)
         self.reached.set()
-        assert self._released.wait(_PATIENCE)
+        assert self._released.wait(PATIENCE)
         return result
 
     def wait(self) -> None:
-        """Returns when a batch was run."""
-        assert self.reached.wait(_PATIENCE), "no batch was run"
+        """Return when a batch has run."""
+        assert self.reached.wait(PATIENCE), "no batch was run"
 
     def release(self) -> None:
         self._released.set()

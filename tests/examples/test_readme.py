@@ -11,6 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -20,24 +21,24 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def block(language: str, containing: str) -> str:
-    """The one fenced block of that language that contains the words."""
+    """The only fenced block of the language that contains the text."""
     [found] = [text for kind, text in _BLOCK.findall(README) if kind == language and containing in text]
     return found
 
 
 def at(server: str, text: str) -> str:
-    """The text, with the address where the README's server is replaced by the test's."""
+    """The text, with the address of the README's server replaced by the test's."""
     return text.replace("127.0.0.1:8000", urlsplit(server).netloc)
 
 
 def rounded(text: str) -> str:
-    """Forecasts with two places: their last digits are the processor's."""
+    """Forecasts rounded to two places, because the last digits depend on the CPU."""
     return re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.2f}", text)
 
 
 def test_the_curl_session_answers_as_shown(server: str):
     script, shown = at(server, block("bash", "curl")), block("text", "outputs").splitlines()
-    for _ in range(2):  # it ends as it began, so it works again
+    for _ in range(2):  # it closes its session, so it can be repeated
         pasted = subprocess.run(["bash", "-e"], input=script, capture_output=True, text=True, check=True)
         answers = pasted.stdout.splitlines()
         assert len(answers) == len(shown)
@@ -48,7 +49,9 @@ def test_the_curl_session_answers_as_shown(server: str):
 
 def test_the_tritonclient_session_works(server: str, environment: dict[str, str]):
     program = at(server, block("python", "tritonclient"))
-    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=50)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert ran.returncode == 0, ran.stderr
     assert re.findall(r"\d+\.\d", ran.stdout) == ["371.1", "371.4"]
 
@@ -68,7 +71,7 @@ def test_a_model_of_ones_own_is_exported_and_served(
 
     command = block("bash", "unroll export").splitlines()[0]
     ran = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert ran.returncode == 0, ran.stderr
     assert "streaming yes" in ran.stdout

@@ -8,13 +8,14 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from waiting import PATIENCE
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
-    """`run("--detach", ...)` in an empty folder; what it leaves running is stopped."""
+    """`run("--detach", ...)` in an empty folder; stops the server that it leaves running."""
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -23,7 +24,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=PATIENCE,
         )
 
     yield call

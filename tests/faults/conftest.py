@@ -1,4 +1,4 @@
-"""Replicas of one small model: inside the test process, or as processes of their own, with one store or without any."""
+"""Replicas of one small model: in the test process or as child processes, with a shared store or without."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,13 +10,14 @@ from faults.replica import Replica, tiny_repository
 from faults.wires import Wires
 from oracle import Oracle
 from serving import Running
+from waiting import PATIENCE
 
 from unroll.service.core.clock import Clock
 from unroll.service.settings import Settings
 
-#: Starts so many servers in the test process, with these settings.
+#: Starts servers in the test process: their number, and settings by name.
 Servers = Callable[..., list[Running]]
-#: Makes so many replicas as processes, with these flags; they are not started.
+#: Creates replicas as processes, without starting them: their number, and flags.
 Replicas = Callable[..., list[Replica]]
 
 
@@ -61,18 +62,18 @@ async def replicas(tiny: Path, tmp_path: Path) -> AsyncIterator[Replicas]:
 
 @pytest.fixture
 async def wires() -> AsyncIterator[Wires]:
-    wires = Wires("tiny", ("x", "y"), timeout=30.0)
+    wires = Wires("tiny", ("x", "y"), timeout=PATIENCE)
     yield wires
     wires.close()
 
 
 def start_server(repository: Path, clock: Clock | None = None, **settings: object) -> Running:
-    """A server whose routes have been used: FastAPI prepares them at their first request, and not for two threads."""
+    """A server with warm routes: FastAPI builds them at the first request, which is not thread-safe."""
     server = Running(Settings.model_validate({"repository": repository, **settings}), clock)
     path = f"{server.url}/v1/models/tiny/sessions"
-    assert httpx.post(path, json={"session_id": "first"}, timeout=30).is_success
+    assert httpx.post(path, json={"session_id": "first"}).is_success
     for method, route in (("POST", "/fork"), ("GET", ""), ("GET", "/state"), ("PUT", "/state"), ("DELETE", "")):
-        httpx.request(method, f"{path}/first{route}", timeout=30)
+        httpx.request(method, f"{path}/first{route}")
     return server
 
 

@@ -1,8 +1,8 @@
-"""Many clients of the same replicas, and what becomes of their sessions."""
+"""Many clients of the same replicas, and the verdict on their sessions."""
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -57,7 +57,7 @@ class Crowd:
 
     @asynccontextmanager
     async def stepping(self) -> AsyncIterator[None]:
-        """All step, until the end; and then until each has its answer."""
+        """All clients step until the end of the block, then until each has its reply."""
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for client in self._clients:
@@ -68,18 +68,20 @@ class Crowd:
                 stop.set()
 
     async def acknowledged(self, steps: int) -> None:
-        """Returns when there have been so many more, while stepping."""
+        """Return after this many more steps."""
         wanted = self.steps + steps
-        while self.steps < wanted:
-            assert not self.complaints, self.complaints
-            await asyncio.sleep(0.005)
+        await self._until(lambda: self.steps >= wanted)
 
     async def hears(self, code: str) -> None:
         """Return when any client gets this code while stepping."""
         before = self.told.outcomes[code]
-        while self.told.outcomes[code] == before:
+        await self._until(lambda: self.told.outcomes[code] > before)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
             assert not self.complaints, self.complaints
-            await asyncio.sleep(0.005)
+            self.told.changed.clear()
+            await self.told.changed.wait()
 
     @property
     def steps(self) -> int:
@@ -90,6 +92,6 @@ class Crowd:
         return [complaint for track in self.tracks for complaint in track.complaints]
 
     async def verdict(self, oracle: Oracle) -> Verdict:
-        """Looks at every session's state, and checks all."""
+        """Read the state of every session, and check all."""
         await asyncio.gather(*(client.look() for client in self._clients))
         return check(self.tracks, oracle)

@@ -1,26 +1,23 @@
-"""A real HAProxy with the configuration that is deployed, in front of replicas on the loopback."""
+"""A real HAProxy with the deployed configuration, in front of replicas on the loopback."""
 
-import asyncio
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from faults.replica import ROOT, is_ready
 from redis_server import free_port
-
-_PATIENCE = 20.0
+from waiting import PATIENCE, reached
 
 
 def missing() -> str:
-    """Why there can be no HAProxy here; empty if there can."""
+    """Why HAProxy cannot run here; empty if it can."""
     return "" if shutil.which("haproxy") else "haproxy is not installed"
 
 
 class HAProxy:
-    """ports: of the replicas, instead of those that DNS would name; it looks at their health often, to save time."""
+    """ports: of the replicas, in place of DNS. Health checks run often, to save time."""
 
     def __init__(self, folder: Path, ports: Sequence[int]) -> None:
         self.port = free_port()
@@ -29,18 +26,19 @@ class HAProxy:
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
         text, binds = re.subn(r"bind :8000", f"bind 127.0.0.1:{self.port}", text)
         text, templates = re.subn(r"  server-template .*", replicas, text)
-        assert (binds, templates) == (1, 1), "deploy/haproxy.cfg is not what it was"
+        assert (binds, templates) == (1, 1), "deploy/haproxy.cfg has changed"
         self._config.write_text(text)
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        """Returns when a replica answers through it."""
-        self._process = self._launch()
-        end = time.monotonic() + _PATIENCE
-        while not await is_ready(self.port):
-            assert self._process.poll() is None, self._log.read_text()
-            assert time.monotonic() < end, "no replica answers through HAProxy"
-            await asyncio.sleep(0.01)
+        """Return when a replica replies through it."""
+        process = self._process = self._launch()
+
+        async def answers_or_ended() -> bool:
+            assert process.poll() is None, self._log.read_text()
+            return await is_ready(self.port)
+
+        await reached(answers_or_ended, "an answer through HAProxy")
 
     def _launch(self) -> "subprocess.Popen[bytes]":
         command = ["haproxy", "-db", "-f", str(self._config)]
@@ -50,5 +48,5 @@ class HAProxy:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(_PATIENCE)
+            self._process.wait(PATIENCE)
             self._process = None

@@ -1,4 +1,4 @@
-"""One `unroll serve` as a process of its own, which keeps its port when it is killed and started again."""
+"""One `unroll serve` as a child process, which keeps its port across kills and restarts."""
 
 import asyncio
 import os
@@ -6,24 +6,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from redis_server import free_port
+from waiting import PATIENCE, reached
 
 ROOT = Path(__file__).parents[2]
-_PATIENCE = 30.0
 
 
 def tiny_repository(folder: Path) -> Path:
-    """A repository of one small LSTM, `tiny`: what `unroll doctor` tries devices with. Quick to start, made already."""
+    """A repository with the small LSTM of `unroll doctor`, which exists already and starts quickly."""
     shutil.copytree(ROOT / "service" / "doctor" / "tiny", folder / "repository" / "tiny")
     return folder / "repository"
 
 
 class Replica:
-    """options: further flags of `unroll serve`. environment: variables it gets besides our own."""
+    """options: further flags of `unroll serve`. environment: additional variables."""
 
     def __init__(
         self, name: str, repository: Path, folder: Path, *options: str, environment: Mapping[str, str] | None = None
@@ -38,7 +37,7 @@ class Replica:
         self._process: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> None:
-        """Returns at once."""
+        """Start the process; returns immediately."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -50,12 +49,13 @@ class Replica:
             )
 
     async def ready(self) -> None:
-        """Returns when the readiness probe is answered with 200."""
-        end = time.monotonic() + _PATIENCE
-        while not await is_ready(self.port):
+        """Return when the readiness probe returns 200."""
+
+        async def is_ready_or_ended() -> bool:
             assert self.running, f"{self.name} ended: {self.log.read_text()[-2000:]}"
-            assert time.monotonic() < end, f"{self.name} did not start"
-            await asyncio.sleep(0.01)
+            return await is_ready(self.port)
+
+        await reached(is_ready_or_ended, f"the readiness of {self.name}")
 
     async def start(self) -> None:
         self.launch()
@@ -66,34 +66,34 @@ class Replica:
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """At once; nothing is finished."""
+        """Send SIGKILL; nothing completes."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(_PATIENCE)
+            self._process.wait(PATIENCE)
             self._process = None
 
     def pause(self) -> None:
-        """Connections are still accepted, by the kernel; nothing is answered, and nothing is lost."""
+        """Suspend the process: the kernel still accepts connections, nothing is answered, and nothing is lost."""
         self._send(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._send(signal.SIGCONT)
 
     async def stopped(self) -> None:
-        """Returns when it has been stopped, or has stopped itself."""
+        """Return when the process is stopped, by us or by itself."""
         assert self._process is not None
         await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     async def terminate(self) -> int:
-        """Ask it to end; returns its exit status."""
+        """Send SIGTERM; returns the exit status."""
         self._send(signal.SIGTERM)
         assert self._process is not None
-        return await asyncio.to_thread(self._process.wait, _PATIENCE)
+        return await asyncio.to_thread(self._process.wait, PATIENCE)
 
     async def ended(self) -> int:
-        """The exit status, when it has ended by itself."""
+        """Wait for the process to exit; returns the status."""
         assert self._process is not None
-        return await asyncio.to_thread(self._process.wait, _PATIENCE)
+        return await asyncio.to_thread(self._process.wait, PATIENCE)
 
     def _send(self, number: signal.Signals) -> None:
         assert self._process is not None, f"{self.name} is not running"

@@ -1,7 +1,7 @@
-"""`make rolling-test`: every replica is restarted behind a real HAProxy, one after another, while clients step.
+"""`make rolling-test`: restart every replica behind a real HAProxy, one after another, while clients step.
 
-Each is asked to end by SIGTERM, must do so with status 0, and is started again. No step may fail for a client that
-retries, and the history checker judges. What the clients waited, before and during the restarts, is printed.
+Each replica gets SIGTERM, must exit with status 0, and is started again. No step may fail for a client that retries;
+the history checker decides. The report has the latencies before and during the restarts.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-import redis_server
 import uvloop
 from faults import haproxy, report
 from faults.client import Told
@@ -25,10 +24,12 @@ from faults.replica import Replica, tiny_repository
 from oracle import Oracle
 from redis_server import RedisServer
 
+from deploy import local_redis
+
 
 @dataclass
 class Result:
-    """statuses: what the replicas ended with. began, ended: when the restarts did."""
+    """statuses: exit statuses of the replicas. began, ended: times of the restarts."""
 
     statuses: list[int]
     verdict: Verdict
@@ -50,9 +51,9 @@ class Result:
 
 
 async def run(
-    folder: Path, seed: int, *, rounds: int = 1, before: float = 1.0, sessions: int = 50, pause: float = 0.2
+    folder: Path, seed: int, *, rounds: int = 1, before: int = 250, sessions: int = 50, pause: float = 0.2
 ) -> Result:
-    """rounds: how often each of three replicas is restarted. before: seconds of steps before the first."""
+    """rounds: restarts of each of three replicas. before: steps before the first restart."""
     repository = tiny_repository(folder)
     store = RedisServer(folder / "redis")
     store.start()
@@ -64,7 +65,7 @@ async def run(
         await proxy.start()
         async with Crowd([proxy.port], seed, sessions, pause=pause) as crowd:
             async with crowd.stepping():
-                await asyncio.sleep(before)
+                await crowd.acknowledged(before)
                 began = monotonic()
                 for replica in cluster * rounds:
                     statuses.append(await replica.terminate())
@@ -81,16 +82,16 @@ async def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m faults.rolling", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each replica is restarted")
+    parser.add_argument("--rounds", type=int, default=5, help="restarts of each replica")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--sessions", type=int, default=200)
     arguments = parser.parse_args(argv)
-    if why := redis_server.missing() or haproxy.missing():
+    if why := local_redis.missing() or haproxy.missing():
         print(f"cannot run: {why}", file=sys.stderr)
         return 2
     print(f"seed {arguments.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="rolling-test-"))
-    rolled = run(folder, arguments.seed, rounds=arguments.rounds, before=10.0, sessions=arguments.sessions)
+    rolled = run(folder, arguments.seed, rounds=arguments.rounds, before=5000, sessions=arguments.sessions)
     result = uvloop.run(rolled)
     return report.end(result, folder, good=not any(result.statuses))
 
