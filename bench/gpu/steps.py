@@ -10,7 +10,7 @@ import numpy as np
 from bench.gpu import peer
 from bench.gpu.ours import inputs, ours, some_slots, steps_of
 from bench.gpu.shapes import Shape, bundle_of, model
-from unroll.service.engine.place import Precision
+from unroll.service.engine.backend import Precision
 
 _ARENA = 20_000
 _MANY, _FEW = 1_000_000, 1_000

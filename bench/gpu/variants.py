@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from bench.gpu import peer
 from bench.gpu.ours import inputs, ours, some_slots
 from bench.gpu.shapes import FEATURES, Shape, bundle_of
-from unroll.service.engine.cuda.base import Device
-from unroll.service.engine.memory import Memory
-from unroll.service.engine.place import open_cuda
+from unroll.service.engine.backend import open_cuda
+from unroll.service.engine.cuda.device import Device
+from unroll.service.engine.tensor_ref import TensorRef
 
 _ARENA = 20_000
 #: Parts of a row that ScatterND moves as if they were rows: it gives each of them one thread.
@@ -136,8 +136,8 @@ def _bound(model: onnx.ModelProto, device: Device, size: int, parts: int) -> Cal
     return launch
 
 
-def _where(memory: Memory) -> tuple:
-    return memory.place, memory.index, memory.dtype, memory.shape, memory.pointer
+def _where(memory: TensorRef) -> tuple:
+    return memory.device_type, memory.device_index, memory.dtype, memory.shape, memory.pointer
 
 
 def _width(model: onnx.ModelProto) -> int:

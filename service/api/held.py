@@ -15,7 +15,7 @@ from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
 from unroll.service.protocol import json
 from unroll.service.scheduler.work import Chunk, Reply
-from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 
 #: Bytes of a raw body that are the snapshot, before the values.

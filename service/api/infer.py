@@ -17,7 +17,7 @@ from unroll.service.api.server import Server
 from unroll.service.api.sessions import check_id
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import InvalidRequest, InvalidShape, SessionAway
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.interface import Tensors
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
 from unroll.service.scheduler.work import Reply

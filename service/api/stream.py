@@ -39,7 +39,7 @@ from unroll.service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.interface import Tensors
 from unroll.service.protocol import json
 from unroll.service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
 from unroll.service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session

@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.interface import Tensors
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.scheduler.work import Batch, Chunk, Group, Indices
 from unroll.service.state.slots import INITIAL, SCRATCH, Slots

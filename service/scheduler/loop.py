@@ -15,8 +15,7 @@ import numpy as np
 from unroll.service.core import failpoints
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import LAUNCHED, Engine, Tensors
-from unroll.service.engine.base import Result as EngineResult
+from unroll.service.engine.interface import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Result, Session
 from unroll.service.store.base import Commit, Store, Tokens
@@ -213,7 +212,7 @@ class Loop:
         await self._gather_work()
         if self._crash is not None:
             raise self._crash
-        if len(self._launched) == LAUNCHED:
+        if len(self._launched) == MAX_LAUNCHED:
             await self._end(self._launched.popleft())
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
@@ -329,8 +328,8 @@ class _Begun:
 
     batch: Batch
     started: float
-    result: Callable[[], EngineResult]
-    future: asyncio.Future[EngineResult] | None = None
+    result: Callable[[], BatchResult]
+    future: asyncio.Future[BatchResult] | None = None
 
     @property
     def ready(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from unroll.bundle import TensorSpec
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.interface import Tensors
 from unroll.service.scheduler.work import Applied, Reply, Result, Session, payload_digest
 from unroll.service.state.last_steps import LastSteps
 from unroll.service.store.record import Kept, pack_last

@@ -41,7 +41,7 @@ from unroll.service.core.errors import (
     SessionGone,
     UnrollError,
 )
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.interface import Tensors
 from unroll.service.scheduler.lanes import Lanes, Pace
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.scheduler.records import Records

@@ -12,7 +12,7 @@ from typing import Final, Self
 import numpy as np
 
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.interface import Tensors
 from unroll.service.scheduler.recency import Used
 from unroll.service.store.record import Origin
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import EngineFailed, UnrollError
-from unroll.service.engine.base import Rows, Tensors
+from unroll.service.engine.interface import Rows, Tensors
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.sessions import SessionLimits

@@ -1,4 +1,4 @@
-"""Where a model is served, and how: on the host or on a GPU, in which precision, with room for how many rows."""
+"""A device that serves models: the host or a GPU. Chooses the engine and proves it before it serves."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Literal, Protocol
 import structlog
 
 from unroll.bundle import Bundle, GoldenMismatch
-from unroll.service.engine.base import DeviceFailed, Engine
-from unroll.service.engine.cuda.base import CompilationFailed, Device, OutOfDeviceMemory
+from unroll.service.engine.cuda.device import CompilationFailed, Device, OutOfDeviceMemory
 from unroll.service.engine.cuda.engine import CudaEngine
 from unroll.service.engine.cuda.layout import buckets
 from unroll.service.engine.cuda.parts import Layer, NotSeparable, Segment
 from unroll.service.engine.cuda.step_call import GATHER
 from unroll.service.engine.host import HostEngine
+from unroll.service.engine.interface import DeviceFailed, Engine
 from unroll.service.engine.proof import Proof, prove_steps
 from unroll.service.engine.runner import DeviceUnavailable, Runner, to_float16
 
@@ -22,15 +22,21 @@ _log = structlog.get_logger(__name__)
 Cells = Literal["fused", "onnxruntime"]
 Precision = Literal["float32", "tf32", "float16"]
 
-#: Bits of mantissa that float32 has more: so much larger may a difference from PyTorch be.
+#: Bits of mantissa fewer than float32 has: a difference from PyTorch may be larger by that factor.
 _BITS_LOST: dict[Precision, int] = {"float32": 0, "tf32": 13, "float16": 13}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """threads: onnxruntime's for one call, on the host. memory_share: what part of the free memory a model's state rows
-    may take. On a GPU: precision; buckets, the sizes of the calls of single steps, () for the usual ones; cells, what
-    runs the LSTM and GRU layers in them."""
+    """How models run on a device.
+
+    Attributes:
+        threads: onnxruntime's threads for one call, on the host.
+        precision: Precision of matrix products, on a GPU.
+        buckets: Row counts of the captured single-step calls, on a GPU; () for the defaults.
+        cells: What runs LSTM and GRU layers in single steps, on a GPU.
+        memory_share: Share of the free memory that a model's state rows may take.
+    """
 
     threads: int = 1
     precision: Precision = "float32"
@@ -39,45 +45,62 @@ class EngineOptions:
     memory_share: float = 0.5
 
 
-class NoRoom(Exception):
+class InsufficientMemory(Exception):
     """The state rows do not fit in the device's memory."""
 
 
-class Place(Protocol):
-    """runner: of the bundle's graph, on the device. slack: how many of the manifest's tolerances it may be off."""
+class DeviceBackend(Protocol):
+    """One model on one device.
+
+    Attributes:
+        runner: Runs the bundle's graph on the device.
+        slack: How many times the manifest's tolerance an answer may be off.
+    """
 
     runner: Runner
     slack: float
 
-    def room(self, row_bytes: int, beside_bytes: int) -> int:
-        """Sessions that fit in the share of the free memory: of the state row, and beside it on the host."""
+    def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
+        """Return how many sessions fit in the allowed share of the free memory.
+
+        Args:
+            row_bytes: A session's state row.
+            host_bytes: A session's other memory, on the host.
+        """
         ...
 
-    def engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
-        """With what the golden vectors say of it.
+    def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
+        """Create an engine and prove it with the golden vectors.
 
-        Raises NoRoom, GoldenMismatch, or ValueError if the buckets have no room for `max_batch` rows.
+        Args:
+            rows: Rows of the arena.
+            max_batch: Rows of the largest batch.
+
+        Raises:
+            InsufficientMemory: The state rows do not fit.
+            GoldenMismatch: The engine's answers are wrong.
+            ValueError: The largest bucket has fewer than `max_batch` rows.
         """
         ...
 
 
-class HostPlace:
+class HostBackend:
     slack = 1.0
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
         self.runner = Runner(bundle.model_path, bundle.manifest, threads=options.threads)
 
-    def room(self, row_bytes: int, beside_bytes: int) -> int:
-        return int(self._options.memory_share * _available_bytes() / (row_bytes + beside_bytes))
+    def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
+        return int(self._options.memory_share * _available_bytes() / (row_bytes + host_bytes))
 
-    def engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
+    def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
         engine = HostEngine(self.runner, self._manifest, rows)
         sizes = (1, min(max_batch, len(self._golden.state))) if self._manifest.streamable else ()
         return engine, prove_steps(engine, self._manifest, self._golden, sizes, rows, self.slack)
 
 
-class CudaPlace:
+class CudaBackend:
     def __init__(self, bundle: Bundle, device: Device, options: EngineOptions) -> None:
         self._bundle, self._manifest, self._options = bundle, bundle.manifest, options
         self.device = device
@@ -86,11 +109,11 @@ class CudaPlace:
         model = to_float16(bundle.model_path) if options.precision == "float16" else bundle.model_path
         self.runner = Runner(model, self._manifest, device.name, stream=device.stream, tf32=self._tf32)
 
-    def room(self, row_bytes: int, beside_bytes: int) -> int:
+    def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
         share = self._options.memory_share
-        return int(share * min(self.device.free_bytes() / row_bytes, _available_bytes() / beside_bytes))
+        return int(share * min(self.device.free_bytes() / row_bytes, _available_bytes() / host_bytes))
 
-    def engine(self, rows: int, max_batch: int) -> tuple[CudaEngine, Proof]:
+    def create_engine(self, rows: int, max_batch: int) -> tuple[CudaEngine, Proof]:
         sizes = buckets(self._options.buckets, max_batch) if self._manifest.streamable else ()
         parts = self._parts() if sizes and self._options.cells == "fused" else []
         if parts:
@@ -101,23 +124,25 @@ class CudaPlace:
         return self._proven(rows, sizes, [])
 
     def _proven(self, rows: int, sizes: tuple[int, ...], parts: list[Layer | Segment]) -> tuple[CudaEngine, Proof]:
-        """What was taken of the device is given back if it raises."""
+        """Create an engine and prove it. Frees the device's memory if that fails."""
         try:
             engine = CudaEngine(self.device, self.runner, self._manifest, rows, sizes, parts, tf32=self._tf32)
             return engine, prove_steps(engine, self._manifest, self._bundle.golden, sizes, rows, self.slack)
         except OutOfDeviceMemory as error:
             self.device.close()
-            raise NoRoom(f"{rows} state rows do not fit: {error}; lower --session-capacity, or make it auto") from error
+            raise InsufficientMemory(
+                f"{rows} state rows do not fit: {error}; lower --session-capacity or set it to auto"
+            ) from error
         except (CompilationFailed, GoldenMismatch):
             self.device.close()
             raise
 
     def _parts(self) -> list[Layer | Segment]:
-        """Empty if onnxruntime must run the whole model."""
+        """Split the graph for kernels of our own. Empty if onnxruntime must run the whole model."""
         if "float16" in {self._options.precision, self._manifest.precision}:
             return []
         try:
-            from unroll.service.engine.cuda.step_graph import take_apart  # which needs `onnx`
+            from unroll.service.engine.cuda.step_graph import take_apart  # needs `onnx`
 
             return take_apart(self._bundle.model_path, self._manifest)
         except (ImportError, NotSeparable) as error:
@@ -126,40 +151,57 @@ class CudaPlace:
 
     def _fall_back(self, reason: str) -> None:
         name = f"{self._manifest.name}:{self._manifest.version}"
-        _log.warning("onnxruntime runs the layers", model=name, device=self.device.name, reason=reason)
+        _log.warning("onnxruntime runs the recurrent layers", model=name, device=self.device.name, reason=reason)
 
 
-def place(bundle: Bundle, device: str, options: EngineOptions) -> Place:
-    """device: `cpu` or `cuda:N`. Raises DeviceUnavailable, or ValueError if the model cannot be loaded there."""
+def open_backend(bundle: Bundle, device: str, options: EngineOptions) -> DeviceBackend:
+    """Load a model on a device.
+
+    Args:
+        bundle: The model.
+        device: `cpu` or `cuda:N`.
+        options: How to run it.
+
+    Raises:
+        DeviceUnavailable: The device cannot be used.
+        ValueError: The model cannot be loaded there.
+    """
     if device == "cpu":
         if options.precision != "float32":
-            raise ValueError(f"precision {options.precision} is for a GPU; on the CPU it is float32")
-        return HostPlace(bundle, options)
+            raise ValueError(f"precision {options.precision} needs a GPU; the CPU uses float32")
+        return HostBackend(bundle, options)
     own = bundle.manifest.precision
     if own == "int8":
-        raise ValueError("it was exported in int8, which is for the CPU; --device cpu serves it")
+        raise ValueError("it was exported in int8, which is for the CPU: use --device cpu")
     if own != "float32" and options.precision != "float32":
-        raise ValueError(f"it was exported in {own} already; leave --precision out")
-    return CudaPlace(bundle, open_cuda(device), options)
+        raise ValueError(f"it was exported in {own} already: omit --precision")
+    return CudaBackend(bundle, open_cuda(device), options)
 
 
 def open_cuda(device: str) -> Device:
-    """Raises DeviceUnavailable."""
+    """Open a GPU.
+
+    Args:
+        device: `cuda:N`.
+
+    Raises:
+        DeviceUnavailable: The GPU or a library for it is missing.
+    """
     try:
-        from unroll.service.engine.cuda.driver import Cuda  # where there is no GPU there may be no bindings
+        from unroll.service.engine.cuda.driver import Cuda  # a machine without a GPU may lack the bindings
     except ImportError as error:
         raise DeviceUnavailable(
-            f"{device} needs NVIDIA's bindings, which the extra `gpu` brings (pip install cuda-bindings): {error}"
+            f"{device} needs NVIDIA's Python bindings (pip install cuda-bindings): {error}"
         ) from error
     try:
         opened = Cuda(int(device.partition(":")[2]))
         opened.prepare(GATHER)
         return opened
-    except (CompilationFailed, DeviceFailed, RuntimeError) as error:  # RuntimeError: the bindings miss a library
+    except (CompilationFailed, DeviceFailed, RuntimeError) as error:  # RuntimeError: the bindings cannot find a library
         raise DeviceUnavailable(f"{device} cannot be used: {error}") from error
 
 
 def _available_bytes() -> int:
-    """Of the host's memory, as Linux estimates it."""
+    """Return the host memory that Linux estimates to be available."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
