@@ -1,10 +1,7 @@
-"""A snapshot that a client keeps between its steps, signed, so that what comes back is what was sent out.
+"""A snapshot that a client keeps between its steps, sealed with a signature: only what a server sent comes back.
 
 offset  size  field (little-endian)
-0       4     magic "UNRH"
-4       2     format version, 1
-6       1     n, length of the session id
-7       1     reserved, 0
+0       8     header, see `envelope.py`: magic "UNRH", format version 1, tag n: length of the session id
 8       4     which key: the first bytes of its SHA-256
 12      n     the session id
 12+n    m     the snapshot, see `snapshot.py`
@@ -13,54 +10,56 @@ offset  size  field (little-endian)
 
 import hashlib
 import hmac
-import struct
 from collections.abc import Sequence
 
 from unroll.service.core.errors import SnapshotInvalid
+from unroll.service.state.envelope import HEADER_BYTES, Envelope
 from unroll.service.state.snapshot import Snapshot
 
-#: Bytes that a key must have.
+#: Least bytes of a key.
 LEAST_KEY_BYTES = 16
 
-_HEADER = struct.Struct("<4sHBB4s")
-_MAGIC, _VERSION = b"UNRH", 1
+_KEY_ID = 4
+_ENVELOPE = Envelope(b"UNRH", 1, "a sealed snapshot", _KEY_ID, tags=256)
+_NAME = HEADER_BYTES + _KEY_ID
 _SIGNATURE = 32
 
 
 class SnapshotKeys:
-    """The first key signs, all of them verify: so a new one is put first, and an old one removed when no snapshot that
-    it signed can come any more."""
+    """Seals snapshots with the first key, and opens those of every key.
+
+    To replace a key, put the new one first; remove the old one once no snapshot that it sealed is in use.
+    """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         assert keys
         self._by_id = {_key_id(key): key for key in reversed(keys)}
-        self._signs = _key_id(keys[0])
+        self._first_id = _key_id(keys[0])
 
     def seal(self, session_id: str, snapshot: Snapshot) -> bytes:
+        """Return the sealed snapshot of this session."""
         name = session_id.encode()
-        header = _HEADER.pack(_MAGIC, _VERSION, len(name), 0, self._signs)
-        content = header + name + snapshot.to_bytes()
-        return content + _signature(self._by_id[self._signs], content)
+        content = b"".join((_ENVELOPE.header(len(name)), self._first_id, name, snapshot.to_bytes()))
+        return content + _signature(self._by_id[self._first_id], content)
 
     def open(self, session_id: str, content: bytes) -> bytes:
-        """The snapshot inside. Raises SnapshotInvalid if it was not sealed by one of the keys for this session."""
+        """Return the snapshot inside, as bytes.
+
+        Raises:
+            SnapshotInvalid: None of the keys sealed it for this session.
+        """
         body = content[:-_SIGNATURE]
-        if len(body) < _HEADER.size or body[:4] != _MAGIC:
-            raise SnapshotInvalid("this is not a snapshot that a client holds")
-        _, version, length, reserved, key_id = _HEADER.unpack_from(body)
-        key = self._by_id.get(key_id)
+        end = _NAME + _ENVELOPE.read_header(body)
+        key = self._by_id.get(body[HEADER_BYTES:_NAME])
         if key is None or not hmac.compare_digest(_signature(key, body), content[-_SIGNATURE:]):
             raise SnapshotInvalid("the snapshot was not signed by a key of this server, or was changed since")
-        if (version, reserved) != (_VERSION, 0):
-            raise SnapshotInvalid(f"snapshot format {version}; this server reads format {_VERSION}")
-        begin = _HEADER.size + length
-        if body[_HEADER.size : begin] != session_id.encode():
-            raise SnapshotInvalid("the snapshot is of another session")
-        return body[begin:]
+        if body[_NAME:end] != session_id.encode():
+            raise SnapshotInvalid("the snapshot belongs to another session")
+        return body[end:]
 
 
 def _key_id(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()[:4]
+    return hashlib.sha256(key).digest()[:_KEY_ID]
 
 
 def _signature(key: bytes, content: bytes) -> bytes:
