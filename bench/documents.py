@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: its figures are replaced by those of a results file, the text around them is written by hand."""
+"""docs/benchmarks.md: replaces its figures by those of results files; the text around them is written by hand."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from bench import plots, report
 
 
 def merged(files: Sequence[Path]) -> dict[str, Any]:
-    """Of each scenario, what the last of these files says."""
+    """The results of all files; of each scenario those of the last file that has it."""
     results: dict[str, Any] = {"runs": [], "outcomes": {}}
     for file in files:
         found = json.loads(file.read_text())
@@ -19,7 +19,7 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def write(results: Mapping[str, Any], docs: Path) -> None:
-    """Replaces the figures in `benchmarks.md`, and writes the results and the plots beside it."""
+    """Replace the figures in `benchmarks.md`; write the results and the plots to the same folder."""
     report.replace_figures(docs / "benchmarks.md", figures(results, plots.draw(results, docs)))
     (docs / "benchmarks.json").write_text(json.dumps(results, indent=1) + "\n")
 

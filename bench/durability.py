@@ -1,7 +1,7 @@
-"""What it costs that sessions outlive their server; `python -m bench.durability` measures this alone.
+"""The cost of durable sessions.
 
-Redis runs on the load generator's core, as it would on another machine: what the server does for a commit is counted,
-and what Redis does is not.
+Redis runs on the load generator's core, as it would on another machine: the server's work for a commit counts, Redis's
+own work does not.
 """
 
 import base64
@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -19,21 +18,21 @@ from time import perf_counter
 import numpy as np
 
 from bench.http_client import JSON, RAW, http_client, post
-from bench.load import WARM_UP, Client, Measured
+from bench.load import WARM_UP, Client, Measurement
 from bench.outcomes import Outcome, Row, ratio
 from bench.reference import Reference
-from bench.servers import HOST, Server, running
+from bench.roaming import roaming_client
+from bench.servers import HOST, Server, running_server
 from bench.steps import CLIENTS, ceiling
 from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
-from bench.turns import Bench, Turn, by_name, turn_of
-from bench.wandering import wandering_client
+from bench.turns import Bench, Turn, by_name, load_turn
 
-#: Of what the server does with sessions in memory.
+#: Target: share of the rate with sessions in memory.
 _BOUND = 0.6
-#: Sessions that are reloaded, one after another.
+#: Number of sessions that are reloaded, one after another.
 _RELOADED = 500
 _FSYNC = ("everysec", "always")
-_KEYS = ("--snapshot-keys", '["a key of the benchmark"]')
+_SNAPSHOT_KEYS = ("--snapshot-keys", '["a key of the benchmark"]')
 
 
 def durability(bench: Bench) -> list[Outcome]:
@@ -43,8 +42,8 @@ def durability(bench: Bench) -> list[Outcome]:
         redis = {fsync: stack.enter_context(_redis(bench, fsync)) for fsync in _FSYNC}
         stores = {fsync: ("--store", f"redis://{HOST}:{server.port}/0") for fsync, server in redis.items()}
         return [
-            _levels(bench, stores, redis),
-            _elsewhere(bench, stores["everysec"]),
+            _durability_levels(bench, stores, redis),
+            _reload(bench, stores["everysec"]),
             _routing(bench, stores["everysec"]),
         ]
 
@@ -56,18 +55,18 @@ def _redis(bench: Bench, fsync: str) -> Iterator[Server]:
     folder.mkdir()
     flags = f"--port PORT --bind {HOST} --dir {folder} --appendonly yes --appendfsync {fsync} --loglevel warning"
     command = ("redis-server", *flags.split(), "--save", "")
-    with running(command, {sorted(bench.cores)[-1]}, folder / "log", takes_turns=False) as server:
+    with running_server(command, {sorted(bench.cores)[-1]}, folder / "log", takes_turns=False) as server:
         yield server
 
 
-# ── steps, by where the session is ───────────────────────────────────────────────────────────────
+# ── steps, by durability ─────────────────────────────────────────────────────────────────────────
 
 
-def _levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: dict[str, Server]) -> Outcome:
+def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: dict[str, Server]) -> Outcome:
     reference = bench.models["small"]
     with bench.servers() as servers:
-        memory, held = bench.unroll(), bench.unroll(*_KEYS, name="unroll-client")
-        subjects = {memory: raw_steps(memory, reference), held: _held(held, reference)}
+        memory, held = bench.unroll(), bench.unroll(*_SNAPSHOT_KEYS, name="unroll-client")
+        subjects = {memory: raw_steps(memory, reference), held: _client_held(held, reference)}
         for fsync, store in stores.items():
             launch = bench.unroll(*store, name=f"unroll-{fsync}")
             subjects[launch] = _stored(launch, reference)
@@ -76,7 +75,7 @@ def _levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: dict[str, S
         rows = bench.alternate(turns)
         processes = {server.name: servers.server(server) for server in measured}
         processes |= {f"Redis with {fsync}": server for fsync, server in redis.items()}
-        remarks = [_cost(bench, turn, processes) for turn in measured.values()]
+        remarks = [_processor_time(bench, turn, processes) for turn in measured.values()]
     remarks.append(
         f"a session takes {_bytes_of_a_session(redis['everysec'].port):,.0f} bytes in Redis (MEMORY USAGE of its keys)"
     )
@@ -87,8 +86,8 @@ def _levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: dict[str, S
     return Outcome("durability", title, "steps/s", rows, [verdict], remarks)
 
 
-def _cost(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
-    """What a step takes of the processors, which a machine that is busy with other things changes little."""
+def _processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> str:
+    """Processor time of a step, which other load on the machine changes little."""
     before = {name: process.cpu_seconds() for name, process in processes.items()}
     steps = turn.measure(bench.seconds).rate * bench.seconds * (1 + WARM_UP)
     took = {name: (process.cpu_seconds() - before[name]) / steps * 1e6 for name, process in processes.items()}
@@ -101,8 +100,8 @@ def _stored(launch: Launch, reference: Reference) -> Subject:
     return replace(subject, name=launch.name, what=f"Unroll, raw bytes, in Redis, appendfsync {launch.name[7:]}")
 
 
-def _held(launch: Launch, reference: Reference) -> Subject:
-    """Each request carries the snapshot that came with the reply before."""
+def _client_held(launch: Launch, reference: Reference) -> Subject:
+    """Each request carries the snapshot of the previous reply."""
     sessions = f"/v1/models/{reference.name}/sessions"
     outputs = 4 * reference.features
 
@@ -128,7 +127,7 @@ def _held(launch: Launch, reference: Reference) -> Subject:
 
 
 def _bytes_of_a_session(port: int) -> float:
-    """The mean over all keys of the sessions there are."""
+    """Mean over all sessions in Redis."""
     with socket.create_connection((HOST, port)) as connection, connection.makefile("rwb") as file:
 
         def ask(*words: bytes) -> bytes:
@@ -148,8 +147,8 @@ def _bytes_of_a_session(port: int) -> float:
 # ── one session, two replicas ────────────────────────────────────────────────────────────────────
 
 
-def _elsewhere(bench: Bench, store: tuple[str, str]) -> Outcome:
-    """The first step of a session at a replica that has not got it, and the second."""
+def _reload(bench: Bench, store: tuple[str, str]) -> Outcome:
+    """A session's first step at a replica that does not hold it, and its second."""
     reference = bench.models["small"]
     path = f"/v1/models/{reference.name}/sessions"
     row = reference.rows[0, 0].tobytes()
@@ -158,20 +157,20 @@ def _elsewhere(bench: Bench, store: tuple[str, str]) -> Outcome:
         here, there = (servers.server(bench.unroll(*store, name=f"unroll-{name}")).port for name in ("here", "there"))
         with closing(HTTPConnection(HOST, here)) as one, closing(HTTPConnection(HOST, there)) as other:
             for n in range(_RELOADED if bench.judged else 20):
-                _exchange(one, path, json.dumps({"session_id": f"reloaded-{n}"}).encode(), JSON)
+                _timed_post(one, path, json.dumps({"session_id": f"reloaded-{n}"}).encode(), JSON)
                 step = f"{path}/reloaded-{n}/steps"
-                _exchange(one, step, row)
-                first.append(_exchange(other, step, row))
-                second.append(_exchange(other, step, row))
+                _timed_post(one, step, row)
+                first.append(_timed_post(other, step, row))
+                second.append(_timed_post(other, step, row))
     rows = [
-        Row("reloaded", "the first step at another replica, one client", [_measured(first)]),
-        Row("resident", "the step after it", [_measured(second)]),
+        Row("reloaded", "the first step at another replica, one client", [_measurement(first)]),
+        Row("resident", "the step after it", [_measurement(second)]),
     ]
     return Outcome("durability-reload", "A session goes on at another replica, LSTM 2×64", "steps/s", rows)
 
 
-def _exchange(connection: HTTPConnection, path: str, body: bytes, media: str = RAW) -> float:
-    """Seconds until the reply."""
+def _timed_post(connection: HTTPConnection, path: str, body: bytes, media: str = RAW) -> float:
+    """POST, and return the seconds until the reply."""
     began = perf_counter()
     connection.request("POST", path, body, {"Content-Type": media})
     reply = connection.getresponse()
@@ -181,9 +180,9 @@ def _exchange(connection: HTTPConnection, path: str, body: bytes, media: str = R
     return perf_counter() - began
 
 
-def _measured(seconds: list[float]) -> Measured:
+def _measurement(seconds: list[float]) -> Measurement:
     p50, p99 = np.percentile(seconds, [50, 99]) * 1e3
-    return Measured(len(seconds) / sum(seconds), float(p50), float(p99))
+    return Measurement(len(seconds) / sum(seconds), float(p50), float(p99))
 
 
 def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
@@ -193,31 +192,25 @@ def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
         launches = [bench.unroll(*store, name=f"unroll-{name}") for name in ("one", "two")]
         ports = [servers.server(launch).port for launch in launches]
         turns = [
-            _routed("sticky", "each session at one of two replicas", launches[0], reference, ports),
-            _routed("random", "each step at either of two replicas", launches[0], reference, ports),
+            _routed_turn("sticky", "each session at one of two replicas", launches[0], reference, ports),
+            _routed_turn("random", "each step at either of two replicas", launches[0], reference, ports),
         ]
-        sticky, wandering = rows = bench.alternate(turns)
+        sticky, random_routing = rows = bench.alternate(turns)
     title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in Redis, LSTM 2×64"
-    remark = f"random routing has {wandering.rate / sticky.rate:.2f} of the rate of sticky routing"
+    remark = f"random routing has {random_routing.rate / sticky.rate:.2f} of the rate of sticky routing"
     return Outcome("durability-routing", title, "steps/s", rows, remarks=[remark])
 
 
-def _routed(name: str, what: str, launch: Launch, reference: Reference, ports: list[int]) -> Turn:
+def _routed_turn(name: str, what: str, launch: Launch, reference: Reference, ports: list[int]) -> Turn:
     sessions = f"/v1/models/{reference.name}/sessions"
     chance = random.Random(0)
 
     def client(n: int) -> Client:
         requests = [post(f"{sessions}/{name}-{n}/steps", row.tobytes()) for row in reference.rows[n]]
         opening = [post(sessions, {"session_id": f"{name}-{n}"})]
-        elsewhere = (lambda: n % 2 == 1) if name == "sticky" else (lambda: chance.random() < 0.5)
-        return wandering_client(requests, n, opening, ports[1], elsewhere)
+        use_other = (lambda: n % 2 == 1) if name == "sticky" else (lambda: chance.random() < 0.5)
+        return roaming_client(requests, n, opening, ports[1], use_other)
 
     check = check_steps(name, reference, lambda body: np.frombuffer(body, np.float32))
     subject = Subject(name, f"Unroll, raw bytes, {what}", launch, client, check)
-    return turn_of(subject, ports[0], [client(n) for n in range(CLIENTS)], beside=ports[1:])
-
-
-if __name__ == "__main__":
-    from bench.__main__ import main  # which knows this module as a scenario
-
-    raise SystemExit(main(["--only", "durability", "--peers", "none", *sys.argv[1:]]))
+    return load_turn(subject, ports[0], [client(n) for n in range(CLIENTS)], other_ports=ports[1:])

@@ -1,7 +1,6 @@
-"""The virtual environments of the servers that are compared with: each its own, made once, below .bench/venvs.
+"""Virtual environments of the peers, created once below .bench/venvs. Peers with the same requirements share one.
 
-pip is used as the machine has it configured. An environment is whole once its list of requirements is written, and
-peers with the same list share one.
+pip runs with the machine's own configuration. An environment is complete once its list of requirements is written.
 """
 
 import shutil
@@ -16,11 +15,11 @@ _VENV_SECONDS, _PIP_SECONDS = 120, 900
 
 
 class EnvironmentFailed(Exception):
-    """It could not be made; with the end of what was said."""
+    """An environment could not be created. The message has the end of pip's output."""
 
 
 def existing(name: str, requirements: Sequence[str]) -> Path | None:
-    """The interpreter with these requirements: our own if there are none; None if it is not made yet."""
+    """The interpreter with these requirements: this one if there are none, None if it does not exist yet."""
     if not requirements:
         return Path(sys.executable)
     listed = _listed(requirements)
@@ -32,7 +31,7 @@ def existing(name: str, requirements: Sequence[str]) -> Path | None:
 
 
 def ensure(name: str, requirements: Sequence[str]) -> Path:
-    """The same, made if it is missing or was made from other requirements. Raises EnvironmentFailed."""
+    """As `existing`, but create what is missing or has other requirements. Raises EnvironmentFailed."""
     if python := existing(name, requirements):
         return python
     folder = VENVS / name

@@ -1,4 +1,4 @@
-"""HTTP/1.1 for the load generator: requests, and where a reply ends."""
+"""HTTP/1.1 for the load generator: builds requests and finds the end of a reply."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ _LENGTH = b"\r\ncontent-length:"
 
 
 def post(path: str, body: bytes | Mapping[str, object], headers: Mapping[str, str] | None = None) -> bytes:
-    """A whole request; a mapping is sent as JSON, bytes as they are, both with their media type."""
+    """A whole request. A mapping is sent as JSON, bytes as they are, with the media type of each."""
     media, content = (RAW, body) if isinstance(body, bytes) else (JSON, json.dumps(body).encode())
     fields = {"host": HOST, "content-type": media, "content-length": str(len(content)), **(headers or {})}
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value)
@@ -27,14 +27,14 @@ def http_client(
 class HttpConnection(Connection):
     def begin(self) -> None:
         self._received = b""
-        self._head = self._whole = -1  # of the last reply: where its body begins, and its length in all
+        self._head_size = self._reply_size = -1  # of the last reply, in bytes
         self.ready.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         if self._received:
             data = self._received + data
-        if len(data) != self._whole or data[self._head - 4 : self._head] != b"\r\n\r\n":
-            # Otherwise it is as long as the last one, and so is its head.
+        if len(data) != self._reply_size or data[self._head_size - 4 : self._head_size] != b"\r\n\r\n":
+            # Otherwise the reply and its head have the sizes of the last ones.
             head = data.find(b"\r\n\r\n")
             length = _content_length(data[: head + 2]) if head >= 0 else 0
             if head < 0 or len(data) < head + 4 + length:
@@ -43,13 +43,13 @@ class HttpConnection(Connection):
             if length < 0 or len(data) > head + 4 + length:
                 self.fail(f"not one whole reply: {data[:200]!r}")
                 return
-            self._head, self._whole = head + 4, len(data)
+            self._head_size, self._reply_size = head + 4, len(data)
         self._received = b""
-        self.replied([data[self._head :]], "" if data[9:11] == b"20" else repr(data[:400]))
+        self.replied([data[self._head_size :]], "" if data[9:11] == b"20" else repr(data[:400]))
 
 
 def _content_length(head: bytes) -> int:
-    """-1 if it is not there exactly once, as digits."""
+    """The content length, or -1 unless the header is there exactly once, as digits."""
     head = head.lower()
     _, _, after = head.partition(_LENGTH)
     digits = after[: after.find(b"\r\n")].strip()

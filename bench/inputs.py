@@ -1,14 +1,14 @@
-"""The models that are served and the values that clients send: the same for every server, and for the reference."""
+"""The served models and the values that clients send: the same for every server and for the reference."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-#: Different rows of one session; it sends them over and over.
+#: Distinct rows of one session, which sends them cyclically.
 ROWS = 16
-#: Sessions with rows of their own, and whole sequences of one length.
+#: Number of sessions with distinct rows, and of whole sequences per length.
 SESSIONS, SEQUENCES = 1024, 16
-#: Sessions and lengths of sequences for which PyTorch's outputs are kept.
+#: Number of sessions, and lengths of sequences, with PyTorch's outputs.
 TORCH_SESSIONS, TORCH_LENGTHS = 256, (128,)
 
 
@@ -25,7 +25,7 @@ MODELS = {"small": Shape(64, 16), "medium": Shape(256, 64)}
 
 
 def rows(features: int) -> np.ndarray:
-    """What sessions send, step by step: (SESSIONS, ROWS, features) float32."""
+    """Inputs of the sessions, step by step: (SESSIONS, ROWS, features) float32."""
     return np.random.default_rng(features).standard_normal((SESSIONS, ROWS, features), np.float32)
 
 

@@ -1,7 +1,7 @@
-"""The load generator: connections that stay open, each with one request in flight, in a closed or an open loop.
+"""The load generator: persistent connections with one request in flight each, in a closed or an open loop.
 
-It does as little as it can per request, so that it is the server that is measured: requests are built beforehand,
-and of a reply only the status and the length are read. What it keeps is each client's last reply, to be compared.
+It does as little as possible per request, so that the server is the limit: requests are built in advance, and only the
+status and the length of a reply are read. The last reply of each client is kept for comparison.
 """
 
 import asyncio
@@ -20,19 +20,19 @@ import numpy as np
 
 from bench.servers import HOST
 
-#: Past the end of a run, how long replies may still take; also for connecting.
+#: Limit for replies after the end of a run, and for connecting.
 PATIENCE_SECONDS = 30.0
-#: Part of a run's time that is spent before it, and not counted.
+#: Length of the warm-up, which does not count, as a share of the run.
 WARM_UP = 0.2
 
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """Sends `opening` once, and then `requests` in turn, over and over, on whatever connection it has.
+    """Sends `opening` once, then `requests` cyclically, on its current connection.
 
-    sessions: whose steps a request has, numbers of bench.inputs. weight: what one request counts for.
-    unstepped: requests of the opening that are not a step. answered: replies so far, in all runs.
-    last: the last reply: one body, or the messages of a WebSocket.
+    sessions: numbers (see bench.inputs) of the sessions that step in each request. weight: what one request counts for.
+    unstepped: opening requests that are not a step. answered: replies so far, over all runs. last: the last reply: one
+    body, or the messages of a WebSocket.
     """
 
     connect: Callable[["Client"], "Connection"]
@@ -50,16 +50,16 @@ class Client:
 
     @property
     def steps(self) -> int:
-        """Of each of its sessions."""
+        """Steps so far of each of its sessions."""
         return self.answered - self.unstepped
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One run. rate: per second. p50, p99: latencies in milliseconds; in an open loop from when a request was due.
+class Measurement:
+    """One run. rate: per second. p50, p99: latencies in milliseconds; in an open loop from the time a request was due.
 
-    errors: replies that were not 200, and the first of them. busy: share of the time that the load generator computed.
-    late: p99 in milliseconds of how long after it was due a request left, though its connection was free.
+    errors, first_error: replies that were not 2xx. busy: the load generator's own processor time as a share of the run.
+    late: p99 in milliseconds of the delay with which due requests left on an idle connection.
     """
 
     rate: float
@@ -72,11 +72,11 @@ class Measured:
 
 
 class Connection(asyncio.Protocol):
-    """A client's connection. Subclasses know what a whole reply is, and call `replied` for each."""
+    """A client's connection. A subclass recognises whole replies and calls `replied` for each."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.run: _Run | None = None
+        self.run: _LoadRun | None = None
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -85,20 +85,21 @@ class Connection(asyncio.Protocol):
 
     @abstractmethod
     def begin(self) -> None:
-        """Do what comes before the first request, and resolve `ready`."""
+        """Prepare for the first request, then resolve `ready`."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.fail(f"the server closed a connection: {exc}")
 
-    def fail(self, why: str) -> None:
-        """The whole run fails: what follows would not be what was to be measured."""
+    def fail(self, reason: str) -> None:
+        """Fail the whole run: its figures would not be those of the load that was asked for."""
         if not self.ready.done():
-            self.ready.set_exception(ConnectionError(why))
+            self.ready.set_exception(ConnectionError(reason))
         elif self.run is not None:
-            self.run.fail(why)
+            self.run.fail(reason)
 
-    def ask(self, asked: float) -> None:
-        self._asked = asked
+    def send(self, due: float) -> None:
+        """Send the next request. due: the time from which its latency counts."""
+        self._due = due
         self.transport.write(self.client.next_request())
 
     def replied(self, reply: list[bytes], error: str = "") -> None:
@@ -107,11 +108,11 @@ class Connection(asyncio.Protocol):
         if self.run is None:
             self.transport.abort()
         else:
-            self.run.replied(self, self._asked, error)
+            self.run.replied(self, self._due, error)
 
 
-class _Run:
-    """What the connections share meanwhile; times as of perf_counter. `done` when every request is answered."""
+class _LoadRun:
+    """State shared by the connections of a run; times are perf_counter's. `done`: every request is answered."""
 
     def __init__(self, connections: Sequence[Connection], start: float, end: float) -> None:
         self.connections = connections
@@ -122,91 +123,91 @@ class _Run:
         self.errors = 0
         self.first_error = ""
 
-    def fail(self, why: str) -> None:
+    def fail(self, reason: str) -> None:
         if not self.done.done():
-            self.done.set_exception(ConnectionError(why))
+            self.done.set_exception(ConnectionError(reason))
 
     def finish(self) -> None:
         if not self.done.done():
             self.done.set_result(None)
 
-    def replied(self, connection: Connection, asked: float, error: str) -> None:
+    def replied(self, connection: Connection, due: float, error: str) -> None:
         now = perf_counter()
         if error:
             self.errors += 1
             self.first_error = self.first_error or error
-        self.go_on(connection, asked, now)
+        self.on_reply(connection, due, now)
 
     @abstractmethod
     def begin(self) -> None: ...
 
     @abstractmethod
-    def go_on(self, connection: Connection, asked: float, now: float) -> None: ...
+    def on_reply(self, connection: Connection, due: float, now: float) -> None: ...
 
 
-class _Closed(_Run):
-    """Each connection asks again as soon as it is answered. Replies within start … end count."""
+class _ClosedLoop(_LoadRun):
+    """Each connection sends its next request when it is answered. Replies within start … end count."""
 
     def begin(self) -> None:
         self._busy = len(self.connections)
         for connection in self.connections:
-            connection.ask(perf_counter())
+            connection.send(perf_counter())
 
-    def go_on(self, connection: Connection, asked: float, now: float) -> None:
+    def on_reply(self, connection: Connection, due: float, now: float) -> None:
         if self.start <= now < self.end:
-            self.latencies.append(now - asked)
+            self.latencies.append(now - due)
         if now < self.end:
-            connection.ask(now)
+            connection.send(now)
             return
         self._busy -= 1
         if not self._busy:
             self.finish()
 
 
-class _Open(_Run):
-    """Requests are due at a fixed rate, the connections in turn; one that is busy sends it late, which its latency
-    includes. Requests due within start … end count. The loop turns without sleeping: timers are too coarse."""
+class _OpenLoop(_LoadRun):
+    """Requests are due at a fixed rate, on the connections in turn; a busy connection sends late, and the latency
+    includes the delay. Requests due within start … end count. The loop never sleeps: timers are too coarse."""
 
     def __init__(self, connections: Sequence[Connection], start: float, end: float, rate: float) -> None:
         super().__init__(connections, start, end)
         self._interval = 1 / rate
-        self._due: dict[Connection, deque[float]] = {connection: deque() for connection in connections}
-        self._free = set(connections)
-        self._order = cycle(connections)
+        self._overdue: dict[Connection, deque[float]] = {connection: deque() for connection in connections}
+        self._idle = set(connections)
+        self._round_robin = cycle(connections)
 
     def begin(self) -> None:
-        self._next = perf_counter()
+        self._next_due = perf_counter()
         self._pace()
 
     def _pace(self) -> None:
         now = perf_counter()
-        while self._next <= min(now, self.end):
-            connection = next(self._order)
-            if connection in self._free:
-                self.lateness.append(now - self._next)
-                self._free.discard(connection)
-                connection.ask(self._next)
+        while self._next_due <= min(now, self.end):
+            connection = next(self._round_robin)
+            if connection in self._idle:
+                self.lateness.append(now - self._next_due)
+                self._idle.discard(connection)
+                connection.send(self._next_due)
             else:
-                self._due[connection].append(self._next)
-            self._next += self._interval
-        if self._next <= self.end:
+                self._overdue[connection].append(self._next_due)
+            self._next_due += self._interval
+        if self._next_due <= self.end:
             asyncio.get_running_loop().call_soon(self._pace)
-        elif len(self._free) == len(self.connections):
+        elif len(self._idle) == len(self.connections):
             self.finish()
 
-    def go_on(self, connection: Connection, asked: float, now: float) -> None:
-        if asked >= self.start:
-            self.latencies.append(now - asked)
-        if waiting := self._due[connection]:
-            connection.ask(waiting.popleft())
+    def on_reply(self, connection: Connection, due: float, now: float) -> None:
+        if due >= self.start:
+            self.latencies.append(now - due)
+        if waiting := self._overdue[connection]:
+            connection.send(waiting.popleft())
             return
-        self._free.add(connection)
-        if self._next > self.end and len(self._free) == len(self.connections):
+        self._idle.add(connection)
+        if self._next_due > self.end and len(self._idle) == len(self.connections):
             self.finish()
 
 
 class Load:
-    """One connection for each client; `async with` opens and closes them."""
+    """One connection for each client, opened and closed by `async with`."""
 
     def __init__(self, port: int, clients: Sequence[Client]) -> None:
         self._port = port
@@ -226,17 +227,17 @@ class Load:
         self._close()
         await asyncio.sleep(0)
 
-    async def once(self) -> Measured:
-        """One request of every client, all at once. `rate` means nothing here."""
+    async def run_once(self) -> Measurement:
+        """One request of every client, all at the same time. The result has no `rate`."""
         now = perf_counter()
-        return await self._go(_Closed(self._connections, now, now), 0.0)
+        return await self._execute(_ClosedLoop(self._connections, now, now), 0.0)
 
-    async def run(self, seconds: float, rate: float | None = None) -> Measured:
-        """Requests during a warm-up, and then for `seconds` that count; `rate`: that many a second, an open loop."""
+    async def run(self, seconds: float, rate: float | None = None) -> Measurement:
+        """Send requests during a warm-up, then for `seconds`, which count. rate: per second, for an open loop."""
         start = perf_counter() + seconds * WARM_UP
         if rate is None:
-            return await self._go(_Closed(self._connections, start, start + seconds), seconds)
-        return await self._go(_Open(self._connections, start, start + seconds, rate), seconds)
+            return await self._execute(_ClosedLoop(self._connections, start, start + seconds), seconds)
+        return await self._execute(_OpenLoop(self._connections, start, start + seconds, rate), seconds)
 
     async def _connect(self, client: Client) -> None:
         loop = asyncio.get_running_loop()
@@ -249,11 +250,11 @@ class Load:
             connection.run = None
             connection.transport.abort()
 
-    async def _go(self, run: _Run, seconds: float) -> Measured:
+    async def _execute(self, run: _LoadRun, seconds: float) -> Measurement:
         for connection in self._connections:
             connection.run = run
         began, computed = perf_counter(), process_time()
-        with _no_garbage_collection():
+        with _garbage_collection_off():
             run.begin()
             await asyncio.wait_for(run.done, run.end - began + PATIENCE_SECONDS)
         for connection in self._connections:
@@ -262,12 +263,12 @@ class Load:
         p50, p99 = np.percentile(run.latencies, [50, 99]) * 1e3 if run.latencies else (0.0, 0.0)
         late = float(np.percentile(run.lateness, 99)) * 1e3 if run.lateness else 0.0
         rate = len(run.latencies) / seconds * self._clients[0].weight if seconds else 0.0
-        return Measured(rate, float(p50), float(p99), run.errors, run.first_error, busy, late)
+        return Measurement(rate, float(p50), float(p99), run.errors, run.first_error, busy, late)
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A pause of ours would be the server's latency."""
+def _garbage_collection_off() -> Iterator[None]:
+    """A pause of the load generator would count as the server's latency."""
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where and with what was measured."""
+"""The machine and the versions of a run."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def describe(options: Sequence[str]) -> dict[str, Any]:
-    """options: what was asked for on the command line."""
+    """options: those of the command line."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": ["python", "-m", "bench", *options],
@@ -41,7 +41,7 @@ def describe(options: Sequence[str]) -> dict[str, Any]:
 
 
 def remarks(about: Mapping[str, Any]) -> list[str]:
-    """What a reader of the figures must know of the circumstances."""
+    """Circumstances that a reader of the figures must know."""
     found = []
     if len(about["cores"]) == 1:
         found.append("only one core: server and load generator share it, so the figures are of both together")

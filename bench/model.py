@@ -1,6 +1,6 @@
-"""Exports the models with random weights, and writes down what PyTorch says to the first inputs.
+"""Exports the models with random weights, and writes PyTorch's outputs for the first inputs.
 
-Run as `python -m bench.model REPOSITORY`; a process of its own, so that the one that measures never loads PyTorch.
+Run as `python -m bench.model REPOSITORY`, in a separate process, so that the load generator never loads PyTorch.
 """
 
 import sys
@@ -25,15 +25,15 @@ class Model(nn.Module):
 
 
 def write(repository: Path) -> None:
-    """Each model's bundle, and beside it `torch.npz`: outputs for its `rows` and, by length, its `sequences`."""
+    """Write each model's bundle, and NAME-torch.npz with PyTorch's outputs for `rows` and, by length, `sequences`."""
     for name, shape in inputs.MODELS.items():
         torch.manual_seed(0)
         model = Model(shape).eval()
         unroll.export(model, {"x": torch.randn(2, 9, shape.features)}, name=name, repository=repository)
-        wanted = {"rows": inputs.rows(shape.features)[: inputs.TORCH_SESSIONS]}
-        wanted |= {str(length): inputs.sequences(shape.features, length) for length in inputs.TORCH_LENGTHS}
+        inputs_by_key = {"rows": inputs.rows(shape.features)[: inputs.TORCH_SESSIONS]}
+        inputs_by_key |= {str(length): inputs.sequences(shape.features, length) for length in inputs.TORCH_LENGTHS}
         with torch.inference_mode():
-            outputs = {key: model(torch.from_numpy(x)).numpy() for key, x in wanted.items()}
+            outputs = {key: model(torch.from_numpy(x)).numpy() for key, x in inputs_by_key.items()}
         np.savez(repository.parent / f"{name}-torch.npz", **outputs)
 
 

@@ -1,25 +1,25 @@
-"""What was found: rows of figures, the targets they are held against, and where the load generator was the limit."""
+"""Results: rows of figures, the targets they are compared with, and rows limited by the load generator."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from bench.load import Measured
+from bench.load import Measurement
 
-#: Above this share of its ceiling, or of its core, the load generator slows down what it measures.
+#: Above this share of its ceiling, or of its core, the load generator limits the figures.
 LOAD_BOUND = 0.85
-#: Milliseconds that requests of an open loop may leave late.
+#: Milliseconds by which requests of an open loop may leave late.
 _LATE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A subject's turns; the figures of all of them, and their medians. at: where it stands in a curve."""
+    """A subject's turns and their medians. at: the position on a curve's x axis."""
 
     name: str
     what: str
-    turns: Sequence[Measured]
+    turns: Sequence[Measurement]
     at: float | None = None
 
     @property
@@ -39,21 +39,21 @@ class Row:
         return median(turn.p99 for turn in self.turns)
 
     def is_load_bound(self, ceiling: float | None) -> bool:
-        """Whether the load generator was the limit; ceiling: what it reached by itself."""
+        """Whether the load generator was the limit. ceiling: the rate it reaches with canned replies."""
         late = median(turn.late for turn in self.turns)
         if late:
             return late > _LATE
         busy = median(turn.busy for turn in self.turns)
-        if not busy:  # it had no part in it
+        if not busy:  # measured without the load generator
             return False
         return busy > LOAD_BOUND or (ceiling is not None and self.rate > LOAD_BOUND * ceiling)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A target and what was reached. number: its row in the table of targets. value: None: it was not measured.
+    """A target and the value reached. number: row in the table of targets. value: None if not measured.
 
-    low, high: the least and the most of single turns. judged: False: a quick run, whose figures say nothing.
+    low, high: lowest and highest value of a turn. judged: False in a quick run, whose figures mean nothing.
     """
 
     number: int
@@ -75,7 +75,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A scenario's figures. unit: of the rates. failed: why there are none."""
+    """A scenario's figures. unit: of the rates. failed: the reason if there are none."""
 
     name: str
     title: str
@@ -86,7 +86,7 @@ class Outcome:
     failed: str = ""
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it: the medians, every turn, and what follows from them."""
+        """The JSON document: medians, all turns, and the verdicts."""
         ceiling = next((row.rate for row in self.rows if row.name == "ceiling"), None)
         rows = [
             {
@@ -113,14 +113,14 @@ class Outcome:
 
 
 def ratio(number: int, says: str, bound: float, row: Row, other: Row | None, *, judged: bool = True) -> Verdict:
-    """The rate of one as a share of the other's; turn by turn for the least and the most."""
+    """The rate of `row` relative to that of `other`; low and high turn by turn."""
     if other is None or not all(other.rates):
         return Verdict(number, says, bound, unit="×", judged=judged)
-    each = [mine / theirs for mine, theirs in zip(row.rates, other.rates, strict=True)]
+    each = [rate / other_rate for rate, other_rate in zip(row.rates, other.rates, strict=True)]
     return Verdict(number, says, bound, row.rate / other.rate, min(each), max(each), unit="×", judged=judged)
 
 
 def fastest(rows: Mapping[str, Row], prefix: str) -> Row | None:
-    """Of a server that takes part in several settings, the best."""
+    """The fastest row of a server that is measured in several configurations."""
     found = [row for name, row in rows.items() if name.startswith(prefix)]
     return max(found, key=lambda row: row.rate, default=None)

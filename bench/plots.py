@@ -1,4 +1,4 @@
-"""The curves, as SVG files that are the same whenever the figures are."""
+"""The curves as SVG files, byte for byte the same for the same figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _LABELS = {"unroll": "Unroll", "echo": "bare uvicorn echo", "naive": "naive Fast
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """What there are figures for."""
+    """Draw the curves that the results have; returns their files."""
     outcomes = results["outcomes"]
     return [
         plot(outcomes[name]["rows"], folder / f"bench-{name}.svg")
@@ -56,7 +56,7 @@ def _open_loop(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
 
 
 def _series(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """By server; only the rows that stand in a curve."""
+    """The rows of each curve, by server."""
     names = dict.fromkeys(row["name"] for row in rows)
     return [(name, [row for row in rows if row["name"] == name and row["at"] is not None]) for name in names]
 

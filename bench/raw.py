@@ -1,7 +1,7 @@
-"""onnxruntime alone: what a model can do on one core, called again and again with inputs that are already there.
+"""onnxruntime alone: the throughput of a model on one core, with inputs that are ready in memory.
 
-Run as `python -m bench.raw MODEL`, it answers lines of `batch steps seconds` on its standard input, so that it takes
-turns with the servers; each answer is a line of JSON. `RawModel` is the other end.
+`python -m bench.raw MODEL` reads lines of `batch steps seconds` and answers each with a line of JSON, so that it takes
+turns with the servers. `RawModel` is its client.
 """
 
 import json
@@ -14,7 +14,7 @@ from time import perf_counter
 
 import numpy as np
 
-from bench.load import Measured
+from bench.load import Measurement
 from bench.reference import runner
 from bench.servers import ROOT, ServerFailed, on_cores
 
@@ -23,8 +23,8 @@ class RawModel:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
-    def measure(self, batch: int, steps: int, seconds: float) -> Measured:
-        """Calls with (batch, steps, features); the rate is rows a second, the latencies are those of a call."""
+    def measure(self, batch: int, steps: int, seconds: float) -> Measurement:
+        """Call the model with (batch, steps, features). The rate is in rows per second, latencies are per call."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{batch} {steps} {seconds}\n")
@@ -32,7 +32,7 @@ class RawModel:
         answer = self._process.stdout.readline()
         if not answer:
             raise ServerFailed(f"onnxruntime alone ended with status {self._process.wait()}")
-        return Measured(**json.loads(answer))
+        return Measurement(**json.loads(answer))
 
 
 @contextmanager

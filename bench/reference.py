@@ -1,4 +1,4 @@
-"""The right answers: onnxruntime over each session's whole input at once, without any server; and PyTorch's."""
+"""Expected answers: onnxruntime over a session's whole input in one call, without a server; and PyTorch's."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -8,12 +8,12 @@ import onnxruntime as ort
 
 from bench import inputs
 
-#: How far a peer's float32 may be from PyTorch's.
+#: Largest absolute difference between a peer's outputs and PyTorch's.
 TOLERANCE = 1e-5
 
 
 def runner(model: Path) -> ort.InferenceSession:
-    """One thread, which does not spin while it waits: what `unroll serve` has, too."""
+    """One thread that does not spin while it waits, as in `unroll serve`."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
@@ -22,7 +22,7 @@ def runner(model: Path) -> ort.InferenceSession:
 
 
 class Reference:
-    """path: of model.onnx. torch: what bench.model wrote."""
+    """path: of model.onnx. torch: the file that bench.model wrote."""
 
     def __init__(self, name: str, path: Path, torch: Path) -> None:
         self.name = name
@@ -36,23 +36,23 @@ class Reference:
         self.sequences = lru_cache(lambda length: inputs.sequences(self.features, length))
 
     def outputs(self, x: np.ndarray) -> np.ndarray:
-        """What a session that began at zero answers to x: (steps, features) of both."""
+        """Outputs of a session that starts from the initial state. x and result: (steps, features)."""
         state = np.zeros((1, self._state_size), np.float32)
         feeds = {"x": x[None], "state": state, "sequence_lens": np.array([len(x)], np.int32)}
         y: np.ndarray = self._runner.run(["y"], feeds)[0]
         return y[0]
 
     def last(self, session: int, steps: int) -> np.ndarray:
-        """The answer to step number `steps` of a session that sends its rows over and over: (features,)."""
+        """The output of step number `steps` of a session that sends its rows cyclically: (features,)."""
         return self.outputs(self.rows[session][np.arange(steps) % inputs.ROWS])[-1]
 
     def torch_last(self, session: int, steps: int) -> np.ndarray | None:
-        """The same by PyTorch, as far as it is known."""
+        """As `last`, by PyTorch; None where bench.model did not write it."""
         known = session < inputs.TORCH_SESSIONS and steps <= inputs.ROWS
         return self._torch["rows"][session, steps - 1] if known else None
 
     def sequence(self, number: int, length: int) -> np.ndarray:
-        """The outputs for one of `sequences(length)`: (length, features)."""
+        """Outputs of one of `sequences(length)`: (length, features)."""
         return self.outputs(self.sequences(length)[number])
 
     def torch_sequence(self, number: int, length: int) -> np.ndarray:

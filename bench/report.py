@@ -1,4 +1,4 @@
-"""Results as tables, for the terminal and for Markdown: from the JSON document, so that both say the same."""
+"""Results as tables for the terminal and for Markdown, both from the JSON document."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ _LIMIT = "at least: the load generator is the limit"
 
 
 def replace_figures(page: Path, lines: Sequence[str]) -> None:
-    """Between the marks of a page; the text around them is written by hand. Raises ValueError if there are none."""
+    """Replace the lines between the page's marks; the text around them stays. Raises ValueError without marks."""
     before, _, rest = page.read_text().partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not end:
@@ -19,7 +19,7 @@ def replace_figures(page: Path, lines: Sequence[str]) -> None:
 
 
 def table(outcome: Document) -> str:
-    """An outcome for the terminal."""
+    """An outcome as a table for the terminal."""
     lines = [f"\n{outcome['title']}"]
     if outcome["rows"]:
         lines.append(f"  {'':<18}{'at':>6}{outcome['unit'] + ' (min–max)':>32}{'p50 ms':>10}{'p99 ms':>10}")

@@ -1,4 +1,4 @@
-"""A million open sessions, and how soon a server is ready."""
+"""A million open sessions, and the time from start to ready."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +9,10 @@ import uvloop
 
 from bench import inputs
 from bench.http_client import http_client, post
-from bench.load import Client, Load, Measured
+from bench.load import Client, Load, Measurement
 from bench.outcomes import Outcome, Row, Verdict, ratio
 from bench.reference import Reference
-from bench.servers import running
+from bench.servers import running_server
 from bench.subjects import Launch, Subject, WrongAnswer
 from bench.turns import Bench, Servers
 from bench.websocket_client import read_outputs, steps_frame, websocket_client
@@ -21,16 +21,16 @@ _MANY, _FEW = 1_000_000, 1_000
 _QUICK_MANY = 20_000
 _GIB = 2**30
 _NEEDED_GIB, _ALLOWED_GIB = 6.0, 2.5
-#: Sessions that one connection opens, and how many of them step in one frame.
+#: Number of sessions that one connection opens, and of entries in a frame.
 _OPENED, _ENTRIES = 4000, 1000
 _CONNECTIONS = 4
-#: HTTP clients afterwards, and the requests that each has ready, to sessions that no other client has.
+#: HTTP clients after that, and prepared requests of each, to sessions that no other client uses.
 _CLIENTS, _REQUESTS = 64, 1000
 _START_BOUND_SECONDS = 1.5
 
 
 def sessions(bench: Bench) -> list[Outcome]:
-    """1,000,000 sessions that have been stepped: the memory they take, and what they cost the others."""
+    """1,000,000 sessions that have been stepped: their memory, and their effect on the step rate."""
     many = _QUICK_MANY if bench.quick else _MANY
     title = f"{many:,} open sessions, LSTM 2×64"
     free = _available_bytes() / _GIB
@@ -68,9 +68,9 @@ def start(bench: Bench) -> list[Outcome]:
     command = tuple(str(repository) if word == str(bench.repository) else word for word in command)
     seconds = []
     for _ in range(bench.repeats):
-        with running(command, {bench.server_core}, bench.folder / "start.log", "/v2/health/ready") as server:
+        with running_server(command, {bench.server_core}, bench.folder / "start.log", "/v2/health/ready") as server:
             seconds.append(server.start_seconds)
-    turns = [Measured(1 / each, each * 1e3, each * 1e3) for each in seconds]
+    turns = [Measurement(1 / each, each * 1e3, each * 1e3) for each in seconds]
     rows = [Row("unroll", "from the process's start to ready; starts/s", turns)]
     verdict = Verdict(
         12,
@@ -94,7 +94,7 @@ def _available_bytes() -> int:
 
 
 def _open_all(servers: Servers, launch: Launch, reference: Reference, count: int) -> None:
-    """Open `count` sessions many-0, many-1, … and step each once; every answer is compared."""
+    """Open `count` sessions many-0, many-1, …, step each once, and compare every answer."""
     port = servers.server(launch).port
     firsts = np.stack([reference.last(session, 1) for session in range(inputs.SESSIONS)])
     groups = [range(first, min(first + _OPENED, count)) for first in range(0, count, _OPENED)]
@@ -106,7 +106,7 @@ async def _step_all(port: int, reference: Reference, groups: Sequence[range], fi
     clients = [_opener(reference, group) for group in groups]
     async with Load(port, clients) as load:
         for _ in clients[0].requests:
-            await load.once()
+            await load.run_once()
             for client in clients:
                 handles, positions, values = (
                     np.concatenate(part) for part in zip(*map(read_outputs, client.last), strict=True)
@@ -125,7 +125,7 @@ def _opener(reference: Reference, group: range) -> Client:
 
 
 def _spread(launch: Launch, reference: Reference, count: int) -> Subject:
-    """64 clients, each with a share of the sessions to itself, in an order without order."""
+    """64 clients, each with its own share of the sessions, in random order."""
     order = np.random.default_rng(0).permutation(count)
 
     def numbers(n: int) -> np.ndarray:

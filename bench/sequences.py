@@ -1,17 +1,17 @@
-"""Whole sequences: by themselves, and uploaded while others stream."""
+"""Whole sequences: alone, and uploaded while other clients stream."""
 
 import asyncio
 
 import uvloop
 
 from bench import subjects
-from bench.load import Client, Load, Measured
+from bench.load import Client, Load, Measurement
 from bench.outcomes import Outcome, Row, Verdict, fastest, ratio
-from bench.turns import Bench, by_name, raise_on_errors, turn_of
+from bench.turns import Bench, by_name, load_turn, require_no_errors
 
 _LENGTH, _CLIENTS = 128, 16
 _BATCHES = (1, 4, 16, 32, 64)
-#: The streams, and those who upload while they run.
+#: Clients that stream, and clients that upload sequences at the same time.
 _STREAMS, _UPLOADS, _UPLOAD_LENGTH = 64, 4, 4096
 
 
@@ -30,7 +30,7 @@ def _sequences(bench: Bench, name: str, of_triton: float, *, all_cores: bool) ->
     with bench.servers(bench.cores if all_cores else None) as servers:
         turns = [] if all_cores else [servers.raw(reference, batch, _LENGTH) for batch in _BATCHES]
         turns.append(servers.turn(subjects.raw_sequences(bench.unroll(), reference, _LENGTH), _CLIENTS))
-        peers = bench.of_peers(servers, lambda *peer: subjects.peer_sequences(*peer, reference, _LENGTH))
+        peers = bench.peer_subjects(servers, lambda *peer: subjects.peer_sequences(*peer, reference, _LENGTH))
         turns += [servers.turn(subject, _CLIENTS) for subject in peers]
         rows = bench.alternate(turns)
     named, judged = by_name(rows), bench.judged
@@ -54,10 +54,10 @@ def mixed(bench: Bench) -> list[Outcome]:
         uploading = subjects.raw_sequences(launch, reference, _UPLOAD_LENGTH)
         streams = [streaming.client(number) for number in range(_STREAMS)]
         uploads = [uploading.client(number) for number in range(_UPLOADS)]
-        alone = [turn_of(streaming, port, streams), turn_of(uploading, port, uploads)]
+        alone = [load_turn(streaming, port, streams), load_turn(uploading, port, uploads)]
         for turn in alone:
             turn.check()
-        measured: list[tuple[Measured, ...]] = []
+        measured: list[tuple[Measurement, ...]] = []
         for _ in range(bench.repeats):
             separate = [turn.measure(bench.seconds) for turn in alone]
             together = uvloop.run(_together(port, streams, uploads, bench.seconds))
@@ -83,8 +83,8 @@ def mixed(bench: Bench) -> list[Outcome]:
 
 async def _together(
     port: int, streams: list[Client], uploads: list[Client], seconds: float
-) -> tuple[Measured, Measured]:
+) -> tuple[Measurement, Measurement]:
     async with Load(port, streams) as first, Load(port, uploads) as second:
-        await first.once()
+        await first.run_once()
         both = await asyncio.gather(first.run(seconds), second.run(seconds))
-    return raise_on_errors("streams", both[0]), raise_on_errors("uploads", both[1])
+    return require_no_errors("streams", both[0]), require_no_errors("uploads", both[1])

@@ -1,4 +1,4 @@
-"""Servers as processes of their own: started on their cores, waited for, looked at, and always ended."""
+"""Server processes: start them on their cores, wait until they are ready, observe them, and always end them."""
 
 import os
 import signal
@@ -16,36 +16,35 @@ ROOT = Path(__file__).parents[1]
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 
-
-#: The leading process of each server that runs, by its port.
-_leaders: dict[int, int] = {}
+#: Leading process of each running server, by port.
+_leading_processes: dict[int, int] = {}
 
 
 class ServerFailed(Exception):
-    """A server did not come up, or ended before it was told to; with the end of what it said."""
+    """A server did not start or ended early. The message has the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """start_seconds: from the start of the process until it was ready."""
+    """A running server. start_seconds: from process start to ready."""
 
     port: int
     process: "subprocess.Popen[bytes]"
     start_seconds: float
 
     def resident_bytes(self) -> int:
-        """VmRSS of all its processes."""
+        """VmRSS, summed over its processes."""
         return sum(_resident_bytes(pid) for pid in _session_members(self.process.pid))
 
     def cpu_seconds(self) -> float:
-        """Computed so far by its leading process."""
+        """Processor time used so far by its leading process."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def on_cores(cores: Collection[int]) -> Iterator[None]:
-    """This thread, and what it starts meanwhile, runs on these cores only."""
+    """Restrict this thread, and every process it starts inside the block, to these cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -55,7 +54,7 @@ def on_cores(cores: Collection[int]) -> Iterator[None]:
 
 
 @contextmanager
-def running(
+def running_server(
     command: Sequence[str],
     cores: Collection[int],
     log: Path,
@@ -63,10 +62,10 @@ def running(
     *,
     takes_turns: bool = True,
 ) -> Iterator[Server]:
-    """A server that is ready on a port, which replaces `PORT` in the command; ended on the way out.
+    """A server that is ready on a free port; it ends with the block.
 
-    ready_path: answered with 200 when it can serve; None: it can once it listens. takes_turns: it stands still while
-    another is measured; not what the other needs.
+    command: the word `PORT` is replaced by the port. ready_path: answered with 200 once the server can serve; None: it
+    can serve once it listens. takes_turns: suspended while another server is measured; False for what others need.
     """
     port = _free_port()
     process: subprocess.Popen[bytes] | None = None
@@ -79,26 +78,28 @@ def running(
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                start_new_session=True,  # Ctrl-C is for us; we end the session
+                start_new_session=True,  # Ctrl-C reaches only this process, which ends the session
             )
         _wait_until_ready(process, port, ready_path, log)
         start_seconds = monotonic() - started
         _pin_threads(process.pid, cores)
         if takes_turns:
-            _leaders[port] = process.pid
+            _leading_processes[port] = process.pid
         yield Server(port, process, start_seconds)
         if process.poll() is not None:
             raise _failed(process, log)
     finally:
-        _leaders.pop(port, None)
+        _leading_processes.pop(port, None)
         if process is not None:
             _end(process)
 
 
 @contextmanager
-def only(*ports: int) -> Iterator[None]:
-    """The other servers stand still meanwhile: some of them are never idle."""
-    others = [pid for other, leader in _leaders.items() if other not in ports for pid in _session_members(leader)]
+def suspend_others(*ports: int) -> Iterator[None]:
+    """Suspend all servers but those on these ports inside the block: some are never idle."""
+    others = [
+        pid for other, leader in _leading_processes.items() if other not in ports for pid in _session_members(leader)
+    ]
     try:
         for pid in others:
             with suppress(ProcessLookupError):
@@ -141,12 +142,12 @@ def _is_ready(port: int, path: str | None) -> bool:
 
 
 def _failed(process: "subprocess.Popen[bytes]", log: Path) -> ServerFailed:
-    said = log.read_text(errors="replace")[-2000:]
-    return ServerFailed(f"exit status {process.poll()} of: {' '.join(map(str, process.args))}\n{said}")  # type: ignore[arg-type]
+    output = log.read_text(errors="replace")[-2000:]
+    return ServerFailed(f"exit status {process.poll()} of: {' '.join(map(str, process.args))}\n{output}")  # type: ignore[arg-type]
 
 
 def _session_members(leader: int) -> list[int]:
-    """The processes of a server's session, and those that descend from them and made sessions of their own."""
+    """Processes of a server's session, and their descendants in other sessions."""
     parents: dict[int, int] = {}
     members: set[int] = set()
     for entry in Path("/proc").iterdir():
@@ -171,7 +172,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _pin_threads(leader: int, cores: Collection[int]) -> None:
-    """Libraries may have spread their threads over all cores, whatever the process was told."""
+    """Pin every thread again: a library may have spread its threads over all cores."""
     for pid in _session_members(leader):
         with suppress(OSError):
             for thread in os.listdir(f"/proc/{pid}/task"):
@@ -180,7 +181,7 @@ def _pin_threads(leader: int, cores: Collection[int]) -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask the process group to end, then insist. An interrupt meanwhile only makes it insist sooner."""
+    """SIGTERM to the process group, then SIGKILL. An interrupt only brings the SIGKILL forward."""
     try:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""One time step a request: HTTP, WebSocket, a single client, and what all of it is held against."""
+"""One time step per request: HTTP, WebSocket, a single client, and the limits they are compared with."""
 
 from bench import subjects
 from bench.http_client import post
@@ -8,14 +8,14 @@ from bench.turns import Bench, Servers, Turn, by_name
 from bench.websocket_client import ENTRY, HEADER
 
 CLIENTS = 64
-#: Sessions in a frame, and connections that send such frames.
+#: Sessions per frame, and number of connections.
 _ENTRIES, _CONNECTIONS = 256, 2
-#: Microseconds that the server may add to a bare echo and the model.
+#: Microseconds that the server may add to a bare echo plus the model.
 _OWN_MICROSECONDS = 120
 
 
 def limits(bench: Bench) -> list[Outcome]:
-    """What the machine allows, before anything is compared with it."""
+    """The limits of the machine."""
     found = []
     for name, reference in bench.models.items():
         features = reference.features
@@ -80,7 +80,7 @@ def _http_medium(bench: Bench) -> Outcome:
 
 
 def websocket(bench: Bench) -> list[Outcome]:
-    """64 WebSockets with one step a frame; two with 256 sessions a frame."""
+    """64 WebSockets with one step per frame; two with 256 sessions per frame."""
     reference = bench.models["small"]
     with bench.servers() as servers:
         frame_bytes = HEADER.size + ENTRY.itemsize + 4 * reference.features
@@ -98,7 +98,7 @@ def websocket(bench: Bench) -> list[Outcome]:
 
 
 def _wide_frames(bench: Bench, name: str, bound: float) -> Outcome:
-    """Two connections, so that the server has a frame to work on while the other's is on its way."""
+    """Two connections, so that the server computes one frame while the other is in transit."""
     reference = bench.models[name]
     with bench.servers() as servers:
         turns = [
@@ -147,12 +147,12 @@ def latency(bench: Bench) -> list[Outcome]:
 
 
 def _above(ours: Row, echo: Row, raw: Row) -> float:
-    """In microseconds; of rows or of single turns."""
+    """Microseconds of median latency above echo plus model, of rows or of single turns."""
     return (ours.p50 - echo.p50 - raw.p50) * 1e3
 
 
 def _peers(bench: Bench, servers: Servers, reference: Reference, clients: int) -> list[Turn]:
-    found = bench.of_peers(servers, lambda peer, launch: subjects.peer_steps(peer, launch, reference))
+    found = bench.peer_subjects(servers, lambda peer, launch: subjects.peer_steps(peer, launch, reference))
     return [servers.turn(subject, clients) for subject in found]
 
 

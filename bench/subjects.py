@@ -1,4 +1,4 @@
-"""What is measured: how each server is started, and what its clients send and must get back."""
+"""Subjects of the measurements: how each server starts, what its clients send, and what they must receive."""
 
 import json
 import sys
@@ -20,12 +20,12 @@ INFER_HEADER = "inference-header-content-length"
 
 
 class WrongAnswer(Exception):
-    """A server's figures would mean nothing."""
+    """A server gave a wrong answer, so its figures mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a server is started. command: by an empty folder, with the word PORT where the port belongs."""
+    """How a server starts. command: for an empty folder, with the word PORT in place of the port."""
 
     name: str
     command: Callable[[Path], tuple[str, ...]]
@@ -34,9 +34,9 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """client: makes client number n. check: raises WrongAnswer if its last reply is not what it should be.
+    """A server and its clients. client: makes client number n. check: raises WrongAnswer if its last reply is wrong.
 
-    optional: if it fails, the others are measured without it.
+    optional: if it fails, the others are still measured.
     """
 
     name: str
@@ -47,21 +47,22 @@ class Subject:
     optional: bool = False
 
 
-# ── what runs no model ───────────────────────────────────────────────────────────────────────────
+# ── without a model ──────────────────────────────────────────────────────────────────────────────
 
 
-def _module(name: str) -> Launch:
+def _peer_module(name: str) -> Launch:
     return Launch(name, lambda folder: (sys.executable, "-m", f"bench.peers.{name}", "PORT"))
 
 
-CANNED, ECHO, NOOP = _module("canned"), _module("echo"), _module("noop")
+CANNED, ECHO, NOOP = _peer_module("canned"), _peer_module("echo"), _peer_module("noop")
 
 
 def ceiling(request: bytes, reply_bytes: int) -> Subject:
     """The load generator's own limit for requests and replies of these sizes."""
     head, _, body = request.partition(b"\r\n\r\n")
-    again = f"POST /{reply_bytes} HTTP/1.1".encode() + head[head.index(b"\r\n") :] + b"\r\n\r\n" + body
-    return Subject("ceiling", "canned replies: the load generator's own limit", CANNED, lambda n: http_client([again]))
+    repeated = f"POST /{reply_bytes} HTTP/1.1".encode() + head[head.index(b"\r\n") :] + b"\r\n\r\n" + body
+    what = "canned replies: the load generator's own limit"
+    return Subject("ceiling", what, CANNED, lambda n: http_client([repeated]))
 
 
 def ceiling_websocket(entries_bytes: int) -> Subject:
@@ -106,11 +107,11 @@ def unroll(repository: Path, *options: str, name: str = "unroll") -> Launch:
 
 
 def raw_steps(launch: Launch, reference: Reference) -> Subject:
-    return _native(launch, reference, "unroll", "Unroll, raw bytes", lambda row: row.tobytes(), _floats)
+    return _native_steps(launch, reference, "unroll", "Unroll, raw bytes", lambda row: row.tobytes(), _floats)
 
 
 def json_steps(launch: Launch, reference: Reference) -> Subject:
-    return _native(
+    return _native_steps(
         launch,
         reference,
         "unroll-json",
@@ -120,7 +121,7 @@ def json_steps(launch: Launch, reference: Reference) -> Subject:
     )
 
 
-def _native(
+def _native_steps(
     launch: Launch,
     reference: Reference,
     name: str,
@@ -139,7 +140,7 @@ def _native(
 
 
 def infer_steps(launch: Launch, reference: Reference) -> Subject:
-    """The Open Inference Protocol, as tritonclient.http writes it."""
+    """The Open Inference Protocol, in the form that tritonclient.http writes."""
 
     def client(n: int) -> Client:
         first, *rest = reference.rows[n]
@@ -164,7 +165,7 @@ def infer_request(model: str, sequence: int, row: np.ndarray, *, start: bool = F
 
 
 def stream_steps(launch: Launch, reference: Reference, entries: int = 1) -> Subject:
-    """WebSocket: client n has the sessions from n * entries, all in each frame."""
+    """WebSocket: client n has `entries` sessions from number n * entries, all in each frame."""
     name = "unroll-ws" if entries == 1 else f"unroll-ws-{entries}"
 
     def client(n: int) -> Client:
@@ -207,7 +208,7 @@ def _floats(body: bytes) -> np.ndarray:
 
 
 def check_steps(name: str, reference: Reference, outputs: Callable[[bytes], np.ndarray]) -> Callable[[Client], None]:
-    """Bit for bit, over all that the session has been sent."""
+    """Compares the last reply bit for bit with the expected answer to the session's whole input."""
 
     def check(client: Client) -> None:
         session = client.sessions[0]
@@ -227,8 +228,8 @@ def peer_launch(peer: Peer, python: Path, models: Mapping[str, Path]) -> Launch:
 def peer_steps(peer: Peer, launch: Launch, reference: Reference) -> Subject:
     def client(n: int) -> Client:
         first, *rest = reference.rows[n]
-        again = [peer.step(reference.name, n, i, row) for i, row in enumerate((*rest, first), start=1)]
-        return http_client(again, n, [peer.step(reference.name, n, 0, first)])
+        requests = [peer.step(reference.name, n, i, row) for i, row in enumerate((*rest, first), start=1)]
+        return http_client(requests, n, [peer.step(reference.name, n, 0, first)])
 
     def check(client: Client) -> None:
         session = client.sessions[0]
@@ -241,7 +242,7 @@ def peer_steps(peer: Peer, launch: Launch, reference: Reference) -> Subject:
 
 
 def peer_sequences(peer: Peer, launch: Launch, reference: Reference, length: int) -> Subject | None:
-    """None if it does not offer that."""
+    """None if the peer does not offer whole sequences."""
 
     def requests(n: int) -> Sequence[bytes]:
         request = peer.sequence(reference.name, reference.sequences(length)[n])

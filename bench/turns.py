@@ -1,4 +1,4 @@
-"""Servers that are up together, and take turns at being measured."""
+"""Servers that run at the same time and are measured in turns."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,28 +8,29 @@ from pathlib import Path
 import uvloop
 
 from bench import inputs
-from bench.load import Client, Load, Measured
+from bench.load import Client, Load, Measurement
 from bench.outcomes import Row
 from bench.peers import Peer
 from bench.raw import RawModel, raw_model
 from bench.reference import Reference
-from bench.servers import Server, ServerFailed, only, running
+from bench.servers import Server, ServerFailed, running_server, suspend_others
 from bench.subjects import Launch, Subject, WrongAnswer, peer_launch, unroll
 
-#: What ends a scenario, and leaves the others as they are.
+#: Errors that end one scenario; the other scenarios still run.
 FAILURES = (WrongAnswer, ServerFailed, OSError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """measure: for so many seconds. check: some requests whose answers are all compared; compare: the last answers.
+    """One thing to measure. Every callable may raise one of FAILURES.
 
-    All may raise one of FAILURES. at: where it stands in a curve. optional: the others go on without it.
+    measure: runs for the given seconds. check: sends some requests and compares every answer. compare: compares the
+    last answers. at: the position on a curve's x axis. optional: if it fails, the others are still measured.
     """
 
     name: str
     what: str
-    measure: Callable[[float], Measured]
+    measure: Callable[[float], Measurement]
     check: Callable[[], None] = lambda: None
     compare: Callable[[], None] = lambda: None
     at: float | None = None
@@ -37,7 +38,7 @@ class Turn:
 
 
 class Servers:
-    """Started when they are first asked for; all are ended together."""
+    """Starts each server at its first use and ends all of them together."""
 
     def __init__(self, folder: Path, cores: Collection[int], stack: ExitStack) -> None:
         self._folder = folder
@@ -51,7 +52,7 @@ class Servers:
             folder = self._folder / f"{launch.name}-{len(list(self._folder.iterdir()))}"
             folder.mkdir()
             log = folder.with_suffix(".log")
-            server = running(launch.command(folder), self._cores, log, launch.ready_path)
+            server = running_server(launch.command(folder), self._cores, log, launch.ready_path)
             self._running[launch.name] = self._stack.enter_context(server)
         return self._running[launch.name]
 
@@ -59,11 +60,11 @@ class Servers:
         return replace(self.turns(subject, [clients])[0], at=None)
 
     def turns(self, subject: Subject, counts: Sequence[int]) -> list[Turn]:
-        """One for each number of clients; the first clients take part in all of them."""
+        """One turn for each number of clients; the first clients take part in all of them."""
         port = self.server(subject.launch).port
         clients = [subject.client(number) for number in range(max(counts))]
-        found = [turn_of(subject, port, clients[:count], at=count) for count in counts]
-        # At the end, those of the largest number compare for all.
+        found = [load_turn(subject, port, clients[:count], at=count) for count in counts]
+        # The turn with the most clients compares the last answers of all.
         return [turn if turn.at == max(counts) else replace(turn, compare=lambda: None) for turn in found]
 
     def raw(self, reference: Reference, batch: int, steps: int = 1) -> Turn:
@@ -73,30 +74,30 @@ class Servers:
         model = self._raw[reference.path]
         what = f"onnxruntime alone, batch {batch}" + (f", {steps} time steps" if steps > 1 else "")
         name = f"raw-{batch}" if steps == 1 else f"raw-{batch}x{steps}"
-        return Turn(name, what, lambda seconds: _alone((), lambda: model.measure(batch, steps, seconds)))
+        return Turn(name, what, lambda seconds: _measure_alone((), lambda: model.measure(batch, steps, seconds)))
 
 
-def turn_of(
+def load_turn(
     subject: Subject,
     port: int,
     clients: Sequence[Client],
     at: float | None = None,
     rate: float | None = None,
     *,
-    beside: Sequence[int] = (),
+    other_ports: Sequence[int] = (),
 ) -> Turn:
-    """rate: requests a second of an open loop. beside: ports of further servers that it needs."""
+    """A turn of these clients. rate: requests per second of an open loop. other_ports: of further servers it needs."""
 
     async def check() -> None:
         async with Load(port, clients) as load:
             for _ in range(inputs.ROWS):
-                raise_on_errors(subject.name, await load.once())
+                require_no_errors(subject.name, await load.run_once())
                 compare()
 
-    async def measure(seconds: float) -> Measured:
+    async def measure(seconds: float) -> Measurement:
         async with Load(port, clients) as load:
-            raise_on_errors(subject.name, await load.once())  # every connection is accepted before the clock runs
-            return raise_on_errors(subject.name, await load.run(seconds, rate))
+            require_no_errors(subject.name, await load.run_once())  # every connection is accepted before the clock runs
+            return require_no_errors(subject.name, await load.run(seconds, rate))
 
     def compare() -> None:
         for client in clients:
@@ -105,7 +106,7 @@ def turn_of(
     return Turn(
         subject.name,
         subject.what,
-        lambda seconds: _alone((port, *beside), lambda: uvloop.run(measure(seconds))),
+        lambda seconds: _measure_alone((port, *other_ports), lambda: uvloop.run(measure(seconds))),
         lambda: uvloop.run(check()),
         compare,
         at,
@@ -113,12 +114,12 @@ def turn_of(
     )
 
 
-def _alone(ports: Sequence[int], measure: Callable[[], Measured]) -> Measured:
-    with only(*ports):
+def _measure_alone(ports: Sequence[int], measure: Callable[[], Measurement]) -> Measurement:
+    with suspend_others(*ports):
         return measure()
 
 
-def raise_on_errors(name: str, measured: Measured) -> Measured:
+def require_no_errors(name: str, measured: Measurement) -> Measurement:
     if measured.errors:
         raise WrongAnswer(f"{name}: {measured.errors} replies were not 200, first {measured.first_error}")
     return measured
@@ -126,9 +127,10 @@ def raise_on_errors(name: str, measured: Measured) -> Measured:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """seconds: of one turn. repeats: turns of each. models: by name, in the repository. peers: and their interpreters.
+    """What every scenario needs.
 
-    quick: the figures say nothing, only that everything works. failures: of peers, which do not stop the others.
+    seconds: length of one turn. repeats: turns of each. quick: a functional test; the figures mean nothing. models: by
+    name, in the repository. peers: with their interpreters. failures: of peers; they do not stop the others.
     """
 
     folder: Path
@@ -148,15 +150,15 @@ class Bench:
 
     @contextmanager
     def servers(self, cores: Collection[int] | None = None) -> Iterator[Servers]:
-        """cores: of the servers; by default one."""
+        """cores: for the servers; one core by default."""
         with ExitStack() as stack:
             yield Servers(self.folder, cores or {self.server_core}, stack)
 
     def unroll(self, *options: str, name: str = "unroll") -> Launch:
         return unroll(self.repository, *options, name=name)
 
-    def of_peers(self, servers: Servers, make: Callable[[Peer, Launch], Subject | None]) -> Iterator[Subject]:
-        """One of each peer that starts and offers it."""
+    def peer_subjects(self, servers: Servers, make: Callable[[Peer, Launch], Subject | None]) -> Iterator[Subject]:
+        """One subject for each peer that starts and offers it."""
         models = {name: reference.path for name, reference in self.models.items()}
         for peer, python in self.peers.values():
             launch = peer_launch(peer, python, models)
@@ -165,8 +167,8 @@ class Bench:
                 yield subject
 
     def alternate(self, turns: Sequence[Turn], repeats: int | None = None) -> list[Row]:
-        """Each turn's answers are checked, then all are measured in turn, then the last answers are compared."""
-        measured: dict[Turn, list[Measured]] = {turn: [] for turn in turns}
+        """Check each turn's answers, measure all turns alternately, then compare the last answers."""
+        measured: dict[Turn, list[Measurement]] = {turn: [] for turn in turns}
 
         def each(step: Callable[[Turn], object]) -> None:
             for turn in [*measured]:

@@ -1,4 +1,4 @@
-"""WebSocket for the load generator: the handshake, frames built and masked beforehand, and where a reply ends.
+"""WebSocket for the load generator: handshake, frames built and masked in advance, and the end of a reply.
 
 Binary messages are those of /v1/models/{model}/stream: a header (type u8, flags u8, reserved u16, entries u32), for
 each entry (handle u32, steps u32, position u64), then the entries' values, all little-endian. A request is answered
@@ -20,8 +20,8 @@ from bench.load import Client, Connection
 from bench.servers import HOST
 
 STEPS, OUTPUTS = 1, 2
-#: A position that is not said: the chunk begins wherever the session is.
-UNSAID = 2**64 - 1
+#: No position: the chunk begins at the session's current position.
+NO_POSITION = 2**64 - 1
 HEADER = struct.Struct("<BBHI")
 ENTRY = np.dtype([("handle", "<u4"), ("steps", "<u4"), ("position", "<u8")])
 
@@ -33,27 +33,27 @@ _FINAL, _MASKED = 0x80, 0x80
 def websocket_client(
     path: str, requests: Sequence[bytes], sessions: Sequence[int], prefix: str | None, entries: int
 ) -> Client:
-    """prefix: of the ids of the sessions that are opened, or gone on with, when it connects; None: none are."""
+    """prefix: of the ids of the sessions that the client opens, or resumes, when it connects; None: no sessions."""
     opening = None if prefix is None else opening_message(prefix, sessions)
     connect = partial(WebSocketConnection, path, opening, entries)
     return Client(connect, requests, sessions, weight=entries)
 
 
 def opening_message(prefix: str, sessions: Sequence[int]) -> bytes:
-    """A session's handle is its number."""
-    wanted = [{"handle": number, "session_id": f"{prefix}-{number}", "mode": "either"} for number in sessions]
-    return frame(json.dumps({"op": "open", "sessions": wanted}).encode(), _TEXT)
+    """Opens or resumes the sessions; a session's handle is its number."""
+    sessions_to_open = [{"handle": number, "session_id": f"{prefix}-{number}", "mode": "either"} for number in sessions]
+    return frame(json.dumps({"op": "open", "sessions": sessions_to_open}).encode(), _TEXT)
 
 
 def steps_frame(handles: Sequence[int], values: np.ndarray) -> bytes:
-    """One step of each: values (handles, features) float32."""
+    """One step of each handle. values: (handles, features) float32."""
     entries = np.zeros(len(handles), ENTRY)
-    entries["handle"], entries["steps"], entries["position"] = handles, 1, UNSAID
+    entries["handle"], entries["steps"], entries["position"] = handles, 1, NO_POSITION
     return frame(HEADER.pack(STEPS, 0, 0, len(handles)) + entries.tobytes() + values.tobytes())
 
 
 def read_outputs(message: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """handles (N,), positions (N,), and the values of one step of each (N, features)."""
+    """Returns handles (N,), positions (N,), and values of one step of each (N, features)."""
     kind, _, _, count = HEADER.unpack_from(message)
     entries = np.frombuffer(message, ENTRY, count, HEADER.size)
     if kind != OUTPUTS or (entries["steps"] != 1).any():
@@ -63,7 +63,7 @@ def read_outputs(message: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def frame(payload: bytes, kind: int = _BINARY) -> bytes:
-    """A whole message, masked."""
+    """A whole masked message."""
     key = os.urandom(4)
     size = len(payload)
     if size < 126:
@@ -77,7 +77,7 @@ def frame(payload: bytes, kind: int = _BINARY) -> bytes:
 
 
 class WebSocketConnection(Connection):
-    """opening: a text message that is answered before the first request; None: there is none."""
+    """opening: text message whose answer must arrive before the first request; None: no such message."""
 
     def __init__(self, path: str, opening: bytes | None, entries: int, client: Client) -> None:
         super().__init__(client)
@@ -136,7 +136,7 @@ class WebSocketConnection(Connection):
             if first == _FINAL | _BINARY:
                 self._on_outputs(payload)
             else:
-                self._on_other(first, payload)
+                self._on_other_frame(first, payload)
 
     def _on_outputs(self, payload: bytes) -> None:
         self._messages.append(payload)
@@ -146,21 +146,21 @@ class WebSocketConnection(Connection):
             self._answered = 0
             self.replied(messages)
 
-    def _on_other(self, first: int, payload: bytes) -> None:
+    def _on_other_frame(self, first: int, payload: bytes) -> None:
         if first == _FINAL | _PING:
             self.transport.write(frame(payload, _PONG))
         elif first == _FINAL | _TEXT and not self.ready.done():
-            failed = _refused(json.loads(payload))
-            if failed:
-                self.fail(f"sessions were not opened: {failed}")
+            error = _opening_error(json.loads(payload))
+            if error:
+                self.fail(f"sessions were not opened: {error}")
             else:
                 self.ready.set_result(None)
         elif first != _FINAL | _PONG:
             self.fail(f"a frame that begins with {first:#x}: {payload[:400]!r}")
 
 
-def _refused(opened: dict[str, Any]) -> object:
-    """What is wrong with the answer to an opening message; empty if nothing is."""
+def _opening_error(opened: dict[str, Any]) -> object:
+    """The error in the answer to an opening message; empty if there is none."""
     if opened.get("op") != "opened":
         return opened
     return [entry for entry in opened["sessions"] if "error" in entry][:1]

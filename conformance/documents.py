@@ -1,4 +1,4 @@
-"""docs/conformance.md: each command writes the block of lines that it measured; the text around them is by hand."""
+"""Write the measured blocks of docs/conformance.md; the text around them is written by hand."""
 
 import importlib.metadata
 from collections import Counter
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript")
 
 
 def replace(block: Block, lines: Iterable[str], page: Path = PAGE) -> None:
-    """Between the block's marks. Raises ValueError if the page has none."""
+    """Replace the lines between the marks of a block. Raises ValueError if the page has no such marks."""
     begin, end = f"<!-- {block}: begin -->", f"<!-- {block}: end -->"
     before, found, rest = page.read_text().partition(begin)
     _, closed, after = rest.partition(end)
@@ -49,20 +49,20 @@ def kinds(rows: Sequence[Row], command: str) -> list[str]:
         "",
         *_totals(rows),
         "",
-        "### What export makes of it",
+        "### Results of export",
         "",
         *table(
             ["", "exported", "streams", "largest error against float64", "chunks bit-equal", "nodes"],
             [[row.name, *_ours(row.ours)] for row in rows if row.ours.outcome in {"streams", "whole only"}],
         ),
         "",
-        "### Why not",
+        "### Reasons",
         "",
         *table(
-            ["", "", "what export says"], [[row.name, row.ours.outcome, row.ours.says] for row in rows if row.ours.says]
+            ["", "result", "reason"], [[row.name, row.ours.outcome, row.ours.says] for row in rows if row.ours.says]
         ),
         "",
-        "### The same through `torch.onnx.export`",
+        "### Comparison with `torch.onnx.export`",
         "",
         *table(
             ["", "Unroll", "dynamo=True", "dynamo=False", "state"],
@@ -95,7 +95,7 @@ def models(found: Sequence[Measured], command: str) -> list[str]:
 
 def precision(found: Sequence[Cost], command: str) -> list[str]:
     head = ["", "precision", "largest error of an output", "stated bound", "of the state", "model, bytes"]
-    head += ["1 row, µs of CPU", "32 rows, µs of CPU", "what is computed in integers", "what is not"]
+    head += ["1 row, µs of CPU", "32 rows, µs of CPU", "integer operators", "float operators"]
     rows = [
         [
             each.model,
@@ -121,13 +121,13 @@ def _totals(rows: Sequence[Row]) -> list[str]:
         return sum(v.outcome == outcome and bool(v.once) == once for v in plain[name])
 
     body = [
-        ["right at every size tried", ours["streams"] + ours["whole only"], *(count(n, "works") for n in plain)],
-        ["of these, can be streamed: the state goes in and out", ours["streams"], *(
+        ["correct at every tested size", ours["streams"] + ours["whole only"], *(count(n, "works") for n in plain)],
+        ["of these, streamable: the state is an input and an output", ours["streams"], *(
             sum(v.outcome == "works" and v.state for v in plain[n]) for n in plain
         )],
-        ["right in a fresh process, an error the second time", 0, *(count(n, "works", True) for n in plain)],
-        ["an error or a refusal", ours["refused"] + ours["crashed"], *(count(n, "fails") for n in plain)],
-        ["cannot be compared: the module has no one answer", 0, *(count(n, "cannot be compared") for n in plain)],
+        ["correct in a fresh process, an error the second time", 0, *(count(n, "works", True) for n in plain)],
+        ["error or refusal", ours["refused"] + ours["crashed"], *(count(n, "fails") for n in plain)],
+        ["not comparable: the module's answer is not unique", 0, *(count(n, "cannot be compared") for n in plain)],
         ["**silently wrong**", ours["wrong"] + ours["wrong bits"], *(count(n, "silently wrong") for n in plain)],
     ]  # fmt: skip
     head = [f"of {len(rows)} kinds", "Unroll", "`torch.onnx.export`, dynamo=True", "dynamo=False"]
@@ -150,7 +150,7 @@ def _plain(verdict: Verdict) -> str:
 
 
 def _state(row: Row) -> str:
-    """What becomes of a client's state in plain graphs that work."""
+    """How the plain graphs that work expose the state."""
     works = [verdict for verdict in (row.dynamo, row.script) if verdict.outcome == "works"]
     if not works:
         return ""

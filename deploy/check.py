@@ -1,9 +1,9 @@
-"""Does a durable session go on, whichever replica dies? Against the replicas of docker-compose.yml, or any others.
+"""Check that a durable session survives the loss of a replica: those of docker-compose.yml, or any others.
 
-    python -m deploy.check                 steps through the proxy on 127.0.0.1:8000, compared with one whole sequence
-    python -m deploy.check --kill          the same, and `docker kill` of the replica that served the session
+    python -m deploy.check                 step through the proxy on 127.0.0.1:8000 and compare with one whole sequence
+    python -m deploy.check --kill          the same, and `docker kill` the replica that served the session
 
-Ends with 0 if every step was applied once and every output is what it is without any interruption, with 1 if not.
+Exits with 0 if every step was applied once and every output equals that of an uninterrupted run, else with 1.
 Standard library only.
 """
 
@@ -23,10 +23,10 @@ from unroll.examples.client import Client, RemoteSession, ServerError
 
 MODEL = "co2"
 STEPS = [350.0 + number / 8 for number in range(40)]
-#: A replica that dies is noticed within seconds; nothing here should take longer.
+#: A dead replica is noticed within seconds; nothing here should take longer.
 PATIENCE_SECONDS = 30.0
-#: What a client answers by sending the same step again: the position tells whether it was applied. None: no reply,
-#: or one of the proxy's own.
+#: Codes after which a client resends the same step: the position shows whether it was applied. None: no reply,
+#: or a reply by the proxy.
 RETRIED = {None, "store_unavailable", "session_contended", "draining", "queue_full", "deadline_exceeded"}
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def retried(request: Callable[[], T]) -> T:
         except ServerError as error:
             if error.code not in RETRIED or time.monotonic() > deadline:
                 raise
-            print(f"  once more, after: {error}")
+            print(f"  retry after: {error}")
             time.sleep(0.2)
 
 
@@ -53,7 +53,7 @@ def docker(*arguments: str) -> str:
 
 
 def applied() -> dict[str, float]:
-    """Steps of the model that each running replica has applied since it started, by container."""
+    """Steps of the model applied by each running replica since its start, by container."""
     scrape = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8000/metrics').read().decode())"
     project = os.environ.get("COMPOSE_PROJECT_NAME", "unroll")
     labels = {"com.docker.compose.project": project, "com.docker.compose.service": "unroll"}
@@ -76,7 +76,7 @@ def open_durable(client: Client, session_id: str) -> RemoteSession:
 
 
 def known(client: Client, session_id: str) -> RemoteSession:
-    """A session that was opened, perhaps by another client."""
+    """A session that is already open, possibly opened by another client."""
     return RemoteSession(client, f"/v1/models/{MODEL}/sessions/{session_id}")
 
 
@@ -103,8 +103,8 @@ def check(url: str, kill: bool) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the proxy is (default: %(default)s)")
-    parser.add_argument("--kill", action="store_true", help="kill the container that served the session (2 or more)")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the proxy (default: %(default)s)")
+    parser.add_argument("--kill", action="store_true", help="kill the replica that served the session (needs 2)")
     arguments = parser.parse_args()
     try:
         return 0 if check(arguments.url, arguments.kill) else 1

@@ -1,8 +1,8 @@
-"""Two replicas and a Redis Cluster of three nodes, all started here: slots move from node to node while clients step.
+"""Check sessions on a Redis Cluster of three nodes: slots migrate between nodes while clients step at two replicas.
 
     python -m deploy.cluster_check         needs redis-server, redis-cli and unroll; half a minute
 
-Ends with 0 if every output is what it is without any interruption, with 1 if not.
+Exits with 0 if every output equals that of an uninterrupted run, else with 1.
 """
 
 import random
@@ -34,7 +34,7 @@ def cli(*arguments: str) -> str:
 
 
 def start(stack: ExitStack, *command: str, folder: Path) -> None:
-    """Ends with the stack."""
+    """Start a process that ends with the stack."""
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     stack.callback(process.wait)
@@ -69,7 +69,7 @@ def retry(call: Callable[[], T]) -> T:
 
 
 def run(moving: threading.Event) -> tuple[int, bool]:
-    """One session, a step a request, to one replica or the other, until the slots have moved."""
+    """Run one session, one step per request at a random replica, until the slots have migrated."""
     clients = [Client(f"http://127.0.0.1:{port}") for port in REPLICAS]
     session_id = f"check-{secrets.token_hex(8)}"
     open_durable(clients[0], session_id)

@@ -1,1 +1,1 @@
-"""What a newcomer runs first: a demo against a live server, and the bundles that it serves."""
+"""A demo against a running server, and the bundles it needs."""

@@ -1,7 +1,7 @@
 """Export the two trained examples into `examples/repository`, and the model of `unroll doctor`: `make bundles`.
 
-Needs torch. The same as `unroll export` does from the command line, with inputs of the size that the models really
-meet: parity with PyTorch is proven on inputs like the example's.
+Needs torch. Equivalent to `unroll export` on the command line, with example inputs of realistic size: parity with
+PyTorch is proven on inputs like the example's.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def main(repository: Path = REPOSITORY, doctor: Path = DOCTOR) -> None:
 
 
 def tiny() -> StackedRNN:
-    """What `unroll doctor` loads on each device: an untrained LSTM, with the same weights each time."""
+    """The model that `unroll doctor` loads on each device: an untrained LSTM with fixed weights."""
     torch.manual_seed(0)
     return StackedRNN(StackedRNNConfig(cell="lstm", hidden_size=4, layers=2, input_size=2, output_size=1)).eval()
 

@@ -1,4 +1,4 @@
-"""A client of the native API in the standard library alone: one connection, kept open."""
+"""A client of the native API that needs only the standard library: one persistent connection."""
 
 import http.client
 import json
@@ -10,7 +10,7 @@ _TIMEOUT_SECONDS = 30
 
 
 class ServerError(Exception):
-    """No answer, or one that is not a success, in words for the person at the terminal."""
+    """The server did not answer, or refused the request; the message is for the terminal."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -18,13 +18,13 @@ class ServerError(Exception):
 
 
 class Client:
-    """`url` is where the server is, such as `http://127.0.0.1:8000`. Raises ServerError for whatever goes wrong."""
+    """A connection to the server at `url`, such as `http://127.0.0.1:8000`. All failures raise ServerError."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         if parts.scheme not in kinds or not parts.hostname:
-            raise ServerError(f"{url!r} is no address of a server; it looks like http://127.0.0.1:8000")
+            raise ServerError(f"{url!r} is not a server URL; use one like http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self._path = parts.path.rstrip("/")
         self._connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=_TIMEOUT_SECONDS)
@@ -43,7 +43,7 @@ class Client:
         return RemoteSession(self, f"/v1/models/{model}/sessions/{quote(opened['session_id'])}")
 
     def sequence(self, model: str, values: bytes) -> bytes:
-        """The outputs of one whole sequence, as raw little-endian values both ways."""
+        """Run one whole sequence; values and outputs are raw little-endian."""
         return self.exchange("POST", f"/v1/models/{model}/sequences", values, {"Content-Type": RAW})[0]
 
     def exchange(
@@ -54,8 +54,8 @@ class Client:
             try:
                 response, answer = self._ask(method, path, body, headers)
             except (ConnectionError, http.client.HTTPException):
-                # The server lets go of a connection that was idle for long. What says its position, and what
-                # only reads, may be sent again: a step that was applied is not applied twice.
+                # The server closes idle connections. Reads and steps with a position can be resent: the server
+                # applies a step once.
                 if method != "GET" and "Unroll-Position" not in headers:
                     raise
                 self._connection.close()
@@ -76,7 +76,7 @@ class Client:
 
 
 class RemoteSession:
-    """A session of the server, closed on leaving it, and the position that the client knows it has reached."""
+    """A session on the server, and its position as far as the client knows. Closed on exit from `with`."""
 
     def __init__(self, client: Client, path: str) -> None:
         self._client, self._path = client, path
@@ -89,11 +89,11 @@ class RemoteSession:
         try:
             self._client.exchange("DELETE", self._path)
         except ServerError:
-            if kind is None:  # else what went wrong before is what matters
+            if kind is None:  # otherwise the first error matters more
                 raise
 
     def steps(self, values: bytes, position: int | None = None) -> bytes:
-        """Send T >= 1 time steps from `position` (default: where the session is). Safe to repeat: applied once."""
+        """Send T >= 1 time steps from `position` (default: the current one). Safe to retry: applied once."""
         start = self.position if position is None else position
         headers = {"Content-Type": RAW, "Unroll-Position": str(start)}
         outputs, answered = self._client.exchange("POST", f"{self._path}/steps", values, headers)

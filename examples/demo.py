@@ -1,6 +1,6 @@
-"""`unroll demo`: 43 years of weekly CO₂ measurements through one session of a running server, compared with PyTorch.
+"""`unroll demo`: stream 43 years of weekly CO₂ measurements through one session and compare with PyTorch.
 
-Needs no torch: PyTorch's own forecasts lie beside the measurements in `expected.safetensors`.
+Needs no torch: `expected.safetensors` holds PyTorch's forecasts for the measurements.
 """
 
 import argparse
@@ -26,17 +26,17 @@ EXAMPLE = Path(__file__).parent / "co2"
 
 #: The forecaster was trained on the years up to this one.
 LAST_TRAINING_YEAR = 1990
-#: With --quick, the weeks sent one by one; those before go in one request.
+#: With --quick, only these last weeks are sent one by one; the earlier ones go in one request.
 QUICK_WEEKS = 520
 
 
 class DemoFailed(Exception):
-    """The example is incomplete, or the server's answers are not what they must be."""
+    """The example is incomplete, or the server's answers are wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The measurements, and what PyTorch makes of them; forecasts[i] is for week i + 1."""
+    """The measurements, and PyTorch's forecasts for them; forecasts[i] is for week i + 1."""
 
     series: Series
     float32: np.ndarray  # (weeks,)
@@ -50,9 +50,9 @@ class Example:
             expected = load((folder / "expected.safetensors").read_bytes())
             inputs, single, double = (expected[name][:, 0] for name in ("input", "float32", "float64"))
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise DemoFailed(f"{folder} does not hold the example: {error}") from error
+            raise DemoFailed(f"{folder} is not a folder of the example: {error}") from error
         if not np.array_equal(inputs, series.ppm):
-            raise DemoFailed(f"{folder}: expected.safetensors belongs to other measurements than co2.csv")
+            raise DemoFailed(f"{folder}: expected.safetensors does not match co2.csv")
         return cls(series, single, double)
 
     @property
@@ -67,11 +67,11 @@ class Example:
 
     @property
     def tolerance(self) -> float:
-        """The bound that export uses too: four times PyTorch's own rounding, and a floor for the output's scale."""
+        """The same bound as in export: four times PyTorch's own rounding, plus a floor for the scale of the output."""
         return 4 * self.rounding + self.unit
 
     def judged(self) -> np.ndarray:
-        """Weeks whose forecast is fair to judge: held out from training, measured, and so was the week before."""
+        """Weeks to evaluate: held out from training, and measured, as was the week before."""
         measured = ~self.series.interpolated
         held_out = np.array([day.year > LAST_TRAINING_YEAR for day in self.series.dates])
         return np.flatnonzero(held_out[1:] & measured[1:] & measured[:-1]) + 1
@@ -79,7 +79,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """What the server answered, week by week; `singles` requests of one week took `seconds`."""
+    """The server's forecasts; `singles` requests of one week each took `seconds`."""
 
     forecasts: np.ndarray  # (weeks,) float32
     singles: int
@@ -87,7 +87,7 @@ class Streamed:
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 if the served forecasts are PyTorch's, 1 with the reason if not or if there is no server."""
+    """Returns 0 if the served forecasts equal PyTorch's; else prints the reason and returns 1."""
     options = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for the bars
@@ -107,8 +107,8 @@ def main(argv: list[str]) -> int:
         print(f"unroll demo: {fault}", file=sys.stderr)
     if not faults:
         print(f"""
-By hand: open a session, send it two weeks, ask where it is; the same weeks as a whole sequence; take the session's
-state away as a file and go on from it in a new one; the model as the Open Inference Protocol sees it.
+To try it by hand: open a session, send two weeks, read its position; send the same weeks as a whole sequence; save
+the session's state to a file and open a new session from it; read the model's Open Inference metadata.
 
 {commands(client.url)}""")
     return 1 if faults else 0
@@ -116,16 +116,16 @@ state away as a file and go on from it in a new one; the model as the Open Infer
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unroll demo", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (%(default)s)")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the server (default: %(default)s)")
     parser.add_argument(
-        "--example", type=Path, default=EXAMPLE, metavar="DIR", help="folder of co2.csv and expected.safetensors"
+        "--example", type=Path, default=EXAMPLE, metavar="DIR", help="folder with co2.csv and expected.safetensors"
     )
-    parser.add_argument("--quick", action="store_true", help=f"week by week only for the last {QUICK_WEEKS} weeks")
+    parser.add_argument("--quick", action="store_true", help=f"send only the last {QUICK_WEEKS} weeks one by one")
     return parser
 
 
 def _check_server(client: Client) -> bool:
-    """Is it there, ready, and has it the model? Returns whether the model's bits must not depend on chunking."""
+    """Raise ServerError unless the model is ready. Returns whether chunking must not change a bit."""
     try:
         client.get("/readyz")
         model = client.get(f"/v1/models/{MODEL}")
@@ -138,7 +138,7 @@ def _check_server(client: Client) -> bool:
 
 
 def stream(session: RemoteSession, example: Example, *, quick: bool = False) -> Streamed:
-    """The whole series through one session, a request a week; the server holds the state in between."""
+    """Send the whole series through one session, one week per request; the server keeps the state in between."""
     ppm = example.series.ppm
     forecasts = np.empty(len(ppm), np.float32)
     head = max(0, len(ppm) - QUICK_WEEKS) if quick else 0
@@ -157,11 +157,11 @@ def stream(session: RemoteSession, example: Example, *, quick: bool = False) -> 
 
 
 def _retry(session: RemoteSession, example: Example, streamed: Streamed) -> None:
-    """Send the last step once more, as a client does whose connection broke before the answer came."""
+    """Send the last step again, like a client whose connection broke before the reply."""
     weeks = len(example.series.ppm)
     again = session.steps(_raw(example.series.ppm[-1:]), position=weeks - 1)
     if again != _raw(streamed.forecasts[-1:]) or session.position != weeks:
-        raise DemoFailed(f"a repeated step was not answered as the first time (position {session.position})")
+        raise DemoFailed(f"a retried step got another reply than the first time (position {session.position})")
 
 
 def _raw(values: np.ndarray) -> bytes:
@@ -169,7 +169,7 @@ def _raw(values: np.ndarray) -> bytes:
 
 
 def report(example: Example, streamed: Streamed, whole: np.ndarray, *, exact: bool) -> list[str]:
-    """Print the figures; returns what is not as it must be. `exact`: streamed and whole must agree in every bit."""
+    """Print the figures and return the failures. `exact`: streamed and whole forecasts must agree in every bit."""
     ppm, served, judged = example.series.ppm.astype(np.float64), streamed.forecasts, example.judged()
     error = np.abs(served[judged - 1] - ppm[judged]).mean()
     persistence = np.abs(ppm[judged - 1] - ppm[judged]).mean()
@@ -191,15 +191,15 @@ Last step sent twice      same answer, applied once""")
     if not double <= example.tolerance:
         faults.append(f"the served forecasts differ from PyTorch by {double:.1e} ppm, beyond {example.tolerance:.1e}")
     if not equal and (exact or not np.abs(served - whole).max() <= example.tolerance):
-        faults.append("the streamed forecasts are not those of the whole sequence")
+        faults.append("the streamed forecasts differ from those of the whole sequence")
     return faults
 
 
 def commands(url: str) -> str:
-    """Lines for a shell that show the API; a new session each time, so that they work again."""
+    """Shell lines that show the API, with a new session id on each call so that they can be repeated."""
     session, post = f"try-{secrets.token_hex(2)}", "curl -sw '\\n' -H 'content-type: application/json'"
     model = f"{url}/v1/models/{MODEL}"
-    # No comments between the lines: an interactive zsh takes them for commands.
+    # No comments between the lines: an interactive zsh runs them as commands.
     return f"""\
 {post} {model}/sessions -d '{{"session_id": "{session}"}}'
 {post} {model}/sessions/{session}/steps -d '{{"inputs": [[371.2], [371.5]], "position": 0}}'

@@ -1,6 +1,6 @@
-"""Shows a stream of forecasts in the terminal: redrawn in place on a terminal, sampled lines into a file or a pipe.
+"""Display a stream of forecasts: redrawn in place on a terminal, sampled lines in a file or a pipe.
 
-Knows nothing of servers.
+Independent of servers.
 """
 
 import shutil
@@ -22,11 +22,11 @@ _CLEAR, _UP = "\x1b[2K", "\x1b[3A"
 
 class Display(Protocol):
     def show(self, week: int, forecasts: np.ndarray) -> None:
-        """forecasts[i] is for week i + 1 and known for every week before `week`, whose truth has just come."""
+        """The measurement of `week` has arrived; forecasts[i] is for week i + 1 and known for all i < week."""
 
 
 class Live:
-    """Three lines: the week with its forecast and error, and the last two years of truth and forecast as bars."""
+    """Three lines: the week with its forecast and error, and two years of measurements and forecasts as bars."""
 
     def __init__(self, out: TextIO, dates: Sequence[date], truth: np.ndarray) -> None:
         self._out, self._dates, self._truth = out, dates, truth
@@ -52,7 +52,7 @@ class Live:
 
 
 class Lines:
-    """A few weeks, evenly spaced over those that are shown."""
+    """A few of the displayed weeks, evenly spaced."""
 
     def __init__(self, out: TextIO, dates: Sequence[date], truth: np.ndarray, first: int) -> None:
         self._out, self._dates, self._truth = out, dates, truth
@@ -64,12 +64,12 @@ class Lines:
 
 
 def display(out: TextIO, dates: Sequence[date], truth: np.ndarray, first: int) -> Display:
-    """What suits `out`. `first` is the first week that will be shown."""
+    """The display for `out`: `Live` on a terminal, else `Lines`. `first`: the first week to show."""
     return Live(out, dates, truth) if out.isatty() else Lines(out, dates, truth, first)
 
 
 def bars(values: np.ndarray, low: float, high: float) -> str:
-    """One character a value, from ▁ at `low` to █ at `high`."""
+    """One character per value, from ▁ at `low` to █ at `high`."""
     scaled = (values - low) / max(high - low, 1e-9) * (len(_BARS) - 1)
     return "".join(_BARS[level] for level in scaled.round().astype(int))
 

@@ -1,7 +1,7 @@
-"""`make run` and `make stop`: start a server of the example bundles, show the demo, leave the server running.
+"""`make run` and `make stop`: serve the example bundles, run the demo, and keep serving.
 
-python -m unroll.examples.run [--port 8000] [--detach]      start, wait until ready, demo; then until Ctrl-C, or at once
-python -m unroll.examples.run --stop                        end what `--detach` left running
+python -m unroll.examples.run [--port 8000] [--detach]      start, run the demo, serve until Ctrl-C or detach
+python -m unroll.examples.run --stop                        stop the server that `--detach` left running
 """
 
 import argparse
@@ -22,7 +22,7 @@ from unroll.examples import demo
 REPOSITORY = Path(__file__).parent / "repository"
 #: In the current directory.
 RUN = Path(".run")
-#: Holds the server's process id, and is locked by the server for its life: an id alone may be another's by now.
+#: Holds the server's process id; the server locks it for its lifetime, because ids are reused.
 PID_FILE = RUN / "server.pid"
 LOG = RUN / "server.log"
 
@@ -33,7 +33,7 @@ _POLL_SECONDS = 0.1
 
 
 class NotStarted(Exception):
-    """Why there is no server, and what to do about it."""
+    """The server did not start; the message has the reason and a remedy."""
 
 
 def main(argv: list[str]) -> int:
@@ -50,13 +50,13 @@ def main(argv: list[str]) -> int:
     try:
         _wait_until_ready(server, url)
         status = demo.main(["--url", url])
-        print(f"\nServing on {url}: try {url}/docs for the API, {url}/metrics for its figures. Log: {LOG}.")
+        print(f"\nServing on {url}: see {url}/docs for the API and {url}/metrics for metrics. Log: {LOG}.")
         if options.detach:
-            print(f"Process {server.pid}; `make stop` ends it.")
+            print(f"Process {server.pid}; `make stop` stops it.")
             return status
-        print("Ctrl-C ends it.", flush=True)
+        print("Ctrl-C stops it.", flush=True)
         ended = server.wait()
-        print(f"the server ended with status {ended}; see {LOG}", file=sys.stderr)
+        print(f"the server exited with status {ended}; see {LOG}", file=sys.stderr)
         return ended or status
     except NotStarted as error:
         print(f"make run: {error}", file=sys.stderr)
@@ -71,18 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unroll.examples.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR")
-    parser.add_argument("--detach", action="store_true", help="return after the demo; the server goes on")
-    parser.add_argument("--stop", action="store_true", help="end the server that --detach left running")
+    parser.add_argument("--detach", action="store_true", help="return after the demo and leave the server running")
+    parser.add_argument("--stop", action="store_true", help="stop the server that --detach left running")
     return parser
 
 
 def start(repository: Path, port: int) -> subprocess.Popen[bytes]:
-    """A server in a session of its own, so that Ctrl-C reaches only this process, which then ends it in order."""
+    """Start the server in its own process session: Ctrl-C reaches only this process, which then stops the server."""
     with PID_FILE.open("a+") as file:
         if not _lock(file):
-            raise NotStarted(f"a server from here is running (process {_pid()}); `make stop` ends it")
+            raise NotStarted(f"a server from this folder is already running (process {_pid()}); `make stop` stops it")
         if not _is_free(port):
-            raise NotStarted(f"port {port} is taken by another program; choose one: make run PORT={port + 1}")
+            raise NotStarted(f"port {port} is in use by another program; choose another: make run PORT={port + 1}")
         with LOG.open("wb") as log:
             server = subprocess.Popen(
                 [sys.executable, "-m", "unroll", "serve", "--repository", repository, "--port", str(port)],
@@ -90,7 +90,7 @@ def start(repository: Path, port: int) -> subprocess.Popen[bytes]:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                pass_fds=[file.fileno()],  # the lock goes on as long as the server
+                pass_fds=[file.fileno()],  # the lock lasts as long as the server
             )
         file.truncate(0)
         file.write(f"{server.pid}\n")
@@ -108,11 +108,11 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
                 raise NotStarted(f"not ready after {_READY_SECONDS:.0f} s; see {LOG}") from None
             time.sleep(_POLL_SECONDS)
     lines = LOG.read_text(errors="replace").splitlines()[-10:]
-    raise NotStarted("\n".join([f"the server ended with status {server.returncode}; the end of {LOG}:", *lines]))
+    raise NotStarted("\n".join([f"the server exited with status {server.returncode}; the end of {LOG}:", *lines]))
 
 
 def end(server: subprocess.Popen[bytes]) -> int:
-    """SIGTERM, and the server's exit status; SIGKILL if it does not go."""
+    """Send SIGTERM, or SIGKILL if the server does not exit in time. Returns the exit status."""
     server.terminate()
     try:
         return server.wait(_STOP_SECONDS)
@@ -122,17 +122,17 @@ def end(server: subprocess.Popen[bytes]) -> int:
 
 
 def stop() -> int:
-    """SIGTERM to the server that holds the lock, and wait until it lets go."""
+    """Send SIGTERM to the server that holds the lock, and wait until it releases it."""
     with PID_FILE.open("a+") as file:
         if _lock(file):
-            print("no server from here is running")
+            print("no server from this folder is running")
             return 0
         pid = _pid()
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_SECONDS
         while not _lock(file):
             if time.monotonic() > deadline:
-                print(f"process {pid} has not ended after {_STOP_SECONDS:.0f} s", file=sys.stderr)
+                print(f"process {pid} has not exited after {_STOP_SECONDS:.0f} s", file=sys.stderr)
                 return 1
             time.sleep(_POLL_SECONDS)
     print(f"stopped process {pid}")

@@ -1,5 +1,4 @@
-// A client of the WebSocket stream for browsers and Node 22: a session that goes on where it was when its connection
-// breaks.
+// A client of the WebSocket stream, for browsers and Node 22, that resumes its session after a broken connection.
 //
 //   const session = new Session("ws://127.0.0.1:8000", "co2");
 //   const forecasts = await session.steps(new Float32Array([371.2, 371.5]), 2);
@@ -32,7 +31,7 @@ export class Session {
     await this.exchange(JSON.stringify({ op: "close", handles: [0] }));
   }
 
-  // Send, and wait for the answer; once more if the connection breaks: the position tells what was applied.
+  // Send and wait for the reply; resend if the connection breaks: the position shows whether it was applied.
   async exchange(message) {
     for (;;) {
       if (this.socket?.readyState === WebSocket.OPEN) {
@@ -58,7 +57,7 @@ export class Session {
     if (error) throw new Error(JSON.stringify(error));
   }
 
-  // The next message; null if the connection broke, as it does after the farewell of a server that ends.
+  // The next message; null if the connection broke, for example after a server's closing message.
   ask(message) {
     return new Promise((resolve) => {
       this.socket.onmessage = ({ data }) => {

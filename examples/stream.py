@@ -1,4 +1,4 @@
-"""A client of the WebSocket stream: a session that goes on where it was when its connection breaks.
+"""A client of the WebSocket stream that resumes its session after a broken connection.
 
 session = Session("ws://127.0.0.1:8000", "co2")
 forecasts = session.steps(np.array([[371.2], [371.5]]))
@@ -39,7 +39,7 @@ class Session:
         self._exchange(json.dumps({"op": "close", "handles": [0]}))
 
     def _exchange(self, message: str | bytes) -> str | bytes:
-        """Send, and wait for the answer; once more if the connection breaks: the position tells what was applied."""
+        """Send and wait for the reply; resend if the connection breaks: the position shows whether it was applied."""
         while True:
             try:
                 self._socket = self._socket or self._connect()
@@ -52,7 +52,7 @@ class Session:
             except InvalidStatus as refused:
                 if refused.response.status_code != 503:
                     raise
-                time.sleep(1)  # that server is about to end; another will answer
+                time.sleep(1)  # that server is shutting down; another will reply
 
     def _connect(self) -> ClientConnection:
         socket = connect(self._address, max_size=None).__enter__()
@@ -67,5 +67,5 @@ class Session:
 
 
 def _is_farewell(message: str | bytes) -> bool:
-    """Said by a server that ends, before it closes the connection."""
+    """A server that shuts down sends it before it closes the connection."""
     return isinstance(message, str) and json.loads(message)["op"] == "closing"

@@ -9,8 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from unroll.service.api.server import ApiLimits
 from unroll.service.catalog.model import ModelOptions
 from unroll.service.engine.backend import Cells, EngineOptions, Precision
-from unroll.service.scheduler.limits import SchedulerLimits
-from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
 from unroll.service.store.redis import StoreConfig
 

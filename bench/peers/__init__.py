@@ -1,6 +1,6 @@
-"""Servers to compare with. Here is how each is started, asked and read; `programs/` has the servers themselves.
+"""Servers to compare with: how each is started, asked and read. The servers themselves are in `programs/`.
 
-Apart stand `canned` and `echo`, which run no model: started with `python -m bench.peers.<name> PORT`.
+`canned`, `echo` and `noop` run no model; they start with `python -m bench.peers.<name> PORT`.
 """
 
 from bench.peers.bentoml import BENTOML

@@ -1,4 +1,4 @@
-"""`python -m bench.peers`: makes the environments of the peers that have one of their own."""
+"""`python -m bench.peers`: creates the environments of the peers that need their own."""
 
 from bench.environments import ensure
 from bench.peers import PEERS

@@ -1,6 +1,6 @@
 """BentoML: JSON for steps, which it can batch; raw bytes for sequences, where the body's size outweighs its own cost.
 
-On a bytes body it derives a JSON schema anew in every request, more than the JSON of one step costs it.
+For a bytes body it derives a JSON schema in every request, which costs more than the JSON of one step.
 """
 
 import json

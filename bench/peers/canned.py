@@ -1,4 +1,4 @@
-"""The least a server can do: each packet gets the same reply. What the load generator reaches here is its own limit.
+"""A server that gives each packet the same reply. The rate against it is the load generator's own limit.
 
 `POST /BYTES` is answered with a body of that many bytes; after an upgrade at `/BYTES`, each packet with a binary
 frame of outputs with one entry. It does not parse: the load generator's small requests arrive whole.

@@ -1,7 +1,4 @@
-"""uvicorn and nothing on top of it: sends back each body, and each binary message of a WebSocket.
-
-The most that an ASGI application can answer.
-"""
+"""Bare uvicorn that sends back each body, and each binary WebSocket message: the fastest possible ASGI application."""
 
 import sys
 

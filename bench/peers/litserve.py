@@ -1,4 +1,4 @@
-"""LitServe, asked with raw bytes; the session's name is a header."""
+"""LitServe with raw bytes; the session's name is a header."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

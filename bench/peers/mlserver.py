@@ -1,6 +1,6 @@
-"""MLServer, asked in the Open Inference Protocol's JSON, the only form that its REST server knows.
+"""MLServer with the Open Inference Protocol's JSON, the only form that its REST server supports.
 
-The session is a tensor as x is: parameters of requests that share a batch would overwrite each other.
+The session is a tensor like x: parameters of requests in the same batch would overwrite each other.
 """
 
 import json

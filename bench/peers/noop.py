@@ -1,4 +1,4 @@
-"""FastAPI and a pydantic body, sent back: what a route costs before it does anything."""
+"""FastAPI that sends a pydantic body back: the cost of an empty route."""
 
 import sys
 

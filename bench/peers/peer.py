@@ -1,4 +1,4 @@
-"""What the benchmark must know of a server that it compares with: how it is started, asked and read."""
+"""Interface of a server to compare with: how to start it, ask it and read its answers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,39 +13,43 @@ BINARY, JSON = "application/octet-stream", "application/json"
 
 @dataclass(frozen=True)
 class Peer(ABC):
-    """what: one line for the report, with what was tuned. environment: what pip installs into the venv that it runs
-    in, versions pinned; empty: our own interpreter. ready_path: a GET there is answered 200 once it can serve."""
+    """what: one line for the report, with the tuning. environment: pinned requirements of its own venv; empty: runs in
+    this interpreter. ready_path: a GET there is answered with 200 once it can serve."""
 
     name: str
     what: str
     environment: tuple[str, ...] = ()
     ready_path: str | None = None
 
-    #: The module below bench.peers.programs that is the server.
+    #: The server's module in bench.peers.programs.
     program: ClassVar[str]
 
     def command(self, python: Path, models: Mapping[str, Path], folder: Path) -> tuple[str, ...]:
-        """With the word PORT where the port belongs; to be run where `bench` can be imported.
-        models: name → model.onnx. folder: empty, for what the server wants written before it starts."""
+        """The command, with the word PORT in place of the port, for a folder where `bench` can be imported.
+
+        models: name → model.onnx. folder: empty, for files that the server needs.
+        """
         served = (f"{name}={path}" for name, path in models.items())
         return (str(python), "-m", f"bench.peers.programs.{self.program}", "PORT", str(folder), *served)
 
     @abstractmethod
     def step(self, model: str, client: int, index: int, row: np.ndarray) -> bytes:
-        """The client's request number `index`, one time step; 0 starts from a zero state whatever was before.
-        row: (features,) float32."""
+        """The client's request number `index`, one time step; 0 always starts from a zero state.
+
+        row: (features,) float32.
+        """
 
     def sequence(self, model: str, values: np.ndarray) -> bytes | None:
-        """A whole sequence, from a zero state that no one keeps; None: not offered. values: (time, features)."""
+        """A whole sequence from a zero state, without a session; None: not offered. values: (time, features)."""
         return None
 
     @abstractmethod
     def outputs(self, body: bytes, features: int) -> np.ndarray:
-        """The values in a reply's body, flat: float32. features: how many there are for one time step."""
+        """Values of a reply's body, flat float32. features: number of values of one time step."""
 
 
 def post(path: str, body: bytes, media: str | None, headers: Mapping[str, str] | None = None) -> bytes:
-    """A whole request, as on a connection that stays open."""
+    """A whole request for a persistent connection."""
     lines = [f"POST {path} HTTP/1.1", "host: 127.0.0.1", f"content-length: {len(body)}"]
     if media:
         lines.append(f"content-type: {media}")

@@ -1,4 +1,4 @@
-"""FastAPI and a dictionary of states: as one writes it first, and as one does after a first measurement."""
+"""FastAPI and a dictionary of states: a first version, and one tuned after a first measurement."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Triton, asked as its own client asks: binary tensors after a JSON head, the sequence in the request's parameters."""
+"""Triton, with requests as its own client sends them: binary tensors after a JSON head, sequence in the parameters."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from bench.peers.peer import Peer, post
 
 @dataclass(frozen=True)
 class Triton(Peer):
-    """strategy: of its sequence batcher. whole_sequences: they have nothing to do with it, so one peer offers them."""
+    """strategy: of the sequence batcher. whole_sequences: independent of the strategy, so only one peer offers them."""
 
     program = "triton"
     strategy: str = "oldest"

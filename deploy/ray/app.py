@@ -1,9 +1,9 @@
-"""Unroll as a Ray Serve application: replicas behind Ray's proxy, which share their sessions through Redis.
+"""Unroll as a Ray Serve application: replicas behind Ray's proxy that share their sessions through Redis.
 
     serve run deploy.ray.app:app repository=examples/repository store=redis://127.0.0.1:6379/0
 
-The arguments are the settings of `unroll serve`. Ray's proxy knows no sessions and sends each step to any replica,
-so sessions have to be durable; it also costs more than the model does, so take it where Ray runs already.
+The arguments are the settings of `unroll serve`. Ray's proxy does not route by session and sends each step to any
+replica, so sessions must be durable. The proxy also costs more than the model: use it only where Ray already runs.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ from unroll.service.settings import Settings
 
 @serve.deployment(
     num_replicas=2,
-    # Ray's default of 5 would leave nothing to batch.
+    # Ray's default of 5 leaves nothing to batch.
     max_ongoing_requests=1024,
-    # What runs is finished before a replica goes.
+    # A replica completes running work before it stops.
     graceful_shutdown_timeout_s=15,
     health_check_period_s=2,
     logging_config=LoggingConfig(enable_access_log=False),
@@ -32,18 +32,20 @@ class Unroll:
         self._application, self._server = build(Settings(**settings))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Ray builds the application in each replica: a loaded model cannot be sent there."""
+        """Built in each replica, because a loaded model cannot be pickled."""
         return self._application
 
     def check_health(self) -> None:
-        """Ray replaces a replica whose health check raises."""
+        """Raise if the replica must be replaced."""
         if not self._server.ready:
             raise RuntimeError("a model's loop has ended")
 
 
 def app(settings: dict[str, Any]) -> Application:
-    """For `serve run` and for a Serve configuration's `import_path`. Raises for a setting that does not exist."""
+    """For `serve run` and the `import_path` of a Serve configuration. Raises for an unknown setting."""
     Settings(**settings)
     if "store" not in settings:
-        raise ValueError("two replicas that share no store would each know half of the sessions: set store=redis://...")
+        raise ValueError(
+            "replicas without a shared store would each know only their own sessions: set store=redis://..."
+        )
     return Unroll.bind(settings)

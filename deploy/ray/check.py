@@ -1,8 +1,8 @@
-"""Two Ray Serve replicas and a Redis, all started here: every step of every session goes to any replica, one is killed.
+"""Check durable sessions under Ray Serve: steps go to either of two replicas, then one replica is killed.
 
-    python -m deploy.ray.check             needs ray[serve], unroll and redis-server; `make check-ray` has them
+    python -m deploy.ray.check             needs ray[serve], unroll and redis-server; `make check-ray` provides them
 
-Ends with 0 if both replicas took part and every output is what it is without any interruption, with 1 if not.
+Exits with 0 if both replicas took part and every output equals that of an uninterrupted run, else with 1.
 """
 
 import random
@@ -64,7 +64,7 @@ def served(store: str) -> Iterator[str]:
 
 
 def applied(url: str) -> set[float]:
-    """Steps that each replica has run, whole sequences' too: a scrape is answered by any of them."""
+    """Steps run by each replica, whole sequences included: any of them may answer a scrape."""
     pattern = rf'^unroll_steps_total{{.*model="{MODEL}".*}} (\S+)$'
     with Client(url) as client:
         scrapes = [client.exchange("GET", "/metrics")[0].decode() for _ in range(40)]
@@ -72,7 +72,7 @@ def applied(url: str) -> set[float]:
 
 
 def kill_a_replica() -> None:
-    """At once and without a warning, as a machine that is gone does it."""
+    """Immediately and without notice, like a lost machine."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     victim = next(actor for actor in actors if actor["name"].startswith("SERVE_REPLICA::unroll#Unroll"))
     ray.kill(ray.get_actor(**victim))
@@ -80,7 +80,7 @@ def kill_a_replica() -> None:
 
 
 def run(url: str, values: list[float], halfway: threading.Barrier) -> bool:
-    """One session, a step a request."""
+    """Run one session, one step per request."""
     with Client(url) as client:
         with open_durable(client, f"check-{secrets.token_hex(8)}") as session:
             outputs = steps(session, values[: STEPS // 2])

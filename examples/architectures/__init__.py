@@ -1,4 +1,4 @@
-"""Models with the architecture of well-known streaming models, small and untrained: each file's `build` makes one.
+"""Small, untrained models with the architectures of well-known streaming models; `build` of each file returns one.
 
-`unroll export examples.architectures.voice:build --input samples:float32:576 --name voice --repository bundles`
+`unroll export unroll.examples.architectures.voice:build --input samples:float32:576 --name voice --repository bundles`
 """

@@ -1,7 +1,7 @@
-"""Speech without the noise, frame by frame, after the plan of DTLN.
+"""Speech denoising frame by frame, with the architecture of DTLN.
 
-A step is a frame of 512 samples; whoever streams adds up the overlapping answers. The first half masks the spectrum,
-the second a representation of its own; two LSTMs each find the mask.
+A step is a frame of 512 samples; the client overlap-adds the outputs. The first half masks the spectrum, the second a
+learned representation; two LSTM layers each compute a mask.
 """
 
 import torch
@@ -13,7 +13,7 @@ _FRAME = 512
 
 
 class Mask(nn.Module):
-    """How much of each feature is speech, from 0 to 1."""
+    """The share of speech in each feature, from 0 to 1."""
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What comes next, and how sure is that? A distribution for the next value of many series, after the plan of DeepAR.
+"""A distribution for the next value of many series, with the architecture of DeepAR.
 
-A step is the last value, scaled, and what the calendar says; which series it is, is said once.
+A step is the last value, scaled, and calendar features. The series is a static input.
 """
 
 import torch

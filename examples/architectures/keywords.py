@@ -1,4 +1,4 @@
-"""Which of twelve words was said? Convolutions that look back, then GRUs, as recurrent keyword spotters are made.
+"""Keyword spotting among twelve words: causal convolutions, then GRU layers.
 
 A step is one frame of 40 mel bands, every 10 ms.
 """

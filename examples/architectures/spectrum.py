@@ -1,4 +1,4 @@
-"""A Fourier transform as two matrices: what is a matrix product runs wherever a recurrent layer does."""
+"""A Fourier transform as two matrices: matrix products run on every runtime that runs a recurrent layer."""
 
 import math
 
@@ -13,7 +13,7 @@ class Spectrum(nn.Module):
         super().__init__()
         bins = size // 2 + 1
         angle = 2 * math.pi * torch.outer(torch.arange(size), torch.arange(bins)).double() / size
-        # Every bin but the first and the last stands for its mirror image, too.
+        # Every bin except the first and the last also stands for its mirror image.
         weight = torch.full((bins, 1), 2.0 / size, dtype=torch.float64)
         weight[[0, -1]] /= 2
         self.forth = nn.Buffer(torch.cat([angle.cos(), -angle.sin()], 1).float())

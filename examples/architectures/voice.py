@@ -1,7 +1,7 @@
-"""Is somebody speaking? A chunk of 32 ms at a time, after the plan of Silero VAD.
+"""Voice activity detection in chunks of 32 ms, with the architecture of Silero VAD.
 
-A step is 512 samples at 16 kHz and the 64 before them. They become spectra, which a few convolutions within the step
-make one vector of; an LSTM goes over the steps.
+A step is 512 samples at 16 kHz and the 64 before them. Convolutions within the step reduce its spectra to one vector;
+an LSTM runs over the steps.
 """
 
 import torch

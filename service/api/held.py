@@ -14,7 +14,8 @@ from unroll.service.api.server import Server
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
 from unroll.service.protocol import json
-from unroll.service.scheduler.work import Chunk, Reply
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.reply import Reply
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 
@@ -67,9 +68,9 @@ class _Held:
         self._raw = raw
 
     def encode(self, reply: Reply) -> Answer:
-        assert self.chunk.row is not None
+        assert self.chunk.state_row is not None
         codec = self._served.codec
-        snapshot = Snapshot(self._served.manifest.digest, reply.position, self.chunk.row)
+        snapshot = Snapshot(self._served.manifest.digest, reply.position, self.chunk.state_row)
         sealed = self._keys.seal(self._session_id, snapshot)
         position = b"unroll-position: %d\r\n" % reply.position
         if self._raw:

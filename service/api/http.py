@@ -39,15 +39,14 @@ class Disconnected(Exception):
 
 
 class Request:
-    """headers: by lower-case name. fresh: its session was just looked up in the store. again: looks a session up and
-    begins the request anew, unless that was done too often; None: there is no store."""
+    """headers: by lower-case name. again: looks a session up in the store and handles the request again, unless that
+    was done too often; None: there is no store."""
 
-    __slots__ = ("again", "body", "fresh", "headers")
+    __slots__ = ("again", "body", "headers")
 
     def __init__(self, headers: Headers, body: bytes) -> None:
         self.headers = headers
         self.body = body
-        self.fresh = False
         self.again: Callable[[str], bool] | None = None
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:

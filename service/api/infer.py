@@ -16,11 +16,11 @@ from unroll.service.api.parameters import require_streamable
 from unroll.service.api.server import Server
 from unroll.service.api.sessions import check_id
 from unroll.service.catalog.model import ServedModel
-from unroll.service.core.errors import InvalidRequest, InvalidShape, SessionAway
+from unroll.service.core.errors import InvalidRequest, InvalidShape, NeedsStoreLookup
 from unroll.service.engine.interface import Tensors
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
-from unroll.service.scheduler.work import Reply
+from unroll.service.scheduler.reply import Reply
 from unroll.service.store.record import Origin
 
 HEADER_LENGTH = b"inference-header-content-length"
@@ -81,9 +81,7 @@ def infer(server: Server, name: str, version: str | None, request: Request, resp
     if asked.header.sequence is not None:
         sequence = asked.header.sequence
         again = request.again_with(sequence.id)
-        return _sequence_steps(
-            server, name, version, asked, sequence, timeout, respond, fresh=request.fresh, again=again
-        )
+        return _sequence_steps(server, name, version, asked, sequence, timeout, respond, again)
     served = server.catalog.resolve(name, version)
     _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
@@ -108,11 +106,9 @@ def _sequence_steps(
     sequence: SequenceParameters,
     timeout: float,
     respond: Respond,
-    *,
-    fresh: bool,
     again: Callable[[], bool] | None,
 ) -> Cancel:
-    served = _version_for(server, name, version, sequence, asked, fresh=fresh)
+    served = _version_for(server, name, version, sequence, asked)
     require_streamable(served)
     if sequence.start:
         server.refuse_if_draining()
@@ -129,7 +125,6 @@ def _sequence_steps(
         final=sequence.end,
         origin=origin,
         token=token,
-        fresh=fresh,
     )
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 
@@ -151,19 +146,18 @@ def _version_for(
     version: str | None,
     sequence: SequenceParameters,
     asked: InferRequest,
-    *,
-    fresh: bool,
 ) -> ServedModel:
     """A sequence that lives, or whose end is asked for again, stays with its version; a new one gets the newest."""
     check_id(sequence.id)
-    if sequence.start and server.catalog.keeper is not None and not fresh:
-        raise SessionAway(sequence.id)
+    keeper = server.catalog.keeper
+    if sequence.start and keeper is not None and not keeper.is_verified(name, sequence.id):
+        raise NeedsStoreLookup(sequence.id)
     if not sequence.start:
-        return server.catalog.owner(name, version, sequence.id, fresh=fresh)
+        return server.catalog.owner(name, version, sequence.id)
     if sequence.position not in (None, 0):
         raise InvalidRequest("a request that starts a sequence has sequence_position 0")
     if sequence.position == 0:
-        owner = server.catalog.owner(name, version, sequence.id, fresh=fresh)
+        owner = server.catalog.owner(name, version, sequence.id)
         if sequence.id in owner.scheduler.sessions or _remembers(owner, sequence.id, asked):
             return owner
     return server.catalog.resolve(name, version)
@@ -172,7 +166,9 @@ def _version_for(
 def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool:
     now = owner.loop.clock.now()
     try:
-        return any(owner.scheduler.remembers(session_id, inputs, now) for inputs in _batch(owner, asked))
+        return any(
+            owner.scheduler.sessions.closed.knows_request(session_id, inputs, now) for inputs in _batch(owner, asked)
+        )
     except InvalidRequest:  # an older version's inputs may have been others
         return False
 

@@ -13,7 +13,7 @@ from unroll.service.api.parameters import split_reference
 from unroll.service.api.server import Server
 from unroll.service.api.steps import sequences, steps
 from unroll.service.catalog.keeper import Keeper
-from unroll.service.core.errors import EngineFailed, SessionAway, SessionContended, UnrollError
+from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, SessionContended, UnrollError
 
 _log = structlog.get_logger(__name__)
 
@@ -44,10 +44,10 @@ class Route:
         return self.attempt(server, path, request, respond)
 
     def attempt(self, server: Server, path: Path, request: Request, respond: Respond) -> Cancel:
-        """Raises SessionAway."""
+        """Raises NeedsStoreLookup."""
         try:
             return self.begin(server, path, request, respond)
-        except SessionAway:
+        except NeedsStoreLookup:
             raise
         except UnrollError as error:
             respond(self.failure(error))
@@ -79,7 +79,7 @@ class _Attempts:
             cancel = self._route.attempt(self._server, self._path, self._request, self._finish)
             if not self._over:
                 self._cancel = cancel
-        except SessionAway as away:
+        except NeedsStoreLookup as away:
             if not self._again(away.session_id):
                 error = SessionContended(f"session {away.session_id!r} is moved on by others all the time", 0.1)
                 self._finish(self._route.failure(error))
@@ -109,7 +109,6 @@ class _Attempts:
         if error is not None:
             self._finish(self._route.failure(error))
             return
-        self._request.fresh = True
         self.begin()
 
 

@@ -19,7 +19,7 @@ from unroll.service.core.errors import (
     NonFiniteInput,
     SessionExists,
 )
-from unroll.service.scheduler.work import Session
+from unroll.service.scheduler.session import Session
 from unroll.service.state.slots import INITIAL
 from unroll.service.state.snapshot import Snapshot
 
@@ -158,9 +158,9 @@ async def find(server: Server, model: str, session_id: str) -> tuple[ServedModel
 
 
 def find_here(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
-    """`find` for who has looked it up, or where there is no store."""
-    served = server.catalog.owner(*split_reference(model), session_id, fresh=True)
-    return served, served.scheduler.sessions.find(session_id, served.loop.clock.now())
+    """The session as this process knows it, without a lookup in the store."""
+    served = server.catalog.owner_here(*split_reference(model), session_id)
+    return served, served.scheduler.sessions.find_detached(session_id, served.loop.clock.now())
 
 
 async def fork(server: Server, model: str, session_id: str, wanted_id: str | None) -> tuple[ServedModel, Session]:
@@ -277,6 +277,6 @@ def new_id(server: Server, name: str, session_id: str | None) -> str:
         return secrets.token_urlsafe(_ID_BYTES)
     check_id(session_id)
     if (living := server.catalog.living(name, session_id)) is not None:
-        session = living.scheduler.sessions.find(session_id, living.loop.clock.now())
+        session = living.scheduler.sessions.find_detached(session_id, living.loop.clock.now())
         raise SessionExists(f"session {session_id!r} is open", position=session.position)
     return session_id

@@ -16,7 +16,7 @@ from unroll.service.api.parameters import (
 from unroll.service.api.server import Server
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
-from unroll.service.scheduler.work import Reply
+from unroll.service.scheduler.reply import Reply
 
 
 def steps(server: Server, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
@@ -29,7 +29,7 @@ def steps(server: Server, model: str, session_id: str, request: Request, respond
     document = None if raw else json_body(server, request, {"inputs", "position", "snapshot"})
     if document is not None and "snapshot" in document:
         return held_steps(server, model, session_id, request, respond, document)
-    served = server.catalog.owner(*split_reference(model), session_id, fresh=request.fresh)
+    served = server.catalog.owner(*split_reference(model), session_id)
     require_streamable(served)
     if document is None:
         inputs, encode = served.codec.from_raw(request.body), _raw_steps
@@ -37,7 +37,7 @@ def steps(server: Server, model: str, session_id: str, request: Request, respond
         position = position_of(document, position)
         inputs, encode = served.codec.from_json(document["inputs"]), _json_steps
     settled = Answering(respond, problem, encode, served.codec, request.again_with(session_id))
-    chunk = served.loop.submit_steps(session_id, inputs, timeout, settled, position=position, fresh=request.fresh)
+    chunk = served.loop.submit_steps(session_id, inputs, timeout, settled, position=position)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 
 

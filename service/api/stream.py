@@ -31,9 +31,9 @@ from unroll.service.core.errors import (
     CapacityExhausted,
     InvalidRequest,
     ModelChanged,
+    NeedsStoreLookup,
     Overloaded,
     QueueFull,
-    SessionAway,
     SessionClosed,
     SessionContended,
     SessionUnknown,
@@ -42,7 +42,9 @@ from unroll.service.core.errors import (
 from unroll.service.engine.interface import Tensors
 from unroll.service.protocol import json
 from unroll.service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
-from unroll.service.scheduler.work import Action, Chunk, Cohort, GroupReply, Life, Outcome, Session
+from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
+from unroll.service.scheduler.reply import Outcome
+from unroll.service.scheduler.session import Cohort, Life, Session
 
 T = TypeVar("T")
 
@@ -340,7 +342,7 @@ class Stream:
             raise CapacityExhausted(f"one connection holds {MAX_HANDLES} sessions: detach some, or use another")
 
     def _bind(self, wanted: _Wanted, served: ServedModel, session: Session) -> dict[str, Any]:
-        served.scheduler.remember_chunks(session, wanted.depth)
+        served.scheduler.set_retry_depth(session, wanted.depth)
         self._bound.setdefault(served, {})[wanted.handle] = session
         self._handles += 1
         return {
@@ -429,8 +431,8 @@ class Stream:
             raise InvalidRequest(f"no session is bound to handle {handle}")
         served, session = found
         if session.life is Life.GONE and session.origin is not None and session.durable is None:
-            return self._bind_again(handle, session, fresh=True)
-        return served, served.scheduler.sessions.look(session)
+            return self._bind_again(handle, session)
+        return served, served.scheduler.sessions.detach_from_cohort(session)
 
     def _take_leave(self) -> None:
         """Say where some of the sessions are, and where more are when the event loop comes round; then hang up."""
@@ -520,39 +522,34 @@ class Stream:
         others = set(left)
         return [i for row, i in enumerate(rows) if row not in others]
 
-    def _submit(
-        self, said: Alone, fault: UnrollError | None, *, alone: bool, fresh: bool = False, left: int = ATTEMPTS
-    ) -> None:
-        """fresh: its session was looked up in the store for this very call."""
+    def _submit(self, said: Alone, fault: UnrollError | None, *, alone: bool, left: int = ATTEMPTS) -> None:
         try:
             if fault is not None:
                 raise fault
             served, session = self._session_of(said.handle)
             if session.life is Life.GONE and session.durable is not None:
-                served, session = self._bind_again(said.handle, session, fresh=fresh)
+                served, session = self._bind_again(said.handle, session)
             if session.active is not None or session.life is not Life.OPEN:
                 _check_here(served, session)
                 _check_depth(session, said.position)
             waiting = _Waiting(self, served, session, said, alone, left)
             timeout = self._server.limits.request_timeout
-            waiting.chunk = served.loop.submit_steps(
-                session.id, said.inputs, timeout, waiting, position=said.position, fresh=fresh
-            )
+            waiting.chunk = served.loop.submit_steps(session.id, said.inputs, timeout, waiting, position=said.position)
             if waiting.chunk is not None:
                 self._waiting[waiting] = None
-        except SessionAway as away:
+        except NeedsStoreLookup as away:
             self._look_up(away.session_id, said, alone, left)
         except UnrollError as error:
             self._refuse(said.handle, said.steps, said.position, error)
 
-    def _bind_again(self, handle: int, before: Session, *, fresh: bool) -> tuple[ServedModel, Session]:
-        """A session that lost its row here is brought back, or was. Raises SessionAway, or what became of it."""
-        if before.durable is not None and not fresh:
-            raise SessionAway(before.id)
+    def _bind_again(self, handle: int, before: Session) -> tuple[ServedModel, Session]:
+        """A session that lost its row here is brought back, or was. Raises NeedsStoreLookup, or what became of it."""
+        if self._keeper and before.durable is not None and not self._keeper.is_verified(self._name, before.id):
+            raise NeedsStoreLookup(before.id)
         served, session = sessions.find_here(self._server, self._name, before.id)
         if session.origin != before.origin:
             raise _another(before)
-        served.scheduler.remember_chunks(session, before.depth)
+        served.scheduler.set_retry_depth(session, before.depth)
         self._unbind(handle)
         self._bound.setdefault(served, {})[handle] = session
         self._handles += 1
@@ -563,7 +560,7 @@ class Stream:
 
         def then(error: UnrollError | None) -> None:
             if not self._closed:
-                self._submit(said, error, alone=alone, fresh=True, left=left - 1)
+                self._submit(said, error, alone=alone, left=left - 1)
 
         assert self._keeper is not None
         self._keeper.fetch(self._name, session_id, then)
@@ -673,7 +670,7 @@ def _check_here(served: ServedModel, session: Session) -> None:
         table = served.scheduler.sessions
         if session.id in table:
             raise _another(session)
-        raise table.loss(session.id, served.loop.clock.now())
+        raise table.closed.error(session.id, served.loop.clock.now())
 
 
 def _another(session: Session) -> SessionClosed:
@@ -688,7 +685,7 @@ def _check_mode(wanted: _Wanted) -> None:
 def _check_depth(session: Session, position: int | None) -> None:
     """Raises QueueFull if a new chunk is one more than the session's client pipelines. A retry is not new."""
     if position is None or position == session.expected:
-        chunks = sum(not isinstance(work, Action) for work in session.queue())
+        chunks = sum(not isinstance(work, Action) for work in session.own_progress.queue())
         if chunks >= session.depth:
             raise QueueFull(f"{chunks} chunks of the session are unanswered; it was opened for {session.depth}", 0.0)
 

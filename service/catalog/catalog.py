@@ -14,7 +14,7 @@ from unroll.service.catalog.keeper import Keeper
 from unroll.service.catalog.model import ModelOptions, ModelRefused, ServedModel
 from unroll.service.catalog.overflow import Overflow
 from unroll.service.core.clock import Clock
-from unroll.service.core.errors import ModelChanged, ModelUnknown, SessionAway
+from unroll.service.core.errors import ModelChanged, ModelUnknown, NeedsStoreLookup
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.store.base import Store
 
@@ -99,28 +99,32 @@ class Catalog:
         """The version of a model on which the session lives, if it does."""
         now = self.clock.now()
         for model in self._by_name.get(name, ()):
-            if model.scheduler.sessions.living(session_id, now) is not None:
+            if model.scheduler.sessions.get_detached(session_id, now) is not None:
                 return model
         return self.overflow.bring_back(name, session_id) if self.overflow.holds(name, session_id) else None
 
-    def owner(self, name: str, version: str | None, session_id: str, *, fresh: bool = False) -> ServedModel:
+    def owner(self, name: str, version: str | None, session_id: str) -> ServedModel:
+        """`owner_here`, if that needs no lookup in the store. Raises NeedsStoreLookup, or what `owner_here` raises."""
+        keeper = self.keeper
+        if keeper is not None and not keeper.is_verified(name, session_id):
+            absent = name in self._by_name and self.living(name, session_id) is None
+            if absent or keeper.is_looked_up(name, session_id):
+                raise NeedsStoreLookup(session_id)
+        return self.owner_here(name, version, session_id)
+
+    def owner_here(self, name: str, version: str | None, session_id: str) -> ServedModel:
         """Where the session lives, else where one of that id ended last, else where new sessions go.
 
-        fresh: it was looked up in the store for this very call. Raises ModelUnknown, ModelChanged if the session lives
-        on a version other than the one asked for, or SessionAway.
+        Raises ModelUnknown, or ModelChanged if the session lives on a version other than the one asked for.
         """
-        if self.keeper is not None and not fresh and self.keeper.is_looked_up(name, session_id):
-            raise SessionAway(session_id)
         if (model := self.living(name, session_id)) is not None:
             if version is not None and version != model.version:
                 raise ModelChanged(f"session {session_id!r} runs on version {model.version}, not {version}")
             return model
-        if self.keeper is not None and not fresh and name in self._by_name:
-            raise SessionAway(session_id)
         now = self.clock.now()
         ended: tuple[float, ServedModel] | None = None
         for model in self._by_name.get(name, ()):
-            tombstone = model.scheduler.sessions.tombstone(session_id, now)
+            tombstone = model.scheduler.sessions.closed.get(session_id, now)
             if tombstone is not None and version in (None, model.version) and (not ended or tombstone.since > ended[0]):
                 ended = tombstone.since, model
         return ended[1] if ended else self.resolve(name, version)
@@ -142,6 +146,9 @@ class Catalog:
             raise CatalogError("\n".join(refusals))
         self._index()
 
+    def _is_verified(self, name: str, session_id: str) -> bool:
+        return self.keeper is not None and self.keeper.is_verified(name, session_id)
+
     def _all(self, name: str) -> list[ServedModel]:
         return self._by_name.get(name, [])
 
@@ -154,7 +161,7 @@ class Catalog:
     def _load(self, path: Path) -> list[ServedModel]:
         """On every device, with the same statistics."""
         models = [
-            ServedModel.load(path, device, self.options, self.clock, executor, self.store)
+            ServedModel.load(path, device, self.options, self.clock, executor, self.store, self._is_verified)
             for device, executor in self._places
         ]
         for model in models:
@@ -232,7 +239,7 @@ class Catalog:
                 self._models.remove(model)
                 self._index()
                 for heir in [m for m in self._models if m.name == model.name][-1:]:
-                    heir.scheduler.sessions.inherit(model.scheduler.sessions)
+                    heir.scheduler.sessions.merge_closed(model.scheduler.sessions)
                 await model.stop()
                 model.engine.close()
                 _log.info("model dropped", model=model.name, version=model.version)

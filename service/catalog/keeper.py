@@ -1,7 +1,8 @@
 """Durable sessions: brings them in from the store, so that they are served here as if they had always been here.
 
-A request that meets a session which is not here, or whose copy here may be old, waits until the session was looked up,
-and is then begun again with `fresh`. Requests for one session wait in the order in which they came.
+A request for a session that is not here, or whose copy here may be stale, waits for a lookup in the store and is then
+handled again. Requests for one session wait in the order of their arrival. While such a request is handled, its session
+is verified (`is_verified`): the copy here, or the absence of one, is what the store has.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import structlog
 
 from unroll.service.catalog.model import ServedModel, home
 from unroll.service.core.errors import SessionContended, SessionExists, SnapshotInvalid, UnrollError
-from unroll.service.scheduler.work import Session
+from unroll.service.scheduler.session import Session
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.base import Commit, Key, Store, Tokens
 from unroll.service.store.record import Gone, Record, pack_last
@@ -44,6 +45,7 @@ class Keeper:
         self._living = living
         self._tokens = Tokens()
         self._waiting: dict[Key, list[Then]] = {}
+        self._verified: Key | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -52,6 +54,10 @@ class Keeper:
     def is_looked_up(self, name: str, session_id: str) -> bool:
         """Is it under way? Then whoever wants the session is to wait behind those that do."""
         return (name, session_id) in self._waiting
+
+    def is_verified(self, name: str, session_id: str) -> bool:
+        """Was the session looked up for the call that is running?"""
+        return self._verified == (name, session_id)
 
     def fetch(self, name: str, session_id: str, then: Then) -> None:
         """Look the session up; `then` is called when what is known of it here is what the store knows."""
@@ -108,7 +114,7 @@ class Keeper:
         key, row = (served.name, session.id), snapshot.row.astype("<f4").tobytes()
 
         def find() -> Session:
-            return served.scheduler.sessions.find(session.id, served.loop.clock.now())
+            return served.scheduler.sessions.find_detached(session.id, served.loop.clock.now())
 
         for _ in range(_ATTEMPTS):
             assert session.durable is not None
@@ -129,9 +135,9 @@ class Keeper:
         now = served.loop.clock.now()
         if position is None:
             raise await self.look_up(
-                *(served.name, session.id), lambda: served.scheduler.sessions.loss(session.id, now)
+                *(served.name, session.id), lambda: served.scheduler.sessions.closed.error(session.id, now)
             )
-        if served.scheduler.sessions.living(session.id, now) is session:
+        if served.scheduler.sessions.get_detached(session.id, now) is session:
             served.scheduler.close(session.id, now)
         session.position = position
 
@@ -148,8 +154,13 @@ class Keeper:
         except Exception as reason:  # those who wait must not wait for ever
             _log.error("a session could not be brought in", model=key[0], session=key[1], exc_info=reason)
             error = SnapshotInvalid("what is stored of this session cannot be read; the server's log says why")
-        for then in self._waiting.pop(key):
-            then(error)
+        waiting = self._waiting.pop(key)
+        self._verified = key  # true until the last `then` returns, because nothing can suspend this loop
+        try:
+            for then in waiting:
+                then(error)
+        finally:
+            self._verified = None
 
     async def _bring_in(self, key: Key) -> None:
         name, session_id = key
@@ -172,7 +183,9 @@ class Keeper:
 
     def _here(self, key: Key) -> tuple[ServedModel, Session] | None:
         model = self._living(*key)
-        return None if model is None else (model, model.scheduler.sessions.find(key[1], model.loop.clock.now()))
+        return (
+            None if model is None else (model, model.scheduler.sessions.find_detached(key[1], model.loop.clock.now()))
+        )
 
     def _adopt(self, key: Key, record: Record) -> None:
         name, session_id = key

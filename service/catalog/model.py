@@ -2,9 +2,10 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Self
@@ -28,11 +29,11 @@ from unroll.service.engine.curve import Curve, measure
 from unroll.service.engine.interface import Engine, PlainRows
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.protocol.tensors import Codec
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Batch, Session
+from unroll.service.scheduler.session import Session
 from unroll.service.state.slots import INITIAL, SCRATCH
 from unroll.service.store.base import Store
 from unroll.service.store.record import ID_BYTES, Gone, Origin, Record
@@ -132,8 +133,11 @@ class ServedModel:
         clock: Clock,
         executor: Executor,
         store: Store | None = None,
+        is_verified: Callable[[str, str], bool] = lambda name, session_id: False,
     ) -> Self:
-        """Raises ModelRefused if the bundle is damaged, answers otherwise than PyTorch on this device or has no room
+        """`is_verified`: was the session of that model and id looked up in the store for the call that is running?
+
+        Raises ModelRefused if the bundle is damaged, answers otherwise than PyTorch on this device or has no room
         there, and DeviceUnavailable."""
         started = perf_counter()
         try:
@@ -142,7 +146,8 @@ class ServedModel:
             backend = open_backend(bundle, device, options.engine)
             parity = bundles.replay(bundle.golden, manifest, backend.runner, backend.slack)
             traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
-            scheduler = Scheduler(traits, _session_limits(backend, manifest, options), options.scheduler)
+            limits = _session_limits(backend, manifest, options)
+            scheduler = Scheduler(traits, limits, options.scheduler, partial(is_verified, manifest.name))
             engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
         except DeviceUnavailable:
             raise
@@ -201,7 +206,7 @@ class ServedModel:
         row = self.engine.read(session.slot).tobytes() if session.source != INITIAL else b""
         if session.origin is None:
             session.origin = replace(self.origin("memory"), opened_with=session.opened_with)
-        return Record(session.origin, session.position, row, self.scheduler.records.kept(session), session.depth)
+        return Record(session.origin, session.position, row, self.scheduler.replay.kept(session), session.depth)
 
     def adopt(self, session_id: str, record: Record) -> Session:
         """See `Scheduler.adopt`. Raises CapacityExhausted, or SnapshotInvalid if it is not of this model."""
@@ -214,9 +219,9 @@ class ServedModel:
 
     def bury(self, session_id: str, gone: Gone) -> None:
         """Remember what the store knows of a session's end."""
-        last = self.scheduler.records.read(gone.kept[-1:])
+        last = self.scheduler.replay.read(gone.kept[-1:])
         now = self.loop.clock.now()
-        self.scheduler.sessions.bury(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
+        self.scheduler.sessions.add_closed(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)
 
     def figures(self) -> ModelFigures:
         counters = self.scheduler.counters

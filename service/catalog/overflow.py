@@ -14,7 +14,7 @@ import structlog
 from unroll.service.catalog.model import ModelOptions, ServedModel, home
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
-from unroll.service.scheduler.work import Session
+from unroll.service.scheduler.session import Session
 from unroll.service.store import state_file
 from unroll.service.store.base import Commit, Key, Store, Tokens
 from unroll.service.store.record import Record
@@ -121,7 +121,7 @@ class Overflow:
         heirs = [model for model in models if model.manifest.digest == record.origin.model] or models[:1]
         for model in heirs[:1]:
             model.scheduler.count_gone(cause)
-            model.scheduler.sessions.bury(key[1], cause, self._clock.now(), record.origin.opened_with)
+            model.scheduler.sessions.add_closed(key[1], cause, self._clock.now(), record.origin.opened_with)
 
     # ── from one process to the next ─────────────────────────────────────────────────────────────
 
@@ -131,7 +131,7 @@ class Overflow:
         resident = (
             ((model.name, session.id), model.record(session), now - session.last_used)
             for model in models
-            for session in map(model.scheduler.sessions.look, list(model.scheduler.sessions))
+            for session in map(model.scheduler.sessions.detach_from_cohort, list(model.scheduler.sessions))
             if session.durable is None
         )
         waiting = ((key, record, now - used) for key, record, used in self._spill)

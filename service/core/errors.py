@@ -118,8 +118,8 @@ class ModelChanged(SessionError):
     code = "model_changed"
 
 
-class SessionAway(Exception):
-    """The session, or what became of it, is to be looked up in the store, and the request begun anew."""
+class NeedsStoreLookup(Exception):
+    """This process does not know the session for certain: look it up in the store, then handle the request again."""
 
     def __init__(self, session_id: str) -> None:
         super().__init__(session_id)

@@ -15,8 +15,7 @@ from unroll.service.core.clock import MonotonicClock
 from unroll.service.doctor import libraries
 from unroll.service.engine import probe
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
-from unroll.service.scheduler.limits import SchedulerLimits
-from unroll.service.scheduler.sessions import SessionLimits
+from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.telemetry import logs
 
 #: An LSTM of a few weights: `make bundles` writes it.

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from unroll.service.engine.interface import Tensors
+from unroll.service.scheduler.batch import Batch, Indices
+from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
-from unroll.service.scheduler.work import Batch, Chunk, Group, Indices
 from unroll.service.state.slots import INITIAL, SCRATCH, Slots
 
 #: A piece of long work takes as long as everything else took since the last one, within these bounds.
@@ -155,15 +156,15 @@ class Lanes:
 
     def _has_room(self, work: Chunk | Group, batch: Batch) -> bool:
         """Give a chunk that brings its state a row for it; if there is none, it waits until there is."""
-        if isinstance(work, Group) or work.row is None:
+        if isinstance(work, Group) or work.state_row is None:
             return True
         if work.workspace is None:
             work.workspace = self._workspaces.take()
             if work.workspace is None:
                 self._starved.append(work)
                 return False
-            batch.brought.append((work.workspace, work.row))
-        batch.held.append(work)
+            batch.uploads.append((work.workspace, work.state_row))
+        batch.readback.append(work)
         return True
 
     def _fill_long(self, now: float) -> Batch:
@@ -225,7 +226,7 @@ def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
     """Rows of the arena: the state that the chunk begins from, and where the one after it belongs."""
     if chunk.session is not None:
         return chunk.session.source, chunk.session.slot
-    if chunk.row is not None and chunk.workspace is not None:
+    if chunk.state_row is not None and chunk.workspace is not None:
         return chunk.workspace, chunk.workspace
     return INITIAL, SCRATCH
 

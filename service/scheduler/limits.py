@@ -1,4 +1,4 @@
-"""What the scheduler is told: about the model, and how much work it may take."""
+"""What the scheduler knows of a model, and its limits."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,11 @@ from unroll.bundle import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
-    """What the scheduler must know of a model. `cuttable`: chunks may be run in pieces; of an output without time the
-    last piece's is the answer. `ragged`: rows of different length may share a batch."""
+    """The properties of a model that scheduling depends on.
+
+    cuttable: chunks may run in pieces; an output without time has its value from the last piece. ragged: rows of
+    different length may share a batch.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -18,10 +21,27 @@ class ModelTraits:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """max_batch: rows in a batch. max_batch_steps: rows times steps. piece_steps: a longer chunk is run in pieces.
+    """max_batch: rows in a batch. max_batch_steps: rows times steps. piece_steps: a longer chunk runs in pieces.
     max_queue: chunks accepted and not yet answered."""
 
     max_batch: int = 256
     max_batch_steps: int = 2048
     piece_steps: int = 64
     max_queue: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """capacity: sessions at once. idle_timeout: seconds; None keeps idle sessions for ever.
+
+    tombstone_life: seconds for which the end of a session is remembered. tombstones: number of remembered ends.
+    duplicates_life: seconds after a session's end in which a repeat of the request that opened it is recognised.
+    closing_reply_bytes: of the replies kept for retries of chunks that closed sessions.
+    """
+
+    capacity: int = 65_536
+    idle_timeout: float | None = 900.0
+    tombstone_life: float = 3600.0
+    tombstones: int = 262_144
+    duplicates_life: float = 60.0
+    closing_reply_bytes: int = 64 * 2**20

@@ -16,8 +16,11 @@ from unroll.service.core import failpoints
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.interface import MAX_LAUNCHED, BatchResult, Engine, Tensors
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCommit
+from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.work import Action, Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Result, Session
+from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.store.base import Commit, Store, Tokens
 from unroll.service.store.record import Origin
 
@@ -117,7 +120,6 @@ class Loop:
         final: bool = False,
         origin: Origin | None = None,
         token: bytes = b"",
-        fresh: bool = False,
     ) -> Chunk | None:
         """Steps of a session, see `Scheduler.submit_steps`; timeout: seconds until they must have begun.
 
@@ -131,7 +133,6 @@ class Loop:
             final=final,
             origin=origin,
             token=token,
-            fresh=fresh,
         )
         if isinstance(chunk, Reply):
             then(chunk)
@@ -228,7 +229,7 @@ class Loop:
 
     async def _begin(self, batch: Batch) -> None:
         """Launch it, if the device works by itself: then others are answered meanwhile. Else run it."""
-        for slot, row in batch.brought:
+        for slot, row in batch.uploads:
             self.engine.write(slot, row)
         started = perf_counter()
         result = self.engine.launch(batch)
@@ -263,9 +264,9 @@ class Loop:
         failpoints.reach("ran")
         ended = perf_counter()
         seconds, self._ended = ended - max(begun.started, self._ended), ended
-        for chunk in begun.batch.held:
+        for chunk in begun.batch.readback:
             assert chunk.workspace is not None
-            chunk.row = self.engine.read(chunk.workspace)
+            chunk.state_row = self.engine.read(chunk.workspace)
         results = self.scheduler.finish(begun.batch, outputs, failed, self.clock.now(), seconds)
         self.on_batch(begun.batch, len(failed), seconds)
         if results:
@@ -275,7 +276,7 @@ class Loop:
 
     # ── durable sessions ─────────────────────────────────────────────────────────────────────────
 
-    async def _commit(self, results: Sequence[Result]) -> None:
+    async def _commit(self, results: Sequence[PendingCommit]) -> None:
         """Put what was run into the store, and answer it then. Other batches go on meanwhile."""
         assert self.store is not None
         rows = self.engine.read_rows([result.session.slot for result in results])
@@ -288,7 +289,7 @@ class Loop:
             self.scheduler.committed(result, commit.token, error, now)
         self._work.set()
 
-    def _commit_of(self, result: Result, row: bytes) -> Commit:
+    def _commit_of(self, result: PendingCommit, row: bytes) -> Commit:
         session, chunk = result.session, result.chunk
         assert session.durable is not None
         return Commit(
@@ -298,7 +299,7 @@ class Loop:
             origin=session.durable.origin,
             position=chunk.start + chunk.length,
             row=row,
-            last=self.scheduler.records.last_after(result),
+            last=self.scheduler.replay.last_after(result),
             begins=chunk.opens or not session.durable.token,
             ends=chunk.final,
         )

@@ -17,7 +17,7 @@ Rules:
 - What a durable session's chunk led to is applied when it is in the store, and not before. If it cannot be put there,
   the copy here is stale: everything accepted for the session fails, and nothing is until it was looked up again.
 - Of a durable session only new chunks are accepted on the word of the copy here, since their commit checks it. What
-  would be an error, or a stored reply, is `SessionAway` until the session was looked up (`fresh`).
+  would be an error, or a stored reply, is `NeedsStoreLookup` until the session was looked up (`is_verified`).
 - Nothing waits without bound: past `max_queue` chunks, or when the deadline cannot be met, work is refused at once.
 """
 
@@ -31,38 +31,24 @@ from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
     DeadlineUnreachable,
-    PayloadMismatch,
+    NeedsStoreLookup,
     PositionGap,
-    PositionTooOld,
     QueueFull,
-    SessionAway,
     SessionClosed,
     SessionError,
     SessionGone,
     UnrollError,
 )
 from unroll.service.engine.interface import Tensors
+from unroll.service.scheduler.batch import Batch, row_of
+from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, PendingCommit
 from unroll.service.scheduler.lanes import Lanes, Pace
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
-from unroll.service.scheduler.records import Records
-from unroll.service.scheduler.sessions import SessionLimits, SessionTable
-from unroll.service.scheduler.work import (
-    Action,
-    Applied,
-    Batch,
-    Chunk,
-    Cohort,
-    Group,
-    GroupReply,
-    Life,
-    Outcome,
-    Reply,
-    Result,
-    Session,
-    payload_digest,
-)
-from unroll.service.state.last_steps import LastSteps
-from unroll.service.state.slots import INITIAL, Slots
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
+from unroll.service.scheduler.replay import ReplayCache
+from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply, payload_digest
+from unroll.service.scheduler.session import Cohort, Life, Session, Work
+from unroll.service.scheduler.session_table import SessionTable
+from unroll.service.state.slots import FIRST, INITIAL, Slots
 from unroll.service.store.record import Origin, Record
 
 
@@ -84,20 +70,27 @@ class Counters:
 
 
 class Scheduler:
-    def __init__(self, traits: ModelTraits, sessions: SessionLimits, limits: SchedulerLimits) -> None:
+    """`is_verified(session_id)`: was the session looked up in the store for the call that is running?"""
+
+    def __init__(
+        self,
+        traits: ModelTraits,
+        sessions: SessionLimits,
+        limits: SchedulerLimits,
+        is_verified: Callable[[str], bool] = lambda session_id: False,
+    ) -> None:
         self.traits = traits
+        self._is_verified = is_verified
         self.limits = limits
         self.counters = Counters()
-        self.sessions = SessionTable(sessions, self.count_gone, self._keep_last_of)
         #: Rows for chunks that are run in pieces, after those of the sessions.
-        self.workspaces = Slots(limits.max_batch, first=self.sessions.slots.end)
-        fits = LastSteps.fits(traits.inputs, traits.outputs)
-        self._last_steps = LastSteps(self.rows, traits.inputs, traits.outputs) if fits else None
-        self.records = Records(traits.outputs, self._last_steps)
+        self.workspaces = Slots(limits.max_batch, first=FIRST + sessions.capacity)
+        self.replay = ReplayCache(traits, self.rows)
+        self.sessions = SessionTable(sessions, self.count_gone, self.replay.write_last_step)
         self.pace = Pace(limits)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
         self._actions: deque[Action] = deque()
-        self._results: list[Result] = []
+        self._results: list[PendingCommit] = []
         self._in_flight = 0
         self._waiting_steps = 0
 
@@ -133,7 +126,7 @@ class Scheduler:
         """A sequence from the initial state, or from the state in `row`, reached after `start` steps; inputs: each
         (time, *shape)."""
         chunk = Chunk(inputs, len(inputs[0]), deadline, start=start)
-        chunk.row = row
+        chunk.state_row = row
         self._admit(chunk, now)
         self._make_ready(chunk, now)
         return chunk
@@ -150,32 +143,33 @@ class Scheduler:
         final: bool = False,
         origin: Origin | None = None,
         token: bytes = b"",
-        fresh: bool = False,
     ) -> Chunk | Reply:
         """Queue steps of a session; inputs: each (time, *shape).
 
         With `position`, a retry is recognised: of a chunk in flight (that chunk is returned, to be listened to), or of
         the last one applied (its Reply is returned). `start` opens the session first, unless this is the retry of the
         request that did; with `origin` as a durable one, in the place of the one that `token` wrote. `final` closes it
-        afterwards. `fresh`: it was looked up in the store for this very call. Raises SessionError, PositionGap,
-        PositionTooOld, PayloadMismatch, QueueFull, DeadlineUnreachable or SessionAway; the session is then untouched.
+        afterwards. Raises SessionError, PositionGap, PositionTooOld, PayloadMismatch, QueueFull, DeadlineUnreachable or
+        NeedsStoreLookup; the session is then untouched.
         """
         if final:
-            ended = self.sessions.ended_by(session_id, now)
-            if ended is not None and (position, payload_digest(inputs)) == (ended.start, ended.digest):
+            reply = self.sessions.closed.reply_to(session_id, position, inputs, now)
+            if reply is not None:
                 self.counters.replayed += 1
-                return ended.reply
-        opens = start and self.sessions.living(session_id, now) is None
+                return reply
+        opens = start and self.sessions.get_detached(session_id, now) is None
         if opens:
             self._open_by_steps(session_id, inputs, position, now, deadline, origin, token)
-        session = self.sessions.find(session_id, now)
+        session = self.sessions.find_detached(session_id, now)
         if session.durable is not None and session.durable.stale:
-            raise SessionAway(session_id)
-        if position is not None and position != session.expected:
-            return self._recognise(session, position, inputs, final, fresh or session.durable is None)
-        chunk = Chunk(inputs, len(inputs[0]), deadline, session, session.expected, position is not None, opens, final)
+            raise NeedsStoreLookup(session_id)
+        progress = session.own_progress
+        pinned, start_at = position is not None, progress.expected if position is None else position
+        chunk = Chunk(inputs, len(inputs[0]), deadline, session, start_at, pinned, opens, final)
+        if chunk.start != progress.expected:
+            return self._recognise(session, chunk)
         self._admit(chunk, now)
-        session.expected += chunk.length
+        progress.expected += chunk.length
         self._enqueue(session, chunk, now)
         return chunk
 
@@ -209,11 +203,10 @@ class Scheduler:
         rows: list[int] = []
         group = Group([], rows, inputs, steps, deadline, then, again=again)
         for row, (session, position) in enumerate(zip(sessions, positions, strict=True)):
-            if session.cohort is not None:
-                self.sessions.look(session)
-            at = session.position
+            progress = session.progress or self.sessions.cohorts.detach(session)
+            at = progress.position
             if (
-                session.active is not None
+                progress.active is not None
                 or session.life is not Life.OPEN
                 or (position != at and position is not None)
                 or session.durable is not None
@@ -224,8 +217,8 @@ class Scheduler:
                 self._queue_group(group, now)
                 rows = []
                 group = Group([], rows, inputs, steps, deadline, then, again=again)
-            session.active = group
-            session.expected = at + steps
+            progress.active = group
+            progress.expected = at + steps
             group.sessions.append(session)
             rows.append(row)
         if rows:
@@ -268,31 +261,21 @@ class Scheduler:
         self._waiting_steps += len(group.sessions) * group.length
         self._make_ready(group, now)
 
-    def remembers(self, session_id: str, inputs: Tensors, now: float) -> bool:
-        """Is this the request that opened or ended a session which is gone?"""
-        digest = payload_digest(inputs)
-        ended = self.sessions.ended_by(session_id, now)
-        return (ended is not None and digest == ended.digest) or digest == self.sessions.opened_with(session_id, now)
-
     def submit_action(self, session_id: str, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the session's chunks accepted so far."""
-        session = self.sessions.find(session_id, now)
+        session = self.sessions.find_detached(session_id, now)
         action = Action(session, lambda: run(session))
         self._enqueue(session, action, now)
         return action
 
-    def remember_chunks(self, session: Session, depth: int) -> None:
-        """From now on the last `depth` chunks of a session can be asked for again."""
-        self.sessions.look(session)
-        if session.stepped and depth > 1:
-            session.applied, session.stepped = self.records.applied(session), False
-        session.depth = depth
-        session.applied = session.applied[-depth:]
+    def set_retry_depth(self, session: Session, depth: int) -> None:
+        """From now on the session's last `depth` chunks can be retried."""
+        self.replay.set_depth(self.sessions.detach_from_cohort(session), depth)
 
     def adopt(self, session_id: str, record: Record, now: float) -> Session:
         """A session as it was stored, in the place of the copy that is here, which must be idle. Its state row is for
         the caller to put into `slot`, or to leave if the record has none. Raises CapacityExhausted."""
-        session = self.sessions.living(session_id, now)
+        session = self.sessions.get_detached(session_id, now)
         if session is not None and session.origin != record.origin:
             self.sessions.drop(session)
             session = None
@@ -302,15 +285,16 @@ class Scheduler:
         assert session.active is None, session
         if session.durable is not None:
             session.durable.token, session.durable.stale = record.token, False
-        session.position = session.expected = record.position
+        progress = session.own_progress
+        progress.position = progress.expected = record.position
         session.depth = max(session.depth, record.depth)
-        session.stepped, session.applied = False, self.records.read(record.kept)
+        session.applied = self.replay.read(record.kept)
         session.source = session.slot if record.row else INITIAL
         return session
 
     def close(self, session_id: str, now: float) -> Session:
         """Close at once: what waits fails with `session_closed`, what runs is finished and answered."""
-        session = self.sessions.find(session_id, now)
+        session = self.sessions.find_detached(session_id, now)
         self._close(session, now)
         return session
 
@@ -348,7 +332,7 @@ class Scheduler:
         failed: Mapping[int, UnrollError],
         now: float,
         seconds: float | None = None,
-    ) -> list[Result]:
+    ) -> list[PendingCommit]:
         """Take in what the engine made of each row: outputs (rows, longest, *shape), or (rows, *shape) without time.
 
         `seconds`: how long it took, for the estimate of waiting times. Returns what is to be put into the store, to be
@@ -361,7 +345,7 @@ class Scheduler:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
         if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
-            self._keep_last(batch.targets, batch.inputs, outputs, failed)
+            self.replay.write_steps(batch.targets, batch.inputs, outputs, failed)
         row = 0
         for work in batch.work:
             if isinstance(work, Group):
@@ -379,7 +363,7 @@ class Scheduler:
         results, self._results = self._results, []
         return results
 
-    def committed(self, result: Result, token: bytes, error: UnrollError | None, now: float) -> None:
+    def committed(self, result: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
         """The store has it, as the commit of that token, or it could not be put there."""
         chunk, session = result.chunk, result.session
         assert session.durable is not None
@@ -389,7 +373,8 @@ class Scheduler:
             self._apply(chunk, result.outputs, now)
             return
         session.durable.stale = True
-        behind, session.pending = session.pending or [], None
+        progress = session.own_progress
+        behind, progress.pending = progress.pending or [], None
         self._fail(chunk, error, now)
         for work in behind:
             if isinstance(work, Chunk) and work.outcome is None:
@@ -399,28 +384,12 @@ class Scheduler:
 
     def _result(self, outputs: Tensors, row: int, steps: int, longest: int) -> Tensors:
         """One row's outputs, without the padding."""
-        result = _row(outputs, row)
+        result = row_of(outputs, row)
         if steps == longest:
             return result
         return tuple(
             [array[:steps] if spec.time else array for spec, array in zip(self.traits.outputs, result, strict=True)]
         )
-
-    def _keep_last(
-        self, slots: np.ndarray, inputs: Tensors, outputs: Tensors, failed: Mapping[int, UnrollError]
-    ) -> None:
-        """The steps of these sessions are the last they took, but for the rows that failed."""
-        if self._last_steps is None:
-            return
-        if failed:
-            good = [row for row in range(len(slots)) if row not in failed]
-            slots = slots[good]
-            inputs, outputs = tuple([a[good] for a in inputs]), tuple([a[good] for a in outputs])
-        self._last_steps.keep(slots, inputs, outputs)
-
-    def _keep_last_of(self, cohort: Cohort) -> None:
-        if cohort.last is not None and self._last_steps is not None:
-            self._last_steps.keep(cohort.slots, *cohort.last)
 
     def _finish_chunk(self, chunk: Chunk, result: Tensors, steps: int, now: float) -> None:
         self._waiting_steps -= self._lanes.next_steps(chunk)
@@ -450,7 +419,7 @@ class Scheduler:
             self._apply(chunk, outputs, now)
         else:
             chunk.running = True
-            self._results.append(Result(chunk, chunk.session, outputs))
+            self._results.append(PendingCommit(chunk, chunk.session, outputs))
 
     def _finish_group(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
         count = len(group.sessions)
@@ -461,11 +430,11 @@ class Scheduler:
         cohort = group.cohort
         if cohort is not None and cohort.formed and not errors:
             cohort.last = group.inputs, outputs
-            self.sessions.step(cohort, now)
+            self.sessions.cohorts.step(cohort, now)
         else:
             if cohort is not None and len(errors) < count:
-                self.sessions.look(group.sessions[0])  # what that keeps is a step old by now
-                self._keep_last(cohort.slots, group.inputs, outputs, errors)
+                self.sessions.detach_from_cohort(group.sessions[0])  # the cohort's last step is older than this one
+                self.replay.write_steps(cohort.slots, group.inputs, outputs, errors)
             cohort = self._finish_rows(group, outputs, errors, now)
         positions = (
             cohort.positions
@@ -474,18 +443,19 @@ class Scheduler:
         )
         group.settle(GroupReply(group.rows, positions, outputs, errors, cohort))
         for row, follower in group.followers:
-            follower.settle(errors.get(row) or Reply(_row(outputs, row), int(positions[row])).copy())
+            follower.settle(errors.get(row) or Reply(row_of(outputs, row), int(positions[row])).copy())
 
     def _finish_rows(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> Cohort | None:
         """Move the sessions of a group on, one by one; returns what they have become, if it is to come again."""
-        steps, in_table = group.length, group.length == 1 and self._last_steps is not None
+        steps = group.length
         for row, session in enumerate(group.sessions):
-            self.sessions.look(session)
+            progress = session.progress or self.sessions.cohorts.detach(session)
             if row not in errors:
-                session.position += steps
-                if not session.stepped or not in_table:
+                progress.position += steps
+                if session.applied is not None or steps > 1:
                     session.source = session.slot
-                    self._remember(session, session.position - steps, _row(group.inputs, row), _row(outputs, row))
+                    begin = progress.position - steps
+                    self.replay.remember(session, begin, row_of(group.inputs, row), row_of(outputs, row))
         if group.followed:
             for session in group.sessions:
                 self._next_of(session, now)
@@ -496,7 +466,7 @@ class Scheduler:
             self._count_failed(error)
             self._recount(group.sessions[row], now)
         if group.again and not group.followed:
-            return self.sessions.form(group.sessions, now)
+            return self.sessions.cohorts.form(group.sessions, now)
         return None
 
     def estimated_wait(self) -> float:
@@ -532,8 +502,8 @@ class Scheduler:
     ) -> None:
         """Unless the steps are a late duplicate of those that opened a session which is gone by now."""
         digest = payload_digest(inputs) if position == 0 else b""
-        if digest and digest == self.sessions.opened_with(session_id, now):
-            raise self.sessions.loss(session_id, now)
+        if digest and self.sessions.closed.was_opened_with(session_id, digest, now):
+            raise self.sessions.closed.error(session_id, now)
         self.check_room(now, deadline, row=True)
         if origin is not None:
             origin = replace(origin, opened_with=digest)
@@ -545,86 +515,40 @@ class Scheduler:
         self._in_flight += 1
         self._waiting_steps += self._lanes.next_steps(chunk)
 
-    def _recognise(self, session: Session, position: int, inputs: Tensors, final: bool, certain: bool) -> Chunk | Reply:
+    def _recognise(self, session: Session, chunk: Chunk) -> Chunk | Reply:
         """What a chunk that does not begin at the session's end is: a retry, too old, or too early.
 
-        Raises SessionAway instead of all that, unless the copy here is `certain` to be what the store has.
+        Raises NeedsStoreLookup instead of all that, unless the copy here is certain to be what the store has.
         """
+        certain = session.durable is None or self._is_verified(session.id)
         try:
-            known = self._known(session, position, inputs, final)
+            known = self.replay.recognise(session, chunk)
         except SessionError:
             if certain:
                 raise
-            raise SessionAway(session.id) from None
+            raise NeedsStoreLookup(session.id) from None
         if not certain and isinstance(known, Reply):
-            raise SessionAway(session.id)
+            raise NeedsStoreLookup(session.id)
         self.counters.replayed += 1
         return known
 
-    def _known(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | Reply:
-        if position > session.expected:
-            raise PositionGap(
-                f"the session is at {session.expected}, the chunk begins at {position}", expected=session.expected
-            )
-        if (again := self._in_flight_at(session, position, inputs, final)) is not None:
-            again.abandoned = None  # its first client went away; now there is one again
-            return again
-        reply = self._applied_at(session, position, inputs)
-        if reply is None:
-            raise PositionTooOld(
-                f"the session is at {session.expected}; only its last {'chunk' if session.depth == 1 else 'chunks'} "
-                "can be asked for again",
-                expected=session.expected,
-            )
-        if final:
-            raise PayloadMismatch("the chunk was applied without ending the session", expected=session.expected)
-        return reply
-
-    def _in_flight_at(self, session: Session, position: int, inputs: Tensors, final: bool) -> Chunk | None:
-        """The accepted chunk that begins there, if this is the same. Raises PayloadMismatch if it is another."""
-        for work in session.queue():
-            if isinstance(work, Chunk) and work.start == position:
-                if work.final != final or not _same(work.inputs, inputs):
-                    raise _mismatch(session, position)
-                return work
-            if isinstance(work, Group) and session.position == position:
-                row = work.sessions.index(session)
-                if final or not _same(_row(work.inputs, row), inputs):
-                    raise _mismatch(session, position)
-                follower = Chunk(inputs, work.length, work.deadline, session, position, pinned=True)
-                follower.running = True
-                work.followers.append((row, follower))
-                return follower
-        return None
-
-    def _applied_at(self, session: Session, position: int, inputs: Tensors) -> Reply | None:
-        """The reply to the chunk that began there, if it is still known. Raises PayloadMismatch if this is another."""
-        if session.stepped and position == session.position - 1 and self._last_steps is not None:
-            if not _same(self._last_steps.payload(session.slot), inputs):
-                raise _mismatch(session, position)
-            return Reply(self._last_steps.answer(session.slot), position + 1)
-        for applied in session.applied:
-            if applied.start == position:
-                if applied.digest != payload_digest(inputs):
-                    raise _mismatch(session, position)
-                return applied.reply
-        return None
-
     def _enqueue(self, session: Session, work: Chunk | Action, now: float) -> None:
-        if isinstance(session.active, Group):
-            session.active.followed = True
-        if session.active is None:
-            session.active = work
+        progress = session.own_progress
+        if isinstance(progress.active, Group):
+            progress.active.followed = True
+        if progress.active is None:
+            progress.active = work
             self._make_ready(work, now)
-        elif session.pending is None:
-            session.pending = [work]
+        elif progress.pending is None:
+            progress.pending = [work]
         else:
-            session.pending.append(work)
+            progress.pending.append(work)
 
-    def _make_ready(self, work: Chunk | Group | Action, now: float) -> None:
+    def _make_ready(self, work: Work, now: float) -> None:
         if isinstance(work, Action):
             self._actions.append(work)
         else:
+            assert isinstance(work, Chunk | Group)
             self._lanes.put(work, now)
 
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
@@ -649,22 +573,12 @@ class Scheduler:
             return
         session.position = chunk.start + chunk.length
         session.source = session.slot
-        if not session.stepped or chunk.length > 1 or chunk.final:
-            self._remember(session, chunk.start, chunk.inputs, outputs, apart=chunk.final)
+        if session.applied is not None or chunk.length > 1 or chunk.final:
+            self.replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         reply = Reply(outputs, session.position)
         self._settle(chunk, reply, now)
         if chunk.final and session.life not in (Life.LEAVING, Life.GONE):
-            self._close(session, now, session.applied[-1] if chunk.pinned else None)
-
-    def _remember(
-        self, session: Session, start: int, inputs: Tensors, outputs: Tensors, *, apart: bool = False
-    ) -> None:
-        """So that this chunk can be asked for again. `apart`: the session is about to end, and its row with it."""
-        if len(inputs[0]) == 1 and session.depth == 1 and self._last_steps is not None and not apart:
-            session.stepped, session.applied = True, ()
-        else:
-            applied = Applied(start, payload_digest(inputs), Reply(outputs, session.position).copy())
-            session.stepped, session.applied = False, (*session.applied, applied)[-session.depth :]
+            self._close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
 
     def _settle(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
         """Answer, and let the session's next work take its turn."""
@@ -688,28 +602,27 @@ class Scheduler:
             chunk.session.opened_with = b""  # nothing was applied: the request may be tried again
             self._close(chunk.session, now)
             if chunk.session.durable is not None:
-                self.sessions.forget(chunk.session.id)  # the store knows whether there is one
+                self.sessions.closed.forget(chunk.session.id)  # the store knows whether there is one
         self._recount(chunk.session, now)
 
     def _next_of(self, session: Session, now: float) -> None:
         """The session's active work is done: the next that is still wanted becomes active."""
-        session.active = None
-        while session.pending and session.active is None:
-            work = session.pending.pop(0)
-            session.active = work if work.outcome is None else None
-        if session.active is not None:
-            self._make_ready(session.active, now)
+        progress = session.own_progress
+        progress.active = None
+        while progress.pending and progress.active is None:
+            work = progress.pending.pop(0)
+            progress.active = work if work.outcome is None else None
+        if progress.active is not None:
+            self._make_ready(progress.active, now)
         else:
-            session.pending = None
+            progress.pending = None
             self.sessions.rest(session, now)
 
     def _recount(self, session: Session, now: float) -> None:
         """What the session counted on did not come: give what waits its new place, or fail what insists on the old."""
         expected = session.position
-        for work in session.queue():
-            if isinstance(work, Action):
-                continue
-            if isinstance(work, Group):
+        for work in session.own_progress.queue():
+            if not isinstance(work, Chunk):
                 expected += work.length
             elif work.pinned and work.start != expected:
                 gap = f"the session is at {expected}, the chunk begins at {work.start}"
@@ -717,7 +630,7 @@ class Scheduler:
             else:
                 work.start = expected
                 expected += work.length
-        session.expected = expected
+        session.own_progress.expected = expected
 
     def _abandon(self, chunk: Chunk, why: UnrollError, now: float) -> None:
         if chunk.running:
@@ -725,16 +638,16 @@ class Scheduler:
         else:
             self._fail(chunk, why, now)
 
-    def _close(self, session: Session, now: float, last: Applied | None = None) -> None:
-        waiting = session.queue()
-        active = session.active
+    def _close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
+        progress = session.own_progress
+        waiting, active = progress.queue(), progress.active
         running = isinstance(active, Chunk) and active.running
         if isinstance(active, Group):
             active.followed = running = True
-        session.pending = None
+        progress.pending = None
         self.sessions.close(session, now, last, running=running)
         if session.life is Life.GONE:
-            session.active = None
+            progress.active = None
         for work in waiting:
             gone = SessionClosed(f"session {session.id!r} was closed")
             if isinstance(work, Chunk):
@@ -755,12 +668,13 @@ class Scheduler:
         chunks = [work for work in waiting if isinstance(work, Chunk)]
         for cohort in self.sessions.cohorts:
             assert cohort.active is None or cohort.active in waiting, cohort
+            assert cohort.active is None or (isinstance(cohort.active, Group) and cohort.active.cohort is cohort)
         for session in (session for session in self.sessions if session.cohort is None):
             ready = [work for work in waiting if work is session.active]
             assert len(ready) <= 1, f"{session!r} has two pieces of work ready"
-            assert session.expected == session.position + sum(
-                work.length for work in session.queue() if not isinstance(work, Action)
-            ), session
+            assert session.expected == session.position + sum(work.length for work in session.own_progress.queue()), (
+                session
+            )
         held = {chunk.workspace for chunk in chunks} - {None}
         assert len(held) == self.workspaces.taken, "a workspace is lost"
         if self.idle:
@@ -768,17 +682,5 @@ class Scheduler:
             assert self._waiting_steps == 0, f"{self._waiting_steps} steps are lost"
 
 
-def _row(tensors: Tensors, row: int) -> Tensors:
-    return tuple([array[row, ...] for array in tensors])
-
-
-def _same(one: Tensors, other: Tensors) -> bool:
-    return all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
-
-
 def _late() -> DeadlineExceeded:
     return DeadlineExceeded("the deadline passed before the work was begun")
-
-
-def _mismatch(session: Session, position: int) -> PayloadMismatch:
-    return PayloadMismatch(f"position {position} was already consumed with another payload", expected=session.expected)

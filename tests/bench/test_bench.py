@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
-from bench.load import Measured
+from bench.load import Measurement
 from bench.outcomes import Outcome, Row, Verdict, ratio
 from bench.subjects import infer_request
 
@@ -67,7 +67,7 @@ def test_the_page_has_the_figures_between_its_marks_and_is_the_same_each_time(tm
     pytest.importorskip("matplotlib")
     from bench import documents
 
-    curve = [Row("unroll", "", [Measured(100.0, 1.0, 2.0)], at) for at in (1.0, 4.0)]
+    curve = [Row("unroll", "", [Measurement(100.0, 1.0, 2.0)], at) for at in (1.0, 4.0)]
     verdict = ratio(1, "ours of theirs", 0.7, row("a", 8.0), row("b", 10.0))
     outcomes = [Outcome("clients", "Clients", "steps/s", curve), Outcome("http", "HTTP", "steps/s", [], [verdict])]
     about = {"date": "d", "command": ["c"], "cpu": "u", "cores": [0], "memory_gib": 1.0, "kernel": "k", "python": "p"}
@@ -90,4 +90,4 @@ def test_the_page_has_the_figures_between_its_marks_and_is_the_same_each_time(tm
 
 
 def row(name: str, *rates: float, busy: float = 0.1) -> Row:
-    return Row(name, "", [Measured(rate, 1.0, 2.0, busy=busy) for rate in rates])
+    return Row(name, "", [Measurement(rate, 1.0, 2.0, busy=busy) for rate in rates])

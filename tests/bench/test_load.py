@@ -8,7 +8,7 @@ import pytest
 
 from bench.http_client import http_client, post
 from bench.load import Load
-from bench.wandering import wandering_client
+from bench.roaming import roaming_client
 
 REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -55,11 +55,11 @@ async def test_opening_once_and_then_requests_in_turn_over_all_runs() -> None:
     client = http_client([b"a", b"b"], 3, opening=[b"open"], unstepped=1)
     async with scripted(prompt) as (port, made):
         async with Load(port, [client]) as load:
-            await load.once()
-            await load.once()
+            await load.run_once()
+            await load.run_once()
         async with Load(port, [client]) as load:
-            await load.once()
-            await load.once()
+            await load.run_once()
+            await load.run_once()
         assert [request for each in made for request in each.requests] == [b"open", b"a", b"b", b"a"]
     assert (client.answered, client.steps, client.last) == (4, 3, [b"ok"])
 
@@ -69,14 +69,14 @@ async def test_a_reply_in_pieces_is_one_reply() -> None:
         client = http_client([b"x"])
         async with Load(port, [client]) as load:
             for _ in range(3):
-                assert (await load.once()).errors == 0
+                assert (await load.run_once()).errors == 0
         assert client.last == [b"ok"]
 
 
 async def test_a_status_that_is_not_success_is_an_error() -> None:
     async with scripted(lambda number: (0.0, [REPLY.replace(b"200", b"503")])) as (port, _):
         async with Load(port, [http_client([b"x"])]) as load:
-            measured = await load.once()
+            measured = await load.run_once()
         assert measured.errors == 1
         assert "503" in measured.first_error
 
@@ -85,7 +85,7 @@ async def test_a_status_that_is_not_success_is_an_error() -> None:
 async def test_what_is_not_one_whole_reply_fails_the_run(reply: bytes) -> None:
     async with scripted(lambda number: (0.0, [reply])) as (port, _), Load(port, [http_client([b"x"])]) as load:
         with pytest.raises(ConnectionError, match="not one whole reply"):
-            await load.once()
+            await load.run_once()
 
 
 async def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
@@ -104,10 +104,10 @@ async def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
 async def test_a_wandering_client_goes_where_it_is_told_and_has_one_request_in_flight() -> None:
     elsewhere = iter([False, True, True, False])
     async with scripted(prompt) as (here, at_home), scripted(prompt) as (there, abroad):
-        client = wandering_client([b"a", b"b", b"c"], 3, [b"open"], there, lambda: next(elsewhere))
+        client = roaming_client([b"a", b"b", b"c"], 3, [b"open"], there, lambda: next(elsewhere))
         async with Load(here, [client]) as load:
             for _ in range(4):
-                assert (await load.once()).errors == 0
+                assert (await load.run_once()).errors == 0
         assert [each.requests for each in (*at_home, *abroad)] == [[b"open", b"c"], [b"a", b"b"]]
     assert (client.answered, client.steps, client.last) == (4, 3, [b"ok"])
 

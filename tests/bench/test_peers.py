@@ -20,7 +20,7 @@ from bench import environments
 from bench.inputs import MODELS
 from bench.peers import PEERS, Peer
 from bench.peers.triton import TRITON
-from bench.servers import HOST, Server, running
+from bench.servers import HOST, Server, running_server
 
 CLIENTS, STEPS, LENGTH = 3, 5, 128
 TOLERANCE = 1e-5
@@ -93,7 +93,7 @@ def started(peer: Peer, models: dict[str, Path], folder: Path) -> Iterator[Serve
     scratch = folder / "scratch"
     scratch.mkdir()
     command = peer.command(python, models, scratch)
-    with running(command, os.sched_getaffinity(0), folder / "log", peer.ready_path) as server:
+    with running_server(command, os.sched_getaffinity(0), folder / "log", peer.ready_path) as server:
         yield server
 
 

@@ -8,7 +8,7 @@ import pytest
 from websockets.asyncio.server import ServerConnection
 
 from bench.load import Load
-from bench.websocket_client import ENTRY, HEADER, OUTPUTS, UNSAID, read_outputs, steps_frame, websocket_client
+from bench.websocket_client import ENTRY, HEADER, NO_POSITION, OUTPUTS, read_outputs, steps_frame, websocket_client
 
 FEATURES = 3
 
@@ -33,7 +33,7 @@ async def adding_server(connection: ServerConnection) -> None:
         entries = np.frombuffer(message, ENTRY, count, HEADER.size).copy()
         values = np.frombuffer(message, np.float32, offset=HEADER.size + entries.nbytes).reshape(count, -1)
         assert kind == 1
-        assert (entries["position"] == UNSAID).all()
+        assert (entries["position"] == NO_POSITION).all()
         entries["position"] = steps
         await (await connection.ping())
         for i in reversed(range(count)):
@@ -46,8 +46,8 @@ async def test_sessions_are_opened_and_all_entries_come_back(websocket_server, e
     frames = [steps_frame(range(entries), values)]
     client = websocket_client("/", frames, range(entries), "s", entries)
     async with websocket_server(adding_server) as port, Load(port, [client]) as load:
-        assert (await load.once()).errors == 0
-        await load.once()
+        assert (await load.run_once()).errors == 0
+        await load.run_once()
     handles, positions, found = (np.concatenate(part) for part in zip(*map(read_outputs, client.last), strict=True))
     assert [*handles] == [*reversed(range(entries))]
     assert (positions == 2).all()
@@ -63,7 +63,7 @@ async def test_an_error_of_the_server_fails_the_run(websocket_server) -> None:
     client = websocket_client("/", [steps_frame([0], np.zeros((1, FEATURES), np.float32))], (), None, 1)
     async with websocket_server(refusing) as port, Load(port, [client]) as load:
         with pytest.raises(ConnectionError, match="queue_full"):
-            await load.once()
+            await load.run_once()
 
 
 async def test_a_session_that_is_not_opened_fails_the_connection(websocket_server) -> None:

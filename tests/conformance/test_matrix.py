@@ -25,14 +25,14 @@ def rows(title: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-OUTCOMES = {name: cells[0] for name, cells in rows("The same through `torch.onnx.export`").items()}
+OUTCOMES = {name: cells[0] for name, cells in rows("Comparison with `torch.onnx.export`").items()}
 
 
 def test_every_kind_is_in_the_document() -> None:
     names = [kind.name for kind in kinds()]
     assert len(names) == len(set(names)) >= 60
     assert list(OUTCOMES) == names
-    exported = rows("What export makes of it")
+    exported = rows("Results of export")
     assert {name for name, outcome in OUTCOMES.items() if outcome in {"streams", "whole only"}} == exported.keys()
     assert set(OUTCOMES.values()) == {"streams", "whole only", "refused"}
 
@@ -50,7 +50,7 @@ def test_a_row_is_as_the_document_says(name: str) -> None:
     found = matrix.ours(name)
     assert found.outcome == OUTCOMES[name]
     if found.outcome == "streams":
-        cells = rows("What export makes of it")[name]
+        cells = rows("Results of export")[name]
         assert cells[-1] == found.nodes
         assert cells[-2] == "yes"
         assert found.bits

@@ -65,7 +65,7 @@ def test_no_server(capsys: pytest.CaptureFixture[str]):
 
 def test_no_address(capsys: pytest.CaptureFixture[str]):
     assert demo.main(["--url", "localhost:8000"]) == 1
-    assert "no address of a server" in capsys.readouterr().err
+    assert "is not a server URL" in capsys.readouterr().err
 
 
 def test_a_refusal_is_told_with_its_code(server: str):
@@ -88,7 +88,7 @@ def test_forecasts_that_are_not_pytorchs_are_a_failure(server: str, tmp_path: Pa
 
 def test_an_incomplete_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert demo.main(["--example", str(tmp_path)]) == 1
-    assert "does not hold the example" in capsys.readouterr().err
+    assert "is not a folder of the example" in capsys.readouterr().err
 
 
 def test_an_example_of_other_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -97,7 +97,7 @@ def test_an_example_of_other_measurements(tmp_path: Path, capsys: pytest.Capture
     shutil.copy(demo.EXAMPLE / "co2.csv", tmp_path)
     (tmp_path / "expected.safetensors").write_bytes(save(expected))
     assert demo.main(["--example", str(tmp_path)]) == 1
-    assert "other measurements" in capsys.readouterr().err
+    assert "does not match co2.csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("exact", "last_bits", "faults"), [(True, 1, 1), (False, 1, 0), (False, 1000, 1)])

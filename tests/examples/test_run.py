@@ -47,12 +47,12 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int
 
     again = run("--port", str(port + 1), "--detach")
     assert again.returncode == 1
-    assert f"a server from here is running (process {pid})" in again.stderr
+    assert f"a server from this folder is already running (process {pid})" in again.stderr
 
     assert f"stopped process {pid}" in run("--stop").stdout
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
-    assert "no server from here is running" in run("--stop").stdout
+    assert "no server from this folder is running" in run("--stop").stdout
 
 
 def test_a_port_that_is_taken(run: Run):
@@ -60,7 +60,7 @@ def test_a_port_that_is_taken(run: Run):
         port = other.getsockname()[1]
         refused = run("--port", str(port), "--detach")
     assert refused.returncode == 1
-    assert f"port {port} is taken by another program; choose one: make run PORT={port + 1}" in refused.stderr
+    assert f"port {port} is in use by another program; choose another: make run PORT={port + 1}" in refused.stderr
 
 
 def test_a_server_that_cannot_start_is_told_with_its_log(run: Run, port: int, tmp_path: Path):
@@ -69,5 +69,5 @@ def test_a_server_that_cannot_start_is_told_with_its_log(run: Run, port: int, tm
     (bundle / "manifest.json").write_text("{}")
     failed = run("--port", str(port), "--repository", str(bundle.parents[1]), "--detach")
     assert failed.returncode == 1
-    assert "the server ended with status 1" in failed.stderr
+    assert "the server exited with status 1" in failed.stderr
     assert "broken" in failed.stderr

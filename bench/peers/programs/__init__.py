@@ -1,1 +1,1 @@
-"""The servers themselves, one a file, run in environments of their own: `python -m ... PORT FOLDER NAME=MODEL ...`."""
+"""The peers' servers, one per file, run in their own environments: `python -m ... PORT FOLDER NAME=MODEL ...`."""

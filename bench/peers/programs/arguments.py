@@ -1,4 +1,4 @@
-"""What every server here is started with: `PORT FOLDER NAME=MODEL ... [--strategy=WORD]`."""
+"""Command line of every server here: `PORT FOLDER NAME=MODEL ... [--strategy=WORD]`."""
 
 import argparse
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Arguments:
-    """folder: empty, for what is written before the server starts. models: name → model.onnx. strategy: Triton's."""
+    """folder: empty, for files that the server needs. models: name → model.onnx. strategy: Triton's."""
 
     port: int
     folder: Path

@@ -1,4 +1,4 @@
-"""BentoML: one service with one worker. As a program it starts `bentoml serve`, whose worker imports the service."""
+"""BentoML: one service with one worker. The program starts `bentoml serve`, whose worker imports the service."""
 
 import ctypes
 import json
@@ -53,7 +53,7 @@ def _request(step: Step) -> Request:
 
 
 def _end_with_parent() -> None:
-    """The worker has a process group of its own, so that whoever kills the server's would leave it behind."""
+    """End with the parent: the worker has its own process group, which signals to the server's do not reach."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

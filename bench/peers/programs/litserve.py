@@ -1,4 +1,4 @@
-"""LitServe: one API for each model, with one worker process, in which the states are."""
+"""LitServe: one API per model with one worker process, which holds the states."""
 
 from pathlib import Path
 from typing import Annotated

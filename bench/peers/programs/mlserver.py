@@ -1,4 +1,4 @@
-"""MLServer: a runtime of its own kind for steps, and one for sequences; both in the server's process."""
+"""MLServer: a custom runtime for steps and one for sequences, both in the server's process."""
 
 import asyncio
 import socket

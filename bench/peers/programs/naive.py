@@ -1,4 +1,4 @@
-"""What one writes first: FastAPI, pydantic bodies, a dictionary of states, one call of the model per request."""
+"""A first version: FastAPI, pydantic bodies, a dictionary of states, one model call per request."""
 
 import numpy as np
 import onnxruntime as ort

@@ -1,4 +1,4 @@
-"""The naive server once its author has measured it: raw bytes instead of JSON and pydantic, one onnxruntime thread."""
+"""The naive server after a first measurement: raw bytes instead of JSON and pydantic, one onnxruntime thread."""
 
 import numpy as np
 import onnxruntime as ort

@@ -1,4 +1,4 @@
-"""A model and its clients' states, as one keeps them in a single worker of a server that knows no sequences."""
+"""A model and its clients' states, for a single worker of a server without sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 @dataclass(frozen=True)
 class Request:
-    """session: None: a sequence from a zero state that no one keeps. x: (time, features) float32."""
+    """session: None for a whole sequence from a zero state. x: (time, features) float32."""
 
     session: str | None
     start: bool
@@ -18,7 +18,7 @@ class Request:
 
 
 class Served:
-    """Not to be called by two threads at once."""
+    """A model with its clients' states. Not thread-safe."""
 
     def __init__(self, path: Path) -> None:
         options = ort.SessionOptions()
@@ -32,7 +32,7 @@ class Served:
         self._states: dict[str, np.ndarray] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """The outputs of each: (time, outputs). The steps of one session are applied in the order given."""
+        """Outputs of each request, (time, outputs). Steps of one session are applied in the given order."""
         outputs: dict[int, np.ndarray] = {}
         waiting = dict(enumerate(requests))
         while waiting:
@@ -57,7 +57,7 @@ class Served:
 
 
 def _compatible(waiting: dict[int, Request]) -> list[int]:
-    """Which may share a call: as long as the first, and no session's step before its earlier one."""
+    """Requests that can share a call: as long as the first, and at most one step per session, in order."""
     length = len(next(iter(waiting.values())).x)
     chosen: list[int] = []
     met: set[str] = set()

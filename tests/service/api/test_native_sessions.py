@@ -350,7 +350,7 @@ def test_close_lets_what_runs_finish_and_fails_what_waits(
             held.wait()
             waits = background(client.post, f"{session}/steps", content=x.tobytes(), headers=RAW)
             saves = background(client.get, f"{session}/state")
-            until(lambda: len(next(iter(scheduler.sessions)).queue()) == 3)
+            until(lambda: len(next(iter(scheduler.sessions)).own_progress.queue()) == 3)
             assert client.delete(session).status_code == 200
             assert (waits.result().status_code, waits.result().json()["code"]) == (410, "session_closed")
             assert (saves.result().status_code, saves.result().json()["code"]) == (410, "session_closed")

@@ -679,7 +679,7 @@ def test_replies_that_were_lost_are_given_again(any_server: Running, dial: Dial,
     (name,) = first.bind(0, depth=4)
     for at in range(0, 8, 2):
         first.socket.send(frame((0, at, x[at : at + 2])))
-    session = any_server.model("lstm").scheduler.sessions.find(name, 0.0)
+    session = any_server.model("lstm").scheduler.sessions.find_detached(name, 0.0)
     until(lambda: session.position == 8)
     first.abort()
     client = dial(running=any_server)

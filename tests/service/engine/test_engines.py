@@ -22,10 +22,10 @@ from unroll.service.engine.cuda.engine import CudaEngine
 from unroll.service.engine.host import HostEngine
 from unroll.service.engine.interface import Engine, PlainRows
 from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
+from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Chunk, Reply
 from unroll.service.state.slots import INITIAL
 
 

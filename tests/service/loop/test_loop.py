@@ -13,11 +13,10 @@ from unroll.bundle import TensorSpec
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
 from unroll.service.engine.interface import BatchResult, DeviceFailed, Rows, Tensors
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
+from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Outcome, Reply
 from unroll.service.store.base import Commit
 from unroll.service.store.memory import MemoryStore
 from unroll.service.store.record import Origin
@@ -153,10 +152,10 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
         await store.committing.wait()
         assert (await loop.sequences([X], 10))[0].position == 2, "who has nothing to commit waits for nobody's commit"
         assert not waiting.done()
-        assert loop.scheduler.sessions.find("a", 0).position == 0, "what is not in the store has not happened"
+        assert loop.scheduler.sessions.find_detached("a", 0).position == 0, "what is not in the store has not happened"
         store.gate.set()
         assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
-        assert loop.scheduler.sessions.find("a", 0).position == 2
+        assert loop.scheduler.sessions.find_detached("a", 0).position == 2
 
 
 async def test_what_arrives_while_a_batch_runs_forms_the_next():

@@ -7,10 +7,11 @@ import numpy as np
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import EngineFailed, UnrollError
 from unroll.service.engine.interface import Rows, Tensors
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
+from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Batch, Chunk, Reply
 
 START = 7
 

@@ -15,9 +15,12 @@ from unroll.service.core.errors import (
     SessionExpired,
     UnrollError,
 )
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.chunk import Chunk, GroupReply
 from unroll.service.scheduler.recency import Recency, Used
+from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Reply, Session
+from unroll.service.scheduler.session import Cohort, Session
 
 LATER = 1e9
 BAD = 99
@@ -113,7 +116,7 @@ class Served:
                 position, expected, used = session.position, session.expected, session.last_used
                 busy = session.active is not None
             row = self.engine.rows[session.source]
-            records.append((session.id, session.slot, position, expected, used, busy, session.stepped, row))
+            records.append((session.id, session.slot, position, expected, used, busy, session.applied is None, row))
         return records
 
 
@@ -193,7 +196,7 @@ class Twins(RuleBasedStateMachine):
 
     @rule(session_id=IDS)
     def look(self, session_id: str) -> None:
-        self.both(lambda served: repr(served.scheduler.sessions.find(session_id, self.now)))
+        self.both(lambda served: repr(served.scheduler.sessions.find_detached(session_id, self.now)))
 
     @rule(session_id=IDS)
     def act(self, session_id: str) -> None:
@@ -213,7 +216,7 @@ class Twins(RuleBasedStateMachine):
     def remember(self, session_id: str, depth: int) -> None:
         def remember(served: Served) -> None:
             if session_id in served.scheduler.sessions:
-                served.scheduler.remember_chunks(served.bound[session_id], depth)
+                served.scheduler.set_retry_depth(served.bound[session_id], depth)
 
         self.both(remember)
 
@@ -281,7 +284,7 @@ def served() -> Served:
 
 
 def position(served: Served, name: str) -> int:
-    return served.scheduler.sessions.find(name, 0).position
+    return served.scheduler.sessions.find_detached(name, 0).position
 
 
 def test_sessions_that_come_together_again_are_one(served):
@@ -301,10 +304,10 @@ def test_sessions_that_come_together_again_are_one(served):
 def test_a_session_in_a_cohort_has_no_record_that_could_be_stale(served):
     session = served.bound["b"]
     for name in ("position", "expected", "last_used", "active"):
-        with pytest.raises(AttributeError):
+        with pytest.raises(RuntimeError, match="no progress of its own"):
             getattr(session, name)
-    assert repr(served.scheduler.sessions.look(session)) == "<Session b idle position=2 expected=2>"
-    assert served.scheduler.sessions.cohorts == []
+    assert repr(served.scheduler.sessions.detach_from_cohort(session)) == "<Session b idle position=2 expected=2>"
+    assert [*served.scheduler.sessions.cohorts] == []
 
 
 def test_a_step_of_a_cohort_can_be_asked_for_again_while_it_runs_and_after(served):
@@ -341,10 +344,10 @@ def test_a_cohort_expires_as_its_sessions_would(served):
     served.run(60)
     s.sessions.expire(155)
     assert [record[0] for record in served.seen()] == [*"abc"]
-    assert s.sessions.cohorts
+    assert [*s.sessions.cohorts]
     for name in "abc":
         with pytest.raises(SessionExpired):
-            s.sessions.find(name, 160)
+            s.sessions.find_detached(name, 160)
     assert len(s.sessions) == 0
     assert s.sessions.slots.taken == 0
 
@@ -355,10 +358,10 @@ def test_a_busy_cohort_neither_expires_nor_makes_room(served):
     served.frame([*"abc"], [None] * 3, [3] * 3, 1)
     s.open("e", 2)
     with pytest.raises(SessionEvicted):
-        s.sessions.find("d", 2)
+        s.sessions.find_detached("d", 2)
     s.sessions.expire(500)
     assert [record[0] for record in served.seen()] == [*"abc"]
-    assert s.sessions.cohorts
+    assert [*s.sessions.cohorts]
 
 
 def test_a_cohort_that_rests_makes_room_by_one(served):
@@ -366,7 +369,7 @@ def test_a_cohort_that_rests_makes_room_by_one(served):
     s.open("d", 3)
     s.open("e", 4)
     with pytest.raises(SessionEvicted):
-        s.sessions.find("a", 4)
+        s.sessions.find_detached("a", 4)
     assert [record[0] for record in served.seen()] == [*"bcde"]
 
 
@@ -375,7 +378,7 @@ def test_a_cohort_is_refused_as_a_whole_and_stays_one(served):
     s.pace.seconds_per_step = 1.0
     for _ in range(49):
         s.submit_sequence(inputs(1), 0, LATER)
-    cohorts, rows = s.sessions.cohorts, (np.ones((3, 1), np.int64),)
+    cohorts, rows = [*s.sessions.cohorts], (np.ones((3, 1), np.int64),)
     with pytest.raises(DeadlineUnreachable):
         s.submit_cohorts(cohorts, None, rows, 0, 5, served.answered)
     s.submit_sequence(inputs(1), 0, LATER)
@@ -388,7 +391,7 @@ def test_a_cohort_that_was_idle_for_too_long_takes_no_step(served):
     assert served.frame([*"abc"], [None] * 3, [3] * 3, 100) == [0, 1, 2]
     assert served.as_cohorts == 0
     with pytest.raises(SessionExpired):
-        served.scheduler.sessions.find("a", 100)
+        served.scheduler.sessions.find_detached("a", 100)
 
 
 def test_a_cohort_takes_one_step_at_a_time(served):
@@ -399,7 +402,7 @@ def test_a_cohort_takes_one_step_at_a_time(served):
 
 
 def test_a_session_of_which_more_is_to_be_remembered_leaves_its_cohort(served):
-    served.scheduler.remember_chunks(served.bound["a"], 2)
+    served.scheduler.set_retry_depth(served.bound["a"], 2)
     assert answer(served.scheduler.submit_steps("a", inputs(2), 0, LATER, position=1)) == fold([1, 2])[1:]
     for _ in range(3):
         served.frame([*"abc"], [None] * 3, [3] * 3, 0)
@@ -458,8 +461,8 @@ def test_one_cohort_that_is_no_more_keeps_the_others_from_stepping():
     for _ in range(2):
         served.frame([*"abcd"], [None] * 4, [1] * 4, 0)
         served.run()
-    cohorts = served.scheduler.sessions.cohorts
-    served.scheduler.sessions.find("d", 0)
+    cohorts = [*served.scheduler.sessions.cohorts]
+    served.scheduler.sessions.find_detached("d", 0)
     rows = (np.ones((4, 1), np.int64),)
     assert not served.scheduler.submit_cohorts(cohorts, None, rows, 0, LATER, served.answered)
     assert (served.scheduler.in_flight, cohorts[0].formed, cohorts[1].formed) == (0, True, False)

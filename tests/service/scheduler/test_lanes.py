@@ -4,7 +4,7 @@ from fold import FoldEngine, answer, fold, inputs, scheduler
 
 from unroll.service.scheduler.lanes import Pace
 from unroll.service.scheduler.limits import SchedulerLimits
-from unroll.service.scheduler.work import Reply
+from unroll.service.scheduler.reply import Reply
 
 LIMITS = SchedulerLimits(max_batch=256, max_batch_steps=2048, piece_steps=64)
 STEP = 1e-6  # seconds per step and row

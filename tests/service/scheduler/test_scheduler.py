@@ -17,8 +17,11 @@ from unroll.service.core.errors import (
     SessionExpired,
     SessionUnknown,
 )
-from unroll.service.scheduler.sessions import LastWords
-from unroll.service.scheduler.work import Applied, Chunk, GroupReply, Life, Reply, Session
+from unroll.service.scheduler.chunk import Chunk, GroupReply
+from unroll.service.scheduler.closed_sessions import ClosedSessions
+from unroll.service.scheduler.limits import SessionLimits
+from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
+from unroll.service.scheduler.session import Life, Session
 
 LATER = 1e9
 
@@ -39,7 +42,7 @@ def test_steps_go_on_from_where_the_session_was(s, engine):
     second = s.submit_steps("a", inputs(3), 0, LATER)
     run_until_idle(s, engine)
     assert answer(first) + answer(second) == fold([1, 2, 3])
-    assert repr(s.sessions.find("a", 0)) == "<Session a idle position=3 expected=3>"
+    assert repr(s.sessions.find_detached("a", 0)) == "<Session a idle position=3 expected=3>"
 
 
 def test_a_session_is_in_a_batch_once_and_sessions_share_it(s, engine):
@@ -138,7 +141,7 @@ def test_a_retry_of_the_last_chunk_gets_the_same_reply(s, engine):
     again = s.submit_steps("a", inputs(1, 2), 0, LATER, position=0)
     assert answer(again) == answer(first)
     assert again.position == 2
-    assert s.sessions.find("a", 0).position == 2
+    assert s.sessions.find_detached("a", 0).position == 2
     assert s.counters.replayed == 1
 
 
@@ -195,7 +198,7 @@ def test_a_client_that_pipelines_can_ask_for_as_many_chunks_again(s, engine):
     session = s.open("a", 0)
     s.submit_steps("a", inputs(0), 0, LATER)
     run_until_idle(s, engine)
-    s.remember_chunks(session, 3)
+    s.set_retry_depth(session, 3)
     for step in (1, 2):
         s.submit_steps("a", inputs(step), 0, LATER)
         run_until_idle(s, engine)
@@ -206,7 +209,7 @@ def test_a_client_that_pipelines_can_ask_for_as_many_chunks_again(s, engine):
     run_until_idle(s, engine)
     with pytest.raises(PositionTooOld):
         s.submit_steps("a", inputs(0), 0, LATER, position=0)
-    s.remember_chunks(session, 1)
+    s.set_retry_depth(session, 1)
     assert answer(s.submit_steps("a", inputs(3), 0, LATER, position=3)) == fold([0, 1, 2, 3])[3:]
     with pytest.raises(PositionTooOld):
         s.submit_steps("a", inputs(2), 0, LATER, position=2)
@@ -218,7 +221,7 @@ def test_a_client_that_pipelines_can_ask_for_as_many_chunks_again(s, engine):
 def grouped(s, names, rows, positions=None):
     """The sessions, what was not taken, and the list that receives the replies."""
     replies: list[GroupReply] = []
-    sessions = [s.sessions.find(name, 0) for name in names]
+    sessions = [s.sessions.find_detached(name, 0) for name in names]
     positions = positions or [session.position for session in sessions]
     left = s.submit_group(sessions, positions, (np.array(rows),), 0, LATER, replies.append)
     return sessions, left, replies
@@ -293,11 +296,11 @@ def test_a_session_closed_while_its_group_runs_leaves_when_it_is_done(s, engine)
 def test_a_group_that_is_late_fails_whole(s, engine):
     s.open("a", 0)
     replies: list[GroupReply] = []
-    s.submit_group([s.sessions.find("a", 0)], [0], (np.array([[1]]),), 0, 5, replies.append)
+    s.submit_group([s.sessions.find_detached("a", 0)], [0], (np.array([[1]]),), 0, 5, replies.append)
     again = s.submit_steps("a", inputs(1), 0, LATER, position=0)
     run_until_idle(s, engine, now=6)
     assert replies[0].errors[0].code == failure(again) == "deadline_exceeded"
-    assert (s.in_flight, s.sessions.find("a", 6).position) == (0, 0)
+    assert (s.in_flight, s.sessions.find_detached("a", 6).position) == (0, 0)
 
 
 # ── START and END ────────────────────────────────────────────────────────────────────────────────
@@ -351,13 +354,13 @@ def test_idle_sessions_expire_busy_ones_do_not(s, engine):
     s.open("busy", 0)
     chunk = s.submit_steps("busy", inputs(1), 0, LATER)
     with pytest.raises(SessionExpired):
-        s.sessions.find("idle", 100)
+        s.sessions.find_detached("idle", 100)
     assert "busy" in s.sessions
     run_until_idle(s, engine, 100)
     assert answer(chunk) == fold([1])
-    s.sessions.find("busy", 199)
+    s.sessions.find_detached("busy", 199)
     with pytest.raises(SessionExpired):
-        s.sessions.find("busy", 200)
+        s.sessions.find_detached("busy", 200)
 
 
 def test_start_opens_a_session_that_expired(s, engine):
@@ -370,7 +373,7 @@ def test_start_opens_a_session_that_expired(s, engine):
 def test_without_idle_timeout_nothing_expires():
     s = scheduler(idle_timeout=None)
     s.open("a", 0)
-    assert s.sessions.find("a", 1e12).id == "a"
+    assert s.sessions.find_detached("a", 1e12).id == "a"
 
 
 def test_the_least_recently_used_idle_session_makes_room(s, engine):
@@ -380,7 +383,7 @@ def test_the_least_recently_used_idle_session_makes_room(s, engine):
     run_until_idle(s, engine, 10)
     s.open("e", 11)
     with pytest.raises(SessionEvicted):
-        s.sessions.find("b", 11)
+        s.sessions.find_detached("b", 11)
     assert [session.id for session in s.sessions] == ["c", "d", "a", "e"]
     assert s.counters.gone == {"session_evicted": 1}
 
@@ -408,9 +411,9 @@ def test_a_tombstone_is_forgotten_in_the_end(s):
     s.open("a", 0)
     s.close("a", 0)
     with pytest.raises(SessionClosed):
-        s.sessions.find("a", 999)
+        s.sessions.find_detached("a", 999)
     with pytest.raises(SessionUnknown):
-        s.sessions.find("a", 1000)
+        s.sessions.find_detached("a", 1000)
 
 
 def test_tombstones_are_bounded(s):
@@ -561,11 +564,16 @@ def test_after_a_while_the_same_request_opens_a_new_session(s, engine):
     assert answer(again) == fold([1])
 
 
-def test_last_words_are_bounded_in_bytes(s, engine):
-    words = LastWords(100)
+def test_the_replies_of_closing_chunks_are_bounded_in_bytes():
+    closed = ClosedSessions(SessionLimits(closing_reply_bytes=100))
+
+    def known() -> str:
+        return "".join(name for name in "abcd" if closed.reply_to(name, 0, inputs(1), 0) is not None)
+
+    last = AppliedChunk(0, payload_digest(inputs(1)), Reply((np.zeros(5),), 5))
     for name in "abc":
-        words.keep(name, Applied(0, b"", Reply((np.zeros(5),), 5)))
-    assert [words.get(name) is not None for name in "abc"] == [False, True, True]
-    words.forget("b")
-    words.keep("d", Applied(0, b"", Reply((np.zeros(5),), 5)))
-    assert [words.get(name) is not None for name in "bcd"] == [False, True, True]
+        closed.add(name, SessionClosed, 0, b"", last)
+    assert known() == "bc"
+    closed.forget("b")
+    closed.add("d", SessionClosed, 0, b"", last)
+    assert known() == "cd"

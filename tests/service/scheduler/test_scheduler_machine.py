@@ -7,7 +7,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from unroll.service.core.errors import EngineFailed, UnrollError
-from unroll.service.scheduler.work import Batch, Chunk, Cohort, GroupReply, Outcome, Reply, Session
+from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.chunk import Chunk, GroupReply
+from unroll.service.scheduler.reply import Outcome, Reply
+from unroll.service.scheduler.session import Cohort, Session
 
 IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)
@@ -80,9 +83,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def retry(self, session_id: str) -> None:
         """The last chunk a session applied can be asked for again, and changes nothing."""
         if session_id in self.scheduler.sessions:
-            session = self.scheduler.sessions.find(session_id, self.now)
-            start = session.position - 1 if session.stepped else session.applied[-1].start if session.applied else None
-            if start is not None:
+            session = self.scheduler.sessions.find_detached(session_id, self.now)
+            applied = self.scheduler.replay.applied_chunks(session)
+            if applied:
+                start = applied[-1].start
                 steps = self.histories[session][start : session.position]
                 work = self.scheduler.submit_steps(session_id, inputs(*steps), self.now, self.now + 50, position=start)
                 assert isinstance(work, Reply)
@@ -91,7 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(ids=st.lists(IDS, min_size=1, max_size=6), data=st.data(), length=st.sampled_from([1, 1, 1, 2, 5]))
     def group(self, ids: list[str], data: st.DataObject, length: int) -> None:
         """A frame: a step or more of several sessions, of which some may be busy, or elsewhere, or named twice."""
-        sessions = [self.scheduler.sessions.find(i, self.now) for i in ids if i in self.scheduler.sessions]
+        sessions = [self.scheduler.sessions.find_detached(i, self.now) for i in ids if i in self.scheduler.sessions]
         if not sessions:
             return
         digits = st.lists(st.sampled_from([0, 1, 2, 3, BAD]), min_size=length, max_size=length)
@@ -152,7 +156,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert reply.positions[i] == len(history)
 
     def submit(self, session_id: str, steps: list[int], offset: int | None, **flags: bool) -> None:
-        known = {session.id: self.scheduler.sessions.look(session) for session in [*self.scheduler.sessions]}
+        known = {
+            session.id: self.scheduler.sessions.detach_from_cohort(session) for session in [*self.scheduler.sessions]
+        }
         position = None
         if offset is not None and session_id in known:
             position = max(0, known[session_id].expected + offset)

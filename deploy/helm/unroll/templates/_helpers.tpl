@@ -14,16 +14,16 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
-{{/* Values that contradict each other are an error, and not a deployment that loses sessions. */}}
+{{/* Contradictory values are an error instead of a deployment that loses sessions. */}}
 {{- define "unroll.check" -}}
 {{- $store := or .Values.redis.enabled .Values.store.secret }}
 {{- if and .Values.redis.enabled .Values.store.secret }}
-  {{- fail "store.secret names a Redis and redis.enabled brings one: choose" }}
+  {{- fail "store.secret names a Redis and redis.enabled creates one: set only one of them" }}
 {{- end }}
 {{- if and (eq .Values.store.durability "redis") (not $store) }}
-  {{- fail "store.durability is redis, but there is none: set redis.enabled or store.secret" }}
+  {{- fail "store.durability is redis, but there is no store: set redis.enabled or store.secret" }}
 {{- end }}
 {{- if and (or (gt (int .Values.replicas) 1) .Values.autoscaling.enabled) (not $store) (not .Values.store.snapshotKeysSecret) }}
-  {{- fail "a session in the memory of one replica is unknown to the others: set redis.enabled, store.secret, or store.snapshotKeysSecret for clients that hold their states; or replicas=1" }}
+  {{- fail "a session in the memory of one replica is unknown to the others: set redis.enabled, store.secret, or store.snapshotKeysSecret (client-held states); or set replicas=1" }}
 {{- end }}
 {{- end }}

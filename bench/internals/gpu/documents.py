@@ -1,4 +1,4 @@
-"""docs/gpu.md: its figures are replaced by those of a results file, the text around them is written by hand."""
+"""docs/gpu.md: replaces its figures by those of a results file; the text around them is written by hand."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -133,6 +133,6 @@ _PARTS = {
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int) -> list[str]:
-    """left: columns that are words."""
+    """left: number of text columns."""
     rule = ["---"] * left + ["--:"] * (len(head) - left)
     return ["| " + " | ".join(map(str, line)) + " |" for line in (head, rule, *rows)]

@@ -1,4 +1,4 @@
-"""The models that are measured, and the least that a step of each can cost."""
+"""The measured models, and a lower bound of a step's time for each."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,13 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Values in the matrices, which each step reads once and multiplies each row with."""
+        """Number of matrix elements. A step reads each once and multiplies it with every row."""
         gates = {"LSTM": 4, "GRU": 3}[self.cell]
         inputs = FEATURES + (self.layers - 1) * self.hidden
         return gates * self.hidden * (inputs + self.layers * self.hidden) + self.hidden * FEATURES
 
     def floor(self, rows: int, bytes_per_second: float, operations_per_second: float) -> float:
-        """Seconds: the weights read once, or the products of all rows, whichever takes longer."""
+        """Lower bound in seconds: read the weights once, or compute the products of all rows."""
         return max(4 * self.weights / bytes_per_second, 2 * rows * self.weights / operations_per_second)
 
 
@@ -55,7 +55,7 @@ def model(shape: Shape) -> Model:
 
 
 def bundle_of(shape: Shape, repository: Path) -> Path:
-    """Exported once, with random weights."""
+    """The model's bundle with random weights, exported at first use."""
     path = repository / shape.name / "1"
     if not path.exists():
         unroll.export(model(shape), {"x": torch.randn(2, 9, FEATURES)}, name=shape.name, repository=repository)

@@ -1,4 +1,4 @@
-"""The whole server on a GPU: WebSockets whose frames carry a step of each of many sessions."""
+"""The whole server on a GPU: WebSocket frames that carry one step of each of many sessions."""
 
 import sys
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import uvloop
 
-from bench.gpu.ours import DEVICE
-from bench.gpu.shapes import FEATURES, Shape, bundle_of, model
-from bench.load import Client, Load, Measured
-from bench.servers import HOST, on_cores, running
-from bench.turns import raise_on_errors
+from bench.internals.gpu.engine import DEVICE
+from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of, model
+from bench.load import Client, Load, Measurement
+from bench.servers import HOST, on_cores, running_server
+from bench.turns import require_no_errors
 from bench.websocket_client import read_outputs, steps_frame, websocket_client
 
 _TOLERANCE = 1e-4
@@ -22,8 +22,8 @@ _SERVER_CORES = {0, 1}
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """steps: a second. p50, p99: milliseconds from a frame to its answer. engine: steps a second that the engine does
-    in calls of as many rows, from arrays to arrays."""
+    """steps: per second. p50, p99: milliseconds from a frame to its answer. engine: steps per second of the engine
+    alone, in calls of as many rows, from array to array."""
 
     title: str
     connections: int
@@ -46,7 +46,7 @@ def measure(
     words = f"--host {HOST} --port PORT --device {DEVICE} --max-batch {entries} --log-level warning".split()
     command = [sys.executable, "-m", "unroll", "serve", "--repository", str(only), *words]
     log = folder / f"{shape.name}-{entries}.log"
-    with running(command, _SERVER_CORES, log, "/v2/health/ready") as server, on_cores({4}):
+    with running_server(command, _SERVER_CORES, log, "/v2/health/ready") as server, on_cores({4}):
         values = np.random.default_rng(1).standard_normal((connections * entries, _FRAMES, FEATURES), np.float32)
         clients = [_client(shape, n, entries, values) for n in range(connections)]
         measured = uvloop.run(_run(server.port, clients, seconds))
@@ -60,14 +60,14 @@ def _client(shape: Shape, n: int, entries: int, values: np.ndarray) -> Client:
     return websocket_client(f"/v1/models/{shape.name}/stream", frames, sessions, "gpu", entries)
 
 
-async def _run(port: int, clients: list[Client], seconds: float) -> Measured:
+async def _run(port: int, clients: list[Client], seconds: float) -> Measurement:
     async with Load(port, clients) as load:
-        raise_on_errors("unroll", await load.once())
-        return raise_on_errors("unroll", await load.run(seconds))
+        require_no_errors("unroll", await load.run_once())
+        return require_no_errors("unroll", await load.run(seconds))
 
 
 def _check(shape: Shape, clients: list[Client], values: np.ndarray) -> None:
-    """The last answers of some sessions, to all that they were sent."""
+    """Compare the last answers of some sessions with PyTorch over their whole input."""
     reference = model(shape).cuda()
     for client in clients:
         handles, positions, answers = (

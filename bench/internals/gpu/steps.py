@@ -1,4 +1,4 @@
-"""Single steps: the engine's graphs beside the floor and beside PyTorch's graph, in turns."""
+"""Single steps: the engine's graphs, compared with the lower bound and with PyTorch's graph, measured alternately."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from statistics import median
 
 import numpy as np
 
-from bench.gpu import peer
-from bench.gpu.ours import inputs, ours, some_slots, steps_of
-from bench.gpu.shapes import Shape, bundle_of, model
+from bench.internals.gpu import pytorch
+from bench.internals.gpu.engine import inputs, open_engine, some_slots, steps_of
+from bench.internals.gpu.shapes import Shape, bundle_of, model
 from unroll.service.engine.backend import Precision
 
 _ARENA = 20_000
 _MANY, _FEW = 1_000_000, 1_000
-#: PyTorch and we differ by rounding: in TF32 to 11 bits, over a few steps.
+#: PyTorch and the engine differ by rounding, in TF32 to 11 bits, over a few steps.
 _TOLERANCE = {"float32": 1e-5, "tf32": 5e-3, "float16": 5e-3}
 
 
@@ -28,15 +28,17 @@ class Limits:
 
     @classmethod
     def measured(cls) -> "Limits":
-        return cls(peer.copy_rate(), peer.product_rate(tf32=False), peer.product_rate(tf32=True))
+        return cls(pytorch.copy_rate(), pytorch.product_rate(tf32=False), pytorch.product_rate(tf32=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Microseconds of a step of so many rows: medians of the turns. device: launched back to back, all on the device;
-    graph: the same with inputs and outputs going between host and device; call: from arrays to arrays, as the server
-    calls it. onnxruntime: `device`, with onnxruntime running the layers. torch: PyTorch's graph. floor: see
-    `Shape.floor`. nodes: of the graph."""
+    """Microseconds of a step of `rows` rows: medians of the turns.
+
+    device: launched back to back, all data on the device. graph: the same with transfers from and to the host.
+    call: from array to array, as the server calls it. onnxruntime: `device`, with onnxruntime running the layers.
+    torch: PyTorch's graph. floor: see `Shape.floor`. nodes: number of nodes of the graph.
+    """
 
     title: str
     rows: int
@@ -57,30 +59,33 @@ class Steps:
 def measure(
     shape: Shape, sizes: Sequence[int], precision: Precision, limits: Limits, repository: Path, turns: int, count: int
 ) -> list[Steps]:
-    """Raises AssertionError if PyTorch answers otherwise."""
+    """Raises AssertionError if PyTorch's outputs differ."""
     tf32 = precision == "tf32"
-    peer.set_tf32(tf32)
+    pytorch.set_tf32(tf32)
     reference, path = model(shape).cuda(), bundle_of(shape, repository)
     found = []
-    with ours(path, _ARENA, sizes, precision) as fused, ours(path, _ARENA, sizes, precision, "onnxruntime") as plain:
+    with (
+        open_engine(path, _ARENA, sizes, precision) as fused,
+        open_engine(path, _ARENA, sizes, precision, "onnxruntime") as plain,
+    ):
         for size in sizes:
             slots, x = some_slots(size, _ARENA), inputs(size)
-            rows, theirs = steps_of(slots, x), peer.TorchSteps(reference, slots, x, _ARENA)
+            rows, torch_steps = steps_of(slots, x), pytorch.TorchSteps(reference, slots, x, _ARENA)
             for step in range(3):
                 answers = [engine.step(slots, x, first=step == 0) for engine in (fused, plain)]
-                theirs.launch()
+                torch_steps.launch()
                 for answer in answers:
-                    difference = np.abs(answer - theirs.answer()).max()
+                    difference = np.abs(answer - torch_steps.answer()).max()
                     assert difference < _TOLERANCE[precision], f"{shape.title}, {size} rows: {difference} off PyTorch"
             launches = [
                 (fused.graph(size, transfers=False), fused.stream),
                 (fused.graph(size), fused.stream),
                 (plain.graph(size, transfers=False), plain.stream),
-                (theirs, None),
+                (torch_steps, None),
             ]
             each = [
                 [
-                    *(peer.seconds_per_launch(graph.launch, count, stream) for graph, stream in launches),
+                    *(pytorch.seconds_per_launch(graph.launch, count, stream) for graph, stream in launches),
                     fused.seconds_per_step([rows], count),
                 ]
                 for _ in range(turns)
@@ -93,10 +98,10 @@ def measure(
 
 
 def resident(shape: Shape, size: int, repository: Path, turns: int, count: int) -> dict[int, float]:
-    """Microseconds of a call for rows all over the arena, by how many sessions it holds."""
+    """Microseconds of a call for rows scattered over the arena, by its number of sessions."""
     found = {}
     for sessions in (_FEW, _MANY):
-        with ours(bundle_of(shape, repository), sessions + 2 + size, [size]) as engine:
+        with open_engine(bundle_of(shape, repository), sessions + 2 + size, [size]) as engine:
             batches = [
                 steps_of(np.random.default_rng(i).choice(sessions, size, replace=False) + 2, inputs(size))
                 for i in range(32)

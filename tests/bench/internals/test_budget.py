@@ -1,10 +1,10 @@
-"""Samples find their layer, and shares become microseconds. That py-spy can sample is the machine's affair."""
+"""Samples find their layer, and shares become microseconds. Whether py-spy can sample depends on the machine."""
 
 from collections import Counter
 
 import pytest
 
-from bench.budget import OTHER, Run, fold, place, table
+from bench.internals.budget import OTHER, Run, fold, layer_of, table
 
 ROOT = "_run_module_as_main (<frozen runpy>);main (service/__main__.py);run_forever (loop.c);Handle__run (loop.c)"
 FEED = "HttpProtocol.data_received (service/transport/http.py);feed_data (httptools/parser/parser.c)"
@@ -29,23 +29,23 @@ STEPS = "HttpProtocol.on_message_complete (service/transport/http.py);steps (ser
         ("StreamProtocol.data_received (service/transport/websocket.py);parse (websockets/frames.py)", "transport"),
     ],
 )
-def test_the_innermost_frame_that_tells_decides(inner: str, layer: str) -> None:
-    assert place(f"{ROOT};{inner}".split(";"))[0] == layer
+def test_innermost_matching_frame_decides(inner: str, layer: str) -> None:
+    assert layer_of(f"{ROOT};{inner}".split(";"))[0] == layer
 
 
-def test_a_thread_that_waits_for_work_is_idle_and_one_that_has_some_is_not() -> None:
+def test_waiting_thread_is_idle_and_working_thread_is_not() -> None:
     thread = "Thread.run (threading.py);_worker (concurrent/futures/thread.py)"
     waiting = f"{thread};_queue_SimpleQueue_get (_queuemodule.c.h);0x7f00 (libc.so.6)"
-    assert place(waiting.split(";"))[0] == "idle"
+    assert layer_of(waiting.split(";"))[0] == "idle"
     working = f"{thread};_WorkItem.run (concurrent/futures/thread.py);HostEngine.run (service/engine/host.py)"
-    assert place(working.split(";"))[0] == "engine"
+    assert layer_of(working.split(";"))[0] == "engine"
 
 
-def test_what_nobody_knows_is_shown_as_such() -> None:
-    assert place(["main (somewhere.py)"]) == (OTHER, "main (somewhere.py)")
+def test_unknown_frames_are_shown_as_other() -> None:
+    assert layer_of(["main (somewhere.py)"]) == (OTHER, "main (somewhere.py)")
 
 
-def test_samples_add_up_and_idle_ones_are_left_out() -> None:
+def test_samples_add_up_without_idle_ones() -> None:
     write, read = "write (libc.so.6)", "read (libc.so.6)"
     lines = [
         f"{ROOT};{write} 3",

@@ -1,9 +1,9 @@
-"""What a durable session and a commit cost Redis: memory, processor, append-only file, network.
+"""Cost of a durable session and of a commit in Redis: memory, processor, append-only file, network.
 
-    python -m bench.store [--sessions 50000]
+    python -m bench.internals.store [--sessions 50000]
 
-It starts a redis-server of its own and writes to it as the server does, batches of 64. What it counts is Redis's own
-account of itself, so it does not matter who else uses the machine. docs/scaling.md has the arithmetic.
+Starts a redis-server and writes to it as the server does, in batches of 64. The figures are Redis's own counters, so
+other load on the machine does not change them. docs/scaling.md has the arithmetic.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from unroll.service.store.redis import RedisStore, StoreConfig
 
 _BATCH = 64
 _PATIENCE_SECONDS = 60.0
-#: Of 24 characters, as the ids that the server makes up.
+#: 24 characters, the length of the ids that the server generates.
 _ID = "{:024d}"
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """state: floats of a row. output: floats that a step answers, which are kept for a retry."""
+    """state: floats of a row. output: floats of a step's reply, which is kept for a retry."""
 
     name: str
     state: int
@@ -58,8 +58,8 @@ def redis_server() -> Iterator[int]:
             process.wait()
 
 
-class Account:
-    """Redis's own figures, and how they change."""
+class RedisCounters:
+    """Redis's own counters, and their change since `begin`."""
 
     def __init__(self, port: int) -> None:
         self._redis = Redis(port=port)
@@ -74,12 +74,12 @@ class Account:
                 pass
 
     def begin(self) -> None:
-        self._begin = self._look()
+        self._begin = self._read()
 
-    def per(self, count: int) -> dict[str, float]:
-        return {name: (value - self._begin[name]) / count for name, value in self._look().items()}
+    def change_per(self, count: int) -> dict[str, float]:
+        return {name: (value - self._begin[name]) / count for name, value in self._read().items()}
 
-    def _look(self) -> dict[str, float]:
+    def _read(self) -> dict[str, float]:
         info = self._redis.info("all")
         # Buffers come and go with the traffic; the keys stay.
         memory = info["used_memory"] - info["mem_aof_buffer"] - info["mem_clients_normal"]
@@ -89,12 +89,12 @@ class Account:
 
 
 class Sessions:
-    """Of one model; each commit is the successor of the session's last."""
+    """Sessions of one model; each commit follows the session's previous one."""
 
     def __init__(self, model: Model, count: int) -> None:
         self._model = model
         self._tokens = Tokens()
-        self._held = {_ID.format(number): b"" for number in range(count)}
+        self._tokens_by_id = {_ID.format(number): b"" for number in range(count)}
         self._origin = Origin("ab" * 32, "redis", os.urandom(16))
 
     async def write(self, store: RedisStore, ids: list[str], *, opens: bool = False, ends: bool = False) -> None:
@@ -105,32 +105,34 @@ class Sessions:
                 raise failed[0]
 
     def _commit(self, each: str, opens: bool, ends: bool) -> Commit:
-        expected, self._held[each] = self._held[each], self._tokens.next()
+        expected, self._tokens_by_id[each] = self._tokens_by_id[each], self._tokens.next()
         row = os.urandom(4 * self._model.state)
         last = pack_last(1, (Kept(0, 1, os.urandom(16), os.urandom(4 * self._model.output)),))
         origin = self._origin.to_bytes()
-        return Commit((self._model.name[:4], each), expected, self._held[each], origin, 1, row, last, opens, ends)
+        return Commit(
+            (self._model.name[:4], each), expected, self._tokens_by_id[each], origin, 1, row, last, opens, ends
+        )
 
     @property
     def ids(self) -> list[str]:
-        return [*self._held]
+        return [*self._tokens_by_id]
 
 
 async def measure(model: Model, count: int) -> str:
     with redis_server() as port:
-        account = Account(port)
-        account.ready()
+        counters = RedisCounters(port)
+        counters.ready()
         store = RedisStore(StoreConfig(f"redis://127.0.0.1:{port}/0", timeout=_PATIENCE_SECONDS))
         sessions = Sessions(model, count)
-        account.begin()
+        counters.begin()
         await sessions.write(store, sessions.ids, opens=True)
-        resident = account.per(count)["memory"]
-        account.begin()
+        resident = counters.change_per(count)["memory"]
+        counters.begin()
         await sessions.write(store, random.sample(sessions.ids, count))
-        commit = account.per(count)
-        account.begin()
+        commit = counters.change_per(count)
+        counters.begin()
         await sessions.write(store, sessions.ids, ends=True)
-        ended = resident + account.per(count)["memory"]
+        ended = resident + counters.change_per(count)["memory"]
         await store.stop()
     costs = (resident, ended, commit["microseconds"], commit["file"], commit["network"])
     return f"| {model.name} | {4 * model.state:,} | " + " | ".join(f"{cost:,.0f}" for cost in costs) + " |"

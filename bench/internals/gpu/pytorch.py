@@ -1,11 +1,11 @@
-"""PyTorch: `nn.LSTM` or `nn.GRU` stepped under a CUDA graph, its states in arenas of its own; and whole sequences."""
+"""PyTorch's `nn.LSTM` or `nn.GRU`, stepped under a CUDA graph with states in arenas; and whole sequences."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from bench.gpu.shapes import Model
+from bench.internals.gpu.shapes import Model
 
 
 def set_tf32(allowed: bool) -> None:
@@ -14,7 +14,7 @@ def set_tf32(allowed: bool) -> None:
 
 
 class TorchSteps:
-    """h, and c, each in (layers, slots, hidden), so that gathering and scattering need no other layout."""
+    """Arenas of h and c, each (layers, slots, hidden), so that gather and scatter keep cuDNN's layout."""
 
     def __init__(self, model: Model, slots: np.ndarray, x: np.ndarray, count: int) -> None:
         self._model = model
@@ -61,7 +61,7 @@ def sequences(model: Model, x: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 def seconds_per_launch(launch: Callable[[], object], count: int, stream: int | None = None) -> float:
-    """On the device, launched back to back. stream: the address of that which it is launched on, if not PyTorch's."""
+    """On the device, launched back to back. stream: address of the stream it runs on, if not PyTorch's current one."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     with torch.cuda.stream(None if stream is None else torch.cuda.ExternalStream(stream)):
@@ -74,7 +74,7 @@ def seconds_per_launch(launch: Callable[[], object], count: int, stream: int | N
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written together, of a copy much larger than the cache."""
+    """Bytes per second, reads plus writes, of a copy much larger than the cache."""
     source = torch.zeros(2**30, device="cuda")
     target = torch.empty_like(source)
     seconds = seconds_per_launch(lambda: target.copy_(source), 10)
@@ -82,7 +82,7 @@ def copy_rate() -> float:
 
 
 def product_rate(*, tf32: bool) -> float:
-    """Operations a second of a large product of float32 matrices."""
+    """Operations per second of a large product of float32 matrices."""
     set_tf32(tf32)
     one, other = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
     out = torch.empty_like(one)

@@ -1,6 +1,6 @@
-"""Where the rows are gathered and scattered: by kernels around the model's graph, or by nodes inside it.
+"""Alternatives for gather and scatter: kernels around the model's graph, or nodes inside it.
 
-The nodes update the arena in place (input and output are the same memory), in onnxruntime's own CUDA graph.
+The nodes update the arena in place (input and output share memory), in onnxruntime's own CUDA graph.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,21 +12,20 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from bench.gpu import peer
-from bench.gpu.ours import inputs, ours, some_slots
-from bench.gpu.shapes import FEATURES, Shape, bundle_of
+from bench.internals.gpu import pytorch
+from bench.internals.gpu.engine import inputs, open_engine, some_slots
+from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of
 from unroll.service.engine.backend import open_cuda
 from unroll.service.engine.cuda.device import Device
-from unroll.service.engine.tensor_ref import TensorRef
 
 _ARENA = 20_000
-#: Parts of a row that ScatterND moves as if they were rows: it gives each of them one thread.
+#: ScatterND runs one thread per row, so a row is split into this many parts.
 _FINE = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Microseconds on the device, back to back. what: how the rows are moved."""
+    """Microseconds on the device, launched back to back. what: how the rows are moved."""
 
     what: str
     rows: int
@@ -35,17 +34,19 @@ class Variant:
 
 def measure(shape: Shape, sizes: list[int], repository: Path, count: int) -> Iterator[Variant]:
     path = bundle_of(shape, repository)
-    with ours(path, _ARENA, sizes, cells="onnxruntime") as engine:
+    with open_engine(path, _ARENA, sizes, cells="onnxruntime") as engine:
         for size in sizes:
             graph = engine.graph(size, transfers=False)
-            yield Variant("kernels around it", size, peer.seconds_per_launch(graph.launch, count, engine.stream) * 1e6)
+            yield Variant(
+                "kernels around it", size, pytorch.seconds_per_launch(graph.launch, count, engine.stream) * 1e6
+            )
     device = open_cuda("cuda:0")
     model = onnx.load(str(path / "model.onnx"))
     for what, (change, parts) in _CHANGES.items():
         for size in sizes:
             changed = change(onnx.ModelProto.FromString(model.SerializeToString()), parts)
             launch = _bound(changed, device, size, parts)
-            yield Variant(what, size, peer.seconds_per_launch(launch, count, device.stream) * 1e6)
+            yield Variant(what, size, pytorch.seconds_per_launch(launch, count, device.stream) * 1e6)
 
 
 def _scatter_nd(model: onnx.ModelProto, parts: int) -> onnx.ModelProto:
@@ -78,7 +79,7 @@ def _scatter_elements(model: onnx.ModelProto, parts: int) -> onnx.ModelProto:
     return _around(model, before, after, width)
 
 
-#: What is done to the graph, and in how many parts a row is moved.
+#: The change to the graph, and the number of parts per row.
 _CHANGES: dict[str, tuple[Callable[[onnx.ModelProto, int], onnx.ModelProto], int]] = {
     "Gather and ScatterND": (_scatter_nd, 1),
     f"Gather and ScatterND, rows in {_FINE} parts": (_scatter_nd, _FINE),
@@ -102,7 +103,7 @@ def _around(
 
 
 def _bound(model: onnx.ModelProto, device: Device, size: int, parts: int) -> Callable[[], object]:
-    """A launch of onnxruntime's own graph of a step of `size` rows."""
+    """Launches onnxruntime's own graph of a step of `size` rows."""
     cuda = {"device_id": "0", "use_tf32": "0", "enable_cuda_graph": "1", "user_compute_stream": str(device.stream)}
     options = ort.SessionOptions()
     options.log_severity_level = 3

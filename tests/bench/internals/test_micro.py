@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.micro import Part, Turns, infer_body, manifest, measure, protocol, steps_frame
+from bench.internals.micro import Part, Turns, infer_body, manifest, measure, protocol, steps_frame
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.frames import FrameCodec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Machine:
@@ -50,9 +50,9 @@ def test_a_slow_part_is_run_a_few_times_all_the_same() -> None:
 def test_every_turn_of_the_scheduler_answers_every_session(sessions: int) -> None:
     turns = Turns(sessions)
     for taken in range(1, 4):
-        turns.each_by_itself()
+        turns.step_as_chunks()
         assert turns.answered == 2 * taken * sessions - sessions
-        turns.as_a_group()
+        turns.step_as_group()
         assert turns.answered == 2 * taken * sessions
     assert turns.scheduler.in_flight == 0
     turns.scheduler.check_invariants()
@@ -74,7 +74,7 @@ def test_what_the_decoders_are_given_is_sound() -> None:
 
 def test_the_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
-    words = f"-m bench.micro --seconds 0.001 --json {target}"
+    words = f"-m bench.internals.micro --seconds 0.001 --json {target}"
     run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=55)
     assert run.returncode == 0, run.stderr
     figures = json.loads(target.read_text())
@@ -86,7 +86,7 @@ def test_the_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
 
 
 def test_a_word_that_no_part_has_is_an_error() -> None:
-    words = "-m bench.micro --only no-such-part"
+    words = "-m bench.internals.micro --only no-such-part"
     run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=55)
     assert run.returncode == 2
     assert "no-such-part" in run.stderr

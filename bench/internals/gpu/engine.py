@@ -1,4 +1,4 @@
-"""The engine, as the server has it: from a bundle, at its place."""
+"""The CUDA engine as the server builds it from a bundle."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from bench.gpu.shapes import FEATURES
+from bench.internals.gpu.shapes import FEATURES
 from unroll import bundle
 from unroll.service.engine.backend import Cells, CudaBackend, EngineOptions, Precision, open_cuda
 from unroll.service.engine.cuda.driver import CapturedGraph
@@ -18,16 +18,16 @@ from unroll.service.state.slots import INITIAL, SCRATCH
 DEVICE = "cuda:0"
 
 
-class Ours:
-    """rows: of the arena. proof: what the golden vectors said of it."""
+class MeasuredEngine:
+    """rows: size of the arena. proof: differences on the golden vectors."""
 
     def __init__(self, path: Path, options: EngineOptions, rows: int) -> None:
         found = bundle.read(path)
         self.manifest = found.manifest
-        here = CudaBackend(found, open_cuda(DEVICE), options)
-        self.engine, self.proof = here.engine(rows, options.buckets[-1])
+        backend = CudaBackend(found, open_cuda(DEVICE), options)
+        self.engine, self.proof = backend.create_engine(rows, options.buckets[-1])
         assert self.engine.captured
-        self.stream = here.device.stream
+        self.stream = backend.device.stream
 
     def graph(self, rows: int, *, transfers: bool = True) -> CapturedGraph:
         graph = self.engine.graph(rows, transfers=transfers)
@@ -35,14 +35,14 @@ class Ours:
         return graph
 
     def step(self, slots: np.ndarray, x: np.ndarray, *, first: bool) -> np.ndarray:
-        """The output for a step of each, from the initial state if it is the first."""
+        """Output of one step of each slot; the first step starts from the initial state."""
         rows = steps_of(slots, x)
         outputs, failed = self.engine.run(replace(rows, sources=[INITIAL] * len(slots)) if first else rows)
         assert not failed
         return outputs[0]
 
     def seconds_per_step(self, batches: Sequence[PlainRows], count: int) -> float:
-        """From host memory to host memory, the batches in turn, as many launched ahead as the server launches."""
+        """From host memory to host memory, cycling through the batches; launches ahead as the server does."""
         began = perf_counter()
         waiting: list[Callable[[], Result]] = []
         for i in range(count):
@@ -63,17 +63,17 @@ class Ours:
 
 
 @contextmanager
-def ours(
+def open_engine(
     path: Path, rows: int, buckets: Sequence[int], precision: Precision = "float32", cells: Cells = "fused"
-) -> Iterator[Ours]:
-    """Its memory is given back afterwards."""
-    found = Ours(path, EngineOptions(precision=precision, cells=cells, buckets=tuple(sorted(buckets))), rows)
+) -> Iterator[MeasuredEngine]:
+    """The engine of a bundle; its memory is released with the block."""
+    found = MeasuredEngine(path, EngineOptions(precision=precision, cells=cells, buckets=tuple(sorted(buckets))), rows)
     yield found
     found.engine.close()
 
 
 def steps_of(slots: np.ndarray, x: np.ndarray) -> PlainRows:
-    """One step of each: x (rows, 1, features)."""
+    """One step of each slot. x: (rows, 1, features)."""
     return PlainRows((x,), [1] * len(slots), slots, slots)
 
 
@@ -82,5 +82,5 @@ def inputs(rows: int, steps: int = 1) -> np.ndarray:
 
 
 def some_slots(rows: int, count: int) -> np.ndarray:
-    """Different rows of an arena, in no order."""
+    """Distinct rows of an arena, in random order."""
     return np.random.default_rng(0).choice(count - 2, rows, replace=False) + 2

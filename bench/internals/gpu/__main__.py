@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: everything that is to be measured on a GPU, in one run of a few minutes."""
+"""`python -m bench.internals.gpu`: all measurements on a GPU, in one run of a few minutes."""
 
 import argparse
 import json
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from bench import machine
-from bench.gpu import peer, steps, stream, variants
-from bench.gpu.documents import write
-from bench.gpu.ours import inputs, ours, some_slots, steps_of
-from bench.gpu.shapes import FEATURES, Shape, bundle_of, model
+from bench.internals.gpu import pytorch, steps, stream, variants
+from bench.internals.gpu.documents import write
+from bench.internals.gpu.engine import inputs, open_engine, some_slots, steps_of
+from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of, model
 from bench.servers import ROOT
 
 MEDIUM, LARGE, WIDE = Shape("LSTM", 2, 256), Shape("LSTM", 2, 1024), Shape("GRU", 4, 2048)
@@ -64,18 +64,20 @@ class Run:
         return [asdict(each) for each in variants.measure(MEDIUM, [1, 64, 1024], self.repository, self.count)]
 
     def sequences(self) -> list[dict[str, Any]]:
-        """Seconds for whole sequences, from host memory to host memory."""
+        """Seconds for a batch of whole sequences, from host memory to host memory."""
         found = []
         x = inputs(_SEQUENCES, _LENGTH)
         for precision in ("float32", "tf32"):
-            peer.set_tf32(precision == "tf32")
-            theirs = peer.sequences(model(MEDIUM).cuda(), x)
-            with ours(bundle_of(MEDIUM, self.repository), 100, [_SEQUENCES], precision) as engine:
-                mine = engine.sequences(x)
-                assert np.allclose(mine(), theirs(), rtol=0, atol=5e-3)
-                each = [(_seconds(mine), _seconds(theirs)) for _ in range(self.turns)]
-            ours_, torch_ = (median(seconds) for seconds in zip(*each, strict=True))
-            found.append({"title": MEDIUM.title, "precision": precision, "ours": ours_, "torch": torch_})
+            pytorch.set_tf32(precision == "tf32")
+            torch_sequences = pytorch.sequences(model(MEDIUM).cuda(), x)
+            with open_engine(bundle_of(MEDIUM, self.repository), 100, [_SEQUENCES], precision) as engine:
+                engine_sequences = engine.sequences(x)
+                assert np.allclose(engine_sequences(), torch_sequences(), rtol=0, atol=5e-3)
+                each = [(_seconds(engine_sequences), _seconds(torch_sequences)) for _ in range(self.turns)]
+            engine_seconds, torch_seconds = (median(seconds) for seconds in zip(*each, strict=True))
+            found.append(
+                {"title": MEDIUM.title, "precision": precision, "ours": engine_seconds, "torch": torch_seconds}
+            )
         return found
 
     def resident(self) -> dict[str, float]:
@@ -86,7 +88,7 @@ class Run:
         """Differences from PyTorch float64 on the golden vectors, and between buckets."""
         found = []
         for precision in ("float32", "tf32", "float16"):
-            with ours(bundle_of(MEDIUM, self.repository), 5000, [1, 4, 16, 64, 256, 1024], precision) as engine:
+            with open_engine(bundle_of(MEDIUM, self.repository), 5000, [1, 4, 16, 64, 256, 1024], precision) as engine:
                 tolerance = {entry.output: entry.tolerance for entry in engine.manifest.parity}
                 found.append({"precision": precision, "tolerance": tolerance, **asdict(engine.proof)})
         return found
@@ -94,7 +96,7 @@ class Run:
     def streams(self) -> list[dict[str, Any]]:
         found = []
         for shape, connections, entries in STREAMS:
-            with ours(bundle_of(shape, self.repository), 5000, [entries]) as engine:
+            with open_engine(bundle_of(shape, self.repository), 5000, [entries]) as engine:
                 rows = steps_of(some_slots(entries, 5000), inputs(entries))
                 rate = entries / median(engine.seconds_per_step([rows], self.count) for _ in range(self.turns))
             each = stream.measure(shape, connections, entries, rate, self.repository, self.seconds, self.folder)
@@ -103,7 +105,7 @@ class Run:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.internals.gpu", description=__doc__)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement over WebSockets")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -134,7 +136,7 @@ def main() -> int:
 
 
 def _export(repository: Path) -> None:
-    """All at once: each takes a while on one core."""
+    """Export the models in parallel: each export occupies one core for a while."""
     shapes = dict.fromkeys(shape for shape, *_ in STEPS)
     with ProcessPoolExecutor(len(shapes), mp_context=get_context("spawn")) as pool:
         list(pool.map(bundle_of, shapes, [repository] * len(shapes)))
@@ -144,7 +146,7 @@ def _about() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
     about = machine.describe([])
-    about["command"] = ["python", "-m", "bench.gpu"]
+    about["command"] = ["python", "-m", "bench.internals.gpu"]
     about["versions"] |= {
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,

@@ -1,8 +1,8 @@
-"""The parts of a step by themselves, in one process and without I/O: what each costs in nanoseconds a step.
+"""The parts of a step one by one, in one process and without I/O: nanoseconds per step.
 
-    python -m bench.micro [--only WORD] [--repository DIR] [--json FILE]
+    python -m bench.internals.micro [--only WORD] [--repository DIR] [--json FILE]
 
-Each figure is the least of many short runs, which is what the part costs when nothing disturbs it.
+Each figure is the lowest of many short runs: the cost of the part when nothing disturbs it.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from unroll.service.protocol import json as json_protocol
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.frames import STEPS, UNSAID, Alone, FrameCodec, encode, encode_one, entries_of, reached
 from unroll.service.protocol.tensors import Codec
-from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.chunk import Chunk, GroupReply
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.sessions import SessionLimits
-from unroll.service.scheduler.work import Chunk, Cohort, GroupReply
+from unroll.service.scheduler.session import Cohort
 from unroll.service.state.arena import HostArena
 
 _FEATURES = 16
@@ -37,14 +37,14 @@ _ROWS = (1, 16, 64, 256)
 _SPEC_IN = TensorSpec("x", "float32", (_FEATURES,), True)
 _SPEC_OUT = TensorSpec("y", "float32", (_FEATURES,), True)
 _LIMIT = 2**21
-#: A run is repeated until it takes this long, so that the clock does not count.
+#: A run repeats the part until it takes this long, so that reading the clock does not count.
 _RUN_SECONDS = 0.002
 _LEAST_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """call: does the work for `steps` time steps, again and again."""
+    """call: does the work of `steps` time steps; it can be repeated."""
 
     name: str
     steps: int
@@ -53,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Nanoseconds a time step: the least and the median of all runs. runs: how many there were."""
+    """Nanoseconds per time step: lowest and median of all runs. runs: their number."""
 
     name: str
     steps: int
@@ -63,7 +63,7 @@ class Figure:
 
 
 def measure(part: Part, seconds: float, now: Callable[[], float] = perf_counter) -> Figure:
-    """Runs of a part, for about `seconds` in all."""
+    """Run a part for about `seconds`."""
     calls = 1
     while (took := min(_run(part.call, calls, now) for _ in range(3))) < _RUN_SECONDS:
         calls = calls * 2 if took <= 0 else max(calls + 1, min(calls * 10, round(calls * _RUN_SECONDS * 1.2 / took)))
@@ -100,7 +100,7 @@ def arena() -> Iterator[Part]:
 
 
 def manifest() -> Manifest:
-    """Of a model with 16 values in and out."""
+    """The manifest of a model with 16 values in and out."""
     return Manifest(
         format=1,
         name="micro",
@@ -159,7 +159,7 @@ def protocol() -> Iterator[Part]:
 
 
 def infer_body(x: np.ndarray) -> tuple[int, bytes]:
-    """One step of a sequence as tritonclient sends it: the length of its JSON, and the body."""
+    """One step of a sequence as tritonclient sends it. Returns the length of its JSON, and the body."""
     text = json_protocol.dump(
         {
             "id": "7",
@@ -179,7 +179,7 @@ def infer_body(x: np.ndarray) -> tuple[int, bytes]:
 
 
 def steps_frame(entries: int) -> bytes:
-    """One step of each of so many sessions."""
+    """A frame with one step of each of `entries` sessions."""
     head = struct.pack("<BBHI", STEPS, 0, 0, entries)
     said = b"".join(struct.pack("<IIQ", handle, 1, UNSAID) for handle in range(entries))
     return head + said + np.ones((entries, _FEATURES), np.float32).tobytes()
@@ -195,16 +195,16 @@ def _read_frame(codec: FrameCodec, content: bytes) -> None:
 
 
 def scheduler() -> Iterator[Part]:
-    """A step of every session: submitted, batched, taken in and answered; the model is left out."""
+    """A step of every session: submitted, batched, completed and answered, without the model."""
     for sessions in _ROWS:
-        yield Part(f"scheduler: {sessions} sessions", sessions, Turns(sessions).each_by_itself)
+        yield Part(f"scheduler: {sessions} sessions", sessions, Turns(sessions).step_as_chunks)
     for sessions in _ROWS[1:]:
-        yield Part(f"scheduler: a group of {sessions}", sessions, Turns(sessions).as_a_group)
-        yield Part(f"scheduler: a cohort of {sessions}", sessions, Turns(sessions).as_a_cohort)
+        yield Part(f"scheduler: a group of {sessions}", sessions, Turns(sessions).step_as_group)
+        yield Part(f"scheduler: a cohort of {sessions}", sessions, Turns(sessions).step_as_cohort)
 
 
 class Turns:
-    """Sessions that take step after step. answered: steps so far."""
+    """Sessions that step in turns. answered: steps so far."""
 
     def __init__(self, sessions: int) -> None:
         traits = ModelTraits((_SPEC_IN,), (_SPEC_OUT,), cuttable=True, ragged=True)
@@ -213,32 +213,32 @@ class Turns:
         self._sessions = [self.scheduler.open(f"session-{i}", 0.0) for i in range(sessions)]
         self._together = np.zeros((sessions, 1, _FEATURES), np.float32)
         self._inputs = [(row,) for row in self._together]
-        self._unsaid = [None] * sessions
+        self._no_positions = [None] * sessions
         self._cohorts: list[Cohort] = []
         self._now = 0.0
 
-    def each_by_itself(self) -> None:
+    def step_as_chunks(self) -> None:
         now = self._tick()
-        submit, settled = self.scheduler.submit_steps, self._settled
+        submit, settled = self.scheduler.submit_steps, self._on_chunk_done
         for session, inputs in zip(self._sessions, self._inputs, strict=True):
             chunk = submit(session.id, inputs, now, now + 30.0)
             assert isinstance(chunk, Chunk)
             chunk.listeners = (settled,)
         self._turn(now)
 
-    def as_a_group(self, *, again: bool = False) -> None:
+    def step_as_group(self, *, again: bool = False) -> None:
         now = self._tick()
         self.scheduler.submit_group(
-            self._sessions, self._unsaid, (self._together,), now, now + 30.0, self._group_settled, again=again
+            self._sessions, self._no_positions, (self._together,), now, now + 30.0, self._on_group_done, again=again
         )
         self._turn(now)
 
-    def as_a_cohort(self) -> None:
+    def step_as_cohort(self) -> None:
         now = self._tick()
         if not self._cohorts:
-            self.as_a_group(again=True)
+            self.step_as_group(again=True)
         taken = self.scheduler.submit_cohorts(
-            self._cohorts, None, (self._together,), now, now + 30.0, self._group_settled
+            self._cohorts, None, (self._together,), now, now + 30.0, self._on_group_done
         )
         assert taken
         self._turn(now)
@@ -251,10 +251,10 @@ class Turns:
         _, batch = self.scheduler.next_turn(now)
         self.scheduler.finish(batch, (batch.inputs[0],), {}, now, 1e-4)
 
-    def _settled(self, outcome: object) -> None:
+    def _on_chunk_done(self, outcome: object) -> None:
         self.answered += 1
 
-    def _group_settled(self, reply: GroupReply) -> None:
+    def _on_group_done(self, reply: GroupReply) -> None:
         self.answered += len(reply.positions)
         self._cohorts = [] if reply.cohort is None else [reply.cohort]
 
@@ -263,7 +263,7 @@ class Turns:
 
 
 def engine(found: Bundle) -> Iterator[Part]:
-    """Single steps of a model: onnxruntime alone, and with the state gathered and scattered."""
+    """Single steps of a model: onnxruntime alone, and with gather and scatter of the state."""
     about = found.manifest
     runner = Runner(found.model_path, about)
     engine = HostEngine(runner, about, 4096)
@@ -299,19 +299,19 @@ def table(figures: list[Figure]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.micro", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", metavar="WORD", help="parts whose name holds this")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each part, at most 60")
+    parser = argparse.ArgumentParser(prog="python -m bench.internals.micro", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", metavar="WORD", help="only parts whose name contains WORD")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per part, at most 60")
     parser.add_argument(
-        "--repository", type=Path, default=Path("examples/repository"), help="bundles whose engine is measured"
+        "--repository", type=Path, default=Path("examples/repository"), help="bundles for the engine's parts"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.seconds <= 60:
         parser.error("out of bounds, see --help")
     found = [part for part in parts(arguments.repository) if arguments.only in part.name]
     if not found:
-        print(f"no part's name holds {arguments.only!r}", file=sys.stderr)
+        print(f"no part's name contains {arguments.only!r}", file=sys.stderr)
         return 2
     figures = [measure(part, arguments.seconds) for part in found]
     print(table(figures))

@@ -1,11 +1,11 @@
-"""Where each microsecond of a step goes: the real server under load, sampled by py-spy and folded by layer.
+"""Processor time of a step by layer: the real server under load, sampled by py-spy.
 
-The server has one core, the load generator another. Shares come from the samples in which the server did something,
-and become microseconds by the processor time that a step took in a run without py-spy. py-spy shares the server's
-core and does not stop it: so it looks while the server stands still, and at no moment of a batch more than at another.
+The server has one core, the load generator another. The shares are those of the samples in which the server was busy.
+They become microseconds by the processor time of a step in a run without py-spy. py-spy shares the server's core and
+does not stop it, so no moment of a batch is sampled more often than another.
 
-With --native it also sees the kernel's and the libraries' functions, but has to stop the server for milliseconds,
-which then is sampled at the same moments of its turns again and again: good for what costs, not for how much.
+With --native py-spy also sees functions of the kernel and of libraries, but stops the server for milliseconds. The
+samples then cluster at the same moments of a turn: they show which functions cost, not how much.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from functools import partial
 from pathlib import Path
 
 from bench import inputs
-from bench.load import Client, Load, Measured
+from bench.load import Client, Load, Measurement
 from bench.reference import Reference
-from bench.servers import Server, ServerFailed, on_cores, running
+from bench.servers import Server, ServerFailed, on_cores, running_server
 from bench.subjects import Subject, WrongAnswer, infer_steps, json_steps, raw_steps, stream_steps, unroll
 
-#: py-spy reads symbols before it takes its first sample.
+#: py-spy reads symbols before its first sample.
 _PY_SPY_STARTS_SECONDS = 3.0
 _EXPORT_SECONDS = 300
 _SAMPLES_PER_SECOND, _NATIVE_SAMPLES_PER_SECOND = 197, 29
 
 IDLE, OTHER = "idle", "other"
 
-#: What a frame tells of its sample, asked from the innermost frame outwards; the first that tells anything counts.
-#: So the interpreter's, NumPy's and the C library's own time is that of the layer which called them.
+#: Layer of a sample: that of the innermost frame that matches. The time of the interpreter, of NumPy and of the C
+#: library thus counts for the layer that called them.
 LAYERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (IDLE, re.compile(r"^(epoll_p?wait2?|select|poll) |SimpleQueue_get|^_worker \(concurrent/")),
     (
@@ -56,7 +56,7 @@ LAYERS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("event loop", re.compile(r"uvloop|\(loop\.c|libuv|^uv_|_asynciomodule\.c|asyncio/")),
 )
 
-#: A server that another process of the same user may look into, where the kernel otherwise lets only parents.
+#: A server that any process of the same user may trace; many kernels allow only the parent.
 _TRACEABLE = (
     "import ctypes, runpy, sys; ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0); "
     "sys.argv[0] = 'unroll'; runpy.run_module('unroll', run_name='__main__')"
@@ -64,20 +64,20 @@ _TRACEABLE = (
 
 
 class BudgetFailed(Exception):
-    """It could not be measured, with the reason."""
+    """The measurement failed. The message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """steps: per second. cpu_seconds: of the server, for one step; kernel_seconds: those of them in the kernel."""
+    """steps: per second. cpu_seconds: of the server for one step. kernel_seconds: the part in the kernel."""
 
     steps: float
     cpu_seconds: float
     kernel_seconds: float = 0.0
 
 
-def place(frames: Sequence[str]) -> tuple[str, str]:
-    """The layer of a sample, and its function that told. frames: outermost first, each `function (file)`."""
+def layer_of(frames: Sequence[str]) -> tuple[str, str]:
+    """The layer of a sample, and the frame that matched. frames: outermost first, each `function (file)`."""
     for frame in reversed(frames):
         for name, pattern in LAYERS:
             if pattern.search(frame):
@@ -86,18 +86,18 @@ def place(frames: Sequence[str]) -> tuple[str, str]:
 
 
 def fold(raw: Iterable[str]) -> Counter[tuple[str, str]]:
-    """Samples in which the server was busy, by place. raw: py-spy's lines, `frame;frame;frame samples`."""
+    """Busy samples by layer and frame. raw: py-spy's lines, `frame;frame;frame samples`."""
     folded: Counter[tuple[str, str]] = Counter()
     for line in raw:
         stack, _, samples = line.rpartition(" ")
-        where = place(stack.split(";"))
+        where = layer_of(stack.split(";"))
         if samples.isdigit() and where[0] != IDLE:
             folded[where] += int(samples)
     return folded
 
 
 def table(folded: Counter[tuple[str, str]], run: Run, functions: int = 0) -> str:
-    """Microseconds of processor time a step by layer, and below each its `functions` most expensive functions."""
+    """Microseconds of processor time per step by layer, each with its `functions` most expensive functions."""
     total = folded.total()
     layers: Counter[str] = Counter()
     for (name, _), samples in folded.items():
@@ -127,18 +127,18 @@ _SUBJECTS = {
 
 
 def _drive(server: Server, subject: Subject, clients: Sequence[Client], seconds: float) -> Run:
-    """Every client asks anew as soon as it is answered, and must have been answered rightly in the end."""
+    """Each client sends its next request when it is answered; the last answers must be right."""
 
-    async def drive() -> Measured:
+    async def drive() -> Measurement:
         async with Load(server.port, clients) as load:
             return await load.run(seconds)
 
-    def so_far() -> tuple[int, float, float]:
+    def totals() -> tuple[int, float, float]:
         return sum(client.answered for client in clients), *_cpu_seconds(server.process.pid)
 
-    before = so_far()
+    before = totals()
     measured = asyncio.run(drive())
-    answered, user, kernel = (after - then for after, then in zip(so_far(), before, strict=True))
+    answered, user, kernel = (after - then for after, then in zip(totals(), before, strict=True))
     if measured.errors:
         raise BudgetFailed(f"{measured.errors} replies were errors, first {measured.first_error}")
     for client in clients:
@@ -148,7 +148,7 @@ def _drive(server: Server, subject: Subject, clients: Sequence[Client], seconds:
 
 
 def _cpu_seconds(pid: int) -> tuple[float, float]:
-    """Of a process so far: in its own code, and in the kernel."""
+    """User and kernel seconds of a process so far."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     tick = 1 / os.sysconf("SC_CLK_TCK")
     return int(after_name[11]) * tick, int(after_name[12]) * tick
@@ -166,7 +166,7 @@ def _py_spy() -> str:
 
 
 def _record(drive: Callable[[float], Run], pid: int, arguments: argparse.Namespace, kind: str, target: Path) -> None:
-    """py-spy's recording of the server under load, in `target`. kind: its format. Raises BudgetFailed."""
+    """Record the server under load with py-spy, to `target`. kind: py-spy's format. Raises BudgetFailed."""
     rate = _NATIVE_SAMPLES_PER_SECOND if arguments.native else _SAMPLES_PER_SECOND
     words = ["--pid", str(pid), "--duration", str(round(arguments.seconds)), "--rate", str(rate), "--format", kind]
     words += [
@@ -176,9 +176,11 @@ def _record(drive: Callable[[float], Run], pid: int, arguments: argparse.Namespa
         *(["--native", "--idle"] if arguments.native else ["--nonblocking"]),
     ]
     cores = os.sched_getaffinity(0) if arguments.native else os.sched_getaffinity(pid)
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         with on_cores(cores):
-            spy = subprocess.Popen([_py_spy(), "record", *words], stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            spy = subprocess.Popen(
+                [_py_spy(), "record", *words], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
         try:
             drive(arguments.seconds + _PY_SPY_STARTS_SECONDS)
             status = spy.wait(arguments.seconds + 60)
@@ -187,14 +189,14 @@ def _record(drive: Callable[[float], Run], pid: int, arguments: argparse.Namespa
         finally:
             spy.kill()
             spy.wait()
-        said.seek(0)
+        output.seek(0)
         if status or not target.is_file():
-            why = said.read().decode(errors="replace")[-2000:]
+            why = output.read().decode(errors="replace")[-2000:]
             raise BudgetFailed(f"py-spy could not look into the server (it needs the right to trace it):\n{why}")
 
 
 def measure(arguments: argparse.Namespace, folder: Path, cores: Sequence[int]) -> tuple[Counter[tuple[str, str]], Run]:
-    """Samples by place, and the run without py-spy."""
+    """Samples by layer and frame, and the run without py-spy."""
     repository, model = folder / "repository", arguments.model
     subprocess.run([sys.executable, "-m", "bench.model", str(repository)], check=True, timeout=_EXPORT_SECONDS)
     reference = Reference(model, repository / model / "1" / "model.onnx", folder / f"{model}-torch.npz")
@@ -202,7 +204,7 @@ def measure(arguments: argparse.Namespace, folder: Path, cores: Sequence[int]) -
     subject = _SUBJECTS[arguments.over](launch, reference)
     python, _, _, *words = launch.command(folder)  # python -m unroll ...
     command = (python, "-c", _TRACEABLE, *words)
-    with running(command, cores[:1], folder / "server.log", launch.ready_path) as server:
+    with running_server(command, cores[:1], folder / "server.log", launch.ready_path) as server:
         clients = [subject.client(n) for n in range(arguments.clients)]
         drive = partial(_drive, server, subject, clients)
         run = drive(arguments.seconds)
@@ -238,14 +240,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.budget", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.internals.budget", description=__doc__)
     parser.add_argument("--model", choices=list(inputs.MODELS), default="small")
-    parser.add_argument("--over", choices=list(_SUBJECTS), default="raw", help="what the clients speak")
+    parser.add_argument("--over", choices=list(_SUBJECTS), default="raw", help="protocol of the clients")
     parser.add_argument("--clients", type=int, default=64, help="concurrent clients, at most 1024")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each run, 1 to 120")
-    parser.add_argument("--functions", type=int, default=0, metavar="N", help="name each layer's N dearest functions")
-    parser.add_argument("--native", action="store_true", help="see functions of the kernel and the libraries, too")
-    parser.add_argument("--flamegraph", type=Path, metavar="FILE", help="write a flame graph (SVG) of another run")
+    parser.add_argument(
+        "--functions", type=int, default=0, metavar="N", help="also list each layer's N most expensive functions"
+    )
+    parser.add_argument("--native", action="store_true", help="also show functions of the kernel and of libraries")
+    parser.add_argument("--flamegraph", type=Path, metavar="FILE", help="write a flame graph (SVG) of a second run")
     arguments = parser.parse_args(argv)
     most = 16 if arguments.over == "stream-256" else 1024
     if not (1 <= arguments.seconds <= 120 and 0 < arguments.clients <= most):

@@ -1,0 +1,92 @@
+"""One call of the model."""
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from unroll.service.engine.interface import Tensors
+from unroll.service.scheduler.chunk import Chunk, Group
+
+#: Rows of the arena. A batch writes where it reads if it is given one object for both.
+Indices = list[int] | np.ndarray
+
+
+class Batch:
+    """Rows that are added one piece of work after another, and then `seal`ed.
+
+    work: chunks, one row each, and groups, in the order of their rows. lens: steps of each row. sources, targets: the
+    arena rows that each row reads its state from and writes the new state to. uploads: states to write into arena rows
+    before the batch runs. readback: chunks whose state is read from their workspace afterwards.
+    steps: of all rows together. longest: of a row. waited: seconds the work waited for its turn, all rows together.
+    """
+
+    def __init__(self) -> None:
+        self.work: list[Chunk | Group] = []
+        self.uploads: list[tuple[int, np.ndarray]] = []
+        self.readback: list[Chunk] = []
+        self.lens: list[int] = []
+        self.steps = self.longest = 0
+        self.waited = 0.0
+        self._sources: list[Indices] = []
+        self._targets: list[Indices] = []
+        self._blocks: list[Tensors] = []
+
+    def __len__(self) -> int:
+        return len(self.lens)
+
+    def add(self, work: Chunk | Group, block: Tensors, length: int, sources: Indices, targets: Indices) -> None:
+        """Add the rows of one piece of work.
+
+        Args:
+            block: each input of these rows, `length` steps of each, one row after another: (all steps, *shape).
+        """
+        rows = len(targets)
+        self.work.append(work)
+        self.lens += [length] * rows
+        self.steps += length * rows
+        self.longest = max(self.longest, length)
+        self._sources.append(sources)
+        self._targets.append(targets)
+        self._blocks.append(block)
+
+    def seal(self, now: float) -> Self:
+        """Make arrays of the added rows; afterwards the batch can be run."""
+        for work in self.work:
+            self.waited += (now - work.ready_at) * (len(work.sessions) if isinstance(work, Group) else 1)
+        self.inputs = tuple([_padded(blocks, self.lens, self.longest) for blocks in zip(*self._blocks, strict=True)])
+        self.targets = _indices(self._targets, len(self))
+        same = all(map(operator.is_, self._sources, self._targets))
+        self.sources = self.targets if same else _indices(self._sources, len(self))
+        return self
+
+
+def row_of(tensors: Tensors, row: int) -> Tensors:
+    """One row of tensors that have a batch axis: views without that axis, arrays even of no dimensions."""
+    return tuple([array[row, ...] for array in tensors])
+
+
+def _indices(parts: list[Indices], count: int) -> np.ndarray:
+    if len(parts) == 1:
+        return np.asarray(parts[0], np.intp)
+    return np.fromiter(itertools.chain.from_iterable(parts), np.intp, count)
+
+
+def _padded(blocks: Sequence[np.ndarray], lens: Sequence[int], longest: int) -> np.ndarray:
+    """Rows as one array (rows, longest, *shape), short ones padded with zeros.
+
+    Args:
+        blocks: each (time, *shape), the steps of one row or of several, one after another.
+    """
+    rows, shape = len(lens), blocks[0].shape[1:]
+    flat = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    if rows * longest == len(flat):
+        return flat.reshape(rows, longest, *shape)
+    padded = np.zeros((rows, longest, *shape), blocks[0].dtype)
+    begin = 0
+    for row, steps in enumerate(lens):
+        padded[row, :steps] = flat[begin : begin + steps]
+        begin += steps
+    return padded

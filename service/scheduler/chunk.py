@@ -1,0 +1,131 @@
+"""The records of work: a chunk of one session, a group of many sessions' steps, an action, and a pending commit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.interface import Tensors
+from unroll.service.scheduler.reply import Outcome
+from unroll.service.scheduler.session import Cohort, Session, Work
+
+
+class Chunk(Work):
+    """One or more time steps of one session, or a stateless sequence if `session` is None.
+
+    inputs: each (time, *shape). start: the position of the first step. pinned: the client named that position.
+    opens: the session began with this chunk, and ends if it fails. final: the session closes after it.
+    state_row: (state_size,), the state a stateless sequence begins with, None for the initial state; afterwards the
+    state it led to.
+    done: steps that have run, of a chunk that runs in pieces. workspace: the arena row of its state between pieces.
+    pieces: their outputs. running: a batch has it now. abandoned: the outcome it gets unless that batch completes it.
+    listeners: called with the outcome; they must not raise.
+    """
+
+    # Defaults stay in the class, because a chunk is created for every request and most never change them.
+    done = 0
+    workspace: int | None = None
+    state_row: np.ndarray | None = None
+    pieces: list[Tensors] | None = None
+    order = 0
+    ready_at = 0.0
+    running = False
+    abandoned: UnrollError | None = None
+    outcome: Outcome | None = None
+    listeners: tuple[Callable[[Outcome], None], ...] = ()
+
+    def __init__(
+        self,
+        inputs: Tensors,
+        length: int,
+        deadline: float,
+        session: Session | None = None,
+        start: int = 0,
+        pinned: bool = False,
+        opens: bool = False,
+        final: bool = False,
+    ) -> None:
+        self.inputs = inputs
+        self.length = length
+        self.deadline = deadline
+        self.session = session
+        self.start = start
+        self.pinned = pinned
+        self.opens = opens
+        self.final = final
+
+    def settle(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        for listener in self.listeners:
+            listener(outcome)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupReply:
+    """The answer to a group.
+
+    rows: the rows of the submission that the group was made of. positions: reached by each, uint64.
+    outputs: each (rows, time, *shape), or (rows, *shape) without time. errors: by index in `rows`; the outputs of a row
+    that failed mean nothing. cohort: the cohort that the sessions have become, if they will step together again.
+    """
+
+    rows: list[int] | slice
+    positions: np.ndarray
+    outputs: Tensors
+    errors: dict[int, UnrollError]
+    cohort: Cohort | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Group(Work):
+    """The next T steps of several sessions that were idle: accepted, run and answered as one piece of work.
+
+    inputs: each (len(sessions), time, *shape). rows: the rows of the submission that it is made of. A group is never
+    cancelled: a session that is closed before the group is done stays until then. followed: one of the sessions was
+    closed, or has more work now. followers: retries of a row, answered with it. cohort: of its sessions, when it was
+    submitted. again: the sessions will probably step together again.
+    """
+
+    sessions: list[Session]
+    rows: list[int] | slice
+    inputs: Tensors
+    length: int
+    deadline: float
+    then: Callable[[GroupReply], None]
+    cohort: Cohort | None = None
+    again: bool = False
+    order: int = 0
+    ready_at: float = 0.0
+    followed: bool = False
+    followers: list[tuple[int, Chunk]] = field(default_factory=list)
+    outcome: GroupReply | None = None
+
+    def settle(self, reply: GroupReply) -> None:
+        self.outcome = reply
+        self.then(reply)
+
+
+@dataclass(slots=True, eq=False)
+class Action(Work):
+    """A function that runs between batches, in its turn among the session's chunks."""
+
+    session: Session
+    run: Callable[[], object]
+    listeners: list[Callable[[object], None]] = field(default_factory=list)
+    outcome: object = None
+    length: int = 0
+
+    def settle(self, outcome: object) -> None:
+        self.outcome = outcome
+        for listener in self.listeners:
+            listener(outcome)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingCommit:
+    """A durable session's chunk that has run. It counts as applied only once the store has it."""
+
+    chunk: Chunk
+    session: Session
+    outputs: Tensors

@@ -1,0 +1,49 @@
+"""The answer to a chunk, and what is kept of an applied chunk so that its retry gets the same answer."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.interface import Tensors
+
+_DIGEST_BYTES: Final = 16
+
+
+@dataclass(slots=True, eq=False)
+class Reply:
+    """The answer to a chunk.
+
+    outputs: as the model returns them, without the batch axis; they may be views into a whole batch, so keep a `copy`.
+    position: time steps the session has consumed, this chunk included.
+    """
+
+    outputs: Tensors
+    position: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.outputs)
+
+    def copy(self) -> "Reply":
+        return Reply(tuple(array.copy() for array in self.outputs), self.position)
+
+
+Outcome = Reply | UnrollError
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedChunk:
+    """A chunk that a session consumed. start: its position. digest: of its payload, by which a retry is recognised."""
+
+    start: int
+    digest: bytes
+    reply: Reply
+
+
+def payload_digest(inputs: Tensors) -> bytes:
+    """Digest of a payload's values: the same for every encoding in which a client can send them."""
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for array in inputs:
+        digest.update(array.tobytes())
+    return digest.digest()

@@ -1,0 +1,241 @@
+"""The session table: who is here, who was, and which row of the arena is whose.
+
+A session's life:
+
+- A session that is OPEN is idle, or has work: one piece of it is active, the rest is pending.
+- Only an idle session expires or is evicted: accepted work is never lost to either.
+- Closing works in any state. What waits fails with `session_closed`; what runs is finished first, LEAVING.
+- A session that is GONE leaves a tombstone: for a while the table can still say what became of it.
+- A durable session is here as a copy: when it expires or is evicted, only the copy goes, and nothing is remembered.
+- Idle sessions may become a cohort, see `cohorts.py`: to look a session up for work is to detach it from its cohort.
+
+Time is an argument. A transition that is not in the table raises and changes nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+from unroll.service.core.errors import (
+    CapacityExhausted,
+    SessionClosed,
+    SessionEvicted,
+    SessionExists,
+    SessionExpired,
+    SessionGone,
+)
+from unroll.service.scheduler.closed_sessions import ClosedSessions
+from unroll.service.scheduler.cohorts import Cohorts
+from unroll.service.scheduler.limits import SessionLimits
+from unroll.service.scheduler.recency import Recency
+from unroll.service.scheduler.reply import AppliedChunk
+from unroll.service.scheduler.session import Cohort, Durable, Life, Progress, Session
+from unroll.service.state.slots import INITIAL, Slots
+from unroll.service.store.record import Origin
+
+TRANSITIONS = {
+    (Life.OPEN, "expire"): Life.GONE,
+    (Life.OPEN, "evict"): Life.GONE,
+    (Life.OPEN, "drop"): Life.GONE,
+    (Life.OPEN, "close"): Life.GONE,
+    (Life.OPEN, "leave"): Life.LEAVING,
+    (Life.LEAVING, "rest"): Life.GONE,
+}
+
+
+class SessionTable:
+    """`on_gone(cause)` is called once for each session that expires or is evicted, `on_dissolved` for each cohort.
+
+    spill: asked to keep a session that is about to be evicted somewhere else; if it does, nothing is lost.
+    """
+
+    def __init__(
+        self,
+        limits: SessionLimits,
+        on_gone: Callable[[type[SessionGone]], None] = lambda cause: None,
+        on_dissolved: Callable[[Cohort], None] = lambda cohort: None,
+    ) -> None:
+        self.limits = limits
+        self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
+        self.slots = Slots(limits.capacity)
+        self._on_gone = on_gone
+        self.spill: Callable[[Session], bool] = lambda session: False
+        self._live: dict[str, Session] = {}
+        self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
+        self._leaving: set[Session] = set()
+        self.cohorts = Cohorts(self._recency, on_dissolved)
+        self.closed = ClosedSessions(limits)
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Session]:
+        """Least recently used first. Those in a cohort stay in it: detach one before reading its position."""
+        for entry in self._recency:
+            yield from entry.sessions if isinstance(entry, Cohort) else (entry,)
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._live
+
+    def __repr__(self) -> str:
+        return f"<SessionTable {len(self._live)} live, {len(self._leaving)} leaving, {len(self.closed)} tombstones>"
+
+    def open(
+        self, session_id: str, now: float, *, position: int = 0, origin: Origin | None = None, token: bytes = b""
+    ) -> Session:
+        """`origin`, `token`: of a session that has a record, or is to have one.
+
+        Raises SessionExists, or CapacityExhausted when every row is held by a session with work.
+        """
+        self.expire(now)
+        if (living := self._live.get(session_id)) is not None:
+            raise SessionExists(f"session {session_id!r} is open", position=self.cohorts.detach(living).position)
+        slot = self.slots.take()
+        if slot is None:
+            self._evict_one(now)
+            slot = self.slots.take()
+            assert slot is not None
+        session = Session(session_id, slot, INITIAL, Progress(position, position, now), origin=origin)
+        if origin is not None and origin.durability != "memory":
+            session.durable = Durable(origin.to_bytes(), token)
+        self._live[session_id] = session
+        self._recency.add(session)
+        self.closed.forget(session_id)
+        return session
+
+    def check_room(self) -> None:
+        """Raises CapacityExhausted if a session could not be opened now."""
+        if self.slots.taken == self.slots.count and all(entry.active is not None for entry in self._recency):
+            raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
+
+    def find_detached(self, session_id: str, now: float) -> Session:
+        """The open session of that id, detached from its cohort.
+
+        Raises:
+            SessionUnknown: it was never open here.
+            SessionGone: one of the subclasses, which says what became of it.
+        """
+        session = self.get_detached(session_id, now)
+        if session is None:
+            raise self.closed.error(session_id, now)
+        return session
+
+    def get_detached(self, session_id: str, now: float) -> Session | None:
+        """The open session of that id, detached from its cohort; None if there is none."""
+        session = self._live.get(session_id)
+        if session is None:
+            return None
+        progress = session.progress or self.cohorts.detach(session)
+        if now - progress.last_used >= self._idle_timeout and progress.active is None:
+            self.expire(now)
+            return None
+        return session
+
+    def detach_from_cohort(self, session: Session) -> Session:
+        """The session with its own progress; the cohort it is part of is dissolved for that."""
+        self.cohorts.detach(session)
+        return session
+
+    def add_closed(
+        self,
+        session_id: str,
+        cause: type[SessionGone],
+        now: float,
+        opened_with: bytes,
+        last: AppliedChunk | None = None,
+    ) -> None:
+        """Remember a session that ended somewhere else, unless one of that id lives here."""
+        if session_id not in self._live:
+            self.closed.add(session_id, cause, now, opened_with, last)
+
+    def merge_closed(self, other: "SessionTable") -> None:
+        """Remember what became of the sessions of another table, which is being dropped."""
+        self.closed.merge(other.closed, self._live)
+
+    def advance(self, session: Session, event: str) -> None:
+        """Follow the table; KeyError if the event is illegal in the session's state."""
+        session.life = TRANSITIONS[session.life, event]
+        if session.life is Life.GONE and session in self._leaving:
+            self._leaving.remove(session)
+            self.slots.give_back(session.slot)
+
+    def rest(self, session: Session, now: float) -> None:
+        """The session's work is done: it is the last to be evicted, and its idle time begins."""
+        progress = session.progress
+        assert progress is not None
+        progress.active = None
+        progress.last_used = now
+        if session.life is Life.OPEN:
+            self._recency.touch(session)
+        else:
+            self.advance(session, "rest")
+
+    # ── the end of sessions ──────────────────────────────────────────────────────────────────────
+
+    def close(self, session: Session, now: float, last: AppliedChunk | None = None, *, running: bool = False) -> None:
+        """`running`: its work has begun and is finished first."""
+        self._remove(session, "leave" if running else "close", SessionClosed, now, last)
+
+    def expire(self, now: float) -> None:
+        """Remove every session idle for the idle timeout. Costs nothing when none is."""
+        while (oldest := self._recency.oldest) is not None:
+            progress = oldest if isinstance(oldest, Cohort) else oldest.own_progress
+            if now - progress.last_used < self._idle_timeout:
+                return
+            if progress.active is not None:  # its idle time has not begun
+                progress.last_used = now
+                self._recency.touch(oldest)
+            elif isinstance(oldest, Cohort):
+                self.cohorts.dissolve(oldest)
+            elif oldest.durable is not None:
+                self.drop(oldest)
+            else:
+                self._remove(oldest, "expire", SessionExpired, now)
+                self._on_gone(SessionExpired)
+
+    def drop(self, session: Session) -> None:
+        """The session is elsewhere now, or again: its row here is given back."""
+        self.advance(session, "drop")
+        del self._live[session.id]
+        self._recency.remove(session)
+        self.slots.give_back(session.slot)
+
+    def _evict_one(self, now: float) -> None:
+        for entry in self._recency:
+            if entry.active is None:
+                session = self.detach_from_cohort(entry.sessions[0]) if isinstance(entry, Cohort) else entry
+                if session.durable is not None or self.spill(session):
+                    self.drop(session)
+                else:
+                    self._remove(session, "evict", SessionEvicted, now)
+                    self._on_gone(SessionEvicted)
+                return
+        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
+
+    def _remove(
+        self, session: Session, event: str, cause: type[SessionGone], now: float, last: AppliedChunk | None = None
+    ) -> None:
+        self.advance(session, event)
+        del self._live[session.id]
+        self._recency.remove(session)
+        if session.life is Life.LEAVING:
+            self._leaving.add(session)
+        else:
+            self.slots.give_back(session.slot)
+        self.closed.add(session.id, cause, now, session.opened_with, last)
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if the table contradicts itself."""
+        everyone = [*self._live.values(), *self._leaving]
+        assert len({session.slot for session in everyone}) == len(everyone), "two sessions share a row"
+        assert self.slots.taken == len(everyone), "a row is lost"
+        assert all(session.id == key for key, session in self._live.items())
+        assert all(session.life is Life.LEAVING for session in self._leaving)
+        assert sorted(session.id for session in self) == sorted(self._live), "a session has no place, or two"
+        for entry in self._recency:
+            for session in entry.sessions if isinstance(entry, Cohort) else [entry]:
+                assert session.life is Life.OPEN, session
+                assert session.id not in self.closed, session
+            if isinstance(entry, Session):
+                assert entry.cohort is None
+                assert not entry.own_progress.pending or entry.active is not None, entry
+        self.cohorts.check_invariants()
