@@ -14,7 +14,7 @@ from conformance.oracle import Arrays, Graph, examine
 from unroll import bundle
 from unroll.examples.architectures import denoiser, forecaster, keywords, voice
 from unroll.export import export
-from unroll.export.samples import Samples
+from unroll.export.signature.samples import Samples
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from tests.export.model_shapes import Shape
 from unroll import bundle
 from unroll.bundle.operators import operators
 from unroll.export import ExportError, export
-from unroll.export.double import double_precision
-from unroll.export.outputs import leaves
-from unroll.export.samples import Samples
+from unroll.export.lifting.float64 import double_precision
+from unroll.export.signature.outputs import leaves
+from unroll.export.signature.samples import Samples
 
 #: What moves values about without computing any, or is too common to tell anything.
 PLUMBING = {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Range"} | {

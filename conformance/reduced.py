@@ -16,7 +16,7 @@ from unroll.bundle import Precision
 from unroll.bundle.operators import operators
 from unroll.examples.architectures import denoiser, voice
 from unroll.export import ExportError, export
-from unroll.export.samples import Samples
+from unroll.export.signature.samples import Samples
 
 Made = tuple[nn.Module, dict[str, Tensor]]
 

@@ -4,8 +4,8 @@ The package and its function have one name: `unroll.export(...)` calls the funct
 imported before or not.
 """
 
+import inspect
 import sys
-from inspect import signature
 from types import ModuleType
 
 from unroll.export.errors import ExportError
@@ -17,7 +17,7 @@ __all__ = ["ExportError", "Report", "export"]
 
 class _Callable(ModuleType):
     __call__ = staticmethod(export)
-    __signature__ = signature(export)
+    __signature__ = inspect.signature(export)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import get_args
 
 from unroll.bundle import Precision
-from unroll.export import programs
 from unroll.export.errors import ExportError
 from unroll.export.exporter import export
-from unroll.export.load import InputSpec, StateSpec, examples, from_checkpoint, from_factory
+from unroll.export.loading import programs
+from unroll.export.loading.example_inputs import InputSpec, StateSpec, examples
+from unroll.export.loading.user_code import from_checkpoint, from_factory
 
 _USAGE = """unroll export CHECKPOINT --repository DIR [--name NAME]
        unroll export SCRIPT.pt --input NAME:DTYPE:SHAPE ... --repository DIR [--name NAME]

@@ -22,18 +22,25 @@ from unroll import __version__, bundle
 from unroll.bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
 from unroll.bundle.files import check_name
 from unroll.bundle.golden import run_chunked
-from unroll.export import kept, onnx_graph, parity, probes, programs, refusals
-from unroll.export.carried import Carried
-from unroll.export.double import converted, double_precision
 from unroll.export.errors import ExportError, attempt
-from unroll.export.inputs import check_arguments
-from unroll.export.observe import find_kept, find_past, in_double, lift_model, observe
-from unroll.export.outputs import DTYPES, leaves
-from unroll.export.past import Place
-from unroll.export.precision import limit, reduce
+from unroll.export.lifting import module_state
+from unroll.export.lifting.carried_state import Carried
+from unroll.export.lifting.float64 import converted, double_precision
+from unroll.export.lifting.history import Place
+from unroll.export.lifting.lift import in_double, lift_model
+from unroll.export.lifting.module_state import Attribute
+from unroll.export.lifting.observe import find_kept, find_past, observe
+from unroll.export.lifting.streaming import StreamingModule, torch_runner
+from unroll.export.loading import programs
+from unroll.export.onnx.graph import OPSET, to_onnx
+from unroll.export.onnx.index_limits import index_limits
+from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.report import Report
-from unroll.export.samples import Samples, as_tensors
-from unroll.export.streaming import StreamingModule, torch_runner
+from unroll.export.signature.arguments import check_arguments
+from unroll.export.signature.outputs import DTYPES, leaves
+from unroll.export.signature.samples import Samples, as_tensors
+from unroll.export.verification import parity, preconditions, probes
+from unroll.export.verification.reduced import limit, reduce
 
 Progress = Callable[[str], None]
 
@@ -71,10 +78,10 @@ def export(
     _check_target(repository, name, version, replace)
     progress("reading the model")
     module = programs.as_module(module, example_inputs)
-    refusals.check_modules(module)
+    preconditions.check_modules(module)
     model = _copy(module)
     example = {key: _detached(value) for key, value in example_inputs.items() if value is not None}
-    exact, stored = converted(model, torch.float64), refusals.precision(model)
+    exact, stored = converted(model, torch.float64), preconditions.precision(model)
     if stored != torch.float32:
         model, example = converted(model, torch.float32), _cast(example, stored)
     check_arguments(model, example)
@@ -83,10 +90,10 @@ def export(
 
     progress("running it as it is")
     own = attempt("the example", partial(_own_state, model, example))
-    kept.PutBack(model, own)
+    module_state.PutBack(model, own)
     tried = copy.deepcopy(model)
-    returned = attempt("the example", lambda: refusals.check_steady(lambda: tried(**example), own))
-    refusals.check_finite(leaves(returned))
+    returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), own))
+    preconditions.check_finite(leaves(returned))
     streaming, samples = lift_model(model, example, frozenset(static), state, batch_first)
     double = in_double(streaming, exact, samples)
     found = find_past(streaming, samples)
@@ -94,9 +101,9 @@ def export(
     initial, dropped = observe(streaming, double, samples, output_names)
 
     progress("tracing it into ONNX")
-    graph, suspects = onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
+    graph, suspects = to_onnx(streaming, samples.draw(3, 5, seed=1))
     content = graph.SerializeToString()
-    served = onnx_graph.onnx_runner(content, streaming)
+    served = onnx_runner(content, streaming)
     samples = dataclasses.replace(samples, limits=_integer_limits(graph, streaming, samples))
     reference, single = torch_runner(double, double=True), torch_runner(streaming, double=False)
 
@@ -113,7 +120,7 @@ def export(
         reason = probes.why_not_over_long(served, samples, draft, probes.LONG * (16 if uncounted else 1))
     if own:
         if reason is not None:
-            raise kept.refusal(own)
+            raise module_state.refusal(own)
         _check_goes_on(exact, double, samples, draft, own)
     draft = dataclasses.replace(draft, streamable=reason is None, not_streamable_because=reason)
 
@@ -165,11 +172,11 @@ def _copy(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _own_state(model: nn.Module, example: dict[str, Any]) -> list[kept.Attribute]:
+def _own_state(model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
     other = example
     if not any(isinstance(value, PackedSequence) for value in example.values()):
         other = pytree.tree_map_only(Tensor, lambda tensor: tensor.flip([*range(tensor.dim())][:2]), example)
-    return kept.state_of(copy.deepcopy(model), example, other)
+    return module_state.state_of(copy.deepcopy(model), example, other)
 
 
 def _detached(value: Any) -> Any:
@@ -185,7 +192,7 @@ def _integer_limits(graph: onnx.ModelProto, streaming: StreamingModule, samples:
     """Raises ExportError(input) where neither an embedding nor the example gives more than one value to try."""
     given = samples.example | samples.static
     integers = {name: array for name, array in given.items() if array.dtype.kind == "i"}
-    limits = onnx_graph.index_limits(graph, streaming.layout)
+    limits = index_limits(graph, streaming.layout)
     for name, array in integers.items():
         if name not in limits and (array == array.flat[0]).all():
             raise ExportError("input", f"the example of {name!r} holds one value only; give the values it may take")
@@ -223,7 +230,7 @@ def _draft(name: str, version: str, streaming: StreamingModule, samples: Samples
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
             "unroll": __version__,
-            "opset": str(onnx_graph.OPSET),
+            "opset": str(OPSET),
         },
         static=static,
     )
@@ -234,7 +241,7 @@ def _keep_past(
     double: StreamingModule,
     samples: Samples,
     found: list[Place | None],
-    own: list[kept.Attribute],
+    own: list[Attribute],
     output_names: list[str] | None,
 ) -> str | None:
     """Keep what layers that are not recurrent need of the past, as much as was `found`, if with it the model streams.
@@ -252,7 +259,7 @@ def _keep_past(
             if not streaming.row_by_row:
                 return None
             try:
-                onnx_graph.to_onnx(streaming, samples.draw(3, 5, seed=1))
+                to_onnx(streaming, samples.draw(3, 5, seed=1))
             except ExportError as error:
                 reason = f"it counts time steps, and that could not be traced ({error})"
                 break
@@ -261,7 +268,7 @@ def _keep_past(
     return reason
 
 
-def _keep(attributes: dict[kept.Attribute, Carried], places: list[Place | None], *modules: StreamingModule) -> None:
+def _keep(attributes: dict[Attribute, Carried], places: list[Place | None], *modules: StreamingModule) -> None:
     for module in modules:
         module.kept, module.places = attributes, places
 
@@ -280,7 +287,7 @@ def _streams(
 
 
 def _check_same_as_original(
-    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[kept.Attribute]
+    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[Attribute]
 ) -> None:
     """The lifted copy, started from the initial state, must still be the user's model: both in float64."""
     for batch, time in ((3, 10), (2, 23)):
@@ -300,7 +307,7 @@ def _check_same_as_original(
 
 
 def _check_goes_on(
-    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[kept.Attribute]
+    exact: nn.Module, double: StreamingModule, samples: Samples, draft: Manifest, own: list[Attribute]
 ) -> None:
     """The user's own module, which keeps a state of its `own` between calls, must go on as the bundle does."""
     inputs, rows = samples.draw(2, 10, seed=27), samples.begin(2, draft, seed=28)
@@ -316,7 +323,7 @@ def _check_goes_on(
         parts = [output.batch_major(piece[output.index][1]).numpy() for piece in pieces]
         found = np.concatenate(parts, 1) if output.time is not None else parts[-1]
         if not np.allclose(lifted[output.spec.name], found, rtol=1e-9, atol=1e-9):
-            raise kept.refusal(own)
+            raise module_state.refusal(own)
 
 
 def _notes(
@@ -324,12 +331,12 @@ def _notes(
     samples: Samples,
     dropped: list[str],
     precision: torch.dtype,
-    own: list[kept.Attribute],
+    own: list[Attribute],
 ) -> tuple[str, ...]:
     notes = [f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped]
     if own:
         notes.append(
-            f"what forward keeps in the module ({kept.described(own)}) is part of the state, each client's own"
+            f"what forward keeps in the module ({module_state.described(own)}) is part of the state, each client's own"
         )
     if precision != torch.float32:
         notes.append(f"the model is {str(precision).removeprefix('torch.')}, the bundle computes in float32")

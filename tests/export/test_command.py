@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from unroll import bundle, cli
-from unroll.export.load import InputSpec, examples, from_factory
+from unroll.export.loading.example_inputs import InputSpec, examples
+from unroll.export.loading.user_code import from_factory
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 SOURCE = """
@@ -133,7 +134,7 @@ def test_refused(folder: Path, capsys, arguments: tuple[str, ...], code: int, sa
 
 
 def test_nothing_is_written_when_parity_fails(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unroll.export.parity._tolerance", lambda own, expected: 0.0)
+    monkeypatch.setattr("unroll.export.verification.parity._tolerance", lambda own, expected: 0.0)
     assert run("usermodel:Net", *TOKEN, "--name", "n", "--repository", "out") == 1
     assert "parity: " in capsys.readouterr().err
     assert not (folder / "out").exists()

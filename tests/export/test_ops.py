@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from unroll.export import ops
+from unroll.export.lifting import recurrent_ops
 
 LAYERS = [
     pytest.param("LSTM", nn.LSTM, {}, id="lstm"),
@@ -16,7 +16,7 @@ LAYERS = [
 
 
 def call(kind: str, module: nn.RNNBase, x: torch.Tensor, lens: torch.Tensor, state: tuple[torch.Tensor, ...]):
-    weights = ops.layer_weights(module, kind, 0).values()
+    weights = recurrent_ops.layer_weights(module, kind, 0).values()
     operator = getattr(torch.ops.unroll, kind.lower())
     extra = (module.nonlinearity.capitalize(),) if kind == "RNN" else ()
     return operator, (x, lens, *state, *weights, *extra)

@@ -14,7 +14,7 @@ from unroll import bundle, cli
 from unroll.bundle import GoldenMismatch
 from unroll.bundle.operators import operators
 from unroll.export import ExportError, Report, export
-from unroll.export.precision import limit
+from unroll.export.verification.reduced import limit
 from unroll.service.engine.backend import EngineOptions, open_backend
 from unroll.service.engine.runner import Runner
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from unroll.export import ExportError, export
-from unroll.export.probes import random_chunks
-from unroll.export.samples import Samples, states
-from unroll.export.tracing import _suspects
+from unroll.export.onnx.tracing import _suspects
+from unroll.export.signature.samples import Samples, states
+from unroll.export.verification.probes import random_chunks
 
 GUARD = (
     "Constraints violated (time)!\n  - Not all values of {0} in the specified range satisfy the generated guard {1}."

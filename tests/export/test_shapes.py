@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from unroll import bundle
 from unroll.export import ExportError, export
-from unroll.export.outputs import leaves
+from unroll.export.signature.outputs import leaves
 
 EXPORTED = [shape for shape in SHAPES if shape.refused is None]
 REFUSED = [shape for shape in SHAPES if shape.refused is not None]

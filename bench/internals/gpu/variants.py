@@ -17,6 +17,7 @@ from bench.internals.gpu.engine import inputs, open_engine, some_slots
 from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of
 from unroll.service.engine.backend import open_cuda
 from unroll.service.engine.cuda.device import Device
+from unroll.service.engine.tensor_ref import TensorRef
 
 _ARENA = 20_000
 #: ScatterND runs one thread per row, so a row is split into this many parts.

@@ -1,0 +1,128 @@
+"""What forward hands to its next call beside its layers' state: a cache that it takes and returns, or keeps itself."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from unroll.export.errors import ExportError, attempt
+from unroll.export.lifting.scan import Axes
+from unroll.export.lifting.state_row import fits_row
+from unroll.export.lifting.tape import Call, Part, Tape
+from unroll.export.signature.arguments import StateArgument, alike_rows
+from unroll.export.signature.outputs import leaves, parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Carried:
+    """name: in the state row. parts: its tensors. first: what every sequence starts from, (1, size) of the row each."""
+
+    name: str
+    parts: tuple[Axes, ...]
+    first: tuple[Tensor, ...]
+    structure: Any
+
+    def __deepcopy__(self, memo: Any) -> "Carried":
+        return self  # never changed, and copying a pytree's structure warns
+
+    @classmethod
+    def of_argument(cls, name: str, argument: StateArgument) -> "Carried":
+        pairs = list(zip(argument.tensors, argument.axes, strict=True))
+        parts = tuple(Axes(axis, None, tuple(tensor.shape), tensor.dtype) for tensor, axis in pairs)
+        first = tuple(axes.flat(t.narrow(axis, 0, 1)) for axes, (t, axis) in zip(parts, pairs, strict=True))
+        return cls(f"input {name}", parts, first, argument.structure)
+
+    @classmethod
+    def of_attribute(cls, name: str, first: Any, left: list[Any]) -> "Carried | None":
+        """From what calls of three sizes leave in the attribute, as in `Axes.of`; None if its rows are not clients'."""
+        flat = [pytree.tree_flatten(value) for value in left]
+        leaves, structure = [tensors for tensors, _ in flat], flat[0][1]
+        if any(other != structure for _, other in flat) or not leaves[0]:
+            return None
+        if not all(isinstance(leaf, Tensor) and fits_row(leaf.dtype) for one in leaves for leaf in one):
+            return None
+        parts = [Axes.of(*tensors) for tensors in zip(*leaves, strict=True)]
+        known = tuple(axes for axes in parts if axes is not None and axes.batch is not None and axes.time is None)
+        if len(known) != len(parts):
+            return None
+        begin = [axes.flat(torch.zeros(axes.with_batch(1), dtype=axes.dtype)) for axes in known]
+        given = pytree.tree_leaves(first)
+        if given and all(isinstance(tensor, Tensor) for tensor in given):
+            if [t.dim() for t in given] != [len(axes.shape) for axes in known]:
+                return None
+            begin = [axes.flat(t.narrow(axes.batch or 0, 0, 1)) for axes, t in zip(known, given, strict=True)]
+        return cls(name, known, tuple(begin), structure)
+
+    def take(self, tape: Tape, batch: int) -> tuple[list[Tensor], Any]:
+        """As the row has it, and as forward wants it."""
+        dtype = torch.get_default_dtype()
+        _, rows = tape.begin(self.name, lambda: [row.to(dtype).expand(batch, -1) for row in self.first])
+        tensors = [axes.unflat(row) for axes, row in zip(self.parts, rows, strict=True)]
+        return rows, pytree.tree_unflatten(tensors, self.structure)
+
+    def leave(self, tape: Tape, rows: list[Tensor], tensors: list[Tensor], batch: int, time: int) -> None:
+        """What forward handed on, after it took `rows`. Raises ExportError(output) for another shape."""
+        for axes, tensor in zip(self.parts, tensors, strict=True):
+            if tensor.dim() != len(axes.shape) or any(
+                size != own
+                for axis, (size, own) in enumerate(zip(tensor.shape, axes.shape, strict=True))
+                if axis != axes.batch
+            ):
+                raise ExportError(
+                    "output", f"{self.name!r} is handed on as {tuple(tensor.shape)}: its size may not change"
+                )
+        parts = tuple(Part("carry", number) for number in range(len(self.parts)))
+        final = [axes.flat(tensor) for axes, tensor in zip(self.parts, tensors, strict=True)]
+        tape.calls.append(Call(self.name, 0, parts, batch, time, rows, final))
+
+
+def handed_on(
+    model: nn.Module, example: dict[str, Any], state: Mapping[str, str], alone: Callable[[], dict[str, Any]], batch: int
+) -> dict[str, StateArgument]:
+    """The arguments that `state` names, with where their rows are. Raises ExportError(input).
+
+    alone: the other arguments for a batch of one. batch: of the example.
+    """
+    flat = {name: pytree.tree_flatten(example[name]) for name in state}
+    returned = leaves(attempt("the example", lambda: model(**example)))
+    for name, (tensors, _) in flat.items():
+        if _shapes(returned, state[name]) != [tensor.shape for tensor in tensors]:
+            there = ", ".join(f"{key or 'y'} {tuple(tensor.shape)}" for key, tensor in returned)
+            raise ExportError(
+                "input",
+                f"state {name!r} is {', '.join(str(tuple(t.shape)) for t in tensors)}, and forward hands on "
+                f"{state[name]!r} with another shape, or not at all: it returns {there}",
+            )
+    everything = [tensor for tensors, _ in flat.values() for tensor in tensors]
+    choices = list(product(*(alike_rows(tensor, batch) for tensor in everything)))
+    for axes in choices:
+        left = iter(axes)
+        found = {
+            name: StateArgument(tuple(tensors), tuple(next(left) for _ in tensors), structure)
+            for name, (tensors, structure) in flat.items()
+        }
+        if len(choices) == 1 or _fits(model, alone(), found, state):
+            return found
+    raise ExportError(
+        "input", f"state {', '.join(map(repr, state))} must be what a new client starts from, in every row of the batch"
+    )
+
+
+def _fits(
+    model: nn.Module, arguments: dict[str, Any], found: dict[str, StateArgument], state: Mapping[str, str]
+) -> bool:
+    """Does forward take one row of the states, and hand on as much?"""
+    one = {name: argument.expand(1) for name, argument in found.items()}
+    try:
+        returned = leaves(attempt("a batch of one", lambda: model(**arguments, **one)))
+    except ExportError:
+        return False
+    return all(_shapes(returned, state[name]) == [t.shape for t in pytree.tree_leaves(one[name])] for name in found)
+
+
+def _shapes(returned: list[tuple[str, Tensor]], output: str) -> list[torch.Size]:
+    return [returned[index][1].shape for index in parts(returned, output)]

@@ -1,0 +1,189 @@
+"""nn.LSTM, nn.GRU and nn.RNN, lifted: they take their state from the tape and leave it there.
+
+A layer stays what it is for the user's code: only its class is replaced, on a copy, by a subclass with another
+`forward`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from unroll.export.lifting import packed, recurrent_ops
+from unroll.export.lifting.tape import Call, Part, Tape
+
+#: The state of one call: for each layer, h (and c for an LSTM), each (directions, batch, hidden).
+Layers = list[tuple[Tensor, ...]]
+
+Native = Callable[..., tuple[Tensor, Any]]
+
+
+class LiftedLSTM(nn.LSTM):
+    unroll_tape: Tape
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        return _play(self, super().forward, input, hx)
+
+
+class LiftedGRU(nn.GRU):
+    unroll_tape: Tape
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        return _play(self, super().forward, input, hx)
+
+
+class LiftedRNN(nn.RNN):
+    unroll_tape: Tape
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        return _play(self, super().forward, input, hx)
+
+
+_LIFTED: dict[type[nn.RNNBase], type[nn.RNNBase]] = {nn.LSTM: LiftedLSTM, nn.GRU: LiftedGRU, nn.RNN: LiftedRNN}
+
+
+def lift_layers(model: nn.Module, tape: Tape) -> None:
+    """Lift every recurrent layer of `model` in place."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            # After the module's own class in the resolution order, so that a subclass of nn.LSTM keeps its
+            # forward and reaches ours through super().
+            lifted = next(lifted for base, lifted in _LIFTED.items() if isinstance(module, base))
+            bases = (lifted,) if type(module) in _LIFTED else (type(module), lifted)
+            module.__class__ = type(type(module).__name__, bases, {})
+            module.unroll_tape = tape
+            module.unroll_path = path.removesuffix("unroll_layer").removesuffix(".") or type(module).__name__
+
+
+def take_weights(model: nn.Module, source: nn.Module) -> None:
+    """Keep the weights of `source`, a model alike, as ONNX wants them, in the precision that `model` has.
+
+    After a forward, since a normalised weight is computed by one.
+    """
+    for module, original in zip(model.modules(), source.modules(), strict=True):
+        if isinstance(module, nn.RNNBase) and isinstance(original, nn.RNNBase):
+            dtype = next(module.parameters()).dtype
+            for layer in range(module.num_layers):
+                for name, weight in recurrent_ops.layer_weights(original, _kind(module), layer).items():
+                    module.register_buffer(f"onnx_{name}{layer}", weight.to(dtype), persistent=False)
+
+
+def _play(module: nn.RNNBase, native: Native, x: Any, hx: Any) -> Any:
+    """Forward of a lifted layer: as the user's code calls it, and with what it expects back."""
+    if isinstance(x, PackedSequence):
+        # The padded tensor, batch first: see `packed`.
+        sequence = x.data if module.batch_first else x.data.transpose(0, 1)
+        out, hidden = _play(module, native, sequence, hx)
+        return packed.like(x, out if module.batch_first else out.transpose(0, 1)), hidden
+    if x.dim() == 2:
+        # One sequence without a batch axis.
+        module.unroll_tape.unbatched = True  # type: ignore[union-attr]
+        axis = 0 if module.batch_first else 1
+        batched = _map(hx, lambda state: state.unsqueeze(1))
+        out, hidden = _play(module, native, x.unsqueeze(axis), batched)
+        return out.squeeze(axis), _map(hidden, lambda state: state.squeeze(1))
+    return _play_batch(module, native, x, hx)
+
+
+def _play_batch(module: nn.RNNBase, native: Native, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+    tape: Tape = module.unroll_tape  # type: ignore[assignment]
+    path, kind = str(module.unroll_path), _kind(module)
+    batch, time = (x.shape[0], x.shape[1]) if module.batch_first else (x.shape[1], x.shape[0])
+    index, start = tape.begin(path, lambda: _asked(module, kind, x, hx, batch))
+    layers = _layers(module, kind, start)
+    if tape.lens is None and not module.proj_size:
+        joined = tuple(torch.cat(pieces) for pieces in zip(*layers, strict=True))
+        out, hidden = native(x, joined if kind == "LSTM" else joined[0])
+        returned = hidden if kind == "LSTM" else (hidden,)
+        final = _by_layer(module, returned)
+    else:
+        lens = tape.lens if tape.lens is not None else torch.full((batch,), time, dtype=torch.int32)
+        out, final = _run_ops(module, kind, x, lens, layers)
+        shown = [_projected(module, layer, state) for layer, state in enumerate(final)]
+        returned = tuple(torch.cat(pieces) for pieces in zip(*shown, strict=True))
+    parts = tuple(
+        Part(which, layer, direction)  # type: ignore[arg-type]
+        for layer in range(module.num_layers)
+        for which in (("h", "c") if kind == "LSTM" else ("h",))
+        for direction in ("forward", "reverse")[: 1 + module.bidirectional]
+    )
+    asked = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
+    tape.calls.append(Call(path, index, parts, batch, time, start, _pieces(final), asked, returned))
+    return out, returned if kind == "LSTM" else returned[0]
+
+
+def _run_ops(module: nn.RNNBase, kind: str, x: Tensor, lens: Tensor, start: Layers) -> tuple[Tensor, Layers]:
+    y = x.transpose(0, 1) if module.batch_first else x
+    final: Layers = []
+    for layer, state in enumerate(start):
+        w, r, b = (getattr(module, f"onnx_{name}{layer}") for name in "wrb")
+        if kind == "LSTM":
+            y, *after = torch.ops.unroll.lstm(y, lens, *state, w, r, b)
+            if module.proj_size:
+                y = _project(module, layer, y)
+        elif kind == "GRU":
+            y, *after = torch.ops.unroll.gru(y, lens, *state, w, r, b)
+        else:
+            y, *after = torch.ops.unroll.rnn(y, lens, *state, w, r, b, str(module.nonlinearity).capitalize())
+        final.append(tuple(after))
+    return (y.transpose(0, 1) if module.batch_first else y), final
+
+
+def _project(module: nn.RNNBase, layer: int, y: Tensor) -> Tensor:
+    """(time, batch, directions * hidden) -> (time, batch, directions * proj_size)."""
+    p = getattr(module, f"onnx_p{layer}")
+    halves = y.split(module.hidden_size, dim=2)
+    return torch.cat([half @ p[direction].T for direction, half in enumerate(halves)], 2)
+
+
+def _projected(module: nn.RNNBase, layer: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The state as PyTorch returns it: with proj_size, h is kept as what its projection makes h of."""
+    if not module.proj_size:
+        return state
+    h, c = state
+    return h @ getattr(module, f"onnx_p{layer}").transpose(1, 2), c
+
+
+def _asked(module: nn.RNNBase, kind: str, x: Tensor, hx: Any, batch: int) -> list[Tensor]:
+    directions = 1 + module.bidirectional
+    if hx is None:
+        zeros = x.new_zeros(directions, batch, module.hidden_size)
+        return _pieces([(zeros, zeros) if kind == "LSTM" else (zeros,)] * module.num_layers)
+    layers = _by_layer(module, tuple(piece.to(x.dtype) for piece in (hx if kind == "LSTM" else (hx,))))
+    if module.proj_size:
+        # Any h is the projection of something, as long as it is not wider than what is projected.
+        inverse = [getattr(module, f"onnx_i{layer}") for layer in range(module.num_layers)]
+        layers = [(h @ back.to(h.dtype).transpose(1, 2), c) for (h, c), back in zip(layers, inverse, strict=True)]
+    return _pieces(layers)
+
+
+def _layers(module: nn.RNNBase, kind: str, pieces: list[Tensor]) -> Layers:
+    left = iter(pieces)
+    return [
+        tuple(_join([next(left) for _ in range(1 + module.bidirectional)]) for _ in range(2 if kind == "LSTM" else 1))
+        for _ in range(module.num_layers)
+    ]
+
+
+def _pieces(layers: Layers) -> list[Tensor]:
+    return [direction.squeeze(0) for layer in layers for piece in layer for direction in piece.split(1)]
+
+
+def _join(directions: list[Tensor]) -> Tensor:
+    return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
+
+
+def _by_layer(module: nn.RNNBase, state: tuple[Tensor, ...]) -> Layers:
+    return list(zip(*(piece.split(1 + module.bidirectional) for piece in state), strict=True))
+
+
+def _kind(module: nn.RNNBase) -> str:
+    return "LSTM" if isinstance(module, nn.LSTM) else "GRU" if isinstance(module, nn.GRU) else "RNN"
+
+
+def _map(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if state is None:
+        return None
+    return tuple(map(change, state)) if isinstance(state, tuple) else change(state)

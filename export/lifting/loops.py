@@ -1,0 +1,256 @@
+"""Finds the modules that loop over time in Python, and lifts them: the step is exported, and a scan runs it.
+
+Which modules these are is seen by running: such a module does more the longer the sequence is. That its step, run
+over the sequence, is the module is found by comparing numbers; forwards or backwards, too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from unroll.export.errors import ExportError, first_line
+from unroll.export.lifting.cell_matching import Recipe, recognised
+from unroll.export.lifting.loop_body import Step, find_steps, traced
+from unroll.export.lifting.scan import Axes, Scan
+from unroll.export.lifting.tape import Call, Part, Tape
+
+#: Runs forward on the example, resized to a batch size and a length.
+Resized = Callable[[tuple[int, int]], Any]
+
+#: Of the calls that are watched: the base, another batch size, another length.
+_SIZES = ((2, 3), (3, 3), (2, 5))
+
+
+@dataclass(slots=True)
+class Seen:
+    """One call of a module: what it was given and what it gave, flat, and how much it did itself meanwhile."""
+
+    given: list[Any]
+    structure: Any
+    gave: list[Any]
+    results: Any = None
+    work: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """What a lifted module is called with and returns: the leaves that are not tensors, and the structures."""
+
+    path: str
+    structure: Any
+    gave: list[Any]
+    results: Any
+
+    def __deepcopy__(self, memo: Any) -> "Loop":
+        return self  # never changed, and copying a pytree's structure warns
+
+
+def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
+    """Lift every module that loops over time, in place. Raises ExportError(calls_depend_on_time) for one it cannot."""
+    try:
+        base, wide, long = (_watch(model, partial(run, size)) for size in _SIZES)
+    except ExportError:
+        return  # forward fails on other sizes than the example's: what is said of it later is clearer
+    loops = [path for path in base if _work(base[path]) != _work(long.get(path, []))]
+    for path in loops:
+        if any(path != other and (not other or path.startswith(other + ".")) for other in loops):
+            continue
+        name = path or type(model).__name__
+        if not len(base[path]) == len(wide[path]) == len(long[path]):
+            raise _refusal(name, "how often it is called depends on the length")
+        _lift(model.get_submodule(path), name, tape, base[path][0], wide[path][0], long[path][0])
+
+
+def _work(calls: list[Seen]) -> list[int]:
+    return [seen.work for seen in calls]
+
+
+def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Seen]]:
+    """Every call of every module but PyTorch's own recurrent layers, by path, in order of their beginning."""
+    found: dict[str, list[Seen]] = {}
+    stack: list[Seen] = []
+
+    def before(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            count()
+            stack.append(Seen(*pytree.tree_flatten((args, kwargs)), []))
+            found.setdefault(path, []).append(stack[-1])
+
+        return hook
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        seen = stack.pop()
+        seen.gave, seen.results = pytree.tree_flatten(output)
+
+    def count() -> None:
+        if stack:
+            stack[-1].work += 1
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            count()
+            return func(*args, **(kwargs or {}))
+
+    watched = [(path, module) for path, module in model.named_modules() if not isinstance(module, nn.RNNBase)]
+    handles = [module.register_forward_pre_hook(before(path), with_kwargs=True) for path, module in watched]
+    handles += [module.register_forward_hook(after) for _, module in watched]
+    try:
+        with Count():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long: Seen) -> None:
+    for one in (wide, long):
+        if (one.structure, one.results) != (base.structure, base.results):
+            raise _refusal(name, "what it takes or returns depends on the length or the batch size")
+    inputs, outputs = _axes(name, base.given, wide.given, long.given), _axes(name, base.gave, wide.gave, long.gave)
+    if not any(axes.time is not None and axes.batch is not None for axes in inputs):
+        raise _refusal(name, "it is given no tensor with the batch and the time of the input")
+    scan = _find(_Flat(module, base.given, base.structure), name, inputs, outputs, wide, long)
+    module.__class__ = type(type(module).__name__, (type(module),), {"forward": _forward})
+    module.unroll_loop = Loop(name, base.structure, base.gave, base.results)  # type: ignore[assignment]
+    module.unroll_scan, module.unroll_tape = scan, tape  # type: ignore[assignment]
+    recipe = recognised(scan)
+    module.unroll_layer = recipe.layer(scan.body) if recipe else None  # type: ignore[assignment]
+    module.unroll_recipe = recipe  # type: ignore[assignment]
+
+
+def _axes(name: str, base: list[Any], wide: list[Any], long: list[Any]) -> list[Axes]:
+    found = []
+    for leaves in zip(base, wide, long, strict=True):
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            if any(isinstance(leaf, Tensor) or leaf != leaves[0] for leaf in leaves):
+                raise _refusal(name, "a number it takes or returns depends on the length or the batch size")
+            continue
+        axes = Axes.of(*leaves)
+        if axes is None or (axes.time is not None and leaves[0].shape[axes.time] != _SIZES[0][1]):
+            raise _refusal(name, "a tensor it takes or returns has another length than the input")
+        found.append(axes)
+    return found
+
+
+class _Flat(nn.Module):
+    """A module with tensors for arguments and results."""
+
+    def __init__(self, module: nn.Module, given: list[Any], structure: Any) -> None:
+        super().__init__()
+        self.module = module
+        self._given, self._structure = [None if isinstance(leaf, Tensor) else leaf for leaf in given], structure
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        left = iter(tensors)
+        leaves = [next(left) if leaf is None else leaf for leaf in self._given]
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        return tuple(_tensors(pytree.tree_leaves(self.module(*args, **kwargs))))
+
+
+def _tensors(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide: Seen, long: Seen) -> Scan:
+    """The scan that gives the module's answers."""
+    whole = _tensors(wide.given)
+    first = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(whole, inputs, strict=True)]
+    try:
+        one, three = (traced(flat, tensors, [axes.batch for axes in inputs]) for tensors in (first, whole))
+    except Exception as error:
+        raise ExportError("not_exportable", f"torch.export cannot follow {name!r}: {first_line(error)}") from error
+    for step in find_steps(one, three):
+        states = _states(step, first, inputs)
+        if states is None:
+            continue
+        for backwards in (False, True):
+            scan = Scan(step, inputs, outputs, states, backwards)
+            if all(_is_same(scan, seen) for seen in (wide, long)):
+                return scan
+    raise _refusal(name, "its state, or how it goes from one step to the next, could not be made out")
+
+
+def _states(step: Step, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:
+    """The axes of what is carried, from two batch sizes; None if a row has no state of its own."""
+    fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
+    after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
+    axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
+    known = [each for each in axes if each is not None and each.batch is not None]
+    return known if len(known) == len(axes) else None
+
+
+def _is_same(scan: Scan, seen: Seen) -> bool:
+    given = _tensors(seen.given)
+    results, _ = scan(given, scan.initial(given), None)
+    return all(
+        one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5)
+        for one, other in zip(results, _tensors(seen.gave), strict=True)
+    )
+
+
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a lifted module."""
+    loop: Loop = module.unroll_loop  # type: ignore[assignment]
+    scan: Scan = module.unroll_scan  # type: ignore[assignment]
+    tape: Tape = module.unroll_tape  # type: ignore[assignment]
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    if structure != loop.structure:
+        raise _refusal(loop.path, "it is called in different ways")
+    given = _tensors(leaves)
+    if module.unroll_layer is not None:
+        results = _by_layer(module, scan, given)
+    elif not scan.states:
+        results, _ = scan(given, [], tape.lens)
+    else:
+        index, start = tape.begin(loop.path, lambda: scan.initial(given))
+        results, final = scan(given, start, tape.lens)
+        direction: Literal["forward", "reverse"] = "reverse" if scan.backwards else "forward"
+        parts = tuple(Part("carry", number, direction) for number in range(len(final)))
+        asked = tuple(t for t, axes in zip(given, scan.inputs, strict=True) if axes.time is None)
+        returned = tuple(result for result, number in zip(results, scan.finals, strict=True) if number is not None)
+        batch, time = scan.size(given)
+        tape.calls.append(Call(loop.path, index, parts, batch, time, start, final, asked, returned))
+    left = iter(results)
+    gave = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in loop.gave]
+    return pytree.tree_unflatten(gave, loop.results)
+
+
+def _by_layer(module: nn.Module, scan: Scan, given: list[Tensor]) -> list[Tensor]:
+    """What the scan would give, from the layer that its step is."""
+    recipe: Recipe = module.unroll_recipe  # type: ignore[assignment]
+    tape: Tape = module.unroll_tape  # type: ignore[assignment]
+    x, axes = next((t, axes) for t, axes in zip(given, scan.inputs, strict=True) if axes.time is not None)
+    states = [state.unsqueeze(0).contiguous() for state in scan.initial(given)]
+    in_order = tuple(states[::-1] if recipe.swapped else states)
+    y, after = module.unroll_layer(  # type: ignore[operator]
+        x.movedim((axes.batch or 0, axes.time or 0), (0, 1)), in_order if len(states) == 2 else in_order[0]
+    )
+    reached = [state.squeeze(0) for state in (after if isinstance(after, tuple) else (after,))]
+    reached = reached[::-1] if recipe.swapped else reached
+    tape.calls[-1] = replace(tape.calls[-1], returned=tuple(reached))
+    return [
+        reached[final] if final is not None else y.movedim((0, 1), (axes.batch or 0, axes.time or 0))
+        for axes, final in zip(scan.outputs, scan.finals, strict=True)
+    ]
+
+
+def refill(model: nn.Module) -> None:
+    """Give recognised layers the weights of the steps that they stand for, in the precision of both."""
+    for module in model.modules():
+        if isinstance(layer := getattr(module, "unroll_layer", None), nn.RNNBase):
+            module.unroll_recipe.fill(layer, module.unroll_scan.body)  # type: ignore[operator, union-attr]
+
+
+def _refusal(name: str, why: str) -> ExportError:
+    return ExportError(
+        "calls_depend_on_time",
+        f"{name!r} loops over time steps, and {why}; let a module of its own loop, with nothing else in it, or call "
+        "the layer once on the whole sequence",
+    )

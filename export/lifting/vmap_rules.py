@@ -1,0 +1,146 @@
+"""Rules by which torch.vmap may trace sequences that come one by one, where PyTorch's own rules fix their number."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from unroll.export.lifting.recurrent_ops import gru, lstm, rnn
+
+
+def _vmap(operator: Any, rows: tuple[int | None, ...]) -> None:
+    """Sequences that come one by one, each a batch of one, are run together. rows: each argument's batch axis."""
+
+    def run(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        def together(value: Any, dim: int | None, axis: int | None) -> Any:
+            if axis is None:
+                return value
+            each = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            return each.movedim(0, axis).flatten(axis, axis + 1)
+
+        results = operator(*map(together, arguments, in_dims, rows))
+        return tuple(result.unflatten(1, (info.batch_size, -1)) for result in results), (1,) * len(results)
+
+    torch.library.register_vmap(operator, run)
+
+
+@torch.library.custom_op("unroll::cat", mutates_args=())
+def cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    """torch.cat, whose own rule for sequences that come one by one fixes their number."""
+    return torch.cat(list(tensors), axis)
+
+
+@cat.register_fake
+def _(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return torch.cat(list(tensors), axis)
+
+
+def _cat_rows(info: Any, in_dims: Any, tensors: Sequence[Tensor], axis: int) -> tuple[Tensor, int]:
+    rows = [
+        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, in_dims[0], strict=True)
+    ]
+    return torch.cat(rows, axis if axis < 0 else axis + 1), 0
+
+
+torch.library.register_vmap(cat, _cat_rows)
+
+
+#: PyTorch's functions that treat the rows of a batch alike, with the dimensions of one row; 0 if they may be any.
+_BY_ROWS = {
+    functional.layer_norm: 0,
+    functional.batch_norm: 0,
+    functional.group_norm: 0,
+    functional.instance_norm: 0,
+    torch.conv1d: 2,
+    torch.conv2d: 3,
+}
+
+#: What `by_rows` calls: the function and its arguments, with `Tensor` for each tensor. A few per model that is traced.
+_CALLS: dict[str, tuple[Any, list[Any], Any]] = {}
+
+
+@torch.library.custom_op("unroll::by_rows", mutates_args=())
+def by_rows(tensors: Sequence[Tensor], call: str) -> Tensor:
+    """One of `_BY_ROWS`, whose own rule for sequences that come one by one fixes their number.
+
+    Only for these: when the trace is lowered, what runs is the function itself.
+    """
+    return _called(tensors, call)
+
+
+@by_rows.register_fake
+def _(tensors: Sequence[Tensor], call: str) -> Tensor:
+    return _called(tensors, call)
+
+
+def _called(tensors: Sequence[Tensor], call: str) -> Tensor:
+    function, leaves, structure = _CALLS[call]
+    left = iter(tensors)
+    args, kwargs = pytree.tree_unflatten([next(left) if leaf is Tensor else leaf for leaf in leaves], structure)
+    return function(*args, **kwargs)
+
+
+def _by_rows_rule(info: Any, in_dims: Any, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, int]:
+    (x, *weights), (dim, *others) = tensors, in_dims[0]
+    if dim is None or any(other is not None for other in others):
+        raise NotImplementedError(f"{_CALLS[call][0].__name__} with weights of a sequence's own")
+    rows = x.movedim(dim, 0)
+    if rows.dim() - 1 == _BY_ROWS[_CALLS[call][0]]:
+        return _called([rows, *weights], call), 0
+    return _called([rows.flatten(0, 1), *weights], call).unflatten(0, (info.batch_size, -1)), 0
+
+
+torch.library.register_vmap(by_rows, _by_rows_rule)
+
+
+#: Casts: PyTorch checks the tensor's size at each, which it cannot do for sequences that come one by one.
+_CASTS = {
+    Tensor.float: torch.float32,
+    Tensor.double: torch.float64,
+    Tensor.half: torch.float16,
+    Tensor.long: torch.int64,
+    Tensor.int: torch.int32,
+    Tensor.bool: torch.bool,
+}
+
+
+def _cast_to(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
+    """What the call casts its first argument to, if it is a cast and nothing else."""
+    if func in _CASTS:
+        return _CASTS[func]
+    if func in {Tensor.to, Tensor.type, Tensor.type_as}:
+        given = [*args[1:], *kwargs.values()]
+        if len(given) == 1 and isinstance(given[0], (torch.dtype, Tensor)):
+            return given[0].dtype if isinstance(given[0], Tensor) else given[0]
+    return None
+
+
+class OneByOne(TorchFunctionMode):
+    """Within, calls may be traced for sequences that come one by one, where PyTorch's own rules fix their number."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in {torch.cat, torch.concat, torch.stack} and args:
+            tensors, axis = args[0], kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+            if func is torch.stack:
+                tensors = [tensor.unsqueeze(axis) for tensor in tensors]
+            return torch.ops.unroll.cat(list(tensors), axis)
+        if dtype := _cast_to(func, args, kwargs):
+            return args[0] if args[0].dtype == dtype else torch.ops.aten._to_copy.default(args[0], dtype=dtype)
+        if func in _BY_ROWS and args:
+            leaves, structure = pytree.tree_flatten((args, kwargs))
+            given = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            call = f"{func.__name__} {given} {structure}"
+            _CALLS[call] = func, given, structure
+            return torch.ops.unroll.by_rows([leaf for leaf in leaves if isinstance(leaf, Tensor)], call)
+        return func(*args, **kwargs)
+
+
+_vmap(lstm, (1, 0, 1, 1, None, None, None))
+_vmap(gru, (1, 0, 1, None, None, None))
+_vmap(rnn, (1, 0, 1, None, None, None, None))

@@ -1,0 +1,100 @@
+"""The lifted model as an ONNX graph: one LSTM, GRU or RNN node per layer, batch and time dynamic."""
+
+import onnx
+import torch
+
+from unroll.bundle.golden import Arrays
+from unroll.export.errors import ExportError, first_line
+from unroll.export.lifting.streaming import StreamingModule
+from unroll.export.log_filter import quiet
+from unroll.export.onnx.tracing import Suspects, trace
+from unroll.export.onnx.translation import translation_table
+from unroll.export.signature.samples import as_tensors
+
+OPSET = 20
+
+#: Marks the graph's own inputs and outputs until the names inside are out of their way.
+_PUBLIC = "public:"
+
+
+def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, Suspects]:
+    """Trace `module` with `inputs`, each (batch, time, ...); also returns the sizes at which the graph may be wrong.
+
+    Raises ExportError(not_exportable).
+    """
+    tensors = as_tensors(inputs, double=False)
+    size, time = next(iter(inputs.values())).shape[:2]
+    arguments = (torch.zeros(size, module.layout.size), torch.full((size,), time, dtype=torch.int32), *tensors.values())
+    inputs_of_graph = ["state", "sequence_lens", *module.names]
+    outputs_of_graph = [*(output.spec.name for output in module.outputs), "state_out"]
+    with quiet():
+        try:
+            traced, suspects = trace(module, arguments)
+            program = torch.onnx.export(
+                traced,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[_PUBLIC + name for name in inputs_of_graph],
+                output_names=[_PUBLIC + name for name in outputs_of_graph],
+                custom_translation_table=translation_table(),
+                verbose=False,
+                external_data=False,
+            )
+        except ExportError:
+            raise
+        except Exception as error:
+            _leave_vmap()
+            raise ExportError("not_exportable", f"torch.export cannot follow forward: {first_line(error)}") from error
+    assert program is not None
+    model = program.model_proto
+    _rename(model.graph)
+    _drop_copies(model.graph)
+    return _bare(model), suspects
+
+
+def _leave_vmap() -> None:
+    """A failed trace may stay within torch.vmap, where PyTorch refuses much."""
+    while torch._C._functorch.maybe_current_level() is not None:
+        torch._C._functorch._vmap_decrement_nesting()
+
+
+def _rename(graph: onnx.GraphProto) -> None:
+    """Free the names that inputs and outputs shall have: the exporter may have used them inside."""
+
+    def renamed(name: str) -> str:
+        return name.removeprefix(_PUBLIC) if name.startswith(_PUBLIC) or not name else f"/{name}"
+
+    for value in [*graph.input, *graph.output, *graph.initializer, *graph.value_info]:
+        value.name = renamed(value.name)
+    for node in graph.node:
+        node.input[:] = map(renamed, node.input)
+        node.output[:] = map(renamed, node.output)
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
+                _rename(inner)
+
+
+def _drop_copies(graph: onnx.GraphProto) -> None:
+    """A Split into one part, as the exporter writes for the state of a layer with one direction, copies a tensor."""
+    kept = {value.name for value in graph.output}
+    copies: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type == "Split" and len(node.output) == 1 and node.output[0] not in kept:
+            copies[node.output[0]] = copies.get(node.input[0], node.input[0])
+    for node in graph.node:
+        node.input[:] = [copies.get(name, name) for name in node.input]
+    nodes = [node for node in graph.node if not copies.keys() & set(node.output)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the exporter's notes (stack traces, local paths), so that equal models have equal bytes."""
+    graph = model.graph
+    for item in [model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info]:
+        del item.metadata_props[:]
+        item.doc_string = ""
+    del graph.value_info[:]
+    for node in graph.node:
+        node.name = ""
+    return model

@@ -1,0 +1,80 @@
+"""Traces the lifted model with batch and time of any size, and says at which sizes the trace may be wrong."""
+
+import re
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from unroll.export.errors import ExportError
+from unroll.export.lifting.streaming import StreamingModule
+
+#: (batch, time) pairs to be compared with PyTorch.
+Suspects = list[tuple[int, int]]
+
+#: Exceptions up to this size are tried one by one; above, a model that treats sizes differently is refused.
+_LARGEST_SUSPECT = 8
+
+_GUARD = re.compile(
+    r"Not all values of (batch|time) = (.+?) in the specified range satisfy the generated guard (.+?)\.?$"
+)
+
+_FIXED = re.compile(r"You marked (batch|time) as dynamic but your code specialized it")
+
+
+def trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, Suspects]:
+    """arguments: state, sequence_lens and the inputs of `module`. Raises ExportError(not_exportable).
+
+    Left alone, the exporter takes a branch on a size for a check at run time, drops the check, and leaves a graph
+    that is wrong beyond it. PyTorch itself makes such guards for sizes 0 and 1; if nothing but a few small sizes
+    break a guard, they become suspects.
+    """
+    batch, time = Dim("batch", min=1), Dim("time", min=1)
+    shapes = ({0: batch}, {0: batch}, tuple({0: batch, 1: time} for _ in arguments[2:]))
+    try:
+        return torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False), []
+    except torch._dynamo.exc.UserError as error:
+        if "Constraints violated" not in str(error):
+            raise
+        suspects = _suspects(str(error))
+    traced = torch.export.export(
+        module, arguments, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+    )
+    return traced, suspects
+
+
+def _suspects(message: str) -> Suspects:
+    found: Suspects = []
+    for line in message.splitlines():
+        if line.startswith("The error above occurred"):
+            break
+        if not line.startswith("  - "):
+            continue
+        if fixed := _FIXED.search(line):
+            raise ExportError(
+                "not_exportable",
+                f"forward makes a plain number of the {'batch size' if fixed[1] == 'batch' else 'length'}, as len(x) "
+                "and int() do, so that it holds for this one only; use x.shape, or x.size()",
+            )
+        guard = _GUARD.search(line)
+        broken = _broken(guard[2], guard[3]) if guard else None
+        if guard is None or broken is None or (broken and max(broken) > _LARGEST_SUSPECT):
+            what = guard[3].replace(guard[2], guard[1]) if guard else line.removeprefix("  - ")[:200]
+            raise ExportError(
+                "not_exportable",
+                "forward does not treat every length and batch size alike (a branch on a size, or a table of fixed "
+                f"length); what PyTorch traced holds only for {what}",
+            )
+        found += [(size, 7) if guard[1] == "batch" else (3, size) for size in broken]
+    return found
+
+
+def _broken(symbol: str, guard: str) -> list[int] | None:
+    """The sizes that do not satisfy a guard such as `(-1) + L['x'].size()[1] != 1`; None if it cannot be read."""
+    expression = guard.replace(symbol, "size")
+    if not re.fullmatch(r"(?:size\b|and\b|or\b|[\s\d()+\-*/%<>=!])+", expression):
+        return None
+    try:
+        return [size for size in range(1, 4097) if not eval(expression, {"__builtins__": {}}, {"size": size})]
+    except (SyntaxError, ArithmeticError):
+        return None

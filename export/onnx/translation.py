@@ -1,0 +1,63 @@
+"""The ONNX nodes that our custom ops become: one LSTM, GRU or RNN per layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset20 as op
+
+
+def translation_table() -> dict[Callable, Callable]:
+    """From each custom op to the function that writes its nodes."""
+    return {
+        torch.ops.unroll.lstm.default: _lstm,
+        torch.ops.unroll.gru.default: _gru,
+        torch.ops.unroll.rnn.default: _rnn,
+        torch.ops.unroll.cat.default: _cat,
+    }
+
+
+def _lstm(x: Any, lens: Any, h: Any, c: Any, w: Any, r: Any, b: Any) -> Any:
+    y, h_out, c_out = op.LSTM(x, w, r, b, lens, h, c, **_shape_of(h))
+    return _joined(y, h), h_out, c_out
+
+
+def _gru(x: Any, lens: Any, h: Any, w: Any, r: Any, b: Any) -> Any:
+    # linear_before_reset=1 is torch's (and cuDNN's) GRU; ONNX's default is another function.
+    y, h_out = op.GRU(x, w, r, b, lens, h, **_shape_of(h), linear_before_reset=1)
+    return _joined(y, h), h_out
+
+
+def _rnn(x: Any, lens: Any, h: Any, w: Any, r: Any, b: Any, activation: str) -> Any:
+    # onnxruntime's RNN, unlike its LSTM and GRU, rounds a batch of one in another way than a larger one. With the
+    # first row twice there never is a batch of one, and a row's bits do not depend on its company.
+    x, lens, rows = _first_twice(x, 1), _first_twice(lens, 0), _first_twice(h, 1)
+    y, h_out = op.RNN(x, w, r, b, lens, rows, **_shape_of(h), activations=[activation] * h.shape[0])
+    return _joined(_without_last(y, 2), h), _without_last(h_out, 1)
+
+
+def _cat(tensors: Any, axis: int) -> Any:
+    return op.Concat(*tensors, axis=axis)
+
+
+def _first_twice(tensor: Any, axis: int) -> Any:
+    return op.Concat(tensor, op.Slice(tensor, _ints(0), _ints(1), _ints(axis)), axis=axis)
+
+
+def _without_last(tensor: Any, axis: int) -> Any:
+    return op.Slice(tensor, _ints(0), _ints(-1), _ints(axis))
+
+
+def _shape_of(h: Any) -> dict[str, Any]:
+    return {"hidden_size": h.shape[2], "direction": "bidirectional" if h.shape[0] == 2 else "forward"}
+
+
+def _joined(y: Any, h: Any) -> Any:
+    """(time, directions, batch, hidden) -> (time, batch, directions * hidden)."""
+    if h.shape[0] == 1:
+        return op.Squeeze(y, _ints(1))
+    return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), _ints(0, 0, -1))
+
+
+def _ints(*values: int) -> Any:
+    return op.Constant(value_ints=list(values))

@@ -1,0 +1,128 @@
+"""The arguments of forward: what they must be, and the example in other sizes."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from unroll.bundle.manifest import RESERVED_NAMES
+from unroll.export.errors import ExportError
+from unroll.export.signature.outputs import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class StateArgument:
+    """An argument that is an initial state: one row of it, to be repeated for any batch.
+
+    axes: where the batch is in each tensor; none if forward takes one sequence only.
+    """
+
+    tensors: tuple[Tensor, ...]
+    axes: tuple[int, ...]
+    structure: Any
+
+    def __deepcopy__(self, memo: Any) -> "StateArgument":
+        return self  # never changed, and copying a pytree's structure warns
+
+    def expand(self, batch: int) -> Any:
+        """`batch` may be symbolic, while forward is being traced."""
+        if not self.axes:
+            return pytree.tree_unflatten(list(self.tensors), self.structure)
+        rows = [t.narrow(axis, 0, 1) for t, axis in zip(self.tensors, self.axes, strict=True)]
+        sizes = [[batch if i == axis else -1 for i in range(t.dim())] for t, axis in zip(rows, self.axes, strict=True)]
+        expanded = [row.expand(size) for row, size in zip(rows, sizes, strict=True)]
+        return pytree.tree_unflatten(expanded, self.structure)
+
+
+def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:
+    """Raises ExportError(input) unless forward can be called with these names, (dtype) for other dtypes."""
+    try:
+        inspect.signature(model.forward).bind(**example)
+    except TypeError as error:
+        raise ExportError(
+            "input", f"forward cannot be called with {', '.join(example) or 'nothing'}: {error}"
+        ) from None
+    for name, value in example.items():
+        for leaf in [value.data] if isinstance(value, PackedSequence) else pytree.tree_leaves(value):
+            if not isinstance(leaf, Tensor):
+                raise ExportError("input", f"input {name!r} holds a {type(leaf).__name__}; give tensors")
+            if leaf.dtype not in DTYPES:
+                raise ExportError("dtype", f"input {name!r} is {leaf.dtype}; use float32, int64, int32 or bool")
+
+
+def alike_rows(tensor: Tensor, batch: int) -> list[int]:
+    """The axes along which a tensor may be a batch of rows that are all alike."""
+    return [
+        axis
+        for axis in range(tensor.dim())
+        if tensor.shape[axis] == batch and torch.equal(tensor, tensor.narrow(axis, 0, 1).expand_as(tensor))
+    ]
+
+
+def check_static(static: dict[str, Any], batch: int, unbatched: bool) -> dict[str, Tensor]:
+    """The example's inputs without time, (batch, ...). Raises ExportError(input)."""
+    for name, value in static.items():
+        if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != batch or unbatched:
+            raise ExportError("input", f"static input {name!r} must be a tensor (batch, ...), with the others' batch")
+        if not value.is_floating_point() and value.abs().max() >= 2**24:
+            raise ExportError("input", f"static input {name!r} has values of 2**24 or more, which float32 cannot keep")
+    return static
+
+
+def resized(
+    example: dict[str, Any], size: tuple[int, int], static: frozenset[str], batch_first: bool
+) -> dict[str, Any]:
+    """The example with another batch size and length: its rows and steps repeated, or the first of them."""
+    batch, time = size
+    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    sizes = next((leaf.shape[:2] for leaf in tensors if leaf.dim() > 1), tensors[0].shape[:1])
+    rows, steps = (0, 1) if batch_first else (1, 0)
+
+    def change(leaf: Tensor) -> Tensor:
+        if leaf.dim() > 1 and leaf.shape[:2] == sizes:
+            return _cycle(_cycle(leaf, rows, batch), steps, time)
+        if leaf.dim() == 1 and not leaf.is_floating_point() and len(leaf) == sizes[rows]:
+            return torch.full((batch,), min(time, int(leaf.max()))).to(leaf.dtype)
+        axes = [axis for axis in (1, 0)[leaf.dim() < 3 :] if leaf.dim() > axis and leaf.shape[axis] == sizes[rows]]
+        return _cycle(leaf, axes[0], batch) if axes else leaf
+
+    return {
+        name: _cycle(value, 0, batch) if name in static else pytree.tree_map_only(Tensor, change, value)
+        for name, value in example.items()
+    }
+
+
+def _cycle(tensor: Tensor, axis: int, size: int) -> Tensor:
+    return tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+
+
+def check_inputs(example: dict[str, Tensor], batch_first: bool, unbatched: bool) -> dict[str, Tensor]:
+    """The example inputs as (batch, time, ...); they must share both. Raises ExportError(batch_time | input)."""
+    layout = "(batch, time, ...)" if batch_first else "(time, batch, ...)"
+    for name, value in example.items():
+        if name in RESERVED_NAMES:
+            raise ExportError("input", f"input {name!r}: the bundle uses this name itself; rename forward's argument")
+        if not isinstance(value, Tensor):
+            raise ExportError("input", f"input {name!r} is a {type(value).__name__}; give a tensor {layout}")
+    if unbatched:
+        if any(value.dim() > 2 for value in example.values()):
+            raise ExportError(
+                "unbatched", f"a recurrent layer is given a 2-D tensor, one sequence; give the inputs as {layout}"
+            )
+        example, batch_first = {name: value.unsqueeze(0) for name, value in example.items()}, True
+    first = next(iter(example))
+    for name in example:
+        if example[name].dim() < 2 or example[name].shape[:2] != example[first].shape[:2]:
+            shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in example.items())
+            raise ExportError(
+                "batch_time",
+                f"every input must be {layout} with the same batch and time: {shapes}; name those in `static` that are "
+                "given once when a sequence begins",
+            )
+        if min(example[name].shape) < 1:
+            raise ExportError("input", f"input {name!r} is empty: {tuple(example[name].shape)}")
+    return {name: t if batch_first else t.transpose(0, 1) for name, t in example.items()}

@@ -1,0 +1,121 @@
+"""Finds what a forward returns: which tensors, their names, and where their batch and time axes are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from unroll.bundle import TensorSpec
+from unroll.bundle.manifest import Dtype
+from unroll.export.errors import ExportError
+
+DTYPES: dict[torch.dtype, Dtype] = {
+    torch.float32: "float32",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.bool: "bool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The `index`-th tensor that forward returns, with its axes as forward returns them (`time` None: no time axis)."""
+
+    index: int
+    spec: TensorSpec
+    batch: int
+    time: int | None
+
+    def batch_major(self, tensor: Tensor) -> Tensor:
+        """As the bundle has it: (batch, time, ...) or (batch, ...)."""
+        axes = [self.batch] if self.time is None else [self.batch, self.time]
+        order = axes + [axis for axis in range(tensor.dim()) if axis not in axes]
+        return tensor if order == sorted(order) else tensor.permute(order)
+
+
+def leaves(returned: Any) -> list[tuple[str, Tensor]]:
+    """Every tensor in what forward returned, with a name made of its dict keys, field names or positions."""
+    return [(name, tensor) for name, tensor in _walk(returned, "")]
+
+
+def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        return [(path, value)]
+    if value is None:
+        return []
+    if isinstance(value, PackedSequence):
+        return [(path, pad_packed_sequence(value, batch_first=True)[0])]
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (tuple, list)):
+        items = [(f"y{index}" if not path else str(index), item) for index, item in enumerate(value)]
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = [(item.name, getattr(value, item.name)) for item in fields(value)]
+    else:
+        raise ExportError(
+            "output", f"forward returns a {type(value).__name__}; return tensors, tuples or dicts of them"
+        )
+    return [leaf for key, item in items for leaf in _walk(item, f"{path}_{key}" if path else key)]
+
+
+def parts(named: list[tuple[str, Tensor]], whole: str) -> list[int]:
+    """Which of the tensors are the output called `whole`, or what is in it."""
+    exact = [index for index, (name, _) in enumerate(named) if name == whole]
+    return exact or [index for index, (name, _) in enumerate(named) if name.startswith(whole + "_")]
+
+
+def plan(
+    frames: dict[tuple[int, int], list[tuple[str, Tensor]]], dropped: set[int], given_names: list[str] | None
+) -> tuple[Output, ...]:
+    """Find the axes of every output from the shapes seen at several (batch, time), the first of which is the base.
+
+    Raises ExportError(output) when an output cannot be put as (batch, time, ...) or (batch, ...).
+    """
+    (batch, time), *others = frames
+    other_batch = next(size for size in others if size[1] == time)
+    other_time = next(size for size in others if size[0] == batch)
+    base = frames[batch, time]
+    kept = [index for index in range(len(base)) if index not in dropped]
+    names = [base[index][0] for index in kept]
+    if len(kept) == 1 and names[0] in {"", "y0"}:
+        names = ["y"]
+    if given_names is not None:
+        if len(given_names) != len(kept):
+            raise ExportError("output", f"{len(given_names)} output names for {len(kept)} outputs ({', '.join(names)})")
+        names = given_names
+    if not kept:
+        raise ExportError("output", "forward returns no tensor")
+
+    outputs = []
+    for index, name in zip(kept, names, strict=True):
+        tensor = base[index][1]
+        by_batch = _changed(tensor, frames[other_batch][index][1], name)
+        by_time = _changed(tensor, frames[other_time][index][1], name)
+        if len(by_batch) != 1 or tensor.shape[by_batch[0]] != batch:
+            raise ExportError(
+                "output", f"output {name!r} is {tuple(tensor.shape)} for a batch of {batch}: it needs one batch axis"
+            )
+        if len(by_time) > 1 or (by_time and (tensor.shape[by_time[0]] != time or by_time == by_batch)):
+            raise ExportError(
+                "output",
+                f"output {name!r} is {tuple(tensor.shape)} for {time} time steps: its time axis must have the "
+                "input's length, and there may be only one",
+            )
+        if tensor.dtype not in DTYPES:
+            raise ExportError("dtype", f"output {name!r} is {tensor.dtype}; use float32, int64, int32 or bool")
+        time_axis = by_time[0] if by_time else None
+        shape = tuple(size for axis, size in enumerate(tensor.shape) if axis not in {by_batch[0], time_axis})
+        spec = TensorSpec(name, DTYPES[tensor.dtype], shape, time_axis is not None)
+        outputs.append(Output(index, spec, by_batch[0], time_axis))
+    return tuple(outputs)
+
+
+def _changed(one: Tensor, other: Tensor, name: str) -> list[int]:
+    if one.dim() != other.dim():
+        raise ExportError("output", f"output {name!r} has {one.dim()} dimensions or {other.dim()}")
+    return [axis for axis in range(one.dim()) if one.shape[axis] != other.shape[axis]]

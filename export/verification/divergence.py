@@ -1,0 +1,78 @@
+"""Names the layer at which a run in chunks first differs from the whole run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unroll.bundle.golden import Arrays
+from unroll.export.lifting.streaming import StreamingModule, torch_runner
+
+#: What each call of a leaf module received and gave, in order of execution.
+Trace = list[tuple[str, list[Tensor], list[Tensor]]]
+
+
+def find_culprit(module: StreamingModule, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]) -> str:
+    """A phrase for a message: `at layer 'conv' (Conv1d)`, or between which layers. `module` is in float64."""
+    whole = _trace(module, inputs, rows, [sum(chunks)])[0]
+    pieces = _trace(module, inputs, rows, chunks)
+    if any([path for path, _, _ in piece] != [path for path, _, _ in whole] for piece in pieces):
+        return "it runs other layers when the sequence is shorter"
+    last = ""
+    for index, (path, received, gave) in enumerate(whole):
+        name = f"layer {path!r} ({type(module.model.get_submodule(path)).__name__})"
+        if not _joins(received, [piece[index][1] for piece in pieces], chunks):
+            return f"before {name}" if not last else f"between {last} and {name}"
+        if not _joins(gave, [piece[index][2] for piece in pieces], chunks):
+            return f"at {name}"
+        last = name
+    return f"after {last}" if last else "in forward itself"
+
+
+def _trace(module: StreamingModule, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]) -> list[Trace]:
+    """One trace per chunk, the state carried from one to the next."""
+    trace: Trace = []
+
+    def hook(path: str) -> Any:
+        return lambda _, args, output: trace.append((path, _tensors(args[:1]), _tensors(output)[:1]))
+
+    leaves = [(path, leaf) for path, leaf in module.model.named_modules() if path and not any(leaf.children())]
+    handles = [leaf.register_forward_hook(hook(path)) for path, leaf in leaves]
+    run = torch_runner(module, double=True)
+    traces = []
+    try:
+        start, state = 0, rows.astype(np.float64)
+        for length in chunks:
+            piece = {name: array[:, start : start + length] for name, array in inputs.items()}
+            _, state = run(piece, state, np.full(len(state), length, np.int32))
+            traces.append(list(trace))
+            trace.clear()
+            start += length
+    finally:
+        for handle in handles:
+            handle.remove()
+    return traces
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _joins(whole: list[Tensor], pieces: list[list[Tensor]], chunks: Sequence[int]) -> bool:
+    """True if the pieces, put together along some axis that follows the chunks' lengths, are the whole."""
+    for position, tensor in enumerate(whole):
+        parts = [piece[position] for piece in pieces]
+        axes = [
+            axis
+            for axis in range(tensor.dim())
+            if tensor.shape[axis] == sum(chunks)
+            and all(part.dim() == tensor.dim() and part.shape[axis] == n for part, n in zip(parts, chunks, strict=True))
+        ]
+        joined = [torch.cat(parts, axis) for axis in axes] or [parts[-1]]
+        if not any(j.shape == tensor.shape and torch.allclose(j, tensor, 1e-9, 1e-9) for j in joined):
+            return False
+    return True
