@@ -1,1 +1,1 @@
-"""What export makes of many kinds of modules, beside what plain `torch.onnx.export` makes of them. Not installed."""
+"""Export of many kinds of modules, compared with plain `torch.onnx.export`. Not installed."""

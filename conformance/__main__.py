@@ -1,6 +1,6 @@
 """`python -m conformance matrix|models|precision|fuzz`: what `make conformance` and `make fuzz-export` run.
 
-Each measures one part of docs/conformance.md, and with --write-docs puts it there.
+Each measures one part of docs/conformance.md, and with --write-docs writes it there.
 """
 
 import argparse
@@ -14,17 +14,17 @@ from conformance.kinds import kinds
 def main(argv: list[str]) -> int:
     """0 if nothing was silently wrong, crashed or hung."""
     parser = argparse.ArgumentParser("python -m conformance", description=__doc__)
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time (%(default)s)")
-    parser.add_argument("--write-docs", action="store_true", help=f"put what was found into {documents.PAGE.name}")
+    parser.add_argument("--workers", type=int, default=2, help="concurrent processes (default: %(default)s)")
+    parser.add_argument("--write-docs", action="store_true", help=f"write the results into {documents.PAGE.name}")
     commands = parser.add_subparsers(required=True, dest="command")
     kind = commands.add_parser("matrix", help="kinds of modules, through export and torch.onnx.export")
     kind.add_argument("--only", action="append", metavar="KIND", help="one row; may be repeated")
     commands.add_parser("models", help="export and stream the models of examples/architectures")
-    commands.add_parser("precision", help="what float16 and int8 cost, and gain on this CPU")
+    commands.add_parser("precision", help="cost and gain of float16 and int8 on this CPU")
     random = commands.add_parser("fuzz", help="random models through export")
-    random.add_argument("--trees", type=int, default=2000, help="how many (%(default)s)")
-    random.add_argument("--folder", type=Path, default=Path(".fuzz"), help="where what was found is kept (%(default)s)")
-    random.add_argument("--tree", help="one, as a line of the output shows it")
+    random.add_argument("--trees", type=int, default=2000, help="number of trees (default: %(default)s)")
+    random.add_argument("--folder", type=Path, default=Path(".fuzz"), help="results folder (default: %(default)s)")
+    random.add_argument("--tree", help="one tree, as printed in the output")
     options = parser.parse_args(argv)
     return {"matrix": _matrix, "models": _models, "precision": _precision, "fuzz": _fuzz}[options.command](options)
 

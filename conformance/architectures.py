@@ -56,7 +56,7 @@ ARCHITECTURES = [
 
 @dataclass(frozen=True)
 class Measured:
-    """error: the oracle's. stages: CPU seconds by what export said it was doing. step: of one step of one client."""
+    """error: the oracle's. stages: CPU seconds by stage of export. step: CPU seconds of one step of one session."""
 
     architecture: Architecture
     parameters: int
@@ -75,7 +75,7 @@ class Measured:
 
 
 def measure(architecture: Architecture) -> Measured:
-    """Raises Wrong or ExportError: these models are to work."""
+    """Raises Wrong or ExportError, because these models must work."""
     torch.set_num_threads(1)
     module, example = architecture.build(), architecture.example()
     single, double = architecture.build(), architecture.build().double()

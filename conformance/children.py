@@ -21,7 +21,7 @@ Job = Any
 
 @dataclass(frozen=True)
 class Died:
-    """What became of a job that gave no answer: `crashed` with the exit code, or `timed out`."""
+    """The outcome of a job without a result: `crashed` with the exit code, or `timed out`."""
 
     reason: str
 
@@ -84,7 +84,7 @@ def _start(context: Any, work: Callable[[Job], Any], jobs: list[Job], seconds: f
 
 def _serve(pipe: Connection, work: Callable[[Job], Any], jobs: list[Job]) -> None:
     logging.disable(logging.CRITICAL)  # the exporters tell of each package that is not installed
-    gc.freeze()  # what was imported stays: half a million objects that need not be looked at again and again
+    gc.freeze()  # imported objects stay: half a million that the collector need not scan
     for job in jobs:
         pipe.send(work(job))
     pipe.close()

@@ -1,6 +1,6 @@
-"""Random models through export: exported and proven by an oracle of its own, or refused. Nothing may be silently wrong.
+"""Random models through export: proven by an independent oracle, or refused. None may be silently wrong.
 
-`python -m conformance fuzz --trees 2000`; what was found is kept in `.fuzz/`, and a later run goes on from it.
+`python -m conformance fuzz --trees 2000` keeps its results in `.fuzz/`, and a later run continues from them.
 """
 
 import copy
@@ -24,10 +24,10 @@ from conformance.strategies import trees as any_tree
 from conformance.trees import Tree
 from unroll.export import ExportError, export
 
-#: Trees that a child exports before it makes room for a fresh one.
+#: Trees that a child exports before a new child replaces it.
 _TOGETHER = 25
 
-#: Trees that are drawn with one seed: few, since hypothesis goes on from one to others like it.
+#: Trees drawn with one seed: few, because hypothesis draws similar ones in a row.
 _ALIKE = 6
 
 
@@ -46,7 +46,7 @@ BAD = ("wrong", "wrong bits", "crashed", "timed out")
 
 
 def judge(tree: Tree) -> Verdict:
-    """Export the tree's model, and if there is a bundle, ask the oracle about it."""
+    """Export the tree's model, and check the bundle, if any, with the oracle."""
     operators.read_once()
     verdict = partial(Verdict, repr(tree))
     model = modules.build(tree)
@@ -59,7 +59,7 @@ def judge(tree: Tree) -> Verdict:
             report = export(model, example, name="m", repository=folder, batch_first=not tree.time_first)
         except ExportError as refusal:
             return verdict("refused", refusal.code, str(refusal))
-        except Exception as failure:  # whatever it is, it should have been an ExportError
+        except Exception as failure:  # any other exception than ExportError is a failure
             return verdict("crashed", type(failure).__name__, str(failure)[:500])
         single, double = modules.build(tree), modules.build(tree).double()  # a call may leave something in a module
         try:
@@ -110,7 +110,7 @@ def _drawn(number: int) -> list[Tree]:
 
 
 class Store:
-    """One verdict a line, so that a run that was ended loses nothing."""
+    """One verdict per line, so that an interrupted run loses nothing."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

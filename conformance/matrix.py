@@ -166,7 +166,7 @@ class _Asked:
         return (value if self._batch_first else value.transpose(0, 1)).numpy()
 
     def _call(self, inputs: Arrays, double: bool) -> list[Tensor]:
-        """forward's own arguments: packed where the example is, and what is no input as the example has it."""
+        """The arguments of forward: packed if the example's are; non-inputs as in the example."""
         size = inputs[self._manifest.inputs[0].name].shape[:2]
         static = {spec.name for spec in self._manifest.static}
         arguments = dict(self._example)

@@ -1,7 +1,7 @@
-"""Asks whether a bundle is what it says it is, without a line of export: onnxruntime against the module in float64.
+"""Checks a bundle against its manifest without using export: onnxruntime against the module in float64.
 
-Sizes, inputs and cuts are random. What the manifest claims is tried: that it streams, that rows may be padded, that not
-a bit depends on cuts and company.
+Sizes, inputs and chunkings are random. Every claim of the manifest is tested: that the model streams, that rows may be
+padded, and that no bit depends on chunking or on the other rows of a batch.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ DrawInputs = Callable[[int, int, np.random.Generator], Arrays]
 
 
 class Wrong(Exception):
-    """A bundle that loads, runs, and is not the model it was made of."""
+    """A bundle that loads, runs, and gives other answers than its model."""
 
 
 class WrongBits(Wrong):
-    """A bundle that is right but for rounding, and says that not even that depends on cuts and company."""
+    """A correct bundle whose bits depend on chunking or on other rows, although its manifest denies it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """error: the largest, absolute, against float64. bits: did nothing change any? None if it does not stream."""
+    """error: the largest absolute error against float64. bits: whether all bits agreed; None if it does not stream."""
 
     error: float
     bits: bool | None
@@ -94,7 +94,7 @@ class Graph:
         )
 
     def cut(self, inputs: Arrays, chunks: list[int], company: Arrays, rng: np.random.Generator) -> Arrays:
-        """Row by row the same inputs in chunks, each chunk beside some rows of `company`, at another place."""
+        """Run each row in chunks, each chunk in a batch with rows of `company`, at varying indices."""
         batch = len(next(iter(inputs.values())))
         state, start, pieces = self.start(inputs), 0, []
         for length in chunks:
@@ -152,7 +152,7 @@ def _padded(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generat
 
 
 def _compare(found: Arrays, expected: Arrays, single: Arrays, what: str) -> float:
-    """Allowed: 20 times the error of PyTorch's own float32, and 2e-5 of the scale."""
+    """Allowed: 20 times the error of PyTorch's own float32, plus 2e-5 of the scale."""
     worst = 0.0
     for name, truth in expected.items():
         if name not in found or found[name].shape != truth.shape:

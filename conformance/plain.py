@@ -1,4 +1,4 @@
-"""What `torch.onnx.export` alone makes of a module, as its documentation says to call it: batch and time dynamic.
+"""Plain `torch.onnx.export` of a module, called as documented, with dynamic batch and time.
 
 A graph that loads is run at the example's size, another length, another batch and a single step, and twice in a row,
 and compared with the module. Generous: only differences that no rounding explains count.

@@ -1,4 +1,4 @@
-"""What float16 and int8 cost in error and gain in bytes and time, on this CPU, for some models."""
+"""The error of float16 and int8, and their gain in bytes and time on this CPU, for some models."""
 
 import tempfile
 from collections.abc import Callable, Iterator

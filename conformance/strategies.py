@@ -1,4 +1,4 @@
-"""Draws random trees with hypothesis: mostly what people write, with now and then what cannot stream or be right."""
+"""Draws random trees with hypothesis: mostly common models, and some that cannot stream or are invalid."""
 
 from typing import Any, TypeVar, get_args
 

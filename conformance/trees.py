@@ -1,4 +1,4 @@
-"""Random small models as data: what they are made of. Their `repr` is Python that makes them again.
+"""Random small models as data. Their `repr` is Python source that recreates them.
 
 Every block turns (batch, time, inputs) into (batch, time, outputs). Most are what people write; some mix time steps, or
 rows, or take the batch for time, as people also do. `modules.py` builds them, `strategies.py` draws them.
@@ -158,7 +158,7 @@ Block: TypeAlias = Recurrent | Loop | Conv | Dense | Elementwise | Norm | Along 
 class Tree:
     """A model. source: one float input, a token id, or a float and a token; end: what it returns.
 
-    `state` returns the last recurrent layer's state beside the steps, `kept` keeps it in the module.
+    `state` also returns the last recurrent layer's state, `kept` stores it in the module.
     """
 
     source: Literal["floats", "tokens", "both"]

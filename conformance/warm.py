@@ -1,4 +1,4 @@
-"""What a child would import first, lazily and slowly: imported once, by the server that children are forked from."""
+"""Slow, lazy imports of the children, performed once by the server that they are forked from."""
 
 import torch
 import torch._dynamo

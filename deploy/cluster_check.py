@@ -53,7 +53,7 @@ def start_everything(stack: ExitStack) -> None:
     for port in REPLICAS:
         (root / port).mkdir()
         flags = ["--repository", repository, "--port", port, "--store", f"redis+cluster://127.0.0.1:{NODES[0]}"]
-        start(stack, sys.executable, "-m", "unroll.service", *flags, folder=root / port)
+        start(stack, sys.executable, "-m", "unroll", "serve", *flags, folder=root / port)
         with Client(f"http://127.0.0.1:{port}") as client:
             retried(partial(client.get, "/readyz"))
 

@@ -9,7 +9,7 @@ from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "bytes"
 
-#: 204k parameters, 0.8 MB in float32: small enough to keep beside the code.
+#: 204k parameters, 0.8 MB in float32: small enough for the repository.
 CONFIG = StackedRNNConfig(cell="lstm", vocabulary=256, embedding_size=32, hidden_size=112, layers=2, output_size=256)
 
 

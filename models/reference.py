@@ -34,7 +34,7 @@ class Layer:
         return self.cell(self, x, state)
 
     def zeros(self, batch: int) -> State:
-        """The state a sequence starts from unless told otherwise."""
+        """The default initial state of a sequence."""
         h = self.w_hh.new_zeros(batch, self.w_hh.shape[1])
         return (h, h) if self.cell is lstm else (h,)
 

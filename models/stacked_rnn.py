@@ -97,7 +97,7 @@ class StackedRNN(nn.Module):
         return self.advance(x)[0]
 
     def advance(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
-        """Go on from `state` (None: zeros); returns the output and the state reached."""
+        """Continue from `state` (None: zeros); returns the output and the final state."""
         if self.embedding is not None:
             x = self.embedding(x)
         sequence, state = self.rnn(x, state)

@@ -13,10 +13,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from unroll import __version__
-from unroll.service.api import health, native, open_inference, statistics, stream
-from unroll.service.api.errors import open_inference_error, problem, problem_of, reason
-from unroll.service.api.http import Answer, Disconnected
-from unroll.service.api.server import Server
+from unroll.service.api import health_routes, native_routes, open_inference_routes, statistics_routes
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import open_inference_error, problem, problem_of, reason
+from unroll.service.api.request import Answer, Disconnected
+from unroll.service.api.stream import endpoint
 from unroll.service.catalog.catalog import Catalog
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
@@ -24,12 +25,12 @@ from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
 from unroll.service.protocol import json
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
-from unroll.service.store.redis import RedisStore
+from unroll.service.store.redis_store import RedisStore
 
 _log = structlog.get_logger(__name__)
 
 
-def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Server]:
+def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, AppState]:
     """Load every bundle and make the application, and what the transport needs of it.
 
     Raises CatalogError if a bundle is refused, DeviceUnavailable if the device asked for is not there.
@@ -45,7 +46,7 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, Serv
         _log.warning("device", devices=["cpu"], why=str(error))
         catalog = _catalog(settings, clock, ["cpu"])
     keys = [key.get_secret_value().encode() for key in settings.snapshot_keys]
-    server = Server(
+    server = AppState(
         catalog,
         settings.api_limits(),
         settings.durability or ("memory" if catalog.store is None else catalog.store.durability),
@@ -93,7 +94,7 @@ def _catalog(settings: Settings, clock: Clock, devices: Sequence[str]) -> Catalo
     return catalog
 
 
-def _fastapi(server: Server, lifespan: Any) -> FastAPI:
+def _fastapi(server: AppState, lifespan: Any) -> FastAPI:
     app = FastAPI(
         title="Unroll",
         version=__version__,
@@ -101,11 +102,11 @@ def _fastapi(server: Server, lifespan: Any) -> FastAPI:
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.include_router(native.router(server))
-    app.include_router(stream.router(server))
-    app.include_router(statistics.router(server))
-    app.include_router(open_inference.router(server, __version__))
-    app.include_router(health.router(server))
+    app.include_router(native_routes.router(server))
+    app.include_router(endpoint.router(server))
+    app.include_router(statistics_routes.router(server))
+    app.include_router(open_inference_routes.router(server, __version__))
+    app.include_router(health_routes.router(server))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
     @app.exception_handler(UnrollError)
@@ -144,7 +145,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
-        for model in native.DOCUMENTED:
+        for model in native_routes.DOCUMENTED:
             schemas.setdefault(model.__name__, model.model_json_schema())
         app.openapi_schema = document
     return app.openapi_schema

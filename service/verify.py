@@ -18,7 +18,7 @@ from unroll import bundle as bundles
 from unroll.bundle import Bundle, BundleError, GoldenMismatch
 from unroll.bundle.golden import Arrays, run_chunked
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, Precision, open_backend
-from unroll.service.engine.interface import DeviceFailed
+from unroll.service.engine.engine import DeviceFailed
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
 from unroll.service.state.slots import FIRST
 

@@ -1,4 +1,4 @@
-"""Small models of every kind the server treats differently, exported once a run; a CUDA without a GPU, and a Redis."""
+"""Small models for every code path of the server, exported once per run; a CUDA stub, and a Redis."""
 
 import gc
 import os
@@ -22,18 +22,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits for processes comes first, beside what computes; and the last test of a worker is a short one."""
+    """Tests that wait for processes run first, in parallel with those that compute; short tests run last."""
     items.sort(key=lambda item: "faults" not in item.path.parts)
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the collector need not look at half a million objects again and again."""
+    """Imported objects stay: the collector need not scan half a million of them."""
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _certificates_are_read_once() -> Iterator[None]:
-    """httpx reads all there are for each client, which takes as long as many a test. None of them is asked for."""
+    """httpx loads all root certificates per client, which takes as long as many tests. None is needed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
         yield

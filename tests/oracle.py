@@ -1,4 +1,4 @@
-"""The numbers that a session must give: its whole sequence, computed in one piece by onnxruntime alone."""
+"""The correct outputs of a session: its whole sequence in one onnxruntime call."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from unroll.bundle import Manifest
 
 
 class Oracle:
-    """One version of a model, run by onnxruntime alone and without any chunking."""
+    """One version of a model, run by onnxruntime alone, without chunking."""
 
     def __init__(self, repository: Path, name: str, version: str = "1") -> None:
         folder = repository / name / version

@@ -37,11 +37,11 @@ class RedisServer:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._flags = {"appendonly": "yes", "appendfsync": appendfsync, "save": "", "loglevel": "warning", **options}
         self._process: subprocess.Popen[bytes] | None = None
-        #: For looking and for breaking things; the servers under test have clients of their own.
+        #: For inspection and fault injection; the servers under test have their own clients.
         self.client = redis.Redis(port=self.port, socket_timeout=_PATIENCE)
 
     def start(self) -> None:
-        """Returns when it answers; with what its files hold, if there are any."""
+        """Return when it replies, with the data of its files, if any."""
         self.folder.mkdir(parents=True, exist_ok=True)
         where = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)}
         flags = [word for name, value in {**where, **self._flags}.items() for word in (f"--{name}", value)]
@@ -64,14 +64,14 @@ class RedisServer:
         self.client.flushall()
 
     def stop(self) -> None:
-        """In order: what it was told is in its files."""
+        """Orderly: everything it accepted is in its files."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Connections are still accepted, by the kernel; nothing is answered."""
+        """Suspend the process: the kernel still accepts connections, but nothing is answered."""
         self._send(signal.SIGSTOP)
 
     def resume(self) -> None:

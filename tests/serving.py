@@ -1,4 +1,4 @@
-"""A server on a real socket inside the test process, what holds its work still, and the numbers it must give."""
+"""A server on a real socket inside the test process, an engine that can be held, and the correct outputs."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from unroll.service import app
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.clock import Clock
-from unroll.service.engine.interface import BatchResult, Rows
+from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
 from unroll.service.transport.server import DrainingServer
@@ -25,7 +25,7 @@ RAW = {"Content-Type": "application/octet-stream"}
 
 
 def until(condition: Callable[[], object], what: str = "the condition") -> None:
-    """Returns as soon as the condition holds; fails when it does not come true."""
+    """Return as soon as the condition holds; fail if it does not."""
     end = time.monotonic() + _PATIENCE
     pause = threading.Event()
     while not condition():
@@ -34,7 +34,7 @@ def until(condition: Callable[[], object], what: str = "the condition") -> None:
 
 
 class _Announcing(DrainingServer):
-    """Says when it listens, or that it never will."""
+    """Reports when it listens, or that it failed to."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,16 +68,16 @@ class Running:
         return self.server.catalog.resolve(name, version)
 
     def rescan(self) -> None:
-        """What SIGHUP does. Returns at once; the rescan is done soon."""
+        """Do the same as SIGHUP. Returns immediately, before the rescan completes."""
         self.uvicorn.loop.call_soon_threadsafe(self.server.catalog.request_rescan)
 
     def rescan_now(self) -> None:
-        """Returns when a whole rescan is done."""
+        """Return when a whole rescan is complete."""
         rescan = self.server.catalog.rescan()
         asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(_PATIENCE)
 
     def stop(self) -> None:
-        """Ends the server and checks what it leaves behind."""
+        """Stop the server and check for leaks."""
         self.uvicorn.should_exit = True
         self._thread.join(_PATIENCE)
         assert not self._thread.is_alive(), "the server did not stop"
@@ -88,14 +88,14 @@ class Running:
 
     @contextmanager
     def holding(self, name: str, version: str | None = None) -> Iterator["HeldEngine"]:
-        """While inside, a batch of the model is run but not answered: its chunks stay in flight."""
+        """Inside the block, a batch of the model runs but is not answered: its chunks stay in flight."""
         loop = self.model(name, version).loop
         with HeldEngine(loop) as held:
             yield held
 
 
 class HeldEngine:
-    """In the place of a loop's engine: runs batches in its thread, and hands over no result until released."""
+    """Replaces a loop's engine: runs batches in its thread, and returns no result until released."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -123,7 +123,7 @@ class HeldEngine:
         return result
 
     def wait(self) -> None:
-        """Returns when a batch was run."""
+        """Return when a batch has run."""
         assert self.reached.wait(_PATIENCE), "no batch was run"
 
     def release(self) -> None:
@@ -131,7 +131,7 @@ class HeldEngine:
 
 
 class SlowEngine(HeldEngine):
-    """Takes its time over a batch: meanwhile work gathers for the next."""
+    """A slow engine: work for the next batch gathers while it runs."""
 
     def __init__(self, loop: Loop, seconds: float) -> None:
         super().__init__(loop)

@@ -19,12 +19,21 @@ import numpy as np
 
 from unroll import bundle
 from unroll.bundle import Bundle, Manifest, TensorSpec
-from unroll.service.engine.host import HostEngine
-from unroll.service.engine.interface import PlainRows
+from unroll.service.engine.engine import PlainRows
+from unroll.service.engine.host_engine import HostEngine
 from unroll.service.engine.runner import Runner
 from unroll.service.protocol import json as json_protocol
 from unroll.service.protocol import open_inference
-from unroll.service.protocol.frames import STEPS, UNSAID, Alone, FrameCodec, encode, encode_one, entries_of, reached
+from unroll.service.protocol.frames import (
+    NO_POSITION,
+    STEPS,
+    FrameCodec,
+    SingleEntryFrame,
+    encode,
+    encode_single,
+    pack_entries,
+    with_positions,
+)
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import Chunk, GroupReply
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
@@ -147,14 +156,14 @@ def protocol() -> Iterator[Part]:
     for entries in (1, 64, 256):
         frame = steps_frame(entries)
         yield Part(f"protocol: read frame of {entries}", entries, lambda f=frame: _read_frame(frames, f))
-    yield Part("protocol: write frame of 1", 1, lambda: encode_one(0, 1, 8, outputs))
+    yield Part("protocol: write frame of 1", 1, lambda: encode_single(0, 1, 8, outputs))
     for entries in (64, 256):
-        asked = entries_of(range(entries), [1] * entries, [7] * entries)
+        asked = pack_entries(range(entries), [1] * entries, [7] * entries)
         positions, values = np.full(entries, 8, np.uint64), np.zeros((entries, 1, _FEATURES), np.float32)
         yield Part(
             f"protocol: write frame of {entries}",
             entries,
-            lambda a=asked, p=positions, v=values: encode(reached(a, p), [v.data]),
+            lambda a=asked, p=positions, v=values: encode(with_positions(a, p), [v.data]),
         )
 
 
@@ -181,13 +190,13 @@ def infer_body(x: np.ndarray) -> tuple[int, bytes]:
 def steps_frame(entries: int) -> bytes:
     """A frame with one step of each of `entries` sessions."""
     head = struct.pack("<BBHI", STEPS, 0, 0, entries)
-    said = b"".join(struct.pack("<IIQ", handle, 1, UNSAID) for handle in range(entries))
+    said = b"".join(struct.pack("<IIQ", handle, 1, NO_POSITION) for handle in range(entries))
     return head + said + np.ones((entries, _FEATURES), np.float32).tobytes()
 
 
 def _read_frame(codec: FrameCodec, content: bytes) -> None:
-    frame = codec.decode_alone(content) or codec.decode(content)
-    if codec.fault(frame.inputs) if isinstance(frame, Alone) else codec.faults(frame):
+    frame = codec.decode_single(content) or codec.decode(content)
+    if codec.fault(frame.inputs) if isinstance(frame, SingleEntryFrame) else codec.faults(frame):
         raise ValueError("the frame is sound")
 
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 from redis import BusyLoadingError, ConnectionError, Redis
 
-from unroll.service.store.base import Commit, Kept, Origin, Tokens
+from unroll.service.store.interface import Commit, Kept, Origin, Tokens
 from unroll.service.store.record import pack_last
-from unroll.service.store.redis import RedisStore, StoreConfig
+from unroll.service.store.redis_store import RedisStore, StoreConfig
 
 _BATCH = 64
 _PATIENCE_SECONDS = 60.0

@@ -30,10 +30,10 @@ LEARNING_RATE, WARM_UP = 4e-3, 200
 #: Chance, per row and window, to start again from a zero state, as every stream does once.
 RESTART = 1 / 64
 
-#: Tests (absent from some installs), tables of numbers, and what is not of the library.
+#: Excluded: tests (absent from some installs), tables of numbers, and third-party files.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
-#: Bytes at the start of a file that nobody is scored on: enough context for every model compared.
+#: Unscored bytes at the start of a file: enough context for every compared model.
 CONTEXT = 4
 
 
@@ -66,7 +66,7 @@ def train(files: Sequence[np.ndarray]) -> StackedRNN:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        # Truncated back-propagation: the next window goes on from this state, the gradient does not.
+        # Truncated back-propagation: the next window continues from this state, without its gradient.
         kept = torch.rand(1, BATCH, 1) >= RESTART
         state = (h.detach() * kept, c.detach() * kept)
         nats += loss.item()

@@ -1,4 +1,4 @@
-"""Write `examples/co2/co2.csv` anew, from the measurements that statsmodels ships.
+"""Rewrite `examples/co2/co2.csv` from the measurements that statsmodels ships.
 
 python -m unroll.models.training.mauna_loa
 """

@@ -10,14 +10,14 @@ import numpy as np
 import structlog
 
 from unroll.bundle import TensorSpec
-from unroll.service.api.errors import open_inference_error
-from unroll.service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.parameters import require_streamable
-from unroll.service.api.server import Server
-from unroll.service.api.sessions import check_id
+from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.session_operations import check_id
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NeedsStoreLookup
-from unroll.service.engine.interface import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
 from unroll.service.scheduler.reply import Reply
@@ -74,15 +74,15 @@ def _plan(served: ServedModel, name: str, asked: InferRequest) -> _Plan:
     return plan
 
 
-def infer(server: Server, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
+def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
-    asked = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), server.limits.max_json_bytes)
-    timeout = asked.header.timeout or server.limits.request_timeout
+    asked = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
+    timeout = asked.header.timeout or app.limits.request_timeout
     if asked.header.sequence is not None:
         sequence = asked.header.sequence
         again = request.again_with(sequence.id)
-        return _sequence_steps(server, name, version, asked, sequence, timeout, respond, again)
-    served = server.catalog.resolve(name, version)
+        return _sequence_steps(app, name, version, asked, sequence, timeout, respond, again)
+    served = app.catalog.resolve(name, version)
     _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
     return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
@@ -99,7 +99,7 @@ def _answer_sequences(plan: _Plan, replies: list[Reply]) -> Answer:
 
 
 def _sequence_steps(
-    server: Server,
+    app: AppState,
     name: str,
     version: str | None,
     asked: InferRequest,
@@ -108,16 +108,16 @@ def _sequence_steps(
     respond: Respond,
     again: Callable[[], bool] | None,
 ) -> Cancel:
-    served = _version_for(server, name, version, sequence, asked)
+    served = _version_for(app, name, version, sequence, asked)
     require_streamable(served)
     if sequence.start:
-        server.refuse_if_draining()
+        app.refuse_if_draining()
         _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked), again)
     batch = _batch(served, asked)
     if len(batch) != 1:
         raise InvalidShape("a request of a sequence must have batch size 1")
-    origin, token = _begin_anew(server, name, served, sequence, timeout) if sequence.start else (None, b"")
+    origin, token = _begin_anew(app, name, served, sequence, timeout) if sequence.start else (None, b"")
     chunk = served.loop.submit_steps(
         *(sequence.id, batch[0], timeout, settled),
         position=sequence.position,
@@ -141,7 +141,7 @@ def _encoded(head: dict, outputs: list[tuple[TensorSpec, np.ndarray, bool]]) -> 
 
 
 def _version_for(
-    server: Server,
+    app: AppState,
     name: str,
     version: str | None,
     sequence: SequenceParameters,
@@ -149,18 +149,18 @@ def _version_for(
 ) -> ServedModel:
     """A sequence that lives, or whose end is asked for again, stays with its version; a new one gets the newest."""
     check_id(sequence.id)
-    keeper = server.catalog.keeper
+    keeper = app.catalog.keeper
     if sequence.start and keeper is not None and not keeper.is_verified(name, sequence.id):
         raise NeedsStoreLookup(sequence.id)
     if not sequence.start:
-        return server.catalog.owner(name, version, sequence.id)
+        return app.catalog.owner(name, version, sequence.id)
     if sequence.position not in (None, 0):
         raise InvalidRequest("a request that starts a sequence has sequence_position 0")
     if sequence.position == 0:
-        owner = server.catalog.owner(name, version, sequence.id)
+        owner = app.catalog.owner(name, version, sequence.id)
         if sequence.id in owner.scheduler.sessions or _remembers(owner, sequence.id, asked):
             return owner
-    return server.catalog.resolve(name, version)
+    return app.catalog.resolve(name, version)
 
 
 def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool:
@@ -174,14 +174,14 @@ def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool
 
 
 def _begin_anew(
-    server: Server, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float
+    app: AppState, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float
 ) -> tuple[Origin | None, bytes]:
     """START without a position on a living sequence ends the old one, as in Triton; with position 0 it is a retry.
 
     The origin of the new one, if it is to be durable, and the token of the one whose place it then takes in the store.
     """
-    durability, token = server.durability, b""
-    if sequence.position is None and (living := server.catalog.living(name, sequence.id)) is not None:
+    durability, token = app.durability, b""
+    if sequence.position is None and (living := app.catalog.living(name, sequence.id)) is not None:
         now = living.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, row=True)  # a request that is refused must not end anything
         session = living.scheduler.restart(sequence.id, now)

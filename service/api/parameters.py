@@ -1,7 +1,7 @@
 """What a request of the native API says besides its values: model, position, time-out, the members of its JSON."""
 
-from unroll.service.api.http import JSON, Request
-from unroll.service.api.server import Server
+from unroll.service.api.app_state import AppState
+from unroll.service.api.request import JSON, Request
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
 from unroll.service.protocol import json
@@ -35,15 +35,15 @@ def require_streamable(model: ServedModel) -> None:
         )
 
 
-def timeout_of(server: Server, request: Request) -> float:
+def timeout_of(app: AppState, request: Request) -> float:
     milliseconds = request.whole_number(TIMEOUT)
-    return server.limits.request_timeout if milliseconds is None else milliseconds / 1000
+    return app.limits.request_timeout if milliseconds is None else milliseconds / 1000
 
 
-def json_body(server: Server, request: Request, members: set[str]) -> dict:
+def json_body(app: AppState, request: Request, members: set[str]) -> dict:
     if request.media_type != JSON:
         raise UnsupportedMediaType("send application/json, or application/octet-stream for raw little-endian values")
-    document = json.parse_object(request.body, server.limits.max_json_bytes)
+    document = json.parse_object(request.body, app.limits.max_json_bytes)
     if "inputs" not in document or document.keys() - members:
         raise InvalidRequest(f"the body has {sorted(document)}; it may have {sorted(members)} and needs 'inputs'")
     return document

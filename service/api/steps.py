@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from unroll.service.api.errors import problem
-from unroll.service.api.held import LENGTH, held_steps
-from unroll.service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import (
     POSITION,
     json_body,
@@ -13,23 +12,24 @@ from unroll.service.api.parameters import (
     split_reference,
     timeout_of,
 )
-from unroll.service.api.server import Server
+from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.sealed_steps import LENGTH, held_steps
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.reply import Reply
 
 
-def steps(server: Server, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
+def steps(app: AppState, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
     """T >= 1 time steps of a session; the reply's outputs are one per time step."""
     if LENGTH in request.headers:
-        return held_steps(server, model, session_id, request, respond)
-    timeout = timeout_of(server, request)
+        return held_steps(app, model, session_id, request, respond)
+    timeout = timeout_of(app, request)
     position = request.whole_number(POSITION)
     raw = request.media_type == RAW
-    document = None if raw else json_body(server, request, {"inputs", "position", "snapshot"})
+    document = None if raw else json_body(app, request, {"inputs", "position", "snapshot"})
     if document is not None and "snapshot" in document:
-        return held_steps(server, model, session_id, request, respond, document)
-    served = server.catalog.owner(*split_reference(model), session_id)
+        return held_steps(app, model, session_id, request, respond, document)
+    served = app.catalog.owner(*split_reference(model), session_id)
     require_streamable(served)
     if document is None:
         inputs, encode = served.codec.from_raw(request.body), _raw_steps
@@ -50,14 +50,14 @@ def _json_steps(codec: Codec, reply: Reply) -> Answer:
     return Answer(200, JSON, body, b"unroll-position: %d\r\n" % reply.position)
 
 
-def sequences(server: Server, model: str, request: Request, respond: Respond) -> Cancel:
+def sequences(app: AppState, model: str, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, each from the model's initial state; nothing is kept."""
-    served = server.catalog.resolve(*split_reference(model))
-    timeout = timeout_of(server, request)
+    served = app.catalog.resolve(*split_reference(model))
+    timeout = timeout_of(app, request)
     if request.media_type == RAW:
         batch, encode, static = [served.codec.from_raw(request.body)], _raw_sequence, None
     else:
-        document = json_body(server, request, {"inputs", "static"})
+        document = json_body(app, request, {"inputs", "static"})
         batch, encode = served.codec.sequences_from_json(document["inputs"]), _json_sequences
         static = document.get("static")
     rows = served.codec.initial_rows(static, len(batch))

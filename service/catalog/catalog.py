@@ -16,7 +16,7 @@ from unroll.service.catalog.overflow import Overflow
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import ModelChanged, ModelUnknown, NeedsStoreLookup
 from unroll.service.engine.runner import DeviceUnavailable
-from unroll.service.store.base import Store
+from unroll.service.store.interface import Store
 
 _log = structlog.get_logger(__name__)
 

@@ -16,7 +16,7 @@ from unroll.service.catalog.model import ServedModel, home
 from unroll.service.core.errors import SessionContended, SessionExists, SnapshotInvalid, UnrollError
 from unroll.service.scheduler.session import Session
 from unroll.service.state.snapshot import Snapshot
-from unroll.service.store.base import Commit, Key, Store, Tokens
+from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.record import Gone, Record, pack_last
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from unroll.service.core.errors import (
 )
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, Precision, open_backend
 from unroll.service.engine.curve import Curve, measure
-from unroll.service.engine.interface import Engine, PlainRows
+from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.batch import Batch
@@ -35,7 +35,7 @@ from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
 from unroll.service.state.slots import INITIAL, SCRATCH
-from unroll.service.store.base import Store
+from unroll.service.store.interface import Store
 from unroll.service.store.record import ID_BYTES, Gone, Origin, Record
 from unroll.service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
 from unroll.service.telemetry.statistics import Statistics

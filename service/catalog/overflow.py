@@ -16,7 +16,7 @@ from unroll.service.core.clock import Clock
 from unroll.service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
 from unroll.service.scheduler.session import Session
 from unroll.service.store import state_file
-from unroll.service.store.base import Commit, Key, Store, Tokens
+from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.record import Record
 from unroll.service.store.spill import Spill
 

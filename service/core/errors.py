@@ -7,7 +7,7 @@
                is wrong)            or cannot be)           not be in time)
                                    Overloaded (try again later)
 
-The HTTP status of each is written in `api/errors.py` and nowhere else.
+The HTTP status of each is written in `api/error_responses.py` and nowhere else.
 """
 
 from typing import ClassVar

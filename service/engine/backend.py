@@ -7,13 +7,13 @@ from typing import Literal, Protocol
 import structlog
 
 from unroll.bundle import Bundle, GoldenMismatch
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
 from unroll.service.engine.cuda.device import CompilationFailed, Device, OutOfDeviceMemory
-from unroll.service.engine.cuda.engine import CudaEngine
 from unroll.service.engine.cuda.layout import buckets
 from unroll.service.engine.cuda.parts import Layer, NotSeparable, Segment
 from unroll.service.engine.cuda.step_call import GATHER
-from unroll.service.engine.host import HostEngine
-from unroll.service.engine.interface import DeviceFailed, Engine
+from unroll.service.engine.engine import DeviceFailed, Engine
+from unroll.service.engine.host_engine import HostEngine
 from unroll.service.engine.proof import Proof, prove_steps
 from unroll.service.engine.runner import DeviceUnavailable, Runner, to_float16
 

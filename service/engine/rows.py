@@ -7,7 +7,7 @@ import structlog
 
 from unroll.bundle import Manifest
 from unroll.service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
-from unroll.service.engine.interface import BatchResult, DeviceFailed, PlainRows, Rows, Tensors
+from unroll.service.engine.engine import BatchResult, DeviceFailed, PlainRows, Rows, Tensors
 
 _log = structlog.get_logger(__name__)
 

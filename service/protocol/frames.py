@@ -8,8 +8,8 @@ offset   size  field (little-endian)
 8        16 N  entries: handle u32, steps T u32, position u64
 8 + 16N        values: tensor after tensor in the manifest's order; of each, the entries' (T, *shape) one after another
 
-A frame is read as a whole or not at all: no value is looked at before the lengths agree. What is wrong with the
-values of one entry is that entry's error.
+A frame is read as a whole or refused as a whole: no value is read before all lengths agree. An invalid value is the
+error of its entry and of no other.
 """
 
 import struct
@@ -22,25 +22,32 @@ import numpy as np
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
-from unroll.service.engine.interface import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import all_finite
 
 STEPS, OUTPUTS = 1, 2
 
 #: Entries in one frame.
 MAX_ENTRIES = 4096
-#: A position that is not said: the chunk begins wherever the session is.
-UNSAID = 2**64 - 1
+#: Stands for a position in an entry without one: the chunk begins wherever the session is.
+NO_POSITION = 2**64 - 1
 
 _HEADER = struct.Struct("<BBHI")
 _ENTRY = np.dtype([("handle", "<u4"), ("steps", "<u4"), ("position", "<u8")])
-_ALONE = struct.Struct("<8sIIQ")  # the header, and the only entry
-_ALONE_STEPS = _HEADER.pack(STEPS, 0, 0, 1)
-_ALONE_OUTPUTS = _HEADER.pack(OUTPUTS, 0, 0, 1)
+_SINGLE_ENTRY = struct.Struct("<8sIIQ")  # the header and the only entry
+_SINGLE_STEPS = _HEADER.pack(STEPS, 0, 0, 1)
+_SINGLE_OUTPUTS = _HEADER.pack(OUTPUTS, 0, 0, 1)
 
 
-class Alone(NamedTuple):
-    """The chunk of a frame that has no other. position: where it begins, None if not said. inputs: each (T, *shape)."""
+class SingleEntryFrame(NamedTuple):
+    """A frame of one chunk.
+
+    Attributes:
+        handle: whose chunk it is.
+        steps: T, its time steps.
+        position: where it begins; None if the client did not send it.
+        inputs: each (T, *shape).
+    """
 
     handle: int
     steps: int
@@ -49,16 +56,19 @@ class Alone(NamedTuple):
 
 
 class Frame:
-    """N chunks. entries: as they came. total: steps of all together.
+    """A frame of N chunks.
 
-    even: each input (N, T, *shape), views into the frame, if all entries have T steps; else None.
-    chunks: if not even, the inputs of each entry, (T, *shape).
+    Attributes:
+        entries: the table of entries as it came, (N,) of handle, steps and position.
+        total: time steps of all entries.
+        uniform_inputs: each input (N, T, *shape), views into the frame, if every entry has T steps; else None.
+        chunks: the inputs of each entry, (T, *shape), if `uniform_inputs` is None; else empty.
     """
 
-    def __init__(self, entries: np.ndarray, total: int, even: Tensors | None, chunks: list[Tensors]) -> None:
+    def __init__(self, entries: np.ndarray, total: int, uniform_inputs: Tensors | None, chunks: list[Tensors]) -> None:
         self.entries = entries
         self.total = total
-        self.even = even
+        self.uniform_inputs = uniform_inputs
         self.chunks = chunks
 
     @cached_property
@@ -71,49 +81,60 @@ class Frame:
 
     @cached_property
     def positions(self) -> list[int | None]:
-        """Where each chunk begins, None if not said."""
+        """Where each chunk begins; None if the client did not send it."""
         positions: list[int | None] = self.entries["position"].tolist()
-        if UNSAID in positions:
-            return [None if position == UNSAID else position for position in positions]
+        if NO_POSITION in positions:
+            return [None if position == NO_POSITION else position for position in positions]
         return positions
 
     @property
-    def who(self) -> bytes:
-        """The same for frames of the same handles in the same order, with as many steps of each."""
+    def signature(self) -> bytes:
+        """Equal for frames with the same handles in the same order, and with as many steps of each."""
         return self.entries.view("<u8")[::2].tobytes()
 
     def chunk(self, i: int) -> Tensors:
         """The inputs of entry i: each (T, *shape)."""
-        return self.chunks[i] if self.even is None else tuple(array[i] for array in self.even)
+        uniform = self.uniform_inputs
+        return self.chunks[i] if uniform is None else tuple(array[i] for array in uniform)
 
 
 class FrameCodec:
-    """Reads the frames of steps for models with these inputs. max_steps: in one chunk."""
+    """Decodes the frames of steps for a model.
+
+    Args:
+        inputs: the model's inputs.
+        max_steps: time steps allowed in one chunk.
+    """
 
     def __init__(self, inputs: Sequence[TensorSpec], max_steps: int) -> None:
         self.inputs = tuple(inputs)
         self.max_steps = max_steps
         self._layout = [(spec.numpy, spec.shape, spec.size) for spec in inputs]
         self._step_bytes = sum(spec.nbytes for spec in inputs)
-        self._floats = all(spec.dtype == "float32" for spec in inputs)
+        self._all_float = all(spec.dtype == "float32" for spec in inputs)
 
-    def decode_alone(self, frame: bytes) -> Alone | None:
-        """The only chunk of a frame, read in one go; None if `decode` is to read it. Raises InvalidRequest."""
-        if len(frame) < _ALONE.size:
-            return None
-        header, handle, steps, position = _ALONE.unpack_from(frame)
-        if header != _ALONE_STEPS:
-            return None
-        if len(frame) != _ALONE.size + steps * self._step_bytes or not steps:
-            self._check_length(frame, 1, steps, steps)  # says what is wrong
-        return Alone(handle, steps, None if position == UNSAID else position, self._one(frame, steps))
+    def decode_single(self, frame: bytes) -> SingleEntryFrame | None:
+        """Decode a frame of one entry in one go; None if it is another frame, which `decode` reads.
 
-    def _one(self, frame: bytes, steps: int) -> Tensors:
+        Raises:
+            InvalidRequest: its length is not what the entry says.
+        """
+        if len(frame) < _SINGLE_ENTRY.size:
+            return None
+        header, handle, steps, position = _SINGLE_ENTRY.unpack_from(frame)
+        if header != _SINGLE_STEPS:
+            return None
+        if len(frame) != _SINGLE_ENTRY.size + steps * self._step_bytes or not steps:
+            self._check_length(frame, 1, steps, steps)
+        inputs = self._single_inputs(frame, steps)
+        return SingleEntryFrame(handle, steps, None if position == NO_POSITION else position, inputs)
+
+    def _single_inputs(self, frame: bytes, steps: int) -> Tensors:
         """The inputs of a frame's only entry, each (steps, *shape)."""
         if len(self._layout) == 1:
             dtype, shape, _ = self._layout[0]
-            return (np.ndarray((steps, *shape), dtype, frame, _ALONE.size),)
-        offset = _ALONE.size
+            return (np.ndarray((steps, *shape), dtype, frame, _SINGLE_ENTRY.size),)
+        offset = _SINGLE_ENTRY.size
         inputs = []
         for dtype, shape, size in self._layout:
             values = _values(frame, dtype, steps * size, offset)
@@ -122,113 +143,118 @@ class FrameCodec:
         return tuple(inputs)
 
     def decode(self, frame: bytes) -> Frame:
-        """Raises InvalidRequest if the frame is not one of steps, or its lengths contradict each other."""
+        """Decode a frame of any number of entries.
+
+        Raises:
+            InvalidRequest: it is no frame of steps, or its lengths contradict each other.
+        """
         if len(frame) < _HEADER.size:
-            raise InvalidRequest(f"a frame has a header of {_HEADER.size} bytes; this one has {len(frame)} in all")
+            raise InvalidRequest(f"a frame needs a header of {_HEADER.size} bytes; this one has {len(frame)} in all")
         kind, flags, reserved, count = _HEADER.unpack_from(frame)
         if (kind, flags, reserved) != (STEPS, 0, 0):
             raise InvalidRequest(f"type {kind}, flags {flags}, reserved {reserved}: a frame of steps has 1, 0, 0")
         if not 1 <= count <= MAX_ENTRIES:
-            raise InvalidRequest(f"{count} entries in one frame; there may be 1 to {MAX_ENTRIES}")
+            raise InvalidRequest(f"{count} entries in one frame; 1 to {MAX_ENTRIES} are allowed")
         if len(frame) < _HEADER.size + count * _ENTRY.itemsize:
-            raise InvalidRequest(f"a frame of {count} entries has more than {len(frame)} bytes")
+            raise InvalidRequest(f"a frame of {count} entries needs more than {len(frame)} bytes")
         entries = np.frombuffer(frame, _ENTRY, count, _HEADER.size)
         steps = entries["steps"]
-        fewest, longest = int(steps.min()), int(steps.max())
-        total = longest * count if fewest == longest else int(steps.sum(dtype=np.uint64))
-        self._check_length(frame, count, total, fewest)
-        if fewest < longest:
-            return Frame(entries, total, None, self._uneven(frame, total, steps.tolist()))
+        shortest, longest = int(steps.min()), int(steps.max())
+        total = longest * count if shortest == longest else int(steps.sum(dtype=np.uint64))
+        self._check_length(frame, count, total, shortest)
+        if shortest < longest:
+            return Frame(entries, total, None, self._ragged_chunks(frame, total, steps.tolist()))
         offset = _HEADER.size + entries.nbytes
-        even = []
+        inputs = []
         for dtype, shape, size in self._layout:
             values = _values(frame, dtype, total * size, offset)
             offset += values.nbytes
-            even.append(values.reshape(count, longest, *shape))
-        return Frame(entries, total, tuple(even), [])
+            inputs.append(values.reshape(count, longest, *shape))
+        return Frame(entries, total, tuple(inputs), [])
 
-    def _uneven(self, frame: bytes, total: int, steps: list[int]) -> list[Tensors]:
-        """The inputs of each entry, (T, *shape)."""
+    def _ragged_chunks(self, frame: bytes, total: int, steps: list[int]) -> list[Tensors]:
+        """The inputs of each entry, (T, *shape), where T differs."""
         offset = _HEADER.size + len(steps) * _ENTRY.itemsize
         columns = []
         for dtype, shape, size in self._layout:
             values = _values(frame, dtype, total * size, offset)
             offset += values.nbytes
-            columns.append(_cut(values.reshape(total, *shape), steps))
+            columns.append(_split(values.reshape(total, *shape), steps))
         return list(zip(*columns, strict=True))
 
-    def _check_length(self, frame: bytes, count: int, steps: int, fewest: int) -> None:
-        """steps: of all entries together."""
+    def _check_length(self, frame: bytes, count: int, steps: int, shortest: int) -> None:
+        """steps: of all entries. shortest: the fewest of one entry."""
         expected = _HEADER.size + count * _ENTRY.itemsize + steps * self._step_bytes
-        if len(frame) != expected or not fewest:
+        if len(frame) != expected or not shortest:
             raise InvalidRequest(
-                f"{count} entries with {steps} steps together, each at least 1, are {expected} bytes; "
+                f"{count} entries of {steps} steps in total, each at least 1, need {expected} bytes; "
                 f"the frame has {len(frame)}"
             )
 
     def fault(self, chunk: Tensors) -> UnrollError | None:
-        """What is wrong with one chunk's values, each input (T, *shape); most often nothing."""
-        if self._floats and len(chunk[0]) <= self.max_steps and all(map(all_finite, chunk)):
-            return None  # as always
+        """The error in one chunk's values, each input (T, *shape); None if they are valid."""
+        if self._all_float and len(chunk[0]) <= self.max_steps and all(map(all_finite, chunk)):
+            return None
         if len(chunk[0]) > self.max_steps:
-            return InvalidShape(f"{len(chunk[0])} time steps in one chunk; at most {self.max_steps} are taken")
+            return InvalidShape(f"{len(chunk[0])} time steps in one chunk; at most {self.max_steps} are allowed")
         for spec, array in zip(self.inputs, chunk, strict=True):
             if spec.dtype == "float32":
                 if not all_finite(array):
-                    return _unsound(spec)
-            elif _sound(spec, array) is not None:
-                return _unsound(spec)
+                    return _invalid_value(spec)
+            elif _valid_values(spec, array) is not None:
+                return _invalid_value(spec)
         return None
 
     def faults(self, frame: Frame) -> dict[int, UnrollError]:
-        """The faults of a frame's chunks, by the entry's index."""
-        if frame.even is None:
+        """The errors in a frame's chunks, by the index of the entry."""
+        if frame.uniform_inputs is None:
             found = [(i, self.fault(chunk)) for i, chunk in enumerate(frame.chunks)]
             return {i: fault for i, fault in found if fault is not None}
-        count, steps = frame.even[0].shape[:2]
+        count, steps = frame.uniform_inputs[0].shape[:2]
         rows = set(range(count)) if steps > self.max_steps else set()
-        for spec, array in zip(self.inputs, frame.even, strict=True):
-            if (sound := _sound(spec, array)) is not None:
-                rows.update(np.flatnonzero(~sound.reshape(len(array), -1).all(axis=1)).tolist())
+        for spec, array in zip(self.inputs, frame.uniform_inputs, strict=True):
+            if (valid := _valid_values(spec, array)) is not None:
+                rows.update(np.flatnonzero(~valid.reshape(len(array), -1).all(axis=1)).tolist())
         return {i: fault for i in sorted(rows) if (fault := self.fault(frame.chunk(i))) is not None}
 
 
-def entries_of(handles: Sequence[int], steps: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """The head of a frame: whose chunks, how long each, and the position reached."""
-    told = np.empty(len(handles), _ENTRY)
-    told["handle"], told["steps"], told["position"] = packed("I", handles), packed("I", steps), packed("Q", positions)
-    return told
+def pack_entries(handles: Sequence[int], steps: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """The table of entries of a frame of outputs; positions: those reached."""
+    entries = np.empty(len(handles), _ENTRY)
+    entries["handle"] = packed("I", handles)
+    entries["steps"] = packed("I", steps)
+    entries["position"] = packed("Q", positions)
+    return entries
 
 
-def reached(entries: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The head of the answer to a frame of such entries."""
-    told = entries.copy()
-    told["position"] = positions
-    return told
+def with_positions(entries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The table that answers a table of such entries; positions: those reached, uint64."""
+    answered = entries.copy()
+    answered["position"] = positions
+    return answered
 
 
 def encode(entries: np.ndarray, values: Iterable[bytes | memoryview]) -> bytes:
-    """Outputs of several chunks. values: contiguous, in the frame's order."""
+    """The frame of the outputs of several chunks; values: contiguous, in the frame's order."""
     return b"".join((_HEADER.pack(OUTPUTS, 0, 0, len(entries)), entries.data, *values))
 
 
-def encode_one(handle: int, steps: int, position: int, outputs: Tensors) -> bytes:
-    """Outputs of one chunk, each (T, *shape), or (*shape) without time."""
-    head = _ALONE.pack(_ALONE_OUTPUTS, handle, steps, position)
+def encode_single(handle: int, steps: int, position: int, outputs: Tensors) -> bytes:
+    """The frame of the outputs of one chunk, each (T, *shape), or (*shape) without time."""
+    head = _SINGLE_ENTRY.pack(_SINGLE_OUTPUTS, handle, steps, position)
     if len(outputs) == 1:
         return head + outputs[0].tobytes()
     return b"".join((head, *[output.tobytes() for output in outputs]))
 
 
 def _values(frame: bytes, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
-    """A view into the frame; a copy where the values do not lie as the machine wants them."""
+    """A view into the frame; a copy where the values are not aligned."""
     if offset % dtype.itemsize:
         return np.frombuffer(frame[offset : offset + count * dtype.itemsize], dtype)
     return np.frombuffer(frame, dtype, count, offset)
 
 
-def _cut(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
-    """The array's parts of these lengths, in their order."""
+def _split(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
     parts, start = [], 0
     for length in lengths:
         parts.append(values[start : start + length])
@@ -236,20 +262,20 @@ def _cut(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
     return parts
 
 
-def _sound(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
-    """Which of the values the tensor may hold; None if it may hold all of them."""
+def _valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
+    """Which values the tensor may hold; None if it may hold all of them."""
     if spec.dtype == "float32":
-        sound = np.isfinite(array)
+        valid = np.isfinite(array)
     elif spec.dtype == "bool":
-        sound = array.view(np.uint8) < 2
+        valid = array.view(np.uint8) < 2
     elif spec.limit is not None:
-        sound = (array >= 0) & (array < spec.limit)
+        valid = (array >= 0) & (array < spec.limit)
     else:
         return None
-    return sound if b"\0" in sound.tobytes() else None  # for one step, half the time of sound.all()
+    return valid if b"\0" in valid.tobytes() else None  # for one step, half the time of valid.all()
 
 
-def _unsound(spec: TensorSpec) -> UnrollError:
+def _invalid_value(spec: TensorSpec) -> UnrollError:
     if spec.dtype == "float32":
         return NonFiniteInput(f"{spec.name!r} holds NaN or infinity")
     if spec.dtype == "bool":

@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 
-from unroll.service.engine.interface import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
 
 #: Rows of the arena. A batch writes where it reads if it is given one object for both.

@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from unroll.service.engine.interface import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.batch import Batch, Indices
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits

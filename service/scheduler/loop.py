@@ -15,13 +15,13 @@ import numpy as np
 from unroll.service.core import failpoints
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.interface import MAX_LAUNCHED, BatchResult, Engine, Tensors
+from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCommit
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Cohort, Session
-from unroll.service.store.base import Commit, Store, Tokens
+from unroll.service.store.interface import Commit, Store, Tokens
 from unroll.service.store.record import Origin
 
 T = TypeVar("T")

@@ -39,7 +39,7 @@ from unroll.service.core.errors import (
     SessionGone,
     UnrollError,
 )
-from unroll.service.engine.interface import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.batch import Batch, row_of
 from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, PendingCommit
 from unroll.service.scheduler.lanes import Lanes, Pace

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from unroll.service.store.base import Key
+from unroll.service.store.interface import Key
 from unroll.service.store.record import Record
 
 #: Bytes that a record takes besides its row and its replies, about.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from unroll.service.core.errors import SnapshotInvalid
 from unroll.service.state.envelope import HEADER_BYTES, Envelope, checksum
-from unroll.service.store.base import Key
+from unroll.service.store.interface import Key
 from unroll.service.store.record import Record
 
 _COUNT = struct.Struct("<Q")

@@ -12,15 +12,15 @@ from urllib.parse import unquote
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from unroll.service.api import routes
-from unroll.service.api.http import Answer, Cancel, Headers, Request, checked_headers, nothing_to_cancel
-from unroll.service.api.routes import Route
-from unroll.service.api.server import Server
+from unroll.service.api import inference_routes
+from unroll.service.api.app_state import AppState
+from unroll.service.api.inference_routes import Route
+from unroll.service.api.request import Answer, Cancel, Headers, Request, checked_headers, nothing_to_cancel
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
 
 
-def http_protocol(server: Server) -> type[HttpToolsProtocol]:
+def http_protocol(server: AppState) -> type[HttpToolsProtocol]:
     """For `uvicorn.Config(http=...)`."""
     return type("HttpProtocol", (HttpProtocol,), {"unroll": server})
 
@@ -59,7 +59,7 @@ class Exchange(Request):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    unroll: Server
+    unroll: AppState
     cycle: Any  # uvicorn's record of the request, or our `Exchange`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._parts: list[bytes] = []  # of the body, after the first
         self._respond = self._answer
         self._route: Route | None = None
-        self._path: routes.Path = []
+        self._path: inference_routes.Path = []
         self._route_url = b""
         self._idle_since: float | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -133,7 +133,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.url != self._route_url:  # a client's next request mostly goes where its last one went
             path = self.url.partition(b"?")[0].decode("ascii", "replace")
             self._path = (unquote(path) if "%" in path else path).split("/")
-            self._route = routes.find(self._path)
+            self._route = inference_routes.find(self._path)
             self._route_url = self.url
         return self._route
 

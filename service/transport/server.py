@@ -16,7 +16,7 @@ from types import FrameType
 import structlog
 import uvicorn
 
-from unroll.service.api.server import Server
+from unroll.service.api.app_state import AppState
 
 _log = structlog.get_logger(__name__)
 
@@ -29,7 +29,7 @@ _LOOK_SECONDS = 0.02
 class DrainingServer(uvicorn.Server):
     """delay, timeout: seconds, see above. A second signal ends both. `on_started` is called when it listens."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, delay: float = 0.0, timeout: float = 10.0) -> None:
+    def __init__(self, config: uvicorn.Config, server: AppState, delay: float = 0.0, timeout: float = 10.0) -> None:
         super().__init__(config)
         self.on_started: Callable[[], None] = lambda: None
         self._unroll = server

@@ -3,7 +3,7 @@
 import uvicorn
 from fastapi import FastAPI
 
-from unroll.service.api.server import Server
+from unroll.service.api.app_state import AppState
 from unroll.service.transport.http import http_protocol
 from unroll.service.transport.websocket import StreamProtocol
 
@@ -11,7 +11,7 @@ from unroll.service.transport.websocket import StreamProtocol
 _KEEP_ALIVE_SECONDS = 75
 
 
-def uvicorn_config(application: FastAPI, server: Server, host: str, port: int) -> uvicorn.Config:
+def uvicorn_config(application: FastAPI, server: AppState, host: str, port: int) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         host=host,

@@ -172,7 +172,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._direct.end()
 
     def shutdown(self) -> None:
-        """A stream hangs up by itself, see `Stream.drain`, and what is not one yet is refused by the application."""
+        """A stream closes itself, see `Connection.drain`; the application refuses what is no stream yet."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -8,7 +8,7 @@ COMMANDS = {
     "export": ("export.__main__", "turn a PyTorch model into a bundle that is proven equal to it"),
     "inspect": ("bundle.inspect", "show a bundle's inputs, outputs, state and parity report"),
     "verify": ("service.verify", "run a bundle on a device of this machine and compare it with PyTorch's outputs"),
-    "serve": ("service.__main__", "serve a repository of bundles"),
+    "serve": ("service.serve", "serve a repository of bundles"),
     "doctor": ("service.doctor.__main__", "check what this machine can serve with, and how to fix the rest"),
     "demo": ("examples.demo", "stream a real series through a running server"),
 }

@@ -1,4 +1,4 @@
-"""A job that dies or hangs is said to have, and costs no other one."""
+"""A job that dies or hangs is reported and affects no other job."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""The oracle finds out a bundle that is not what it says: otherwise its silence would mean nothing."""
+"""The oracle detects bundles that contradict their manifest; otherwise a pass would mean nothing."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Random models: a few of those that `make fuzz-export` tries, and the tools it tries them with."""
+"""Random models: a few of those of `make fuzz-export`, and its tools."""
 
 import json
 from pathlib import Path

@@ -18,7 +18,7 @@ jsonschema = pytest.importorskip("jsonschema", reason=_MISSING)
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason=_MISSING)
 
 ROOT = Path(__file__).parents[2]
-#: The oldest that the chart is for, and the newest whose schemas are there.
+#: The oldest supported Kubernetes version, and the newest with available schemas.
 KUBERNETES = ("1.30", "1.37")
 
 Manifest = dict[str, Any]
@@ -30,14 +30,14 @@ def documents(text: str) -> list[Manifest]:
 
 
 def check(manifest: Manifest) -> None:
-    """Raises for a field that is missing, of the wrong type, or unknown."""
+    """Raise for a field that is missing, unknown, or of the wrong type."""
     for version in KUBERNETES:
         with _short_message():
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def check_custom(manifest: Manifest) -> None:
-    """As `check`, for a resource that is not Kubernetes' own; skips where its definition is not at hand."""
+    """Like `check`, for a custom resource; skips if its definition is not available."""
     group, _, version = manifest["apiVersion"].partition("/")
     for schema in _schemas(group, manifest["kind"], version):
         with _short_message():
@@ -48,7 +48,7 @@ def check_custom(manifest: Manifest) -> None:
 
 @contextmanager
 def _short_message() -> Iterator[None]:
-    """A validation error shows the whole schema; what is wrong, and where, is enough."""
+    """A validation error prints the whole schema; the fault and its path suffice."""
     try:
         yield
     except jsonschema.ValidationError as error:
@@ -66,7 +66,7 @@ def _schemas(group: str, kind: str, version: str) -> Iterator[Manifest]:
 
 
 def _strict(schema: Any) -> Any:
-    """The schema, refusing fields that it does not name: the API server would drop them in silence."""
+    """The schema, made strict: the API server would drop unknown fields silently."""
     if isinstance(schema, list):
         return [_strict(part) for part in schema]
     if not isinstance(schema, dict):

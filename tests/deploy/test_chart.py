@@ -1,4 +1,4 @@
-"""The Helm chart: what it renders is valid, hardened and has settings that exist; values that cannot be are refused."""
+"""The Helm chart: manifests are valid, hardened and use existing settings; contradictory values are refused."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ HELM = shutil.which("helm", path=f"{ROOT / '.tools' / 'node_modules' / '.bin'}{o
 
 pytestmark = pytest.mark.skipif(HELM is None, reason="helm is missing: make deploy-tools")
 
-#: Values by the case they stand for, as --set takes them.
+#: Arguments of --set, by case.
 CASES = {
     "default": [],
     "one-replica": ["redis.enabled=false", "replicas=1"],

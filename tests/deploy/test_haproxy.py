@@ -1,4 +1,4 @@
-"""The proxy's configuration, in front of two servers that do as they are told: what goes where, what is sent again."""
+"""The proxy configuration in front of two scripted servers: routing and retries."""
 
 import base64
 import hashlib
@@ -18,14 +18,14 @@ import pytest
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 _PATIENCE = 20.0
-#: What a WebSocket's key is hashed with; the proxy looks whether it was.
+#: RFC 6455's GUID for the accept header, which the proxy verifies.
 _RFC_6455 = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="haproxy is missing")
 
 
 class Replica(ThreadingHTTPServer):
-    """Answers with its name; dies over the paths it is told to, before it has answered."""
+    """Replies with its name; on scripted paths it dies before it replies."""
 
     daemon_threads = True
 
@@ -35,7 +35,7 @@ class Replica(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, *_: object) -> None:
-        """The proxy's probes hang up as they please."""
+        """The proxy's health checks may disconnect at any time."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -85,12 +85,12 @@ class Proxy:
         return response.status, body
 
     def wait_for(self, names: set[str]) -> None:
-        """Until requests without a session reach exactly these replicas."""
+        """Wait until requests without a session reach exactly these replicas."""
         deadline = time.monotonic() + _PATIENCE
         seen: set[str] = set()
         while seen != names:
             assert time.monotonic() < deadline, f"{seen} answer, not {names}"
-            with suppress(ConnectionRefusedError):  # it does not listen yet
+            with suppress(ConnectionRefusedError):  # not listening yet
                 seen = {self.ask("/readyz", "GET")[1] for _ in range(4)}
 
 

@@ -1,4 +1,4 @@
-"""The KServe example: valid by KServe's definitions, its pod by Kubernetes', and its two files fit each other."""
+"""The KServe example: valid by the schemas of KServe and Kubernetes, and consistent between its two files."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A server as a user starts it: `unroll serve` in a process of its own."""
+"""A server as a user starts it: `unroll serve` as a child process."""
 
 import json
 import os
@@ -20,7 +20,7 @@ Serve = Callable[[Path], AbstractContextManager[str]]
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """What a user's shell has with the environment activated."""
+    """The environment variables of a shell with the virtual environment activated."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "src")}
 

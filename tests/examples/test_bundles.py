@@ -1,4 +1,4 @@
-"""The committed bundles are what the committed checkpoints export to, and the doctor's what its seed does."""
+"""The committed bundles equal an export of the committed checkpoints; the doctor's equals an export of its seed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The demo against a real server, and what it says when something is not as it must be."""
+"""The demo against a real server, and its messages for each failure."""
 
 import io
 import json

@@ -14,7 +14,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
-    """`run("--detach", ...)` in an empty folder; what it leaves running is stopped."""
+    """`run("--detach", ...)` in an empty folder; stops the server that it leaves running."""
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""The two clients of the stream, over connections that break: no output is lost and none is doubled."""
+"""The two clients of the stream over breaking connections: no output is lost or duplicated."""
 
 import json
 import random
@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "protocol.md"
 #: Steps of each chunk.
 CHUNKS = [1, 1, 2, 5, 1, 3, 1, 70, 1, 1] * 8
 
-#: Runs the client over the chunks it is given, and prints the outputs in hexadecimal.
+#: Runs the client over the given chunks and prints the outputs in hexadecimal.
 DRIVER = """
 import { Session } from "%s";
 const [url, chunks] = JSON.parse(process.argv[2]);
@@ -46,7 +46,7 @@ process.exit();
 
 
 class Fault:
-    """A proxy that now and then cuts a connection instead of passing on what it was given, on its way in or out."""
+    """A proxy that sometimes cuts a connection instead of forwarding data, in either direction."""
 
     def __init__(self, port: int, chance: random.Random) -> None:
         self.cuts: Counter[str] = Counter()
@@ -98,7 +98,7 @@ def fault(server: str) -> Iterator[Fault]:
 
 @pytest.fixture
 def leaving() -> Iterator[str]:
-    """A server that ends when it is given steps, and behind the same address another, which answers with the inputs."""
+    """A server that shuts down on the first steps, and its successor at the same address, which echoes the inputs."""
     opened: list[dict] = []
 
     def handle(connection: ServerConnection) -> None:

@@ -16,7 +16,7 @@ from unroll.service.engine.tensor_ref import TensorRef
 
 
 class FakeDevice:
-    """calls: what was done, in order. room: bytes that can be allocated. name: where onnxruntime is to run."""
+    """calls: the operations, in order. room: bytes that can be allocated. name: device for onnxruntime."""
 
     name = "cpu"
     stream = 0

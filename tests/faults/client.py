@@ -1,7 +1,7 @@
-"""A client as they should be: it says the position with each chunk and sends it again until it is acknowledged.
+"""A well-behaved client: it sends the position with each chunk and retries until the chunk is acknowledged.
 
-Every try goes to a replica drawn at random, over one of four ways drawn at random. Now and then the client asks for
-what it has, or for what it must not get. Whatever it is told goes into its `Track`.
+Every try goes to a random replica over one of four random protocols. Sometimes the client repeats an earlier request,
+or sends one that must be refused. Every reply goes into its `Track`.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import numpy as np
 from faults.history import Track
 from faults.wires import NO_SERVER, WAYS, Broken, Reply, Stream, Wires
 
-#: Codes after which the same request may be sent again: nothing was applied, or the answer can be had again.
+#: Codes after which the request may be retried: nothing was applied, or the stored reply is available.
 RETRY = {
     "store_unavailable",
     "session_contended",
@@ -27,20 +27,20 @@ RETRY = {
     "capacity_exhausted",
     NO_SERVER,
 }
-#: Seconds after which a client that is not acknowledged has found a fault.
+#: Seconds after which a missing acknowledgement is a fault.
 _PATIENCE = 60.0
 
 
 class Refused(Exception):
-    """The server said what it must not say; the track has it as a complaint."""
+    """The server gave an invalid reply; the track has it as a complaint."""
 
 
 @dataclass
 class Told:
-    """What all clients were told. outcomes: of every try. seconds: from the first try of a step until its answer."""
+    """The replies to all clients. outcomes: of every try. seconds: from the first try of a step to its answer."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    seconds: list[tuple[float, float]] = field(default_factory=list)  # (when it was answered, how long it took)
+    seconds: list[tuple[float, float]] = field(default_factory=list)  # (time of the reply, duration)
 
     def percentile(self, percent: float, since: float = 0.0, until: float = float("inf")) -> float:
         """In milliseconds, of the steps answered in between."""
@@ -49,7 +49,7 @@ class Told:
 
 
 class Client:
-    """ports: of the replicas. follows_gaps: what the store lost is sent again, instead of being a fault."""
+    """ports: of the replicas. follows_gaps: resend steps that the store lost; otherwise their loss is a fault."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class Client:
         self._stream: Stream | None = None
 
     async def live(self, stop: asyncio.Event, pause: float) -> None:
-        """Steps, with `pause` seconds between them on average, until `stop`; or until a fault is found."""
+        """Step, with an average pause of `pause` seconds, until `stop` or a fault."""
         do = [self.step] * 20 + [self.repeat] * 3
-        if not self.follows_gaps:  # else it could be taken, where the store has lost something
+        if not self.follows_gaps:  # otherwise it could be accepted after a loss in the store
             do += [self.send_others, self.skip]
         while not stop.is_set():
             try:
@@ -82,7 +82,7 @@ class Client:
             await asyncio.sleep(self._chance.uniform(0, 2 * pause))
 
     async def open(self) -> None:
-        """The answer may be lost, and then the session exists."""
+        """If the reply is lost, the session may exist."""
         path = "/sessions"
         body = {"session_id": self.track.id}
         reply = await self._until_answered(lambda way, port: self._wires.call("POST", port, path, body), ("json",))
@@ -98,23 +98,23 @@ class Client:
         self._told.seconds.append((now, now - began))
 
     async def repeat(self) -> None:
-        """The last chunk again, as if its answer had not come."""
+        """Send the last chunk again, as after a lost reply."""
         if self.track.chunks:
             last = self.track.chunks[-1]
             await self._until_acknowledged(self.track.position - len(last), last)
 
     async def send_others(self) -> None:
-        """Other values at the place of the last chunk."""
+        """Send other values at the position of the last chunk."""
         if self.track.chunks:
             start = self.track.position - len(self.track.chunks[-1])
             await self._must_refuse(start, "payload_mismatch")
 
     async def skip(self) -> None:
-        """A chunk that begins where the session is not yet."""
+        """Send a chunk that begins after the current position."""
         await self._must_refuse(self.track.position + self._chance.randint(1, 5), "position_gap")
 
     async def look(self) -> None:
-        """Where the session is in the end, and its very state."""
+        """Read the final position and state of the session."""
         path = f"/sessions/{self.track.id}/state"
         reply = await self._until_answered(lambda way, port: self._wires.call("GET", port, path), ("json",))
         if reply.status == 200:
@@ -144,7 +144,7 @@ class Client:
             self._complain(reply)
 
     async def _go_back(self, expected: int) -> None:
-        """Send again what the store has lost: from the chunk that begins at `expected`."""
+        """Resend the steps that the store lost, from the chunk that begins at `expected`."""
         position = 0
         for chunk in [*self.track.chunks]:
             if position >= expected:
@@ -166,7 +166,7 @@ class Client:
         self.track.refused(self.track.position, reply.code or way, reply.expected, f"{way}, {dict(reply.document)}")
 
     async def _until_answered(self, send: Callable[[str, int], Awaitable[Reply]], ways: Sequence[str]) -> Reply:
-        """The first answer that is final. Raises TimeoutError if there is none."""
+        """Retry until a final reply. Raises TimeoutError if there is none."""
         end, tries = time.monotonic() + _PATIENCE, 0
         while True:
             reply = None

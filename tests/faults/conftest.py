@@ -1,4 +1,4 @@
-"""Replicas of one small model: inside the test process, or as processes of their own, with one store or without any."""
+"""Replicas of one small model: in the test process or as child processes, with a shared store or without."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,9 +14,9 @@ from serving import Running
 from unroll.service.core.clock import Clock
 from unroll.service.settings import Settings
 
-#: Starts so many servers in the test process, with these settings.
+#: Starts servers in the test process: their number, and settings by name.
 Servers = Callable[..., list[Running]]
-#: Makes so many replicas as processes, with these flags; they are not started.
+#: Creates replicas as processes, without starting them: their number, and flags.
 Replicas = Callable[..., list[Replica]]
 
 
@@ -67,7 +67,7 @@ async def wires() -> AsyncIterator[Wires]:
 
 
 def start_server(repository: Path, clock: Clock | None = None, **settings: object) -> Running:
-    """A server whose routes have been used: FastAPI prepares them at their first request, and not for two threads."""
+    """A server with warm routes: FastAPI builds them at the first request, which is not thread-safe."""
     server = Running(Settings.model_validate({"repository": repository, **settings}), clock)
     path = f"{server.url}/v1/models/tiny/sessions"
     assert httpx.post(path, json={"session_id": "first"}, timeout=30).is_success

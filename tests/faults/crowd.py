@@ -1,4 +1,4 @@
-"""Many clients of the same replicas, and what becomes of their sessions."""
+"""Many clients of the same replicas, and the verdict on their sessions."""
 
 import asyncio
 import random
@@ -57,7 +57,7 @@ class Crowd:
 
     @asynccontextmanager
     async def stepping(self) -> AsyncIterator[None]:
-        """All step, until the end; and then until each has its answer."""
+        """All clients step until the end of the block, then until each has its reply."""
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for client in self._clients:
@@ -68,14 +68,14 @@ class Crowd:
                 stop.set()
 
     async def acknowledged(self, steps: int) -> None:
-        """Returns when there have been so many more, while stepping."""
+        """Return after this many more steps."""
         wanted = self.steps + steps
         while self.steps < wanted:
             assert not self.complaints, self.complaints
             await asyncio.sleep(0.005)
 
     async def hears(self, code: str) -> None:
-        """Returns when someone is told this, while stepping."""
+        """Return when any client gets this code while stepping."""
         before = self.told.outcomes[code]
         while self.told.outcomes[code] == before:
             assert not self.complaints, self.complaints
@@ -90,6 +90,6 @@ class Crowd:
         return [complaint for track in self.tracks for complaint in track.complaints]
 
     async def verdict(self, oracle: Oracle) -> Verdict:
-        """Looks at every session's state, and checks all."""
+        """Read the state of every session, and check all."""
         await asyncio.gather(*(client.look() for client in self._clients))
         return check(self.tracks, oracle)

@@ -1,4 +1,4 @@
-"""A real HAProxy with the configuration that is deployed, in front of replicas on the loopback."""
+"""A real HAProxy with the deployed configuration, in front of replicas on the loopback."""
 
 import asyncio
 import re
@@ -15,12 +15,12 @@ _PATIENCE = 20.0
 
 
 def missing() -> str:
-    """Why there can be no HAProxy here; empty if there can."""
+    """Why HAProxy cannot run here; empty if it can."""
     return "" if shutil.which("haproxy") else "haproxy is not installed"
 
 
 class HAProxy:
-    """ports: of the replicas, instead of those that DNS would name; it looks at their health often, to save time."""
+    """ports: of the replicas, in place of DNS. Health checks run often, to save time."""
 
     def __init__(self, folder: Path, ports: Sequence[int]) -> None:
         self.port = free_port()
@@ -29,12 +29,12 @@ class HAProxy:
         text = (ROOT / "deploy" / "haproxy.cfg").read_text()
         text, binds = re.subn(r"bind :8000", f"bind 127.0.0.1:{self.port}", text)
         text, templates = re.subn(r"  server-template .*", replicas, text)
-        assert (binds, templates) == (1, 1), "deploy/haproxy.cfg is not what it was"
+        assert (binds, templates) == (1, 1), "deploy/haproxy.cfg has changed"
         self._config.write_text(text)
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
-        """Returns when a replica answers through it."""
+        """Return when a replica replies through it."""
         self._process = self._launch()
         end = time.monotonic() + _PATIENCE
         while not await is_ready(self.port):

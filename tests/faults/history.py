@@ -1,14 +1,14 @@
-"""The history checker: what clients were told, held against what their sessions must have computed.
+"""The history checker: compares the replies to clients with the correct outputs of their sessions.
 
-A client writes a `Track`: the chunks that were acknowledged, in order, and every answer it was given, repeated ones
-included. `check` folds each session's whole input with onnxruntime alone and compares bit for bit. It counts steps:
+A client writes a `Track`: the acknowledged chunks in order, and every reply, repeated ones included. `check` runs each
+session's whole input with onnxruntime alone and compares bit for bit. It counts steps:
 
-    lost    acknowledged, and not in the state any more
-    double  in the state more often than they were sent
-    mixed   answered or kept with another session's state
-    wrong   anything else that differs
+    lost    acknowledged, but no longer in the state
+    double  in the state more often than sent
+    mixed   answered or stored with another session's state
+    wrong   any other difference
 
-A session is counted with the first thing that is wrong with it; what follows depends on that.
+A session counts with its first fault, because later ones depend on it.
 """
 
 from collections import Counter
@@ -25,11 +25,11 @@ KINDS = ("lost", "double", "mixed", "wrong")
 
 @dataclass
 class Track:
-    """One session as its client knows it.
+    """One session as seen by its client.
 
-    chunks: acknowledged, each (time, features). sent: one that is not acknowledged, and may have been applied or not.
-    answers: (start, steps, outputs, position) of every acknowledgement. complaints: what no good server says.
-    state: the snapshot that was taken at the end.
+    chunks: acknowledged, each (time, features). sent: an unacknowledged one, which may have been applied.
+    answers: (start, steps, outputs, position) of every acknowledgement. complaints: invalid replies.
+    state: the final snapshot.
     """
 
     id: str
@@ -41,7 +41,7 @@ class Track:
     position: int = 0
 
     def answered(self, start: int, x: np.ndarray, outputs: bytes, position: int) -> None:
-        """An acknowledgement: of the next chunk, or once more of an earlier one."""
+        """An acknowledgement of the next chunk, or a repeated one of an earlier chunk."""
         if start == self.position:
             self.chunks.append(x)
             self.position += len(x)
@@ -49,7 +49,7 @@ class Track:
         self.answers.append((start, len(x), outputs, position))
 
     def refused(self, start: int, code: str, expected: int | None, said: str = "") -> None:
-        """A chunk that began at `start`, the position of the session, and was not taken. said: all of the answer."""
+        """A refused chunk that began at `start`, the position of the session. said: the whole reply."""
         ahead = 0 if expected is None else expected - start
         most = 0 if self.sent is None else len(self.sent)
         kind = "lost" if ahead < 0 or code.startswith("session_") else "double" if ahead > most else "wrong"
@@ -87,7 +87,7 @@ def check(tracks: Sequence[Track], oracle: Oracle) -> Verdict:
 
 
 def _faults(track: Track, others: Iterable[Track], oracle: Oracle) -> Iterator[tuple[str, int, str]]:
-    """Kind, steps and description of what is wrong, the earliest first."""
+    """Kind, steps and description of each fault, the earliest first."""
     if track.chunks:
         (whole, *_), row = oracle.all(track.inputs)
     else:
@@ -125,7 +125,7 @@ def _same_row(content: bytes, row: np.ndarray) -> bool:
 
 
 def _explain(track: Track, start: int, steps: int, outputs: bytes, others: Iterable[Track], oracle: Oracle) -> str:
-    """What must have happened to the state before this chunk, or to its answer."""
+    """The fault that explains the reply to this chunk."""
     position, before = 0, []
     for chunk in track.chunks:
         if position == start:

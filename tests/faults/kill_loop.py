@@ -1,8 +1,8 @@
-"""`make kill-test`: replicas are killed at random instants while clients step, and no step may be lost or doubled.
+"""`make kill-test`: kill replicas at random times while clients step; no step may be lost or applied twice.
 
-Three `unroll serve`, one redis-server, 200 sessions whose clients send each chunk to any replica, by HTTP or WebSocket,
-until it is acknowledged. Each replica is killed with SIGKILL some time after it became ready, and started again, until
-there were enough kills or the time is over. Then every session's state is looked at, and the history checker judges.
+Three `unroll serve`, one redis-server, and 200 sessions whose clients send each chunk to random replicas, over HTTP or
+WebSocket, until it is acknowledged. Each replica gets SIGKILL some time after it is ready, and is restarted, until the
+number of kills or the time is reached. Then the history checker compares every session.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from faults.replica import Replica, tiny_repository
 from oracle import Oracle
 from redis_server import RedisServer, missing
 
-#: Seconds a replica lives on average once it is ready, and a client waits before its next step.
+#: Average seconds from ready to kill, and average pause of a client between steps.
 _LIFE, _PAUSE = 0.6, 0.3
-#: Chunks run in pieces, and those of 200 clients do not fit into a batch.
+#: Settings with which chunks run in pieces, and 200 clients exceed a batch.
 _HARD = ("--piece-steps", "2", "--max-batch", "32")
 
 
@@ -56,9 +56,9 @@ async def run(
     durability: str = "redis",
     fsync: str = "everysec",
 ) -> Result:
-    """Until there were `kills`, at most for `seconds`; without kills, for `seconds`. fsync: Redis's appendfsync.
+    """Run until `kills` kills or `seconds`; without kills, for `seconds`. fsync: Redis's appendfsync.
 
-    capacity: sessions that a replica has rows for; fewer than there are, so that they lose them all the time.
+    capacity: rows of a replica; fewer than sessions, so that sessions keep losing their rows.
     """
     repository = tiny_repository(folder)
     store = RedisServer(folder / "redis", fsync)
@@ -82,7 +82,7 @@ async def run(
 
 
 class _Killer:
-    """Kills replicas until it is enough, and leaves them running. most: how many are down at a time."""
+    """Kills replicas, and leaves them running at the end. most: replicas that are down at the same time."""
 
     def __init__(self, wanted: int, most: int, chance: random.Random, end: float) -> None:
         self.done = 0
@@ -104,7 +104,7 @@ class _Killer:
 
 
 def _crashes(replica: Replica) -> list[str]:
-    """What a replica logged of itself, not of its store."""
+    """Errors in the log of a replica, except those about its store."""
     return [line for line in replica.log.read_text().splitlines() if "Traceback" in line]
 
 
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1200.0, help="at most")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--sessions", type=int, default=200)
-    parser.add_argument("--capacity", type=int, default=100, help="sessions that a replica has rows for")
+    parser.add_argument("--capacity", type=int, default=100, help="rows of a replica")
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--durability", choices=["redis", "memory"], default="redis")
     parser.add_argument("--fsync", choices=["always", "everysec", "no"], default="everysec")

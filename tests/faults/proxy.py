@@ -1,6 +1,6 @@
-"""A TCP proxy that does what networks do: cut in the middle, lose an answer, come late, or say nothing at all.
+"""A TCP proxy that injects network faults: cut connections, lost replies, delays and silence.
 
-Between client and replica, or between replica and Redis. What happens is drawn for each piece that the client sends.
+It sits between client and replica, or between replica and Redis. Each piece from the client gets a random fault.
 """
 
 import asyncio
@@ -14,22 +14,22 @@ from typing import Self
 class Fault(StrEnum):
     NONE = auto()
     CUT_REQUEST = auto()  # half of the piece arrives
-    LOSE_REPLY = auto()  # it arrives, is answered, and the connection is cut before the answer
-    CUT_REPLY = auto()  # half of the answer arrives
+    LOSE_REPLY = auto()  # it arrives and is answered; the connection is cut before the reply
+    CUT_REPLY = auto()  # half of the reply arrives
     DELAY = auto()  # it arrives late
-    SILENCE = auto()  # it is swallowed, and so is everything after it
+    SILENCE = auto()  # it and everything after it are dropped
 
 
-#: Those that end a connection at once.
+#: Faults that end a connection immediately.
 CUTS = (Fault.CUT_REQUEST, Fault.LOSE_REPLY, Fault.CUT_REPLY)
 
 
 class FaultProxy:
-    """target: the port behind it. draw: called for each piece; may be changed at any time. delay: seconds."""
+    """target: the upstream port. draw: called for each piece; may be replaced at any time. delay: seconds."""
 
     def __init__(self, target: int, draw: Callable[[], Fault] = lambda: Fault.NONE, delay: float = 0.1) -> None:
         self.target, self.draw, self.delay = target, draw, delay
-        self.port = 0  # any, and the same when it accepts again
+        self.port = 0  # any free port, kept when it accepts again
         self._serving: dict[asyncio.Task[None], _Pair] = {}
 
     async def __aenter__(self) -> Self:
@@ -44,13 +44,13 @@ class FaultProxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def refuse(self) -> None:
-        """Cut every connection, and take no more of them, until it is to accept again."""
+        """Cut every connection, and refuse new ones until it accepts again."""
         self._server.close()
         self.cut()
         await asyncio.gather(*self._serving, return_exceptions=True)
 
     def cut(self) -> None:
-        """Every connection there is."""
+        """Cut every open connection."""
         for pair in self._serving.values():
             pair.cut()
 

@@ -1,4 +1,4 @@
-"""One `unroll serve` as a process of its own, which keeps its port when it is killed and started again."""
+"""One `unroll serve` as a child process, which keeps its port across kills and restarts."""
 
 import asyncio
 import os
@@ -17,13 +17,13 @@ _PATIENCE = 30.0
 
 
 def tiny_repository(folder: Path) -> Path:
-    """A repository of one small LSTM, `tiny`: what `unroll doctor` tries devices with. Quick to start, made already."""
+    """A repository with the small LSTM of `unroll doctor`, which exists already and starts quickly."""
     shutil.copytree(ROOT / "service" / "doctor" / "tiny", folder / "repository" / "tiny")
     return folder / "repository"
 
 
 class Replica:
-    """options: further flags of `unroll serve`. environment: variables it gets besides our own."""
+    """options: further flags of `unroll serve`. environment: additional variables."""
 
     def __init__(
         self, name: str, repository: Path, folder: Path, *options: str, environment: Mapping[str, str] | None = None
@@ -38,7 +38,7 @@ class Replica:
         self._process: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> None:
-        """Returns at once."""
+        """Start the process; returns immediately."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -50,7 +50,7 @@ class Replica:
             )
 
     async def ready(self) -> None:
-        """Returns when the readiness probe is answered with 200."""
+        """Return when the readiness probe returns 200."""
         end = time.monotonic() + _PATIENCE
         while not await is_ready(self.port):
             assert self.running, f"{self.name} ended: {self.log.read_text()[-2000:]}"
@@ -66,32 +66,32 @@ class Replica:
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """At once; nothing is finished."""
+        """Send SIGKILL; nothing completes."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(_PATIENCE)
             self._process = None
 
     def pause(self) -> None:
-        """Connections are still accepted, by the kernel; nothing is answered, and nothing is lost."""
+        """Suspend the process: the kernel still accepts connections, nothing is answered, and nothing is lost."""
         self._send(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._send(signal.SIGCONT)
 
     async def stopped(self) -> None:
-        """Returns when it has been stopped, or has stopped itself."""
+        """Return when the process is stopped, by us or by itself."""
         assert self._process is not None
         await asyncio.to_thread(os.waitid, os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     async def terminate(self) -> int:
-        """Ask it to end; returns its exit status."""
+        """Send SIGTERM; returns the exit status."""
         self._send(signal.SIGTERM)
         assert self._process is not None
         return await asyncio.to_thread(self._process.wait, _PATIENCE)
 
     async def ended(self) -> int:
-        """The exit status, when it has ended by itself."""
+        """Wait for the process to exit; returns the status."""
         assert self._process is not None
         return await asyncio.to_thread(self._process.wait, _PATIENCE)
 

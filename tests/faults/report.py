@@ -1,4 +1,4 @@
-"""What a run for minutes says at its end, and the exit status it has."""
+"""The final report and exit status of a long run."""
 
 import shutil
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Result(Protocol):
 
 
 def end(result: Result, folder: Path, *, good: bool, crashes: Sequence[str] = ()) -> int:
-    """good: is everything as it must be, besides the verdict and the crashes? The logs are kept if not all is."""
+    """good: whether everything except the verdict and the crashes passed. On any failure the logs are kept."""
     for finding in [*result.verdict.findings[:_MOST], *crashes[:_MOST]]:
         print(finding)
     print(", ".join(f"{count} {what}" for what, count in result.told.outcomes.most_common()))

@@ -1,7 +1,7 @@
-"""`make rolling-test`: every replica is restarted behind a real HAProxy, one after another, while clients step.
+"""`make rolling-test`: restart every replica behind a real HAProxy, one after another, while clients step.
 
-Each is asked to end by SIGTERM, must do so with status 0, and is started again. No step may fail for a client that
-retries, and the history checker judges. What the clients waited, before and during the restarts, is printed.
+Each replica gets SIGTERM, must exit with status 0, and is started again. No step may fail for a client that retries;
+the history checker decides. The report has the latencies before and during the restarts.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from redis_server import RedisServer
 
 @dataclass
 class Result:
-    """statuses: what the replicas ended with. began, ended: when the restarts did."""
+    """statuses: exit statuses of the replicas. began, ended: times of the restarts."""
 
     statuses: list[int]
     verdict: Verdict
@@ -52,7 +52,7 @@ class Result:
 async def run(
     folder: Path, seed: int, *, rounds: int = 1, before: float = 1.0, sessions: int = 50, pause: float = 0.2
 ) -> Result:
-    """rounds: how often each of three replicas is restarted. before: seconds of steps before the first."""
+    """rounds: restarts of each of three replicas. before: seconds of steps before the first restart."""
     repository = tiny_repository(folder)
     store = RedisServer(folder / "redis")
     store.start()
@@ -81,7 +81,7 @@ async def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m faults.rolling", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each replica is restarted")
+    parser.add_argument("--rounds", type=int, default=5, help="restarts of each replica")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--sessions", type=int, default=200)
     arguments = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Any order of events over the whole application: two replicas, one store, every route, restarts, lost writes.
 
-The model of a session is the list of its inputs; its oracle is the fold over them, by onnxruntime alone. Every answer
-is compared bit for bit, and every refusal must be the one that the model says. `make machine-test` runs more examples.
+The model of a session is the list of its inputs; the oracle runs them with onnxruntime alone. Every reply is compared
+bit for bit, and every refusal must be the expected one. `make machine-test` runs more examples.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ CHUNKS = st.tuples(st.integers(1, 3), st.integers(0, 10**6)).map(
 
 @dataclass(frozen=True)
 class Life:
-    """A session that lives. last: the chunk that can be asked for again, and its outputs. number: of its life."""
+    """An open session. last: the chunk to retry, and its outputs. number: distinguishes reopened sessions."""
 
     number: int
     chunks: tuple[np.ndarray, ...] = ()
@@ -53,7 +53,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Gone:
-    """codes: of which a request is told one."""
+    """codes: the allowed codes of the refusal."""
 
     codes: frozenset[str] = frozenset({"session_unknown"})
 
@@ -63,7 +63,7 @@ class Gone:
 
 
 class World:
-    """What all examples share: two replicas and their store. A replica is started anew when a rule says so."""
+    """State shared by all examples: two replicas and their store. Rules restart replicas."""
 
     def __init__(self, repository: Path, redis: RedisServer, oracle: Oracle) -> None:
         self.repository, self.redis, self.oracle = repository, redis, oracle
@@ -137,7 +137,7 @@ class AppMachine(RuleBasedStateMachine):
         return None
 
     def is_bound_to_another(self, name: str, at: int, way: str, reply: Reply) -> bool:
-        """A handle of a stream means the session it was bound to, and says so when that one has ended."""
+        """A handle of a stream stays bound to its session, and reports its end."""
         life = self.lives[name]
         if way != "stream":
             return False
@@ -198,7 +198,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS, back=st.integers(1, 9))
     def come_late(self, name: str, at: int, way: str, x: np.ndarray, back: int) -> None:
-        """A chunk of so long ago that no replica has its answer."""
+        """A chunk so old that no replica has its reply."""
         life = self.lives[name]
         if isinstance(life, Life):
             start = sum(map(len, life.chunks[:-DEPTH])) - back
@@ -209,7 +209,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, way=st.sampled_from(WAYS), x=CHUNKS)
     def send_others(self, name: str, at: int, way: str, x: np.ndarray) -> None:
-        """Other values at the place of the last chunk."""
+        """Other values at the position of the last chunk."""
         life = self.lives[name]
         if isinstance(life, Life) and life.last is not None and not np.array_equal(x, life.last[1]):
             reply = self.send(name, at, way, x, life.last[0])
@@ -226,7 +226,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS)
     def look(self, name: str, at: int) -> None:
-        """Where it is, and the very bits of its state."""
+        """Its position, and the bits of its state."""
         reply = self.call("GET", at, self.path(name))
         life = self.lives_at(name, at, reply)
         if life is None:
@@ -249,7 +249,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS)
     def restore(self, name: str, at: int) -> None:
-        """Put it where a snapshot of it was taken, in this life or another."""
+        """Restore it from a snapshot of this or an earlier session of the id."""
         if name in self.saved:
             content, then = self.saved[name]
             reply = self.call("PUT", at, f"{self.path(name)}/state", content)
@@ -282,7 +282,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS, again=REPLICAS, x=CHUNKS)
     def finish(self, name: str, at: int, again: int, x: np.ndarray) -> None:
-        """A last chunk that ends the session; and once more, as if its answer was lost."""
+        """A chunk that ends the session, sent twice as after a lost reply."""
         life = self.lives[name]
         if isinstance(life, Life):
             reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, life.position, **END))
@@ -295,7 +295,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE), at=REPLICAS, again=REPLICAS, x=CHUNKS)
     def begin(self, name: str, at: int, again: int, x: np.ndarray) -> None:
-        """A chunk that opens a session; and once more."""
+        """A chunk that opens a session, sent twice."""
         if isinstance(self.lives[name], Gone):
             reply = self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, 0, **START))
             self.lives[name] = Life(next(self.numbers))
@@ -305,7 +305,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE), at=REPLICAS, x=CHUNKS)
     def start_over(self, name: str, at: int, x: np.ndarray) -> None:
-        """A start without a position ends the session that lives, and begins another."""
+        """A start without a position ends the open session and begins another."""
         self.lives[name] = Life(next(self.numbers))
         self.applied(name, x, self.run(self.wires.send("v2", self.port(at), self.prefix + name, x, None, **START)))
 
@@ -313,7 +313,7 @@ class AppMachine(RuleBasedStateMachine):
         name=st.sampled_from(DURABLE), at=REPLICAS, again=REPLICAS, chunks=st.lists(CHUNKS, min_size=2, max_size=DEPTH)
     )
     def pipeline(self, name: str, at: int, again: int, chunks: list[np.ndarray]) -> None:
-        """Several chunks at once, and all of them once more, as if the connection broke before the answers."""
+        """Several chunks in flight, all sent twice, as after a broken connection."""
         life = self.lives[name]
         position = life.position if isinstance(life, Life) else 0
         replies = self.send_all(name, at, chunks, position)
@@ -340,7 +340,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(at=REPLICAS, seconds=st.sampled_from([10.0, IDLE_SECONDS + 1]))
     def wait(self, at: int, seconds: float) -> None:
-        """On a replica's own clock. It is the store that knows how long a durable session was idle."""
+        """Advance a replica's clock. Only the store's clock decides about durable sessions."""
         self.world.clocks[at].advance(seconds)
         if seconds > IDLE_SECONDS:
             before = self.lives[VOLATILE[at]]
@@ -352,7 +352,7 @@ class AppMachine(RuleBasedStateMachine):
         """As if the idle timeout were over."""
         if isinstance(self.lives[name], Life):
             key, client = self.key(name), self.world.redis.client
-            assert client.pexpire(key, 1), "a session that lives is in the store"
+            assert client.pexpire(key, 1), "an open session must be in the store"
             until(lambda: not client.exists(key))
             self.lives[name] = Gone.because("session_expired")
 
@@ -371,7 +371,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(DURABLE))
     def put_back(self, name: str) -> None:
-        """As a failover does that lost the last writes."""
+        """Like a failover that loses the last writes."""
         if name in self.dumped:
             content, life = self.dumped[name]
             self.world.redis.client.restore(self.key(name), int(IDLE_SECONDS * 1000), content, replace=True)
@@ -392,14 +392,14 @@ class AppMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing())
-@pytest.mark.timeout(120 + 30 * EXAMPLES)  # when it fails, it looks for the shortest way to do so
+@pytest.mark.timeout(120 + 30 * EXAMPLES)  # a failure is shrunk first
 def test_any_order_of_events(redis_server: RedisServer, tiny: Path, oracle: Oracle) -> None:
     world = World(tiny, redis_server, oracle)
     limits = settings(
         max_examples=EXAMPLES,
         stateful_step_count=20,
         deadline=None,
-        phases=set(Phase) - {Phase.explain},  # it traces every line
+        phases=set(Phase) - {Phase.explain},  # explain traces every line
         suppress_health_check=[HealthCheck.too_slow],
     )
     try:

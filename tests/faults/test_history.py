@@ -1,4 +1,4 @@
-"""The history checker finds each kind of fault, and calls it by its name."""
+"""The history checker detects each kind of fault and names it correctly."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture
 def tracks(oracle: Oracle) -> list[Track]:
-    """Three sessions that were served well: chunks of one to three steps, and the last of them asked for again."""
+    """Three correct sessions: chunks of one to three steps, and a retry of the last."""
     rng = np.random.default_rng(3)
     return [
         served(oracle, name, [rng.standard_normal((n, 2)).astype(np.float32) for n in (1, 3, 2, 1)]) for name in "abc"

@@ -1,4 +1,4 @@
-"""A few kills, one round of restarts, few rows: `make kill-test` and `make rolling-test` do the same for longer."""
+"""A few kills, one round of restarts, few rows: short versions of `make kill-test` and `make rolling-test`."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ async def test_replicas_are_restarted_behind_haproxy(tmp_path: Path) -> None:
 async def test_sessions_lose_their_rows_all_the_time(
     servers: Servers, oracle: Oracle, redis_server: RedisServer
 ) -> None:
-    """What is asked of a session must not be answered by its having lost its row again meanwhile."""
+    """A request must succeed even if its session loses its row again in the meantime."""
     cluster = servers(2, store=redis_server.url, session_capacity=4, piece_steps=2)
     async with Crowd([server.port for server in cluster], seed=13, sessions=60, pause=0.01) as crowd:
         async with crowd.stepping():

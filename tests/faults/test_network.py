@@ -1,4 +1,4 @@
-"""The network does its worst: what was acknowledged is there once, and whoever asks again is answered."""
+"""Network faults: acknowledged steps are applied once, and retries are answered."""
 
 import asyncio
 import random
@@ -22,7 +22,7 @@ X = np.array([[0.25, -0.5], [1.5, 0.75]], np.float32)
 async def test_a_cut_is_answered_by_the_retry(
     servers: Servers, wires: Wires, oracle: Oracle, redis_server: RedisServer, fault: Fault, way: str
 ) -> None:
-    """Elsewhere: nobody can tell from the cut whether the chunk was applied."""
+    """At another replica: a cut connection does not show whether the chunk was applied."""
     server, other = servers(2, store=redis_server.url)
     await wires.call("POST", server.port, "/sessions", {"session_id": "a"})
     async with FaultProxy(server.port) as proxy:

@@ -1,4 +1,4 @@
-"""The store is down, and what clients see of it: durable sessions wait, the others go on, and nothing is wrong."""
+"""An unavailable store, as clients see it: durable sessions wait, the others continue, and no answer is wrong."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ from redis_server import RedisServer, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
-#: Seconds in which a client is told that the store is down.
+#: Seconds within which a client learns that the store is down.
 SOON = 1.0
 STEPS = np.random.default_rng(8).standard_normal((40, 2)).astype(np.float32)
 
@@ -35,7 +35,7 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
-# ── ways for a store to be down; each leaves it up again, with what it held ──────────────────────
+# ── store failures; each restores the store with its data ────────────────────────────────────────
 
 
 @asynccontextmanager
@@ -81,7 +81,7 @@ def fill(redis: RedisServer) -> NoReturn:
 
 @asynccontextmanager
 async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIterator[None]:
-    """Redis refuses writes once one did not get into its file."""
+    """Redis refuses writes after a failed write to its file."""
     ballast = redis.folder / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -93,7 +93,7 @@ async def without_room_on_disk(redis: RedisServer, proxy: FaultProxy) -> AsyncIt
 
 
 class Session:
-    """A session whose steps are sent one after another, each until it is answered."""
+    """A session whose steps are sent one by one, each until it is answered."""
 
     def __init__(self, wires: Wires, port: int, name: str) -> None:
         self.wires, self.port, self.name, self.position = wires, port, name, 0
@@ -148,7 +148,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Oracle, outage: Outage) -> None:
     async with FaultProxy(redis.port) as proxy:
-        # In a thread, as they ask the store when they start, and the proxy runs here.
+        # In a thread, because replicas connect to the store at start, and the proxy runs here.
         here, there = await asyncio.to_thread(servers, 2, store=f"redis://127.0.0.1:{proxy.port}/0")
         durable, volatile = Session(wires, here.port, "durable"), Session(wires, here.port, "volatile")
         assert (await durable.open("redis")).document["durability"] == "redis"
@@ -167,7 +167,7 @@ async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Orac
             assert (await Session(wires, here.port, "new").open("redis")).code == "store_unavailable"
             assert (await wires.ask(here.port, "GET", "/livez"))[0] == 200
         await until_good(durable)
-        durable.port = there.port  # which had no part in it, and must find what was acknowledged
+        durable.port = there.port  # which was not involved, and must find the acknowledged steps
         for way in WAYS:
             assert (await durable.step(way)).status == 200
             assert (await volatile.step(way)).status == 200
@@ -176,16 +176,16 @@ async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Orac
 
 
 async def until_good(session: Session) -> None:
-    """Send the same step again until it is taken; nothing is restarted."""
+    """Resend the same step until it is accepted, without any restart."""
     end = time.monotonic() + 10
     while (reply := await session.step()).status != 200:
         assert reply.code == "store_unavailable"
-        assert time.monotonic() < end, "the store is up, and is not used"
+        assert time.monotonic() < end, "the store is up but not used"
 
 
 @pytest.mark.parametrize("fsync", ["always", "everysec"])
 async def test_redis_is_killed_while_all_step(tmp_path: Path, servers: Servers, oracle: Oracle, fsync: str) -> None:
-    """Again and again, and started from its file. What is in there was written before its reply."""
+    """Kill and restart Redis from its file repeatedly. It writes to the file before it replies."""
     redis = RedisServer(tmp_path / "redis", fsync)
     redis.start()
     try:
@@ -205,7 +205,7 @@ async def test_redis_is_killed_while_all_step(tmp_path: Path, servers: Servers, 
 
 
 async def test_an_older_file_is_put_back(redis: RedisServer, servers: Servers, oracle: Oracle, tmp_path: Path) -> None:
-    """Acknowledged steps are gone: the clients are told where to go on from, send them again, and all is as it was."""
+    """Acknowledged steps are lost: clients get the position to continue from, resend, and reach the same state."""
     cluster = servers(2, store=redis.url)
     files, older = redis.folder / "appendonlydir", tmp_path / "older"
     async with Crowd([server.port for server in cluster], 5, 20, follows_gaps=True) as crowd:

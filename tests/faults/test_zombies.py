@@ -1,4 +1,4 @@
-"""A replica stands still for a while, or dies at a chosen place, and others go on with its sessions meanwhile."""
+"""A replica is stopped for a while, or dies at a chosen point, and others continue its sessions."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -18,7 +18,7 @@ X = np.random.default_rng(6).standard_normal((4, 2)).astype(np.float32)
 
 
 class Session:
-    """Stepped by whatever way at whichever replica; it begins where the test says. replies: of those that went well."""
+    """A session stepped over any protocol at any replica, from a given position. replies: of the successful steps."""
 
     def __init__(self, wires: Wires, name: str) -> None:
         self.wires, self.name = wires, name
@@ -41,7 +41,7 @@ class Session:
 
 
 async def test_the_owner_wakes_up(redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
-    """It was stopped with a step of the session unread: that step was taken elsewhere, and another after it."""
+    """Stopped with an unread step of the session: another replica ran that step and the next."""
     owner, other = cluster = replicas(2, "--store", redis_server.url)
     await start(cluster)
     sessions = {way: Session(wires, way) for way in WAYS}
@@ -62,7 +62,7 @@ async def test_the_owner_wakes_up(redis_server: RedisServer, replicas: Replicas,
 async def test_the_owner_is_stopped_at_its_commit(
     redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle
 ) -> None:
-    """Stopped at its second commit: it computed the step, and so did another replica, which may have gone on since."""
+    """Stopped at its second commit: it computed the step, and so did another replica, which may have advanced since."""
     owner, other = replicas(2, "--store", redis_server.url)
     await other.start()
     for place, moves_on in (("before_commit", False), ("before_commit", True), ("after_commit", True)):
@@ -76,14 +76,14 @@ async def test_the_owner_is_stopped_at_its_commit(
         await session.step(other, *[other] * moves_on)
         owner.resume()
         reply = await late
-        if place == "after_commit" or not moves_on:  # the reply is that of the step, whoever committed it
+        if place == "after_commit" or not moves_on:  # the same reply, whichever replica committed the step
             assert (reply.outputs, reply.position) == (session.replies[1].outputs, 2)
         else:
             assert (reply.code, reply.expected) == ("position_too_old", 3)
         await session.step(*[owner] * (4 - len(session.replies)))
         session.check(oracle)
         owner.kill()
-        wires.close()  # its connections are of no use any more
+        wires.close()  # its connections are broken
 
 
 @pytest.mark.timeout(120)

@@ -1,7 +1,7 @@
-"""Four ways to send a chunk to any of several replicas, and what may become of it.
+"""Four protocols for sending a chunk to any of several replicas, and the possible outcomes.
 
-A `Reply` is what the server said. `Broken` is that it said nothing whole: the connection was refused, cut or silent,
-so nobody knows whether the chunk was applied.
+A `Reply` is a reply of the server. `Broken`: no complete reply, because the connection was refused, cut or silent,
+so it is unknown whether the chunk was applied.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
-#: What a proxy's refusal is called here.
+#: Code for a refusal by a proxy.
 NO_SERVER = "no_server"
 
 HTTP_WAYS = ("raw", "json", "v2")
@@ -29,7 +29,7 @@ _UNSAID = 2**64 - 1
 
 
 class Broken(Exception):
-    """No whole answer came; kind: the exception's name."""
+    """No complete reply; kind: name of the exception."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
@@ -38,7 +38,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """outputs: as the server's bytes, so that they can be compared. code: of an error; `expected` as it said it."""
+    """outputs: the server's bytes, for comparison. code, `expected`: of an error."""
 
     status: int
     outputs: bytes = b""
@@ -51,7 +51,7 @@ class Reply:
 
 @dataclass
 class Wires:
-    """For the sessions of one model with one float32 input and output per step. timeout: seconds for a whole answer."""
+    """For the sessions of one model with one float32 input and output per step. timeout: seconds per reply."""
 
     model: str
     features: tuple[str, str]  # the names of its input and its output
@@ -92,7 +92,7 @@ class Wires:
         return json.dumps({"inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
 
     async def call(self, method: str, port: int, path: str, body: object = None) -> Reply:
-        """One of the other routes under the model's; a body of bytes is a state, and so are a reply's `outputs`."""
+        """Another route below the model's; a body of bytes is a state, as are the `outputs` of the reply."""
         sent = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         media = _RAW if isinstance(body, bytes) else _JSON if sent else {}
         status, headers, content = await self.ask(port, method, f"/v1/models/{self.model}{path}", sent, media)
@@ -129,13 +129,13 @@ class Wires:
             self._forget(port)
 
     def _forget(self, port: int) -> None:
-        """Where one connection broke, the others most likely did."""
+        """Drop all connections: if one broke, the others probably did."""
         for connection in self._idle.pop(port, []):
             connection.close()
 
 
 class _Connection:
-    """One HTTP connection that is kept open, with one request at a time."""
+    """One persistent HTTP connection with one request at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -160,9 +160,9 @@ class _Connection:
 
 
 class Stream:
-    """A WebSocket to one replica with one session on it, as handle 0. Raises Broken, and is of no use afterwards.
+    """A WebSocket to one replica with one session as handle 0. Raises Broken and is unusable afterwards.
 
-    depth: how many chunks it may have under way.
+    depth: chunks in flight.
     """
 
     def __init__(self, wires: Wires, port: int, session: str, depth: int = 1) -> None:
@@ -174,7 +174,7 @@ class Stream:
         return (await self.send_all([x], position))[0]
 
     async def send_all(self, chunks: Sequence[np.ndarray], position: int | None) -> list[Reply]:
-        """Chunks that follow one another, all at once; or the refusal to bind the session, once."""
+        """Consecutive chunks, all in flight; or the refusal to bind the session, once."""
         replies: list[Reply] = []
         try:
             async with asyncio.timeout(self._wires.timeout):
@@ -201,7 +201,7 @@ class Stream:
         return refusal(0, opened["error"]) if "error" in opened else None
 
     async def _receive(self) -> str | bytes:
-        """The next answer. That the server is about to close the connection is none: soon it will."""
+        """The next reply. Skips the closing message, after which the server closes the connection."""
         assert self._socket is not None
         while True:
             message = await self._socket.recv()
@@ -214,7 +214,7 @@ class Stream:
 
 
 def refusal(status: int, document: Mapping, retry_after: str | float | None = None) -> Reply:
-    """An error as v1, v2 or a stream tells it; a stream's has no status, and `retry_after` inside."""
+    """An error of v1, v2 or a stream; that of a stream has no status, and contains `retry_after`."""
     wait = document.get("retry_after", retry_after)
     return Reply(
         status,
@@ -242,7 +242,7 @@ def _stream_replies(message: str | bytes) -> list[Reply]:
 
 
 def _document(status: int, content: bytes) -> Mapping:
-    """A body of JSON, which is what a good server sends. A proxy that finds no server sends a page of its own."""
+    """A JSON body; a proxy without a server replies with an HTML page instead."""
     try:
         document: Mapping = json.loads(content)
     except ValueError:
@@ -251,5 +251,5 @@ def _document(status: int, content: bytes) -> Mapping:
 
 
 def _packed(values: list) -> bytes:
-    """JSON's numbers as the float32 they were."""
+    """The float32 values behind JSON numbers."""
     return np.array(values, np.float32).tobytes()

@@ -7,7 +7,7 @@ import numpy as np
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store import state_file
-from unroll.service.store.base import Key
+from unroll.service.store.interface import Key
 from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +35,7 @@ SESSIONS: list[tuple[Key, Record, float]] = [
 
 
 def write(folder: Path) -> None:
-    """All of them but those that only Redis writes, which are put together by the table in `store/redis.py`."""
+    """All of them but those that only Redis writes, which are put together by the table in `store/redis_store.py`."""
     keys = SnapshotKeys(KEYS)
     origin, last = ORIGIN.to_bytes(), pack_last(RECORD.depth, KEPT)
     for name, content in {

@@ -11,7 +11,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from unroll import cli
-from unroll.service.api.errors import STATUS
+from unroll.service.api.error_responses import STATUS
 from unroll.service.core.errors import UnrollError
 from unroll.service.settings import Settings
 

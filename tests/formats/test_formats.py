@@ -16,9 +16,9 @@ from unroll.bundle import Golden, Manifest
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store import state_file
-from unroll.service.store.base import Commit
+from unroll.service.store.interface import Commit
 from unroll.service.store.record import Origin, Record, pack_last, unpack_last
-from unroll.service.store.redis import RedisStore, StoreConfig
+from unroll.service.store.redis_store import RedisStore, StoreConfig
 
 
 def golden(name: str) -> bytes:

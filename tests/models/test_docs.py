@@ -1,4 +1,4 @@
-"""The page on the two orders shows the code as it is."""
+"""The page on the two orders quotes the current code."""
 
 import re
 from pathlib import Path

@@ -7,8 +7,7 @@ import onnxruntime
 import pytest
 
 from unroll import bundle
-from unroll.service import __main__ as serve
-from unroll.service import app
+from unroll.service import app, serve
 from unroll.service.catalog.catalog import CatalogError
 from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from unroll.service.settings import Settings

@@ -12,7 +12,7 @@ from bench.internals.gpu.shapes import FEATURES
 from unroll import bundle
 from unroll.service.engine.backend import Cells, CudaBackend, EngineOptions, Precision, open_cuda
 from unroll.service.engine.cuda.driver import CapturedGraph
-from unroll.service.engine.interface import MAX_LAUNCHED, PlainRows, Result
+from unroll.service.engine.engine import MAX_LAUNCHED, PlainRows, Result
 from unroll.service.state.slots import INITIAL, SCRATCH
 
 DEVICE = "cuda:0"

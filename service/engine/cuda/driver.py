@@ -10,7 +10,7 @@ import numpy as np
 from cuda.bindings import driver, nvrtc, runtime
 
 from unroll.service.engine.cuda.device import Argument, CompilationFailed, Kernel, OutOfDeviceMemory
-from unroll.service.engine.interface import DeviceFailed
+from unroll.service.engine.engine import DeviceFailed
 from unroll.service.engine.tensor_ref import TensorRef
 
 _COPY = runtime.cudaMemcpyKind

@@ -7,7 +7,7 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.engine.cuda.device import Device
 from unroll.service.engine.cuda.layout import FLAG, INDEX, Layout, output_tensors
 from unroll.service.engine.cuda.step_call import COMMIT, GATHER
-from unroll.service.engine.interface import BatchResult, Rows
+from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.engine.rows import flagged, non_finite
 from unroll.service.engine.runner import Runner
 from unroll.service.engine.tensor_ref import TensorRef

@@ -10,7 +10,7 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.engine.cuda.device import Device, Graph, Kernel
 from unroll.service.engine.cuda.layout import FLAG, INDEX, Layout, input_tensors, output_tensors
 from unroll.service.engine.cuda.step_model import StepModel, StepTensors
-from unroll.service.engine.interface import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.engine.rows import flagged
 from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.slots import INITIAL

@@ -6,7 +6,7 @@ import pytest
 
 from bench.internals.budget import OTHER, Run, fold, layer_of, table
 
-ROOT = "_run_module_as_main (<frozen runpy>);main (service/__main__.py);run_forever (loop.c);Handle__run (loop.c)"
+ROOT = "_run_module_as_main (<frozen runpy>);main (service/serve.py);run_forever (loop.c);Handle__run (loop.c)"
 FEED = "HttpProtocol.data_received (service/transport/http.py);feed_data (httptools/parser/parser.c)"
 STEPS = "HttpProtocol.on_message_complete (service/transport/http.py);steps (service/api/steps.py)"
 

@@ -1,4 +1,4 @@
-"""`python -m unroll.service` as a process of its own."""
+"""`unroll serve` as a process of its own."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 
 
-def launch(*arguments: str, program: Sequence[str] = ("-m", "unroll.service")) -> subprocess.Popen[str]:
+def launch(*arguments: str, program: Sequence[str] = ("-m", "unroll", "serve")) -> subprocess.Popen[str]:
     command = [sys.executable, *program, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

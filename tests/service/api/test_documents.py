@@ -8,7 +8,14 @@ import pytest
 import wire
 from serving import RAW, Running, Serve, metric, metrics
 
-from unroll.service.api import errors, health, native, open_inference, routes, statistics
+from unroll.service.api import (
+    error_responses,
+    health_routes,
+    inference_routes,
+    native_routes,
+    open_inference_routes,
+    statistics_routes,
+)
 from unroll.service.core import errors as core
 
 
@@ -148,7 +155,12 @@ def test_every_route_is_described(document: dict) -> None:
 def test_every_route_of_the_app_is_documented(server: Running, document: dict) -> None:
     documented = {(method.upper(), path) for method, path, _ in operations(document)}
     state = server.server
-    routers = [native.router(state), statistics.router(state), open_inference.router(state, "0"), health.router(state)]
+    routers = [
+        native_routes.router(state),
+        statistics_routes.router(state),
+        open_inference_routes.router(state, "0"),
+        health_routes.router(state),
+    ]
     served = {(method, r.path) for router in routers for r in router.routes for method in r.methods}  # type: ignore[attr-defined]
     assert served == documented
 
@@ -157,7 +169,7 @@ def test_what_the_transport_answers_itself_is_documented(document: dict) -> None
     names = {
         found.name
         for method, path, _ in operations(document)
-        if method == "post" and (found := routes.find(path.split("/"))) is not None
+        if method == "post" and (found := inference_routes.find(path.split("/"))) is not None
     }
     assert names == {"v1/steps", "v1/sequences", "v2/infer"}
 
@@ -172,10 +184,10 @@ def test_v1_errors_are_problems(document: dict) -> None:
 
 
 def test_the_inference_routes_name_every_status_they_may_answer(document: dict) -> None:
-    never = {errors.STATUS[core.Cancelled]}
-    sessions_only = {errors.STATUS[kind] for kind in (core.SessionClosed, core.SessionExists)}
-    raw_only = {errors.STATUS[core.UnsupportedMediaType]}
-    everything = {200, *errors.STATUS.values()} - never
+    never = {error_responses.STATUS[core.Cancelled]}
+    sessions_only = {error_responses.STATUS[kind] for kind in (core.SessionClosed, core.SessionExists)}
+    raw_only = {error_responses.STATUS[core.UnsupportedMediaType]}
+    everything = {200, *error_responses.STATUS.values()} - never
     for path, expected in {
         "/v1/models/{model}/sessions/{session_id}/steps": everything,
         "/v1/models/{model}/sequences": everything - sessions_only,

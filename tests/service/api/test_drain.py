@@ -1,4 +1,4 @@
-"""The end of a server over HTTP: what it refuses, what it finishes, and how long it waits. Streams: test_stream.py."""
+"""The end of a server over HTTP: what it refuses, what it finishes, how long it waits. Streams: test_goodbyes.py."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ import pytest
 import wire
 from redis_server import RedisServer
 from serving import RAW, Oracle, Running, Serve, until
-from test_stream import Client, frame, last_messages, replies
+from streams import Client, frame, last_messages, replies
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 

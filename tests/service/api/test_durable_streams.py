@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from redis_server import RedisServer
 from serving import RAW, Oracle, Running, Serve, until
-from test_stream import Client, frame
+from streams import Client, frame
 
 Oracles = Callable[..., Oracle]
 Dial = Callable[[Running], Client]

@@ -14,7 +14,7 @@ from serving import RAW, Running, Serve, until
 
 from unroll.service.core import errors
 from unroll.service.core.clock import ManualClock
-from unroll.service.engine.interface import Rows, Tensors
+from unroll.service.engine.engine import Rows, Tensors
 
 Background = Callable[..., Future]
 

@@ -1,4 +1,4 @@
-"""`python -m unroll.service` as a process: what it does on SIGHUP and SIGTERM, and when it cannot start."""
+"""`unroll serve` as a process: what it does on SIGHUP and SIGTERM, and when it cannot start."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_a_drain(start_process: StartProcess) -> None:
 #: The server, whose loop fails on its first batch.
 CRASHING = """
 import sys
-from unroll.service.__main__ import main
+from unroll.service.serve import main
 from unroll.service.scheduler.loop import Loop
 
 async def crash(self, batch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from serving import RAW, Oracle, Running, Serve
-from test_stream import Client
+from streams import Client
 from torch import Tensor, nn
 from wire import infer
 

@@ -19,7 +19,7 @@ from redis_server import RedisServer, free_port
 from serving import RAW, Oracle, metric, until
 
 from unroll.service import workers
-from unroll.service.__main__ import main
+from unroll.service.serve import main
 
 NUMBER = 2
 MODEL = "/v1/models/gru"

@@ -14,12 +14,12 @@ from unroll.service.catalog.catalog import CatalogError
 from unroll.service.core.errors import NonFiniteOutput
 from unroll.service.engine.backend import EngineOptions, open_backend, open_cuda
 from unroll.service.engine.cuda.cells import CellKernel
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
 from unroll.service.engine.cuda.device import Device
-from unroll.service.engine.cuda.engine import CudaEngine
 from unroll.service.engine.cuda.parts import Layer
 from unroll.service.engine.cuda.step_call import COMMIT, GATHER
 from unroll.service.engine.cuda.step_graph import take_apart
-from unroll.service.engine.interface import Engine, PlainRows
+from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import Runner, resolve_devices
 from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.settings import Settings

@@ -9,10 +9,10 @@ from fake_cuda.device import FakeDevice
 from hypothesis import given
 
 from unroll import bundle
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
 from unroll.service.engine.cuda.device import OutOfDeviceMemory
-from unroll.service.engine.cuda.engine import CudaEngine
 from unroll.service.engine.cuda.layout import BUCKETS, Layout, bucket_of, buckets
-from unroll.service.engine.interface import PlainRows
+from unroll.service.engine.engine import PlainRows
 from unroll.service.engine.runner import Runner
 from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.slots import INITIAL, SCRATCH

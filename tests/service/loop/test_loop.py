@@ -12,13 +12,13 @@ import pytest
 from unroll.bundle import TensorSpec
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
-from unroll.service.engine.interface import BatchResult, DeviceFailed, Rows, Tensors
+from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.store.base import Commit
-from unroll.service.store.memory import MemoryStore
+from unroll.service.store.interface import Commit
+from unroll.service.store.memory_store import MemoryStore
 from unroll.service.store.record import Origin
 
 NUMBER = TensorSpec("x", "float32", (), True)

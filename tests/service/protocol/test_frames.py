@@ -10,7 +10,15 @@ from tensor_models import arrays, manifests, same
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange
-from unroll.service.protocol.frames import MAX_ENTRIES, UNSAID, FrameCodec, encode, encode_one, entries_of, reached
+from unroll.service.protocol.frames import (
+    MAX_ENTRIES,
+    NO_POSITION,
+    FrameCodec,
+    encode,
+    encode_single,
+    pack_entries,
+    with_positions,
+)
 
 BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -18,7 +26,7 @@ X = TensorSpec("x", "float32", (3,), True)
 TOKEN = TensorSpec("token", "int64", (), True, 11)
 FLAG = TensorSpec("flag", "bool", (), True)
 
-POSITIONS = st.one_of(st.none(), st.integers(0, UNSAID - 1))
+POSITIONS = st.one_of(st.none(), st.integers(0, NO_POSITION - 1))
 ENTRIES = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 4), POSITIONS), min_size=1, max_size=5)
 TWO = [(7, 2, 0), (9, 2, 5)]  # handle, steps, position
 
@@ -26,7 +34,7 @@ TWO = [(7, 2, 0), (9, 2, 5)]  # handle, steps, position
 def frame(entries: list[tuple[int, int, int | None]], *values: np.ndarray, kind: int = 1, count: int = -1) -> bytes:
     """By the protocol's description and nothing else."""
     head = struct.pack("<BBHI", kind, 0, 0, len(entries) if count < 0 else count)
-    table = [struct.pack("<IIQ", h, t, UNSAID if p is None else p) for h, t, p in entries]
+    table = [struct.pack("<IIQ", h, t, NO_POSITION if p is None else p) for h, t, p in entries]
     return b"".join([head, *table, *[value.tobytes() for value in values]])
 
 
@@ -39,12 +47,12 @@ def test_what_is_written_is_read(data: st.DataObject):
     got = FrameCodec(specs, 100).decode(frame(entries, *[chunk[i] for i in range(len(specs)) for chunk in chunks]))
     assert list(zip(got.handles, got.steps, got.positions, strict=True)) == entries
     alike = len({steps for _, steps, _ in entries}) == 1
-    assert (got.even is not None) == alike
+    assert (got.uniform_inputs is not None) == alike
     for i, chunk in enumerate(chunks):
         assert all(same(a, b) for a, b in zip(got.chunk(i), chunk, strict=True))
         assert all(array.flags.aligned and array.flags.c_contiguous for array in got.chunk(i))
     assert FrameCodec(specs, 100).faults(got) == {}
-    alone = FrameCodec(specs, 100).decode_alone(frame(entries[:1], *chunks[0]))
+    alone = FrameCodec(specs, 100).decode_single(frame(entries[:1], *chunks[0]))
     assert alone is not None
     assert alone[:3] == entries[0]
     assert all(same(a, b) for a, b in zip(alone.inputs, chunks[0], strict=True))
@@ -58,16 +66,16 @@ def test_frames_of_the_same_steps_of_the_same_handles_are_known(entries: list, o
         codec.decode(frame(some, np.zeros((sum(steps for _, steps, _ in some), 3), "<f4")))
         for some in (entries, others)
     )
-    assert (one.who == other.who) == ([entry[:2] for entry in entries] == [entry[:2] for entry in others])
+    assert (one.signature == other.signature) == ([entry[:2] for entry in entries] == [entry[:2] for entry in others])
     moved = [(handle, steps, 7) for handle, steps, _ in entries]
-    assert codec.decode(frame(moved, np.zeros((one.entries["steps"].sum(), 3), "<f4"))).who == one.who
+    assert codec.decode(frame(moved, np.zeros((one.entries["steps"].sum(), 3), "<f4"))).signature == one.signature
 
 
 def test_the_values_are_not_copied():
     content = frame(TWO, np.ones((4, 3), "<f4"))
-    assert np.shares_memory(FrameCodec([X], 9).decode(content).even[0], np.frombuffer(content, np.uint8))
+    assert np.shares_memory(FrameCodec([X], 9).decode(content).uniform_inputs[0], np.frombuffer(content, np.uint8))
     content = frame(TWO[:1], np.ones((2, 3), "<f4"))
-    assert np.shares_memory(FrameCodec([X], 9).decode_alone(content).inputs[0], np.frombuffer(content, np.uint8))
+    assert np.shares_memory(FrameCodec([X], 9).decode_single(content).inputs[0], np.frombuffer(content, np.uint8))
 
 
 @settings(max_examples=500, deadline=None)
@@ -75,7 +83,7 @@ def test_the_values_are_not_copied():
 def test_any_bytes_are_a_frame_or_refused(content: bytes):
     codec = FrameCodec([X, FLAG, TOKEN], 100)
     try:
-        alone = codec.decode_alone(content)
+        alone = codec.decode_single(content)
         if alone is not None:
             codec.fault(alone.inputs)
         codec.faults(codec.decode(content))
@@ -91,7 +99,7 @@ def test_a_frame_of_another_length_is_refused(data: st.DataObject):
     for content in (whole[: data.draw(st.integers(0, len(whole) - 1))], whole + data.draw(st.binary(min_size=1))):
         codec = FrameCodec([X], 100)
         with pytest.raises(InvalidRequest):
-            codec.decode_alone(content) or codec.decode(content)
+            codec.decode_single(content) or codec.decode(content)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,7 @@ def test_a_frame_of_another_length_is_refused(data: st.DataObject):
         (frame([], count=2**32 - 1), "4294967295 entries"),
         (frame([], count=2**28), "268435456 entries"),  # times 16 it is 0 in 32 bits
         (frame(TWO, count=3), "3 entries"),
-        (frame([(0, 1, 0)] * (MAX_ENTRIES + 1), np.zeros((MAX_ENTRIES + 1, 3), "<f4")), "there may be 1 to 4096"),
+        (frame([(0, 1, 0)] * (MAX_ENTRIES + 1), np.zeros((MAX_ENTRIES + 1, 3), "<f4")), "1 to 4096 are allowed"),
         (frame([(7, 0, 0)]), "each at least 1"),
         (frame([(7, 0, 0), (8, 1, 0)], np.zeros((1, 3), "<f4")), "each at least 1"),
         (frame([(7, 2**32 - 1, 0)] * 2, np.zeros((2, 3), "<f4")), "8589934590 steps"),
@@ -114,7 +122,7 @@ def test_a_frame_of_another_length_is_refused(data: st.DataObject):
 )
 def test_frames_that_are_refused(content: bytes, says: str):
     with pytest.raises(InvalidRequest, match=says) as refusal:
-        FrameCodec([X], 2**31).decode_alone(content) or FrameCodec([X], 2**31).decode(content)
+        FrameCodec([X], 2**31).decode_single(content) or FrameCodec([X], 2**31).decode(content)
     assert type(refusal.value) is InvalidRequest
 
 
@@ -165,10 +173,10 @@ def test_outputs_are_written_as_described(entries: list[tuple[int, int, int | No
     last = [data.draw(arrays(TOKEN)) for _ in entries]  # and one without
     handles, steps, positions = zip(*entries, strict=True)
     expected = frame(entries, *y, *last, kind=2)
-    told = entries_of(handles, steps, positions)
+    told = pack_entries(handles, steps, positions)
     assert encode(told, [array.tobytes() for array in (*y, *last)]) == expected
-    asked = entries_of(handles, steps, [0] * len(handles))
-    assert (reached(asked, np.array(positions, np.uint64)) == told).all()
+    asked = pack_entries(handles, steps, [0] * len(handles))
+    assert (with_positions(asked, np.array(positions, np.uint64)) == told).all()
     alone = frame(entries[:1], y[0], last[0], kind=2)
-    assert encode_one(handles[0], steps[0], positions[0], (y[0], last[0])) == alone
+    assert encode_single(handles[0], steps[0], positions[0], (y[0], last[0])) == alone
     assert encode(told[:1], [y[0].data, last[0].data]) == alone

@@ -10,10 +10,10 @@ from redis_server import RedisServer, free_port, missing
 from serving import until
 
 from unroll.service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable
-from unroll.service.store.base import Commit, Key, Store, Tokens
-from unroll.service.store.memory import MemoryStore
+from unroll.service.store.interface import Commit, Key, Store, Tokens
+from unroll.service.store.memory_store import MemoryStore
 from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
-from unroll.service.store.redis import RedisStore, StoreConfig
+from unroll.service.store.redis_store import RedisStore, StoreConfig
 
 KEY: Key = ("lstm", "a")
 ORIGIN = Origin("ab" * 32, "redis", b"b" * 16, b"o" * 16)

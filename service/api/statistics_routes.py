@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from unroll.service.api.server import Server
+from unroll.service.api.app_state import AppState
 from unroll.service.catalog.model import ServedModel
 
 #: What the server's metadata lists among its extensions.
@@ -57,11 +57,11 @@ _OK_OR_NOT_FOUND: dict[int | str, dict[str, Any]] = {
 }
 
 
-def router(server: Server) -> APIRouter:
+def router(app: AppState) -> APIRouter:
     api = APIRouter(prefix="/v2/models", tags=["Open Inference Protocol v2"])
 
     def statistics(models: Iterable[ServedModel]) -> dict[str, Any]:
-        now, wall = server.catalog.clock.now(), time.time()
+        now, wall = app.catalog.clock.now(), time.time()
         return {
             "model_stats": [
                 {"name": served.name, "version": served.version, **served.statistics.document(now, wall)}
@@ -71,14 +71,14 @@ def router(server: Server) -> APIRouter:
 
     @api.get("/stats", summary="Statistics of all models", responses=_OK)
     async def all_models() -> dict[str, Any]:
-        return statistics(served for name in server.catalog.names() for served in server.catalog.versions(name))
+        return statistics(served for name in app.catalog.names() for served in app.catalog.versions(name))
 
     @api.get("/{model}/stats", summary="Statistics of a model's versions", responses=_OK_OR_NOT_FOUND)
     async def all_versions(model: str) -> dict[str, Any]:
-        return statistics(server.catalog.versions(model))
+        return statistics(app.catalog.versions(model))
 
     @api.get("/{model}/versions/{version}/stats", summary="Statistics of a version", responses=_OK_OR_NOT_FOUND)
     async def one_version(model: str, version: str) -> dict[str, Any]:
-        return statistics([server.catalog.resolve(model, version)])
+        return statistics([app.catalog.resolve(model, version)])
 
     return api

@@ -29,7 +29,7 @@ from redis.connection import HiredisRespSerializer
 from redis.exceptions import NoScriptError, RedisError
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
-from unroll.service.store.base import Commit, Key, Tokens
+from unroll.service.store.interface import Commit, Key, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
 
 _log = structlog.get_logger(__name__)

@@ -6,9 +6,9 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from unroll.bundle import TensorSpec
-from unroll.service.api import routes
-from unroll.service.api.http import read_request
-from unroll.service.api.server import Server
+from unroll.service.api import inference_routes
+from unroll.service.api.app_state import AppState
+from unroll.service.api.request import read_request
 from unroll.service.catalog.model import ServedModel
 from unroll.service.protocol.open_inference import DATATYPES
 
@@ -104,7 +104,7 @@ _INFER: dict[str, Any] = {
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: _ERRORS[404]}
 
 
-def router(server: Server, version: str) -> APIRouter:
+def router(app: AppState, version: str) -> APIRouter:
     api = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
 
     @api.get("", summary="Server metadata")
@@ -113,23 +113,23 @@ def router(server: Server, version: str) -> APIRouter:
 
     @api.get("/models/{model}", summary="Model metadata", responses=_NOT_FOUND)
     async def model_metadata(model: str) -> dict[str, Any]:
-        return _metadata(server, server.catalog.resolve(model))
+        return _metadata(app, app.catalog.resolve(model))
 
     @api.get("/models/{model}/versions/{version}", summary="Model metadata of a version", responses=_NOT_FOUND)
     async def version_metadata(model: str, version: str) -> dict[str, Any]:
-        return _metadata(server, server.catalog.resolve(model, version))
+        return _metadata(app, app.catalog.resolve(model, version))
 
     @api.get("/models/{model}/ready", summary="Is the model ready", responses=_NOT_FOUND)
     async def model_ready(model: str) -> dict[str, Any]:
-        return {"name": server.catalog.resolve(model).name, "ready": True}
+        return {"name": app.catalog.resolve(model).name, "ready": True}
 
     @api.get("/models/{model}/versions/{version}/ready", summary="Is the version ready", responses=_NOT_FOUND)
     async def version_ready(model: str, version: str) -> dict[str, Any]:
-        return {"name": server.catalog.resolve(model, version).name, "ready": True}
+        return {"name": app.catalog.resolve(model, version).name, "ready": True}
 
     async def respond(http: HttpRequest) -> Response:
-        request = await read_request(http.scope, http.receive, server.limits.max_body_bytes)
-        return (await routes.answer(server, http.url.path, request)).response()
+        request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+        return (await inference_routes.answer(app, http.url.path, request)).response()
 
     @api.post("/models/{model}/infer", summary="Infer: whole sequences, or steps of a sequence", **_INFER)
     async def infer(model: str, http: HttpRequest) -> Response:
@@ -142,10 +142,10 @@ def router(server: Server, version: str) -> APIRouter:
     return api
 
 
-def _metadata(server: Server, served: ServedModel) -> dict[str, Any]:
+def _metadata(app: AppState, served: ServedModel) -> dict[str, Any]:
     return {
         "name": served.name,
-        "versions": [model.version for model in server.catalog.versions(served.name)],
+        "versions": [model.version for model in app.catalog.versions(served.name)],
         "platform": "onnxruntime_onnx",
         "inputs": [_tensor(spec) for spec in served.manifest.inputs],
         "outputs": [_tensor(spec) for spec in served.manifest.outputs],

@@ -4,21 +4,21 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
-from unroll.service.api.server import Server
+from unroll.service.api.app_state import AppState
 from unroll.service.telemetry.metrics import Collector
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: starting or stopping"}}
 
 
-def router(server: Server) -> APIRouter:
+def router(app: AppState) -> APIRouter:
     api = APIRouter(tags=["health"])
     collector = Collector(
-        lambda: [model.figures() for model in server.catalog], server.requests, server.streams, server.catalog.overflow
+        lambda: [model.figures() for model in app.catalog], app.requests, app.streams, app.catalog.overflow
     )
 
     def ready(response: Response) -> dict[str, bool]:
-        response.status_code = 200 if server.ready else 503
-        return {"ready": server.ready}
+        response.status_code = 200 if app.ready else 503
+        return {"ready": app.ready}
 
     @api.get("/livez", summary="The process answers")
     @api.get("/v2/health/live", summary="The process answers (Open Inference Protocol)")
@@ -47,7 +47,7 @@ def router(server: Server) -> APIRouter:
         },
     )
     async def metrics(request: Request) -> Response:
-        if server.shared_port is not None and request.scope["server"][1] == server.shared_port:
+        if app.shared_port is not None and request.scope["server"][1] == app.shared_port:
             raise HTTPException(404, "this port belongs to several workers: ask each on its own, see --worker-port")
         return Response(collector.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -6,11 +6,11 @@ from time import perf_counter
 
 import structlog
 
-from unroll.service.api.errors import open_inference_error, problem
-from unroll.service.api.http import ATTEMPTS, Answer, Cancel, Request, Respond, answered, nothing_to_cancel
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import open_inference_error, problem
 from unroll.service.api.infer import infer
 from unroll.service.api.parameters import split_reference
-from unroll.service.api.server import Server
+from unroll.service.api.request import ATTEMPTS, Answer, Cancel, Request, Respond, answered, nothing_to_cancel
 from unroll.service.api.steps import sequences, steps
 from unroll.service.catalog.keeper import Keeper
 from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, SessionContended, UnrollError
@@ -31,22 +31,22 @@ class Route:
     name: str
     parts: int
     fixed: dict[int, str]
-    begin: Callable[[Server, Path, Request, Respond], Cancel]
+    begin: Callable[[AppState, Path, Request, Respond], Cancel]
     failure: Callable[[UnrollError], Answer]
 
     def matches(self, path: Path) -> bool:
         return len(path) == self.parts and all(path[i] == part for i, part in self.fixed.items())
 
-    def handle(self, server: Server, path: Path, request: Request, respond: Respond) -> Cancel:
+    def handle(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
         """Begin; `respond` is called once whatever happens."""
-        if server.catalog.keeper is not None:
-            return _Attempts(self, server.catalog.keeper, server, path, request, respond).begin()
-        return self.attempt(server, path, request, respond)
+        if app.catalog.keeper is not None:
+            return _Attempts(self, app.catalog.keeper, app, path, request, respond).begin()
+        return self.attempt(app, path, request, respond)
 
-    def attempt(self, server: Server, path: Path, request: Request, respond: Respond) -> Cancel:
+    def attempt(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
         """Raises NeedsStoreLookup."""
         try:
-            return self.begin(server, path, request, respond)
+            return self.begin(app, path, request, respond)
         except NeedsStoreLookup:
             raise
         except UnrollError as error:
@@ -61,11 +61,11 @@ class _Attempts:
     """A request that may have to be begun anew, since its session is in the store, or was moved on elsewhere."""
 
     def __init__(
-        self, route: Route, keeper: Keeper, server: Server, path: Path, request: Request, respond: Respond
+        self, route: Route, keeper: Keeper, app: AppState, path: Path, request: Request, respond: Respond
     ) -> None:
         self._route = route
         self._keeper = keeper
-        self._server = server
+        self._app = app
         self._path = path
         self._request = Request(request.headers, request.body)  # who gave us the other uses it again
         self._request.again = self._again
@@ -76,7 +76,7 @@ class _Attempts:
 
     def begin(self) -> Cancel:
         try:
-            cancel = self._route.attempt(self._server, self._path, self._request, self._finish)
+            cancel = self._route.attempt(self._app, self._path, self._request, self._finish)
             if not self._over:
                 self._cancel = cancel
         except NeedsStoreLookup as away:
@@ -116,28 +116,28 @@ _STEPS = Route(
     "v1/steps",
     7,
     {1: "v1", 2: "models", 4: "sessions"},
-    lambda server, path, request, respond: steps(server, path[3], path[5], request, respond),
+    lambda app, path, request, respond: steps(app, path[3], path[5], request, respond),
     problem,
 )
 _SEQUENCES = Route(
     "v1/sequences",
     5,
     {1: "v1", 2: "models"},
-    lambda server, path, request, respond: sequences(server, path[3], request, respond),
+    lambda app, path, request, respond: sequences(app, path[3], request, respond),
     problem,
 )
 _INFER = Route(
     "v2/infer",
     5,
     {1: "v2", 2: "models"},
-    lambda server, path, request, respond: infer(server, path[3], None, request, respond),
+    lambda app, path, request, respond: infer(app, path[3], None, request, respond),
     open_inference_error,
 )
 _INFER_VERSION = Route(
     "v2/infer",
     7,
     {1: "v2", 2: "models", 4: "versions"},
-    lambda server, path, request, respond: infer(server, path[3], path[5], request, respond),
+    lambda app, path, request, respond: infer(app, path[3], path[5], request, respond),
     open_inference_error,
 )
 
@@ -153,12 +153,12 @@ def find(path: Path) -> Route | None:
     return None
 
 
-async def answer(server: Server, path: str, request: Request) -> Answer:
+async def answer(app: AppState, path: str, request: Request) -> Answer:
     """The answer to a POST to the path of an inference route; cancelling the caller cancels the work."""
     parts = path.split("/")
     route = find(parts)
     assert route is not None, path
     started = perf_counter()
-    found = await answered(lambda respond: route.handle(server, parts, request, respond))
-    server.count(route.name, found.status, perf_counter() - started)
+    found = await answered(lambda respond: route.handle(app, parts, request, respond))
+    app.count(route.name, found.status, perf_counter() - started)
     return found

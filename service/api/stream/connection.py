@@ -1,29 +1,25 @@
-"""The WebSocket stream of the native API: many sessions on one connection, many of their chunks in one frame.
+"""One connection of a stream: its messages, its sessions, and the work and the answers of its frames.
 
-`Stream` is the protocol and nothing else: it is given messages and functions to answer by, never waits, and knows no
-web server. Below it, what ties a Stream to one: any ASGI server, or a transport that offers `unroll.stream`.
+It is the protocol and nothing else: it gets messages, answers through a `Link`, never waits, and knows no web server.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import structlog
-from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from starlette.websockets import WebSocketDisconnect
 
-from unroll.service.api import sessions
-from unroll.service.api.errors import problem, problem_of, reason
-from unroll.service.api.http import ATTEMPTS, Answer
+from unroll.service.api import session_operations
+from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
-from unroll.service.api.server import Server
-from unroll.service.api.sessions import new_id
+from unroll.service.api.request import ATTEMPTS
+from unroll.service.api.session_operations import new_id
+from unroll.service.api.stream.link import Link
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core import failpoints
 from unroll.service.core.errors import (
@@ -39,16 +35,25 @@ from unroll.service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
-from unroll.service.engine.interface import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol import json
-from unroll.service.protocol.frames import UNSAID, Alone, Frame, FrameCodec, encode, encode_one, entries_of, reached
+from unroll.service.protocol.frames import (
+    NO_POSITION,
+    Frame,
+    FrameCodec,
+    SingleEntryFrame,
+    encode,
+    encode_single,
+    pack_entries,
+    with_positions,
+)
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
 from unroll.service.scheduler.reply import Outcome
 from unroll.service.scheduler.session import Cohort, Life, Session
 
 T = TypeVar("T")
 
-_log = structlog.get_logger(__name__)
+CallSoon = Callable[[Callable[[], None]], object]
 
 #: Entries of a connection that may be unanswered before no more is read from it, and bytes of their outputs.
 WINDOW = 2048
@@ -61,11 +66,6 @@ MAX_LINEUPS = 16
 SLICE = 256
 #: Close code of a stream whose server ends: RFC 6455's registry calls it Service Restart.
 RESTART = 1012
-#: Seconds after which a client that does not read is cut off.
-STALLED_SECONDS = 30.0
-
-#: Bytes written and not yet sent, above which an ASGI client counts as not reading, and below which it reads again.
-_HIGH_WATER, _LOW_WATER = 65_536, 16_384
 
 Handle = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -101,10 +101,10 @@ class _Waiting:
     """A chunk of this connection that is not answered. said: as the client sent it. alone: its frame's only one. left:
     how often it may be submitted anew, if its session turns out to be moved on elsewhere."""
 
-    stream: "Stream"
+    stream: "Connection"
     served: ServedModel
     session: Session
-    said: Alone
+    said: SingleEntryFrame
     alone: bool
     left: int
     chunk: Chunk | None = None
@@ -122,25 +122,22 @@ class _Lineup:
     cohorts: list[Cohort] = field(default_factory=list)
 
 
-class Stream:
-    """One connection. `pause` and `resume` stop and start what calls `on_text` and `on_binary`.
+class Connection:
+    """Gets what the link receives.
 
-    `later` calls a function when the event loop comes round: the answers that came until then leave in one frame.
-    `hang_up` closes the connection, with a code and a reason. Raises ModelUnknown, NotStreamable, or Draining.
+    Args:
+        server: the state of the app.
+        model: `name` or `name:version`.
+        link: the connection, which need not be accepted yet.
+        call_soon: calls a function in the next turn of the event loop.
+
+    Raises:
+        ModelUnknown: there is no such model.
+        NotStreamable: it serves whole sequences only.
+        Draining: the server is about to end.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        model: str,
-        send_binary: Callable[[bytes], None],
-        send_text: Callable[[bytes], None],
-        pause: Callable[[], None],
-        resume: Callable[[], None],
-        *,
-        later: Callable[[Callable[[], None]], object],
-        hang_up: Callable[[int, str], None],
-    ) -> None:
+    def __init__(self, server: AppState, model: str, link: Link, call_soon: CallSoon) -> None:
         server.refuse_if_draining()
         self._server = server
         self._keeper = server.catalog.keeper
@@ -150,14 +147,14 @@ class Stream:
         require_streamable(served)
         self._inputs, self._outputs = served.manifest.inputs, served.manifest.outputs
         self._codec = FrameCodec(self._inputs, served.codec.max_steps)
-        self._send_binary, self._send_text = send_binary, send_text
-        self._pause, self._resume = pause, resume
-        self._later, self._hang_up = later, hang_up
+        self._send_binary, self._send_text = link.send_binary, link.send_text
+        self._pause, self._resume, self._hang_up = link.pause, link.resume, link.close
+        self._call_soon = call_soon
         #: What each handle means: one session, and not another that is opened under its id later.
         self._bound: dict[ServedModel, dict[int, Session]] = {}
         self._handles = 0
         self._opening: set[int] = set()  # handles of sessions that are being brought in
-        self._lineups: dict[bytes, _Lineup] = {}  # by `Frame.who`
+        self._lineups: dict[bytes, _Lineup] = {}  # by `Frame.signature`
         self._held: deque[tuple[Callable[[bytes], None], bytes]] = deque()  # messages behind one that takes long
         self._working = False  # on that one
         self._apart: asyncio.Future[None] | None = None  # which does
@@ -174,7 +171,7 @@ class Stream:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "paused" if self._paused else "open"
-        return f"<Stream {self._model} {state}, {self._handles} sessions, {self._unanswered} entries unanswered>"
+        return f"<Connection {self._model} {state}, {self._handles} sessions, {self._unanswered} entries unanswered>"
 
     # ── what the transport calls ─────────────────────────────────────────────────────────────────
 
@@ -200,11 +197,11 @@ class Stream:
             limit = self._server.limits.max_body_bytes
             if len(message) > limit:
                 raise BodyTooLarge(f"a frame may have {limit} bytes, this one has {len(message)}")
-            frame = self._codec.decode_alone(message) or self._codec.decode(message)
+            frame = self._codec.decode_single(message) or self._codec.decode(message)
         except InvalidRequest as error:
             self._send_text(json.dump({"op": "error", **_described(error)}))
             return
-        if isinstance(frame, Alone):
+        if isinstance(frame, SingleEntryFrame):
             self._asked(1, frame.steps)
             self._submit(frame, self._codec.fault(frame.inputs), alone=True)
         else:
@@ -270,7 +267,7 @@ class Stream:
         done += part
         self._working = len(part) == SLICE
         if self._working:
-            self._later(partial(self._go_on, op, done, rest))
+            self._call_soon(partial(self._go_on, op, done, rest))
             self._regulate()
         else:
             self._send_text(json.dump({"op": op, "sessions": done}))
@@ -350,16 +347,16 @@ class Stream:
             "session_id": session.id,
             "position": session.position,
             "model_version": served.version,
-            "durability": sessions.describe(served, session)["durability"],
+            "durability": session_operations.describe(served, session)["durability"],
         }
 
     async def _session_anywhere(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
         _check_mode(wanted)
         if wanted.mode != "new" and wanted.session_id is not None:
-            sessions.check_id(wanted.session_id)
+            session_operations.check_id(wanted.session_id)
             try:
-                served, session = await sessions.find(self._server, self._model, wanted.session_id)
+                served, session = await session_operations.find(self._server, self._model, wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
@@ -367,18 +364,18 @@ class Stream:
                 self._check_tensors(served)
                 return served, session
         self._check_tensors(self._server.catalog.resolve(self._name, self._version))
-        return await sessions.open_session(
+        return await session_operations.open_session(
             *(self._server, self._model, wanted.session_id), static=wanted.static, durability=wanted.durability
         )
 
     def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
         _check_mode(wanted)
-        sessions.keeper_for(self._server, wanted.durability)  # says that there is none, if one is asked for
+        session_operations.keeper_for(self._server, wanted.durability)  # says that there is none, if one is asked for
         if wanted.mode != "new" and wanted.session_id is not None:
-            sessions.check_id(wanted.session_id)
+            session_operations.check_id(wanted.session_id)
             try:
-                served, session = sessions.find_here(self._server, self._model, wanted.session_id)
+                served, session = session_operations.find_here(self._server, self._model, wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
@@ -387,8 +384,8 @@ class Stream:
                 return served, session
         served = self._server.catalog.resolve(self._name, self._version)
         self._check_tensors(served)
-        start = sessions.start_of(served, static=wanted.static)
-        return served, sessions.begin(served, new_id(self._server, self._name, wanted.session_id), start)
+        start = session_operations.start_of(served, static=wanted.static)
+        return served, session_operations.begin(served, new_id(self._server, self._name, wanted.session_id), start)
 
     def _check_tensors(self, served: ServedModel) -> None:
         """Frames have one layout: the sessions may be of several versions, but these must agree on it."""
@@ -416,10 +413,10 @@ class Stream:
         bound = found[1]
         self._unbind(handle)
         try:
-            _, session = await sessions.find(self._server, self._name, bound.id)
+            _, session = await session_operations.find(self._server, self._name, bound.id)
             if session.origin != bound.origin:
                 raise _another(bound)
-            await sessions.close(self._server, self._name, bound.id)
+            await session_operations.close(self._server, self._name, bound.id)
         except UnrollError as error:
             return {"handle": handle, "error": _described(error)}
         return {"handle": handle, "position": session.position}
@@ -440,7 +437,7 @@ class Stream:
             return
         if part := [self._whereabouts(handle) for handle in islice(self._leaving, SLICE)]:
             self._send_text(json.dump({"op": "closing", "sessions": part}))
-            self._later(self._take_leave)
+            self._call_soon(self._take_leave)
         else:
             self._hang_up(RESTART, "the server is about to end: resume elsewhere")
 
@@ -460,9 +457,9 @@ class Stream:
         """As cohorts what steps together time after time, else as one group what can be, and the rest one by one."""
         faults = self._codec.faults(frame)
         taken: set[int] = set()
-        if frame.even is not None:
+        if frame.uniform_inputs is not None:
             lineup = self._lineup(frame)
-            if not faults and self._submit_cohorts(frame, frame.even, lineup):
+            if not faults and self._submit_cohorts(frame, frame.uniform_inputs, lineup):
                 return
             for served, bound in self._bound.items():
                 rows, members = _members(bound, frame.handles, faults)
@@ -471,10 +468,10 @@ class Stream:
         if len(taken) < len(frame.entries):
             for i, said in enumerate(zip(frame.handles, frame.steps, frame.positions, strict=True)):
                 if i not in taken:
-                    self._submit(Alone(*said, frame.chunk(i)), faults.get(i), alone=False)
+                    self._submit(SingleEntryFrame(*said, frame.chunk(i)), faults.get(i), alone=False)
 
     def _lineup(self, frame: Frame) -> _Lineup:
-        who = frame.who
+        who = frame.signature
         lineup = self._lineups.get(who)
         if lineup is None:
             if len(self._lineups) == MAX_LINEUPS:
@@ -488,7 +485,7 @@ class Stream:
         if served is None or sum(len(cohort.sessions) for cohort in lineup.cohorts) < len(frame.entries):
             return False
         said = frame.entries["position"]
-        positions = None if said[0] == UNSAID and (said == UNSAID).all() else said
+        positions = None if said[0] == NO_POSITION and (said == NO_POSITION).all() else said
         then = partial(self._settled_group, frame, None, None)
         try:
             return served.loop.submit_cohorts(
@@ -502,8 +499,8 @@ class Stream:
         self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session], lineup: _Lineup
     ) -> list[int]:
         """Returns the rows of the frame that are taken or refused."""
-        assert frame.even is not None
-        inputs, positions = frame.even, frame.positions
+        assert frame.uniform_inputs is not None
+        inputs, positions = frame.uniform_inputs, frame.positions
         whole = len(rows) == len(frame.entries)
         again = whole and lineup.served is served
         lineup.served, lineup.cohorts = served if whole else None, []
@@ -522,7 +519,7 @@ class Stream:
         others = set(left)
         return [i for row, i in enumerate(rows) if row not in others]
 
-    def _submit(self, said: Alone, fault: UnrollError | None, *, alone: bool, left: int = ATTEMPTS) -> None:
+    def _submit(self, said: SingleEntryFrame, fault: UnrollError | None, *, alone: bool, left: int = ATTEMPTS) -> None:
         try:
             if fault is not None:
                 raise fault
@@ -546,7 +543,7 @@ class Stream:
         """A session that lost its row here is brought back, or was. Raises NeedsStoreLookup, or what became of it."""
         if self._keeper and before.durable is not None and not self._keeper.is_verified(self._name, before.id):
             raise NeedsStoreLookup(before.id)
-        served, session = sessions.find_here(self._server, self._name, before.id)
+        served, session = session_operations.find_here(self._server, self._name, before.id)
         if session.origin != before.origin:
             raise _another(before)
         served.scheduler.set_retry_depth(session, before.depth)
@@ -555,7 +552,7 @@ class Stream:
         self._handles += 1
         return served, session
 
-    def _look_up(self, session_id: str, said: Alone, alone: bool, left: int) -> None:
+    def _look_up(self, session_id: str, said: SingleEntryFrame, alone: bool, left: int) -> None:
         """Submit it again when the session was looked up, behind what waits for that already."""
 
         def then(error: UnrollError | None) -> None:
@@ -578,11 +575,11 @@ class Stream:
             self._refuse(said.handle, said.steps, said.position, outcome)
         elif waiting.alone:
             self._send_answers()
-            self._send_binary(encode_one(said.handle, said.steps, outcome.position, outcome.outputs))
+            self._send_binary(encode_single(said.handle, said.steps, outcome.position, outcome.outputs))
             self._answered(1, said.steps)
         else:
             if not self._answers:
-                self._later(self._send_answers)
+                self._call_soon(self._send_answers)
             values = [output.tobytes() for output in outcome.outputs]
             self._answers.append((said.handle, said.steps, outcome.position, values))
 
@@ -593,7 +590,7 @@ class Stream:
         handles, steps, positions, values = zip(*self._answers, strict=True)
         self._answers = []
         in_order = (entry for output in zip(*values, strict=True) for entry in output)
-        self._send_binary(encode(entries_of(handles, steps, positions), in_order))
+        self._send_binary(encode(pack_entries(handles, steps, positions), in_order))
         self._answered(len(handles), sum(steps))
 
     def _settled_group(self, frame: Frame, rows: list[int] | None, lineup: _Lineup | None, reply: GroupReply) -> None:
@@ -612,13 +609,13 @@ class Stream:
             outputs = tuple(output[good] for output in outputs)
         self._send_answers()
         if len(asked):
-            self._send_binary(encode(reached(asked, positions), [output.data for output in outputs]))
+            self._send_binary(encode(with_positions(asked, positions), [output.data for output in outputs]))
             self._answered(len(asked), len(asked) * int(asked[0]["steps"]))
 
     def _refuse_all(self, asked: np.ndarray, error: UnrollError) -> None:
         """asked: entries of a frame."""
         for handle, steps, position in asked.tolist():
-            self._refuse(handle, steps, None if position == UNSAID else position, error)
+            self._refuse(handle, steps, None if position == NO_POSITION else position, error)
 
     def _refuse(self, handle: int, steps: int, position: int | None, error: UnrollError) -> None:
         document = {"op": "error", **_described(error), "handle": handle, "position": position}
@@ -688,208 +685,3 @@ def _check_depth(session: Session, position: int | None) -> None:
         chunks = sum(not isinstance(work, Action) for work in session.own_progress.queue())
         if chunks >= session.depth:
             raise QueueFull(f"{chunks} chunks of the session are unanswered; it was opened for {session.depth}", 0.0)
-
-
-# ── a Stream and a web server ────────────────────────────────────────────────────────────────────
-
-
-class Link(Protocol):
-    """A connection that has been accepted, whoever serves it. closed: done when there will be no more messages."""
-
-    closed: asyncio.Future[None]
-
-    def attach(
-        self,
-        on_text: Callable[[bytes], None],
-        on_binary: Callable[[bytes], None],
-        on_writable: Callable[[bool], None],
-    ) -> None: ...
-    def send_binary(self, message: bytes) -> None: ...
-    def send_text(self, message: bytes) -> None: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def unsent(self) -> int:
-        """Bytes that were sent here, and that the client has not taken."""
-        ...
-
-    def close(self, code: int, reason: str) -> None:
-        """Send no more, once what was sent here has left; what the client still sends is not read."""
-        ...
-
-    def abort(self) -> None:
-        """Cut the connection; what is unsent is lost."""
-        ...
-
-
-def router(server: Server, *, origins: Collection[str] = (), stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
-    """origins: pages of other hosts that are let in, such as `https://example.org`."""
-    api = APIRouter()
-
-    @api.websocket("/v1/models/{model}/stream")
-    async def stream(websocket: WebSocket, model: str) -> None:
-        extensions = websocket.scope.get("extensions") or {}
-        if not _may_enter(websocket, origins):
-            await _deny(websocket, problem_of(403, reason(403), "pages of another origin may not open a stream here"))
-            return
-        loop = asyncio.get_running_loop()
-        link: Link = extensions.get("unroll.stream") or _AsgiLink(websocket)
-        try:
-            served = Stream(
-                server,
-                model,
-                link.send_binary,
-                link.send_text,
-                link.pause,
-                link.resume,
-                later=loop.call_soon,
-                hang_up=link.close,
-            )
-        except UnrollError as error:
-            await _deny(websocket, problem(error))
-            return
-        watch = _Watch(link, served.on_writable, stalled_seconds)
-        try:
-            await websocket.accept()
-            link.attach(served.on_text, served.on_binary, watch.on_writable)
-            await link.closed
-        finally:
-            watch.stop()
-            served.close()
-
-    return api
-
-
-def _may_enter(websocket: WebSocket, origins: Collection[str]) -> bool:
-    """Browsers let any page connect to any host, and say which page it is; other clients say nothing."""
-    origin = websocket.headers.get("origin")
-    return origin is None or origin in origins or origin.partition("://")[2] == websocket.headers.get("host")
-
-
-async def _deny(websocket: WebSocket, answer: Answer) -> None:
-    """As HTTP if the server can, else by a close code: 4000 and the status."""
-    if "websocket.http.response" in (websocket.scope.get("extensions") or {}):
-        await websocket.send_denial_response(answer.response())
-    else:
-        await websocket.accept()
-        await websocket.close(4000 + answer.status)
-
-
-class _Watch:
-    """Cuts off a client that takes nothing for `seconds` while much is waiting for it."""
-
-    def __init__(self, link: Link, on_writable: Callable[[bool], None], seconds: float) -> None:
-        self._link = link
-        self._then = on_writable
-        self._seconds = seconds
-        self._unsent = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def on_writable(self, writable: bool) -> None:
-        self.stop()
-        if not writable:
-            self._wait()
-        self._then(writable)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _wait(self) -> None:
-        self._unsent = self._link.unsent()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._look)
-
-    def _look(self) -> None:
-        if self._link.unsent() < self._unsent:
-            self._wait()
-        else:
-            _log.info("a client that does not read is cut off", unsent=self._unsent)
-            self._link.abort()
-
-
-class _AsgiLink:
-    """A link over ASGI's `receive` and `send`. A transport that offers `unroll.stream` does it without the queue."""
-
-    closed: asyncio.Future[None]
-
-    def __init__(self, websocket: WebSocket) -> None:
-        self._websocket = websocket
-        self._outgoing: deque[tuple[dict[str, Any], int]] = deque()  # messages, and bytes of each
-        self._unsent = 0
-        self._to_write = asyncio.Event()
-        self._reading = asyncio.Event()
-        self._reading.set()
-        self._aborted = asyncio.Event()
-
-    def attach(
-        self,
-        on_text: Callable[[bytes], None],
-        on_binary: Callable[[bytes], None],
-        on_writable: Callable[[bool], None],
-    ) -> None:
-        self._on_text, self._on_binary, self._on_writable = on_text, on_binary, on_writable
-        self.closed = asyncio.ensure_future(self._run())
-
-    def send_binary(self, message: bytes) -> None:
-        self._put({"type": "websocket.send", "bytes": message}, len(message))
-
-    def send_text(self, message: bytes) -> None:
-        self._put({"type": "websocket.send", "text": message.decode()}, len(message))
-
-    def pause(self) -> None:
-        self._reading.clear()
-
-    def resume(self) -> None:
-        self._reading.set()
-
-    def unsent(self) -> int:
-        return self._unsent
-
-    def close(self, code: int, reason: str) -> None:
-        self._put({"type": "websocket.close", "code": code, "reason": reason}, 0)
-
-    def abort(self) -> None:
-        self._aborted.set()
-
-    async def _run(self) -> None:
-        tasks = [asyncio.ensure_future(part) for part in (self._read(), self._write(), self._aborted.wait())]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-        for task in done:
-            task.result()
-
-    async def _read(self) -> None:
-        while True:
-            await self._reading.wait()
-            message = await self._websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            if (content := message.get("bytes")) is not None:
-                self._on_binary(content)
-            else:
-                self._on_text(message["text"].encode())
-
-    async def _write(self) -> None:
-        while True:
-            await self._to_write.wait()
-            self._to_write.clear()
-            while self._outgoing:
-                message, size = self._outgoing.popleft()
-                try:
-                    await self._websocket.send(message)
-                except WebSocketDisconnect:
-                    return
-                if message["type"] == "websocket.close":
-                    return
-                before, self._unsent = self._unsent, self._unsent - size
-                if before > _LOW_WATER >= self._unsent:
-                    self._on_writable(True)
-
-    def _put(self, message: dict[str, Any], size: int) -> None:
-        self._outgoing.append((message, size))
-        self._to_write.set()
-        before, self._unsent = self._unsent, self._unsent + size
-        if before <= _HIGH_WATER < self._unsent:
-            self._on_writable(False)

@@ -25,7 +25,7 @@ class Drainable(Protocol):
 
 
 @dataclass(slots=True)
-class Server:
+class AppState:
     """durability: of sessions that do not say it. snapshot_keys: for states that clients hold, if they may.
     shared_port: on which other processes listen, too, so that a client's next connection may reach another.
     requests: figures by inference route. streams: the open ones.

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic import ValidationError
 
-from unroll.service.api import routes, sessions
+from unroll.service.api import inference_routes, session_operations
+from unroll.service.api.app_state import AppState
 from unroll.service.api.bodies import (
     ForkSession,
     HeldSession,
@@ -21,10 +22,9 @@ from unroll.service.api.bodies import (
     StepsReply,
     Tensor,
 )
-from unroll.service.api.held import encoded
-from unroll.service.api.http import JSON, RAW, Request, read_request
 from unroll.service.api.parameters import split_reference
-from unroll.service.api.server import Server
+from unroll.service.api.request import JSON, RAW, Request, read_request
+from unroll.service.api.sealed_steps import encoded
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
@@ -70,21 +70,21 @@ _TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds until the work must have b
 _POSITION = _header("Unroll-Position", "where the client believes the session is; JSON bodies may say it as `position`")
 
 
-def router(server: Server) -> APIRouter:
+def router(app: AppState) -> APIRouter:
     api = APIRouter(prefix="/v1", tags=["native v1"])
-    limit = server.limits.max_body_bytes
+    limit = app.limits.max_body_bytes
 
     async def respond(http: HttpRequest) -> Response:
         request = await read_request(http.scope, http.receive, limit)
-        return (await routes.answer(server, http.url.path, request)).response()
+        return (await inference_routes.answer(app, http.url.path, request)).response()
 
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:
-        return [_describe(server, server.catalog.resolve(name)) for name in server.catalog.names()]
+        return [_describe(app, app.catalog.resolve(name)) for name in app.catalog.names()]
 
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
     async def model(model: str) -> ModelInfo:
-        return _describe(server, server.catalog.resolve(*split_reference(model)))
+        return _describe(app, app.catalog.resolve(*split_reference(model)))
 
     @api.post(
         "/models/{model}/sequences",
@@ -120,19 +120,19 @@ def router(server: Server) -> APIRouter:
                 **dict.fromkeys(("session_id", "state", "static", "durability")), snapshot=request.body
             )
         else:
-            body = _body(OpenSession, request, server.limits.max_json_bytes)
-        beginning = sessions.Beginning(state=body.state, snapshot=body.snapshot, static=body.static)
+            body = _body(OpenSession, request, app.limits.max_json_bytes)
+        beginning = session_operations.Beginning(state=body.state, snapshot=body.snapshot, static=body.static)
         if body.durability == "client":
-            described, sealed = sessions.hold(server, model, body.session_id, **beginning)
+            described, sealed = session_operations.hold(app, model, body.session_id, **beginning)
             return HeldSession(**described, snapshot=encoded(sealed))
-        opened = sessions.open_session(server, model, body.session_id, durability=body.durability, **beginning)
+        opened = session_operations.open_session(app, model, body.session_id, durability=body.durability, **beginning)
         return _info(*await opened)
 
     @api.get(
         "/models/{model}/sessions/{session_id}", summary="Where a session is", responses=_problems(404, 409, 410, 503)
     )
     async def session(model: str, session_id: str) -> SessionInfo:
-        return _info(*await sessions.find(server, model, session_id))
+        return _info(*await session_operations.find(app, model, session_id))
 
     @api.delete(
         "/models/{model}/sessions/{session_id}",
@@ -140,7 +140,7 @@ def router(server: Server) -> APIRouter:
         responses=_problems(404, 409, 410, 503),
     )
     async def close(model: str, session_id: str) -> SessionInfo:
-        return _info(*await sessions.close(server, model, session_id))
+        return _info(*await session_operations.close(app, model, session_id))
 
     @api.post(
         "/models/{model}/sessions/{session_id}/fork",
@@ -152,8 +152,8 @@ def router(server: Server) -> APIRouter:
         },
     )
     async def fork(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
-        body = _body(ForkSession, await read_request(http.scope, http.receive, limit), server.limits.max_json_bytes)
-        return _info(*await sessions.fork(server, model, session_id, body.session_id))
+        body = _body(ForkSession, await read_request(http.scope, http.receive, limit), app.limits.max_json_bytes)
+        return _info(*await session_operations.fork(app, model, session_id, body.session_id))
 
     @api.get(
         "/models/{model}/sessions/{session_id}/state",
@@ -162,7 +162,7 @@ def router(server: Server) -> APIRouter:
         responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410, 503)},
     )
     async def save(model: str, session_id: str) -> Response:
-        snapshot = await sessions.save(server, model, session_id)
+        snapshot = await session_operations.save(app, model, session_id)
         headers = {"Unroll-Position": str(snapshot.position)}
         return Response(snapshot.to_bytes(), headers=headers, media_type=RAW.decode())
 
@@ -176,7 +176,7 @@ def router(server: Server) -> APIRouter:
         request = await read_request(http.scope, http.receive, limit)
         if request.media_type != RAW:
             raise UnsupportedMediaType("a snapshot is sent as application/octet-stream")
-        return _info(*await sessions.restore(server, model, session_id, request.body))
+        return _info(*await session_operations.restore(app, model, session_id, request.body))
 
     return api
 
@@ -200,10 +200,10 @@ def _body(kind: type[Body], request: Request, limit: int) -> Body:
 
 
 def _info(served: ServedModel, session: Any) -> SessionInfo:
-    return SessionInfo(**sessions.describe(served, session))
+    return SessionInfo(**session_operations.describe(served, session))
 
 
-def _describe(server: Server, served: ServedModel) -> ModelInfo:
+def _describe(app: AppState, served: ServedModel) -> ModelInfo:
     manifest = served.manifest
     tensors = [
         [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time) for t in group]
@@ -225,5 +225,5 @@ def _describe(server: Server, served: ServedModel) -> ModelInfo:
         precision=served.serving.precision,
         parity=served.serving.parity,
         stability=served.serving.stability,
-        sessions=server.catalog.sessions_of(served.name, served.version),
+        sessions=app.catalog.sessions_of(served.name, served.version),
     )

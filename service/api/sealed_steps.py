@@ -7,10 +7,10 @@ import base64
 import binascii
 from functools import partial
 
-from unroll.service.api.errors import problem
-from unroll.service.api.http import JSON, RAW, Answer, Answering, Cancel, Request, Respond
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
-from unroll.service.api.server import Server
+from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
 from unroll.service.protocol import json
@@ -23,22 +23,22 @@ from unroll.service.state.snapshot import Snapshot
 LENGTH = b"unroll-snapshot-length"
 
 
-def keys_of(server: Server) -> SnapshotKeys:
+def keys_of(app: AppState) -> SnapshotKeys:
     """Raises DurabilityUnavailable."""
-    if server.snapshot_keys is None:
+    if app.snapshot_keys is None:
         raise DurabilityUnavailable(
             "this server has no key to sign states with: durability client needs --snapshot-keys"
         )
-    return server.snapshot_keys
+    return app.snapshot_keys
 
 
 def held_steps(
-    server: Server, model: str, session_id: str, request: Request, respond: Respond, document: dict | None = None
+    app: AppState, model: str, session_id: str, request: Request, respond: Respond, document: dict | None = None
 ) -> Cancel:
     """T >= 1 time steps from the snapshot in the request; document: its body, unless that is raw."""
     sealed, values = _from_raw(request) if document is None else (_from_json(document), b"")
-    content = keys_of(server).open(session_id, sealed)
-    served = server.catalog.with_digest(*split_reference(model), Snapshot.model_of(content))
+    content = keys_of(app).open(session_id, sealed)
+    served = app.catalog.with_digest(*split_reference(model), Snapshot.model_of(content))
     snapshot = Snapshot.from_bytes(content, digest=served.manifest.digest, state_size=served.manifest.state_size)
     position = request.whole_number(POSITION)
     if document is None:
@@ -50,9 +50,9 @@ def held_steps(
         raise PositionGap(
             f"the snapshot is at {snapshot.position}, the chunk begins at {position}", expected=snapshot.position
         )
-    held = _Held(server, served, session_id, raw=document is None)
+    held = _Held(app, served, session_id, raw=document is None)
     settled = Answering(respond, problem, _Held.encode, held)
-    held.chunk = served.loop.submit_held(inputs, snapshot.row, snapshot.position, timeout_of(server, request), settled)
+    held.chunk = served.loop.submit_held(inputs, snapshot.row, snapshot.position, timeout_of(app, request), settled)
     return partial(served.loop.leave, held.chunk, settled)
 
 
@@ -61,8 +61,8 @@ class _Held:
 
     chunk: Chunk
 
-    def __init__(self, server: Server, served: ServedModel, session_id: str, *, raw: bool) -> None:
-        self._keys = keys_of(server)
+    def __init__(self, app: AppState, served: ServedModel, session_id: str, *, raw: bool) -> None:
+        self._keys = keys_of(app)
         self._served = served
         self._session_id = session_id
         self._raw = raw

@@ -1,6 +1,6 @@
 """The interface between the scheduler and an engine.
 
-`host.py` implements it with the state rows in host memory, `cuda/` with the rows in a GPU's memory.
+`host_engine.py` implements it with the state rows in host memory, `cuda/` with the rows in a GPU's memory.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,7 +4,7 @@ import numpy as np
 
 from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.interface import BatchResult, Rows, Tensors
+from unroll.service.engine.engine import BatchResult, Rows, Tensors
 from unroll.service.engine.rows import non_finite, one_by_one
 from unroll.service.engine.runner import BoundCall, Runner
 from unroll.service.engine.tensor_ref import TensorRef

@@ -19,7 +19,7 @@ from unroll.service.engine.cuda.parts import Layer, Segment
 from unroll.service.engine.cuda.sequence_call import SequenceCall
 from unroll.service.engine.cuda.step_call import NOWHERE, StepCall, StepMemory
 from unroll.service.engine.cuda.step_model import SeparateModel, StepModel, WholeModel
-from unroll.service.engine.interface import MAX_LAUNCHED, BatchResult, DeviceFailed, Rows
+from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, DeviceFailed, Rows
 from unroll.service.engine.rows import empty_outputs, one_by_one
 from unroll.service.engine.runner import Runner
 from unroll.service.state.slots import INITIAL

@@ -7,9 +7,9 @@ from typing import TypedDict, TypeVar, Unpack
 
 import numpy as np
 
-from unroll.service.api.held import keys_of
+from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
-from unroll.service.api.server import Server
+from unroll.service.api.sealed_steps import keys_of
 from unroll.service.catalog.keeper import Keeper
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import (
@@ -60,7 +60,7 @@ def describe(served: ServedModel, session: Session) -> dict:
 
 
 async def open_session(
-    server: Server,
+    app: AppState,
     model: str,
     session_id: str | None,
     *,
@@ -69,18 +69,16 @@ async def open_session(
 ) -> tuple[ServedModel, Session]:
     """A new session, which the server keeps."""
     name, version = split_reference(model)
-    served = server.catalog.resolve(name, version)
+    served = app.catalog.resolve(name, version)
     require_streamable(served)
-    server.refuse_if_draining()
+    app.refuse_if_draining()
     start = start_of(served, **beginning)
     position = start.position if start else 0
-    keeper = keeper_for(server, durability)
+    keeper = keeper_for(app, durability)
     if keeper is not None:
-        wanted = await _looked_up(server, name, session_id, lambda: new_id(server, name, session_id))
+        wanted = await _looked_up(app, name, session_id, lambda: new_id(app, name, session_id))
         return served, await keeper.create(served, wanted, position, _row_of(start))
-    return served, await _looked_up(
-        server, name, session_id, lambda: begin(served, new_id(server, name, session_id), start)
-    )
+    return served, await _looked_up(app, name, session_id, lambda: begin(served, new_id(app, name, session_id), start))
 
 
 def begin(served: ServedModel, session_id: str, start: Snapshot | None) -> Session:
@@ -93,15 +91,15 @@ def begin(served: ServedModel, session_id: str, start: Snapshot | None) -> Sessi
 
 
 def hold(
-    server: Server,
+    app: AppState,
     model: str,
     session_id: str | None,
     **beginning: Unpack[Beginning],
 ) -> tuple[dict, bytes]:
     """A session that its client holds: what it is, and the sealed snapshot to begin with."""
-    keys = keys_of(server)
-    server.refuse_if_draining()
-    served = server.catalog.resolve(*split_reference(model))
+    keys = keys_of(app)
+    app.refuse_if_draining()
+    served = app.catalog.resolve(*split_reference(model))
     require_streamable(served)
     start = start_of(served, **beginning) or Snapshot(served.manifest.digest, 0, served.manifest.initial_row())
     if session_id is not None:
@@ -119,72 +117,70 @@ def hold(
     return described, keys.seal(session_id, start)
 
 
-def keeper_for(server: Server, durability: str | None) -> Keeper | None:
+def keeper_for(app: AppState, durability: str | None) -> Keeper | None:
     """Who keeps a new session of that durability, or of the server's own; None: nobody but the process.
 
     Raises DurabilityUnavailable.
     """
-    durability = durability or server.durability
-    if durability == "memory" and server.shared_port is not None:
+    durability = durability or app.durability
+    if durability == "memory" and app.shared_port is not None:
         raise DurabilityUnavailable(
             "there are several workers, and a session in the memory of one is unknown to the rest"
         )
     if durability == "memory":
         return None
-    if server.catalog.keeper is None:
+    if app.catalog.keeper is None:
         raise DurabilityUnavailable("this server has no store: durability redis needs --store")
-    return server.catalog.keeper
+    return app.catalog.keeper
 
 
-async def _looked_up(server: Server, name: str, session_id: str | None, do: Callable[[], T]) -> T:
+async def _looked_up(app: AppState, name: str, session_id: str | None, do: Callable[[], T]) -> T:
     """`do()` in the moment in which what is known of the session here is what the store knows, if there is one.
 
     A moment later it may have lost its row to another session.
     """
-    if server.catalog.keeper is None or session_id is None:
+    if app.catalog.keeper is None or session_id is None:
         return do()
-    return await server.catalog.keeper.look_up(name, session_id, do)
+    return await app.catalog.keeper.look_up(name, session_id, do)
 
 
-async def _at(server: Server, model: str, session_id: str, do: Callable[[ServedModel, Session], T]) -> T:
+async def _at(app: AppState, model: str, session_id: str, do: Callable[[ServedModel, Session], T]) -> T:
     """The same with a living session, and where it is."""
-    return await _looked_up(
-        server, split_reference(model)[0], session_id, lambda: do(*find_here(server, model, session_id))
-    )
+    return await _looked_up(app, split_reference(model)[0], session_id, lambda: do(*find_here(app, model, session_id)))
 
 
-async def find(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
-    return await _at(server, model, session_id, lambda served, session: (served, session))
+async def find(app: AppState, model: str, session_id: str) -> tuple[ServedModel, Session]:
+    return await _at(app, model, session_id, lambda served, session: (served, session))
 
 
-def find_here(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
+def find_here(app: AppState, model: str, session_id: str) -> tuple[ServedModel, Session]:
     """The session as this process knows it, without a lookup in the store."""
-    served = server.catalog.owner_here(*split_reference(model), session_id)
+    served = app.catalog.owner_here(*split_reference(model), session_id)
     return served, served.scheduler.sessions.find_detached(session_id, served.loop.clock.now())
 
 
-async def fork(server: Server, model: str, session_id: str, wanted_id: str | None) -> tuple[ServedModel, Session]:
+async def fork(app: AppState, model: str, session_id: str, wanted_id: str | None) -> tuple[ServedModel, Session]:
     """A second session that goes on from where the first is, after the work accepted so far."""
-    server.refuse_if_draining()
+    app.refuse_if_draining()
 
     def begin_fork(served: ServedModel, session: Session) -> tuple[ServedModel, Awaitable[Session | Snapshot]]:
         if session.durable is not None:
             return served, _save(served, session)
-        return served, served.loop.act(session.id, lambda session: _copy(server, served, session, wanted_id))
+        return served, served.loop.act(session.id, lambda session: _copy(app, served, session, wanted_id))
 
-    served, forking = await _at(server, model, session_id, begin_fork)
+    served, forking = await _at(app, model, session_id, begin_fork)
     forked = await forking
     if isinstance(forked, Session):
         return served, forked
-    durability = server.catalog.store.durability if server.catalog.store is not None else None
-    keeper, name = keeper_for(server, durability), served.name
+    durability = app.catalog.store.durability if app.catalog.store is not None else None
+    keeper, name = keeper_for(app, durability), served.name
     assert keeper is not None
-    forked_id = await _looked_up(server, name, wanted_id, lambda: new_id(server, name, wanted_id))
+    forked_id = await _looked_up(app, name, wanted_id, lambda: new_id(app, name, wanted_id))
     return served, await keeper.create(served, forked_id, forked.position, _row_of(forked))
 
 
-def _copy(server: Server, served: ServedModel, session: Session, wanted_id: str | None) -> Session:
-    forked_id = new_id(server, served.name, wanted_id)
+def _copy(app: AppState, served: ServedModel, session: Session, wanted_id: str | None) -> Session:
+    forked_id = new_id(app, served.name, wanted_id)
     forked = served.scheduler.open(forked_id, served.loop.clock.now(), position=session.position)
     if session.source != INITIAL:
         served.engine.copy(session.source, forked.slot)
@@ -192,8 +188,8 @@ def _copy(server: Server, served: ServedModel, session: Session, wanted_id: str 
     return forked
 
 
-async def save(server: Server, model: str, session_id: str) -> Snapshot:
-    return await (await _at(server, model, session_id, _save))
+async def save(app: AppState, model: str, session_id: str) -> Snapshot:
+    return await (await _at(app, model, session_id, _save))
 
 
 def _save(served: ServedModel, session: Session) -> Awaitable[Snapshot]:
@@ -203,13 +199,13 @@ def _save(served: ServedModel, session: Session) -> Awaitable[Snapshot]:
     return served.loop.act(session.id, read)
 
 
-async def restore(server: Server, model: str, session_id: str, content: bytes) -> tuple[ServedModel, Session]:
+async def restore(app: AppState, model: str, session_id: str, content: bytes) -> tuple[ServedModel, Session]:
     """Put a living session where the snapshot was taken."""
 
     def begin_put(served: ServedModel, session: Session) -> tuple[ServedModel, Awaitable[Session]]:
         snapshot = _snapshot(served, content)
-        if server.catalog.keeper is not None and session.durable is not None:
-            return served, server.catalog.keeper.put(served, session, snapshot)
+        if app.catalog.keeper is not None and session.durable is not None:
+            return served, app.catalog.keeper.put(served, session, snapshot)
 
         def write(session: Session) -> Session:
             _restore(served, session, snapshot)
@@ -218,19 +214,19 @@ async def restore(server: Server, model: str, session_id: str, content: bytes) -
 
         return served, served.loop.act(session.id, write)
 
-    served, putting = await _at(server, model, session_id, begin_put)
+    served, putting = await _at(app, model, session_id, begin_put)
     return served, await putting
 
 
-async def close(server: Server, model: str, session_id: str) -> tuple[ServedModel, Session]:
+async def close(app: AppState, model: str, session_id: str) -> tuple[ServedModel, Session]:
     def begin_close(served: ServedModel, session: Session) -> tuple[ServedModel, Session]:
         if session.durable is None:
             served.scheduler.close(session.id, served.loop.clock.now())
         return served, session
 
-    served, session = await _at(server, model, session_id, begin_close)
-    if server.catalog.keeper is not None and session.durable is not None:
-        await server.catalog.keeper.close(served, session)
+    served, session = await _at(app, model, session_id, begin_close)
+    if app.catalog.keeper is not None and session.durable is not None:
+        await app.catalog.keeper.close(served, session)
     return served, session
 
 
@@ -271,12 +267,12 @@ def _state(served: ServedModel, state: list[float]) -> Snapshot:
     return Snapshot(served.manifest.digest, 0, row)
 
 
-def new_id(server: Server, name: str, session_id: str | None) -> str:
+def new_id(app: AppState, name: str, session_id: str | None) -> str:
     """The id asked for, if no version has a living session of it; one made here if none was asked for."""
     if session_id is None:
         return secrets.token_urlsafe(_ID_BYTES)
     check_id(session_id)
-    if (living := server.catalog.living(name, session_id)) is not None:
+    if (living := app.catalog.living(name, session_id)) is not None:
         session = living.scheduler.sessions.find_detached(session_id, living.loop.clock.now())
         raise SessionExists(f"session {session_id!r} is open", position=session.position)
     return session_id

@@ -3,7 +3,7 @@
 import math
 from http import HTTPStatus
 
-from unroll.service.api.http import JSON, Answer
+from unroll.service.api.request import JSON, Answer
 from unroll.service.core import errors as e
 from unroll.service.protocol import json
 

@@ -4,7 +4,7 @@ that share one are replicas of each other."""
 from collections.abc import Sequence
 
 from unroll.service.core.errors import SessionContended, UnrollError
-from unroll.service.store.base import Commit, Key
+from unroll.service.store.interface import Commit, Key
 from unroll.service.store.record import Gone, Origin, Record, unpack_last
 
 

@@ -1,0 +1,100 @@
+"""The WebSocket route of a stream: who may connect, and what becomes of a client that does not read."""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+from fastapi import APIRouter, WebSocket
+
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import problem, problem_of, reason
+from unroll.service.api.request import Answer
+from unroll.service.api.stream.connection import Connection
+from unroll.service.api.stream.link import AsgiLink, Link
+from unroll.service.core.errors import UnrollError
+
+_log = structlog.get_logger(__name__)
+
+#: Seconds after which a client that does not read is cut off.
+STALLED_SECONDS = 30.0
+
+
+def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
+    """The route `/v1/models/{model}/stream`."""
+    api = APIRouter()
+
+    @api.websocket("/v1/models/{model}/stream")
+    async def stream(websocket: WebSocket, model: str) -> None:
+        if not _is_same_origin(websocket):
+            await _deny(websocket, problem_of(403, reason(403), "pages of another origin may not open a stream here"))
+            return
+        extensions = websocket.scope.get("extensions") or {}
+        link: Link = extensions.get("unroll.stream") or AsgiLink(websocket)
+        try:
+            connection = Connection(server, model, link, asyncio.get_running_loop().call_soon)
+        except UnrollError as error:
+            await _deny(websocket, problem(error))
+            return
+        slow_reader = SlowReaderTimer(link, connection.on_writable, stalled_seconds)
+        try:
+            await websocket.accept()
+            link.attach(connection.on_text, connection.on_binary, slow_reader.on_writable)
+            await link.closed
+        finally:
+            slow_reader.stop()
+            connection.close()
+
+    return api
+
+
+def _is_same_origin(websocket: WebSocket) -> bool:
+    """Browsers let any page connect to any host and send the page's origin; other clients send none."""
+    origin = websocket.headers.get("origin")
+    return origin is None or origin.partition("://")[2] == websocket.headers.get("host")
+
+
+async def _deny(websocket: WebSocket, answer: Answer) -> None:
+    """Refuse the connection by an HTTP response if the server can send one, else by close code 4000 + status."""
+    if "websocket.http.response" in (websocket.scope.get("extensions") or {}):
+        await websocket.send_denial_response(answer.response())
+    else:
+        await websocket.accept()
+        await websocket.close(4000 + answer.status)
+
+
+class SlowReaderTimer:
+    """Cuts off a client that takes nothing for a while although much waits for it.
+
+    Args:
+        link: the connection.
+        on_writable: called when the client stops reading or reads again.
+        seconds: how long the client may take nothing.
+    """
+
+    def __init__(self, link: Link, on_writable: Callable[[bool], None], seconds: float) -> None:
+        self._link = link
+        self._on_writable = on_writable
+        self._seconds = seconds
+        self._unsent = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def on_writable(self, writable: bool) -> None:
+        self.stop()
+        if not writable:
+            self._start()
+        self._on_writable(writable)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _start(self) -> None:
+        self._unsent = self._link.unsent()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._check)
+
+    def _check(self) -> None:
+        if self._link.unsent() < self._unsent:
+            self._start()
+        else:
+            _log.info("a client that does not read is cut off", unsent=self._unsent)
+            self._link.abort()

@@ -1,0 +1,79 @@
+"""A connection without any network."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from serving import HeldEngine
+from streams import PATIENCE, Reply, frame, replies
+
+from unroll.bundle import Manifest
+from unroll.service.api.app_state import AppState
+from unroll.service.api.stream.connection import Connection
+
+
+@dataclass
+class FakeLink:
+    """Records what is sent, text as the JSON it holds, and when reading is paused and resumed."""
+
+    sent: list[bytes | dict] = field(default_factory=list)
+    flow: list[str] = field(default_factory=list)
+    closed: asyncio.Future[None] = field(default_factory=asyncio.Future)
+
+    def attach(self, *_: object) -> None: ...
+
+    def send_binary(self, message: bytes) -> None:
+        self.sent.append(message)
+
+    def send_text(self, message: bytes) -> None:
+        self.sent.append(json.loads(message))
+
+    def pause(self) -> None:
+        self.flow.append("pause")
+
+    def resume(self) -> None:
+        self.flow.append("resume")
+
+    def unsent(self) -> int:
+        return 0
+
+    def close(self, code: int, reason: str) -> None:
+        self.sent.append({"op": "hung up", "code": code})
+
+    def abort(self) -> None: ...
+
+
+@dataclass
+class Wire:
+    """A connection of a server that is not listening."""
+
+    connection: Connection
+    server: AppState
+    manifest: Manifest
+    sent: list[bytes | dict]
+    flow: list[str]
+    engine: HeldEngine
+
+    def frame(self, handles: range, steps: int = 1) -> None:
+        self.connection.on_binary(frame(*[(handle, None, np.ones((steps, 3), "<f4")) for handle in handles]))
+
+    async def bind(self, number: int, **options: object) -> None:
+        wanted = [{"handle": handle, **options} for handle in range(number)]
+        self.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
+        await soon(lambda: self.sent)
+        self.flow.clear()
+        opened = self.sent.pop()
+        assert isinstance(opened, dict)
+        assert not [item for item in opened["sessions"] if "error" in item]
+
+    def answered(self) -> list[Reply]:
+        return [r for message in self.sent if isinstance(message, bytes) for r in replies(self.manifest, message)]
+
+
+async def soon(condition: Callable[[], object]) -> None:
+    """Returns when the event loop has made the condition true."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 there is nothing to wait for but turns of the loop
+            await asyncio.sleep(0)

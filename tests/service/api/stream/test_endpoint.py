@@ -1,0 +1,127 @@
+"""Who may connect, and the end of a client that does not read."""
+
+import json
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from serving import Running, until
+from streams import PATIENCE, Dial, Plain, frame
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from unroll.service.api.stream import endpoint
+from unroll.service.settings import Settings
+
+Background = Callable[..., Future]
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "code"),
+    [
+        ("nobody", 404, "model_unknown"),
+        ("lstm:7", 404, "model_unknown"),
+        ("whole", 422, "not_streamable"),
+        ("%00", 404, "model_unknown"),
+    ],
+)
+def test_models_that_cannot_be_streamed(any_server: Running, dial: Dial, model: str, status: int, code: str):
+    with pytest.raises(InvalidStatus) as refusal:
+        dial(running=any_server, model=model)
+    response = refusal.value.response
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
+    assert json.loads(response.body)["code"] == code
+
+
+def test_a_refusal_is_not_logged_as_a_fault(
+    server: Running, dial: Dial, client: httpx.Client, caplog: pytest.LogCaptureFixture
+):
+    with pytest.raises(InvalidStatus):
+        dial(model="nobody")
+    assert client.get("/livez").status_code == 200  # by now the application has returned
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_pages_of_other_origins(any_server: Running, dial: Dial):
+    """A browser says which page asks; only the server's own may. Who says nothing is no browser."""
+    dial(running=any_server, origin=f"http://{any_server.address}")
+    for origin in ("http://evil.example", "null", "http://[", f"http://{any_server.address}.evil.example"):
+        with pytest.raises(InvalidStatus) as refusal:
+            dial(running=any_server, origin=origin)
+        assert refusal.value.response.status_code == 403
+
+
+async def test_a_server_without_http_answers(server: Running):
+    """It can only close the connection: the code says why."""
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/v1/models/nobody/stream", "headers": [], "query_string": b"", "asgi": {}}
+    await server_app(server)(scope, receive, send)
+    assert [(message["type"], message.get("code")) for message in sent] == [
+        ("websocket.accept", None),
+        ("websocket.close", 4404),
+    ]
+
+
+def server_app(running: Running) -> Callable:
+    return running.uvicorn.config.loaded_app
+
+
+@pytest.mark.parametrize("kind", [Running, Plain])
+def test_a_client_that_does_not_read(
+    repository: Path,
+    dial: Dial,
+    background: Background,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Running],
+    x: np.ndarray,
+):
+    """It is read from no more and then cut off, while its sessions live on; others feel nothing."""
+    monkeypatch.setattr(endpoint, "router", partial(endpoint.router, stalled_seconds=0.5))
+    running = kind(Settings(repository=repository))
+    deaf = socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    deaf.connect(("127.0.0.1", running.port))
+    try:
+        client = dial(running=running, sock=deaf, max_queue=1)
+        names = client.bind(*range(64), depth=64)
+        chunk = frame(*[(handle, None, np.zeros((100, 3), "<f4")) for handle in range(64)])
+        (stalled,) = running.server.streams
+
+        def flood() -> None:
+            with suppress(ConnectionClosed):
+                for _ in range(10_000):  # 800 MB, were they taken
+                    client.socket.send(chunk)
+                pytest.fail("the server took everything")
+
+        flooding = background(flood)
+        until(lambda: "paused" in repr(stalled))
+        other = dial(running=running)
+        other.bind(0)
+        assert other.step((0, 0, x))[0].position == 12
+        until(lambda: stalled not in running.server.streams, "the end of the deaf client")
+        hang_up(deaf)
+        flooding.result(PATIENCE)
+        (resumed,) = other.open({"handle": 1, "session_id": names[0], "mode": "resume"})
+        assert resumed["position"] > 0
+        assert other.step((1, None, x))[1].steps == 12
+    finally:
+        hang_up(deaf)
+        running.stop()
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Also for who waits to write to it."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

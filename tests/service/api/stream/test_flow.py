@@ -1,0 +1,63 @@
+"""What is unanswered is bounded: the connection is not read from until answers have left."""
+
+import numpy as np
+import pytest
+from fake_link import Wire, soon
+from streams import frame
+
+from unroll.service.api.stream import connection
+from unroll.service.api.stream.connection import WINDOW
+
+
+async def test_the_window(wire: Wire):
+    """More unanswered entries than that, and no more is read until answers have left."""
+    await wire.bind(WINDOW + 1)
+    wire.frame(range(WINDOW))
+    assert wire.flow == []
+    wire.frame(range(WINDOW, WINDOW + 1))
+    assert wire.flow == ["pause"]
+    assert f"{WINDOW + 1} entries" in repr(wire.connection)
+    wire.engine.release()
+    await soon(lambda: len(wire.answered()) == WINDOW + 1)
+    assert wire.flow == ["pause", "resume"]
+    assert "open, 2049 sessions, 0 entries" in repr(wire.connection)
+
+
+async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
+    """Few entries may have large answers."""
+    monkeypatch.setattr(connection, "WINDOW_BYTES", 4096)
+    await wire.bind(3)
+    steps = 4096 // sum(spec.nbytes for spec in wire.manifest.outputs) // 2
+    wire.frame(range(2), steps)
+    assert wire.flow == []
+    wire.frame(range(2, 3))
+    assert wire.flow == ["pause"]
+    wire.frame(range(3, 4), steps)  # refused, which is an answer: no such handle
+    wire.connection.on_binary(frame((2, 99, np.ones((7, 3), "<f4")), (0, 99, np.ones((9, 3), "<f4"))))
+    wire.engine.release()
+    await soon(lambda: len(wire.answered()) == 3)
+    assert wire.flow == ["pause", "resume"]
+    wire.frame(range(2), steps)
+    assert wire.flow == ["pause", "resume"]
+    wire.frame(range(2, 3))
+    assert wire.flow == ["pause", "resume", "pause"]
+
+
+async def test_not_read_while_the_client_does_not_read(wire: Wire):
+    wire.connection.on_writable(False)
+    wire.connection.on_writable(False)
+    assert wire.flow == ["pause"]
+    assert "paused" in repr(wire.connection)
+    wire.connection.on_writable(True)
+    assert wire.flow == ["pause", "resume"]
+
+
+async def test_both_reasons_to_pause_must_end(wire: Wire):
+    await wire.bind(WINDOW + 1)
+    wire.frame(range(WINDOW + 1))
+    wire.connection.on_writable(False)
+    wire.engine.release()
+    await soon(lambda: len(wire.answered()) == WINDOW + 1)
+    assert wire.flow == ["pause"]
+    wire.connection.on_writable(True)
+    assert wire.flow == ["pause", "resume"]

@@ -1,0 +1,23 @@
+"""How answers leave."""
+
+from fake_link import Wire, soon
+from streams import replies
+
+
+async def test_errors_are_answers_too(wire: Wire):
+    await wire.bind(2)
+    wire.frame(range(2, 10))
+    assert [message["handle"] for message in wire.sent if isinstance(message, dict)] == list(range(2, 10))
+    assert "0 entries" in repr(wire.connection)
+
+
+async def test_a_frame_is_answered_by_few(wire: Wire):
+    """Sessions that are idle by one frame; those that were busy, and so were queued one by one, by another."""
+    await wire.bind(100, depth=2)
+    wire.frame(range(50))
+    wire.frame(range(100))
+    wire.engine.release()
+    await soon(lambda: len(wire.answered()) == 150)
+    assert len(wire.sent) <= 4
+    frames = [replies(wire.manifest, message) for message in wire.sent if isinstance(message, bytes)]
+    assert {reply.position for reply in frames[0]} == {1}
