@@ -258,7 +258,7 @@ class Turns:
 
     def _turn(self, now: float) -> None:
         _, batch = self.scheduler.next_turn(now)
-        self.scheduler.finish(batch, (batch.inputs[0],), {}, now, 1e-4)
+        self.scheduler.complete(batch, (batch.inputs[0],), {}, now, 1e-4)
 
     def _on_chunk_done(self, outcome: object) -> None:
         self.answered += 1

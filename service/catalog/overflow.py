@@ -120,7 +120,7 @@ class Overflow:
         models = self._models(key[0])
         heirs = [model for model in models if model.manifest.digest == record.origin.model] or models[:1]
         for model in heirs[:1]:
-            model.scheduler.count_gone(cause)
+            model.scheduler.counters.count_gone(cause)
             model.scheduler.sessions.add_closed(key[1], cause, self._clock.now(), record.origin.opened_with)
 
     # ── from one process to the next ─────────────────────────────────────────────────────────────

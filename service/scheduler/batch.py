@@ -9,6 +9,7 @@ import numpy as np
 
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
+from unroll.service.scheduler.limits import ModelTraits
 
 #: Rows of the arena. A batch writes where it reads if it is given one object for both.
 Indices = list[int] | np.ndarray
@@ -51,6 +52,14 @@ class Batch:
         self._sources.append(sources)
         self._targets.append(targets)
         self._blocks.append(block)
+
+    def outputs_of(self, row: int, outputs: Tensors, traits: ModelTraits) -> Tensors:
+        """One row's outputs, without the padding; outputs: of all rows."""
+        own = row_of(outputs, row)
+        steps = self.lens[row]
+        if steps == self.longest:
+            return own
+        return tuple([array[:steps] if spec.time else array for spec, array in zip(traits.outputs, own, strict=True)])
 
     def seal(self, now: float) -> Self:
         """Make arrays of the added rows; afterwards the batch can be run."""

@@ -55,7 +55,7 @@ class Chunk(Work):
         self.opens = opens
         self.final = final
 
-    def settle(self, outcome: Outcome) -> None:
+    def answer(self, outcome: Outcome) -> None:
         self.outcome = outcome
         for listener in self.listeners:
             listener(outcome)
@@ -101,7 +101,7 @@ class Group(Work):
     followers: list[tuple[int, Chunk]] = field(default_factory=list)
     outcome: GroupReply | None = None
 
-    def settle(self, reply: GroupReply) -> None:
+    def answer(self, reply: GroupReply) -> None:
         self.outcome = reply
         self.then(reply)
 
@@ -116,7 +116,7 @@ class Action(Work):
     outcome: object = None
     length: int = 0
 
-    def settle(self, outcome: object) -> None:
+    def answer(self, outcome: object) -> None:
         self.outcome = outcome
         for listener in self.listeners:
             listener(outcome)

@@ -11,53 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from unroll.service.engine.engine import Tensors
+from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.batch import Batch, Indices
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.state.slots import INITIAL, SCRATCH, Slots
 
-#: A piece of long work takes as long as everything else took since the last one, within these bounds.
-_LEAST_SECONDS, _MOST_SECONDS = 0.001, 0.01
-#: A piece when there is nothing else: what comes meanwhile waits for it.
-_ALONE_SECONDS = 0.005
-
 #: The lane of the chunks that are run in pieces.
 _LONG = sys.maxsize
-
-
-class Pace:
-    """How long work takes lately, everything included, and how long a piece of long work may be."""
-
-    def __init__(self, limits: SchedulerLimits) -> None:
-        self._limits = limits
-        #: The warm-up gives the first value.
-        self.seconds_per_step = 0.0
-        self._in_pieces = 0.0  # seconds per step of long work
-        self._last_piece: float | None = None  # when it ended, if there was no rest since
-        self._shared = False  # did other work run since then?
-
-    def observe(self, steps: int, seconds: float, now: float, *, long: bool) -> None:
-        """A batch of so many steps has been run."""
-        # Weighted by steps: the fixed cost of small batches says nothing of how long a full queue takes.
-        self.seconds_per_step += (seconds / steps - self.seconds_per_step) * steps / (steps + 1000)
-        if long:
-            self._in_pieces += (seconds / steps - self._in_pieces) * (0.2 if self._in_pieces else 1.0)
-            self._last_piece = now
-        self._shared = not long
-
-    def rest(self) -> None:
-        """There is nothing to do."""
-        self._last_piece = None
-
-    def piece(self, rows: int, now: float) -> int:
-        """Time steps of each of `rows` long chunks to run now."""
-        if not self._in_pieces:
-            return self._limits.piece_steps
-        seconds = _ALONE_SECONDS
-        if self._shared and self._last_piece is not None:
-            seconds = min(max(now - self._last_piece, _LEAST_SECONDS), _MOST_SECONDS)
-        most = max(1, self._limits.max_batch_steps // rows)
-        return min(max(1, int(seconds / (self._in_pieces * rows))), most)
 
 
 class Lanes:
@@ -114,6 +75,12 @@ class Lanes:
         if lane is None:
             lane = self._lanes[length] = deque()
         lane.append(work)
+
+    def give_back_workspace(self, chunk: Chunk) -> None:
+        """The chunk is done with the arena row of its pieces."""
+        assert chunk.workspace is not None
+        self._workspaces.give_back(chunk.workspace)
+        chunk.pieces = None
 
     def take(self, now: float) -> Batch:
         """The next batch; empty if nothing waits."""

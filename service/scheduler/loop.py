@@ -267,7 +267,7 @@ class Loop:
         for chunk in begun.batch.readback:
             assert chunk.workspace is not None
             chunk.state_row = self.engine.read(chunk.workspace)
-        results = self.scheduler.finish(begun.batch, outputs, failed, self.clock.now(), seconds)
+        results = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
         self.on_batch(begun.batch, len(failed), seconds)
         if results:
             task = asyncio.create_task(self._commit(results), name=f"commit {self.name}")
@@ -286,7 +286,7 @@ class Loop:
         failpoints.reach("after_commit")
         now = self.clock.now()
         for result, commit, error in zip(results, commits, errors, strict=True):
-            self.scheduler.committed(result, commit.token, error, now)
+            self.scheduler.complete_commit(result, commit.token, error, now)
         self._work.set()
 
     def _commit_of(self, result: PendingCommit, row: bytes) -> Commit:
@@ -316,7 +316,7 @@ class Loop:
             outcome = action.run()
         except UnrollError as error:
             outcome = error
-        self.scheduler.finish_action(action, outcome, self.clock.now())
+        self.scheduler.complete_action(action, outcome, self.clock.now())
 
     def _tick(self) -> None:
         self._work.set()

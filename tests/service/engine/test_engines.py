@@ -74,7 +74,7 @@ def run_all(scheduler: Scheduler, engine: Engine) -> None:
     while not scheduler.idle:
         _, batch = scheduler.next_turn(0)
         if batch:
-            scheduler.finish(batch, *engine.run(batch), 0)
+            scheduler.complete(batch, *engine.run(batch), 0)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

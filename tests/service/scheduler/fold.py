@@ -81,9 +81,9 @@ def turn(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -> Batch:
     """One turn of the loop; returns the batch that was run."""
     actions, batch = scheduler.next_turn(now)
     for action in actions:
-        scheduler.finish_action(action, action.run(), now)
+        scheduler.complete_action(action, action.run(), now)
     if batch:
-        scheduler.finish(batch, *engine.run(batch), now)
+        scheduler.complete(batch, *engine.run(batch), now)
     return batch
 
 

@@ -91,12 +91,12 @@ class Served:
     def begin(self, now: float) -> None:
         actions, self.batch = self.scheduler.next_turn(now)
         for action in actions:
-            self.scheduler.finish_action(action, action.run(), now)
+            self.scheduler.complete_action(action, action.run(), now)
 
     def end(self, now: float) -> None:
         batch, self.batch = self.batch, Batch()
         if batch:
-            self.scheduler.finish(batch, *self.engine.run(batch), now, 1e-3)
+            self.scheduler.complete(batch, *self.engine.run(batch), now, 1e-3)
 
     def run(self, now: float = 0.0) -> None:
         while not self.scheduler.idle:
@@ -317,7 +317,7 @@ def test_a_step_of_a_cohort_can_be_asked_for_again_while_it_runs_and_after(serve
     again = s.submit_steps("b", inputs(4), 0, LATER, position=2)
     with pytest.raises(PayloadMismatch):
         s.submit_steps("c", inputs(4), 0, LATER, position=2)
-    s.finish(batch, *engine.run(batch), 0)
+    s.complete(batch, *engine.run(batch), 0)
     assert answer(again) == fold([1, 2, 4])[2:]
     assert answer(s.submit_steps("c", inputs(5), 0, LATER, position=2)) == fold([1, 2, 5])[2:]
     assert position(served, "b") == position(served, "c") == 3

@@ -2,7 +2,7 @@
 
 from fold import FoldEngine, answer, fold, inputs, scheduler
 
-from unroll.service.scheduler.lanes import Pace
+from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.reply import Reply
 
@@ -55,7 +55,7 @@ def test_long_work_and_single_steps_take_turns() -> None:
             now += 0.001
             _, batch = s.next_turn(now)
             kinds.append(max(batch.lens) == 1)
-            s.finish(batch, *engine.run(batch), now, 1e-6 * batch.steps)
+            s.complete(batch, *engine.run(batch), now, 1e-6 * batch.steps)
     assert [answer(chunk) for chunk in long] == [fold(range(40))] * 2
     assert all(isinstance(chunk.outcome, Reply) for chunk in long)
     assert kinds == [True, False] * (len(kinds) // 2) or kinds == [False, True] * (len(kinds) // 2)
@@ -70,6 +70,6 @@ def test_pieces_end_with_the_shortest_so_that_nothing_is_padded() -> None:
     while not s.idle:
         _, batch = s.next_turn(0)
         lens.append(batch.lens)
-        s.finish(batch, *engine.run(batch), 0, 1e-9 * batch.steps)
+        s.complete(batch, *engine.run(batch), 0, 1e-9 * batch.steps)
     assert lens == [[4, 4, 4], [1, 1, 1], [2, 2], [2]]
     assert s.counters.padded_steps == 0

@@ -256,7 +256,7 @@ def test_a_step_of_a_group_can_be_asked_for_again_while_it_runs_and_after(s, eng
     again = s.submit_steps("a", inputs(1), 0, LATER, position=0)
     with pytest.raises(PayloadMismatch):
         s.submit_steps("a", inputs(2), 0, LATER, position=0)
-    s.finish(batch, *engine.run(batch), 0)
+    s.complete(batch, *engine.run(batch), 0)
     assert answer(again) == fold([1]) == replies[0].outputs[0][0].tolist()
     assert answer(s.submit_steps("a", inputs(1), 0, LATER, position=0)) == fold([1])
     with pytest.raises(PayloadMismatch):
@@ -333,7 +333,7 @@ def test_closing_fails_what_waits_and_finishes_what_runs(s, engine):
     assert session.life is Life.LEAVING
     reopened = s.open("a", 0)
     assert reopened.slot != session.slot
-    s.finish(batch, *engine.run(batch), 0)
+    s.complete(batch, *engine.run(batch), 0)
     assert answer(running) == fold([1])
     assert session.life is Life.GONE
     s.check_invariants()

@@ -220,13 +220,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.running:
             actions, self.running = self.scheduler.next_turn(self.now)
             for action in actions:
-                self.scheduler.finish_action(action, action.run(), self.now)
+                self.scheduler.complete_action(action, action.run(), self.now)
 
     @rule(seconds=st.sampled_from([1e-4, 1e-3, 1e-1]))
     def end_batch(self, seconds: float = 1e-3) -> None:
         if self.running:
             batch, self.running = self.running, Batch()
-            self.scheduler.finish(batch, *self.engine.run(batch), self.now, seconds)
+            self.scheduler.complete(batch, *self.engine.run(batch), self.now, seconds)
 
     @invariant()
     def nothing_is_lost(self) -> None:

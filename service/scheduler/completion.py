@@ -1,0 +1,174 @@
+"""The end of a chunk: it is completed, it fails, or it is cancelled.
+
+A long chunk runs in pieces, and counts as applied once its last piece is done: only then does its session change. Until
+then, failing or cancelling it leaves the session as it was. A durable session's chunk counts as applied once the store
+has it: what has run is handed over as a `PendingCommit` before.
+"""
+
+import numpy as np
+
+from unroll.service.core.errors import SessionClosed, UnrollError
+from unroll.service.engine.engine import Tensors
+from unroll.service.scheduler.admission import Admission
+from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit
+from unroll.service.scheduler.counters import Counters
+from unroll.service.scheduler.lanes import Lanes
+from unroll.service.scheduler.limits import ModelTraits
+from unroll.service.scheduler.replay import ReplayCache
+from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply
+from unroll.service.scheduler.session import Life, Session
+from unroll.service.scheduler.session_queue import SessionQueues
+from unroll.service.scheduler.session_table import SessionTable
+
+
+class Completion:
+    """Ends chunks with a reply or an error, and with them the sessions that end with a chunk."""
+
+    def __init__(
+        self,
+        traits: ModelTraits,
+        admission: Admission,
+        lanes: Lanes,
+        queues: SessionQueues,
+        sessions: SessionTable,
+        replay: ReplayCache,
+        counters: Counters,
+    ) -> None:
+        self._outputs = traits.outputs
+        self._admission = admission
+        self._lanes = lanes
+        self._queues = queues
+        self._sessions = sessions
+        self._replay = replay
+        self._counters = counters
+        self._commits: list[PendingCommit] = []
+
+    def take_in(self, chunk: Chunk, outputs: Tensors, steps: int, now: float) -> None:
+        """A batch ran the next `steps` steps of the chunk; outputs: of these steps, as the model returns them."""
+        chunk.running = False
+        self._admission.waiting_steps -= self._lanes.next_steps(chunk)
+        chunk.done += steps
+        if steps < chunk.length:
+            pieces = chunk.pieces = chunk.pieces or []
+            pieces.append(tuple([array.copy() for array in outputs]))
+            if chunk.done < chunk.length:
+                self._continue(chunk, now)
+                return
+            outputs = tuple(
+                np.concatenate(parts) if spec.time else parts[-1]
+                for spec, parts in zip(self._outputs, zip(*pieces, strict=True), strict=True)
+            )
+        session = chunk.session
+        if session is None or session.durable is None:
+            self.complete(chunk, outputs, now)
+        else:
+            chunk.running = True
+            self._commits.append(PendingCommit(chunk, session, outputs))
+
+    def take_commits(self) -> list[PendingCommit]:
+        """What must be put into the store; it is the caller's now, and ends with `complete_commit`."""
+        commits, self._commits = self._commits, []
+        return commits
+
+    def complete(self, chunk: Chunk, outputs: Tensors, now: float) -> None:
+        """Apply the chunk and answer it: all of its steps have run and, of a durable session, are in the store."""
+        self._counters.chunks += 1
+        self._counters.steps += chunk.length
+        reply = Reply(outputs, chunk.start + chunk.length)
+        session = chunk.session
+        if session is not None:
+            session.own_progress.position = reply.position
+            session.source = session.slot
+            if session.applied is not None or chunk.length > 1 or chunk.final:
+                self._replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
+        self._answer(chunk, reply, now)
+        if chunk.final and session is not None and session.life is Life.OPEN:
+            self.close(session, now, self._replay.applied_chunks(session)[-1] if chunk.pinned else None)
+
+    def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
+        """The store has what was handed over, as the commit of that token; with an error, it may not have it.
+
+        Then this copy of the session is stale, and everything accepted for it fails.
+        """
+        chunk, session = commit.chunk, commit.session
+        assert session.durable is not None
+        chunk.running = False
+        if error is None:
+            session.durable.token = token
+            self.complete(chunk, commit.outputs, now)
+            return
+        session.durable.stale = True
+        progress = session.own_progress
+        pending, progress.pending = progress.pending or [], None
+        self.fail(chunk, error, now)
+        for work in pending:
+            if isinstance(work, Chunk) and work.outcome is None:
+                self.fail(work, error, now)
+            elif isinstance(work, Action):
+                work.answer(error)
+
+    def fail(self, chunk: Chunk, error: UnrollError, now: float) -> None:
+        """Answer the chunk with an error; a session that it opened is closed, and what comes after it is renumbered."""
+        self._answer(chunk, error, now)
+        session = chunk.session
+        if session is None:
+            return
+        if chunk.opens and session.life is Life.OPEN:
+            session.opened_with = b""  # nothing was applied: the request may be tried again
+            self.close(session, now)
+            if session.durable is not None:
+                self._sessions.closed.forget(session.id)  # the store knows whether there is one
+        self.renumber(session, now)
+
+    def cancel(self, chunk: Chunk, error: UnrollError, now: float) -> None:
+        """Fail the chunk; if a batch runs it, it fails afterwards, or is completed if that was its last piece."""
+        if chunk.running:
+            chunk.abandoned = error
+        else:
+            self.fail(chunk, error, now)
+
+    def close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
+        """Close a session at once: waiting work fails with `session_closed`, what runs is completed first."""
+        progress = session.own_progress
+        accepted, active = progress.queue(), progress.active
+        running = isinstance(active, Chunk) and active.running
+        if isinstance(active, Group):
+            active.followed = running = True
+        progress.pending = None
+        self._sessions.close(session, now, last, running=running)
+        if session.life is Life.GONE:
+            progress.active = None
+        for work in accepted:
+            error = SessionClosed(f"session {session.id!r} was closed")
+            if isinstance(work, Chunk):
+                self.cancel(work, error, now)
+            elif isinstance(work, Action):
+                work.answer(error)
+
+    def renumber(self, session: Session, now: float) -> None:
+        """Give accepted chunks new positions; those that insist on the old one fail."""
+        for chunk, gap in self._queues.renumber(session):
+            if chunk.outcome is None:  # the listener of one may have cancelled another
+                self._answer(chunk, gap, now)
+
+    def _continue(self, chunk: Chunk, now: float) -> None:
+        """Let a long chunk wait for its next piece."""
+        self._admission.waiting_steps += self._lanes.next_steps(chunk)
+        if chunk.abandoned is not None:
+            self.fail(chunk, chunk.abandoned, now)
+        else:
+            self._lanes.put(chunk, now)
+
+    def _answer(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
+        """Answer, and let the session's next work take its turn."""
+        self._admission.in_flight -= 1
+        if chunk.done < chunk.length:
+            self._admission.waiting_steps -= self._lanes.next_steps(chunk)
+        if chunk.workspace is not None:
+            self._lanes.give_back_workspace(chunk)
+        if isinstance(outcome, UnrollError):
+            self._counters.count_failed(outcome)
+        chunk.answer(outcome)
+        session = chunk.session
+        if session is not None and session.own_progress.active is chunk:
+            self._queues.advance(session, now)

@@ -1,0 +1,178 @@
+"""Groups: the next steps of many sessions, which arrive in one frame, are queued, run and answered as one.
+
+A group that comes again makes its sessions a cohort; then not even their positions are touched one by one.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.engine import Tensors
+from unroll.service.scheduler.admission import Admission
+from unroll.service.scheduler.batch import row_of
+from unroll.service.scheduler.chunk import Group, GroupReply
+from unroll.service.scheduler.completion import Completion
+from unroll.service.scheduler.counters import Counters
+from unroll.service.scheduler.lanes import Lanes
+from unroll.service.scheduler.replay import ReplayCache
+from unroll.service.scheduler.reply import Reply
+from unroll.service.scheduler.session import Cohort, Life, Session
+from unroll.service.scheduler.session_queue import SessionQueues
+from unroll.service.scheduler.session_table import SessionTable
+
+
+class Groups:
+    """Queues groups and completes them."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        lanes: Lanes,
+        queues: SessionQueues,
+        sessions: SessionTable,
+        replay: ReplayCache,
+        completion: Completion,
+        counters: Counters,
+    ) -> None:
+        self._admission = admission
+        self._lanes = lanes
+        self._queues = queues
+        self._sessions = sessions
+        self._replay = replay
+        self._completion = completion
+        self._counters = counters
+
+    def submit(
+        self,
+        sessions: Sequence[Session],
+        positions: Sequence[int | None],
+        inputs: Tensors,
+        now: float,
+        deadline: float,
+        then: Callable[[GroupReply], None],
+        *,
+        again: bool = False,
+    ) -> list[int]:
+        """See `Scheduler.submit_group`."""
+        steps = inputs[0].shape[1]
+        if self._lanes.is_long(steps):
+            return list(range(len(sessions)))
+        self._sessions.expire(now)
+        self._admission.check(now, deadline)
+        most = self._lanes.most_rows(steps)
+        detach = self._sessions.cohorts.detach
+        rejected: list[int] = []
+        rows: list[int] = []
+        group = Group([], rows, inputs, steps, deadline, then, again=again)
+        for row, (session, position) in enumerate(zip(sessions, positions, strict=True)):
+            progress = session.progress or detach(session)
+            at = progress.position
+            if (
+                progress.active is not None
+                or session.life is not Life.OPEN
+                or (position != at and position is not None)
+                or session.durable is not None
+            ):
+                rejected.append(row)
+                continue
+            if len(rows) == most:
+                self._queue(group, now)
+                rows = []
+                group = Group([], rows, inputs, steps, deadline, then, again=again)
+            progress.active = group
+            progress.expected = at + steps
+            group.sessions.append(session)
+            rows.append(row)
+        if rows:
+            self._queue(group, now)
+        return rejected
+
+    def submit_cohorts(
+        self,
+        cohorts: Sequence[Cohort],
+        positions: np.ndarray | None,
+        inputs: Tensors,
+        now: float,
+        deadline: float,
+        then: Callable[[GroupReply], None],
+    ) -> bool:
+        """See `Scheduler.submit_cohorts`."""
+        self._sessions.expire(now)
+        parts, end = [], 0
+        for cohort in cohorts:
+            part = slice(end, end := end + len(cohort.sessions))
+            in_place = positions is None or np.array_equal(positions[part], cohort.positions)
+            if not in_place or not cohort.formed or cohort.active is not None:
+                return False
+            parts.append(part)
+        self._admission.check(now, deadline)
+        for cohort, part in zip(cohorts, parts, strict=True):
+            own = tuple([array[part] for array in inputs])
+            cohort.active = group = Group(cohort.sessions, part, own, 1, deadline, then, cohort=cohort, again=True)
+            self._queue(group, now)
+        return True
+
+    def complete(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
+        """Apply and answer a group that ran, except for the rows with errors.
+
+        Args:
+            outputs: each (len(group.sessions), ...).
+            errors: by row of the group.
+        """
+        count = len(group.sessions)
+        self._admission.add(-count, -count * group.length)
+        self._counters.chunks += count - len(errors)
+        self._counters.steps += (count - len(errors)) * group.length
+        cohort = group.cohort
+        if cohort is not None and cohort.formed and not errors:
+            cohort.last = group.inputs, outputs
+            self._sessions.cohorts.step(cohort, now)
+        else:
+            if cohort is not None and len(errors) < count:
+                self._sessions.cohorts.detach(group.sessions[0])  # which writes the step before this one
+                self._replay.write_steps(cohort.slots, group.inputs, outputs, errors)
+            cohort = self._complete_rows(group, outputs, errors, now)
+        if cohort is not None:
+            positions = cohort.positions
+        else:
+            positions = np.array([session.position for session in group.sessions], np.uint64)
+        group.answer(GroupReply(group.rows, positions, outputs, errors, cohort))
+        for row, follower in group.followers:
+            follower.answer(errors.get(row) or Reply(row_of(outputs, row), int(positions[row])).copy())
+
+    def fail(self, group: Group, error: UnrollError, now: float) -> None:
+        """Answer a group that did not run."""
+        self.complete(group, (), dict.fromkeys(range(len(group.sessions)), error), now)
+
+    def _queue(self, group: Group, now: float) -> None:
+        if isinstance(group.rows, list) and len(group.rows) < len(group.inputs[0]):
+            group.inputs = tuple(array[group.rows] for array in group.inputs)
+        self._admission.add(len(group.sessions), len(group.sessions) * group.length)
+        self._lanes.put(group, now)
+
+    def _complete_rows(
+        self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float
+    ) -> Cohort | None:
+        """Apply the steps of each session by itself; returns the cohort they have become, if they will come again."""
+        steps, detach, rest = group.length, self._sessions.cohorts.detach, self._sessions.rest
+        for row, session in enumerate(group.sessions):
+            progress = session.progress or detach(session)
+            if row not in errors:
+                progress.position += steps
+                if session.applied is not None or steps > 1:
+                    session.source = session.slot
+                    start = progress.position - steps
+                    self._replay.remember(session, start, row_of(group.inputs, row), row_of(outputs, row))
+        if group.followed:
+            for session in group.sessions:
+                self._queues.advance(session, now)
+        else:
+            for session in group.sessions:
+                rest(session, now)
+        for row, error in errors.items():
+            self._counters.count_failed(error)
+            self._completion.renumber(group.sessions[row], now)
+        if group.again and not group.followed:
+            return self._sessions.cohorts.form(group.sessions, now)
+        return None
