@@ -24,7 +24,7 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
 from unroll.service.protocol import json
 from unroll.service.settings import Settings
-from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.store.redis_store import RedisStore
 
 _log = structlog.get_logger(__name__)

@@ -35,7 +35,7 @@ from unroll.service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.frames import (
     NO_POSITION,
     Frame,

@@ -13,7 +13,7 @@ from waiting import PATIENCE, turns
 from unroll.bundle import TensorSpec
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
-from unroll.service.engine.base import DeviceFailed, Result, Rows, Tensors
+from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.reply import Outcome, Reply
@@ -72,14 +72,14 @@ class LaunchingEngine(GatedEngine):
         """The next time something is."""
         await self._launches.get()
 
-    def launch(self, rows: Rows) -> Callable[[], Result]:  # type: ignore[override]
+    def launch(self, rows: Rows) -> Callable[[], BatchResult]:  # type: ignore[override]
         if self.fails is not None:
             raise self.fails
         number, answer = len(self.batches), self.run(rows)
         self.log.append(f"launch {number}")
         self._launches.put_nowait(number)
 
-        def result() -> Result:
+        def result() -> BatchResult:
             assert self.done.acquire(timeout=PATIENCE)
             self.log.append(f"result {number}")
             return answer
