@@ -110,7 +110,7 @@ clean: ## remove environments, caches and build outputs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
-	@echo 'Installing everything into .venv, once (minutes if PyTorch is to be downloaded) ...'
+	@echo 'Installing everything into .venv, once (minutes if PyTorch must be downloaded) ...'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),export,train,test]'
 	@touch $@
