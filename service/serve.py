@@ -9,7 +9,7 @@ import structlog
 from pydantic import ValidationError
 
 from unroll.service import app
-from unroll.service.catalog.catalog import CatalogError
+from unroll.service.models.repository import RepositoryError
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.settings import Settings
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     try:
         application, server = app.build(settings)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
-    except (CatalogError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
+    except (RepositoryError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
     config = uvicorn_config(application, server, settings.host, settings.port)
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         draining.on_started = partial(worker.serving, partial(draining.handle_exit, signal.SIGTERM, None))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, draining.handle_exit)
-    signal.signal(signal.SIGHUP, lambda *_: server.catalog.request_rescan())
+    signal.signal(signal.SIGHUP, lambda *_: server.repository.request_rescan())
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     draining.run(listeners)
     for number in (signal.SIGTERM, signal.SIGINT):

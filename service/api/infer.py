@@ -15,7 +15,7 @@ from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
 from unroll.service.api.session_operations import check_id
-from unroll.service.catalog.model import ServedModel
+from unroll.service.models.served_model import ServedModel
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NeedsStoreLookup
 from unroll.service.engine.base import Tensors
 from unroll.service.protocol import open_inference
@@ -82,7 +82,7 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
         sequence = asked.header.sequence
         again = request.again_with(sequence.id)
         return _sequence_steps(app, name, version, asked, sequence, timeout, respond, again)
-    served = app.catalog.resolve(name, version)
+    served = app.models.resolve(name, version)
     _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
     return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
@@ -160,7 +160,7 @@ def _version_for(
         owner = app.catalog.owner(name, version, sequence.id)
         if sequence.id in owner.scheduler.sessions or _remembers(owner, sequence.id, asked):
             return owner
-    return app.catalog.resolve(name, version)
+    return app.models.resolve(name, version)
 
 
 def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool:

@@ -25,7 +25,7 @@ from unroll.service.api.bodies import (
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
 from unroll.service.api.sealed_steps import encoded
-from unroll.service.catalog.model import ServedModel
+from unroll.service.models.served_model import ServedModel
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
 Body = TypeVar("Body", OpenSession, ForkSession)
@@ -80,11 +80,11 @@ def router(app: AppState) -> APIRouter:
 
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:
-        return [_describe(app, app.catalog.resolve(name)) for name in app.catalog.names()]
+        return [_describe(app, app.models.resolve(name)) for name in app.models.names()]
 
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
     async def model(model: str) -> ModelInfo:
-        return _describe(app, app.catalog.resolve(*split_reference(model)))
+        return _describe(app, app.models.resolve(*split_reference(model)))
 
     @api.post(
         "/models/{model}/sequences",
@@ -225,5 +225,5 @@ def _describe(app: AppState, served: ServedModel) -> ModelInfo:
         precision=served.serving.precision,
         parity=served.serving.parity,
         stability=served.serving.stability,
-        sessions=app.catalog.sessions_of(served.name, served.version),
+        sessions=app.models.open_sessions(served.name, served.version),
     )

@@ -11,7 +11,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
 from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond
-from unroll.service.catalog.model import ServedModel
+from unroll.service.models.served_model import ServedModel
 from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
 from unroll.service.protocol import json
 from unroll.service.scheduler.chunk import Chunk

@@ -52,7 +52,7 @@ def _json_steps(codec: Codec, reply: Reply) -> Answer:
 
 def sequences(app: AppState, model: str, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, each from the model's initial state; nothing is kept."""
-    served = app.catalog.resolve(*split_reference(model))
+    served = app.models.resolve(*split_reference(model))
     timeout = timeout_of(app, request)
     if request.media_type == RAW:
         batch, encode, static = [served.codec.from_raw(request.body)], _raw_sequence, None

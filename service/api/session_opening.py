@@ -1,0 +1,89 @@
+"""Opening and describing sessions: the part of the session routes that knows the API's words."""
+
+from typing import TypedDict, Unpack
+
+import numpy as np
+
+from unroll.service.api.app_state import AppState
+from unroll.service.api.parameters import require_streamable, split_reference
+from unroll.service.api.sealed_steps import keys_of
+from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput
+from unroll.service.models.served_model import ServedModel
+from unroll.service.scheduler.session import Session
+from unroll.service.sessions.directory import check_id, random_id
+from unroll.service.state.snapshot import Snapshot
+
+
+class Start(TypedDict, total=False):
+    """What a session begins from: one of these, or the model's initial state."""
+
+    state: list[float] | None
+    snapshot: bytes | None
+    static: dict | None
+
+
+def describe(served: ServedModel, session: Session) -> dict:
+    limits = served.scheduler.sessions.limits
+    durability = "memory" if session.origin is None else session.origin.durability
+    return _description(served, session.id, session.position, durability, limits.idle_timeout)
+
+
+def _description(
+    served: ServedModel, session_id: str, position: int, durability: str, idle_timeout: float | None
+) -> dict:
+    return {
+        "session_id": session_id,
+        "position": position,
+        "model": served.name,
+        "model_version": served.version,
+        "model_digest": served.manifest.digest,
+        "durability": durability,
+        "idle_timeout": idle_timeout,
+    }
+
+
+async def open_session(
+    app: AppState, model: str, session_id: str | None, *, durability: str | None = None, **start: Unpack[Start]
+) -> tuple[ServedModel, Session]:
+    """A new session that the server keeps."""
+    served = app.models.resolve(*split_reference(model))
+    require_streamable(served)
+    app.refuse_if_draining()
+    first = start_of(served, **start)
+    return served, await app.sessions.create(served, session_id, first, app.durability_of(durability))
+
+
+def open_sealed(app: AppState, model: str, session_id: str | None, **start: Unpack[Start]) -> tuple[dict, bytes]:
+    """A session that its client keeps: its description, and the sealed snapshot to begin with."""
+    keys = keys_of(app)
+    app.refuse_if_draining()
+    served = app.models.resolve(*split_reference(model))
+    require_streamable(served)
+    first = start_of(served, **start) or Snapshot(served.manifest.digest, 0, served.manifest.initial_row())
+    if session_id is not None:
+        check_id(session_id)
+    session_id = session_id or random_id()
+    return _description(served, session_id, first.position, "client", None), keys.seal(session_id, first)
+
+
+def start_of(served: ServedModel, **start: Unpack[Start]) -> Snapshot | None:
+    """The snapshot that a new session begins from; None for the model's initial state."""
+    if sum(given is not None for given in start.values()) > 1:
+        raise InvalidRequest("a session begins from a state, a snapshot or static inputs, not from several of them")
+    if (snapshot := start.get("snapshot")) is not None:
+        return served.read_snapshot(snapshot)
+    if (state := start.get("state")) is not None:
+        return _from_state(served, state)
+    row = served.codec.initial_row(start.get("static"))
+    return None if row is None else Snapshot(served.manifest.digest, 0, row)
+
+
+def _from_state(served: ServedModel, state: list[float]) -> Snapshot:
+    size = served.manifest.state_size
+    if len(state) != size:
+        raise InvalidShape(f"the state row of {served.name!r} has {size} values, not {len(state)}")
+    with np.errstate(over="ignore"):
+        row = np.array(state, np.float32)
+    if not np.isfinite(row).all():
+        raise NonFiniteInput("the state contains NaN, infinity or a value too large for float32")
+    return Snapshot(served.manifest.digest, 0, row)
