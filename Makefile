@@ -39,10 +39,10 @@ rolling-test: install ## restart replicas behind HAProxy while clients step (one
 	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
 
 machine-test: install ## random event sequences over two replicas, longer than in `make test` (minutes; EXAMPLES=)
-	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s tests/faults/test_app_machine.py
+	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py
 
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
-	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s tests/service/api/test_interleaving.py
+	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
 check: install ## format, lint, types, the layers' contracts, spelling
 	$(BIN)/ruff format --check .

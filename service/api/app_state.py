@@ -7,7 +7,7 @@ from unroll.service.core.errors import Draining, DurabilityUnavailable
 from unroll.service.models.repository import ModelRepository
 from unroll.service.models.versions import ModelVersions
 from unroll.service.sessions.in_memory import MemorySessions
-from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.telemetry.metrics import RequestFigures
 
 
@@ -79,7 +79,7 @@ class AppState:
             raise DurabilityUnavailable(f"durability {durability} needs a store: start the server with --store")
         if durability == "memory" and self.shared_port is not None:
             raise DurabilityUnavailable(
-                "durability memory is unavailable with several workers: a session in one worker is unknown to the others"
+                "durability memory is unavailable with several workers: a session of one is unknown to the others"
             )
         return durability
 

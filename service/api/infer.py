@@ -14,13 +14,13 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
-from unroll.service.api.session_operations import check_id
+from unroll.service.core.errors import InvalidRequest, InvalidShape
+from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
-from unroll.service.core.errors import InvalidRequest, InvalidShape, NeedsStoreLookup
-from unroll.service.engine.base import Tensors
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
 from unroll.service.scheduler.reply import Reply
+from unroll.service.sessions.directory import check_id
 from unroll.service.store.record import Origin
 
 HEADER_LENGTH = b"inference-header-content-length"
@@ -149,16 +149,14 @@ def _version_for(
 ) -> ServedModel:
     """A sequence that lives, or whose end is asked for again, stays with its version; a new one gets the newest."""
     check_id(sequence.id)
-    keeper = app.catalog.keeper
-    if sequence.start and keeper is not None and not keeper.is_verified(name, sequence.id):
-        raise NeedsStoreLookup(sequence.id)
     if not sequence.start:
-        return app.catalog.owner(name, version, sequence.id)
+        return app.sessions.owner(name, version, sequence.id)[0]
+    app.sessions.require_verified(name, sequence.id)
     if sequence.position not in (None, 0):
         raise InvalidRequest("a request that starts a sequence has sequence_position 0")
     if sequence.position == 0:
-        owner = app.catalog.owner(name, version, sequence.id)
-        if sequence.id in owner.scheduler.sessions or _remembers(owner, sequence.id, asked):
+        owner, session = app.sessions.owner(name, version, sequence.id)
+        if session is not None or _remembers(owner, sequence.id, asked):
             return owner
     return app.models.resolve(name, version)
 
@@ -181,10 +179,10 @@ def _begin_anew(
     The origin of the new one, if it is to be durable, and the token of the one whose place it then takes in the store.
     """
     durability, token = app.durability, b""
-    if sequence.position is None and (living := app.catalog.living(name, sequence.id)) is not None:
-        now = living.loop.clock.now()
+    if sequence.position is None and (living := app.sessions.directory.living(name, sequence.id)) is not None:
+        now = served.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, row=True)  # a request that is refused must not end anything
-        session = living.scheduler.restart(sequence.id, now)
+        session = living[0].scheduler.restart(sequence.id, now)
         _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=session.position)
         if session.durable is not None and session.origin is not None:
             durability, token = session.origin.durability, session.durable.token

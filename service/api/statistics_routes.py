@@ -64,8 +64,7 @@ def router(app: AppState) -> APIRouter:
         wall = time.time()
         return {
             "model_stats": [
-                {"name": served.name, "version": served.version, **served.figures.document(wall)}
-                for served in models
+                {"name": served.name, "version": served.version, **served.figures.document(wall)} for served in models
             ]
         }
 

@@ -29,7 +29,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     document = None if raw else json_body(app, request, {"inputs", "position", "snapshot"})
     if document is not None and "snapshot" in document:
         return held_steps(app, model, session_id, request, respond, document)
-    served = app.catalog.owner(*split_reference(model), session_id)
+    served, _ = app.sessions.owner(*split_reference(model), session_id)
     require_streamable(served)
     if document is None:
         inputs, encode = served.codec.from_raw(request.body), _raw_steps

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from unroll.service.models.loading import ModelLoader, ModelOptions, ModelRefused
 from unroll.service.core.clock import MonotonicClock
 from unroll.service.doctor import libraries
 from unroll.service.engine import probe
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
+from unroll.service.models.loading import ModelLoader, ModelOptions, ModelRefused
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.telemetry import logs
 

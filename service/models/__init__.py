@@ -1,1 +1,1 @@
-"""The served models: their versions, the loading of one, and the repository of bundles that decides which are served."""
+"""The served models: their versions, the loading of one, and the repository that says which are served."""

@@ -1,4 +1,4 @@
-"""Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost there."""
+"""Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost tbackend."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -13,9 +13,9 @@ import structlog
 from unroll import bundle as bundles
 from unroll.bundle import Manifest
 from unroll.service.core.clock import Clock
-from unroll.service.engine.base import Engine, PlainRows
+from unroll.service.engine.backend import DeviceBackend, EngineOptions, open_backend
 from unroll.service.engine.curve import Curve, measure
-from unroll.service.engine.place import EngineOptions, Place, place
+from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.served_model import ServedModel, Serving
 from unroll.service.models.serving_figures import ServingFigures
@@ -65,7 +65,7 @@ class ModelLoader:
         options: How models are served.
         clock: The clock of their loops.
         devices: Names, each with the executor that is its engine thread.
-        store: Where durable sessions are kept, if anywhere.
+        store: Where durable sessions are kept, if anywbackend.
         spill: Keeps an idle session that must give up its row; returns False if it cannot.
         is_verified: Whether the session of that model and id was looked up in the store for the running call.
     """
@@ -90,7 +90,7 @@ class ModelLoader:
         """The version on every device; all share their statistics.
 
         Raises:
-            ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit there.
+            ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit tbackend.
             DeviceUnavailable: A device cannot be used.
         """
         models: list[ServedModel] = []
@@ -113,20 +113,20 @@ class ModelLoader:
         try:
             bundle = bundles.read(path)
             manifest = bundle.manifest
-            here = place(bundle, device, options.engine)
-            parity = bundles.replay(bundle.golden, manifest, here.runner, here.slack)
+            backend = open_backend(bundle, device, options.engine)
+            parity = bundles.replay(bundle.golden, manifest, backend.runner, backend.slack)
             traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
-            limits = _session_limits(here, manifest, options)
+            limits = _session_limits(backend, manifest, options)
             is_verified = partial(self._is_verified, manifest.name)
             scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
-            engine, proof = here.engine(scheduler.rows, options.scheduler.max_batch)
+            engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
         except DeviceUnavailable:
             raise
         except Exception as error:  # whatever is wrong with one bundle must not stop the others
             raise ModelRefused(f"{path} is refused: {error}") from error
         parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
         precision = options.engine.precision if manifest.precision == "float32" else manifest.precision
-        serving = Serving(device, here.runner.provider, precision, parity, proof.stability)
+        serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
         try:
             curve = _warm_up(engine, manifest, options.scheduler)
         except ModelRefused:
@@ -160,11 +160,11 @@ def _log_loaded(model: ServedModel, curve: Curve, seconds: float) -> None:
     )
 
 
-def _session_limits(here: Place, manifest: Manifest, options: ModelOptions) -> SessionLimits:
+def _session_limits(backend: DeviceBackend, manifest: Manifest, options: ModelOptions) -> SessionLimits:
     if not options.fill_memory:
         return options.sessions
     host_bytes = _SESSION_BYTES + sum(spec.nbytes for spec in (*manifest.inputs, *manifest.outputs))
-    rows = here.room(4 * manifest.state_size, host_bytes) - 2 - options.scheduler.max_batch
+    rows = backend.max_sessions(4 * manifest.state_size, host_bytes) - 2 - options.scheduler.max_batch
     return replace(options.sessions, capacity=max(1, rows))
 
 

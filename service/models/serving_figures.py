@@ -3,8 +3,8 @@
 from typing import Any
 
 from unroll.service.core.clock import Clock
-from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.batch import Batch
+from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.telemetry.metrics import ROWS, SECONDS, Histogram, ModelFigures
 from unroll.service.telemetry.statistics import Statistics
 

@@ -15,7 +15,7 @@ import numpy as np
 from unroll.service.core import failpoints
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import LAUNCHED, Engine, Result, Tensors
+from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCommit
 from unroll.service.scheduler.reply import Outcome, Reply
@@ -214,7 +214,7 @@ class Loop:
         await self._gather_work()
         if self._crash is not None:
             raise self._crash
-        if len(self._launched) == LAUNCHED:
+        if len(self._launched) == MAX_LAUNCHED:
             await self._end(self._launched.popleft())
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
@@ -330,8 +330,8 @@ class _Begun:
 
     batch: Batch
     started: float
-    result: Callable[[], Result]
-    future: asyncio.Future[Result] | None = None
+    result: Callable[[], BatchResult]
+    future: asyncio.Future[BatchResult] | None = None
 
     @property
     def ready(self) -> bool:

@@ -51,10 +51,12 @@ class DurableSessions(MemorySessions):
     async def start(self) -> None:
         await self._store.start()
 
-    async def stop(self) -> None:
-        await super().stop()
+    async def finish(self) -> None:
+        await super().finish()
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    async def stop(self) -> None:
         await self._store.stop()
 
     # ── lookups ──────────────────────────────────────────────────────────────────────────────────

@@ -37,9 +37,11 @@ class MemorySessions:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
             self.directory.spilled.expire()
 
-    async def stop(self) -> None:
-        """Finish what is on its way; the models must have stopped."""
-        await self.directory.spilled.stop()
+    async def finish(self) -> None:
+        """Wait for what is on its way to or from the store; the models must have stopped."""
+        await self.directory.spilled.finish()
+
+    async def stop(self) -> None: ...
 
     # ── what is known of a session ───────────────────────────────────────────────────────────────
 
@@ -136,9 +138,7 @@ class MemorySessions:
     def _fork(self, served: ServedModel, session: Session, fork_id: str | None) -> Awaitable[Session]:
         def copy(session: Session) -> Session:
             now = served.loop.clock.now()
-            forked = served.scheduler.open(
-                self.directory.new_id(served.name, fork_id), now, position=session.position
-            )
+            forked = served.scheduler.open(self.directory.new_id(served.name, fork_id), now, position=session.position)
             if session.source != INITIAL:
                 served.engine.copy(session.source, forked.slot)
                 forked.source = forked.slot

@@ -6,15 +6,14 @@ said to be.
 
 import asyncio
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
 
-from unroll.service.models.served_model import ServedModel
-from unroll.service.models.versions import ModelVersions
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
+from unroll.service.models.served_model import ServedModel
+from unroll.service.models.versions import ModelVersions
 from unroll.service.scheduler.session import Session
 from unroll.service.store import state_file
 from unroll.service.store.interface import Commit, Key, Store, Tokens
@@ -129,12 +128,12 @@ class SpilledSessions:
 
     # ── from one process to the next ─────────────────────────────────────────────────────────────
 
-    def save(self, path: Path, models: Iterable[ServedModel]) -> int:
+    def save(self, path: Path) -> int:
         """Write all memory sessions to a file and return how many there were. Their models must have stopped."""
         now = self._clock.now()
         resident = (
             ((model.name, session.id), model.record(session), now - session.last_used)
-            for model in models
+            for model in self._versions
             for session in map(model.scheduler.sessions.detach_from_cohort, list(model.scheduler.sessions))
             if session.durable is None
         )
@@ -150,6 +149,6 @@ class SpilledSessions:
         path.unlink()
         return count
 
-    async def stop(self) -> None:
+    async def finish(self) -> None:
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
 from socket import create_connection, socket
-from time import monotonic, sleep
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import tritonclient.http
+from waiting import PATIENCE, until
 
 from bench import environments
 from bench.inputs import MODELS
@@ -34,16 +34,13 @@ def test_a_peer_is_right_and_leaves_nothing_behind(peer: Peer, models: Path, tmp
             check_steps(peer, name, path, server.port)
             check_sequence(peer, name, path, server.port)
         processes = descendants(server.process.pid)
-    give_up = monotonic() + 5.0
-    while left := [process for process in processes if alive(process)]:
-        assert monotonic() < give_up, left
-        sleep(0.02)
+    until(lambda: not any(alive(process) for process in processes), f"the end of all of {processes}")
 
 
 def check_steps(peer: Peer, model: str, path: Path, port: int) -> None:
     """Clients in turns, on connections that stay open; then the first starts again."""
     values = random(CLIENTS, STEPS, model)
-    connections = [create_connection((HOST, port), timeout=20.0) for _ in range(CLIENTS)]
+    connections = [create_connection((HOST, port), timeout=PATIENCE) for _ in range(CLIENTS)]
     for index in range(STEPS):
         for client, connection in enumerate(connections):
             found = ask(connection, peer, peer.step(model, client, index, values[client, index]), model)
@@ -58,7 +55,7 @@ def check_sequence(peer: Peer, model: str, path: Path, port: int) -> None:
     values = random(1, LENGTH, model)[0]
     if (request := peer.sequence(model, values)) is None:
         return
-    with create_connection((HOST, port), timeout=20.0) as connection:
+    with create_connection((HOST, port), timeout=PATIENCE) as connection:
         for _ in range(2):
             found = ask(connection, peer, request, model)
             np.testing.assert_allclose(found, expected(path, values).ravel(), atol=TOLERANCE)

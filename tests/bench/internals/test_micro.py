@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from bench.internals.micro import Part, Turns, infer_body, manifest, measure, protocol, steps_frame
 from unroll.service.protocol import open_inference
@@ -75,7 +76,7 @@ def test_what_the_decoders_are_given_is_sound() -> None:
 def test_the_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
     words = f"-m bench.internals.micro --seconds 0.001 --json {target}"
-    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=55)
+    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr
     figures = json.loads(target.read_text())
     assert len(figures) > 30
@@ -87,6 +88,6 @@ def test_the_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
 
 def test_a_word_that_no_part_has_is_an_error() -> None:
     words = "-m bench.internals.micro --only no-such-part"
-    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=55)
+    run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 2
     assert "no-such-part" in run.stderr

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 import pytest
-from serving import RAW, Oracle, Running, until
+from serving import RAW, Oracle, Running
+from waiting import until
 
 Oracles = Callable[..., Oracle]
 

@@ -22,10 +22,13 @@ class Start(TypedDict, total=False):
     static: dict | None
 
 
+def durability_of(session: Session) -> str:
+    return "memory" if session.origin is None else session.origin.durability
+
+
 def describe(served: ServedModel, session: Session) -> dict:
-    limits = served.scheduler.sessions.limits
-    durability = "memory" if session.origin is None else session.origin.durability
-    return _description(served, session.id, session.position, durability, limits.idle_timeout)
+    idle_timeout = served.scheduler.sessions.limits.idle_timeout
+    return _description(served, session.id, session.position, durability_of(session), idle_timeout)
 
 
 def _description(
@@ -51,6 +54,11 @@ async def open_session(
     app.refuse_if_draining()
     first = start_of(served, **start)
     return served, await app.sessions.create(served, session_id, first, app.durability_of(durability))
+
+
+async def fork(app: AppState, model: str, session_id: str, fork_id: str | None) -> tuple[ServedModel, Session]:
+    app.refuse_if_draining()
+    return await app.sessions.fork(*split_reference(model), session_id, fork_id)
 
 
 def open_sealed(app: AppState, model: str, session_id: str | None, **start: Unpack[Start]) -> tuple[dict, bytes]:
