@@ -1,7 +1,6 @@
 """The asynchronous shell of the scheduler: runs what it decides, and lets callers wait for the answer."""
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -15,6 +14,7 @@ import numpy as np
 from unroll.service.core import failpoints
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import UnrollError
+from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCommit
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 #: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free. What is shorter
 #: would lose by the way there and back, and on a single core nothing is gained until others would be kept waiting.
-INLINE_SECONDS = 0.004 if len(os.sched_getaffinity(0)) > 1 else 0.02
+INLINE_SECONDS = 0.004 if usable_cores() > 1 else 0.02
 #: The same of a batch that a device runs by itself: meanwhile the event loop has better things to do.
 LAUNCHED_SECONDS = 0.0005
 #: How often idle sessions are looked for when nothing else happens.
