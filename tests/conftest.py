@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from httpx._transports import default
-from redis_server import RedisServer, missing
+from redis_server import RedisServer
 from stub_cuda.child import Outcome, Stub
 from torch import Tensor, nn
+from waiting import PATIENCE
 
 import unroll
 from conformance import operators
@@ -32,10 +34,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _certificates_are_read_once() -> Iterator[None]:
-    """httpx loads all root certificates per client, which takes as long as many tests. None is needed."""
+def _httpx_is_quick_and_patient() -> Iterator[None]:
+    """httpx reads all certificates for each client, which takes long and is of no use here, and gives up after 5 s."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
+        for phase in ("connect", "read", "write", "pool"):
+            patch.setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE)
         yield
 
 
@@ -129,9 +133,7 @@ def run_with_stub(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Out
 
 @pytest.fixture(scope="session")
 def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One redis-server for the whole run; tests take `redis_server`."""
-    if why := missing():
-        pytest.skip(why)
+    """One Redis for the whole run; tests take `redis_server`."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server

@@ -1,44 +1,47 @@
-"""A redis-server of a test's own: on a free port of the loopback, in its own folder, ended by who started it.
+"""A Redis-compatible server of a test's own, on a free port of the loopback and in its own folder.
 
 It can also be treated badly: killed, stopped, left without memory; and started again on the same port from its files.
 """
 
-import shutil
 import signal
 import socket
 import subprocess
-import threading
-import time
 from pathlib import Path
 
+import pytest
 import redis
+from waiting import PATIENCE, until
 
-_PATIENCE = 20.0
-
-
-def missing() -> str:
-    """Why there can be no redis-server here; empty if there can."""
-    return "" if shutil.which("redis-server") else "redis-server is not installed"
+from deploy import local_redis
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Of the loopback. A Redis Cluster also listens 10,000 ports above its own."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+            if port + 10_000 < 2**16:
+                return port
 
 
 class RedisServer:
-    """folder: where it keeps its files. appendfsync: always, everysec or no. options: further flags, by name."""
+    """folder: where it keeps its files. appendfsync: always, everysec or no. options: further flags, by name.
+
+    Skips the test where there is no server to start.
+    """
 
     def __init__(self, folder: Path, appendfsync: str = "everysec", **options: str) -> None:
+        if why := local_redis.missing():
+            pytest.skip(why)
+        self._program = local_redis.server_path()
         self.folder = folder
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._flags = {"appendonly": "yes", "appendfsync": appendfsync, "save": "", "loglevel": "warning", **options}
         self._process: subprocess.Popen[bytes] | None = None
         #: For inspection and fault injection; the servers under test have their own clients.
-        self.client = redis.Redis(port=self.port, socket_timeout=_PATIENCE)
+        self.client = redis.Redis(port=self.port, socket_timeout=PATIENCE)
 
     def start(self) -> None:
         """Return when it replies, with the data of its files, if any."""
@@ -46,19 +49,22 @@ class RedisServer:
         where = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)}
         flags = [word for name, value in {**where, **self._flags}.items() for word in (f"--{name}", value)]
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(["redis-server", *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        end = time.monotonic() + _PATIENCE
-        pause = threading.Event()
-        while not self._answers():
-            assert self._process.poll() is None, f"redis-server ended: {(self.folder / 'log').read_text()[-2000:]}"
-            assert time.monotonic() < end, "redis-server does not answer"
-            pause.wait(0.005)
+            self._process = subprocess.Popen([self._program, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        until(self._answers, "an answer of redis-server")
 
     def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"redis-server ended: {(self.folder / 'log').read_text()[-2000:]}"
         try:
             return bool(self.client.ping())
         except (redis.ConnectionError, redis.BusyLoadingError):
             return False
+
+    @property
+    def append_only_files(self) -> Path:
+        """A folder; a single file before Redis 7."""
+        folder = self.folder / "appendonlydir"
+        return folder if folder.exists() else self.folder / "appendonly.aof"
 
     def flush(self) -> None:
         self.client.flushall()
@@ -81,7 +87,7 @@ class RedisServer:
         if self._process is not None and self._process.poll() is None:
             self._send(number)
             self._send(signal.SIGCONT)
-            self._process.wait(_PATIENCE)
+            self._process.wait(PATIENCE)
         self._process = None
 
     def _send(self, number: signal.Signals) -> None:

@@ -2,35 +2,24 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from oracle import Oracle as Oracle
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import PATIENCE
 
 from unroll.service import app
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.clock import Clock
-from unroll.service.engine.base import Result, Rows
+from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import uvicorn_config
 
-_PATIENCE = 20.0
-
 RAW = {"Content-Type": "application/octet-stream"}
-
-
-def until(condition: Callable[[], object], what: str = "the condition") -> None:
-    """Return as soon as the condition holds; fail if it does not."""
-    end = time.monotonic() + _PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come true"
-        pause.wait(0.001)
 
 
 class _Announcing(DrainingServer):
@@ -55,10 +44,11 @@ class Running:
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         application, self.server = app.build(settings, clock)
         config = uvicorn_config(application, self.server, "127.0.0.1", 0)
+        config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds its connection open
         self.uvicorn = _Announcing(config, self.server, settings.drain_delay, settings.drain_timeout)
         self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)
         self._thread.start()
-        assert self.uvicorn.announced.wait(_PATIENCE)
+        assert self.uvicorn.announced.wait(PATIENCE)
         assert self.uvicorn.started, "the server did not start"
         self.port: int = self.uvicorn.servers[0].sockets[0].getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
@@ -74,12 +64,12 @@ class Running:
     def rescan_now(self) -> None:
         """Return when a whole rescan is complete."""
         rescan = self.server.catalog.rescan()
-        asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(_PATIENCE)
+        asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(PATIENCE)
 
     def stop(self) -> None:
         """Stop the server and check for leaks."""
         self.uvicorn.should_exit = True
-        self._thread.join(_PATIENCE)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the server did not stop"
         assert not self.server.crashed
         for model in self.server.catalog:
@@ -116,15 +106,15 @@ class HeldEngine:
 
     def launch(self, rows: Rows) -> None: ...
 
-    def run(self, rows: Rows) -> Result:
+    def run(self, rows: Rows) -> BatchResult:
         result = self._engine.run(rows)
         self.reached.set()
-        assert self._released.wait(_PATIENCE)
+        assert self._released.wait(PATIENCE)
         return result
 
     def wait(self) -> None:
         """Return when a batch has run."""
-        assert self.reached.wait(_PATIENCE), "no batch was run"
+        assert self.reached.wait(PATIENCE), "no batch was run"
 
     def release(self) -> None:
         self._released.set()
@@ -137,7 +127,7 @@ class SlowEngine(HeldEngine):
         super().__init__(loop)
         self._seconds = seconds
 
-    def run(self, rows: Rows) -> Result:
+    def run(self, rows: Rows) -> BatchResult:
         self._released.wait(self._seconds)
         return self._engine.run(rows)
 

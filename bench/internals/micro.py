@@ -19,8 +19,8 @@ import numpy as np
 
 from unroll import bundle
 from unroll.bundle import Bundle, Manifest, TensorSpec
-from unroll.service.engine.base import PlainRows
-from unroll.service.engine.host import HostEngine
+from unroll.service.engine.engine import PlainRows
+from unroll.service.engine.host_engine import HostEngine
 from unroll.service.engine.runner import Runner
 from unroll.service.protocol import json as json_protocol
 from unroll.service.protocol import open_inference

@@ -17,7 +17,7 @@ from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Req
 from unroll.service.api.session_operations import check_id
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NeedsStoreLookup
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
 from unroll.service.scheduler.chunk import Chunk, Opening

@@ -16,7 +16,7 @@ from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, Po
 from unroll.service.protocol import json
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.reply import Reply
-from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 
 #: Bytes of a raw body that are the snapshot, before the values.

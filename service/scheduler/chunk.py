@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.reply import Outcome
 from unroll.service.scheduler.session import Cohort, Session, Work
 from unroll.service.store.record import Origin

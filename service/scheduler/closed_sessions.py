@@ -12,7 +12,7 @@ from unroll.service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
 

@@ -8,7 +8,7 @@ has it: what has run is handed over as a `PendingCommit` before.
 import numpy as np
 
 from unroll.service.core.errors import SessionClosed, UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission
 from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit
 from unroll.service.scheduler.counters import Counters

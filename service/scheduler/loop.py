@@ -1,7 +1,6 @@
 """The asynchronous shell of the scheduler: runs what it decides, and lets callers wait for the answer."""
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -15,7 +14,8 @@ import numpy as np
 from unroll.service.core import failpoints
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import LAUNCHED, Engine, Result, Tensors
+from unroll.service.core.resources import usable_cores
+from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCommit
 from unroll.service.scheduler.reply import Outcome, Reply
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 #: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free. What is shorter
 #: would lose by the way there and back, and on a single core nothing is gained until others would be kept waiting.
-INLINE_SECONDS = 0.004 if len(os.sched_getaffinity(0)) > 1 else 0.02
+INLINE_SECONDS = 0.004 if usable_cores() > 1 else 0.02
 #: The same of a batch that a device runs by itself: meanwhile the event loop has better things to do.
 LAUNCHED_SECONDS = 0.0005
 #: How often idle sessions are looked for when nothing else happens.
@@ -191,7 +191,7 @@ class Loop:
         await self._gather_work()
         if self._crash is not None:
             raise self._crash
-        if len(self._launched) == LAUNCHED:
+        if len(self._launched) == MAX_LAUNCHED:
             await self._end(self._launched.popleft())
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
@@ -307,8 +307,8 @@ class _Begun:
 
     batch: Batch
     started: float
-    result: Callable[[], Result]
-    future: asyncio.Future[Result] | None = None
+    result: Callable[[], BatchResult]
+    future: asyncio.Future[BatchResult] | None = None
 
     @property
     def ready(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from unroll.service.core.errors import PayloadMismatch, PositionGap, PositionTooOld, UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.batch import row_of
 from unroll.service.scheduler.chunk import Chunk, Group, PendingCommit
 from unroll.service.scheduler.limits import ModelTraits

@@ -33,7 +33,7 @@ from unroll.service.core.errors import (
     SessionError,
     UnrollError,
 )
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, Opening, PendingCommit

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from unroll.export import Report as Report
     from unroll.export import export as export
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["ExportError", "Report", "__version__", "export"]
 
 

@@ -1,4 +1,4 @@
-"""Every server that is compared with gives the model's own answers, keeps its clients apart, and leaves nothing behind.
+"""Every peer gives the model's answers, keeps its clients apart, and leaves no process behind.
 
 Those with environments of their own are tested where these have been made.
 """
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
 from socket import create_connection, socket
-from time import monotonic, sleep
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import tritonclient.http
+from waiting import PATIENCE, until
 
 from bench import environments
 from bench.inputs import MODELS
@@ -27,23 +27,20 @@ TOLERANCE = 1e-5
 
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
-def test_a_peer_is_right_and_leaves_nothing_behind(peer: Peer, models: Path, tmp_path: Path) -> None:
+def test_peer_is_correct_and_leaves_no_process(peer: Peer, models: Path, tmp_path: Path) -> None:
     paths = {name: models / name / "1" / "model.onnx" for name in MODELS}
     with started(peer, paths, tmp_path) as server:
         for name, path in paths.items():
             check_steps(peer, name, path, server.port)
             check_sequence(peer, name, path, server.port)
         processes = descendants(server.process.pid)
-    give_up = monotonic() + 5.0
-    while left := [process for process in processes if alive(process)]:
-        assert monotonic() < give_up, left
-        sleep(0.02)
+    until(lambda: not any(alive(process) for process in processes), f"the end of all of {processes}")
 
 
 def check_steps(peer: Peer, model: str, path: Path, port: int) -> None:
-    """Clients in turns, on connections that stay open; then the first starts again."""
+    """Clients alternate on persistent connections; then the first starts again."""
     values = random(CLIENTS, STEPS, model)
-    connections = [create_connection((HOST, port), timeout=20.0) for _ in range(CLIENTS)]
+    connections = [create_connection((HOST, port), timeout=PATIENCE) for _ in range(CLIENTS)]
     for index in range(STEPS):
         for client, connection in enumerate(connections):
             found = ask(connection, peer, peer.step(model, client, index, values[client, index]), model)
@@ -58,7 +55,7 @@ def check_sequence(peer: Peer, model: str, path: Path, port: int) -> None:
     values = random(1, LENGTH, model)[0]
     if (request := peer.sequence(model, values)) is None:
         return
-    with create_connection((HOST, port), timeout=20.0) as connection:
+    with create_connection((HOST, port), timeout=PATIENCE) as connection:
         for _ in range(2):
             found = ask(connection, peer, request, model)
             np.testing.assert_allclose(found, expected(path, values).ravel(), atol=TOLERANCE)
@@ -98,7 +95,7 @@ def started(peer: Peer, models: dict[str, Path], folder: Path) -> Iterator[Serve
 
 
 def descendants(pid: int) -> list[int]:
-    """It, and all that it started, whatever their sessions and groups are."""
+    """The process and all its descendants, whatever their sessions and groups."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *(found for child in children for found in descendants(int(child)))]
 
@@ -110,13 +107,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_peer_without_requirements_runs_in_our_own_environment() -> None:
+def test_peer_without_requirements_runs_in_this_environment() -> None:
     assert environments.existing("naive", ()) == environments.ensure("naive", ())
 
 
-def test_an_environment_counts_only_with_the_requirements_it_was_made_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_is_reused_only_with_its_own_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "VENVS", tmp_path)
     (tmp_path / "some").mkdir()
     assert environments.existing("some", ("a==1",)) is None
@@ -127,7 +122,7 @@ def test_an_environment_counts_only_with_the_requirements_it_was_made_with(
 
 
 @pytest.mark.parametrize("index", [0, 7])
-def test_triton_is_asked_with_what_its_own_client_sends(index: int) -> None:
+def test_triton_request_equals_its_own_clients(index: int) -> None:
     row = random(1, 1, "small")[0, 0]
     tensor = tritonclient.http.InferInput("x", [1, 1, len(row)], "FP32")
     tensor.set_data_from_numpy(row[None, None])

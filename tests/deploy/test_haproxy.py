@@ -7,17 +7,15 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, until
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
-_PATIENCE = 20.0
 #: RFC 6455's GUID for the accept header, which the proxy verifies.
 _RFC_6455 = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
@@ -77,7 +75,7 @@ class Proxy:
         self.port, self.replicas = port, replicas
 
     def ask(self, path: str, method: str = "POST", **headers: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()
         body = response.read().decode()
@@ -86,12 +84,14 @@ class Proxy:
 
     def wait_for(self, names: set[str]) -> None:
         """Wait until requests without a session reach exactly these replicas."""
-        deadline = time.monotonic() + _PATIENCE
-        seen: set[str] = set()
-        while seen != names:
-            assert time.monotonic() < deadline, f"{seen} answer, not {names}"
-            with suppress(ConnectionRefusedError):  # not listening yet
-                seen = {self.ask("/readyz", "GET")[1] for _ in range(4)}
+
+        def answered() -> set[str]:
+            try:
+                return {self.ask("/readyz", "GET")[1] for _ in range(4)}
+            except ConnectionRefusedError:  # not listening yet
+                return set()
+
+        until(lambda: answered() == names, f"answers of {names}")
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_what_never_arrived_is_sent_to_another(proxy: Proxy):
 
 
 def test_a_websocket_passes(proxy: Proxy):
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=_PATIENCE) as connection:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as connection:
         connection.sendall(
             b"GET /v1/models/co2/stream HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"

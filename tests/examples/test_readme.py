@@ -11,6 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -48,7 +49,9 @@ def test_the_curl_session_answers_as_shown(server: str):
 
 def test_the_tritonclient_session_works(server: str, environment: dict[str, str]):
     program = at(server, block("python", "tritonclient"))
-    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=50)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert ran.returncode == 0, ran.stderr
     assert re.findall(r"\d+\.\d", ran.stdout) == ["371.1", "371.4"]
 
@@ -68,7 +71,7 @@ def test_a_model_of_ones_own_is_exported_and_served(
 
     command = block("bash", "unroll export").splitlines()[0]
     ran = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert ran.returncode == 0, ran.stderr
     assert "streaming yes" in ran.stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from waiting import PATIENCE
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -23,7 +24,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=PATIENCE,
         )
 
     yield call

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from waiting import PATIENCE
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
@@ -201,7 +202,7 @@ def node() -> list[str]:
 
 def run(node: list[str], script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     script.write_text(DRIVER % JAVASCRIPT.as_uri())
-    return subprocess.run([*node, script, json.dumps(arguments)], capture_output=True, text=True, timeout=50)
+    return subprocess.run([*node, script, json.dumps(arguments)], capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_javascript(server: str, fault: Fault, ppm: np.ndarray, expected: bytes, node: list[str], tmp_path: Path):

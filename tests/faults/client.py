@@ -15,6 +15,7 @@ from typing import NoReturn
 import numpy as np
 from faults.history import Track
 from faults.wires import NO_SERVER, WAYS, Broken, Reply, Stream, Wires
+from waiting import PATIENCE
 
 #: Codes after which the request may be retried: nothing was applied, or the stored reply is available.
 RETRY = {
@@ -27,8 +28,6 @@ RETRY = {
     "capacity_exhausted",
     NO_SERVER,
 }
-#: Seconds after which a missing acknowledgement is a fault.
-_PATIENCE = 60.0
 
 
 class Refused(Exception):
@@ -37,10 +36,14 @@ class Refused(Exception):
 
 @dataclass
 class Told:
-    """The replies to all clients. outcomes: of every try. seconds: from the first try of a step to its answer."""
+    """The replies to all clients.
+
+    outcomes: of every try. seconds: from the first try of a step to its answer. changed: set after each outcome.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: list[tuple[float, float]] = field(default_factory=list)  # (time of the reply, duration)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def percentile(self, percent: float, since: float = 0.0, until: float = float("inf")) -> float:
         """In milliseconds, of the steps answered in between."""
@@ -167,7 +170,7 @@ class Client:
 
     async def _until_answered(self, send: Callable[[str, int], Awaitable[Reply]], ways: Sequence[str]) -> Reply:
         """Retry until a final reply. Raises TimeoutError if there is none."""
-        end, tries = time.monotonic() + _PATIENCE, 0
+        end, tries = time.monotonic() + PATIENCE, 0
         while True:
             reply = None
             try:
@@ -176,6 +179,7 @@ class Client:
             except Broken as broken:
                 outcome = broken.kind
             self._told.outcomes[outcome] += 1
+            self._told.changed.set()
             if reply is not None and outcome not in RETRY:
                 return reply
             tries += 1

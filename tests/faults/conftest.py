@@ -10,6 +10,7 @@ from faults.replica import Replica, tiny_repository
 from faults.wires import Wires
 from oracle import Oracle
 from serving import Running
+from waiting import PATIENCE
 
 from unroll.service.core.clock import Clock
 from unroll.service.settings import Settings
@@ -61,7 +62,7 @@ async def replicas(tiny: Path, tmp_path: Path) -> AsyncIterator[Replicas]:
 
 @pytest.fixture
 async def wires() -> AsyncIterator[Wires]:
-    wires = Wires("tiny", ("x", "y"), timeout=30.0)
+    wires = Wires("tiny", ("x", "y"), timeout=PATIENCE)
     yield wires
     wires.close()
 
@@ -70,9 +71,9 @@ def start_server(repository: Path, clock: Clock | None = None, **settings: objec
     """A server with warm routes: FastAPI builds them at the first request, which is not thread-safe."""
     server = Running(Settings.model_validate({"repository": repository, **settings}), clock)
     path = f"{server.url}/v1/models/tiny/sessions"
-    assert httpx.post(path, json={"session_id": "first"}, timeout=30).is_success
+    assert httpx.post(path, json={"session_id": "first"}).is_success
     for method, route in (("POST", "/fork"), ("GET", ""), ("GET", "/state"), ("PUT", "/state"), ("DELETE", "")):
-        httpx.request(method, f"{path}/first{route}", timeout=30)
+        httpx.request(method, f"{path}/first{route}")
     return server
 
 

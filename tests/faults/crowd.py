@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -70,16 +70,18 @@ class Crowd:
     async def acknowledged(self, steps: int) -> None:
         """Return after this many more steps."""
         wanted = self.steps + steps
-        while self.steps < wanted:
-            assert not self.complaints, self.complaints
-            await asyncio.sleep(0.005)
+        await self._until(lambda: self.steps >= wanted)
 
     async def hears(self, code: str) -> None:
         """Return when any client gets this code while stepping."""
         before = self.told.outcomes[code]
-        while self.told.outcomes[code] == before:
+        await self._until(lambda: self.told.outcomes[code] > before)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
             assert not self.complaints, self.complaints
-            await asyncio.sleep(0.005)
+            self.told.changed.clear()
+            await self.told.changed.wait()
 
     @property
     def steps(self) -> int:

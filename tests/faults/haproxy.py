@@ -1,17 +1,14 @@
 """A real HAProxy with the deployed configuration, in front of replicas on the loopback."""
 
-import asyncio
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from faults.replica import ROOT, is_ready
 from redis_server import free_port
-
-_PATIENCE = 20.0
+from waiting import PATIENCE, reached
 
 
 def missing() -> str:
@@ -35,12 +32,13 @@ class HAProxy:
 
     async def start(self) -> None:
         """Return when a replica replies through it."""
-        self._process = self._launch()
-        end = time.monotonic() + _PATIENCE
-        while not await is_ready(self.port):
-            assert self._process.poll() is None, self._log.read_text()
-            assert time.monotonic() < end, "no replica answers through HAProxy"
-            await asyncio.sleep(0.01)
+        process = self._process = self._launch()
+
+        async def answers_or_ended() -> bool:
+            assert process.poll() is None, self._log.read_text()
+            return await is_ready(self.port)
+
+        await reached(answers_or_ended, "an answer through HAProxy")
 
     def _launch(self) -> "subprocess.Popen[bytes]":
         command = ["haproxy", "-db", "-f", str(self._config)]
@@ -50,5 +48,5 @@ class HAProxy:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(_PATIENCE)
+            self._process.wait(PATIENCE)
             self._process = None

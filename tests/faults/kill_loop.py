@@ -22,7 +22,9 @@ from faults.crowd import Crowd
 from faults.history import Verdict
 from faults.replica import Replica, tiny_repository
 from oracle import Oracle
-from redis_server import RedisServer, missing
+from redis_server import RedisServer
+
+from deploy import local_redis
 
 #: Average seconds from ready to kill, and average pause of a client between steps.
 _LIFE, _PAUSE = 0.6, 0.3
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--durability", choices=["redis", "memory"], default="redis")
     parser.add_argument("--fsync", choices=["always", "everysec", "no"], default="everysec")
     arguments = parser.parse_args(argv)
-    if why := missing():
+    if why := local_redis.missing():
         print(f"cannot run: {why}", file=sys.stderr)
         return 2
     print(f"seed {arguments.seed}", flush=True)

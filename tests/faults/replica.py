@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from redis_server import free_port
+from waiting import PATIENCE, reached
 
 ROOT = Path(__file__).parents[2]
-_PATIENCE = 30.0
 
 
 def tiny_repository(folder: Path) -> Path:
@@ -51,11 +50,12 @@ class Replica:
 
     async def ready(self) -> None:
         """Return when the readiness probe returns 200."""
-        end = time.monotonic() + _PATIENCE
-        while not await is_ready(self.port):
+
+        async def is_ready_or_ended() -> bool:
             assert self.running, f"{self.name} ended: {self.log.read_text()[-2000:]}"
-            assert time.monotonic() < end, f"{self.name} did not start"
-            await asyncio.sleep(0.01)
+            return await is_ready(self.port)
+
+        await reached(is_ready_or_ended, f"the readiness of {self.name}")
 
     async def start(self) -> None:
         self.launch()
@@ -69,7 +69,7 @@ class Replica:
         """Send SIGKILL; nothing completes."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(_PATIENCE)
+            self._process.wait(PATIENCE)
             self._process = None
 
     def pause(self) -> None:
@@ -88,12 +88,12 @@ class Replica:
         """Send SIGTERM; returns the exit status."""
         self._send(signal.SIGTERM)
         assert self._process is not None
-        return await asyncio.to_thread(self._process.wait, _PATIENCE)
+        return await asyncio.to_thread(self._process.wait, PATIENCE)
 
     async def ended(self) -> int:
         """Wait for the process to exit; returns the status."""
         assert self._process is not None
-        return await asyncio.to_thread(self._process.wait, _PATIENCE)
+        return await asyncio.to_thread(self._process.wait, PATIENCE)
 
     def _send(self, number: signal.Signals) -> None:
         assert self._process is not None, f"{self.name} is not running"

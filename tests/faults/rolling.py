@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-import redis_server
 import uvloop
 from faults import haproxy, report
 from faults.client import Told
@@ -24,6 +23,8 @@ from faults.history import Verdict
 from faults.replica import Replica, tiny_repository
 from oracle import Oracle
 from redis_server import RedisServer
+
+from deploy import local_redis
 
 
 @dataclass
@@ -50,9 +51,9 @@ class Result:
 
 
 async def run(
-    folder: Path, seed: int, *, rounds: int = 1, before: float = 1.0, sessions: int = 50, pause: float = 0.2
+    folder: Path, seed: int, *, rounds: int = 1, before: int = 250, sessions: int = 50, pause: float = 0.2
 ) -> Result:
-    """rounds: restarts of each of three replicas. before: seconds of steps before the first restart."""
+    """rounds: restarts of each of three replicas. before: steps before the first restart."""
     repository = tiny_repository(folder)
     store = RedisServer(folder / "redis")
     store.start()
@@ -64,7 +65,7 @@ async def run(
         await proxy.start()
         async with Crowd([proxy.port], seed, sessions, pause=pause) as crowd:
             async with crowd.stepping():
-                await asyncio.sleep(before)
+                await crowd.acknowledged(before)
                 began = monotonic()
                 for replica in cluster * rounds:
                     statuses.append(await replica.terminate())
@@ -85,12 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--sessions", type=int, default=200)
     arguments = parser.parse_args(argv)
-    if why := redis_server.missing() or haproxy.missing():
+    if why := local_redis.missing() or haproxy.missing():
         print(f"cannot run: {why}", file=sys.stderr)
         return 2
     print(f"seed {arguments.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="rolling-test-"))
-    rolled = run(folder, arguments.seed, rounds=arguments.rounds, before=10.0, sessions=arguments.sessions)
+    rolled = run(folder, arguments.seed, rounds=arguments.rounds, before=5000, sessions=arguments.sessions)
     result = uvloop.run(rolled)
     return report.end(result, folder, good=not any(result.statuses))
 

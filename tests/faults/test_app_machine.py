@@ -19,8 +19,9 @@ from faults.wires import WAYS, Reply, Stream, Wires
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from oracle import Oracle
-from redis_server import RedisServer, missing
-from serving import Running, until
+from redis_server import RedisServer
+from serving import Running
+from waiting import until
 
 from unroll.service.core.clock import ManualClock
 from unroll.service.state.snapshot import Snapshot
@@ -391,8 +392,7 @@ class AppMachine(RuleBasedStateMachine):
             self.wires.close()
 
 
-@pytest.mark.skipif(bool(missing()), reason=missing())
-@pytest.mark.timeout(120 + 30 * EXAMPLES)  # a failure is shrunk first
+@pytest.mark.timeout(300 + 30 * EXAMPLES)  # a failure is shrunk first
 def test_any_order_of_events(redis_server: RedisServer, tiny: Path, oracle: Oracle) -> None:
     world = World(tiny, redis_server, oracle)
     limits = settings(

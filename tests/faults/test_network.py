@@ -41,7 +41,6 @@ async def test_a_cut_is_answered_by_the_retry(
     assert (await wires.call("GET", server.port, "/sessions/a")).position == 2
 
 
-@pytest.mark.timeout(120)
 async def test_bad_networks_everywhere(servers: Servers, oracle: Oracle, redis_server: RedisServer) -> None:
     """Between clients and replicas, and between replicas and their store."""
     chance = random.Random(4)

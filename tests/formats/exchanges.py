@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import numpy as np
 from serving import Running
+from waiting import PATIENCE
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-_PATIENCE = 20
 _TOLERANCE = 1e-6
 #: Parts of a binary message: (how to compare, bytes); -1: the rest.
 Layout = list[tuple[str, int]]
@@ -51,7 +51,7 @@ class Conversation:
         self._socket.send(sent["text"] if "text" in sent else bytes.fromhex(sent["hex"]))
         came: list[str | bytes] = []
         while sum(map(_answers, came)) < sent["answers"]:
-            came.append(self._socket.recv(_PATIENCE))
+            came.append(self._socket.recv(PATIENCE))
         return [_recorded(message) for message in came]
 
     def _refusal(self, model: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Conversation:
         came: list[dict[str, Any]] = []
         try:
             while True:
-                came.append(_recorded(self._socket.recv(_PATIENCE)))
+                came.append(_recorded(self._socket.recv(PATIENCE)))
         except ConnectionClosed as closed:
             assert closed.rcvd is not None
             came.append({"closed": closed.rcvd.code})

@@ -11,6 +11,7 @@ from typing import Any
 import onnxruntime
 from stub_cuda import library
 from stub_cuda.calls import Calls, read
+from waiting import PATIENCE
 
 _PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 
@@ -47,7 +48,7 @@ class Stub:
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, "-c", script, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         if done.returncode:
             raise AssertionError(f"the script ended with {done.returncode}:\n{done.stderr}")
         printed = done.stdout.splitlines()

@@ -11,7 +11,6 @@ from functools import partial
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from unroll.service.api import session_operations
@@ -19,7 +18,9 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
 from unroll.service.api.request import ATTEMPTS
 from unroll.service.api.session_operations import new_id
+from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.link import Link
+from unroll.service.api.stream.replies import CallSoon, Replies, error_members
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core import failpoints
 from unroll.service.core.errors import (
@@ -28,24 +29,18 @@ from unroll.service.core.errors import (
     InvalidRequest,
     ModelChanged,
     NeedsStoreLookup,
-    Overloaded,
     QueueFull,
     SessionClosed,
     SessionContended,
     SessionUnknown,
     UnrollError,
 )
-from unroll.service.engine.base import Tensors
-from unroll.service.protocol import json
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.frames import (
     NO_POSITION,
     Frame,
     FrameCodec,
     SingleEntryFrame,
-    encode,
-    encode_single,
-    pack_entries,
-    with_positions,
 )
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
 from unroll.service.scheduler.reply import Outcome
@@ -53,11 +48,6 @@ from unroll.service.scheduler.session import Cohort, Life, Session
 
 T = TypeVar("T")
 
-CallSoon = Callable[[Callable[[], None]], object]
-
-#: Entries of a connection that may be unanswered before no more is read from it, and bytes of their outputs.
-WINDOW = 2048
-WINDOW_BYTES = 16 * 2**20
 #: Sessions bound to one connection at a time, and in one `open`.
 MAX_HANDLES = 65_536
 #: Kinds of frames of a connection that are recognised when they come again.
@@ -147,8 +137,7 @@ class Connection:
         require_streamable(served)
         self._inputs, self._outputs = served.manifest.inputs, served.manifest.outputs
         self._codec = FrameCodec(self._inputs, served.codec.max_steps)
-        self._send_binary, self._send_text = link.send_binary, link.send_text
-        self._pause, self._resume, self._hang_up = link.pause, link.resume, link.close
+        self._hang_up = link.close
         self._call_soon = call_soon
         #: What each handle means: one session, and not another that is opened under its id later.
         self._bound: dict[ServedModel, dict[int, Session]] = {}
@@ -159,24 +148,19 @@ class Connection:
         self._working = False  # on that one
         self._apart: asyncio.Future[None] | None = None  # which does
         self._waiting: dict[_Waiting, None] = {}
-        self._answers: list[tuple[int, int, int, list[bytes]]] = []  # handle, steps, position, outputs
-        self._output_bytes = sum(spec.nbytes for spec in self._outputs)  # of a step
-        self._unanswered = self._unanswered_steps = 0
-        self._writable = True
-        self._paused = False
-        self._draining = False
-        self._leaving: Iterator[int] | None = None  # handles whose client is still to be told where they are
-        self._closed = False
+        step_bytes = sum(spec.nbytes for spec in self._outputs)
+        self._flow = FlowControl(step_bytes, link.pause, link.resume, self._on_drained)
+        self._replies = Replies(link, self._flow, call_soon)
         server.streams.add(self)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "paused" if self._paused else "open"
-        return f"<Connection {self._model} {state}, {self._handles} sessions, {self._unanswered} entries unanswered>"
+        state = "closed" if self._replies.closed else self._flow.state
+        return f"<Connection {self._model} {state}, {self._handles} sessions, {self._flow.entries} entries unanswered>"
 
     # ── what the transport calls ─────────────────────────────────────────────────────────────────
 
     def on_text(self, message: bytes) -> None:
-        if self._leaving is not None:
+        if self._flow.drained:
             return
         if self._working:
             self._held.append((self.on_text, message))
@@ -184,10 +168,10 @@ class Connection:
         try:
             self._control(message)
         except InvalidRequest as error:
-            self._send_text(json.dump({"op": "error", **_described(error)}))
+            self._replies.send_error(error)
 
     def on_binary(self, message: bytes) -> None:
-        if self._leaving is not None:
+        if self._flow.drained:
             return
         if self._working:
             self._held.append((self.on_binary, message))
@@ -199,38 +183,37 @@ class Connection:
                 raise BodyTooLarge(f"a frame may have {limit} bytes, this one has {len(message)}")
             frame = self._codec.decode_single(message) or self._codec.decode(message)
         except InvalidRequest as error:
-            self._send_text(json.dump({"op": "error", **_described(error)}))
+            self._replies.send_error(error)
             return
         if isinstance(frame, SingleEntryFrame):
-            self._asked(1, frame.steps)
+            self._flow.acquire(1, frame.steps)
             self._submit(frame, self._codec.fault(frame.inputs), alone=True)
         else:
-            self._asked(len(frame.entries), frame.total)
+            self._flow.acquire(len(frame.entries), frame.total)
             self._submit_all(frame)
-        self._regulate()
+        self._flow.update()
 
     def on_writable(self, writable: bool) -> None:
         """Does the client read, or is what it does not read piling up?"""
-        self._writable = writable
-        self._regulate()
+        self._flow.writable = writable
+        self._flow.update()
 
     def drain(self) -> None:
         """Read no more, answer what was read, say where each session is, and hang up."""
-        self._draining = True
-        self._regulate()
+        self._flow.draining = True
+        self._flow.update()
 
     def close(self) -> None:
         """The connection is gone; its sessions stay. What has not begun to run is dropped, the last first."""
-        self._closed = True
         self._server.streams.discard(self)
+        self._replies.close()
         for waiting in reversed([*self._waiting]):
             if waiting.chunk is not None:
                 waiting.served.loop.leave(waiting.chunk, waiting)
         self._waiting.clear()
         self._held.clear()
-        self._answers.clear()
         self._lineups.clear()
-        self._unanswered = self._unanswered_steps = 0
+        self._flow.clear()
 
     # ── control ──────────────────────────────────────────────────────────────────────────────────
 
@@ -259,7 +242,7 @@ class Connection:
                 raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
             for handle in asked.handles:
                 self._unbind(handle)
-            self._send_text(json.dump({"op": "detached", "handles": asked.handles}))
+            self._replies.send({"op": "detached", "handles": asked.handles})
 
     def _work(self, op: str, done: list[dict[str, Any]], rest: Iterator[dict[str, Any]]) -> None:
         """Do some of `rest` now and some each time the event loop comes round, then send what came of all."""
@@ -268,12 +251,13 @@ class Connection:
         self._working = len(part) == SLICE
         if self._working:
             self._call_soon(partial(self._go_on, op, done, rest))
-            self._regulate()
+            self._flow.busy = True
+            self._flow.update()
         else:
-            self._send_text(json.dump({"op": op, "sessions": done}))
+            self._replies.send({"op": op, "sessions": done})
 
     def _go_on(self, op: str, done: list[dict[str, Any]], rest: Iterator[dict[str, Any]]) -> None:
-        if not self._closed:
+        if not self._replies.closed:
             self._work(op, done, rest)
             self._take_held()
 
@@ -284,20 +268,21 @@ class Connection:
             done: list[dict[str, Any]] = []
             for begin in range(0, len(items), SLICE):
                 done += await asyncio.gather(*map(do, items[begin : begin + SLICE]))
-            if not self._closed:
+            if not self._replies.closed:
                 self._working, self._apart = False, None
-                self._send_text(json.dump({"op": op, "sessions": done}))
+                self._replies.send({"op": op, "sessions": done})
                 self._take_held()
 
-        self._working = True
+        self._working = self._flow.busy = True
         self._apart = asyncio.ensure_future(work())
-        self._regulate()
+        self._flow.update()
 
     def _take_held(self) -> None:
         while self._held and not self._working:
             take, message = self._held.popleft()
             take(message)
-        self._regulate()
+        self._flow.busy = self._working
+        self._flow.update()
 
     def _find(self, handle: int) -> tuple[ServedModel, Session] | None:
         for served, bound in self._bound.items():
@@ -316,7 +301,7 @@ class Connection:
             self._check_handle(wanted.handle)
             served, session = self._session(wanted)
         except UnrollError as error:
-            return {"handle": wanted.handle, "error": _described(error)}
+            return {"handle": wanted.handle, "error": error_members(error)}
         return self._bind(wanted, served, session)
 
     async def _bring_in(self, wanted: _Wanted) -> dict[str, Any]:
@@ -329,7 +314,7 @@ class Connection:
             finally:
                 self._opening.remove(wanted.handle)
         except UnrollError as error:
-            return {"handle": wanted.handle, "error": _described(error)}
+            return {"handle": wanted.handle, "error": error_members(error)}
         return self._bind(wanted, served, session)
 
     def _check_handle(self, handle: int) -> None:
@@ -402,7 +387,7 @@ class Connection:
             _check_here(served, session)
             served.scheduler.close(session, served.loop.clock.now())
         except UnrollError as error:
-            return {"handle": handle, "error": _described(error)}
+            return {"handle": handle, "error": error_members(error)}
         return {"handle": handle, "position": session.position}
 
     async def _end_everywhere(self, handle: int) -> dict[str, Any]:
@@ -418,7 +403,7 @@ class Connection:
                 raise _another(bound)
             await session_operations.close(self._server, self._name, bound.id)
         except UnrollError as error:
-            return {"handle": handle, "error": _described(error)}
+            return {"handle": handle, "error": error_members(error)}
         return {"handle": handle, "position": session.position}
 
     def _session_of(self, handle: int) -> tuple[ServedModel, Session]:
@@ -431,13 +416,16 @@ class Connection:
             return self._bind_again(handle, session)
         return served, served.scheduler.sessions.detach_from_cohort(session)
 
-    def _take_leave(self) -> None:
+    def _on_drained(self) -> None:
+        self._take_leave(iter([handle for bound in self._bound.values() for handle in bound]))
+
+    def _take_leave(self, handles: Iterator[int]) -> None:
         """Say where some of the sessions are, and where more are when the event loop comes round; then hang up."""
-        if self._closed or self._leaving is None:
+        if self._replies.closed:
             return
-        if part := [self._whereabouts(handle) for handle in islice(self._leaving, SLICE)]:
-            self._send_text(json.dump({"op": "closing", "sessions": part}))
-            self._call_soon(self._take_leave)
+        if part := [self._whereabouts(handle) for handle in islice(handles, SLICE)]:
+            self._replies.send({"op": "closing", "sessions": part})
+            self._call_soon(partial(self._take_leave, handles))
         else:
             self._hang_up(RESTART, "the server is about to end: resume elsewhere")
 
@@ -448,7 +436,7 @@ class Connection:
             if session.durable is None:
                 _check_here(served, session)
         except UnrollError as error:
-            return {"handle": handle, "error": _described(error)}
+            return {"handle": handle, "error": error_members(error)}
         return {"handle": handle, "session_id": session.id, "position": session.position}
 
     # ── chunks ───────────────────────────────────────────────────────────────────────────────────
@@ -492,7 +480,7 @@ class Connection:
                 lineup.cohorts, positions, inputs, self._server.limits.request_timeout, then
             )
         except UnrollError as error:
-            self._refuse_all(frame.entries, error)
+            self._replies.refuse_all(frame.entries, error)
             return True
 
     def _submit_group(
@@ -512,7 +500,7 @@ class Connection:
         try:
             left = served.loop.submit_group(members, positions, inputs, timeout, then, again=again)
         except UnrollError as error:
-            self._refuse_all(frame.entries[rows], error)
+            self._replies.refuse_all(frame.entries[rows], error)
             return rows
         if not left:
             return rows
@@ -537,7 +525,7 @@ class Connection:
         except NeedsStoreLookup as away:
             self._look_up(away.session_id, said, alone, left)
         except UnrollError as error:
-            self._refuse(said.handle, said.steps, said.position, error)
+            self._replies.refuse(said.handle, said.steps, said.position, error)
 
     def _bind_again(self, handle: int, before: Session) -> tuple[ServedModel, Session]:
         """A session that lost its row here is brought back, or was. Raises NeedsStoreLookup, or what became of it."""
@@ -556,7 +544,7 @@ class Connection:
         """Submit it again when the session was looked up, behind what waits for that already."""
 
         def then(error: UnrollError | None) -> None:
-            if not self._closed:
+            if not self._replies.closed:
                 self._submit(said, error, alone=alone, left=left - 1)
 
         assert self._keeper is not None
@@ -565,89 +553,26 @@ class Connection:
     # ── answers ──────────────────────────────────────────────────────────────────────────────────
 
     def _settled(self, waiting: _Waiting, outcome: Outcome) -> None:
-        if self._closed:
+        if self._replies.closed:
             return
         self._waiting.pop(waiting, None)
         said = waiting.said
         if isinstance(outcome, SessionContended) and waiting.left and self._keeper is not None:
             self._look_up(waiting.session.id, said, waiting.alone, waiting.left)
         elif isinstance(outcome, UnrollError):
-            self._refuse(said.handle, said.steps, said.position, outcome)
+            self._replies.refuse(said.handle, said.steps, said.position, outcome)
         elif waiting.alone:
-            self._send_answers()
-            self._send_binary(encode_single(said.handle, said.steps, outcome.position, outcome.outputs))
-            self._answered(1, said.steps)
+            self._replies.answer(said, outcome)
         else:
-            if not self._answers:
-                self._call_soon(self._send_answers)
-            values = [output.tobytes() for output in outcome.outputs]
-            self._answers.append((said.handle, said.steps, outcome.position, values))
-
-    def _send_answers(self) -> None:
-        """What came for frames of several entries, if anything did; before whatever may be later of a session."""
-        if not self._answers:
-            return
-        handles, steps, positions, values = zip(*self._answers, strict=True)
-        self._answers = []
-        in_order = (entry for output in zip(*values, strict=True) for entry in output)
-        self._send_binary(encode(pack_entries(handles, steps, positions), in_order))
-        self._answered(len(handles), sum(steps))
+            self._replies.coalesce(said, outcome)
 
     def _settled_group(self, frame: Frame, rows: list[int] | None, lineup: _Lineup | None, reply: GroupReply) -> None:
         """rows: of the frame that were submitted, if not all."""
-        if self._closed:
+        if self._replies.closed:
             return
         if lineup is not None and reply.cohort is not None:
             lineup.cohorts.append(reply.cohort)
-        at = reply.rows if rows is None or isinstance(reply.rows, slice) else [rows[row] for row in reply.rows]
-        asked, positions, outputs = frame.entries[at], reply.positions, reply.outputs
-        if reply.errors:
-            for i, error in reply.errors.items():
-                self._refuse_all(asked[i : i + 1], error)
-            good = [i for i in range(len(asked)) if i not in reply.errors]
-            asked, positions = asked[good], positions[good]
-            outputs = tuple(output[good] for output in outputs)
-        self._send_answers()
-        if len(asked):
-            self._send_binary(encode(with_positions(asked, positions), [output.data for output in outputs]))
-            self._answered(len(asked), len(asked) * int(asked[0]["steps"]))
-
-    def _refuse_all(self, asked: np.ndarray, error: UnrollError) -> None:
-        """asked: entries of a frame."""
-        for handle, steps, position in asked.tolist():
-            self._refuse(handle, steps, None if position == NO_POSITION else position, error)
-
-    def _refuse(self, handle: int, steps: int, position: int | None, error: UnrollError) -> None:
-        document = {"op": "error", **_described(error), "handle": handle, "position": position}
-        self._send_text(json.dump(document))
-        self._answered(1, steps)
-
-    def _asked(self, entries: int, steps: int) -> None:
-        self._unanswered += entries
-        self._unanswered_steps += steps
-
-    def _answered(self, entries: int, steps: int) -> None:
-        self._unanswered -= entries
-        self._unanswered_steps -= steps
-        if self._paused:
-            self._regulate()
-
-    def _regulate(self) -> None:
-        full = self._unanswered > WINDOW or self._unanswered_steps * self._output_bytes > WINDOW_BYTES
-        paused = full or self._working or self._draining or not self._writable
-        if paused != self._paused:
-            self._paused = paused
-            (self._pause if paused else self._resume)()
-        if self._draining and self._leaving is None and not (self._unanswered or self._working or self._held):
-            self._leaving = iter([handle for bound in self._bound.values() for handle in bound])
-            self._take_leave()
-
-
-def _described(error: UnrollError) -> dict[str, Any]:
-    described: dict[str, Any] = {**error.details, "code": error.code, "detail": error.message}
-    if isinstance(error, Overloaded):
-        described["retry_after"] = error.retry_after
-    return described
+        self._replies.answer_group(frame, rows, reply)
 
 
 def _members(

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from waiting import PATIENCE
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -31,7 +33,7 @@ class Process:
 
     def end(self) -> int:
         """Exit status, after the rest of the log was read."""
-        _, rest = self.popen.communicate(timeout=20)
+        _, rest = self.popen.communicate(timeout=PATIENCE)
         self.log += [json.loads(line) for line in rest.splitlines()]
         return self.popen.returncode
 

@@ -11,14 +11,12 @@ import pytest
 import serving
 import uvicorn
 from serving import Running
+from waiting import PATIENCE
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from unroll.bundle import Manifest
 from unroll.service.settings import Settings
-
-PATIENCE = 20
-
 
 NO_POSITION = 2**64 - 1
 

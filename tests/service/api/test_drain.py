@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import wire
 from redis_server import RedisServer
-from serving import RAW, Oracle, Running, Serve, until
+from serving import RAW, Oracle, Running, Serve
 from streams import Client, frame, last_messages, replies
+from waiting import until
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -72,7 +73,7 @@ def test_idle_connections_are_closed_and_busy_ones_answered(serve: Serve, backgr
     idle = socket.create_connection(("127.0.0.1", running.port), 20)
     idle.sendall(b"POST /v1/models/lstm/sessions HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n")
     session_id = json.loads(idle.recv(65536).partition(b"\r\n\r\n")[2])["session_id"]
-    with httpx.Client(base_url=running.url, timeout=20) as client:
+    with httpx.Client(base_url=running.url) as client:
         with running.holding("lstm") as held:
             path = f"/v1/models/lstm/sessions/{session_id}/steps"
             busy = background(client.post, path, content=X.tobytes(), headers=RAW)

@@ -8,8 +8,9 @@ import httpx
 import numpy as np
 import pytest
 from redis_server import RedisServer
-from serving import RAW, Oracle, Running, Serve, until
+from serving import RAW, Oracle, Running, Serve
 from streams import Client, frame
+from waiting import until
 
 Oracles = Callable[..., Oracle]
 Dial = Callable[[Running], Client]

@@ -37,7 +37,7 @@ def test_a_session_goes_the_same_way(servers: tuple[Running, Running], name: str
 
     def life(server: Running) -> list[np.ndarray]:
         """Steps, a chunk, a retry, a fork, a snapshot restored, and a whole sequence."""
-        with httpx.Client(base_url=f"{server.url}/v1/models/{name}", timeout=30) as client:
+        with httpx.Client(base_url=f"{server.url}/v1/models/{name}") as client:
             client.post("/sessions", json={"session_id": "one"}).raise_for_status()
             found = [values(client.post("/sessions/one/steps", json={"inputs": [row]})) for row in x[:3]]
             chunk = {"inputs": x[3:9], "position": 3}

@@ -10,11 +10,12 @@ import httpx
 import numpy as np
 import pytest
 from problems import GOOD, assert_problem
-from serving import RAW, Running, Serve, until
+from serving import RAW, Running, Serve
+from waiting import until
 
 from unroll.service.core import errors
 from unroll.service.core.clock import ManualClock
-from unroll.service.engine.base import Rows, Tensors
+from unroll.service.engine.engine import Rows, Tensors
 
 Background = Callable[..., Future]
 

@@ -60,7 +60,7 @@ MALFORMED = {
     "a list": b"[[1, 2, 3]]",
     "a number": b"7",
     "no inputs": b"{}",
-    "an unknown member": b'{"inputs": [[1, 2, 3]], "postion": 3}',
+    "an unknown member": b'{"inputs": [[1, 2, 3]], "positions": 3}',
     "position null but misspelt": b'{"inputs": [[1, 2, 3]], "Position": null}',
     "position true": b'{"inputs": [[1, 2, 3]], "position": true}',
     "position a float": b'{"inputs": [[1, 2, 3]], "position": 3.0}',

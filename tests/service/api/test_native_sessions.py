@@ -7,7 +7,8 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 import pytest
-from serving import RAW, Oracle, Running, until
+from serving import RAW, Oracle, Running
+from waiting import until
 
 Oracles = Callable[..., Oracle]
 
@@ -253,7 +254,7 @@ def test_a_snapshot_of_another_model_is_refused(client: httpx.Client) -> None:
         ({"session_id": ""}, 400, "malformed_request"),
         ({"session_id": "a" * 129}, 400, "malformed_request"),
         ({"session_id": 7}, 400, "malformed_request"),
-        ({"sesion_id": "a"}, 400, "malformed_request"),
+        ({"session": "a"}, 400, "malformed_request"),
         ({"snapshot": "not Base64!"}, 400, "malformed_request"),
         ({"snapshot": base64.b64encode(b"short").decode()}, 422, "snapshot_invalid"),
         ({"state": [0.0] * 3}, 422, "invalid_shape"),

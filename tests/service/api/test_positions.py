@@ -10,7 +10,8 @@ import httpx
 import numpy as np
 import pytest
 import wire
-from serving import RAW, Oracle, Running, Serve, metric, until
+from serving import RAW, Oracle, Running, Serve, metric
+from waiting import until
 
 Background = Callable[..., Future]
 

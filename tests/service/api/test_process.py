@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import wire
 from processes import Process, StartProcess, launch
-from serving import RAW, Oracle, metric, until
+from serving import RAW, Oracle, metric
+from waiting import PATIENCE, until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -31,7 +32,7 @@ def test_signals(
     rng: np.random.Generator,
 ) -> None:
     x = rng.standard_normal((4, 3)).astype(np.float32)
-    with httpx.Client(base_url=process.url, timeout=30) as client:
+    with httpx.Client(base_url=process.url) as client:
         session = f"/v1/models/gru/sessions/{client.post('/v1/models/gru/sessions').json()['session_id']}"
         first = client.post(f"{session}/steps", content=x[:2].tobytes(), headers=RAW).content
         shutil.copytree(repository / "gru" / "2", shelf / ".coming")
@@ -54,7 +55,7 @@ def test_a_drain(start_process: StartProcess) -> None:
     """Not ready at once; it ends when a second signal cuts the delay short, and in order."""
     process = start_process("--drain-delay", "1000")
     stream = connect(f"{process.url.replace('http', 'ws')}/v1/models/gru/stream")
-    with httpx.Client(base_url=process.url, timeout=30) as client, stream:
+    with httpx.Client(base_url=process.url) as client, stream:
         stream.send(json.dumps({"op": "open", "sessions": [{"handle": 5, "session_id": "s"}]}))
         assert "error" not in json.loads(stream.recv())["sessions"][0]
         process.popen.send_signal(signal.SIGTERM)
@@ -88,14 +89,39 @@ sys.exit(main(sys.argv[1:]))
 def test_a_crash(start_process: StartProcess) -> None:
     process = start_process(program=("-c", CRASHING))
     with pytest.raises(httpx.RemoteProtocolError):
-        httpx.post(f"{process.url}/v1/models/gru/sequences", json={"inputs": [[[1.0, 2.0, 3.0]]]}, timeout=30)
+        httpx.post(f"{process.url}/v1/models/gru/sequences", json={"inputs": [[[1.0, 2.0, 3.0]]]})
     assert process.end() == 1
     assert "a crash" in next(str(line) for line in process.log if line["event"] == "crashed")
 
 
+#: The server on a system that has neither Linux's scheduler calls nor /proc, such as macOS.
+NOT_LINUX = """
+import io, os, sys
+del os.sched_getaffinity, os.sched_setaffinity
+original = io.open
+
+def without_proc(file, *args, **options):
+    if str(file).startswith("/proc"):
+        raise FileNotFoundError(2, "No such file or directory", str(file))
+    return original(file, *args, **options)
+
+io.open = without_proc
+from unroll.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_system_other_than_linux(start_process: StartProcess) -> None:
+    process = start_process(program=("-c", NOT_LINUX))
+    reply = httpx.post(f"{process.url}/v1/models/gru/sequences", json={"inputs": [[[1.0, 2.0, 3.0]]]})
+    assert reply.status_code == 200, reply.text
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 0
+
+
 def test_a_repository_that_cannot_be_served(tmp_path: Path) -> None:
     refused = launch("--repository", str(tmp_path), "--port", "0", "--device", "cpu")
-    _, log = refused.communicate(timeout=20)
+    _, log = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 1
     assert "holds no bundle" in log
     assert "Traceback" not in log
@@ -104,7 +130,7 @@ def test_a_repository_that_cannot_be_served(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [(), ("--repository", ".", "--port", "abc"), ("--bogus",)])
 def test_flags_that_are_wrong_end_with_a_line_each(flags: tuple[str, ...]) -> None:
     refused = launch(*flags)
-    _, said = refused.communicate(timeout=20)
+    _, said = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 2
     assert "unroll serve" in said
     assert "Traceback" not in said

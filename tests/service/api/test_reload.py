@@ -11,7 +11,8 @@ import httpx
 import numpy as np
 import pytest
 import wire
-from serving import RAW, Oracle, Running, Serve, until
+from serving import RAW, Oracle, Running, Serve
+from waiting import until
 
 from unroll import bundle
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import httpx
 import numpy as np
 import pytest
-from serving import RAW, Running, until
+from serving import RAW, Running
+from waiting import PATIENCE, until
 
 STEP = np.float32([[0.1, -0.2, 0.3]])
 
@@ -19,7 +20,7 @@ class Wire:
     """A connection on which requests are bytes."""
 
     def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
         self._received = b""
 
     def send(self, *parts: bytes) -> None:

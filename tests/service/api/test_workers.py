@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from processes import Process, StartProcess, launch
 from redis_server import RedisServer, free_port
-from serving import RAW, Oracle, metric, until
+from serving import RAW, Oracle, metric
+from waiting import PATIENCE, reached, until
 
 from unroll.service import workers
 from unroll.service.serve import main
@@ -63,8 +64,8 @@ def asked(url: str) -> httpx.Response:
     """Again if the worker that dies had the connection, and again if one waited for it and its queue was closed."""
     for _ in range(2):
         with suppress(httpx.NetworkError, httpx.RemoteProtocolError):
-            return httpx.get(url, timeout=30)
-    return httpx.get(url, timeout=30)
+            return httpx.get(url)
+    return httpx.get(url)
 
 
 def test_one_port_and_several_processes(
@@ -76,7 +77,7 @@ def test_one_port_and_several_processes(
     background: Background,
     rng: np.random.Generator,
 ) -> None:
-    clients = [httpx.Client(base_url=started.url, timeout=30) for _ in range(64)]
+    clients = [httpx.Client(base_url=started.url) for _ in range(64)]
     x = rng.standard_normal((8, 24, 3)).astype("<f4")
     for i in range(8):
         assert clients[i].post(f"{MODEL}/sessions", json={"session_id": f"s{i}"}).json()["durability"] == "redis"
@@ -129,7 +130,7 @@ def test_the_workers_end_with_their_supervisor(started: Process, ports: list[int
 def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: RedisServer) -> None:
     flags = ("--repository", str(tmp_path), "--port", "0", "--device", "cpu", "--store", redis_server.url)
     refused = launch(*flags, "--workers", "2")
-    _, log = refused.communicate(timeout=30)
+    _, log = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 1
     assert log.count("holds no bundle") == 1
     assert "Traceback" not in log
@@ -182,9 +183,7 @@ async def test_a_worker_that_dies_again_and_again(tmp_path: Path, monkeypatch: p
     port = listener.getsockname()[1]
     supervisor = workers._Supervisor("127.0.0.1", port, [listener])
     running = asyncio.create_task(supervisor.run())
-    async with asyncio.timeout(20):
-        while starts.read_text().count("\n") < 4:  # noqa: ASYNC110 there is nothing to wait for but the file
-            await asyncio.sleep(0.001)
+    await reached(lambda: starts.read_text().count("\n") == 4, "the fourth start")
     assert listener.fileno() == -1
     supervisor._stop()
     assert await running == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from machines import CPU, GPU
+from waiting import PATIENCE
 
 from unroll.service.doctor import __main__ as doctor
 from unroll.service.doctor import ask
@@ -17,7 +18,7 @@ from unroll.service.engine.runner import resolve_devices
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "unroll", "doctor", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=50)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_this_machine(tmp_path: Path):

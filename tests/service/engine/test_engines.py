@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from unroll import bundle
 from unroll.service.core.errors import EngineFailed, NonFiniteOutput
 from unroll.service.engine import runner as runner_module
-from unroll.service.engine.base import Engine, PlainRows
-from unroll.service.engine.cuda.engine import CudaEngine
-from unroll.service.engine.host import HostEngine
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
+from unroll.service.engine.engine import Engine, PlainRows
+from unroll.service.engine.host_engine import HostEngine
 from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits

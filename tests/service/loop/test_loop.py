@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+from waiting import PATIENCE, turns
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
-from unroll.service.engine.base import DeviceFailed, Result, Rows, Tensors
+from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
@@ -35,12 +36,12 @@ class GatedEngine:
 
     async def began(self) -> None:
         """Returns when a batch runs."""
-        assert await asyncio.to_thread(self._began.wait, 10)
+        assert await asyncio.to_thread(self._began.wait, PATIENCE)
 
     def run(self, rows: Rows) -> tuple[Tensors, dict[int, UnrollError]]:
         self.batches.append(len(rows.lens))
         self._began.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(PATIENCE)
         return (rows.inputs[0] + 1,), {}
 
     def launch(self, rows: Rows) -> None: ...
@@ -72,15 +73,15 @@ class LaunchingEngine(GatedEngine):
         """The next time something is."""
         await self._launches.get()
 
-    def launch(self, rows: Rows) -> Callable[[], Result]:  # type: ignore[override]
+    def launch(self, rows: Rows) -> Callable[[], BatchResult]:  # type: ignore[override]
         if self.fails is not None:
             raise self.fails
         number, answer = len(self.batches), self.run(rows)
         self.log.append(f"launch {number}")
         self._launches.put_nowait(number)
 
-        def result() -> Result:
-            assert self.done.acquire(timeout=10)
+        def result() -> BatchResult:
+            assert self.done.acquire(timeout=PATIENCE)
             self.log.append(f"result {number}")
             return answer
 
@@ -165,7 +166,7 @@ async def test_what_arrives_while_a_batch_runs_forms_the_next():
         first = asyncio.create_task(loop.sequences([X], 10))
         await engine.began()
         others = [asyncio.create_task(loop.sequences([X], 10)) for _ in range(5)]
-        await asyncio.sleep(0)
+        await turns()
         engine.gate.set()
         await asyncio.gather(first, *others)
         assert engine.batches == [1, 5]
@@ -176,7 +177,7 @@ async def test_a_caller_that_leaves_takes_its_queued_work_along():
         first = asyncio.create_task(loop.sequences([X], 10))
         await engine.began()
         leaving = asyncio.create_task(loop.sequences([X], 10))
-        await asyncio.sleep(0)
+        await turns()
         leaving.cancel()
         engine.gate.set()
         await first
@@ -193,9 +194,9 @@ async def test_a_retry_that_joined_keeps_the_work_alive():
         await engine.began()
         first = asyncio.create_task(steps(loop, "a", X, 10, position=0))
         retry = asyncio.create_task(steps(loop, "a", X, 10, position=0))
-        await asyncio.sleep(0)
+        await turns()
         first.cancel()
-        await asyncio.sleep(0)
+        await turns()
         engine.gate.set()
         await blocker
         assert (await retry).position == 2
@@ -209,7 +210,7 @@ async def test_errors_reach_the_caller():
         session = loop.scheduler.open("a", 0)
         late = asyncio.create_task(loop.sequences([X], 5))
         closed = asyncio.create_task(steps(loop, "a", X, 10))
-        await asyncio.sleep(0)
+        await turns()
         clock.advance(6)
         loop.scheduler.close(session, clock.now())
         engine.gate.set()
@@ -226,7 +227,7 @@ async def test_an_action_waits_for_the_chunks_before_it():
         step = asyncio.create_task(steps(loop, "a", X, 10))
         await engine.began()
         acting = loop.act(session, lambda session: session.position)
-        await asyncio.sleep(0)
+        await turns()
         assert not acting.done()
         engine.gate.set()
         await step

@@ -128,7 +128,7 @@ def test_frames_that_are_refused(content: bytes, says: str):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("steps", [(1, 1, 1), (1, 2, 1)])
-def test_a_value_that_is_not_finite_is_its_entrys_fault(bad: float, steps: tuple[int, ...]):
+def test_a_value_that_is_not_finite_is_the_fault_of_its_entry(bad: float, steps: tuple[int, ...]):
     values = np.full((sum(steps), 3), np.finfo(np.float32).max, "<f4")  # large is not infinite
     codec = FrameCodec([X], 100)
     entries = [(i, t, 0) for i, t in enumerate(steps)]
@@ -141,20 +141,20 @@ def test_a_value_that_is_not_finite_is_its_entrys_fault(bad: float, steps: tuple
 
 
 @pytest.mark.parametrize("bad", [-1, 11, 2**63 - 1, -(2**63)])
-def test_an_integer_out_of_range_is_its_entrys_fault(bad: int):
+def test_an_integer_out_of_range_is_the_fault_of_its_entry(bad: int):
     codec = FrameCodec([TOKEN], 100)
     faults = codec.faults(codec.decode(frame(TWO, np.array([0, 10, bad, 3], "<i8"))))
     assert {i: type(fault) for i, fault in faults.items()} == {1: OutOfRange}
     assert "0 … 10" in faults[1].message
 
 
-def test_a_byte_that_is_no_bool_is_its_entrys_fault():
+def test_a_byte_that_is_no_bool_is_the_fault_of_its_entry():
     codec = FrameCodec([X, FLAG], 100)
     content = frame(TWO, np.zeros((4, 3), "<f4"), np.array([0, 2, 1, 0], np.uint8))
     assert {i: type(fault) for i, fault in codec.faults(codec.decode(content)).items()} == {0: OutOfRange}
 
 
-def test_too_many_steps_are_their_entrys_fault():
+def test_too_many_steps_are_the_fault_of_their_entry():
     codec = FrameCodec([X], 2)
     content = frame([(1, 1, 0), (2, 3, 0)], np.zeros((4, 3), "<f4"))
     assert {i: type(fault) for i, fault in codec.faults(codec.decode(content)).items()} == {1: InvalidShape}

@@ -6,7 +6,7 @@ import numpy as np
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import EngineFailed, UnrollError
-from unroll.service.engine.base import Rows, Tensors
+from unroll.service.engine.engine import Rows, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import pytest
-from redis_server import RedisServer, free_port, missing
-from serving import until
+from faults.proxy import Fault, FaultProxy
+from redis_server import RedisServer
+from waiting import until
 
 from unroll.service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable
 from unroll.service.store.interface import Commit, Key, Store, Tokens
@@ -23,13 +24,9 @@ KEPT = (Kept(0, 2, b"d" * 16, b"outputs"),)
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A Redis Cluster of one node, which refuses what a cluster refuses: keys of different slots in one script."""
-    if why := missing():
-        pytest.skip(why)
-    server = RedisServer(
-        tmp_path_factory.mktemp("cluster"), **{"cluster-enabled": "yes", "cluster-port": str(free_port())}
-    )
+    server = RedisServer(tmp_path_factory.mktemp("cluster"), **{"cluster-enabled": "yes"})
     server.start()
-    server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    server.client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
     until(lambda: b"cluster_state:ok" in server.client.execute_command("CLUSTER", "INFO", NEVER_DECODE=True))
     yield server
     server.kill()
@@ -194,16 +191,24 @@ async def test_a_lost_connection_is_made_anew(made: RedisStore, redis_server: Re
 
 
 async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server: RedisServer, tokens: Tokens):
-    store = RedisStore(StoreConfig(redis_server.url, timeout=0.2))
-    first = tokens.next()
-    await put(store, commit(first))
-    redis_server.pause()
-    putting = asyncio.create_task(put(store, commit(tokens.next(), first)))
-    await asyncio.sleep(0.05)
-    redis_server.resume()
-    time.sleep(0.5)  # noqa: ASYNC251 - as a process that gets no processor
-    assert await putting == [None]
-    await store.stop()
+    sent = asyncio.Event()
+
+    def draw() -> Fault:
+        sent.set()
+        return Fault.NONE
+
+    async with FaultProxy(redis_server.port) as proxy:
+        store = RedisStore(StoreConfig(f"redis://127.0.0.1:{proxy.port}/0", timeout=0.2))
+        first = tokens.next()
+        await put(store, commit(first))
+        redis_server.pause()
+        proxy.draw = draw
+        putting = asyncio.create_task(put(store, commit(tokens.next(), first)))
+        await sent.wait()
+        redis_server.resume()
+        time.sleep(0.5)  # noqa: ASYNC251 - as a process that gets no processor
+        assert await putting == [None]
+        await store.stop()
 
 
 async def test_each_of_many_is_answered_by_itself(store: Store, tokens: Tokens):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_link import FakeLink, Wire, soon
-from serving import HeldEngine, Oracle, Running, until
+from fake_link import FakeLink, Wire
+from serving import HeldEngine, Oracle, Running
 from streams import Client, Dial, Plain
+from waiting import reached, until
 
 from unroll.service import app
 from unroll.service.api.stream.connection import Connection
@@ -66,7 +67,7 @@ async def wire(repository: Path, tmp_path: Path) -> AsyncIterator[Wire]:
         yield Wire(connection, server, model.manifest, link.sent, link.flow, engine)
         connection.close()
         assert not server.streams
-    await soon(lambda: not model.scheduler.in_flight)
+    await reached(lambda: not model.scheduler.in_flight)
     model.scheduler.check_invariants()
     running.cancel()
     await asyncio.wait([running])

@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from serving import HeldEngine
-from streams import PATIENCE, Reply, frame, replies
+from streams import Reply, frame, replies
+from waiting import reached
 
 from unroll.bundle import Manifest
 from unroll.service.api.app_state import AppState
@@ -62,7 +62,7 @@ class Wire:
     async def bind(self, number: int, **options: object) -> None:
         wanted = [{"handle": handle, **options} for handle in range(number)]
         self.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
-        await soon(lambda: self.sent)
+        await reached(lambda: self.sent)
         self.flow.clear()
         opened = self.sent.pop()
         assert isinstance(opened, dict)
@@ -70,10 +70,3 @@ class Wire:
 
     def answered(self) -> list[Reply]:
         return [r for message in self.sent if isinstance(message, bytes) for r in replies(self.manifest, message)]
-
-
-async def soon(condition: Callable[[], object]) -> None:
-    """Returns when the event loop has made the condition true."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 there is nothing to wait for but turns of the loop
-            await asyncio.sleep(0)

@@ -5,11 +5,12 @@ import struct
 from collections.abc import Callable
 
 import numpy as np
-from fake_link import Wire, soon
+from fake_link import Wire
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import Oracle, Running, until
-from streams import PATIENCE, Dial, frame, replies
+from serving import Oracle, Running
+from streams import Dial, frame, replies
+from waiting import PATIENCE, reached, until
 
 Oracles = Callable[..., Oracle]
 
@@ -87,12 +88,12 @@ async def test_nothing_is_sent_to_a_connection_that_is_gone(wire: Wire):
     wire.frame(range(2))
     wire.frame(range(3, 4), steps=200)
     (model,) = wire.server.catalog
-    await soon(lambda: wire.engine.reached.is_set())
+    await reached(lambda: wire.engine.reached.is_set())
     assert model.scheduler.in_flight == 7
     wire.connection.close()
     assert model.scheduler.in_flight == 4  # what runs, runs; what waits is dropped
     wire.engine.release()
-    await soon(lambda: not model.scheduler.in_flight)
+    await reached(lambda: not model.scheduler.in_flight)
     assert wire.sent == []
     assert sum(session.position for session in model.scheduler.sessions) == 4
 

@@ -1,15 +1,15 @@
 """Control messages: what is no request, what takes long, and what waits behind it."""
 
-import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_link import Wire, soon
+from fake_link import Wire
 from serving import Oracle, Running, Serve
-from streams import PATIENCE, Dial, Plain, frame
+from streams import Dial, Plain, frame
+from waiting import PATIENCE, reached, turns
 from websockets.exceptions import ConnectionClosed
 
 from unroll.service.api.stream.connection import SLICE
@@ -112,14 +112,14 @@ async def test_opening_many_sessions_lets_others_have_their_turn(wire: Wire):
     wire.connection.on_text(b'{"op": "detach", "handles": [0]}')
     assert (wire.flow, wire.sent) == (["pause"], [])
     assert f"{SLICE} sessions" in repr(wire.connection)
-    await soon(lambda: len(wire.sent) == 4)
+    await reached(lambda: len(wire.sent) == 4)
     opened, closed, refused, detached = wire.sent
     assert [item["session_id"] for item in opened["sessions"]] == names
     assert closed["sessions"] == [{"handle": handle, "position": 0} for handle in range(1, 3 * SLICE)]
     assert (refused["handle"], refused["code"], detached["op"]) == (1, "malformed_request", "detached")
     assert wire.flow[-1] == "resume"
     wire.engine.release()
-    await soon(wire.answered)
+    await reached(wire.answered)
 
 
 async def test_many_messages_behind_one_that_takes_long(wire: Wire):
@@ -127,7 +127,7 @@ async def test_many_messages_behind_one_that_takes_long(wire: Wire):
     wire.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
     for _ in range(3000):
         wire.connection.on_text(b'{"op": "close", "handles": [7]}')
-    await soon(lambda: len(wire.sent) == 3001)
+    await reached(lambda: len(wire.sent) == 3001)
     assert [message["op"] for message in wire.sent[:2]] == ["opened", "closed"]
     assert wire.flow == ["pause", "resume"]
 
@@ -136,7 +136,6 @@ async def test_a_connection_that_goes_while_it_opens_sessions(wire: Wire):
     wanted = [{"handle": handle} for handle in range(3 * SLICE)]
     wire.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
     wire.connection.close()
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await turns(5)
     assert (wire.flow, wire.sent) == (["pause"], [])
     assert f"{SLICE} sessions" in repr(wire.connection)

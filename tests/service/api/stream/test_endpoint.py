@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from serving import Running, until
-from streams import PATIENCE, Dial, Plain, frame
+from serving import Running
+from streams import Dial, Plain, frame
+from waiting import PATIENCE, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from unroll.service.api.stream import endpoint

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from fake_link import Wire, soon
+from fake_link import Wire
 from streams import frame
+from waiting import reached
 
-from unroll.service.api.stream import connection
-from unroll.service.api.stream.connection import WINDOW
+from unroll.service.api.stream import flow
+from unroll.service.api.stream.flow import WINDOW
 
 
 async def test_the_window(wire: Wire):
@@ -18,14 +19,14 @@ async def test_the_window(wire: Wire):
     assert wire.flow == ["pause"]
     assert f"{WINDOW + 1} entries" in repr(wire.connection)
     wire.engine.release()
-    await soon(lambda: len(wire.answered()) == WINDOW + 1)
+    await reached(lambda: len(wire.answered()) == WINDOW + 1)
     assert wire.flow == ["pause", "resume"]
     assert "open, 2049 sessions, 0 entries" in repr(wire.connection)
 
 
 async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     """Few entries may have large answers."""
-    monkeypatch.setattr(connection, "WINDOW_BYTES", 4096)
+    monkeypatch.setattr(flow, "WINDOW_BYTES", 4096)
     await wire.bind(3)
     steps = 4096 // sum(spec.nbytes for spec in wire.manifest.outputs) // 2
     wire.frame(range(2), steps)
@@ -35,7 +36,7 @@ async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     wire.frame(range(3, 4), steps)  # refused, which is an answer: no such handle
     wire.connection.on_binary(frame((2, 99, np.ones((7, 3), "<f4")), (0, 99, np.ones((9, 3), "<f4"))))
     wire.engine.release()
-    await soon(lambda: len(wire.answered()) == 3)
+    await reached(lambda: len(wire.answered()) == 3)
     assert wire.flow == ["pause", "resume"]
     wire.frame(range(2), steps)
     assert wire.flow == ["pause", "resume"]
@@ -57,7 +58,7 @@ async def test_both_reasons_to_pause_must_end(wire: Wire):
     wire.frame(range(WINDOW + 1))
     wire.connection.on_writable(False)
     wire.engine.release()
-    await soon(lambda: len(wire.answered()) == WINDOW + 1)
+    await reached(lambda: len(wire.answered()) == WINDOW + 1)
     assert wire.flow == ["pause"]
     wire.connection.on_writable(True)
     assert wire.flow == ["pause", "resume"]

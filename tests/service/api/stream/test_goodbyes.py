@@ -9,9 +9,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fake_link import Wire, soon
+from fake_link import Wire
 from serving import Oracle, Running, Serve
-from streams import PATIENCE, Client, Dial, Plain, frame, last_messages, replies
+from streams import Client, Dial, Plain, frame, last_messages, replies
+from waiting import PATIENCE, reached
 from websockets.exceptions import ConnectionClosed
 
 from unroll.service.api.stream.connection import SLICE
@@ -109,13 +110,13 @@ def test_a_session_that_is_gone_when_the_server_goes(serve: Serve, dial: Dial):
 async def test_a_drain_waits_for_what_runs(wire: Wire):
     await wire.bind(SLICE + 1)
     wire.frame(range(SLICE + 1))
-    await soon(wire.engine.reached.is_set)
+    await reached(wire.engine.reached.is_set)
     wire.connection.drain()
     wire.connection.drain()
     assert wire.flow == ["pause"]
     assert not wire.sent
     wire.engine.release()
-    await soon(lambda: {"op": "hung up", "code": 1012} in wire.sent)
+    await reached(lambda: {"op": "hung up", "code": 1012} in wire.sent)
     assert len(wire.answered()) == SLICE + 1
     texts = [message for message in wire.sent if isinstance(message, dict)]
     assert [text["op"] for text in texts] == ["closing", "closing", "hung up"]
@@ -135,7 +136,7 @@ async def test_a_drain_while_sessions_are_opened(wire: Wire):
     wire.server.drain()
     wire.connection.drain()
     wire.engine.release()
-    await soon(lambda: {"op": "hung up", "code": 1012} in wire.sent)
+    await reached(lambda: {"op": "hung up", "code": 1012} in wire.sent)
     first, second, *closing, _ = [message for message in wire.sent if isinstance(message, dict)]
     assert [item.get("error", {}).get("code") for item in first["sessions"]] == [None] * SLICE + ["draining"]
     assert second["sessions"][0]["error"]["code"] == "draining"

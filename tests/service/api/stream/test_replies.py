@@ -1,7 +1,8 @@
 """How answers leave."""
 
-from fake_link import Wire, soon
+from fake_link import Wire
 from streams import replies
+from waiting import reached
 
 
 async def test_errors_are_answers_too(wire: Wire):
@@ -17,7 +18,7 @@ async def test_a_frame_is_answered_by_few(wire: Wire):
     wire.frame(range(50))
     wire.frame(range(100))
     wire.engine.release()
-    await soon(lambda: len(wire.answered()) == 150)
+    await reached(lambda: len(wire.answered()) == 150)
     assert len(wire.sent) <= 4
     frames = [replies(wire.manifest, message) for message in wire.sent if isinstance(message, bytes)]
     assert {reply.position for reply in frames[0]} == {1}

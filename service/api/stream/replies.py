@@ -1,0 +1,122 @@
+"""The answers of one connection: encoded, and those of one turn of the event loop sent in one frame."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from unroll.service.api.stream.flow import FlowControl
+from unroll.service.api.stream.link import Link
+from unroll.service.core.errors import Overloaded, UnrollError
+from unroll.service.protocol import json
+from unroll.service.protocol.frames import (
+    NO_POSITION,
+    Frame,
+    SingleEntryFrame,
+    encode,
+    encode_single,
+    pack_entries,
+    with_positions,
+)
+from unroll.service.scheduler.chunk import GroupReply
+from unroll.service.scheduler.reply import Reply
+
+CallSoon = Callable[[Callable[[], None]], object]
+
+
+class Replies:
+    """Sends the answers to entries, and the answers to control messages.
+
+    Args:
+        link: the connection.
+        flow: where the entries that are answered are counted.
+        call_soon: calls a function in the next turn of the event loop.
+
+    Attributes:
+        closed: the connection is gone; nothing is sent any more.
+    """
+
+    __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "_send_text", "closed")
+
+    def __init__(self, link: Link, flow: FlowControl, call_soon: CallSoon) -> None:
+        self._send_binary, self._send_text = link.send_binary, link.send_text
+        self._release = flow.release
+        self._call_soon = call_soon
+        self._coalesced: list[tuple[int, int, int, list[bytes]]] = []  # handle, steps, position, outputs
+        self.closed = False
+
+    def send(self, document: dict[str, Any]) -> None:
+        """The answer to a control message, or a message of the server's own."""
+        self._send_text(json.dump(document))
+
+    def send_error(self, error: UnrollError) -> None:
+        """The answer to a message that was refused as a whole."""
+        self.send({"op": "error", **error_members(error)})
+
+    def answer(self, entry: SingleEntryFrame, reply: Reply) -> None:
+        """In a frame of its own, at once."""
+        if self._coalesced:
+            self.flush()  # an earlier chunk of the session may be among them
+        self._send_binary(encode_single(entry.handle, entry.steps, reply.position, reply.outputs))
+        self._release(1, entry.steps)
+
+    def coalesce(self, entry: SingleEntryFrame, reply: Reply) -> None:
+        """In one frame with the other answers of this turn of the event loop."""
+        if not self._coalesced:
+            self._call_soon(self.flush)
+        values = [output.tobytes() for output in reply.outputs]
+        self._coalesced.append((entry.handle, entry.steps, reply.position, values))
+
+    def answer_group(self, frame: Frame, rows: list[int] | None, reply: GroupReply) -> None:
+        """In a frame of its own, but for the rows that failed.
+
+        Args:
+            frame: the client's.
+            rows: the rows of the frame that were submitted; None if all were.
+            reply: the answer to some of those rows, or to all.
+        """
+        answered = reply.rows if rows is None or isinstance(reply.rows, slice) else [rows[row] for row in reply.rows]
+        entries, positions, outputs = frame.entries[answered], reply.positions, reply.outputs
+        if reply.errors:
+            for i, error in reply.errors.items():
+                self.refuse_all(entries[i : i + 1], error)
+            good = [i for i in range(len(entries)) if i not in reply.errors]
+            entries, positions = entries[good], positions[good]
+            outputs = tuple(output[good] for output in outputs)
+        self.flush()
+        if len(entries):
+            self._send_binary(encode(with_positions(entries, positions), [output.data for output in outputs]))
+            self._release(len(entries), len(entries) * int(entries[0]["steps"]))
+
+    def refuse(self, handle: int, steps: int, position: int | None, error: UnrollError) -> None:
+        """Answer an entry with an error."""
+        self.send({"op": "error", **error_members(error), "handle": handle, "position": position})
+        self._release(1, steps)
+
+    def refuse_all(self, entries: np.ndarray, error: UnrollError) -> None:
+        """Answer each of a frame's entries with the same error."""
+        for handle, steps, position in entries.tolist():
+            self.refuse(handle, steps, None if position == NO_POSITION else position, error)
+
+    def flush(self) -> None:
+        """Send the answers that were coalesced, if there are any."""
+        if not self._coalesced:
+            return
+        handles, steps, positions, values = zip(*self._coalesced, strict=True)
+        self._coalesced = []
+        in_order = (entry for output in zip(*values, strict=True) for entry in output)
+        self._send_binary(encode(pack_entries(handles, steps, positions), in_order))
+        self._release(len(handles), sum(steps))
+
+    def close(self) -> None:
+        """The connection is gone."""
+        self.closed = True
+        self._coalesced.clear()
+
+
+def error_members(error: UnrollError) -> dict[str, Any]:
+    """An error as members of a JSON object."""
+    members: dict[str, Any] = {**error.details, "code": error.code, "detail": error.message}
+    if isinstance(error, Overloaded):
+        members["retry_after"] = error.retry_after
+    return members
