@@ -190,8 +190,8 @@ def infer_body(x: np.ndarray) -> tuple[int, bytes]:
 def steps_frame(entries: int) -> bytes:
     """A frame with one step of each of `entries` sessions."""
     head = struct.pack("<BBHI", STEPS, 0, 0, entries)
-    said = b"".join(struct.pack("<IIQ", handle, 1, NO_POSITION) for handle in range(entries))
-    return head + said + np.ones((entries, _FEATURES), np.float32).tobytes()
+    session_entries = b"".join(struct.pack("<IIQ", handle, 1, NO_POSITION) for handle in range(entries))
+    return head + session_entries + np.ones((entries, _FEATURES), np.float32).tobytes()
 
 
 def _read_frame(codec: FrameCodec, content: bytes) -> None:
