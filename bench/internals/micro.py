@@ -228,10 +228,10 @@ class Turns:
 
     def step_as_chunks(self) -> None:
         now = self._tick()
-        submit, settled = self.scheduler.submit_steps, self._on_chunk_done
+        submit, settled = self.scheduler.submit, self._on_chunk_done
         for session, inputs in zip(self._sessions, self._inputs, strict=True):
-            chunk = submit(session.id, inputs, now, now + 30.0)
-            assert isinstance(chunk, Chunk)
+            chunk = Chunk(inputs, session)
+            submit(chunk, now, now + 30.0)
             chunk.listeners = (settled,)
         self._turn(now)
 

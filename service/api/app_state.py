@@ -1,4 +1,4 @@
-"""What every route needs: the catalog, the limits, the figures."""
+"""What every route needs: models, sessions, limits, figures."""
 
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -187,7 +187,7 @@ class DurableSessions(MemorySessions):
         def close_if_memory() -> tuple[ServedModel, Session]:
             served, session = self.directory.find(name, version, session_id)
             if session.durable is None:
-                served.scheduler.close(session.id, served.loop.clock.now())
+                served.scheduler.close(session, served.loop.clock.now())
             return served, session
 
         served, session = await self.verified(name, session_id, close_if_memory)
@@ -202,7 +202,7 @@ class DurableSessions(MemorySessions):
         if position is None:
             raise await self.verified(served.name, session.id, lambda: table.closed.error(session.id, now))
         if table.get_detached(session.id, now) is session:
-            served.scheduler.close(session.id, now)
+            served.scheduler.close(session, now)
         return position
 
     def _fork(self, served: ServedModel, session: Session, fork_id: str | None) -> Awaitable[Session]:
@@ -243,4 +243,4 @@ def _bytes(snapshot: Snapshot) -> bytes:
 
 async def _finish_accepted_work(served: ServedModel, session: Session) -> None:
     with suppress(UnrollError):  # it ended, or what it waited for failed: either way nothing is under way
-        await served.loop.act(session.id, lambda session: None)
+        await served.loop.act(session, lambda session: None)

@@ -130,7 +130,7 @@ class MemorySessions:
     async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
         def close_here() -> tuple[ServedModel, Session]:
             served, session = self.directory.find(name, version, session_id)
-            served.scheduler.close(session.id, served.loop.clock.now())
+            served.scheduler.close(session, served.loop.clock.now())
             return served, session
 
         return await self.verified(name, session_id, close_here)
@@ -144,13 +144,13 @@ class MemorySessions:
                 forked.source = forked.slot
             return forked
 
-        return served.loop.act(session.id, copy)
+        return served.loop.act(session, copy)
 
     def _read(self, served: ServedModel, session: Session) -> Awaitable[Snapshot]:
         def read(session: Session) -> Snapshot:
             return Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))
 
-        return served.loop.act(session.id, read)
+        return served.loop.act(session, read)
 
     def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
         def write(session: Session) -> Session:
@@ -158,4 +158,4 @@ class MemorySessions:
             session.forget_applied()  # they belong to another past
             return session
 
-        return served.loop.act(session.id, write)
+        return served.loop.act(session, write)
