@@ -243,7 +243,7 @@ class Scheduler:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
         batch = self._lanes.take(now)
-        actions = self._queues.take_actions()
+        actions = self._queues.take_actions() if self._queues.actions else []
         if not batch and not actions:
             self.pace.rest()
         return actions, batch
@@ -279,6 +279,7 @@ class Scheduler:
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
         if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
             self.replay.write_steps(batch.targets, batch.inputs, outputs, failed)
+        take_in = self._completion.take_in
         row = 0
         for work in batch.work:
             if isinstance(work, Group):
@@ -291,9 +292,9 @@ class Scheduler:
                 work.running = False
                 self._completion.fail(work, failed[row], now)
             else:
-                self._completion.take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
+                take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
             row += 1
-        return self._completion.take_commits()
+        return self._completion.take_commits() if self._completion.commits else []
 
     def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
         """The store has what `complete` returned, as the commit of that token, or it may not have it."""
