@@ -54,7 +54,23 @@ class Groups:
         *,
         again: bool = False,
     ) -> list[int]:
-        """See `Scheduler.submit_group`."""
+        """Queue the next steps of each session that is idle and at its position.
+
+        Args:
+            sessions: those of the rows.
+            positions: the position that the client named for each, or None.
+            inputs: each (len(sessions), time, *shape).
+            now, deadline: the time, and when the steps must have begun.
+            then: called once with the replies of all rows, or once for each `max_batch` of them.
+            again: the sessions will probably step together again; then the reply has a cohort, if they can form one.
+
+        Returns:
+            The rows that were rejected, because the session is busy, gone, elsewhere or durable, or has an earlier row.
+            `Scheduler.submit` accepts these steps one by one, or says why not.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: nothing was queued.
+        """
         steps = inputs[0].shape[1]
         if self._lanes.is_long(steps):
             return list(range(len(sessions)))
@@ -97,7 +113,21 @@ class Groups:
         deadline: float,
         then: Callable[[GroupReply], None],
     ) -> bool:
-        """See `Scheduler.submit_cohorts`."""
+        """Queue the next step of every session of some cohorts: all of them, or none.
+
+        Args:
+            cohorts: in the order of the rows.
+            positions: the positions that the client named, None if it named none.
+            inputs: each (sessions of all cohorts, 1, *shape).
+            now, deadline: the time, and when the steps must have begun.
+            then: called with the replies, once for each cohort.
+
+        Returns:
+            False if nothing was queued because a cohort is dissolved, busy or elsewhere: `submit` takes these steps.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: nothing was queued.
+        """
         self._sessions.expire(now)
         parts, end = [], 0
         for cohort in cohorts:
