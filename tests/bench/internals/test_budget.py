@@ -57,7 +57,7 @@ def test_samples_add_up_without_idle_ones() -> None:
     assert fold(lines) == {("kernel: sockets", write): 5, ("kernel: sockets", read): 4}
 
 
-def test_a_share_becomes_microseconds_of_a_step() -> None:
+def test_shares_become_microseconds_per_step() -> None:
     folded = Counter({("api", "steps (a.py)"): 50, ("api", "find (a.py)"): 10, ("engine", "run (b.py)"): 40})
     lines = [line.split() for line in table(folded, Run(20_000.0, 40e-6), functions=1).splitlines()]
     assert lines[1:] == [
