@@ -55,7 +55,7 @@ def test_ratio_is_of_medians_and_its_range_of_turns() -> None:
     ours, theirs = row("ours", 10.0, 30.0, 20.0), row("theirs", 10.0, 10.0, 40.0)
     verdict = ratio(1, "ours of theirs", 1.5, ours, theirs)
     assert (verdict.value, verdict.low, verdict.high, verdict.passed) == (2.0, 0.5, 3.0, True)
-    assert ratio(1, "ours of no one's", 1.5, ours, None).passed is None
+    assert ratio(1, "ours of a missing row", 1.5, ours, None).passed is None
     assert Verdict(7, "too slow", 120.0, 130.0, at_least=False).passed is False
 
 

@@ -1,6 +1,6 @@
 """Every peer gives the model's answers, keeps its clients apart, and leaves no process behind.
 
-Those with environments of their own are tested where these have been made.
+A peer with its own environment is tested only where that environment exists.
 """
 
 import os
