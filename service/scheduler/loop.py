@@ -136,9 +136,9 @@ class Loop:
         *,
         again: bool = False,
     ) -> list[int]:
-        """The next steps of many sessions at once, see `Scheduler.submit_group`."""
+        """The next steps of many sessions at once, see `Groups.submit`."""
         now = self.clock.now()
-        left = self.scheduler.submit_group(sessions, positions, inputs, now, now + timeout, then, again=again)
+        left = self.scheduler.groups.submit(sessions, positions, inputs, now, now + timeout, then, again=again)
         self._work.set()
         return left
 
@@ -150,9 +150,9 @@ class Loop:
         timeout: float,
         then: Callable[[GroupReply], None],
     ) -> bool:
-        """The next step of all sessions of some cohorts, see `Scheduler.submit_cohorts`."""
+        """The next step of all sessions of some cohorts, see `Groups.submit_cohorts`."""
         now = self.clock.now()
-        taken = self.scheduler.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
+        taken = self.scheduler.groups.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
         self._work.set()
         return taken
 

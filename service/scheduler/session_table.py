@@ -28,7 +28,7 @@ from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.recency import Recency
 from unroll.service.scheduler.reply import AppliedChunk
-from unroll.service.scheduler.session import Cohort, Durable, Life, Progress, Session
+from unroll.service.scheduler.session import OPEN, Cohort, Durable, Life, Progress, Session
 from unroll.service.state.slots import INITIAL, Slots
 from unroll.service.store.record import Origin
 
@@ -138,7 +138,7 @@ class SessionTable:
             SessionUnknown, SessionGone: the session is not open any more, and this is what became of it.
         """
         progress = session.progress or self.cohorts.detach(session)
-        if session.life is Life.OPEN and (now - progress.last_used < self._idle_timeout or progress.active is not None):
+        if session.life is OPEN and (now - progress.last_used < self._idle_timeout or progress.active is not None):
             return progress
         self.expire(now)
         if session.id in self._live:
@@ -179,7 +179,7 @@ class SessionTable:
         assert progress is not None
         progress.active = None
         progress.last_used = now
-        if session.life is Life.OPEN:
+        if session.life is OPEN:
             self._recency.touch(session)
         else:
             self.advance(session, "rest")
