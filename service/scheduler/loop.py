@@ -22,7 +22,6 @@ from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.store.interface import Commit, Store, Tokens
-from unroll.service.store.record import Origin
 
 T = TypeVar("T")
 
@@ -52,6 +51,7 @@ class Loop:
         clock: Clock,
         executor: Executor,
         cost: Callable[[int, int], float],
+        on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None,
     ) -> None:
         self.name = name
         self.scheduler = scheduler
@@ -60,7 +60,7 @@ class Loop:
         self.clock = clock
         self._executor = executor
         self._cost = cost
-        self.on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None
+        self._on_batch = on_batch
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._launched: deque[_Begun] = deque()
@@ -82,13 +82,15 @@ class Loop:
         seconds until they have begun.
 
         `then` is called once: with all replies, or with the first error, the other sequences being cancelled. What is
-        returned cancels them. Raises what `Scheduler.submit_sequence` raises; nothing is queued then.
+        returned cancels them. Raises what `Scheduler.submit` raises; nothing is queued then.
         """
         gathering = _Gathering(self, then)
         now = self.clock.now()
         try:
             for inputs, row in zip(batch, rows or [None] * len(batch), strict=True):
-                gathering.chunks.append(self.scheduler.submit_sequence(inputs, now, now + timeout, row=row))
+                chunk = Chunk(inputs, state_row=row)
+                self.scheduler.submit(chunk, now, now + timeout)
+                gathering.chunks.append(chunk)
         except UnrollError:
             gathering.cancel()
             raise
@@ -97,49 +99,26 @@ class Loop:
         self._work.set()
         return gathering.cancel
 
-    def submit_held(
-        self, inputs: Tensors, row: np.ndarray, start: int, timeout: float, then: Callable[[Outcome], None]
-    ) -> Chunk:
-        """Steps from a state that the caller holds, reached after `start` steps; the state after them is the chunk's
-        `row` when `then` is called. Raises what `Scheduler.submit_sequence` raises; nothing is queued then."""
-        now = self.clock.now()
-        chunk = self.scheduler.submit_sequence(inputs, now, now + timeout, row=row, start=start)
-        chunk.listeners = (then,)
-        self._work.set()
-        return chunk
+    def submit(self, chunk: Chunk, timeout: float, then: Callable[[Outcome], None]) -> Chunk | None:
+        """Queue a chunk, see `Scheduler.submit`, which also says what this raises.
 
-    def submit_steps(
-        self,
-        session_id: str,
-        inputs: Tensors,
-        timeout: float,
-        then: Callable[[Outcome], None],
-        *,
-        position: int | None = None,
-        start: bool = False,
-        final: bool = False,
-        origin: Origin | None = None,
-        token: bytes = b"",
-    ) -> Chunk | None:
-        """Steps of a session, see `Scheduler.submit_steps`; timeout: seconds until they must have begun.
+        Args:
+            chunk: of a session, or a stateless sequence.
+            timeout: seconds until it must have begun.
+            then: called once, with the reply or the error.
 
-        `then` is called once, with the reply or the error; at once, and None returned, if the reply is known already.
+        Returns:
+            The chunk to `leave` if the answer is no longer wanted: this one or, if it is a retry, the accepted one.
+            None if the reply was known; then `then` was called already.
         """
         now = self.clock.now()
-        chunk = self.scheduler.submit_steps(
-            *(session_id, inputs, now, now + timeout),
-            position=position,
-            start=start,
-            final=final,
-            origin=origin,
-            token=token,
-        )
-        if isinstance(chunk, Reply):
-            then(chunk)
+        accepted = self.scheduler.submit(chunk, now, now + timeout)
+        if isinstance(accepted, Reply):
+            then(accepted)
             return None
-        chunk.listeners += (then,)
+        accepted.listeners += (then,)
         self._work.set()
-        return chunk
+        return accepted
 
     def leave(self, chunk: Chunk, then: Callable[[Outcome], None]) -> None:
         """`then` is not to be called any more; if nobody else waits for the chunk, it is cancelled."""
@@ -157,9 +136,9 @@ class Loop:
         *,
         again: bool = False,
     ) -> list[int]:
-        """The next steps of many sessions at once, see `Scheduler.submit_group`."""
+        """The next steps of many sessions at once, see `Groups.submit`."""
         now = self.clock.now()
-        left = self.scheduler.submit_group(sessions, positions, inputs, now, now + timeout, then, again=again)
+        left = self.scheduler.groups.submit(sessions, positions, inputs, now, now + timeout, then, again=again)
         self._work.set()
         return left
 
@@ -171,9 +150,9 @@ class Loop:
         timeout: float,
         then: Callable[[GroupReply], None],
     ) -> bool:
-        """The next step of all sessions of some cohorts, see `Scheduler.submit_cohorts`."""
+        """The next step of all sessions of some cohorts, see `Groups.submit_cohorts`."""
         now = self.clock.now()
-        taken = self.scheduler.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
+        taken = self.scheduler.groups.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
         self._work.set()
         return taken
 
@@ -187,9 +166,9 @@ class Loop:
             cancel()
             raise
 
-    def act(self, session_id: str, run: Callable[[Session], T]) -> "asyncio.Future[T]":
+    def act(self, session: Session, run: Callable[[Session], T]) -> "asyncio.Future[T]":
         """Run `run(session)` between batches, in the session's turn; until then it keeps its row."""
-        action = self.scheduler.submit_action(session_id, run, self.clock.now())
+        action = self.scheduler.submit_action(session, run, self.clock.now())
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         action.listeners.append(partial(_resolve, future))
         self._work.set()
@@ -268,7 +247,7 @@ class Loop:
             assert chunk.workspace is not None
             chunk.state_row = self.engine.read(chunk.workspace)
         results = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
-        self.on_batch(begun.batch, len(failed), seconds)
+        self._on_batch(begun.batch, len(failed), seconds)
         if results:
             task = asyncio.create_task(self._commit(results), name=f"commit {self.name}")
             self._commits.add(task)
@@ -300,7 +279,7 @@ class Loop:
             position=chunk.start + chunk.length,
             row=row,
             last=self.scheduler.replay.last_after(result),
-            begins=chunk.opens or not session.durable.token,
+            begins=chunk.opening is not None or not session.durable.token,
             ends=chunk.final,
         )
 

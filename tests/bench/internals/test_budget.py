@@ -22,7 +22,7 @@ STEPS = "HttpProtocol.on_message_complete (service/transport/http.py);steps (ser
         (f"{FEED};HttpProtocol.on_url (service/transport/http.py)", "transport"),
         (f"{FEED};{STEPS};_PyObject_Malloc (obmalloc.c)", "api"),
         (f"{FEED};{STEPS};Codec.from_raw (service/protocol/tensors.py);array_all (numpy/x.so)", "protocol"),
-        (f"{FEED};{STEPS};Loop.submit_steps (service/scheduler/loop.py)", "scheduler"),
+        (f"{FEED};{STEPS};Loop.submit (service/scheduler/loop.py)", "scheduler"),
         ("Loop.run (service/scheduler/loop.py);HostEngine.run (service/engine/host.py)", "engine"),
         ("HostEngine.run (service/engine/host.py);HostArena.gather (service/state/arena.py)", "engine"),
         ("Runner.__call__ (service/engine/runner.py);Session.run (onnxruntime/capi/x.py);0x7f (x.so)", "onnxruntime"),

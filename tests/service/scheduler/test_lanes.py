@@ -1,8 +1,12 @@
 """How long the pieces of long work are, and that nobody waits for ever for anybody."""
 
-from fold import FoldEngine, answer, fold, inputs, scheduler
+import numpy as np
+import pytest
+from fold import FoldEngine, answer, fold, inputs, scheduler, submit, submit_sequence
 
 from unroll.service.scheduler.admission import Pace
+from unroll.service.scheduler.chunk import Group
+from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.reply import Reply
 
@@ -46,10 +50,10 @@ def test_long_work_and_single_steps_take_turns() -> None:
     s = scheduler(max_batch=3, max_batch_steps=12, piece_steps=4)
     engine = FoldEngine(s.rows)
     s.open("live", 0)
-    long = [s.submit_sequence(inputs(*range(40)), 0, 1e9) for _ in range(2)]
+    long = [submit_sequence(s, inputs(*range(40)), 0, 1e9) for _ in range(2)]
     live, now, kinds = 0, 0.0, []
     while long[0].outcome is None or long[1].outcome is None:
-        s.submit_steps("live", inputs(live), now, 1e9)
+        submit(s, "live", inputs(live), now, 1e9)
         live += 1
         for _ in range(2):
             now += 0.001
@@ -65,7 +69,7 @@ def test_pieces_end_with_the_shortest_so_that_nothing_is_padded() -> None:
     s = scheduler(ragged=True, piece_steps=4, max_batch_steps=100)
     engine = FoldEngine(s.rows)
     for length in (5, 7, 9):
-        s.submit_sequence(inputs(*range(length)), 0, 1e9)
+        submit_sequence(s, inputs(*range(length)), 0, 1e9)
     lens = []
     while not s.idle:
         _, batch = s.next_turn(0)
@@ -73,3 +77,14 @@ def test_pieces_end_with_the_shortest_so_that_nothing_is_padded() -> None:
         s.complete(batch, *engine.run(batch), 0, 1e-9 * batch.steps)
     assert lens == [[4, 4, 4], [1, 1, 1], [2, 2], [2]]
     assert s.counters.padded_steps == 0
+
+
+def test_a_group_cannot_be_lost_in_the_lane_of_long_chunks() -> None:
+    s = scheduler(piece_steps=4)
+    session = s.open("a", 0)
+    rejected = s.groups.submit([session], [0], (np.zeros((1, 5), np.int64),), 0, 1e9, lambda reply: None)
+    assert rejected == [0], "long groups are rejected"
+    lanes = Lanes(s.traits, s.limits, s.workspaces, s.pace, lambda work, now: False)
+    lanes.put(Group([session], [0], (np.zeros((1, 5), np.int64),), 5, 1e9, lambda reply: None), 0)
+    with pytest.raises(AssertionError, match="groups are short"):
+        lanes.take(0)
