@@ -56,6 +56,7 @@ class Scheduler:
         sessions: the limits of sessions.
         limits: the limits of work.
         is_verified: Was the session of this id looked up in the store for the call that is running?
+        spill: asked to keep a session that is about to be evicted; see `SessionTable`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Scheduler:
         sessions: SessionLimits,
         limits: SchedulerLimits,
         is_verified: Callable[[str], bool] = lambda session_id: False,
+        spill: Callable[[Session], bool] = lambda session: False,
     ) -> None:
         self.traits = traits
         self._is_verified = is_verified
@@ -72,7 +74,7 @@ class Scheduler:
         #: Arena rows of chunks that run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=FIRST + sessions.capacity)
         self.replay = ReplayCache(traits, self.rows)
-        self.sessions = SessionTable(sessions, self.counters.count_gone, self.replay.write_last_step)
+        self.sessions = SessionTable(sessions, self.counters.count_gone, self.replay.write_last_step, spill)
         self.pace = Pace(limits)
         self._admission = Admission(limits, self.pace, self.counters)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)

@@ -53,12 +53,13 @@ class SessionTable:
         limits: SessionLimits,
         on_gone: Callable[[type[SessionGone]], None] = lambda cause: None,
         on_dissolved: Callable[[Cohort], None] = lambda cohort: None,
+        spill: Callable[[Session], bool] = lambda session: False,
     ) -> None:
         self.limits = limits
         self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
-        self.spill: Callable[[Session], bool] = lambda session: False
+        self._spill = spill
         self._live: dict[str, Session] = {}
         self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
         self._leaving: set[Session] = set()
@@ -217,7 +218,7 @@ class SessionTable:
         for entry in self._recency:
             if entry.active is None:
                 session = self.detach_from_cohort(entry.sessions[0]) if isinstance(entry, Cohort) else entry
-                if session.durable is not None or self.spill(session):
+                if session.durable is not None or self._spill(session):
                     self.drop(session)
                 else:
                     self._remove(session, "evict", SessionEvicted, now)

@@ -16,12 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from unroll.service.api import session_operations
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
-from unroll.service.api.request import ATTEMPTS
-from unroll.service.api.session_operations import new_id
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.link import Link
 from unroll.service.api.stream.replies import CallSoon, Replies, error_members
-from unroll.service.catalog.model import ServedModel
 from unroll.service.core import failpoints
 from unroll.service.core.errors import (
     BodyTooLarge,
@@ -36,6 +33,7 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.engine.engine import Tensors
+from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.frames import (
     NO_POSITION,
     Frame,
@@ -45,6 +43,9 @@ from unroll.service.protocol.frames import (
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
 from unroll.service.scheduler.reply import Outcome
 from unroll.service.scheduler.session import Cohort, Life, Session
+from unroll.service.sessions.attempts import ATTEMPTS
+from unroll.service.sessions.directory import check_id
+from unroll.service.sessions.durable import DurableSessions
 
 T = TypeVar("T")
 
@@ -130,10 +131,11 @@ class Connection:
     def __init__(self, server: AppState, model: str, link: Link, call_soon: CallSoon) -> None:
         server.refuse_if_draining()
         self._server = server
-        self._keeper = server.catalog.keeper
+        self._sessions = server.sessions
+        self._has_store = isinstance(self._sessions, DurableSessions)
         self._model = model
         self._name, self._version = split_reference(model)
-        served = server.catalog.resolve(self._name, self._version)
+        served = server.models.resolve(self._name, self._version)
         require_streamable(served)
         self._inputs, self._outputs = served.manifest.inputs, served.manifest.outputs
         self._codec = FrameCodec(self._inputs, served.codec.max_steps)
@@ -228,12 +230,12 @@ class Connection:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             raise InvalidRequest(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
         if isinstance(asked, _Open):
-            if self._keeper is None:
+            if not self._has_store:
                 self._work("opened", [], map(self._open, asked.sessions))
             else:
                 self._work_apart("opened", asked.sessions, self._bring_in)
         elif asked.op == "close":
-            if self._keeper is None:
+            if not self._has_store:
                 self._work("closed", [], map(self._end, asked.handles))
             else:
                 self._work_apart("closed", asked.handles, self._end_everywhere)
@@ -332,23 +334,23 @@ class Connection:
             "session_id": session.id,
             "position": session.position,
             "model_version": served.version,
-            "durability": session_operations.describe(served, session)["durability"],
+            "durability": session_operations.durability_of(session),
         }
 
     async def _session_anywhere(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
         _check_mode(wanted)
         if wanted.mode != "new" and wanted.session_id is not None:
-            session_operations.check_id(wanted.session_id)
+            check_id(wanted.session_id)
             try:
-                served, session = await session_operations.find(self._server, self._model, wanted.session_id)
+                served, session = await self._sessions.find(*split_reference(self._model), wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
             else:
                 self._check_tensors(served)
                 return served, session
-        self._check_tensors(self._server.catalog.resolve(self._name, self._version))
+        self._check_tensors(self._server.models.resolve(self._name, self._version))
         return await session_operations.open_session(
             *(self._server, self._model, wanted.session_id), static=wanted.static, durability=wanted.durability
         )
@@ -356,21 +358,21 @@ class Connection:
     def _session(self, wanted: _Wanted) -> tuple[ServedModel, Session]:
         self._server.refuse_if_draining()
         _check_mode(wanted)
-        session_operations.keeper_for(self._server, wanted.durability)  # says that there is none, if one is asked for
+        self._server.durability_of(wanted.durability)  # raises if a store is requested
         if wanted.mode != "new" and wanted.session_id is not None:
-            session_operations.check_id(wanted.session_id)
+            check_id(wanted.session_id)
             try:
-                served, session = session_operations.find_here(self._server, self._model, wanted.session_id)
+                served, session = self._sessions.directory.find(*split_reference(self._model), wanted.session_id)
             except SessionUnknown:
                 if wanted.mode == "resume":
                     raise
             else:
                 self._check_tensors(served)
                 return served, session
-        served = self._server.catalog.resolve(self._name, self._version)
+        served = self._server.models.resolve(self._name, self._version)
         self._check_tensors(served)
         start = session_operations.start_of(served, static=wanted.static)
-        return served, session_operations.begin(served, new_id(self._server, self._name, wanted.session_id), start)
+        return served, served.open(self._sessions.directory.new_id(self._name, wanted.session_id), start)
 
     def _check_tensors(self, served: ServedModel) -> None:
         """Frames have one layout: the sessions may be of several versions, but these must agree on it."""
@@ -398,10 +400,10 @@ class Connection:
         bound = found[1]
         self._unbind(handle)
         try:
-            _, session = await session_operations.find(self._server, self._name, bound.id)
+            _, session = await self._sessions.find(self._name, None, bound.id)
             if session.origin != bound.origin:
                 raise _another(bound)
-            await session_operations.close(self._server, self._name, bound.id)
+            await self._sessions.close(self._name, None, bound.id)
         except UnrollError as error:
             return {"handle": handle, "error": error_members(error)}
         return {"handle": handle, "position": session.position}
@@ -529,9 +531,9 @@ class Connection:
 
     def _bind_again(self, handle: int, before: Session) -> tuple[ServedModel, Session]:
         """A session that lost its row here is brought back, or was. Raises NeedsStoreLookup, or what became of it."""
-        if self._keeper and before.durable is not None and not self._keeper.is_verified(self._name, before.id):
-            raise NeedsStoreLookup(before.id)
-        served, session = session_operations.find_here(self._server, self._name, before.id)
+        if before.durable is not None:
+            self._sessions.require_verified(self._name, before.id)
+        served, session = self._sessions.directory.find(self._name, None, before.id)
         if session.origin != before.origin:
             raise _another(before)
         served.scheduler.set_retry_depth(session, before.depth)
@@ -547,8 +549,7 @@ class Connection:
             if not self._replies.closed:
                 self._submit(said, error, alone=alone, left=left - 1)
 
-        assert self._keeper is not None
-        self._keeper.fetch(self._name, session_id, then)
+        self._sessions.verify(self._name, session_id, then)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────
 
@@ -557,7 +558,7 @@ class Connection:
             return
         self._waiting.pop(waiting, None)
         said = waiting.said
-        if isinstance(outcome, SessionContended) and waiting.left and self._keeper is not None:
+        if isinstance(outcome, SessionContended) and waiting.left:
             self._look_up(waiting.session.id, said, waiting.alone, waiting.left)
         elif isinstance(outcome, UnrollError):
             self._replies.refuse(said.handle, said.steps, said.position, outcome)

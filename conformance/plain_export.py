@@ -62,7 +62,7 @@ def _judge(module: nn.Module, example: dict[str, Any], batch_first: bool, dynamo
         return Verdict("fails", "a PackedSequence has no axes that could be named as dynamic")
     axes = Axes.of(example, batch_first)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plain.onnx"
+        path = Path(folder) / "plain_export.onnx"
         try:
             _export(module, example, axes, path, dynamo)
             graph = _Graph(path)
