@@ -45,16 +45,19 @@ def check_id(session_id: str) -> None:
         raise InvalidRequest("a session id has 1 to 128 letters, digits or . _ ~ : -")
 
 
+def durability_of(session: Session) -> str:
+    return "memory" if session.origin is None else session.origin.durability
+
+
 def describe(served: ServedModel, session: Session) -> dict:
     limits = served.scheduler.sessions.limits
-    durability = "memory" if session.origin is None else session.origin.durability
     return {
         "session_id": session.id,
         "position": session.position,
         "model": served.name,
         "model_version": served.version,
         "model_digest": served.manifest.digest,
-        "durability": durability,
+        "durability": durability_of(session),
         "idle_timeout": limits.idle_timeout,
     }
 
