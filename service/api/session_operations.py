@@ -71,17 +71,23 @@ async def open_session(
     **beginning: Unpack[Beginning],
 ) -> tuple[ServedModel, Session]:
     """A new session, which the server keeps."""
-    name, version = split_reference(model)
-    served = app.catalog.resolve(name, version)
+    served = app.catalog.resolve(*split_reference(model))
     require_streamable(served)
     app.refuse_if_draining()
     start = start_of(served, **beginning)
-    position = start.position if start else 0
+    return served, await open_on(app, served, session_id, start, durability)
+
+
+async def open_on(
+    app: AppState, served: ServedModel, session_id: str | None, start: Snapshot | None, durability: str | None
+) -> Session:
+    """A new session of this version. Suspends only if there is a store."""
+    name = served.name
     keeper = keeper_for(app, durability)
     if keeper is not None:
         wanted = await _looked_up(app, name, session_id, lambda: new_id(app, name, session_id))
-        return served, await keeper.create(served, wanted, position, _row_of(start))
-    return served, await _looked_up(app, name, session_id, lambda: begin(served, new_id(app, name, session_id), start))
+        return await keeper.create(served, wanted, start.position if start else 0, _row_of(start))
+    return await _looked_up(app, name, session_id, lambda: begin(served, new_id(app, name, session_id), start))
 
 
 def begin(served: ServedModel, session_id: str, start: Snapshot | None) -> Session:

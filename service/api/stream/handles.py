@@ -98,9 +98,7 @@ class Handles:
         if handle in self or handle in self._opening:
             raise InvalidRequest(f"handle {handle} is bound to a session")
         if self._count + len(self._opening) >= MAX_HANDLES:
-            raise CapacityExhausted(
-                f"one connection holds at most {MAX_HANDLES} sessions: detach some, or use another"
-            )
+            raise CapacityExhausted(f"one connection holds at most {MAX_HANDLES} sessions: detach some, or use another")
         self._opening.add(handle)
         try:
             served, session = await self._open(spec)
@@ -112,11 +110,10 @@ class Handles:
 
     async def close(self, handle: int) -> Session:
         """End the session and free the handle. Suspends only if the session is durable. Raises UnrollError."""
-        found = self.find(handle)
-        if found is not None and found[1].durable is not None:
-            return await self._close_durable(handle, found[1])
         served, session = self.resolve(handle)
         self.unbind(handle)
+        if session.durable is not None:
+            return await self._close_durable(session)
         check_present(served, session)
         served.scheduler.close(session.id, served.loop.clock.now())
         return session
@@ -155,10 +152,10 @@ class Handles:
             else:
                 self._check_tensors(served)
                 return served, session
-        self._check_tensors(self._app.catalog.resolve(self._name, self._version))
-        return await session_operations.open_session(
-            self._app, self._model, spec.session_id, static=spec.static, durability=spec.durability
-        )
+        served = self._app.catalog.resolve(self._name, self._version)
+        self._check_tensors(served)
+        start = session_operations.start_of(served, static=spec.static)
+        return served, await session_operations.open_on(self._app, served, spec.session_id, start, spec.durability)
 
     def _check_tensors(self, served: ServedModel) -> None:
         """Frames have one layout: sessions may be of several versions, but these must agree on it."""
@@ -168,8 +165,7 @@ class Handles:
                 f"connect to {served.name}:{served.version}"
             )
 
-    async def _close_durable(self, handle: int, bound: Session) -> Session:
-        self.unbind(handle)
+    async def _close_durable(self, bound: Session) -> Session:
         _, session = await session_operations.find(self._app, self._name, bound.id)
         if session.origin != bound.origin:
             raise replaced(bound)
