@@ -25,7 +25,7 @@ stop: ## stop the server that `make run DETACH=1` left running
 test: install ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-coverage: install ## run the tests and print the share of unroll's lines and branches that they execute (htmlcov/: which)
+coverage: install ## run the tests, print their line and branch coverage of unroll, and write htmlcov/
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
 	$(BIN)/coverage combine -q
@@ -110,7 +110,7 @@ clean: ## remove environments, caches and build outputs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
-	@echo 'Installing everything into .venv, once (minutes if PyTorch is to be downloaded) ...'
+	@echo 'Installing everything into .venv, once (minutes if PyTorch must be downloaded) ...'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),export,train,test]'
 	@touch $@

@@ -17,8 +17,8 @@ import numpy as np
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, BundleError, GoldenMismatch
 from unroll.bundle.golden import Arrays, run_chunked
-from unroll.service.engine.base import DeviceFailed
-from unroll.service.engine.place import EngineOptions, NoRoom, Place, Precision, place
+from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, Precision, open_backend
+from unroll.service.engine.engine import DeviceFailed
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
 from unroll.service.state.slots import FIRST
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         devices, _ = resolve_devices(options.device)
         engine = EngineOptions(precision=options.precision)
         results = {device: list(verify(found, device, engine, options.seed)) for device in devices}
-    except (BundleError, DeviceFailed, DeviceUnavailable, GoldenMismatch, NoRoom, ValueError) as error:
+    except (BundleError, DeviceFailed, DeviceUnavailable, GoldenMismatch, InsufficientMemory, ValueError) as error:
         print(f"unroll verify: {error}", file=sys.stderr)
         return 1
     print(f"{found.manifest.name} version {found.manifest.version}: {found.path}")
@@ -58,18 +58,25 @@ def main(argv: list[str]) -> int:
 
 
 def verify(bundle: Bundle, device: str, options: EngineOptions, seed: int = 0) -> Iterator[Check]:
-    """On `cpu` or `cuda:N`. Raises DeviceUnavailable, DeviceFailed, NoRoom, and ValueError if it cannot be loaded."""
-    here = place(bundle, device, options)
+    """Check a bundle on `cpu` or `cuda:N`.
+
+    Raises:
+        DeviceUnavailable, DeviceFailed: The device cannot be used.
+        InsufficientMemory, ValueError: The model cannot be loaded there.
+    """
+    backend = open_backend(bundle, device, options)
     rng = np.random.default_rng(seed)
-    yield from _golden(bundle, here)
+    yield from _golden(bundle, backend)
     if bundle.manifest.streamable:
-        yield from _worst("random chunks = whole", [_cut(bundle, here, rng) for _ in range(_ROUNDS)], bundle, here)
-    yield from _worst("in a batch = alone", [_company(bundle, here, rng) for _ in range(_ROUNDS)], bundle, here)
+        yield from _worst(
+            "random chunks = whole", [_cut(bundle, backend, rng) for _ in range(_ROUNDS)], bundle, backend
+        )
+    yield from _worst("in a batch = alone", [_company(bundle, backend, rng) for _ in range(_ROUNDS)], bundle, backend)
     if bundle.manifest.ragged:
-        padded = [_padded(bundle, here, rng) for _ in range(_ROUNDS)]
-        yield from _worst("padded = alone", padded, bundle, here)
+        padded = [_padded(bundle, backend, rng) for _ in range(_ROUNDS)]
+        yield from _worst("padded = alone", padded, bundle, backend)
     if bundle.manifest.streamable:
-        yield from _sessions(bundle, here)
+        yield from _sessions(bundle, backend)
 
 
 def lines(device: str, checks: list[Check]) -> Iterator[str]:
@@ -82,70 +89,70 @@ def lines(device: str, checks: list[Check]) -> Iterator[str]:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _golden(bundle: Bundle, here: Place) -> Iterator[Check]:
+def _golden(bundle: Bundle, backend: DeviceBackend) -> Iterator[Check]:
     golden, manifest = bundle.golden, bundle.manifest
     time = next(iter(golden.inputs.values())).shape[1]
     expected = golden.outputs | {"state_out": golden.state_out}
     found = [
-        _differences(run_chunked(golden.inputs, golden.state, chunks, manifest, here.runner), expected)
+        _differences(run_chunked(golden.inputs, golden.state, chunks, manifest, backend.runner), expected)
         for chunks in (golden.chunkings if manifest.streamable else ((time,),))
     ]
     for entry in manifest.parity:
         worst = np.max([differences[entry.output] for differences in found])
-        yield Check("golden vectors = PyTorch float64", entry.output, float(worst), entry.tolerance * here.slack)
+        yield Check("golden vectors = PyTorch float64", entry.output, float(worst), entry.tolerance * backend.slack)
 
 
-def _sessions(bundle: Bundle, here: Place) -> Iterator[Check]:
+def _sessions(bundle: Bundle, backend: DeviceBackend) -> Iterator[Check]:
     """The golden vectors once more, step by step through the server's engine. It is the device's last use."""
     try:
-        engine, proof = here.engine(FIRST + _ROWS, _ROWS)
+        engine, proof = backend.create_engine(FIRST + _ROWS, _ROWS)
     except GoldenMismatch as error:
         yield Check(f"stepped by the engine: {error}", "", float("nan"), 0.0)
         return
     engine.close()
     for entry in bundle.manifest.parity:
         difference = proof.parity.get(entry.output, 0.0)
-        yield Check("golden vectors, stepped by the engine", entry.output, difference, entry.tolerance * here.slack)
+        yield Check("golden vectors, stepped by the engine", entry.output, difference, entry.tolerance * backend.slack)
 
 
-def _worst(what: str, rounds: list[Arrays], bundle: Bundle, here: Place) -> Iterator[Check]:
+def _worst(what: str, rounds: list[Arrays], bundle: Bundle, backend: DeviceBackend) -> Iterator[Check]:
     """Not a bit may differ where the manifest says so; elsewhere two answers may each be off by the tolerance."""
-    exact = bundle.manifest.bit_exact and here.runner.provider == "CPUExecutionProvider"
+    exact = bundle.manifest.bit_exact and backend.runner.provider == "CPUExecutionProvider"
     for entry in bundle.manifest.parity:
         worst = float(np.max([each[entry.output] for each in rounds]))  # NaN, if there is one
-        yield Check(what, entry.output, worst, 0.0 if exact else 2 * entry.tolerance * here.slack)
+        yield Check(what, entry.output, worst, 0.0 if exact else 2 * entry.tolerance * backend.slack)
 
 
-def _cut(bundle: Bundle, here: Place, rng: np.random.Generator) -> Arrays:
+def _cut(bundle: Bundle, backend: DeviceBackend, rng: np.random.Generator) -> Arrays:
     inputs, state = _draw(bundle, int(rng.integers(1, 4)), rng)
     time = next(iter(inputs.values())).shape[1]
     cuts = np.flatnonzero(rng.random(time - 1) < 0.4) + 1
     chunks = tuple(np.diff([0, *cuts, time]).tolist())
-    whole = run_chunked(inputs, state, (time,), bundle.manifest, here.runner)
-    return _differences(run_chunked(inputs, state, chunks, bundle.manifest, here.runner), whole)
+    whole = run_chunked(inputs, state, (time,), bundle.manifest, backend.runner)
+    return _differences(run_chunked(inputs, state, chunks, bundle.manifest, backend.runner), whole)
 
 
-def _company(bundle: Bundle, here: Place, rng: np.random.Generator) -> Arrays:
+def _company(bundle: Bundle, backend: DeviceBackend, rng: np.random.Generator) -> Arrays:
     inputs, state = _draw(bundle, int(rng.integers(2, _ROWS + 1)), rng)
     time, row = next(iter(inputs.values())).shape[1], int(rng.integers(len(state)))
-    together = run_chunked(inputs, state, (time,), bundle.manifest, here.runner)
+    together = run_chunked(inputs, state, (time,), bundle.manifest, backend.runner)
     one = slice(row, row + 1)
     alone = {name: array[one] for name, array in inputs.items()}
     return _differences(
-        run_chunked(alone, state[one], (time,), bundle.manifest, here.runner),
+        run_chunked(alone, state[one], (time,), bundle.manifest, backend.runner),
         {name: array[one] for name, array in together.items()},
     )
 
 
-def _padded(bundle: Bundle, here: Place, rng: np.random.Generator) -> Arrays:
+def _padded(bundle: Bundle, backend: DeviceBackend, rng: np.random.Generator) -> Arrays:
     inputs, state = _draw(bundle, 3, rng)
     time = next(iter(inputs.values())).shape[1]
     lens = np.array([time, max(1, time // 2), max(1, time - 1)], np.int32)
-    outputs, after = here.runner(inputs, state, lens)
+    outputs, after = backend.runner(inputs, state, lens)
     worst: Arrays = {}
     for row, length in enumerate(lens):
         one = slice(row, row + 1)
-        alone, reached = here.runner(
+        alone, reached = backend.runner(
             {name: array[one, :length] for name, array in inputs.items()}, state[one], lens[one]
         )
         padded = {

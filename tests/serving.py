@@ -13,7 +13,7 @@ from waiting import PATIENCE
 from unroll.service import app
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.clock import Clock
-from unroll.service.engine.base import Result, Rows
+from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
 from unroll.service.transport.server import DrainingServer
@@ -106,7 +106,7 @@ class HeldEngine:
 
     def launch(self, rows: Rows) -> None: ...
 
-    def run(self, rows: Rows) -> Result:
+    def run(self, rows: Rows) -> BatchResult:
         result = self._engine.run(rows)
         self.reached.set()
         assert self._released.wait(PATIENCE)
@@ -127,7 +127,7 @@ class SlowEngine(HeldEngine):
         super().__init__(loop)
         self._seconds = seconds
 
-    def run(self, rows: Rows) -> Result:
+    def run(self, rows: Rows) -> BatchResult:
         self._released.wait(self._seconds)
         return self._engine.run(rows)
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from unroll.service.catalog.catalog import Catalog
 from unroll.service.core.errors import Draining
-from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.telemetry.metrics import RequestFigures
 
 

@@ -24,9 +24,9 @@ from unroll.service.core.errors import (
     SessionGone,
     SnapshotInvalid,
 )
-from unroll.service.engine.base import Engine, PlainRows
+from unroll.service.engine.backend import DeviceBackend, EngineOptions, Precision, open_backend
 from unroll.service.engine.curve import Curve, measure
-from unroll.service.engine.place import EngineOptions, Place, Precision, place
+from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.batch import Batch
@@ -143,19 +143,19 @@ class ServedModel:
         try:
             bundle = bundles.read(path)
             manifest = bundle.manifest
-            here = place(bundle, device, options.engine)
-            parity = bundles.replay(bundle.golden, manifest, here.runner, here.slack)
+            backend = open_backend(bundle, device, options.engine)
+            parity = bundles.replay(bundle.golden, manifest, backend.runner, backend.slack)
             traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
-            limits = _session_limits(here, manifest, options)
+            limits = _session_limits(backend, manifest, options)
             scheduler = Scheduler(traits, limits, options.scheduler, partial(is_verified, manifest.name))
-            engine, proof = here.engine(scheduler.rows, options.scheduler.max_batch)
+            engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
         except DeviceUnavailable:
             raise
         except Exception as error:  # whatever is wrong with one bundle must not stop the others
             raise ModelRefused(f"{path} is refused: {error}") from error
         parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
         precision = options.engine.precision if manifest.precision == "float32" else manifest.precision
-        serving = Serving(device, here.runner.provider, precision, parity, proof.stability)
+        serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
         try:
             curve = _warm_up(engine, manifest, options.scheduler)
         except ModelRefused:
@@ -270,11 +270,11 @@ def home(models: Sequence[ServedModel], session_id: str, record: Record) -> Serv
     return min(candidates, key=lambda model: model.load_now)
 
 
-def _session_limits(here: Place, manifest: Manifest, options: ModelOptions) -> SessionLimits:
+def _session_limits(backend: DeviceBackend, manifest: Manifest, options: ModelOptions) -> SessionLimits:
     if not options.fill_memory:
         return options.sessions
     beside = _RECORD_BYTES + sum(spec.nbytes for spec in (*manifest.inputs, *manifest.outputs))
-    rows = here.room(4 * manifest.state_size, beside) - 2 - options.scheduler.max_batch
+    rows = backend.max_sessions(4 * manifest.state_size, beside) - 2 - options.scheduler.max_batch
     return replace(options.sessions, capacity=max(1, rows))
 
 

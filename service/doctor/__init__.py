@@ -1,4 +1,5 @@
-"""`unroll doctor`: what of this machine and this installation serves models, and what to do about the rest.
+"""`unroll doctor`: reports what this machine and this installation can serve with, and how to fix the rest.
 
-`facts.py` is what is found, by `machine.py`, `driver.py`, `libraries.py` and `trial.py`; `findings.py` judges it.
+`machine.py`, `nvidia_driver.py`, `libraries.py` and `trial.py` collect the facts of `facts.py`; `findings.py` judges
+them.
 """

@@ -12,7 +12,7 @@ from importlib import metadata
 from itertools import groupby
 
 from unroll import __version__
-from unroll.service.doctor import ask, driver, machine
+from unroll.service.doctor import ask, machine, nvidia_driver
 from unroll.service.doctor.facts import Driver, Facts, Runtime
 from unroll.service.doctor.findings import Finding, devices, judge
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
 
 def examine(device: str) -> Facts:
     """Takes a second on a CPU, and some on each GPU. device: is tried even if it does not seem to be there."""
-    found = driver.find()
+    found = nvidia_driver.find()
     runtime, problem = None, None
     try:
         runtime = ask.runtime()

@@ -7,7 +7,7 @@ import numpy as np
 
 from unroll.bundle import Manifest
 from unroll.bundle.golden import Arrays, Golden, GoldenMismatch, differences
-from unroll.service.engine.base import Engine, PlainRows
+from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.state.slots import FIRST
 
 

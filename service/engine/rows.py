@@ -7,12 +7,12 @@ import structlog
 
 from unroll.bundle import Manifest
 from unroll.service.core.errors import EngineFailed, NonFiniteOutput, UnrollError
-from unroll.service.engine.base import DeviceFailed, PlainRows, Result, Rows, Tensors
+from unroll.service.engine.engine import BatchResult, DeviceFailed, PlainRows, Rows, Tensors
 
 _log = structlog.get_logger(__name__)
 
 
-def one_by_one(manifest: Manifest, run: Callable[[Rows], Result], rows: Rows) -> Result:
+def one_by_one(manifest: Manifest, run: Callable[[Rows], BatchResult], rows: Rows) -> BatchResult:
     """`run(rows)`, or if that raises, each row alone: which cannot be run is found, and the others are run."""
     try:
         return run(rows)

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from unroll.bundle import CRASHING_OPTIMIZERS, Manifest
 from unroll.bundle.golden import Arrays
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.tensor_ref import TensorRef
 
 _LOG_ERRORS = 3
 
@@ -90,13 +90,13 @@ class Runner:
         )
         return dict(zip(self._outputs, outputs, strict=False)), state_out
 
-    def bind(self, inputs: Iterable[Memory], lens: np.ndarray, outputs: Iterable[Memory]) -> "BoundCall":
+    def bind(self, inputs: Iterable[TensorRef], lens: np.ndarray, outputs: Iterable[TensorRef]) -> "BoundCall":
         """A call that reads and writes this memory, each time it is run.
 
         inputs: the model's and the state; outputs: the model's and the new state, each in the manifest's order.
         lens: steps of each row, (batch,) int32; it stays on the host, and a captured call keeps what it was.
         """
-        named = dict(zip(self._inputs, inputs, strict=True)) | {"sequence_lens": Memory.of(lens)}
+        named = dict(zip(self._inputs, inputs, strict=True)) | {"sequence_lens": TensorRef.of(lens)}
         return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
 
     def part(self, model: bytes) -> "GraphPart":
@@ -110,7 +110,7 @@ class GraphPart:
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
 
-    def bind(self, inputs: Mapping[str, Memory], outputs: Mapping[str, Memory]) -> "BoundCall":
+    def bind(self, inputs: Mapping[str, TensorRef], outputs: Mapping[str, TensorRef]) -> "BoundCall":
         return BoundCall(self._session, inputs, outputs)
 
 
@@ -120,16 +120,20 @@ class BoundCall:
     def __init__(
         self,
         session: ort.InferenceSession,
-        inputs: Mapping[str, Memory],
-        outputs: Mapping[str, Memory],
+        inputs: Mapping[str, TensorRef],
+        outputs: Mapping[str, TensorRef],
         keep: object = None,
     ) -> None:
         self._session, self._keep = session, keep
         self._binding = session.io_binding()
         for name, memory in inputs.items():
-            self._binding.bind_input(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
+            self._binding.bind_input(
+                name, memory.device_type, memory.device_index, memory.dtype, memory.shape, memory.pointer
+            )
         for name, memory in outputs.items():
-            self._binding.bind_output(name, memory.place, memory.index, memory.dtype, memory.shape, memory.pointer)
+            self._binding.bind_output(
+                name, memory.device_type, memory.device_index, memory.dtype, memory.shape, memory.pointer
+            )
 
     def run(self) -> None:
         """Returns when it is done, and has the memory it needed put back."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import all_finite
 
 STEPS, OUTPUTS = 1, 2

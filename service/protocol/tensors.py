@@ -11,7 +11,7 @@ import numpy as np
 
 from unroll.bundle import Manifest, TensorSpec
 from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnsupportedMediaType
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 
 #: Kinds of NumPy dtype whose values a JSON array may hold for a tensor of a dtype of the key's kind.
 _ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}

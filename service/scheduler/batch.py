@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits
 

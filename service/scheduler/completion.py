@@ -8,7 +8,7 @@ has it: what has run is handed over as a `PendingCommit` before.
 import numpy as np
 
 from unroll.service.core.errors import SessionClosed, UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission
 from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit
 from unroll.service.scheduler.counters import Counters
@@ -113,7 +113,7 @@ class Completion:
         session = chunk.session
         if session is None:
             return
-        if chunk.opens and session.life is Life.OPEN:
+        if chunk.opening is not None and session.life is Life.OPEN:
             session.opened_with = b""  # nothing was applied: the request may be tried again
             self.close(session, now)
             if session.durable is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission
 from unroll.service.scheduler.batch import row_of
 from unroll.service.scheduler.chunk import Group, GroupReply

@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.batch import Batch, Indices
 from unroll.service.scheduler.chunk import Chunk, Group

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 
 _DIGEST_BYTES: Final = 16
 

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.recency import Used
 from unroll.service.scheduler.reply import AppliedChunk
 from unroll.service.store.record import Origin

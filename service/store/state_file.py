@@ -1,64 +1,76 @@
-"""Sessions in a file, from a server that ends to the one that begins: a header, and a record after another.
+"""Sessions in a file: a server that ends writes it, and the next one reads it.
 
-    header   magic "UNRS", format version u16, reserved u16, records u64
-    each     idle seconds f64, lengths of the model's name u16, of the session id u16, of the record u32; then those
-    end      BLAKE2b-128 of all the bytes before
+header   see `envelope.py`: magic "UNRS", format version 1; then records u64
+each     idle seconds f64, lengths of the model's name u16, of the session id u16, of the record u32; then those
+end      BLAKE2b-128 of all the bytes before
 
-A file is written whole beside its place and then moved there: what is there is complete.
+The file is written under a temporary name and then moved, so a file under its own name is complete.
 """
 
-import hashlib
 import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 from unroll.service.core.errors import SnapshotInvalid
+from unroll.service.state.envelope import HEADER_BYTES, Envelope, checksum
 from unroll.service.store.interface import Key
 from unroll.service.store.record import Record
 
-_HEADER = struct.Struct("<4sHHQ")
+_COUNT = struct.Struct("<Q")
+_ENVELOPE = Envelope(b"UNRS", 1, "a state file", _COUNT.size)
 _ENTRY = struct.Struct("<dHHI")
-_MAGIC, _VERSION = b"UNRS", 1
-_CHECKSUM = 16
 
 
 def write(path: Path, sessions: Iterable[tuple[Key, Record, float]]) -> int:
-    """sessions: each with the seconds it was idle. Returns how many. Raises OSError."""
+    """Write sessions to a file.
+
+    Args:
+        path: The file; one that exists is replaced.
+        sessions: Key, record, and seconds without use of each.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     count = 0
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w+b") as file:
-        file.write(_HEADER.pack(_MAGIC, _VERSION, 0, 0))
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w+b") as file:
+        file.write(_ENVELOPE.header() + _COUNT.pack(0))
         for (name, session_id), record, idle in sessions:
             content, model, session = record.to_bytes(), name.encode(), session_id.encode()
             file.write(_ENTRY.pack(idle, len(model), len(session), len(content)) + model + session + content)
             count += 1
+        file.seek(HEADER_BYTES)
+        file.write(_COUNT.pack(count))
         file.seek(0)
-        file.write(_HEADER.pack(_MAGIC, _VERSION, 0, count))
-        file.seek(0)
-        digest = _new_digest()
+        digest = checksum()
         while part := file.read(2**20):
             digest.update(part)
         file.seek(0, os.SEEK_END)
         file.write(digest.digest())
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
     return count
 
 
 def read(path: Path) -> list[tuple[Key, Record, float]]:
-    """All of them, or none. Raises SnapshotInvalid if the file is damaged, OSError if it cannot be read."""
+    """Read all sessions of a file: key, record, and seconds without use of each.
+
+    Raises:
+        SnapshotInvalid: The file is damaged.
+        OSError: It cannot be read.
+    """
     content = path.read_bytes()
-    body = content[:-_CHECKSUM]
-    if len(body) < _HEADER.size or body[:4] != _MAGIC:
-        raise SnapshotInvalid(f"{path} is not a state file")
-    if _new_digest(body).digest() != content[-_CHECKSUM:]:
-        raise SnapshotInvalid(f"{path} is damaged: its checksum differs")
-    _, version, reserved, count = _HEADER.unpack_from(body)
-    if (version, reserved) != (_VERSION, 0):
-        raise SnapshotInvalid(f"{path} has format {version}; this server reads format {_VERSION}")
-    sessions, begin = [], _HEADER.size
+    try:
+        body = _ENVELOPE.unseal(content)
+    except SnapshotInvalid as error:
+        raise SnapshotInvalid(f"{path}: {error.message}") from error
+    (count,) = _COUNT.unpack_from(body, HEADER_BYTES)
+    sessions, begin = [], HEADER_BYTES + _COUNT.size
     for _ in range(count):
         idle, *lengths = _ENTRY.unpack_from(body, begin)
         begin += _ENTRY.size
@@ -69,7 +81,3 @@ def read(path: Path) -> list[tuple[Key, Record, float]]:
         name, session_id, record = parts
         sessions.append(((name.decode(), session_id.decode()), Record.from_bytes(record), idle))
     return sessions
-
-
-def _new_digest(content: bytes = b"") -> "hashlib.blake2b":
-    return hashlib.blake2b(content, digest_size=_CHECKSUM)

@@ -15,7 +15,7 @@ from unroll.bundle import GoldenMismatch
 from unroll.bundle.operators import operators
 from unroll.export import ExportError, Report, export
 from unroll.export.verification.reduced import limit
-from unroll.service.engine.place import EngineOptions, place
+from unroll.service.engine.backend import EngineOptions, open_backend
 from unroll.service.engine.runner import Runner
 
 
@@ -71,13 +71,13 @@ def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision
     assert by_output["y"].onnxruntime > 1e-5
     # By that bound and no other the server takes it, its state in float32 as ever.
     found = bundle.read(report.path)
-    here = place(found, "cpu", EngineOptions())
-    assert here.slack == 1.0
-    bundle.replay(found.golden, manifest, here.runner)
-    _, proof = here.engine(64, 16)
+    backend = open_backend(found, "cpu", EngineOptions())
+    assert backend.slack == 1.0
+    bundle.replay(found.golden, manifest, backend.runner)
+    _, proof = backend.create_engine(64, 16)
     assert proof.parity["y"] <= by_output["y"].tolerance
     time = next(iter(found.golden.inputs.values())).shape[1]
-    _, state = here.runner(found.golden.inputs, found.golden.state, np.full(len(found.golden.state), time, np.int32))
+    _, state = backend.runner(found.golden.inputs, found.golden.state, np.full(len(found.golden.state), time, np.int32))
     assert state.dtype == np.float32
     assert cli.main(["verify", str(report.path)]) == 0
 
@@ -136,6 +136,6 @@ def test_what_pytorch_cannot_compute_in_float16_is_refused(tmp_path: Path) -> No
 
 def test_a_gpu_takes_no_integers_and_no_second_reduction(reports) -> None:
     with pytest.raises(ValueError, match="is for the CPU"):
-        place(bundle.read(reports("LSTM", "int8").path), "cuda:0", EngineOptions())
+        open_backend(bundle.read(reports("LSTM", "int8").path), "cuda:0", EngineOptions())
     with pytest.raises(ValueError, match="in float16 already"):
-        place(bundle.read(reports("LSTM", "float16").path), "cuda:0", EngineOptions(precision="tf32"))
+        open_backend(bundle.read(reports("LSTM", "float16").path), "cuda:0", EngineOptions(precision="tf32"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from unroll.service.engine.cuda.base import Argument, Kernel, OutOfDeviceMemory
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.cuda.device import Argument, Kernel, OutOfDeviceMemory
+from unroll.service.engine.tensor_ref import TensorRef
 
 
 class FakeDevice:
@@ -32,16 +32,16 @@ class FakeDevice:
         self._room += sum(block.nbytes for block in self._blocks.values())
         self._blocks.clear()
 
-    def allocate(self, shape: Sequence[int], dtype: Any) -> Memory:
+    def allocate(self, shape: Sequence[int], dtype: Any) -> TensorRef:
         assert not self._replaying
         array = np.zeros(shape, dtype)
         if array.nbytes > self._room:
             raise OutOfDeviceMemory(f"{array.nbytes} bytes are wanted, {self._room} are free")
         self._room -= array.nbytes
         self._blocks[array.ctypes.data] = array
-        return Memory.of(array)
+        return TensorRef.of(array)
 
-    def free(self, memory: Memory) -> None:
+    def free(self, memory: TensorRef) -> None:
         self._room += self._blocks.pop(memory.pointer).nbytes
 
     def host_block(self, nbytes: int) -> np.ndarray:
@@ -79,8 +79,8 @@ class FakeDevice:
     def capture(self, queue: Callable[[], None]) -> "FakeGraph":
         return FakeGraph(self, queue)
 
-    def mark(self) -> "FakeMark":
-        return FakeMark(self)
+    def event(self) -> "FakeEvent":
+        return FakeEvent(self)
 
     def synchronize(self) -> None:
         assert not self._replaying
@@ -102,11 +102,11 @@ class FakeGraph:
         self._device._replaying = False
 
 
-class FakeMark:
+class FakeEvent:
     def __init__(self, device: FakeDevice) -> None:
         self._device = device
 
-    def set(self) -> None: ...
+    def record(self) -> None: ...
 
     def wait(self) -> None:
         self._device.calls.append(("wait", 0))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store import state_file
 from unroll.service.store.interface import Key

@@ -13,7 +13,7 @@ from redis_server import RedisServer
 
 from unroll import bundle
 from unroll.bundle import Golden, Manifest
-from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store import state_file
 from unroll.service.store.interface import Commit

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import unroll
 from unroll.bundle import Manifest
-from unroll.service.state.held import SnapshotKeys
+from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 
 _UNSAID = 2**64 - 1

@@ -36,7 +36,7 @@ def test_auto_falls_back_to_the_cpu(repository: Path):
 
 @pytest.mark.usefixtures("driver_without_libraries")
 def test_a_device_that_was_asked_for_does_not(repository: Path):
-    with pytest.raises(DeviceUnavailable, match=r"cuda:0 (cannot be used|needs NVIDIA's bindings)"):
+    with pytest.raises(DeviceUnavailable, match=r"cuda:0 (cannot be used|needs NVIDIA's Python bindings)"):
         app.build(settings(repository, "cuda:0"))
 
 
@@ -48,7 +48,7 @@ def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
 
 
 def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):
-    with pytest.raises(CatalogError, match="precision tf32 is for a GPU"):
+    with pytest.raises(CatalogError, match="precision tf32 needs a GPU"):
         app.build(Settings(repository=repository, device="cpu", precision="tf32"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from unroll import bundle as bundles
 from unroll import cli
 from unroll.bundle import Bundle
-from unroll.service.engine.place import EngineOptions
+from unroll.service.engine.backend import EngineOptions
 from unroll.service.verify import Check, verify
 
 CHECKS = {
@@ -74,7 +74,7 @@ def test_what_cannot_be_verified(repository: Path, tmp_path: Path, capsys) -> No
     for arguments, says in (
         ([str(tmp_path / "none")], "No such file"),
         ([str(repository / "gru" / "1"), "--device", "tpu"], "use cpu, auto"),
-        ([str(repository / "gru" / "1"), "--precision", "tf32"], "is for a GPU"),
+        ([str(repository / "gru" / "1"), "--precision", "tf32"], "needs a GPU"),
     ):
         assert cli.main(["verify", *arguments]) == 1
         assert says in capsys.readouterr().err

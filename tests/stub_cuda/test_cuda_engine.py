@@ -18,9 +18,9 @@ import numpy as np
 import stub_cuda.bindings
 from stub_cuda.step import phase
 from unroll import bundle
-from unroll.service.engine.base import PlainRows
+from unroll.service.engine.engine import PlainRows
 from unroll.service.engine.cuda.driver import Cuda
-from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
 from unroll.service.engine.runner import Runner
 
 found = bundle.read(Path(argv[1]))

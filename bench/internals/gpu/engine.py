@@ -10,9 +10,9 @@ import numpy as np
 
 from bench.internals.gpu.shapes import FEATURES
 from unroll import bundle
-from unroll.service.engine.base import LAUNCHED, PlainRows, Result
+from unroll.service.engine.backend import Cells, CudaBackend, EngineOptions, Precision, open_cuda
 from unroll.service.engine.cuda.driver import CapturedGraph
-from unroll.service.engine.place import Cells, CudaPlace, EngineOptions, Precision, open_cuda
+from unroll.service.engine.engine import MAX_LAUNCHED, PlainRows, Result
 from unroll.service.state.slots import INITIAL, SCRATCH
 
 DEVICE = "cuda:0"
@@ -24,10 +24,10 @@ class MeasuredEngine:
     def __init__(self, path: Path, options: EngineOptions, rows: int) -> None:
         found = bundle.read(path)
         self.manifest = found.manifest
-        here = CudaPlace(found, open_cuda(DEVICE), options)
-        self.engine, self.proof = here.engine(rows, options.buckets[-1])
+        backend = CudaBackend(found, open_cuda(DEVICE), options)
+        self.engine, self.proof = backend.create_engine(rows, options.buckets[-1])
         assert self.engine.captured
-        self.stream = here.device.stream
+        self.stream = backend.device.stream
 
     def graph(self, rows: int, *, transfers: bool = True) -> CapturedGraph:
         graph = self.engine.graph(rows, transfers=transfers)
@@ -49,7 +49,7 @@ class MeasuredEngine:
             launched = self.engine.launch(batches[i % len(batches)])
             assert launched is not None
             waiting.append(launched)
-            if len(waiting) == LAUNCHED:
+            if len(waiting) == MAX_LAUNCHED:
                 waiting.pop(0)()
         for result in waiting:
             result()

@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from bench.internals.gpu import pytorch
 from bench.internals.gpu.engine import inputs, open_engine, some_slots
 from bench.internals.gpu.shapes import FEATURES, Shape, bundle_of
-from unroll.service.engine.cuda.base import Device
-from unroll.service.engine.memory import Memory
-from unroll.service.engine.place import open_cuda
+from unroll.service.engine.backend import open_cuda
+from unroll.service.engine.cuda.device import Device
+from unroll.service.engine.tensor_ref import TensorRef
 
 _ARENA = 20_000
 #: ScatterND runs one thread per row, so a row is split into this many parts.
@@ -138,8 +138,8 @@ def _bound(model: onnx.ModelProto, device: Device, size: int, parts: int) -> Cal
     return launch
 
 
-def _where(memory: Memory) -> tuple:
-    return memory.place, memory.index, memory.dtype, memory.shape, memory.pointer
+def _where(memory: TensorRef) -> tuple:
+    return memory.device_type, memory.device_index, memory.dtype, memory.shape, memory.pointer
 
 
 def _width(model: onnx.ModelProto) -> int:

@@ -115,7 +115,7 @@ class Handles:
         if session.durable is not None:
             return await self._close_durable(session)
         check_present(served, session)
-        served.scheduler.close(session.id, served.loop.clock.now())
+        served.scheduler.close(session, served.loop.clock.now())
         return session
 
     def unbind(self, handle: int) -> None:

@@ -9,7 +9,7 @@ from unroll.service.api.stream.handles import Handles, check_present
 from unroll.service.api.stream.replies import Replies
 from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import NeedsStoreLookup, QueueFull, SessionContended, UnrollError
-from unroll.service.engine.base import Tensors
+from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.frames import NO_POSITION, Frame, SingleEntryFrame
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
 from unroll.service.scheduler.reply import Outcome
@@ -187,9 +187,8 @@ class FrameSubmitter:
                 check_present(served, session)
                 _check_depth(session, entry.position)
             pending = PendingChunk(self, served, session, entry, coalesced, retries_left)
-            pending.chunk = served.loop.submit_steps(
-                session.id, entry.inputs, self._timeout, pending, position=entry.position
-            )
+            chunk = Chunk(entry.inputs, session, entry.position)
+            pending.chunk = served.loop.submit(chunk, self._timeout, pending)
             if pending.chunk is not None:
                 self._pending[pending] = None
         except NeedsStoreLookup as needed:

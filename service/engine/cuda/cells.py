@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from unroll.service.engine.cuda.base import Argument, Device, Kernel
+from unroll.service.engine.cuda.device import Argument, Device, Kernel
 from unroll.service.engine.cuda.parts import Layer
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.tensor_ref import TensorRef
 
 Cell = Literal["LSTM", "GRU"]
 
@@ -126,12 +126,26 @@ class CellKernel:
         self._unscale = np.float32(packed.unscale)
 
     def bind(
-        self, size: int, x: Memory, arena: Memory, sources: Memory, state_out: Memory, y: Memory, *, early: bool
+        self,
+        size: int,
+        x: TensorRef,
+        arena: TensorRef,
+        sources: TensorRef,
+        state_out: TensorRef,
+        y: TensorRef,
+        *,
+        overlaps_previous: bool,
     ) -> Callable[[], None]:
-        """What queues a step; early: it follows another layer's.
+        """Return a function that queues one step.
 
-        x (size, inputs); h and c are in the rows of `arena`, (slots, width), that `sources`, (size,), names; y (size,
-        hidden); h and c also go to `state_out`, (size, width).
+        Args:
+            size: Rows of the batch.
+            x: The layer's input, (size, inputs).
+            arena: The state rows, (slots, width).
+            sources: The rows that hold h and c, (size,).
+            state_out: Receives h and c, (size, width).
+            y: Receives h, (size, hidden).
+            overlaps_previous: The previous kernel is another layer's.
         """
         layer = self._layer
         tile = tile_for(layer.cell, layer.hidden, size, self._device.multiprocessors)
@@ -154,7 +168,7 @@ class CellKernel:
             threads=32 * tile.wm * tile.wn,
             cluster=tile.cluster,
             shared_bytes=tile.shared_bytes(layer.cell, self._parts),
-            early=early,
+            overlaps_previous=overlaps_previous,
         )
         self._device.prepare(kernel)
         blocks = -(-layer.hidden // tile.units(layer.cell)) * tile.cluster, -(-size // tile.rows)
@@ -167,7 +181,7 @@ class CellKernel:
         return lambda: self._device.run(kernel, blocks, *arguments)
 
 
-def _upload(device: Device, array: np.ndarray) -> Memory:
+def _upload(device: Device, array: np.ndarray) -> TensorRef:
     memory = device.allocate(array.shape, array.dtype)
     device.upload(memory.pointer, array)
     return memory

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver, nvrtc, runtime
 
-from unroll.service.engine.base import DeviceFailed
-from unroll.service.engine.cuda.base import Argument, CompilationFailed, Kernel, OutOfDeviceMemory
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.cuda.device import Argument, CompilationFailed, Kernel, OutOfDeviceMemory
+from unroll.service.engine.engine import DeviceFailed
+from unroll.service.engine.tensor_ref import TensorRef
 
 _COPY = runtime.cudaMemcpyKind
 _C_TYPES = {int: ctypes.c_void_p, np.int32: ctypes.c_int, np.float32: ctypes.c_float}
@@ -42,9 +42,9 @@ class Cuda:
             _check(runtime.cudaFreeHost(pointer))
         self._graphs, self._allocated, self._blocks = [], set(), []
 
-    def allocate(self, shape: Sequence[int], dtype: Any) -> Memory:
+    def allocate(self, shape: Sequence[int], dtype: Any) -> TensorRef:
         self._enter()
-        wanted = Memory(0, tuple(shape), np.dtype(dtype), "cuda", self._index)
+        wanted = TensorRef(0, tuple(shape), np.dtype(dtype), "cuda", self._index)
         error, pointer = runtime.cudaMalloc(max(wanted.nbytes, 1))
         if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
             runtime.cudaGetLastError()  # or the next call would report it again
@@ -54,9 +54,9 @@ class Cuda:
         _check((error,))
         _check(runtime.cudaMemsetAsync(pointer, 0, wanted.nbytes, self.stream))
         self._allocated.add(int(pointer))
-        return Memory(int(pointer), wanted.shape, wanted.dtype, "cuda", self._index)
+        return TensorRef(int(pointer), wanted.shape, wanted.dtype, "cuda", self._index)
 
-    def free(self, memory: Memory) -> None:
+    def free(self, memory: TensorRef) -> None:
         self._enter()
         self._allocated.remove(memory.pointer)
         _check(runtime.cudaFree(memory.pointer))
@@ -130,9 +130,9 @@ class Cuda:
         self._graphs.append(CapturedGraph(graph, self._index, self.stream))
         return self._graphs[-1]
 
-    def mark(self) -> "EventMark":
+    def event(self) -> "CudaEvent":
         self._enter()
-        return EventMark(self.stream)
+        return CudaEvent(self.stream)
 
     def synchronize(self) -> None:
         self._enter()
@@ -167,12 +167,12 @@ class CapturedGraph:
         return list(nodes[:count])
 
 
-class EventMark:
+class CudaEvent:
     def __init__(self, stream: int) -> None:
         self._stream = stream
         self._event = _check(runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming))
 
-    def set(self) -> None:
+    def record(self) -> None:
         _check(runtime.cudaEventRecord(self._event, self._stream))
 
     def wait(self) -> None:
@@ -209,7 +209,7 @@ def _launch_attributes(kernel: Kernel) -> list[Any]:
         cluster.id = which.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = kernel.cluster, 1, 1
         found.append(cluster)
-    if kernel.early:
+    if kernel.overlaps_previous:
         early = driver.CUlaunchAttribute()
         early.id = which.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1

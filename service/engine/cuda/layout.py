@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from unroll.bundle import Manifest
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.tensor_ref import TensorRef
 
 #: Numbers of rows, and whether one failed, as `kernels.cu` has them.
 INDEX, FLAG = np.dtype(np.int64), np.dtype(np.int32)
@@ -44,7 +44,7 @@ class Layout:
             for view in self.views(block)
         ]
 
-    def memories(self, block: Memory) -> list[Memory]:
+    def memories(self, block: TensorRef) -> list[TensorRef]:
         """The tensors in a block anywhere."""
         return [
             block.at(offset, shape, dtype) for offset, (shape, dtype) in zip(self.offsets, self._tensors, strict=True)

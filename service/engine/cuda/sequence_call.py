@@ -4,25 +4,25 @@ import numpy as np
 
 from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import Result, Rows
-from unroll.service.engine.cuda.base import Device
+from unroll.service.engine.cuda.device import Device
 from unroll.service.engine.cuda.layout import FLAG, INDEX, Layout, output_tensors
 from unroll.service.engine.cuda.step_call import COMMIT, GATHER
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.engine.rows import flagged, non_finite
 from unroll.service.engine.runner import Runner
+from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.slots import SCRATCH
 
 
 class SequenceCall:
     """Takes memory on the device as it is needed, and keeps it."""
 
-    def __init__(self, device: Device, runner: Runner, manifest: Manifest, arena: Memory) -> None:
+    def __init__(self, device: Device, runner: Runner, manifest: Manifest, arena: TensorRef) -> None:
         self._device, self._runner, self._manifest, self._arena = device, runner, manifest, arena
         self._memory = device.allocate((0,), np.uint8)
         self._block = device.host_block(1)
 
-    def run(self, rows: Rows) -> Result:
+    def run(self, rows: Rows) -> BatchResult:
         count, width = len(rows.lens), self._manifest.state_size
         inputs = [np.ascontiguousarray(array) for array in rows.inputs]
         tensors = [(array.shape, array.dtype) for array in inputs]
@@ -62,7 +62,7 @@ class SequenceCall:
         self._device.synchronize()
         return outputs, flagged(flags) | failed
 
-    def _device_memory(self, nbytes: int) -> Memory:
+    def _device_memory(self, nbytes: int) -> TensorRef:
         if self._memory.nbytes < nbytes:
             larger = self._device.allocate((nbytes,), np.uint8)
             self._device.free(self._memory)

@@ -7,12 +7,12 @@ import numpy as np
 
 from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import Tensors
-from unroll.service.engine.cuda.base import Device, Graph, Kernel
+from unroll.service.engine.cuda.device import Device, Graph, Kernel
 from unroll.service.engine.cuda.layout import FLAG, INDEX, Layout, input_tensors, output_tensors
 from unroll.service.engine.cuda.step_model import StepModel, StepTensors
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.engine import Tensors
 from unroll.service.engine.rows import flagged
+from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.slots import INITIAL
 
 GATHER, COMMIT = Kernel("kernels.cu", "gather"), Kernel("kernels.cu", "commit")
@@ -22,7 +22,7 @@ NOWHERE = -1
 
 
 class StepMemory:
-    """Memory on the device for a step of up to `most` rows: steps follow one another on the stream, and share it."""
+    """TensorRef on the device for a step of up to `most` rows: steps follow one another on the stream, and share it."""
 
     def __init__(self, device: Device, manifest: Manifest, most: int) -> None:
         self.call = device.allocate((_call_layout(manifest, most).nbytes,), np.uint8)
@@ -44,7 +44,7 @@ class StepCall:
         device: Device,
         model: StepModel,
         manifest: Manifest,
-        arena: Memory,
+        arena: TensorRef,
         memory: StepMemory,
         size: int,
         steps: int = 1,
@@ -74,7 +74,7 @@ class StepCall:
         outputs = self._answer.memories(memory.outputs)
         self._queue_model = model.bind(size, StepTensors(inputs, sources, state, state_out, outputs))
         self.graph: Graph = device.capture(self._queue)
-        self._done = device.mark()
+        self._done = device.event()
 
     def launch(
         self,
@@ -95,7 +95,7 @@ class StepCall:
         for given, array in zip(self._inputs, inputs, strict=True):
             given[:steps, :rows, 0] = array.swapaxes(0, 1)
         self.graph.launch()
-        self._done.set()
+        self._done.record()
 
     def wait(self) -> None:
         self._done.wait()
@@ -138,7 +138,7 @@ def _call_layout(manifest: Manifest, size: int) -> Layout:
     return Layout([((1,), INDEX), ((size,), INDEX), ((size,), INDEX), *input_tensors(manifest, size)])
 
 
-def _checked(device: Device, manifest: Manifest, outputs: Layout) -> Memory:
+def _checked(device: Device, manifest: Manifest, outputs: Layout) -> TensorRef:
     """What `commit` is to look at: (first byte, floats in a row) of each float output; (tensors, 2) on the device."""
     pairs = [
         (offset, spec.size)

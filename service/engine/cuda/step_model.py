@@ -7,11 +7,11 @@ from typing import Protocol
 import numpy as np
 
 from unroll.bundle import Manifest
-from unroll.service.engine.cuda.base import Device
 from unroll.service.engine.cuda.cells import CellKernel
+from unroll.service.engine.cuda.device import Device
 from unroll.service.engine.cuda.parts import Layer, Segment
-from unroll.service.engine.memory import Memory
 from unroll.service.engine.runner import BoundCall, GraphPart, Runner
+from unroll.service.engine.tensor_ref import TensorRef
 
 #: Runs until onnxruntime has all the memory that a call needs, for within a capture none can be taken: it plans it in
 #: the first, takes it in the second, and has had it in the third.
@@ -23,11 +23,11 @@ class StepTensors:
     """On the device. inputs, outputs: the model's, (size, 1, *shape) or (size, *shape) without time. sources: rows of
     the arena that the states are in, (size,) int64. state, state_out: (size, state_size)."""
 
-    inputs: Sequence[Memory]
-    sources: Memory
-    state: Memory
-    state_out: Memory
-    outputs: Sequence[Memory]
+    inputs: Sequence[TensorRef]
+    sources: TensorRef
+    state: TensorRef
+    state_out: TensorRef
+    outputs: Sequence[TensorRef]
 
 
 class StepModel(Protocol):
@@ -63,7 +63,7 @@ class SeparateModel:
         device: Device,
         runner: Runner,
         manifest: Manifest,
-        arena: Memory,
+        arena: TensorRef,
         parts: Sequence[Layer | Segment],
         most: int,
         *,
@@ -74,7 +74,7 @@ class SeparateModel:
         self._layers = {layer.y: CellKernel(device, layer, manifest.state_size, tf32=tf32) for layer in layers}
         self._segments = {part.outputs[0]: runner.part(part.model) for part in parts if isinstance(part, Segment)}
         #: What goes from part to part, by name.
-        self._between: dict[str, Memory] = {}
+        self._between: dict[str, TensorRef] = {}
         for layer in layers:
             self._between[layer.y] = device.allocate((most, layer.hidden), np.float32)
             if layer.x in self._segments:
@@ -91,7 +91,7 @@ class SeparateModel:
                 bound.append(_bind_segment(self._segments[part.outputs[0]], part, size, named))
             else:
                 memory = (named[part.x], self._arena, tensors.sources, tensors.state_out, named[part.y])
-                bound.append(self._layers[part.y].bind(size, *memory, early=isinstance(before, Layer)))
+                bound.append(self._layers[part.y].bind(size, *memory, overlaps_previous=isinstance(before, Layer)))
             before = part
 
         def queue() -> None:
@@ -101,8 +101,8 @@ class SeparateModel:
         return queue
 
 
-def _bind_segment(runner: GraphPart, segment: Segment, size: int, named: dict[str, Memory]) -> Callable[[], None]:
-    def memory(name: str, source: str) -> Memory:
+def _bind_segment(runner: GraphPart, segment: Segment, size: int, named: dict[str, TensorRef]) -> Callable[[], None]:
+    def memory(name: str, source: str) -> TensorRef:
         shape = tuple(size if length == -1 else length for length in segment.shapes[name])
         return named[source].at(0, shape, named[source].dtype)
 

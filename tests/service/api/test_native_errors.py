@@ -15,7 +15,7 @@ from waiting import until
 
 from unroll.service.core import errors
 from unroll.service.core.clock import ManualClock
-from unroll.service.engine.base import Rows, Tensors
+from unroll.service.engine.engine import Rows, Tensors
 
 Background = Callable[..., Future]
 

@@ -115,7 +115,7 @@ def test_in_a_container_the_image_is_built_anew():
 
 
 def test_without_nvidias_bindings():
-    failing = {"cpu": None, "cuda:0": "cuda:0 needs NVIDIA's bindings"}
+    failing = {"cpu": None, "cuda:0": "cuda:0 needs NVIDIA's Python bindings"}
     findings = judged(replace(GPU, bindings=None, sessions=failing))
     assert (findings["cuda-bindings"].status, findings["cuda-bindings"].mend) == (
         Status.MISSING,

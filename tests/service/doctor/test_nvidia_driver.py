@@ -3,7 +3,7 @@
 from ctypes import c_char_p
 from typing import Any
 
-from unroll.service.doctor import driver
+from unroll.service.doctor import nvidia_driver
 from unroll.service.doctor.facts import Driver, Gpu
 
 PATH = "/usr/lib/libcuda.so.580.65.06"
@@ -75,14 +75,14 @@ class Cuda:
 def test_it_tells_its_gpus():
     gpus = [Gpu("NVIDIA H100", "9.0", 80 * 2**30, 79 * 2**30), Gpu("NVIDIA T4", "7.5", 16 * 2**30, None)]
     cuda = Cuda(gpus)
-    assert driver.ask(cuda, PATH) == Driver(PATH, "13.1", tuple(gpus))
+    assert nvidia_driver.ask(cuda, PATH) == Driver(PATH, "13.1", tuple(gpus))
     assert cuda.contexts == 0  # none is left to take memory
 
 
 def test_without_devices_it_says_why():
     problem = "no CUDA-capable device is detected (CUDA error 100)"
-    assert driver.ask(Cuda([], code=100), PATH) == Driver(PATH, "13.1", problem=problem)
+    assert nvidia_driver.ask(Cuda([], code=100), PATH) == Driver(PATH, "13.1", problem=problem)
 
 
 def test_a_count_of_none():
-    assert driver.ask(Cuda([]), PATH).problem == "it counts 0 GPUs"
+    assert nvidia_driver.ask(Cuda([]), PATH).problem == "it counts 0 GPUs"

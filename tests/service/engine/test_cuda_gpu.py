@@ -12,16 +12,16 @@ from unroll import bundle
 from unroll.service import app
 from unroll.service.catalog.catalog import CatalogError
 from unroll.service.core.errors import NonFiniteOutput
-from unroll.service.engine.base import Engine, PlainRows
-from unroll.service.engine.cuda.base import Device
+from unroll.service.engine.backend import EngineOptions, open_backend, open_cuda
 from unroll.service.engine.cuda.cells import CellKernel
-from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
+from unroll.service.engine.cuda.device import Device
 from unroll.service.engine.cuda.parts import Layer
 from unroll.service.engine.cuda.step_call import COMMIT, GATHER
 from unroll.service.engine.cuda.step_graph import take_apart
-from unroll.service.engine.memory import Memory
-from unroll.service.engine.place import EngineOptions, open_cuda, place
+from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import Runner, resolve_devices
+from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.settings import Settings
 from unroll.service.state.slots import INITIAL
 
@@ -127,7 +127,7 @@ def test_the_kernels_do_what_their_equivalents_do(device: Device, width: int):
     assert np.array_equal(ours["arena"][5:8], arena[5:8])
 
 
-def _compare(device: Device, there: dict[str, Memory], here: dict[str, np.ndarray]) -> None:
+def _compare(device: Device, there: dict[str, TensorRef], here: dict[str, np.ndarray]) -> None:
     for name, array in here.items():
         found = np.empty_like(array)
         device.download(found, there[name].pointer)
@@ -137,7 +137,7 @@ def _compare(device: Device, there: dict[str, Memory], here: dict[str, np.ndarra
 def test_steps_chunks_and_sequences_answer_as_the_cpu_does(found: bundle.Bundle, engine: CudaEngine):
     assert engine.captured
     manifest = found.manifest
-    on_cpu, _ = place(found, "cpu", EngineOptions()).engine(ROWS, max_batch=64)
+    on_cpu, _ = open_backend(found, "cpu", EngineOptions()).create_engine(ROWS, max_batch=64)
     rng = np.random.default_rng(1)
     for steps in (1, 1, 3, 1, 12, 1):
         count = int(rng.integers(1, 64))
@@ -253,9 +253,9 @@ def test_rows_are_saved_restored_and_forked(engine: Engine, found: bundle.Bundle
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
 def test_the_golden_vectors_hold_in_every_bucket(found: bundle.Bundle, cuda: str, precision, cells):
-    here = place(found, cuda, EngineOptions(precision=precision, buckets=BUCKETS, cells=cells))
-    whole = bundle.replay(found.golden, found.manifest, here.runner, here.slack)
-    _, proof = here.engine(ROWS, max_batch=64)
+    backend = open_backend(found, cuda, EngineOptions(precision=precision, buckets=BUCKETS, cells=cells))
+    whole = bundle.replay(found.golden, found.manifest, backend.runner, backend.slack)
+    _, proof = backend.create_engine(ROWS, max_batch=64)
     assert set(proof.parity) == set(whole)
     if precision == "float32":
         assert proof.stability < 1e-5
@@ -302,7 +302,7 @@ def test_every_tile_gives_the_same_bits_and_float32s_accuracy(device: Device, ce
                 _on_device(device, np.full(shape, 7, np.float32)) for shape in ((size, hidden), (size, width))
             )
             places = _on_device(device, slots[:size])
-            kernel.bind(size, _on_device(device, given), arena, places, state_out, y, early=False)()
+            kernel.bind(size, _on_device(device, given), arena, places, state_out, y, overlaps_previous=False)()
             found, after = np.empty((size, hidden), np.float32), np.empty((size, width), np.float32)
             device.download(found, y.pointer)
             device.download(after, state_out.pointer)
@@ -321,7 +321,7 @@ def test_every_tile_gives_the_same_bits_and_float32s_accuracy(device: Device, ce
                 assert np.abs(after - reference).max() < 4e-7
 
 
-def _on_device(device: Device, array: np.ndarray) -> Memory:
+def _on_device(device: Device, array: np.ndarray) -> TensorRef:
     memory = device.allocate(array.shape, array.dtype)
     device.upload(memory.pointer, np.ascontiguousarray(array))
     return memory
@@ -334,7 +334,7 @@ def test_the_bidirectional_model_takes_whole_sequences(repository: Path, device:
     engine = CudaEngine(device, runner, found.manifest, ROWS, ())
     inputs = tuple(a[None] for a in random_inputs(found.manifest, np.random.default_rng(6), 9))
     rows = PlainRows(inputs, [9], [INITIAL], [2])
-    on_cpu, _ = place(found, "cpu", EngineOptions()).engine(ROWS, max_batch=1)
+    on_cpu, _ = open_backend(found, "cpu", EngineOptions()).create_engine(ROWS, max_batch=1)
     assert_close(found.manifest, engine.run(rows)[0], on_cpu.run(rows)[0])
 
 

@@ -9,12 +9,12 @@ from fake_cuda.device import FakeDevice
 from hypothesis import given
 
 from unroll import bundle
-from unroll.service.engine.base import PlainRows
-from unroll.service.engine.cuda.base import OutOfDeviceMemory
-from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
+from unroll.service.engine.cuda.device import OutOfDeviceMemory
 from unroll.service.engine.cuda.layout import BUCKETS, Layout, bucket_of, buckets
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.engine import PlainRows
 from unroll.service.engine.runner import Runner
+from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.slots import INITIAL, SCRATCH
 
 
@@ -42,7 +42,7 @@ def test_tensors_are_aligned_and_do_not_overlap(tensors):
     layout = Layout([(tuple(shape), np.dtype(dtype)) for shape, dtype in tensors])
     block = np.zeros(layout.nbytes, np.uint8)
     views = layout.views(block)
-    for i, (view, memory) in enumerate(zip(views, layout.memories(Memory.of(block)), strict=True)):
+    for i, (view, memory) in enumerate(zip(views, layout.memories(TensorRef.of(block)), strict=True)):
         assert (memory.pointer - block.ctypes.data) % 256 == 0
         assert not view.size or view.ctypes.data == memory.pointer
         assert memory.shape == view.shape

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import unroll
 from unroll import bundle
 from unroll.service.core.errors import NonFiniteOutput
-from unroll.service.engine.base import PlainRows
 from unroll.service.engine.cuda.cells import TILES, tile_for
-from unroll.service.engine.cuda.engine import CudaEngine
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
 from unroll.service.engine.cuda.parts import Layer, NotSeparable, Segment
 from unroll.service.engine.cuda.step_graph import take_apart
-from unroll.service.engine.host import HostEngine
+from unroll.service.engine.engine import PlainRows
+from unroll.service.engine.host_engine import HostEngine
 from unroll.service.engine.runner import Runner
 from unroll.service.state.slots import INITIAL
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from unroll import bundle
 from unroll.service.core.errors import EngineFailed, NonFiniteOutput
 from unroll.service.engine import runner as runner_module
-from unroll.service.engine.base import Engine, PlainRows
-from unroll.service.engine.cuda.engine import CudaEngine
-from unroll.service.engine.host import HostEngine
+from unroll.service.engine.cuda.cuda_engine import CudaEngine
+from unroll.service.engine.engine import Engine, PlainRows
+from unroll.service.engine.host_engine import HostEngine
 from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
@@ -88,16 +88,15 @@ def test_any_chunks_in_any_company_equal_the_whole_alone(load, kind: str, name: 
     scheduler = Scheduler(traits, SessionLimits(20), SchedulerLimits(rows, 64, piece, 10_000))
     engine = ENGINES[kind](runner, manifest, scheduler.rows)
     wholes = {f"{i}": random_inputs(manifest, rng, int(rng.integers(1, 30))) for i in range(12)}
-    sequences = {key: scheduler.submit_sequence(whole, 0, 1e9) for key, whole in wholes.items()}
+    sequences = {key: scheduler.submit(Chunk(whole), 0, 1e9) for key, whole in wholes.items()}
     streamed: dict[str, list[Chunk]] = {key: [] for key in wholes}
-    for key in wholes:
-        scheduler.open(key, 0)
+    sessions = {key: scheduler.open(key, 0) for key in wholes}
     at = dict.fromkeys(wholes, 0)
     while at:
         key = str(rng.choice(list(at)))
         length = int(rng.integers(1, 8))
-        chunk = scheduler.submit_steps(key, tuple(a[at[key] : at[key] + length] for a in wholes[key]), 0, 1e9)
-        assert isinstance(chunk, Chunk)
+        chunk = Chunk(tuple(a[at[key] : at[key] + length] for a in wholes[key]), sessions[key])
+        scheduler.submit(chunk, 0, 1e9)
         streamed[key].append(chunk)
         at[key] += chunk.length
         if at[key] >= len(wholes[key][0]):

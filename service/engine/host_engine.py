@@ -4,10 +4,10 @@ import numpy as np
 
 from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import Result, Rows, Tensors
-from unroll.service.engine.memory import Memory
+from unroll.service.engine.engine import BatchResult, Rows, Tensors
 from unroll.service.engine.rows import non_finite, one_by_one
 from unroll.service.engine.runner import BoundCall, Runner
+from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.arena import HostArena
 from unroll.service.state.slots import INITIAL
 
@@ -29,7 +29,7 @@ class HostEngine:
         self.write = self._arena.write
         self.copy = self._arena.copy
 
-    def run(self, rows: Rows) -> Result:
+    def run(self, rows: Rows) -> BatchResult:
         return one_by_one(self._manifest, self._run, rows)
 
     def launch(self, rows: Rows) -> None:
@@ -38,7 +38,7 @@ class HostEngine:
     def close(self) -> None:
         """Its memory is its objects'."""
 
-    def _run(self, rows: Rows) -> Result:
+    def _run(self, rows: Rows) -> BatchResult:
         if rows.inputs[0].shape[1] == 1 and len(rows.lens) <= _BOUND_ROWS:
             outputs, state_out = self._run_steps(rows)
         else:
@@ -86,8 +86,8 @@ class StepBuffers:
         call = self._calls.get(rows)
         if call is None:
             call = self._calls[rows] = self._runner.bind(
-                [Memory.of(array[:rows]) for array in (*self.inputs, self.state)],
+                [TensorRef.of(array[:rows]) for array in (*self.inputs, self.state)],
                 np.ones(rows, np.int32),
-                [Memory.of(array[:rows]) for array in (*self.outputs, self.state_out)],
+                [TensorRef.of(array[:rows]) for array in (*self.outputs, self.state_out)],
             )
         call.run()

@@ -13,13 +13,13 @@ import structlog
 
 from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
-from unroll.service.engine.base import LAUNCHED, DeviceFailed, Result, Rows
-from unroll.service.engine.cuda.base import CompilationFailed, Device, Graph, OutOfDeviceMemory
+from unroll.service.engine.cuda.device import CompilationFailed, Device, Graph, OutOfDeviceMemory
 from unroll.service.engine.cuda.layout import bucket_of
 from unroll.service.engine.cuda.parts import Layer, Segment
 from unroll.service.engine.cuda.sequence_call import SequenceCall
 from unroll.service.engine.cuda.step_call import NOWHERE, StepCall, StepMemory
 from unroll.service.engine.cuda.step_model import SeparateModel, StepModel, WholeModel
+from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, DeviceFailed, Rows
 from unroll.service.engine.rows import empty_outputs, one_by_one
 from unroll.service.engine.runner import Runner
 from unroll.service.state.slots import INITIAL
@@ -78,20 +78,20 @@ class CudaEngine:
         captured = f"graphs of {self._buckets} rows" if self.captured else "no graphs"
         return f"<CudaEngine {self._arena.shape[0]} rows on {self._device.name}, {captured}>"
 
-    def run(self, rows: Rows) -> Result:
+    def run(self, rows: Rows) -> BatchResult:
         if (result := self.launch(rows)) is not None:
             return result()
         if self._stepwise and len(rows.lens) <= self._buckets[-1]:
             return self._run_stepwise(rows)
         return one_by_one(self._manifest, self._sequences.run, rows)
 
-    def launch(self, rows: Rows) -> Callable[[], Result] | None:
+    def launch(self, rows: Rows) -> Callable[[], BatchResult] | None:
         if not self._steps or len(rows.lens) > self._buckets[-1] or rows.inputs[0].shape[1] > 1:
             return None
         call = self._next_call(len(rows.lens), 1)
         call.launch(rows.inputs, rows.sources, rows.targets)
 
-        def result() -> Result:
+        def result() -> BatchResult:
             call.wait()
             return tuple([array[0].copy() for array in call.answers(1)]), call.failed()
 
@@ -103,7 +103,7 @@ class CudaEngine:
         calls.append(calls.pop(0))
         return calls[-1]
 
-    def _run_stepwise(self, rows: Rows) -> Result:
+    def _run_stepwise(self, rows: Rows) -> BatchResult:
         """Several steps at a time. Until the last of its steps a state is in a row of the engine's own, and then goes
         where it belongs, unless one of them failed."""
         count, longest, lens = len(rows.lens), rows.inputs[0].shape[1], np.array(rows.lens)
@@ -131,7 +131,7 @@ class CudaEngine:
             sources = np.where(numbers == 0, rows.sources, own)
             targets = np.where(lens == numbers + 1, rows.targets, own)
             targets[lens <= numbers] = NOWHERE
-            if len(waiting) == LAUNCHED:
+            if len(waiting) == MAX_LAUNCHED:
                 take()
             call = self._next_call(count, at_once)
             inputs = tuple(array[:, begin : begin + len(numbers)] for array in rows.inputs)
@@ -185,5 +185,7 @@ class CudaEngine:
             return StepCall(self._device, model, self._manifest, self._arena, memory, size, steps)
 
         return {
-            (size, steps): [call(size, steps) for _ in range(LAUNCHED)] for size in self._buckets for steps in lengths
+            (size, steps): [call(size, steps) for _ in range(MAX_LAUNCHED)]
+            for size in self._buckets
+            for steps in lengths
         }
