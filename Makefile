@@ -22,7 +22,7 @@ run: .venv-serve/.installed ## serve the example bundles on :8000 and run the de
 stop: ## stop the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m unroll.examples.run --stop
 
-test: install ## run the tests
+test: install ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 coverage: install ## run the tests, print their line and branch coverage of unroll, and write htmlcov/
@@ -44,7 +44,7 @@ machine-test: install ## random event sequences over two replicas, longer than i
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
-check: install ## format, lint, types, the layers' contracts, spelling
+check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

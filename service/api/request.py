@@ -27,9 +27,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Headers = dict[bytes, bytes]
 
-#: How often a request is begun anew, since others move its session on, before its client is told to try later.
-ATTEMPTS = 8
-
 JSON = b"application/json"
 RAW = b"application/octet-stream"
 

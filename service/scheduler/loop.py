@@ -51,6 +51,7 @@ class Loop:
         clock: Clock,
         executor: Executor,
         cost: Callable[[int, int], float],
+        on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None,
     ) -> None:
         self.name = name
         self.scheduler = scheduler
@@ -59,7 +60,7 @@ class Loop:
         self.clock = clock
         self._executor = executor
         self._cost = cost
-        self.on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None
+        self._on_batch = on_batch
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._launched: deque[_Begun] = deque()
@@ -135,9 +136,9 @@ class Loop:
         *,
         again: bool = False,
     ) -> list[int]:
-        """The next steps of many sessions at once, see `Scheduler.submit_group`."""
+        """The next steps of many sessions at once, see `Groups.submit`."""
         now = self.clock.now()
-        left = self.scheduler.submit_group(sessions, positions, inputs, now, now + timeout, then, again=again)
+        left = self.scheduler.groups.submit(sessions, positions, inputs, now, now + timeout, then, again=again)
         self._work.set()
         return left
 
@@ -149,9 +150,9 @@ class Loop:
         timeout: float,
         then: Callable[[GroupReply], None],
     ) -> bool:
-        """The next step of all sessions of some cohorts, see `Scheduler.submit_cohorts`."""
+        """The next step of all sessions of some cohorts, see `Groups.submit_cohorts`."""
         now = self.clock.now()
-        taken = self.scheduler.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
+        taken = self.scheduler.groups.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
         self._work.set()
         return taken
 
@@ -246,7 +247,7 @@ class Loop:
             assert chunk.workspace is not None
             chunk.state_row = self.engine.read(chunk.workspace)
         results = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
-        self.on_batch(begun.batch, len(failed), seconds)
+        self._on_batch(begun.batch, len(failed), seconds)
         if results:
             task = asyncio.create_task(self._commit(results), name=f"commit {self.name}")
             self._commits.add(task)

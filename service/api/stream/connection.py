@@ -41,7 +41,7 @@ class Connection:
     def __init__(self, app: AppState, model: str, link: Link, call_soon: CallSoon) -> None:
         app.refuse_if_draining()
         name, version = split_reference(model)
-        served = app.catalog.resolve(name, version)
+        served = app.models.resolve(name, version)
         require_streamable(served)
         self._app = app
         self._model = model
@@ -53,14 +53,7 @@ class Connection:
         recurring = RecurringFrames()
         self._handles = Handles(app, model, served, recurring.clear)
         self._submitter = FrameSubmitter(app, name, self._handles, recurring, self._replies)
-        self._control = Control(
-            self._handles,
-            self._replies,
-            self._flow,
-            call_soon,
-            max_bytes=app.limits.max_json_bytes,
-            has_store=app.catalog.keeper is not None,
-        )
+        self._control = Control(self._handles, self._replies, self._flow, call_soon, app.limits.max_json_bytes)
         self._goodbyes = Goodbyes(self._handles, self._replies, link, call_soon)
         app.streams.add(self)
 

@@ -34,28 +34,19 @@ class Control:
         flow: pauses reading while a request runs.
         call_soon: calls a function in the next turn of the event loop.
         max_bytes: of one message.
-        has_store: sessions may have to be looked up; then requests run in a task.
 
     Attributes:
         running: a request is under way; later messages must be deferred.
     """
 
     def __init__(
-        self,
-        handles: Handles,
-        replies: Replies,
-        flow: FlowControl,
-        call_soon: CallSoon,
-        *,
-        max_bytes: int,
-        has_store: bool,
+        self, handles: Handles, replies: Replies, flow: FlowControl, call_soon: CallSoon, max_bytes: int
     ) -> None:
         self._handles = handles
         self._replies = replies
         self._flow = flow
         self._call_soon = call_soon
         self._max_bytes = max_bytes
-        self._has_store = has_store
         self._backlog: deque[tuple[Callable[[bytes], None], bytes]] = deque()
         self.running = False
         self._task: asyncio.Task[None] | None = None
@@ -118,7 +109,7 @@ class Control:
     def _run(self, op: str, items: Sequence[T], handle: Callable[[T], Coroutine[Any, Any, dict[str, Any]]]) -> None:
         self.running = True
         slices = self._in_slices(op, items, handle)
-        if self._has_store:
+        if self._handles.has_store:
             self._task = asyncio.ensure_future(self._complete(slices))
         else:
             self._advance(slices)
@@ -133,7 +124,7 @@ class Control:
         results: list[dict[str, Any]] = []
         for begin in range(0, len(items), SLICE):
             part = items[begin : begin + SLICE]
-            if self._has_store:
+            if self._handles.has_store:
                 results += await asyncio.gather(*map(handle, part))
             else:
                 results += [await handle(item) for item in part]

@@ -6,20 +6,21 @@ A handle means the session that it was bound to, and never another that is opene
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from unroll.service.api import session_operations
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import split_reference
+from unroll.service.api.session_operations import start_of
 from unroll.service.api.stream.messages import MAX_HANDLES, OpenSpec
-from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import (
     CapacityExhausted,
     InvalidRequest,
     ModelChanged,
-    NeedsStoreLookup,
     SessionClosed,
     SessionUnknown,
 )
+from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Life, Session
+from unroll.service.sessions.directory import check_id
+from unroll.service.sessions.durable import DurableSessions
 
 
 class Handles:
@@ -30,10 +31,16 @@ class Handles:
         model: the connection's, `name` or `name:version`.
         served: the version the connection began with; sessions of another must have the same inputs and outputs.
         on_unbind: called when a handle is free again.
+
+    Attributes:
+        by_model: the sessions by handle, of each version.
+        has_store: opening and closing a session may suspend.
     """
 
     def __init__(self, app: AppState, model: str, served: ServedModel, on_unbind: Callable[[], None]) -> None:
         self._app = app
+        self._sessions = app.sessions
+        self.has_store = isinstance(app.sessions, DurableSessions)
         self._model = model
         self._name, self._version = split_reference(model)
         self._inputs, self._outputs = served.manifest.inputs, served.manifest.outputs
@@ -81,10 +88,9 @@ class Handles:
             NeedsStoreLookup: the session is durable, and was not looked up for this call.
             SessionError: what became of it.
         """
-        keeper = self._app.catalog.keeper
-        if keeper is not None and before.durable is not None and not keeper.is_verified(self._name, before.id):
-            raise NeedsStoreLookup(before.id)
-        served, session = session_operations.find_here(self._app, self._name, before.id)
+        if before.durable is not None:
+            self._sessions.require_verified(self._name, before.id)
+        served, session = self._sessions.directory.find(self._name, None, before.id)
         if session.origin != before.origin:
             raise replaced(before)
         served.scheduler.set_retry_depth(session, before.depth)
@@ -140,22 +146,23 @@ class Handles:
         self._app.refuse_if_draining()
         if spec.mode == "resume" and spec.session_id is None:
             raise InvalidRequest("a session to resume needs its session_id")
-        if self._app.catalog.keeper is None:
-            session_operations.keeper_for(self._app, spec.durability)  # raises if a store is asked for
+        if not self.has_store:
+            self._app.durability_of(spec.durability)  # raises if a store is requested
         if spec.mode != "new" and spec.session_id is not None:
-            session_operations.check_id(spec.session_id)
+            check_id(spec.session_id)
             try:
-                served, session = await session_operations.find(self._app, self._model, spec.session_id)
+                served, session = await self._sessions.find(self._name, self._version, spec.session_id)
             except SessionUnknown:
                 if spec.mode == "resume":
                     raise
             else:
                 self._check_tensors(served)
                 return served, session
-        served = self._app.catalog.resolve(self._name, self._version)
+        served = self._app.models.resolve(self._name, self._version)
         self._check_tensors(served)
-        start = session_operations.start_of(served, static=spec.static)
-        return served, await session_operations.open_on(self._app, served, spec.session_id, start, spec.durability)
+        start = start_of(served, static=spec.static)
+        durability = self._app.durability_of(spec.durability)
+        return served, await self._sessions.create(served, spec.session_id, start, durability)
 
     def _check_tensors(self, served: ServedModel) -> None:
         """Frames have one layout: sessions may be of several versions, but these must agree on it."""
@@ -166,10 +173,10 @@ class Handles:
             )
 
     async def _close_durable(self, bound: Session) -> Session:
-        _, session = await session_operations.find(self._app, self._name, bound.id)
+        _, session = await self._sessions.find(self._name, None, bound.id)
         if session.origin != bound.origin:
             raise replaced(bound)
-        await session_operations.close(self._app, self._name, bound.id)
+        await self._sessions.close(self._name, None, bound.id)
         return session
 
 

@@ -4,16 +4,16 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from unroll.service.api.app_state import AppState
-from unroll.service.api.request import ATTEMPTS
 from unroll.service.api.stream.handles import Handles, check_present
 from unroll.service.api.stream.replies import Replies
-from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import NeedsStoreLookup, QueueFull, SessionContended, UnrollError
 from unroll.service.engine.engine import Tensors
+from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.frames import NO_POSITION, Frame, SingleEntryFrame
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
 from unroll.service.scheduler.reply import Outcome
 from unroll.service.scheduler.session import Cohort, Life, Session
+from unroll.service.sessions.attempts import Attempts
 
 #: Signatures of a connection's frames that are recognised when they come again.
 MAX_RECURRING = 16
@@ -58,16 +58,17 @@ class PendingChunk:
     Attributes:
         entry: the chunk as the client sent it.
         coalesced: it is answered in one frame with others.
-        retries_left: how often it may be submitted again when its session was moved on elsewhere.
+        served, session, chunk: what it was submitted to and as.
+        attempts: looks its session up in the store and submits it again; None as long as that was not needed.
     """
 
     submitter: "FrameSubmitter"
-    served: ServedModel
-    session: Session
     entry: SingleEntryFrame
     coalesced: bool
-    retries_left: int
+    served: ServedModel | None = None
+    session: Session | None = None
     chunk: Chunk | None = None
+    attempts: Attempts | None = None
 
     def __call__(self, outcome: Outcome) -> None:
         self.submitter.complete(self, outcome)
@@ -87,7 +88,7 @@ class FrameSubmitter:
     def __init__(
         self, app: AppState, name: str, handles: Handles, recurring: RecurringFrames, replies: Replies
     ) -> None:
-        self._keeper = app.catalog.keeper
+        self._sessions = app.sessions
         self._timeout = app.limits.request_timeout
         self._name = name
         self._handles = handles
@@ -98,7 +99,7 @@ class FrameSubmitter:
     def close(self) -> None:
         """The connection is gone. Chunks that have not begun to run are cancelled, the last first."""
         for pending in reversed([*self._pending]):
-            if pending.chunk is not None:
+            if pending.served is not None and pending.chunk is not None:
                 pending.served.loop.leave(pending.chunk, pending)
         self._pending.clear()
         self._recurring.clear()
@@ -161,64 +162,66 @@ class FrameSubmitter:
         others = set(declined)
         return [i for row, i in enumerate(rows) if row not in others]
 
-    def submit(
-        self,
-        entry: SingleEntryFrame,
-        fault: UnrollError | None,
-        *,
-        coalesced: bool = False,
-        retries_left: int = ATTEMPTS,
-    ) -> None:
+    def submit(self, entry: SingleEntryFrame, fault: UnrollError | None, *, coalesced: bool = False) -> None:
         """Submit one chunk, or refuse it.
 
         Args:
             entry: the chunk.
             fault: the error in its values.
             coalesced: answer it in one frame with others.
-            retries_left: how often it may be submitted again.
         """
+        if fault is not None:
+            self._replies.refuse(entry.handle, entry.steps, entry.position, fault)
+            return
+        pending = PendingChunk(self, entry, coalesced)
         try:
-            if fault is not None:
-                raise fault
+            self._begin(pending)
+        except NeedsStoreLookup as needed:
+            self._retry(pending, needed.session_id)
+
+    def _begin(self, pending: PendingChunk) -> None:
+        """Raises NeedsStoreLookup. Any other error is the chunk's answer."""
+        if self._replies.closed:
+            return
+        entry = pending.entry
+        try:
             served, session = self._handles.resolve(entry.handle)
             if session.life is Life.GONE and session.durable is not None:
                 served, session = self._handles.rebind(entry.handle, session)
             if session.own_progress.active is not None or session.life is not Life.OPEN:
                 check_present(served, session)
                 _check_depth(session, entry.position)
-            pending = PendingChunk(self, served, session, entry, coalesced, retries_left)
-            chunk = Chunk(entry.inputs, session, entry.position)
-            pending.chunk = served.loop.submit(chunk, self._timeout, pending)
+            pending.served, pending.session = served, session
+            pending.chunk = served.loop.submit(Chunk(entry.inputs, session, entry.position), self._timeout, pending)
             if pending.chunk is not None:
                 self._pending[pending] = None
-        except NeedsStoreLookup as needed:
-            self._look_up(needed.session_id, entry, coalesced, retries_left)
         except UnrollError as error:
-            self._replies.refuse(entry.handle, entry.steps, entry.position, error)
+            self._fail(pending, error)
 
-    def _look_up(self, session_id: str, entry: SingleEntryFrame, coalesced: bool, retries_left: int) -> None:
-        """Submit the chunk again when the session was looked up, behind what waits for that already."""
+    def _retry(self, pending: PendingChunk, session_id: str) -> bool:
+        """Begin again when the session was looked up, after what waits for that already; False if done too often."""
+        if pending.attempts is None:
+            begin, fail = partial(self._begin, pending), partial(self._fail, pending)
+            pending.attempts = Attempts(self._sessions, self._name, begin, fail)
+        return pending.attempts.again(session_id)
 
-        def then(error: UnrollError | None) -> None:
-            if not self._replies.closed:
-                self.submit(entry, error, coalesced=coalesced, retries_left=retries_left - 1)
-
-        assert self._keeper is not None
-        self._keeper.fetch(self._name, session_id, then)
+    def _fail(self, pending: PendingChunk, error: UnrollError) -> None:
+        if not self._replies.closed:
+            self._replies.refuse(pending.entry.handle, pending.entry.steps, pending.entry.position, error)
 
     def complete(self, pending: PendingChunk, outcome: Outcome) -> None:
+        """Answer the chunk, unless its session was updated elsewhere: then it begins again."""
         if self._replies.closed:
             return
         self._pending.pop(pending, None)
-        entry = pending.entry
-        if isinstance(outcome, SessionContended) and pending.retries_left and self._keeper is not None:
-            self._look_up(pending.session.id, entry, pending.coalesced, pending.retries_left)
-        elif isinstance(outcome, UnrollError):
-            self._replies.refuse(entry.handle, entry.steps, entry.position, outcome)
+        if isinstance(outcome, UnrollError):
+            moved = pending.session if isinstance(outcome, SessionContended) else None
+            if moved is None or not self._retry(pending, moved.id):
+                self._fail(pending, outcome)
         elif pending.coalesced:
-            self._replies.coalesce(entry, outcome)
+            self._replies.coalesce(pending.entry, outcome)
         else:
-            self._replies.answer(entry, outcome)
+            self._replies.answer(pending.entry, outcome)
 
     def _complete_group(
         self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply

@@ -1,4 +1,4 @@
-"""What Linux says of a process, from file systems that are made up."""
+"""Process information of Linux, read from synthetic file systems."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The real model in every engine: company, chunking and place change no bit, and nobody fails for a neighbour.
+"""The real model in every engine: other rows, chunking and device change no bit, and no row fails for its neighbour.
 
 The CUDA engine runs on a device whose memory is the host's; `test_cuda_gpu.py` runs it on a GPU.
 """
@@ -30,7 +30,7 @@ from unroll.service.state.slots import INITIAL
 
 
 class NoCapture(FakeDevice):
-    """As for a model of which a part runs on the CPU."""
+    """As for a model that partly runs on the CPU."""
 
     def capture(self, queue: Callable[[], None]) -> NoReturn:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -64,7 +64,7 @@ def load(repository: Path):
 
 
 def alone(runner: Runner, manifest: bundle.Manifest, inputs: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-    """The whole sequence in one call, by itself: each output (time, *shape), or (*shape)."""
+    """The whole sequence alone, in one call: each output (time, *shape), or (*shape)."""
     feeds = {spec.name: array[np.newaxis] for spec, array in zip(manifest.inputs, inputs, strict=True)}
     outputs, _ = runner(feeds, manifest.initial_row()[np.newaxis], np.array([len(inputs[0])], np.int32))
     return [outputs[spec.name][0] for spec in manifest.outputs]

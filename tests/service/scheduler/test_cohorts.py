@@ -54,7 +54,7 @@ class Served:
         again, said = key in self._lineups, [position for position in positions if position is not None]
         if sum(len(cohort.sessions) for cohort in known) == len(ids) and len(said) in (0, len(ids)):
             at = np.array(said, np.uint64) if said else None
-            if self.scheduler.submit_cohorts(known, at, rows, now, now + 50, self.answered):
+            if self.scheduler.groups.submit_cohorts(known, at, rows, now, now + 50, self.answered):
                 self.as_cohorts += 1
                 return []
         cohorts: list[Cohort] = []
@@ -64,7 +64,7 @@ class Served:
             cohorts.extend([reply.cohort] if reply.cohort is not None else [])
 
         self._lineups[key] = cohorts
-        return self.scheduler.submit_group(
+        return self.scheduler.groups.submit(
             sessions, positions, rows, now, now + 50, then, again=again and self._cohorts
         )
 
@@ -388,10 +388,10 @@ def test_a_cohort_is_refused_as_a_whole_and_stays_one(served):
         submit_sequence(s, inputs(1), 0, LATER)
     cohorts, rows = [*s.sessions.cohorts], (np.ones((3, 1), np.int64),)
     with pytest.raises(DeadlineUnreachable):
-        s.submit_cohorts(cohorts, None, rows, 0, 5, served.answered)
+        s.groups.submit_cohorts(cohorts, None, rows, 0, 5, served.answered)
     submit_sequence(s, inputs(1), 0, LATER)
     with pytest.raises(QueueFull):
-        s.submit_cohorts(cohorts, None, rows, 0, LATER, served.answered)
+        s.groups.submit_cohorts(cohorts, None, rows, 0, LATER, served.answered)
     assert repr(cohorts) == "[<Cohort of 3 idle>]"
 
 
@@ -472,7 +472,7 @@ def test_one_cohort_that_is_no_more_keeps_the_others_from_stepping():
     cohorts = [*served.scheduler.sessions.cohorts]
     served.scheduler.sessions.find_detached("d", 0)
     rows = (np.ones((4, 1), np.int64),)
-    assert not served.scheduler.submit_cohorts(cohorts, None, rows, 0, LATER, served.answered)
+    assert not served.scheduler.groups.submit_cohorts(cohorts, None, rows, 0, LATER, served.answered)
     assert (served.scheduler.in_flight, cohorts[0].formed, cohorts[1].formed) == (0, True, False)
 
 

@@ -236,7 +236,7 @@ def grouped(s, names, rows, positions=None):
     replies: list[GroupReply] = []
     sessions = [find(s, name, 0) for name in names]
     positions = positions or [session.position for session in sessions]
-    left = s.submit_group(sessions, positions, (np.array(rows),), 0, LATER, replies.append)
+    left = s.groups.submit(sessions, positions, (np.array(rows),), 0, LATER, replies.append)
     return sessions, left, replies
 
 
@@ -309,7 +309,7 @@ def test_a_session_closed_while_its_group_runs_leaves_when_it_is_done(s, engine)
 def test_a_group_that_is_late_fails_whole(s, engine):
     s.open("a", 0)
     replies: list[GroupReply] = []
-    s.submit_group([find(s, "a", 0)], [0], (np.array([[1]]),), 0, 5, replies.append)
+    s.groups.submit([find(s, "a", 0)], [0], (np.array([[1]]),), 0, 5, replies.append)
     again = submit(s, "a", inputs(1), 0, LATER, position=0)
     run_until_idle(s, engine, now=6)
     assert replies[0].errors[0].code == failure(again) == "deadline_exceeded"
