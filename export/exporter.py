@@ -19,9 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll import __version__, bundle
-from unroll.bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec
+from unroll.bundle import BundleError, Manifest, Precision, StaticInput, TensorSpec, Verifier
 from unroll.bundle.files import check_name
-from unroll.bundle.golden import run_chunked
 from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting import module_state
 from unroll.export.lifting.carried_state import Carried
@@ -293,7 +292,7 @@ def _check_same_as_original(
     for batch, time in ((3, 10), (2, 23)):
         inputs = samples.draw(batch, time, seed=25)
         rows = samples.begin(batch, draft, seed=26)
-        lifted = run_chunked(inputs, rows, (time,), draft, torch_runner(double, double=True))
+        lifted = Verifier(torch_runner(double, double=True), draft).whole(inputs, rows)
         tensors = tuple(as_tensors(inputs, double=True).values())
         with double_precision():
             original = _copy(exact) if own else exact
@@ -311,7 +310,7 @@ def _check_goes_on(
 ) -> None:
     """The user's own module, which keeps a state of its `own` between calls, must go on as the bundle does."""
     inputs, rows = samples.draw(2, 10, seed=27), samples.begin(2, draft, seed=28)
-    lifted = run_chunked(inputs, rows, (10,), draft, torch_runner(double, double=True))
+    lifted = Verifier(torch_runner(double, double=True), draft).whole(inputs, rows)
     original, pieces = _copy(exact), []
     for start, end in ((0, 4), (4, 5), (5, 10)):
         tensors = tuple(as_tensors({n: a[:, start:end] for n, a in inputs.items()}, double=True).values())

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from unroll.bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, replay
-from unroll.bundle.golden import run_chunked
+from unroll.bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, Verifier
+from unroll.bundle.verification import difference, differences, random_chunks
 from unroll.export.errors import ExportError
 from unroll.export.signature.samples import Samples
-from unroll.export.verification.probes import random_chunks
 
 _GOLDEN_BYTES = 64 * 1024
 
@@ -17,7 +16,7 @@ def make_golden(reference: RunFunction, samples: Samples, manifest: Manifest) ->
     """Golden vectors from `reference` (PyTorch in float64): at most 3 sequences of 24 steps, less if they are wide."""
     for batch, time in ((3, 24), (3, 16), (2, 16), (2, 12), (2, 8)):
         inputs, state = samples.draw(batch, time, seed=71), samples.rows(batch, manifest, seed=72)
-        answers = run_chunked(inputs, state, (time,), manifest, reference)
+        answers = Verifier(reference, manifest).whole(inputs, state)
         rng = np.random.default_rng(73)
         chunkings = ((time,), (1,) * time, random_chunks(time, rng), random_chunks(time, rng))
         golden = Golden(inputs, state, answers, answers.pop("state_out"), chunkings)
@@ -31,11 +30,9 @@ def make_golden(reference: RunFunction, samples: Samples, manifest: Manifest) ->
 def _check_cuts(golden: Golden, reference: RunFunction, manifest: Manifest) -> None:
     """Not even in float64 may a cut make a difference: it would be taken for rounding. Raises ExportError(parity)."""
     for chunks in golden.chunkings:
-        for name, array in run_chunked(
-            golden.inputs, golden.state.astype(np.float64), chunks, manifest, reference
-        ).items():
-            expected = golden.state_out if name == "state_out" else golden.outputs[name]
-            if not _difference(array, expected) <= 1e-6 * max(1.0, float(np.max(np.abs(expected)))):
+        found = Verifier(reference, manifest).chunked(golden.inputs, golden.state.astype(np.float64), chunks)
+        for name, expected in golden.expected.items():
+            if not difference(found[name], expected) <= 1e-6 * max(1.0, float(np.max(np.abs(expected)))):
                 raise ExportError("parity", f"{name} depends on how a sequence is cut, which a longer search has shown")
 
 
@@ -53,12 +50,12 @@ def prove(
     Over the golden vectors, and at other `sizes` (batch, time) than those. The tolerance is 4 times PyTorch's own
     float32 error plus 1e-7 of the output's scale. Raises ExportError(parity).
     """
-    expected = golden.outputs | {"state_out": golden.state_out}
+    expected = golden.expected
     own = _own_error(golden, reference, single, samples, manifest)
     tolerance = {name: _tolerance(own[name], array) for name, array in expected.items()}
     draft = tuple(Parity(name, 0.0, own[name], tolerance[name]) for name in expected)
     try:
-        worst = replay(golden, replace(manifest, parity=draft), served)
+        worst = Verifier(served, replace(manifest, parity=draft)).replay(golden)
     except GoldenMismatch as error:
         raise ExportError("parity", f"onnxruntime and PyTorch disagree: {error}") from None
     _prove_sizes(reference, single, served, samples, manifest, tolerance, [(1, 1), (5, 3), (1, 37), *sizes])
@@ -72,15 +69,12 @@ def _own_error(
 
     More than the golden ones, since the largest of a few errors is often small by luck, and onnxruntime's is not.
     """
-    time = next(iter(golden.inputs.values())).shape[1]
-    inputs, state = samples.draw(32, time, seed=77), samples.rows(32, manifest, seed=78)
-    answers = run_chunked(inputs, state, (time,), manifest, reference)
-    more = run_chunked(inputs, state, (time,), manifest, single)
-    own = {name: _difference(array, answers[name]) for name, array in more.items()}
-    expected = golden.outputs | {"state_out": golden.state_out}
-    for chunks in golden.chunkings if manifest.streamable else ((time,),):
-        for name, array in run_chunked(golden.inputs, golden.state, chunks, manifest, single).items():
-            own[name] = max(own[name], _difference(array, expected[name]))
+    inputs, state = samples.draw(32, golden.time, seed=77), samples.rows(32, manifest, seed=78)
+    verifier = Verifier(single, manifest)
+    own = differences(verifier.whole(inputs, state), Verifier(reference, manifest).whole(inputs, state))
+    for _, found in verifier.replayed(golden):
+        for name, value in differences(found, golden.expected).items():
+            own[name] = max(own[name], value)
     return own
 
 
@@ -97,35 +91,29 @@ def _prove_sizes(
     for batch, time in sizes:
         inputs, state = samples.draw(batch, time, seed=75), samples.rows(batch, manifest, seed=76)
         try:
-            answers = run_chunked(inputs, state, (time,), manifest, reference)
+            answers = Verifier(reference, manifest).whole(inputs, state)
         except ExportError:
             if manifest.streamable:
                 raise
             continue  # it needs more steps than these
-        own = run_chunked(inputs, state, (time,), manifest, single)
-        found = run_chunked(inputs, state, (time,), manifest, served)
+        own = Verifier(single, manifest).whole(inputs, state)
+        found = Verifier(served, manifest).whole(inputs, state)
         for spec in manifest.outputs:
             if found[spec.name].dtype != spec.numpy:
                 raise ExportError(
                     "parity", f"{spec.name} is {spec.dtype} in PyTorch, {found[spec.name].dtype} in the graph"
                 )
         for name, array in found.items():
-            allowed = max(tolerance[name], _tolerance(_difference(own[name], answers[name]), answers[name]))
-            difference = _difference(array, answers[name])
-            if array.shape != answers[name].shape or not difference <= allowed:
+            allowed = max(tolerance[name], _tolerance(difference(own[name], answers[name]), answers[name]))
+            off = difference(array, answers[name])
+            if not off <= allowed:
                 raise ExportError(
                     "parity",
                     f"onnxruntime and PyTorch disagree for a batch of {batch} with {time} time steps: {name} differs "
-                    f"by {difference:.3g} (tolerance {allowed:.3g})",
+                    f"by {off:.3g} (tolerance {allowed:.3g})",
                 )
 
 
 def _tolerance(own: float, expected: np.ndarray) -> float:
     scale = max(1.0, float(np.max(np.abs(expected.astype(np.float64)))))
     return 4 * own + 1e-7 * scale
-
-
-def _difference(array: np.ndarray, expected: np.ndarray) -> float:
-    if array.shape != expected.shape:
-        return float("inf")
-    return float(np.max(np.abs(array.astype(np.float64) - expected.astype(np.float64))))

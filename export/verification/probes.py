@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from unroll.bundle import Manifest, RunFunction
-from unroll.bundle.golden import Arrays, run_chunked
+from unroll.bundle import Manifest, RunFunction, Verifier
+from unroll.bundle.golden import Arrays
+from unroll.bundle.verification import Differences, random_chunks, select_rows
 from unroll.export.errors import ExportError
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.signature.samples import Samples
@@ -29,7 +30,7 @@ def with_reached(reference: RunFunction, samples: Samples, manifest: Manifest) -
         return samples
     rows = samples.begin(4, manifest, seed=82)
     ends = [
-        _whole(reference, samples.draw(4, time, seed=81), rows, manifest)["state_out"].astype(np.float32)
+        Verifier(reference, manifest).whole(samples.draw(4, time, seed=81), rows)["state_out"].astype(np.float32)
         for time in (4, 7, 19)
     ]
     return replace(samples, reached=np.concatenate(ends))
@@ -38,14 +39,15 @@ def with_reached(reference: RunFunction, samples: Samples, manifest: Manifest) -
 def check_rows(reference: RunFunction, samples: Samples, manifest: Manifest) -> None:
     """Raises ExportError(rows_mixed) if a sequence's outputs depend on the others in its batch."""
     batch, time = 6, 7
+    verifier = Verifier(reference, manifest)
     for scale in (1, -2, 4):
         inputs = _scaled(samples.draw(batch, time, seed=31), scale)
         rows = samples.rows(batch, manifest, seed=32)
-        together = _whole(reference, inputs, rows, manifest)
+        together = verifier.whole(inputs, rows)
         for row in range(batch):
-            alone = _whole(reference, {n: a[row : row + 1] for n, a in inputs.items()}, rows[row : row + 1], manifest)
-            for name, array in alone.items():
-                if not _close(array, together[name][row : row + 1]):
+            one = slice(row, row + 1)
+            for name, array in verifier.whole(select_rows(inputs, one), rows[one]).items():
+                if not _close(array, together[name][one]):
                     raise ExportError(
                         "rows_mixed",
                         f"{name} of one sequence depends on the others in its batch; forward must treat rows "
@@ -59,6 +61,7 @@ def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Sampl
     `run` and `module` compute in float64. Three lengths and batch sizes, single steps and uneven chunks; many rows, of
     inputs beyond the example's too, since the largest so far is often the last.
     """
+    verifier = Verifier(run, manifest)
     many = [(1,) * 24, (5, 1, 9, 2, 7), (23, 1)]
     for batch, scale, chunkings in (
         (3, 1, [(1,) * 11, (4, 1, 6)]),
@@ -70,10 +73,10 @@ def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Sampl
         inputs = _scaled(samples.draw(batch, time, seed=41 + batch), scale)
         rows = samples.rows(batch + 1, manifest, seed=43)
         rows = rows[:batch] if batch > 1 else rows[1:]
-        whole = _whole(run, inputs, rows, manifest)
+        whole = verifier.whole(inputs, rows)
         for chunks in chunkings:
             try:
-                cut = run_chunked(inputs, rows.astype(np.float64), chunks, manifest, run)
+                cut = verifier.chunked(inputs, rows.astype(np.float64), chunks)
             except ExportError as error:
                 if error.code != "forward_failed":
                     raise
@@ -95,7 +98,7 @@ def _why_not_for_ever(run: RunFunction, samples: Samples, manifest: Manifest) ->
     counts = [slot.offset for slot in manifest.state if slot.kind == "count"]
     row[:, counts] = 1.0  # of 2**23
     try:
-        _whole(run, samples.draw(1, 1, seed=46), row, manifest)
+        Verifier(run, manifest).whole(samples.draw(1, 1, seed=46), row)
     except ExportError as error:
         return f"it counts time steps, and fails after {2**23} of them (a table of positions?): {error}"
     return None
@@ -109,8 +112,9 @@ def why_not_over_long(run: RunFunction, samples: Samples, manifest: Manifest, st
     """
     time = max(steps, *(array.shape[1] for array in samples.example.values()))
     inputs, rows = samples.draw(1, time, seed=53), samples.rows(1, manifest, seed=54)
-    whole = _whole(run, inputs, rows, manifest)
-    for name, array in run_chunked(inputs, rows, (time // 2, 1, time - time // 2 - 1), manifest, run).items():
+    verifier = Verifier(run, manifest)
+    whole = verifier.whole(inputs, rows)
+    for name, array in verifier.chunked(inputs, rows, (time // 2, 1, time - time // 2 - 1)).items():
         scale = max(1.0, float(np.abs(whole[name]).max()))
         if not np.abs(array.astype(np.float64) - whole[name]).max() <= 1e-3 * scale:
             return f"{name!r} depends on how a long sequence ({time} steps) is cut: something reaches far back in time"
@@ -146,9 +150,10 @@ def _looks_ahead(
     """The name of an output whose past changes when only the future inputs do."""
     batch, time = next(iter(inputs.values())).shape[:2]
     other = samples.draw(batch, time, seed=47)
+    verifier = Verifier(run, manifest)
     for now in range(1, time):
         changed = {n: np.concatenate([a[:, :now], other[n][:, now:]], axis=1) for n, a in inputs.items()}
-        one, two = _whole(run, inputs, rows, manifest), _whole(run, changed, rows, manifest)
+        one, two = verifier.whole(inputs, rows), verifier.whole(changed, rows)
         for spec in manifest.outputs:
             if spec.time and not _close(one[spec.name][:, :now], two[spec.name][:, :now]):
                 return spec.name
@@ -178,18 +183,10 @@ def _padded(run: RunFunction, samples: Samples, manifest: Manifest, lens: np.nda
     inputs, rows = samples.draw(len(lens), time, seed=51), samples.rows(len(lens), manifest, seed=52)
     inputs = _scaled(inputs, scale)
     rows[::2] = samples.begin(len(lens) // 2, manifest, seed=53)
-    outputs, after = run(inputs, rows, lens)
-    worst = dict.fromkeys([*outputs, "state_out"], 0.0)
-    for row, length in enumerate(lens):
-        one = {n: a[row : row + 1, :length] for n, a in inputs.items()}
-        alone, alone_after = run(one, rows[row : row + 1], lens[row : row + 1])
-        pairs = {
-            spec.name: (outputs[spec.name][row, :length] if spec.time else outputs[spec.name][row], alone[spec.name][0])
-            for spec in manifest.outputs
-        }
-        for name, (padded, expected) in (pairs | {"state_out": (after[row], alone_after[0])}).items():
-            difference = np.abs(padded.astype(np.float64) - expected.astype(np.float64))
-            worst[name] = max(worst[name], float(np.max(difference)))
+    worst: Differences = {}
+    for measured in Verifier(run, manifest).padded(inputs, rows, lens):
+        for name, value in measured.items():
+            worst[name] = max(worst.get(name, 0.0), value)
     return worst
 
 
@@ -212,27 +209,15 @@ def is_bit_exact(run: RunFunction, samples: Samples, manifest: Manifest) -> bool
     batch = min(max(_MANY // values, 32), 1024)
     rng = np.random.default_rng(61)
     inputs, rows = samples.draw(batch, time, seed=62), samples.rows(batch, manifest, seed=63)
-    whole = run_chunked(inputs, rows, (time,), manifest, run)
+    verifier = Verifier(run, manifest)
+    whole = verifier.whole(inputs, rows)
     for size in (8, 17, 33, batch, *(1, 2, 3, 4, 5) * 8):
         chosen = rng.integers(0, batch, size)
         chunks = random_chunks(time, rng) if manifest.streamable else (time,)
-        part = run_chunked({n: a[chosen] for n, a in inputs.items()}, rows[chosen], chunks, manifest, run)
+        part = verifier.chunked(select_rows(inputs, chosen), rows[chosen], chunks)
         if not all(np.array_equal(array, whole[name][chosen]) for name, array in part.items()):
             return False
     return True
-
-
-def random_chunks(time: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Cut `time` at random places, at least once if it can be."""
-    cuts = np.flatnonzero(rng.random(time - 1) < 0.4) + 1
-    if not len(cuts) and time > 1:
-        cuts = np.array([time // 2])
-    return tuple(int(size) for size in np.diff([0, *cuts, time]))
-
-
-def _whole(run: RunFunction, inputs: Arrays, rows: np.ndarray, manifest: Manifest) -> Arrays:
-    time = next(iter(inputs.values())).shape[1]
-    return run_chunked(inputs, rows, (time,), manifest, run)
 
 
 def _close(one: np.ndarray, other: np.ndarray) -> bool:

@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 import torch
 
-from unroll.bundle import Golden, Manifest, Parity, RunFunction
-from unroll.bundle.golden import Arrays, run_chunked
+from unroll.bundle import Golden, Manifest, Parity, RunFunction, Verifier
+from unroll.bundle.golden import Arrays
 from unroll.bundle.manifest import Precision
+from unroll.bundle.verification import differences, select_rows
 from unroll.export.errors import ExportError, first_line
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.onnx.precision import reduced_graph
@@ -120,24 +121,20 @@ def _error(
     Over the golden sequences however they are cut, others in a large batch and each alone, since integers are scaled by
     what the whole batch holds, and long ones.
     """
-    time = next(iter(golden.inputs.values())).shape[1]
+    verifier = Verifier(run, manifest)
     worst = dict.fromkeys([*golden.outputs, "state_out"], 0.0)
 
     def compare(found: Arrays, expected: Arrays) -> None:
-        for name, array in found.items():
-            difference = float(np.max(np.abs(array.astype(np.float64) - expected[name])))
-            worst[name] = max(worst[name], difference if np.isfinite(difference) else np.inf)
+        for name, value in differences(found, expected).items():
+            worst[name] = max(worst[name], value if np.isfinite(value) else np.inf)
 
-    for chunks in golden.chunkings if manifest.streamable else ((time,),):
-        found = run_chunked(golden.inputs, golden.state, chunks, manifest, run)
-        compare(found, golden.outputs | {"state_out": golden.state_out})
-    for batch, steps in ((32, time), (2, _LONG)):
+    for _, found in verifier.replayed(golden):
+        compare(found, golden.expected)
+    for batch, steps in ((32, golden.time), (2, _LONG)):
         inputs, state = samples.draw(batch, steps, seed=81), samples.rows(batch, manifest, seed=82)
-        expected = run_chunked(inputs, state, (steps,), manifest, reference)
-        compare(run_chunked(inputs, state, (steps,), manifest, run), expected)
+        expected = Verifier(reference, manifest).whole(inputs, state)
+        compare(verifier.whole(inputs, state), expected)
         for row in range(0, batch, 4):
             one = slice(row, row + 1)
-            alone = {name: array[one] for name, array in inputs.items()}
-            found = run_chunked(alone, state[one], (steps,), manifest, run)
-            compare(found, {name: array[one] for name, array in expected.items()})
+            compare(verifier.whole(select_rows(inputs, one), state[one]), select_rows(expected, one))
     return worst

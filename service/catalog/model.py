@@ -144,7 +144,7 @@ class ServedModel:
             bundle = bundles.read(path)
             manifest = bundle.manifest
             backend = open_backend(bundle, device, options.engine)
-            parity = bundles.replay(bundle.golden, manifest, backend.runner, backend.slack)
+            parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
             traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
             limits = _session_limits(backend, manifest, options)
             scheduler = Scheduler(traits, limits, options.scheduler, partial(is_verified, manifest.name))
