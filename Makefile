@@ -22,10 +22,10 @@ run: .venv-serve/.installed ## serve the example bundles on :8000 and run the de
 stop: ## stop the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m unroll.examples.run --stop
 
-test: install ## run the tests
+test: install ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-coverage: install ## run the tests and print the share of unroll's lines and branches that they execute (htmlcov/: which)
+coverage: install ## run the tests, print their line and branch coverage of unroll, and write htmlcov/
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
 	$(BIN)/coverage combine -q
@@ -44,7 +44,7 @@ machine-test: install ## random event sequences over two replicas, longer than i
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
-check: install ## format, lint, types, the layers' contracts, spelling
+check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -110,7 +110,7 @@ clean: ## remove environments, caches and build outputs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
-	@echo 'Installing everything into .venv, once (minutes if PyTorch is to be downloaded) ...'
+	@echo 'Installing everything into .venv, once (minutes if PyTorch must be downloaded) ...'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),export,train,test]'
 	@touch $@

@@ -1,1 +1,1 @@
-"""A benchmark from outside: Unroll over HTTP and WebSocket, beside what the machine allows and what others reach."""
+"""Benchmark of Unroll from outside, over HTTP and WebSocket, compared with the machine's limits and other servers."""

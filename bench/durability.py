@@ -7,7 +7,6 @@ own work does not.
 import base64
 import json
 import random
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -26,6 +25,7 @@ from bench.servers import HOST, Server, running_server
 from bench.steps import CLIENTS, ceiling
 from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
 from bench.turns import Bench, Turn, by_name, load_turn
+from deploy import local_redis
 
 #: Target: share of the rate with sessions in memory.
 _BOUND = 0.6
@@ -36,8 +36,8 @@ _SNAPSHOT_KEYS = ("--snapshot-keys", '["a key of the benchmark"]')
 
 
 def durability(bench: Bench) -> list[Outcome]:
-    if shutil.which("redis-server") is None:
-        return [Outcome("durability", "Durable sessions", remarks=["skipped: redis-server is not installed"])]
+    if why := local_redis.missing():
+        return [Outcome("durability", "Durable sessions", remarks=[f"skipped: {why}"])]
     with ExitStack() as stack:
         redis = {fsync: stack.enter_context(_redis(bench, fsync)) for fsync in _FSYNC}
         stores = {fsync: ("--store", f"redis://{HOST}:{server.port}/0") for fsync, server in redis.items()}
@@ -54,7 +54,7 @@ def _redis(bench: Bench, fsync: str) -> Iterator[Server]:
     folder = bench.folder / f"redis-{fsync}"
     folder.mkdir()
     flags = f"--port PORT --bind {HOST} --dir {folder} --appendonly yes --appendfsync {fsync} --loglevel warning"
-    command = ("redis-server", *flags.split(), "--save", "")
+    command = (local_redis.server_path(), *flags.split(), "--save", "")
     with running_server(command, {sorted(bench.cores)[-1]}, folder / "log", takes_turns=False) as server:
         yield server
 

@@ -72,11 +72,14 @@ def mixed(bench: Bench) -> list[Outcome]:
     }
     columns = zip(*measured, strict=True)
     rows = [Row(name, what, runs) for (name, what), runs in zip(names.items(), columns, strict=True)]
-    single, _, beside, _ = rows
+    streams_alone, uploads_alone, mixed_streams, mixed_uploads = rows
     says = "streams while others upload: p99, of their p99 alone"
-    slower = [b.p99 / a.p99 for a, b in zip(single.turns, beside.turns, strict=True)]
-    p99 = Verdict(9, says, 2.0, beside.p99 / single.p99, min(slower), max(slower), False, "×", bench.judged)
-    rate = ratio(9, "uploads while others stream: of their rate alone", 0.5, rows[3], rows[1], judged=bench.judged)
+    pairs = zip(mixed_streams.turns, streams_alone.turns, strict=True)
+    slower = [in_mix.p99 / by_itself.p99 for in_mix, by_itself in pairs]
+    p99_ratio = mixed_streams.p99 / streams_alone.p99
+    p99 = Verdict(9, says, 2.0, p99_ratio, min(slower), max(slower), False, "×", bench.judged)
+    says = "uploads while others stream: of their rate alone"
+    rate = ratio(9, says, 0.5, mixed_uploads, uploads_alone, judged=bench.judged)
     title = f"{_STREAMS} streams while {_UPLOADS} clients upload {_UPLOAD_LENGTH} steps, LSTM 2×64"
     return [Outcome("mixed", title, "steps/s", rows, [p99, rate])]
 

@@ -1,6 +1,6 @@
 """Check sessions on a Redis Cluster of three nodes: slots migrate between nodes while clients step at two replicas.
 
-    python -m deploy.cluster_check         needs redis-server, redis-cli and unroll; half a minute
+    python -m deploy.cluster_check         needs unroll and a redis-server or valkey-server; half a minute
 
 Exits with 0 if every output equals that of an uninterrupted run, else with 1.
 """
@@ -12,25 +12,50 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
+from redis import Redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+
+from deploy import local_redis
 from deploy.check import MODEL, known, open_durable, retried
 from unroll.examples.client import Client
 
 ROOT = Path(__file__).parents[1]
-NODES, REPLICAS = ("27601", "27602", "27603"), ("27611", "27612")
+HOST = "127.0.0.1"
+NODES, REPLICAS = (27601, 27602, 27603), ("27611", "27612")
 SESSIONS, SLOTS = 24, 2500
+#: Slots of a Redis Cluster.
+ALL_SLOTS = 16384
+_PATIENCE_SECONDS = 30.0
 
-T = TypeVar("T")
 
+class Node:
+    """One node of the cluster, as its administrator sees it. slots: those it has at first."""
 
-def cli(*arguments: str) -> str:
-    return subprocess.run(["redis-cli", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    def __init__(self, index: int) -> None:
+        self.port = NODES[index]
+        self.slots = range(ALL_SLOTS * index // len(NODES), ALL_SLOTS * (index + 1) // len(NODES))
+        self._client = Redis(HOST, self.port, retry=Retry(ConstantBackoff(0.02), 500))
+
+    def __call__(self, *words: str | int) -> Any:
+        return self._client.execute_command(*words, NEVER_DECODE=True)
+
+    @property
+    def id(self) -> bytes:
+        return bytes(self("CLUSTER", "MYID"))
+
+    @property
+    def is_ready(self) -> bool:
+        info = self("CLUSTER", "INFO")
+        return b"cluster_state:ok" in info and b"cluster_known_nodes:%d" % len(NODES) in info
 
 
 def start(stack: ExitStack, *command: str, folder: Path) -> None:
@@ -41,31 +66,44 @@ def start(stack: ExitStack, *command: str, folder: Path) -> None:
     stack.callback(process.terminate)
 
 
-def start_everything(stack: ExitStack) -> None:
-    root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    for port in NODES:
-        (root / port).mkdir()
-        flags = f"--port {port} --bind 127.0.0.1 --cluster-enabled yes --appendonly yes"
-        start(stack, "redis-server", *flags.split(), "--save", "", folder=root / port)
-        retry(partial(cli, "-p", port, "ping"))
-    cli("--cluster", "create", *(f"127.0.0.1:{port}" for port in NODES), "--cluster-yes")
+def start_cluster(stack: ExitStack, root: Path) -> list[Node]:
+    nodes = [Node(index) for index in range(len(NODES))]
+    for epoch, node in enumerate(nodes, start=1):
+        folder = root / str(node.port)
+        folder.mkdir()
+        flags = f"--port {node.port} --bind {HOST} --cluster-enabled yes --appendonly yes"
+        start(stack, local_redis.server_path(), *flags.split(), "--save", "", folder=folder)
+        node("CLUSTER", "ADDSLOTS", *node.slots)
+        node("CLUSTER", "SET-CONFIG-EPOCH", epoch)
+        nodes[0]("CLUSTER", "MEET", HOST, node.port)
+    end, pause = time.monotonic() + _PATIENCE_SECONDS, threading.Event()
+    while not all(node.is_ready for node in nodes):
+        if time.monotonic() > end:
+            raise TimeoutError(f"the cluster was not ready after {_PATIENCE_SECONDS:.0f} s")
+        pause.wait(0.02)
+    return nodes
+
+
+def migrate(slots: range, source: Node, target: Node, others: Sequence[Node]) -> None:
+    """Move slots with their keys, as `redis-cli --cluster reshard` does."""
+    source_id, target_id = source.id, target.id
+    for slot in slots:
+        target("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
+        source("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+        while keys := source("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            source("MIGRATE", HOST, target.port, "", 0, 5000, "KEYS", *keys)
+        for node in (target, source, *others):
+            node("CLUSTER", "SETSLOT", slot, "NODE", target_id)
+
+
+def start_replicas(stack: ExitStack, root: Path) -> None:
     repository = str(ROOT / "examples" / "repository")
     for port in REPLICAS:
         (root / port).mkdir()
-        flags = ["--repository", repository, "--port", port, "--store", f"redis+cluster://127.0.0.1:{NODES[0]}"]
+        flags = ["--repository", repository, "--port", port, "--store", f"redis+cluster://{HOST}:{NODES[0]}"]
         start(stack, sys.executable, "-m", "unroll", "serve", *flags, folder=root / port)
         with Client(f"http://127.0.0.1:{port}") as client:
             retried(partial(client.get, "/readyz"))
-
-
-def retry(call: Callable[[], T]) -> T:
-    pause = threading.Event()
-    for _ in range(500):
-        try:
-            return call()
-        except subprocess.CalledProcessError:
-            pause.wait(0.02)
-    return call()
 
 
 def run(moving: threading.Event) -> tuple[int, bool]:
@@ -89,17 +127,17 @@ def run(moving: threading.Event) -> tuple[int, bool]:
 
 def main() -> int:
     with ExitStack() as stack:
-        start_everything(stack)
-        nodes = {port: cli("-p", port, "cluster", "myid") for port in NODES}
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        nodes = start_cluster(stack, root)
+        start_replicas(stack, root)
         moving = threading.Event()
         moving.set()
         with ThreadPoolExecutor(SESSIONS) as threads:
             running = [threads.submit(run, moving) for _ in range(SESSIONS)]
             try:
-                for giver, taker in zip(NODES, (*NODES[1:], NODES[0]), strict=True):
-                    slots = f"--cluster-from {nodes[giver]} --cluster-to {nodes[taker]} --cluster-slots {SLOTS}"
-                    cli("--cluster", "reshard", f"127.0.0.1:{NODES[0]}", *slots.split(), "--cluster-yes")
-                    print(f"moved {SLOTS} slots from {giver} to {taker}")
+                for source, target, *others in zip(nodes, nodes[1:] + nodes[:1], nodes[2:] + nodes[:2], strict=True):
+                    migrate(source.slots[:SLOTS], source, target, others)
+                    print(f"moved {SLOTS} slots from {source.port} to {target.port}")
             finally:
                 moving.clear()
             results = [session.result() for session in running]

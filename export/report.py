@@ -1,9 +1,14 @@
 """What an export found and proved, for people."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from unroll.bundle import Manifest
+from unroll.export.lifting.lifted_model import LiftedModel
+from unroll.export.lifting.module_state import Attribute, described
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +43,39 @@ class Report:
             ),
         ]
         return "\n".join(lines)
+
+
+def notes_on(
+    lifted: LiftedModel, dropped_outputs: Iterable[str], attributes: list[Attribute], dtype: torch.dtype
+) -> tuple[str, ...]:
+    """What of the bundle differs from what the author of the model may expect.
+
+    Args:
+        dropped_outputs: names of outputs that are a final state.
+        attributes: those in which forward leaves a state.
+        dtype: of the user's parameters.
+    """
+    notes = [
+        f"output {name!r} is the final state itself: it is part of state_out, not an output" for name in dropped_outputs
+    ]
+    if attributes:
+        notes.append(
+            f"what forward keeps in the module ({described(attributes)}) is part of the state, each client's own"
+        )
+    if dtype != torch.float32:
+        notes.append(f"the model is {str(dtype).removeprefix('torch.')}, the bundle computes in float32")
+    notes += [
+        f"input {name!r} is the initial state: it is kept in the manifest, not an input"
+        for name in lifted.single.arguments.constants
+    ]
+    notes += [
+        f"output {output.spec.name!r} is returned as (batch, {'time, ' if output.time is not None else ''}...)"
+        for output in lifted.single.outputs
+        if output.batch != 0 or output.time not in {None, 1}
+    ]
+    notes += [
+        f"input {name!r} indexes no embedding that could be found: its values are not checked"
+        for name, array in (lifted.samples.example | lifted.samples.static).items()
+        if array.dtype.kind == "i" and name not in lifted.samples.limits
+    ]
+    return tuple(notes)

@@ -1,4 +1,4 @@
-"""Wires the parts together: settings in, ASGI application out. The only file that knows them all."""
+"""Wires the parts together: settings in, ASGI application out. The only file that knows all parts."""
 
 import asyncio
 import signal
@@ -54,7 +54,7 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, AppS
     )
 
     def crash() -> None:
-        """A model without its loop would hang for ever: end, and let whoever runs the process start it anew."""
+        """A model without its loop would hang forever: exit, so that a process manager restarts the server."""
         server.ready, server.crashed = False, True
         signal.raise_signal(signal.SIGTERM)
 
@@ -68,7 +68,7 @@ def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, AppS
         running.add_done_callback(catalog.watch)
         server.ready = True
         yield
-        # Nobody is connected, and nothing accepted is unanswered, unless the drain was cut short.
+        # No client is connected and no request is in flight, unless the drain timed out.
         server.drain()
         running.cancel()
         await asyncio.wait([running])
@@ -115,7 +115,7 @@ def _fastapi(server: AppState, lifespan: Any) -> FastAPI:
 
     @app.exception_handler(Disconnected)
     async def gone(request: Request, error: Disconnected) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has disconnected
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -141,7 +141,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         for operation in (operation for path in document["paths"].values() for operation in path.values()):
             if "HTTPValidationError" in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]  # FastAPI's own, which a path of two strings cannot cause
+                del operation["responses"]["422"]  # FastAPI's default, which a path of two strings cannot cause
         schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         log.error("not started", reason=str(error))
         return 1
     config = uvicorn_config(application, server, settings.host, settings.port)
-    # What was built so far stays; and what a step allocates is freed by counting references, not by a collection.
+    # The objects built so far stay, and reference counting frees those of a step: the collector can skip both.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     draining.run(listeners)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # one that comes now must not change how the process ends
+        signal.signal(number, signal.SIG_IGN)  # a late signal must not change the exit status
     return 1 if server.crashed else 0
 
 

@@ -1,9 +1,9 @@
-"""`unroll serve --workers N`: as many processes of the same command behind one port, and one that keeps them alive.
+"""`unroll serve --workers N`: N worker processes behind one port, and a supervisor that keeps them alive.
 
-The supervisor binds a socket for each worker, all to the same port, among which the kernel spreads connections evenly,
-and keeps them open: connections that wait for a worker that died are taken by the one that comes in its place. It never
-accepts, and knows nothing of models. On a pair of sockets a worker says that it serves, and learns that the supervisor
-is gone.
+The supervisor binds one listening socket per worker to the same port, over which the kernel spreads connections evenly.
+It keeps the sockets open, so that connections waiting for a dead worker are accepted by its replacement. It never
+accepts, and knows nothing of models. Over a socket pair a worker reports that it serves, and detects the end of the
+supervisor.
 """
 
 import asyncio
@@ -21,17 +21,17 @@ import structlog
 
 _log = structlog.get_logger(__name__)
 
-#: In a worker's environment: its number, from 1 on, and the descriptors of the socket it listens on and of its link.
+#: Environment variable of a worker: its number from 1, the descriptors of its listening socket and of its link.
 _VARIABLE = "UNROLL_WORKER"
 _BACKLOG = 2048
-#: Seconds until a worker that ended is started again: none if it ran for long, else more each time.
+#: Seconds before a worker is restarted: none if it ran for long, else increasing.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 _LONG = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What a process that is a worker got from its supervisor."""
+    """The number and sockets that a worker inherits from its supervisor."""
 
     number: int
     listener: socket.socket
@@ -39,7 +39,7 @@ class Worker:
 
     @classmethod
     def inherited(cls) -> Self | None:
-        """None in any other process."""
+        """This process as a worker; None if it is not one."""
         said = os.environ.pop(_VARIABLE, None)
         if said is None:
             return None
@@ -48,16 +48,16 @@ class Worker:
 
     @property
     def shared_port(self) -> int:
-        """Which all workers listen on."""
+        """The port that all workers listen on."""
         return self.listener.getsockname()[1]
 
     def listeners(self, host: str, first_own_port: int | None) -> list[socket.socket]:
-        """What it listens on: the shared port, and one of its own if they have some. Raises OSError."""
+        """Its listening sockets: the shared port, and its own port if `first_own_port` is set. Raises OSError."""
         own = [] if first_own_port is None else [_bind(host, first_own_port + self.number - 1)]
         return [self.listener, *own]
 
     def serving(self, orphaned: Callable[[], object]) -> None:
-        """Tell the supervisor, and call `orphaned` if that ends. Belongs to the running event loop."""
+        """Report to the supervisor, and call `orphaned` when it ends. Needs a running event loop."""
         loop = asyncio.get_running_loop()
 
         def gone() -> None:
@@ -69,9 +69,9 @@ class Worker:
 
 
 def supervise(host: str, port: int, workers: int) -> int:
-    """Runs until a signal, or until a worker cannot be started; returns the exit status."""
+    """Run until a signal, or until a worker cannot start. Returns the exit status."""
     try:
-        with _bind(host, port) as alone:  # fails where sharing would not: on the port of another server of this user
+        with _bind(host, port) as alone:  # detects another server on the port, which SO_REUSEPORT would not
             port = alone.getsockname()[1]
         listeners = [_bind(host, port, shared=True) for _ in range(workers)]
     except OSError as error:
@@ -86,9 +86,9 @@ class _Supervisor:
         self._listeners = listeners
         self._running: set[Process] = set()
         self._serving: set[Process] = set()
-        self._served: set[int] = set()  # workers that ever did
+        self._served: set[int] = set()  # workers that have served at least once
         self._rescans = 0
-        self._one_at_a_time = asyncio.Lock()  # a worker that starts measures what calls cost, and takes free memory
+        self._one_at_a_time = asyncio.Lock()  # a starting worker measures call costs and allocates memory
         self._stopping = asyncio.Event()
         self._status = 0
 
@@ -101,7 +101,7 @@ class _Supervisor:
         return self._status
 
     def _stop(self) -> None:
-        """Also a second time: then the workers do not wait for their clients."""
+        """Stop the workers. After a second call they do not wait for their clients."""
         self._stopping.set()
         for listener in self._listeners:
             listener.close()
@@ -109,13 +109,13 @@ class _Supervisor:
             _send(process, signal.SIGTERM)
 
     def _rescan(self) -> None:
-        """Those that are starting get it when they serve."""
+        """Forward SIGHUP; workers that are starting get it once they serve."""
         self._rescans += 1
         for process in self._serving:
             _send(process, signal.SIGHUP)
 
     async def _keep(self, index: int) -> None:
-        """A worker, and another whenever it ends, until all are to. Its first must come to serve."""
+        """Keep one worker running until the stop. Its first process must come to serve."""
         loop = asyncio.get_running_loop()
         failures = 0
         while not self._stopping.is_set():
@@ -134,7 +134,7 @@ class _Supervisor:
                 await self._pause(index, _PAUSES[min(failures, len(_PAUSES)) - 1])
 
     async def _run_one(self, index: int) -> int:
-        """Returns its exit status."""
+        """Run one worker process. Returns its exit status."""
         async with self._one_at_a_time:
             if self._stopping.is_set():
                 return 0
@@ -152,7 +152,7 @@ class _Supervisor:
         return status
 
     async def _start(self, index: int) -> tuple[Process, socket.socket]:
-        """The process, and our end of its link."""
+        """Start a worker process. Returns it and the supervisor's end of the link."""
         listener = self._listeners[index]
         ours, theirs = socket.socketpair()
         with theirs:
@@ -160,7 +160,7 @@ class _Supervisor:
                 *(sys.executable, *sys.orig_argv[1:]),
                 env={**os.environ, _VARIABLE: f"{index + 1} {listener.fileno()} {theirs.fileno()}"},
                 pass_fds=[listener.fileno(), theirs.fileno()],
-                process_group=0,  # Ctrl-C reaches the supervisor only, which passes it on
+                process_group=0,  # Ctrl-C reaches only the supervisor, which forwards it
             )
         ours.setblocking(False)
         self._running.add(process)
@@ -169,7 +169,7 @@ class _Supervisor:
         return process, ours
 
     def _announce(self, index: int) -> None:
-        """Once, when all serve."""
+        """Log once all workers serve."""
         if index not in self._served:
             self._served.add(index)
             if len(self._served) == len(self._listeners):
@@ -177,7 +177,7 @@ class _Supervisor:
                 _log.info(f"running on http://{host}:{self._port}", workers=len(self._listeners))
 
     async def _pause(self, index: int, seconds: float) -> None:
-        """Meanwhile the other workers take all connections; those that wait for this one are refused."""
+        """Wait before a restart. The other workers take all new connections; those waiting for this one are refused."""
         self._listeners[index].close()
         try:
             async with asyncio.timeout(seconds):
@@ -187,11 +187,11 @@ class _Supervisor:
 
 
 def _send(process: Process, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it has just ended
+    with suppress(ProcessLookupError):  # the process has just exited
         process.send_signal(number)
 
 
 def _bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """shared: with other sockets of this user that say so, too."""
+    """shared: with SO_REUSEPORT."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)

@@ -32,10 +32,9 @@ class RedisServer:
     """
 
     def __init__(self, folder: Path, appendfsync: str = "everysec", **options: str) -> None:
-        program = local_redis.server_path()
-        if program is None:
-            pytest.skip(local_redis.missing())
-        self._program = program
+        if why := local_redis.missing():
+            pytest.skip(why)
+        self._program = local_redis.server_path()
         self.folder = folder
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"

@@ -158,8 +158,8 @@ def _cpu_seconds(pid: int) -> tuple[float, float]:
 
 
 def _py_spy() -> str:
-    beside = Path(sys.executable).with_name("py-spy")
-    found = str(beside) if beside.is_file() else shutil.which("py-spy")
+    in_venv = Path(sys.executable).with_name("py-spy")
+    found = str(in_venv) if in_venv.is_file() else shutil.which("py-spy")
     if found is None:
         raise BudgetFailed("py-spy is not installed: pip install py-spy")
     return found

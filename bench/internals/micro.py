@@ -190,8 +190,8 @@ def infer_body(x: np.ndarray) -> tuple[int, bytes]:
 def steps_frame(entries: int) -> bytes:
     """A frame with one step of each of `entries` sessions."""
     head = struct.pack("<BBHI", STEPS, 0, 0, entries)
-    said = b"".join(struct.pack("<IIQ", handle, 1, NO_POSITION) for handle in range(entries))
-    return head + said + np.ones((entries, _FEATURES), np.float32).tobytes()
+    session_entries = b"".join(struct.pack("<IIQ", handle, 1, NO_POSITION) for handle in range(entries))
+    return head + session_entries + np.ones((entries, _FEATURES), np.float32).tobytes()
 
 
 def _read_frame(codec: FrameCodec, content: bytes) -> None:
@@ -228,10 +228,10 @@ class Turns:
 
     def step_as_chunks(self) -> None:
         now = self._tick()
-        submit, settled = self.scheduler.submit_steps, self._on_chunk_done
+        submit, settled = self.scheduler.submit, self._on_chunk_done
         for session, inputs in zip(self._sessions, self._inputs, strict=True):
-            chunk = submit(session.id, inputs, now, now + 30.0)
-            assert isinstance(chunk, Chunk)
+            chunk = Chunk(inputs, session)
+            submit(chunk, now, now + 30.0)
             chunk.listeners = (settled,)
         self._turn(now)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from redis import BusyLoadingError, ConnectionError, Redis
 
+from deploy import local_redis
 from unroll.service.store.interface import Commit, Kept, Origin, Tokens
 from unroll.service.store.record import pack_last
 from unroll.service.store.redis_store import RedisStore, StoreConfig
@@ -49,7 +50,7 @@ def redis_server() -> Iterator[int]:
         port = int(free.getsockname()[1])
         free.close()
         flags = f"--bind 127.0.0.1 --port {port} --dir {folder} --appendonly yes --appendfsync everysec"
-        command = ["redis-server", *flags.split(), "--save", "", "--auto-aof-rewrite-percentage", "0"]
+        command = [local_redis.server_path(), *flags.split(), "--save", "", "--auto-aof-rewrite-percentage", "0"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             yield port

@@ -1,6 +1,6 @@
 """Check durable sessions under Ray Serve: steps go to either of two replicas, then one replica is killed.
 
-    python -m deploy.ray.check             needs ray[serve], unroll and redis-server; `make check-ray` provides them
+    python -m deploy.ray.check             needs ray[serve], unroll and a redis-server; see `make check-ray`
 
 Exits with 0 if both replicas took part and every output equals that of an uninterrupted run, else with 1.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 import ray
 from ray import serve
 
+from deploy import local_redis
 from deploy.check import MODEL, open_durable, steps
 from deploy.ray.app import app
 from unroll.examples.client import Client
@@ -40,7 +41,8 @@ def free_port() -> int:
 def redis() -> Iterator[str]:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", folder, "--appendonly", "yes"]
+        flags = f"--bind 127.0.0.1 --port {port} --dir {folder} --appendonly yes"
+        command = [local_redis.server_path(), *flags.split()]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             yield f"redis://127.0.0.1:{port}/0"

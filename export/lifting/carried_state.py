@@ -14,7 +14,7 @@ from unroll.export.lifting.scan import Axes
 from unroll.export.lifting.state_row import fits_row
 from unroll.export.lifting.tape import Call, Part, Tape
 from unroll.export.signature.arguments import StateArgument, alike_rows
-from unroll.export.signature.outputs import leaves, parts
+from unroll.export.signature.outputs import indices_of, leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,4 +125,4 @@ def _fits(
 
 
 def _shapes(returned: list[tuple[str, Tensor]], output: str) -> list[torch.Size]:
-    return [returned[index][1].shape for index in parts(returned, output)]
+    return [returned[index][1].shape for index in indices_of(returned, output)]

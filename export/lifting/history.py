@@ -1,44 +1,26 @@
-"""What a model knows of the past beside its recurrent layers: the last frames of a causal convolution, a running sum,
-how many time steps there were.
+"""What a model knows of the past without a recurrent layer: the last frames of a causal convolution, a running sum,
+the number of time steps so far.
 
-Seen at PyTorch's own functions, so that it does not matter which module calls them. What is put before a sequence
-stands for what came before it: where the state row has that, it takes its place. Whether that makes the model
-one that streams is then found out by running it.
+Seen at PyTorch's own functions, so that it does not matter which module calls them. Whether a model that is handed its
+history streams is found out later, by running it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from unroll.export.lifting.history_rules import HistoryCalls, Memory
 from unroll.export.lifting.state_row import fits_row, from_row, to_row
 from unroll.export.lifting.tape import Call, Part, Tape, count_up
 
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """x: the sequence. first: what stands for its past before there is any, in as many frames as are kept.
-
-    finish: from the past and the sequence, joined, to the result. of_result: the frames kept are the result's.
-    """
-
-    x: Tensor
-    first: Tensor
-    finish: Callable[[Tensor], Tensor]
-    of_result: bool = False
-
-
-#: What was watched, and whether it is numbers that are counted.
-_Seen = list[tuple[Tensor, bool]]
-
-#: From a call's arguments and the time axis to what it remembers, if anything.
-Rule = Callable[[Any, Any, int], Memory | None]
+#: The sequence of each call that may need the past, and whether the call counts time steps.
+Watched = list[tuple[Tensor, bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,65 +32,28 @@ class Place:
     counted: bool = False
 
 
-class _Cuts:
-    """Sequences without their last steps, as they are made; frames put before one make a delay of it."""
+class WatchHistory(TorchFunctionMode):
+    """Within, writes down the sequences of calls that may need the past, in order."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def add(self, func: Any, args: Any, result: Any) -> None:
-        if func is Tensor.__getitem__:
-            index = [one for one in (args[1] if isinstance(args[1], tuple) else (args[1],)) if one is not ...]
-            if all(map(_from_the_beginning, index)) and sum(one.stop is not None for one in index) == 1:
-                self._made[id(result)] = result, args[0]
-
-    def delay(self, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, int] | None:
-        """The whole sequence, the frames, and the axis along which the call puts them before what is left of it."""
-        if func not in {torch.cat, torch.concat} or not args or len(args[0]) != 2 or id(args[0][1]) not in self._made:
-            return None
-        (frames, cut), axis = args[0], kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
-        _, whole = self._made[id(cut)]
-        axis %= cut.dim()
-        shapes = [[size for i, size in enumerate(t.shape) if i != axis] for t in (frames, whole)]
-        if (
-            whole.dim() != cut.dim()
-            or shapes[0] != shapes[1]
-            or whole.shape[axis] - cut.shape[axis] != frames.shape[axis]
-        ):
-            return None
-        return whole, frames, axis
-
-
-def _from_the_beginning(index: Any) -> bool:
-    return (
-        isinstance(index, slice)
-        and index.step in (None, 1)
-        and (index.start is None or (isinstance(index.start, int) and index.start == 0))
-    )
-
-
-class Watch(TorchFunctionMode):
-    """Writes down the sequences that calls with a rule are given, and the numbers that are counted, in order."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, bool]] = []
-        self._cuts = _Cuts()
+        self.seen: Watched = []
+        self._calls = HistoryCalls()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        call = self._calls.find(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func in _RULES:
-            self.seen.append((_input(args, kwargs), False))
-        elif func is torch.arange:
-            self.seen.append((result, True))
-        elif delay := self._cuts.delay(func, args, kwargs):
-            self.seen.append((delay[0], False))
-        self._cuts.add(func, args, result)
+        if call:
+            self.seen.append((result if call.sequence is None else call.sequence, call.counts))
+        self._calls.add(func, args, result)
         return result
 
 
-def places(base: _Seen, wide: _Seen, long: _Seen, time: int) -> list[Place | None]:
-    """Where batch and time are in what was watched at three sizes; `time` is the length of the first."""
+def places(base: Watched, wide: Watched, long: Watched, time: int) -> list[Place | None]:
+    """Where batch and time are in the sequences watched at three sizes; None where a sequence is not the input's.
+
+    base, wide, long: of the same forward; wide has another batch size, long another length. time: the length of base.
+    """
     if not len(base) == len(wide) == len(long):
         return []
     found: list[Place | None] = []
@@ -130,10 +75,11 @@ def places(base: _Seen, wide: _Seen, long: _Seen, time: int) -> list[Place | Non
     return found
 
 
-class Keep(TorchFunctionMode):
-    """Within, calls with a rule take the past from the tape and leave it there. places: of these calls, in order.
+class KeepHistory(TorchFunctionMode):
+    """Within, calls that may need the past take it from the tape and leave it there.
 
-    batch: of what forward is given, which is 1 where numbers are counted: rows are not equally far.
+    places: of these calls, in order; None for one that does not get it. batch: of the input of forward; 1 where time
+    steps are counted, since rows are not equally far.
     """
 
     def __init__(self, tape: Tape, model: nn.Module, places: list[Place | None], batch: int) -> None:
@@ -142,7 +88,7 @@ class Keep(TorchFunctionMode):
         # Known by its attributes: a tracer calls a stand-in that shares them.
         self._paths = {id(vars(module)): path or type(module).__name__ for path, module in model.named_modules()}
         self._stack: list[str] = []
-        self._cuts = _Cuts()
+        self._calls = HistoryCalls()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -166,20 +112,16 @@ class Keep(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RULES:
-            place = next(self._places, None)
-            memory = _RULES[func](args, kwargs, place.time) if place else None
-            if place and memory and fits_row(memory.x.dtype):
-                return self._run(memory, place.batch, place.time)
-        if func is torch.arange and next(self._places, None):
-            return self._count(func(*args, **kwargs), args[2] if len(args) > 2 else kwargs.get("step", 1))
-        if delay := self._cuts.delay(func, args, kwargs):
-            (x, first, axis), place = delay, next(self._places, None)
-            if place and place.time == axis and fits_row(x.dtype):
-                memory = Memory(x, first, lambda joined: joined.narrow(axis, 0, x.shape[axis]))
-                return self._run(memory, place.batch, axis)
+        call = self._calls.find(func, args, kwargs)
+        place = next(self._places, None) if call else None
+        if call and place:
+            if call.counts:
+                return self._count(func(*args, **kwargs), args[2] if len(args) > 2 else kwargs.get("step", 1))
+            memory = call.memory(place.time)
+            if memory and fits_row(memory.x.dtype):
+                return self._run(memory, place)
         result = func(*args, **kwargs)
-        self._cuts.add(func, args, result)
+        self._calls.add(func, args, result)
         return result
 
     def _path(self) -> str:
@@ -195,8 +137,8 @@ class Keep(TorchFunctionMode):
         self._tape.calls.append(Call(path, index, (Part("count"),), self._batch, time, [start], [final]))
         return numbers if self._tape.given is None else numbers + (step * count[0]).to(numbers.dtype)
 
-    def _run(self, memory: Memory, batch_axis: int, time_axis: int) -> Tensor:
-        x, path = memory.x, self._path()
+    def _run(self, memory: Memory, place: Place) -> Tensor:
+        x, path, batch_axis, time_axis = memory.x, self._path(), place.batch, place.time
         first, major = (tensor.movedim((batch_axis, time_axis), (0, 1)) for tensor in (memory.first, x))
         batch, time, *rest = major.shape
         frames = int(first.shape[1])
@@ -220,107 +162,3 @@ def _last(kept: Tensor, frames: int, time: Any, lens: Tensor | None) -> Tensor:
         return kept[:, steps[0]].flatten(1)  # PyTorch's own rule for `gather` fixes the number of rows
     flat = kept.flatten(2) if kept.dim() > 2 else kept.unsqueeze(2)
     return flat.gather(1, steps.unsqueeze(2).expand(-1, -1, flat.shape[2])).flatten(1)
-
-
-def _input(args: Any, kwargs: Any) -> Tensor:
-    return args[0] if args else kwargs["input"]
-
-
-def _full(x: Tensor, time: int, frames: int, value: float) -> Tensor:
-    return x.new_full([frames if axis == time else size for axis, size in enumerate(x.shape)], value)
-
-
-def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """Constants put before a sequence, or its first step."""
-
-    def call(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Memory | None:
-        pads = list(pad)
-        first = 2 * (input.dim() - 1 - time)
-        if mode not in {"constant", "replicate"} or first >= len(pads) or pads[first] < 1:
-            return None
-        frames, pads[first] = pads[first], 0
-        if mode == "replicate":
-            if any(pads):
-                return None
-            return Memory(input, input.narrow(time, 0, 1).repeat_interleave(frames, time), lambda joined: joined)
-        before = _full(input, time, frames, value or 0.0)
-        return Memory(input, before, lambda joined: functional.pad(joined, pads, mode, value))
-
-    return call(*args, **kwargs)
-
-
-def _convolution(function: Any) -> Rule:
-    """Zeros that a convolution puts on both ends of a sequence. Its result is as long as ever."""
-
-    def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
-        def call(
-            input: Tensor,
-            weight: Tensor,
-            bias: Any = None,
-            stride: Any = 1,
-            padding: Any = 0,
-            dilation: Any = 1,
-            groups: int = 1,
-        ) -> Memory | None:
-            count, axis = input.dim() - 2, time - 2
-            strides, dilations = _each(stride, count), _each(dilation, count)
-            if axis < 0 or isinstance(padding, str) or strides[axis] != 1:
-                return None
-            pads = _each(padding, count)
-            frames, pads[axis] = pads[axis], 0
-            if frames < 1:
-                return None
-            after = [0, 0] * (count - 1 - axis) + [0, frames]
-
-            def finish(joined: Tensor) -> Tensor:
-                return function(functional.pad(joined, after), weight, bias, strides, pads, dilations, groups)
-
-            return Memory(input, _full(input, time, frames, 0.0), finish)
-
-        return call(*args, **kwargs)
-
-    return rule
-
-
-def _each(value: Any, count: int) -> list[int]:
-    return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
-
-
-def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """A running sum: it is taken up where it was, so that it adds in the same order however the sequence is cut."""
-
-    def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
-        if dim % input.dim() != time or options.get("dtype") not in {None, input.dtype}:
-            return None
-        input = input if input.is_floating_point() else input.long()
-
-        def finish(joined: Tensor) -> Tensor:
-            return torch.cumsum(joined, dim, **options).narrow(time, 1, joined.shape[time] - 1)
-
-        return Memory(input, _full(input, time, 1, 0.0), finish, of_result=True)
-
-    return call(*args, **kwargs)
-
-
-def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """Of each step from the one before it, or further back; before the first comes what is given."""
-
-    def call(
-        input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
-    ) -> Memory | None:
-        if prepend is None or append is not None or n != prepend.shape[time] or dim % input.dim() != time:
-            return None
-        return Memory(input, prepend, lambda joined: torch.diff(joined, n, dim))
-
-    return call(*args, **kwargs)
-
-
-_RULES: dict[Any, Rule] = {
-    functional.pad: _pad,
-    torch.conv1d: _convolution(torch.conv1d),
-    torch.conv2d: _convolution(torch.conv2d),
-    torch.diff: _difference,
-    Tensor.diff: _difference,
-    torch.cumsum: _sum,
-    Tensor.cumsum: _sum,
-}

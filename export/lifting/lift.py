@@ -1,6 +1,5 @@
 """Lifts a model: sorts the arguments of forward, and makes of it a function of the state row, also in float64."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,113 +14,165 @@ from unroll.export.lifting import module_state, packed
 from unroll.export.lifting.carried_state import Carried, handed_on
 from unroll.export.lifting.float64 import converted, double_precision
 from unroll.export.lifting.layers import lift_layers, take_weights
+from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.loops import lift_loops, refill
 from unroll.export.lifting.recurrent_arguments import length_arguments, state_arguments
 from unroll.export.lifting.streaming import Arguments, StreamingModule
 from unroll.export.lifting.tape import Tape
-from unroll.export.signature.arguments import StateArgument, check_inputs, check_static, resized
-from unroll.export.signature.outputs import leaves, parts
+from unroll.export.signature.arguments import DeclaredArguments, StateArgument, check_inputs, check_static, resized
+from unroll.export.signature.outputs import indices_of, is_same, leaves
 from unroll.export.signature.samples import Samples, as_tensors
 
 
-def lift_model(
-    model: nn.Module, example: dict[str, Any], static: frozenset[str], state: Mapping[str, str], batch_first: bool
-) -> tuple[StreamingModule, Samples]:
-    """Lift `model` in place and sort its arguments. Raises ExportError for a forward that cannot be lifted."""
-    attempt("the example", lambda: model(**example))  # computes weights that are normalised
-    tape = Tape()
-    packings = {name: value for name, value in example.items() if isinstance(value, PackedSequence)}
-    others = {name: value for name, value in example.items() if name not in state}
-    handed: dict[str, StateArgument] = {}
-    if state:
-        series = [value for name, value in others.items() if name not in static and isinstance(value, Tensor)]
-        if packings or not series or series[0].dim() < 2:
-            raise ExportError("input", "a state that is handed on goes with inputs that are (batch, time, ...) tensors")
-        batch = series[0].shape[0 if batch_first else 1]
-        handed = handed_on(model, example, state, lambda: resized(others, (1, 5), static, batch_first), batch)
-    if not packings:
+def lift(model: nn.Module, exact: nn.Module, example: dict[str, Any], declared: DeclaredArguments) -> LiftedModel:
+    """Lift `model` in place, sort its arguments, and make a copy of it in float64.
 
+    Args:
+        model: a copy of the user's, in float32.
+        exact: the same in float64.
+        example: the arguments of forward.
+        declared: what the user says of them.
+
+    Raises:
+        ExportError: for a forward that cannot be lifted.
+    """
+    attempt("the example", lambda: model(**example))  # computes weights that are normalised
+    lifter = _Lifter(model, example, declared)
+    single, samples = lifter.lift()
+    return LiftedModel(single, _in_float64(single, exact, samples), samples)
+
+
+class _Lifter:
+    """Lifts one model. The stages of `lift`, in order; each fills in what the next ones need."""
+
+    def __init__(self, model: nn.Module, example: dict[str, Any], declared: DeclaredArguments) -> None:
+        self._model, self._declared, self._tape = model, declared, Tape()
+        self._packings = {name: value for name, value in example.items() if isinstance(value, PackedSequence)}
+        #: Each packed input as its padded tensor (batch, time, ...) and its lengths.
+        self._padded = {name: pad_packed_sequence(value, batch_first=True) for name, value in self._packings.items()}
+        self._original = example
+        self._example = example | {name: packed.as_argument(*pair) for name, pair in self._padded.items()}
+
+    def lift(self) -> tuple[StreamingModule, Samples]:
+        handed = self._handed_on()
+        if not self._packings:
+            self._lift_loops(handed)
+        lift_layers(self._model, self._tape)
+        take_weights(self._model, self._model)
+        self._record({})
+        arguments, samples = self._sorted(handed, self._tape.unbatched)
+        return StreamingModule(self._model, self._tape, arguments), samples
+
+    def _handed_on(self) -> dict[str, StateArgument]:
+        """The arguments that forward returns for its next call, as the user declared them."""
+        state, static = self._declared.state, self._declared.static
+        if not state:
+            return {}
+        others = self._without_state()
+        series = [value for name, value in others.items() if name not in static and isinstance(value, Tensor)]
+        if self._packings or not series or series[0].dim() < 2:
+            raise ExportError("input", "a state that is handed on goes with inputs that are (batch, time, ...) tensors")
+        batch = series[0].shape[0 if self._declared.batch_first else 1]
+        return handed_on(self._model, self._original, state, lambda: self._resized((1, 5)), batch)
+
+    def _without_state(self) -> dict[str, Any]:
+        return {name: value for name, value in self._original.items() if name not in self._declared.state}
+
+    def _resized(self, size: tuple[int, int]) -> dict[str, Any]:
+        return resized(self._without_state(), size, self._declared.static, self._declared.batch_first)
+
+    def _lift_loops(self, handed: dict[str, StateArgument]) -> None:
         def run(size: tuple[int, int]) -> Any:
             now = {name: argument.expand(size[0]) for name, argument in handed.items()}
-            return attempt("the example", lambda: model(**resized(others, size, static, batch_first), **now))
+            return attempt("the example", lambda: self._model(**self._resized(size), **now))
 
-        lift_loops(model, tape, run)
-        module_state.put_back(model)  # loops were traced alone
-    lift_layers(model, tape)
-    take_weights(model, model)
-    sequences = {name: pad_packed_sequence(value, batch_first=True) for name, value in packings.items()}
-    example = example | {name: packed.as_argument(*pair) for name, pair in sequences.items()}
+        lift_loops(self._model, self._tape, run)
+        module_state.put_back(self._model)  # loops were traced alone
 
-    def record(arguments: dict[str, Any]) -> Tape:
-        tape.start(None, None)
-        with packed.padded(tape):
-            attempt("the example", lambda: model(**arguments))
-        if not tape.calls and not state:
+    def _record(self, values: dict[str, Any]) -> Tape:
+        """Run forward on the example with other `values`; returns the tape with its calls."""
+        self._call(values)
+        if not self._tape.calls and not self._declared.state:
             raise ExportError("no_recurrent_layer", "forward calls none of the model's recurrent layers")
-        return tape
+        return self._tape
 
-    record(example)
-    unbatched = tape.unbatched
-    one_by_one = {name: value for name, value in example.items() if name not in {*packings, *static}}
-    constants = state_arguments(one_by_one, lambda values: record(example | values).calls, unbatched)
-    lengths = length_arguments(one_by_one, lambda values: [one for one, _ in record(example | values).lengths])
-    for name in constants.keys() & handed.keys():
-        if not _is_layers_own(model, tape, example, name, state[name]):
+    def _call(self, values: dict[str, Any]) -> Any:
+        self._tape.start(None, None)
+        with packed.padded(self._tape):
+            return attempt("the example", lambda: self._model(**self._example | values))
+
+    def _sorted(self, handed: dict[str, StateArgument], unbatched: bool) -> tuple[Arguments, Samples]:
+        static = self._declared.static
+        candidates = {
+            name: value for name, value in self._example.items() if name not in self._packings and name not in static
+        }
+        constants = state_arguments(candidates, lambda values: self._record(values).calls, unbatched)
+        lengths = length_arguments(candidates, lambda values: [one for one, _ in self._record(values).lengths])
+        handed = self._without_layers_own(handed, constants)
+        if handed and unbatched:
             raise ExportError(
-                "input",
-                f"state {name!r} goes to a recurrent layer as its initial state, and {state[name]!r} is not the state "
-                "that this layer ends in: hand on the layer's own",
+                "unbatched", "forward takes one sequence without a batch: give a state of its own a batch axis"
             )
-    handed = {name: argument for name, argument in handed.items() if name not in constants}
-    if handed and unbatched:
-        raise ExportError(
-            "unbatched", "forward takes one sequence without a batch: give a state of its own a batch axis"
+        inputs = self._series({*constants, *lengths, *static, *handed}, unbatched)
+        batch = len(next(iter(inputs.values())))
+        given = check_static({name: value for name, value in self._example.items() if name in static}, batch, unbatched)
+        arguments = Arguments(
+            names=list(self._example),
+            series=list(inputs),
+            constants=constants | handed,
+            static=given,
+            carried={
+                name: (Carried.of_argument(name, argument), self._declared.state[name])
+                for name, argument in handed.items()
+            },
+            lengths=lengths,
+            packed=frozenset(self._packings),
+            batch_first=self._declared.batch_first,
+            unbatched=unbatched,
         )
-    known = {*constants, *lengths, *static, *handed}
-    rest = {name: value for name, value in example.items() if name not in known}
-    rest |= {
-        name: padded if batch_first and not unbatched else padded.transpose(0, 1)
-        for name, (padded, _) in sequences.items()
-    }
-    inputs = check_inputs(rest, batch_first, unbatched)
-    given = check_static(
-        {name: example[name] for name in example if name in static}, len(next(iter(inputs.values()))), unbatched
-    )
-    samples = Samples(_arrays(inputs), static=_arrays(given))
-    carried = {name: (Carried.of_argument(name, argument), state[name]) for name, argument in handed.items()}
-    arguments = Arguments(
-        list(example),
-        list(inputs),
-        constants | handed,
-        given,
-        carried,
-        lengths,
-        frozenset(packings),
-        batch_first,
-        unbatched,
-    )
-    return StreamingModule(model, tape, arguments), samples
+        return arguments, Samples(_arrays(inputs), static=_arrays(given))
 
+    def _without_layers_own(
+        self, handed: dict[str, StateArgument], constants: dict[str, StateArgument]
+    ) -> dict[str, StateArgument]:
+        """A state that goes to a recurrent layer must come from it: then it is in the row anyway."""
+        for name in constants.keys() & handed.keys():
+            output = self._declared.state[name]
+            if not self._is_layers_own(name, output):
+                raise ExportError(
+                    "input",
+                    f"state {name!r} goes to a recurrent layer as its initial state, and {output!r} is not the state "
+                    "that this layer ends in: hand on the layer's own",
+                )
+        return {name: argument for name, argument in handed.items() if name not in constants}
 
-def _is_layers_own(model: nn.Module, tape: Tape, example: dict[str, Any], name: str, output: str) -> bool:
-    """Is the output the final state of the very call that the argument is the initial state of?"""
-    random = pytree.tree_map(torch.randn_like, example[name])
-    tape.start(None, None)
-    with packed.padded(tape):
-        returned = leaves(attempt("the example", lambda: model(**example | {name: random})))
-    pairs = [pair for call in tape.calls for pair in zip(call.asked, call.returned, strict=False)]
-    given, found = pytree.tree_leaves(random), [returned[index][1] for index in parts(returned, output)]
-    return len(given) == len(found) and all(
-        any(module_state.same(asked, one) and module_state.same(final, other) for asked, final in pairs)
-        for one, other in zip(given, found, strict=True)
-    )
+    def _is_layers_own(self, name: str, output: str) -> bool:
+        """Is the output the final state of the very call that the argument is the initial state of?"""
+        random = pytree.tree_map(torch.randn_like, self._example[name])
+        returned = leaves(self._call({name: random}))
+        pairs = [pair for call in self._tape.calls for pair in zip(call.asked, call.returned, strict=False)]
+        given, found = pytree.tree_leaves(random), [returned[index][1] for index in indices_of(returned, output)]
+        return len(given) == len(found) and all(
+            any(is_same(asked, one) and is_same(final, other) for asked, final in pairs)
+            for one, other in zip(given, found, strict=True)
+        )
+
+    def _series(self, known: set[str], unbatched: bool) -> dict[str, Tensor]:
+        """The inputs of every time step, (batch, time, ...) each."""
+        batch_first = self._declared.batch_first
+        rest = {name: value for name, value in self._example.items() if name not in known}
+        rest |= {
+            name: padded if batch_first and not unbatched else padded.transpose(0, 1)
+            for name, (padded, _) in self._padded.items()
+        }
+        return check_inputs(rest, batch_first, unbatched)
 
 
 def _arrays(tensors: dict[str, Tensor]) -> Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def in_double(streaming: StreamingModule, exact: nn.Module, samples: Samples) -> StreamingModule:
+def _in_float64(streaming: StreamingModule, exact: nn.Module, samples: Samples) -> StreamingModule:
     """A copy in float64, with the parameters and buffers of `exact`, the user's model in float64."""
     double = converted(streaming, torch.float64)
     for named in (nn.Module.named_parameters, nn.Module.named_buffers):

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
 from unroll.export.lifting.dataflow import Taint
-from unroll.export.signature.outputs import leaves
+from unroll.export.signature.outputs import first_difference, is_same, leaves
 
 #: (path of a module, name of its attribute)
 Attribute = tuple[str, str]
@@ -24,11 +25,12 @@ Attribute = tuple[str, str]
 _ABSENT: Any = ...
 
 
-def state_of(model: nn.Module, example: dict[str, Any], other: dict[str, Any]) -> list[Attribute]:
-    """The attributes through which one call of forward bears on the next. other: inputs like the example.
+def find_module_state(model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
+    """The attributes through which one call of forward bears on the next. `model` is not changed.
 
     They hold what is computed from the inputs, or do not come to rest; what no later call reads is none of them.
     """
+    model, other = copy.deepcopy(model), _another_example(example)
     taint = Taint(tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)))
     seen = [_values(model)]
     with taint:
@@ -38,11 +40,18 @@ def state_of(model: nn.Module, example: dict[str, Any], other: dict[str, Any]) -
     for inputs in (other, example):
         again = model(**inputs)
         seen.append(_values(model))
-    changed = [{key for key, value in new.items() if not same(old.get(key), value)} for old, new in pairwise(seen)]
-    if alike(first, again):
+    changed = [{key for key, value in new.items() if not is_same(old.get(key), value)} for old, new in pairwise(seen)]
+    if first_difference(first, again) is None:
         del changed[0]  # as a table is that is made once
     found = computed | {(path, name) for keys in changed for path, name, _ in keys}
     return sorted(attribute for attribute in found if _is_read(model, attribute, example))
+
+
+def _another_example(example: dict[str, Any]) -> dict[str, Any]:
+    """With rows and steps in another order."""
+    if any(isinstance(value, PackedSequence) for value in example.values()):
+        return example
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.flip([*range(tensor.dim())][:2]), example)
 
 
 def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) -> bool:
@@ -59,7 +68,7 @@ def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) ->
     owner = changed.get_submodule(path)
     setattr(owner, name, pytree.tree_map(_another, getattr(owner, name)))
     try:
-        return not alike(plain(**example), changed(**example))
+        return first_difference(plain(**example), changed(**example)) is not None
     except Exception:
         return True
 
@@ -68,11 +77,6 @@ def _another(value: Any) -> Any:
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return value ^ True
     return value + 1 if isinstance(value, (Tensor, int, float)) else value
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Did forward return the same?"""
-    return all(same(a, b) for (_, a), (_, b) in zip(leaves(one), leaves(other), strict=True))
 
 
 class PutBack:
@@ -139,10 +143,6 @@ def refusal(attributes: list[Attribute]) -> ExportError:
         f"forward changes {described(attributes)}, and its next call does not go on as a stream would: state kept "
         "in the module is shared by all clients; return it, or leave it to the recurrent layer",
     )
-
-
-def same(one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
 def _values(model: nn.Module) -> dict[tuple[str, str, str], Tensor]:

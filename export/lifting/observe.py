@@ -1,5 +1,6 @@
 """Watches a lifted model run: which states it takes, where its axes are, what it starts from."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,76 +14,102 @@ from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting import module_state
 from unroll.export.lifting.carried_state import Carried
 from unroll.export.lifting.float64 import double_precision
-from unroll.export.lifting.history import Place, Watch, places
+from unroll.export.lifting.history import Place, WatchHistory, places
+from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.state_row import Layout
-from unroll.export.lifting.streaming import StreamingModule
+from unroll.export.lifting.streaming import Named, StreamingModule
 from unroll.export.lifting.tape import Call, Key, call_count
-from unroll.export.signature.outputs import parts, plan
-from unroll.export.signature.samples import Samples, as_tensors
+from unroll.export.signature.outputs import indices_of, is_same, plan_outputs
+from unroll.export.signature.samples import as_tensors
+
+#: (batch, time) of the calls that are compared: the base, another batch size, another length.
+_SIZES = ((2, 6), (3, 6), (2, 9))
 
 
-def find_kept(streaming: StreamingModule, state: list[Attribute], samples: Samples) -> dict[Attribute, Carried]:
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a lifted model starts from and returns.
+
+    Attributes:
+        initial_row: (state_size,) float32, zero where the initial state depends on the inputs.
+        dropped_outputs: the names of outputs that are a final state itself.
+    """
+
+    initial_row: np.ndarray
+    dropped_outputs: tuple[str, ...]
+
+
+def find_carried_attributes(lifted: LiftedModel, attributes: list[Attribute]) -> dict[Attribute, Carried]:
     """What forward leaves in these attributes for its next call, as parts of the state row, where that can be."""
-    if not state:
+    if not attributes:
         return {}
+    streaming = lifted.single
     left: list[list[Any]] = []
-    for batch, time in ((2, 6), (3, 6), (2, 9)):
-        tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
-        _, calls = attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
-        values = [module_state.left_by(streaming.model, attribute) for attribute in state]
+    for size in _SIZES:
+        _, calls = _recorded(lifted, size)
+        values = [module_state.left_by(streaming.model, attribute) for attribute in attributes]
         # What a recurrent layer returned as its state is in the row anyway.
         returned = [tensor for call in calls for tensor in call.returned]
         left.append([None if _is_among(value, returned) else value for value in values])
     found = {}
-    for attribute, found_there in zip(state, zip(*left, strict=True), strict=True):
+    for attribute, found_there in zip(attributes, zip(*left, strict=True), strict=True):
         first = module_state.first_of(streaming.model, attribute)
         if carried := Carried.of_attribute(".".join(filter(None, attribute)), first, list(found_there)):
             found[attribute] = carried
     return found
 
 
+def _recorded(lifted: LiftedModel, size: tuple[int, int]) -> tuple[Named, list[Call]]:
+    """What forward returns for a batch and a length, and the calls made by it."""
+    batch, time = size
+    tensors = as_tensors(lifted.samples.draw(batch, time, seed=11), double=False)
+    return attempt(f"{batch} sequences of {time} time steps", partial(lifted.single.record, *tensors.values()))
+
+
 def _is_among(value: Any, tensors: list[Tensor]) -> bool:
     leaves = pytree.tree_leaves(value)
-    return all(isinstance(leaf, Tensor) and any(module_state.same(leaf, one) for one in tensors) for leaf in leaves)
+    return all(isinstance(leaf, Tensor) and any(is_same(leaf, one) for one in tensors) for leaf in leaves)
 
 
-def find_past(streaming: StreamingModule, samples: Samples) -> list[Place | None]:
+def find_history(lifted: LiftedModel) -> list[Place | None]:
     """Where forward reaches into the past beside its recurrent layers; nothing if it nowhere does."""
-    seen = []
-    for batch, time in ((2, 6), (3, 6), (2, 9)):
-        tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
-        streaming.watch = Watch()
-        attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
+    streaming, seen = lifted.single, []
+    for size in _SIZES:
+        streaming.watch = WatchHistory()
+        _recorded(lifted, size)
         seen.append(streaming.watch.seen)
     streaming.watch = None
     base, wide, long = seen
-    found = [] if streaming.arguments.unbatched else places(base, wide, long, time=6)
+    found = [] if streaming.arguments.unbatched else places(base, wide, long, time=_SIZES[0][1])
     return found if any(found) else []
 
 
-def observe(
-    streaming: StreamingModule, double: StreamingModule, samples: Samples, output_names: list[str] | None
-) -> tuple[np.ndarray, list[str]]:
-    """Fill in the layout and the outputs of both; returns the initial state row and the names of dropped outputs."""
+def observe(lifted: LiftedModel, output_names: list[str] | None) -> Observation:
+    """Fill in the layout of the state row and the outputs, in both precisions.
+
+    Args:
+        output_names: for the outputs in forward's order; names of their own if None.
+
+    Raises:
+        ExportError: calls_depend_on_time, layer_axes or output.
+    """
+    streaming, double = lifted.single, lifted.double
     streaming.tape.computed = double.tape.computed = frozenset()
-    streaming.tape.computed = double.tape.computed = _computed_starts(double, samples)
-    frames: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
-    calls_at: dict[tuple[int, int], list[Call]] = {}
-    for batch, time in ((2, 6), (3, 6), (2, 9)):
-        tensors = as_tensors(samples.draw(batch, time, seed=11), double=False)
-        named, calls = attempt(f"{batch} sequences of {time} time steps", partial(streaming.record, *tensors.values()))
-        frames[batch, time], calls_at[batch, time] = named, calls
+    streaming.tape.computed = double.tape.computed = _computed_starts(lifted)
+    recorded = {size: _recorded(lifted, size) for size in _SIZES}
+    frames = {size: named for size, (named, _) in recorded.items()}
+    calls_at = {size: calls for size, (_, calls) in recorded.items()}
     streaming.layout = double.layout = _layout(calls_at)
-    dropped = _final_states([tensor for _, tensor in frames[2, 6]], calls_at[2, 6])
-    names = [name for name, _ in frames[2, 6]]
+    base = frames[_SIZES[0]]
+    dropped = _final_states([tensor for _, tensor in base], calls_at[_SIZES[0]])
     for _, output in streaming.arguments.carried.values():
-        dropped |= set(parts(frames[2, 6], output))
-    if len(dropped) == len(names):
+        dropped |= set(indices_of(base, output))
+    if len(dropped) == len(base):
         dropped = set()
-    streaming.outputs = double.outputs = plan(frames, dropped, output_names)
+    streaming.outputs = double.outputs = plan_outputs(frames, dropped, output_names)
     _check_names(streaming)
-    return _initial_row(double, samples), [names[index] or "y" for index in sorted(dropped)]
+    return Observation(_initial_row(lifted), tuple(base[index][0] or "y" for index in sorted(dropped)))
 
 
 def _final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:
@@ -124,32 +151,33 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
             )
 
 
-def _computed_starts(double: StreamingModule, samples: Samples) -> frozenset[Key]:
+def _computed_starts(lifted: LiftedModel) -> frozenset[Key]:
     """The calls whose initial state is not the same for all sequences: forward computes it from its inputs."""
     first: dict[Key, Tensor] = {}
     computed = set()
-    for batch, time in ((1, 6), (3, 6), (2, 9)):
-        for call in _calls(double, samples, batch, time):
+    for size in ((1, 6), (3, 6), (2, 9)):
+        for call in _calls(lifted, *size):
             rows, key = torch.cat(call.start, 1), (call.module, call.index)
             base = first.setdefault(key, rows[:1])
-            if (rows - base).abs().max() > 1e-12 or key in double.tape.tainted:
+            if (rows - base).abs().max() > 1e-12 or key in lifted.double.tape.tainted:
                 computed.add(key)
     return frozenset(key for key in computed if not key[0].startswith("input "))
 
 
-def _initial_row(double: StreamingModule, samples: Samples) -> np.ndarray:
+def _initial_row(lifted: LiftedModel) -> np.ndarray:
     """(state_size,) float32: what every sequence starts from, zero where that depends on its inputs."""
-    row = double.layout.pack(_calls(double, samples, 1, 6), start=True)[0]
+    double = lifted.double
+    row = double.layout.pack(_calls(lifted, 1, 6), start=True)[0]
     for slot in double.layout.slots:
         if slot.kind == "static" or (slot.module, slot.call) in double.tape.computed:
             row[slot.offset : slot.offset + slot.size] = 0.0
     return row.numpy().astype(np.float32)
 
 
-def _calls(double: StreamingModule, samples: Samples, batch: int, time: int) -> list[Call]:
-    tensors = as_tensors(samples.draw(batch, time, seed=22), double=True)
+def _calls(lifted: LiftedModel, batch: int, time: int) -> list[Call]:
+    tensors = as_tensors(lifted.samples.draw(batch, time, seed=22), double=True)
     with double_precision():
-        return attempt("float64 inputs", partial(double.record, *tensors.values()))[1]
+        return attempt("float64 inputs", partial(lifted.double.record, *tensors.values()))[1]
 
 
 def _check_names(streaming: StreamingModule) -> None:

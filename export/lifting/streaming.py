@@ -17,12 +17,12 @@ from unroll.export.lifting import module_state, packed, vmap_rules
 from unroll.export.lifting.carried_state import Carried
 from unroll.export.lifting.dataflow import Taint
 from unroll.export.lifting.float64 import double_precision
-from unroll.export.lifting.history import Keep, Place, Watch
+from unroll.export.lifting.history import KeepHistory, Place, WatchHistory
 from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.tape import Call, Part, Tape
 from unroll.export.signature.arguments import StateArgument
-from unroll.export.signature.outputs import Output, leaves, parts
+from unroll.export.signature.outputs import Output, indices_of, leaves
 from unroll.export.signature.samples import as_tensors
 
 Named = list[tuple[str, Tensor]]
@@ -64,10 +64,10 @@ class StreamingModule(nn.Module):
         self.layout = Layout(())
         self.outputs: tuple[Output, ...] = ()
         #: Where forward reaches into the past beside its recurrent layers, if that is to be kept; and what finds out.
-        self.places: list[Place | None] = []
-        self.watch: Watch | None = None
+        self.history: list[Place | None] = []
+        self.watch: WatchHistory | None = None
         #: The attributes of modules that forward leaves to its next call, if they are to be kept: see `carried_state`.
-        self.kept: dict[Attribute, Carried] = {}
+        self.carried_attributes: dict[Attribute, Carried] = {}
 
     @property
     def names(self) -> list[str]:
@@ -76,7 +76,7 @@ class StreamingModule(nn.Module):
     @property
     def row_by_row(self) -> bool:
         """Is forward given one sequence at a time: because it takes no other, or since each is at another time step?"""
-        return self.arguments.unbatched or any(place is not None and place.counted for place in self.places)
+        return self.arguments.unbatched or any(place is not None and place.counted for place in self.history)
 
     def forward(self, state: Tensor, sequence_lens: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not self.row_by_row:
@@ -150,17 +150,17 @@ class StreamingModule(nn.Module):
         rows = {}
         for name, (carried, _) in self.arguments.carried.items():
             rows[carried], arguments[name] = carried.take(self.tape, batch)
-        for (path, name), carried in self.kept.items():
+        for (path, name), carried in self.carried_attributes.items():
             rows[carried], value = carried.take(self.tape, batch)
             setattr(self.model.get_submodule(path), name, value)
-        mode = Keep(self.tape, self.model, self.places, batch).running() if self.places else nullcontext()
+        mode = KeepHistory(self.tape, self.model, self.history, batch).running() if self.history else nullcontext()
         with self._tainting(arguments), self.watch or mode:
             result = self.model(**arguments)
         returned = leaves(packed.as_padded(result))
         for carried, output in self.arguments.carried.values():
-            tensors = [returned[index][1] for index in parts(returned, output)]
+            tensors = [returned[index][1] for index in indices_of(returned, output)]
             carried.leave(self.tape, rows[carried], tensors, batch, time)
-        for (path, name), carried in self.kept.items():
+        for (path, name), carried in self.carried_attributes.items():
             tensors = pytree.tree_leaves(module_state.left_by(self.model, (path, name)))
             carried.leave(self.tape, rows[carried], tensors, batch, time)
         return returned

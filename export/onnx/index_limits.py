@@ -4,13 +4,15 @@ from collections.abc import Iterator
 
 import onnx
 
+from unroll.export.errors import ExportError
 from unroll.export.lifting.state_row import Layout
+from unroll.export.signature.samples import Samples
 
 #: Nodes that hand an integer on unchanged, as far as the row of an embedding goes.
 _TRANSPARENT = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Transpose", "Reshape", "Flatten", "Round"}
 
 
-def index_limits(model: onnx.ModelProto, layout: Layout) -> dict[str, int]:
+def _index_limits(model: onnx.ModelProto, layout: Layout) -> dict[str, int]:
     """For each integer input that indexes an embedding, static ones included: the number of its rows."""
     graphs = [model.graph, *_bodies(model.graph)]
     rows = {tensor.name: tensor.dims[0] for graph in graphs for tensor in graph.initializer if tensor.dims}
@@ -46,3 +48,18 @@ def _bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
 
 def _is_embedding(node: onnx.NodeProto, rows: dict[str, int]) -> bool:
     return node.input[0] in rows and all(attribute.i == 0 for attribute in node.attribute if attribute.name == "axis")
+
+
+def input_limits(graph: onnx.ModelProto, layout: Layout, samples: Samples) -> dict[str, int]:
+    """For each integer input that indexes an embedding: the number of its rows, below which its values must be.
+
+    Raises:
+        ExportError: input, where neither an embedding nor the example gives more than one value to try.
+    """
+    given = samples.example | samples.static
+    integers = {name: array for name, array in given.items() if array.dtype.kind == "i"}
+    limits = _index_limits(graph, layout)
+    for name, array in integers.items():
+        if name not in limits and (array == array.flat[0]).all():
+            raise ExportError("input", f"the example of {name!r} holds one value only; give the values it may take")
+    return {name: limit for name, limit in limits.items() if name in integers}

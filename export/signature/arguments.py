@@ -1,6 +1,7 @@
 """The arguments of forward: what they must be, and the example in other sizes."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,21 @@ from torch.utils import _pytree as pytree
 from unroll.bundle.manifest import RESERVED_NAMES
 from unroll.export.errors import ExportError
 from unroll.export.signature.outputs import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredArguments:
+    """What the user says of forward's arguments.
+
+    Attributes:
+        static: those without time, given once when a sequence begins.
+        state: those that forward hands on itself, each with the name of the output that the next call is handed.
+        batch_first: forward takes (batch, time, ...), otherwise (time, batch, ...).
+    """
+
+    static: frozenset[str]
+    state: Mapping[str, str]
+    batch_first: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class Output:
 
 def leaves(returned: Any) -> list[tuple[str, Tensor]]:
     """Every tensor in what forward returned, with a name made of its dict keys, field names or positions."""
-    return [(name, tensor) for name, tensor in _walk(returned, "")]
+    return _walk(returned, "")
 
 
 def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
@@ -63,13 +63,28 @@ def _walk(value: Any, path: str) -> list[tuple[str, Tensor]]:
     return [leaf for key, item in items for leaf in _walk(item, f"{path}_{key}" if path else key)]
 
 
-def parts(named: list[tuple[str, Tensor]], whole: str) -> list[int]:
-    """Which of the tensors are the output called `whole`, or what is in it."""
-    exact = [index for index, (name, _) in enumerate(named) if name == whole]
-    return exact or [index for index, (name, _) in enumerate(named) if name.startswith(whole + "_")]
+def indices_of(named: list[tuple[str, Tensor]], output: str) -> list[int]:
+    """Which of the tensors are the output of that name, or within it."""
+    exact = [index for index, (name, _) in enumerate(named) if name == output]
+    return exact or [index for index, (name, _) in enumerate(named) if name.startswith(output + "_")]
 
 
-def plan(
+def is_same(one: Tensor | None, other: Tensor) -> bool:
+    """Equal in shape and in every value; NaN equals NaN."""
+    return one is not None and one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+
+
+def first_difference(one: Any, other: Any) -> str | None:
+    """The name of the first tensor in which two results of forward differ, or None.
+
+    Raises:
+        ValueError: if they hold different numbers of tensors.
+    """
+    pairs = zip(leaves(one), leaves(other), strict=True)
+    return next((name for (name, a), (_, b) in pairs if not is_same(a, b)), None)
+
+
+def plan_outputs(
     frames: dict[tuple[int, int], list[tuple[str, Tensor]]], dropped: set[int], given_names: list[str] | None
 ) -> tuple[Output, ...]:
     """Find the axes of every output from the shapes seen at several (batch, time), the first of which is the base.

@@ -14,7 +14,7 @@ from unroll.export.lifting.streaming import StreamingModule, torch_runner
 Trace = list[tuple[str, list[Tensor], list[Tensor]]]
 
 
-def find_culprit(module: StreamingModule, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]) -> str:
+def find_divergence(module: StreamingModule, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]) -> str:
     """A phrase for a message: `at layer 'conv' (Conv1d)`, or between which layers. `module` is in float64."""
     whole = _trace(module, inputs, rows, [sum(chunks)])[0]
     pieces = _trace(module, inputs, rows, chunks)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from unroll.export.errors import ExportError
-from unroll.export.lifting.module_state import Attribute, refusal, same
-from unroll.export.signature.outputs import leaves
+from unroll.export.lifting.module_state import Attribute, refusal
+from unroll.export.signature.outputs import first_difference
 
 #: A bundle's graph is one protobuf message, of less than 2 GiB.
 _LARGEST = 2**31 - 2**24
@@ -47,15 +47,15 @@ def check_steady(forward: Callable[[], Any], state: list[Attribute]) -> Any:
     Raises ExportError(not_deterministic) if the calls differ, (keeps_state) if the model keeps a `state`.
     """
     first, second = forward(), forward()
-    for (name, one), (_, other) in zip(leaves(first), leaves(second), strict=True):
-        if not same(one, other):
-            if state:  # changed in place
-                raise refusal(state)
-            raise ExportError(
-                "not_deterministic",
-                f"two identical calls differ in output {name or 'y'!r}: forward uses random numbers or keeps a state",
-            )
-    return second
+    name = first_difference(first, second)
+    if name is None:
+        return second
+    if state:  # changed in place
+        raise refusal(state)
+    raise ExportError(
+        "not_deterministic",
+        f"two identical calls differ in output {name or 'y'!r}: forward uses random numbers or keeps a state",
+    )
 
 
 def check_finite(named: list[tuple[str, Tensor]]) -> None:

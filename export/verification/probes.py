@@ -6,115 +6,104 @@ from dataclasses import replace
 
 import numpy as np
 
-from unroll.bundle import Manifest, RunFunction, Verifier
 from unroll.bundle.golden import Arrays
-from unroll.bundle.verification import Differences, random_chunks, select_rows
 from unroll.export.errors import ExportError
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.signature.samples import Samples
-from unroll.export.verification.divergence import find_culprit
+from unroll.export.verification import trials
+from unroll.export.verification.divergence import find_divergence
+from unroll.export.verification.trials import Subject, Trial, one_row, random_chunks
 
 #: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.
 _CLOSE = 1e-9
 
-#: Values to be compared bit by bit: some functions round one in hundreds otherwise, at the end of a vector.
+#: Values to be compared bit by bit: some functions round one in hundreds differently, at the end of a vector.
 _MANY = 2**13
 
-#: Steps of the longest sequence that is tried, whole and cut, unless the example is longer, or steps are counted.
-LONG = 1024
+#: The most steps that a model is given before it is taken to need that many at a time.
+_MOST_STEPS = 13
 
 
-def with_reached(reference: RunFunction, samples: Samples, manifest: Manifest) -> Samples:
-    """With state rows that sequences end in, if the state is more than that of recurrent layers."""
-    if all(slot.kind in {"h", "c"} for slot in manifest.state):
-        return samples
-    rows = samples.begin(4, manifest, seed=82)
-    ends = [
-        Verifier(reference, manifest).whole(samples.draw(4, time, seed=81), rows)["state_out"].astype(np.float32)
-        for time in (4, 7, 19)
-    ]
-    return replace(samples, reached=np.concatenate(ends))
+def with_reached(reference: Subject) -> Samples:
+    """The samples with state rows that sequences end in, if the state is more than that of recurrent layers."""
+    if all(slot.kind in {"h", "c"} for slot in reference.manifest.state):
+        return reference.samples
+    rows = reference.begin(trials.REACHED[0])
+    ends = [reference.whole(reference.inputs(trial), rows)["state_out"] for trial in trials.REACHED]
+    return replace(reference.samples, reached=np.concatenate([end.astype(np.float32) for end in ends]))
 
 
-def check_rows(reference: RunFunction, samples: Samples, manifest: Manifest) -> None:
-    """Raises ExportError(rows_mixed) if a sequence's outputs depend on the others in its batch."""
-    batch, time = 6, 7
-    verifier = Verifier(reference, manifest)
-    for scale in (1, -2, 4):
-        inputs = _scaled(samples.draw(batch, time, seed=31), scale)
-        rows = samples.rows(batch, manifest, seed=32)
-        together = verifier.whole(inputs, rows)
-        for row in range(batch):
-            one = slice(row, row + 1)
-            for name, array in verifier.whole(select_rows(inputs, one), rows[one]).items():
-                if not _close(array, together[name][one]):
+def check_rows(reference: Subject) -> None:
+    """Check that a sequence's outputs do not depend on the other sequences of its batch.
+
+    Raises:
+        ExportError: rows_mixed, if they do.
+    """
+    for trial in trials.ROWS:
+        inputs, rows = reference.inputs(trial), reference.rows(trial)
+        together = reference.whole(inputs, rows)
+        for row in range(trial.batch):
+            alone = reference.whole(one_row(inputs, row), rows[row : row + 1])
+            for name, array in alone.items():
+                if not _close(array, together[name][row : row + 1]):
                     raise ExportError(
                         "rows_mixed",
-                        f"{name} of one sequence depends on the others in its batch; forward must treat rows "
-                        "independently (is the input (time, batch, ...)? then say batch_first=False)",
+                        f"{name} of one sequence depends on the other sequences in its batch; forward must treat each "
+                        "row by itself. If its input is (time, batch, ...), export with batch_first=False",
                     )
 
 
-def why_not_streamable(run: RunFunction, module: StreamingModule, samples: Samples, manifest: Manifest) -> str | None:
-    """None if running in chunks, carrying the state, equals running the whole sequence; else why, in words.
+def why_not_streamable(subject: Subject, module: StreamingModule) -> str | None:
+    """Why running in chunks, with the state carried on, differs from running the whole sequence; None if it does not.
 
-    `run` and `module` compute in float64. Three lengths and batch sizes, single steps and uneven chunks; many rows, of
-    inputs beyond the example's too, since the largest so far is often the last.
+    Args:
+        subject: in float64.
+        module: the same as a module, to find the layer where it differs.
     """
-    verifier = Verifier(run, manifest)
-    many = [(1,) * 24, (5, 1, 9, 2, 7), (23, 1)]
-    for batch, scale, chunkings in (
-        (3, 1, [(1,) * 11, (4, 1, 6)]),
-        (1, 1, [(1,) * 17, (2, 1, 1, 9, 4)]),
-        (32, 1, many),
-        (32, -2, many[1:]),
-    ):
-        time = sum(chunkings[0])
-        inputs = _scaled(samples.draw(batch, time, seed=41 + batch), scale)
-        rows = samples.rows(batch + 1, manifest, seed=43)
-        rows = rows[:batch] if batch > 1 else rows[1:]
-        whole = verifier.whole(inputs, rows)
-        for chunks in chunkings:
+    for trial in trials.STREAMING:
+        inputs = subject.inputs(trial)
+        rows = subject.samples.rows(trial.batch + 1, subject.manifest, seed=trial.row_seed)
+        rows = rows[: trial.batch] if trial.batch > 1 else rows[1:]
+        whole = subject.whole(inputs, rows)
+        for chunks in trial.chunkings:
             try:
-                cut = verifier.chunked(inputs, rows.astype(np.float64), chunks)
+                cut = subject.cut(inputs, rows.astype(np.float64), chunks)
             except ExportError as error:
                 if error.code != "forward_failed":
                     raise
                 return f"it cannot run in chunks: {error}"
             wrong = [name for name, array in cut.items() if not _close(array, whole[name])]
             if wrong:
-                return _reason(wrong[0], run, module, inputs, rows, chunks, samples, manifest)
-    return _why_not_for_ever(run, samples, manifest)
+                return _reason(wrong[0], subject, module, inputs, rows, chunks)
+    return _why_not_endless(subject)
 
 
-def _scaled(inputs: Arrays, scale: float) -> Arrays:
-    """Those that are floats."""
-    return {n: (a * scale).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in inputs.items()}
-
-
-def _why_not_for_ever(run: RunFunction, samples: Samples, manifest: Manifest) -> str | None:
-    """Where time steps are counted: does it go on after millions of them?"""
-    row = samples.begin(1, manifest, seed=45)
-    counts = [slot.offset for slot in manifest.state if slot.kind == "count"]
+def _why_not_endless(subject: Subject) -> str | None:
+    """Where time steps are counted: does it run after millions of them?"""
+    row = subject.begin(trials.ENDLESS)
+    counts = [slot.offset for slot in subject.manifest.state if slot.kind == "count"]
     row[:, counts] = 1.0  # of 2**23
     try:
-        Verifier(run, manifest).whole(samples.draw(1, 1, seed=46), row)
+        subject.whole(subject.inputs(trials.ENDLESS), row)
     except ExportError as error:
         return f"it counts time steps, and fails after {2**23} of them (a table of positions?): {error}"
     return None
 
 
-def why_not_over_long(run: RunFunction, samples: Samples, manifest: Manifest, steps: int = LONG) -> str | None:
-    """The same question over a sequence of so many steps or the example's length, for what reaches far back.
+def why_not_over_long(served: Subject, counted: bool) -> str | None:
+    """The same question over a long sequence, for what reaches far back.
 
-    `run` is onnxruntime's: it is fast, and repeats a recurrent layer bit for bit however the sequence is cut, so that
-    not even a chaotic model's rounding is taken for a difference.
+    Args:
+        served: on onnxruntime. It is fast, and repeats a recurrent layer bit for bit however the sequence is cut, so
+            that not even the rounding of a chaotic model is taken for a difference.
+        counted: the model counts time steps, and its row does not.
     """
-    time = max(steps, *(array.shape[1] for array in samples.example.values()))
-    inputs, rows = samples.draw(1, time, seed=53), samples.rows(1, manifest, seed=54)
-    verifier = Verifier(run, manifest)
-    whole = verifier.whole(inputs, rows)
-    for name, array in verifier.chunked(inputs, rows, (time // 2, 1, time - time // 2 - 1)).items():
+    least = trials.LONG.time * (trials.LONG_IF_COUNTED if counted else 1)
+    time = max(least, *(array.shape[1] for array in served.samples.example.values()))
+    trial = replace(trials.LONG, time=time, chunkings=((time // 2, 1, time - time // 2 - 1),))
+    inputs, rows = served.inputs(trial), served.rows(trial)
+    whole = served.whole(inputs, rows)
+    for name, array in served.cut(inputs, rows, trial.chunkings[0]).items():
         scale = max(1.0, float(np.abs(whole[name]).max()))
         if not np.abs(array.astype(np.float64) - whole[name]).max() <= 1e-3 * scale:
             return f"{name!r} depends on how a long sequence ({time} steps) is cut: something reaches far back in time"
@@ -122,20 +111,13 @@ def why_not_over_long(run: RunFunction, samples: Samples, manifest: Manifest, st
 
 
 def _reason(
-    output: str,
-    run: RunFunction,
-    module: StreamingModule,
-    inputs: Arrays,
-    rows: np.ndarray,
-    chunks: Sequence[int],
-    samples: Samples,
-    manifest: Manifest,
+    output: str, subject: Subject, module: StreamingModule, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]
 ) -> str:
-    backward = sorted({slot.module for slot in manifest.state if slot.direction == "reverse"})
+    backward = sorted({slot.module for slot in subject.manifest.state if slot.direction == "reverse"})
     if backward:
         return f"layer {', '.join(map(repr, backward))} is bidirectional: it reads the sequence from its end"
-    where = find_culprit(module, inputs, rows, chunks)
-    ahead = _looks_ahead(run, inputs, rows, samples, manifest)
+    where = find_divergence(module, inputs, rows, chunks)
+    ahead = _looks_ahead(subject, inputs, rows)
     if ahead:
         return f"output {ahead!r} at a time step depends on later time steps ({where})"
     return (
@@ -144,77 +126,79 @@ def _reason(
     )
 
 
-def _looks_ahead(
-    run: RunFunction, inputs: Arrays, rows: np.ndarray, samples: Samples, manifest: Manifest
-) -> str | None:
+def _looks_ahead(subject: Subject, inputs: Arrays, rows: np.ndarray) -> str | None:
     """The name of an output whose past changes when only the future inputs do."""
     batch, time = next(iter(inputs.values())).shape[:2]
-    other = samples.draw(batch, time, seed=47)
-    verifier = Verifier(run, manifest)
+    other = subject.samples.draw(batch, time, seed=trials.AHEAD_SEED)
+    one = subject.whole(inputs, rows)
     for now in range(1, time):
         changed = {n: np.concatenate([a[:, :now], other[n][:, now:]], axis=1) for n, a in inputs.items()}
-        one, two = verifier.whole(inputs, rows), verifier.whole(changed, rows)
-        for spec in manifest.outputs:
+        two = subject.whole(changed, rows)
+        for spec in subject.manifest.outputs:
             if spec.time and not _close(one[spec.name][:, :now], two[spec.name][:, :now]):
                 return spec.name
     return None
 
 
-def padding_differs(run: RunFunction, samples: Samples, manifest: Manifest) -> dict[str, float]:
-    """By output and `state_out`: how much a padded row differs from the same row alone, whatever lies in the padding.
+def padding_differs(served: Subject) -> dict[str, float]:
+    """By output and `state_out`: how much a padded row differs from the same row alone, whatever the padding holds.
 
-    All zero: not by a bit. `run` is onnxruntime's.
+    All zero: by no bit. `served` is on onnxruntime.
     """
     rng = np.random.default_rng(50)
-    # Many rows, from one step on if it can: a maximum over time hides the padding as long as that is not the largest.
-    few = _fewest_steps(run, samples, manifest)
+    few = _fewest_steps(served)
     lens = np.concatenate([rng.integers(few, 14, 48), np.minimum(few + rng.integers(0, 3, 200), 13)]).astype(np.int32)
-    lens[0] = 13
-    tries = [_padded(run, samples, manifest, lens, scale) for scale in (1, -1, 3, -3)]
+    lens[0] = _MOST_STEPS
+    tries = [_padded(served, trial, lens) for trial in trials.PADDED]
     with suppress(ExportError):  # a table of positions may end before
-        # A few long ones: some reach far.
-        tries.append(_padded(run, samples, manifest, np.array([300, 40, 150, 283], np.int32), 1))
+        tries.append(_padded(served, trials.PADDED_LONG, np.array(trials.PADDED_LONG_LENGTHS, np.int32)))
     return {name: max(each[name] for each in tries) for name in tries[0]}
 
 
-def _padded(run: RunFunction, samples: Samples, manifest: Manifest, lens: np.ndarray, scale: float) -> dict[str, float]:
-    """scale: of inputs that are floats, beside what the example holds."""
-    time = int(lens[0])
-    inputs, rows = samples.draw(len(lens), time, seed=51), samples.rows(len(lens), manifest, seed=52)
-    inputs = _scaled(inputs, scale)
-    rows[::2] = samples.begin(len(lens) // 2, manifest, seed=53)
-    worst: Differences = {}
-    for measured in Verifier(run, manifest).padded(inputs, rows, lens):
-        for name, value in measured.items():
-            worst[name] = max(worst.get(name, 0.0), value)
+def _padded(served: Subject, trial: Trial, lens: np.ndarray) -> dict[str, float]:
+    manifest = served.manifest
+    inputs, rows = served.inputs(trial), served.rows(trial)
+    rows[::2] = served.samples.begin(trial.batch // 2, manifest, seed=trials.PADDED_START_SEED)
+    outputs, after = served.run(inputs, rows, lens)
+    worst = dict.fromkeys([*outputs, "state_out"], 0.0)
+    for row, length in enumerate(lens):
+        one = {n: a[row : row + 1, :length] for n, a in inputs.items()}
+        alone, alone_after = served.run(one, rows[row : row + 1], lens[row : row + 1])
+        pairs = {
+            spec.name: (outputs[spec.name][row, :length] if spec.time else outputs[spec.name][row], alone[spec.name][0])
+            for spec in manifest.outputs
+        }
+        for name, (padded, expected) in (pairs | {"state_out": (after[row], alone_after[0])}).items():
+            difference = np.abs(padded.astype(np.float64) - expected.astype(np.float64))
+            worst[name] = max(worst[name], float(np.max(difference)))
     return worst
 
 
-def _fewest_steps(run: RunFunction, samples: Samples, manifest: Manifest) -> int:
+def _fewest_steps(served: Subject) -> int:
     """A model that cannot stream may need more than one at a time."""
-    row = samples.begin(1, manifest, seed=50)
-    for steps in range(1, 13):
+    row = served.samples.begin(1, served.manifest, seed=50)
+    for count in range(1, _MOST_STEPS):
         try:
-            run(samples.draw(1, steps, seed=50), row, np.array([steps], np.int32))
+            served.run(served.samples.draw(1, count, seed=50), row, np.array([count], np.int32))
         except ExportError:
             continue
-        return steps
-    return 13
+        return count
+    return _MOST_STEPS
 
 
-def is_bit_exact(run: RunFunction, samples: Samples, manifest: Manifest) -> bool:
-    """True if chunking, batch size and neighbours change no bit of any output or state. `run` is onnxruntime's."""
-    time = 24
-    values = sum(spec.size * (time if spec.time else 1) for spec in manifest.outputs)
+def is_bit_exact(served: Subject) -> bool:
+    """True if chunking, batch size and neighbours change no bit of any output or state, on onnxruntime."""
+    time = trials.BITS_TIME
+    values = sum(spec.size * (time if spec.time else 1) for spec in served.manifest.outputs)
     batch = min(max(_MANY // values, 32), 1024)
     rng = np.random.default_rng(61)
-    inputs, rows = samples.draw(batch, time, seed=62), samples.rows(batch, manifest, seed=63)
-    verifier = Verifier(run, manifest)
-    whole = verifier.whole(inputs, rows)
+    trial = Trial(batch, time, trials.BITS_INPUT_SEED, trials.BITS_ROW_SEED)
+    inputs, rows = served.inputs(trial), served.rows(trial)
+    whole = served.whole(inputs, rows)
     for size in (8, 17, 33, batch, *(1, 2, 3, 4, 5) * 8):
         chosen = rng.integers(0, batch, size)
-        chunks = random_chunks(time, rng) if manifest.streamable else (time,)
-        part = verifier.chunked(select_rows(inputs, chosen), rows[chosen], chunks)
+        chunks = random_chunks(time, rng) if served.manifest.streamable else (time,)
+        part = served.cut({n: a[chosen] for n, a in inputs.items()}, rows[chosen], chunks)
         if not all(np.array_equal(array, whole[name][chosen]) for name, array in part.items()):
             return False
     return True

@@ -2,60 +2,67 @@
 
 import copy
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 
-from unroll.bundle import Golden, Manifest, Parity, RunFunction, Verifier
+from unroll.bundle import Golden, Manifest, Parity, RunFunction
 from unroll.bundle.golden import Arrays
 from unroll.bundle.manifest import Precision
-from unroll.bundle.verification import differences, select_rows
 from unroll.export.errors import ExportError, first_line
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.onnx.precision import reduced_graph
 from unroll.export.onnx.runtime import onnx_runner
-from unroll.export.signature.samples import Samples, as_tensors
-from unroll.export.verification import probes
+from unroll.export.signature.samples import as_tensors
+from unroll.export.verification import probes, trials
+from unroll.export.verification.parity import expected_answers
+from unroll.export.verification.trials import Subject, one_row, steps
 
 #: Another processor, or other rows beside it, may round otherwise than those that were measured.
 _MARGIN = 2.0
 
-#: Steps of the sequence over which an error may add up.
-_LONG = 256
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is to be written as a bundle: the bytes of the graph, its golden vectors and its manifest."""
+
+    content: bytes
+    golden: Golden
+    manifest: Manifest
 
 
 def reduce(
-    graph: onnx.ModelProto,
-    precision: Precision,
-    streaming: StreamingModule,
-    reference: RunFunction,
-    golden: Golden,
-    samples: Samples,
-    manifest: Manifest,
-) -> tuple[bytes, Manifest]:
-    """The bytes of `graph` in `precision`, and the manifest with its error in place of float32's.
+    graph: onnx.ModelProto, precision: Precision, candidate: Candidate, streaming: StreamingModule, reference: Subject
+) -> Candidate:
+    """The candidate with `graph` in `precision`, and with its error in place of float32's.
 
-    The bound it states is twice what onnxruntime is off here, and in float16 at least 4 times what PyTorch itself is
-    off in float16, since a GPU does not compute as the CPU does. Raises ExportError(precision).
+    The bound that the manifest states is twice onnxruntime's error here, and in float16 at least 4 times PyTorch's own
+    error in float16, since a GPU does not compute as the CPU does.
+
+    Raises:
+        ExportError: precision, if the model cannot be reduced.
     """
-    content = reduced_graph(graph, precision)
+    content, manifest, golden = reduced_graph(graph, precision), candidate.manifest, candidate.golden
     try:
-        served = onnx_runner(content, streaming)
-        measured = _error(served, reference, golden, samples, manifest)
+        served = replace(reference, run=onnx_runner(content, streaming), manifest=manifest)
+        reference = replace(reference, manifest=manifest)
+        measured = _error(served, reference, golden)
         bounds = {name: _MARGIN * error for name, error in measured.items()}
         if precision == "float16":
-            own = _error(_half_runner(streaming), reference, golden, samples, manifest)
+            own = _error(replace(served, run=_half_runner(streaming)), reference, golden)
             bounds = {name: max(bound, 4 * own[name]) for name, bound in bounds.items()}
-        padding = probes.padding_differs(served, samples, manifest)
+        padding = probes.padding_differs(served)
     except ExportError as error:
         raise ExportError("precision", f"{precision}: {error}") from error
     parity = tuple(_entry(entry, measured[entry.output], bounds[entry.output]) for entry in manifest.parity)
     ragged = manifest.ragged and all(padding[entry.output] <= entry.tolerance for entry in parity)
-    exact = probes.is_bit_exact(served, samples, manifest) and not (ragged and any(padding.values()))
-    return content, replace(manifest, precision=precision, parity=parity, ragged=ragged, bit_exact=exact)
+    exact = probes.is_bit_exact(served) and not (ragged and any(padding.values()))
+    return Candidate(
+        content, golden, replace(manifest, precision=precision, parity=parity, ragged=ragged, bit_exact=exact)
+    )
 
 
 def limit(manifest: Manifest, most: float | None) -> Manifest:
@@ -113,28 +120,26 @@ def _default(dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def _error(
-    run: RunFunction, reference: RunFunction, golden: Golden, samples: Samples, manifest: Manifest
-) -> dict[str, float]:
-    """Largest absolute difference of `run` from `reference` by output and `state_out`.
+def _error(found: Subject, reference: Subject, golden: Golden) -> dict[str, float]:
+    """Largest absolute difference of `found` from `reference` by output and `state_out`.
 
     Over the golden sequences however they are cut, others in a large batch and each alone, since integers are scaled by
     what the whole batch holds, and long ones.
     """
-    verifier = Verifier(run, manifest)
+    time = steps(golden.inputs)
     worst = dict.fromkeys([*golden.outputs, "state_out"], 0.0)
 
-    def compare(found: Arrays, expected: Arrays) -> None:
-        for name, value in differences(found, expected).items():
-            worst[name] = max(worst[name], value if np.isfinite(value) else np.inf)
+    def compare(answers: Arrays, expected: Arrays) -> None:
+        for name, array in answers.items():
+            difference = float(np.max(np.abs(array.astype(np.float64) - expected[name])))
+            worst[name] = max(worst[name], difference if np.isfinite(difference) else np.inf)
 
-    for _, found in verifier.replayed(golden):
-        compare(found, golden.expected)
-    for batch, steps in ((32, golden.time), (2, _LONG)):
-        inputs, state = samples.draw(batch, steps, seed=81), samples.rows(batch, manifest, seed=82)
-        expected = Verifier(reference, manifest).whole(inputs, state)
-        compare(verifier.whole(inputs, state), expected)
-        for row in range(0, batch, 4):
-            one = slice(row, row + 1)
-            compare(verifier.whole(select_rows(inputs, one), state[one]), select_rows(expected, one))
+    for chunks in golden.chunkings if found.manifest.streamable else ((time,),):
+        compare(found.cut(golden.inputs, golden.state, chunks), expected_answers(golden))
+    for trial in (replace(trials.REDUCED_LONG, batch=trials.REDUCED_BATCH, time=time), trials.REDUCED_LONG):
+        inputs, state = found.inputs(trial), found.rows(trial)
+        expected = reference.whole(inputs, state)
+        compare(found.whole(inputs, state), expected)
+        for row in range(0, trial.batch, 4):
+            compare(found.whole(one_row(inputs, row), state[row : row + 1]), one_row(expected, row))
     return worst

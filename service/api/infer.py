@@ -20,8 +20,9 @@ from unroll.service.core.errors import InvalidRequest, InvalidShape, NeedsStoreL
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
+from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
-from unroll.service.store.record import Origin
+from unroll.service.scheduler.session import Session
 
 HEADER_LENGTH = b"inference-header-content-length"
 
@@ -108,7 +109,7 @@ def _sequence_steps(
     respond: Respond,
     again: Callable[[], bool] | None,
 ) -> Cancel:
-    served = _version_for(app, name, version, sequence, asked)
+    served, session = _find(app, name, version, sequence, asked)
     require_streamable(served)
     if sequence.start:
         app.refuse_if_draining()
@@ -117,16 +118,17 @@ def _sequence_steps(
     batch = _batch(served, asked)
     if len(batch) != 1:
         raise InvalidShape("a request of a sequence must have batch size 1")
-    origin, token = _begin_anew(app, name, served, sequence, timeout) if sequence.start else (None, b"")
-    chunk = served.loop.submit_steps(
-        *(sequence.id, batch[0], timeout, settled),
-        position=sequence.position,
-        start=sequence.start,
-        final=sequence.end,
-        origin=origin,
-        token=token,
-    )
-    return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
+    chunk = Chunk(batch[0], session, sequence.position, final=sequence.end)
+    if session is None:
+        now = served.loop.clock.now()
+        if (reply := served.scheduler.replay_closing(sequence.id, chunk, now)) is not None:
+            settled(reply)
+            return nothing_to_cancel
+        if not sequence.start:
+            raise served.scheduler.sessions.closed.error(sequence.id, now)
+        chunk.opening = _opening(app, name, served, sequence, timeout)
+    accepted = served.loop.submit(chunk, timeout, settled)
+    return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 
 
 def _answer_steps(plan: _Plan, reply: Reply) -> Answer:
@@ -140,14 +142,17 @@ def _encoded(head: dict, outputs: list[tuple[TensorSpec, np.ndarray, bool]]) -> 
     return Answer(200, RAW, body, b"inference-header-content-length: %d\r\n" % header_length)
 
 
-def _version_for(
+def _find(
     app: AppState,
     name: str,
     version: str | None,
     sequence: SequenceParameters,
     asked: InferRequest,
-) -> ServedModel:
-    """A sequence that lives, or whose end is asked for again, stays with its version; a new one gets the newest."""
+) -> tuple[ServedModel, Session | None]:
+    """The version of a sequence, and its session; None: there is none, or it is to be restarted.
+
+    An open sequence, or one that a retry opens or closes again, stays with its version; a new one gets the newest.
+    """
     check_id(sequence.id)
     keeper = app.catalog.keeper
     if sequence.start and keeper is not None and not keeper.is_verified(name, sequence.id):
@@ -157,10 +162,10 @@ def _version_for(
     if sequence.position not in (None, 0):
         raise InvalidRequest("a request that starts a sequence has sequence_position 0")
     if sequence.position == 0:
-        owner = app.catalog.owner(name, version, sequence.id)
-        if sequence.id in owner.scheduler.sessions or _remembers(owner, sequence.id, asked):
-            return owner
-    return app.catalog.resolve(name, version)
+        owner, session = app.catalog.owner(name, version, sequence.id)
+        if session is not None or _remembers(owner, sequence.id, asked):
+            return owner, session
+    return app.catalog.resolve(name, version), None
 
 
 def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool:
@@ -173,22 +178,22 @@ def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool
         return False
 
 
-def _begin_anew(
-    app: AppState, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float
-) -> tuple[Origin | None, bytes]:
-    """START without a position on a living sequence ends the old one, as in Triton; with position 0 it is a retry.
+def _opening(app: AppState, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float) -> Opening:
+    """The session that a request with START opens.
 
-    The origin of the new one, if it is to be durable, and the token of the one whose place it then takes in the store.
+    Without a position, START on an open sequence closes the old one, as in Triton; with position 0 it is a retry. A
+    durable session takes the place of the old one in the store.
     """
     durability, token = app.durability, b""
-    if sequence.position is None and (living := app.catalog.living(name, sequence.id)) is not None:
-        now = living.loop.clock.now()
+    if sequence.position is None and (found := app.catalog.living(name, sequence.id)) is not None:
+        old, session = found
+        now = old.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, row=True)  # a request that is refused must not end anything
-        session = living.scheduler.restart(sequence.id, now)
+        old.scheduler.restart(session, now)
         _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=session.position)
         if session.durable is not None and session.origin is not None:
             durability, token = session.origin.durability, session.durable.token
-    return (None if durability == "memory" else served.origin(durability)), token
+    return Opening(sequence.id, None if durability == "memory" else served.origin(durability), token)
 
 
 def _batch(served: ServedModel, asked: InferRequest) -> list[Tensors]:

@@ -52,7 +52,8 @@ def held_steps(
         )
     held = _Held(app, served, session_id, raw=document is None)
     settled = Answering(respond, problem, _Held.encode, held)
-    held.chunk = served.loop.submit_held(inputs, snapshot.row, snapshot.position, timeout_of(app, request), settled)
+    held.chunk = Chunk(inputs, position=snapshot.position, state_row=snapshot.row)
+    served.loop.submit(held.chunk, timeout_of(app, request), settled)
     return partial(served.loop.leave, held.chunk, settled)
 
 

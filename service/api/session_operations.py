@@ -155,8 +155,10 @@ async def find(app: AppState, model: str, session_id: str) -> tuple[ServedModel,
 
 def find_here(app: AppState, model: str, session_id: str) -> tuple[ServedModel, Session]:
     """The session as this process knows it, without a lookup in the store."""
-    served = app.catalog.owner_here(*split_reference(model), session_id)
-    return served, served.scheduler.sessions.find_detached(session_id, served.loop.clock.now())
+    served, session = app.catalog.owner_here(*split_reference(model), session_id)
+    if session is None:
+        raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
+    return served, session
 
 
 async def fork(app: AppState, model: str, session_id: str, wanted_id: str | None) -> tuple[ServedModel, Session]:
@@ -166,7 +168,7 @@ async def fork(app: AppState, model: str, session_id: str, wanted_id: str | None
     def begin_fork(served: ServedModel, session: Session) -> tuple[ServedModel, Awaitable[Session | Snapshot]]:
         if session.durable is not None:
             return served, _save(served, session)
-        return served, served.loop.act(session.id, lambda session: _copy(app, served, session, wanted_id))
+        return served, served.loop.act(session, lambda session: _copy(app, served, session, wanted_id))
 
     served, forking = await _at(app, model, session_id, begin_fork)
     forked = await forking
@@ -196,7 +198,7 @@ def _save(served: ServedModel, session: Session) -> Awaitable[Snapshot]:
     def read(session: Session) -> Snapshot:
         return Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))
 
-    return served.loop.act(session.id, read)
+    return served.loop.act(session, read)
 
 
 async def restore(app: AppState, model: str, session_id: str, content: bytes) -> tuple[ServedModel, Session]:
@@ -212,7 +214,7 @@ async def restore(app: AppState, model: str, session_id: str, content: bytes) ->
             session.forget_applied()  # they belong to another past
             return session
 
-        return served, served.loop.act(session.id, write)
+        return served, served.loop.act(session, write)
 
     served, putting = await _at(app, model, session_id, begin_put)
     return served, await putting
@@ -221,7 +223,7 @@ async def restore(app: AppState, model: str, session_id: str, content: bytes) ->
 async def close(app: AppState, model: str, session_id: str) -> tuple[ServedModel, Session]:
     def begin_close(served: ServedModel, session: Session) -> tuple[ServedModel, Session]:
         if session.durable is None:
-            served.scheduler.close(session.id, served.loop.clock.now())
+            served.scheduler.close(session, served.loop.clock.now())
         return served, session
 
     served, session = await _at(app, model, session_id, begin_close)
@@ -272,7 +274,6 @@ def new_id(app: AppState, name: str, session_id: str | None) -> str:
     if session_id is None:
         return secrets.token_urlsafe(_ID_BYTES)
     check_id(session_id)
-    if (living := app.catalog.living(name, session_id)) is not None:
-        session = living.scheduler.sessions.find_detached(session_id, living.loop.clock.now())
-        raise SessionExists(f"session {session_id!r} is open", position=session.position)
+    if (found := app.catalog.living(name, session_id)) is not None:
+        raise SessionExists(f"session {session_id!r} is open", position=found[1].position)
     return session_id

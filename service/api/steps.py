@@ -16,6 +16,7 @@ from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Req
 from unroll.service.api.sealed_steps import LENGTH, held_steps
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.reply import Reply
 
 
@@ -29,7 +30,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     document = None if raw else json_body(app, request, {"inputs", "position", "snapshot"})
     if document is not None and "snapshot" in document:
         return held_steps(app, model, session_id, request, respond, document)
-    served = app.catalog.owner(*split_reference(model), session_id)
+    served, session = app.catalog.owner(*split_reference(model), session_id)
     require_streamable(served)
     if document is None:
         inputs, encode = served.codec.from_raw(request.body), _raw_steps
@@ -37,7 +38,9 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
         position = position_of(document, position)
         inputs, encode = served.codec.from_json(document["inputs"]), _json_steps
     settled = Answering(respond, problem, encode, served.codec, request.again_with(session_id))
-    chunk = served.loop.submit_steps(session_id, inputs, timeout, settled, position=position)
+    if session is None:
+        raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
+    chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 
 

@@ -16,6 +16,7 @@ from unroll.service.catalog.overflow import Overflow
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import ModelChanged, ModelUnknown, NeedsStoreLookup
 from unroll.service.engine.runner import DeviceUnavailable
+from unroll.service.scheduler.session import Session
 from unroll.service.store.interface import Store
 
 _log = structlog.get_logger(__name__)
@@ -95,15 +96,16 @@ class Catalog:
             raise ModelChanged(f"the snapshot was taken from version {found[0].version}, not {version}")
         return min(found, key=lambda model: model.load_now)
 
-    def living(self, name: str, session_id: str) -> ServedModel | None:
-        """The version of a model on which the session lives, if it does."""
+    def living(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
+        """The session and the version it lives on, if it does; it is detached from its cohort, and has a row again."""
         now = self.clock.now()
         for model in self._by_name.get(name, ()):
-            if model.scheduler.sessions.get_detached(session_id, now) is not None:
-                return model
+            session = model.scheduler.sessions.get_detached(session_id, now)
+            if session is not None:
+                return model, session
         return self.overflow.bring_back(name, session_id) if self.overflow.holds(name, session_id) else None
 
-    def owner(self, name: str, version: str | None, session_id: str) -> ServedModel:
+    def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
         """`owner_here`, if that needs no lookup in the store. Raises NeedsStoreLookup, or what `owner_here` raises."""
         keeper = self.keeper
         if keeper is not None and not keeper.is_verified(name, session_id):
@@ -112,22 +114,24 @@ class Catalog:
                 raise NeedsStoreLookup(session_id)
         return self.owner_here(name, version, session_id)
 
-    def owner_here(self, name: str, version: str | None, session_id: str) -> ServedModel:
-        """Where the session lives, else where one of that id ended last, else where new sessions go.
+    def owner_here(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
+        """The session and the version it lives on; else the version where one of that id ended last, or the one that
+        new sessions go to, and None.
 
         Raises ModelUnknown, or ModelChanged if the session lives on a version other than the one asked for.
         """
-        if (model := self.living(name, session_id)) is not None:
+        if (found := self.living(name, session_id)) is not None:
+            model = found[0]
             if version is not None and version != model.version:
                 raise ModelChanged(f"session {session_id!r} runs on version {model.version}, not {version}")
-            return model
+            return found
         now = self.clock.now()
         ended: tuple[float, ServedModel] | None = None
         for model in self._by_name.get(name, ()):
             tombstone = model.scheduler.sessions.closed.get(session_id, now)
             if tombstone is not None and version in (None, model.version) and (not ended or tombstone.since > ended[0]):
                 ended = tombstone.since, model
-        return ended[1] if ended else self.resolve(name, version)
+        return ended[1] if ended else self.resolve(name, version), None
 
     # ── loading ──────────────────────────────────────────────────────────────────────────────────
 

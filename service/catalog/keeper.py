@@ -38,7 +38,7 @@ class Keeper:
         self,
         store: Store,
         models: Callable[[str], list[ServedModel]],
-        living: Callable[[str, str], ServedModel | None],
+        living: Callable[[str, str], tuple[ServedModel, Session] | None],
     ) -> None:
         self.store = store
         self._models = models
@@ -66,7 +66,7 @@ class Keeper:
             waiting.append(then)
             return
         self._waiting[key] = [then]
-        found = self._here(key)
+        found = self._living(*key)
         if found is not None and found[1].durable is not None:
             found[1].durable.stale = True  # nothing is accepted before those who wait; what was accepted is done first
         task = asyncio.create_task(self._fetch(key), name=f"fetch {name}/{session_id}")
@@ -101,7 +101,7 @@ class Keeper:
         commit = Commit(key, b"", record.token, record.origin.to_bytes(), position, row, record.last, begins=True)
         (error,) = await self.store.commit([commit])
         if isinstance(error, SessionContended):
-            found = await self.look_up(*key, lambda: self._here(key))
+            found = await self.look_up(*key, lambda: self._living(*key))
             raise SessionExists(f"session {session_id!r} is open", position=found[1].position if found else None)
         if error is not None:
             raise error
@@ -138,7 +138,7 @@ class Keeper:
                 *(served.name, session.id), lambda: served.scheduler.sessions.closed.error(session.id, now)
             )
         if served.scheduler.sessions.get_detached(session.id, now) is session:
-            served.scheduler.close(session.id, now)
+            served.scheduler.close(session, now)
         session.position = position
 
     async def stop(self) -> None:
@@ -166,7 +166,7 @@ class Keeper:
         name, session_id = key
         if not self._models(name):
             return
-        if (found := self._here(key)) is not None:
+        if (found := self._living(*key)) is not None:
             served, session = found
             if session.durable is None:
                 return  # there is no other
@@ -181,15 +181,9 @@ class Keeper:
                 return
         raise SessionContended(f"session {session_id!r} is wanted by several replicas", 0.1)
 
-    def _here(self, key: Key) -> tuple[ServedModel, Session] | None:
-        model = self._living(*key)
-        return (
-            None if model is None else (model, model.scheduler.sessions.find_detached(key[1], model.loop.clock.now()))
-        )
-
     def _adopt(self, key: Key, record: Record) -> None:
         name, session_id = key
-        found = self._here(key)
+        found = self._living(*key)
         if found is not None and found[0].manifest.digest != record.origin.model:
             found[0].scheduler.sessions.drop(found[1])  # closed elsewhere, and opened anew on another version
             found = None
@@ -199,7 +193,7 @@ class Keeper:
 
     def _is_gone(self, key: Key, gone: Gone | None) -> None:
         """Whatever is here of it is of the past."""
-        if (found := self._here(key)) is not None:
+        if (found := self._living(*key)) is not None:
             found[0].scheduler.sessions.drop(found[1])
         if gone is not None:
             models = self._models(key[0])
@@ -210,4 +204,4 @@ class Keeper:
 async def _quiet(served: ServedModel, session: Session) -> None:
     """Returns when what was accepted for the session is done."""
     with suppress(UnrollError):  # it ended, or what it waited for failed: either way nothing is under way
-        await served.loop.act(session.id, lambda session: None)
+        await served.loop.act(session, lambda session: None)

@@ -63,9 +63,9 @@ class Overflow:
         key = name, session_id
         return key in self._spill or key in self._parking
 
-    def bring_back(self, name: str, session_id: str) -> ServedModel | None:
-        """Give the session a row again, and return where; None if it is gone meanwhile. Raises CapacityExhausted
-        or ModelChanged."""
+    def bring_back(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
+        """Give the session a row again, and return where; None if it has expired. Raises CapacityExhausted or
+        ModelChanged."""
         key = name, session_id
         found = self._spill.take(key) or self._parking.pop(key, None)
         if found is None:
@@ -76,12 +76,12 @@ class Overflow:
             return None
         try:
             model = home(self._models(name), session_id, record)
-            model.adopt(session_id, record)
+            session = model.adopt(session_id, record)
             model.scheduler.counters.adopted += 1
         except UnrollError:
             self._spill.put(key, record, used)
             raise
-        return model
+        return model, session
 
     # ── limits ───────────────────────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,7 @@ class MonotonicClock:
 
 
 class ManualClock:
-    """A clock that moves when told to."""
+    """A clock that moves only by `advance`."""
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now

@@ -1,14 +1,14 @@
-"""Places in the life of a request where tests have the process killed or stopped. Unarmed, one costs a comparison.
+"""Failpoints: places where tests kill or stop the process. An unarmed one costs a comparison.
 
-    recv           a whole request of an inference route was read
+    recv           a complete request of an inference route was read
     batched        a batch was formed
     ran            it was run
-    before_commit  its durable sessions are about to be put into the store
-    after_commit   the store has answered
-    before_reply   an answer is about to be written
+    before_commit  its durable sessions are about to be committed
+    after_commit   the store has replied
+    before_reply   a reply is about to be written
 
-Armed by the environment only: UNROLL_FAILPOINTS="before_commit=kill:3,ran=stop:1" sends the process itself SIGKILL the
-third time it is about to commit, and SIGSTOP the first time it has run a batch.
+Armed only by the environment: UNROLL_FAILPOINTS="before_commit=kill:3,ran=stop:1" sends the process SIGKILL
+before its third commit, and SIGSTOP after its first batch.
 """
 
 import os

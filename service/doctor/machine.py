@@ -4,6 +4,7 @@ import os
 import resource
 from pathlib import Path
 
+from unroll.service.core.resources import host_memory, usable_cores
 from unroll.service.doctor.facts import Machine
 
 _CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
@@ -27,16 +28,14 @@ def look(root: Path = Path("/")) -> Machine:
 
 
 def _cores(root: Path) -> float:
-    allowed = float(len(os.sched_getaffinity(0)))
+    allowed = float(usable_cores())
     quota, _, period = _control_group(root, "cpu.max").partition(" ")
     return min(allowed, int(quota) / int(period)) if quota.isdigit() else allowed
 
 
 def _memory(root: Path) -> tuple[int, int]:
     """Bytes in all, and available."""
-    lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
-    kibibytes = {name: int(amount) for name, amount, *_ in lines}
-    memory, free = kibibytes["MemTotal:"] * 1024, kibibytes["MemAvailable:"] * 1024
+    memory, free = host_memory(root)
     limit, used = _control_group(root, "memory.max"), _control_group(root, "memory.current")
     if limit.isdigit() and used.isdigit():
         memory, free = min(memory, int(limit)), min(free, int(limit) - int(used))

@@ -1,12 +1,12 @@
 """A device that serves models: the host or a GPU. Chooses the engine and proves it before it serves."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 import structlog
 
 from unroll.bundle import Bundle, GoldenMismatch
+from unroll.service.core.resources import host_memory
 from unroll.service.engine.cuda.cuda_engine import CudaEngine
 from unroll.service.engine.cuda.device import CompilationFailed, Device, OutOfDeviceMemory
 from unroll.service.engine.cuda.layout import buckets
@@ -92,7 +92,7 @@ class HostBackend:
         self.runner = Runner(bundle.model_path, bundle.manifest, threads=options.threads)
 
     def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
-        return int(self._options.memory_share * _available_bytes() / (row_bytes + host_bytes))
+        return int(self._options.memory_share * host_memory()[1] / (row_bytes + host_bytes))
 
     def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
         engine = HostEngine(self.runner, self._manifest, rows)
@@ -111,7 +111,7 @@ class CudaBackend:
 
     def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
         share = self._options.memory_share
-        return int(share * min(self.device.free_bytes() / row_bytes, _available_bytes() / host_bytes))
+        return int(share * min(self.device.free_bytes() / row_bytes, host_memory()[1] / host_bytes))
 
     def create_engine(self, rows: int, max_batch: int) -> tuple[CudaEngine, Proof]:
         sizes = buckets(self._options.buckets, max_batch) if self._manifest.streamable else ()
@@ -199,9 +199,3 @@ def open_cuda(device: str) -> Device:
         return opened
     except (CompilationFailed, DeviceFailed, RuntimeError) as error:  # RuntimeError: the bindings cannot find a library
         raise DeviceUnavailable(f"{device} cannot be used: {error}") from error
-
-
-def _available_bytes() -> int:
-    """Return the host memory that Linux estimates to be available."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

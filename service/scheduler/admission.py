@@ -80,6 +80,14 @@ class Admission:
             self._counters.refused += 1
             raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
 
+    def admit(self, steps: int, now: float, deadline: float) -> None:
+        """Accept a chunk of which so many steps wait. Raises what `check` raises."""
+        wait = self.waiting_steps * self._pace.seconds_per_step
+        if self.in_flight >= self._max_queue or now + wait > deadline:
+            self.check(now, deadline)
+        self.in_flight += 1
+        self.waiting_steps += steps
+
     def add(self, chunks: int, steps: int) -> None:
         self.in_flight += chunks
         self.waiting_steps += steps

@@ -1,5 +1,6 @@
 """The records of work: a chunk of one session, a group of many sessions' steps, an action, and a pending commit."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,21 +10,37 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.reply import Outcome
 from unroll.service.scheduler.session import Cohort, Session, Work
+from unroll.service.store.record import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The session that a chunk opens.
+
+    origin: of a durable session; None: a memory session. token: of the record in the store that it takes the place of.
+    """
+
+    session_id: str
+    origin: Origin | None = None
+    token: bytes = b""
 
 
 class Chunk(Work):
-    """One or more time steps of one session, or a stateless sequence if `session` is None.
+    """One or more time steps of one session, or a stateless sequence.
 
-    inputs: each (time, *shape). start: the position of the first step. pinned: the client named that position.
-    opens: the session began with this chunk, and ends if it fails. final: the session closes after it.
+    inputs: each (time, *shape). session: None for a stateless sequence, and before the chunk has opened its session.
+    start: the position of the first step. pinned: the client named that position. final: the session closes with it.
+    opening: the session that begins with this chunk, and that ends if the chunk fails.
     state_row: (state_size,), the state a stateless sequence begins with, None for the initial state; afterwards the
     state it led to.
-    done: steps that have run, of a chunk that runs in pieces. workspace: the arena row of its state between pieces.
-    pieces: their outputs. running: a batch has it now. abandoned: the outcome it gets unless that batch completes it.
-    listeners: called with the outcome; they must not raise.
+    deadline: when it must have begun. done: steps that have run, of a chunk that runs in pieces. pieces: their outputs.
+    workspace: the arena row of its state between pieces. running: a batch has it now, or the store. abandoned: the
+    error it fails with unless that completes it. listeners: called with the outcome; they must not raise.
     """
 
     # Defaults stay in the class, because a chunk is created for every request and most never change them.
+    deadline = math.inf
+    opening: Opening | None = None
     done = 0
     workspace: int | None = None
     state_row: np.ndarray | None = None
@@ -38,22 +55,23 @@ class Chunk(Work):
     def __init__(
         self,
         inputs: Tensors,
-        length: int,
-        deadline: float,
         session: Session | None = None,
-        start: int = 0,
-        pinned: bool = False,
-        opens: bool = False,
+        position: int | None = None,
+        *,
         final: bool = False,
+        opening: Opening | None = None,
+        state_row: np.ndarray | None = None,
     ) -> None:
         self.inputs = inputs
-        self.length = length
-        self.deadline = deadline
+        self.length = len(inputs[0])
         self.session = session
-        self.start = start
-        self.pinned = pinned
-        self.opens = opens
+        self.start = position or 0
+        self.pinned = position is not None
         self.final = final
+        if opening is not None:
+            self.opening = opening
+        if state_row is not None:
+            self.state_row = state_row
 
     def answer(self, outcome: Outcome) -> None:
         self.outcome = outcome

@@ -86,7 +86,7 @@ class ClosedSessions:
             return SessionUnknown(f"no session {session_id!r}: it was never opened here, or its state is lost")
         return tombstone.cause(f"session {session_id!r} {_REASONS[tombstone.cause]}")
 
-    def reply_to(self, session_id: str, position: int | None, inputs: Tensors, now: float) -> Reply | None:
+    def reply_to(self, session_id: str, position: int, inputs: Tensors, now: float) -> Reply | None:
         """The reply to the chunk that closed the session, if this is that chunk again."""
         last = self._closing_chunks.get(session_id)
         if last is None or self.get(session_id, now) is None:

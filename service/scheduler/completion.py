@@ -113,7 +113,7 @@ class Completion:
         session = chunk.session
         if session is None:
             return
-        if chunk.opens and session.life is Life.OPEN:
+        if chunk.opening is not None and session.life is Life.OPEN:
             session.opened_with = b""  # nothing was applied: the request may be tried again
             self.close(session, now)
             if session.durable is not None:

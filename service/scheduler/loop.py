@@ -1,7 +1,6 @@
 """The asynchronous shell of the scheduler: runs what it decides, and lets callers wait for the answer."""
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -15,6 +14,7 @@ import numpy as np
 from unroll.service.core import failpoints
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import UnrollError
+from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCommit
@@ -22,13 +22,12 @@ from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.store.interface import Commit, Store, Tokens
-from unroll.service.store.record import Origin
 
 T = TypeVar("T")
 
 #: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free. What is shorter
 #: would lose by the way there and back, and on a single core nothing is gained until others would be kept waiting.
-INLINE_SECONDS = 0.004 if len(os.sched_getaffinity(0)) > 1 else 0.02
+INLINE_SECONDS = 0.004 if usable_cores() > 1 else 0.02
 #: The same of a batch that a device runs by itself: meanwhile the event loop has better things to do.
 LAUNCHED_SECONDS = 0.0005
 #: How often idle sessions are looked for when nothing else happens.
@@ -82,13 +81,15 @@ class Loop:
         seconds until they have begun.
 
         `then` is called once: with all replies, or with the first error, the other sequences being cancelled. What is
-        returned cancels them. Raises what `Scheduler.submit_sequence` raises; nothing is queued then.
+        returned cancels them. Raises what `Scheduler.submit` raises; nothing is queued then.
         """
         gathering = _Gathering(self, then)
         now = self.clock.now()
         try:
             for inputs, row in zip(batch, rows or [None] * len(batch), strict=True):
-                gathering.chunks.append(self.scheduler.submit_sequence(inputs, now, now + timeout, row=row))
+                chunk = Chunk(inputs, state_row=row)
+                self.scheduler.submit(chunk, now, now + timeout)
+                gathering.chunks.append(chunk)
         except UnrollError:
             gathering.cancel()
             raise
@@ -97,49 +98,26 @@ class Loop:
         self._work.set()
         return gathering.cancel
 
-    def submit_held(
-        self, inputs: Tensors, row: np.ndarray, start: int, timeout: float, then: Callable[[Outcome], None]
-    ) -> Chunk:
-        """Steps from a state that the caller holds, reached after `start` steps; the state after them is the chunk's
-        `row` when `then` is called. Raises what `Scheduler.submit_sequence` raises; nothing is queued then."""
-        now = self.clock.now()
-        chunk = self.scheduler.submit_sequence(inputs, now, now + timeout, row=row, start=start)
-        chunk.listeners = (then,)
-        self._work.set()
-        return chunk
+    def submit(self, chunk: Chunk, timeout: float, then: Callable[[Outcome], None]) -> Chunk | None:
+        """Queue a chunk, see `Scheduler.submit`, which also says what this raises.
 
-    def submit_steps(
-        self,
-        session_id: str,
-        inputs: Tensors,
-        timeout: float,
-        then: Callable[[Outcome], None],
-        *,
-        position: int | None = None,
-        start: bool = False,
-        final: bool = False,
-        origin: Origin | None = None,
-        token: bytes = b"",
-    ) -> Chunk | None:
-        """Steps of a session, see `Scheduler.submit_steps`; timeout: seconds until they must have begun.
+        Args:
+            chunk: of a session, or a stateless sequence.
+            timeout: seconds until it must have begun.
+            then: called once, with the reply or the error.
 
-        `then` is called once, with the reply or the error; at once, and None returned, if the reply is known already.
+        Returns:
+            The chunk to `leave` if the answer is no longer wanted: this one or, if it is a retry, the accepted one.
+            None if the reply was known; then `then` was called already.
         """
         now = self.clock.now()
-        chunk = self.scheduler.submit_steps(
-            *(session_id, inputs, now, now + timeout),
-            position=position,
-            start=start,
-            final=final,
-            origin=origin,
-            token=token,
-        )
-        if isinstance(chunk, Reply):
-            then(chunk)
+        accepted = self.scheduler.submit(chunk, now, now + timeout)
+        if isinstance(accepted, Reply):
+            then(accepted)
             return None
-        chunk.listeners += (then,)
+        accepted.listeners += (then,)
         self._work.set()
-        return chunk
+        return accepted
 
     def leave(self, chunk: Chunk, then: Callable[[Outcome], None]) -> None:
         """`then` is not to be called any more; if nobody else waits for the chunk, it is cancelled."""
@@ -187,9 +165,9 @@ class Loop:
             cancel()
             raise
 
-    def act(self, session_id: str, run: Callable[[Session], T]) -> "asyncio.Future[T]":
+    def act(self, session: Session, run: Callable[[Session], T]) -> "asyncio.Future[T]":
         """Run `run(session)` between batches, in the session's turn; until then it keeps its row."""
-        action = self.scheduler.submit_action(session_id, run, self.clock.now())
+        action = self.scheduler.submit_action(session, run, self.clock.now())
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         action.listeners.append(partial(_resolve, future))
         self._work.set()
@@ -300,7 +278,7 @@ class Loop:
             position=chunk.start + chunk.length,
             row=row,
             last=self.scheduler.replay.last_after(result),
-            begins=chunk.opens or not session.durable.token,
+            begins=chunk.opening is not None or not session.durable.token,
             ends=chunk.final,
         )
 

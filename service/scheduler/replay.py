@@ -152,7 +152,7 @@ class ReplayCache:
 
 
 def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
-    """The accepted chunk that begins where this one does; of a group, a follower that is answered with it."""
+    """The accepted chunk that begins where this one does; if that is a group, this one, which is answered with it."""
     position = chunk.start
     for work in session.own_progress.queue():
         if isinstance(work, Chunk) and work.start == position:
@@ -163,10 +163,9 @@ def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
             row = work.sessions.index(session)
             if chunk.final or not _same(row_of(work.inputs, row), chunk.inputs):
                 raise _mismatch(session, position)
-            follower = Chunk(chunk.inputs, work.length, work.deadline, session, position, pinned=True)
-            follower.running = True
-            work.followers.append((row, follower))
-            return follower
+            chunk.running = True
+            work.followers.append((row, chunk))
+            return chunk
     return None
 
 

@@ -36,7 +36,7 @@ from unroll.service.core.errors import (
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, PendingCommit
+from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, Opening, PendingCommit
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
@@ -106,58 +106,46 @@ class Scheduler:
         self.counters.opened += 1
         return session
 
-    def submit_sequence(
-        self, inputs: Tensors, now: float, deadline: float, *, row: np.ndarray | None = None, start: int = 0
-    ) -> Chunk:
-        """A sequence from the initial state, or from the state in `row`, reached after `start` steps; inputs: each
-        (time, *shape)."""
-        chunk = Chunk(inputs, len(inputs[0]), deadline, start=start)
-        chunk.state_row = row
-        self._admit(chunk, now)
-        self._lanes.put(chunk, now)
-        return chunk
+    def submit(self, chunk: Chunk, now: float, deadline: float) -> Chunk | Reply:
+        """Queue a chunk; one that has neither a session nor an opening is a stateless sequence.
 
-    def submit_steps(
-        self,
-        session_id: str,
-        inputs: Tensors,
-        now: float,
-        deadline: float,
-        *,
-        position: int | None = None,
-        start: bool = False,
-        final: bool = False,
-        origin: Origin | None = None,
-        token: bytes = b"",
-    ) -> Chunk | Reply:
-        """Queue steps of a session; inputs: each (time, *shape).
+        Returns:
+            This chunk. If it is the retry of an accepted chunk: that chunk; of an applied one: the reply.
 
-        With `position`, a retry is recognised: of a chunk in flight (that chunk is returned, to be listened to), or of
-        the last one applied (its Reply is returned). `start` opens the session first, unless this is the retry of the
-        request that did; with `origin` as a durable one, in the place of the one that `token` wrote. `final` closes it
-        afterwards. Raises SessionError, PositionGap, PositionTooOld, PayloadMismatch, QueueFull, DeadlineUnreachable or
-        NeedsStoreLookup; the session is then untouched.
+        Raises:
+            SessionError: the session is not open, or the chunk does not belong at its position.
+            Overloaded: there is no room for the chunk, or for the session that it opens.
+            NeedsStoreLookup: the session must be looked up in the store before this can be decided.
+            In each case nothing was changed.
         """
-        if final:
-            reply = self.sessions.closed.reply_to(session_id, position, inputs, now)
-            if reply is not None:
-                self.counters.replayed += 1
-                return reply
-        opens = start and self.sessions.get_detached(session_id, now) is None
-        if opens:
-            self._open_by_steps(session_id, inputs, position, now, deadline, origin, token)
-        session = self.sessions.find_detached(session_id, now)
+        chunk.deadline = deadline
+        session = chunk.session
+        if session is None:
+            if chunk.opening is None:
+                self._admission.admit(self._lanes.next_steps(chunk), now, deadline)
+                self._lanes.put(chunk, now)
+                return chunk
+            session = chunk.session = self._open_with(chunk, chunk.opening, now)
+        progress = self.sessions.require_open(session, now)
         if session.durable is not None and session.durable.stale:
-            raise NeedsStoreLookup(session_id)
-        progress = session.own_progress
-        pinned, start_at = position is not None, progress.expected if position is None else position
-        chunk = Chunk(inputs, len(inputs[0]), deadline, session, start_at, pinned, opens, final)
-        if chunk.start != progress.expected:
+            raise NeedsStoreLookup(session.id)
+        if not chunk.pinned:
+            chunk.start = progress.expected
+        elif chunk.start != progress.expected:
             return self._recognise(session, chunk)
-        self._admit(chunk, now)
+        self._admission.admit(self._lanes.next_steps(chunk), now, deadline)
         progress.expected += chunk.length
         self._queues.add(progress, chunk, now)
         return chunk
+
+    def replay_closing(self, session_id: str, chunk: Chunk, now: float) -> Reply | None:
+        """The reply to the chunk that closed a session of that id, if this chunk is its retry."""
+        if not chunk.final or not chunk.pinned:
+            return None
+        reply = self.sessions.closed.reply_to(session_id, chunk.start, chunk.inputs, now)
+        if reply is not None:
+            self.counters.replayed += 1
+        return reply
 
     def submit_group(
         self,
@@ -173,7 +161,7 @@ class Scheduler:
         """Queue the next steps of every session that is idle, and at the position said for it, if one was.
 
         inputs: each (len(sessions), time, *shape). Returns the rows that were not taken: their sessions are busy,
-        gone, elsewhere, durable, or the row is a session's second; `submit_steps` takes them or says why not. The
+        gone, elsewhere, durable, or the row is a session's second; `submit` takes them or says why not. The
         others are answered by one call of `then`, or one for each `max_batch` of them. Raises QueueFull or
         DeadlineUnreachable; nothing is queued then.
 
@@ -197,11 +185,14 @@ class Scheduler:
         """
         return self._groups.submit_cohorts(cohorts, positions, inputs, now, deadline, then)
 
-    def submit_action(self, session_id: str, run: Callable[[Session], object], now: float) -> Action:
-        """Run `run(session)` between batches, after the session's chunks accepted so far."""
-        session = self.sessions.find_detached(session_id, now)
+    def submit_action(self, session: Session, run: Callable[[Session], object], now: float) -> Action:
+        """Run `run(session)` between batches, after the session's chunks accepted so far.
+
+        Raises SessionError if the session is not open.
+        """
+        progress = self.sessions.require_open(session, now)
         action = Action(session, lambda: run(session))
-        self._queues.add(session.own_progress, action, now)
+        self._queues.add(progress, action, now)
         return action
 
     def set_retry_depth(self, session: Session, depth: int) -> None:
@@ -228,16 +219,18 @@ class Scheduler:
         session.source = session.slot if record.row else INITIAL
         return session
 
-    def close(self, session_id: str, now: float) -> Session:
-        """Close at once: what waits fails with `session_closed`, what runs is finished and answered."""
-        session = self.sessions.find_detached(session_id, now)
-        self._completion.close(session, now)
-        return session
+    def close(self, session: Session, now: float) -> None:
+        """Close at once: what waits fails with `session_closed`, what runs is completed and answered.
 
-    def restart(self, session_id: str, now: float) -> Session:
-        """Close a living session because its client began another under the same id; counted."""
+        Raises SessionError if the session is not open.
+        """
+        self.sessions.require_open(session, now)
+        self._completion.close(session, now)
+
+    def restart(self, session: Session, now: float) -> None:
+        """Close a session because its client began another under the same id; counted."""
         self.counters.restarted += 1
-        return self.close(session_id, now)
+        self.close(session, now)
 
     def cancel(self, chunk: Chunk, now: float) -> None:
         """Nobody waits for this chunk any more: it is dropped, unless the batch that completes it is running."""
@@ -321,28 +314,18 @@ class Scheduler:
             self.sessions.check_room()
         self._admission.check(now, deadline)
 
-    def _open_by_steps(
-        self,
-        session_id: str,
-        inputs: Tensors,
-        position: int | None,
-        now: float,
-        deadline: float,
-        origin: Origin | None,
-        token: bytes,
-    ) -> None:
-        """Unless the steps are a late duplicate of those that opened a session which is gone by now."""
-        digest = payload_digest(inputs) if position == 0 else b""
+    def _open_with(self, chunk: Chunk, opening: Opening, now: float) -> Session:
+        """Open the chunk's session; raises SessionGone for a late duplicate of a chunk that opened one."""
+        session_id, origin = opening.session_id, opening.origin
+        digest = payload_digest(chunk.inputs) if chunk.pinned and chunk.start == 0 else b""
         if digest and self.sessions.closed.was_opened_with(session_id, digest, now):
             raise self.sessions.closed.error(session_id, now)
-        self.check_room(now, deadline, row=True)
+        self.check_room(now, chunk.deadline, row=True)
         if origin is not None:
             origin = replace(origin, opened_with=digest)
-        self.open(session_id, now, origin=origin, token=token).opened_with = digest
-
-    def _admit(self, chunk: Chunk, now: float) -> None:
-        self._admission.check(now, chunk.deadline)
-        self._admission.add(1, self._lanes.next_steps(chunk))
+        session = self.open(session_id, now, origin=origin, token=opening.token)
+        session.opened_with = digest
+        return session
 
     def _recognise(self, session: Session, chunk: Chunk) -> Chunk | Reply:
         """What a chunk that does not begin at the session's end is: a retry, too old, or too early.

@@ -130,6 +130,20 @@ class SessionTable:
             return None
         return session
 
+    def require_open(self, session: Session, now: float) -> Progress:
+        """The session's own progress; detached from its cohort.
+
+        Raises:
+            SessionUnknown, SessionGone: the session is not open any more, and this is what became of it.
+        """
+        progress = session.progress or self.cohorts.detach(session)
+        if session.life is Life.OPEN and (now - progress.last_used < self._idle_timeout or progress.active is not None):
+            return progress
+        self.expire(now)
+        if session.id in self._live:
+            raise SessionClosed(f"session {session.id!r} was closed; another of that id was opened since")
+        raise self.closed.error(session.id, now)
+
     def detach_from_cohort(self, session: Session) -> Session:
         """The session with its own progress; the cohort it is part of is dissolved for that."""
         self.cohorts.detach(session)

@@ -1,1 +1,1 @@
-"""What happens, in figures (`metrics.py`) and in words (`logs.py`)."""
+"""Metrics (`metrics.py`), statistics of the Open Inference Protocol (`statistics.py`), and logs (`logs.py`)."""

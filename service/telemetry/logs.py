@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on stderr, uvicorn's own lines included."""
+"""Structured logs: one JSON object per line on stderr, uvicorn's lines included."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ import structlog
 
 
 def configure(level: str, **fields: int) -> None:
-    """fields: what every line has."""
+    """fields: added to every line."""
     shared: list[structlog.typing.Processor] = [
         lambda logger, method, event: {**event, **fields},
         structlog.stdlib.add_log_level,

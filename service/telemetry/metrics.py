@@ -1,4 +1,4 @@
-"""Prometheus metrics, collected when they are scraped: the step path only counts in plain integers."""
+"""Prometheus metrics, collected at scrape time: the step path only increments plain integers."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -25,14 +25,14 @@ class Histogram:
         self.sum += value
 
     def buckets(self) -> list[tuple[str, float]]:
-        """(upper bound, values up to it), as Prometheus wants them."""
+        """(upper bound, values up to it), as in Prometheus."""
         labels = [*(str(bound) for bound in self.bounds), "+Inf"]
         return list(zip(labels, map(float, accumulate(self.counts)), strict=True))
 
 
 @dataclass(slots=True)
 class RequestFigures:
-    """Requests of one route: how many by status, and how many seconds they took."""
+    """Requests of one route: counts by status, and durations in seconds."""
 
     by_status: dict[int, int] = field(default_factory=dict)
     seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
@@ -65,10 +65,10 @@ HELP = {
     "unroll_batches": "Calls of the model.",
     "unroll_padded_steps": "Time steps computed only as padding.",
     "unroll_replayed": "Retries answered without running the model.",
-    "unroll_refused": "Requests refused for want of room or time.",
+    "unroll_refused": "Requests refused for lack of capacity or time.",
     "unroll_sessions_opened": "Sessions opened.",
-    "unroll_sessions_adopted": "Sessions brought in from the store, or back from host memory.",
-    "unroll_sessions_restarted": "Living sessions ended by a sequence_start under their id.",
+    "unroll_sessions_adopted": "Sessions loaded from the store or from host memory.",
+    "unroll_sessions_restarted": "Open sessions ended by a sequence_start under their id.",
     "unroll_sessions_gone": "Sessions lost to expiry or eviction.",
     "unroll_failed": "Accepted requests that failed, by error code.",
     "unroll_batch_rows": "Rows in a call of the model.",
@@ -94,7 +94,7 @@ class Collector:
         self._spilled = spilled
 
     def exposition(self) -> bytes:
-        """The text a scrape returns."""
+        """The text of a scrape."""
         registry = CollectorRegistry()
         registry.register(self)
         return generate_latest(registry)

@@ -1,4 +1,4 @@
-"""What a model version has done, as the Open Inference Protocol's statistics want it: counted once for each batch."""
+"""Statistics of a model version for the Open Inference Protocol, updated once per batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,9 +32,9 @@ class Statistics:
         input_seconds: float = 0.0,
         output_seconds: float = 0.0,
     ) -> None:
-        """A batch is done. now: on the server's clock. steps, queue_seconds: of all rows together.
+        """Record a batch. now: on the server's clock. steps, queue_seconds: totals over all rows.
 
-        answered, failed: requests that ended with it; the other rows' requests have further pieces to run.
+        answered, failed: requests that ended with it; those of the other rows have more pieces to run.
         """
         self._last = now
         self._steps += steps

@@ -1,1 +1,1 @@
-"""uvicorn's protocols, with a short way for the inference routes: no task, no scope, one write per answer."""
+"""uvicorn's protocols with a fast path for the inference routes: no task, no scope, one write per reply."""

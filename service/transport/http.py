@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocol, which answers the inference routes itself and hands everything else to the application.
 
-A request of these routes costs no task and no ASGI messages: when its last byte has been parsed the work begins, and
-when the work is done the answer is written, in one piece. A connection that is lost cancels its work at once.
+A request of these routes costs no task and no ASGI messages: the work starts when the last byte has been parsed, and
+its end writes the reply in one piece. A lost connection cancels its work immediately.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ from unroll.service.core.errors import BodyTooLarge, UnrollError
 
 
 def http_protocol(server: AppState) -> type[HttpToolsProtocol]:
-    """For `uvicorn.Config(http=...)`."""
+    """The protocol class for `uvicorn.Config(http=...)`."""
     return type("HttpProtocol", (HttpProtocol,), {"unroll": server})
 
 
 class Exchange(Request):
-    """The request of an inference route that a connection is busy with, in the place of uvicorn's own record of one.
+    """The inference request of a connection, in place of uvicorn's own request record.
 
-    A connection has one of these, used again for each request.
+    A connection reuses one instance for all of its requests.
     """
 
     __slots__ = ("cancel", "disconnected", "keep_alive", "more_body", "response_complete", "room", "route", "started")
@@ -41,7 +41,7 @@ class Exchange(Request):
         self.more_body = False
 
     def begin(self, route: Route, room: int, keep_alive: bool) -> None:
-        """room: bytes the body may have."""
+        """room: limit of the body in bytes."""
         self.route = route
         self.room = room
         self.keep_alive = keep_alive
@@ -126,11 +126,11 @@ class HttpProtocol(HttpToolsProtocol):
                 exchange.cancel = cancel
 
     def _find_route(self) -> Route | None:
-        """The inference route asked for; None leaves the request to uvicorn and the application."""
+        """The requested inference route; None leaves the request to uvicorn and the application."""
         busy = self.cycle is not None and not self.cycle.response_complete
         if busy or self.expect_100_continue or self.parser.get_method() != b"POST" or self.parser.should_upgrade():
             return None
-        if self.url != self._route_url:  # a client's next request mostly goes where its last one went
+        if self.url != self._route_url:  # most clients repeat their last route
             path = self.url.partition(b"?")[0].decode("ascii", "replace")
             self._path = (unquote(path) if "%" in path else path).split("/")
             self._route = inference_routes.find(self._path)

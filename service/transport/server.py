@@ -1,9 +1,9 @@
-"""uvicorn's server, which ends in order: what was accepted is answered, and streams learn where their sessions are.
+"""uvicorn's server with a graceful shutdown: accepted requests are answered, and streams report their sessions.
 
-SIGTERM  not ready, no new sessions; answers ask clients to connect anew
+SIGTERM  not ready, no new sessions; replies carry `Connection: close`
 delay    load balancers notice
-then     no new connections; idle ones are closed, busy ones and streams when nothing is owed to their clients
-timeout  who is still connected is cut off
+then     no new connections; idle ones are closed, busy ones and streams once everything is answered
+timeout  the remaining clients are disconnected
 last     the application's lifespan ends: see `service/app.py`
 """
 
@@ -20,9 +20,9 @@ from unroll.service.api.app_state import AppState
 
 _log = structlog.get_logger(__name__)
 
-#: A signal that comes this soon after the first is the same one, by way of a supervisor.
+#: A second signal within this time is the first one, forwarded by a supervisor.
 _ECHO_SECONDS = 0.5
-#: How often the end of the delay and of the connections is looked for.
+#: Poll interval for the end of the delay and of the connections.
 _LOOK_SECONDS = 0.02
 
 
@@ -38,7 +38,7 @@ class DrainingServer(uvicorn.Server):
         self._signalled = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Also while the server starts."""
+        """Start the drain; a second signal forces the exit. May be called while the server starts."""
         if not self.should_exit:
             self._signalled = time.monotonic()
             self.should_exit = True
@@ -73,7 +73,7 @@ class DrainingServer(uvicorn.Server):
         return not (self.server_state.connections or self.server_state.tasks or self._unroll.in_flight)
 
     async def _wait(self, over: Callable[[], bool], seconds: float) -> None:
-        """Until it is over, or so long, or until a second signal; a moment in any case, in which goodbyes leave."""
+        """Wait until `over()`, the time limit, or a second signal; at least one poll, in which goodbyes are sent."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         await asyncio.sleep(_LOOK_SECONDS)
@@ -81,7 +81,7 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _cut(self) -> None:
-        """Whoever is still connected, and the requests of who is not."""
+        """Disconnect the remaining clients, and cancel the requests of disconnected ones."""
         connections, tasks = [*self.server_state.connections], [*self.server_state.tasks]
         if connections or tasks:
             _log.warning("cut off", connections=len(connections), requests=self._unroll.in_flight)

@@ -1,4 +1,4 @@
-"""uvicorn's WebSocket protocol, which hands the messages of a stream straight to it: no queue, no task per message."""
+"""uvicorn's WebSocket protocol, which passes messages directly to a stream: no queue, no task per message."""
 
 import asyncio
 import struct
@@ -11,18 +11,18 @@ from websockets.http11 import Request
 
 from unroll.service.core import failpoints
 
-# RFC 6455, 5.2: the first byte of a whole message; how the second byte says the payload's length.
+# RFC 6455, 5.2: the first byte of a complete message; the second byte's codes for the payload length.
 _FIN_TEXT, _FIN_BINARY = 0x81, 0x82
 _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
 #: Bytes of a masked frame without payload.
 _LEAST = 6
 
-#: Under this name the application finds a `DirectStream` among the extensions of a connection's scope.
+#: The extension in a connection's scope that holds its `DirectStream`.
 EXTENSION = "unroll.stream"
 
 
 class DirectStream:
-    """What the application may use instead of ASGI's messages, once it has accepted the connection."""
+    """An alternative to ASGI's messages, after the application has accepted the connection."""
 
     def __init__(self, protocol: "StreamProtocol") -> None:
         self._protocol = protocol
@@ -37,7 +37,7 @@ class DirectStream:
         on_binary: Callable[[bytes], None],
         on_writable: Callable[[bool], None],
     ) -> None:
-        """From now on each message is a call, those included that came before. `closed`: there will be no more."""
+        """Deliver messages by calls from now on, earlier ones included. `closed`: no more messages will arrive."""
         self.on_text, self.on_binary, self.on_writable = on_text, on_binary, on_writable
         self._protocol.hand_over(on_text, on_binary)
 
@@ -48,7 +48,7 @@ class DirectStream:
         self._protocol.send_message(message, text=True)
 
     def pause(self) -> None:
-        """Read no more for now."""
+        """Stop reading until `resume`."""
         self._protocol.transport.pause_reading()
 
     def resume(self) -> None:
@@ -59,15 +59,15 @@ class DirectStream:
         return self._protocol.transport.get_write_buffer_size()
 
     def close(self, code: int, reason: str) -> None:
-        """Send no more; what the client still sends is discarded."""
+        """Send no more; discard later messages of the client."""
         self._protocol.send_close(code, reason)
 
     def abort(self) -> None:
-        """Cut the connection off."""
+        """Abort the connection."""
         self._protocol.transport.abort()
 
     def end(self) -> None:
-        """There will be no more messages."""
+        """No more messages will arrive."""
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -88,13 +88,13 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             super().data_received(data[taken:] if taken else data)
 
     def _take_whole(self, data: bytes) -> int:
-        """Hand on the binary messages that lie whole at the front; returns how many bytes they were.
+        """Deliver the complete binary messages at the front of the data; returns their size in bytes.
 
-        The library does this in a generator, byte by byte of the header, at several times the cost. It gets whatever is
-        not a masked, unfragmented, complete binary message after another.
+        The library parses in a generator, byte by byte of the header, at several times the cost. It gets everything
+        else: only masked, unfragmented, complete binary messages are handled here.
         """
         conn, taken = self.conn, 0
-        if conn.reader.buffer or conn.current_size is not None:  # it is in the middle of something
+        if conn.reader.buffer or conn.current_size is not None:  # the library is inside a message
             return 0
         while len(data) - taken >= _LEAST and data[taken] == _FIN_BINARY and not self.close_sent:
             size, begin = data[taken + 1] - _MASKED, taken + 6
@@ -120,7 +120,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             sink(frames[0] if len(frames) == 1 else b"".join(frames))
 
     def hand_over(self, on_text: Callable[[bytes], None], on_binary: Callable[[bytes], None]) -> None:
-        """Give the messages that are queued for the application to these instead."""
+        """Deliver the messages queued for the application to these callbacks instead."""
         while not self.queue.empty():
             event: Any = self.queue.get_nowait()
             if event["type"] == "websocket.disconnect":
@@ -147,8 +147,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self.transport.write(head + message)
 
     def send_close(self, code: int, reason: str) -> None:
-        """The connection ends when the client has answered: data that nobody reads would make the kernel cut it, and
-        what is still on its way out would be lost."""
+        """Close after the client's answer: with unread data the kernel would reset the connection and drop outgoing
+        data."""
         if self.close_sent or self.disconnected or self.transport.is_closing():
             return
         self.conn.send_close(code, reason)
@@ -161,7 +161,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and self.close_sent:
-            self.handshake_complete = True  # refused, which uvicorn would report as an application that does not answer
+            self.handshake_complete = True  # otherwise uvicorn would report a refusal as a missing response
 
     def handle_close(self, event: Frame) -> None:
         super().handle_close(event)

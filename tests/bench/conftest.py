@@ -1,4 +1,4 @@
-"""Servers in the test's own loop that answer what the test says, and the models that are measured."""
+"""Scripted WebSocket servers in the test's event loop, and the exported models."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +15,7 @@ Serve = Callable[[Callable[[ServerConnection], Awaitable[None]]], Any]
 
 @pytest.fixture
 def websocket_server() -> Serve:
-    """Yields the port on which the handler is called with each connection."""
+    """Starts a server that calls the handler for each connection; yields its port."""
 
     @asynccontextmanager
     async def serving(handler: Callable[[ServerConnection], Awaitable[None]]) -> AsyncIterator[int]:
@@ -27,7 +27,7 @@ def websocket_server() -> Serve:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of them; what PyTorch says to them is beside it."""
+    """A repository with the models; PyTorch's outputs are in the folder above."""
     repository = tmp_path_factory.mktemp("models") / "repository"
     model.write(repository)
     return repository

@@ -1,4 +1,4 @@
-"""The benchmark runs, checks every answer, and leaves figures; how good they are is not tested here."""
+"""The benchmark runs, checks every answer and writes figures. The figures themselves are not tested."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from bench.subjects import infer_request
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_quick_run_has_figures_and_no_errors(models: Path, tmp_path: Path) -> None:
+def test_quick_run_has_figures_and_no_errors(models: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     words = f"-m bench --quick --peers none --only websocket,mixed,start --models {models} --json {file}"
     run = subprocess.run(
@@ -37,7 +37,7 @@ def test_a_quick_run_has_figures_and_no_errors(models: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("start", [False, True])
-def test_an_infer_request_is_what_tritonclient_sends(start: bool) -> None:
+def test_infer_request_equals_tritonclients(start: bool) -> None:
     row = np.arange(4, dtype=np.float32)
     x = InferInput("x", [1, 1, 4], "FP32")
     x.set_data_from_numpy(row.reshape(1, 1, 4))
@@ -51,21 +51,21 @@ def test_an_infer_request_is_what_tritonclient_sends(start: bool) -> None:
     assert f"inference-header-content-length: {length}".encode() in head
 
 
-def test_a_ratio_is_of_medians_and_its_range_of_turns() -> None:
+def test_ratio_is_of_medians_and_its_range_of_turns() -> None:
     ours, theirs = row("ours", 10.0, 30.0, 20.0), row("theirs", 10.0, 10.0, 40.0)
     verdict = ratio(1, "ours of theirs", 1.5, ours, theirs)
     assert (verdict.value, verdict.low, verdict.high, verdict.passed) == (2.0, 0.5, 3.0, True)
-    assert ratio(1, "ours of no one's", 1.5, ours, None).passed is None
+    assert ratio(1, "ours of a missing row", 1.5, ours, None).passed is None
     assert Verdict(7, "too slow", 120.0, 130.0, at_least=False).passed is False
 
 
-def test_where_the_load_generator_was_the_limit_the_row_says_so() -> None:
+def test_rows_limited_by_the_load_generator_are_marked() -> None:
     rows = [row("ceiling", 100.0), row("near", 90.0), row("far", 50.0), row("busy", 50.0, busy=0.95)]
     bound = {found["name"]: found["load_bound"] for found in Outcome("o", "", rows=rows).document()["rows"]}
     assert bound == {"ceiling": False, "near": True, "far": False, "busy": True}
 
 
-def test_the_page_has_the_figures_between_its_marks_and_is_the_same_each_time(tmp_path: Path) -> None:
+def test_page_has_figures_between_its_marks_and_is_reproducible(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench import documents
 

@@ -1,4 +1,4 @@
-"""The load generator counts what it should, and fails when a reply is not one."""
+"""The load generator counts correctly and fails on anything that is not a reply."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +14,7 @@ REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 class Scripted(asyncio.Protocol):
-    """answer: the bytes to send for each request, in pieces, and the seconds before."""
+    """answer: for each request, the seconds to wait and the pieces of the reply."""
 
     def __init__(self, answer: Callable[[int], tuple[float, list[bytes]]]) -> None:
         self._answer = answer
@@ -51,7 +51,7 @@ def prompt(number: int) -> tuple[float, list[bytes]]:
     return 0.0, [REPLY]
 
 
-async def test_opening_once_and_then_requests_in_turn_over_all_runs() -> None:
+async def test_opening_is_sent_once_and_requests_cycle_over_all_runs() -> None:
     client = http_client([b"a", b"b"], 3, opening=[b"open"], unstepped=1)
     async with scripted(prompt) as (port, made):
         async with Load(port, [client]) as load:
@@ -64,7 +64,7 @@ async def test_opening_once_and_then_requests_in_turn_over_all_runs() -> None:
     assert (client.answered, client.steps, client.last) == (4, 3, [b"ok"])
 
 
-async def test_a_reply_in_pieces_is_one_reply() -> None:
+async def test_reply_in_pieces_is_one_reply() -> None:
     async with scripted(lambda number: (0.0, [REPLY[:9], REPLY[9:30], REPLY[30:]])) as (port, _):
         client = http_client([b"x"])
         async with Load(port, [client]) as load:
@@ -73,7 +73,7 @@ async def test_a_reply_in_pieces_is_one_reply() -> None:
         assert client.last == [b"ok"]
 
 
-async def test_a_status_that_is_not_success_is_an_error() -> None:
+async def test_status_other_than_2xx_is_an_error() -> None:
     async with scripted(lambda number: (0.0, [REPLY.replace(b"200", b"503")])) as (port, _):
         async with Load(port, [http_client([b"x"])]) as load:
             measured = await load.run_once()
@@ -82,14 +82,14 @@ async def test_a_status_that_is_not_success_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("reply", [REPLY + b"more", b"HTTP/1.1 200 OK\r\n\r\n"])
-async def test_what_is_not_one_whole_reply_fails_the_run(reply: bytes) -> None:
+async def test_malformed_reply_fails_the_run(reply: bytes) -> None:
     async with scripted(lambda number: (0.0, [reply])) as (port, _), Load(port, [http_client([b"x"])]) as load:
         with pytest.raises(ConnectionError, match="not one whole reply"):
             await load.run_once()
 
 
-async def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
-    """A server that stalls once for 0.2 s, two fifths of the run: all that were due meanwhile have waited."""
+async def test_open_loop_latency_counts_from_the_due_time() -> None:
+    """The server stalls once for 0.2 s, two fifths of the run: every request that was due in that time has waited."""
 
     def stalls(number: int) -> tuple[float, list[bytes]]:
         return (0.2 if number == 20 else 0.0), [REPLY]
@@ -101,7 +101,7 @@ async def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
     assert measured.p50 < 100.0
 
 
-async def test_a_wandering_client_goes_where_it_is_told_and_has_one_request_in_flight() -> None:
+async def test_roaming_client_follows_its_choice_with_one_request_in_flight() -> None:
     elsewhere = iter([False, True, True, False])
     async with scripted(prompt) as (here, at_home), scripted(prompt) as (there, abroad):
         client = roaming_client([b"a", b"b", b"c"], 3, [b"open"], there, lambda: next(elsewhere))
@@ -112,7 +112,7 @@ async def test_a_wandering_client_goes_where_it_is_told_and_has_one_request_in_f
     assert (client.answered, client.steps, client.last) == (4, 3, [b"ok"])
 
 
-def test_a_request_has_its_length_and_media_type() -> None:
+def test_request_has_length_and_media_type() -> None:
     assert post("/a", b"12") == (
         b"POST /a HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/octet-stream\r\ncontent-length: 2\r\n\r\n12"
     )

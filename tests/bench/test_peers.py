@@ -1,6 +1,6 @@
-"""Every server that is compared with gives the model's own answers, keeps its clients apart, and leaves nothing behind.
+"""Every peer gives the model's answers, keeps its clients apart, and leaves no process behind.
 
-Those with environments of their own are tested where these have been made.
+A peer with its own environment is tested only where that environment exists.
 """
 
 import os
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
-def test_a_peer_is_right_and_leaves_nothing_behind(peer: Peer, models: Path, tmp_path: Path) -> None:
+def test_peer_is_correct_and_leaves_no_process(peer: Peer, models: Path, tmp_path: Path) -> None:
     paths = {name: models / name / "1" / "model.onnx" for name in MODELS}
     with started(peer, paths, tmp_path) as server:
         for name, path in paths.items():
@@ -38,7 +38,7 @@ def test_a_peer_is_right_and_leaves_nothing_behind(peer: Peer, models: Path, tmp
 
 
 def check_steps(peer: Peer, model: str, path: Path, port: int) -> None:
-    """Clients in turns, on connections that stay open; then the first starts again."""
+    """Clients alternate on persistent connections; then the first starts again."""
     values = random(CLIENTS, STEPS, model)
     connections = [create_connection((HOST, port), timeout=PATIENCE) for _ in range(CLIENTS)]
     for index in range(STEPS):
@@ -95,7 +95,7 @@ def started(peer: Peer, models: dict[str, Path], folder: Path) -> Iterator[Serve
 
 
 def descendants(pid: int) -> list[int]:
-    """It, and all that it started, whatever their sessions and groups are."""
+    """The process and all its descendants, whatever their sessions and groups."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *(found for child in children for found in descendants(int(child)))]
 
@@ -107,13 +107,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_peer_without_requirements_runs_in_our_own_environment() -> None:
+def test_peer_without_requirements_runs_in_this_environment() -> None:
     assert environments.existing("naive", ()) == environments.ensure("naive", ())
 
 
-def test_an_environment_counts_only_with_the_requirements_it_was_made_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_is_reused_only_with_its_own_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "VENVS", tmp_path)
     (tmp_path / "some").mkdir()
     assert environments.existing("some", ("a==1",)) is None
@@ -124,7 +122,7 @@ def test_an_environment_counts_only_with_the_requirements_it_was_made_with(
 
 
 @pytest.mark.parametrize("index", [0, 7])
-def test_triton_is_asked_with_what_its_own_client_sends(index: int) -> None:
+def test_triton_request_equals_its_own_clients(index: int) -> None:
     row = random(1, 1, "small")[0, 0]
     tensor = tritonclient.http.InferInput("x", [1, 1, len(row)], "FP32")
     tensor.set_data_from_numpy(row[None, None])

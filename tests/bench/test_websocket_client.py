@@ -1,4 +1,4 @@
-"""The raw WebSocket client against a server that was not written for it."""
+"""The raw WebSocket client against an independent server."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ def outputs(entries: np.ndarray, values: np.ndarray) -> bytes:
 
 
 async def adding_server(connection: ServerConnection) -> None:
-    """Adds 1 to the values; answers the entries one by one, the last first, after a ping."""
+    """Adds 1 to the values; answers the entries one by one in reverse order, after a ping."""
     steps = 0
     async for message in connection:
         if isinstance(message, str):
@@ -41,7 +41,7 @@ async def adding_server(connection: ServerConnection) -> None:
 
 
 @pytest.mark.parametrize("entries", [1, 300, 6000])  # lengths of 7, 16 and 64 bits
-async def test_sessions_are_opened_and_all_entries_come_back(websocket_server, entries: int) -> None:
+async def test_sessions_open_and_all_entries_return(websocket_server, entries: int) -> None:
     values = np.random.default_rng(0).standard_normal((entries, FEATURES), np.float32)
     frames = [steps_frame(range(entries), values)]
     client = websocket_client("/", frames, range(entries), "s", entries)
@@ -54,7 +54,7 @@ async def test_sessions_are_opened_and_all_entries_come_back(websocket_server, e
     assert np.array_equal(found[::-1], values + 1)
 
 
-async def test_an_error_of_the_server_fails_the_run(websocket_server) -> None:
+async def test_server_error_fails_the_run(websocket_server) -> None:
     async def refusing(connection: ServerConnection) -> None:
         await connection.recv()
         await connection.send(json.dumps({"op": "error", "handle": 0, "position": None, "code": "queue_full"}))
@@ -66,7 +66,7 @@ async def test_an_error_of_the_server_fails_the_run(websocket_server) -> None:
             await load.run_once()
 
 
-async def test_a_session_that_is_not_opened_fails_the_connection(websocket_server) -> None:
+async def test_refused_session_fails_the_connection(websocket_server) -> None:
     async def full(connection: ServerConnection) -> None:
         await connection.recv()
         refused = {"handle": 0, "error": {"code": "capacity_exhausted"}}

@@ -1,4 +1,4 @@
-"""A bundle comes back as it was written, or not at all."""
+"""A bundle round-trips exactly or is refused."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ MANIFEST = Manifest(
 
 
 def run(inputs, state, sequence_lens):
-    """A running sum as the model: state is the sum so far."""
+    """A running sum as the model: the state is the sum so far."""
     total = state[:, None] + np.cumsum(inputs["x"], axis=1, dtype=state.dtype)
     return {"y": total, "last": inputs["token"][:, -1].astype(np.int32)}, total[:, -1].copy()
 

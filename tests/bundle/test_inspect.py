@@ -1,4 +1,4 @@
-"""`unroll inspect`: what it says of a bundle is in the bundle, and a damaged one is said to be."""
+"""`unroll inspect` prints the contents of a bundle and reports damage."""
 
 import json
 import shutil

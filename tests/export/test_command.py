@@ -10,7 +10,7 @@ from torch import nn
 
 from unroll import bundle, cli
 from unroll.export.loading.example_inputs import InputSpec, examples
-from unroll.export.loading.user_code import from_factory
+from unroll.export.loading.user_code import from_factory, importable
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 SOURCE = """
@@ -75,7 +75,8 @@ def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module = from_factory("usermodel:Net", None)
+    with importable("usermodel:Net"):
+        module = from_factory("usermodel:Net")
     weights, path = module.state_dict(), folder / f"weights{suffix}"
     safetensors.torch.save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
 
@@ -147,7 +148,9 @@ def test_help(capsys) -> None:
 
 def test_a_factory_may_be_the_module_itself(folder: Path) -> None:
     (folder / "instance.py").write_text("from torch import nn\nmodel = nn.GRU(2, 3, batch_first=True)\n")
-    module, example = from_factory("instance:model", None), examples([InputSpec.parse("input:float32:2")])
+    example = examples([InputSpec.parse("input:float32:2")])
+    with importable("instance:model"):
+        module = from_factory("instance:model")
     assert isinstance(module, nn.GRU)
     assert example["input"].shape == (2, 16, 2)
 

@@ -1,4 +1,4 @@
-"""A device whose memory is the host's: the CUDA engine runs on it with the real model, on onnxruntime's CPU provider.
+"""A fake device in host memory: the CUDA engine runs on it with the real model, on onnxruntime's CPU provider.
 
 A captured graph is the function that queued it; kernels are their NumPy equivalents. What a GPU would not forgive is an
 assertion here: taking memory, copying or waiting within a graph.

@@ -1,4 +1,4 @@
-"""What `--device` does on a machine whose GPU, or whose CUDA libraries, are not there."""
+"""`--device` on a machine without a GPU or without CUDA libraries."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def settings(repository: Path, device: str) -> Settings:
 
 @pytest.fixture
 def driver_without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There seems to be a GPU, and then onnxruntime cannot use it."""
+    """A GPU is found, but onnxruntime cannot use it."""
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu")
     if resolve_devices("auto")[0] != ("cpu",):

@@ -1,4 +1,4 @@
-"""`unroll verify`: every check of a good bundle holds, and one that lies is found out with exit status 1."""
+"""`unroll verify`: all checks of a valid bundle pass; a wrong manifest gives exit status 1."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def checks(found: Bundle) -> list[Check]:
 
 
 def copied(repository: Path, name: str, to: Path, **changes: object) -> Bundle:
-    """The bundle with another manifest, which is written as export would."""
+    """The bundle with another manifest, written as by export."""
     found = bundles.read(repository / name / "1")
     manifest = replace(found.manifest, **changes)
     return bundles.read(bundles.write(to, manifest, found.model_path.read_bytes(), found.golden))

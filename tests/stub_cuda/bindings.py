@@ -1,4 +1,4 @@
-"""Importing it puts the stub behind `cuda.bindings`, whose own runtime library goes past every library of that name.
+"""Importing this module puts the stub behind `cuda.bindings`, whose runtime library bypasses libraries of that name.
 
 Only for a script over the stub. Types, enumerations and signatures stay those of the real bindings.
 """
@@ -13,7 +13,7 @@ from cuda.bindings import driver, nvrtc, runtime
 
 _LIBRARY = CDLL("libcudart.so.13")
 
-#: What each call returns besides its error: (place among the C function's arguments, type).
+#: Results of each call besides the error code: (index among the C arguments, type).
 _RUNTIME = {
     "cudaDeviceGetAttribute": [(0, c_int)],
     "cudaEventCreateWithFlags": [(0, c_void_p)],

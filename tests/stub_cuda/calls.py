@@ -1,4 +1,4 @@
-"""The stub's log as Python sees it: the calls of each phase, in order."""
+"""The stub's log in Python: the calls of each phase, in order."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,7 +30,7 @@ class Call:
 
     @property
     def queued(self) -> bool:
-        """Whether it gives the GPU something to do."""
+        """Whether the call enqueues GPU work."""
         return self.name in _QUEUED or "gemm" in self.name.lower() or "Matmul" in self.name
 
 
@@ -48,7 +48,7 @@ class Calls(list[Call]):
 
     @property
     def forbidden(self) -> set[str]:
-        """Calls that failed because a stream captured."""
+        """Calls that failed because a stream was capturing."""
         return {call.call for call in self if call.name == "forbidden"}
 
     @property
@@ -63,7 +63,7 @@ class Calls(list[Call]):
 
 
 def read(log: str) -> dict[str, Calls]:
-    """By phase; what comes before the first is the phase ``. A phase that is entered again goes on."""
+    """By phase; calls before the first have the phase ``. A phase that is entered again continues."""
     phases = {"": (current := Calls())}
     for line in log.splitlines():
         name, _, rest = line.partition(" ")

@@ -1,4 +1,4 @@
-"""Runs Python over the stub, in a process of its own: the loader must find the stub before onnxruntime starts."""
+"""Runs Python over the stub in a child process: the loader must find the stub before onnxruntime starts."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_provide
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """result: what the script printed last, as JSON; None if it printed nothing."""
+    """result: the last line of the script, as JSON; None without output."""
 
     result: Any
     phases: dict[str, Calls]

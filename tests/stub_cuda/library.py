@@ -1,4 +1,4 @@
-"""Makes the stub's library: `cuda.c`, and a function for whatever else onnxruntime's CUDA provider looks for."""
+"""Builds the stub library: `cuda.c`, plus a function for every other symbol that onnxruntime's CUDA provider needs."""
 
 import mmap
 import re
@@ -7,7 +7,7 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
-#: All are the same library. The loader knows a file by its inode, so it is loaded once.
+#: All are the same library. The loader identifies a file by its inode and loads it once.
 _FILES = (
     "libcuda.so.1",
     "libcudart.so.13",
@@ -18,12 +18,12 @@ _FILES = (
     "libcurand.so.10",
     "libnvrtc.so.13",
 )
-#: What the provider finds by name when it runs, and so does not import.
+#: Symbols that the provider looks up at run time instead of importing.
 _LOOKED_UP = re.compile(rb"\0((?:cudnn|cufft|nvrtc)[A-Z]\w{3,60})(?=\0)")
 
 
 def missing() -> str | None:
-    """Why it cannot be made, or would not be found, on this machine."""
+    """Why the library cannot be built or found on this machine."""
     if Path("/proc/driver/nvidia/version").exists():
         return "needs a machine without an NVIDIA driver"
     tools = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
@@ -31,7 +31,7 @@ def missing() -> str | None:
 
 
 def build(provider: Path, folder: Path) -> None:
-    """Leaves the libraries in the folder. provider: `libonnxruntime_providers_cuda.so`."""
+    """Write the libraries to the folder. provider: `libonnxruntime_providers_cuda.so`."""
     versions = _imports(provider)
     with provider.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         names = {name.decode() for name in _LOOKED_UP.findall(content)}.union(*versions.values())

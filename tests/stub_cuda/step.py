@@ -16,7 +16,7 @@ cuda = ctypes.CDLL("libcudart.so.13")
 
 
 def phase(name: str) -> None:
-    """What is called from here on belongs to it."""
+    """All later calls belong to it."""
     cuda.stub_mark(name.encode())
 
 

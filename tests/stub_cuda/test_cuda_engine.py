@@ -1,4 +1,4 @@
-"""What our CUDA engine asks of CUDA, with the real provider under it and the real driver over the stub."""
+"""The CUDA calls of the engine, with the real provider and the real driver bindings over the stub."""
 
 from pathlib import Path
 

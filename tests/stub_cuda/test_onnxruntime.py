@@ -1,4 +1,4 @@
-"""What onnxruntime-gpu does with our graphs: where nodes run, what a step launches and copies, what a capture holds.
+"""onnxruntime-gpu on exported graphs: placement of nodes, launches and copies of a step, contents of a capture.
 
 The provider is the real one, over a CUDA that only writes down what it is asked for: see `cuda.c`.
 """
@@ -81,7 +81,7 @@ def uploads(calls: Calls) -> list[int]:
     return [call.bytes for call in calls.crossings if call.destination == "device"]
 
 
-# Where the nodes run.
+# Placement of nodes.
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ print(json.dumps(step.session.get_providers()))
 
 
 def test_arithmetic_on_shapes_is_not_and_costs_nothing(run_with_stub: RunWithStub, model) -> None:
-    """So a session must not be refused for every node that is on the CPU."""
+    """So a node on the CPU is not always a reason to refuse a model."""
     with pytest.raises(AssertionError, match="assigned to the default CPU EP"):
         run_with_stub(IMPORTS + "Step(argv[1])", model("matrices as steps"))
     script = """
@@ -132,7 +132,7 @@ except RuntimeError:
     assert calls.crossings
 
 
-# What a step costs.
+# Cost of a step.
 
 
 @pytest.mark.parametrize("name", ["co2", "bytes", "lstm 2"])
@@ -247,7 +247,7 @@ except RuntimeError as error:
 
 
 def test_only_a_run_that_waits_returns_its_pinned_memory(run_with_stub: RunWithStub, model) -> None:
-    """So whatever is not captured waits; the others' memory grows until the session ends."""
+    """So uncaptured work waits; the memory of captures grows until the session ends."""
     script = """
 step = Step(argv[1], stream=new_stream())
 for wait in (True, False):
@@ -264,7 +264,7 @@ for wait in (True, False):
 
 
 def test_an_input_bound_on_the_host_is_copied_when_it_is_bound(run_with_stub: RunWithStub, model) -> None:
-    """No run reads it again, so what is written to it later is never seen."""
+    """No run reads it again, so later writes have no effect."""
     script = """
 import numpy as np
 import onnxruntime as ort

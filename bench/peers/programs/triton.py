@@ -93,7 +93,7 @@ def main(given: Arguments) -> int:
     repository, backends = given.folder / "repository", given.folder / "backends"
     write_repository(repository, given)
     copy_backend(triton, backends)
-    # The copied stub no longer finds the wheel's libraries beside itself; and it wants libpython.
+    # The copied stub no longer finds the wheel's libraries in its own folder, and it needs libpython.
     os.environ["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}:{site / 'nvidia_pytriton.libs'}"
     # The stub ignores PYTHONPATH and does not know of the environment.
     os.environ["BENCH_SITE_PACKAGES"] = str(site)

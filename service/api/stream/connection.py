@@ -385,7 +385,7 @@ class Connection:
             served, session = self._session_of(handle)
             self._unbind(handle)
             _check_here(served, session)
-            served.scheduler.close(session.id, served.loop.clock.now())
+            served.scheduler.close(session, served.loop.clock.now())
         except UnrollError as error:
             return {"handle": handle, "error": error_members(error)}
         return {"handle": handle, "position": session.position}
@@ -519,7 +519,7 @@ class Connection:
                 _check_depth(session, said.position)
             waiting = _Waiting(self, served, session, said, alone, left)
             timeout = self._server.limits.request_timeout
-            waiting.chunk = served.loop.submit_steps(session.id, said.inputs, timeout, waiting, position=said.position)
+            waiting.chunk = served.loop.submit(Chunk(said.inputs, session, said.position), timeout, waiting)
             if waiting.chunk is not None:
                 self._waiting[waiting] = None
         except NeedsStoreLookup as away:

@@ -22,7 +22,7 @@ STEPS = "HttpProtocol.on_message_complete (service/transport/http.py);steps (ser
         (f"{FEED};HttpProtocol.on_url (service/transport/http.py)", "transport"),
         (f"{FEED};{STEPS};_PyObject_Malloc (obmalloc.c)", "api"),
         (f"{FEED};{STEPS};Codec.from_raw (service/protocol/tensors.py);array_all (numpy/x.so)", "protocol"),
-        (f"{FEED};{STEPS};Loop.submit_steps (service/scheduler/loop.py)", "scheduler"),
+        (f"{FEED};{STEPS};Loop.submit (service/scheduler/loop.py)", "scheduler"),
         ("Loop.run (service/scheduler/loop.py);HostEngine.run (service/engine/host.py)", "engine"),
         ("HostEngine.run (service/engine/host.py);HostArena.gather (service/state/arena.py)", "engine"),
         ("Runner.__call__ (service/engine/runner.py);Session.run (onnxruntime/capi/x.py);0x7f (x.so)", "onnxruntime"),
@@ -57,7 +57,7 @@ def test_samples_add_up_without_idle_ones() -> None:
     assert fold(lines) == {("kernel: sockets", write): 5, ("kernel: sockets", read): 4}
 
 
-def test_a_share_becomes_microseconds_of_a_step() -> None:
+def test_shares_become_microseconds_per_step() -> None:
     folded = Counter({("api", "steps (a.py)"): 50, ("api", "find (a.py)"): 10, ("engine", "run (b.py)"): 40})
     lines = [line.split() for line in table(folded, Run(20_000.0, 40e-6), functions=1).splitlines()]
     assert lines[1:] == [

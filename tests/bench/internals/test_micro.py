@@ -1,4 +1,4 @@
-"""The parts that are measured do what they say, and the least of the runs is what is reported."""
+"""The measured parts do real work, and the lowest run is reported."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Machine:
-    """A part that takes 10 µs for 4 steps, but now and then 5 ms."""
+    """A part that takes 10 µs for 4 steps, and every 3000th time 5 ms."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -27,7 +27,7 @@ class Machine:
         self.seconds += 5e-3 if self.calls % 3000 == 0 else 10e-6
 
 
-def test_the_least_of_many_runs_counts() -> None:
+def test_lowest_of_many_runs_counts() -> None:
     machine = Machine()
     figure = measure(Part("p", 4, machine.call), 0.1, lambda: machine.seconds)
     assert figure.least == pytest.approx(2500)
@@ -36,7 +36,7 @@ def test_the_least_of_many_runs_counts() -> None:
     assert machine.seconds < 1.0
 
 
-def test_a_slow_part_is_run_a_few_times_all_the_same() -> None:
+def test_slow_part_still_runs_a_few_times() -> None:
     machine = Machine()
 
     def call() -> None:
@@ -48,7 +48,7 @@ def test_a_slow_part_is_run_a_few_times_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("sessions", [1, 16, 256])
-def test_every_turn_of_the_scheduler_answers_every_session(sessions: int) -> None:
+def test_every_scheduler_turn_answers_every_session(sessions: int) -> None:
     turns = Turns(sessions)
     for taken in range(1, 4):
         turns.step_as_chunks()
@@ -59,7 +59,7 @@ def test_every_turn_of_the_scheduler_answers_every_session(sessions: int) -> Non
     turns.scheduler.check_invariants()
 
 
-def test_what_the_decoders_are_given_is_sound() -> None:
+def test_inputs_of_the_decoders_are_valid() -> None:
     names = [part.name for part in protocol()]
     assert len(set(names)) == len(names)
     for part in protocol():
@@ -73,7 +73,7 @@ def test_what_the_decoders_are_given_is_sound() -> None:
     assert open_inference.read_inputs(request, specs)[0].shape == (1, 1, 16)
 
 
-def test_the_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
+def test_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
     words = f"-m bench.internals.micro --seconds 0.001 --json {target}"
     run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
@@ -86,7 +86,7 @@ def test_the_command_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
     assert {"arena", "protocol", "scheduler", "co2"} <= {figure["name"].partition(":")[0] for figure in figures}
 
 
-def test_a_word_that_no_part_has_is_an_error() -> None:
+def test_unknown_part_is_an_error() -> None:
     words = "-m bench.internals.micro --only no-such-part"
     run = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 2

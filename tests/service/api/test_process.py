@@ -94,6 +94,31 @@ def test_a_crash(start_process: StartProcess) -> None:
     assert "a crash" in next(str(line) for line in process.log if line["event"] == "crashed")
 
 
+#: The server on a system that has neither Linux's scheduler calls nor /proc, such as macOS.
+NOT_LINUX = """
+import io, os, sys
+del os.sched_getaffinity, os.sched_setaffinity
+original = io.open
+
+def without_proc(file, *args, **options):
+    if str(file).startswith("/proc"):
+        raise FileNotFoundError(2, "No such file or directory", str(file))
+    return original(file, *args, **options)
+
+io.open = without_proc
+from unroll.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_system_other_than_linux(start_process: StartProcess) -> None:
+    process = start_process(program=("-c", NOT_LINUX))
+    reply = httpx.post(f"{process.url}/v1/models/gru/sequences", json={"inputs": [[[1.0, 2.0, 3.0]]]})
+    assert reply.status_code == 200, reply.text
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 0
+
+
 def test_a_repository_that_cannot_be_served(tmp_path: Path) -> None:
     refused = launch("--repository", str(tmp_path), "--port", "0", "--device", "cpu")
     _, log = refused.communicate(timeout=PATIENCE)

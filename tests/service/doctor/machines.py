@@ -1,4 +1,4 @@
-"""Machines that the tests make up."""
+"""Synthetic machines."""
 
 from dataclasses import replace
 

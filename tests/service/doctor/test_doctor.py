@@ -1,4 +1,4 @@
-"""`unroll doctor` as a process on the machine that runs the tests, and its report on machines that are made up."""
+"""`unroll doctor` as a process on the test machine, and its report on synthetic machines."""
 
 import json
 import re

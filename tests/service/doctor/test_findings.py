@@ -1,4 +1,4 @@
-"""What is said of machines that are made up: what is wrong, what to do, and whether it matters."""
+"""Findings for made-up machines: the problem, the remedy, and whether it matters."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def runtime(facts: Facts, **changes: object) -> Runtime:
 
 
 def without_gpu(machine: Machine) -> Facts:
-    """A driver that finds no GPU, and so `auto` takes the CPU."""
+    """A driver without a GPU: `auto` takes the CPU."""
     sessions = {"cpu": None, "cuda:0": "the NVIDIA driver finds no usable GPU"}
     by_auto = runtime(GPU, auto=("cpu",), auto_why="no GPU")
     return replace(GPU, machine=machine, driver=NO_DEVICE, runtime=by_auto, sessions=sessions)
@@ -110,7 +110,7 @@ def test_without_cudnn():
 def test_in_a_container_the_image_is_built_anew():
     machine = replace(BARE, container=True)
     findings = judged(replace(GPU, machine=machine, runtime=runtime(GPU, libraries={"libcudnn.so.9": None})))
-    assert works(findings)  # the model ran on the GPU, so whatever is missing is not missed
+    assert works(findings)  # the model ran on the GPU, so nothing required is missing
     assert "--build-arg RUNTIME=gpu" in str(findings["libcudnn.so.9"].mend)
 
 
@@ -148,7 +148,7 @@ def test_both_packages():
 
 def test_a_gpu_and_an_onnxruntime_without_cuda():
     findings = judged(replace(CPU, driver=DRIVER))
-    assert works(findings)  # `auto` takes the CPU, which works; but it is said
+    assert works(findings)  # `auto` takes the CPU, which works, but the finding is reported
     assert findings["providers"].status == Status.NOTE
     assert findings["providers"].mend == "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 

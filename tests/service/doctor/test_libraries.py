@@ -1,4 +1,4 @@
-"""Real libraries: what they need is what the loader says they need, and they are found where they are."""
+"""Real libraries: their dependencies agree with the loader's, and their paths are found."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def test_what_a_library_needs():
 
 
 def loaded_by(file: Path) -> list[str]:
-    """Names that ldd lists, those included that are needed by what is needed."""
+    """Names that ldd lists, transitive dependencies included."""
     lines = subprocess.run(["ldd", str(file)], capture_output=True, text=True, check=True).stdout.splitlines()
     return [os.path.basename(line.split()[0]) for line in lines]
 

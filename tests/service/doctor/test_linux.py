@@ -1,4 +1,4 @@
-"""What Linux says of a process, from file systems that are made up."""
+"""Process information of Linux, read from synthetic file systems."""
 
 import os
 from pathlib import Path
@@ -56,3 +56,11 @@ def test_a_container_without_limits(root: Path):
 def test_kubernetes(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert machine.look(root).container
+
+
+def test_a_system_other_than_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without Linux's scheduler calls and files, such as macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    found = machine.look(tmp_path)
+    assert found.cores == os.cpu_count()
+    assert 0 < found.free < found.memory

@@ -1,4 +1,4 @@
-"""The driver's answers, from a library that is made up."""
+"""Queries of the driver, answered by a fake library."""
 
 from ctypes import c_char_p
 from typing import Any
@@ -10,7 +10,7 @@ PATH = "/usr/lib/libcuda.so.580.65.06"
 
 
 class Cuda:
-    """What libcuda.so.1 does for `driver.py`. Pointers are ctypes' `byref`, whose target is `_obj`."""
+    """The functions of libcuda.so.1 that `driver.py` calls. Pointers are ctypes' `byref`, whose target is `_obj`."""
 
     def __init__(self, gpus: list[Gpu], code: int = 0) -> None:
         self.gpus = gpus
@@ -76,7 +76,7 @@ def test_it_tells_its_gpus():
     gpus = [Gpu("NVIDIA H100", "9.0", 80 * 2**30, 79 * 2**30), Gpu("NVIDIA T4", "7.5", 16 * 2**30, None)]
     cuda = Cuda(gpus)
     assert nvidia_driver.ask(cuda, PATH) == Driver(PATH, "13.1", tuple(gpus))
-    assert cuda.contexts == 0  # none is left to take memory
+    assert cuda.contexts == 0  # no context is leaked
 
 
 def test_without_devices_it_says_why():

@@ -1,4 +1,4 @@
-"""The CUDA engine on a GPU: against the CPU, against itself in other company, and what crosses to the host."""
+"""The CUDA engine on a GPU: against the CPU, against itself in other batches, and its transfers to the host."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +79,7 @@ def assert_close(manifest: bundle.Manifest, one: tuple[np.ndarray, ...], other: 
 
 @pytest.mark.parametrize("width", [1, 7, 256, 1000])
 def test_the_kernels_do_what_their_equivalents_do(device: Device, width: int):
-    """Five rows; the fourth has failed before, and the last has no target."""
+    """Five rows; the fourth has already failed, and the last has no target."""
     rng = np.random.default_rng(width)
     rows, slots, features = 5, 9, 3
     arena = rng.standard_normal((slots, width)).astype(np.float32)
@@ -161,7 +161,7 @@ def test_steps_chunks_and_sequences_answer_as_the_cpu_does(found: bundle.Bundle,
             np.testing.assert_allclose(
                 engine.read(slot), on_cpu.read(slot), rtol=0, atol=tolerance(manifest, "state_out")
             )
-            engine.write(slot, on_cpu.read(slot))  # or the differences would add up
+            engine.write(slot, on_cpu.read(slot))  # otherwise the differences would accumulate
 
 
 def test_two_launches_may_be_outstanding(found: bundle.Bundle, engine: CudaEngine):
@@ -189,7 +189,7 @@ def test_in_one_bucket_neither_company_nor_place_changes_a_bit(found: bundle.Bun
     mine = random_inputs(found.manifest, rng, 8)
 
     def streamed(seed: int) -> list[np.ndarray]:
-        """The same session among others, in another place of the batch at every step."""
+        """The same session in batches with others, at another index at every step."""
         others, answers = np.random.default_rng(seed), []
         for t in range(8):
             count = int(others.integers(1, 64))
@@ -210,7 +210,7 @@ def test_in_one_bucket_neither_company_nor_place_changes_a_bit(found: bundle.Bun
 
 
 def test_no_state_crosses_to_the_host(found: bundle.Bundle, engine: CudaEngine):
-    """Within a step there is no copy between host and device of a row's size, whatever the rows."""
+    """A step copies nothing of a row's size between host and device, regardless of the number of rows."""
     from cuda.bindings import runtime
 
     from unroll.service.engine.cuda.driver import CapturedGraph
@@ -277,7 +277,7 @@ def test_a_sequence_in_parts_is_its_steps_to_the_bit(found: bundle.Bundle, devic
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 @pytest.mark.parametrize(("inputs", "hidden"), [(3, 8), (64, 256), (130, 77), (257, 130), (1, 1), (512, 1024)])
 def test_every_tile_gives_the_same_bits_and_float32s_accuracy(device: Device, cell, inputs: int, hidden: int):
-    """Beside a float64 reference; a row that is not finite leaves its neighbours' bits alone."""
+    """Compared with a float64 reference; a non-finite row does not change its neighbours' bits."""
     rng, gates = np.random.default_rng(hidden), {"LSTM": 4, "GRU": 3}[cell]
     k = hidden**-0.5
     w, r, b = (

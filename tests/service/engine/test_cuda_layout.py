@@ -1,4 +1,4 @@
-"""Which bucket a batch runs in, where its tensors lie, and what a step does to the device."""
+"""The bucket of a batch, the offsets of its tensors, and the device operations of a step."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_a_step_is_one_launch_and_moves_no_state(lstm: bundle.Bundle):
 def test_a_smaller_batch_leaves_the_rows_of_the_one_before_alone(lstm: bundle.Bundle):
     engine = CudaEngine(FakeDevice(), Runner(lstm.model_path, lstm.manifest), lstm.manifest, 16, (8,))
     x = np.random.default_rng(0).standard_normal((5, 1, 3)).astype(np.float32)
-    for _ in range(2):  # in either of the calls that take turns
+    for _ in range(2):  # in both of the alternating calls
         engine.run(PlainRows((x,), [1] * 5, [INITIAL] * 5, [2, 3, 4, 5, 6]))
     before = [engine.read(slot) for slot in range(2, 7)]
     initial = engine.read(INITIAL)

@@ -1,4 +1,4 @@
-"""A model in parts, on a device in host memory: the graph is cut right, and the kernels get the right arguments.
+"""A split model on a device in host memory: the graph is split correctly, and the kernels get correct arguments.
 
 The kernel's equivalent computes in float64, so answers agree with onnxruntime's within rounding only.
 """
@@ -30,7 +30,7 @@ ROWS = 40
 
 
 class Residual(nn.Module):
-    """Something between the layers, and two kinds of them."""
+    """Two kinds of layers, with other nodes in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class StateUsed(nn.Module):
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models that are cut in other places."""
+    """Models that are split at other nodes."""
     path = tmp_path_factory.mktemp("more")
     torch.manual_seed(1)
     for module, features in ((Residual(), 5), (Bare(), 4), (StateUsed(), 4)):

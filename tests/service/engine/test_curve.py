@@ -1,4 +1,4 @@
-"""The cost of a call, from models made up for the purpose: no clock runs here, a call says how long it took."""
+"""The cost curve, on synthetic models without a clock: each call returns its duration."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,12 @@ Cost = Callable[[int, int], float]
 
 
 def straight(rows: int, steps: int) -> float:
-    """As a small LSTM: 40 µs for a call, 2 µs a row and step."""
+    """Like a small LSTM: 40 µs per call, 2 µs per row and step."""
     return 40e-6 + 2e-6 * rows * steps
 
 
 def with_a_step(rows: int, steps: int) -> float:
-    """Beyond 64 rows all of them cost three times as much."""
+    """Beyond 64 rows, each row costs three times as much."""
     return straight(rows, steps) * (3 if rows > 64 else 1)
 
 
@@ -96,7 +96,7 @@ def test_a_model_that_is_only_run_step_by_step() -> None:
     machine = Machine(straight)
     curve = machine.measure(piece_steps=1)
     assert {steps for _, steps in machine.calls} == {1}
-    assert curve.seconds(8, 4) >= straight(8, 4)  # what a step costs by itself is the most it can cost in a row
+    assert curve.seconds(8, 4) >= straight(8, 4)  # a single step is an upper bound for a step of a sequence
 
 
 def test_a_small_model_is_measured_often_and_within_the_budget() -> None:

@@ -1,4 +1,4 @@
-"""The real model in every engine: company, chunking and place change no bit, and nobody fails for a neighbour.
+"""The real model in every engine: other rows, chunking and device change no bit, and no row fails for its neighbour.
 
 The CUDA engine runs on a device whose memory is the host's; `test_cuda_gpu.py` runs it on a GPU.
 """
@@ -30,7 +30,7 @@ from unroll.service.state.slots import INITIAL
 
 
 class NoCapture(FakeDevice):
-    """As for a model of which a part runs on the CPU."""
+    """As for a model that partly runs on the CPU."""
 
     def capture(self, queue: Callable[[], None]) -> NoReturn:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -64,7 +64,7 @@ def load(repository: Path):
 
 
 def alone(runner: Runner, manifest: bundle.Manifest, inputs: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-    """The whole sequence in one call, by itself: each output (time, *shape), or (*shape)."""
+    """The whole sequence alone, in one call: each output (time, *shape), or (*shape)."""
     feeds = {spec.name: array[np.newaxis] for spec, array in zip(manifest.inputs, inputs, strict=True)}
     outputs, _ = runner(feeds, manifest.initial_row()[np.newaxis], np.array([len(inputs[0])], np.int32))
     return [outputs[spec.name][0] for spec in manifest.outputs]
@@ -88,16 +88,15 @@ def test_any_chunks_in_any_company_equal_the_whole_alone(load, kind: str, name: 
     scheduler = Scheduler(traits, SessionLimits(20), SchedulerLimits(rows, 64, piece, 10_000))
     engine = ENGINES[kind](runner, manifest, scheduler.rows)
     wholes = {f"{i}": random_inputs(manifest, rng, int(rng.integers(1, 30))) for i in range(12)}
-    sequences = {key: scheduler.submit_sequence(whole, 0, 1e9) for key, whole in wholes.items()}
+    sequences = {key: scheduler.submit(Chunk(whole), 0, 1e9) for key, whole in wholes.items()}
     streamed: dict[str, list[Chunk]] = {key: [] for key in wholes}
-    for key in wholes:
-        scheduler.open(key, 0)
+    sessions = {key: scheduler.open(key, 0) for key in wholes}
     at = dict.fromkeys(wholes, 0)
     while at:
         key = str(rng.choice(list(at)))
         length = int(rng.integers(1, 8))
-        chunk = scheduler.submit_steps(key, tuple(a[at[key] : at[key] + length] for a in wholes[key]), 0, 1e9)
-        assert isinstance(chunk, Chunk)
+        chunk = Chunk(tuple(a[at[key] : at[key] + length] for a in wholes[key]), sessions[key])
+        scheduler.submit(chunk, 0, 1e9)
         streamed[key].append(chunk)
         at[key] += chunk.length
         if at[key] >= len(wholes[key][0]):

@@ -14,6 +14,7 @@ from unroll.bundle import TensorSpec
 from unroll.service.core.clock import ManualClock
 from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollError
 from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
+from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.scheduler.reply import Outcome, Reply
@@ -129,7 +130,8 @@ async def steps(loop: Loop, session_id: str, inputs: Tensors, timeout: float, po
         else:
             future.set_result(outcome)
 
-    chunk = loop.submit_steps(session_id, inputs, timeout, then, position=position)
+    session = loop.scheduler.sessions.find_detached(session_id, loop.clock.now())
+    chunk = loop.submit(Chunk(inputs, session, position), timeout, then)
     try:
         return await future
     except asyncio.CancelledError:
@@ -205,12 +207,12 @@ async def test_errors_reach_the_caller():
     async with running() as (loop, _, clock, engine):
         blocker = asyncio.create_task(loop.sequences([X], 10))
         await engine.began()
-        loop.scheduler.open("a", 0)
+        session = loop.scheduler.open("a", 0)
         late = asyncio.create_task(loop.sequences([X], 5))
         closed = asyncio.create_task(steps(loop, "a", X, 10))
         await turns()
         clock.advance(6)
-        loop.scheduler.close("a", clock.now())
+        loop.scheduler.close(session, clock.now())
         engine.gate.set()
         await blocker
         with pytest.raises(DeadlineExceeded):
@@ -221,10 +223,10 @@ async def test_errors_reach_the_caller():
 
 async def test_an_action_waits_for_the_chunks_before_it():
     async with running() as (loop, _, _, engine):
-        loop.scheduler.open("a", 0)
+        session = loop.scheduler.open("a", 0)
         step = asyncio.create_task(steps(loop, "a", X, 10))
         await engine.began()
-        acting = loop.act("a", lambda session: session.position)
+        acting = loop.act(session, lambda session: session.position)
         await turns()
         assert not acting.done()
         engine.gate.set()

@@ -1,4 +1,4 @@
-"""Manifests of models that exist only on paper, and arrays such models take and give."""
+"""Manifests of fictitious models, and arrays of their inputs and outputs."""
 
 from typing import get_args
 
@@ -49,7 +49,7 @@ def manifests(draw: st.DrawFn, *, most_inputs: int = 2, most_outputs: int = 2) -
 
 
 def arrays(spec: TensorSpec, *lead: int) -> st.SearchStrategy[np.ndarray]:
-    """Arrays (*lead, *spec.shape) with any values the tensor may hold."""
+    """Arrays (*lead, *spec.shape) of arbitrary valid values."""
     match spec.dtype:
         case "float32":
             values: st.SearchStrategy = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -1,4 +1,4 @@
-"""The codec: what goes through comes out bit for bit, what is wrong is an UnrollError that says so."""
+"""The codec: valid values round-trip bit for bit; invalid ones raise an UnrollError with the reason."""
 
 import numpy as np
 import orjson
@@ -49,7 +49,7 @@ def test_raw_round_trip(data: st.DataObject) -> None:
 @BRIEF
 @given(st.data())
 def test_json_round_trip(data: st.DataObject) -> None:
-    """Through real JSON text and back, for one input or several."""
+    """A round trip through JSON text, for one input or several."""
     model = data.draw(manifests())
     steps = data.draw(st.integers(1, 4))
     inputs = [data.draw(arrays(spec, steps)) for spec in model.inputs]
@@ -66,7 +66,7 @@ def test_json_round_trip(data: st.DataObject) -> None:
 def test_json_output_says_the_same_bits(data: st.DataObject) -> None:
     model = data.draw(manifests())
     batch = [data.draw(arrays(spec, *([1, 3] if spec.time else [1]))) for spec in model.outputs]
-    outputs = tuple(array[0].copy() for array in batch)  # as the engine cuts them
+    outputs = tuple(array[0].copy() for array in batch)  # as sliced by the engine
     text = json.dump({"outputs": Codec(model, 100, 1000).to_json(outputs)})
     assert b"null" not in text
     assert b"NaN" not in text
@@ -170,7 +170,7 @@ def test_more_steps_than_are_taken() -> None:
 
 
 def test_a_raw_bool_is_zero_or_one() -> None:
-    """Any other byte would reach the graph as a bool that is neither."""
+    """Any other byte would reach the graph as an invalid bool."""
     made = codec(FLAG)
     assert made.from_raw(b"\x00\x01")[0].tolist() == [False, True]
     for byte in (b"\x02", b"\xff"):

@@ -1,4 +1,4 @@
-"""The stream's frames: read as a whole or refused, never guessed; what is wrong with one entry is that entry's."""
+"""The stream's frames: decoded completely or refused; an error in one entry affects only that entry."""
 
 import struct
 
@@ -32,7 +32,7 @@ TWO = [(7, 2, 0), (9, 2, 5)]  # handle, steps, position
 
 
 def frame(entries: list[tuple[int, int, int | None]], *values: np.ndarray, kind: int = 1, count: int = -1) -> bytes:
-    """By the protocol's description and nothing else."""
+    """Encoded from the protocol's description only."""
     head = struct.pack("<BBHI", kind, 0, 0, len(entries) if count < 0 else count)
     table = [struct.pack("<IIQ", h, t, NO_POSITION if p is None else p) for h, t, p in entries]
     return b"".join([head, *table, *[value.tobytes() for value in values]])

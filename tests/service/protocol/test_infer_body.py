@@ -1,4 +1,4 @@
-"""The infer call's body: round trips in both forms, and nothing but an UnrollError from anything else."""
+"""The body of the infer call: round trips in both encodings; invalid bodies raise only UnrollError."""
 
 import json as standard_json
 
@@ -24,7 +24,7 @@ MODEL = manifest(
 
 
 def request(tensors: list[tuple[TensorSpec, np.ndarray, bool]], **members: object) -> tuple[bytes, int]:
-    """A body with those inputs, each as binary or not, and the length of its JSON."""
+    """A body with these inputs, each binary or JSON, and the length of its JSON part."""
     entries = []
     for spec, array, binary in tensors:
         entry: dict = {"name": spec.name, "shape": list(array.shape), "datatype": DATATYPES[spec.dtype]}

@@ -8,10 +8,11 @@ from unroll.bundle import TensorSpec
 from unroll.service.core.errors import EngineFailed, UnrollError
 from unroll.service.engine.engine import Rows, Tensors
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.session import Session
 
 START = 7
 
@@ -75,6 +76,39 @@ def scheduler(
 
 def inputs(*steps: int) -> Tensors:
     return (np.array(steps),)
+
+
+def find(scheduler: Scheduler, session_id: str, now: float = 0.0) -> Session:
+    return scheduler.sessions.find_detached(session_id, now)
+
+
+def submit(
+    scheduler: Scheduler,
+    session_id: str,
+    steps: Tensors,
+    now: float,
+    deadline: float,
+    *,
+    position: int | None = None,
+    start: bool = False,
+    final: bool = False,
+) -> Chunk | Reply:
+    """As the API does: a chunk of the session of that id, which opens it with `start` if there is none."""
+    session = scheduler.sessions.get_detached(session_id, now)
+    chunk = Chunk(steps, session, position, final=final)
+    if session is None:
+        if (reply := scheduler.replay_closing(session_id, chunk, now)) is not None:
+            return reply
+        if not start:
+            raise scheduler.sessions.closed.error(session_id, now)
+        chunk.opening = Opening(session_id)
+    return scheduler.submit(chunk, now, deadline)
+
+
+def submit_sequence(scheduler: Scheduler, steps: Tensors, now: float, deadline: float) -> Chunk:
+    chunk = Chunk(steps)
+    assert scheduler.submit(chunk, now, deadline) is chunk
+    return chunk
 
 
 def turn(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -> Batch:

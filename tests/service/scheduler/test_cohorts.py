@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from fold import FoldEngine, answer, fold, inputs, run_until_idle, scheduler
+from fold import FoldEngine, answer, find, fold, inputs, run_until_idle, scheduler, submit, submit_sequence
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -75,7 +75,7 @@ class Served:
         self.log.append((rows, reply.positions.tolist(), outputs, errors))
 
     def step(self, session_id: str, steps: list[int], position: int | None, final: bool, now: float) -> None:
-        work = self.scheduler.submit_steps(session_id, inputs(*steps), now, now + 50, position=position, final=final)
+        work = submit(self.scheduler, session_id, inputs(*steps), now, now + 50, position=position, final=final)
         if isinstance(work, Chunk):
             self.chunks.append(work)
             work.listeners += (self.settled,)
@@ -206,11 +206,19 @@ class Twins(RuleBasedStateMachine):
             session.position += 7
             session.forget_applied()
 
-        self.both(lambda served: served.scheduler.submit_action(session_id, jump, self.now) and None)
+        def act(served: Served) -> None:
+            served.scheduler.submit_action(find(served.scheduler, session_id, self.now), jump, self.now)
+
+        self.both(act)
 
     @rule(session_id=IDS)
     def close(self, session_id: str) -> None:
-        self.both(lambda served: repr(served.scheduler.close(session_id, self.now)))
+        def close(served: Served) -> str:
+            session = find(served.scheduler, session_id, self.now)
+            served.scheduler.close(session, self.now)
+            return repr(session)
+
+        self.both(close)
 
     @rule(session_id=IDS, depth=st.sampled_from([1, 1, 2]))
     def remember(self, session_id: str, depth: int) -> None:
@@ -297,7 +305,7 @@ def test_sessions_that_come_together_again_are_one(served):
         fold([1, 2, last])[2:] for last in (3, 4, 5)
     ]
     for name, last in zip("abc", (3, 4, 5), strict=True):
-        again = served.scheduler.submit_steps(name, inputs(last), 0, LATER, position=2)
+        again = submit(served.scheduler, name, inputs(last), 0, LATER, position=2)
         assert answer(again) == fold([1, 2, last])[2:]
 
 
@@ -314,12 +322,12 @@ def test_a_step_of_a_cohort_can_be_asked_for_again_while_it_runs_and_after(serve
     s, engine = served.scheduler, served.engine
     served.frame([*"abc"], [2, 2, 2], [3, 4, 5], 0)
     _, batch = s.next_turn(0)
-    again = s.submit_steps("b", inputs(4), 0, LATER, position=2)
+    again = submit(s, "b", inputs(4), 0, LATER, position=2)
     with pytest.raises(PayloadMismatch):
-        s.submit_steps("c", inputs(4), 0, LATER, position=2)
+        submit(s, "c", inputs(4), 0, LATER, position=2)
     s.complete(batch, *engine.run(batch), 0)
     assert answer(again) == fold([1, 2, 4])[2:]
-    assert answer(s.submit_steps("c", inputs(5), 0, LATER, position=2)) == fold([1, 2, 5])[2:]
+    assert answer(submit(s, "c", inputs(5), 0, LATER, position=2)) == fold([1, 2, 5])[2:]
     assert position(served, "b") == position(served, "c") == 3
 
 
@@ -332,7 +340,7 @@ def test_a_position_that_differs_is_its_rows_alone(served):
 
 def test_one_that_steps_by_itself_leaves_the_others_where_they_were(served):
     s = served.scheduler
-    s.submit_steps("b", inputs(7), 5, LATER)
+    submit(s, "b", inputs(7), 5, LATER)
     served.run(5)
     assert [(record[0], record[2], record[4]) for record in served.seen()] == [("a", 2, 0), ("c", 2, 0), ("b", 3, 5)]
 
@@ -347,7 +355,7 @@ def test_a_cohort_expires_as_its_sessions_would(served):
     assert [*s.sessions.cohorts]
     for name in "abc":
         with pytest.raises(SessionExpired):
-            s.sessions.find_detached(name, 160)
+            find(s, name, 160)
     assert len(s.sessions) == 0
     assert s.sessions.slots.taken == 0
 
@@ -358,7 +366,7 @@ def test_a_busy_cohort_neither_expires_nor_makes_room(served):
     served.frame([*"abc"], [None] * 3, [3] * 3, 1)
     s.open("e", 2)
     with pytest.raises(SessionEvicted):
-        s.sessions.find_detached("d", 2)
+        find(s, "d", 2)
     s.sessions.expire(500)
     assert [record[0] for record in served.seen()] == [*"abc"]
     assert [*s.sessions.cohorts]
@@ -369,7 +377,7 @@ def test_a_cohort_that_rests_makes_room_by_one(served):
     s.open("d", 3)
     s.open("e", 4)
     with pytest.raises(SessionEvicted):
-        s.sessions.find_detached("a", 4)
+        find(s, "a", 4)
     assert [record[0] for record in served.seen()] == [*"bcde"]
 
 
@@ -377,11 +385,11 @@ def test_a_cohort_is_refused_as_a_whole_and_stays_one(served):
     s = served.scheduler
     s.pace.seconds_per_step = 1.0
     for _ in range(49):
-        s.submit_sequence(inputs(1), 0, LATER)
+        submit_sequence(s, inputs(1), 0, LATER)
     cohorts, rows = [*s.sessions.cohorts], (np.ones((3, 1), np.int64),)
     with pytest.raises(DeadlineUnreachable):
         s.submit_cohorts(cohorts, None, rows, 0, 5, served.answered)
-    s.submit_sequence(inputs(1), 0, LATER)
+    submit_sequence(s, inputs(1), 0, LATER)
     with pytest.raises(QueueFull):
         s.submit_cohorts(cohorts, None, rows, 0, LATER, served.answered)
     assert repr(cohorts) == "[<Cohort of 3 idle>]"
@@ -403,7 +411,7 @@ def test_a_cohort_takes_one_step_at_a_time(served):
 
 def test_a_session_of_which_more_is_to_be_remembered_leaves_its_cohort(served):
     served.scheduler.set_retry_depth(served.bound["a"], 2)
-    assert answer(served.scheduler.submit_steps("a", inputs(2), 0, LATER, position=1)) == fold([1, 2])[1:]
+    assert answer(submit(served.scheduler, "a", inputs(2), 0, LATER, position=1)) == fold([1, 2])[1:]
     for _ in range(3):
         served.frame([*"abc"], [None] * 3, [3] * 3, 0)
         served.run()
@@ -418,7 +426,7 @@ def test_a_row_that_fails_ends_the_cohort_and_nothing_else(served):
     assert served.log[-1][3] == {1: "engine_failed"}
     for name, step in (("a", 4), ("b", 3), ("c", 4)):
         at = position(served, name)
-        again = served.scheduler.submit_steps(name, inputs(step), 0, LATER, position=at - 1)
+        again = submit(served.scheduler, name, inputs(step), 0, LATER, position=at - 1)
         assert answer(again) == fold([1, 2, 3, 4][:at])[-1:]
     assert [position(served, name) for name in "abc"] == [4, 3, 4]
 
@@ -432,12 +440,12 @@ def test_a_cohort_shares_a_batch():
         served.frame([*"ab"], [None] * 2, [step] * 2, 0)
         served.run()
     served.frame([*"ab"], [None] * 2, [3] * 2, 0)
-    served.scheduler.submit_steps("c", inputs(7), 0, LATER)
+    submit(served.scheduler, "c", inputs(7), 0, LATER)
     served.begin(0)
     assert served.batch.lens == [1, 1, 1]
     served.end(0)
     for name, steps in (("a", [1, 2, 3]), ("b", [1, 2, 3]), ("c", [7])):
-        again = served.scheduler.submit_steps(name, inputs(steps[-1]), 0, LATER, position=len(steps) - 1)
+        again = submit(served.scheduler, name, inputs(steps[-1]), 0, LATER, position=len(steps) - 1)
         assert answer(again) == fold(steps)[-1:]
 
 

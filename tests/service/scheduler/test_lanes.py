@@ -1,6 +1,6 @@
 """How long the pieces of long work are, and that nobody waits for ever for anybody."""
 
-from fold import FoldEngine, answer, fold, inputs, scheduler
+from fold import FoldEngine, answer, fold, inputs, scheduler, submit, submit_sequence
 
 from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.limits import SchedulerLimits
@@ -46,10 +46,10 @@ def test_long_work_and_single_steps_take_turns() -> None:
     s = scheduler(max_batch=3, max_batch_steps=12, piece_steps=4)
     engine = FoldEngine(s.rows)
     s.open("live", 0)
-    long = [s.submit_sequence(inputs(*range(40)), 0, 1e9) for _ in range(2)]
+    long = [submit_sequence(s, inputs(*range(40)), 0, 1e9) for _ in range(2)]
     live, now, kinds = 0, 0.0, []
     while long[0].outcome is None or long[1].outcome is None:
-        s.submit_steps("live", inputs(live), now, 1e9)
+        submit(s, "live", inputs(live), now, 1e9)
         live += 1
         for _ in range(2):
             now += 0.001
@@ -65,7 +65,7 @@ def test_pieces_end_with_the_shortest_so_that_nothing_is_padded() -> None:
     s = scheduler(ragged=True, piece_steps=4, max_batch_steps=100)
     engine = FoldEngine(s.rows)
     for length in (5, 7, 9):
-        s.submit_sequence(inputs(*range(length)), 0, 1e9)
+        submit_sequence(s, inputs(*range(length)), 0, 1e9)
     lens = []
     while not s.idle:
         _, batch = s.next_turn(0)

@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 import numpy as np
-from fold import START, FoldEngine, fold, inputs, scheduler
+from fold import START, FoldEngine, find, fold, inputs, scheduler, submit, submit_sequence
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -88,7 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if applied:
                 start = applied[-1].start
                 steps = self.histories[session][start : session.position]
-                work = self.scheduler.submit_steps(session_id, inputs(*steps), self.now, self.now + 50, position=start)
+                work = submit(self.scheduler, session_id, inputs(*steps), self.now, self.now + 50, position=start)
                 assert isinstance(work, Reply)
                 self.accept(work, steps)
 
@@ -164,8 +164,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             position = max(0, known[session_id].expected + offset)
         before = repr(known.get(session_id))
         try:
-            work = self.scheduler.submit_steps(
-                session_id, inputs(*steps), self.now, self.now + 50, position=position, **flags
+            work = submit(
+                self.scheduler, session_id, inputs(*steps), self.now, self.now + 50, position=position, **flags
             )
         except UnrollError as error:
             assert error.code in {
@@ -180,7 +180,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(steps=STEPS)
     def sequence(self, steps: list[int]) -> None:
-        self.accept(self.scheduler.submit_sequence(inputs(*steps), self.now, self.now + 50), steps)
+        self.accept(submit_sequence(self.scheduler, inputs(*steps), self.now, self.now + 50), steps)
 
     @rule(session_id=IDS, new_id=IDS)
     def fork(self, session_id: str, new_id: str) -> None:
@@ -197,12 +197,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.histories[forked] = list(self.histories[session])
 
         if session_id in self.scheduler.sessions:
-            self.scheduler.submit_action(session_id, copy, self.now)
+            self.scheduler.submit_action(find(self.scheduler, session_id, self.now), copy, self.now)
 
     @rule(session_id=IDS)
     def close(self, session_id: str) -> None:
         if session_id in self.scheduler.sessions:
-            self.scheduler.close(session_id, self.now)
+            self.scheduler.close(find(self.scheduler, session_id, self.now), self.now)
 
     @rule(index=st.integers(0, 50))
     def cancel(self, index: int) -> None:

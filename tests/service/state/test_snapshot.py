@@ -1,4 +1,4 @@
-"""A snapshot comes back as it was, or not at all."""
+"""A snapshot round-trips exactly or is refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What every store promises: a commit counts once, and only after the one that it says it follows."""
+"""The contract of every store: a commit is applied once, and only after the commit it names."""
 
 import asyncio
 import time
@@ -148,7 +148,7 @@ async def test_keys_and_their_lives(made: RedisStore, redis_server: RedisServer,
     assert everything(redis_server) == {state, gone}
     assert 4000 < redis_server.client.pttl(state) <= 5000
     assert 11000 < redis_server.client.pttl(gone) <= 12000
-    redis_server.client.delete(state)  # as it is when its life is over
+    redis_server.client.delete(state)  # as after its expiry
     assert await made.load(KEY) == Gone("session_expired", ORIGIN)
     assert await made.close(KEY) is None
 
@@ -212,7 +212,7 @@ async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server:
 
 
 async def test_each_of_many_is_answered_by_itself(store: Store, tokens: Tokens):
-    """More than one run of the script takes, some of them refused."""
+    """More commits than one script call takes, some of them refused."""
     firsts = [commit(tokens.next(), key=("lstm", str(n))) for n in range(300)]
     assert await put(store, *firsts) == [None] * 300
     seconds = [

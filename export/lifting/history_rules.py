@@ -1,0 +1,201 @@
+"""Calls of PyTorch's functions whose result at a time step needs earlier steps, and what each needs of them.
+
+Values that such a call puts before a sequence are a placeholder for the steps before it. If the state row holds those
+steps, they take the placeholder's place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a call needs of the past, and how it goes on from it.
+
+    Attributes:
+        x: the sequence.
+        first: the placeholder for its past, in as many frames as are kept.
+        finish: from the past and the sequence, joined along time, to the result of the call.
+        of_result: the frames to keep are those of the result, not of the sequence.
+    """
+
+    x: Tensor
+    first: Tensor
+    finish: Callable[[Tensor], Tensor]
+    of_result: bool = False
+
+
+#: From a call's arguments and the time axis to what it remembers, or None if it needs nothing of the past.
+Rule = Callable[[Any, Any, int], Memory | None]
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryCall:
+    """A call that may need the past.
+
+    Attributes:
+        sequence: what it is given along time; None for a call that counts, whose result is the sequence.
+        memory: from the time axis to what it remembers.
+    """
+
+    sequence: Tensor | None
+    memory: Callable[[int], Memory | None] = lambda time: None
+
+    @property
+    def counts(self) -> bool:
+        """Its result numbers the time steps, without a batch."""
+        return self.sequence is None
+
+
+class HistoryCalls:
+    """Tells, call by call in order, which ones may need the past: the one place that decides."""
+
+    def __init__(self) -> None:
+        #: Sequences without their last steps, as they are made, by id; frames put before one make a delay of it.
+        self._cuts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def find(self, func: Any, args: Any, kwargs: Any) -> HistoryCall | None:
+        """The call, before it runs, as one that may need the past."""
+        if rule := RULES.get(func):
+            sequence = args[0] if args else kwargs["input"]
+            return HistoryCall(sequence, lambda time: rule(args, kwargs, time))
+        if func is torch.arange:
+            return HistoryCall(None)
+        return self._delay(args, kwargs) if func in {torch.cat, torch.concat} else None
+
+    def add(self, func: Any, args: Any, result: Any) -> None:
+        """The call ran."""
+        if func is Tensor.__getitem__:
+            index = [one for one in (args[1] if isinstance(args[1], tuple) else (args[1],)) if one is not ...]
+            if all(map(_from_the_beginning, index)) and sum(one.stop is not None for one in index) == 1:
+                self._cuts[id(result)] = result, args[0]
+
+    def _delay(self, args: Any, kwargs: Any) -> HistoryCall | None:
+        """Frames put before a sequence that has lost as many at its end."""
+        if not args or len(args[0]) != 2 or id(args[0][1]) not in self._cuts:
+            return None
+        (frames, cut), axis = args[0], kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+        _, whole = self._cuts[id(cut)]
+        axis %= cut.dim()
+        shapes = [[size for i, size in enumerate(t.shape) if i != axis] for t in (frames, whole)]
+        if (
+            whole.dim() != cut.dim()
+            or shapes[0] != shapes[1]
+            or whole.shape[axis] - cut.shape[axis] != frames.shape[axis]
+        ):
+            return None
+        memory = Memory(whole, frames, lambda joined: joined.narrow(axis, 0, whole.shape[axis]))
+        return HistoryCall(whole, lambda time: memory if time == axis else None)
+
+
+def _from_the_beginning(index: Any) -> bool:
+    return (
+        isinstance(index, slice)
+        and index.step in (None, 1)
+        and (index.start is None or (isinstance(index.start, int) and index.start == 0))
+    )
+
+
+def _full(x: Tensor, time: int, frames: int, value: float) -> Tensor:
+    return x.new_full([frames if axis == time else size for axis, size in enumerate(x.shape)], value)
+
+
+def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
+    """Constants put before a sequence, or its first step."""
+
+    def call(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Memory | None:
+        pads = list(pad)
+        first = 2 * (input.dim() - 1 - time)
+        if mode not in {"constant", "replicate"} or first >= len(pads) or pads[first] < 1:
+            return None
+        frames, pads[first] = pads[first], 0
+        if mode == "replicate":
+            if any(pads):
+                return None
+            return Memory(input, input.narrow(time, 0, 1).repeat_interleave(frames, time), lambda joined: joined)
+        before = _full(input, time, frames, value or 0.0)
+        return Memory(input, before, lambda joined: functional.pad(joined, pads, mode, value))
+
+    return call(*args, **kwargs)
+
+
+def _convolution(function: Any) -> Rule:
+    """Zeros that a convolution puts on both ends of a sequence. Its result is as long as ever."""
+
+    def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
+        def call(
+            input: Tensor,
+            weight: Tensor,
+            bias: Any = None,
+            stride: Any = 1,
+            padding: Any = 0,
+            dilation: Any = 1,
+            groups: int = 1,
+        ) -> Memory | None:
+            count, axis = input.dim() - 2, time - 2
+            strides, dilations = _each(stride, count), _each(dilation, count)
+            if axis < 0 or isinstance(padding, str) or strides[axis] != 1:
+                return None
+            pads = _each(padding, count)
+            frames, pads[axis] = pads[axis], 0
+            if frames < 1:
+                return None
+            after = [0, 0] * (count - 1 - axis) + [0, frames]
+
+            def finish(joined: Tensor) -> Tensor:
+                return function(functional.pad(joined, after), weight, bias, strides, pads, dilations, groups)
+
+            return Memory(input, _full(input, time, frames, 0.0), finish)
+
+        return call(*args, **kwargs)
+
+    return rule
+
+
+def _each(value: Any, count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
+
+
+def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
+    """A running sum: it is taken up where it was, so that it adds in the same order however the sequence is cut."""
+
+    def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
+        if dim % input.dim() != time or options.get("dtype") not in {None, input.dtype}:
+            return None
+        input = input if input.is_floating_point() else input.long()
+
+        def finish(joined: Tensor) -> Tensor:
+            return torch.cumsum(joined, dim, **options).narrow(time, 1, joined.shape[time] - 1)
+
+        return Memory(input, _full(input, time, 1, 0.0), finish, of_result=True)
+
+    return call(*args, **kwargs)
+
+
+def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
+    """Of each step from the one before it, or further back; before the first comes what is given."""
+
+    def call(
+        input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+    ) -> Memory | None:
+        if prepend is None or append is not None or n != prepend.shape[time] or dim % input.dim() != time:
+            return None
+        return Memory(input, prepend, lambda joined: torch.diff(joined, n, dim))
+
+    return call(*args, **kwargs)
+
+
+RULES: dict[Any, Rule] = {
+    functional.pad: _pad,
+    torch.conv1d: _convolution(torch.conv1d),
+    torch.conv2d: _convolution(torch.conv2d),
+    torch.diff: _difference,
+    Tensor.diff: _difference,
+    torch.cumsum: _sum,
+    Tensor.cumsum: _sum,
+}

@@ -1,0 +1,27 @@
+"""Loads a checkpoint of `StackedRNN`, whose configuration says which inputs it takes."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unroll.export.errors import ExportError
+from unroll.export.loading.example_inputs import Example, InputSpec, token_example
+from unroll.models.checkpoint import CheckpointError
+from unroll.models.stacked_rnn import StackedRNN
+
+
+def from_checkpoint(stem: str) -> tuple[nn.Module, Example]:
+    """The model saved as `stem`.safetensors and `stem`.json, and example inputs for it.
+
+    Raises:
+        ExportError: checkpoint, with the file that is missing or damaged.
+    """
+    path = Path(stem)
+    try:
+        model = StackedRNN.load(path.with_name(path.name.removesuffix(".safetensors")))
+    except CheckpointError as error:
+        raise ExportError("checkpoint", str(error)) from error
+    if model.config.vocabulary is not None:
+        return model, {"x": token_example(model.config.vocabulary)}
+    return model, {"x": InputSpec("x", torch.float32, (model.config.input_size or 1,)).example()}

@@ -1,0 +1,40 @@
+"""Copies of the user's model and example: export changes neither."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from unroll.export.errors import ExportError
+
+
+def detached_copy(module: nn.Module) -> nn.Module:
+    """The module on the CPU, in eval mode, without gradients; unwrapped if it was compiled.
+
+    Raises:
+        ExportError: not_copyable.
+    """
+    module = getattr(module, "_orig_mod", module)
+    try:
+        with torch.no_grad():
+            # A layer's normalised weight is a result of its parameters: it cannot be copied, and forward computes it.
+            computed = [w for m in module.modules() if isinstance(m, nn.RNNBase) for w in m._flat_weights]
+            memo: dict[int, Any] = {id(w): w.detach() for w in computed if w is not None and not w.is_leaf}
+            return copy.deepcopy(module, memo).cpu().eval().requires_grad_(False)
+    except Exception as error:  # user code
+        raise ExportError(
+            "not_copyable", f"the module cannot be copied (does it hold a tensor of its last training step?): {error}"
+        ) from error
+
+
+def detached_example(example: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that are given, on the CPU and without gradients."""
+    given = {name: value for name, value in example.items() if value is not None}
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), given)
+
+
+def as_float32(example: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The example with tensors of `dtype` in float32."""
+    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype == dtype else t, example)

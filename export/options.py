@@ -1,0 +1,37 @@
+"""What the caller of `unroll.export` asks for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from unroll.bundle import BundleError, Precision
+from unroll.bundle.files import check_name
+from unroll.export.errors import ExportError
+from unroll.export.signature.arguments import DeclaredArguments
+
+#: Called with a line at the beginning of each stage.
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """The options of one export; `unroll.export` says what each means."""
+
+    name: str
+    version: str
+    repository: Path
+    replace: bool
+    arguments: DeclaredArguments
+    output_names: list[str] | None
+    precision: Precision
+    max_error: float | None
+
+    def check_target(self) -> None:
+        """Raises ExportError(bundle) if the bundle cannot be written there."""
+        try:
+            check_name(self.name, self.version)
+        except BundleError as error:
+            raise ExportError("bundle", str(error)) from None
+        path = self.repository / self.name / self.version
+        if path.exists() and not self.replace:
+            raise ExportError("bundle", f"{path} exists; choose another version or ask to replace it")

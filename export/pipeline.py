@@ -1,0 +1,227 @@
+"""The stages from a trained module to a proven bundle. Each takes and returns records; only the last one writes."""
+
+import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from unroll import bundle
+from unroll.bundle import BundleError, Manifest
+from unroll.export.errors import ExportError, attempt
+from unroll.export.lifting.float64 import converted
+from unroll.export.lifting.history import Place
+from unroll.export.lifting.lift import lift
+from unroll.export.lifting.lifted_model import LiftedModel
+from unroll.export.lifting.module_state import Attribute, PutBack, find_module_state, refusal
+from unroll.export.lifting.observe import Observation, find_history, observe
+from unroll.export.lifting.streaming import torch_runner
+from unroll.export.loading import programs
+from unroll.export.loading.copies import as_float32, detached_copy, detached_example
+from unroll.export.onnx.graph import to_onnx
+from unroll.export.onnx.index_limits import input_limits
+from unroll.export.onnx.runtime import onnx_runner
+from unroll.export.onnx.tracing import Suspects
+from unroll.export.options import ExportOptions, Progress
+from unroll.export.report import Report, notes_on
+from unroll.export.signature.arguments import check_arguments
+from unroll.export.signature.outputs import leaves
+from unroll.export.signature.samples import Samples
+from unroll.export.state_choice import choose_state
+from unroll.export.verification import parity, preconditions, probes
+from unroll.export.verification.draft import draft_manifest
+from unroll.export.verification.original import check_continues, check_same_as_original
+from unroll.export.verification.parity import Runners
+from unroll.export.verification.reduced import Candidate, limit, reduce
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The user's model, copied.
+
+    Attributes:
+        model: in float32; lifted in place by the next stage.
+        exact: in float64.
+        example: the arguments of forward.
+        dtype: of the user's parameters.
+        attributes: those in which forward leaves a state for its next call.
+    """
+
+    model: nn.Module
+    exact: nn.Module
+    example: dict[str, Any]
+    dtype: torch.dtype
+    attributes: list[Attribute]
+
+
+@dataclass(frozen=True, slots=True)
+class Lifted:
+    """The lifted model, and what was seen of it.
+
+    Attributes:
+        model: in both precisions.
+        history: where forward reaches into the past.
+        not_streamable_because: known already, or None.
+        observation: what it starts from and returns.
+    """
+
+    model: LiftedModel
+    history: list[Place | None]
+    not_streamable_because: str | None
+    observation: Observation
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """The graph, and all ways to run the model.
+
+    Attributes:
+        graph, content: the ONNX model, and its bytes.
+        runners: PyTorch in both precisions, and the graph.
+        suspects: sizes at which the trace may be wrong.
+        samples: those of the lifted model, with the limits of integer inputs.
+    """
+
+    graph: onnx.ModelProto
+    content: bytes
+    runners: Runners
+    suspects: Suspects
+    samples: Samples
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The manifest, which says whether the model streams, and the samples to prove it with."""
+
+    manifest: Manifest
+    samples: Samples
+
+
+class Pipeline:
+    """One export."""
+
+    def __init__(self, options: ExportOptions, progress: Progress) -> None:
+        self._options, self._progress = options, progress
+
+    def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
+        """All stages. Raises ExportError, and has then written nothing."""
+        self._options.check_target()
+        self._progress("reading the model")
+        prepared = self._prepare(module, example_inputs)
+        self._progress("running it as it is")
+        prepared = self._find_state(prepared)
+        lifted = self._lift(prepared)
+        self._progress("tracing it into ONNX")
+        traced = self._trace(lifted)
+        self._progress("finding out whether it streams")
+        judged = self._judge(prepared, lifted, traced)
+        self._progress("proving it equal to PyTorch")
+        candidate = self._prove(traced, judged)
+        candidate = self._reduce(candidate, lifted, traced, judged)
+        self._progress("writing the bundle")
+        return self._write(candidate, prepared, lifted, judged)
+
+    def _prepare(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Prepared:
+        plain = programs.as_module(module, example_inputs)
+        preconditions.check_modules(plain)
+        model, example = detached_copy(plain), detached_example(example_inputs)
+        exact, dtype = converted(model, torch.float64), preconditions.precision(model)
+        if dtype != torch.float32:
+            model, example = converted(model, torch.float32), as_float32(example, dtype)
+        check_arguments(model, example)
+        declared = self._options.arguments
+        if missing := {*declared.static, *declared.state} - example.keys():
+            raise ExportError("input", f"{', '.join(sorted(missing))} is not among the example inputs")
+        return Prepared(model, exact, example, dtype, [])
+
+    def _find_state(self, prepared: Prepared) -> Prepared:
+        """With the attributes in which forward leaves a state; the model is as it was after every call."""
+        model, example = prepared.model, prepared.example
+        attributes = attempt("the example", partial(find_module_state, model, example))
+        PutBack(model, attributes)
+        tried = copy.deepcopy(model)
+        returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), attributes))
+        preconditions.check_finite(leaves(returned))
+        return replace(prepared, attributes=attributes)
+
+    def _lift(self, prepared: Prepared) -> Lifted:
+        model = lift(prepared.model, prepared.exact, prepared.example, self._options.arguments)
+        history = find_history(model)
+        reason = choose_state(model, history, prepared.attributes, self._options.output_names)
+        return Lifted(model, history, reason, observe(model, self._options.output_names))
+
+    def _trace(self, lifted: Lifted) -> Traced:
+        single, double, samples = lifted.model.single, lifted.model.double, lifted.model.samples
+        graph, suspects = to_onnx(single, samples.draw(3, 5, seed=1))
+        content = graph.SerializeToString()
+        served = onnx_runner(content, single)
+        samples = replace(samples, limits=input_limits(graph, single.layout, samples))
+        runners = Runners(torch_runner(double, double=True), torch_runner(single, double=False), served)
+        return Traced(graph, content, runners, suspects, samples)
+
+    def _judge(self, prepared: Prepared, lifted: Lifted, traced: Traced) -> Judged:
+        """Whether it is still the user's model, keeps its rows apart, and streams."""
+        single, double = lifted.model.single, lifted.model.double
+        model = replace(lifted.model, samples=traced.samples)
+        draft = draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
+        reference, _, _ = traced.runners.subjects(traced.samples, draft)
+        samples = probes.with_reached(reference)
+        reference, _, served = traced.runners.subjects(samples, draft)
+        check_same_as_original(prepared.exact, double, reference, prepared.attributes)
+        probes.check_rows(reference)
+        reason = lifted.not_streamable_because or probes.why_not_streamable(
+            replace(reference, run=torch_runner(double, double=True, ops=True)), double
+        )
+        if reason is None:
+            counted = not single.row_by_row and any(place and place.counted for place in lifted.history)
+            reason = probes.why_not_over_long(served, counted)
+        if prepared.attributes:
+            if reason is not None:
+                raise refusal(prepared.attributes)
+            check_continues(prepared.exact, double, reference, prepared.attributes)
+        return Judged(replace(draft, streamable=reason is None, not_streamable_because=reason), samples)
+
+    def _prove(self, traced: Traced, judged: Judged) -> Candidate:
+        manifest, samples = judged.manifest, judged.samples
+        reference, _, _ = traced.runners.subjects(samples, manifest)
+        golden = parity.make_golden(reference)
+        proven = parity.prove(golden, traced.runners, samples, manifest, traced.suspects)
+        manifest = replace(manifest, parity=proven)
+        _, _, served = traced.runners.subjects(samples, manifest)
+        padding = probes.padding_differs(served)
+        ragged = all(padding[entry.output] <= entry.tolerance for entry in manifest.parity)
+        bit_exact = probes.is_bit_exact(served) and not (ragged and any(padding.values()))
+        return Candidate(traced.content, golden, replace(manifest, ragged=ragged, bit_exact=bit_exact))
+
+    def _reduce(self, candidate: Candidate, lifted: Lifted, traced: Traced, judged: Judged) -> Candidate:
+        """In the precision that was asked for, and within the error that is allowed."""
+        precision = self._options.precision
+        if precision != "float32":
+            self._progress(f"reducing it to {precision} and measuring what that costs")
+            reference, _, _ = traced.runners.subjects(judged.samples, candidate.manifest)
+            candidate = reduce(traced.graph, precision, candidate, lifted.model.single, reference)
+        return replace(candidate, manifest=limit(candidate.manifest, self._options.max_error))
+
+    def _write(self, candidate: Candidate, prepared: Prepared, lifted: Lifted, judged: Judged) -> Report:
+        try:
+            path = bundle.write(
+                self._options.repository,
+                candidate.manifest,
+                candidate.content,
+                candidate.golden,
+                replace_existing=self._options.replace,
+            )
+            manifest = bundle.read(path).manifest
+        except BundleError as error:
+            raise ExportError("bundle", str(error)) from error
+        notes = notes_on(
+            replace(lifted.model, samples=judged.samples),
+            lifted.observation.dropped_outputs,
+            prepared.attributes,
+            prepared.dtype,
+        )
+        return Report(path, manifest, notes)

@@ -1,0 +1,66 @@
+"""Chooses which state, other than that of recurrent layers, a model is given: as much as it streams with.
+
+Less is tried only where more does not stream, because a short try cannot show that a step is needed a thousand steps
+later.
+"""
+
+from itertools import product
+
+from unroll.export.errors import ExportError
+from unroll.export.lifting.carried_state import Carried
+from unroll.export.lifting.history import Place
+from unroll.export.lifting.lifted_model import LiftedModel
+from unroll.export.lifting.module_state import Attribute
+from unroll.export.lifting.observe import find_carried_attributes, observe
+from unroll.export.lifting.streaming import torch_runner
+from unroll.export.onnx.graph import to_onnx
+from unroll.export.verification import probes
+from unroll.export.verification.draft import draft_manifest
+from unroll.export.verification.trials import Subject
+
+
+def choose_state(
+    lifted: LiftedModel, history: list[Place | None], attributes: list[Attribute], output_names: list[str] | None
+) -> str | None:
+    """Give both modules of `lifted` the history and the attributes with which the model streams, or none.
+
+    Args:
+        history: where forward reaches into the past.
+        attributes: those in which the module keeps a state.
+
+    Returns:
+        Why a model that would stream does not, or None.
+    """
+    # Numbers that are counted may be of the sequence, or of this call only, as a mask's are.
+    without_counts = [place if place and not place.counted else None for place in history]
+    carried = find_carried_attributes(lifted, attributes)
+    reason = None
+    for kept, places in product((carried, {}) if carried else ({},), (history, without_counts)):
+        _give(lifted, kept, places if any(places) else [])
+        if (kept or any(places)) and _streams(lifted, output_names):
+            if not lifted.single.row_by_row:
+                return None
+            try:
+                to_onnx(lifted.single, lifted.samples.draw(3, 5, seed=1))
+            except ExportError as error:
+                reason = f"it counts time steps, and that could not be traced ({error})"
+                break
+            return None
+    _give(lifted, {}, [])
+    return reason
+
+
+def _give(lifted: LiftedModel, attributes: dict[Attribute, Carried], history: list[Place | None]) -> None:
+    for module in (lifted.single, lifted.double):
+        module.carried_attributes, module.history = attributes, history
+
+
+def _streams(lifted: LiftedModel, output_names: list[str] | None) -> bool:
+    run = torch_runner(lifted.double, double=True)
+    try:
+        observation = observe(lifted, output_names)
+        manifest = draft_manifest("draft", "1", lifted, observation.initial_row)
+        samples = probes.with_reached(Subject(run, lifted.samples, manifest))
+        return probes.why_not_streamable(Subject(run, samples, manifest), lifted.double) is None
+    except ExportError:
+        return False

@@ -1,0 +1,74 @@
+"""Checks that the lifted model is still the user's own, both in float64: called once, and called again and again."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from unroll.bundle.golden import Arrays
+from unroll.export.errors import ExportError, attempt
+from unroll.export.lifting.float64 import double_precision
+from unroll.export.lifting.module_state import Attribute, refusal
+from unroll.export.lifting.streaming import Named, StreamingModule
+from unroll.export.loading.copies import detached_copy
+from unroll.export.signature.samples import as_tensors
+from unroll.export.verification import trials
+from unroll.export.verification.trials import Subject
+
+#: Of float64: a lifted model computes in another order at most.
+_CLOSE = 1e-9
+
+
+def check_same_as_original(
+    exact: nn.Module, double: StreamingModule, reference: Subject, attributes: list[Attribute]
+) -> None:
+    """Check that the lifted model, started from the initial state, answers as the user's own does.
+
+    Args:
+        exact: the user's own model, in float64.
+        double, reference: the lifted model in float64.
+        attributes: those in which `exact` keeps a state.
+
+    Raises:
+        ExportError: parity, if it does not.
+    """
+    for trial in trials.ORIGINAL:
+        inputs, rows = reference.inputs(trial), reference.begin(trial)
+        lifted = reference.whole(inputs, rows)
+        # A call may leave a state in the module.
+        original = detached_copy(exact) if attributes else exact
+        returned = _asked("other inputs", original, double, inputs, rows)
+        for output in double.outputs:
+            expected = output.batch_major(returned[output.index][1]).numpy()
+            if not np.allclose(lifted[output.spec.name], expected, _CLOSE, _CLOSE):
+                raise ExportError(
+                    "parity", f"output {output.spec.name!r} changes when the layers' state is handed in from outside"
+                )
+
+
+def check_continues(exact: nn.Module, double: StreamingModule, reference: Subject, attributes: list[Attribute]) -> None:
+    """Check that the user's own model, which keeps a state in `attributes`, goes on from call to call as a stream.
+
+    Raises:
+        ExportError: keeps_state, if it does not.
+    """
+    trial = trials.CONTINUED
+    inputs, rows = reference.inputs(trial), reference.begin(trial)
+    lifted = reference.whole(inputs, rows)
+    original, pieces, start = detached_copy(exact), [], 0
+    for length in trial.chunkings[0]:
+        chunk = {name: array[:, start : start + length] for name, array in inputs.items()}
+        pieces.append(_asked("a second call", original, double, chunk, rows))
+        start += length
+    for output in double.outputs:
+        parts = [output.batch_major(piece[output.index][1]).numpy() for piece in pieces]
+        found = np.concatenate(parts, 1) if output.time is not None else parts[-1]
+        if not np.allclose(lifted[output.spec.name], found, _CLOSE, _CLOSE):
+            raise refusal(attributes)
+
+
+def _asked(what: str, original: nn.Module, double: StreamingModule, inputs: Arrays, rows: np.ndarray) -> Named:
+    tensors = tuple(as_tensors(inputs, double=True).values())
+    with double_precision():
+        return attempt(what, partial(double.ask, original, tensors, torch.from_numpy(rows).double()))

@@ -1,0 +1,135 @@
+"""What each question is asked with: sizes, scales, seeds and cuts, in one table; and a model to ask."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unroll.bundle import Manifest, RunFunction
+from unroll.bundle.golden import Arrays, run_chunked
+from unroll.export.signature.samples import Samples
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Inputs and state rows for one try.
+
+    Attributes:
+        batch: number of sequences.
+        time: time steps of each.
+        input_seed, row_seed: what the inputs and the state rows are drawn with.
+        scale: of inputs that are floats, times what the example holds.
+        chunkings: ways to cut the sequence, each summing to `time`.
+    """
+
+    batch: int
+    time: int
+    input_seed: int
+    row_seed: int
+    scale: float = 1.0
+    chunkings: tuple[tuple[int, ...], ...] = ()
+
+
+_CUTS_OF_24 = ((1,) * 24, (5, 1, 9, 2, 7), (23, 1))
+
+#: Is each row's answer its own? Also far outside the example's range, where a maximum over rows shows.
+ROWS = tuple(Trial(6, 7, 31, 32, scale) for scale in (1, -2, 4))
+
+#: Does the model stream? Single steps and uneven chunks; many rows, also with inputs outside the example's range, since
+#: the largest value so far is often the last one.
+STREAMING = (
+    Trial(3, 11, 44, 43, 1, ((1,) * 11, (4, 1, 6))),
+    Trial(1, 17, 42, 43, 1, ((1,) * 17, (2, 1, 1, 9, 4))),
+    Trial(32, 24, 73, 43, 1, _CUTS_OF_24),
+    Trial(32, 24, 73, 43, -2, _CUTS_OF_24[1:]),
+)
+
+#: Does it still, over a long sequence? At least so many steps; 16 times as many if steps are counted unseen.
+LONG = Trial(1, 1024, 53, 54)
+LONG_IF_COUNTED = 16
+
+#: Does it after 2**23 steps, where it counts them?
+ENDLESS = Trial(1, 1, 46, 45)
+
+#: Does an output depend on later steps? Other inputs to put there.
+AHEAD_SEED = 47
+
+#: State rows that sequences end in, where not any numbers may stand.
+REACHED = tuple(Trial(4, time, 81, 82) for time in (4, 7, 19))
+
+#: Does padding make a difference? Rows of these lengths beside many short ones: a maximum over time hides the padding
+#: unless that is the largest.
+PADDED = tuple(Trial(248, 13, 51, 52, scale) for scale in (1, -1, 3, -3))
+PADDED_LONG = Trial(4, 300, 51, 52)
+PADDED_LONG_LENGTHS = (300, 40, 150, 283)
+PADDED_START_SEED = 53
+
+#: Do cuts, batch size and neighbours change a bit? At least 32 rows, at most 1024.
+BITS_TIME, BITS_INPUT_SEED, BITS_ROW_SEED = 24, 62, 63
+
+#: Golden vectors: the first that fits into the file.
+GOLDEN = tuple(Trial(batch, time, 71, 72) for batch, time in ((3, 24), (3, 16), (2, 16), (2, 12), (2, 8)))
+
+#: How far off is PyTorch in float32? More rows than the golden ones, since the largest of a few errors is often small.
+OWN_ERROR_BATCH, OWN_ERROR_INPUT_SEED, OWN_ERROR_ROW_SEED = 32, 77, 78
+
+#: Is anything fixed to the batch and the length that were traced?
+SIZES = ((1, 1), (5, 3), (1, 37))
+SIZES_INPUT_SEED, SIZES_ROW_SEED = 75, 76
+
+#: What does a reduced precision cost? Also in a large batch, and over a sequence where errors add up.
+REDUCED_BATCH, REDUCED_LONG = 32, Trial(2, 256, 81, 82)
+
+#: Is the lifted model still the user's own, called once, and called again and again?
+ORIGINAL = (Trial(3, 10, 25, 26), Trial(2, 23, 25, 26))
+CONTINUED = Trial(2, 10, 27, 28, 1, ((4, 1, 5),))
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to ask: how to run it, inputs for it, and what its manifest says of it so far."""
+
+    run: RunFunction
+    samples: Samples
+    manifest: Manifest
+
+    def inputs(self, trial: Trial) -> Arrays:
+        """Each (batch, time, ...)."""
+        return scaled(self.samples.draw(trial.batch, trial.time, seed=trial.input_seed), trial.scale)
+
+    def rows(self, trial: Trial) -> np.ndarray:
+        """(batch, state_size): row 0 is the initial one."""
+        return self.samples.rows(trial.batch, self.manifest, seed=trial.row_seed)
+
+    def begin(self, trial: Trial) -> np.ndarray:
+        """(batch, state_size): what sequences start from."""
+        return self.samples.begin(trial.batch, self.manifest, seed=trial.row_seed)
+
+    def whole(self, inputs: Arrays, rows: np.ndarray) -> Arrays:
+        """Outputs, and `state_out`, of the sequences in one call."""
+        return self.cut(inputs, rows, (steps(inputs),))
+
+    def cut(self, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]) -> Arrays:
+        """The same of the sequences in chunks, the state handed from one to the next."""
+        return run_chunked(inputs, rows, tuple(chunks), self.manifest, self.run)
+
+
+def steps(inputs: Arrays) -> int:
+    return next(iter(inputs.values())).shape[1]
+
+
+def scaled(inputs: Arrays, scale: float) -> Arrays:
+    """The inputs with those that are floats times `scale`."""
+    return {n: (a * scale).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in inputs.items()}
+
+
+def one_row(inputs: Arrays, row: int) -> Arrays:
+    return {name: array[row : row + 1] for name, array in inputs.items()}
+
+
+def random_chunks(time: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """Cut `time` at random places, at least once if it can be."""
+    cuts = np.flatnonzero(rng.random(time - 1) < 0.4) + 1
+    if not len(cuts) and time > 1:
+        cuts = np.array([time // 2])
+    return tuple(int(size) for size in np.diff([0, *cuts, time]))
