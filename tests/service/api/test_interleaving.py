@@ -51,7 +51,6 @@ def _without_sniffio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sniffio", None)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("_without_sniffio")
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], settings: dict, seed: int) -> None:
