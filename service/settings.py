@@ -7,8 +7,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validat
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from unroll.service.api.app_state import ApiLimits
-from unroll.service.catalog.model import ModelOptions
 from unroll.service.engine.backend import Cells, EngineOptions, Precision
+from unroll.service.models.loading import ModelOptions
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
 from unroll.service.store.redis_store import StoreConfig

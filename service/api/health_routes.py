@@ -13,7 +13,10 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: 
 def router(app: AppState) -> APIRouter:
     api = APIRouter(tags=["health"])
     collector = Collector(
-        lambda: [model.figures() for model in app.catalog], app.requests, app.streams, app.catalog.overflow
+        lambda: [model.current_figures() for model in app.models],
+        app.requests,
+        app.streams,
+        app.sessions.directory.spilled,
     )
 
     def ready(response: Response) -> dict[str, bool]:

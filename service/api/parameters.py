@@ -2,8 +2,8 @@
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.request import JSON, Request
-from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import InvalidRequest, NotStreamable, UnsupportedMediaType
+from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
 
 POSITION = b"unroll-position"

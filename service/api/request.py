@@ -27,9 +27,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Headers = dict[bytes, bytes]
 
-#: How often a request is begun anew, since others move its session on, before its client is told to try later.
-ATTEMPTS = 8
-
 JSON = b"application/json"
 RAW = b"application/octet-stream"
 
@@ -123,7 +120,7 @@ class Answering(Generic[C, T]):
         else:
             try:
                 answer = self.encode(self.context, outcome)
-            except Exception as error:  # the loop that calls this serves everyone
+            except Exception as error:  # noqa: BLE001 the loop that calls this serves all clients
                 _log.error("an answer could not be written", exc_info=error)
                 answer = self.failure(EngineFailed("the answer could not be written; the server's log says why"))
         self.respond(answer)
