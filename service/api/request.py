@@ -120,7 +120,7 @@ class Answering(Generic[C, T]):
         else:
             try:
                 answer = self.encode(self.context, outcome)
-            except Exception as error:  # the loop that calls this serves everyone
+            except Exception as error:  # noqa: BLE001 the loop that calls this serves all clients
                 _log.error("reply not encoded", exc_info=error)
                 answer = self.failure(EngineFailed("the reply could not be encoded; the server's log has the reason"))
         self.respond(answer)

@@ -205,7 +205,7 @@ class RedisStore:
         replies: list[Any] = []
         try:
             replies = await self._execute(calls)
-        except (Exception, asyncio.CancelledError) as reason:  # whatever it is, nobody may wait for ever
+        except (Exception, asyncio.CancelledError) as reason:  # noqa: BLE001 the waiting commits must get an answer
             if not isinstance(reason, (RedisError, OSError, asyncio.CancelledError)):
                 _log.error("unexpected error of the store", exc_info=reason)
             late = TimeoutError(f"no answer within {self._config.timeout:g} s")
