@@ -52,7 +52,7 @@ class Route:
             respond(self.failure(error))
         except NeedsStoreLookup:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 every request gets an answer
             _log.error("unexpected error", route=self.name, exc_info=error)
             respond(self.failure(EngineFailed("the server failed on this request; its log has the reason")))
         return nothing_to_cancel
