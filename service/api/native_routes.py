@@ -175,7 +175,7 @@ def router(app: AppState) -> APIRouter:
     async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
         request = await read_request(http.scope, http.receive, limit)
         if request.media_type != RAW:
-            raise UnsupportedMediaType("a snapshot is sent as application/octet-stream")
+            raise UnsupportedMediaType("send the snapshot as application/octet-stream")
         return _info(*await app.sessions.restore(*split_reference(model), session_id, request.body))
 
     return api
@@ -188,9 +188,9 @@ DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, Problem)
 def _body(kind: type[Body], request: Request, limit: int) -> Body:
     """A JSON body, or the defaults if there is none."""
     if len(request.body) > limit:
-        raise BodyTooLarge(f"a JSON body may have {limit} bytes, this one has {len(request.body)}")
+        raise BodyTooLarge(f"the JSON body has {len(request.body)} bytes, and the limit is {limit}")
     if request.body and request.media_type != JSON:
-        raise UnsupportedMediaType("send application/json")
+        raise UnsupportedMediaType("send the body as application/json")
     try:
         return kind.model_validate_json(request.body or b"{}")
     except ValidationError as error:

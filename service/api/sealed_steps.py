@@ -27,7 +27,7 @@ def keys_of(app: AppState) -> SnapshotKeys:
     """Raises DurabilityUnavailable."""
     if app.snapshot_keys is None:
         raise DurabilityUnavailable(
-            "this server has no key to sign states with: durability client needs --snapshot-keys"
+            "durability client needs keys that sign snapshots: start the server with --snapshot-keys"
         )
     return app.snapshot_keys
 
@@ -100,7 +100,9 @@ def _from_raw(request: Request) -> tuple[bytes, bytes]:
     length = request.whole_number(LENGTH)
     assert length is not None
     if length > len(request.body):
-        raise InvalidRequest(f"the snapshot is to have {length} bytes, the whole body has {len(request.body)}")
+        raise InvalidRequest(
+            f"the header says that the snapshot has {length} bytes, but the body has {len(request.body)}"
+        )
     return request.body[:length], request.body[length:]
 
 

@@ -114,7 +114,7 @@ class ModelLoader:
             bundle = bundles.read(path)
             manifest = bundle.manifest
             backend = open_backend(bundle, device, options.engine)
-            parity = bundles.replay(bundle.golden, manifest, backend.runner, backend.slack)
+            parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
             traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
             limits = _session_limits(backend, manifest, options)
             is_verified = partial(self._is_verified, manifest.name)

@@ -117,7 +117,7 @@ class SpilledSessions:
         if here is None:
             await store.take(key, token)
         elif error is not None:
-            _log.warning("a session is evicted", model=key[0], session=key[1], reason=error.message)
+            _log.warning("session evicted", model=key[0], session=key[1], reason=error.message)
             self._add_closed(key, record, SessionEvicted)
 
     def _add_closed(self, key: Key, record: Record, cause: type[SessionGone]) -> None:

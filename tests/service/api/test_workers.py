@@ -119,7 +119,7 @@ def test_one_port_and_several_processes(
     started.popen.send_signal(signal.SIGTERM)
     assert started.end() == 0
     assert not any(version(port) for port in ports)
-    ended = [line for line in started.log if line["event"] == "a worker ended"]
+    ended = [line for line in started.log if line["event"] == "worker exited"]
     assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
 
 
