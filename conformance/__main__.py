@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from conformance import architectures, documents, fuzz, matrix, reduced
+from conformance import architectures, documents, fuzz, matrix, precision_costs
 from conformance.kinds import kinds
 
 
@@ -17,11 +17,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, help="concurrent processes (default: %(default)s)")
     parser.add_argument("--write-docs", action="store_true", help=f"write the results into {documents.PAGE.name}")
     commands = parser.add_subparsers(required=True, dest="command")
-    kind = commands.add_parser("matrix", help="kinds of modules, through export and torch.onnx.export")
+    kind = commands.add_parser("matrix", help="kinds of modules, with unroll.export and with torch.onnx.export")
     kind.add_argument("--only", action="append", metavar="KIND", help="one row; may be repeated")
-    commands.add_parser("models", help="export and stream the models of examples/architectures")
+    commands.add_parser("models", help="the models of examples/architectures")
     commands.add_parser("precision", help="cost and gain of float16 and int8 on this CPU")
-    random = commands.add_parser("fuzz", help="random models through export")
+    random = commands.add_parser("fuzz", help="export random models")
     random.add_argument("--trees", type=int, default=2000, help="number of trees (default: %(default)s)")
     random.add_argument("--folder", type=Path, default=Path(".fuzz"), help="results folder (default: %(default)s)")
     random.add_argument("--tree", help="one tree, as printed in the output")
@@ -32,12 +32,12 @@ def main(argv: list[str]) -> int:
 def _matrix(options: argparse.Namespace) -> int:
     rows = matrix.measure(options.only or [kind.name for kind in kinds()], options.workers)
     for row in rows:
-        print(f"{row.name}: {row.ours.outcome} {row.ours.says}")
+        print(f"{row.name}: {row.exported.outcome} {row.exported.says}")
         print(f"    dynamo=True: {row.dynamo.outcome} {row.dynamo.says or row.dynamo.once}")
-        print(f"    dynamo=False: {row.script.outcome} {row.script.says or row.script.once}")
+        print(f"    dynamo=False: {row.torchscript.outcome} {row.torchscript.says or row.torchscript.once}")
     if options.write_docs:
         documents.replace("kinds", documents.kinds(rows, "make conformance"))
-    return 1 if any(row.ours.outcome in fuzz.BAD for row in rows) else 0
+    return 1 if any(row.exported.outcome in fuzz.BAD for row in rows) else 0
 
 
 def _models(options: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _precision(options: argparse.Namespace) -> int:
-    lines = documents.precision(list(reduced.measure()), "make conformance")
+    lines = documents.precision(list(precision_costs.measure()), "make conformance")
     print(*lines, sep="\n")
     if options.write_docs:
         documents.replace("precision", lines)

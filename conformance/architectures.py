@@ -122,7 +122,7 @@ def measure(architecture: Architecture) -> Measured:
 
 
 class _Stages:
-    """CPU seconds between the lines that export tells of its progress."""
+    """CPU seconds of each stage, from the lines of progress."""
 
     def __init__(self) -> None:
         self._times: list[tuple[str, float]] = []

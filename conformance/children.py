@@ -1,6 +1,7 @@
-"""Runs many small jobs in child processes, so that none can spoil, hang or end another.
+"""Runs many small jobs in child processes, so that no job can disturb, block or end another.
 
-A child is forked from a server that has only imported what they need, and so is as good as a fresh process.
+A child is forked from a server that has imported what the jobs need and done nothing else: it is as clean as a new
+process.
 """
 
 import gc
@@ -14,7 +15,16 @@ from time import monotonic
 from typing import Any
 
 #: What the jobs of this package import.
-PRELOAD = ["torch", "onnxscript", "onnxruntime", "onnx", "torch.onnx", "torch.export", "export", "conformance.warm"]
+PRELOAD = [
+    "torch",
+    "onnxscript",
+    "onnxruntime",
+    "onnx",
+    "torch.onnx",
+    "torch.export",
+    "unroll.export",
+    "conformance.preload",
+]
 
 Job = Any
 
@@ -43,10 +53,14 @@ def run(
     seconds: float = 120,
     preload: Sequence[str] = PRELOAD,
 ) -> Iterator[tuple[Job, Any]]:
-    """Every job with what `work` returned or Died, in the order in which they end.
+    """Every job with the result of `work`, or Died, in the order in which they end.
 
-    each: jobs that one child does, one after the other. seconds: for one job. preload: modules to be imported once.
-    `work` and the jobs are pickled.
+    Args:
+        work: a function of one job; it and the jobs are pickled.
+        children: processes at a time.
+        each: jobs per child, one after another.
+        seconds: time limit for one job.
+        preload: modules that are imported once, for all children.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
@@ -83,7 +97,7 @@ def _start(context: Any, work: Callable[[Job], Any], jobs: list[Job], seconds: f
 
 
 def _serve(pipe: Connection, work: Callable[[Job], Any], jobs: list[Job]) -> None:
-    logging.disable(logging.CRITICAL)  # the exporters tell of each package that is not installed
+    logging.disable(logging.CRITICAL)  # the exporters log each package that is not installed
     gc.freeze()  # imported objects stay: half a million that the collector need not scan
     for job in jobs:
         pipe.send(work(job))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from conformance.architectures import Measured
-from conformance.matrix import Ours, Row
-from conformance.plain import Verdict
-from conformance.reduced import Cost
+from conformance.matrix import Exported, Row
+from conformance.plain_export import Verdict
+from conformance.precision_costs import Cost
 
 PAGE = Path(__file__).parents[1] / "docs" / "conformance.md"
 
@@ -53,20 +53,24 @@ def kinds(rows: Sequence[Row], command: str) -> list[str]:
         "",
         *table(
             ["", "exported", "streams", "largest error against float64", "chunks bit-equal", "nodes"],
-            [[row.name, *_ours(row.ours)] for row in rows if row.ours.outcome in {"streams", "whole only"}],
+            [[row.name, *_exported(row.exported)] for row in rows if row.exported.outcome in {"streams", "whole only"}],
         ),
         "",
         "### Reasons",
         "",
         *table(
-            ["", "result", "reason"], [[row.name, row.ours.outcome, row.ours.says] for row in rows if row.ours.says]
+            ["", "result", "reason"],
+            [[row.name, row.exported.outcome, row.exported.says] for row in rows if row.exported.says],
         ),
         "",
         "### Comparison with `torch.onnx.export`",
         "",
         *table(
             ["", "Unroll", "dynamo=True", "dynamo=False", "state"],
-            [[row.name, row.ours.outcome, _plain(row.dynamo), _plain(row.script), _state(row)] for row in rows],
+            [
+                [row.name, row.exported.outcome, _plain(row.dynamo), _plain(row.torchscript), _state(row)]
+                for row in rows
+            ],
         ),
     ]
 
@@ -114,8 +118,8 @@ def precision(found: Sequence[Cost], command: str) -> list[str]:
 
 
 def _totals(rows: Sequence[Row]) -> list[str]:
-    ours = Counter(row.ours.outcome for row in rows)
-    plain = {name: [getattr(row, name) for row in rows] for name in ("dynamo", "script")}
+    ours = Counter(row.exported.outcome for row in rows)
+    plain = {name: [getattr(row, name) for row in rows] for name in ("dynamo", "torchscript")}
 
     def count(name: str, outcome: str, once: bool = False) -> int:
         return sum(v.outcome == outcome and bool(v.once) == once for v in plain[name])
@@ -134,7 +138,7 @@ def _totals(rows: Sequence[Row]) -> list[str]:
     return table(head, [[str(cell) for cell in row] for row in body])
 
 
-def _ours(found: Ours) -> list[str]:
+def _exported(found: Exported) -> list[str]:
     error = "" if found.error is None else f"{found.error:.1e}"
     return ["yes", "yes" if found.outcome == "streams" else "no", error, _BITS[found.bits], found.nodes]
 
@@ -151,7 +155,7 @@ def _plain(verdict: Verdict) -> str:
 
 def _state(row: Row) -> str:
     """How the plain graphs that work expose the state."""
-    works = [verdict for verdict in (row.dynamo, row.script) if verdict.outcome == "works"]
+    works = [verdict for verdict in (row.dynamo, row.torchscript) if verdict.outcome == "works"]
     if not works:
         return ""
     return "in and out" if any(verdict.state for verdict in works) else "none"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from conformance import children, modules, operators, trees
+from conformance import children, modules, onnx_registry, trees
 from conformance.children import Died
 from conformance.oracle import Wrong, WrongBits, examine
 from conformance.strategies import trees as any_tree
@@ -33,7 +33,7 @@ _ALIKE = 6
 
 @dataclass(frozen=True)
 class Verdict:
-    """outcome: `streams`, `whole only`, `refused`, or one of what must not be, which are BAD."""
+    """outcome: `streams`, `whole only`, `refused`, or one of BAD, which must not occur."""
 
     tree: str
     outcome: str
@@ -47,7 +47,7 @@ BAD = ("wrong", "wrong bits", "crashed", "timed out")
 
 def judge(tree: Tree) -> Verdict:
     """Export the tree's model, and check the bundle, if any, with the oracle."""
-    operators.read_once()
+    onnx_registry.cache_registry()
     verdict = partial(Verdict, repr(tree))
     model = modules.build(tree)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def judge(tree: Tree) -> Verdict:
             report = export(model, example, name="m", repository=folder, batch_first=not tree.time_first)
         except ExportError as refusal:
             return verdict("refused", refusal.code, str(refusal))
-        except Exception as failure:  # any other exception than ExportError is a failure
+        except Exception as failure:  # noqa: BLE001 any other exception is a finding
             return verdict("crashed", type(failure).__name__, str(failure)[:500])
         single, double = modules.build(tree), modules.build(tree).double()  # a call may leave something in a module
         try:
@@ -133,7 +133,7 @@ class Store:
 
 
 def run(count: int, folder: Path, workers: int) -> list[Verdict]:
-    """Verdicts on `count` trees, of which those in `folder` are not tried again."""
+    """Verdicts on `count` trees; trees that have one in `folder` are not exported again."""
     store = Store(folder)
     wanted = {repr(tree): tree for tree in draw(count)}
     done = {verdict.tree: verdict for verdict in store.read() if verdict.tree in wanted}

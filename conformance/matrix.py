@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from conformance import children, plain
-from conformance.kinds import kinds
+from conformance import children, plain_export
+from conformance.kinds import Kind, kinds
 from conformance.oracle import Arrays, Graph, Wrong, examine
-from tests.export.model_shapes import Shape
 from unroll import bundle
 from unroll.bundle.operators import operators
 from unroll.export import ExportError, export
@@ -24,10 +23,10 @@ from unroll.export.lifting.float64 import double_precision
 from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 
-#: What moves values about without computing any, or is too common to tell anything.
+#: Operators that move values without computing any.
 PLUMBING = {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Range"} | {
     "Reshape",
-    "Shape",
+    "Kind",
     "Slice",
     "Split",
     "Squeeze",
@@ -37,8 +36,11 @@ PLUMBING = {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten"
 
 
 @dataclass(frozen=True)
-class Ours:
-    """outcome: as of a random model; bits: whether chunks and company change no bit, None if it cannot be asked."""
+class Exported:
+    """What export made of a kind.
+
+    outcome: as of a random model. bits: whether chunks and neighbours change no bit; None if it does not stream.
+    """
 
     outcome: str
     says: str = ""
@@ -47,89 +49,90 @@ class Ours:
     nodes: str = ""
 
 
-def ours(name: str) -> Ours:
-    shape = _shape(name)
-    module, example = _made(shape)
+def measure_export(name: str) -> Exported:
+    kind = _kind(name)
+    module, example = _made(kind)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            report = export(module, example, name="m", repository=folder, **shape.options)
+            report = export(module, example, name="m", repository=folder, **kind.options)
         except ExportError as error:
-            return Ours("refused", f"`{error.code}`: {error}")
-        except Exception as error:
-            return Ours("crashed", f"{type(error).__name__}: {error}")
+            return Exported("refused", f"`{error.code}`: {error}")
+        except Exception as error:  # noqa: BLE001 any other exception is a finding
+            return Exported("crashed", f"{type(error).__name__}: {error}")
         manifest = report.manifest
         counted = operators((report.path / "model.onnx").read_bytes())
         nodes = ", ".join(f"{count} {op}" for op, count in counted.items() if op not in PLUMBING)
         try:
-            asked = _Asked(shape, bundle.read(report.path))
+            asked = _OwnModule(kind, bundle.read(report.path))
             found = examine(report.path, asked.answer, asked.draw)
         except Wrong as error:
-            return Ours("wrong", str(error), nodes=nodes)
+            return Exported("wrong", str(error), nodes=nodes)
         if manifest.streamable:
-            return Ours("streams", "", found.error, found.bits, nodes)
-        return Ours("whole only", str(manifest.not_streamable_because), found.error, found.bits, nodes)
+            return Exported("streams", "", found.error, found.bits, nodes)
+        return Exported("whole only", str(manifest.not_streamable_because), found.error, found.bits, nodes)
 
 
-def theirs(job: tuple[str, bool]) -> plain.Verdict:
+def measure_plain(job: tuple[str, bool]) -> plain_export.Verdict:
     name, dynamo = job
-    shape = _shape(name)
-    _, example = _made(shape)
-    return plain.judge(lambda: _made(shape)[0], example, shape.options.get("batch_first", True), dynamo)
+    kind = _kind(name)
+    _, example = _made(kind)
+    return plain_export.judge(lambda: _made(kind)[0], example, kind.options.get("batch_first", True), dynamo)
 
 
 @dataclass(frozen=True)
 class Row:
     name: str
-    ours: Ours
-    dynamo: plain.Verdict
-    script: plain.Verdict
+    exported: Exported
+    dynamo: plain_export.Verdict
+    torchscript: plain_export.Verdict
 
 
 def measure(names: list[str], workers: int = 2) -> list[Row]:
-    """Each export in a process of its own."""
-    jobs: list[Any] = [(name, how) for name in names for how in ("ours", True, False)]
+    """Each kind, exported in three ways, each in its own process."""
+    jobs: list[Any] = [(name, how) for name in names for how in ("export", True, False)]
     found = {}
     for job, answer in children.run(_one, jobs, children=workers, seconds=300):
         found[job] = answer
         print(f"\r{len(found)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
     return [
-        Row(name, _ours(found[name, "ours"]), *(_theirs(found[name, how]) for how in (True, False))) for name in names
+        Row(name, _exported(found[name, "export"]), *(_plain(found[name, how]) for how in (True, False)))
+        for name in names
     ]
 
 
 def _one(job: tuple[str, Any]) -> Any:
-    return ours(job[0]) if job[1] == "ours" else theirs(job)
+    return measure_export(job[0]) if job[1] == "export" else measure_plain(job)
 
 
-def _ours(answer: Any) -> Ours:
-    return Ours("crashed", answer.reason) if isinstance(answer, children.Died) else answer
+def _exported(answer: Any) -> Exported:
+    return Exported("crashed", answer.reason) if isinstance(answer, children.Died) else answer
 
 
-def _theirs(answer: Any) -> plain.Verdict:
-    return plain.Verdict("fails", answer.reason) if isinstance(answer, children.Died) else answer
+def _plain(answer: Any) -> plain_export.Verdict:
+    return plain_export.Verdict("fails", answer.reason) if isinstance(answer, children.Died) else answer
 
 
-def _shape(name: str) -> Shape:
-    return next(shape for shape in kinds() if shape.name == name)
+def _kind(name: str) -> Kind:
+    return next(kind for kind in kinds() if kind.name == name)
 
 
-def _made(shape: Shape) -> tuple[nn.Module, dict[str, Any]]:
+def _made(kind: Kind) -> tuple[nn.Module, dict[str, Any]]:
     """The same each time."""
     torch.manual_seed(0)
-    return shape.build().eval(), shape.example()
+    return kind.build().eval(), kind.example()
 
 
-class _Asked:
-    """The user's own module as the oracle asks it.
+class _OwnModule:
+    """The user's own module, for the oracle.
 
-    Which of the tensors it returns is which output of the bundle, and in which axes, is found by comparing: export's
-    own opinion of that is not asked.
+    Comparing values tells which tensor that it returns is which output of the bundle, and in which axes; export's own
+    answer is not used.
     """
 
-    def __init__(self, shape: Shape, found: bundle.Bundle) -> None:
-        self._shape, (_, self._example) = shape, _made(shape)
-        self._batch_first = shape.options.get("batch_first", True)
-        self._state = shape.options.get("state", {})
+    def __init__(self, kind: Kind, found: bundle.Bundle) -> None:
+        self._kind, (_, self._example) = kind, _made(kind)
+        self._batch_first = kind.options.get("batch_first", True)
+        self._state = kind.options.get("state", {})
         self._graph = Graph(found)
         specs = found.manifest.inputs
         arrays = {spec.name: self._major(self._example[spec.name]) for spec in specs}
@@ -182,7 +185,7 @@ class _Asked:
                 arguments[name] = tensor if self._batch_first or name in static else tensor.transpose(0, 1)
         if double:
             arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
-        module, _ = _made(self._shape)  # as it was before any call
+        module, _ = _made(self._kind)  # as it was before any call
         module = getattr(module, "_orig_mod", module)
         module = module.double() if double else module
         with torch.no_grad(), double_precision() if double else nullcontext():

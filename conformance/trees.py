@@ -1,7 +1,7 @@
 """Random small models as data. Their `repr` is Python source that recreates them.
 
-Every block turns (batch, time, inputs) into (batch, time, outputs). Most are what people write; some mix time steps, or
-rows, or take the batch for time, as people also do. `modules.py` builds them, `strategies.py` draws them.
+Every block turns (batch, time, inputs) into (batch, time, outputs). Most blocks are usual ones; some mix time steps or
+rows, or mistake the batch for time, as people do. `modules.py` builds them, `strategies.py` draws them.
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,10 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -18,11 +19,17 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem, problem_of, reason
 from unroll.service.api.request import Answer, Disconnected
 from unroll.service.api.stream import endpoint
-from unroll.service.catalog.catalog import Catalog
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
+from unroll.service.models.loading import ModelLoader
+from unroll.service.models.repository import ModelRepository
+from unroll.service.models.versions import ModelVersions
 from unroll.service.protocol import json
+from unroll.service.sessions.directory import SessionDirectory
+from unroll.service.sessions.durable import DurableSessions
+from unroll.service.sessions.in_memory import MemorySessions
+from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.store.redis_store import RedisStore
@@ -30,71 +37,91 @@ from unroll.service.store.redis_store import RedisStore
 _log = structlog.get_logger(__name__)
 
 
-def build(settings: Settings, clock: Clock | None = None) -> tuple[FastAPI, AppState]:
-    """Load every bundle and make the application, and what the transport needs of it.
+def build(settings: Settings, clock: Clock | None = None, shared_port: int | None = None) -> tuple[FastAPI, AppState]:
+    """Load every bundle, and make the application and the state that the transport shares with it.
 
-    Raises CatalogError if a bundle is refused, DeviceUnavailable if the device asked for is not there.
+    Args:
+        settings: What to serve, and how.
+        clock: The clock of sessions and loops.
+        shared_port: The port that other worker processes listen on, too.
+
+    Raises:
+        RepositoryError: There is no bundle, or one is refused.
+        DeviceUnavailable: The requested device cannot be used.
     """
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
     clock = clock or MonotonicClock()
+
+    def crash() -> None:
+        """A model without its loop would hang forever: exit, so that a process manager restarts the server."""
+        state.ready, state.crashed = False, True
+        signal.raise_signal(signal.SIGTERM)
+
     try:
-        catalog = _catalog(settings, clock, devices)
+        repository, models, sessions = _load(settings, clock, devices, crash)
     except DeviceUnavailable as error:
         if settings.device != "auto":
             raise
         _log.warning("device", devices=["cpu"], why=str(error))
-        catalog = _catalog(settings, clock, ["cpu"])
+        repository, models, sessions = _load(settings, clock, ["cpu"], crash)
     keys = [key.get_secret_value().encode() for key in settings.snapshot_keys]
-    server = AppState(
-        catalog,
+    state = AppState(
+        models,
+        repository,
+        sessions,
         settings.api_limits(),
-        settings.durability or ("memory" if catalog.store is None else catalog.store.durability),
+        settings.durability or sessions.durabilities[-1],
         SnapshotKeys(keys) if keys else None,
+        shared_port,
     )
-
-    def crash() -> None:
-        """A model without its loop would hang forever: exit, so that a process manager restarts the server."""
-        server.ready, server.crashed = False, True
-        signal.raise_signal(signal.SIGTERM)
-
-    catalog.on_crash = crash
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if catalog.store is not None:
-            await catalog.store.start()
-        running = asyncio.create_task(catalog.run(), name="catalog")
-        running.add_done_callback(catalog.watch)
-        server.ready = True
-        yield
-        # No client is connected and no request is in flight, unless the drain timed out.
-        server.drain()
-        running.cancel()
-        await asyncio.wait([running])
-        if settings.state_file is not None:
-            written = catalog.overflow.save(settings.state_file, catalog)
-            _log.info("sessions written", path=str(settings.state_file), sessions=written)
-        if catalog.store is not None:
-            await catalog.store.stop()
-        catalog.shut_down()
-
-    return _fastapi(server, lifespan), server
+    return _fastapi(state, lambda _: _lifespan(state, settings.state_file)), state
 
 
-def _catalog(settings: Settings, clock: Clock, devices: Sequence[str]) -> Catalog:
-    places = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
-    config = settings.store_config()
+def _load(
+    settings: Settings, clock: Clock, devices: Sequence[str], crash: Callable[[], None]
+) -> tuple[ModelRepository, ModelVersions, MemorySessions]:
+    options, config = settings.model_options(), settings.store_config()
     store = None if config is None else RedisStore(config)
-    catalog = Catalog(settings.repository, settings.model_options(), clock, places, store)
-    catalog.load_all()
+    models = ModelVersions()
+    spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)
+    directory = SessionDirectory(models, spilled, clock)
+    sessions = MemorySessions(directory) if store is None else DurableSessions(directory, store)
+    engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
+    loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
+    repository = ModelRepository(settings.repository, models, loader, clock, crash)
+    repository.load_all()
     if settings.state_file is not None and settings.state_file.exists():
-        read = catalog.overflow.load(settings.state_file)
+        read = spilled.load(settings.state_file)
         _log.info("sessions read", path=str(settings.state_file), sessions=read)
-    return catalog
+    return repository, models, sessions
 
 
-def _fastapi(server: AppState, lifespan: Any) -> FastAPI:
+@asynccontextmanager
+async def _lifespan(state: AppState, state_file: Path | None) -> AsyncIterator[None]:
+    await state.sessions.start()
+    running = [
+        asyncio.create_task(state.repository.run(), name="repository"),
+        asyncio.create_task(state.sessions.run(), name="sessions"),
+    ]
+    for task in running:
+        task.add_done_callback(state.repository.watch)
+    state.ready = True
+    yield
+    # No client is connected and no request is in flight, unless the drain timed out.
+    state.drain()
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
+    await state.sessions.finish()
+    if state_file is not None:
+        written = state.sessions.directory.spilled.save(state_file)
+        _log.info("sessions written", path=str(state_file), sessions=written)
+    await state.sessions.stop()
+    state.repository.shut_down()
+
+
+def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
     app = FastAPI(
         title="Unroll",
         version=__version__,
@@ -102,11 +129,11 @@ def _fastapi(server: AppState, lifespan: Any) -> FastAPI:
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.include_router(native_routes.router(server))
-    app.include_router(endpoint.router(server))
-    app.include_router(statistics_routes.router(server))
-    app.include_router(open_inference_routes.router(server, __version__))
-    app.include_router(health_routes.router(server))
+    app.include_router(native_routes.router(state))
+    app.include_router(endpoint.router(state))
+    app.include_router(statistics_routes.router(state))
+    app.include_router(open_inference_routes.router(state, __version__))
+    app.include_router(health_routes.router(state))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
     @app.exception_handler(UnrollError)

@@ -9,9 +9,9 @@ import structlog
 from pydantic import ValidationError
 
 from unroll.service import app
-from unroll.service.catalog.catalog import CatalogError
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
+from unroll.service.models.repository import RepositoryError
 from unroll.service.settings import Settings
 from unroll.service.telemetry import logs
 from unroll.service.transport.server import DrainingServer
@@ -33,28 +33,27 @@ def main(argv: list[str]) -> int:
     if settings.workers > 1 and worker is None:
         return supervise(settings.host, settings.port, settings.workers)
     try:
-        application, server = app.build(settings)
+        application, state = app.build(settings, shared_port=None if worker is None else worker.shared_port)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
-    except (CatalogError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
+    except (RepositoryError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
-    config = uvicorn_config(application, server, settings.host, settings.port)
+    config = uvicorn_config(application, state, settings.host, settings.port)
     # The objects built so far stay, and reference counting frees those of a step: the collector can skip both.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    draining = DrainingServer(config, server, settings.drain_delay, settings.drain_timeout)
-    if worker is not None:
-        server.shared_port = worker.shared_port
-        draining.on_started = partial(worker.serving, partial(draining.handle_exit, signal.SIGTERM, None))
+    terminate = partial(signal.raise_signal, signal.SIGTERM)
+    on_started = None if worker is None else partial(worker.serving, terminate)
+    draining = DrainingServer(config, state, settings.drain_delay, settings.drain_timeout, on_started)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, draining.handle_exit)
-    signal.signal(signal.SIGHUP, lambda *_: server.catalog.request_rescan())
+    signal.signal(signal.SIGHUP, lambda *_: state.repository.request_rescan())
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     draining.run(listeners)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a late signal must not change the exit status
-    return 1 if server.crashed else 0
+    return 1 if state.crashed else 0
 
 
 if __name__ == "__main__":

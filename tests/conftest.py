@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from waiting import PATIENCE
 
 import unroll
-from conformance import operators
+from conformance import onnx_registry
 
 torch.set_num_threads(1)
-operators.read_once()
+onnx_registry.cache_registry()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
 

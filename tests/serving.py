@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from waiting import PATIENCE
 
 from unroll.service import app
-from unroll.service.catalog.model import ServedModel
 from unroll.service.core.clock import Clock
 from unroll.service.engine.engine import BatchResult, Rows
+from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
 from unroll.service.transport.server import DrainingServer
@@ -55,15 +55,15 @@ class Running:
         self.url = f"http://{self.address}"
 
     def model(self, name: str, version: str | None = None) -> ServedModel:
-        return self.server.catalog.resolve(name, version)
+        return self.server.models.resolve(name, version)
 
     def rescan(self) -> None:
         """Do the same as SIGHUP. Returns immediately, before the rescan completes."""
-        self.uvicorn.loop.call_soon_threadsafe(self.server.catalog.request_rescan)
+        self.uvicorn.loop.call_soon_threadsafe(self.server.repository.request_rescan)
 
     def rescan_now(self) -> None:
         """Return when a whole rescan is complete."""
-        rescan = self.server.catalog.rescan()
+        rescan = self.server.repository.rescan()
         asyncio.run_coroutine_threadsafe(rescan, self.uvicorn.loop).result(PATIENCE)
 
     def stop(self) -> None:
@@ -72,7 +72,7 @@ class Running:
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the server did not stop"
         assert not self.server.crashed
-        for model in self.server.catalog:
+        for model in self.server.models:
             assert model.scheduler.in_flight == 0, model
             model.scheduler.check_invariants()
 

@@ -237,7 +237,7 @@ class Turns:
 
     def step_as_group(self, *, again: bool = False) -> None:
         now = self._tick()
-        self.scheduler.submit_group(
+        self.scheduler.groups.submit(
             self._sessions, self._no_positions, (self._together,), now, now + 30.0, self._on_group_done, again=again
         )
         self._turn(now)
@@ -246,7 +246,7 @@ class Turns:
         now = self._tick()
         if not self._cohorts:
             self.step_as_group(again=True)
-        taken = self.scheduler.submit_cohorts(
+        taken = self.scheduler.groups.submit_cohorts(
             self._cohorts, None, (self._together,), now, now + 30.0, self._on_group_done
         )
         assert taken

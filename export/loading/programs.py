@@ -67,7 +67,7 @@ def _from_script(model: nn.Module, example: dict[str, Any]) -> nn.Module:
                 if _alike(_answers(model, example), _answers(module, example)):
                     return module
                 why = "its answers change"
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 user code: the reason goes into the refusal
             why = first_line(error)
     raise ExportError(
         "scripted", f"a scripted model cannot be taken apart ({why}); export the nn.Module it was made from"

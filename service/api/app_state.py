@@ -1,10 +1,12 @@
-"""What every route needs: the catalog, the limits, the figures."""
+"""What every route needs: models, sessions, limits, figures."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from unroll.service.catalog.catalog import Catalog
-from unroll.service.core.errors import Draining
+from unroll.service.core.errors import Draining, DurabilityUnavailable
+from unroll.service.models.repository import ModelRepository
+from unroll.service.models.versions import ModelVersions
+from unroll.service.sessions.in_memory import MemorySessions
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.telemetry.metrics import RequestFigures
 
@@ -26,15 +28,26 @@ class Drainable(Protocol):
 
 @dataclass(slots=True)
 class AppState:
-    """durability: of sessions that do not say it. snapshot_keys: for states that clients hold, if they may.
-    shared_port: on which other processes listen, too, so that a client's next connection may reach another.
-    requests: figures by inference route. streams: the open ones.
+    """What all routes share.
 
-    draining: the process is to end; it finishes what it has, and takes no session on. crashed: a model's loop ended by
-    an error, and the process is to end.
+    Attributes:
+        models: The served versions.
+        repository: Keeps them up to date.
+        sessions: Where sessions are, and what can be done to them besides steps.
+        limits: Of requests.
+        durability: The default of new sessions.
+        snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
+        shared_port: The port that other worker processes listen on, too; None: there is one process only.
+        requests: Figures by inference route.
+        streams: The open ones.
+        ready: Every model is loaded and its loop runs.
+        draining: The process is about to end. It finishes what it has, and takes no session on.
+        crashed: A loop ended with an error, and the process ends because of it.
     """
 
-    catalog: Catalog
+    models: ModelVersions
+    repository: ModelRepository
+    sessions: MemorySessions
     limits: ApiLimits
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
@@ -48,16 +61,27 @@ class AppState:
     @property
     def in_flight(self) -> int:
         """Chunks accepted and not yet answered, of all models."""
-        return sum(model.scheduler.in_flight for model in self.catalog)
+        return sum(model.scheduler.in_flight for model in self.models)
 
     def drain(self) -> None:
         """Not ready any more, and nothing new from now on."""
         self.ready, self.draining = False, True
 
     def refuse_if_draining(self) -> None:
-        """Raises Draining: a session is not opened, forked or resumed here any more, but it is elsewhere, or soon."""
+        """Raises Draining: sessions are opened, forked and resumed on another server, or here after a restart."""
         if self.draining:
-            raise Draining("the server is about to end: try again, another one will answer")
+            raise Draining("the server is shutting down; retry, and another server will answer")
+
+    def durability_of(self, requested: str | None) -> str:
+        """The durability of a new session. Raises DurabilityUnavailable."""
+        durability = requested or self.durability
+        if durability not in self.sessions.durabilities:
+            raise DurabilityUnavailable(f"durability {durability} needs a store: start the server with --store")
+        if durability == "memory" and self.shared_port is not None:
+            raise DurabilityUnavailable(
+                "durability memory is unavailable with several workers: a session of one is unknown to the others"
+            )
+        return durability
 
     def count(self, route: str, status: int, seconds: float) -> None:
         """A request of an inference route was answered."""

@@ -14,15 +14,15 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
-from unroll.service.api.session_operations import check_id
-from unroll.service.catalog.model import ServedModel
-from unroll.service.core.errors import InvalidRequest, InvalidShape, NeedsStoreLookup
+from unroll.service.core.errors import InvalidRequest, InvalidShape
 from unroll.service.engine.engine import Tensors
+from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import open_inference
 from unroll.service.protocol.open_inference import InferHeader, InferRequest, SequenceParameters
 from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import Session
+from unroll.service.sessions.directory import check_id
 
 HEADER_LENGTH = b"inference-header-content-length"
 
@@ -83,7 +83,7 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
         sequence = asked.header.sequence
         again = request.again_with(sequence.id)
         return _sequence_steps(app, name, version, asked, sequence, timeout, respond, again)
-    served = app.catalog.resolve(name, version)
+    served = app.models.resolve(name, version)
     _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
     return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
@@ -92,7 +92,9 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
 def _refuse_static(served: ServedModel) -> None:
     if served.manifest.static:
         names = [spec.name for spec in served.manifest.static]
-        raise InvalidShape(f"the static inputs {names} are given to the native API, which opens the session")
+        raise InvalidShape(
+            f"model {served.name!r} has static inputs {names}: open the session with the native API, which takes them"
+        )
 
 
 def _answer_sequences(plan: _Plan, replies: list[Reply]) -> Answer:
@@ -117,7 +119,7 @@ def _sequence_steps(
     settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked), again)
     batch = _batch(served, asked)
     if len(batch) != 1:
-        raise InvalidShape("a request of a sequence must have batch size 1")
+        raise InvalidShape("a request for a sequence must have batch size 1")
     chunk = Chunk(batch[0], session, sequence.position, final=sequence.end)
     if session is None:
         now = served.loop.clock.now()
@@ -154,18 +156,16 @@ def _find(
     An open sequence, or one that a retry opens or closes again, stays with its version; a new one gets the newest.
     """
     check_id(sequence.id)
-    keeper = app.catalog.keeper
-    if sequence.start and keeper is not None and not keeper.is_verified(name, sequence.id):
-        raise NeedsStoreLookup(sequence.id)
     if not sequence.start:
-        return app.catalog.owner(name, version, sequence.id)
+        return app.sessions.owner(name, version, sequence.id)
+    app.sessions.require_verified(name, sequence.id)
     if sequence.position not in (None, 0):
-        raise InvalidRequest("a request that starts a sequence has sequence_position 0")
+        raise InvalidRequest("sequence_position must be 0 in a request that starts a sequence")
     if sequence.position == 0:
-        owner, session = app.catalog.owner(name, version, sequence.id)
+        owner, session = app.sessions.owner(name, version, sequence.id)
         if session is not None or _remembers(owner, sequence.id, asked):
             return owner, session
-    return app.catalog.resolve(name, version), None
+    return app.models.resolve(name, version), None
 
 
 def _remembers(owner: ServedModel, session_id: str, asked: InferRequest) -> bool:
@@ -185,7 +185,7 @@ def _opening(app: AppState, name: str, served: ServedModel, sequence: SequencePa
     durable session takes the place of the old one in the store.
     """
     durability, token = app.durability, b""
-    if sequence.position is None and (found := app.catalog.living(name, sequence.id)) is not None:
+    if sequence.position is None and (found := app.sessions.directory.living(name, sequence.id)) is not None:
         old, session = found
         now = old.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, row=True)  # a request that is refused must not end anything

@@ -10,10 +10,11 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem
 from unroll.service.api.infer import infer
 from unroll.service.api.parameters import split_reference
-from unroll.service.api.request import ATTEMPTS, Answer, Cancel, Request, Respond, answered, nothing_to_cancel
+from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel
 from unroll.service.api.steps import sequences, steps
-from unroll.service.catalog.keeper import Keeper
-from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, SessionContended, UnrollError
+from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, UnrollError
+from unroll.service.sessions.attempts import Attempts
+from unroll.service.sessions.durable import DurableSessions
 
 _log = structlog.get_logger(__name__)
 
@@ -38,78 +39,64 @@ class Route:
         return len(path) == self.parts and all(path[i] == part for i, part in self.fixed.items())
 
     def handle(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
-        """Begin; `respond` is called once whatever happens."""
-        if app.catalog.keeper is not None:
-            return _Attempts(self, app.catalog.keeper, app, path, request, respond).begin()
+        """Begin the work; `respond` is called once, whatever happens."""
+        if isinstance(app.sessions, DurableSessions):
+            return _DurableCall(self, app, path, request, respond).run()
         return self.attempt(app, path, request, respond)
 
     def attempt(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
         """Raises NeedsStoreLookup."""
         try:
             return self.begin(app, path, request, respond)
-        except NeedsStoreLookup:
-            raise
         except UnrollError as error:
             respond(self.failure(error))
-        except Exception as error:
-            _log.error("an unforeseen error", route=self.name, exc_info=error)
-            respond(self.failure(EngineFailed("the server failed on this request; its log says why")))
+        except NeedsStoreLookup:
+            raise
+        except Exception as error:  # noqa: BLE001 every request gets an answer
+            _log.error("unexpected error", route=self.name, exc_info=error)
+            respond(self.failure(EngineFailed("the server failed on this request; its log has the reason")))
         return nothing_to_cancel
 
 
-class _Attempts:
-    """A request that may have to be begun anew, since its session is in the store, or was moved on elsewhere."""
+class _DurableCall:
+    """A request whose session may be in the store, or be updated by another replica while it is handled."""
 
-    def __init__(
-        self, route: Route, keeper: Keeper, app: AppState, path: Path, request: Request, respond: Respond
-    ) -> None:
+    def __init__(self, route: Route, app: AppState, path: Path, request: Request, respond: Respond) -> None:
         self._route = route
-        self._keeper = keeper
         self._app = app
         self._path = path
-        self._request = Request(request.headers, request.body)  # who gave us the other uses it again
-        self._request.again = self._again
         self._respond = respond
         self._cancel: Cancel = nothing_to_cancel
-        self._left = ATTEMPTS
         self._over = False
+        self._attempts = Attempts(app.sessions, split_reference(path[3])[0], self._begin, self._fail)
+        self._request = Request(request.headers, request.body)  # the transport uses its own for the next request
+        self._request.again = self._attempts.again
 
-    def begin(self) -> Cancel:
-        try:
-            cancel = self._route.attempt(self._app, self._path, self._request, self._finish)
-            if not self._over:
-                self._cancel = cancel
-        except NeedsStoreLookup as away:
-            if not self._again(away.session_id):
-                error = SessionContended(f"session {away.session_id!r} is moved on by others all the time", 0.1)
-                self._finish(self._route.failure(error))
+    def run(self) -> Cancel:
+        self._attempts.run()
         return self.cancel
 
     def cancel(self) -> None:
         self._over = True
         self._cancel()
 
+    def _begin(self) -> None:
+        if self._over:
+            return
+        self._cancel = nothing_to_cancel
+        cancel = self._route.attempt(self._app, self._path, self._request, self._finish)
+        if not self._over:
+            self._cancel = cancel
+
+    def _fail(self, error: UnrollError) -> None:
+        if not self._over:
+            self._finish(self._route.failure(error))
+
     def _finish(self, answer: Answer) -> None:
-        """Answer, and let go of what would keep this alive until the garbage is collected."""
+        """Answer, and release what would keep this alive until the garbage is collected."""
         self._over = True
         self._cancel, self._request.again = nothing_to_cancel, None
         self._respond(answer)
-
-    def _again(self, session_id: str) -> bool:
-        if not self._left:
-            return False
-        self._left -= 1
-        self._cancel = nothing_to_cancel
-        self._keeper.fetch(split_reference(self._path[3])[0], session_id, self._looked_up)
-        return True
-
-    def _looked_up(self, error: UnrollError | None) -> None:
-        if self._over:
-            return
-        if error is not None:
-            self._finish(self._route.failure(error))
-            return
-        self.begin()
 
 
 _STEPS = Route(

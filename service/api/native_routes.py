@@ -25,8 +25,8 @@ from unroll.service.api.bodies import (
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
 from unroll.service.api.sealed_steps import encoded
-from unroll.service.catalog.model import ServedModel
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from unroll.service.models.served_model import ServedModel
 
 Body = TypeVar("Body", OpenSession, ForkSession)
 
@@ -80,11 +80,11 @@ def router(app: AppState) -> APIRouter:
 
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:
-        return [_describe(app, app.catalog.resolve(name)) for name in app.catalog.names()]
+        return [_describe(app, app.models.resolve(name)) for name in app.models.names()]
 
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
     async def model(model: str) -> ModelInfo:
-        return _describe(app, app.catalog.resolve(*split_reference(model)))
+        return _describe(app, app.models.resolve(*split_reference(model)))
 
     @api.post(
         "/models/{model}/sequences",
@@ -121,18 +121,18 @@ def router(app: AppState) -> APIRouter:
             )
         else:
             body = _body(OpenSession, request, app.limits.max_json_bytes)
-        beginning = session_operations.Beginning(state=body.state, snapshot=body.snapshot, static=body.static)
+        start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)
         if body.durability == "client":
-            described, sealed = session_operations.hold(app, model, body.session_id, **beginning)
+            described, sealed = session_operations.open_sealed(app, model, body.session_id, **start)
             return HeldSession(**described, snapshot=encoded(sealed))
-        opened = session_operations.open_session(app, model, body.session_id, durability=body.durability, **beginning)
+        opened = session_operations.open_session(app, model, body.session_id, durability=body.durability, **start)
         return _info(*await opened)
 
     @api.get(
         "/models/{model}/sessions/{session_id}", summary="Where a session is", responses=_problems(404, 409, 410, 503)
     )
     async def session(model: str, session_id: str) -> SessionInfo:
-        return _info(*await session_operations.find(app, model, session_id))
+        return _info(*await app.sessions.find(*split_reference(model), session_id))
 
     @api.delete(
         "/models/{model}/sessions/{session_id}",
@@ -140,7 +140,7 @@ def router(app: AppState) -> APIRouter:
         responses=_problems(404, 409, 410, 503),
     )
     async def close(model: str, session_id: str) -> SessionInfo:
-        return _info(*await session_operations.close(app, model, session_id))
+        return _info(*await app.sessions.close(*split_reference(model), session_id))
 
     @api.post(
         "/models/{model}/sessions/{session_id}/fork",
@@ -162,7 +162,7 @@ def router(app: AppState) -> APIRouter:
         responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410, 503)},
     )
     async def save(model: str, session_id: str) -> Response:
-        snapshot = await session_operations.save(app, model, session_id)
+        snapshot = await app.sessions.save(*split_reference(model), session_id)
         headers = {"Unroll-Position": str(snapshot.position)}
         return Response(snapshot.to_bytes(), headers=headers, media_type=RAW.decode())
 
@@ -175,8 +175,8 @@ def router(app: AppState) -> APIRouter:
     async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
         request = await read_request(http.scope, http.receive, limit)
         if request.media_type != RAW:
-            raise UnsupportedMediaType("a snapshot is sent as application/octet-stream")
-        return _info(*await session_operations.restore(app, model, session_id, request.body))
+            raise UnsupportedMediaType("send the snapshot as application/octet-stream")
+        return _info(*await app.sessions.restore(*split_reference(model), session_id, request.body))
 
     return api
 
@@ -188,9 +188,9 @@ DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, Problem)
 def _body(kind: type[Body], request: Request, limit: int) -> Body:
     """A JSON body, or the defaults if there is none."""
     if len(request.body) > limit:
-        raise BodyTooLarge(f"a JSON body may have {limit} bytes, this one has {len(request.body)}")
+        raise BodyTooLarge(f"the JSON body has {len(request.body)} bytes, and the limit is {limit}")
     if request.body and request.media_type != JSON:
-        raise UnsupportedMediaType("send application/json")
+        raise UnsupportedMediaType("send the body as application/json")
     try:
         return kind.model_validate_json(request.body or b"{}")
     except ValidationError as error:
@@ -225,5 +225,5 @@ def _describe(app: AppState, served: ServedModel) -> ModelInfo:
         precision=served.serving.precision,
         parity=served.serving.parity,
         stability=served.serving.stability,
-        sessions=app.catalog.sessions_of(served.name, served.version),
+        sessions=app.models.open_sessions(served.name, served.version),
     )

@@ -9,7 +9,7 @@ from unroll.bundle import TensorSpec
 from unroll.service.api import inference_routes
 from unroll.service.api.app_state import AppState
 from unroll.service.api.request import read_request
-from unroll.service.catalog.model import ServedModel
+from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.open_inference import DATATYPES
 
 EXTENSIONS = ["sequence", "sequence(string_id)", "binary_tensor_data", "statistics"]
@@ -113,19 +113,19 @@ def router(app: AppState, version: str) -> APIRouter:
 
     @api.get("/models/{model}", summary="Model metadata", responses=_NOT_FOUND)
     async def model_metadata(model: str) -> dict[str, Any]:
-        return _metadata(app, app.catalog.resolve(model))
+        return _metadata(app, app.models.resolve(model))
 
     @api.get("/models/{model}/versions/{version}", summary="Model metadata of a version", responses=_NOT_FOUND)
     async def version_metadata(model: str, version: str) -> dict[str, Any]:
-        return _metadata(app, app.catalog.resolve(model, version))
+        return _metadata(app, app.models.resolve(model, version))
 
     @api.get("/models/{model}/ready", summary="Is the model ready", responses=_NOT_FOUND)
     async def model_ready(model: str) -> dict[str, Any]:
-        return {"name": app.catalog.resolve(model).name, "ready": True}
+        return {"name": app.models.resolve(model).name, "ready": True}
 
     @api.get("/models/{model}/versions/{version}/ready", summary="Is the version ready", responses=_NOT_FOUND)
     async def version_ready(model: str, version: str) -> dict[str, Any]:
-        return {"name": app.catalog.resolve(model, version).name, "ready": True}
+        return {"name": app.models.resolve(model, version).name, "ready": True}
 
     async def respond(http: HttpRequest) -> Response:
         request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
@@ -145,7 +145,7 @@ def router(app: AppState, version: str) -> APIRouter:
 def _metadata(app: AppState, served: ServedModel) -> dict[str, Any]:
     return {
         "name": served.name,
-        "versions": [model.version for model in app.catalog.versions(served.name)],
+        "versions": [model.version for model in app.models.available(served.name)],
         "platform": "onnxruntime_onnx",
         "inputs": [_tensor(spec) for spec in served.manifest.inputs],
         "outputs": [_tensor(spec) for spec in served.manifest.outputs],

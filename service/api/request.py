@@ -27,9 +27,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Headers = dict[bytes, bytes]
 
-#: How often a request is begun anew, since others move its session on, before its client is told to try later.
-ATTEMPTS = 8
-
 JSON = b"application/json"
 RAW = b"application/octet-stream"
 
@@ -123,9 +120,9 @@ class Answering(Generic[C, T]):
         else:
             try:
                 answer = self.encode(self.context, outcome)
-            except Exception as error:  # the loop that calls this serves everyone
-                _log.error("an answer could not be written", exc_info=error)
-                answer = self.failure(EngineFailed("the answer could not be written; the server's log says why"))
+            except Exception as error:  # noqa: BLE001 the loop that calls this serves all clients
+                _log.error("reply not encoded", exc_info=error)
+                answer = self.failure(EngineFailed("the reply could not be encoded; the server's log has the reason"))
         self.respond(answer)
 
 
@@ -144,7 +141,7 @@ def _refuse_repeated(headers: Sequence[tuple[bytes, bytes]]) -> None:
     """Of two different positions or lengths, neither can be believed."""
     names = [name for name, _ in headers if name.startswith((b"unroll-", b"inference-", b"content-"))]
     if len(set(names)) < len(names):
-        raise InvalidRequest("a header that must be there once was sent twice")
+        raise InvalidRequest("a header that is allowed once was sent twice")
 
 
 def checked_headers(headers: Sequence[tuple[bytes, bytes]], limit: int) -> Headers:
@@ -153,10 +150,10 @@ def checked_headers(headers: Sequence[tuple[bytes, bytes]], limit: int) -> Heade
     if len(by_name) < len(headers):
         _refuse_repeated(headers)
     if by_name.get(b"content-encoding", b"identity") != b"identity":
-        raise UnsupportedMediaType("compressed bodies are not taken: send it without Content-Encoding")
+        raise UnsupportedMediaType("compressed bodies are not supported: send the body without Content-Encoding")
     declared = by_name.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
-        raise BodyTooLarge(f"a body may have {limit} bytes, this one has {declared.decode()}")
+        raise BodyTooLarge(f"the body has {declared.decode()} bytes, and the limit is {limit}")
     return by_name
 
 
@@ -173,5 +170,5 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
         more = message.get("more_body", False)
         room -= len(parts[-1])
         if room < 0:
-            raise BodyTooLarge(f"a body may have {limit} bytes")
+            raise BodyTooLarge(f"the body exceeds the limit of {limit} bytes")
     return Request(headers, parts[0] if len(parts) == 1 else b"".join(parts))

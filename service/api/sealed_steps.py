@@ -11,8 +11,8 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
 from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond
-from unroll.service.catalog.model import ServedModel
-from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
+from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, ModelChanged, PositionGap, SnapshotInvalid
+from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.reply import Reply
@@ -27,7 +27,7 @@ def keys_of(app: AppState) -> SnapshotKeys:
     """Raises DurabilityUnavailable."""
     if app.snapshot_keys is None:
         raise DurabilityUnavailable(
-            "this server has no key to sign states with: durability client needs --snapshot-keys"
+            "durability client needs keys that sign snapshots: start the server with --snapshot-keys"
         )
     return app.snapshot_keys
 
@@ -38,8 +38,8 @@ def held_steps(
     """T >= 1 time steps from the snapshot in the request; document: its body, unless that is raw."""
     sealed, values = _from_raw(request) if document is None else (_from_json(document), b"")
     content = keys_of(app).open(session_id, sealed)
-    served = app.catalog.with_digest(*split_reference(model), Snapshot.model_of(content))
-    snapshot = Snapshot.from_bytes(content, digest=served.manifest.digest, state_size=served.manifest.state_size)
+    served = _version_of(app, *split_reference(model), Snapshot.model_of(content))
+    snapshot = served.read_snapshot(content)
     position = request.whole_number(POSITION)
     if document is None:
         inputs = served.codec.from_raw(values)
@@ -55,6 +55,17 @@ def held_steps(
     held.chunk = Chunk(inputs, position=snapshot.position, state_row=snapshot.row)
     served.loop.submit(held.chunk, timeout_of(app, request), settled)
     return partial(served.loop.leave, held.chunk, settled)
+
+
+def _version_of(app: AppState, name: str, version: str | None, digest: str) -> ServedModel:
+    """The version that a snapshot was taken from. Raises ModelUnknown or ModelChanged."""
+    served = app.models.with_digest(name, digest)
+    if served is None:
+        app.models.resolve(name, version)
+        raise ModelChanged(f"the snapshot was taken from a version of {name!r} that is not served here")
+    if version not in (None, served.version):
+        raise ModelChanged(f"the snapshot was taken from version {served.version}, not {version}")
+    return served
 
 
 class _Held:
@@ -89,7 +100,9 @@ def _from_raw(request: Request) -> tuple[bytes, bytes]:
     length = request.whole_number(LENGTH)
     assert length is not None
     if length > len(request.body):
-        raise InvalidRequest(f"the snapshot is to have {length} bytes, the whole body has {len(request.body)}")
+        raise InvalidRequest(
+            f"the header says that the snapshot has {length} bytes, but the body has {len(request.body)}"
+        )
     return request.body[:length], request.body[length:]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from unroll.service.api.app_state import AppState
-from unroll.service.catalog.model import ServedModel
+from unroll.service.models.served_model import ServedModel
 
 #: What the server's metadata lists among its extensions.
 EXTENSION = "statistics"
@@ -61,24 +61,23 @@ def router(app: AppState) -> APIRouter:
     api = APIRouter(prefix="/v2/models", tags=["Open Inference Protocol v2"])
 
     def statistics(models: Iterable[ServedModel]) -> dict[str, Any]:
-        now, wall = app.catalog.clock.now(), time.time()
+        wall = time.time()
         return {
             "model_stats": [
-                {"name": served.name, "version": served.version, **served.statistics.document(now, wall)}
-                for served in models
+                {"name": served.name, "version": served.version, **served.figures.document(wall)} for served in models
             ]
         }
 
     @api.get("/stats", summary="Statistics of all models", responses=_OK)
     async def all_models() -> dict[str, Any]:
-        return statistics(served for name in app.catalog.names() for served in app.catalog.versions(name))
+        return statistics(served for name in app.models.names() for served in app.models.available(name))
 
     @api.get("/{model}/stats", summary="Statistics of a model's versions", responses=_OK_OR_NOT_FOUND)
     async def all_versions(model: str) -> dict[str, Any]:
-        return statistics(app.catalog.versions(model))
+        return statistics(app.models.available(model))
 
     @api.get("/{model}/versions/{version}/stats", summary="Statistics of a version", responses=_OK_OR_NOT_FOUND)
     async def one_version(model: str, version: str) -> dict[str, Any]:
-        return statistics([app.catalog.resolve(model, version)])
+        return statistics([app.models.resolve(model, version)])
 
     return api

@@ -30,7 +30,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     document = None if raw else json_body(app, request, {"inputs", "position", "snapshot"})
     if document is not None and "snapshot" in document:
         return held_steps(app, model, session_id, request, respond, document)
-    served, session = app.catalog.owner(*split_reference(model), session_id)
+    served, session = app.sessions.owner(*split_reference(model), session_id)
     require_streamable(served)
     if document is None:
         inputs, encode = served.codec.from_raw(request.body), _raw_steps
@@ -55,7 +55,7 @@ def _json_steps(codec: Codec, reply: Reply) -> Answer:
 
 def sequences(app: AppState, model: str, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, each from the model's initial state; nothing is kept."""
-    served = app.catalog.resolve(*split_reference(model))
+    served = app.models.resolve(*split_reference(model))
     timeout = timeout_of(app, request)
     if request.media_type == RAW:
         batch, encode, static = [served.codec.from_raw(request.body)], _raw_sequence, None

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from unroll.service.catalog.model import ModelOptions, ModelRefused, ServedModel
 from unroll.service.core.clock import MonotonicClock
 from unroll.service.doctor import libraries
 from unroll.service.engine import probe
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
+from unroll.service.models.loading import ModelLoader, ModelOptions, ModelRefused
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.telemetry import logs
 
@@ -64,7 +64,7 @@ def session(device: str) -> dict[str, str | None]:
     try:
         resolve_devices(device)
         with ThreadPoolExecutor(1) as executor:
-            ServedModel.load(_BUNDLE, device, options, MonotonicClock(), executor)
+            ModelLoader(options, MonotonicClock(), [(device, executor)]).load(_BUNDLE)
     except (DeviceUnavailable, ModelRefused) as error:
         return {"problem": " ".join(str(error).split())}
     return {"problem": None}

@@ -18,7 +18,7 @@ def one_by_one(manifest: Manifest, run: Callable[[Rows], BatchResult], rows: Row
         return run(rows)
     except DeviceFailed:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 a row that fails must not fail the others
         if len(rows.lens) == 1:
             name = f"{manifest.name}:{manifest.version}"
             _log.error("the model failed", model=name, steps=rows.lens[0], exc_info=error)

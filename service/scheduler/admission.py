@@ -88,10 +88,6 @@ class Admission:
         self.in_flight += 1
         self.waiting_steps += steps
 
-    def add(self, chunks: int, steps: int) -> None:
-        self.in_flight += chunks
-        self.waiting_steps += steps
-
     def check_invariants(self) -> None:
         """Raises AssertionError. Meant for a moment when there is no work."""
         assert self.in_flight == 0, f"{self.in_flight} chunks are lost"

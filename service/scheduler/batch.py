@@ -55,7 +55,7 @@ class Batch:
 
     def outputs_of(self, row: int, outputs: Tensors, traits: ModelTraits) -> Tensors:
         """One row's outputs, without the padding; outputs: of all rows."""
-        own = row_of(outputs, row)
+        own = tuple([array[row, ...] for array in outputs])
         steps = self.lens[row]
         if steps == self.longest:
             return own

@@ -16,13 +16,16 @@ from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply
-from unroll.service.scheduler.session import Life, Session
+from unroll.service.scheduler.session import OPEN, Life, Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 
 
 class Completion:
-    """Ends chunks with a reply or an error, and with them the sessions that end with a chunk."""
+    """Ends chunks with a reply or an error, and with them the sessions that end with a chunk.
+
+    commits: what has run, must be put into the store, and was not yet handed over.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,7 @@ class Completion:
         self._sessions = sessions
         self._replay = replay
         self._counters = counters
-        self._commits: list[PendingCommit] = []
+        self.commits: list[PendingCommit] = []
 
     def take_in(self, chunk: Chunk, outputs: Tensors, steps: int, now: float) -> None:
         """A batch ran the next `steps` steps of the chunk; outputs: of these steps, as the model returns them."""
@@ -63,11 +66,11 @@ class Completion:
             self.complete(chunk, outputs, now)
         else:
             chunk.running = True
-            self._commits.append(PendingCommit(chunk, session, outputs))
+            self.commits.append(PendingCommit(chunk, session, outputs))
 
     def take_commits(self) -> list[PendingCommit]:
         """What must be put into the store; it is the caller's now, and ends with `complete_commit`."""
-        commits, self._commits = self._commits, []
+        commits, self.commits = self.commits, []
         return commits
 
     def complete(self, chunk: Chunk, outputs: Tensors, now: float) -> None:
@@ -77,12 +80,14 @@ class Completion:
         reply = Reply(outputs, chunk.start + chunk.length)
         session = chunk.session
         if session is not None:
-            session.own_progress.position = reply.position
+            progress = session.progress
+            assert progress is not None  # what has work is in no cohort
+            progress.position = reply.position
             session.source = session.slot
             if session.applied is not None or chunk.length > 1 or chunk.final:
                 self._replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         self._answer(chunk, reply, now)
-        if chunk.final and session is not None and session.life is Life.OPEN:
+        if chunk.final and session is not None and session.life is OPEN:
             self.close(session, now, self._replay.applied_chunks(session)[-1] if chunk.pinned else None)
 
     def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
@@ -113,7 +118,7 @@ class Completion:
         session = chunk.session
         if session is None:
             return
-        if chunk.opening is not None and session.life is Life.OPEN:
+        if chunk.opening is not None and session.life is OPEN:
             session.opened_with = b""  # nothing was applied: the request may be tried again
             self.close(session, now)
             if session.durable is not None:
@@ -170,5 +175,5 @@ class Completion:
             self._counters.count_failed(outcome)
         chunk.answer(outcome)
         session = chunk.session
-        if session is not None and session.own_progress.active is chunk:
+        if session is not None and (progress := session.progress) is not None and progress.active is chunk:
             self._queues.advance(session, now)

@@ -17,7 +17,7 @@ from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import Reply
-from unroll.service.scheduler.session import Cohort, Life, Session
+from unroll.service.scheduler.session import OPEN, Cohort, Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 
@@ -54,7 +54,23 @@ class Groups:
         *,
         again: bool = False,
     ) -> list[int]:
-        """See `Scheduler.submit_group`."""
+        """Queue the next steps of each session that is idle and at its position.
+
+        Args:
+            sessions: those of the rows.
+            positions: the position that the client named for each, or None.
+            inputs: each (len(sessions), time, *shape).
+            now, deadline: the time, and when the steps must have begun.
+            then: called once with the replies of all rows, or once for each `max_batch` of them.
+            again: the sessions will probably step together again; then the reply has a cohort, if they can form one.
+
+        Returns:
+            The rows that were rejected, because the session is busy, gone, elsewhere or durable, or has an earlier row.
+            `Scheduler.submit` accepts these steps one by one, or says why not.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: nothing was queued.
+        """
         steps = inputs[0].shape[1]
         if self._lanes.is_long(steps):
             return list(range(len(sessions)))
@@ -70,7 +86,7 @@ class Groups:
             at = progress.position
             if (
                 progress.active is not None
-                or session.life is not Life.OPEN
+                or session.life is not OPEN
                 or (position != at and position is not None)
                 or session.durable is not None
             ):
@@ -97,7 +113,21 @@ class Groups:
         deadline: float,
         then: Callable[[GroupReply], None],
     ) -> bool:
-        """See `Scheduler.submit_cohorts`."""
+        """Queue the next step of every session of some cohorts: all of them, or none.
+
+        Args:
+            cohorts: in the order of the rows.
+            positions: the positions that the client named, None if it named none.
+            inputs: each (sessions of all cohorts, 1, *shape).
+            now, deadline: the time, and when the steps must have begun.
+            then: called with the replies, once for each cohort.
+
+        Returns:
+            False if nothing was queued because a cohort is dissolved, busy or elsewhere: `submit` takes these steps.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: nothing was queued.
+        """
         self._sessions.expire(now)
         parts, end = [], 0
         for cohort in cohorts:
@@ -121,22 +151,21 @@ class Groups:
             errors: by row of the group.
         """
         count = len(group.sessions)
-        self._admission.add(-count, -count * group.length)
+        self._admission.in_flight -= count
+        self._admission.waiting_steps -= count * group.length
         self._counters.chunks += count - len(errors)
         self._counters.steps += (count - len(errors)) * group.length
         cohort = group.cohort
         if cohort is not None and cohort.formed and not errors:
             cohort.last = group.inputs, outputs
             self._sessions.cohorts.step(cohort, now)
+            positions = cohort.positions
         else:
             if cohort is not None and len(errors) < count:
                 self._sessions.cohorts.detach(group.sessions[0])  # which writes the step before this one
                 self._replay.write_steps(cohort.slots, group.inputs, outputs, errors)
-            cohort = self._complete_rows(group, outputs, errors, now)
-        if cohort is not None:
-            positions = cohort.positions
-        else:
-            positions = np.array([session.position for session in group.sessions], np.uint64)
+            positions = self._apply(group, outputs, errors)
+            cohort = self._rest(group, errors, now)
         group.answer(GroupReply(group.rows, positions, outputs, errors, cohort))
         for row, follower in group.followers:
             follower.answer(errors.get(row) or Reply(row_of(outputs, row), int(positions[row])).copy())
@@ -148,26 +177,32 @@ class Groups:
     def _queue(self, group: Group, now: float) -> None:
         if isinstance(group.rows, list) and len(group.rows) < len(group.inputs[0]):
             group.inputs = tuple(array[group.rows] for array in group.inputs)
-        self._admission.add(len(group.sessions), len(group.sessions) * group.length)
+        self._admission.in_flight += len(group.sessions)
+        self._admission.waiting_steps += len(group.sessions) * group.length
         self._lanes.put(group, now)
 
-    def _complete_rows(
-        self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float
-    ) -> Cohort | None:
-        """Apply the steps of each session by itself; returns the cohort they have become, if they will come again."""
-        steps, detach, rest = group.length, self._sessions.cohorts.detach, self._sessions.rest
+    def _apply(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError]) -> np.ndarray:
+        """Move each session on by itself; returns their positions, uint64."""
+        steps, detach = group.length, self._sessions.cohorts.detach
+        positions = []
         for row, session in enumerate(group.sessions):
             progress = session.progress or detach(session)
             if row not in errors:
-                progress.position += steps
-                if session.applied is not None or steps > 1:
+                start = progress.position
+                progress.position = start + steps
+                if steps > 1 or session.applied is not None:
                     session.source = session.slot
-                    start = progress.position - steps
                     self._replay.remember(session, start, row_of(group.inputs, row), row_of(outputs, row))
+            positions.append(progress.position)
+        return np.array(positions, np.uint64)
+
+    def _rest(self, group: Group, errors: dict[int, UnrollError], now: float) -> Cohort | None:
+        """Let the sessions rest, or take up what came after the group; returns the cohort they have become, if any."""
         if group.followed:
             for session in group.sessions:
                 self._queues.advance(session, now)
         else:
+            rest = self._sessions.rest
             for session in group.sessions:
                 rest(session, now)
         for row, error in errors.items():

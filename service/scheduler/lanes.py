@@ -1,8 +1,8 @@
-"""The work that is ready to run, and which of it forms the next batch.
+"""The work that is ready to run. Decides which of it forms the next batch.
 
 Work waits in one lane per length class, so that the rows of a batch are about equally long, and long chunks wait in a
-lane of their own; the lane whose head has waited longest goes first. A long chunk is run in pieces, and waits anew,
-behind the others, after each ("cellular batching": P. Gao et al., "Low latency RNN inference with cellular batching",
+lane of their own. The lane whose head has waited longest goes first. A long chunk runs in pieces: after each piece it
+waits again, behind the others ("cellular batching": P. Gao et al., "Low latency RNN inference with cellular batching",
 EuroSys 2018).
 """
 
@@ -17,12 +17,20 @@ from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.state.slots import INITIAL, SCRATCH, Slots
 
-#: The lane of the chunks that are run in pieces.
+#: The lane of the chunks that run in pieces.
 _LONG = sys.maxsize
 
 
 class Lanes:
-    """workspaces: rows of the arena for chunks between their pieces. drop(work, now): is it not to be run any more?"""
+    """Queues of ready work.
+
+    Args:
+        traits: of the model.
+        limits: of batches.
+        workspaces: arena rows of chunks between their pieces.
+        pace: says how long a piece may be.
+        drop: Is this work over, so that it must not run any more?
+    """
 
     def __init__(
         self,
@@ -53,7 +61,7 @@ class Lanes:
         return not self._starved and not any(self._lanes.values())
 
     def is_long(self, steps: int) -> bool:
-        """Would a chunk of so many steps be run in pieces?"""
+        """Would a chunk of so many steps run in pieces?"""
         return steps > self._longest
 
     def most_rows(self, steps: int) -> int:
@@ -122,7 +130,7 @@ class Lanes:
         return batch
 
     def _has_room(self, work: Chunk | Group, batch: Batch) -> bool:
-        """Give a chunk that brings its state a row for it; if there is none, it waits until there is."""
+        """Give a chunk that brings its state an arena row; without a free one, it waits for one."""
         if isinstance(work, Group) or work.state_row is None:
             return True
         if work.workspace is None:
@@ -135,13 +143,14 @@ class Lanes:
         return True
 
     def _fill_long(self, now: float) -> Batch:
-        """One piece of each long chunk, all as long as the shortest has left: so nothing is padded."""
+        """One piece of each long chunk. All pieces end with the shortest chunk, so that nothing is padded."""
         lane = self._lanes[_LONG]
         batch = Batch()
         chunks: list[Chunk] = []
         while lane and len(chunks) < self._limits.max_batch:
             chunk = lane.popleft()
-            if not isinstance(chunk, Chunk) or self._drop(chunk, now) or not self._has_room(chunk, batch):
+            assert isinstance(chunk, Chunk), "groups are short"
+            if self._drop(chunk, now) or not self._has_room(chunk, batch):
                 continue
             if chunk.workspace is None:
                 chunk.workspace = self._workspaces.take()
@@ -150,14 +159,14 @@ class Lanes:
             else:
                 chunks.append(chunk)
         if chunks:
-            left = min(chunk.length - chunk.done for chunk in chunks)
-            steps = min(self._pace.piece(len(chunks), now), left)
+            remaining = min(chunk.length - chunk.done for chunk in chunks)
+            steps = min(self._pace.piece(len(chunks), now), remaining)
             for chunk in chunks:
                 _add_piece(batch, chunk, steps)
         return batch
 
     def _feed_starved(self, now: float) -> None:
-        """Let as many chunks wait in the lanes again as there are workspaces for."""
+        """Return as many starved chunks to the lanes as there are workspaces for."""
         if not self._starved:
             return
         starved, self._starved = self._starved, deque()
@@ -190,7 +199,7 @@ def _add(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int, source: int, t
 
 
 def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
-    """Rows of the arena: the state that the chunk begins from, and where the one after it belongs."""
+    """Arena rows: of the state that the chunk begins with, and of the state after it."""
     if chunk.session is not None:
         return chunk.session.source, chunk.session.slot
     if chunk.state_row is not None and chunk.workspace is not None:
@@ -199,7 +208,7 @@ def _begin_and_end(chunk: Chunk) -> tuple[int, int]:
 
 
 def _rows_of(group: Group) -> tuple[Indices, Indices]:
-    """Rows of the arena that the group reads, and that it writes."""
+    """Arena rows that the group reads, and that it writes."""
     if group.cohort is not None:
         return group.cohort.slots, group.cohort.slots
     sources, targets = [session.source for session in group.sessions], [session.slot for session in group.sessions]

@@ -1,30 +1,27 @@
-"""Decides which steps run next. Synchronous, without I/O or clock: it is given `now` and returns work.
+"""Decides which steps run next. Synchronous, without I/O and without a clock: it is given `now` and returns work.
 
 A turn of the loop is:
 
-    actions, batch = scheduler.next_turn(now)     # what to do, decided here
-    outputs, failed = engine.run(batch)           # done elsewhere
-    scheduler.complete(batch, outputs, failed, now) # replies settle here
+    actions, batch = scheduler.next_turn(now)        # what to do, decided here
+    outputs, failed = engine.run(batch)              # done elsewhere
+    scheduler.complete(batch, outputs, failed, now)  # answered here
 
-Rules:
+Rules, and the files that hold them:
 
-- A session has at most one chunk in a batch, and its chunks run in the order of their arrival.
-- A group is one step, or a few, of many sessions that were idle: handled as one, whatever their number.
-- Sessions whose group comes again become a cohort: then not even their positions are touched one by one.
-- Short work is not kept waiting by long: long chunks are run in pieces, see `lanes.py`.
-- A chunk counts as applied when its last piece is done: only then does the session's row change. Until then it
-  works on a row of its own, so that cancelling, failing or missing the deadline leaves the session as it was.
-- What a durable session's chunk led to is applied when it is in the store, and not before. If it cannot be put there,
-  the copy here is stale: everything accepted for the session fails, and nothing is until it was looked up again.
-- Of a durable session only new chunks are accepted on the word of the copy here, since their commit checks it. What
-  would be an error, or a stored reply, is `NeedsStoreLookup` until the session was looked up (`is_verified`).
-- Nothing waits without bound: past `max_queue` chunks, or when the deadline cannot be met, work is refused at once.
+- Nothing waits without bound: beyond `max_queue` chunks, or if the deadline cannot be met, work is refused at once
+  (`admission.py`).
+- A session has at most one chunk in a batch, and its chunks run in the order of arrival (`session_queue.py`).
+- Long work does not keep short work waiting: long chunks run in pieces (`lanes.py`).
+- A chunk is completed, fails or is cancelled (`completion.py`). It counts as applied once its last piece is done, or
+  once the store has it, if the session is durable. Until then the session does not change.
+- The steps of one frame are one group (`groups.py`), and a group that comes again is a cohort (`cohorts.py`).
+- A retry gets the reply of the first time (`replay.py`); a session that is gone, its reason (`closed_sessions.py`).
+- The copy of a durable session here is enough to accept a new chunk, because its commit checks the copy. An error or a
+  stored reply needs a session that was just verified with the store, else it is `NeedsStoreLookup`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-
-import numpy as np
 
 from unroll.service.core.errors import (
     Cancelled,
@@ -36,7 +33,7 @@ from unroll.service.core.errors import (
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Action, Chunk, Group, GroupReply, Opening, PendingCommit
+from unroll.service.scheduler.chunk import Action, Chunk, Group, Opening, PendingCommit
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
@@ -44,7 +41,7 @@ from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import Reply, payload_digest
-from unroll.service.scheduler.session import Cohort, Session
+from unroll.service.scheduler.session import Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import FIRST, INITIAL, Slots
@@ -52,7 +49,15 @@ from unroll.service.store.record import Origin, Record
 
 
 class Scheduler:
-    """`is_verified(session_id)`: was the session looked up in the store for the call that is running?"""
+    """All sessions of one model on one device, and their work.
+
+    Args:
+        traits: of the model.
+        sessions: the limits of sessions.
+        limits: the limits of work.
+        is_verified: Was the session of this id looked up in the store for the call that is running?
+        spill: asked to keep a session that is about to be evicted; see `SessionTable`.
+    """
 
     def __init__(
         self,
@@ -60,15 +65,16 @@ class Scheduler:
         sessions: SessionLimits,
         limits: SchedulerLimits,
         is_verified: Callable[[str], bool] = lambda session_id: False,
+        spill: Callable[[Session], bool] = lambda session: False,
     ) -> None:
         self.traits = traits
         self._is_verified = is_verified
         self.limits = limits
         self.counters = Counters()
-        #: Rows for chunks that are run in pieces, after those of the sessions.
+        #: Arena rows of chunks that run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=FIRST + sessions.capacity)
         self.replay = ReplayCache(traits, self.rows)
-        self.sessions = SessionTable(sessions, self.counters.count_gone, self.replay.write_last_step)
+        self.sessions = SessionTable(sessions, self.counters.count_gone, self.replay.write_last_step, spill)
         self.pace = Pace(limits)
         self._admission = Admission(limits, self.pace, self.counters)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
@@ -76,7 +82,7 @@ class Scheduler:
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
-        self._groups = Groups(
+        self.groups = Groups(
             *(self._admission, self._lanes, self._queues, self.sessions, self.replay, self._completion, self.counters)
         )
 
@@ -147,44 +153,6 @@ class Scheduler:
             self.counters.replayed += 1
         return reply
 
-    def submit_group(
-        self,
-        sessions: Sequence[Session],
-        positions: Sequence[int | None],
-        inputs: Tensors,
-        now: float,
-        deadline: float,
-        then: Callable[[GroupReply], None],
-        *,
-        again: bool = False,
-    ) -> list[int]:
-        """Queue the next steps of every session that is idle, and at the position said for it, if one was.
-
-        inputs: each (len(sessions), time, *shape). Returns the rows that were not taken: their sessions are busy,
-        gone, elsewhere, durable, or the row is a session's second; `submit` takes them or says why not. The
-        others are answered by one call of `then`, or one for each `max_batch` of them. Raises QueueFull or
-        DeadlineUnreachable; nothing is queued then.
-
-        `again`: they will step together again, most likely. The reply brings a cohort then, if they can be one.
-        """
-        return self._groups.submit(sessions, positions, inputs, now, deadline, then, again=again)
-
-    def submit_cohorts(
-        self,
-        cohorts: Sequence[Cohort],
-        positions: np.ndarray | None,
-        inputs: Tensors,
-        now: float,
-        deadline: float,
-        then: Callable[[GroupReply], None],
-    ) -> bool:
-        """Queue the next step of every session of some cohorts, as `submit_group` does: all of them, or none.
-
-        positions: said for each, if they were. inputs: each (sessions of all cohorts, 1, *shape). False, and nothing is
-        queued, if a cohort is no more, or busy, or elsewhere; `submit_group` takes them or says why not.
-        """
-        return self._groups.submit_cohorts(cohorts, positions, inputs, now, deadline, then)
-
     def submit_action(self, session: Session, run: Callable[[Session], object], now: float) -> Action:
         """Run `run(session)` between batches, after the session's chunks accepted so far.
 
@@ -200,8 +168,10 @@ class Scheduler:
         self.replay.set_depth(self.sessions.detach_from_cohort(session), depth)
 
     def adopt(self, session_id: str, record: Record, now: float) -> Session:
-        """A session as it was stored, in the place of the copy that is here, which must be idle. Its state row is for
-        the caller to put into `slot`, or to leave if the record has none. Raises CapacityExhausted."""
+        """Take in a session as it was stored. It replaces the copy that is here, which must be idle.
+
+        The caller writes the record's state row, if it has one, into the arena row `slot`. Raises CapacityExhausted.
+        """
         session = self.sessions.get_detached(session_id, now)
         if session is not None and session.origin != record.origin:
             self.sessions.drop(session)
@@ -233,7 +203,7 @@ class Scheduler:
         self.close(session, now)
 
     def cancel(self, chunk: Chunk, now: float) -> None:
-        """Nobody waits for this chunk any more: it is dropped, unless the batch that completes it is running."""
+        """The client went away: drop the chunk, unless the batch that completes it is running."""
         if chunk.outcome is None:
             self._completion.cancel(chunk, Cancelled("the client went away"), now)
 
@@ -243,12 +213,13 @@ class Scheduler:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
         batch = self._lanes.take(now)
-        actions = self._queues.take_actions()
+        actions = self._queues.take_actions() if self._queues.actions else []
         if not batch and not actions:
             self.pace.rest()
         return actions, batch
 
     def complete_action(self, action: Action, outcome: object, now: float) -> None:
+        """Answer an action that has run; the session's next work becomes ready."""
         action.answer(outcome)
         self._queues.advance(action.session, now)
         self._completion.renumber(action.session, now)
@@ -279,31 +250,30 @@ class Scheduler:
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
         if longest == 1 and not all(isinstance(work, Group) and work.cohort is not None for work in batch.work):
             self.replay.write_steps(batch.targets, batch.inputs, outputs, failed)
+        take_in = self._completion.take_in
         row = 0
         for work in batch.work:
             if isinstance(work, Group):
                 end = row + len(work.sessions)
                 errors = {i - row: failed[i] for i in range(row, end) if i in failed} if failed else {}
-                self._groups.complete(work, tuple([array[row:end] for array in outputs]), errors, now)
+                self.groups.complete(work, tuple([array[row:end] for array in outputs]), errors, now)
                 row = end
                 continue
             if row in failed:
                 work.running = False
                 self._completion.fail(work, failed[row], now)
             else:
-                self._completion.take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
+                take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
             row += 1
-        return self._completion.take_commits()
+        return self._completion.take_commits() if self._completion.commits else []
 
     def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
         """The store has what `complete` returned, as the commit of that token, or it may not have it."""
         self._completion.complete_commit(commit, token, error, now)
 
     def estimated_wait(self) -> float:
-        """Seconds until work accepted now would begin, from the rate seen lately: one piece of each chunk first."""
+        """Seconds until work accepted now would begin, from the pace seen lately."""
         return self._admission.estimated_wait()
-
-    # ── accepting ────────────────────────────────────────────────────────────────────────────────
 
     def check_room(self, now: float, deadline: float, *, row: bool = False) -> None:
         """Raises QueueFull or DeadlineUnreachable if a chunk submitted now would be refused.
@@ -328,9 +298,9 @@ class Scheduler:
         return session
 
     def _recognise(self, session: Session, chunk: Chunk) -> Chunk | Reply:
-        """What a chunk that does not begin at the session's end is: a retry, too old, or too early.
+        """Answer a chunk that does not begin where the session is: it is a retry, or it raises a SessionError.
 
-        Raises NeedsStoreLookup instead of all that, unless the copy here is certain to be what the store has.
+        Raises NeedsStoreLookup instead, unless this copy of the session is certain to be the store's.
         """
         certain = session.durable is None or self._is_verified(session.id)
         try:
@@ -345,16 +315,16 @@ class Scheduler:
         return known
 
     def _is_over(self, work: Chunk | Group, now: float) -> bool:
-        """Was it cancelled while it waited, or its session closed; or is it now too late to begin it?"""
+        """Is the work answered already, or does it fail now because its deadline has passed?"""
         if isinstance(work, Group):
             if now >= work.deadline:
-                self._groups.fail(work, _late(), now)
+                self.groups.fail(work, _late(), now)
         elif work.outcome is None and work.done == 0 and now >= work.deadline:
             self._completion.fail(work, _late(), now)
         return work.outcome is not None
 
     def check_invariants(self) -> None:
-        """Raises AssertionError if the bookkeeping contradicts itself. Meant for a moment when no batch runs."""
+        """Raises AssertionError if the records contradict each other. Meant for a moment when no batch runs."""
         self.sessions.check_invariants()
         waiting = [work for work in self._lanes if work.outcome is None]
         chunks = [work for work in waiting if isinstance(work, Chunk)]
@@ -364,11 +334,10 @@ class Scheduler:
         for session in (session for session in self.sessions if session.cohort is None):
             ready = [work for work in waiting if work is session.active]
             assert len(ready) <= 1, f"{session!r} has two pieces of work ready"
-            assert session.expected == session.position + sum(work.length for work in session.own_progress.queue()), (
-                session
-            )
-        held = {chunk.workspace for chunk in chunks} - {None}
-        assert len(held) == self.workspaces.taken, "a workspace is lost"
+            accepted = sum(work.length for work in session.own_progress.queue())
+            assert session.expected == session.position + accepted, session
+        workspaces = {chunk.workspace for chunk in chunks} - {None}
+        assert len(workspaces) == self.workspaces.taken, "a workspace is lost"
         if self.idle:
             self._admission.check_invariants()
 

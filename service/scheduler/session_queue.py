@@ -36,14 +36,15 @@ class SessionQueues:
 
     def advance(self, session: Session, now: float) -> None:
         """The session's active work is done: the next that is still wanted becomes active, or the session rests."""
-        progress = session.own_progress
-        while progress.pending:
-            work = progress.pending.pop(0)
-            if work.outcome is None:
-                progress.active = work
-                self._make_ready(work, now)
-                return
-        progress.pending = None
+        progress = session.progress
+        if progress is not None and progress.pending is not None:
+            while progress.pending:
+                work = progress.pending.pop(0)
+                if work.outcome is None:
+                    progress.active = work
+                    self._make_ready(work, now)
+                    return
+            progress.pending = None
         self._sessions.rest(session, now)
 
     def renumber(self, session: Session) -> list[tuple[Chunk, PositionGap]]:

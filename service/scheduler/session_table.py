@@ -28,7 +28,7 @@ from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.recency import Recency
 from unroll.service.scheduler.reply import AppliedChunk
-from unroll.service.scheduler.session import Cohort, Durable, Life, Progress, Session
+from unroll.service.scheduler.session import OPEN, Cohort, Durable, Life, Progress, Session
 from unroll.service.state.slots import INITIAL, Slots
 from unroll.service.store.record import Origin
 
@@ -53,12 +53,13 @@ class SessionTable:
         limits: SessionLimits,
         on_gone: Callable[[type[SessionGone]], None] = lambda cause: None,
         on_dissolved: Callable[[Cohort], None] = lambda cohort: None,
+        spill: Callable[[Session], bool] = lambda session: False,
     ) -> None:
         self.limits = limits
         self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
-        self.spill: Callable[[Session], bool] = lambda session: False
+        self._spill = spill
         self._live: dict[str, Session] = {}
         self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
         self._leaving: set[Session] = set()
@@ -137,7 +138,7 @@ class SessionTable:
             SessionUnknown, SessionGone: the session is not open any more, and this is what became of it.
         """
         progress = session.progress or self.cohorts.detach(session)
-        if session.life is Life.OPEN and (now - progress.last_used < self._idle_timeout or progress.active is not None):
+        if session.life is OPEN and (now - progress.last_used < self._idle_timeout or progress.active is not None):
             return progress
         self.expire(now)
         if session.id in self._live:
@@ -178,7 +179,7 @@ class SessionTable:
         assert progress is not None
         progress.active = None
         progress.last_used = now
-        if session.life is Life.OPEN:
+        if session.life is OPEN:
             self._recency.touch(session)
         else:
             self.advance(session, "rest")
@@ -217,7 +218,7 @@ class SessionTable:
         for entry in self._recency:
             if entry.active is None:
                 session = self.detach_from_cohort(entry.sessions[0]) if isinstance(entry, Cohort) else entry
-                if session.durable is not None or self.spill(session):
+                if session.durable is not None or self._spill(session):
                     self.drop(session)
                 else:
                     self._remove(session, "evict", SessionEvicted, now)

@@ -46,7 +46,7 @@ class MemoryStore:
         if commit.token in (held, self._gone.get(commit.key, (None, b""))[1]):
             return None
         if held != commit.expected:
-            return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
+            return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
         kept, depth = unpack_last(commit.last)
         origin = Origin.from_bytes(commit.origin)
         if commit.ends:

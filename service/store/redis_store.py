@@ -133,7 +133,7 @@ class RedisStore:
         try:
             await self.load(("", ""))
         except StoreUnavailable as error:
-            _log.error("the store does not answer", reason=error.message)
+            _log.error("store does not answer", reason=error.message)
 
     async def stop(self) -> None:
         while self._under_way:
@@ -205,16 +205,16 @@ class RedisStore:
         replies: list[Any] = []
         try:
             replies = await self._execute(calls)
-        except (Exception, asyncio.CancelledError) as reason:  # whatever it is, nobody may wait for ever
+        except (Exception, asyncio.CancelledError) as reason:  # noqa: BLE001 the waiting commits must get an answer
             if not isinstance(reason, (RedisError, OSError, asyncio.CancelledError)):
-                _log.error("an unforeseen error of the store", exc_info=reason)
+                _log.error("unexpected error of the store", exc_info=reason)
             late = TimeoutError(f"no answer within {self._config.timeout:g} s")
             error = _unavailable(reason if isinstance(reason, Exception) else late)
             # Whoever waits behind these would only learn the same, and later.
             asked, self._queue = [*asked, *self._queue], deque()
         if self._answers is not (error is None):
             self._answers = error is None
-            (_log.info if error is None else _log.error)("the store", answers=self._answers, reason=str(error or ""))
+            (_log.info if error is None else _log.error)("store", answers=self._answers, reason=str(error or ""))
         begin = 0
         for some, future in asked:
             end = begin + len(some)
@@ -331,13 +331,13 @@ def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
     if isinstance(reply, RedisError):
         return _unavailable(reply)
     if reply is None or reply == 0:
-        return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
+        return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
     return None
 
 
 def _unavailable(reason: Exception) -> StoreUnavailable:
     why = str(reason).partition("\n")[0] or type(reason).__name__
-    return StoreUnavailable(f"the store of sessions cannot be used now: {why}", _RETRY_AFTER)
+    return StoreUnavailable(f"the session store is unavailable: {why}", _RETRY_AFTER)
 
 
 def _milliseconds(seconds: float) -> int:

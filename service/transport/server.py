@@ -29,10 +29,17 @@ _LOOK_SECONDS = 0.02
 class DrainingServer(uvicorn.Server):
     """delay, timeout: seconds, see above. A second signal ends both. `on_started` is called when it listens."""
 
-    def __init__(self, config: uvicorn.Config, server: AppState, delay: float = 0.0, timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        state: AppState,
+        delay: float = 0.0,
+        timeout: float = 10.0,
+        on_started: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(config)
-        self.on_started: Callable[[], None] = lambda: None
-        self._unroll = server
+        self._on_started = on_started
+        self._unroll = state
         self._delay = delay
         self._timeout = timeout
         self._signalled = 0.0
@@ -48,7 +55,8 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.on_started()
+        if self._on_started is not None:
+            self._on_started()
 
     async def main_loop(self) -> None:
         await super().main_loop()

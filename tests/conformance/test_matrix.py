@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from conformance import documents, matrix, plain
+from conformance import documents, matrix, plain_export
 from conformance.architectures import ARCHITECTURES, measure
 from conformance.kinds import kinds
-from conformance.matrix import Ours, Row
-from tests.export.model_shapes import gru, made
+from conformance.kinds.kind import gru, made
+from conformance.matrix import Exported, Row
 from unroll.examples.architectures import denoiser, forecaster, keywords
 from unroll.examples.architectures.spectrum import Spectrum
 
@@ -47,7 +47,7 @@ def test_every_other_part_was_measured() -> None:
 
 @pytest.mark.parametrize("name", ["lstm", "bidirectional GRU", "two speeds", "embedding tied to the head"])
 def test_a_row_is_as_the_document_says(name: str) -> None:
-    found = matrix.ours(name)
+    found = matrix.measure_export(name)
     assert found.outcome == OUTCOMES[name]
     if found.outcome == "streams":
         cells = rows("Results of export")[name]
@@ -67,8 +67,8 @@ def loop(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(outs, 1)
 
 
-def judged(module: nn.Module, *, dynamo: bool = False, **example: torch.Tensor) -> plain.Verdict:
-    return plain.judge(lambda: module, example or {"x": torch.randn(2, 7, 4)}, True, dynamo)
+def judged(module: nn.Module, *, dynamo: bool = False, **example: torch.Tensor) -> plain_export.Verdict:
+    return plain_export.judge(lambda: module, example or {"x": torch.randn(2, 7, 4)}, True, dynamo)
 
 
 def test_plain_export_of_a_layer_works_and_hands_out_its_state() -> None:
@@ -111,7 +111,12 @@ def test_plain_export_that_fails_says_where() -> None:
 def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- kinds: begin -->\nold\n<!-- kinds: end -->\nafter\n")
-    row = Row("a | b", Ours("streams", "", 1e-7, True, "1 GRU"), plain.Verdict("works"), plain.Verdict("works"))
+    row = Row(
+        "a | b",
+        Exported("streams", "", 1e-7, True, "1 GRU"),
+        plain_export.Verdict("works"),
+        plain_export.Verdict("works"),
+    )
     documents.replace("kinds", documents.kinds([row], "make conformance"), page)
     text = page.read_text()
     assert text.startswith("before\n<!-- kinds: begin -->\n")

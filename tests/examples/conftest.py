@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -48,6 +49,13 @@ def serve(environment: dict[str, str]) -> Serve:
         assert process.returncode == 0, "".join(log)
 
     return running
+
+
+@pytest.fixture
+def _curl() -> None:
+    """What pasted commands need."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
 
 
 @pytest.fixture(scope="session")

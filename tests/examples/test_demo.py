@@ -44,6 +44,7 @@ def test_it_leaves_no_session_behind(server: str):
         assert client.get("/v1/models/co2")["sessions"] == before
 
 
+@pytest.mark.usefixtures("_curl")
 def test_the_printed_commands_work_as_pasted(server: str):
     script = demo.commands(server)
     for _ in range(2):

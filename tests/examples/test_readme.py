@@ -36,6 +36,7 @@ def rounded(text: str) -> str:
     return re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.2f}", text)
 
 
+@pytest.mark.usefixtures("_curl")
 def test_the_curl_session_answers_as_shown(server: str):
     script, shown = at(server, block("bash", "curl")), block("text", "outputs").splitlines()
     for _ in range(2):  # it closes its session, so it can be repeated

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unroll.bundle.verification import random_chunks
 from unroll.export import ExportError, export
 from unroll.export.onnx.tracing import _suspects
 from unroll.export.signature.samples import Samples, states
-from unroll.export.verification.probes import random_chunks
 
 GUARD = (
     "Constraints violated (time)!\n  - Not all values of {0} in the specified range satisfy the generated guard {1}."

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from unroll import bundle
 
@@ -55,7 +56,7 @@ for target in sys.argv[1:]:
 def run(folder: Path, *arguments: str, stdin: str | None = None) -> str:
     """What a process in `folder` prints. Its own folder is not on its path, as for the command `unroll`."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, input=stdin, capture_output=True, text=True, timeout=240
+        [sys.executable, *arguments], cwd=folder, input=stdin, capture_output=True, text=True, timeout=2 * PATIENCE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -68,7 +69,6 @@ def write(folder: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("files", "target"),
     [
@@ -91,7 +91,6 @@ def test_code_of_any_name_from_the_command_line(tmp_path: Path, files: tuple[str
     assert printed.split("\n").count("ran (2, 16, 4)") == len(names)
 
 
-@pytest.mark.timeout(240)
 def test_a_file_in_a_package_imports_relative_to_it_and_from_its_folder(tmp_path: Path) -> None:
     names = ("models", "service", "tests")
     for name in names:
@@ -126,7 +125,6 @@ print(unroll.__version__)
 """
 
 
-@pytest.mark.timeout(240)
 def test_from_a_script(tmp_path: Path) -> None:
     files = {f"{name}.py": "width = 4\n" for name in ("bundle", "conformance", "export", "tests")}
     files |= {"service/__init__.py": "scale = 2.0\n", "examples/__init__.py": ""}
@@ -145,7 +143,6 @@ CELLS = [
 ]
 
 
-@pytest.mark.timeout(240)
 def test_from_a_notebook(tmp_path: Path) -> None:
     write(tmp_path, {"models.py": BLOCK})
     kernel = f"import sys; sys.path.insert(0, '')\nfor cell in {CELLS!r}:\n    exec(compile(cell, '<cell>', 'exec'))\n"
@@ -153,7 +150,6 @@ def test_from_a_notebook(tmp_path: Path) -> None:
     assert bundle.read(tmp_path / "out/net/1").manifest.streamable
 
 
-@pytest.mark.timeout(120)
 def test_what_is_said_where_the_code_is_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from unroll.export.__main__ import main
 

@@ -11,7 +11,7 @@ from redis_server import RedisServer
 
 
 async def test_replicas_are_killed(tmp_path: Path) -> None:
-    result = await kill_loop.run(tmp_path, 11, kills=4, seconds=90, sessions=40)
+    result = await kill_loop.run(tmp_path, 11, kills=4, seconds=250, sessions=40)
     assert result.verdict.good, result.verdict.findings
     assert not result.crashes
     assert result.kills == 4

@@ -8,8 +8,8 @@ import pytest
 
 from unroll import bundle
 from unroll.service import app, serve
-from unroll.service.catalog.catalog import CatalogError
 from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
+from unroll.service.models.repository import RepositoryError
 from unroll.service.settings import Settings
 
 
@@ -31,7 +31,7 @@ def driver_without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("driver_without_libraries")
 def test_auto_falls_back_to_the_cpu(repository: Path):
     _, server = app.build(settings(repository, "auto"))
-    assert {model.serving.provider for model in server.catalog} == {"CPUExecutionProvider"}
+    assert {model.serving.provider for model in server.models} == {"CPUExecutionProvider"}
 
 
 @pytest.mark.usefixtures("driver_without_libraries")
@@ -48,7 +48,7 @@ def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
 
 
 def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):
-    with pytest.raises(CatalogError, match="precision tf32 needs a GPU"):
+    with pytest.raises(RepositoryError, match="precision tf32 needs a GPU"):
         app.build(Settings(repository=repository, device="cpu", precision="tf32"))
 
 

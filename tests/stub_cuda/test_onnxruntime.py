@@ -14,7 +14,7 @@ from stub_cuda.child import Outcome
 from torch import nn
 
 import unroll
-from tests.export.model_shapes import SHAPES
+from conformance.kinds import TESTED
 
 RunWithStub = Callable[..., Outcome]
 
@@ -40,9 +40,9 @@ class Stack(nn.Module):
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A graph by the name of an example or of a shape of `model_shapes`, or as `lstm 2`: two layers of 64."""
+    """A graph by the name of an example or of a kind of `conformance.kinds`, or as `lstm 2`: two layers of 64."""
     repository = tmp_path_factory.mktemp("graphs")
-    shapes = {shape.name: shape for shape in SHAPES}
+    shapes = {shape.name: shape for shape in TESTED}
 
     def model(name: str) -> Path:
         folder = name.replace(" ", "-").replace(",", "")

@@ -66,7 +66,7 @@ class CudaEngine:
             self._steps = self._capture(model, (1, SEVERAL) if parts else (1,))
         except (CompilationFailed, DeviceFailed, OutOfDeviceMemory):
             raise
-        except Exception as error:  # onnxruntime's, from inside the capture; they have no base class of their own
+        except Exception as error:  # noqa: BLE001 onnxruntime's, which have no common base class
             device.synchronize()
             name = f"{manifest.name}:{manifest.version}"
             _log.warning("steps run without a graph", model=name, device=device.name, reason=str(error))

@@ -368,7 +368,7 @@ def test_sessions_without_a_row_go_on(serve: Serve, x: np.ndarray, oracle: Oracl
                 assert np.array_equal(values(first)[0], whole[i])
             for session in sessions:
                 assert step(client, session, x[i : i + 1], i).content == whole[i].tobytes()
-        assert len(running.server.catalog.overflow) == 7
+        assert len(running.server.sessions.directory.spilled) == 7
         assert client.delete(sessions[0]).json()["position"] == 5
         assert code(step(client, sessions[0], x[:1], 5)) == "session_closed"
 

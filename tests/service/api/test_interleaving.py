@@ -51,12 +51,11 @@ def _without_sniffio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sniffio", None)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("_without_sniffio")
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_everyone_at_once(serve: Serve, oracle: Callable[..., Oracle], settings: dict, seed: int) -> None:
     running = serve(max_batch=16, piece_steps=4, idle_timeout=0, **settings)
-    for model in running.server.catalog:
+    for model in running.server.models:
         SlowEngine(model.loop, BATCH_SECONDS).__enter__()
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
@@ -138,7 +137,7 @@ def _account(running: Running, text: str, tracks: list[Track], outcomes: Counter
     assert metric(text, "unroll_chunks_in_flight") == 0
     assert metric(text, "unroll_estimated_wait_seconds") == 0
     for name in ("hot", "gru"):
-        serving = [model for model in running.server.catalog if model.name == name]
+        serving = [model for model in running.server.models if model.name == name]
         for model in serving:
             model.scheduler.check_invariants()
         alive = sum(track.model == name and track.gone is None for track in tracks)
@@ -146,7 +145,7 @@ def _account(running: Running, text: str, tracks: list[Track], outcomes: Counter
         newest = [len(model.scheduler.sessions) for model in serving if model.version == serving[-1].version]
         assert min(newest) > 0.2 * sum(newest), "one of the devices has hardly any sessions"
     rows, alone = metric(text, "unroll_batch_rows_sum"), metric(text, "unroll_batch_rows_bucket", le="1")
-    devices = len({model.serving.device for model in running.server.catalog})
+    devices = len({model.serving.device for model in running.server.models})
     # With two there are four places where a step may run next: each has two batches under way.
     assert alone < (0.75 if devices == 1 else 0.9) * rows, "sessions hardly ever shared a batch"
     applied = sum(track.applied for track in tracks)

@@ -47,7 +47,7 @@ def add(repository: Path, shelf: Path, version: str) -> None:
 
 
 def versions(running: Running) -> list[tuple[str, bool]]:
-    return [(m.version, m.retired) for m in running.server.catalog if m.name == "gru"]
+    return [(m.version, m.retired) for m in running.server.models if m.name == "gru"]
 
 
 async def rescanned(running: Running, expected: list[tuple[str, bool]]) -> None:
@@ -174,7 +174,7 @@ async def test_a_bundle_that_is_refused_changes_nothing(
         manifest.write_text(manifest.read_text().replace(before, after))
     shutil.copytree(repository / "hot", shelf / "hot")
     running.rescan()
-    await asyncio.to_thread(until, lambda: "hot" in running.server.catalog.names())
+    await asyncio.to_thread(until, lambda: "hot" in running.server.models.names())
     assert versions(running) == [("1", False)]
     await step(http, await opened(http), X[:1])
 

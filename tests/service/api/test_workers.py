@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -60,12 +61,12 @@ def version(port: int) -> str:
         return ""
 
 
-def asked(url: str) -> httpx.Response:
-    """Again if the worker that dies had the connection, and again if one waited for it and its queue was closed."""
+def reply_to(send: Callable[[], httpx.Response]) -> httpx.Response:
+    """Send again if the connection was closed: by the worker's death, in its queue, or because it was idle for long."""
     for _ in range(2):
         with suppress(httpx.NetworkError, httpx.RemoteProtocolError):
-            return httpx.get(url)
-    return httpx.get(url)
+            return send()
+    return send()
 
 
 def test_one_port_and_several_processes(
@@ -87,7 +88,8 @@ def test_one_port_and_several_processes(
         for position in range(24):
             headers = {**RAW, "Unroll-Position": str(position)}
             content = x[i, position].tobytes()
-            outputs += clients[(8 * position + i) % 64].post(path, content=content, headers=headers).content
+            client = clients[(8 * position + i) % 64]
+            outputs += reply_to(partial(client.post, path, content=content, headers=headers)).content
         return outputs
 
     for i, stepped in enumerate([background(steps, i) for i in range(8)]):
@@ -110,14 +112,14 @@ def test_one_port_and_several_processes(
 
     # One dies: connections go on to be answered, by the other, or by its successor.
     os.kill(ids(started)[0], signal.SIGKILL)
-    answers = [background(asked, f"{started.url}{MODEL}/sessions/s{i % 8}") for i in range(32)]
+    answers = [background(reply_to, partial(httpx.get, f"{started.url}{MODEL}/sessions/s{i % 8}")) for i in range(32)]
     assert {answer.result().json()["position"] for answer in answers} == {24}
     until(lambda: version(ports[0]), "a successor")
 
     started.popen.send_signal(signal.SIGTERM)
     assert started.end() == 0
     assert not any(version(port) for port in ports)
-    ended = [line for line in started.log if line["event"] == "a worker ended"]
+    ended = [line for line in started.log if line["event"] == "worker exited"]
     assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
 
 

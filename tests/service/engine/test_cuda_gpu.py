@@ -10,7 +10,6 @@ from fake_cuda.inputs import random_inputs
 
 from unroll import bundle
 from unroll.service import app
-from unroll.service.catalog.catalog import CatalogError
 from unroll.service.core.errors import NonFiniteOutput
 from unroll.service.engine.backend import EngineOptions, open_backend, open_cuda
 from unroll.service.engine.cuda.cells import CellKernel
@@ -22,6 +21,7 @@ from unroll.service.engine.cuda.step_graph import take_apart
 from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import Runner, resolve_devices
 from unroll.service.engine.tensor_ref import TensorRef
+from unroll.service.models.repository import RepositoryError
 from unroll.service.settings import Settings
 from unroll.service.state.slots import INITIAL
 
@@ -254,7 +254,7 @@ def test_rows_are_saved_restored_and_forked(engine: Engine, found: bundle.Bundle
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
 def test_the_golden_vectors_hold_in_every_bucket(found: bundle.Bundle, cuda: str, precision, cells):
     backend = open_backend(found, cuda, EngineOptions(precision=precision, buckets=BUCKETS, cells=cells))
-    whole = bundle.replay(found.golden, found.manifest, backend.runner, backend.slack)
+    whole = bundle.Verifier(backend.runner, found.manifest).replay(found.golden, backend.slack)
     _, proof = backend.create_engine(ROWS, max_batch=64)
     assert set(proof.parity) == set(whole)
     if precision == "float32":
@@ -330,7 +330,7 @@ def _on_device(device: Device, array: np.ndarray) -> TensorRef:
 def test_the_bidirectional_model_takes_whole_sequences(repository: Path, device: Device):
     found = bundle.read(repository / "whole" / "1")
     runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
-    bundle.replay(found.golden, found.manifest, runner)
+    bundle.Verifier(runner, found.manifest).replay(found.golden)
     engine = CudaEngine(device, runner, found.manifest, ROWS, ())
     inputs = tuple(a[None] for a in random_inputs(found.manifest, np.random.default_rng(6), 9))
     rows = PlainRows(inputs, [9], [INITIAL], [2])
@@ -343,8 +343,8 @@ def test_capacity_is_what_fits_or_is_refused(repository: Path, cuda: str):
         return app.build(Settings(repository=repository, device=cuda, max_batch=16, **options))[1]
 
     server = build(session_capacity="auto", memory_share=0.0001)
-    assert all(10 < model.scheduler.sessions.limits.capacity < 10**7 for model in server.catalog)
-    with pytest.raises(CatalogError, match=r"rows do not fit.*lower --session-capacity"):
+    assert all(10 < model.scheduler.sessions.limits.capacity < 10**7 for model in server.models)
+    with pytest.raises(RepositoryError, match=r"rows do not fit.*lower --session-capacity"):
         build(session_capacity=2**38)
 
 

@@ -16,7 +16,7 @@ from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollEr
 from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
-from unroll.service.scheduler.loop import Loop
+from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.store.interface import Commit
@@ -110,7 +110,8 @@ async def running(
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
     store = GatedStore()
     with ThreadPoolExecutor(1) as executor:
-        loop = Loop("m", scheduler, engine, store, clock, executor, lambda rows, steps: rows * steps * seconds_per_step)
+        thread = EngineThread(engine, executor, lambda rows, steps: rows * steps * seconds_per_step)
+        loop = Loop("m", scheduler, thread, store, clock)
         task = asyncio.create_task(loop.run())
         try:
             yield loop, store, clock, engine
@@ -266,7 +267,8 @@ async def test_a_device_that_fails_ends_the_loop():
     engine.fails = DeviceFailed("it has fallen off the bus")
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
     with ThreadPoolExecutor(1) as executor:
-        loop = Loop("m", scheduler, engine, None, ManualClock(), executor, lambda rows, steps: 0.0)
+        thread = EngineThread(engine, executor, lambda rows, steps: 0.0)
+        loop = Loop("m", scheduler, thread, None, ManualClock())
         task = asyncio.create_task(loop.run())
         waiting = asyncio.create_task(loop.sequences([X], 10))
         with pytest.raises(DeviceFailed, match="off the bus"):

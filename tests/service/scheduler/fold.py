@@ -15,6 +15,8 @@ from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
 
 START = 7
+#: A deadline that is never reached.
+LATER = 1e9
 
 
 def fold(steps: Sequence[int], state: int = START) -> list[int]:

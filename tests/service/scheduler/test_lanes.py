@@ -1,8 +1,12 @@
 """How long the pieces of long work are, and that nobody waits for ever for anybody."""
 
+import numpy as np
+import pytest
 from fold import FoldEngine, answer, fold, inputs, scheduler, submit, submit_sequence
 
 from unroll.service.scheduler.admission import Pace
+from unroll.service.scheduler.chunk import Group
+from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.reply import Reply
 
@@ -73,3 +77,14 @@ def test_pieces_end_with_the_shortest_so_that_nothing_is_padded() -> None:
         s.complete(batch, *engine.run(batch), 0, 1e-9 * batch.steps)
     assert lens == [[4, 4, 4], [1, 1, 1], [2, 2], [2]]
     assert s.counters.padded_steps == 0
+
+
+def test_a_group_cannot_be_lost_in_the_lane_of_long_chunks() -> None:
+    s = scheduler(piece_steps=4)
+    session = s.open("a", 0)
+    rejected = s.groups.submit([session], [0], (np.zeros((1, 5), np.int64),), 0, 1e9, lambda reply: None)
+    assert rejected == [0], "long groups are rejected"
+    lanes = Lanes(s.traits, s.limits, s.workspaces, s.pace, lambda work, now: False)
+    lanes.put(Group([session], [0], (np.zeros((1, 5), np.int64),), 5, 1e9, lambda reply: None), 0)
+    with pytest.raises(AssertionError, match="groups are short"):
+        lanes.take(0)

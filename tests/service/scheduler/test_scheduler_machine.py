@@ -103,7 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         positions = [data.draw(st.sampled_from([None, s.position, s.position + 1])) for s in sessions]
         before = self.scheduler.in_flight
         taken: list[int] = []
-        left = self.scheduler.submit_group(
+        left = self.scheduler.groups.submit(
             sessions,
             positions,
             (np.array(rows),),
@@ -128,7 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows = [[data.draw(st.sampled_from([0, 1, 2, 3, BAD]))] for _ in cohort.sessions]
         positions = None if said is None else cohort.positions + np.uint64(said)
         free = cohort.formed and cohort.active is None
-        taken = self.scheduler.submit_cohorts(
+        taken = self.scheduler.groups.submit_cohorts(
             [cohort],
             positions,
             (np.array(rows),),

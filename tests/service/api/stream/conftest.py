@@ -58,8 +58,8 @@ def x(rng: np.random.Generator) -> np.ndarray:
 async def wire(repository: Path, tmp_path: Path) -> AsyncIterator[Wire]:
     shutil.copytree(repository / "lstm", tmp_path / "lstm")
     _, server = app.build(Settings(repository=tmp_path))
-    (model,) = server.catalog
-    running = asyncio.create_task(server.catalog.run())
+    (model,) = server.models
+    running = asyncio.create_task(server.repository.run())
     link = FakeLink()
     connection = Connection(server, "lstm", link, asyncio.get_running_loop().call_soon)
     assert server.streams == {connection}

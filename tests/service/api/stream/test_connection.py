@@ -87,7 +87,7 @@ async def test_nothing_is_sent_to_a_connection_that_is_gone(wire: Wire):
     wire.frame(range(4))
     wire.frame(range(2))
     wire.frame(range(3, 4), steps=200)
-    (model,) = wire.server.catalog
+    (model,) = wire.server.models
     await reached(lambda: wire.engine.reached.is_set())
     assert model.scheduler.in_flight == 7
     wire.connection.close()

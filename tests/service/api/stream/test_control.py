@@ -12,7 +12,7 @@ from streams import Dial, Plain, frame
 from waiting import PATIENCE, reached, turns
 from websockets.exceptions import ConnectionClosed
 
-from unroll.service.api.stream.connection import SLICE
+from unroll.service.api.stream.control import SLICE
 from unroll.service.settings import Settings
 
 Oracles = Callable[..., Oracle]

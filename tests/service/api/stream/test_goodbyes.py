@@ -15,7 +15,7 @@ from streams import Client, Dial, Plain, frame, last_messages, replies
 from waiting import PATIENCE, reached
 from websockets.exceptions import ConnectionClosed
 
-from unroll.service.api.stream.connection import SLICE
+from unroll.service.api.stream.control import SLICE
 from unroll.service.settings import Settings
 
 Oracles = Callable[..., Oracle]

@@ -13,7 +13,7 @@ from fake_link import Wire
 from serving import Oracle, Serve
 from streams import Dial, frame
 
-from unroll.service.api.stream import connection
+from unroll.service.api.stream import handles
 from unroll.service.core.clock import ManualClock
 
 Oracles = Callable[..., Oracle]
@@ -155,7 +155,7 @@ def test_versions_that_take_other_inputs(serve: Serve, dial: Dial, repository: P
 
 
 async def test_too_many_sessions_for_one_connection(wire: Wire, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(connection, "MAX_HANDLES", 3)
+    monkeypatch.setattr(handles, "MAX_HANDLES", 3)
     await wire.bind(3)
     wire.connection.on_text(b'{"op": "open", "sessions": [{"handle": 9}]}')
     (item,) = wire.sent[-1]["sessions"]

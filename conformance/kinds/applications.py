@@ -1,4 +1,4 @@
-"""The rows of the matrix: the shapes of export's tests, and more that occur in models for streams."""
+"""More kinds of modules, as they occur in models for streams. What export makes of them is measured, not expected."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.export.model_shapes import SHAPES, Shape, gru, head, lstm, made, rnn
+from conformance.kinds.kind import Kind, gru, head, lstm, made, rnn
 
 
 class Step(nn.Module):
@@ -134,8 +134,8 @@ def running_peak(s: Any, x: Tensor) -> Tensor:
     return s.rnn(x / x.abs().cummax(1).values.clamp(min=1e-3))[0]
 
 
-MORE = [
-    Shape(
+APPLICATIONS = [
+    Kind(
         "residual stack with norms",
         lambda: made(
             residual_stack,
@@ -143,7 +143,7 @@ MORE = [
             norms=nn.ModuleList(nn.LayerNorm(4) for _ in range(4)),
         ),
     ),
-    Shape(
+    Kind(
         "dense, gated, recurrent, dense",
         lambda: made(
             lambda s, x: s.out(s.rnn(functional.glu(s.into(x)))[0]).relu(),
@@ -152,76 +152,72 @@ MORE = [
             out=nn.Linear(6, 2),
         ),
     ),
-    Shape(
+    Kind(
         "LSTM, GRU and RNN in one stack",
         lambda: made(lambda s, x: s.c(s.b(s.a(x)[0])[0])[0], a=lstm(4, 5), b=gru(5, 6), c=rnn(6, 3)),
     ),
-    Shape(
+    Kind(
         "forward layer over a bidirectional one",
         lambda: made(lambda s, x: s.top(s.both(x)[0])[0], both=lstm(bidirectional=True), top=gru(12, 3)),
     ),
-    Shape(
+    Kind(
         "embedding tied to the head",
         lambda: made(tied, embed=nn.Embedding(11, 6), rnn=lstm(6, 6)),
         lambda: {"token": torch.randint(0, 11, (2, 7))},
     ),
-    Shape(
+    Kind(
         "frames through a CNN, then an LSTM",
         lambda: made(images, cnn=nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2)), rnn=lstm(27, 5)),
         lambda: {"x": torch.randn(2, 7, 1, 8, 8)},
     ),
-    Shape(
+    Kind(
         "mixture density head",
         lambda: made(mixture, rnn=lstm(3, 8, 2), head=nn.Linear(8, 12)),
         lambda: {"x": torch.randn(2, 7, 3)},
     ),
-    Shape("autoencoder", lambda: made(autoencoder, encoder=lstm(), decoder=lstm(6, 6), head=nn.Linear(6, 4))),
-    Shape(
+    Kind("autoencoder", lambda: made(autoencoder, encoder=lstm(), decoder=lstm(6, 6), head=nn.Linear(6, 4))),
+    Kind(
         "decay by time since measured",
         lambda: made(decayed, rate=nn.Linear(4, 4), rnn=gru(8, 6)),
         lambda: {"x": torch.randn(2, 7, 4), "delta": torch.rand(2, 7, 4)},
     ),
-    Shape(
+    Kind(
         "conditioned on the series",
         lambda: made(conditioned, embed=nn.Embedding(9, 3), rnn=lstm(7, 6)),
         lambda: {"x": torch.randn(2, 7, 4), "series": torch.randint(0, 9, (2,))},
         {"static": ["series"]},
     ),
-    Shape(
+    Kind(
         "dilated causal convolutions, then a GRU",
         lambda: made(dilated, convs=nn.ModuleList(nn.Conv1d(4, 4, 3, dilation=2**i) for i in range(3)), rnn=gru()),
     ),
-    Shape(
+    Kind(
         "a named tuple",
         lambda: made(
             lambda s, x: Steps(s.head(s.rnn(x)[0]), functional.softplus(s.head(s.rnn(x)[0]))), rnn=gru(), head=head()
         ),
     ),
-    Shape("a dataclass", lambda: made(lambda s, x: Detection(s.rnn(x)[0][..., 0].sigmoid(), x), rnn=gru())),
-    Shape(
+    Kind("a dataclass", lambda: made(lambda s, x: Detection(s.rnn(x)[0][..., 0].sigmoid(), x), rnn=gru())),
+    Kind(
         "one number a step",
         lambda: made(lambda s, x: s.head(s.rnn(x)[0]).squeeze(-1), rnn=lstm(), head=nn.Linear(6, 1)),
     ),
-    Shape("all states of all layers", lambda: made(lambda s, x: torch.cat(list(s.rnn(x)[1]), -1), rnn=gru(layers=3))),
-    Shape("running peak", lambda: made(running_peak, rnn=gru())),
-    Shape("attention over a window", lambda: made(windowed, rnn=gru())),
-    Shape("two speeds", lambda: made(two_speeds, slow=gru(), fast=gru(10, 6))),
-    Shape("IndRNN in a loop", lambda: IndRNN(6, wx=nn.Linear(4, 6), u=nn.Parameter(torch.rand(6)))),
-    Shape("SRU in a loop", lambda: SRU(6, 2, wx=nn.Linear(4, 18))),
-    Shape("two cells a step", lambda: Nested(6, 3, low=nn.LSTMCell(4, 6), high=nn.GRUCell(6, 6))),
-    Shape("exponential mean in a loop", lambda: ExponentialMean(4)),
-    Shape(
+    Kind("all states of all layers", lambda: made(lambda s, x: torch.cat(list(s.rnn(x)[1]), -1), rnn=gru(layers=3))),
+    Kind("running peak", lambda: made(running_peak, rnn=gru())),
+    Kind("attention over a window", lambda: made(windowed, rnn=gru())),
+    Kind("two speeds", lambda: made(two_speeds, slow=gru(), fast=gru(10, 6))),
+    Kind("IndRNN in a loop", lambda: IndRNN(6, wx=nn.Linear(4, 6), u=nn.Parameter(torch.rand(6)))),
+    Kind("SRU in a loop", lambda: SRU(6, 2, wx=nn.Linear(4, 18))),
+    Kind("two cells a step", lambda: Nested(6, 3, low=nn.LSTMCell(4, 6), high=nn.GRUCell(6, 6))),
+    Kind("exponential mean in a loop", lambda: ExponentialMean(4)),
+    Kind(
         "exponential mean, then a GRU",
         lambda: nn.Sequential(ExponentialMean(4), made(lambda s, x: s.rnn(x)[0], rnn=gru())),
         lambda: {"input": torch.randn(2, 7, 4)},
     ),
-    Shape("compiled", lambda: torch.compile(made(lambda s, x: s.rnn(x)[0], rnn=gru()))),
-    Shape("hidden size 1", lambda: made(lambda s, x: s.rnn(x)[0], rnn=lstm(4, 1))),
-    Shape(
+    Kind("compiled", lambda: torch.compile(made(lambda s, x: s.rnn(x)[0], rnn=gru()))),
+    Kind("hidden size 1", lambda: made(lambda s, x: s.rnn(x)[0], rnn=lstm(4, 1))),
+    Kind(
         "clipped and rounded inputs", lambda: made(lambda s, x: s.rnn((x.clamp(-1, 1) * 8).round() / 8)[0], rnn=gru())
     ),
 ]
-
-
-def kinds() -> list[Shape]:
-    return [*SHAPES, *MORE]

@@ -1,4 +1,4 @@
-"""Every shape of model is either exported, equal to PyTorch, or refused with its reason. Never a third thing."""
+"""Every kind of module is either exported, equal to PyTorch, or refused with its reason. Never a third thing."""
 
 from pathlib import Path
 
@@ -7,41 +7,41 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from model_shapes import SHAPES, Shape
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from conformance.kinds import TESTED, Kind
 from unroll import bundle
 from unroll.export import ExportError, export
 from unroll.export.signature.outputs import leaves
 
-EXPORTED = [shape for shape in SHAPES if shape.refused is None]
-REFUSED = [shape for shape in SHAPES if shape.refused is not None]
+EXPORTED = [kind for kind in TESTED if kind.refused is None]
+REFUSED = [kind for kind in TESTED if kind.refused is not None]
 
 
-@pytest.mark.parametrize("shape", EXPORTED, ids=lambda shape: shape.name)
-def test_exported(shape: Shape, tmp_path: Path) -> None:
-    module, example = shape.build(), shape.example()
+@pytest.mark.parametrize("kind", EXPORTED, ids=lambda kind: kind.name)
+def test_exported(kind: Kind, tmp_path: Path) -> None:
+    module, example = kind.build(), kind.example()
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     training = module.training
 
-    report = export(module, example, name="m", repository=tmp_path, **shape.options)
+    report = export(module, example, name="m", repository=tmp_path, **kind.options)
 
     manifest = report.manifest
-    assert manifest.streamable == shape.streams, manifest.not_streamable_because
-    assert shape.says in (manifest.not_streamable_because or "")
-    assert manifest.ragged == shape.ragged
-    assert manifest.bit_exact or not shape.bit_exact
-    assert tuple(spec.name for spec in manifest.outputs) == shape.outputs
+    assert manifest.streamable == kind.streams, manifest.not_streamable_because
+    assert kind.says in (manifest.not_streamable_because or "")
+    assert manifest.ragged == kind.ragged
+    assert manifest.bit_exact or not kind.bit_exact
+    assert tuple(spec.name for spec in manifest.outputs) == kind.outputs
     assert (report.path / "golden.safetensors").stat().st_size <= 64 * 1024
     assert bundle.read(report.path).manifest == manifest
     assert module.training == training
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
-    _answers_like_torch(shape, module, example, report)
+    _answers_like_torch(kind, module, example, report)
 
 
-def _answers_like_torch(shape, module, example, report) -> None:
+def _answers_like_torch(kind, module, example, report) -> None:
     """The bundle from its initial state against the user's own, untouched module, on inputs of another size."""
-    first, unbatched = shape.options.get("batch_first", True), "without a batch" in shape.name
+    first, unbatched = kind.options.get("batch_first", True), "without a batch" in kind.name
     inputs, given = {}, {}
     for name, value in example.items():
         packed = isinstance(value, PackedSequence)
@@ -82,19 +82,19 @@ def _orders(tensor: torch.Tensor) -> list[tuple[int, ...]]:
     return [(a, b, *(i for i in rest if i not in {a, b})) for a in rest for b in rest if a != b]
 
 
-@pytest.mark.parametrize("shape", REFUSED, ids=lambda shape: shape.name)
-def test_refused(shape: Shape, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.name)
+def test_refused(kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(ExportError) as refusal:
-        export(shape.build(), shape.example(), name="m", repository=tmp_path, **shape.options)
-    assert refusal.value.code == shape.refused, refusal.value
-    assert shape.says in str(refusal.value)
+        export(kind.build(), kind.example(), name="m", repository=tmp_path, **kind.options)
+    assert refusal.value.code == kind.refused, refusal.value
+    assert kind.says in str(refusal.value)
     assert len(str(refusal.value)) < 400
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_node_per_layer(tmp_path: Path) -> None:
-    shape = next(shape for shape in SHAPES if shape.name == "embedding, LSTM, norm, GRU")
-    report = export(shape.build(), shape.example(), name="m", repository=tmp_path)
+    kind = next(kind for kind in TESTED if kind.name == "embedding, LSTM, norm, GRU")
+    report = export(kind.build(), kind.example(), name="m", repository=tmp_path)
     nodes = [node.op_type for node in onnx.load(report.path / "model.onnx").graph.node]
     assert nodes.count("LSTM") == 2
     assert nodes.count("GRU") == 1

@@ -6,14 +6,14 @@ said to be.
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import structlog
 
-from unroll.service.catalog.model import ModelOptions, ServedModel, home
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
+from unroll.service.models.served_model import ServedModel
+from unroll.service.models.versions import ModelVersions
 from unroll.service.scheduler.session import Session
 from unroll.service.store import state_file
 from unroll.service.store.interface import Commit, Key, Store, Tokens
@@ -23,27 +23,31 @@ from unroll.service.store.spill import Spill
 _log = structlog.get_logger(__name__)
 
 
-class Overflow:
-    """models(name): the versions of a model, newest first."""
+class SpilledSessions:
+    """The memory sessions without a row.
+
+    Args:
+        limit: Bytes of host memory.
+        idle_timeout: Seconds until an idle session expires; None for never.
+        clock: The clock of the sessions.
+        versions: Where sessions come from and return to.
+        store: Takes the sessions beyond the limit, if there is one; else they are evicted.
+    """
 
     def __init__(
-        self,
-        options: ModelOptions,
-        clock: Clock,
-        models: Callable[[str], list[ServedModel]],
-        store: Store | None,
+        self, limit: int, idle_timeout: float | None, clock: Clock, versions: ModelVersions, store: Store | None
     ) -> None:
-        self._idle_timeout = options.sessions.idle_timeout
+        self._idle_timeout = idle_timeout
         self._clock = clock
-        self._models = models
+        self._versions = versions
         self._store = store
-        self._spill = Spill(options.spill_bytes)
+        self._spill = Spill(limit)
         self._parking: dict[Key, tuple[Record, float]] = {}  # on their way to the store
         self._tokens = Tokens()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<Overflow {self._spill!r}, {len(self._parking)} on their way to the store>"
+        return f"<SpilledSessions {self._spill!r}, {len(self._parking)} on their way to the store>"
 
     def __len__(self) -> int:
         """Sessions in host memory."""
@@ -59,23 +63,23 @@ class Overflow:
         self._make_room()
         return True
 
-    def holds(self, name: str, session_id: str) -> bool:
-        key = name, session_id
-        return key in self._spill or key in self._parking
-
     def bring_back(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
-        """Give the session a row again, and return where; None if it has expired. Raises CapacityExhausted or
-        ModelChanged."""
+        """Give the session a row again; None if it is not here, or expired.
+
+        Raises:
+            CapacityExhausted: There is no row for it.
+            ModelChanged: Its version is no longer served here.
+        """
         key = name, session_id
         found = self._spill.take(key) or self._parking.pop(key, None)
         if found is None:
             return None
         record, used = found
         if self._idle_timeout is not None and self._clock.now() - used >= self._idle_timeout:
-            self._bury(key, record, SessionExpired)
+            self._add_closed(key, record, SessionExpired)
             return None
         try:
-            model = home(self._models(name), session_id, record)
+            model = self._versions.home(name, session_id, record.origin.model)
             session = model.adopt(session_id, record)
             model.scheduler.counters.adopted += 1
         except UnrollError:
@@ -90,13 +94,13 @@ class Overflow:
         if self._idle_timeout is None:
             return
         while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:
-            self._bury(*oldest[:2], SessionExpired)
+            self._add_closed(*oldest[:2], SessionExpired)
 
     def _make_room(self) -> None:
         while (oldest := self._spill.overflow()) is not None:
             key, record, used = oldest
             if self._store is None:
-                self._bury(key, record, SessionEvicted)
+                self._add_closed(key, record, SessionEvicted)
                 continue
             self._parking[key] = record, used
             task = asyncio.get_running_loop().create_task(self._park(self._store, key, record, used))
@@ -113,24 +117,23 @@ class Overflow:
         if here is None:
             await store.take(key, token)
         elif error is not None:
-            _log.warning("a session is evicted", model=key[0], session=key[1], reason=error.message)
-            self._bury(key, record, SessionEvicted)
+            _log.warning("session evicted", model=key[0], session=key[1], reason=error.message)
+            self._add_closed(key, record, SessionEvicted)
 
-    def _bury(self, key: Key, record: Record, cause: type[SessionGone]) -> None:
-        models = self._models(key[0])
-        heirs = [model for model in models if model.manifest.digest == record.origin.model] or models[:1]
-        for model in heirs[:1]:
+    def _add_closed(self, key: Key, record: Record, cause: type[SessionGone]) -> None:
+        name, session_id = key
+        if (model := self._versions.successor(name, record.origin.model)) is not None:
             model.scheduler.counters.count_gone(cause)
-            model.scheduler.sessions.add_closed(key[1], cause, self._clock.now(), record.origin.opened_with)
+            model.scheduler.sessions.add_closed(session_id, cause, self._clock.now(), record.origin.opened_with)
 
     # ── from one process to the next ─────────────────────────────────────────────────────────────
 
-    def save(self, path: Path, models: Iterable[ServedModel]) -> int:
-        """Write all memory sessions to a file, and return how many. Their models must have stopped."""
+    def save(self, path: Path) -> int:
+        """Write all memory sessions to a file and return how many there were. Their models must have stopped."""
         now = self._clock.now()
         resident = (
             ((model.name, session.id), model.record(session), now - session.last_used)
-            for model in models
+            for model in self._versions
             for session in map(model.scheduler.sessions.detach_from_cohort, list(model.scheduler.sessions))
             if session.durable is None
         )
@@ -146,6 +149,6 @@ class Overflow:
         path.unlink()
         return count
 
-    async def stop(self) -> None:
+    async def finish(self) -> None:
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -14,6 +14,6 @@ def _from_torchlib(**options: int) -> ONNXRegistry:
     return registry
 
 
-def read_once() -> None:
+def cache_registry() -> None:
     """Parse once per process instead of once per export."""
     ONNXRegistry.from_torchlib = staticmethod(_from_torchlib)  # type: ignore[method-assign, assignment]

@@ -1,0 +1,18 @@
+"""Kinds of modules as users write them: what export's tests expect of each, and the rows of docs/conformance.md."""
+
+from conformance.kinds.applications import APPLICATIONS
+from conformance.kinds.histories import DELAYS, HISTORIES
+from conformance.kinds.kind import Kind
+from conformance.kinds.layers import LAYERS
+from conformance.kinds.loops import LOOPS
+from conformance.kinds.refused import REFUSED
+from conformance.kinds.states import STATES
+from conformance.kinds.whole_sequence import WHOLE_SEQUENCE
+
+#: Those with an expected outcome.
+TESTED = [*LAYERS, *LOOPS, *HISTORIES, *STATES, *DELAYS, *WHOLE_SEQUENCE, *REFUSED]
+
+
+def kinds() -> list[Kind]:
+    """All of them, in the order of the document."""
+    return [*TESTED, *APPLICATIONS]

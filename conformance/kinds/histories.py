@@ -1,0 +1,120 @@
+"""Convolutions, sums, positions and delays, which need earlier time steps: all of them stream."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from conformance.kinds.kind import Kind, gru, lstm, made
+
+
+def causal(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(s.conv(functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))[0]
+
+
+class Causal(nn.Module):
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.reach, self.conv = kernel - 1, nn.Conv1d(channels, channels, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(functional.pad(x.transpose(1, 2), (self.reach, 0))).transpose(1, 2)
+
+
+class Cut(nn.Module):
+    """Drops what a convolution adds at the end."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : -self.steps]
+
+
+def cumulative_norm(s: Any, x: Tensor) -> Tensor:
+    """By the mean and the variance of everything so far."""
+    count = torch.ones_like(x[..., :1]).cumsum(1)
+    mean = torch.cumsum(x.mean(2, keepdim=True), dim=1) / count
+    square = torch.cumsum(x.square().mean(2, keepdim=True), dim=1) / count
+    return s.rnn((x - mean) / (square - mean.square() + 1e-3).sqrt())[0]
+
+
+def cumulative_norm_by_position(s: Any, x: Tensor) -> Tensor:
+    """The same, counting as audio models do: by the number of values so far."""
+    y = x.transpose(1, 2)
+    count = torch.arange(4, 4 * (y.shape[2] + 1), 4, dtype=x.dtype).view(1, 1, -1)
+    mean = y.sum(1, keepdim=True).cumsum(-1) / count
+    square = y.square().sum(1, keepdim=True).cumsum(-1) / count
+    return s.rnn(((y - mean) / (square - mean.square() + 1e-3).sqrt()).transpose(1, 2))[0]
+
+
+HISTORIES = [
+    Kind("causal convolution", lambda: made(causal, conv=nn.Conv1d(4, 4, 3), rnn=gru()), bit_exact=False),
+    Kind(
+        "convolutions that are cut to the length",
+        lambda: made(
+            lambda s, x: s.rnn(s.convolutions(x.transpose(1, 2)).transpose(1, 2))[0],
+            convolutions=nn.Sequential(
+                nn.Conv1d(4, 6, 3, padding=2), Cut(2), nn.ReLU(), nn.Conv1d(6, 4, 3, padding=4, dilation=2), Cut(4)
+            ),
+            rnn=gru(),
+        ),
+        bit_exact=False,
+    ),
+    Kind("cumulative norm", lambda: made(cumulative_norm, rnn=gru())),
+    Kind(
+        "causal convolution in a module of its own",
+        lambda: nn.Sequential(Causal(4, 3), Causal(4, 2), made(lambda s, x: s.rnn(x)[0], rnn=gru())),
+        lambda: {"input": torch.randn(2, 7, 4)},
+        bit_exact=False,
+    ),
+    Kind("cumulative norm by position", lambda: made(cumulative_norm_by_position, rnn=gru())),
+    Kind(
+        "position in the sequence",
+        lambda: made(lambda s, x: s.rnn(x + (torch.arange(x.shape[1]).float() * 0.1).sin()[:, None])[0], rnn=gru()),
+        bit_exact=False,
+    ),
+    Kind(
+        "position among convolutions and norms",
+        lambda: made(
+            lambda s, x: s.rnn(s.norm(s.conv(x) + torch.sin(torch.arange(x.shape[1])[:, None] * s.speeds)))[0],
+            speeds=nn.Buffer(torch.rand(4)),
+            conv=Causal(4, 3),
+            norm=nn.LayerNorm(4),
+            rnn=lstm(),
+        ),
+        bit_exact=False,
+    ),
+]
+
+
+DELAYS = [
+    Kind("delay", lambda: made(lambda s, x: s.rnn(functional.pad(x, (0, 0, 3, 0))[:, : x.shape[1]])[0], rnn=gru())),
+    Kind(
+        "difference from the step before",
+        lambda: made(lambda s, x: s.rnn(x - torch.cat([x[:, :1], x[:, :-1]], 1))[0], rnn=gru()),
+    ),
+    Kind(
+        "torch.diff", lambda: made(lambda s, x: s.rnn(x.diff(dim=1, prepend=torch.zeros_like(x[:, :1])))[0], rnn=gru())
+    ),
+    Kind(
+        "the token before",
+        lambda: made(
+            lambda s, x: s.rnn(s.embed(x) + s.embed(torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)))[0],
+            embed=nn.Embedding(9, 4),
+            rnn=lstm(),
+        ),
+        lambda: {"x": torch.randint(0, 9, (2, 7))},
+    ),
+    Kind(
+        "causal convolution over a repeated first step",
+        lambda: made(
+            lambda s, x: s.rnn(s.conv(functional.pad(x.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2))[0],
+            conv=nn.Conv1d(4, 4, 3),
+            rnn=gru(),
+        ),
+        bit_exact=False,
+    ),
+]

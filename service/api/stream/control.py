@@ -1,0 +1,201 @@
+"""Control messages: requests to open, close and detach sessions, and the goodbyes of a server that ends."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+from unroll.service.api.session_operations import durability_of
+from unroll.service.api.stream.flow import FlowControl
+from unroll.service.api.stream.handles import Handles
+from unroll.service.api.stream.link import Link
+from unroll.service.api.stream.messages import OpenRequest, OpenSpec, parse_request
+from unroll.service.api.stream.replies import CallSoon, Replies, error_members
+from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
+
+T = TypeVar("T")
+
+#: Sessions that are opened, closed or described in one turn of the event loop.
+SLICE = 256
+#: Close code of a stream whose server ends: RFC 6455's registry calls it Service Restart.
+RESTART = 1012
+
+
+class Control:
+    """Runs the client's requests: one at a time, and a slice of it in each turn of the event loop.
+
+    While one runs, the messages behind it wait in the backlog, in their order.
+
+    Args:
+        handles: the connection's sessions.
+        replies: where the answers go.
+        flow: pauses reading while a request runs.
+        call_soon: calls a function in the next turn of the event loop.
+        max_bytes: of one message.
+
+    Attributes:
+        running: a request is under way; later messages must be deferred.
+    """
+
+    def __init__(
+        self, handles: Handles, replies: Replies, flow: FlowControl, call_soon: CallSoon, max_bytes: int
+    ) -> None:
+        self._handles = handles
+        self._replies = replies
+        self._flow = flow
+        self._call_soon = call_soon
+        self._max_bytes = max_bytes
+        self._backlog: deque[tuple[Callable[[bytes], None], bytes]] = deque()
+        self.running = False
+        self._task: asyncio.Task[None] | None = None
+
+    def defer(self, handle: Callable[[bytes], None], message: bytes) -> None:
+        """Call `handle` with the message when the request under way, and what waits already, is done."""
+        self._backlog.append((handle, message))
+
+    def start(self, message: bytes) -> None:
+        """Begin a request; a short one is answered within the call, unless it asks the store.
+
+        Raises:
+            InvalidRequest: nothing was done.
+        """
+        if len(message) > self._max_bytes:
+            raise BodyTooLarge(f"a text message may have {self._max_bytes} bytes, this one has {len(message)}")
+        request = parse_request(message)
+        if isinstance(request, OpenRequest):
+            self._run("opened", request.sessions, self._open)
+        elif request.op == "close":
+            self._run("closed", request.handles, self._close)
+        else:
+            self._detach(request.handles)
+
+    def close(self) -> None:
+        """The connection is gone. A request under way at the store is finished, and not answered."""
+        self._backlog.clear()
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
+
+    async def _open(self, spec: OpenSpec) -> dict[str, Any]:
+        try:
+            served, session = await self._handles.open(spec)
+        except UnrollError as error:
+            return {"handle": spec.handle, "error": error_members(error)}
+        return {
+            "handle": spec.handle,
+            "session_id": session.id,
+            "position": session.position,
+            "model_version": served.version,
+            "durability": durability_of(session),
+        }
+
+    async def _close(self, handle: int) -> dict[str, Any]:
+        try:
+            session = await self._handles.close(handle)
+        except UnrollError as error:
+            return {"handle": handle, "error": error_members(error)}
+        return {"handle": handle, "position": session.position}
+
+    def _detach(self, handles: list[int]) -> None:
+        if unknown := [handle for handle in handles if handle not in self._handles]:
+            raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
+        for handle in handles:
+            self._handles.unbind(handle)
+        self._replies.send({"op": "detached", "handles": handles})
+
+    # ── slices ───────────────────────────────────────────────────────────────────────────────────
+
+    def _run(self, op: str, items: Sequence[T], handle: Callable[[T], Coroutine[Any, Any, dict[str, Any]]]) -> None:
+        self.running = True
+        slices = self._in_slices(op, items, handle)
+        if self._handles.has_store:
+            self._task = asyncio.ensure_future(self._complete(slices))
+        else:
+            self._advance(slices)
+        if self.running:
+            self._flow.busy = True
+            self._flow.update()
+
+    async def _in_slices(
+        self, op: str, items: Sequence[T], handle: Callable[[T], Coroutine[Any, Any, dict[str, Any]]]
+    ) -> None:
+        """Handle all items and send the results. Without a store it suspends after each full slice only."""
+        results: list[dict[str, Any]] = []
+        for begin in range(0, len(items), SLICE):
+            part = items[begin : begin + SLICE]
+            if self._handles.has_store:
+                results += await asyncio.gather(*map(handle, part))
+            else:
+                results += [await handle(item) for item in part]
+            if len(part) == SLICE:
+                await asyncio.sleep(0)
+        self.running = False
+        if not self._replies.closed:
+            self._replies.send({"op": op, "sessions": results})
+
+    async def _complete(self, slices: Coroutine[Any, Any, None]) -> None:
+        await slices
+        self._task = None
+        self._drain_backlog()
+
+    def _advance(self, slices: Coroutine[Any, Any, None]) -> None:
+        """Run one slice now, and the next in the next turn of the event loop."""
+        try:
+            slices.send(None)
+        except StopIteration:
+            return
+        self._call_soon(partial(self._resume, slices))
+
+    def _resume(self, slices: Coroutine[Any, Any, None]) -> None:
+        if self._replies.closed:
+            slices.close()
+            return
+        self._advance(slices)
+        self._drain_backlog()
+
+    def _drain_backlog(self) -> None:
+        """Handle the messages that waited, up to the next request that takes longer than a slice."""
+        if self._replies.closed:
+            return
+        while self._backlog and not self.running:
+            handle, message = self._backlog.popleft()
+            handle(message)
+        self._flow.busy = self.running
+        self._flow.update()
+
+
+class Goodbyes:
+    """Tells the client where its sessions are, and closes the connection: the server is about to end.
+
+    Args:
+        handles: the connection's sessions.
+        replies: where the messages go.
+        link: closed after the last of them.
+        call_soon: calls a function in the next turn of the event loop.
+    """
+
+    def __init__(self, handles: Handles, replies: Replies, link: Link, call_soon: CallSoon) -> None:
+        self._handles = handles
+        self._replies = replies
+        self._link = link
+        self._call_soon = call_soon
+
+    def send_goodbyes(self) -> None:
+        self._send_slice(iter([*self._handles]))
+
+    def _send_slice(self, handles: Iterator[int]) -> None:
+        """Describe some of the sessions now, and more in the next turn of the event loop."""
+        if self._replies.closed:
+            return
+        if described := [self._describe(handle) for handle in islice(handles, SLICE)]:
+            self._replies.send({"op": "closing", "sessions": described})
+            self._call_soon(partial(self._send_slice, handles))
+        else:
+            self._link.close(RESTART, "the server is about to end: resume elsewhere")
+
+    def _describe(self, handle: int) -> dict[str, Any]:
+        try:
+            return self._handles.describe_session(handle)
+        except UnrollError as error:
+            return {"handle": handle, "error": error_members(error)}

@@ -1,0 +1,194 @@
+"""The handles of one connection: which session each one means, and on which version of the model.
+
+A handle means the session that it was bound to, and never another that is opened under the same id later.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from unroll.service.api.app_state import AppState
+from unroll.service.api.parameters import split_reference
+from unroll.service.api.session_operations import start_of
+from unroll.service.api.stream.messages import MAX_HANDLES, OpenSpec
+from unroll.service.core.errors import (
+    CapacityExhausted,
+    InvalidRequest,
+    ModelChanged,
+    SessionClosed,
+    SessionUnknown,
+)
+from unroll.service.models.served_model import ServedModel
+from unroll.service.scheduler.session import Life, Session
+from unroll.service.sessions.directory import check_id
+from unroll.service.sessions.durable import DurableSessions
+
+
+class Handles:
+    """Opens, finds and ends the sessions of a connection.
+
+    Args:
+        app: the state of the app.
+        model: the connection's, `name` or `name:version`.
+        served: the version the connection began with; sessions of another must have the same inputs and outputs.
+        on_unbind: called when a handle is free again.
+
+    Attributes:
+        by_model: the sessions by handle, of each version.
+        has_store: opening and closing a session may suspend.
+    """
+
+    def __init__(self, app: AppState, model: str, served: ServedModel, on_unbind: Callable[[], None]) -> None:
+        self._app = app
+        self._sessions = app.sessions
+        self.has_store = isinstance(app.sessions, DurableSessions)
+        self._model = model
+        self._name, self._version = split_reference(model)
+        self._inputs, self._outputs = served.manifest.inputs, served.manifest.outputs
+        self._on_unbind = on_unbind
+        self.by_model: dict[ServedModel, dict[int, Session]] = {}
+        self._count = 0
+        self._opening: set[int] = set()  # handles whose sessions are being opened
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        for bound in self.by_model.values():
+            yield from bound
+
+    def __contains__(self, handle: int) -> bool:
+        return self.find(handle) is not None
+
+    def find(self, handle: int) -> tuple[ServedModel, Session] | None:
+        """The session as it was bound, whatever became of it."""
+        for served, bound in self.by_model.items():
+            if (session := bound.get(handle)) is not None:
+                return served, session
+        return None
+
+    def resolve(self, handle: int) -> tuple[ServedModel, Session]:
+        """The session, with a row and out of its cohort. A durable session may be gone from here.
+
+        Raises:
+            InvalidRequest: no session is bound to the handle.
+            SessionError: what became of a memory session that lost its row.
+        """
+        found = self.find(handle)
+        if found is None:
+            raise InvalidRequest(f"no session is bound to handle {handle}")
+        served, session = found
+        if session.life is Life.GONE and session.origin is not None and session.durable is None:
+            return self.rebind(handle, session)
+        return served, served.scheduler.sessions.detach_from_cohort(session)
+
+    def rebind(self, handle: int, before: Session) -> tuple[ServedModel, Session]:
+        """Bind a session that lost its row here and has one again, or is brought back from host memory now.
+
+        Raises:
+            NeedsStoreLookup: the session is durable, and was not looked up for this call.
+            SessionError: what became of it.
+        """
+        if before.durable is not None:
+            self._sessions.require_verified(self._name, before.id)
+        served, session = self._sessions.directory.find(self._name, None, before.id)
+        if session.origin != before.origin:
+            raise replaced(before)
+        served.scheduler.set_retry_depth(session, before.depth)
+        self.unbind(handle)
+        self._bind(handle, served, session)
+        return served, session
+
+    async def open(self, spec: OpenSpec) -> tuple[ServedModel, Session]:
+        """Open or resume a session and bind it. Suspends only if there is a store. Raises UnrollError."""
+        handle = spec.handle
+        if handle in self or handle in self._opening:
+            raise InvalidRequest(f"handle {handle} is bound to a session")
+        if self._count + len(self._opening) >= MAX_HANDLES:
+            raise CapacityExhausted(f"one connection holds at most {MAX_HANDLES} sessions: detach some, or use another")
+        self._opening.add(handle)
+        try:
+            served, session = await self._open(spec)
+        finally:
+            self._opening.remove(handle)
+        served.scheduler.set_retry_depth(session, spec.depth)
+        self._bind(handle, served, session)
+        return served, session
+
+    async def close(self, handle: int) -> Session:
+        """End the session and free the handle. Suspends only if the session is durable. Raises UnrollError."""
+        served, session = self.resolve(handle)
+        self.unbind(handle)
+        if session.durable is not None:
+            return await self._close_durable(session)
+        check_present(served, session)
+        served.scheduler.close(session, served.loop.clock.now())
+        return session
+
+    def unbind(self, handle: int) -> None:
+        """Free the handle; the session lives on."""
+        for bound in self.by_model.values():
+            if bound.pop(handle, None) is not None:
+                self._count -= 1
+                self._on_unbind()
+
+    def describe_session(self, handle: int) -> dict[str, Any]:
+        """The session's id and position; of a durable one, the position known here. Raises UnrollError."""
+        served, session = self.resolve(handle)
+        if session.durable is None:
+            check_present(served, session)
+        return {"handle": handle, "session_id": session.id, "position": session.position}
+
+    def _bind(self, handle: int, served: ServedModel, session: Session) -> None:
+        self.by_model.setdefault(served, {})[handle] = session
+        self._count += 1
+
+    async def _open(self, spec: OpenSpec) -> tuple[ServedModel, Session]:
+        self._app.refuse_if_draining()
+        if spec.mode == "resume" and spec.session_id is None:
+            raise InvalidRequest("a session to resume needs its session_id")
+        if not self.has_store:
+            self._app.durability_of(spec.durability)  # raises if a store is requested
+        if spec.mode != "new" and spec.session_id is not None:
+            check_id(spec.session_id)
+            try:
+                served, session = await self._sessions.find(self._name, self._version, spec.session_id)
+            except SessionUnknown:
+                if spec.mode == "resume":
+                    raise
+            else:
+                self._check_tensors(served)
+                return served, session
+        served = self._app.models.resolve(self._name, self._version)
+        self._check_tensors(served)
+        start = start_of(served, static=spec.static)
+        durability = self._app.durability_of(spec.durability)
+        return served, await self._sessions.create(served, spec.session_id, start, durability)
+
+    def _check_tensors(self, served: ServedModel) -> None:
+        """Frames have one layout: sessions may be of several versions, but these must agree on it."""
+        if (served.manifest.inputs, served.manifest.outputs) != (self._inputs, self._outputs):
+            raise ModelChanged(
+                f"version {served.version} has other inputs or outputs than this connection's: "
+                f"connect to {served.name}:{served.version}"
+            )
+
+    async def _close_durable(self, bound: Session) -> Session:
+        _, session = await self._sessions.find(self._name, None, bound.id)
+        if session.origin != bound.origin:
+            raise replaced(bound)
+        await self._sessions.close(self._name, None, bound.id)
+        return session
+
+
+def check_present(served: ServedModel, session: Session) -> None:
+    """Raises what became of the session, if it is not here any more."""
+    if session.life is Life.LEAVING or session.life is Life.GONE:
+        table = served.scheduler.sessions
+        if session.id in table:
+            raise replaced(session)
+        raise table.closed.error(session.id, served.loop.clock.now())
+
+
+def replaced(session: Session) -> SessionClosed:
+    """The error of a session whose id belongs to another by now."""
+    return SessionClosed(f"session {session.id!r} was closed, and another was opened under its id since")

@@ -1,0 +1,53 @@
+"""The control messages that a client of a stream sends, as JSON in text messages."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from unroll.service.core.errors import InvalidRequest
+
+#: Sessions bound to one connection at a time, and in one message.
+MAX_HANDLES = 65_536
+
+Handle = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class OpenSpec(_Strict):
+    """One session to open or to resume, and the handle to bind it to."""
+
+    handle: Handle
+    session_id: str | None = None
+    mode: Literal["new", "resume", "either"] = "new"
+    durability: Literal["memory", "redis"] | None = None
+    static: dict[str, Any] | None = None
+    depth: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class OpenRequest(_Strict):
+    op: Literal["open"]
+    sessions: Annotated[list[OpenSpec], Field(min_length=1, max_length=MAX_HANDLES)]
+
+
+class HandlesRequest(_Strict):
+    """close: end the sessions. detach: free the handles only."""
+
+    op: Literal["close", "detach"]
+    handles: Annotated[list[Handle], Field(min_length=1, max_length=MAX_HANDLES)]
+
+
+_REQUEST: TypeAdapter[OpenRequest | HandlesRequest] = TypeAdapter(
+    Annotated[OpenRequest | HandlesRequest, Field(discriminator="op")]
+)
+
+
+def parse_request(message: bytes) -> OpenRequest | HandlesRequest:
+    """Raises InvalidRequest, which names the first member that is wrong."""
+    try:
+        return _REQUEST.validate_json(message)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise InvalidRequest(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error

@@ -1,0 +1,253 @@
+"""From the frames of a client to the work of the scheduler: as cohorts, as a group, or chunk by chunk."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from unroll.service.api.app_state import AppState
+from unroll.service.api.stream.handles import Handles, check_present
+from unroll.service.api.stream.replies import Replies
+from unroll.service.core.errors import NeedsStoreLookup, QueueFull, SessionContended, UnrollError
+from unroll.service.engine.engine import Tensors
+from unroll.service.models.served_model import ServedModel
+from unroll.service.protocol.frames import NO_POSITION, Frame, SingleEntryFrame
+from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
+from unroll.service.scheduler.reply import Outcome
+from unroll.service.scheduler.session import Cohort, Life, Session
+from unroll.service.sessions.attempts import Attempts
+
+#: Signatures of a connection's frames that are recognised when they come again.
+MAX_RECURRING = 16
+
+
+@dataclass(slots=True, eq=False)
+class RecurringFrame:
+    """The sessions of a frame, which most likely will step together again.
+
+    Attributes:
+        served: the version they are all on; None if they differ.
+        cohorts: theirs, in the frame's order.
+    """
+
+    served: ServedModel | None = None
+    cohorts: list[Cohort] = field(default_factory=list)
+
+
+class RecurringFrames:
+    """The frames of a connection by signature, as long as every handle means the same session."""
+
+    def __init__(self) -> None:
+        self._by_signature: dict[bytes, RecurringFrame] = {}
+
+    def recognise(self, frame: Frame) -> RecurringFrame:
+        signature = frame.signature
+        recurring = self._by_signature.get(signature)
+        if recurring is None:
+            if len(self._by_signature) == MAX_RECURRING:
+                del self._by_signature[next(iter(self._by_signature))]
+            recurring = self._by_signature[signature] = RecurringFrame()
+        return recurring
+
+    def clear(self) -> None:
+        self._by_signature.clear()
+
+
+@dataclass(slots=True, eq=False)
+class PendingChunk:
+    """A chunk that is not answered; called with its outcome.
+
+    Attributes:
+        entry: the chunk as the client sent it.
+        coalesced: it is answered in one frame with others.
+        served, session, chunk: what it was submitted to and as.
+        attempts: looks its session up in the store and submits it again; None as long as that was not needed.
+    """
+
+    submitter: "FrameSubmitter"
+    entry: SingleEntryFrame
+    coalesced: bool
+    served: ServedModel | None = None
+    session: Session | None = None
+    chunk: Chunk | None = None
+    attempts: Attempts | None = None
+
+    def __call__(self, outcome: Outcome) -> None:
+        self.submitter.complete(self, outcome)
+
+
+class FrameSubmitter:
+    """Submits frames, submits again what met a moved session, and hands the outcomes to the replies.
+
+    Args:
+        app: the state of the app.
+        name: the model's.
+        handles: the connection's sessions.
+        recurring: the connection's frames; cleared when a handle is unbound.
+        replies: where the answers go.
+    """
+
+    def __init__(
+        self, app: AppState, name: str, handles: Handles, recurring: RecurringFrames, replies: Replies
+    ) -> None:
+        self._sessions = app.sessions
+        self._timeout = app.limits.request_timeout
+        self._name = name
+        self._handles = handles
+        self._recurring = recurring
+        self._replies = replies
+        self._pending: dict[PendingChunk, None] = {}
+
+    def close(self) -> None:
+        """The connection is gone. Chunks that have not begun to run are cancelled, the last first."""
+        for pending in reversed([*self._pending]):
+            if pending.served is not None and pending.chunk is not None:
+                pending.served.loop.leave(pending.chunk, pending)
+        self._pending.clear()
+        self._recurring.clear()
+
+    def submit_frame(self, frame: Frame, faults: dict[int, UnrollError]) -> None:
+        """As cohorts if its sessions are, else as one group what can be, and the rest chunk by chunk.
+
+        Args:
+            frame: of several entries.
+            faults: the errors in their values, by the index of the entry.
+        """
+        taken: set[int] = set()
+        if frame.uniform_inputs is not None:
+            recurring = self._recurring.recognise(frame)
+            if not faults and self._submit_cohorts(frame, frame.uniform_inputs, recurring):
+                return
+            for served, bound in self._handles.by_model.items():
+                rows, members = _members(bound, frame.handles, faults)
+                if rows:
+                    taken.update(self._submit_group(frame, served, rows, members, recurring))
+        if len(taken) < len(frame.entries):
+            for i, entry in enumerate(zip(frame.handles, frame.steps, frame.positions, strict=True)):
+                if i not in taken:
+                    self.submit(SingleEntryFrame(*entry, frame.chunk(i)), faults.get(i), coalesced=True)
+
+    def _submit_cohorts(self, frame: Frame, inputs: Tensors, recurring: RecurringFrame) -> bool:
+        """False if the frame's sessions are no cohorts, or cannot take this step as such."""
+        served = recurring.served
+        if served is None or sum(len(cohort.sessions) for cohort in recurring.cohorts) < len(frame.entries):
+            return False
+        sent = frame.entries["position"]
+        positions = None if sent[0] == NO_POSITION and (sent == NO_POSITION).all() else sent
+        on_reply = partial(self._complete_group, frame, None, None)
+        try:
+            return served.loop.submit_cohorts(recurring.cohorts, positions, inputs, self._timeout, on_reply)
+        except UnrollError as error:
+            self._replies.refuse_all(frame.entries, error)
+            return True
+
+    def _submit_group(
+        self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session], recurring: RecurringFrame
+    ) -> list[int]:
+        """Returns the rows of the frame that are accepted or refused."""
+        assert frame.uniform_inputs is not None
+        inputs, positions = frame.uniform_inputs, frame.positions
+        whole = len(rows) == len(frame.entries)
+        again = whole and recurring.served is served
+        recurring.served, recurring.cohorts = served if whole else None, []
+        if not whole:
+            inputs = tuple(array[rows] for array in inputs)
+            positions = [positions[i] for i in rows]
+        on_reply = partial(self._complete_group, frame, None if whole else rows, recurring)
+        try:
+            declined = served.loop.submit_group(members, positions, inputs, self._timeout, on_reply, again=again)
+        except UnrollError as error:
+            self._replies.refuse_all(frame.entries[rows], error)
+            return rows
+        if not declined:
+            return rows
+        others = set(declined)
+        return [i for row, i in enumerate(rows) if row not in others]
+
+    def submit(self, entry: SingleEntryFrame, fault: UnrollError | None, *, coalesced: bool = False) -> None:
+        """Submit one chunk, or refuse it.
+
+        Args:
+            entry: the chunk.
+            fault: the error in its values.
+            coalesced: answer it in one frame with others.
+        """
+        if fault is not None:
+            self._replies.refuse(entry.handle, entry.steps, entry.position, fault)
+            return
+        pending = PendingChunk(self, entry, coalesced)
+        try:
+            self._begin(pending)
+        except NeedsStoreLookup as needed:
+            self._retry(pending, needed.session_id)
+
+    def _begin(self, pending: PendingChunk) -> None:
+        """Raises NeedsStoreLookup. Any other error is the chunk's answer."""
+        if self._replies.closed:
+            return
+        entry = pending.entry
+        try:
+            served, session = self._handles.resolve(entry.handle)
+            if session.life is Life.GONE and session.durable is not None:
+                served, session = self._handles.rebind(entry.handle, session)
+            if session.own_progress.active is not None or session.life is not Life.OPEN:
+                check_present(served, session)
+                _check_depth(session, entry.position)
+            pending.served, pending.session = served, session
+            pending.chunk = served.loop.submit(Chunk(entry.inputs, session, entry.position), self._timeout, pending)
+            if pending.chunk is not None:
+                self._pending[pending] = None
+        except UnrollError as error:
+            self._fail(pending, error)
+
+    def _retry(self, pending: PendingChunk, session_id: str) -> bool:
+        """Begin again when the session was looked up, after what waits for that already; False if done too often."""
+        if pending.attempts is None:
+            begin, fail = partial(self._begin, pending), partial(self._fail, pending)
+            pending.attempts = Attempts(self._sessions, self._name, begin, fail)
+        return pending.attempts.again(session_id)
+
+    def _fail(self, pending: PendingChunk, error: UnrollError) -> None:
+        if not self._replies.closed:
+            self._replies.refuse(pending.entry.handle, pending.entry.steps, pending.entry.position, error)
+
+    def complete(self, pending: PendingChunk, outcome: Outcome) -> None:
+        """Answer the chunk, unless its session was updated elsewhere: then it begins again."""
+        if self._replies.closed:
+            return
+        self._pending.pop(pending, None)
+        if isinstance(outcome, UnrollError):
+            moved = pending.session if isinstance(outcome, SessionContended) else None
+            if moved is None or not self._retry(pending, moved.id):
+                self._fail(pending, outcome)
+        elif pending.coalesced:
+            self._replies.coalesce(pending.entry, outcome)
+        else:
+            self._replies.answer(pending.entry, outcome)
+
+    def _complete_group(
+        self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply
+    ) -> None:
+        """rows: of the frame that were submitted; None if all were. recurring: gets the cohort they have become."""
+        if self._replies.closed:
+            return
+        if recurring is not None and reply.cohort is not None:
+            recurring.cohorts.append(reply.cohort)
+        self._replies.answer_group(frame, rows, reply)
+
+
+def _members(
+    bound: dict[int, Session], handles: list[int], faults: dict[int, UnrollError]
+) -> tuple[list[int], list[Session]]:
+    """The entries without fault whose handles are bound here, and their sessions."""
+    members = [session for handle in handles if (session := bound.get(handle)) is not None]
+    if len(members) == len(handles) and not faults:
+        return list(range(len(handles))), members
+    rows = [i for i, handle in enumerate(handles) if handle in bound and i not in faults]
+    return rows, [bound[handles[i]] for i in rows]
+
+
+def _check_depth(session: Session, position: int | None) -> None:
+    """Raises QueueFull if a new chunk is one more than the session was opened for. A retry is not new."""
+    if position is None or position == session.expected:
+        chunks = sum(not isinstance(work, Action) for work in session.own_progress.queue())
+        if chunks >= session.depth:
+            raise QueueFull(f"{chunks} chunks of the session are unanswered; it was opened for {session.depth}", 0.0)

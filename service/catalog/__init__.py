@@ -1,1 +1,0 @@
-"""Which models and versions are served, and which of them a session belongs to."""

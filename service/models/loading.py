@@ -1,0 +1,179 @@
+"""Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost there."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import structlog
+
+from unroll import bundle as bundles
+from unroll.bundle import Manifest
+from unroll.service.core.clock import Clock
+from unroll.service.engine.backend import DeviceBackend, EngineOptions, open_backend
+from unroll.service.engine.curve import Curve, measure
+from unroll.service.engine.engine import Engine, PlainRows
+from unroll.service.engine.runner import DeviceUnavailable
+from unroll.service.models.served_model import ServedModel, Serving
+from unroll.service.models.serving_figures import ServingFigures
+from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
+from unroll.service.scheduler.loop import EngineThread, Loop
+from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.session import Session
+from unroll.service.state.slots import INITIAL, SCRATCH
+from unroll.service.store.interface import Store
+from unroll.service.telemetry.statistics import Statistics
+
+_log = structlog.get_logger(__name__)
+
+#: Bytes on the host that a session takes besides its state row and its last step, about.
+_SESSION_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How every model is served.
+
+    Attributes:
+        max_steps: Time steps per request.
+        max_sequences: Whole sequences per request.
+        spill_bytes: Host memory for idle sessions that lost their row.
+        fill_memory: Ignore `sessions.capacity` and allow as many sessions as fit in `engine.memory_share`, per device.
+    """
+
+    max_steps: int = 65_536
+    max_sequences: int = 1024
+    spill_bytes: int = 256 * 2**20
+    fill_memory: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    sessions: SessionLimits = field(default_factory=SessionLimits)
+    scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
+
+
+class ModelRefused(Exception):
+    """A bundle that must not be served, with the reason."""
+
+
+class ModelLoader:
+    """Loads a bundle on every device.
+
+    Args:
+        options: How models are served.
+        clock: The clock of their loops.
+        devices: Names, each with the executor that is its engine thread.
+        store: Where durable sessions are kept, if anywhere.
+        spill: Keeps an idle session that must give up its row; returns False if it cannot.
+        is_verified: Whether the session of that model and id was looked up in the store for the running call.
+    """
+
+    def __init__(
+        self,
+        options: ModelOptions,
+        clock: Clock,
+        devices: Sequence[tuple[str, Executor]],
+        store: Store | None = None,
+        spill: Callable[[ServedModel, Session], bool] = lambda model, session: False,
+        is_verified: Callable[[str, str], bool] = lambda name, session_id: True,
+    ) -> None:
+        self._options = options
+        self._clock = clock
+        self._devices = devices
+        self._store = store
+        self._spill = spill
+        self._is_verified = is_verified
+
+    def load(self, path: Path) -> list[ServedModel]:
+        """The version on every device; all share their statistics.
+
+        Raises:
+            ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit there.
+            DeviceUnavailable: A device cannot be used.
+        """
+        models: list[ServedModel] = []
+        for device, executor in self._devices:
+            models.append(self._load(path, device, executor, models[0].figures.statistics if models else None))
+        return models
+
+    def shut_down(self) -> None:
+        """End the engine threads; the loops must have ended."""
+        for _, executor in self._devices:
+            executor.shutdown()
+
+    def _load(self, path: Path, device: str, executor: Executor, statistics: Statistics | None) -> ServedModel:
+        started = perf_counter()
+        options = self._options
+
+        def spill(session: Session) -> bool:
+            return self._spill(model, session)
+
+        try:
+            bundle = bundles.read(path)
+            manifest = bundle.manifest
+            backend = open_backend(bundle, device, options.engine)
+            parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
+            traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
+            limits = _session_limits(backend, manifest, options)
+            is_verified = partial(self._is_verified, manifest.name)
+            scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
+            engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
+        except DeviceUnavailable:
+            raise
+        except Exception as error:  # whatever is wrong with one bundle must not stop the others
+            raise ModelRefused(f"{path} is refused: {error}") from error
+        parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
+        precision = options.engine.precision if manifest.precision == "float32" else manifest.precision
+        serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
+        try:
+            curve = _warm_up(engine, manifest, options.scheduler)
+        except ModelRefused:
+            engine.close()
+            raise
+        scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
+        figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
+        thread = EngineThread(engine, executor, curve.seconds)
+        loop = Loop(manifest.name, scheduler, thread, self._store, self._clock, figures.observe)
+        codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
+        model = ServedModel(bundle, engine, loop, codec, serving, figures)
+        _log_loaded(model, curve, perf_counter() - started)
+        return model
+
+
+def _log_loaded(model: ServedModel, curve: Curve, seconds: float) -> None:
+    _log.info(
+        "model loaded",
+        model=model.name,
+        version=model.version,
+        device=model.serving.device,
+        provider=model.serving.provider,
+        precision=model.serving.precision,
+        parity={name: float(f"{error:.3g}") for name, error in model.serving.parity.items()},
+        stability=float(f"{model.serving.stability:.3g}"),
+        session_capacity=model.scheduler.sessions.limits.capacity,
+        microseconds_per_step=round(model.scheduler.pace.seconds_per_step * 1e6, 2),
+        best_batch=curve.best_rows(),
+        seconds=round(seconds, 3),
+    )
+
+
+def _session_limits(backend: DeviceBackend, manifest: Manifest, options: ModelOptions) -> SessionLimits:
+    if not options.fill_memory:
+        return options.sessions
+    host_bytes = _SESSION_BYTES + sum(spec.nbytes for spec in (*manifest.inputs, *manifest.outputs))
+    rows = backend.max_sessions(4 * manifest.state_size, host_bytes) - 2 - options.scheduler.max_batch
+    return replace(options.sessions, capacity=max(1, rows))
+
+
+def _warm_up(engine: Engine, manifest: Manifest, limits: SchedulerLimits) -> Curve:
+    """Measure what calls on the scratch row cost."""
+
+    def run(rows: int, steps: int) -> None:
+        inputs = tuple(np.zeros((rows, steps, *spec.shape), spec.numpy) for spec in manifest.inputs)
+        _, failed = engine.run(PlainRows(inputs, [steps] * rows, [INITIAL] * rows, [SCRATCH] * rows))
+        if failed:
+            raise ModelRefused(f"{manifest.name}:{manifest.version} cannot run a batch of {rows}: {failed[0].message}")
+
+    return measure(run, limits.max_batch, limits.piece_steps, limits.max_batch_steps)

@@ -1,0 +1,146 @@
+"""One version of a model on one device, ready to answer, with sessions, loop and engine of its own."""
+
+import asyncio
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from unroll import bundle as bundles
+from unroll.bundle import Bundle, Manifest
+from unroll.service.core.errors import SessionClosed, SessionEvicted, SessionExpired, SessionGone, SnapshotInvalid
+from unroll.service.engine.backend import Precision
+from unroll.service.engine.engine import Engine
+from unroll.service.models.serving_figures import ServingFigures
+from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.loop import Loop
+from unroll.service.scheduler.session import Session
+from unroll.service.state.slots import INITIAL
+from unroll.service.state.snapshot import Snapshot
+from unroll.service.store.record import ID_BYTES, Gone, Origin, Record
+from unroll.service.telemetry.metrics import ModelFigures
+
+_CAUSES: dict[str, type[SessionGone]] = {cause.code: cause for cause in (SessionClosed, SessionExpired, SessionEvicted)}
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How a version is served on its device.
+
+    Attributes:
+        device: `cpu` or `cuda:N`.
+        provider: onnxruntime's execution provider.
+        precision: Of matrix products.
+        parity: Largest absolute difference from PyTorch float64 at load, by output and `state_out`.
+        stability: Largest absolute difference of a row's results between batches of other sizes or company, at load.
+    """
+
+    device: str
+    provider: str
+    precision: Precision | bundles.Precision
+    parity: dict[str, float]
+    stability: float
+
+
+class ServedModel:
+    """Built by `ModelLoader`. `start` and `stop` belong to a running event loop.
+
+    Attributes:
+        retired: Takes no new sessions; it serves those it has until they end.
+    """
+
+    def __init__(
+        self, bundle: Bundle, engine: Engine, loop: Loop, codec: Codec, serving: Serving, figures: ServingFigures
+    ) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.loop = loop
+        self.scheduler = loop.scheduler
+        self.codec = codec
+        self.serving = serving
+        self.figures = figures
+        self.retired = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    def __repr__(self) -> str:
+        return f"<ServedModel {self.name}:{self.version} on {self.serving.device} {self.scheduler!r}>"
+
+    @property
+    def current_load(self) -> int:
+        """Current load: new sessions go to the least loaded device."""
+        return len(self.scheduler.sessions) + self.scheduler.in_flight
+
+    def start(self) -> asyncio.Task[None]:
+        self._task = asyncio.create_task(self.loop.run(), name=f"loop {self.name}:{self.version}")
+        return self._task
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def current_figures(self) -> ModelFigures:
+        return self.figures.of(self.name, self.version, self.serving.device)
+
+    # ── sessions from and to snapshots ───────────────────────────────────────────────────────────
+
+    def open(self, session_id: str, start: Snapshot | None) -> Session:
+        """A new memory session that begins from `start`, or from the model's initial state."""
+        session = self.scheduler.open(session_id, self.loop.clock.now(), position=start.position if start else 0)
+        if start is not None:
+            self.write_snapshot(session, start)
+        return session
+
+    def write_snapshot(self, session: Session, snapshot: Snapshot) -> None:
+        self.engine.write(session.slot, snapshot.row)
+        session.source = session.slot
+        session.position = snapshot.position
+
+    def read_snapshot(self, content: bytes) -> Snapshot:
+        """Raises SnapshotInvalid, or ModelChanged if it is of another version."""
+        return Snapshot.from_bytes(content, digest=self.manifest.digest, state_size=self.manifest.state_size)
+
+    # ── sessions from and to records ──────────────────────────────────────────────────────────────────────
+
+    def origin(self, durability: str) -> Origin:
+        """The origin of a session that begins here."""
+        return Origin(self.manifest.digest, durability, os.urandom(ID_BYTES))
+
+    def record(self, session: Session) -> Record:
+        """An idle memory session as a record."""
+        row = self.engine.read(session.slot).tobytes() if session.source != INITIAL else b""
+        if session.origin is None:
+            session.origin = replace(self.origin("memory"), opened_with=session.opened_with)
+        return Record(session.origin, session.position, row, self.scheduler.replay.kept(session), session.depth)
+
+    def adopt(self, session_id: str, record: Record) -> Session:
+        """Make a session of a record; see `Scheduler.adopt`.
+
+        Raises:
+            CapacityExhausted: There is no row for it.
+            SnapshotInvalid: The record is not of this model.
+        """
+        if len(record.row) not in (0, 4 * self.manifest.state_size):
+            raise SnapshotInvalid(f"the stored state of session {session_id!r} does not fit model {self.name!r}")
+        session = self.scheduler.adopt(session_id, record, self.loop.clock.now())
+        if record.row:
+            self.engine.write(session.slot, np.frombuffer(record.row, "<f4"))
+        return session
+
+    def add_closed(self, session_id: str, gone: Gone) -> None:
+        """Remember what the store knows of a session's end."""
+        last = self.scheduler.replay.read(gone.kept[-1:])
+        now = self.loop.clock.now()
+        self.scheduler.sessions.add_closed(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)

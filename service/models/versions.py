@@ -1,0 +1,93 @@
+"""The served versions of all models, by name."""
+
+from collections.abc import Iterator, Sequence
+
+from unroll.service.core.errors import ModelChanged, ModelUnknown
+from unroll.service.models.served_model import ServedModel
+
+
+class ModelVersions:
+    """An index over the loaded versions; with several devices, each version is there once per device."""
+
+    def __init__(self) -> None:
+        self._models: list[ServedModel] = []  # by name, newest version last
+        self._by_name: dict[str, list[ServedModel]] = {}  # newest version first
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models)
+
+    def __repr__(self) -> str:
+        return f"<ModelVersions {self._models}>"
+
+    def add(self, models: Sequence[ServedModel]) -> None:
+        self._models = sorted([*self._models, *models], key=lambda model: (model.name, int(model.version)))
+        self._index()
+
+    def remove(self, model: ServedModel) -> None:
+        self._models.remove(model)
+        self._index()
+
+    def _index(self) -> None:
+        self._by_name = {}
+        for model in reversed(self._models):
+            self._by_name.setdefault(model.name, []).append(model)
+
+    def names(self) -> list[str]:
+        """Models with a version that takes new sessions."""
+        return sorted({model.name for model in self._models if not model.retired})
+
+    def of(self, name: str) -> Sequence[ServedModel]:
+        """All versions of a model on all devices, newest first, retired ones included."""
+        return self._by_name.get(name, ())
+
+    def open_sessions(self, name: str, version: str) -> int:
+        """Open sessions of a version on all devices."""
+        return sum(len(model.scheduler.sessions) for model in self.of(name) if model.version == version)
+
+    def available(self, name: str) -> list[ServedModel]:
+        """The versions that take new sessions, newest last, each on its least loaded device.
+
+        Raises:
+            ModelUnknown: There is no such model.
+        """
+        found: dict[str, ServedModel] = {}
+        for model in reversed(self.of(name)):
+            other = found.get(model.version)
+            if not model.retired and (other is None or model.current_load < other.current_load):
+                found[model.version] = model
+        if not found:
+            raise ModelUnknown(f"no model {name!r}; available: {self.names()}")
+        return list(found.values())
+
+    def resolve(self, name: str, version: str | None = None) -> ServedModel:
+        """The newest version, or the requested one.
+
+        Raises:
+            ModelUnknown: There is no such model or version.
+        """
+        available = self.available(name)
+        if version is None:
+            return available[-1]
+        for model in available:
+            if model.version == version:
+                return model
+        raise ModelUnknown(f"model {name!r} has versions {[model.version for model in available]}, not {version!r}")
+
+    def with_digest(self, name: str, digest: str) -> ServedModel | None:
+        """The version with this digest, retired or not, on its least loaded device."""
+        found = [model for model in self.of(name) if model.manifest.digest == digest]
+        return min(found, key=lambda model: model.current_load, default=None)
+
+    def home(self, name: str, session_id: str, digest: str) -> ServedModel:
+        """Where a session of the version with this digest continues.
+
+        Raises:
+            ModelChanged: The version is not served here.
+        """
+        if (model := self.with_digest(name, digest)) is None:
+            raise ModelChanged(f"session {session_id!r} runs on a version of {name!r} that is no longer served here")
+        return model
+
+    def successor(self, name: str, digest: str) -> ServedModel | None:
+        """Who remembers sessions of the version with this digest: itself, else the newest version."""
+        return self.with_digest(name, digest) or next(iter(self.of(name)), None)

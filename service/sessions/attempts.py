@@ -1,0 +1,56 @@
+"""Repeats a call whose session must first be looked up in the store, or was updated by another replica."""
+
+from collections.abc import Callable
+
+from unroll.service.core.errors import NeedsStoreLookup, SessionContended, UnrollError
+from unroll.service.sessions.in_memory import MemorySessions
+
+#: How often a session is looked up for one call before its client is told to try later.
+ATTEMPTS = 8
+
+
+class Attempts:
+    """Calls `begin` until its session needs no further lookup. Calls for one session wait in the order they came.
+
+    Args:
+        sessions: Looks sessions up.
+        name: The model's.
+        begin: Begins the work; may raise NeedsStoreLookup.
+        fail: Called with the error if the session cannot be looked up.
+    """
+
+    __slots__ = ("_begin", "_fail", "_left", "_name", "_sessions")
+
+    def __init__(
+        self, sessions: MemorySessions, name: str, begin: Callable[[], None], fail: Callable[[UnrollError], None]
+    ) -> None:
+        self._sessions = sessions
+        self._name = name
+        self._begin = begin
+        self._fail = fail
+        self._left = ATTEMPTS
+
+    def run(self) -> None:
+        try:
+            self._begin()
+        except NeedsStoreLookup as needed:
+            if not self.again(needed.session_id):
+                self._fail(contended(needed.session_id))
+
+    def again(self, session_id: str) -> bool:
+        """Look the session up and begin again; False if that was done too often."""
+        if not self._left:
+            return False
+        self._left -= 1
+        self._sessions.verify(self._name, session_id, self._verified)
+        return True
+
+    def _verified(self, error: UnrollError | None) -> None:
+        if error is None:
+            self.run()
+        else:
+            self._fail(error)
+
+
+def contended(session_id: str) -> SessionContended:
+    return SessionContended(f"session {session_id!r} is being updated concurrently by other replicas; retry", 0.1)

@@ -1,0 +1,91 @@
+"""Finds the version that a session lives on, or the one to ask about a session that ended."""
+
+import re
+import secrets
+
+from unroll.service.core.clock import Clock
+from unroll.service.core.errors import InvalidRequest, ModelChanged, SessionExists
+from unroll.service.models.served_model import ServedModel
+from unroll.service.models.versions import ModelVersions
+from unroll.service.scheduler.session import Session
+from unroll.service.sessions.spilled import SpilledSessions
+
+_ID = re.compile(r"[A-Za-z0-9._~:-]{1,128}")
+
+#: Random bytes in a generated session id: 128 bits.
+_ID_BYTES = 16
+
+
+def check_id(session_id: str) -> None:
+    """Raises InvalidRequest unless the id is safe in a URL and in a log."""
+    if not _ID.fullmatch(session_id):
+        raise InvalidRequest("a session id consists of 1 to 128 letters, digits or . _ ~ : -")
+
+
+def random_id() -> str:
+    return secrets.token_urlsafe(_ID_BYTES)
+
+
+class SessionDirectory:
+    """The sessions of this process: those with a row on a served version, and the spilled ones."""
+
+    def __init__(self, versions: ModelVersions, spilled: SpilledSessions, clock: Clock) -> None:
+        self.versions = versions
+        self.spilled = spilled
+        self._clock = clock
+
+    def living(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
+        """The session and its version, if it lives here; a spilled session gets a row again."""
+        now = self._clock.now()
+        for model in self.versions.of(name):
+            if (session := model.scheduler.sessions.get_detached(session_id, now)) is not None:
+                return model, session
+        return self.spilled.bring_back(name, session_id)
+
+    def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
+        """The session and its version; for a session that ended, the version it ended on last, and else the version
+        that takes new sessions.
+
+        Raises:
+            ModelUnknown: There is no such model or version.
+            ModelChanged: The session lives on another version than the requested one.
+        """
+        if (living := self.living(name, session_id)) is not None:
+            served = living[0]
+            if version not in (None, served.version):
+                raise ModelChanged(f"session {session_id!r} runs on version {served.version}, not {version}")
+            return living
+        now = self._clock.now()
+        ended: tuple[float, ServedModel] | None = None
+        for model in self.versions.of(name):
+            tombstone = model.scheduler.sessions.closed.get(session_id, now)
+            if tombstone is not None and version in (None, model.version) and (not ended or tombstone.since > ended[0]):
+                ended = tombstone.since, model
+        return (ended[1] if ended else self.versions.resolve(name, version)), None
+
+    def find(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
+        """The session and its version.
+
+        Raises:
+            ModelUnknown: There is no such model or version.
+            ModelChanged: The session lives on another version than the requested one.
+            SessionError: It is not here; the class says what became of it.
+        """
+        served, session = self.owner(name, version, session_id)
+        if session is None:
+            raise served.scheduler.sessions.closed.error(session_id, self._clock.now())
+        return served, session
+
+    def new_id(self, name: str, session_id: str | None) -> str:
+        """The requested id, or a random one.
+
+        Raises:
+            InvalidRequest: The id has other characters than ids may have.
+            SessionExists: A session of that id is open.
+        """
+        if session_id is None:
+            return random_id()
+        check_id(session_id)
+        if (living := self.living(name, session_id)) is not None:
+            raise SessionExists(f"session {session_id!r} is open", position=living[1].position)
+        return session_id

@@ -1,0 +1,246 @@
+"""Durable sessions: brings them in from the store, so that they are served here as if they had always been here.
+
+A request for a session that is not here, or whose copy here may be stale, waits for a lookup in the store and is then
+handled again. Requests for one session wait in the order of their arrival. While such a request is handled, its session
+is verified (`is_verified`): the copy here, or the absence of one, is what the store has.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+import structlog
+
+from unroll.service.core.errors import (
+    NeedsStoreLookup,
+    SessionContended,
+    SessionExists,
+    SnapshotInvalid,
+    UnrollError,
+)
+from unroll.service.models.served_model import ServedModel
+from unroll.service.scheduler.session import Session
+from unroll.service.sessions.attempts import ATTEMPTS, contended
+from unroll.service.sessions.directory import SessionDirectory
+from unroll.service.sessions.in_memory import MemorySessions, OnVerified
+from unroll.service.state.snapshot import Snapshot
+from unroll.service.store.interface import Commit, Key, Store, Tokens
+from unroll.service.store.record import Gone, Record, pack_last
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+class DurableSessions(MemorySessions):
+    """Sessions of a server with a store, which may have any session of any model; memory sessions are here, too."""
+
+    def __init__(self, directory: SessionDirectory, store: Store) -> None:
+        super().__init__(directory)
+        self.durabilities = ("memory", store.durability)
+        self._store = store
+        self._tokens = Tokens()
+        self._waiting: dict[Key, list[OnVerified]] = {}
+        self._verified: Key | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<DurableSessions {len(self._waiting)} sessions being looked up>"
+
+    async def start(self) -> None:
+        await self._store.start()
+
+    async def finish(self) -> None:
+        await super().finish()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def stop(self) -> None:
+        await self._store.stop()
+
+    # ── lookups ──────────────────────────────────────────────────────────────────────────────────
+
+    def is_verified(self, name: str, session_id: str) -> bool:
+        return self._verified == (name, session_id)
+
+    def require_verified(self, name: str, session_id: str) -> None:
+        if not self.is_verified(name, session_id):
+            raise NeedsStoreLookup(session_id)
+
+    def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
+        if not self.is_verified(name, session_id):
+            absent = self.directory.versions.of(name) and self.directory.living(name, session_id) is None
+            if absent or (name, session_id) in self._waiting:  # those that wait for it come first
+                raise NeedsStoreLookup(session_id)
+        return self.directory.owner(name, version, session_id)
+
+    def verify(self, name: str, session_id: str, then: OnVerified) -> None:
+        key = name, session_id
+        if (waiting := self._waiting.get(key)) is not None:
+            waiting.append(then)
+            return
+        self._waiting[key] = [then]
+        found = self.directory.living(*key)
+        if found is not None and found[1].durable is not None:
+            found[1].durable.stale = True  # nothing is accepted before those who wait; what was accepted is done first
+        task = asyncio.create_task(self._look_up(key), name=f"look up {name}/{session_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def verified(self, name: str, session_id: str | None, call: Callable[[], T]) -> T:
+        if session_id is None:
+            return call()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def then(error: UnrollError | None) -> None:
+            if future.done():
+                return
+            try:
+                if error is not None:
+                    raise error
+                future.set_result(call())
+            except UnrollError as reason:
+                future.set_exception(reason)
+
+        self.verify(name, session_id, then)
+        return await future
+
+    async def _look_up(self, key: Key) -> None:
+        error: UnrollError | None = None
+        try:
+            await self._bring_in(key)
+        except UnrollError as reason:
+            error = reason
+        except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
+            _log.error("session not loaded from the store", model=key[0], session=key[1], exc_info=reason)
+            error = SnapshotInvalid("the stored session cannot be read; the server's log has the reason")
+        waiting = self._waiting.pop(key)
+        self._verified = key  # true until the last `then` returns, because nothing can suspend this loop
+        try:
+            for then in waiting:
+                then(error)
+        finally:
+            self._verified = None
+
+    async def _bring_in(self, key: Key) -> None:
+        name, session_id = key
+        if not self.directory.versions.of(name):
+            return
+        if (found := self.directory.living(*key)) is not None:
+            served, session = found
+            if session.durable is None:
+                return  # there is no other
+            await _finish_accepted_work(served, session)
+        for _ in range(ATTEMPTS):
+            record = await self._store.load(key)
+            if not isinstance(record, Record):
+                self._drop(key, record)
+                return
+            if record.origin.durability != "memory" or await self._store.take(key, record.token):
+                self._adopt(key, record)
+                return
+        raise contended(session_id)
+
+    def _adopt(self, key: Key, record: Record) -> None:
+        name, session_id = key
+        found = self.directory.living(*key)
+        if found is not None and found[0].manifest.digest != record.origin.model:
+            found[0].scheduler.sessions.drop(found[1])  # closed elsewhere, and opened again on another version
+            found = None
+        model = self.directory.versions.home(name, session_id, record.origin.model) if found is None else found[0]
+        model.adopt(session_id, record)
+        model.scheduler.counters.adopted += 1
+
+    def _drop(self, key: Key, gone: Gone | None) -> None:
+        """The store has no such session: drop the copy, and remember what the store knows of its end."""
+        name, session_id = key
+        if (found := self.directory.living(*key)) is not None:
+            found[0].scheduler.sessions.drop(found[1])
+        if gone is not None and (model := self.directory.versions.successor(name, gone.origin.model)) is not None:
+            model.add_closed(session_id, gone)
+
+    # ── what is done to a session besides steps ──────────────────────────────────────────────────
+
+    async def create(
+        self, served: ServedModel, session_id: str | None, start: Snapshot | None, durability: str
+    ) -> Session:
+        if durability == "memory":
+            return await super().create(served, session_id, start, durability)
+        name = served.name
+        new_id = await self.verified(name, session_id, lambda: self.directory.new_id(name, session_id))
+        served.scheduler.sessions.check_room()
+        position, row = (start.position, _bytes(start)) if start is not None else (0, b"")
+        record = Record(served.origin(durability), position, row, token=self._tokens.next())
+        key = name, new_id
+        commit = Commit(key, b"", record.token, record.origin.to_bytes(), position, row, record.last, begins=True)
+        (error,) = await self._store.commit([commit])
+        if isinstance(error, SessionContended):
+            found = await self.verified(*key, lambda: self.directory.living(*key))
+            raise SessionExists(f"session {new_id!r} is open", position=found[1].position if found else None)
+        if error is not None:
+            raise error
+        served.scheduler.counters.opened += 1
+        return served.adopt(new_id, record)
+
+    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
+        def close_if_memory() -> tuple[ServedModel, Session]:
+            served, session = self.directory.find(name, version, session_id)
+            if session.durable is None:
+                served.scheduler.close(session, served.loop.clock.now())
+            return served, session
+
+        served, session = await self.verified(name, session_id, close_if_memory)
+        if session.durable is not None:
+            session.position = await self._close_stored(served, session)
+        return served, session
+
+    async def _close_stored(self, served: ServedModel, session: Session) -> int:
+        """Returns the position that the session was closed at, whichever replica advanced it there."""
+        position = await self._store.close((served.name, session.id))
+        now, table = served.loop.clock.now(), served.scheduler.sessions
+        if position is None:
+            raise await self.verified(served.name, session.id, lambda: table.closed.error(session.id, now))
+        if table.get_detached(session.id, now) is session:
+            served.scheduler.close(session, now)
+        return position
+
+    def _fork(self, served: ServedModel, session: Session, fork_id: str | None) -> Awaitable[Session]:
+        if session.durable is None:
+            return super()._fork(served, session, fork_id)
+        return self._create_from(served, fork_id, self._read(served, session))
+
+    async def _create_from(self, served: ServedModel, session_id: str | None, reading: Awaitable[Snapshot]) -> Session:
+        return await self.create(served, session_id, await reading, self._store.durability)
+
+    def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
+        if session.durable is None:
+            return super()._restore(served, session, snapshot)
+        return self._restore_stored(served, session, snapshot)
+
+    async def _restore_stored(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Session:
+        key, row = (served.name, session.id), _bytes(snapshot)
+
+        def find() -> Session:
+            return served.scheduler.sessions.find_detached(session.id, served.loop.clock.now())
+
+        for _ in range(ATTEMPTS):
+            assert session.durable is not None
+            durable, last = session.durable, pack_last(session.depth, ())
+            commit = Commit(key, durable.token, self._tokens.next(), durable.origin, snapshot.position, row, last)
+            (error,) = await self._store.commit([commit])
+            session = await self.verified(*key, find)
+            if not isinstance(error, SessionContended):
+                break
+        if error is not None:
+            raise error
+        return session
+
+
+def _bytes(snapshot: Snapshot) -> bytes:
+    return snapshot.row.astype("<f4").tobytes()
+
+
+async def _finish_accepted_work(served: ServedModel, session: Session) -> None:
+    with suppress(UnrollError):  # it ended, or what it waited for failed: either way nothing is under way
+        await served.loop.act(session, lambda session: None)

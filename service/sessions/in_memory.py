@@ -1,0 +1,161 @@
+"""What is done to sessions besides steps, on a server without a store."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+from unroll.service.core.errors import UnrollError
+from unroll.service.models.served_model import ServedModel
+from unroll.service.scheduler.session import Session
+from unroll.service.sessions.directory import SessionDirectory
+from unroll.service.state.slots import INITIAL
+from unroll.service.state.snapshot import Snapshot
+
+T = TypeVar("T")
+
+_HOUSEKEEPING_SECONDS = 5.0
+
+#: Called with None, or with the reason why a session could not be verified.
+OnVerified = Callable[[UnrollError | None], None]
+
+
+class MemorySessions:
+    """Sessions that only this process has. Verification never suspends: what is known here is all there is."""
+
+    #: The durabilities that the server itself offers.
+    durabilities: tuple[str, ...] = ("memory",)
+
+    def __init__(self, directory: SessionDirectory) -> None:
+        self.directory = directory
+
+    async def start(self) -> None: ...
+
+    async def run(self) -> None:
+        """Remove spilled sessions that were idle for too long, until cancelled."""
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_SECONDS)
+            self.directory.spilled.expire()
+
+    async def finish(self) -> None:
+        """Wait for what is on its way to or from the store; the models must have stopped."""
+        await self.directory.spilled.finish()
+
+    async def stop(self) -> None: ...
+
+    # ── what is known of a session ───────────────────────────────────────────────────────────────
+
+    def is_verified(self, name: str, session_id: str) -> bool:
+        """True while a call runs that may rely on what is known of the session here."""
+        return True
+
+    def require_verified(self, name: str, session_id: str) -> None:
+        """Raises NeedsStoreLookup unless the session is verified."""
+
+    def verify(self, name: str, session_id: str, then: OnVerified) -> None:
+        """Call `then` while the session is verified."""
+        then(None)
+
+    async def verified(self, name: str, session_id: str | None, call: Callable[[], T]) -> T:
+        """`call()` while the session is verified; a moment later it may have lost its row to another session.
+
+        Raises:
+            StoreUnavailable: The session could not be looked up.
+            ModelChanged: The session belongs to a version that is not served here.
+        """
+        return call()
+
+    def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
+        """See `SessionDirectory.owner`. Raises NeedsStoreLookup if that cannot be known here."""
+        return self.directory.owner(name, version, session_id)
+
+    # ── what is done to it ───────────────────────────────────────────────────────────────────────
+
+    async def find(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
+        return await self.verified(name, session_id, partial(self.directory.find, name, version, session_id))
+
+    async def create(
+        self, served: ServedModel, session_id: str | None, start: Snapshot | None, durability: str
+    ) -> Session:
+        """A new session.
+
+        Args:
+            served: The version that it will live on.
+            session_id: The requested id, or None.
+            start: The state to begin from; None for the model's initial state.
+            durability: One of `durabilities`.
+
+        Raises:
+            SessionExists: A session of that id is open.
+            CapacityExhausted: There is no row for it.
+            StoreUnavailable: The store could not be reached.
+        """
+        return await self.verified(
+            *(served.name, session_id),
+            lambda: served.open(self.directory.new_id(served.name, session_id), start),
+        )
+
+    async def fork(
+        self, name: str, version: str | None, session_id: str, fork_id: str | None
+    ) -> tuple[ServedModel, Session]:
+        """A second session that continues from the state after the work accepted so far."""
+
+        def begin() -> tuple[ServedModel, Awaitable[Session]]:
+            served, session = self.directory.find(name, version, session_id)
+            return served, self._fork(served, session, fork_id)
+
+        served, forking = await self.verified(name, session_id, begin)
+        return served, await forking
+
+    async def save(self, name: str, version: str | None, session_id: str) -> Snapshot:
+        """The state after the work accepted so far."""
+
+        def begin() -> Awaitable[Snapshot]:
+            return self._read(*self.directory.find(name, version, session_id))
+
+        return await (await self.verified(name, session_id, begin))
+
+    async def restore(
+        self, name: str, version: str | None, session_id: str, content: bytes
+    ) -> tuple[ServedModel, Session]:
+        """Return a session to the state of a snapshot, after the work accepted so far."""
+
+        def begin() -> tuple[ServedModel, Awaitable[Session]]:
+            served, session = self.directory.find(name, version, session_id)
+            return served, self._restore(served, session, served.read_snapshot(content))
+
+        served, restoring = await self.verified(name, session_id, begin)
+        return served, await restoring
+
+    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
+        def close_here() -> tuple[ServedModel, Session]:
+            served, session = self.directory.find(name, version, session_id)
+            served.scheduler.close(session, served.loop.clock.now())
+            return served, session
+
+        return await self.verified(name, session_id, close_here)
+
+    def _fork(self, served: ServedModel, session: Session, fork_id: str | None) -> Awaitable[Session]:
+        def copy(session: Session) -> Session:
+            now = served.loop.clock.now()
+            forked = served.scheduler.open(self.directory.new_id(served.name, fork_id), now, position=session.position)
+            if session.source != INITIAL:
+                served.engine.copy(session.source, forked.slot)
+                forked.source = forked.slot
+            return forked
+
+        return served.loop.act(session, copy)
+
+    def _read(self, served: ServedModel, session: Session) -> Awaitable[Snapshot]:
+        def read(session: Session) -> Snapshot:
+            return Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))
+
+        return served.loop.act(session, read)
+
+    def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
+        def write(session: Session) -> Session:
+            served.write_snapshot(session, snapshot)
+            session.forget_applied()  # they belong to another past
+            return session
+
+        return served.loop.act(session, write)

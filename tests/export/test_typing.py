@@ -1,0 +1,48 @@
+"""What a type checker sees of the public API in a user's own file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+USER = """
+import torch
+import unroll
+
+module = torch.nn.GRU(3, 4, batch_first=True)
+report = unroll.export(module, {"input": torch.zeros(2, 7, 3)}, name="net", repository="models")
+print(unroll.__version__.upper(), report.path.name, report.manifest.streamable)
+
+try:
+    unroll.export(module, {}, repository="models")  # type: ignore[call-arg]
+except unroll.ExportError as error:
+    print(error.code, error.nonsense)  # type: ignore[attr-defined]
+"""
+
+#: Torch itself is left out, since mypy reads it for half a minute.
+CONFIGURATION = """
+[mypy]
+strict = True
+follow_imports = silent
+[mypy-torch.*,onnx.*,onnxruntime.*,onnxscript.*,numpy.*,safetensors.*]
+follow_imports = skip
+"""
+
+
+@pytest.mark.timeout(240)
+def test_a_users_file_passes_mypy_strict(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(USER)
+    (tmp_path / "mypy.ini").write_text(CONFIGURATION)
+    cache = ROOT / ".mypy_cache" / "user"
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", str(cache), "user.py"],
+        cwd=tmp_path,
+        env={"MYPYPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,16 @@
+"""A scheduler, and an engine for its batches."""
+
+import pytest
+from fold import FoldEngine, scheduler
+
+from unroll.service.scheduler.scheduler import Scheduler
+
+
+@pytest.fixture
+def s() -> Scheduler:
+    return scheduler()
+
+
+@pytest.fixture
+def engine(s: Scheduler) -> FoldEngine:
+    return FoldEngine(s.rows)

@@ -1,0 +1,105 @@
+"""Chunks that open and close sessions, their retries and late duplicates, and what is remembered of closed sessions."""
+
+import numpy as np
+import pytest
+from fold import (
+    LATER,
+    answer,
+    failure,
+    find,
+    fold,
+    inputs,
+    run_until_idle,
+    submit,
+)
+
+from unroll.service.core.errors import (
+    SessionClosed,
+    SessionUnknown,
+)
+from unroll.service.scheduler.closed_sessions import ClosedSessions
+from unroll.service.scheduler.limits import SessionLimits
+from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
+
+
+def test_start_opens_and_final_closes_and_their_retries_are_answered(s, engine):
+    submit(s, "a", inputs(1), 0, LATER, position=0, start=True)
+    run_until_idle(s, engine)
+    assert submit(s, "a", inputs(1), 0, LATER, position=0, start=True).position == 1
+    submit(s, "a", inputs(2), 0, LATER, position=1, final=True)
+    run_until_idle(s, engine)
+    assert "a" not in s.sessions
+    assert submit(s, "a", inputs(2), 0, LATER, position=1, final=True).position == 2
+    with pytest.raises(SessionClosed):
+        submit(s, "a", inputs(3), 0, LATER, position=1)
+    with pytest.raises(SessionClosed):
+        submit(s, "a", inputs(2), 0, LATER)
+
+
+def test_start_opens_a_session_that_expired(s, engine):
+    s.open("a", 0)
+    chunk = submit(s, "a", inputs(4), 100, LATER, start=True)
+    run_until_idle(s, engine, 100)
+    assert answer(chunk) == fold([4])
+
+
+def test_a_tombstone_is_forgotten_in_the_end(s):
+    s.open("a", 0)
+    s.close(find(s, "a"), 0)
+    with pytest.raises(SessionClosed):
+        find(s, "a", 999)
+    with pytest.raises(SessionUnknown):
+        find(s, "a", 1000)
+
+
+def test_tombstones_are_bounded(s):
+    for i in range(50):
+        s.open(f"{i}", 0)
+        s.close(find(s, f"{i}"), 0)
+    assert repr(s.sessions) == "<SessionTable 0 live, 0 leaving, 20 tombstones>"
+
+
+def test_a_late_duplicate_of_the_request_that_opened_a_session_opens_no_other(s, engine):
+    submit(s, "a", inputs(1), 0, LATER, position=0, start=True)
+    submit(s, "a", inputs(2), 0, LATER, position=1, final=True)
+    run_until_idle(s, engine)
+    with pytest.raises(SessionClosed):
+        submit(s, "a", inputs(1), 0, LATER, position=0, start=True)
+    another = submit(s, "a", inputs(5), 0, LATER, position=0, start=True)
+    run_until_idle(s, engine)
+    assert answer(another) == fold([5])
+
+
+def test_a_start_that_fails_leaves_no_session_and_may_be_tried_again(s, engine):
+    late = submit(s, "a", inputs(1), 0, 5, position=0, start=True)
+    behind = submit(s, "a", inputs(2), 0, LATER)
+    run_until_idle(s, engine, 5)
+    assert (failure(late), failure(behind)) == ("deadline_exceeded", "session_closed")
+    assert "a" not in s.sessions
+    again = submit(s, "a", inputs(1), 6, LATER, position=0, start=True)
+    run_until_idle(s, engine, 6)
+    assert answer(again) == fold([1])
+
+
+def test_after_a_while_the_same_request_opens_a_new_session(s, engine):
+    submit(s, "a", inputs(1), 0, LATER, position=0, start=True)
+    submit(s, "a", inputs(2), 0, LATER, position=1, final=True)
+    run_until_idle(s, engine)
+    again = submit(s, "a", inputs(1), 60, LATER, position=0, start=True)
+    run_until_idle(s, engine, 60)
+    assert answer(again) == fold([1])
+
+
+def test_the_replies_of_closing_chunks_are_bounded_in_bytes():
+    closed = ClosedSessions(SessionLimits(closing_reply_bytes=100))
+
+    def known() -> str:
+        return "".join(name for name in "abcd" if closed.reply_to(name, 0, inputs(1), 0) is not None)
+
+    last = AppliedChunk(0, payload_digest(inputs(1)), Reply((np.zeros(5),), 5))
+    for name in "abc":
+        closed.add(name, SessionClosed, 0, b"", last)
+    assert known() == "bc"
+    closed.forget("b")
+    closed.add("d", SessionClosed, 0, b"", last)
+    assert known() == "cd"

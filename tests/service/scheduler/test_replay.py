@@ -1,0 +1,85 @@
+"""What a retry is, and what it is answered; a chunk that is no retry and out of place changes nothing."""
+
+import pytest
+from fold import (
+    LATER,
+    answer,
+    find,
+    fold,
+    inputs,
+    run_until_idle,
+    submit,
+)
+
+from unroll.service.core.errors import (
+    PayloadMismatch,
+    PositionGap,
+    PositionTooOld,
+)
+
+
+def test_a_retry_of_the_last_chunk_gets_the_same_reply(s, engine):
+    s.open("a", 0)
+    first = submit(s, "a", inputs(1, 2), 0, LATER, position=0)
+    run_until_idle(s, engine)
+    again = submit(s, "a", inputs(1, 2), 0, LATER, position=0)
+    assert answer(again) == answer(first)
+    assert again.position == 2
+    assert find(s, "a", 0).position == 2
+    assert s.counters.replayed == 1
+
+
+def test_a_retry_of_a_chunk_in_flight_is_that_chunk(s, engine):
+    s.open("a", 0)
+    first = submit(s, "a", inputs(1), 0, LATER)
+    second = submit(s, "a", inputs(2), 0, LATER, position=1)
+    assert submit(s, "a", inputs(1), 0, LATER, position=0) is first
+    assert submit(s, "a", inputs(2), 0, LATER, position=1) is second
+    with pytest.raises(PayloadMismatch):
+        submit(s, "a", inputs(9), 0, LATER, position=1)
+
+
+@pytest.mark.parametrize(
+    ("position", "step", "error", "expected"),
+    [(2, 3, PayloadMismatch, 3), (0, 1, PositionTooOld, 3), (1, 2, PositionTooOld, 3), (4, 5, PositionGap, 3)],
+)
+def test_chunk_out_of_place_is_refused_and_changes_nothing(s, engine, position, step, error, expected):
+    session = s.open("a", 0)
+    submit(s, "a", inputs(1), 0, LATER)
+    submit(s, "a", inputs(1), 0, LATER)
+    submit(s, "a", inputs(1), 0, LATER)
+    run_until_idle(s, engine)
+    before = (repr(session), engine.rows[session.slot], s.in_flight)
+    with pytest.raises(error) as raised:
+        submit(s, "a", inputs(step), 0, LATER, position=position)
+    assert raised.value.details["expected"] == expected
+    assert (repr(session), engine.rows[session.slot], s.in_flight) == before
+
+
+def test_a_session_of_depth_n_can_retry_its_last_n_chunks(s, engine):
+    session = s.open("a", 0)
+    submit(s, "a", inputs(0), 0, LATER)
+    run_until_idle(s, engine)
+    s.set_retry_depth(session, 3)
+    for step in (1, 2):
+        submit(s, "a", inputs(step), 0, LATER)
+        run_until_idle(s, engine)
+    for step in (0, 1, 2):
+        again = submit(s, "a", inputs(step), 0, LATER, position=step)
+        assert answer(again) == fold([0, 1, 2])[step : step + 1]
+    submit(s, "a", inputs(3), 0, LATER)
+    run_until_idle(s, engine)
+    with pytest.raises(PositionTooOld):
+        submit(s, "a", inputs(0), 0, LATER, position=0)
+    s.set_retry_depth(session, 1)
+    assert answer(submit(s, "a", inputs(3), 0, LATER, position=3)) == fold([0, 1, 2, 3])[3:]
+    with pytest.raises(PositionTooOld):
+        submit(s, "a", inputs(2), 0, LATER, position=2)
+
+
+def test_a_closing_chunk_is_no_retry_of_one_that_did_not_close(s, engine):
+    submit(s, "a", inputs(1), 0, LATER, position=0, start=True)
+    run_until_idle(s, engine)
+    with pytest.raises(PayloadMismatch):
+        submit(s, "a", inputs(1), 0, LATER, position=0, final=True)
+    assert "a" in s.sessions
