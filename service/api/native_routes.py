@@ -24,7 +24,7 @@ from unroll.service.api.bodies import (
 )
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
-from unroll.service.api.sealed_steps import encoded
+from unroll.service.api.sealed_steps import base64_text
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from unroll.service.models.served_model import ServedModel
 
@@ -124,7 +124,7 @@ def router(app: AppState) -> APIRouter:
         start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)
         if body.durability == "client":
             described, sealed = session_operations.open_sealed(app, model, body.session_id, **start)
-            return HeldSession(**described, snapshot=encoded(sealed))
+            return HeldSession(**described, snapshot=base64_text(sealed))
         opened = session_operations.open_session(app, model, body.session_id, durability=body.durability, **start)
         return _info(*await opened)
 

@@ -36,6 +36,8 @@ _log = structlog.get_logger(__name__)
 class DurableSessions(MemorySessions):
     """Sessions of a server with a store, which may have any session of any model; memory sessions are here, too."""
 
+    has_store = True
+
     def __init__(self, directory: SessionDirectory, store: Store) -> None:
         super().__init__(directory)
         self.durabilities = ("memory", store.durability)

@@ -23,6 +23,8 @@ OnVerified = Callable[[UnrollError | None], None]
 class MemorySessions:
     """Sessions that only this process has. Verification never suspends: what is known here is all there is."""
 
+    #: Whether verification may suspend, since a store may know more.
+    has_store = False
     #: The durabilities that the server itself offers.
     durabilities: tuple[str, ...] = ("memory",)
 
