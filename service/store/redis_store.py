@@ -238,7 +238,7 @@ class RedisStore:
         return replies
 
     async def _execute_apart(self, calls: Sequence[_Call]) -> list[Any]:
-        """A cluster runs a script on the keys of one slot: so each call is a run of its own, in one pipeline per node."""
+        """A cluster runs a script on keys of one slot: so each call is a run of its own, in one pipeline per node."""
         replies = await self._pipelined(calls, "EVALSHA", self._digest)
         if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
             again = await self._pipelined([calls[i] for i in unknown], "EVAL", self._script)
