@@ -151,7 +151,7 @@ def _find(
     sequence: SequenceParameters,
     asked: InferRequest,
 ) -> tuple[ServedModel, Session | None]:
-    """The version of a sequence, and its session; None: there is none, or it is to be restarted.
+    """The version of a sequence, and its session; None if there is none, or if the request restarts it.
 
     An open sequence, or one that a retry opens or closes again, stays with its version; a new one gets the newest.
     """
