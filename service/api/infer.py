@@ -92,7 +92,9 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
 def _refuse_static(served: ServedModel) -> None:
     if served.manifest.static:
         names = [spec.name for spec in served.manifest.static]
-        raise InvalidShape(f"the static inputs {names} are given to the native API, which opens the session")
+        raise InvalidShape(
+            f"model {served.name!r} has static inputs {names}: open the session with the native API, which takes them"
+        )
 
 
 def _answer_sequences(plan: _Plan, replies: list[Reply]) -> Answer:
@@ -117,7 +119,7 @@ def _sequence_steps(
     settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked), again)
     batch = _batch(served, asked)
     if len(batch) != 1:
-        raise InvalidShape("a request of a sequence must have batch size 1")
+        raise InvalidShape("a request for a sequence must have batch size 1")
     chunk = Chunk(batch[0], session, sequence.position, final=sequence.end)
     if session is None:
         now = served.loop.clock.now()
@@ -149,7 +151,7 @@ def _find(
     sequence: SequenceParameters,
     asked: InferRequest,
 ) -> tuple[ServedModel, Session | None]:
-    """The version of a sequence, and its session; None: there is none, or it is to be restarted.
+    """The version of a sequence, and its session; None if there is none, or if the request restarts it.
 
     An open sequence, or one that a retry opens or closes again, stays with its version; a new one gets the newest.
     """
@@ -158,7 +160,7 @@ def _find(
         return app.sessions.owner(name, version, sequence.id)
     app.sessions.require_verified(name, sequence.id)
     if sequence.position not in (None, 0):
-        raise InvalidRequest("a request that starts a sequence has sequence_position 0")
+        raise InvalidRequest("sequence_position must be 0 in a request that starts a sequence")
     if sequence.position == 0:
         owner, session = app.sessions.owner(name, version, sequence.id)
         if session is not None or _remembers(owner, sequence.id, asked):

@@ -1,4 +1,4 @@
-"""The statistics extension: what is counted, and what `tritonclient` is told of it by a running server."""
+"""The statistics extension: the counters, and `tritonclient`'s view of them on a running server."""
 
 import time
 from collections.abc import Iterator
