@@ -89,7 +89,7 @@ class LaunchingEngine(GatedEngine):
 
 
 class GatedStore(MemoryStore):
-    """Commits when told to."""
+    """Commits on demand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,9 +154,11 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
         loop.scheduler.open("a", 0, origin=ORIGIN)
         waiting = asyncio.create_task(steps(loop, "a", X, 10, position=0))
         await store.committing.wait()
-        assert (await loop.sequences([X], 10))[0].position == 2, "who has nothing to commit waits for nobody's commit"
+        assert (await loop.sequences([X], 10))[0].position == 2, "work without a commit must not wait for commits"
         assert not waiting.done()
-        assert loop.scheduler.sessions.find_detached("a", 0).position == 0, "what is not in the store has not happened"
+        assert loop.scheduler.sessions.find_detached("a", 0).position == 0, (
+            "a step that is not in the store must not be visible"
+        )
         store.gate.set()
         assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
         assert loop.scheduler.sessions.find_detached("a", 0).position == 2
