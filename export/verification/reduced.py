@@ -21,7 +21,7 @@ from unroll.export.signature.samples import as_tensors
 from unroll.export.verification import probes, trials
 from unroll.export.verification.trials import Subject
 
-#: Another processor, or other rows beside it, may round otherwise than those that were measured.
+#: Another processor, or other rows in the batch, may round differently from those that were measured.
 _MARGIN = 2.0
 
 
@@ -66,7 +66,11 @@ def reduce(
 
 
 def limit(manifest: Manifest, most: float | None) -> Manifest:
-    """With no output's tolerance above `most`. Raises ExportError(max_error) if one is off by more already."""
+    """The manifest with no output's tolerance above `most`.
+
+    Raises:
+        ExportError: max_error, if an output differs by more.
+    """
     if most is None:
         return manifest
     outputs = {spec.name for spec in manifest.outputs}
@@ -75,7 +79,7 @@ def limit(manifest: Manifest, most: float | None) -> Manifest:
             raise ExportError(
                 "max_error",
                 f"output {entry.output!r} in {manifest.precision} differs from PyTorch in float64 by "
-                f"{entry.onnxruntime:.3g}, and may by {most:.3g}",
+                f"{entry.onnxruntime:.3g}, and max_error is {most:.3g}",
             )
     return replace(
         manifest,

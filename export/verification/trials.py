@@ -1,4 +1,4 @@
-"""What each question is asked with: sizes, scales, seeds and cuts, in one table; and a model to ask."""
+"""The trials of each probe in one table: sizes, scales, seeds and cuts. And the subject of a trial: a model to run."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ STREAMING = (
     Trial(32, 24, 73, 43, -2, _CUTS_OF_24[1:]),
 )
 
-#: Does it still, over a long sequence? At least so many steps; 16 times as many if steps are counted unseen.
+#: Does it over a long sequence? At least so many steps; 16 times as many if it counts steps and its row does not.
 LONG = Trial(1, 1024, 53, 54)
 LONG_IF_COUNTED = 16
 
@@ -86,7 +86,7 @@ CONTINUED = Trial(2, 10, 27, 28, 1, ((4, 1, 5),))
 
 @dataclass(frozen=True, slots=True)
 class Subject(Verifier):
-    """A model to ask, and inputs for it."""
+    """A model to try, and inputs for it."""
 
     samples: Samples
 

@@ -45,7 +45,7 @@ def test_a_device_that_is_not_there(tmp_path: Path):
     ran = run("--device", "cuda:99", "--json", cwd=tmp_path)
     report = json.loads(ran.stdout)
     assert (ran.returncode, report["works"]) == (1, False)
-    assert "cuda:99 was asked for, but" in report["facts"]["sessions"]["cuda:99"]
+    assert "cuda:99 was requested, but" in report["facts"]["sessions"]["cuda:99"]
 
 
 def test_a_broken_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
