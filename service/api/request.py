@@ -1,4 +1,4 @@
-"""A request and an answer, as little of each as the inference routes need."""
+"""A request and its answer, with no more than the inference routes need."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -36,8 +36,13 @@ class Disconnected(Exception):
 
 
 class Request:
-    """headers: by lower-case name. again: looks a session up in the store and handles the request again, unless that
-    was done too often; None: there is no store."""
+    """A request of an inference route.
+
+    Attributes:
+        headers: By lower-case name.
+        body: As received.
+        again: Looks a session up in the store and handles the request again; None without a store.
+    """
 
     __slots__ = ("again", "body", "headers")
 
@@ -81,7 +86,7 @@ class Answer:
 
 #: Takes the answer to a request, once.
 Respond = Callable[[Answer], None]
-#: Tells the work on a request that nobody waits for its answer any more.
+#: Cancels the work on a request whose client disconnected.
 Cancel = Callable[[], None]
 
 
@@ -90,10 +95,14 @@ def nothing_to_cancel() -> None:
 
 
 class Answering(Generic[C, T]):
-    """What the scheduler calls with the outcome of the work on a request: it answers, and never raises.
+    """Called by the scheduler with the outcome of a request's work; answers the request, and never raises.
 
-    encode: makes the answer of what is passed here as `context` and the outcome. again: the request's, of a step that
-    may find that its session was moved on elsewhere.
+    Args:
+        respond: Takes the answer.
+        failure: Makes the answer of an error.
+        encode: Makes the answer of `context` and the outcome.
+        context: Passed to `encode`.
+        again: Handles the request again if another replica updated its session; returns False if it gave up.
     """
 
     __slots__ = ("again", "context", "encode", "failure", "respond")

@@ -1,5 +1,4 @@
-"""A store in the process's own memory: what the others must do, without anything that can fail. Several schedulers
-that share one are replicas of each other."""
+"""A store in the memory of the process, for tests. Schedulers that share one are replicas of each other."""
 
 from collections.abc import Sequence
 
