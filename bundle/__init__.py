@@ -1,12 +1,13 @@
 """The bundle: the contract between `export`, which writes it, and `service`, which serves it.
 
-A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `manifest.json` and
-`golden.safetensors`. This package knows files and NumPy; it knows neither torch nor onnxruntime.
+A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `manifest.json` and `golden.safetensors`.
+This package needs NumPy, but neither torch nor onnxruntime.
 """
 
 from unroll.bundle.files import Bundle, BundleError, discover, read, write
-from unroll.bundle.golden import Golden, GoldenMismatch, RunFunction, replay
+from unroll.bundle.golden import Golden, RunFunction
 from unroll.bundle.manifest import CRASHING_OPTIMIZERS, Manifest, Parity, Precision, StateSlot, StaticInput, TensorSpec
+from unroll.bundle.verification import GoldenMismatch, Verifier
 
 __all__ = [
     "CRASHING_OPTIMIZERS",
@@ -21,8 +22,8 @@ __all__ = [
     "StateSlot",
     "StaticInput",
     "TensorSpec",
+    "Verifier",
     "discover",
     "read",
-    "replay",
     "write",
 ]

@@ -1,4 +1,4 @@
-"""Golden vectors: inputs with PyTorch's float64 answers, replayed on whatever will serve the model."""
+"""Golden vectors: inputs with PyTorch's float64 answers. `verification.py` compares a model's answers with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,25 +8,22 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from unroll.bundle.manifest import Manifest
-
 Arrays = dict[str, np.ndarray]
 
 #: `run(inputs, state, sequence_lens) -> outputs, state_out`: one call of the bundle's graph.
 RunFunction = Callable[[Arrays, np.ndarray, np.ndarray], tuple[Arrays, np.ndarray]]
 
 
-class GoldenMismatch(Exception):
-    """A model does not give PyTorch's answers on this provider."""
-
-
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """One batch of sequences and what PyTorch answers in float64.
+    """One batch of sequences and PyTorch's answers in float64.
 
-    inputs: each (batch, time, ...); state: (batch, state_size) float32, row 0 being the model's initial
-    state; outputs: each (batch, time, ...) or (batch, ...), float64 unless integer; state_out:
-    (batch, state_size) float64; chunkings: ways to cut `time`, each summing to it.
+    Attributes:
+        inputs: By name, each (batch, time, *shape).
+        state: The state rows before the sequences, (batch, state_size) float32. Row 0 is the model's initial state.
+        outputs: By name, each (batch, time, *shape) or (batch, *shape) without time; float64 unless integer.
+        state_out: The state rows after the sequences, (batch, state_size) float64.
+        chunkings: Ways to cut the time steps into chunks; the chunks of each add up to them.
     """
 
     inputs: Arrays
@@ -35,7 +32,28 @@ class Golden:
     state_out: np.ndarray
     chunkings: tuple[tuple[int, ...], ...]
 
+    @property
+    def time(self) -> int:
+        """Time steps of the sequences."""
+        return int(next(iter(self.inputs.values())).shape[1])
+
+    @property
+    def expected(self) -> Arrays:
+        """The outputs and `state_out`, by name."""
+        return self.outputs | {"state_out": self.state_out}
+
+    def first(self, count: int) -> Self:
+        """Return the first sequences."""
+        return type(self)(
+            {name: array[:count] for name, array in self.inputs.items()},
+            self.state[:count],
+            {name: array[:count] for name, array in self.outputs.items()},
+            self.state_out[:count],
+            self.chunkings,
+        )
+
     def to_bytes(self) -> bytes:
+        """Return the content of `golden.safetensors`."""
         tensors = {f"input.{name}": array for name, array in self.inputs.items()}
         tensors |= {f"output.{name}": array for name, array in self.outputs.items()}
         tensors |= {f"chunking.{i}": np.array(chunks) for i, chunks in enumerate(self.chunkings)}
@@ -44,7 +62,11 @@ class Golden:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
-        """Raises ValueError on a damaged or incomplete file."""
+        """Read the content of `golden.safetensors`.
+
+        Raises:
+            ValueError: It is damaged or incomplete.
+        """
         try:
             tensors = load(content)
             count = sum(name.startswith("chunking.") for name in tensors)
@@ -57,54 +79,3 @@ class Golden:
             )
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"golden vectors cannot be read: {error}") from error
-
-
-def replay(golden: Golden, manifest: Manifest, run: RunFunction, slack: float = 1.0) -> dict[str, float]:
-    """Run every chunking (only the whole sequence if the model is not streamable).
-
-    Returns the largest absolute difference from PyTorch float64, by output name and `state_out`.
-    Raises GoldenMismatch when one exceeds `slack` times the manifest's tolerance or is not finite.
-    """
-    worst: dict[str, float] = {}
-    length = next(iter(golden.inputs.values())).shape[1]
-    chunkings = golden.chunkings if manifest.streamable else ((length,),)
-    for chunks in chunkings:
-        found = run_chunked(golden.inputs, golden.state, chunks, manifest, run)
-        for name, difference in differences(golden, manifest, found, f"in chunks {chunks}", slack).items():
-            worst[name] = max(worst.get(name, 0.0), difference)
-    return worst
-
-
-def differences(golden: Golden, manifest: Manifest, found: Arrays, how: str, slack: float = 1.0) -> dict[str, float]:
-    """Largest absolute difference of outputs and `state_out`, by name, from PyTorch float64.
-
-    how: for the message. Raises GoldenMismatch as `replay` does.
-    """
-    worst = {}
-    for entry in manifest.parity:
-        name, tolerance = entry.output, entry.tolerance * slack
-        expected = golden.state_out if name == "state_out" else golden.outputs[name]
-        worst[name] = float(np.max(np.abs(found[name].astype(np.float64) - expected)))
-        if not worst[name] <= tolerance:
-            raise GoldenMismatch(f"{name} differs from PyTorch by {worst[name]:.3g} (tolerance {tolerance:.3g}) {how}")
-    return worst
-
-
-def run_chunked(
-    inputs: Arrays, state: np.ndarray, chunks: tuple[int, ...], manifest: Manifest, run: RunFunction
-) -> Arrays:
-    """Outputs of the whole sequence, by name, and `state_out`, computed chunk by chunk."""
-    pieces: list[Arrays] = []
-    start = 0
-    for length in chunks:
-        lens = np.full(len(state), length, np.int32)
-        outputs, state = run({n: a[:, start : start + length] for n, a in inputs.items()}, state, lens)
-        pieces.append(outputs)
-        start += length
-    joined = {
-        spec.name: np.concatenate([piece[spec.name] for piece in pieces], axis=1)
-        if spec.time
-        else pieces[-1][spec.name]
-        for spec in manifest.outputs
-    }
-    return joined | {"state_out": state}

@@ -68,11 +68,16 @@ def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return from_factory(options.model, options.weights), example
     suffix = Path(options.model).suffix
     if suffix == ".py":
-        raise ExportError("checkpoint", f"say what to call in {options.model}: {options.model}:FACTORY")
+        raise ExportError(
+            "checkpoint", f"{options.model}: name the class or function to call, as {options.model}:FACTORY"
+        )
     if suffix in programs.SUFFIXES:
         return programs.load(Path(options.model)), examples(*described)
     if options.weights or any(described):
-        raise ExportError("checkpoint", "--weights and --input are for MODULE:FACTORY; a checkpoint says both itself")
+        raise ExportError(
+            "checkpoint",
+            "--weights, --input, --static and --state are for MODULE:FACTORY; a checkpoint describes both itself",
+        )
     return from_checkpoint(options.model)
 
 

@@ -1,4 +1,4 @@
-"""The one error that export raises on purpose, and every code it may carry."""
+"""ExportError, the only error that export raises on purpose, and all its codes."""
 
 import warnings
 from collections.abc import Callable
@@ -9,22 +9,22 @@ import torch
 Code = Literal[
     "batch_time",  # an input's first two dimensions are not the batch and the time of the others
     "bundle",  # the bundle cannot be written: bad name or version, or it exists
-    "calls_depend_on_time",  # a loop over time whose step could not be made out
+    "calls_depend_on_time",  # a loop over time whose step cannot be identified
     "checkpoint",  # a model or its weights cannot be loaded
     "dtype",  # parameters of one float type; float32, int64, int32 and bool tensors
-    "forward_failed",  # forward itself fails on the example, or on another batch size or length
-    "initial_state",  # an initial state that is given, and not the same in every row
+    "forward_failed",  # forward raises on the example, or for another batch size or length
+    "initial_state",  # an initial state in the example that differs between rows
     "input",  # the example inputs do not fit forward
-    "keeps_state",  # forward writes what its next call reads, and that does not go on as a stream would
-    "layer_axes",  # a recurrent layer does not see the model's own batch and time
+    "keeps_state",  # forward leaves a value for its next call, and that call does not continue the stream
+    "layer_axes",  # a recurrent layer does not get the batch and the time of the model's input
     "no_recurrent_layer",
-    "max_error",  # a difference from PyTorch in float64 is larger than was allowed
+    "max_error",  # a difference from PyTorch in float64 exceeds max_error
     "not_copyable",
     "not_deterministic",  # two identical calls give different answers
     "not_exportable",  # torch.export cannot follow forward
     "not_finite",  # NaN or infinity among the outputs
     "output",  # an output has no batch axis, or a time axis of another length
-    "packed_sequence",  # packed with lengths that are neither an argument nor all of the input's
+    "packed_sequence",  # packed with lengths that forward computes, or padded to another length
     "parity",  # onnxruntime differs from PyTorch
     "precision",  # the model cannot be reduced to this precision
     "quantized",
@@ -36,7 +36,7 @@ Code = Literal[
 
 
 class ExportError(Exception):
-    """A model that cannot become a bundle: `code` is stable, the message says what to change."""
+    """The model cannot become a bundle. `code` is stable; the message says what to change."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class ExportError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The root cause of `error` in one short line, for a message that stays readable."""
+    """The root cause of `error` in one short line."""
     while (cause := error.__cause__) is not None:
         error = cause
     text = str(error).strip()
@@ -53,7 +53,14 @@ def first_line(error: BaseException) -> str:
 
 
 def attempt(what: str, run: Callable[[], Any]) -> Any:
-    """Call `run`; whatever the user's forward raises becomes ExportError(forward_failed)."""
+    """The result of `run`, which calls the user's forward.
+
+    Args:
+        what: what forward is called with, for the message.
+
+    Raises:
+        ExportError: forward_failed, for any other exception.
+    """
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")

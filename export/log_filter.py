@@ -1,4 +1,4 @@
-"""Keeps PyTorch's exporter quiet: it warns of deprecations, logs, and prints graphs it cannot follow."""
+"""Silences PyTorch's exporter, which warns of deprecations, logs, and prints graphs that it cannot follow."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ from io import StringIO
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within, nothing is printed, logged or warned of; a failure is raised anyway."""
+    """Within, nothing is printed, logged or warned about; exceptions are raised as ever."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

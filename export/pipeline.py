@@ -17,7 +17,7 @@ from unroll.export.lifting.float64 import converted
 from unroll.export.lifting.history import Place
 from unroll.export.lifting.lift import lift
 from unroll.export.lifting.lifted_model import LiftedModel
-from unroll.export.lifting.module_state import Attribute, PutBack, find_module_state, refusal
+from unroll.export.lifting.module_state import Attribute, RestoreAttributes, find_module_state, refusal
 from unroll.export.lifting.observe import Observation, find_history, observe
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
@@ -135,14 +135,16 @@ class Pipeline:
         check_arguments(model, example)
         declared = self._options.arguments
         if missing := {*declared.static, *declared.state} - example.keys():
-            raise ExportError("input", f"{', '.join(sorted(missing))} is not among the example inputs")
+            raise ExportError(
+                "input", f"{', '.join(sorted(missing))} is in `static` or `state`, and not in the example inputs"
+            )
         return Prepared(model, exact, example, dtype, [])
 
     def _find_state(self, prepared: Prepared) -> Prepared:
         """With the attributes in which forward leaves a state; the model is as it was after every call."""
         model, example = prepared.model, prepared.example
         attributes = attempt("the example", partial(find_module_state, model, example))
-        PutBack(model, attributes)
+        RestoreAttributes(model, attributes)
         tried = copy.deepcopy(model)
         returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), attributes))
         preconditions.check_finite(leaves(returned))

@@ -1,4 +1,4 @@
-"""What an export found and proved, for people."""
+"""The report on an export, for people."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,13 @@ from unroll.export.lifting.module_state import Attribute, described
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`path` is the bundle's folder; `notes` say what differs from what the model's author may expect."""
+    """The result of an export.
+
+    Attributes:
+        path: the folder of the bundle.
+        manifest: what the bundle takes, returns and promises.
+        notes: differences that the author of the model may not expect.
+    """
 
     path: Path
     manifest: Manifest
@@ -31,9 +37,9 @@ class Report:
             f"  outputs   {outputs}",
             f"  state     {manifest.state_size} values, {4 * manifest.state_size} bytes per client",
             f"  streaming {'yes' if manifest.streamable else 'NO: ' + (manifest.not_streamable_because or '')}",
-            f"  ragged    {'yes' if manifest.ragged else 'no: rows of different length do not share a batch'}",
+            f"  ragged    {'yes' if manifest.ragged else 'no: rows of different lengths cannot share a batch'}",
             f"  precision {manifest.precision}",
-            f"  bit-exact {'yes' if manifest.bit_exact else 'no: the batch a row is in may change its last bits'}",
+            f"  bit-exact {'yes' if manifest.bit_exact else 'no: the last bits of a row may depend on its batch'}",
             *(f"  note      {note}" for note in self.notes),
             "",
             f"  {'difference from PyTorch float64':<42}{'onnxruntime':>14}{'PyTorch float32':>18}{'tolerance':>12}",
@@ -48,7 +54,7 @@ class Report:
 def notes_on(
     lifted: LiftedModel, dropped_outputs: Iterable[str], attributes: list[Attribute], dtype: torch.dtype
 ) -> tuple[str, ...]:
-    """What of the bundle differs from what the author of the model may expect.
+    """Differences between the bundle and the model that its author may not expect.
 
     Args:
         dropped_outputs: names of outputs that are a final state.

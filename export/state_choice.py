@@ -60,7 +60,7 @@ def _streams(lifted: LiftedModel, output_names: list[str] | None) -> bool:
     try:
         observation = observe(lifted, output_names)
         manifest = draft_manifest("draft", "1", lifted, observation.initial_row)
-        samples = probes.with_reached(Subject(run, lifted.samples, manifest))
-        return probes.why_not_streamable(Subject(run, samples, manifest), lifted.double) is None
+        samples = probes.with_reached(Subject(run, manifest, lifted.samples))
+        return probes.why_not_streamable(Subject(run, manifest, samples), lifted.double) is None
     except ExportError:
         return False

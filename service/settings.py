@@ -21,107 +21,107 @@ class Settings(BaseSettings):
         env_prefix="UNROLL_", cli_kebab_case=True, cli_prog_name="unroll serve", cli_hide_none_type=True, extra="forbid"
     )
 
-    repository: Annotated[Path, Field(description="folder of bundles, <name>/<version>/")]
+    repository: Annotated[Path, Field(description="bundle repository: a folder of <name>/<version>/")]
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
     workers: Annotated[
-        PositiveInt, Field(description="processes that serve on the port; several need a store, for any may be reached")
+        PositiveInt, Field(description="number of processes that share the port; more than one needs --store")
     ] = 1
     worker_port: Annotated[
         int | None,
-        Field(
-            ge=1, le=65535, description="each of several workers also listens alone, on this port and those after it"
-        ),
+        Field(ge=1, le=65535, description="first per-worker port: worker N also listens on this port + N - 1"),
     ] = None
-    device: Annotated[str, Field(description="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if any")] = (
-        "auto"
-    )
-    threads: Annotated[PositiveInt, Field(description="onnxruntime threads for one call of a model, on a CPU")] = 1
-    precision: Annotated[Precision, Field(description="of matrix products on a GPU")] = "float32"
-    cells: Annotated[Cells, Field(description="what runs LSTM and GRU layers in a GPU's single steps")] = "fused"
+    device: Annotated[
+        str, Field(description="cpu, cuda:N, a list such as cuda:0,cuda:1, or auto: a GPU if there is one")
+    ] = "auto"
+    threads: Annotated[PositiveInt, Field(description="onnxruntime threads per model call on a CPU")] = 1
+    precision: Annotated[Precision, Field(description="precision of matrix products on a GPU")] = "float32"
+    cells: Annotated[Cells, Field(description="kernels for LSTM and GRU layers in single steps on a GPU")] = "fused"
     buckets: Annotated[
-        tuple[PositiveInt, ...], Field(description="rows of a GPU's calls of single steps, as in [1,64,256]")
+        tuple[PositiveInt, ...], Field(description="batch sizes of single steps on a GPU, such as [1,64,256]")
     ] = ()
 
     session_capacity: Annotated[
         PositiveInt | Literal["auto"],
-        Field(description="open sessions per model version and device; auto: as many as fit in memory_share"),
+        Field(description="maximum open sessions per model version and device; auto: as many as fit in memory_share"),
     ] = 65_536
     memory_share: Annotated[
-        float, Field(gt=0, le=1, description="part of the free memory that auto may fill with a model's sessions")
+        float, Field(gt=0, le=1, description="fraction of the free memory that auto may use for a model's sessions")
     ] = 0.5
     idle_timeout: Annotated[float, Field(ge=0, description="seconds until an idle session expires; 0: never")] = 900.0
-    tombstone_life: Annotated[PositiveFloat, Field(description="seconds a lost session's cause is remembered")] = 3600.0
+    tombstone_life: Annotated[
+        PositiveFloat, Field(description="seconds for which the server remembers why a session ended")
+    ] = 3600.0
 
     store: Annotated[
         str | None,
         Field(
             pattern=r"^(redis|rediss|unix|redis\+cluster)://",
-            description="where durable sessions are: redis://host:port/db, rediss://, unix://, redis+cluster://",
+            description="store of durable sessions: redis://host:port/db, rediss://, unix://, redis+cluster://",
         ),
     ] = None
     durability: Annotated[
         Literal["memory", "redis"] | None,
-        Field(description="of sessions that do not say it; redis if there is a store, else memory"),
+        Field(description="default durability of new sessions (redis if --store is set, otherwise memory)"),
     ] = None
-    store_timeout: Annotated[PositiveFloat, Field(description="seconds until a store that does not answer is down")] = (
-        0.5
-    )
+    store_timeout: Annotated[
+        PositiveFloat, Field(description="seconds without an answer after which the store counts as down")
+    ] = 0.5
     snapshot_keys: Annotated[
         tuple[SecretStr, ...],
-        Field(
-            description='secrets that sign the states clients hold, as in ["new","old"]: the first signs, all verify'
-        ),
+        Field(description='secrets that sign client-held snapshots: ["new","old"]; the first signs, all verify'),
     ] = ()
     spill_bytes: Annotated[
-        int, Field(ge=0, description="host memory for the states of idle sessions when session_capacity is reached")
+        int, Field(ge=0, description="host memory for idle sessions that do not fit in session_capacity, in bytes")
     ] = 256 * 2**20
     state_file: Annotated[
-        Path | None, Field(description="memory sessions are written there at the end, and read at the start")
+        Path | None, Field(description="file for memory sessions: written at shutdown, read at startup")
     ] = None
 
-    max_batch: Annotated[PositiveInt, Field(description="rows in one call of a model")] = 256
-    max_batch_steps: Annotated[PositiveInt, Field(description="rows times time steps in one call")] = 2048
-    piece_steps: Annotated[PositiveInt, Field(description="time steps run at a time of a long request")] = 64
-    max_queue: Annotated[PositiveInt, Field(description="requests waiting per model before others are refused")] = 8192
+    max_batch: Annotated[PositiveInt, Field(description="maximum rows per model call")] = 256
+    max_batch_steps: Annotated[PositiveInt, Field(description="maximum rows x time steps per model call")] = 2048
+    piece_steps: Annotated[PositiveInt, Field(description="time steps of a long request per model call")] = 64
+    max_queue: Annotated[PositiveInt, Field(description="maximum waiting requests per model")] = 8192
 
-    request_timeout: Annotated[PositiveFloat, Field(description="seconds until a request must have begun to run")] = (
-        30.0
-    )
-    max_body_bytes: Annotated[PositiveInt, Field(description="largest request body")] = 16 * 2**20
-    max_json_bytes: Annotated[PositiveInt, Field(description="largest JSON in a request")] = 2 * 2**20
-    max_steps: Annotated[PositiveInt, Field(description="time steps in one request")] = 65_536
-    max_sequences: Annotated[PositiveInt, Field(description="whole sequences in one request")] = 1024
+    request_timeout: Annotated[
+        PositiveFloat, Field(description="seconds within which the work on a request must start")
+    ] = 30.0
+    max_body_bytes: Annotated[PositiveInt, Field(description="maximum request body, in bytes")] = 16 * 2**20
+    max_json_bytes: Annotated[PositiveInt, Field(description="maximum JSON in a request, in bytes")] = 2 * 2**20
+    max_steps: Annotated[PositiveInt, Field(description="maximum time steps per request")] = 65_536
+    max_sequences: Annotated[PositiveInt, Field(description="maximum whole sequences per request")] = 1024
     drain_delay: Annotated[
-        float, Field(ge=0, description="seconds after SIGTERM in which load balancers may notice that it is not ready")
+        float, Field(ge=0, description="seconds between SIGTERM and the end of listening, for load balancers to notice")
     ] = 0.0
     drain_timeout: Annotated[
-        PositiveFloat, Field(description="seconds that clients then have to take their answers")
+        PositiveFloat, Field(description="seconds for connected clients to receive their answers at shutdown")
     ] = 10.0
-    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$", description="least severe log line")] = (
-        "info"
-    )
+    log_level: Annotated[
+        str, Field(pattern="^(debug|info|warning|error)$", description="minimum severity of log lines")
+    ] = "info"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.durability == "redis" and self.store is None:
-            raise ValueError("durability redis needs a store: --store redis://host:port/db")
+            raise ValueError("durability redis needs a store: add --store redis://host:port/db")
         if any(len(key.get_secret_value().encode()) < LEAST_KEY_BYTES for key in self.snapshot_keys):
-            raise ValueError(f"a snapshot key has at least {LEAST_KEY_BYTES} bytes")
+            raise ValueError(f"a snapshot key needs at least {LEAST_KEY_BYTES} bytes")
         if self.workers > 1 and (self.store is None or self.durability == "memory"):
             raise ValueError(
-                f"{self.workers} workers need a store, since a session's next request may reach any of them: "
-                "--store redis://host:port/db, and no --durability memory"
+                f"{self.workers} workers need a store, because any worker may receive a session's next request: "
+                "add --store redis://host:port/db and remove --durability memory"
             )
         if self.workers > 1 and self.state_file is not None:
-            raise ValueError("a state file is for sessions in memory, which several workers do not have")
+            raise ValueError(
+                "a state file holds memory sessions, which several workers do not offer: remove --state-file"
+            )
         if self.workers == 1 and self.worker_port is not None:
-            raise ValueError("a worker port is for several workers: --workers")
+            raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
 
     @classmethod
     def from_arguments(cls, argv: list[str]) -> Self:
-        """Flags first, then the environment, then the defaults. Exits with a usage message on a bad flag."""
+        """Flags override the environment, which overrides the defaults. Exits with a usage message on a bad flag."""
         return cls(_cli_parse_args=argv)
 
     def model_options(self) -> ModelOptions:

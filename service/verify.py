@@ -1,13 +1,13 @@
-"""`unroll verify BUNDLE`: runs a bundle on a device of this machine and compares it with PyTorch's answers and itself.
+"""`unroll verify BUNDLE`: runs a bundle on a device and compares it with PyTorch's answers and with itself.
 
-Needs no torch: the golden vectors hold PyTorch's answers in float64. Everything else that may not make a difference is
-tried with other inputs, cut from the golden ones: how a sequence is cut, what else is in the batch, padding.
+It needs no torch: the golden vectors hold PyTorch's answers in float64. It also checks that chunks, batches and padding
+change nothing, with inputs that are drawn from the golden ones.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -15,8 +15,9 @@ from typing import get_args
 import numpy as np
 
 from unroll import bundle as bundles
-from unroll.bundle import Bundle, BundleError, GoldenMismatch
-from unroll.bundle.golden import Arrays, run_chunked
+from unroll.bundle import Bundle, BundleError, Golden, GoldenMismatch, Manifest, Verifier
+from unroll.bundle.golden import Arrays
+from unroll.bundle.verification import Differences, differences, largest, random_chunks, select_rows
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, Precision, open_backend
 from unroll.service.engine.engine import DeviceFailed
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
@@ -28,7 +29,14 @@ _ROUNDS, _ROWS = 8, 17
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """difference: the largest, absolute, over all values of `output`; NaN if there was no finite answer."""
+    """One line of the report.
+
+    Attributes:
+        what: The property that was checked.
+        output: The output, or `state_out`.
+        difference: The largest absolute difference over all its values; NaN if an answer was not finite.
+        allowed: The largest difference that passes.
+    """
 
     what: str
     output: str
@@ -41,7 +49,7 @@ class Check:
 
 
 def main(argv: list[str]) -> int:
-    """0 if every check holds on every device, 1 if one does not or could not be made."""
+    """Return 0 if every check passes on every device, else 1."""
     options = _parser().parse_args(argv)
     try:
         found = bundles.read(options.bundle.resolve())
@@ -65,18 +73,22 @@ def verify(bundle: Bundle, device: str, options: EngineOptions, seed: int = 0) -
         InsufficientMemory, ValueError: The model cannot be loaded there.
     """
     backend = open_backend(bundle, device, options)
+    golden, manifest = bundle.golden, bundle.manifest
+    verifier = Verifier(backend.runner, manifest)
     rng = np.random.default_rng(seed)
-    yield from _golden(bundle, backend)
-    if bundle.manifest.streamable:
-        yield from _worst(
-            "random chunks = whole", [_cut(bundle, backend, rng) for _ in range(_ROUNDS)], bundle, backend
-        )
-    yield from _worst("in a batch = alone", [_company(bundle, backend, rng) for _ in range(_ROUNDS)], bundle, backend)
-    if bundle.manifest.ragged:
-        padded = [_padded(bundle, backend, rng) for _ in range(_ROUNDS)]
-        yield from _worst("padded = alone", padded, bundle, backend)
-    if bundle.manifest.streamable:
-        yield from _sessions(bundle, backend)
+
+    def largest_of(trial: Callable[[Verifier, Golden, np.random.Generator], Differences]) -> Differences:
+        return largest([trial(verifier, golden, rng) for _ in range(_ROUNDS)])
+
+    replayed = largest(differences(found, golden.expected) for _, found in verifier.replayed(golden))
+    yield from _golden("golden vectors = PyTorch float64", replayed, manifest, backend)
+    if manifest.streamable:
+        yield from _same("random chunks = whole", largest_of(_cut), manifest, backend)
+    yield from _same("in a batch = alone", largest_of(_batched), manifest, backend)
+    if manifest.ragged:
+        yield from _same("padded = alone", largest_of(_padded), manifest, backend)
+    if manifest.streamable:
+        yield from _stepped(manifest, backend)
 
 
 def lines(device: str, checks: list[Check]) -> Iterator[str]:
@@ -89,91 +101,57 @@ def lines(device: str, checks: list[Check]) -> Iterator[str]:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _golden(bundle: Bundle, backend: DeviceBackend) -> Iterator[Check]:
-    golden, manifest = bundle.golden, bundle.manifest
-    time = next(iter(golden.inputs.values())).shape[1]
-    expected = golden.outputs | {"state_out": golden.state_out}
-    found = [
-        _differences(run_chunked(golden.inputs, golden.state, chunks, manifest, backend.runner), expected)
-        for chunks in (golden.chunkings if manifest.streamable else ((time,),))
-    ]
+def _golden(what: str, measured: Differences, manifest: Manifest, backend: DeviceBackend) -> Iterator[Check]:
+    """Differences from PyTorch, which may be as large as the tolerance."""
     for entry in manifest.parity:
-        worst = np.max([differences[entry.output] for differences in found])
-        yield Check("golden vectors = PyTorch float64", entry.output, float(worst), entry.tolerance * backend.slack)
+        yield Check(what, entry.output, measured.get(entry.output, 0.0), entry.tolerance * backend.slack)
 
 
-def _sessions(bundle: Bundle, backend: DeviceBackend) -> Iterator[Check]:
-    """The golden vectors once more, step by step through the server's engine. It is the device's last use."""
+def _same(what: str, measured: Differences, manifest: Manifest, backend: DeviceBackend) -> Iterator[Check]:
+    """Differences between two answers of the model: no bit where the manifest says so, else twice the tolerance."""
+    exact = manifest.bit_exact and backend.runner.provider == "CPUExecutionProvider"
+    for entry in manifest.parity:
+        yield Check(what, entry.output, measured[entry.output], 0.0 if exact else 2 * entry.tolerance * backend.slack)
+
+
+def _stepped(manifest: Manifest, backend: DeviceBackend) -> Iterator[Check]:
+    """Replay the golden vectors step by step in the server's engine. The device cannot be used afterwards."""
     try:
         engine, proof = backend.create_engine(FIRST + _ROWS, _ROWS)
     except GoldenMismatch as error:
         yield Check(f"stepped by the engine: {error}", "", float("nan"), 0.0)
         return
     engine.close()
-    for entry in bundle.manifest.parity:
-        difference = proof.parity.get(entry.output, 0.0)
-        yield Check("golden vectors, stepped by the engine", entry.output, difference, entry.tolerance * backend.slack)
+    yield from _golden("golden vectors, stepped by the engine", proof.parity, manifest, backend)
 
 
-def _worst(what: str, rounds: list[Arrays], bundle: Bundle, backend: DeviceBackend) -> Iterator[Check]:
-    """Not a bit may differ where the manifest says so; elsewhere two answers may each be off by the tolerance."""
-    exact = bundle.manifest.bit_exact and backend.runner.provider == "CPUExecutionProvider"
-    for entry in bundle.manifest.parity:
-        worst = float(np.max([each[entry.output] for each in rounds]))  # NaN, if there is one
-        yield Check(what, entry.output, worst, 0.0 if exact else 2 * entry.tolerance * backend.slack)
+def _cut(verifier: Verifier, golden: Golden, rng: np.random.Generator) -> Differences:
+    inputs, state = _resample(golden, int(rng.integers(1, 4)), rng)
+    chunks = random_chunks(golden.time, rng)
+    whole = verifier.whole(inputs, state)
+    return differences(verifier.chunked(inputs, state, chunks), whole)
 
 
-def _cut(bundle: Bundle, backend: DeviceBackend, rng: np.random.Generator) -> Arrays:
-    inputs, state = _draw(bundle, int(rng.integers(1, 4)), rng)
-    time = next(iter(inputs.values())).shape[1]
-    cuts = np.flatnonzero(rng.random(time - 1) < 0.4) + 1
-    chunks = tuple(np.diff([0, *cuts, time]).tolist())
-    whole = run_chunked(inputs, state, (time,), bundle.manifest, backend.runner)
-    return _differences(run_chunked(inputs, state, chunks, bundle.manifest, backend.runner), whole)
-
-
-def _company(bundle: Bundle, backend: DeviceBackend, rng: np.random.Generator) -> Arrays:
-    inputs, state = _draw(bundle, int(rng.integers(2, _ROWS + 1)), rng)
-    time, row = next(iter(inputs.values())).shape[1], int(rng.integers(len(state)))
-    together = run_chunked(inputs, state, (time,), bundle.manifest, backend.runner)
+def _batched(verifier: Verifier, golden: Golden, rng: np.random.Generator) -> Differences:
+    inputs, state = _resample(golden, int(rng.integers(2, _ROWS + 1)), rng)
+    row = int(rng.integers(len(state)))
     one = slice(row, row + 1)
-    alone = {name: array[one] for name, array in inputs.items()}
-    return _differences(
-        run_chunked(alone, state[one], (time,), bundle.manifest, backend.runner),
-        {name: array[one] for name, array in together.items()},
-    )
+    together = verifier.whole(inputs, state)
+    return differences(verifier.whole(select_rows(inputs, one), state[one]), select_rows(together, one))
 
 
-def _padded(bundle: Bundle, backend: DeviceBackend, rng: np.random.Generator) -> Arrays:
-    inputs, state = _draw(bundle, 3, rng)
-    time = next(iter(inputs.values())).shape[1]
+def _padded(verifier: Verifier, golden: Golden, rng: np.random.Generator) -> Differences:
+    inputs, state = _resample(golden, 3, rng)
+    time = golden.time
     lens = np.array([time, max(1, time // 2), max(1, time - 1)], np.int32)
-    outputs, after = backend.runner(inputs, state, lens)
-    worst: Arrays = {}
-    for row, length in enumerate(lens):
-        one = slice(row, row + 1)
-        alone, reached = backend.runner(
-            {name: array[one, :length] for name, array in inputs.items()}, state[one], lens[one]
-        )
-        padded = {
-            spec.name: outputs[spec.name][one, :length] if spec.time else outputs[spec.name][one]
-            for spec in bundle.manifest.outputs
-        }
-        for name, value in _differences(padded | {"state_out": after[one]}, alone | {"state_out": reached}).items():
-            worst[name] = np.maximum(value, worst.get(name, 0.0))
-    return worst
+    return largest(verifier.padded(inputs, state, lens))
 
 
-def _draw(bundle: Bundle, batch: int, rng: np.random.Generator) -> tuple[Arrays, np.ndarray]:
-    """The time steps of the golden sequences in another order, and their states for other rows."""
-    golden = bundle.golden
-    rows, time = next(iter(golden.inputs.values())).shape[:2]
+def _resample(golden: Golden, batch: int, rng: np.random.Generator) -> tuple[Arrays, np.ndarray]:
+    """Draw sequences from the golden time steps, and state rows from the golden ones."""
+    rows, time = len(golden.state), golden.time
     which = rng.integers(0, rows, (batch, time)), rng.integers(0, time, (batch, time))
     return {name: array[which] for name, array in golden.inputs.items()}, golden.state[rng.integers(0, rows, batch)]
-
-
-def _differences(found: Arrays, expected: Arrays) -> Arrays:
-    return {name: np.max(np.abs(array.astype(np.float64) - expected[name])) for name, array in found.items()}
 
 
 def _parser() -> argparse.ArgumentParser:

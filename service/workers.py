@@ -124,7 +124,7 @@ class _Supervisor:
             if self._stopping.is_set():
                 self._status = self._status or int(status not in (0, -signal.SIGTERM))
                 return
-            _log.error("a worker ended", worker=index + 1, status=status)
+            _log.error("worker exited", worker=index + 1, status=status)
             if index not in self._served:
                 self._status = 1
                 self._stop()

@@ -10,16 +10,16 @@ import argparse
 import asyncio
 import os
 import random
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from redis import BusyLoadingError, ConnectionError, Redis
+from redis import Redis
 
+from bench.servers import HOST, running_server
 from deploy import local_redis
 from unroll.service.store.interface import Commit, Kept, Origin, Tokens
 from unroll.service.store.record import pack_last
@@ -45,18 +45,12 @@ MODELS = (Model("LSTM 2×64", 4 * 64, 16), Model("LSTM 2×256", 4 * 256, 64))
 
 @contextmanager
 def redis_server() -> Iterator[int]:
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-        free.close()
-        flags = f"--bind 127.0.0.1 --port {port} --dir {folder} --appendonly yes --appendfsync everysec"
+    """Yields the port of a server that is ready, without snapshots and without rewriting its append-only file."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--bind {HOST} --port PORT --dir {folder} --appendonly yes --appendfsync everysec"
         command = [local_redis.server_path(), *flags.split(), "--save", "", "--auto-aof-rewrite-percentage", "0"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            yield port
-        finally:
-            process.terminate()
-            process.wait()
+        with running_server(command, os.sched_getaffinity(0), Path(folder) / "log") as server:
+            yield server.port
 
 
 class RedisCounters:
@@ -65,14 +59,6 @@ class RedisCounters:
     def __init__(self, port: int) -> None:
         self._redis = Redis(port=port)
         self._begin: dict[str, float] = {}
-
-    def ready(self) -> None:
-        while True:
-            try:
-                self._redis.ping()
-                return
-            except (ConnectionError, BusyLoadingError):
-                pass
 
     def begin(self) -> None:
         self._begin = self._read()
@@ -122,8 +108,7 @@ class Sessions:
 async def measure(model: Model, count: int) -> str:
     with redis_server() as port:
         counters = RedisCounters(port)
-        counters.ready()
-        store = RedisStore(StoreConfig(f"redis://127.0.0.1:{port}/0", timeout=_PATIENCE_SECONDS))
+        store = RedisStore(StoreConfig(f"redis://{HOST}:{port}/0", timeout=_PATIENCE_SECONDS))
         sessions = Sessions(model, count)
         counters.begin()
         await sessions.write(store, sessions.ids, opens=True)

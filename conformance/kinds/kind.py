@@ -26,7 +26,7 @@ def made(forward: Forward, **parts: Any) -> nn.Module:
 class Kind:
     name: str
     build: Callable[[], nn.Module]
-    #: Example inputs; floats of (2, 7, 4) unless said.
+    #: Example inputs; by default floats of (2, 7, 4).
     example: Callable[[], dict[str, Any]] = lambda: {"x": torch.randn(2, 7, 4)}
     options: dict[str, Any] = field(default_factory=dict)
     #: The code it is refused with, or None.

@@ -1,4 +1,4 @@
-"""What forward hands to its next call beside its layers' state: a cache that it takes and returns, or keeps itself."""
+"""State that forward carries to its next call: a cache that it takes and returns, or keeps in an attribute."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,14 @@ from unroll.export.signature.outputs import indices_of, leaves
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Carried:
-    """name: in the state row. parts: its tensors. first: what every sequence starts from, (1, size) of the row each."""
+    """One carried state.
+
+    Attributes:
+        name: in the state row.
+        parts: the axes of its tensors.
+        first: what every sequence starts from, each (1, size) of the row.
+        structure: the pytree of its tensors.
+    """
 
     name: str
     parts: tuple[Axes, ...]
@@ -38,7 +45,7 @@ class Carried:
 
     @classmethod
     def of_attribute(cls, name: str, first: Any, left: list[Any]) -> "Carried | None":
-        """From what calls of three sizes leave in the attribute, as in `Axes.of`; None if its rows are not clients'."""
+        """From the values that calls of three sizes leave in the attribute; None if its rows are not clients."""
         flat = [pytree.tree_flatten(value) for value in left]
         leaves, structure = [tensors for tensors, _ in flat], flat[0][1]
         if any(other != structure for _, other in flat) or not leaves[0]:
@@ -58,14 +65,14 @@ class Carried:
         return cls(name, known, tuple(begin), structure)
 
     def take(self, tape: Tape, batch: int) -> tuple[list[Tensor], Any]:
-        """As the row has it, and as forward wants it."""
+        """The state as parts of the row, and as forward takes it."""
         dtype = torch.get_default_dtype()
         _, rows = tape.begin(self.name, lambda: [row.to(dtype).expand(batch, -1) for row in self.first])
         tensors = [axes.unflat(row) for axes, row in zip(self.parts, rows, strict=True)]
         return rows, pytree.tree_unflatten(tensors, self.structure)
 
     def leave(self, tape: Tape, rows: list[Tensor], tensors: list[Tensor], batch: int, time: int) -> None:
-        """What forward handed on, after it took `rows`. Raises ExportError(output) for another shape."""
+        """Put the state that forward returned, after it took `rows`, on the tape. Raises ExportError(output)."""
         for axes, tensor in zip(self.parts, tensors, strict=True):
             if tensor.dim() != len(axes.shape) or any(
                 size != own
@@ -73,7 +80,7 @@ class Carried:
                 if axis != axes.batch
             ):
                 raise ExportError(
-                    "output", f"{self.name!r} is handed on as {tuple(tensor.shape)}: its size may not change"
+                    "output", f"{self.name!r} is returned as {tuple(tensor.shape)}; its shape must stay the same"
                 )
         parts = tuple(Part("carry", number) for number in range(len(self.parts)))
         final = [axes.flat(tensor) for axes, tensor in zip(self.parts, tensors, strict=True)]
@@ -83,9 +90,15 @@ class Carried:
 def handed_on(
     model: nn.Module, example: dict[str, Any], state: Mapping[str, str], alone: Callable[[], dict[str, Any]], batch: int
 ) -> dict[str, StateArgument]:
-    """The arguments that `state` names, with where their rows are. Raises ExportError(input).
+    """The arguments that forward returns for its next call, with the axis of their rows.
 
-    alone: the other arguments for a batch of one. batch: of the example.
+    Args:
+        state: their names, each with the name of the output that is passed to the next call.
+        alone: makes the other arguments for a batch of one.
+        batch: of the example.
+
+    Raises:
+        ExportError: input.
     """
     flat = {name: pytree.tree_flatten(example[name]) for name in state}
     returned = leaves(attempt("the example", lambda: model(**example)))
@@ -94,8 +107,8 @@ def handed_on(
             there = ", ".join(f"{key or 'y'} {tuple(tensor.shape)}" for key, tensor in returned)
             raise ExportError(
                 "input",
-                f"state {name!r} is {', '.join(str(tuple(t.shape)) for t in tensors)}, and forward hands on "
-                f"{state[name]!r} with another shape, or not at all: it returns {there}",
+                f"state {name!r} is {', '.join(str(tuple(t.shape)) for t in tensors)}, and forward has no output "
+                f"{state[name]!r} of that shape: it returns {there}",
             )
     everything = [tensor for tensors, _ in flat.values() for tensor in tensors]
     choices = list(product(*(alike_rows(tensor, batch) for tensor in everything)))
@@ -108,14 +121,15 @@ def handed_on(
         if len(choices) == 1 or _fits(model, alone(), found, state):
             return found
     raise ExportError(
-        "input", f"state {', '.join(map(repr, state))} must be what a new client starts from, in every row of the batch"
+        "input",
+        f"state {', '.join(map(repr, state))}: give the state that a new client starts from, the same in every row",
     )
 
 
 def _fits(
     model: nn.Module, arguments: dict[str, Any], found: dict[str, StateArgument], state: Mapping[str, str]
 ) -> bool:
-    """Does forward take one row of the states, and hand on as much?"""
+    """Does forward take one row of the states, and return one?"""
     one = {name: argument.expand(1) for name, argument in found.items()}
     try:
         returned = leaves(attempt("a batch of one", lambda: model(**arguments, **one)))

@@ -1,8 +1,8 @@
-"""Recognises an LSTM, a GRU or an Elman RNN in a step that someone wrote by hand, whatever it is called.
+"""Matches a handwritten loop body with PyTorch's LSTM, GRU or Elman cell.
 
-By numbers: its weights are tried in every order of gates, and the step that PyTorch's own cell takes with them must be
-the same in float64, also far outside the range where activations are nearly linear. Then a node of onnxruntime does
-what a scan would do, faster.
+The weights of the body are tried in every order of gates. PyTorch's own cell with these weights must compute the same
+in float64, also far outside the range where activations are nearly linear. Then one ONNX node replaces the scan, and is
+faster.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,22 @@ from unroll.export.lifting.scan import Scan
 
 _GATES: dict[Any, int] = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 
-#: Of the rows that are tried: a limit on a state, say, shows at the large ones only.
+#: The scale of each row that is tried: a clamp of the state, for example, shows only in large ones.
 _SCALES = (0.5, 1.0, 1.0, 10.0, 100.0, 1e4)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How PyTorch's weights are made of a step's own. Names are of its parameters.
+    """How the weights of PyTorch's cell are made of those of a loop body.
 
-    rows: of the matrices, all gates together. order: its gates in PyTorch's order. columns: where in `w` and `r` input
-    and state lie. swapped: it carries c before h. flipped: its update gate keeps what PyTorch's replaces.
+    Attributes:
+        kind: nn.LSTM, nn.GRU or nn.RNN.
+        rows: of the matrices, all gates together.
+        w, r, biases: names of the body's parameters.
+        order: the body's gates in PyTorch's order.
+        columns: the columns of `w` for the input, and of `r` for the state.
+        swapped: the body carries c before h.
+        flipped: its update gate keeps the part of the state that PyTorch's replaces.
     """
 
     kind: Any
@@ -70,8 +76,8 @@ class Recipe:
                 own.copy_(weight)
 
 
-def recognised(scan: Scan) -> Recipe | None:
-    """What layer the step of `scan` is, if it is one."""
+def match_cell(scan: Scan) -> Recipe | None:
+    """The layer that computes the same as the body of `scan`, or None."""
     series = [axes for axes in scan.inputs if axes.time is not None]
     stacked = [axes for axes in scan.outputs if axes.time is not None]
     lasts = [final for axes, final in zip(scan.outputs, scan.finals, strict=True) if axes.time is None]

@@ -1,4 +1,4 @@
-"""Which tensors are computed from the values of the inputs, whatever the values are."""
+"""Follows which tensors are computed from the values of the inputs, for any values."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-#: Of their tensors these read the shape only.
+#: These read only the shape of their tensors.
 _CREATED = {f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn")} | {
     f"new_{name}" for name in ("zeros", "ones", "full", "empty", "tensor")
 }
 
-#: Of their tensors but the first these read the shape or the dtype only.
+#: These read only the shape or the dtype of their tensors after the first.
 _AS_OTHER = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
-class Taint(TorchFunctionMode):
-    """Within, `tensor in taint` says whether it was computed from the values of `inputs`."""
+class ComputedFrom(TorchFunctionMode):
+    """Within, `tensor in` this says whether it was computed from the values of `inputs`."""
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         self._found = {id(tensor): tensor for tensor in inputs}

@@ -1,4 +1,4 @@
-"""Runs a user's forward in float64, also where it says float32: PyTorch in double precision is the reference."""
+"""Runs a user's forward in float64, also where its code asks for float32: the reference for every comparison."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def converted(model: Module, dtype: torch.dtype) -> Module:
-    """A copy that computes in `dtype`, with the tensors that are plain attributes."""
+    """A copy that computes in `dtype`, including tensors that are plain attributes."""
     copied = copy.deepcopy(model).to(dtype)
     for module in copied.modules():
         for name, value in vars(module).items():
@@ -38,7 +38,7 @@ def _swap(value: Any) -> Any:
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Within: new tensors are float64 and a request for float32 is read as float64."""
+    """Within, new tensors are float64, and a request for float32 means float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,7 +1,6 @@
 """nn.LSTM, nn.GRU and nn.RNN, lifted: they take their state from the tape and leave it there.
 
-A layer stays what it is for the user's code: only its class is replaced, on a copy, by a subclass with another
-`forward`.
+The user's code sees the same layer: only its class is replaced, on a copy, by a subclass with another `forward`.
 """
 
 from collections.abc import Callable
@@ -58,9 +57,9 @@ def lift_layers(model: nn.Module, tape: Tape) -> None:
 
 
 def take_weights(model: nn.Module, source: nn.Module) -> None:
-    """Keep the weights of `source`, a model alike, as ONNX wants them, in the precision that `model` has.
+    """Store the weights of `source`, a model of the same structure, in `model`: in ONNX's layout and its own precision.
 
-    After a forward, since a normalised weight is computed by one.
+    Call it after a forward, since forward computes normalised weights.
     """
     for module, original in zip(model.modules(), source.modules(), strict=True):
         if isinstance(module, nn.RNNBase) and isinstance(original, nn.RNNBase):
@@ -71,7 +70,7 @@ def take_weights(model: nn.Module, source: nn.Module) -> None:
 
 
 def _play(module: nn.RNNBase, native: Native, x: Any, hx: Any) -> Any:
-    """Forward of a lifted layer: as the user's code calls it, and with what it expects back."""
+    """Forward of a lifted layer, with the arguments and results of the layer that it replaces."""
     if isinstance(x, PackedSequence):
         # The padded tensor, batch first: see `packed`.
         sequence = x.data if module.batch_first else x.data.transpose(0, 1)
@@ -139,7 +138,7 @@ def _project(module: nn.RNNBase, layer: int, y: Tensor) -> Tensor:
 
 
 def _projected(module: nn.RNNBase, layer: int, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The state as PyTorch returns it: with proj_size, h is kept as what its projection makes h of."""
+    """The state as PyTorch returns it. With proj_size, the row holds h before its projection."""
     if not module.proj_size:
         return state
     h, c = state
@@ -153,7 +152,7 @@ def _asked(module: nn.RNNBase, kind: str, x: Tensor, hx: Any, batch: int) -> lis
         return _pieces([(zeros, zeros) if kind == "LSTM" else (zeros,)] * module.num_layers)
     layers = _by_layer(module, tuple(piece.to(x.dtype) for piece in (hx if kind == "LSTM" else (hx,))))
     if module.proj_size:
-        # Any h is the projection of something, as long as it is not wider than what is projected.
+        # Any h is the projection of some vector, as long as it is not wider than that vector.
         inverse = [getattr(module, f"onnx_i{layer}") for layer in range(module.num_layers)]
         layers = [(h @ back.to(h.dtype).transpose(1, 2), c) for (h, c), back in zip(layers, inverse, strict=True)]
     return _pieces(layers)

@@ -43,7 +43,7 @@ def lift(model: nn.Module, exact: nn.Module, example: dict[str, Any], declared: 
 
 
 class _Lifter:
-    """Lifts one model. The stages of `lift`, in order; each fills in what the next ones need."""
+    """Lifts one model."""
 
     def __init__(self, model: nn.Module, example: dict[str, Any], declared: DeclaredArguments) -> None:
         self._model, self._declared, self._tape = model, declared, Tape()
@@ -71,7 +71,9 @@ class _Lifter:
         others = self._without_state()
         series = [value for name, value in others.items() if name not in static and isinstance(value, Tensor)]
         if self._packings or not series or series[0].dim() < 2:
-            raise ExportError("input", "a state that is handed on goes with inputs that are (batch, time, ...) tensors")
+            raise ExportError(
+                "input", "`state` needs an input that is a tensor (batch, time, ...), and no packed sequence"
+            )
         batch = series[0].shape[0 if self._declared.batch_first else 1]
         return handed_on(self._model, self._original, state, lambda: self._resized((1, 5)), batch)
 
@@ -87,13 +89,15 @@ class _Lifter:
             return attempt("the example", lambda: self._model(**self._resized(size), **now))
 
         lift_loops(self._model, self._tape, run)
-        module_state.put_back(self._model)  # loops were traced alone
+        module_state.restore_attributes(self._model)  # loops were traced alone
 
     def _record(self, values: dict[str, Any]) -> Tape:
         """Run forward on the example with other `values`; returns the tape with its calls."""
         self._call(values)
         if not self._tape.calls and not self._declared.state:
-            raise ExportError("no_recurrent_layer", "forward calls none of the model's recurrent layers")
+            raise ExportError(
+                "no_recurrent_layer", "forward calls no recurrent layer (nn.LSTM, nn.GRU, nn.RNN, or a loop over time)"
+            )
         return self._tape
 
     def _call(self, values: dict[str, Any]) -> Any:
@@ -111,7 +115,7 @@ class _Lifter:
         handed = self._without_layers_own(handed, constants)
         if handed and unbatched:
             raise ExportError(
-                "unbatched", "forward takes one sequence without a batch: give a state of its own a batch axis"
+                "unbatched", "forward takes one sequence without a batch; with `state` it must take a batch"
             )
         inputs = self._series({*constants, *lengths, *static, *handed}, unbatched)
         batch = len(next(iter(inputs.values())))
@@ -141,8 +145,8 @@ class _Lifter:
             if not self._is_layers_own(name, output):
                 raise ExportError(
                     "input",
-                    f"state {name!r} goes to a recurrent layer as its initial state, and {output!r} is not the state "
-                    "that this layer ends in: hand on the layer's own",
+                    f"state {name!r} goes to a recurrent layer, and {output!r} is not the state that this layer ends in"
+                    "; return the final state of the layer",
                 )
         return {name: argument for name, argument in handed.items() if name not in constants}
 

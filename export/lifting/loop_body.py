@@ -1,7 +1,7 @@
-"""One iteration of a Python loop over time, as a function of what it is handed and what it hands on.
+"""One iteration of a Python loop over time, as a function of its inputs and the states of the iteration before.
 
-Such a loop is unrolled when it is traced. Traced over one time step and over three, the two lists of operations differ
-by two iterations; what an iteration takes from the one before it is the loop's state, whatever the code calls it.
+Tracing unrolls such a loop. Traced over one time step and over three, the two lists of operations differ by two
+iterations. The values that an iteration takes from the one before it are the loop's state, under any name.
 """
 
 import copy
@@ -18,22 +18,22 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.log_filter import quiet
 
-#: Tensors out of nothing: where they are made says nothing about a loop.
+#: Tensors made of no tensor: the place where they are made says nothing about a loop.
 _CREATED = {
     *(getattr(torch.ops.aten, name) for name in ("zeros", "ones", "full", "empty", "arange", "scalar_tensor")),
     *(getattr(torch.ops.aten, f"{name}_like") for name in ("zeros", "ones", "full", "empty")),
     *(getattr(torch.ops.aten, f"new_{name}") for name in ("zeros", "ones", "full", "empty")),
 }
 
-#: Parts of a tensor. The one of a single step may be the whole, and is then not picked at all.
+#: Parts of a tensor. The part of a single step may be the whole, and is then not picked.
 _PICKED = {operator.getitem, torch.ops.aten.select.int, torch.ops.aten.slice.Tensor}
 
-#: Where a tensor comes from, as far as it can be compared between iterations.
+#: The origin of a tensor, comparable between iterations.
 Origin = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class LoopBody:
     """body: (*arguments of one time step, *states) -> (*results, *states). start: (*arguments) -> (*states).
 
     finals: for each result, which state it is after the last step, if it is one.
@@ -45,7 +45,7 @@ class Step:
 
 
 def traced(module: nn.Module, arguments: list[Tensor], batch_axes: list[int | None]) -> fx.GraphModule:
-    """`module` over as many time steps as `arguments` have, for any batch. Raises what torch.export raises."""
+    """`module` traced over the time steps of `arguments`, for any batch size. Raises the errors of torch.export."""
     batch = Dim("batch", min=1)
     shapes = (tuple({} if axis is None else {axis: batch} for axis in batch_axes),)
     with quiet():
@@ -55,8 +55,8 @@ def traced(module: nn.Module, arguments: list[Tensor], batch_axes: list[int | No
     return graph_module
 
 
-def find_steps(one: fx.GraphModule, three: fx.GraphModule) -> Iterator[Step]:
-    """Every way to read the module traced over one time step and over three as a loop, the likeliest first."""
+def find_bodies(one: fx.GraphModule, three: fx.GraphModule) -> Iterator[LoopBody]:
+    """Every loop body that explains the traces of a module over one and over three time steps, the likeliest first."""
     single, triple = _Trace(one.graph), _Trace(three.graph)
     size, odd = divmod(len(triple.operations) - len(single.operations), 2)
     if odd or size < 1:
@@ -80,9 +80,9 @@ class _Trace:
         self._place = {node: index for index, node in enumerate(self.operations)}
 
     def states(self, first: int, size: int) -> "list[_State] | None":
-        """What each iteration of `size` operations takes from the one before it; None if they are not alike.
+        """The values that each iteration of `size` operations takes from the one before; None if iterations differ.
 
-        The first iteration, which takes the initial state, begins with operation `first`, and there are three.
+        There are three. The first one takes the initial state and begins with operation `first`.
         """
         found: dict[Origin, _State] = {}
         for index in range(size):
@@ -157,8 +157,8 @@ def _replace(user: fx.Node, which: int, by: fx.Node) -> None:
     user.args, user.kwargs = pytree.tree_unflatten(leaves, structure)
 
 
-def _cut(module: fx.GraphModule, states: list[_State], first: int) -> Step:
-    """The module over one time step, from states that are handed in."""
+def _cut(module: fx.GraphModule, states: list[_State], first: int) -> LoopBody:
+    """The module over one time step, with the states as arguments."""
     body, start = copy.deepcopy(module.graph), copy.deepcopy(module.graph)
     operations = _Trace(body).operations
     *_, last = (node for node in body.nodes if node.op == "placeholder")
@@ -181,7 +181,7 @@ def _cut(module: fx.GraphModule, states: list[_State], first: int) -> Step:
 
     begin = [_operands(_Trace(start).operations[first + state.uses[0][0]])[state.uses[0][1]] for state in states]
     start.output_node().args = (tuple(begin),)
-    return Step(_plain(module, body), _plain(module, start), finals)
+    return LoopBody(_plain(module, body), _plain(module, start), finals)
 
 
 def _plain(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

@@ -1,7 +1,7 @@
-"""Finds the modules that loop over time in Python, and lifts them: the step is exported, and a scan runs it.
+"""Finds the modules that loop over time in Python, and lifts them: the loop body is exported, and a scan runs it.
 
-Which modules these are is seen by running: such a module does more the longer the sequence is. That its step, run
-over the sequence, is the module is found by comparing numbers; forwards or backwards, too.
+A module that loops does more work the longer the sequence is. Comparing answers tells whether its body, run over the
+sequence forwards or backwards, is the module.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, first_line
-from unroll.export.lifting.cell_matching import Recipe, recognised
-from unroll.export.lifting.loop_body import Step, find_steps, traced
+from unroll.export.lifting.cell_matching import Recipe, match_cell
+from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced
 from unroll.export.lifting.scan import Axes, Scan
 from unroll.export.lifting.tape import Call, Part, Tape
 
@@ -29,7 +29,7 @@ _SIZES = ((2, 3), (3, 3), (2, 5))
 
 @dataclass(slots=True)
 class Seen:
-    """One call of a module: what it was given and what it gave, flat, and how much it did itself meanwhile."""
+    """One call of a module: its arguments and results, flat, and how many operations it ran itself."""
 
     given: list[Any]
     structure: Any
@@ -40,7 +40,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """What a lifted module is called with and returns: the leaves that are not tensors, and the structures."""
+    """The arguments and results of a lifted module: the leaves that are not tensors, and the structures."""
 
     path: str
     structure: Any
@@ -56,7 +56,7 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
     try:
         base, wide, long = (_watch(model, partial(run, size)) for size in _SIZES)
     except ExportError:
-        return  # forward fails on other sizes than the example's: what is said of it later is clearer
+        return  # forward fails on other sizes than the example's: a later check has a clearer message
     loops = [path for path in base if _work(base[path]) != _work(long.get(path, []))]
     for path in loops:
         if any(path != other and (not other or path.startswith(other + ".")) for other in loops):
@@ -72,7 +72,7 @@ def _work(calls: list[Seen]) -> list[int]:
 
 
 def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Seen]]:
-    """Every call of every module but PyTorch's own recurrent layers, by path, in order of their beginning."""
+    """Every call of every module except PyTorch's recurrent layers, by path, in the order in which they begin."""
     found: dict[str, list[Seen]] = {}
     stack: list[Seen] = []
 
@@ -120,7 +120,7 @@ def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long
     module.__class__ = type(type(module).__name__, (type(module),), {"forward": _forward})
     module.unroll_loop = Loop(name, base.structure, base.gave, base.results)  # type: ignore[assignment]
     module.unroll_scan, module.unroll_tape = scan, tape  # type: ignore[assignment]
-    recipe = recognised(scan)
+    recipe = match_cell(scan)
     module.unroll_layer = recipe.layer(scan.body) if recipe else None  # type: ignore[assignment]
     module.unroll_recipe = recipe  # type: ignore[assignment]
 
@@ -159,14 +159,14 @@ def _tensors(leaves: list[Any]) -> list[Tensor]:
 
 
 def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide: Seen, long: Seen) -> Scan:
-    """The scan that gives the module's answers."""
+    """The scan that gives the module's answers. Raises ExportError(calls_depend_on_time) if there is none."""
     whole = _tensors(wide.given)
     first = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(whole, inputs, strict=True)]
     try:
         one, three = (traced(flat, tensors, [axes.batch for axes in inputs]) for tensors in (first, whole))
     except Exception as error:
         raise ExportError("not_exportable", f"torch.export cannot follow {name!r}: {first_line(error)}") from error
-    for step in find_steps(one, three):
+    for step in find_bodies(one, three):
         states = _states(step, first, inputs)
         if states is None:
             continue
@@ -174,11 +174,11 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
             scan = Scan(step, inputs, outputs, states, backwards)
             if all(_is_same(scan, seen) for seen in (wide, long)):
                 return scan
-    raise _refusal(name, "its state, or how it goes from one step to the next, could not be made out")
+    raise _refusal(name, "its state, or its step from one time step to the next, cannot be identified")
 
 
-def _states(step: Step, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:
-    """The axes of what is carried, from two batch sizes; None if a row has no state of its own."""
+def _states(step: LoopBody, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:
+    """The axes of the states, from two batch sizes; None if a row has no state of its own."""
     fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
     after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
@@ -223,7 +223,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _by_layer(module: nn.Module, scan: Scan, given: list[Tensor]) -> list[Tensor]:
-    """What the scan would give, from the layer that its step is."""
+    """The results of the scan, computed by the layer that its body was matched with."""
     recipe: Recipe = module.unroll_recipe  # type: ignore[assignment]
     tape: Tape = module.unroll_tape  # type: ignore[assignment]
     x, axes = next((t, axes) for t, axes in zip(given, scan.inputs, strict=True) if axes.time is not None)
@@ -242,7 +242,7 @@ def _by_layer(module: nn.Module, scan: Scan, given: list[Tensor]) -> list[Tensor
 
 
 def refill(model: nn.Module) -> None:
-    """Give recognised layers the weights of the steps that they stand for, in the precision of both."""
+    """Copy the weights of loop bodies to the layers that replace them, in the precision of both."""
     for module in model.modules():
         if isinstance(layer := getattr(module, "unroll_layer", None), nn.RNNBase):
             module.unroll_recipe.fill(layer, module.unroll_scan.body)  # type: ignore[operator, union-attr]
@@ -251,6 +251,6 @@ def refill(model: nn.Module) -> None:
 def _refusal(name: str, why: str) -> ExportError:
     return ExportError(
         "calls_depend_on_time",
-        f"{name!r} loops over time steps, and {why}; let a module of its own loop, with nothing else in it, or call "
-        "the layer once on the whole sequence",
+        f"{name!r} loops over time steps, and {why}; move the loop into a module of its own with nothing else in it, "
+        "or call a recurrent layer once on the whole sequence",
     )

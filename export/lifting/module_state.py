@@ -1,7 +1,7 @@
-"""State that forward leaves in the module for its next call, as `self.h` is: found, and put back after every call.
+"""State that forward leaves in the module for its next call, such as `self.h`: found, and restored after every call.
 
-So every call starts from what the module starts from. Whether the next call of the user's own module then goes on as a
-stream would is found out by running it: see `exporter`.
+So every call starts from the module's own initial state. `verification.original` checks that the next call of the
+user's module continues the sequence.
 """
 
 import copy
@@ -15,34 +15,34 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
-from unroll.export.lifting.dataflow import Taint
+from unroll.export.lifting.dataflow import ComputedFrom
 from unroll.export.signature.outputs import first_difference, is_same, leaves
 
 #: (path of a module, name of its attribute)
 Attribute = tuple[str, str]
 
-#: In place of an attribute that there is not yet.
+#: In place of an attribute that does not exist yet.
 _ABSENT: Any = ...
 
 
 def find_module_state(model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
-    """The attributes through which one call of forward bears on the next. `model` is not changed.
+    """The attributes through which one call of forward affects the next. `model` is not changed.
 
-    They hold what is computed from the inputs, or do not come to rest; what no later call reads is none of them.
+    They hold values computed from the inputs, or change with every call; and a later call reads them.
     """
     model, other = copy.deepcopy(model), _another_example(example)
-    taint = Taint(tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)))
+    from_inputs = ComputedFrom(tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)))
     seen = [_values(model)]
-    with taint:
+    with from_inputs:
         first = model(**example)
-    computed = {(path, name) for path, name, _, tensor in _tensors(model) if tensor in taint}
+    computed = {(path, name) for path, name, _, tensor in _tensors(model) if tensor in from_inputs}
     seen.append(_values(model))
     for inputs in (other, example):
         again = model(**inputs)
         seen.append(_values(model))
     changed = [{key for key, value in new.items() if not is_same(old.get(key), value)} for old, new in pairwise(seen)]
     if first_difference(first, again) is None:
-        del changed[0]  # as a table is that is made once
+        del changed[0]  # a table that is made once
     found = computed | {(path, name) for keys in changed for path, name, _ in keys}
     return sorted(attribute for attribute in found if _is_read(model, attribute, example))
 
@@ -55,14 +55,14 @@ def _another_example(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) -> bool:
-    """Is anything else computed from it, or does another value make a difference?"""
+    """Is another tensor computed from it, or does another value change the result?"""
     path, name = attribute
     followed = copy.deepcopy(model)
     value = getattr(followed.get_submodule(path), name)
-    with Taint(tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))) as taint:
+    with ComputedFrom(tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))) as computed:
         returned = followed(**example)
     made = [tensor for *other, _, tensor in _tensors(followed) if tuple(other) != attribute]
-    if any(tensor in taint for tensor in [*made, *(tensor for _, tensor in leaves(returned))]):
+    if any(tensor in computed for tensor in [*made, *(tensor for _, tensor in leaves(returned))]):
         return True
     plain, changed = copy.deepcopy(model), copy.deepcopy(model)
     owner = changed.get_submodule(path)
@@ -79,11 +79,11 @@ def _another(value: Any) -> Any:
     return value + 1 if isinstance(value, (Tensor, int, float)) else value
 
 
-class PutBack:
-    """A hook after the forward of a model: its `attributes` are then what they were at first.
+class RestoreAttributes:
+    """A hook that restores attributes of a model after each forward.
 
-    They are kept in the modules that have them, since what converts a module's tensors converts these, too. left: what
-    the last call left in each attribute.
+    Their first values are stored in the modules that have them, since code that converts a module's tensors then
+    converts these, too. left: the value that the last call left in each attribute.
     """
 
     def __init__(self, model: nn.Module, attributes: list[Attribute]) -> None:
@@ -93,7 +93,7 @@ class PutBack:
             owner = model.get_submodule(path)
             setattr(owner, _first(name), _rebuilt(getattr(owner, name, _ABSENT)))
         model.register_forward_hook(self)
-        model.unroll_put_back = self  # type: ignore[assignment]
+        model.unroll_restore = self  # type: ignore[assignment]
 
     def __call__(self, model: nn.Module, args: Any = (), output: Any = None) -> None:
         for path, name in self._attributes:
@@ -106,20 +106,20 @@ class PutBack:
                 delattr(owner, name)
 
 
-def put_back(model: nn.Module) -> None:
-    """Now: after a part of the model was called alone, or when a call has failed."""
-    if isinstance(hook := getattr(model, "unroll_put_back", None), PutBack):
+def restore_attributes(model: nn.Module) -> None:
+    """Restore the attributes now: after a part of the model was called alone, or a call failed."""
+    if isinstance(hook := getattr(model, "unroll_restore", None), RestoreAttributes):
         hook(model)
 
 
 def left_by(model: nn.Module, attribute: Attribute) -> Any:
-    """What the last call left in an attribute that was put back."""
-    hook: PutBack = model.unroll_put_back  # type: ignore[assignment]
+    """The value that the last call left in an attribute."""
+    hook: RestoreAttributes = model.unroll_restore  # type: ignore[assignment]
     return hook.left[attribute]
 
 
 def first_of(model: nn.Module, attribute: Attribute) -> Any:
-    """What the attribute is at first."""
+    """The first value of an attribute."""
     path, name = attribute
     return getattr(model.get_submodule(path), _first(name))
 
@@ -129,7 +129,7 @@ def _first(name: str) -> str:
 
 
 def _rebuilt(value: Any) -> Any:
-    """With containers of its own: forward may change what it finds in place."""
+    """With containers of its own, since forward may change a container in place."""
     return pytree.tree_map(lambda leaf: leaf, value)
 
 
@@ -140,8 +140,8 @@ def described(attributes: list[Attribute]) -> str:
 def refusal(attributes: list[Attribute]) -> ExportError:
     return ExportError(
         "keeps_state",
-        f"forward changes {described(attributes)}, and its next call does not go on as a stream would: state kept "
-        "in the module is shared by all clients; return it, or leave it to the recurrent layer",
+        f"forward changes {described(attributes)}, and its next call does not continue the sequence. Attributes are "
+        "shared by all clients: return the state and take it as an argument, or leave it to the recurrent layer",
     )
 
 

@@ -1,4 +1,4 @@
-"""Watches a lifted model run: which states it takes, where its axes are, what it starts from."""
+"""Observes a lifted model running: the states it takes, the axes of its outputs, the state it starts from."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +41,10 @@ class Observation:
 
 
 def find_carried_attributes(lifted: LiftedModel, attributes: list[Attribute]) -> dict[Attribute, Carried]:
-    """What forward leaves in these attributes for its next call, as parts of the state row, where that can be."""
+    """The values that forward leaves in these attributes for its next call, as parts of the state row.
+
+    Left out are attributes whose rows do not belong to clients, and those that hold a recurrent layer's own state.
+    """
     if not attributes:
         return {}
     streaming = lifted.single
@@ -61,7 +64,7 @@ def find_carried_attributes(lifted: LiftedModel, attributes: list[Attribute]) ->
 
 
 def _recorded(lifted: LiftedModel, size: tuple[int, int]) -> tuple[Named, list[Call]]:
-    """What forward returns for a batch and a length, and the calls made by it."""
+    """The result of forward for a batch size and a length, and the calls of its layers."""
     batch, time = size
     tensors = as_tensors(lifted.samples.draw(batch, time, seed=11), double=False)
     return attempt(f"{batch} sequences of {time} time steps", partial(lifted.single.record, *tensors.values()))
@@ -73,7 +76,7 @@ def _is_among(value: Any, tensors: list[Tensor]) -> bool:
 
 
 def find_history(lifted: LiftedModel) -> list[Place | None]:
-    """Where forward reaches into the past beside its recurrent layers; nothing if it nowhere does."""
+    """Where forward needs the past outside its recurrent layers; empty if it needs none."""
     streaming, seen = lifted.single, []
     for size in _SIZES:
         streaming.watch = WatchHistory()
@@ -123,7 +126,7 @@ def _final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:
 
 
 def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
-    """The same at every batch size and length, or ExportError(calls_depend_on_time | layer_axes)."""
+    """The layout, the same at every batch size and length. Raises ExportError(calls_depend_on_time | layer_axes)."""
     layouts = [Layout.of(calls) for calls in calls_at.values()]
     for calls, layout in zip(calls_at.values(), layouts, strict=True):
         if layout != layouts[0]:
@@ -140,14 +143,14 @@ def _check_axes(calls: list[Call], batch: int, time: int) -> None:
         if (call.batch, call.time) == (time, batch):
             raise ExportError(
                 "layer_axes",
-                f"layer {call.module!r} takes the batch for time: it wants (time, batch, ...). If forward does too, "
-                "give the example so and say batch_first=False; otherwise build the layer with batch_first=True",
+                f"layer {call.module!r} takes the batch for the time: it expects (time, batch, ...). Build it with "
+                "batch_first=True; or, if forward expects that too, export with batch_first=False",
             )
         if (call.batch, call.time) != (batch, time):
             raise ExportError(
                 "layer_axes",
-                f"layer {call.module!r} sees {call.batch} sequences of {call.time} steps where the model gets {batch} "
-                f"of {time}: a state per client needs the same batch and time in every recurrent layer",
+                f"layer {call.module!r} gets {call.batch} sequences of {call.time} steps where the model gets {batch} "
+                f"of {time}; for one state per client, every recurrent layer needs the model's batch and time",
             )
 
 
@@ -159,13 +162,13 @@ def _computed_starts(lifted: LiftedModel) -> frozenset[Key]:
         for call in _calls(lifted, *size):
             rows, key = torch.cat(call.start, 1), (call.module, call.index)
             base = first.setdefault(key, rows[:1])
-            if (rows - base).abs().max() > 1e-12 or key in lifted.double.tape.tainted:
+            if (rows - base).abs().max() > 1e-12 or key in lifted.double.tape.computed_starts:
                 computed.add(key)
     return frozenset(key for key in computed if not key[0].startswith("input "))
 
 
 def _initial_row(lifted: LiftedModel) -> np.ndarray:
-    """(state_size,) float32: what every sequence starts from, zero where that depends on its inputs."""
+    """(state_size,) float32: the row that every sequence starts from, zero where that depends on its inputs."""
     double = lifted.double
     row = double.layout.pack(_calls(lifted, 1, 6), start=True)[0]
     for slot in double.layout.slots:
@@ -185,5 +188,5 @@ def _check_names(streaming: StreamingModule) -> None:
     if len(set(names)) != len(names) or RESERVED_NAMES & set(names):
         raise ExportError(
             "output",
-            f"the names of inputs and outputs repeat or are the bundle's own ({', '.join(names)}); give output_names",
+            f"names of inputs and outputs repeat, or the bundle uses them: {', '.join(names)}; give output_names",
         )

@@ -1,7 +1,7 @@
 """PackedSequence, lifted: while the lifted model runs, packing keeps the padded tensor, batch first and unsorted.
 
-The rows' own lengths are then the service's `sequence_lens`. So a packed sequence's `data` is (batch, time, ...)
-instead of (steps, ...), which is all the same to whatever works on its last axis.
+The lengths of the rows are the service's `sequence_lens`. The `data` of a packed sequence is then (batch, time, ...)
+instead of (steps, ...), which makes no difference to code that works on its last axis.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _TAPE: ContextVar[Tape] = ContextVar("unroll_tape")
 
 @contextmanager
 def padded(tape: Tape) -> Iterator[None]:
-    """Within, PyTorch's packing functions are ours, by whatever name the user's code imported them."""
+    """Within, PyTorch's packing functions run our code, under any name by which the user's code imported them."""
     ours: list[tuple[Any, Any]] = [(rnn.pack_padded_sequence, _pack_code), (rnn.pad_packed_sequence, _pad_code)]
     before = [function.__code__ for function, _ in ours]
     token = _TAPE.set(tape)
@@ -47,7 +47,7 @@ def as_argument(data: Tensor, lens: Tensor) -> PackedSequence:
 
 
 def as_padded(returned: Any) -> Any:
-    """What a lifted forward returned, with a padded tensor (batch, time, ...) in place of each PackedSequence."""
+    """The result of a lifted forward, with a padded tensor (batch, time, ...) in place of each PackedSequence."""
 
     def is_packed(value: Any) -> bool:
         return isinstance(value, PackedSequence)
@@ -66,7 +66,9 @@ def pack(x: Tensor, lengths: Any, batch_first: bool) -> PackedSequence:
 def pad(sequence: PackedSequence, batch_first: bool, value: float, total_length: int | None) -> tuple[Tensor, Tensor]:
     lens, data = _TAPE.get().lens, sequence.data
     if total_length is not None and total_length != data.shape[1]:
-        raise ExportError("packed_sequence", f"pad_packed_sequence pads to {total_length} steps, not to the input's")
+        raise ExportError(
+            "packed_sequence", f"pad_packed_sequence pads to {total_length} steps; pad to the length of the input"
+        )
     lengths = sequence.batch_sizes
     if lens is not None:
         alive = count_up(data.shape[1]) < lens.unsqueeze(1)
@@ -75,7 +77,7 @@ def pad(sequence: PackedSequence, batch_first: bool, value: float, total_length:
     return (data if batch_first else data.transpose(0, 1)), lengths
 
 
-# The bodies that PyTorch's functions get. They run with the names of PyTorch's module, so they import what they need.
+# The bodies for PyTorch's functions. They run with the globals of PyTorch's module, so they import what they need.
 def _pack_code(input, lengths, batch_first=False, enforce_sorted=True):  # type: ignore[no-untyped-def]
     from unroll.export.lifting.packed import pack
 

@@ -41,7 +41,7 @@ def state_arguments(example: dict[str, Any], record: Record, unbatched: bool) ->
             axes = () if unbatched else tuple(_row_axis(name, tensor, calls[0].batch) for tensor in tensors)
             found[name] = StateArgument(tuple(tensors), axes, structure)
     if example and len(found) == len(example):
-        raise ExportError("input", "every input is an initial state; give an example of what arrives at each time step")
+        raise ExportError("input", "every input is an initial state; add the inputs of each time step to the example")
     return found
 
 
@@ -50,8 +50,8 @@ def _row_axis(name: str, tensor: Tensor, batch: int) -> int:
         return 1 if 1 in axes else axes[0]
     raise ExportError(
         "initial_state",
-        f"input {name!r} is the initial state of a recurrent layer, and its rows differ; give the one state that a "
-        "new client starts from in every row, or leave it out",
+        f"input {name!r} is the initial state of a recurrent layer, and its rows differ; give the state that a new "
+        "client starts from, the same in every row, or leave it out",
     )
 
 

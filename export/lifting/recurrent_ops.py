@@ -1,6 +1,6 @@
-"""One recurrent layer as a custom op: what ONNX's LSTM, GRU and RNN operators compute, in plain PyTorch.
+"""Custom ops that compute what ONNX's LSTM, GRU and RNN operators compute, in plain PyTorch.
 
-All tensors are laid out as ONNX wants them, so that the translation to a node is one line each:
+All tensors have ONNX's layout, so that the translation to a node is one line each:
 x (time, batch, features); lens (batch,) int32; h, c (directions, batch, hidden); w (directions, gates * hidden,
 features), r (directions, gates * hidden, hidden), b (directions, 2 * gates * hidden), gates in ONNX's order.
 y (time, batch, directions * hidden) is zero beyond a row's length, and its state stays what it was there.
@@ -21,9 +21,9 @@ GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 def layer_weights(module: nn.RNNBase, kind: str, layer: int) -> dict[str, Tensor]:
     """w, r, b of one layer of a torch module, in ONNX's layout and gate order and in float64; a missing bias is zero.
 
-    Taken from the list that PyTorch computes with: a weight that is normalised may differ from it. With proj_size
-    there is also p (directions, proj_size, hidden), and i, its pseudo-inverse; and r is what takes an h that is not
-    projected yet: an LSTM of r @ p whose output p projects is the same function, and one that onnxruntime has.
+    The weights come from the list that PyTorch computes with, from which a normalised parameter may differ. With
+    proj_size there are also p (directions, proj_size, hidden) and i, its pseudo-inverse; r then takes an h that is not
+    projected yet: an LSTM of r @ p whose output p projects is the same function, and onnxruntime has it.
     """
     named = dict(zip(module._flat_weights_names, module._flat_weights, strict=True))
     suffixes = ["", "_reverse"] if module.bidirectional else [""]

@@ -1,6 +1,6 @@
-"""Runs a step over the time steps of a sequence: as a Python loop, and when it is exported as one ONNX Scan.
+"""Runs a loop body over the time steps of a sequence: as a Python loop, or as one ONNX Scan in the graph.
 
-Rows of different length: a row that has ended keeps its state, and its last results.
+A row that has ended keeps its state and its last results.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as higher_order_scan
 
-from unroll.export.lifting.loop_body import Step
+from unroll.export.lifting.loop_body import LoopBody
 from unroll.export.lifting.state_row import from_row, to_row
 from unroll.export.lifting.tape import count_up
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Where batch and time are in a tensor, if they are. shape: with other numbers there than it has in other calls."""
+    """The axes of batch and time in a tensor, if it has them. shape: of one call; others differ along these axes."""
 
     batch: int | None
     time: int | None
@@ -49,17 +49,17 @@ class Axes:
 
 
 class Scan(nn.Module):
-    """`step`, one time step after another. inputs, outputs: the tensors' axes; states: those of what it carries."""
+    """A loop body, run over one time step after another. inputs, outputs, states: the axes of the tensors."""
 
     def __init__(
-        self, step: Step, inputs: list[Axes], outputs: list[Axes], states: list[Axes], backwards: bool = False
+        self, step: LoopBody, inputs: list[Axes], outputs: list[Axes], states: list[Axes], backwards: bool = False
     ) -> None:
         super().__init__()
         self.body, self.start, self.finals = step.body, step.start, step.finals
         self.inputs, self.outputs, self.states, self.backwards = inputs, outputs, states, backwards
 
     def initial(self, tensors: list[Tensor]) -> list[Tensor]:
-        """What the module starts from, as parts of the state row."""
+        """The initial states of the module, as parts of the state row."""
         one = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(tensors, self.inputs, strict=True)]
         batch = self.size(tensors)[0]
         return [
@@ -70,9 +70,15 @@ class Scan(nn.Module):
     def forward(
         self, tensors: list[Tensor], parts: list[Tensor], lens: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """tensors: the module's own arguments; parts: its state. Returns its own results, and the state reached."""
+        """The module's results, and the state it reached.
+
+        Args:
+            tensors: the arguments of the module.
+            parts: its state, as parts of the state row.
+            lens: (batch,), the length of each row; None if all rows have all time steps.
+        """
         batch, time = self.size(tensors)
-        # What is no state and has no time is handed on as well: a row's last result is the one of its last step.
+        # Results without time that are no state are carried, too: a row's last result is that of its last step.
         lasts = [
             axes for axes, final in zip(self.outputs, self.finals, strict=True) if axes.time is None and final is None
         ]
@@ -124,7 +130,7 @@ class Scan(nn.Module):
 
 
 def _run(once: Any, carry: Any, sequences: Any, dim: int, reverse: bool) -> tuple[Any, Any]:
-    """What the higher-order scan does, in Python."""
+    """The higher-order scan in Python."""
     each = []
     for t in range(len(sequences[0])):
         t = len(sequences[0]) - 1 - t if reverse else t

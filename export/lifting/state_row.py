@@ -1,4 +1,4 @@
-"""The state row: where each part of the state lies in it, and how tensors of any dtype become its floats."""
+"""The state row: the place of each part of the state, and the conversion of any dtype to its floats."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ _INTEGERS = {torch.bool, torch.int64, torch.int32, torch.int16}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each part of the state lies in the packed row."""
+    """The place of each part of the state in the row."""
 
     slots: tuple[StateSlot, ...]
 
@@ -55,7 +55,7 @@ def fits_row(dtype: torch.dtype) -> bool:
 
 
 def to_row(values: Tensor) -> Tensor:
-    """(batch, size) of any dtype as floats of the row; a count is in two of them, since float32 ends at 2**24."""
+    """(batch, size) of any dtype as floats of the row. An integer takes two of them, since float32 ends at 2**24."""
     if values.is_floating_point():
         return values
     if values.dtype != torch.bool:
@@ -65,7 +65,7 @@ def to_row(values: Tensor) -> Tensor:
 
 
 def from_row(row: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `to_row` was given. A float is of the precision that the row has."""
+    """The inverse of `to_row`. A float keeps the precision of the row."""
     if dtype.is_floating_point:
         return row
     if dtype == torch.bool:

@@ -15,7 +15,7 @@ from unroll.bundle.golden import Arrays, RunFunction
 from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting import module_state, packed, vmap_rules
 from unroll.export.lifting.carried_state import Carried
-from unroll.export.lifting.dataflow import Taint
+from unroll.export.lifting.dataflow import ComputedFrom
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.lifting.history import KeepHistory, Place, WatchHistory
 from unroll.export.lifting.module_state import Attribute
@@ -121,10 +121,10 @@ class StreamingModule(nn.Module):
             if lens is None and any((lengths != time).any() for lengths, time in self.tape.lengths):
                 raise ExportError(
                     "packed_sequence",
-                    "forward packs sequences with lengths that it computes; take the lengths as an argument",
+                    "forward packs sequences with lengths that it computes; pass the lengths to forward as an argument",
                 )
         except BaseException:
-            module_state.put_back(self.model)
+            module_state.restore_attributes(self.model)
             raise
         finally:
             self.tape.start(None, None)
@@ -154,7 +154,7 @@ class StreamingModule(nn.Module):
             rows[carried], value = carried.take(self.tape, batch)
             setattr(self.model.get_submodule(path), name, value)
         mode = KeepHistory(self.tape, self.model, self.history, batch).running() if self.history else nullcontext()
-        with self._tainting(arguments), self.watch or mode:
+        with self._following_inputs(arguments), self.watch or mode:
             result = self.model(**arguments)
         returned = leaves(packed.as_padded(result))
         for carried, output in self.arguments.carried.values():
@@ -165,15 +165,15 @@ class StreamingModule(nn.Module):
             carried.leave(self.tape, rows[carried], tensors, batch, time)
         return returned
 
-    def _tainting(self, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    def _following_inputs(self, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
         """Where forward is recorded: tell the tape which tensors are computed from its inputs."""
         if self.tape.given is not None:
             return nullcontext()
         fixed = self.arguments.constants.keys() - self.arguments.carried.keys()
         inputs = pytree.tree_leaves([value for name, value in arguments.items() if name not in fixed])
-        taint = Taint(tuple(tensor for tensor in inputs if isinstance(tensor, Tensor)))
-        self.tape.taint, self.tape.tainted = taint, set()
-        return taint
+        computed = ComputedFrom(tuple(tensor for tensor in inputs if isinstance(tensor, Tensor)))
+        self.tape.from_inputs, self.tape.computed_starts = computed, set()
+        return computed
 
     def _static(self, batch: int) -> dict[str, Tensor]:
         """The static inputs from the state row, (batch, size) each; without one, those of the example."""

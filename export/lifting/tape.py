@@ -1,7 +1,7 @@
-"""The tape: what a lifted model reads as state and leaves as state, call by call.
+"""The tape: the states that a lifted model reads and leaves, call by call.
 
-A call is known by (path of the module, how often it was called before). Its state is a list of parts, each
-(batch, size); what they mean is the lifted layer's own business.
+The key of a call is (path of the module, number of its calls before). Its state is a list of parts, each (batch, size);
+only the lifted layer knows their meaning.
 """
 
 from collections.abc import Callable, Container
@@ -19,7 +19,7 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Which part of a layer's state: see `StateSlot`."""
+    """Names a part of a layer's state: see `StateSlot`."""
 
     kind: Kind
     layer: int = 0
@@ -28,10 +28,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call of a lifted layer, as it happened.
+    """One call of a lifted layer.
 
-    `start` is the state it started from, and `final` the one it reached, part by part. `asked` are the very tensors
-    that forward passed, and `returned` those that it got back as final state.
+    Attributes:
+        start, final: the state it started from, and the state it reached, part by part, each (batch, size).
+        asked: the tensors that forward passed as its initial state.
+        returned: the tensors that forward got back as its final state.
     """
 
     module: str
@@ -46,17 +48,17 @@ class Call:
 
 
 class Tape:
-    """What the lifted layers of one model read and write during one forward pass.
+    """The states that the lifted layers of one model read and write during one forward pass.
 
-    With `given`, calls start from it and ignore the state forward passes; but for those in `computed`, while a row is
-    `fresh`. With `lens`, they run as what becomes the bundle's graph; without, as PyTorch's own layers.
+    With `given`, calls start from it and ignore the state that forward passes, except for calls in `computed` while a
+    row is `fresh`. With `lens`, layers run as the operators of the bundle's graph; without, as PyTorch's own.
     """
 
     def __init__(self) -> None:
-        #: Calls whose initial state forward computes from the inputs: not one for all.
+        #: Calls whose initial state forward computes from the inputs, so that it differs between sequences.
         self.computed: frozenset[Key] = frozenset()
-        #: Of the last pass that asked: the calls whose initial state was in `taint`.
-        self.tainted: set[Key] = set()
+        #: Calls of the last recorded pass whose initial state was in `from_inputs`.
+        self.computed_starts: set[Key] = set()
         self.start(None, None)
 
     def start(self, given: dict[Key, list[Tensor]] | None, lens: Tensor | None) -> None:
@@ -64,20 +66,28 @@ class Tape:
         #: (batch, 1): is this row at the beginning of its sequence?
         self.fresh: Tensor | None = None
         self.calls: list[Call] = []
-        #: What forward packs a sequence with: the rows' lengths, and the time steps there are.
+        #: The arguments of each packing: the rows' lengths, and the number of time steps.
         self.lengths: list[tuple[Tensor, int]] = []
-        #: Tensors that are computed from the inputs, if that is asked: see `dataflow`.
-        self.taint: Container[Tensor] = ()
+        #: Tensors that are computed from the inputs, while they are followed: see `dataflow`.
+        self.from_inputs: Container[Tensor] = ()
         #: Was a layer given one sequence without a batch axis?
         self.unbatched = False
 
     def begin(self, path: str, asked: Callable[[], list[Tensor]]) -> tuple[int, list[Tensor]]:
-        """The number of this call, and the state it is to start from. asked: computes the one that forward asks for."""
+        """The number of this call, and the state that it starts from.
+
+        Args:
+            path: of the module.
+            asked: computes the state that forward passes.
+
+        Raises:
+            ExportError: calls_depend_on_time, if the row has no state for the call.
+        """
         index = sum(call.module == path for call in self.calls)
         if self.given is None:
             start = asked()
-            if any(tensor in self.taint for tensor in start):
-                self.tainted.add((path, index))
+            if any(tensor in self.from_inputs for tensor in start):
+                self.computed_starts.add((path, index))
             return index, start
         if (path, index) not in self.given:
             raise call_count(path)
@@ -90,11 +100,11 @@ class Tape:
 def call_count(path: str) -> ExportError:
     return ExportError(
         "calls_depend_on_time",
-        f"layer {path!r} is called a number of times that depends on the sequence's length; call it once on the "
-        "whole sequence instead of looping over time steps",
+        f"the number of calls of layer {path!r} depends on the sequence's length; call it once on the whole sequence "
+        "instead of looping over time steps",
     )
 
 
 def count_up(count: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-    """torch.arange, for within forward: there that name is taken for the user's own, see `history`."""
+    """0, 1, ... without torch.arange, which inside forward is taken for the user's own call: see `history`."""
     return torch.ops.aten.arange.default(count, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Rules by which torch.vmap may trace sequences that come one by one, where PyTorch's own rules fix their number."""
+"""Rules for torch.vmap over sequences, where PyTorch's own rules would fix the number of sequences in the trace."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from unroll.export.lifting.recurrent_ops import gru, lstm, rnn
 
 
 def _vmap(operator: Any, rows: tuple[int | None, ...]) -> None:
-    """Sequences that come one by one, each a batch of one, are run together. rows: each argument's batch axis."""
+    """Runs mapped sequences, each a batch of one, as one batch. rows: the batch axis of each argument."""
 
     def run(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         def together(value: Any, dim: int | None, axis: int | None) -> Any:
@@ -30,7 +30,7 @@ def _vmap(operator: Any, rows: tuple[int | None, ...]) -> None:
 
 @torch.library.custom_op("unroll::cat", mutates_args=())
 def cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    """torch.cat, whose own rule for sequences that come one by one fixes their number."""
+    """torch.cat, whose own rule for vmap fixes the number of sequences."""
     return torch.cat(list(tensors), axis)
 
 
@@ -66,9 +66,9 @@ _CALLS: dict[str, tuple[Any, list[Any], Any]] = {}
 
 @torch.library.custom_op("unroll::by_rows", mutates_args=())
 def by_rows(tensors: Sequence[Tensor], call: str) -> Tensor:
-    """One of `_BY_ROWS`, whose own rule for sequences that come one by one fixes their number.
+    """Calls one of `_BY_ROWS`, whose own rules for vmap fix the number of sequences.
 
-    Only for these: when the trace is lowered, what runs is the function itself.
+    Only these: when the trace is lowered, the function itself runs.
     """
     return _called(tensors, call)
 
@@ -98,7 +98,7 @@ def _by_rows_rule(info: Any, in_dims: Any, tensors: Sequence[Tensor], call: str)
 torch.library.register_vmap(by_rows, _by_rows_rule)
 
 
-#: Casts: PyTorch checks the tensor's size at each, which it cannot do for sequences that come one by one.
+#: Casts: PyTorch checks the tensor's size at each, which it cannot do within vmap.
 _CASTS = {
     Tensor.float: torch.float32,
     Tensor.double: torch.float64,
@@ -110,7 +110,7 @@ _CASTS = {
 
 
 def _cast_to(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
-    """What the call casts its first argument to, if it is a cast and nothing else."""
+    """The dtype that the call casts its first argument to, if it does nothing else."""
     if func in _CASTS:
         return _CASTS[func]
     if func in {Tensor.to, Tensor.type, Tensor.type_as}:
@@ -121,7 +121,7 @@ def _cast_to(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
 
 
 class OneByOne(TorchFunctionMode):
-    """Within, calls may be traced for sequences that come one by one, where PyTorch's own rules fix their number."""
+    """Within, calls are replaced by those that have a rule here."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

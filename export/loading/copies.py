@@ -25,7 +25,7 @@ def detached_copy(module: nn.Module) -> nn.Module:
             return copy.deepcopy(module, memo).cpu().eval().requires_grad_(False)
     except Exception as error:  # user code
         raise ExportError(
-            "not_copyable", f"the module cannot be copied (does it hold a tensor of its last training step?): {error}"
+            "not_copyable", f"copy.deepcopy fails on the module; detach or delete tensors kept from training: {error}"
         ) from error
 
 

@@ -70,7 +70,7 @@ class StateSpec:
 
 def examples(inputs: Sequence[InputSpec], static: Sequence[InputSpec] = (), state: Sequence[StateSpec] = ()) -> Example:
     if not inputs:
-        raise ExportError("input", "say what forward takes with --input NAME:DTYPE:SHAPE")
+        raise ExportError("input", "no inputs: describe the arguments of forward with --input NAME:DTYPE:SHAPE")
     found = {spec.name: spec.example() for spec in inputs} | {spec.name: spec.example()[:, 0] for spec in static}
     return found | {spec.input.name: spec.example() for spec in state}
 

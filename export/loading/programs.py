@@ -1,7 +1,7 @@
-"""Models that are not nn.Modules in Python any more: TorchScript, and programs of torch.export.
+"""Converts TorchScript and programs of torch.export to an nn.Module.
 
-Both become a graph of PyTorch's operators. Where it calls a recurrent layer, it gets an nn.LSTM, nn.GRU or nn.RNN of
-the same weights, and goes on as any module. Whether the result is the model is found by comparing numbers.
+Both are graphs of PyTorch's operators. Each call of a recurrent layer becomes an nn.LSTM, nn.GRU or nn.RNN with the
+same weights. Comparing answers tells whether the result is the model.
 """
 
 import copy
@@ -37,7 +37,9 @@ def as_module(model: Any, example: dict[str, Any]) -> nn.Module:
         _check_sizes(model)
         return _with_layers(model)
     if isinstance(model, fx.GraphModule) and any(node.target in _LAYERS for node in model.graph.nodes):
-        raise ExportError("not_exportable", "this is the module of an exported program; export the program itself")
+        raise ExportError(
+            "not_exportable", "this is the module of an exported program; give the torch.export.ExportedProgram itself"
+        )
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return _from_script(model, example)
     return model
@@ -49,16 +51,16 @@ def load(path: Path) -> nn.Module:
         raise ExportError(
             "checkpoint",
             f"{path}: reading a .pt2 file can run code that is hidden in it; if you trust it, load it with "
-            "torch.export.load and hand the program to export.export",
+            "torch.export.load and give the program to unroll.export",
         )
     try:
         return torch.jit.load(path, map_location="cpu")
     except (RuntimeError, ValueError) as error:
-        raise ExportError("checkpoint", f"{path} is no TorchScript file: {first_line(error)}") from error
+        raise ExportError("checkpoint", f"{path} is not a TorchScript file: {first_line(error)}") from error
 
 
 def _from_script(model: nn.Module, example: dict[str, Any]) -> nn.Module:
-    """The Python classes it was made from, if they are there; else its graph."""
+    """From the Python classes that it was compiled from, if they can be imported; else from its graph."""
     why = ""
     for read in (partial(without_scripts, model), partial(_converted, model, example)):
         try:
@@ -70,12 +72,12 @@ def _from_script(model: nn.Module, example: dict[str, Any]) -> nn.Module:
         except Exception as error:  # noqa: BLE001 user code: the reason goes into the refusal
             why = first_line(error)
     raise ExportError(
-        "scripted", f"a scripted model cannot be taken apart ({why}); export the nn.Module it was made from"
+        "scripted", f"the scripted model cannot be converted ({why}); export the nn.Module that it was made from"
     )
 
 
 def _answers(model: nn.Module, example: dict[str, Any]) -> Any:
-    """As it will be exported, whatever mode it is in."""
+    """In eval mode, in which it is exported; its own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         return model.eval()(**example)
@@ -154,13 +156,13 @@ def _check_sizes(program: ExportedProgram) -> None:
             if isinstance(value, Tensor) and value.dim() > 1 and any(isinstance(n, int) for n in value.shape[:2]):
                 raise ExportError(
                     "not_exportable",
-                    f"the program holds for {node.name!r} of {tuple(value.shape)} only; make it with "
-                    "dynamic_shapes for the batch and the time, as in {0: Dim.AUTO, 1: Dim.AUTO}",
+                    f"the program takes {node.name!r} of {tuple(value.shape)} only; export it with dynamic_shapes for "
+                    "the batch and the time: {0: Dim.AUTO, 1: Dim.AUTO}",
                 )
 
 
 def _with_layers(program: ExportedProgram, names: list[str] | None = None) -> nn.Module:
-    """names: what its inputs are to be called."""
+    """The program as a module. names: for its inputs."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
@@ -213,6 +215,8 @@ def _layer(module: fx.GraphModule, node: fx.Node) -> _Layer:
 
 def _value(module: fx.GraphModule, node: fx.Node) -> Tensor:
     if node.op != "get_attr":
-        raise ExportError("not_exportable", "a recurrent layer's weights are computed in the program")
+        raise ExportError(
+            "not_exportable", "the program computes the weights of a recurrent layer; export the nn.Module"
+        )
     path, _, name = str(node.target).rpartition(".")
     return getattr(module.get_submodule(path), name)

@@ -59,7 +59,7 @@ def _leave_vmap() -> None:
 
 
 def _rename(graph: onnx.GraphProto) -> None:
-    """Free the names that inputs and outputs shall have: the exporter may have used them inside."""
+    """Give inputs and outputs their names: the exporter may have used these inside the graph."""
 
     def renamed(name: str) -> str:
         return name.removeprefix(_PUBLIC) if name.startswith(_PUBLIC) or not name else f"/{name}"

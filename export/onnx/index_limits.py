@@ -61,5 +61,8 @@ def input_limits(graph: onnx.ModelProto, layout: Layout, samples: Samples) -> di
     limits = _index_limits(graph, layout)
     for name, array in integers.items():
         if name not in limits and (array == array.flat[0]).all():
-            raise ExportError("input", f"the example of {name!r} holds one value only; give the values it may take")
+            raise ExportError(
+                "input",
+                f"the example of {name!r} holds one value only; give an example with all values that it may have",
+            )
     return {name: limit for name, limit in limits.items() if name in integers}

@@ -37,7 +37,7 @@ def _int8(graph: onnx.ModelProto) -> bytes:
     if not any("Quantize" in name or "Integer" in name for name in operators(content)):
         found = ", ".join(operators(graph.SerializeToString()))
         raise ExportError(
-            "precision", f"int8: onnxruntime has integer LSTM and MatMul, and the model has neither ({found})"
+            "precision", f"int8: onnxruntime computes LSTM and MatMul in integers, and the model has neither ({found})"
         )
     return content
 

@@ -1,4 +1,4 @@
-"""Traces the lifted model with batch and time of any size, and says at which sizes the trace may be wrong."""
+"""Traces the lifted model with batch and time of any size, and lists the sizes at which the trace may be wrong."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""The arguments of forward: what they must be, and the example in other sizes."""
+"""The arguments of forward: checks, and the example in other sizes."""
 
 import inspect
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:
     for name, value in example.items():
         for leaf in [value.data] if isinstance(value, PackedSequence) else pytree.tree_leaves(value):
             if not isinstance(leaf, Tensor):
-                raise ExportError("input", f"input {name!r} holds a {type(leaf).__name__}; give tensors")
+                raise ExportError("input", f"input {name!r} holds a {type(leaf).__name__}; give tensors only")
             if leaf.dtype not in DTYPES:
                 raise ExportError("dtype", f"input {name!r} is {leaf.dtype}; use float32, int64, int32 or bool")
 
@@ -83,16 +83,20 @@ def check_static(static: dict[str, Any], batch: int, unbatched: bool) -> dict[st
     """The example's inputs without time, (batch, ...). Raises ExportError(input)."""
     for name, value in static.items():
         if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != batch or unbatched:
-            raise ExportError("input", f"static input {name!r} must be a tensor (batch, ...), with the others' batch")
+            raise ExportError(
+                "input", f"static input {name!r} must be a tensor (batch, ...) with the batch of the other inputs"
+            )
         if not value.is_floating_point() and value.abs().max() >= 2**24:
-            raise ExportError("input", f"static input {name!r} has values of 2**24 or more, which float32 cannot keep")
+            raise ExportError(
+                "input", f"static input {name!r} has values of 2**24 or more, which float32 does not represent exactly"
+            )
     return static
 
 
 def resized(
     example: dict[str, Any], size: tuple[int, int], static: frozenset[str], batch_first: bool
 ) -> dict[str, Any]:
-    """The example with another batch size and length: its rows and steps repeated, or the first of them."""
+    """The example with another batch size and length: its rows and steps, repeated or cut off."""
     batch, time = size
     tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
     sizes = next((leaf.shape[:2] for leaf in tensors if leaf.dim() > 1), tensors[0].shape[:1])
@@ -121,13 +125,16 @@ def check_inputs(example: dict[str, Tensor], batch_first: bool, unbatched: bool)
     layout = "(batch, time, ...)" if batch_first else "(time, batch, ...)"
     for name, value in example.items():
         if name in RESERVED_NAMES:
-            raise ExportError("input", f"input {name!r}: the bundle uses this name itself; rename forward's argument")
+            raise ExportError(
+                "input", f"input {name!r}: the bundle uses this name itself; rename the argument of forward"
+            )
         if not isinstance(value, Tensor):
             raise ExportError("input", f"input {name!r} is a {type(value).__name__}; give a tensor {layout}")
     if unbatched:
         if any(value.dim() > 2 for value in example.values()):
             raise ExportError(
-                "unbatched", f"a recurrent layer is given a 2-D tensor, one sequence; give the inputs as {layout}"
+                "unbatched",
+                f"a recurrent layer gets a 2-D tensor, which is one sequence; give it, and the inputs, as {layout}",
             )
         example, batch_first = {name: value.unsqueeze(0) for name, value in example.items()}, True
     first = next(iter(example))
@@ -136,8 +143,8 @@ def check_inputs(example: dict[str, Tensor], batch_first: bool, unbatched: bool)
             shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in example.items())
             raise ExportError(
                 "batch_time",
-                f"every input must be {layout} with the same batch and time: {shapes}; name those in `static` that are "
-                "given once when a sequence begins",
+                f"every input must be {layout} with the same batch and time: {shapes}; list in `static` those that are "
+                "given once, when a sequence begins",
             )
         if min(example[name].shape) < 1:
             raise ExportError("input", f"input {name!r} is empty: {tuple(example[name].shape)}")

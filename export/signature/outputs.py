@@ -1,4 +1,4 @@
-"""Finds what a forward returns: which tensors, their names, and where their batch and time axes are."""
+"""The result of forward: its tensors, their names, and their batch and time axes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -37,7 +37,7 @@ class Output:
 
 
 def leaves(returned: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor in what forward returned, with a name made of its dict keys, field names or positions."""
+    """Every tensor in the result of forward, with a name made of dict keys, field names or positions."""
     return _walk(returned, "")
 
 
@@ -87,9 +87,15 @@ def first_difference(one: Any, other: Any) -> str | None:
 def plan_outputs(
     frames: dict[tuple[int, int], list[tuple[str, Tensor]]], dropped: set[int], given_names: list[str] | None
 ) -> tuple[Output, ...]:
-    """Find the axes of every output from the shapes seen at several (batch, time), the first of which is the base.
+    """Find the axes of every output from its shapes in several calls.
 
-    Raises ExportError(output) when an output cannot be put as (batch, time, ...) or (batch, ...).
+    Args:
+        frames: the result of forward by (batch, time); the first one is the base.
+        dropped: indices of tensors that are no outputs.
+        given_names: names for the outputs, or None.
+
+    Raises:
+        ExportError: output, for one that is neither (batch, time, ...) nor (batch, ...) up to the order of its axes.
     """
     (batch, time), *others = frames
     other_batch = next(size for size in others if size[1] == time)
@@ -132,5 +138,8 @@ def plan_outputs(
 
 def _changed(one: Tensor, other: Tensor, name: str) -> list[int]:
     if one.dim() != other.dim():
-        raise ExportError("output", f"output {name!r} has {one.dim()} dimensions or {other.dim()}")
+        raise ExportError(
+            "output",
+            f"output {name!r} has {one.dim()} dimensions or {other.dim()}, depending on the input; fix the number",
+        )
     return [axis for axis in range(one.dim()) if one.shape[axis] != other.shape[axis]]

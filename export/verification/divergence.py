@@ -1,4 +1,4 @@
-"""Names the layer at which a run in chunks first differs from the whole run."""
+"""Finds the layer at which a run in chunks first differs from the run of the whole sequence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from unroll.bundle.golden import Arrays
 from unroll.export.lifting.streaming import StreamingModule, torch_runner
 
-#: What each call of a leaf module received and gave, in order of execution.
+#: The path of each leaf module that ran, with the tensors that it received and returned, in order.
 Trace = list[tuple[str, list[Tensor], list[Tensor]]]
 
 

@@ -43,7 +43,9 @@ def check_same_as_original(
             expected = output.batch_major(returned[output.index][1]).numpy()
             if not np.allclose(lifted[output.spec.name], expected, _CLOSE, _CLOSE):
                 raise ExportError(
-                    "parity", f"output {output.spec.name!r} changes when the layers' state is handed in from outside"
+                    "parity",
+                    f"output {output.spec.name!r} changes when recurrent layers take their state from the row; does "
+                    "forward read the weights or the states of a layer itself?",
                 )
 
 

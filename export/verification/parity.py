@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from unroll.bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, replay
-from unroll.bundle.golden import Arrays
+from unroll.bundle import Golden, GoldenMismatch, Manifest, Parity, RunFunction, Verifier
+from unroll.bundle.verification import Differences, difference, differences, random_chunks
 from unroll.export.errors import ExportError
 from unroll.export.signature.samples import Samples
 from unroll.export.verification import trials
-from unroll.export.verification.trials import Subject, Trial, random_chunks, steps
+from unroll.export.verification.trials import Subject, Trial
 
 _GOLDEN_BYTES = 64 * 1024
 
@@ -31,9 +31,9 @@ class Runners:
     def subjects(self, samples: Samples, manifest: Manifest) -> tuple[Subject, Subject, Subject]:
         """Each of the three, in this order, as a subject to ask."""
         return (
-            Subject(self.reference, samples, manifest),
-            Subject(self.single, samples, manifest),
-            Subject(self.served, samples, manifest),
+            Subject(self.reference, manifest, samples),
+            Subject(self.single, manifest, samples),
+            Subject(self.served, manifest, samples),
         )
 
 
@@ -59,16 +59,11 @@ def make_golden(reference: Subject) -> Golden:
 
 def _check_cuts(golden: Golden, reference: Subject) -> None:
     """Not even in float64 may a cut make a difference: it would be taken for rounding."""
-    expected = expected_answers(golden)
     for chunks in golden.chunkings:
-        for name, array in reference.cut(golden.inputs, golden.state.astype(np.float64), chunks).items():
-            if not _difference(array, expected[name]) <= 1e-6 * max(1.0, float(np.max(np.abs(expected[name])))):
+        found = reference.chunked(golden.inputs, golden.state.astype(np.float64), chunks)
+        for name, expected in golden.expected.items():
+            if not difference(found[name], expected) <= 1e-6 * max(1.0, float(np.max(np.abs(expected)))):
                 raise ExportError("parity", f"{name} depends on how a sequence is cut, which a longer search has shown")
-
-
-def expected_answers(golden: Golden) -> Arrays:
-    """Outputs, and `state_out`, of PyTorch in float64."""
-    return golden.outputs | {"state_out": golden.state_out}
 
 
 def prove(
@@ -84,13 +79,13 @@ def prove(
     Raises:
         ExportError: parity, if onnxruntime is further off than that.
     """
-    expected = expected_answers(golden)
+    expected = golden.expected
     reference, single, served = runners.subjects(samples, manifest)
     own = _own_error(golden, reference, single)
     tolerance = {name: _tolerance(own[name], array) for name, array in expected.items()}
     draft = tuple(Parity(name, 0.0, own[name], tolerance[name]) for name in expected)
     try:
-        worst = replay(golden, replace(manifest, parity=draft), served.run)
+        worst = Verifier(served.run, replace(manifest, parity=draft)).replay(golden)
     except GoldenMismatch as error:
         raise ExportError("parity", f"onnxruntime and PyTorch disagree: {error}") from None
     for batch, time in (*trials.SIZES, *suspects):
@@ -99,17 +94,15 @@ def prove(
     return tuple(Parity(name, worst[name], own[name], tolerance[name]) for name in expected)
 
 
-def _own_error(golden: Golden, reference: Subject, single: Subject) -> dict[str, float]:
+def _own_error(golden: Golden, reference: Subject, single: Subject) -> Differences:
     """PyTorch float32's largest error, by output, over the golden inputs and more sequences."""
-    time = steps(golden.inputs)
-    trial = Trial(trials.OWN_ERROR_BATCH, time, trials.OWN_ERROR_INPUT_SEED, trials.OWN_ERROR_ROW_SEED)
+    trial = Trial(trials.OWN_ERROR_BATCH, golden.time, trials.OWN_ERROR_INPUT_SEED, trials.OWN_ERROR_ROW_SEED)
     inputs, state = reference.inputs(trial), reference.rows(trial)
     answers = reference.whole(inputs, state)
-    own = {name: _difference(array, answers[name]) for name, array in single.whole(inputs, state).items()}
-    expected = expected_answers(golden)
-    for chunks in golden.chunkings if single.manifest.streamable else ((time,),):
-        for name, array in single.cut(golden.inputs, golden.state, chunks).items():
-            own[name] = max(own[name], _difference(array, expected[name]))
+    own = differences(single.whole(inputs, state), answers)
+    for _, found in single.replayed(golden):
+        for name, value in differences(found, golden.expected).items():
+            own[name] = max(own[name], value)
     return own
 
 
@@ -130,22 +123,16 @@ def _check_size(
                 "parity", f"{spec.name} is {spec.dtype} in PyTorch, {found[spec.name].dtype} in the graph"
             )
     for name, array in found.items():
-        allowed = max(tolerance[name], _tolerance(_difference(own[name], answers[name]), answers[name]))
-        difference = _difference(array, answers[name])
-        if array.shape != answers[name].shape or not difference <= allowed:
+        allowed = max(tolerance[name], _tolerance(difference(own[name], answers[name]), answers[name]))
+        measured = difference(array, answers[name])
+        if not measured <= allowed:
             raise ExportError(
                 "parity",
                 f"onnxruntime and PyTorch disagree for a batch of {trial.batch} with {trial.time} time steps: {name} "
-                f"differs by {difference:.3g} (tolerance {allowed:.3g})",
+                f"differs by {measured:.3g} (tolerance {allowed:.3g})",
             )
 
 
 def _tolerance(own: float, expected: np.ndarray) -> float:
     scale = max(1.0, float(np.max(np.abs(expected.astype(np.float64)))))
     return 4 * own + 1e-7 * scale
-
-
-def _difference(array: np.ndarray, expected: np.ndarray) -> float:
-    if array.shape != expected.shape:
-        return float("inf")
-    return float(np.max(np.abs(array.astype(np.float64) - expected.astype(np.float64))))

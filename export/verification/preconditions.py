@@ -1,4 +1,4 @@
-"""What export refuses in a model as it is: kinds of modules, dtypes, and state that forward keeps."""
+"""Checks of the user's model before it is lifted: kinds of modules, dtypes, equal answers to equal calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,26 +18,24 @@ _FLOATS = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
 def check_modules(model: nn.Module) -> None:
-    """Raises ExportError for a module or parameter that cannot be exported faithfully, naming it."""
+    """Raises ExportError(quantized | dtype | too_large), naming the module or parameter that cannot be exported."""
     for path, module in model.named_modules():
         where = f"layer {path or type(module).__name__!r}"
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.quantizable")):
-            raise ExportError("quantized", f"{where} is quantized; export the float model")
+            raise ExportError("quantized", f"{where} is quantized; export the model as it was before quantization")
     for name, parameter in model.named_parameters():
         if parameter.dtype not in _FLOATS:
-            raise ExportError("dtype", f"parameter {name!r} is {parameter.dtype}; export a float32 model")
+            raise ExportError("dtype", f"parameter {name!r} is {parameter.dtype}; export a model of float32 parameters")
     size = sum(4 * parameter.numel() for parameter in model.parameters())
     if size > _LARGEST:
         raise ExportError("too_large", f"the parameters take {size / 2**30:.1f} GiB; a bundle holds less than 2 GiB")
 
 
 def precision(model: nn.Module) -> torch.dtype:
-    """What the parameters are, all of them. Raises ExportError(dtype) if they differ."""
+    """The dtype of all parameters. Raises ExportError(dtype) if they have several."""
     dtypes = {parameter.dtype for parameter in model.parameters()} or {torch.float32}
     if len(dtypes) > 1:
-        raise ExportError(
-            "dtype", f"the parameters are of {len(dtypes)} dtypes; export a float32 model (model.float())"
-        )
+        raise ExportError("dtype", f"the parameters have {len(dtypes)} dtypes; convert the model with model.float()")
     return dtypes.pop()
 
 
@@ -54,7 +52,7 @@ def check_steady(forward: Callable[[], Any], state: list[Attribute]) -> Any:
         raise refusal(state)
     raise ExportError(
         "not_deterministic",
-        f"two identical calls differ in output {name or 'y'!r}: forward uses random numbers or keeps a state",
+        f"two identical calls of forward differ in output {name or 'y'!r}; remove random numbers and kept state",
     )
 
 

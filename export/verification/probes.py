@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from unroll.bundle.golden import Arrays
+from unroll.bundle.verification import Differences, random_chunks, select_rows
 from unroll.export.errors import ExportError
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.signature.samples import Samples
 from unroll.export.verification import trials
 from unroll.export.verification.divergence import find_divergence
-from unroll.export.verification.trials import Subject, Trial, one_row, random_chunks
+from unroll.export.verification.trials import Subject, Trial
 
 #: In float64 a different order of operations costs about 1e-15; a wrong state costs much more than this.
 _CLOSE = 1e-9
@@ -43,7 +44,7 @@ def check_rows(reference: Subject) -> None:
         inputs, rows = reference.inputs(trial), reference.rows(trial)
         together = reference.whole(inputs, rows)
         for row in range(trial.batch):
-            alone = reference.whole(one_row(inputs, row), rows[row : row + 1])
+            alone = reference.whole(select_rows(inputs, slice(row, row + 1)), rows[row : row + 1])
             for name, array in alone.items():
                 if not _close(array, together[name][row : row + 1]):
                     raise ExportError(
@@ -67,7 +68,7 @@ def why_not_streamable(subject: Subject, module: StreamingModule) -> str | None:
         whole = subject.whole(inputs, rows)
         for chunks in trial.chunkings:
             try:
-                cut = subject.cut(inputs, rows.astype(np.float64), chunks)
+                cut = subject.chunked(inputs, rows.astype(np.float64), chunks)
             except ExportError as error:
                 if error.code != "forward_failed":
                     raise
@@ -103,7 +104,7 @@ def why_not_over_long(served: Subject, counted: bool) -> str | None:
     trial = replace(trials.LONG, time=time, chunkings=((time // 2, 1, time - time // 2 - 1),))
     inputs, rows = served.inputs(trial), served.rows(trial)
     whole = served.whole(inputs, rows)
-    for name, array in served.cut(inputs, rows, trial.chunkings[0]).items():
+    for name, array in served.chunked(inputs, rows, trial.chunkings[0]).items():
         scale = max(1.0, float(np.abs(whole[name]).max()))
         if not np.abs(array.astype(np.float64) - whole[name]).max() <= 1e-3 * scale:
             return f"{name!r} depends on how a long sequence ({time} steps) is cut: something reaches far back in time"
@@ -140,7 +141,7 @@ def _looks_ahead(subject: Subject, inputs: Arrays, rows: np.ndarray) -> str | No
     return None
 
 
-def padding_differs(served: Subject) -> dict[str, float]:
+def padding_differs(served: Subject) -> Differences:
     """By output and `state_out`: how much a padded row differs from the same row alone, whatever the padding holds.
 
     All zero: by no bit. `served` is on onnxruntime.
@@ -155,22 +156,13 @@ def padding_differs(served: Subject) -> dict[str, float]:
     return {name: max(each[name] for each in tries) for name in tries[0]}
 
 
-def _padded(served: Subject, trial: Trial, lens: np.ndarray) -> dict[str, float]:
-    manifest = served.manifest
+def _padded(served: Subject, trial: Trial, lens: np.ndarray) -> Differences:
     inputs, rows = served.inputs(trial), served.rows(trial)
-    rows[::2] = served.samples.begin(trial.batch // 2, manifest, seed=trials.PADDED_START_SEED)
-    outputs, after = served.run(inputs, rows, lens)
-    worst = dict.fromkeys([*outputs, "state_out"], 0.0)
-    for row, length in enumerate(lens):
-        one = {n: a[row : row + 1, :length] for n, a in inputs.items()}
-        alone, alone_after = served.run(one, rows[row : row + 1], lens[row : row + 1])
-        pairs = {
-            spec.name: (outputs[spec.name][row, :length] if spec.time else outputs[spec.name][row], alone[spec.name][0])
-            for spec in manifest.outputs
-        }
-        for name, (padded, expected) in (pairs | {"state_out": (after[row], alone_after[0])}).items():
-            difference = np.abs(padded.astype(np.float64) - expected.astype(np.float64))
-            worst[name] = max(worst[name], float(np.max(difference)))
+    rows[::2] = served.samples.begin(trial.batch // 2, served.manifest, seed=trials.PADDED_START_SEED)
+    worst: Differences = {}
+    for measured in served.padded(inputs, rows, lens):
+        for name, value in measured.items():
+            worst[name] = max(worst.get(name, 0.0), value)
     return worst
 
 
@@ -198,7 +190,7 @@ def is_bit_exact(served: Subject) -> bool:
     for size in (8, 17, 33, batch, *(1, 2, 3, 4, 5) * 8):
         chosen = rng.integers(0, batch, size)
         chunks = random_chunks(time, rng) if served.manifest.streamable else (time,)
-        part = served.cut({n: a[chosen] for n, a in inputs.items()}, rows[chosen], chunks)
+        part = served.chunked(select_rows(inputs, chosen), rows[chosen], chunks)
         if not all(np.array_equal(array, whole[name][chosen]) for name, array in part.items()):
             return False
     return True

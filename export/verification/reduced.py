@@ -12,16 +12,16 @@ import torch
 from unroll.bundle import Golden, Manifest, Parity, RunFunction
 from unroll.bundle.golden import Arrays
 from unroll.bundle.manifest import Precision
+from unroll.bundle.verification import Differences, differences, select_rows
 from unroll.export.errors import ExportError, first_line
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.onnx.precision import reduced_graph
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.signature.samples import as_tensors
 from unroll.export.verification import probes, trials
-from unroll.export.verification.parity import expected_answers
-from unroll.export.verification.trials import Subject, one_row, steps
+from unroll.export.verification.trials import Subject
 
-#: Another processor, or other rows beside it, may round otherwise than those that were measured.
+#: Another processor, or other rows in the batch, may round differently from those that were measured.
 _MARGIN = 2.0
 
 
@@ -66,7 +66,11 @@ def reduce(
 
 
 def limit(manifest: Manifest, most: float | None) -> Manifest:
-    """With no output's tolerance above `most`. Raises ExportError(max_error) if one is off by more already."""
+    """The manifest with no output's tolerance above `most`.
+
+    Raises:
+        ExportError: max_error, if an output differs by more.
+    """
     if most is None:
         return manifest
     outputs = {spec.name for spec in manifest.outputs}
@@ -75,7 +79,7 @@ def limit(manifest: Manifest, most: float | None) -> Manifest:
             raise ExportError(
                 "max_error",
                 f"output {entry.output!r} in {manifest.precision} differs from PyTorch in float64 by "
-                f"{entry.onnxruntime:.3g}, and may by {most:.3g}",
+                f"{entry.onnxruntime:.3g}, and max_error is {most:.3g}",
             )
     return replace(
         manifest,
@@ -120,26 +124,25 @@ def _default(dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def _error(found: Subject, reference: Subject, golden: Golden) -> dict[str, float]:
+def _error(found: Subject, reference: Subject, golden: Golden) -> Differences:
     """Largest absolute difference of `found` from `reference` by output and `state_out`.
 
     Over the golden sequences however they are cut, others in a large batch and each alone, since integers are scaled by
     what the whole batch holds, and long ones.
     """
-    time = steps(golden.inputs)
     worst = dict.fromkeys([*golden.outputs, "state_out"], 0.0)
 
     def compare(answers: Arrays, expected: Arrays) -> None:
-        for name, array in answers.items():
-            difference = float(np.max(np.abs(array.astype(np.float64) - expected[name])))
-            worst[name] = max(worst[name], difference if np.isfinite(difference) else np.inf)
+        for name, value in differences(answers, expected).items():
+            worst[name] = max(worst[name], value if np.isfinite(value) else np.inf)
 
-    for chunks in golden.chunkings if found.manifest.streamable else ((time,),):
-        compare(found.cut(golden.inputs, golden.state, chunks), expected_answers(golden))
-    for trial in (replace(trials.REDUCED_LONG, batch=trials.REDUCED_BATCH, time=time), trials.REDUCED_LONG):
+    for _, answers in found.replayed(golden):
+        compare(answers, golden.expected)
+    for trial in (replace(trials.REDUCED_LONG, batch=trials.REDUCED_BATCH, time=golden.time), trials.REDUCED_LONG):
         inputs, state = found.inputs(trial), found.rows(trial)
         expected = reference.whole(inputs, state)
         compare(found.whole(inputs, state), expected)
         for row in range(0, trial.batch, 4):
-            compare(found.whole(one_row(inputs, row), state[row : row + 1]), one_row(expected, row))
+            one = slice(row, row + 1)
+            compare(found.whole(select_rows(inputs, one), state[one]), select_rows(expected, one))
     return worst

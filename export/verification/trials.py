@@ -1,12 +1,11 @@
-"""What each question is asked with: sizes, scales, seeds and cuts, in one table; and a model to ask."""
+"""The trials of each probe in one table: sizes, scales, seeds and cuts. And the subject of a trial: a model to run."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from unroll.bundle import Manifest, RunFunction
-from unroll.bundle.golden import Arrays, run_chunked
+from unroll.bundle import Verifier
+from unroll.bundle.golden import Arrays
 from unroll.export.signature.samples import Samples
 
 
@@ -44,7 +43,7 @@ STREAMING = (
     Trial(32, 24, 73, 43, -2, _CUTS_OF_24[1:]),
 )
 
-#: Does it still, over a long sequence? At least so many steps; 16 times as many if steps are counted unseen.
+#: Does it over a long sequence? At least so many steps; 16 times as many if it counts steps and its row does not.
 LONG = Trial(1, 1024, 53, 54)
 LONG_IF_COUNTED = 16
 
@@ -86,12 +85,10 @@ CONTINUED = Trial(2, 10, 27, 28, 1, ((4, 1, 5),))
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A model to ask: how to run it, inputs for it, and what its manifest says of it so far."""
+class Subject(Verifier):
+    """A model to try, and inputs for it."""
 
-    run: RunFunction
     samples: Samples
-    manifest: Manifest
 
     def inputs(self, trial: Trial) -> Arrays:
         """Each (batch, time, ...)."""
@@ -105,31 +102,7 @@ class Subject:
         """(batch, state_size): what sequences start from."""
         return self.samples.begin(trial.batch, self.manifest, seed=trial.row_seed)
 
-    def whole(self, inputs: Arrays, rows: np.ndarray) -> Arrays:
-        """Outputs, and `state_out`, of the sequences in one call."""
-        return self.cut(inputs, rows, (steps(inputs),))
-
-    def cut(self, inputs: Arrays, rows: np.ndarray, chunks: Sequence[int]) -> Arrays:
-        """The same of the sequences in chunks, the state handed from one to the next."""
-        return run_chunked(inputs, rows, tuple(chunks), self.manifest, self.run)
-
-
-def steps(inputs: Arrays) -> int:
-    return next(iter(inputs.values())).shape[1]
-
 
 def scaled(inputs: Arrays, scale: float) -> Arrays:
     """The inputs with those that are floats times `scale`."""
     return {n: (a * scale).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in inputs.items()}
-
-
-def one_row(inputs: Arrays, row: int) -> Arrays:
-    return {name: array[row : row + 1] for name, array in inputs.items()}
-
-
-def random_chunks(time: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Cut `time` at random places, at least once if it can be."""
-    cuts = np.flatnonzero(rng.random(time - 1) < 0.4) + 1
-    if not len(cuts) and time > 1:
-        cuts = np.array([time // 2])
-    return tuple(int(size) for size in np.diff([0, *cuts, time]))

@@ -1,4 +1,4 @@
-"""The bodies of the native API, for the routes that are not in a hurry and for the OpenAPI document."""
+"""The bodies of the native API, for FastAPI's routes and for the OpenAPI document."""
 
 from typing import Any, Literal
 
@@ -14,10 +14,10 @@ class OpenSession(_Body):
         None, description="1 to 128 letters, digits or . _ ~ : -; made by the server if absent"
     )
     state: list[float] | None = Field(None, description="state row to begin from, state_size values")
-    snapshot: Base64Bytes | None = Field(None, description="a snapshot to go on from, Base64")
+    snapshot: Base64Bytes | None = Field(None, description="a snapshot to begin from, Base64")
     static: dict[str, Any] | None = Field(None, description="a model's static inputs, {name: value}, if it has some")
     durability: Literal["memory", "redis", "client"] | None = Field(
-        None, description="who keeps the state: the process, the store, or the client; the server's default if absent"
+        None, description="what keeps the state: the process, the store, or the client; the server's default if absent"
     )
 
 
@@ -32,8 +32,8 @@ class SessionInfo(BaseModel):
     model_version: str
     model_digest: str = Field(description="SHA-256 of the model the session runs on, for its whole life")
     durability: str = Field(
-        description="memory: lost with the process, and then reported as unknown; redis: any replica goes on with it; "
-        "client: in the snapshot, which each step sends and gets"
+        description="memory: lost with the process, and then reported as unknown; redis: any replica can continue it; "
+        "client: in the snapshot, which every step sends and receives"
     )
     idle_timeout: float | None = Field(description="seconds without use until the session expires; null: never")
 
@@ -41,19 +41,21 @@ class SessionInfo(BaseModel):
 class HeldSession(SessionInfo):
     """A session of durability client."""
 
-    snapshot: str = Field(description="its state, sealed, Base64; to be sent with the first step")
+    snapshot: str = Field(description="the sealed state, Base64; send it with the first step")
 
 
 class Steps(_Body):
     inputs: list[Any] | dict[str, list[Any]] = Field(description="[step, ...], or {input: [step, ...]}; T >= 1 steps")
-    position: int | None = Field(None, ge=0, description="where the client believes the session is")
-    snapshot: Base64Bytes | None = Field(None, description="of a session that the client holds: its latest, Base64")
+    position: int | None = Field(None, ge=0, description="the position that the client expects the session at")
+    snapshot: Base64Bytes | None = Field(
+        None, description="with durability client: the latest snapshot of the session, Base64"
+    )
 
 
 class StepsReply(BaseModel):
     outputs: list[Any] | dict[str, list[Any]] = Field(description="[step, ...], or {output: [step, ...]}")
     position: int = Field(description="time steps consumed, these included")
-    snapshot: str | None = Field(None, description="of a session that the client holds: to be sent with its next step")
+    snapshot: str | None = Field(None, description="with durability client: send it with the next step")
 
 
 class Sequences(_Body):

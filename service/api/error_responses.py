@@ -61,7 +61,7 @@ def problem_of(status: int, code: str, detail: str, members: dict | None = None,
 
 
 def open_inference_error(error: e.UnrollError) -> Answer:
-    """`{"error": text}` as the protocol has it, and our `code` beside it."""
+    """The protocol's `{"error": text}`, with the stable `code` as a further member."""
     status = STATUS[type(error)]
     message = error.message
     if isinstance(error, e.SessionUnknown):  # in Triton's words and status, which its clients look for

@@ -1,4 +1,4 @@
-"""Is the server alive, is it ready, and what is it doing."""
+"""Liveness, readiness and metrics."""
 
 from typing import Any
 
@@ -46,12 +46,12 @@ def router(app: AppState) -> APIRouter:
         response_class=Response,
         responses={
             200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-            404: {"description": "this port belongs to several workers; each has its own port for this"},
+            404: {"description": "several workers share this port; scrape each on its own port"},
         },
     )
     async def metrics(request: Request) -> Response:
         if app.shared_port is not None and request.scope["server"][1] == app.shared_port:
-            raise HTTPException(404, "this port belongs to several workers: ask each on its own, see --worker-port")
+            raise HTTPException(404, "several workers share this port: scrape each on its own port, see --worker-port")
         return Response(collector.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return api

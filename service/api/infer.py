@@ -3,7 +3,6 @@
 A sequence of the protocol is a session: its `sequence_id` is a session id here, an integer as its decimal digits.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -78,21 +77,24 @@ def _plan(served: ServedModel, name: str, asked: InferRequest) -> _Plan:
 def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
     asked = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
-    timeout = asked.header.timeout or app.limits.request_timeout
     if asked.header.sequence is not None:
-        sequence = asked.header.sequence
-        again = request.again_with(sequence.id)
-        return _sequence_steps(app, name, version, asked, sequence, timeout, respond, again)
+        return _sequence_steps(app, name, version, asked, asked.header.sequence, request, respond)
     served = app.models.resolve(name, version)
     _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
-    return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
+    return served.loop.submit_sequences(_batch(served, asked), _timeout(app, asked), settled)
+
+
+def _timeout(app: AppState, asked: InferRequest) -> float:
+    return asked.header.timeout or app.limits.request_timeout
 
 
 def _refuse_static(served: ServedModel) -> None:
     if served.manifest.static:
         names = [spec.name for spec in served.manifest.static]
-        raise InvalidShape(f"the static inputs {names} are given to the native API, which opens the session")
+        raise InvalidShape(
+            f"model {served.name!r} has static inputs {names}: open the session with the native API, which takes them"
+        )
 
 
 def _answer_sequences(plan: _Plan, replies: list[Reply]) -> Answer:
@@ -105,10 +107,10 @@ def _sequence_steps(
     version: str | None,
     asked: InferRequest,
     sequence: SequenceParameters,
-    timeout: float,
+    request: Request,
     respond: Respond,
-    again: Callable[[], bool] | None,
 ) -> Cancel:
+    timeout, again = _timeout(app, asked), request.again_with(sequence.id)
     served, session = _find(app, name, version, sequence, asked)
     require_streamable(served)
     if sequence.start:
@@ -117,7 +119,7 @@ def _sequence_steps(
     settled = Answering(respond, open_inference_error, _answer_steps, _plan(served, name, asked), again)
     batch = _batch(served, asked)
     if len(batch) != 1:
-        raise InvalidShape("a request of a sequence must have batch size 1")
+        raise InvalidShape("a request for a sequence must have batch size 1")
     chunk = Chunk(batch[0], session, sequence.position, final=sequence.end)
     if session is None:
         now = served.loop.clock.now()
@@ -149,7 +151,7 @@ def _find(
     sequence: SequenceParameters,
     asked: InferRequest,
 ) -> tuple[ServedModel, Session | None]:
-    """The version of a sequence, and its session; None: there is none, or it is to be restarted.
+    """The version of a sequence, and its session; None if there is none, or if the request restarts it.
 
     An open sequence, or one that a retry opens or closes again, stays with its version; a new one gets the newest.
     """
@@ -158,7 +160,7 @@ def _find(
         return app.sessions.owner(name, version, sequence.id)
     app.sessions.require_verified(name, sequence.id)
     if sequence.position not in (None, 0):
-        raise InvalidRequest("a request that starts a sequence has sequence_position 0")
+        raise InvalidRequest("sequence_position must be 0 in a request that starts a sequence")
     if sequence.position == 0:
         owner, session = app.sessions.owner(name, version, sequence.id)
         if session is not None or _remembers(owner, sequence.id, asked):

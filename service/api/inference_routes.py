@@ -14,7 +14,6 @@ from unroll.service.api.request import Answer, Cancel, Request, Respond, answere
 from unroll.service.api.steps import sequences, steps
 from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, UnrollError
 from unroll.service.sessions.attempts import Attempts
-from unroll.service.sessions.durable import DurableSessions
 
 _log = structlog.get_logger(__name__)
 
@@ -40,7 +39,7 @@ class Route:
 
     def handle(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
         """Begin the work; `respond` is called once, whatever happens."""
-        if isinstance(app.sessions, DurableSessions):
+        if app.sessions.has_store:
             return _DurableCall(self, app, path, request, respond).run()
         return self.attempt(app, path, request, respond)
 

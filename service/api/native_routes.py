@@ -24,7 +24,7 @@ from unroll.service.api.bodies import (
 )
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
-from unroll.service.api.sealed_steps import encoded
+from unroll.service.api.sealed_steps import base64_text
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from unroll.service.models.served_model import ServedModel
 
@@ -42,15 +42,15 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _MEANING = {
     400: "malformed_request",
     404: "model_unknown or session_unknown",
-    409: "session_exists, position_gap, position_too_old, payload_mismatch or model_changed; the state is untouched",
+    409: "session_exists, position_gap, position_too_old, payload_mismatch or model_changed; the state is unchanged",
     410: "session_closed, session_expired or session_evicted: the state is lost",
     413: "body_too_large",
     415: "unsupported_media_type",
     422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid, "
-    "durability_unavailable or not_streamable; the state is untouched",
-    500: "engine_failed; the state is untouched",
-    503: "queue_full, deadline_unreachable, capacity_exhausted, store_unavailable, session_contended or draining; try "
-    "again after Retry-After seconds",
+    "durability_unavailable or not_streamable; the state is unchanged",
+    500: "engine_failed; the state is unchanged",
+    503: "queue_full, deadline_unreachable, capacity_exhausted, store_unavailable, session_contended or draining; "
+    "retry after Retry-After seconds",
     504: "deadline_exceeded: nothing was run",
 }
 
@@ -66,18 +66,22 @@ def _header(name: str, description: str) -> dict[str, Any]:
     return {"name": name, "in": "header", "required": False, "schema": {"type": "integer"}, "description": description}
 
 
-_TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds until the work must have begun")
-_POSITION = _header("Unroll-Position", "where the client believes the session is; JSON bodies may say it as `position`")
+_TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds within which the work must start")
+_POSITION = _header(
+    "Unroll-Position", "the position that the client expects the session at; JSON bodies may have it as `position`"
+)
 
 
 def router(app: AppState) -> APIRouter:
     api = APIRouter(prefix="/v1", tags=["native v1"])
-    limit = app.limits.max_body_bytes
+    _add_models(api, app)
+    _add_inference(api, app)
+    _add_sessions(api, app)
+    _add_states(api, app)
+    return api
 
-    async def respond(http: HttpRequest) -> Response:
-        request = await read_request(http.scope, http.receive, limit)
-        return (await inference_routes.answer(app, http.url.path, request)).response()
 
+def _add_models(api: APIRouter, app: AppState) -> None:
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:
         return [_describe(app, app.models.resolve(name)) for name in app.models.names()]
@@ -85,6 +89,12 @@ def router(app: AppState) -> APIRouter:
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
     async def model(model: str) -> ModelInfo:
         return _describe(app, app.models.resolve(*split_reference(model)))
+
+
+def _add_inference(api: APIRouter, app: AppState) -> None:
+    async def respond(http: HttpRequest) -> Response:
+        request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+        return (await inference_routes.answer(app, http.url.path, request)).response()
 
     @api.post(
         "/models/{model}/sequences",
@@ -106,37 +116,43 @@ def router(app: AppState) -> APIRouter:
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
         return await respond(http)
 
+
+def _add_sessions(api: APIRouter, app: AppState) -> None:
+    limits = app.limits
+
     @api.post(
         "/models/{model}/sessions",
-        summary="Open a session; a raw body is a snapshot to go on from",
+        summary="Open a session; a raw body is a snapshot to begin from",
         status_code=201,
         responses=_problems(400, 404, 409, 413, 415, 422, 503),
         openapi_extra=_bodies("OpenSession"),
     )
     async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
-        request = await read_request(http.scope, http.receive, limit)
+        request = await read_request(http.scope, http.receive, limits.max_body_bytes)
         if request.media_type == RAW:
             body = OpenSession.model_construct(
                 **dict.fromkeys(("session_id", "state", "static", "durability")), snapshot=request.body
             )
         else:
-            body = _body(OpenSession, request, app.limits.max_json_bytes)
+            body = _body(OpenSession, request, limits.max_json_bytes)
         start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)
         if body.durability == "client":
             described, sealed = session_operations.open_sealed(app, model, body.session_id, **start)
-            return HeldSession(**described, snapshot=encoded(sealed))
+            return HeldSession(**described, snapshot=base64_text(sealed))
         opened = session_operations.open_session(app, model, body.session_id, durability=body.durability, **start)
         return _info(*await opened)
 
     @api.get(
-        "/models/{model}/sessions/{session_id}", summary="Where a session is", responses=_problems(404, 409, 410, 503)
+        "/models/{model}/sessions/{session_id}",
+        summary="A session and its position",
+        responses=_problems(404, 409, 410, 503),
     )
     async def session(model: str, session_id: str) -> SessionInfo:
         return _info(*await app.sessions.find(*split_reference(model), session_id))
 
     @api.delete(
         "/models/{model}/sessions/{session_id}",
-        summary="Close a session; what runs is finished, what waits fails",
+        summary="Close a session; running steps finish, waiting steps fail",
         responses=_problems(404, 409, 410, 503),
     )
     async def close(model: str, session_id: str) -> SessionInfo:
@@ -144,7 +160,7 @@ def router(app: AppState) -> APIRouter:
 
     @api.post(
         "/models/{model}/sessions/{session_id}/fork",
-        summary="A second session that goes on from here",
+        summary="A second session that continues from the same state",
         status_code=201,
         responses=_problems(400, 404, 409, 410, 413, 415, 503),
         openapi_extra={
@@ -152,9 +168,13 @@ def router(app: AppState) -> APIRouter:
         },
     )
     async def fork(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
-        body = _body(ForkSession, await read_request(http.scope, http.receive, limit), app.limits.max_json_bytes)
+        body = _body(
+            ForkSession, await read_request(http.scope, http.receive, limits.max_body_bytes), limits.max_json_bytes
+        )
         return _info(*await session_operations.fork(app, model, session_id, body.session_id))
 
+
+def _add_states(api: APIRouter, app: AppState) -> None:
     @api.get(
         "/models/{model}/sessions/{session_id}/state",
         summary="A snapshot: versioned, bound to the model, checksummed",
@@ -168,17 +188,15 @@ def router(app: AppState) -> APIRouter:
 
     @api.put(
         "/models/{model}/sessions/{session_id}/state",
-        summary="Put a session where a snapshot was taken",
+        summary="Return a session to the state of a snapshot",
         responses=_problems(404, 409, 410, 413, 415, 422, 503),
         openapi_extra=_bodies(None),
     )
     async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
-        request = await read_request(http.scope, http.receive, limit)
+        request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
         if request.media_type != RAW:
-            raise UnsupportedMediaType("a snapshot is sent as application/octet-stream")
+            raise UnsupportedMediaType("send the snapshot as application/octet-stream")
         return _info(*await app.sessions.restore(*split_reference(model), session_id, request.body))
-
-    return api
 
 
 #: Bodies that only the OpenAPI document refers to.
@@ -188,9 +206,9 @@ DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, Problem)
 def _body(kind: type[Body], request: Request, limit: int) -> Body:
     """A JSON body, or the defaults if there is none."""
     if len(request.body) > limit:
-        raise BodyTooLarge(f"a JSON body may have {limit} bytes, this one has {len(request.body)}")
+        raise BodyTooLarge(f"the JSON body has {len(request.body)} bytes, and the limit is {limit}")
     if request.body and request.media_type != JSON:
-        raise UnsupportedMediaType("send application/json")
+        raise UnsupportedMediaType("send the body as application/json")
     try:
         return kind.model_validate_json(request.body or b"{}")
     except ValidationError as error:

@@ -20,13 +20,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "malformed, or a sequence that was not started",
         404: "no such model",
-        409: "a position or version conflict; the state is untouched",
+        409: "a position or version conflict; the state is unchanged",
         410: "the sequence ended, expired or was evicted",
         413: "too large",
-        422: "a shape, type or value the model does not take; the state is untouched",
-        500: "the model failed on this input; the state is untouched",
-        503: "no room now; try again after Retry-After seconds",
-        504: "the deadline passed before the work was begun",
+        422: "a shape, type or value that the model does not accept; the state is unchanged",
+        500: "the model failed on this input; the state is unchanged",
+        503: "no room now; retry after Retry-After seconds",
+        504: "the deadline passed before the work started",
     }.items()
 }
 
@@ -47,9 +47,9 @@ _PARAMETERS = {
         "sequence_id": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
         "sequence_start": {"type": "boolean"},
         "sequence_end": {"type": "boolean"},
-        "sequence_position": {"type": "integer", "description": "where the client believes the sequence is"},
+        "sequence_position": {"type": "integer", "description": "the position that the client expects the sequence at"},
         "binary_data_output": {"type": "boolean"},
-        "timeout": {"type": "integer", "description": "microseconds until the work must have begun"},
+        "timeout": {"type": "integer", "description": "microseconds within which the work must start"},
     },
 }
 _OUTPUT = {
@@ -119,11 +119,11 @@ def router(app: AppState, version: str) -> APIRouter:
     async def version_metadata(model: str, version: str) -> dict[str, Any]:
         return _metadata(app, app.models.resolve(model, version))
 
-    @api.get("/models/{model}/ready", summary="Is the model ready", responses=_NOT_FOUND)
+    @api.get("/models/{model}/ready", summary="Readiness of a model", responses=_NOT_FOUND)
     async def model_ready(model: str) -> dict[str, Any]:
         return {"name": app.models.resolve(model).name, "ready": True}
 
-    @api.get("/models/{model}/versions/{version}/ready", summary="Is the version ready", responses=_NOT_FOUND)
+    @api.get("/models/{model}/versions/{version}/ready", summary="Readiness of a version", responses=_NOT_FOUND)
     async def version_ready(model: str, version: str) -> dict[str, Any]:
         return {"name": app.models.resolve(model, version).name, "ready": True}
 

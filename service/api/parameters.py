@@ -1,4 +1,4 @@
-"""What a request of the native API says besides its values: model, position, time-out, the members of its JSON."""
+"""Parameters of a native request: model, position, timeout, and the members of its JSON."""
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.request import JSON, Request
@@ -11,15 +11,15 @@ TIMEOUT = b"unroll-timeout-ms"
 
 
 def position_of(document: dict, header: int | None) -> int | None:
-    """Where the client believes the session is: what the body says, or the header. Raises InvalidRequest."""
-    said = document.get("position")
-    if said is None:
+    """The position that the client expects the session at, from the body or the header. Raises InvalidRequest."""
+    position = document.get("position")
+    if position is None:
         return header
-    if isinstance(said, bool) or not isinstance(said, int) or said < 0:
-        raise InvalidRequest("'position' must be a whole number, 0 or more")
-    if header not in (None, said):
-        raise InvalidRequest(f"the header says position {header}, the body {said}")
-    return said
+    if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+        raise InvalidRequest("'position' must be a whole number, at least 0")
+    if header not in (None, position):
+        raise InvalidRequest(f"the position in the header is {header}, and in the body {position}")
+    return position
 
 
 def split_reference(model: str) -> tuple[str, str | None]:
@@ -42,8 +42,12 @@ def timeout_of(app: AppState, request: Request) -> float:
 
 def json_body(app: AppState, request: Request, members: set[str]) -> dict:
     if request.media_type != JSON:
-        raise UnsupportedMediaType("send application/json, or application/octet-stream for raw little-endian values")
+        raise UnsupportedMediaType(
+            "send the body as application/json, or as application/octet-stream with raw little-endian values"
+        )
     document = json.parse_object(request.body, app.limits.max_json_bytes)
     if "inputs" not in document or document.keys() - members:
-        raise InvalidRequest(f"the body has {sorted(document)}; it may have {sorted(members)} and needs 'inputs'")
+        raise InvalidRequest(
+            f"the body has the members {sorted(document)}; 'inputs' is required, allowed are {sorted(members)}"
+        )
     return document

@@ -1,4 +1,4 @@
-"""A request and an answer, as little of each as the inference routes need."""
+"""A request and its answer, with no more than the inference routes need."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -36,8 +36,13 @@ class Disconnected(Exception):
 
 
 class Request:
-    """headers: by lower-case name. again: looks a session up in the store and handles the request again, unless that
-    was done too often; None: there is no store."""
+    """A request of an inference route.
+
+    Attributes:
+        headers: By lower-case name.
+        body: As received.
+        again: Looks a session up in the store and handles the request again; None without a store.
+    """
 
     __slots__ = ("again", "body", "headers")
 
@@ -81,7 +86,7 @@ class Answer:
 
 #: Takes the answer to a request, once.
 Respond = Callable[[Answer], None]
-#: Tells the work on a request that nobody waits for its answer any more.
+#: Cancels the work on a request whose client disconnected.
 Cancel = Callable[[], None]
 
 
@@ -90,10 +95,14 @@ def nothing_to_cancel() -> None:
 
 
 class Answering(Generic[C, T]):
-    """What the scheduler calls with the outcome of the work on a request: it answers, and never raises.
+    """Called by the scheduler with the outcome of a request's work; answers the request, and never raises.
 
-    encode: makes the answer of what is passed here as `context` and the outcome. again: the request's, of a step that
-    may find that its session was moved on elsewhere.
+    Args:
+        respond: Takes the answer.
+        failure: Makes the answer of an error.
+        encode: Makes the answer of `context` and the outcome.
+        context: Passed to `encode`.
+        again: Handles the request again if another replica updated its session; returns False if it gave up.
     """
 
     __slots__ = ("again", "context", "encode", "failure", "respond")
@@ -121,8 +130,8 @@ class Answering(Generic[C, T]):
             try:
                 answer = self.encode(self.context, outcome)
             except Exception as error:  # noqa: BLE001 the loop that calls this serves all clients
-                _log.error("an answer could not be written", exc_info=error)
-                answer = self.failure(EngineFailed("the answer could not be written; the server's log says why"))
+                _log.error("reply not encoded", exc_info=error)
+                answer = self.failure(EngineFailed("the reply could not be encoded; the server's log has the reason"))
         self.respond(answer)
 
 
@@ -141,7 +150,7 @@ def _refuse_repeated(headers: Sequence[tuple[bytes, bytes]]) -> None:
     """Of two different positions or lengths, neither can be believed."""
     names = [name for name, _ in headers if name.startswith((b"unroll-", b"inference-", b"content-"))]
     if len(set(names)) < len(names):
-        raise InvalidRequest("a header that must be there once was sent twice")
+        raise InvalidRequest("a header that is allowed once was sent twice")
 
 
 def checked_headers(headers: Sequence[tuple[bytes, bytes]], limit: int) -> Headers:
@@ -150,10 +159,10 @@ def checked_headers(headers: Sequence[tuple[bytes, bytes]], limit: int) -> Heade
     if len(by_name) < len(headers):
         _refuse_repeated(headers)
     if by_name.get(b"content-encoding", b"identity") != b"identity":
-        raise UnsupportedMediaType("compressed bodies are not taken: send it without Content-Encoding")
+        raise UnsupportedMediaType("compressed bodies are not supported: send the body without Content-Encoding")
     declared = by_name.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
-        raise BodyTooLarge(f"a body may have {limit} bytes, this one has {declared.decode()}")
+        raise BodyTooLarge(f"the body has {declared.decode()} bytes, and the limit is {limit}")
     return by_name
 
 
@@ -170,5 +179,5 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
         more = message.get("more_body", False)
         room -= len(parts[-1])
         if room < 0:
-            raise BodyTooLarge(f"a body may have {limit} bytes")
+            raise BodyTooLarge(f"the body exceeds the limit of {limit} bytes")
     return Request(headers, parts[0] if len(parts) == 1 else b"".join(parts))

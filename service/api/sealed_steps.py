@@ -1,10 +1,11 @@
-"""Sessions whose state the client holds: it comes with each step and goes back with the reply; nothing is kept here.
+"""Steps of sessions that their clients keep: the sealed snapshot comes with each request and returns with the reply.
 
-Any replica with the same keys can take any step, and the same request is answered the same, however often it comes.
+Any replica with the same keys can take any step. The same request always gets the same reply.
 """
 
 import base64
 import binascii
+from dataclasses import dataclass
 from functools import partial
 
 from unroll.service.api.app_state import AppState
@@ -19,7 +20,7 @@ from unroll.service.scheduler.reply import Reply
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 
-#: Bytes of a raw body that are the snapshot, before the values.
+#: Header with the length of the snapshot at the start of a raw body.
 LENGTH = b"unroll-snapshot-length"
 
 
@@ -27,15 +28,15 @@ def keys_of(app: AppState) -> SnapshotKeys:
     """Raises DurabilityUnavailable."""
     if app.snapshot_keys is None:
         raise DurabilityUnavailable(
-            "this server has no key to sign states with: durability client needs --snapshot-keys"
+            "durability client needs keys that sign snapshots: start the server with --snapshot-keys"
         )
     return app.snapshot_keys
 
 
-def held_steps(
+def sealed_steps(
     app: AppState, model: str, session_id: str, request: Request, respond: Respond, document: dict | None = None
 ) -> Cancel:
-    """T >= 1 time steps from the snapshot in the request; document: its body, unless that is raw."""
+    """T >= 1 time steps from the snapshot in the request. document: the JSON body; None for a raw body."""
     sealed, values = _from_raw(request) if document is None else (_from_json(document), b"")
     content = keys_of(app).open(session_id, sealed)
     served = _version_of(app, *split_reference(model), Snapshot.model_of(content))
@@ -50,11 +51,11 @@ def held_steps(
         raise PositionGap(
             f"the snapshot is at {snapshot.position}, the chunk begins at {position}", expected=snapshot.position
         )
-    held = _Held(app, served, session_id, raw=document is None)
-    settled = Answering(respond, problem, _Held.encode, held)
-    held.chunk = Chunk(inputs, position=snapshot.position, state_row=snapshot.row)
-    served.loop.submit(held.chunk, timeout_of(app, request), settled)
-    return partial(served.loop.leave, held.chunk, settled)
+    chunk = Chunk(inputs, position=snapshot.position, state_row=snapshot.row)
+    pending = _PendingReply(keys_of(app), served, session_id, chunk, document is None)
+    settled = Answering(respond, problem, _PendingReply.encode, pending)
+    served.loop.submit(chunk, timeout_of(app, request), settled)
+    return partial(served.loop.leave, chunk, settled)
 
 
 def _version_of(app: AppState, name: str, version: str | None, digest: str) -> ServedModel:
@@ -68,31 +69,30 @@ def _version_of(app: AppState, name: str, version: str | None, digest: str) -> S
     return served
 
 
-class _Held:
-    """What the answer is made of. raw: is it to be raw bytes?"""
+@dataclass(frozen=True, slots=True)
+class _PendingReply:
+    """What the reply to a chunk is encoded with. raw: as bytes instead of JSON."""
 
+    keys: SnapshotKeys
+    served: ServedModel
+    session_id: str
     chunk: Chunk
-
-    def __init__(self, app: AppState, served: ServedModel, session_id: str, *, raw: bool) -> None:
-        self._keys = keys_of(app)
-        self._served = served
-        self._session_id = session_id
-        self._raw = raw
+    raw: bool
 
     def encode(self, reply: Reply) -> Answer:
-        assert self.chunk.state_row is not None
-        codec = self._served.codec
-        snapshot = Snapshot(self._served.manifest.digest, reply.position, self.chunk.state_row)
-        sealed = self._keys.seal(self._session_id, snapshot)
+        assert self.chunk.state_row is not None  # the loop put the new state there
+        codec = self.served.codec
+        snapshot = Snapshot(self.served.manifest.digest, reply.position, self.chunk.state_row)
+        sealed = self.keys.seal(self.session_id, snapshot)
         position = b"unroll-position: %d\r\n" % reply.position
-        if self._raw:
+        if self.raw:
             fields = position + b"unroll-snapshot-length: %d\r\n" % len(sealed)
             return Answer(200, RAW, sealed + codec.to_raw(reply.outputs), fields)
-        body = {"outputs": codec.to_json(reply.outputs), "position": reply.position, "snapshot": encoded(sealed)}
+        body = {"outputs": codec.to_json(reply.outputs), "position": reply.position, "snapshot": base64_text(sealed)}
         return Answer(200, JSON, json.dump(body), position)
 
 
-def encoded(sealed: bytes) -> str:
+def base64_text(sealed: bytes) -> str:
     return base64.b64encode(sealed).decode()
 
 
@@ -100,7 +100,9 @@ def _from_raw(request: Request) -> tuple[bytes, bytes]:
     length = request.whole_number(LENGTH)
     assert length is not None
     if length > len(request.body):
-        raise InvalidRequest(f"the snapshot is to have {length} bytes, the whole body has {len(request.body)}")
+        raise InvalidRequest(
+            f"the header says that the snapshot has {length} bytes, but the body has {len(request.body)}"
+        )
     return request.body[:length], request.body[length:]
 
 

@@ -13,7 +13,7 @@ from unroll.service.api.parameters import (
     timeout_of,
 )
 from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
-from unroll.service.api.sealed_steps import LENGTH, held_steps
+from unroll.service.api.sealed_steps import LENGTH, sealed_steps
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import Chunk
@@ -23,13 +23,13 @@ from unroll.service.scheduler.reply import Reply
 def steps(app: AppState, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
     """T >= 1 time steps of a session; the reply's outputs are one per time step."""
     if LENGTH in request.headers:
-        return held_steps(app, model, session_id, request, respond)
+        return sealed_steps(app, model, session_id, request, respond)
     timeout = timeout_of(app, request)
     position = request.whole_number(POSITION)
     raw = request.media_type == RAW
     document = None if raw else json_body(app, request, {"inputs", "position", "snapshot"})
     if document is not None and "snapshot" in document:
-        return held_steps(app, model, session_id, request, respond, document)
+        return sealed_steps(app, model, session_id, request, respond, document)
     served, session = app.sessions.owner(*split_reference(model), session_id)
     require_streamable(served)
     if document is None:

@@ -3,7 +3,7 @@
     client ── body ──▶ protocol ── chunk ──▶ scheduler ── batch ──▶ engine
               │                    │                       │
               InvalidRequest       SessionError            ExecutionError
-              (what was sent       (where the session is,  (it was run, or could
+              (the request         (where the session is,  (it ran and failed, or
                is wrong)            or cannot be)           not be in time)
                                    Overloaded (try again later)
 
@@ -24,7 +24,7 @@ class UnrollError(Exception):
         self.details = details
 
 
-# ── what was sent is wrong; nothing was queued ───────────────────────────────────────────────────
+# ── the request is wrong; nothing was queued ─────────────────────────────────────────────────────
 
 
 class InvalidRequest(UnrollError):

@@ -1,7 +1,7 @@
-"""What a call of a model costs by its number of rows and steps: measured once at load, then looked up.
+"""The cost of a model's call by its rows and steps: measured once at load, then looked up.
 
-Nearly a straight line for most models, but not from nothing: one row may cost as much as twenty. And not without
-steps: onnxruntime's kernels take rows by the half dozen. Pure: who measures brings the call and the clock.
+The cost of most models is nearly linear in the rows, but not from zero: one row may cost as much as twenty. It also has
+jumps, since onnxruntime's kernels process about six rows at a time. The caller passes the call and the clock.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,28 +13,33 @@ import numpy as np
 #: (rows, seconds) of a call.
 Point = tuple[int, float]
 
-#: Rows that cost this part more each than in a larger call are not worth its wait.
+#: A larger call is worth its wait only if a row costs at least this share less in it.
 _WORTH_WAITING = 0.03
-#: What a call costs besides, in the loop and the scheduler.
+#: Cost of a call in the loop and the scheduler.
 _TURN_SECONDS = 20e-6
-#: A further step costs the same whether it is the second or the sixtieth, so a few are enough to tell how much.
+#: Steps of the calls that measure the cost of a further step; every further step costs the same.
 _SEVERAL_STEPS = 16
-#: Rounds over all points; a measurement that something else disturbed is made good by the next.
+#: Rounds over all points; a later round corrects a measurement that other work disturbed.
 _ROUNDS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """single: calls of one time step, several: calls of `steps` time steps; both by rows, ascending.
+    """The measured costs.
 
-    A call of many rows never costs less than one of few, which could have been padded to it. Between two points cost
-    is a straight line; past the last, proportional to the rows.
+    More rows never cost less than fewer rows, which could have been padded. The cost is linear between two points and
+    proportional to the rows after the last one.
+
+    Attributes:
+        single: Calls of one time step, by rows, ascending.
+        several: Calls of `steps` time steps, by rows, ascending.
+        steps: Time steps of the calls in `several`.
     """
 
     single: tuple[Point, ...]
     several: tuple[Point, ...] = ()
     steps: int = 1
-    #: By rows, from 0: seconds of a call's first step, and of each further one.
+    #: By rows, from 0: seconds of a call's first step, and of each further step.
     _first: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _further: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
@@ -52,24 +57,24 @@ class Curve:
 
     @property
     def max_rows(self) -> int:
-        """Rows of the largest call that was measured."""
+        """Rows of the largest measured call."""
         return len(self._first) - 1
 
     def seconds(self, rows: int, steps: int = 1) -> float:
-        """Expected seconds of a call of `rows` rows, the longest `steps` steps long; both at least 1."""
+        """Return the expected seconds of a call of `rows` rows, the longest `steps` steps long; both at least 1."""
         top = len(self._first) - 1
         if rows > top:
             return self.seconds(top, steps) * rows / top
         return self._first[rows] + (steps - 1) * self._further[rows]
 
     def best_rows(self, steps: int = 1) -> int:
-        """Rows of the call in which a row costs least; of those within 3 % of it, the fewest."""
+        """Return the fewest rows of a call in which a row costs at most 3 % more than in the cheapest call."""
         each = [(rows, (self.seconds(rows, steps) + _TURN_SECONDS) / rows) for rows, _ in self.single]
         lowest = min(seconds for _, seconds in each)
         return next(rows for rows, seconds in each if seconds <= lowest * (1 + _WORTH_WAITING))
 
     def points(self) -> list[tuple[int, int, float]]:
-        """(rows, steps, seconds) of every call that was measured."""
+        """Return (rows, steps, seconds) of every measured call."""
         return [(rows, 1, seconds) for rows, seconds in self.single] + [
             (rows, self.steps, seconds) for rows, seconds in self.several
         ]
@@ -83,10 +88,15 @@ def measure(
     budget_seconds: float = 0.15,
     now: Callable[[], float] = perf_counter,
 ) -> Curve:
-    """The cost of `run(rows, steps)`: the least of several calls of each size, as many as the budget has room for.
+    """Measure the cost of calls: the minimum over several calls of each size, as many as fit in the budget.
 
-    One row and `max_batch` rows are always measured, whatever they cost, other sizes as far as the budget goes. What
-    `run` raises is raised. max_batch_steps: rows times steps in a call. now: seconds.
+    Args:
+        run: `run(rows, steps)` makes a call; an exception of it is raised.
+        max_batch: Rows of the largest call. It and the call of one row are always measured.
+        piece_steps: Time steps of the longest call.
+        max_batch_steps: Largest product of rows and steps in a call.
+        budget_seconds: Time for all measurements.
+        now: The clock, in seconds.
     """
     steps = min(piece_steps, _SEVERAL_STEPS)
     best: dict[tuple[int, int], float] = {}
@@ -107,7 +117,7 @@ def measure(
 
 
 def _sizes(max_batch: int, steps: int, long_rows: int) -> list[tuple[int, int]]:
-    """(rows, steps) to measure: first what must be known, then powers of two, then what lies between them."""
+    """Return (rows, steps) to measure: first the required sizes, then powers of two, then sizes between them."""
     powers = [2**i for i in range(1, max_batch.bit_length()) if 2**i < max_batch]
     between = [3 * power // 2 for power in powers[1:] if 3 * power // 2 < max_batch]
     single = dict.fromkeys([1, max_batch, *powers])
@@ -117,7 +127,7 @@ def _sizes(max_batch: int, steps: int, long_rows: int) -> list[tuple[int, int]]:
 
 
 def _estimate(best: dict[tuple[int, int], float], size: tuple[int, int]) -> float:
-    """Seconds a call will take at most, from what is known of it or of smaller ones."""
+    """Return the most seconds that a call will take, from earlier calls of its size or of smaller ones."""
     if size in best:
         return best[size]
     rows, steps = size
@@ -127,7 +137,7 @@ def _estimate(best: dict[tuple[int, int], float], size: tuple[int, int]) -> floa
 
 
 def _points(best: dict[tuple[int, int], float], steps: int) -> tuple[Point, ...]:
-    """Ascending, and never less for more rows: what cost more than a larger call was disturbed, or can be padded."""
+    """Return the points, ascending. One that cost more than a larger call gets the cost of that call."""
     points: list[Point] = []
     ceiling = float("inf")
     for rows, seconds in sorted(((r, seconds) for (r, s), seconds in best.items() if s == steps), reverse=True):
@@ -137,6 +147,6 @@ def _points(best: dict[tuple[int, int], float], steps: int) -> tuple[Point, ...]
 
 
 def _line(points: Sequence[Point], rows: np.ndarray) -> np.ndarray:
-    """Seconds at each of `rows`: straight between the points, proportional past the last."""
+    """Return seconds at each of `rows`: linear between the points, proportional after the last."""
     known, seconds = np.array(points, np.float64).T
     return np.interp(rows, known, seconds) * np.maximum(rows / known[-1], 1.0)

@@ -1,4 +1,4 @@
-"""The engine with its rows in host memory."""
+"""The engine that keeps the state rows in host memory."""
 
 import numpy as np
 
@@ -11,12 +11,12 @@ from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.arena import HostArena
 from unroll.service.state.slots import INITIAL
 
-#: Rows of a call on bound memory. For more, what passing arrays costs does not count.
+#: Largest call on bound memory. In larger calls the cost of passing arrays does not matter.
 _BOUND_ROWS = 256
 
 
 class HostEngine:
-    """`rows`: rows of the arena, the initial and the scratch row included."""
+    """An engine whose arena has `rows` rows, the initial and the scratch row included."""
 
     def __init__(self, runner: Runner, manifest: Manifest, rows: int) -> None:
         self._runner = runner
@@ -33,10 +33,10 @@ class HostEngine:
         return one_by_one(self._manifest, self._run, rows)
 
     def launch(self, rows: Rows) -> None:
-        """Nothing goes on beside the caller here."""
+        """Return None: the host runs a batch only while the caller waits."""
 
     def close(self) -> None:
-        """Its memory is its objects'."""
+        """Do nothing: Python frees the memory."""
 
     def _run(self, rows: Rows) -> BatchResult:
         if rows.inputs[0].shape[1] == 1 and len(rows.lens) <= _BOUND_ROWS:
@@ -57,7 +57,7 @@ class HostEngine:
         return outputs, failed
 
     def _run_steps(self, rows: Rows) -> tuple[Tensors, np.ndarray]:
-        """Single steps; returns outputs and new states, the latter in memory that the next call overwrites."""
+        """Run single steps. Returns the outputs, and the new states in memory that the next call overwrites."""
         buffers, count = self._buffers, len(rows.lens)
         for bound, array in zip(buffers.inputs, rows.inputs, strict=True):
             bound[:count] = array
@@ -67,11 +67,15 @@ class HostEngine:
 
 
 class StepBuffers:
-    """Calls of the graph for one step of up to `max_rows` rows, on memory bound to it.
+    """Single-step calls of up to `max_rows` rows, on bound memory.
 
-    Fill `inputs`, each (max_rows, 1, *shape), and `state` (max_rows, state_size) up to the rows of the call; `run`
-    fills `outputs`, each (max_rows, 1, *shape) or (max_rows, *shape), and `state_out` as far. The next call overwrites
-    them.
+    Fill the first rows of `inputs` and `state`; `run` fills the same rows of `outputs` and `state_out`, which the next
+    call overwrites.
+
+    Attributes:
+        inputs: Each (max_rows, 1, *shape).
+        outputs: Each (max_rows, 1, *shape), or (max_rows, *shape) without time.
+        state, state_out: (max_rows, state_size) float32.
     """
 
     def __init__(self, runner: Runner, manifest: Manifest, max_rows: int) -> None:

@@ -1,4 +1,4 @@
-"""What onnxruntime was built with, for `unroll doctor`: beside the runner the only file that imports it."""
+"""Properties of the installed onnxruntime, for `unroll doctor`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,14 @@ import onnxruntime as ort
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """cuda: the CUDA version it was built for, or empty. folder: of its shared libraries."""
+    """The installed onnxruntime.
+
+    Attributes:
+        version: Its version.
+        cuda: The CUDA version it was built for; empty if none.
+        providers: Its execution providers.
+        folder: The folder of its shared libraries.
+    """
 
     version: str
     cuda: str
@@ -26,5 +33,5 @@ def build() -> Build:
 
 
 def load_cuda_libraries() -> None:
-    """From where the runner has them loaded, before a session on CUDA. What is missing is printed, not raised."""
+    """Load the CUDA libraries as the runner does. onnxruntime prints the missing ones; nothing is raised."""
     ort.preload_dlls()

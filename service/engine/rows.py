@@ -1,4 +1,4 @@
-"""What engines do about rows that fail: find them, so that no other row suffers."""
+"""Rows that fail: both engines find them here, so that no other row of the batch fails."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ _log = structlog.get_logger(__name__)
 
 
 def one_by_one(manifest: Manifest, run: Callable[[Rows], BatchResult], rows: Rows) -> BatchResult:
-    """`run(rows)`, or if that raises, each row alone: which cannot be run is found, and the others are run."""
+    """Run a batch; if that raises, run each row alone, so that only the rows at fault fail."""
     try:
         return run(rows)
     except DeviceFailed:
@@ -22,7 +22,7 @@ def one_by_one(manifest: Manifest, run: Callable[[Rows], BatchResult], rows: Row
         if len(rows.lens) == 1:
             name = f"{manifest.name}:{manifest.version}"
             _log.error("the model failed", model=name, steps=rows.lens[0], exc_info=error)
-            failure = EngineFailed("the model could not be run on this input; the server's log says why")
+            failure = EngineFailed("the model failed on this input; the server's log has the reason")
             return empty_outputs(manifest, 1, rows.lens[0]), {0: failure}
     together = empty_outputs(manifest, len(rows.lens), max(rows.lens))
     failed: dict[int, UnrollError] = {}
@@ -40,7 +40,7 @@ def one_by_one(manifest: Manifest, run: Callable[[Rows], BatchResult], rows: Row
 def non_finite(
     manifest: Manifest, outputs: Tensors, lens: Sequence[int], state_out: np.ndarray | None = None
 ) -> dict[int, UnrollError]:
-    """The rows whose outputs, padding aside, or whose new state are not finite."""
+    """Return an error for each row whose outputs, without padding, or whose new state are not finite."""
     return {
         i: _not_finite()
         for i, steps in enumerate(lens)
@@ -52,21 +52,21 @@ def non_finite(
 
 
 def flagged(flags: np.ndarray) -> dict[int, UnrollError]:
-    """The rows whose flag is set, which says that they are not finite."""
+    """Return an error for each row whose flag is set: its outputs or new state are not finite."""
     return {int(i): _not_finite() for i in np.flatnonzero(flags)} if flags.any() else {}
 
 
 def row(manifest: Manifest, outputs: Tensors, i: int, steps: int) -> Tensors:
-    """Views of one row's outputs, without the padding."""
+    """Return views of one row's outputs, without the padding."""
     return tuple(
         array[i, :steps] if spec.time else array[i, ...] for spec, array in zip(manifest.outputs, outputs, strict=True)
     )
 
 
 def _not_finite() -> NonFiniteOutput:
-    return NonFiniteOutput("the model's answer to this input is not finite")
+    return NonFiniteOutput("the model's output for this input is not finite")
 
 
 def empty_outputs(manifest: Manifest, rows: int, steps: int) -> Tensors:
-    """Zeros, each (rows, steps, *shape), or (rows, *shape) without time."""
+    """Return zeros, each (rows, steps, *shape), or (rows, *shape) without time."""
     return tuple(np.zeros((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs)

@@ -1,4 +1,4 @@
-"""One model in onnxruntime: the only file that imports it. A device that was asked for and is not used is an error."""
+"""Runs one model in onnxruntime. It is an error if onnxruntime does not use the requested device."""
 
 import ctypes
 import re
@@ -17,16 +17,21 @@ _LOG_ERRORS = 3
 
 
 class DeviceUnavailable(Exception):
-    """The device asked for cannot be used, with what is missing."""
+    """A requested device cannot be used; the message says what is missing."""
 
 
 def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
-    """`cpu`, `auto`, or one or several `cuda:N` with commas between them → the devices to use, and why.
+    """Return the devices to use, and why.
 
-    `auto` takes cuda:0 if it is there. Raises DeviceUnavailable if a `cuda:N` is not, ValueError for other words.
+    Args:
+        wanted: `cpu`, one or several `cuda:N` separated by commas, or `auto`: cuda:0 if there is a GPU, else cpu.
+
+    Raises:
+        DeviceUnavailable: A requested GPU cannot be used.
+        ValueError: `wanted` is none of these.
     """
     if wanted == "cpu":
-        return ("cpu",), "asked for"
+        return ("cpu",), "requested"
     if wanted == "auto":
         missing = _missing_for_cuda(0)
         return (("cpu",), f"no GPU: {missing}") if missing else (("cuda:0",), "a GPU was found")
@@ -35,8 +40,8 @@ def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
         raise ValueError(f"device {wanted!r}: use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
     for device in devices:
         if missing := _missing_for_cuda(int(device.partition(":")[2])):
-            raise DeviceUnavailable(f"{device} was asked for, but {missing}; --device cpu or auto serves without it")
-    return devices, "asked for"
+            raise DeviceUnavailable(f"{device} was requested, but {missing}; --device cpu or auto works without it")
+    return devices, "requested"
 
 
 def _missing_for_cuda(index: int) -> str | None:
@@ -53,10 +58,15 @@ def _missing_for_cuda(index: int) -> str | None:
 
 
 class Runner:
-    """`runner(inputs, state, sequence_lens)` calls the graph; `device` is `cpu` or `cuda:N`.
+    """A bundle's graph in onnxruntime: `runner(inputs, state, sequence_lens)` calls it.
 
-    stream: address of the CUDA stream to run on, instead of one of onnxruntime's own. tf32: may matrix products on a
-    GPU round their operands to 10 bits of mantissa?
+    Args:
+        model: The graph, as a file or as bytes.
+        manifest: The model's tensors.
+        device: `cpu` or `cuda:N`.
+        threads: onnxruntime's threads for one call, on the CPU.
+        stream: Address of the CUDA stream to run on, instead of one of onnxruntime's own.
+        tf32: Matrix products on a GPU may round their operands to 10 bits of mantissa.
     """
 
     def __init__(
@@ -78,9 +88,15 @@ class Runner:
         self._outputs = [*(tensor.name for tensor in manifest.outputs), "state_out"]
 
     def __call__(self, inputs: Arrays, state: np.ndarray, sequence_lens: np.ndarray) -> tuple[Arrays, np.ndarray]:
-        """inputs: each (batch, time, *shape); state: (batch, state_size); sequence_lens: (batch,) int32, each >= 1.
+        """Call the graph.
 
-        Returns the outputs by name and state_out (batch, state_size).
+        Args:
+            inputs: By name, each (batch, time, *shape).
+            state: The state rows, (batch, state_size) float32.
+            sequence_lens: Time steps of each row, (batch,) int32, each at least 1.
+
+        Returns:
+            The outputs by name, and the new state rows, (batch, state_size).
         """
         # An empty batch or T = 0 aborts the process inside onnxruntime, and a length of 0 zeroes the state.
         if not len(state) or sequence_lens.min() < 1:
@@ -91,21 +107,23 @@ class Runner:
         return dict(zip(self._outputs, outputs, strict=False)), state_out
 
     def bind(self, inputs: Iterable[TensorRef], lens: np.ndarray, outputs: Iterable[TensorRef]) -> "BoundCall":
-        """A call that reads and writes this memory, each time it is run.
+        """Return a call that reads and writes this memory each time it runs.
 
-        inputs: the model's and the state; outputs: the model's and the new state, each in the manifest's order.
-        lens: steps of each row, (batch,) int32; it stays on the host, and a captured call keeps what it was.
+        Args:
+            inputs: The model's inputs in the manifest's order, then the state.
+            lens: Time steps of each row, (batch,) int32, on the host. A captured call keeps these values.
+            outputs: The model's outputs in the manifest's order, then the new state.
         """
         named = dict(zip(self._inputs, inputs, strict=True)) | {"sequence_lens": TensorRef.of(lens)}
         return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
 
     def part(self, model: bytes) -> "GraphPart":
-        """Another graph in the same circumstances."""
+        """Open another graph with the same device and options."""
         return GraphPart(self._open(model))
 
 
 class GraphPart:
-    """A graph whose inputs and outputs are not those of a bundle."""
+    """A graph whose inputs and outputs are not a bundle's."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
@@ -115,7 +133,14 @@ class GraphPart:
 
 
 class BoundCall:
-    """A call of a graph on memory that is bound to it: cheaper than passing arrays. keep: lives as long as the call."""
+    """A call of a graph on bound memory, which costs less than passing arrays.
+
+    Args:
+        session: The graph.
+        inputs: Memory by input name.
+        outputs: Memory by output name.
+        keep: An object that must live as long as the call.
+    """
 
     def __init__(
         self,
@@ -136,11 +161,11 @@ class BoundCall:
             )
 
     def run(self) -> None:
-        """Returns when it is done, and has the memory it needed put back."""
+        """Run the call, and return when it is done and its temporary memory is free."""
         self._session.run_with_iobinding(self._binding)
 
     def queue(self) -> None:
-        """On a stream that was handed in: does not wait for it, so it can be captured."""
+        """Queue the call on the stream that was passed in, without waiting; a capture can record it."""
         self._session.run_with_iobinding(self._binding, _without_waiting())
 
 
@@ -148,12 +173,14 @@ class BoundCall:
 def _without_waiting() -> ort.RunOptions:
     options = ort.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    options.add_run_config_entry("gpu_graph_id", "-1")  # its own graphs are not used; unsaid, each call throws inside
+    options.add_run_config_entry(
+        "gpu_graph_id", "-1"
+    )  # no graph of onnxruntime's own; without this entry each call throws internally
     return options
 
 
 def _open(model: Path | bytes, device: str, threads: int, stream: int | None, tf32: bool) -> ort.InferenceSession:
-    """Raises ValueError if onnxruntime cannot load the graph, DeviceUnavailable if it does so elsewhere."""
+    """Open a graph. Raises ValueError if onnxruntime cannot load it, DeviceUnavailable if it chooses another device."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -183,9 +210,10 @@ def _open(model: Path | bytes, device: str, threads: int, stream: int | None, tf
 
 
 def to_float16(model: Path) -> bytes:
-    """The graph with its weights and arithmetic in float16, its inputs, outputs and state in float32 as before.
+    """Return the graph with weights and arithmetic in float16; inputs, outputs and state stay float32.
 
-    Raises DeviceUnavailable if the package `onnx` is missing, which onnxruntime's converter needs.
+    Raises:
+        DeviceUnavailable: The package `onnx` is missing.
     """
     try:
         from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -197,4 +225,4 @@ def to_float16(model: Path) -> bytes:
 def _check_names(what: str, found: Iterable, model: list[str], *own: str) -> None:
     names = {node.name for node in found}
     if names != {*model, *own}:
-        raise ValueError(f"the graph's {what} are {sorted(names)}, the manifest needs {sorted({*model, *own})}")
+        raise ValueError(f"the graph's {what} are {sorted(names)}; the manifest needs {sorted({*model, *own})}")

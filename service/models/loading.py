@@ -1,4 +1,4 @@
-"""Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost tbackend."""
+"""Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost there."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -21,7 +21,7 @@ from unroll.service.models.served_model import ServedModel, Serving
 from unroll.service.models.serving_figures import ServingFigures
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
-from unroll.service.scheduler.loop import Loop
+from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
 from unroll.service.state.slots import INITIAL, SCRATCH
@@ -65,7 +65,7 @@ class ModelLoader:
         options: How models are served.
         clock: The clock of their loops.
         devices: Names, each with the executor that is its engine thread.
-        store: Where durable sessions are kept, if anywbackend.
+        store: Where durable sessions are kept, if anywhere.
         spill: Keeps an idle session that must give up its row; returns False if it cannot.
         is_verified: Whether the session of that model and id was looked up in the store for the running call.
     """
@@ -90,7 +90,7 @@ class ModelLoader:
         """The version on every device; all share their statistics.
 
         Raises:
-            ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit tbackend.
+            ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit there.
             DeviceUnavailable: A device cannot be used.
         """
         models: list[ServedModel] = []
@@ -114,7 +114,7 @@ class ModelLoader:
             bundle = bundles.read(path)
             manifest = bundle.manifest
             backend = open_backend(bundle, device, options.engine)
-            parity = bundles.replay(bundle.golden, manifest, backend.runner, backend.slack)
+            parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
             traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
             limits = _session_limits(backend, manifest, options)
             is_verified = partial(self._is_verified, manifest.name)
@@ -134,9 +134,8 @@ class ModelLoader:
             raise
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
-        loop = Loop(
-            manifest.name, scheduler, engine, self._store, self._clock, executor, curve.seconds, figures.observe
-        )
+        thread = EngineThread(engine, executor, curve.seconds)
+        loop = Loop(manifest.name, scheduler, thread, self._store, self._clock, figures.observe)
         codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
         model = ServedModel(bundle, engine, loop, codec, serving, figures)
         _log_loaded(model, curve, perf_counter() - started)

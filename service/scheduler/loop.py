@@ -1,4 +1,4 @@
-"""The asynchronous shell of the scheduler: runs what it decides, and lets callers wait for the answer."""
+"""The asynchronous shell of the scheduler: runs what it decides, and calls listeners with the answers."""
 
 import asyncio
 from collections import deque
@@ -25,45 +25,59 @@ from unroll.service.store.interface import Commit, Store, Tokens
 
 T = TypeVar("T")
 
-#: A batch estimated to take longer runs in the engine's thread, so that the event loop stays free. What is shorter
-#: would lose by the way there and back, and on a single core nothing is gained until others would be kept waiting.
+#: A batch that takes longer, by estimate, runs in the engine's thread, so that the event loop stays free. A shorter one
+#: would lose more by the way there and back; on a single core, the thread gains only fairness.
 INLINE_SECONDS = 0.004 if usable_cores() > 1 else 0.02
-#: The same of a batch that a device runs by itself: meanwhile the event loop has better things to do.
+#: The same for a batch that the device runs by itself, while the event loop can do other work.
 LAUNCHED_SECONDS = 0.0005
-#: How often idle sessions are looked for when nothing else happens.
+#: Interval at which idle sessions expire when nothing else happens.
 _TICK_SECONDS = 1.0
 
 
-class Loop:
-    """One loop of a model version. name: the model's.
+@dataclass(frozen=True, slots=True)
+class EngineThread:
+    """An engine and the thread for its long calls.
 
-    store: where durable sessions are, if there is one. executor: the device's single engine thread. cost: seconds of a
-    call, by rows and steps. on_batch: called after each batch, with how many of its rows failed and the seconds it
-    took.
+    executor: has one thread, the device's. cost: seconds of a call, by rows and steps.
+    """
+
+    engine: Engine
+    executor: Executor
+    cost: Callable[[int, int], float]
+
+
+class Loop:
+    """Runs the batches of one model version, and calls the listeners of their work.
+
+    Args:
+        name: of the model.
+        scheduler: decides what runs.
+        engine: runs it.
+        store: has the durable sessions; None: there are none.
+        clock: for deadlines and idle times.
+        on_batch: called after each batch with the number of failed rows and the seconds it took.
     """
 
     def __init__(
         self,
         name: str,
         scheduler: Scheduler,
-        engine: Engine,
+        engine: EngineThread,
         store: Store | None,
         clock: Clock,
-        executor: Executor,
-        cost: Callable[[int, int], float],
         on_batch: Callable[[Batch, int, float], None] = lambda batch, failed, seconds: None,
     ) -> None:
         self.name = name
         self.scheduler = scheduler
-        self.engine = engine
+        self.engine = engine.engine
         self.store = store
         self.clock = clock
-        self._executor = executor
-        self._cost = cost
+        self._executor = engine.executor
+        self._cost = engine.cost
         self._on_batch = on_batch
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._launched: deque[_Begun] = deque()
+        self._launched: deque[_BegunBatch] = deque()
         self._tokens = Tokens()
         self._commits: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
@@ -78,11 +92,16 @@ class Loop:
         then: Callable[[list[Reply] | UnrollError], None],
         rows: Sequence[np.ndarray | None] | None = None,
     ) -> Callable[[], None]:
-        """Whole sequences, each input (time, *shape), from the initial state, or from the states in `rows`; timeout:
-        seconds until they have begun.
+        """Queue whole sequences. Raises what `Scheduler.submit` raises; nothing is queued then.
 
-        `then` is called once: with all replies, or with the first error, the other sequences being cancelled. What is
-        returned cancels them. Raises what `Scheduler.submit` raises; nothing is queued then.
+        Args:
+            batch: the inputs of each sequence, each (time, *shape).
+            timeout: seconds until they must have begun.
+            then: called once, with all replies, or with the first error; then the other sequences are cancelled.
+            rows: the state that each begins with, None for the initial state.
+
+        Returns:
+            A function that cancels the sequences.
         """
         gathering = _Gathering(self, then)
         now = self.clock.now()
@@ -121,7 +140,7 @@ class Loop:
         return accepted
 
     def leave(self, chunk: Chunk, then: Callable[[Outcome], None]) -> None:
-        """`then` is not to be called any more; if nobody else waits for the chunk, it is cancelled."""
+        """Do not call `then` any more; a chunk without listeners is cancelled."""
         chunk.listeners = tuple(listener for listener in chunk.listeners if listener is not then)
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
@@ -136,11 +155,11 @@ class Loop:
         *,
         again: bool = False,
     ) -> list[int]:
-        """The next steps of many sessions at once, see `Groups.submit`."""
+        """Queue the next steps of many sessions, see `Groups.submit`."""
         now = self.clock.now()
-        left = self.scheduler.groups.submit(sessions, positions, inputs, now, now + timeout, then, again=again)
+        rejected = self.scheduler.groups.submit(sessions, positions, inputs, now, now + timeout, then, again=again)
         self._work.set()
-        return left
+        return rejected
 
     def submit_cohorts(
         self,
@@ -150,14 +169,14 @@ class Loop:
         timeout: float,
         then: Callable[[GroupReply], None],
     ) -> bool:
-        """The next step of all sessions of some cohorts, see `Groups.submit_cohorts`."""
+        """Queue the next step of all sessions of some cohorts, see `Groups.submit_cohorts`."""
         now = self.clock.now()
-        taken = self.scheduler.groups.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
+        queued = self.scheduler.groups.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
         self._work.set()
-        return taken
+        return queued
 
     async def sequences(self, batch: Sequence[Tensors], timeout: float) -> list[Reply]:
-        """`submit_sequences` for who can wait; cancelling the caller cancels the sequences."""
+        """`submit_sequences` for coroutines; cancelling the caller cancels the sequences."""
         future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
         cancel = self.submit_sequences(batch, timeout, partial(_resolve, future))
         try:
@@ -167,7 +186,7 @@ class Loop:
             raise
 
     def act(self, session: Session, run: Callable[[Session], T]) -> "asyncio.Future[T]":
-        """Run `run(session)` between batches, in the session's turn; until then it keeps its row."""
+        """Run `run(session)` between batches, after the session's accepted work; until then it keeps its row."""
         action = self.scheduler.submit_action(session, run, self.clock.now())
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         action.listeners.append(partial(_resolve, future))
@@ -177,7 +196,7 @@ class Loop:
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────
 
     async def run(self) -> None:
-        """Runs until cancelled; what is on its way to the store is waited for then."""
+        """Run until cancelled; then wait for the commits that are under way."""
         self._tick()
         try:
             while True:
@@ -207,7 +226,7 @@ class Loop:
             await self._work.wait()
 
     async def _begin(self, batch: Batch) -> None:
-        """Launch it, if the device works by itself: then others are answered meanwhile. Else run it."""
+        """Launch the batch if the device works by itself, so that others can be answered; else run it."""
         for slot, row in batch.uploads:
             self.engine.write(slot, row)
         started = perf_counter()
@@ -217,7 +236,7 @@ class Loop:
             while self._launched:
                 await self._end(self._launched.popleft())
             result = partial(self.engine.run, batch)
-        begun = _Begun(batch, started, result)
+        begun = _BegunBatch(batch, started, result)
         if self._cost(len(batch), batch.longest) > (LAUNCHED_SECONDS if launched else INLINE_SECONDS):
             begun.future = asyncio.get_running_loop().run_in_executor(self._executor, result)
             begun.future.add_done_callback(lambda _: self._work.set())
@@ -227,9 +246,9 @@ class Loop:
             await self._end(begun)
 
     async def _gather_work(self) -> None:
-        """Let replies leave and work arrive, as long as each look at the sockets brings more, or the batch is full.
+        """Let replies leave and work arrive, until a look at the sockets brings nothing more, or the batch is full.
 
-        Nothing is waited for: a request that is there must be read anyway, and costs less in the batch before it.
+        This waits for nothing: a request that is there must be read anyway, and costs less in the next batch.
         """
         seen = -1
         while seen < self.scheduler.in_flight:
@@ -238,7 +257,7 @@ class Loop:
             if seen >= self.scheduler.limits.max_batch:
                 return
 
-    async def _end(self, begun: "_Begun") -> None:
+    async def _end(self, begun: "_BegunBatch") -> None:
         outputs, failed = begun.result() if begun.future is None else await begun.future
         failpoints.reach("ran")
         ended = perf_counter()
@@ -246,30 +265,30 @@ class Loop:
         for chunk in begun.batch.readback:
             assert chunk.workspace is not None
             chunk.state_row = self.engine.read(chunk.workspace)
-        results = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
+        commits = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
         self._on_batch(begun.batch, len(failed), seconds)
-        if results:
-            task = asyncio.create_task(self._commit(results), name=f"commit {self.name}")
+        if commits:
+            task = asyncio.create_task(self._commit(commits), name=f"commit {self.name}")
             self._commits.add(task)
             task.add_done_callback(self._committed)
 
     # ── durable sessions ─────────────────────────────────────────────────────────────────────────
 
-    async def _commit(self, results: Sequence[PendingCommit]) -> None:
-        """Put what was run into the store, and answer it then. Other batches go on meanwhile."""
+    async def _commit(self, pending: Sequence[PendingCommit]) -> None:
+        """Put chunks that have run into the store, and complete them. Other batches run in the meantime."""
         assert self.store is not None
-        rows = self.engine.read_rows([result.session.slot for result in results])
-        commits = [self._commit_of(result, row.tobytes()) for result, row in zip(results, rows, strict=True)]
+        rows = self.engine.read_rows([each.session.slot for each in pending])
+        commits = [self._commit_of(each, row.tobytes()) for each, row in zip(pending, rows, strict=True)]
         failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
         failpoints.reach("after_commit")
         now = self.clock.now()
-        for result, commit, error in zip(results, commits, errors, strict=True):
-            self.scheduler.complete_commit(result, commit.token, error, now)
+        for each, commit, error in zip(pending, commits, errors, strict=True):
+            self.scheduler.complete_commit(each, commit.token, error, now)
         self._work.set()
 
-    def _commit_of(self, result: PendingCommit, row: bytes) -> Commit:
-        session, chunk = result.session, result.chunk
+    def _commit_of(self, pending: PendingCommit, row: bytes) -> Commit:
+        session, chunk = pending.session, pending.chunk
         assert session.durable is not None
         return Commit(
             key=(self.name, session.id),
@@ -278,7 +297,7 @@ class Loop:
             origin=session.durable.origin,
             position=chunk.start + chunk.length,
             row=row,
-            last=self.scheduler.replay.last_after(result),
+            last=self.scheduler.replay.last_after(pending),
             begins=chunk.opening is not None or not session.durable.token,
             ends=chunk.final,
         )
@@ -303,8 +322,8 @@ class Loop:
 
 
 @dataclass(slots=True)
-class _Begun:
-    """A batch, when it was begun, and what waits for its result; future: the engine's thread is waiting."""
+class _BegunBatch:
+    """A batch that has begun. result: waits for its result. future: of the engine's thread, if that waits for it."""
 
     batch: Batch
     started: float
@@ -313,12 +332,12 @@ class _Begun:
 
     @property
     def ready(self) -> bool:
-        """Can it be ended without keeping new work waiting?"""
+        """Can it be ended without a wait?"""
         return self.future is None or self.future.done()
 
 
 class _Gathering:
-    """Waits for several chunks: calls `then` once, with all their replies or with the first error."""
+    """Several chunks as one: calls `then` once, with all their replies or with the first error."""
 
     def __init__(self, loop: Loop, then: Callable[[list[Reply] | UnrollError], None]) -> None:
         self.chunks: list[Chunk] = []

@@ -1,11 +1,11 @@
-"""The order in which things were last used: a linked list, so that several can take the place of one."""
+"""The order of last use: a linked list, so that several entries can take the place of one."""
 
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar, cast
 
 
 class Used:
-    """What has a place in the order. The links are `Recency`'s."""
+    """An entry of the order. Its links belong to `Recency`."""
 
     __slots__ = ("newer", "older")
     newer: "Used"

@@ -1,15 +1,16 @@
-"""The session table: who is here, who was, and which row of the arena is whose.
+"""The session table: the open sessions, and the arena row of each.
 
-A session's life:
+The life of a session:
 
-- A session that is OPEN is idle, or has work: one piece of it is active, the rest is pending.
-- Only an idle session expires or is evicted: accepted work is never lost to either.
-- Closing works in any state. What waits fails with `session_closed`; what runs is finished first, LEAVING.
-- A session that is GONE leaves a tombstone: for a while the table can still say what became of it.
-- A durable session is here as a copy: when it expires or is evicted, only the copy goes, and nothing is remembered.
-- Idle sessions may become a cohort, see `cohorts.py`: to look a session up for work is to detach it from its cohort.
+- An OPEN session is idle, or has work: one piece of it is active, the rest is pending.
+- Only an idle session expires or is evicted, so that no accepted work is lost to either.
+- A session can be closed in any state. Waiting work fails with `session_closed`; running work is completed first, while
+  the session is LEAVING.
+- A session that is GONE leaves a tombstone, see `closed_sessions.py`.
+- A durable session here is a copy: when it expires or is evicted, only the copy goes, without a tombstone.
+- Idle sessions can form a cohort, see `cohorts.py`. A session that is looked up for work is detached from its cohort.
 
-Time is an argument. A transition that is not in the table raises and changes nothing.
+A transition that is not in the table raises and changes nothing.
 """
 
 import math
@@ -43,9 +44,13 @@ TRANSITIONS = {
 
 
 class SessionTable:
-    """`on_gone(cause)` is called once for each session that expires or is evicted, `on_dissolved` for each cohort.
+    """The open sessions of a model on a device.
 
-    spill: asked to keep a session that is about to be evicted somewhere else; if it does, nothing is lost.
+    Args:
+        limits: of sessions.
+        on_gone: called with the cause for each session that expires or is evicted.
+        on_dissolved: called with each cohort that is dissolved.
+        spill: called with each memory session that is about to be evicted; true if it keeps the session elsewhere.
     """
 
     def __init__(
@@ -61,7 +66,7 @@ class SessionTable:
         self._on_gone = on_gone
         self._spill = spill
         self._live: dict[str, Session] = {}
-        self._recency: Recency[Session | Cohort] = Recency()  # of all that live, each by itself or in a cohort
+        self._recency: Recency[Session | Cohort] = Recency()  # of the open ones, alone or in a cohort
         self._leaving: set[Session] = set()
         self.cohorts = Cohorts(self._recency, on_dissolved)
         self.closed = ClosedSessions(limits)
@@ -70,7 +75,7 @@ class SessionTable:
         return len(self._live)
 
     def __iter__(self) -> Iterator[Session]:
-        """Least recently used first. Those in a cohort stay in it: detach one before reading its position."""
+        """Least recently used first. Those in a cohort stay there: detach a session before reading its position."""
         for entry in self._recency:
             yield from entry.sessions if isinstance(entry, Cohort) else (entry,)
 
@@ -83,9 +88,18 @@ class SessionTable:
     def open(
         self, session_id: str, now: float, *, position: int = 0, origin: Origin | None = None, token: bytes = b""
     ) -> Session:
-        """`origin`, `token`: of a session that has a record, or is to have one.
+        """Open a session.
 
-        Raises SessionExists, or CapacityExhausted when every row is held by a session with work.
+        Args:
+            session_id: its id.
+            now: the time.
+            position: steps consumed elsewhere.
+            origin: of a session that has a record, or will have one.
+            token: of its last commit, if there was one.
+
+        Raises:
+            SessionExists: a session of that id is open.
+            CapacityExhausted: every row is taken by a session with work.
         """
         self.expire(now)
         if (living := self._live.get(session_id)) is not None:
@@ -104,7 +118,7 @@ class SessionTable:
         return session
 
     def check_room(self) -> None:
-        """Raises CapacityExhausted if a session could not be opened now."""
+        """Raises CapacityExhausted if no session could be opened now."""
         if self.slots.taken == self.slots.count and all(entry.active is not None for entry in self._recency):
             raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
 
@@ -167,14 +181,14 @@ class SessionTable:
         self.closed.merge(other.closed, self._live)
 
     def advance(self, session: Session, event: str) -> None:
-        """Follow the table; KeyError if the event is illegal in the session's state."""
+        """Follow the transition table; raises KeyError if the event is illegal in the session's state."""
         session.life = TRANSITIONS[session.life, event]
         if session.life is Life.GONE and session in self._leaving:
             self._leaving.remove(session)
             self.slots.give_back(session.slot)
 
     def rest(self, session: Session, now: float) -> None:
-        """The session's work is done: it is the last to be evicted, and its idle time begins."""
+        """The session's work is done: its idle time begins, and it becomes the last to be evicted."""
         progress = session.progress
         assert progress is not None
         progress.active = None
@@ -187,11 +201,18 @@ class SessionTable:
     # ── the end of sessions ──────────────────────────────────────────────────────────────────────
 
     def close(self, session: Session, now: float, last: AppliedChunk | None = None, *, running: bool = False) -> None:
-        """`running`: its work has begun and is finished first."""
+        """Close a session.
+
+        Args:
+            session: an open one.
+            now: the time.
+            last: the chunk that closed it, if its retry must be answered.
+            running: its work runs and is completed first.
+        """
         self._remove(session, "leave" if running else "close", SessionClosed, now, last)
 
     def expire(self, now: float) -> None:
-        """Remove every session idle for the idle timeout. Costs nothing when none is."""
+        """Remove every session that was idle for the idle timeout."""
         while (oldest := self._recency.oldest) is not None:
             progress = oldest if isinstance(oldest, Cohort) else oldest.own_progress
             if now - progress.last_used < self._idle_timeout:
@@ -208,7 +229,7 @@ class SessionTable:
                 self._on_gone(SessionExpired)
 
     def drop(self, session: Session) -> None:
-        """The session is elsewhere now, or again: its row here is given back."""
+        """Remove a session that is somewhere else now, without a tombstone."""
         self.advance(session, "drop")
         del self._live[session.id]
         self._recency.remove(session)

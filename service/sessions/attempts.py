@@ -5,7 +5,7 @@ from collections.abc import Callable
 from unroll.service.core.errors import NeedsStoreLookup, SessionContended, UnrollError
 from unroll.service.sessions.in_memory import MemorySessions
 
-#: How often a session is looked up for one call before its client is told to try later.
+#: Lookups of a session for one call before the call fails with `session_contended`.
 ATTEMPTS = 8
 
 

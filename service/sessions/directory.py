@@ -19,7 +19,7 @@ _ID_BYTES = 16
 def check_id(session_id: str) -> None:
     """Raises InvalidRequest unless the id is safe in a URL and in a log."""
     if not _ID.fullmatch(session_id):
-        raise InvalidRequest("a session id has 1 to 128 letters, digits or . _ ~ : -")
+        raise InvalidRequest("a session id consists of 1 to 128 letters, digits or . _ ~ : -")
 
 
 def random_id() -> str:

@@ -1,4 +1,4 @@
-"""Durable sessions: brings them in from the store, so that they are served here as if they had always been here.
+"""Durable sessions: loads them from the store on demand, and writes to the store what is not a step.
 
 A request for a session that is not here, or whose copy here may be stale, waits for a lookup in the store and is then
 handled again. Requests for one session wait in the order of their arrival. While such a request is handled, its session
@@ -36,6 +36,8 @@ _log = structlog.get_logger(__name__)
 class DurableSessions(MemorySessions):
     """Sessions of a server with a store, which may have any session of any model; memory sessions are here, too."""
 
+    has_store = True
+
     def __init__(self, directory: SessionDirectory, store: Store) -> None:
         super().__init__(directory)
         self.durabilities = ("memory", store.durability)
@@ -71,7 +73,7 @@ class DurableSessions(MemorySessions):
     def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
         if not self.is_verified(name, session_id):
             absent = self.directory.versions.of(name) and self.directory.living(name, session_id) is None
-            if absent or (name, session_id) in self._waiting:  # those that wait for it come first
+            if absent or (name, session_id) in self._waiting:  # waiting calls come first
                 raise NeedsStoreLookup(session_id)
         return self.directory.owner(name, version, session_id)
 
@@ -83,7 +85,7 @@ class DurableSessions(MemorySessions):
         self._waiting[key] = [then]
         found = self.directory.living(*key)
         if found is not None and found[1].durable is not None:
-            found[1].durable.stale = True  # nothing is accepted before those who wait; what was accepted is done first
+            found[1].durable.stale = True  # new work waits behind these calls; accepted work finishes first
         task = asyncio.create_task(self._look_up(key), name=f"look up {name}/{session_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -113,7 +115,7 @@ class DurableSessions(MemorySessions):
         except UnrollError as reason:
             error = reason
         except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
-            _log.error("a session could not be loaded from the store", model=key[0], session=key[1], exc_info=reason)
+            _log.error("session not loaded from the store", model=key[0], session=key[1], exc_info=reason)
             error = SnapshotInvalid("the stored session cannot be read; the server's log has the reason")
         waiting = self._waiting.pop(key)
         self._verified = key  # true until the last `then` returns, because nothing can suspend this loop
@@ -130,7 +132,7 @@ class DurableSessions(MemorySessions):
         if (found := self.directory.living(*key)) is not None:
             served, session = found
             if session.durable is None:
-                return  # there is no other
+                return  # the store has no other
             await _finish_accepted_work(served, session)
         for _ in range(ATTEMPTS):
             record = await self._store.load(key)
@@ -160,7 +162,7 @@ class DurableSessions(MemorySessions):
         if gone is not None and (model := self.directory.versions.successor(name, gone.origin.model)) is not None:
             model.add_closed(session_id, gone)
 
-    # ── what is done to a session besides steps ──────────────────────────────────────────────────
+    # ── operations other than steps ──────────────────────────────────────────────────────────────
 
     async def create(
         self, served: ServedModel, session_id: str | None, start: Snapshot | None, durability: str
@@ -242,5 +244,5 @@ def _bytes(snapshot: Snapshot) -> bytes:
 
 
 async def _finish_accepted_work(served: ServedModel, session: Session) -> None:
-    with suppress(UnrollError):  # it ended, or what it waited for failed: either way nothing is under way
+    with suppress(UnrollError):  # it ended, or the work before it failed: either way none is left
         await served.loop.act(session, lambda session: None)

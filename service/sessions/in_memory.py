@@ -1,4 +1,4 @@
-"""What is done to sessions besides steps, on a server without a store."""
+"""Operations on sessions other than steps, on a server without a store."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -21,8 +21,10 @@ OnVerified = Callable[[UnrollError | None], None]
 
 
 class MemorySessions:
-    """Sessions that only this process has. Verification never suspends: what is known here is all there is."""
+    """Sessions that only this process has. Verification never suspends: no other process knows more."""
 
+    #: Whether verification may suspend, since a store may know more.
+    has_store = False
     #: The durabilities that the server itself offers.
     durabilities: tuple[str, ...] = ("memory",)
 
@@ -38,15 +40,15 @@ class MemorySessions:
             self.directory.spilled.expire()
 
     async def finish(self) -> None:
-        """Wait for what is on its way to or from the store; the models must have stopped."""
+        """Wait for transfers to and from the store; the models must have stopped."""
         await self.directory.spilled.finish()
 
     async def stop(self) -> None: ...
 
-    # ── what is known of a session ───────────────────────────────────────────────────────────────
+    # ── verification ─────────────────────────────────────────────────────────────────────────────
 
     def is_verified(self, name: str, session_id: str) -> bool:
-        """True while a call runs that may rely on what is known of the session here."""
+        """True while a call runs that may rely on the copy of the session here, or on its absence."""
         return True
 
     def require_verified(self, name: str, session_id: str) -> None:
@@ -69,7 +71,7 @@ class MemorySessions:
         """See `SessionDirectory.owner`. Raises NeedsStoreLookup if that cannot be known here."""
         return self.directory.owner(name, version, session_id)
 
-    # ── what is done to it ───────────────────────────────────────────────────────────────────────
+    # ── operations ───────────────────────────────────────────────────────────────────────────────
 
     async def find(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
         return await self.verified(name, session_id, partial(self.directory.find, name, version, session_id))
@@ -155,7 +157,7 @@ class MemorySessions:
     def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
         def write(session: Session) -> Session:
             served.write_snapshot(session, snapshot)
-            session.forget_applied()  # they belong to another past
+            session.forget_applied()  # they led to another state
             return session
 
         return served.loop.act(session, write)

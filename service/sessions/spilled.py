@@ -1,7 +1,6 @@
-"""Memory sessions that lost their row of the arena: to host memory, from there to the store, and back when used.
+"""Memory sessions that lost their row of the arena: in host memory first, then in the store, and back when used.
 
-A session is in one place at a time: where a record is taken from, it is removed. What has no place left is evicted, and
-said to be.
+A session is in one place at a time: taking a record removes it. A session without a place is evicted.
 """
 
 import asyncio
@@ -56,7 +55,7 @@ class SpilledSessions:
     # ── out of the arena and back ────────────────────────────────────────────────────────────────
 
     def take_in(self, model: ServedModel, session: Session) -> bool:
-        """Keep an idle session that is about to lose its row; False if there is no place for it."""
+        """Keep an idle session that is about to lose its row. Returns False if there is no place for it."""
         if not self._spill.limit and self._store is None:
             return False
         self._spill.put((model.name, session.id), model.record(session), session.last_used)
@@ -90,7 +89,7 @@ class SpilledSessions:
     # ── limits ───────────────────────────────────────────────────────────────────────────────────
 
     def expire(self) -> None:
-        """Forget what was idle for too long."""
+        """Remove sessions that were idle for too long."""
         if self._idle_timeout is None:
             return
         while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:
@@ -108,7 +107,7 @@ class SpilledSessions:
             task.add_done_callback(self._tasks.discard)
 
     async def _park(self, store: Store, key: Key, record: Record, used: float) -> None:
-        """Move a record to the store. If it is wanted meanwhile, what the store has of it by then is removed."""
+        """Move a record to the store; if the session is used before that is done, remove it from the store again."""
         token = self._tokens.next()
         origin = record.origin.to_bytes()
         commit = Commit(key, b"", token, origin, record.position, record.row, record.last, begins=True)
@@ -117,7 +116,7 @@ class SpilledSessions:
         if here is None:
             await store.take(key, token)
         elif error is not None:
-            _log.warning("a session is evicted", model=key[0], session=key[1], reason=error.message)
+            _log.warning("session evicted", model=key[0], session=key[1], reason=error.message)
             self._add_closed(key, record, SessionEvicted)
 
     def _add_closed(self, key: Key, record: Record, cause: type[SessionGone]) -> None:
@@ -141,7 +140,7 @@ class SpilledSessions:
         return state_file.write(path, itertools.chain(waiting, resident))
 
     def load(self, path: Path) -> int:
-        """Take in the sessions of a file, which is removed, so that they are not taken in twice."""
+        """Read the sessions of a file and remove it, so that they are not read twice. Returns how many there were."""
         count, now = 0, self._clock.now()
         for key, record, idle in state_file.read(path):
             self._spill.put(key, record, now - idle)

@@ -1,8 +1,8 @@
-"""What durable sessions need of a store. One implementation a file.
+"""The interface of session stores. One implementation per file.
 
-A session has one key, (model name, session id), and one record, which changes as a whole. Each write carries a token
-that no other write has, and says which token it believes to be there: so a replica with an old copy of a session cannot
-write over what another made of it, whatever became of it meanwhile: moved on, put back, closed and opened anew.
+A session has one key, (model name, session id), and one record, which changes as a whole. Every write carries a unique
+token and names the token that it expects in the store. So a replica with a stale copy cannot overwrite a newer record,
+whether another replica advanced the session, restored it, or closed it and opened another of the same id.
 """
 
 import itertools
@@ -19,10 +19,15 @@ Key = tuple[str, str]
 
 @dataclass(slots=True, eq=False)
 class Commit:
-    """A session's next state. expected: the token it is the successor of; empty: the session must not be there.
+    """The next state of a session.
 
-    token: the new one. origin, row, last: as in a record. begins: this is the session's first. ends: it is closed by
-    this; what is in `last` can still be asked for then, and the row goes.
+    Attributes:
+        key: Of the session.
+        expected: The token of the record that this one follows; empty: the session must not exist.
+        token: The new token.
+        origin, position, row, last: As in a record.
+        begins: This is the session's first commit.
+        ends: The commit closes the session: `last` stays available for retries, and the row is removed.
     """
 
     key: Key
@@ -41,22 +46,22 @@ class Store(Protocol):
 
     @property
     def durability(self) -> str:
-        """As the API calls it."""
+        """The durability's name in the API."""
         ...
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
-        """None for each that is written, and was before if it comes twice; SessionContended if another token is there,
-        StoreUnavailable if that is not known. Never raises."""
+        """The result of each commit: None if it is in the store, also if it was sent twice; SessionContended if the
+        store has another token; StoreUnavailable if that is unknown. Never raises."""
         ...
 
     async def load(self, key: Key) -> Record | Gone | None: ...
 
     async def close(self, key: Key) -> int | None:
-        """End a session, whoever moved it on last. Its position, or None if there is none."""
+        """Close a session, whatever its token. Returns its position, or None if there is none."""
         ...
 
     async def take(self, key: Key, token: bytes) -> bool:
-        """Remove a record without a trace, if this is its token: who asked has it now."""
+        """Remove a record without a tombstone if it has this token: the caller owns the session then."""
         ...
 
     async def start(self) -> None: ...
@@ -64,7 +69,7 @@ class Store(Protocol):
 
 
 class Tokens:
-    """Numbers that no other commit of any process has: 8 random bytes of the process, and a counter."""
+    """Generates unique tokens: 8 random bytes of the process, then a counter."""
 
     def __init__(self) -> None:
         self._process = os.urandom(8)

@@ -1,5 +1,4 @@
-"""A store in the process's own memory: what the others must do, without anything that can fail. Several schedulers
-that share one are replicas of each other."""
+"""A store in the memory of the process, for tests. Schedulers that share one are replicas of each other."""
 
 from collections.abc import Sequence
 
@@ -46,7 +45,7 @@ class MemoryStore:
         if commit.token in (held, self._gone.get(commit.key, (None, b""))[1]):
             return None
         if held != commit.expected:
-            return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
+            return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
         kept, depth = unpack_last(commit.last)
         origin = Origin.from_bytes(commit.origin)
         if commit.ends:

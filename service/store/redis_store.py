@@ -1,15 +1,15 @@
 """Durable sessions in Redis, Valkey, or a Redis Cluster.
 
-    unroll:{MODEL/SESSION}        token, and the record as in `record.py`; lives for the idle timeout
-    unroll:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives longer than the session by half
-                                  the tombstone life at least. `e`, from the beginning: it expired, which is true as
-                                  soon as the first key is gone by itself; `c`: it was closed
+    unroll:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
+    unroll:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
+                                  longer than the session. `e` is written first: the session expired, which is true as
+                                  soon as the first key has expired. `c`: the session was closed
 
 The braces keep both keys of a session on one node of a cluster.
 
-Every access to a session is one call of a function on these two keys, so it happens whole or not at all. What many ask
-at the same moment goes together to one script, which calls them one after another; each succeeds or fails by itself.
-How much of it a crash of Redis loses is for its `appendfsync` to say.
+Every access to a session is one call of a function on these two keys, so it is atomic. Concurrent calls go together to
+one script, which runs them in order; each succeeds or fails by itself. How many writes a crash of Redis loses depends
+on its `appendfsync`.
 """
 
 import asyncio
@@ -34,20 +34,20 @@ from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack
 
 _log = structlog.get_logger(__name__)
 
-#: Exchanges with Redis under way at a time; what comes meanwhile leaves with the next.
+#: Concurrent exchanges with Redis; further calls wait and leave together with the next one.
 _EXCHANGES = 2
-#: Calls that one run of the script is given, and the bytes they may bring: meanwhile Redis does nothing else.
+#: Maximum calls and bytes per run of the script: Redis does nothing else while it runs.
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
-#: How often is looked who waits for an answer, within the time that is too long.
+#: Checks for overdue answers per timeout.
 _TICKS = 10
 #: Seconds after which a client may find the store again.
 _RETRY_AFTER = 1.0
-#: `expected` of what does not care.
+#: `expected` of a call that accepts any token.
 _ANY = b"*"
 _CLUSTER = "redis+cluster://"
 
-# Arguments that a function does not need are empty, and so are those of which it is not known what they are to be.
-# A session that begins has its `origin` with the first write. `finish` returns the position, if it ended the session.
+# Unused and unknown arguments are empty. The first write of a session brings its `origin`. `finish` returns the
+# position if it closed the session.
 _SCRIPT = """
 local call, does = redis.call, {}
 function does.write(state, gone, expected, token, record, position, origin)
@@ -87,23 +87,23 @@ for i = 1, #KEYS / 2 do
 end
 return replies
 """
-# Now and then: it costs as much as the rest.
+# Only when it is due: it costs as much as the rest.
 _LONGER = """  elseif call('PTTL', gone) < %d then
     call('PEXPIRE', gone, %d)"""
 
 _CLOSED = b"c"
 _TOKEN = 16
-#: Of a call's words: the longest.
+#: Index of the longest word of a call.
 _CONTENT = 3
 
 
-#: A call of a function of the script: keys, and the words that it is given.
+#: A call of a function of the script: the keys, and the arguments.
 _Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """timeout: seconds for an answer. idle_timeout: of sessions, None: for ever. tombstone_life: seconds after that."""
+    """timeout: seconds for an answer. idle_timeout: of sessions; None: never. tombstone_life: seconds after the end."""
 
     url: str
     timeout: float = 0.5
@@ -119,7 +119,7 @@ class RedisStore:
         self._client: Any = _client(config)
         self._tokens = Tokens()
         self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
-        self._under_way: dict[asyncio.Task[None], int] = {}  # and how many ticks each has seen
+        self._under_way: dict[asyncio.Task[None], int] = {}  # and the ticks since it began
         self._timer: asyncio.TimerHandle | None = None
         self._answers = True  # so far as is known
         self._script = _with_lives(config).encode()
@@ -129,11 +129,11 @@ class RedisStore:
         return f"<RedisStore {len(self._under_way)} exchanges under way, {len(self._queue)} calls waiting>"
 
     async def start(self) -> None:
-        """Say in the log if it cannot be reached; it may be later."""
+        """Log an error if the store does not answer; it may answer later."""
         try:
             await self.load(("", ""))
         except StoreUnavailable as error:
-            _log.error("the store does not answer", reason=error.message)
+            _log.error("store does not answer", reason=error.message)
 
     async def stop(self) -> None:
         while self._under_way:
@@ -160,7 +160,7 @@ class RedisStore:
     async def take(self, key: Key, token: bytes) -> bool:
         return bool(await self._ask_one(_call(key, b"take", token)))
 
-    # ── what leaves together ─────────────────────────────────────────────────────────────────────
+    # ── exchanges ────────────────────────────────────────────────────────────────────────────────
 
     async def _ask_one(self, call: _Call) -> Any:
         """Its reply. Raises StoreUnavailable."""
@@ -170,7 +170,7 @@ class RedisStore:
         return reply
 
     async def _ask(self, calls: list[_Call]) -> list[Any]:
-        """A reply or a RedisError for each. Raises StoreUnavailable if there are none."""
+        """A reply or a RedisError per call. Raises StoreUnavailable if there are none."""
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._queue.append((calls, future))
         self._send()
@@ -190,8 +190,8 @@ class RedisStore:
         self._send()
 
     def _tick(self) -> None:
-        """Give up what was not answered for too many of these. If it is this process that stood still, that was one:
-        the answers may be there, and nobody could read them yet."""
+        """Cancel exchanges that are unanswered for too many ticks. A pause of this process counts as one tick, since it
+        could not read answers that arrived."""
         self._timer = None
         for task in self._under_way:
             self._under_way[task] += 1
@@ -207,18 +207,18 @@ class RedisStore:
             replies = await self._execute(calls)
         except (Exception, asyncio.CancelledError) as reason:  # noqa: BLE001 the waiting commits must get an answer
             if not isinstance(reason, (RedisError, OSError, asyncio.CancelledError)):
-                _log.error("an unforeseen error of the store", exc_info=reason)
+                _log.error("unexpected error of the store", exc_info=reason)
             late = TimeoutError(f"no answer within {self._config.timeout:g} s")
             error = _unavailable(reason if isinstance(reason, Exception) else late)
-            # Whoever waits behind these would only learn the same, and later.
+            # Calls that wait behind these would fail the same way, only later.
             asked, self._queue = [*asked, *self._queue], deque()
         if self._answers is not (error is None):
             self._answers = error is None
-            (_log.info if error is None else _log.error)("the store", answers=self._answers, reason=str(error or ""))
+            (_log.info if error is None else _log.error)("store", answers=self._answers, reason=str(error or ""))
         begin = 0
         for some, future in asked:
             end = begin + len(some)
-            if future.done():  # whoever asked is gone
+            if future.done():  # the caller was cancelled
                 pass
             elif error is not None:
                 future.set_exception(error)
@@ -238,7 +238,7 @@ class RedisStore:
         return replies
 
     async def _execute_apart(self, calls: Sequence[_Call]) -> list[Any]:
-        """In a cluster the keys of a run must be in one slot: so each call has its own, in one pipeline a node."""
+        """A cluster runs a script on keys of one slot: so each call is a run of its own, in one pipeline per node."""
         replies = await self._pipelined(calls, "EVALSHA", self._digest)
         if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
             again = await self._pipelined([calls[i] for i in unknown], "EVAL", self._script)
@@ -254,13 +254,13 @@ class RedisStore:
 
 
 def _words(part: Sequence[_Call]) -> list[bytes]:
-    """What follows the script's name: the number of keys, the keys, and what the functions are given."""
+    """The arguments after the script's name: the number of keys, the keys, the arguments of the functions."""
     keys, words = zip(*part, strict=True)
     return [b"%d" % (2 * len(part)), *chain(*keys), *chain(*words)]
 
 
 def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
-    """What one run of the script is given: so many, and fewer if they are large."""
+    """The calls of each run of the script: at most _MOST_CALLS, and fewer if they are large."""
     begin = size = 0
     for end, (_, words) in enumerate(calls):
         size += len(words[_CONTENT])
@@ -271,7 +271,7 @@ def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
 
 
 class _Connection(Connection):
-    """Its commands are packed by hiredis, which takes a third of the time; not those of TLS and of Unix sockets."""
+    """Packs commands with hiredis, which takes a third of the time. Not used for TLS and Unix sockets."""
 
     _packer = HiredisRespSerializer()
 
@@ -280,7 +280,7 @@ class _Connection(Connection):
 
 
 def _client(config: StoreConfig) -> Any:
-    # One more try, at once, on a new connection: the old one may be dead for long. The script knows what comes twice.
+    # Retry once, at once, on a new connection, since the old one may be dead. The script recognises repeated calls.
     retry = Retry(NoBackoff(), 1)
     options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
     if config.url.startswith(_CLUSTER):
@@ -310,7 +310,7 @@ def _call_of(commit: Commit) -> _Call:
 
 
 def _with_lives(config: StoreConfig) -> str:
-    """The script, with how long the keys live; states live for ever, if sessions never expire."""
+    """The script with the lifetimes of the keys. If sessions never expire, states have none."""
     tombstone = _milliseconds(config.tombstone_life)
     if config.idle_timeout is None:
         return _SCRIPT % {"idle": "", "both": "", "longer": "", "tombstone": tombstone}
@@ -331,13 +331,13 @@ def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
     if isinstance(reply, RedisError):
         return _unavailable(reply)
     if reply is None or reply == 0:
-        return SessionContended(f"session {commit.key[1]!r} was moved on by another replica", 0.1)
+        return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
     return None
 
 
 def _unavailable(reason: Exception) -> StoreUnavailable:
     why = str(reason).partition("\n")[0] or type(reason).__name__
-    return StoreUnavailable(f"the store of sessions cannot be used now: {why}", _RETRY_AFTER)
+    return StoreUnavailable(f"the session store is unavailable: {why}", _RETRY_AFTER)
 
 
 def _milliseconds(seconds: float) -> int:

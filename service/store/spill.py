@@ -1,4 +1,4 @@
-"""Sessions that had to leave the arena, as bytes in host memory: least recently left first."""
+"""Sessions without a row in the arena, as bytes in host memory, oldest first."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _RECORD_BYTES = 512
 
 
 class Spill:
-    """limit: bytes. What is put in beyond it, the oldest first, is for the caller to put elsewhere (`overflow`)."""
+    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -37,18 +37,18 @@ class Spill:
         self._bytes += _size(record)
 
     def take(self, key: Key) -> tuple[Record, float] | None:
-        """The record, which is not here any more then, and when it was last used."""
+        """Remove a record. Returns it, and when it was last used."""
         found = self._records.pop(key, None)
         if found is not None:
             self._bytes -= _size(found[0])
         return found
 
     def overflow(self) -> tuple[Key, Record, float] | None:
-        """One that is beyond the limit, which is not here any more then."""
+        """Remove the oldest record while the limit is exceeded."""
         return self._first() if self._bytes > self.limit else None
 
     def expired(self, before: float) -> tuple[Key, Record, float] | None:
-        """One that was last used `before` then or earlier, which is not here any more then."""
+        """Remove the oldest record if it was last used at the time `before` or earlier."""
         for _, used in self._records.values():
             return self._first() if used <= before else None
         return None

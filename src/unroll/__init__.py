@@ -1,7 +1,7 @@
 """Serve stacked GRU/LSTM models trained in PyTorch.
 
-`unroll.export(module, example, ...)` turns a module into a bundle that is proven equal to it; `unroll serve` serves
-bundles. Exporting needs torch, serving does not, so what is listed here is imported when it is first used.
+`unroll.export(module, example, ...)` converts a module to a bundle that is proven equal to it; `unroll serve` serves
+bundles. Export needs torch and serving does not, so the names of this package are imported on first use.
 """
 
 from importlib import import_module

@@ -5,12 +5,12 @@ from importlib import import_module
 
 #: Module and purpose of each command; imported on demand, because serving must not need torch.
 COMMANDS = {
-    "export": ("export.__main__", "turn a PyTorch model into a bundle that is proven equal to it"),
+    "export": ("export.__main__", "convert a PyTorch model to a bundle that is proven equal to it"),
     "inspect": ("bundle.inspect", "show a bundle's inputs, outputs, state and parity report"),
     "verify": ("service.verify", "run a bundle on a device of this machine and compare it with PyTorch's outputs"),
     "serve": ("service.serve", "serve a repository of bundles"),
-    "doctor": ("service.doctor.__main__", "check what this machine can serve with, and how to fix the rest"),
-    "demo": ("examples.demo", "stream a real series through a running server"),
+    "doctor": ("service.doctor.__main__", "check this machine and its installation, and suggest fixes"),
+    "demo": ("examples.demo", "stream a real time series through a running server"),
 }
 
 

@@ -10,7 +10,6 @@ import pytest
 from unroll import bundle
 from unroll.bundle import BundleError, Golden, GoldenMismatch, Manifest, Parity, StateSlot, TensorSpec
 from unroll.bundle.files import check_name
-from unroll.bundle.golden import run_chunked
 
 MANIFEST = Manifest(
     format=1,
@@ -96,7 +95,7 @@ def test_symbolic_link_is_refused(path: Path, tmp_path: Path) -> None:
 
 def test_moved_bundle_is_refused(path: Path) -> None:
     moved = path.rename(path.with_name("3"))
-    with pytest.raises(BundleError, match="the manifest is of sum/2"):
+    with pytest.raises(BundleError, match="the manifest belongs to sum/2"):
         bundle.read(moved)
 
 
@@ -174,13 +173,13 @@ def test_replay_runs_every_chunking(golden: Golden) -> None:
         lengths.append(inputs["x"].shape[1])
         return run(inputs, state, sequence_lens)
 
-    worst = bundle.replay(golden, MANIFEST, counted)
+    worst = bundle.Verifier(counted, MANIFEST).replay(golden)
     assert lengths == [6, 1, 1, 1, 1, 1, 1, 2, 3, 1]
     assert worst.keys() == {"y", "last", "state_out"}
     assert max(worst.values()) < 1e-6
 
     lengths.clear()
-    bundle.replay(golden, replace(MANIFEST, streamable=False, not_streamable_because="because"), counted)
+    bundle.Verifier(counted, replace(MANIFEST, streamable=False, not_streamable_because="because")).replay(golden)
     assert lengths == [6]
 
 
@@ -192,17 +191,17 @@ def test_replay_refuses_other_answers(golden: Golden, wrong: float) -> None:
         return outputs, after
 
     with pytest.raises(GoldenMismatch, match="state_out"):
-        bundle.replay(golden, MANIFEST, off)
+        bundle.Verifier(off, MANIFEST).replay(golden)
 
 
 def test_replay_refuses_a_state_that_is_not_carried(golden: Golden) -> None:
     with pytest.raises(GoldenMismatch, match=r"in chunks \(1, 1"):
-        bundle.replay(golden, MANIFEST, lambda x, state, lens: run(x, golden.state, lens))
+        bundle.Verifier(lambda x, state, lens: run(x, golden.state, lens), MANIFEST).replay(golden)
 
 
-def test_run_chunked_joins_time_and_keeps_the_last(golden: Golden) -> None:
-    whole = run_chunked(golden.inputs, golden.state, (6,), MANIFEST, run)
-    cut = run_chunked(golden.inputs, golden.state, (2, 3, 1), MANIFEST, run)
+def test_chunked_joins_time_and_keeps_the_last(golden: Golden) -> None:
+    whole = bundle.Verifier(run, MANIFEST).chunked(golden.inputs, golden.state, (6,))
+    cut = bundle.Verifier(run, MANIFEST).chunked(golden.inputs, golden.state, (2, 3, 1))
     assert cut["y"].shape == (2, 6, 3)
     assert np.array_equal(cut["last"], golden.inputs["token"][:, -1])
     assert np.allclose(cut["y"], whole["y"], atol=1e-6)

@@ -23,7 +23,7 @@ def test_exported_afresh_it_gives_the_same_numbers(afresh: Path, name: str) -> N
     assert fresh.manifest.state == committed.manifest.state
     assert (fresh.manifest.streamable, fresh.manifest.bit_exact) == (True, True)
     for golden, model in ((committed, fresh), (fresh, committed)):
-        bundle.replay(golden.golden, golden.manifest, Runner(model.model_path, model.manifest))
+        bundle.Verifier(Runner(model.model_path, model.manifest), golden.manifest).replay(golden.golden)
 
 
 @pytest.mark.parametrize("name", ["co2", "bytes"])

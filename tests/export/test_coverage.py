@@ -48,7 +48,7 @@ def test_a_cell_is_recognised_by_its_numbers(tmp_path: Path, limit, node: str, k
 
 
 class Forecast(nn.Module):
-    """Of a series and of what is known beforehand: which item it is, and where."""
+    """A series with static inputs: the item and the location."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision
     found = bundle.read(report.path)
     backend = open_backend(found, "cpu", EngineOptions())
     assert backend.slack == 1.0
-    bundle.replay(found.golden, manifest, backend.runner)
+    bundle.Verifier(backend.runner, manifest).replay(found.golden)
     _, proof = backend.create_engine(64, 16)
     assert proof.parity["y"] <= by_output["y"].tolerance
     time = next(iter(found.golden.inputs.values())).shape[1]
@@ -86,7 +86,7 @@ def test_the_server_takes_no_looser_bound(reports) -> None:
     """A model that is off by more than its own bound, though by less than another precision's, is refused."""
     coarse, fine = (bundle.read(reports("LSTM", precision).path) for precision in ("int8", "float16"))
     with pytest.raises(GoldenMismatch):
-        bundle.replay(fine.golden, fine.manifest, Runner(coarse.model_path, coarse.manifest))
+        bundle.Verifier(Runner(coarse.model_path, coarse.manifest), fine.manifest).replay(fine.golden)
 
 
 def test_what_becomes_integer(reports, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The parts that decide: guards read from PyTorch's words, samples like the example, chunkings, and what is said."""
+"""The deciding parts: guards parsed from PyTorch's messages, samples like the example, chunkings, and messages."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unroll.bundle.verification import random_chunks
 from unroll.export import ExportError, export
 from unroll.export.onnx.tracing import _suspects
 from unroll.export.signature.samples import Samples, states
-from unroll.export.verification.probes import random_chunks
 
 GUARD = (
     "Constraints violated (time)!\n  - Not all values of {0} in the specified range satisfy the generated guard {1}."
@@ -104,7 +104,7 @@ def test_wide_outputs_make_a_short_golden(tmp_path: Path) -> None:
 
 
 class FarBack(nn.Module):
-    """Beside the recurrent layer, each output needs the input of `lag` steps before."""
+    """In addition to the recurrent layer, each output needs the input `lag` steps earlier."""
 
     def __init__(self, lag: int) -> None:
         super().__init__()

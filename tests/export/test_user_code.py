@@ -72,7 +72,7 @@ def write(folder: Path, files: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("files", "target"),
     [
-        # A module in the current directory, beside the one that it imports.
+        # A module in the current directory, next to the one that it imports.
         (("{name}.py", "{name}_block.py", "from {name}_block import block"), "{name}:Net"),
         # A package that imports by its own name.
         (("{name}/net.py", "{name}/block.py", "from {name}.block import block"), "{name}.net:Net"),

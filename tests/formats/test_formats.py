@@ -1,4 +1,4 @@
-"""What was written by release 0.1 is read, and written again the same: files, messages, names."""
+"""Files, messages and names of release 0.1 are read and reproduced byte for byte."""
 
 import json
 from pathlib import Path

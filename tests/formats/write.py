@@ -1,4 +1,4 @@
-"""Writes the golden files anew: `PYTHONPATH=tests python -m formats.write`. Only for a format that is new."""
+"""Rewrites the golden files: `PYTHONPATH=tests python -m formats.write`. Only for a new format."""
 
 import base64
 import json

@@ -56,4 +56,4 @@ def test_serve_ends_with_a_reason(repository: Path, capfd: pytest.CaptureFixture
     assert serve.main(["--repository", str(repository), "--device", "cuda:99"]) == 1
     last = json.loads(capfd.readouterr().err.splitlines()[-1])
     assert last["event"] == "not started"
-    assert "cuda:99 was asked for, but" in last["reason"]
+    assert "cuda:99 was requested, but" in last["reason"]

@@ -107,7 +107,7 @@ class Run:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.internals.gpu", description=__doc__)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement over WebSockets")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each measurement over WebSockets")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="only write docs/gpu.md from such results")
     arguments = parser.parse_args()

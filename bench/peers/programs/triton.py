@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.peers.programs.arguments import Arguments, arguments
 
-#: Open at the same time. Past that, Triton lets a new sequence wait without a word.
+#: Open at the same time. Beyond this number, Triton queues a new sequence silently.
 _SEQUENCES = 1024
 _BATCH = 64
 #: `direct` keeps a place in the batch for each open sequence, and nothing for those beyond.

@@ -20,7 +20,6 @@ from unroll.service.core.errors import (
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Life, Session
 from unroll.service.sessions.directory import check_id
-from unroll.service.sessions.durable import DurableSessions
 
 
 class Handles:
@@ -40,7 +39,7 @@ class Handles:
     def __init__(self, app: AppState, model: str, served: ServedModel, on_unbind: Callable[[], None]) -> None:
         self._app = app
         self._sessions = app.sessions
-        self.has_store = isinstance(app.sessions, DurableSessions)
+        self.has_store = app.sessions.has_store
         self._model = model
         self._name, self._version = split_reference(model)
         self._served = served

@@ -1,1 +1,1 @@
-"""The engine on an NVIDIA GPU: the rows stay in its memory, and a batch of single steps is one graph launch."""
+"""The engine on an NVIDIA GPU: the state rows stay in its memory, and a batch of single steps is one graph launch."""

@@ -1,4 +1,4 @@
-"""A recurrent layer's step in one kernel, `cells.cu`: how its weights are packed for it, and how its work is cut."""
+"""A recurrent layer's step in one kernel, `cells.cu`: packs the weights and divides the work into tiles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +13,21 @@ from unroll.service.engine.tensor_ref import TensorRef
 Cell = Literal["LSTM", "GRU"]
 
 _CHUNK, _SLICES, _GATES = 32, 4, 4
-#: Units that a layer is padded to: whole blocks of any tile.
+#: A layer's units are padded to a multiple of this: whole blocks of every tile.
 _UNITS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a block's warps share its work; `cells.cu` explains the names.
+    """How a block's warps divide its work; the names are those of `cells.cu`.
 
-    split: are the slices of the depth spread over a cluster of blocks? wm, wn: warps along the units and along the
-    batch. wg: unit groups of a warp. nt: times 8 rows of the batch of a warp. stages: of the copy ring. blocks: of a
-    multiprocessor, for which registers are allotted.
+    Attributes:
+        split: The slices of the depth are spread over a cluster of blocks.
+        wm, wn: Warps along the units and along the batch.
+        wg: Unit groups of a warp.
+        nt: A warp has 8 times as many rows of the batch.
+        stages: Stages of the copy ring.
+        blocks: Blocks of a multiprocessor, which limits a thread's registers.
     """
 
     split: bool
@@ -36,7 +40,7 @@ class Tile:
 
     @property
     def rows(self) -> int:
-        """Of the batch, in a block."""
+        """Rows of the batch in a block."""
         return self.wn * self.nt * 8
 
     @property
@@ -44,11 +48,11 @@ class Tile:
         return _SLICES if self.split else 1
 
     def units(self, cell: Cell) -> int:
-        """Of the layer, in a block."""
+        """Return the layer's units in a block."""
         return self.wm * self.wg * (8 if cell == "LSTM" else 16)
 
     def shared_bytes(self, cell: Cell, parts: int) -> int:
-        """The copy ring, and the gates' sums: beside it, or in its place when the slices are split."""
+        """Return the bytes of the copy ring and the gates' sums. When the slices are split, the sums reuse the ring."""
         fragments = 16 * self.wm * self.wg * (2 if cell == "LSTM" else 3) * _CHUNK // 16 * parts * 32
         ring = self.stages * (fragments + 4 * self.rows * (_CHUNK + 4))
         sums = 4 * _GATES * self.rows * self.units(cell)
@@ -67,7 +71,7 @@ TILES = (
 
 
 def tile_for(cell: Cell, hidden: int, batch: int, multiprocessors: int) -> Tile:
-    """The widest that the batch fills at least by half, and that gives almost every multiprocessor a block."""
+    """Return the widest tile that the batch fills by half and that gives almost every multiprocessor a block."""
     for tile in TILES:
         blocks = -(-hidden // tile.units(cell)) * tile.cluster * -(-batch // tile.rows)
         if tile.rows < 2 * max(batch, 8) and blocks >= 0.9 * multiprocessors:
@@ -77,10 +81,12 @@ def tile_for(cell: Cell, hidden: int, batch: int, multiprocessors: int) -> Tile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A layer's weights as the kernel reads them.
+    """A layer's weights in the kernel's layout.
 
-    fragments: (unit groups, chunks, tiles, 2, parts, 8, 4, 2, 2, 2) float16; bias: (4, hidden) float32; unscale: takes
-    back the power of two that brings the weights into float16's range.
+    Attributes:
+        fragments: (unit groups, chunks, tiles, 2, parts, 8, 4, 2, 2, 2) float16.
+        bias: (4, hidden) float32.
+        unscale: Undoes the power of two that scales the weights to float16's range.
     """
 
     fragments: np.ndarray
@@ -89,7 +95,12 @@ class Packed:
 
 
 def pack(layer: Layer, parts: int) -> Packed:
-    """parts: halves that a weight is split into: 2 for float32's accuracy, 1 for TF32's."""
+    """Pack a layer's weights.
+
+    Args:
+        layer: The layer.
+        parts: float16 numbers that hold one weight: 2 for float32's accuracy, 1 for TF32's.
+    """
     gates, hidden = layer.r.shape[0] // layer.hidden, layer.hidden
     padded = -(-hidden // _UNITS) * _UNITS
     sides = []
@@ -116,7 +127,7 @@ def pack(layer: Layer, parts: int) -> Packed:
 
 
 class CellKernel:
-    """A layer on the device; width: of a state row."""
+    """A layer's kernel and weights on the device. `width` is the size of a state row."""
 
     def __init__(self, device: Device, layer: Layer, width: int, *, tf32: bool) -> None:
         self._device, self._layer, self._width = device, layer, width

@@ -1,8 +1,8 @@
-"""The engine with its rows on a GPU. No state crosses to the host but to be saved, restored or verified.
+"""The engine that keeps the state rows on a GPU. States reach the host only to be saved, restored or verified.
 
-A batch of single steps is one launch of a graph that was captured at start, for its bucket: gather the rows, call the
-model, commit the rows. Chunks and sequences are the same steps, several to a graph, if the layers are run by kernels of
-ours; else calls of the whole graph, one after another on the same stream.
+A batch of single steps is one launch of a graph that was captured at start for its bucket: gather the rows, run the
+model, commit the rows. If kernels of our own run the layers, chunks and sequences are the same steps, several in one
+graph. Otherwise they are calls of the whole graph on the same stream.
 """
 
 from collections import deque
@@ -24,19 +24,30 @@ from unroll.service.engine.rows import empty_outputs, one_by_one
 from unroll.service.engine.runner import Runner
 from unroll.service.state.slots import INITIAL
 
-#: Steps of a graph for sequences and chunks, and how many must be left for it to be worth its padding.
+#: Steps of a graph for sequences and chunks, and how many must remain for it to be worth its padding.
 SEVERAL, _WORTHWHILE = 16, 4
 
 _log = structlog.get_logger(__name__)
 
 
 class CudaEngine:
-    """rows: rows of the arena, the initial and the scratch row included. buckets: sizes of the captured calls of single
-    steps, ascending; none for a model that takes whole sequences only. The runner must run on the device's stream.
-    parts: of the graph, if its layers are to be run by kernels of ours; tf32: in TF32's accuracy.
+    """An engine on a GPU.
 
-    `captured`: are steps run by graphs? A model of which a part runs on the CPU cannot be captured: its steps are run
-    as sequences are. Raises OutOfDeviceMemory, CompilationFailed, DeviceFailed.
+    Args:
+        device: The GPU.
+        runner: Runs the graph on the device's stream.
+        manifest: The model's tensors.
+        rows: Rows of the arena, the initial and the scratch row included.
+        buckets: Row counts of the captured single-step calls, ascending; none for a model that takes whole sequences.
+        parts: The graph in parts, if kernels of our own run the layers.
+        tf32: Those kernels compute in TF32's accuracy.
+
+    Attributes:
+        captured: Graphs run the steps. A model that partly runs on the CPU cannot be captured: its steps run as
+            sequences.
+
+    Raises:
+        OutOfDeviceMemory, CompilationFailed, DeviceFailed: The engine cannot be created.
     """
 
     def __init__(
@@ -71,7 +82,7 @@ class CudaEngine:
             name = f"{manifest.name}:{manifest.version}"
             _log.warning("steps run without a graph", model=name, device=device.name, reason=str(error))
         self.captured = bool(self._steps)
-        #: Are sequences run step by step, too? Then they are the same to the bit, and sooner done.
+        #: Sequences run step by step as well, which is faster and gives the same bits as single steps.
         self._stepwise = self.captured and bool(parts)
 
     def __repr__(self) -> str:
@@ -98,14 +109,17 @@ class CudaEngine:
         return result
 
     def _next_call(self, rows: int, steps: int) -> StepCall:
-        """In turn, since a call's memory is in use until its answers are fetched."""
+        """Return the calls of this size in turn, since a call's memory is in use until its answers are fetched."""
         calls = self._steps[bucket_of(self._buckets, rows), steps]
         calls.append(calls.pop(0))
         return calls[-1]
 
     def _run_stepwise(self, rows: Rows) -> BatchResult:
-        """Several steps at a time. Until the last of its steps a state is in a row of the engine's own, and then goes
-        where it belongs, unless one of them failed."""
+        """Run several steps at a time.
+
+        A state stays in a row of the engine's own until its last step, which writes it to its target unless a step
+        failed.
+        """
         count, longest, lens = len(rows.lens), rows.inputs[0].shape[1], np.array(rows.lens)
         own = np.arange(self._rows, self._rows + count)
         outputs = empty_outputs(self._manifest, count, longest)
@@ -147,8 +161,12 @@ class CudaEngine:
         self._device.close()
 
     def graph(self, rows: int, *, transfers: bool = True) -> Graph:
-        """What is launched for a step of so many rows, to be looked at and measured; transfers: with what goes between
-        host and device."""
+        """Return the graph for a step of `rows` rows, to inspect and measure it.
+
+        Args:
+            rows: Rows of the batch.
+            transfers: Include the copies between host and device.
+        """
         call = self._steps[bucket_of(self._buckets, rows), 1][-1]
         return call.graph if transfers else call.without_transfers()
 
@@ -176,7 +194,7 @@ class CudaEngine:
         return self._arena.pointer + slot * self._row_bytes
 
     def _capture(self, model: StepModel, lengths: Sequence[int]) -> dict[tuple[int, int], list[StepCall]]:
-        """By rows and steps. lengths: steps of a call."""
+        """Return the captured calls by rows and steps."""
         if not self._buckets:
             return {}
         memory = StepMemory(self._device, self._manifest, self._buckets[-1])

@@ -1,4 +1,4 @@
-"""A GPU, through NVIDIA's Python bindings: the only file that imports them."""
+"""A GPU, through NVIDIA's Python bindings. Only this file imports them."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ _C_TYPES = {int: ctypes.c_void_p, np.int32: ctypes.c_int, np.float32: ctypes.c_f
 
 
 class Cuda:
-    """Device number `index` and a stream of its own. Raises DeviceFailed."""
+    """Device number `index`, and one stream. Raises DeviceFailed."""
 
     def __init__(self, index: int) -> None:
         self.name = f"cuda:{index}"
@@ -47,10 +47,8 @@ class Cuda:
         wanted = TensorRef(0, tuple(shape), np.dtype(dtype), "cuda", self._index)
         error, pointer = runtime.cudaMalloc(max(wanted.nbytes, 1))
         if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
-            runtime.cudaGetLastError()  # or the next call would report it again
-            raise OutOfDeviceMemory(
-                f"{wanted.nbytes:,} bytes are wanted on {self.name}, {self.free_bytes():,} are free"
-            )
+            runtime.cudaGetLastError()  # otherwise the next call reports it again
+            raise OutOfDeviceMemory(f"{self.name} has {self.free_bytes():,} bytes free, {wanted.nbytes:,} are needed")
         _check((error,))
         _check(runtime.cudaMemsetAsync(pointer, 0, wanted.nbytes, self.stream))
         self._allocated.add(int(pointer))
@@ -124,7 +122,7 @@ class Cuda:
             queue()
         except BaseException:
             runtime.cudaStreamEndCapture(self.stream)
-            runtime.cudaGetLastError()  # what made it fail is being raised
+            runtime.cudaGetLastError()  # the cause is being raised
             raise
         graph = _check(runtime.cudaStreamEndCapture(self.stream))
         self._graphs.append(CapturedGraph(graph, self._index, self.stream))
@@ -143,7 +141,7 @@ class Cuda:
         _check(runtime.cudaMemcpyAsync(target, source, nbytes, kind, self.stream))
 
     def _enter(self) -> None:
-        """Which device is meant is a matter of the thread, and there are several of both."""
+        """Select the device for this thread: CUDA keeps the current device per thread."""
         _check(runtime.cudaSetDevice(self._index))
 
 
@@ -161,7 +159,7 @@ class CapturedGraph:
         _check(runtime.cudaGraphDestroy(self._graph))
 
     def nodes(self) -> list[Any]:
-        """What it consists of, as the bindings have it: `cudaGraphNode_t`."""
+        """Return the graph's nodes as the bindings' `cudaGraphNode_t`."""
         _, count = _check(runtime.cudaGraphGetNodes(self._graph))
         nodes, count = _check(runtime.cudaGraphGetNodes(self._graph, count))
         return list(nodes[:count])
@@ -218,8 +216,8 @@ def _launch_attributes(kernel: Kernel) -> list[Any]:
 
 
 def _check(result: tuple) -> Any:
-    """What a CUDA call returned besides its error. Raises DeviceFailed if there is one."""
+    """Return the values of a CUDA call. Raises DeviceFailed if it failed."""
     error, *values = result
     if error:
-        raise DeviceFailed(f"CUDA says {error.name}")
+        raise DeviceFailed(f"CUDA reports {error.name}")
     return values[0] if len(values) == 1 else values

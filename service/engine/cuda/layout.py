@@ -1,4 +1,4 @@
-"""Where the tensors of a call lie in one block of memory, and how many rows a call has. Numbers only."""
+"""Offsets of a call's tensors in one block of memory, and the row counts of captured calls."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -10,17 +10,22 @@ import numpy as np
 from unroll.bundle import Manifest
 from unroll.service.engine.tensor_ref import TensorRef
 
-#: Numbers of rows, and whether one failed, as `kernels.cu` has them.
+#: Types of row numbers and of failure flags in `kernels.cu`.
 INDEX, FLAG = np.dtype(np.int64), np.dtype(np.int32)
 
-#: Tensors begin at multiples of it, as cuBLAS and cuDNN like best, and blocks end there.
+#: Tensors begin and blocks end at multiples of this many bytes, which is fastest for cuBLAS and cuDNN.
 _ALIGNMENT = 256
 
 Tensor = tuple[tuple[int, ...], "np.dtype[Any]"]
 
 
-class Layout:
-    """tensors: shape and type of each, laid one after another; `nbytes` of all."""
+class BlockLayout:
+    """Tensors one after another in a block.
+
+    Attributes:
+        offsets: First byte of each tensor.
+        nbytes: Bytes of the block.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -31,28 +36,28 @@ class Layout:
             self.nbytes += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
     def views(self, block: np.ndarray) -> list[np.ndarray]:
-        """The tensors in a block of bytes on the host."""
+        """Return the tensors in a block of bytes on the host."""
         return [
             block[offset : offset + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
             for offset, (shape, dtype) in zip(self.offsets, self._tensors, strict=True)
         ]
 
     def repeated(self, block: np.ndarray, times: int) -> list[np.ndarray]:
-        """The tensors in a block of so many layouts, one after another: each (times, *shape)."""
+        """Return the tensors in `times` such blocks, one after another: each (times, *shape)."""
         return [
             np.lib.stride_tricks.as_strided(view, (times, *view.shape), (self.nbytes, *view.strides))
             for view in self.views(block)
         ]
 
     def memories(self, block: TensorRef) -> list[TensorRef]:
-        """The tensors in a block anywhere."""
+        """Return references to the tensors in a block on any device."""
         return [
             block.at(offset, shape, dtype) for offset, (shape, dtype) in zip(self.offsets, self._tensors, strict=True)
         ]
 
 
 def input_tensors(manifest: Manifest, rows: int) -> list[Tensor]:
-    """Of one step."""
+    """Return shape and type of each input of one step."""
     return [((rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
 
 
@@ -60,15 +65,20 @@ def output_tensors(manifest: Manifest, rows: int, steps: int = 1) -> list[Tensor
     return [((rows, *(steps,) * spec.time, *spec.shape), spec.numpy) for spec in manifest.outputs]
 
 
-#: Rows of the calls that are captured, as far as they are needed. A GPU takes hardly longer for 64 rows than for 16.
+#: Row counts of captured calls, up to the largest batch. A GPU takes hardly longer for 64 rows than for 16.
 BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def buckets(wanted: Sequence[int], max_batch: int) -> tuple[int, ...]:
-    """Ascending; the last, and no other, has room for every batch.
+    """Return the row counts of captured calls, ascending; only the last has room for every batch.
 
-    wanted: instead of BUCKETS. A single one means that a row is always computed in a call of the same size, and so to
-    the same bits. Raises ValueError if none has room for `max_batch` rows.
+    Args:
+        wanted: Row counts instead of BUCKETS. With a single one, a row is always computed in a call of the same size,
+            and so gives the same bits.
+        max_batch: Rows of the largest batch.
+
+    Raises:
+        ValueError: None has room for `max_batch` rows.
     """
     sizes = sorted(set(wanted)) or [*(size for size in BUCKETS if size < max_batch), max_batch]
     if sizes[-1] < max_batch:
@@ -77,5 +87,5 @@ def buckets(wanted: Sequence[int], max_batch: int) -> tuple[int, ...]:
 
 
 def bucket_of(sizes: Sequence[int], rows: int) -> int:
-    """The smallest that has room."""
+    """Return the smallest of `sizes` that has room for `rows`."""
     return sizes[bisect_left(sizes, rows)]

@@ -1,4 +1,4 @@
-"""A model's single time step in parts: its recurrent layers, and what of the graph is to be run around them."""
+"""The parts of a model's single time step: its recurrent layers, and the segments of the graph between them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,16 +7,22 @@ import numpy as np
 
 
 class NotSeparable(Exception):
-    """The graph cannot be taken apart; says why."""
+    """The graph cannot be split into parts; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """x, y: names of the tensors it takes, (1, batch, inputs), and gives, (1, 1, batch, hidden).
+    """A recurrent layer, with weights in ONNX's order: gates i, o, f, c of an LSTM and z, r, h of a GRU.
 
-    w (gates * hidden, inputs), r (gates * hidden, hidden), b (2 * gates * hidden,): as ONNX has them, the gates of an
-    LSTM being i, o, f, c and those of a GRU z, r, h. h, c: where its state lies in the row; c is 0 for a GRU.
-    bounded: is x the h of another layer, and so within [-1, 1]?
+    Attributes:
+        cell: The kind of layer.
+        x: Name of the input tensor, (1, batch, inputs).
+        y: Name of the output tensor, (1, 1, batch, hidden).
+        w: Input weights, (gates * hidden, inputs).
+        r: Recurrent weights, (gates * hidden, hidden).
+        b: Biases, (2 * gates * hidden,).
+        h, c: Offsets of the state in the state row; c is 0 for a GRU.
+        bounded: x is the h of another layer, and so within [-1, 1].
     """
 
     cell: Literal["LSTM", "GRU"]
@@ -40,9 +46,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the graph. inputs: its own names, each with that of the tensor whose values it has, in another shape.
+    """A part of the graph.
 
-    shapes: of its inputs and outputs, for one time step; the batch is -1.
+    Attributes:
+        model: The part as an ONNX file.
+        inputs: For each input, the tensor of the whole graph that holds its values, maybe in another shape.
+        outputs: Names of the outputs.
+        shapes: Shapes of inputs and outputs for one time step; -1 is the batch.
     """
 
     model: bytes

@@ -1,11 +1,11 @@
-"""Rows of any length in one call, padded to the longest; their answers are looked at before the rows are committed."""
+"""Runs rows of any length in one call, padded to the longest, and commits the rows whose outputs are finite."""
 
 import numpy as np
 
 from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.cuda.device import Device
-from unroll.service.engine.cuda.layout import FLAG, INDEX, Layout, output_tensors
+from unroll.service.engine.cuda.layout import FLAG, INDEX, BlockLayout, output_tensors
 from unroll.service.engine.cuda.step_call import COMMIT, GATHER
 from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.engine.rows import flagged, non_finite
@@ -15,7 +15,7 @@ from unroll.service.state.slots import SCRATCH
 
 
 class SequenceCall:
-    """Takes memory on the device as it is needed, and keeps it."""
+    """Calls of the whole graph. Device memory is allocated on demand and kept."""
 
     def __init__(self, device: Device, runner: Runner, manifest: Manifest, arena: TensorRef) -> None:
         self._device, self._runner, self._manifest, self._arena = device, runner, manifest, arena
@@ -27,10 +27,10 @@ class SequenceCall:
         inputs = [np.ascontiguousarray(array) for array in rows.inputs]
         tensors = [(array.shape, array.dtype) for array in inputs]
         tensors += output_tensors(self._manifest, count, max(rows.lens))
-        layout = Layout([*tensors, *[((count, width), self._arena.dtype)] * 2, ((count,), FLAG)])
+        layout = BlockLayout([*tensors, *[((count, width), self._arena.dtype)] * 2, ((count,), FLAG)])
         *places, state, state_out, failed_there = layout.memories(self._device_memory(layout.nbytes))
         given, answered = places[: len(inputs)], places[len(inputs) :]
-        indices = Layout([((1,), INDEX), ((count,), INDEX), ((count,), INDEX), ((count,), FLAG)])
+        indices = BlockLayout([((1,), INDEX), ((count,), INDEX), ((count,), INDEX), ((count,), FLAG)])
         block = self._host_block(indices.nbytes)
         first, sources, targets, flags = indices.views(block)
         first[:], sources[:], targets[:] = True, rows.sources, rows.targets
@@ -44,7 +44,7 @@ class SequenceCall:
         try:
             self._runner.bind([*given, state], np.array(rows.lens, np.int32), [*answered, state_out]).run()
         except Exception:
-            self._device.synchronize()  # raises DeviceFailed if it was not the model's fault
+            self._device.synchronize()  # raises DeviceFailed if the device is at fault
             raise
         outputs = tuple(np.empty(place.shape, place.dtype) for place in answered)
         for array, place in zip(outputs, answered, strict=True):

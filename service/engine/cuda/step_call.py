@@ -1,4 +1,4 @@
-"""Steps of up to so many rows as a captured graph: one step, or several of the same rows, one after another."""
+"""Steps as a captured graph: one step, or several steps of the same rows one after another."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,7 +8,7 @@ import numpy as np
 from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.cuda.device import Device, Graph, Kernel
-from unroll.service.engine.cuda.layout import FLAG, INDEX, Layout, input_tensors, output_tensors
+from unroll.service.engine.cuda.layout import FLAG, INDEX, BlockLayout, input_tensors, output_tensors
 from unroll.service.engine.cuda.step_model import StepModel, StepTensors
 from unroll.service.engine.engine import Tensors
 from unroll.service.engine.rows import flagged
@@ -17,26 +17,26 @@ from unroll.service.state.slots import INITIAL
 
 GATHER, COMMIT = Kernel("kernels.cu", "gather"), Kernel("kernels.cu", "commit")
 
-#: The target of a row that is only padding, or is over.
+#: Target of a padding row, and of a row that has no more steps.
 NOWHERE = -1
 
 
 class StepMemory:
-    """TensorRef on the device for a step of up to `most` rows: steps follow one another on the stream, and share it."""
+    """Device memory for a step of up to `most` rows; all steps share it, since the stream runs one at a time."""
 
     def __init__(self, device: Device, manifest: Manifest, most: int) -> None:
         self.call = device.allocate((_call_layout(manifest, most).nbytes,), np.uint8)
-        self.outputs = device.allocate((Layout(output_tensors(manifest, most)).nbytes,), np.uint8)
+        self.outputs = device.allocate((BlockLayout(output_tensors(manifest, most)).nbytes,), np.uint8)
         self.state = device.allocate((most, manifest.state_size), np.float32)
         self.state_out = device.allocate((most, manifest.state_size), np.float32)
         self.failed = device.allocate((most,), FLAG)
 
 
 class StepCall:
-    """The graph, and the block of host memory that it reads and writes while it runs.
+    """A captured graph, and the block of host memory that it reads and writes.
 
-    In the block, for each step: whether it is the batch's first, where each row's state is taken from and put, and the
-    inputs; then which rows failed, and for each step the outputs. Fill it, `launch`, `wait`, and read it.
+    The block holds for each step whether it is the batch's first, the source and target of each row, and the inputs;
+    then the failure flags; then the outputs of each step. `launch` fills it, `wait` returns when the outputs are in it.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class StepCall:
     ) -> None:
         self._device, self._arena, self._memory = device, arena, memory
         self._size, self._steps, self._width, self._gathers = size, steps, manifest.state_size, model.gathers
-        self._call, self._answer = _call_layout(manifest, size), Layout(output_tensors(manifest, size))
-        flags = Layout([((size,), FLAG)])
+        self._call, self._answer = _call_layout(manifest, size), BlockLayout(output_tensors(manifest, size))
+        flags = BlockLayout([((size,), FLAG)])
         block = device.host_block(steps * self._call.nbytes + flags.nbytes + steps * self._answer.nbytes)
         self._calls_at = block.ctypes.data
         self._failed_at = self._calls_at + steps * self._call.nbytes
@@ -84,8 +84,14 @@ class StepCall:
         *,
         first: bool = True,
     ) -> None:
-        """inputs: each (rows, steps, *shape), of no more steps than the graph's; sources, targets: (rows,), or
-        (steps, rows). first: no row has failed before."""
+        """Start the steps.
+
+        Args:
+            inputs: Each (rows, steps, *shape), with at most the graph's steps.
+            sources: Slots to read states from, (rows,) or (steps, rows).
+            targets: Slots to write states to, (rows,) or (steps, rows).
+            first: These are the batch's first steps, so no row has failed yet.
+        """
         rows, steps = inputs[0].shape[:2]
         self._first[0] = first
         self._sources[:steps, :rows], self._targets[:steps, :rows] = sources, targets
@@ -101,14 +107,14 @@ class StepCall:
         self._done.wait()
 
     def answers(self, steps: int) -> list[np.ndarray]:
-        """The outputs: views, each (steps, rows, 1, *shape), or (steps, rows, *shape) without time."""
+        """Return views of the outputs, each (steps, rows, 1, *shape), or (steps, rows, *shape) without time."""
         return [array[:steps, : self._filled] for array in self._outputs]
 
     def failed(self) -> dict[int, UnrollError]:
         return flagged(self._failed[: self._filled])
 
     def without_transfers(self) -> Graph:
-        """The same graph, but for what comes from the host and goes there: what the device's own work takes."""
+        """Return the same graph without the copies from and to the host, to measure the device's own work."""
         return self._device.capture(partial(self._queue, transfers=False))
 
     def _queue(self, *, transfers: bool = True) -> None:
@@ -133,13 +139,13 @@ class StepCall:
             )
 
 
-def _call_layout(manifest: Manifest, size: int) -> Layout:
-    """Is it the first step; sources and targets of the rows; the inputs."""
-    return Layout([((1,), INDEX), ((size,), INDEX), ((size,), INDEX), *input_tensors(manifest, size)])
+def _call_layout(manifest: Manifest, size: int) -> BlockLayout:
+    """One step: the first-step flag, the sources and targets of the rows, the inputs."""
+    return BlockLayout([((1,), INDEX), ((size,), INDEX), ((size,), INDEX), *input_tensors(manifest, size)])
 
 
-def _checked(device: Device, manifest: Manifest, outputs: Layout) -> TensorRef:
-    """What `commit` is to look at: (first byte, floats in a row) of each float output; (tensors, 2) on the device."""
+def _checked(device: Device, manifest: Manifest, outputs: BlockLayout) -> TensorRef:
+    """Return a table for `commit`: first byte and floats per row of each float output; (tensors, 2) on the device."""
     pairs = [
         (offset, spec.size)
         for offset, spec in zip(outputs.offsets, manifest.outputs, strict=True)

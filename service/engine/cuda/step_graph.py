@@ -1,7 +1,7 @@
-"""Takes a bundle's graph apart: its LSTM and GRU layers, and the rest. The only file of the service that needs `onnx`.
+"""Splits a bundle's graph into its LSTM and GRU layers and the rest. Only this file of the service needs `onnx`.
 
-A graph as export writes it: the state row is split into the layers' initial states, and joined from their final
-ones. With one time step, what lies between two layers is often nothing but a change of shape.
+Export's graphs split the state row into the layers' initial states and join it from their final states. With one time
+step, there is often only a change of shape between two layers.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from onnx.utils import Extractor
 from unroll.bundle import Manifest
 from unroll.service.engine.cuda.parts import Layer, NotSeparable, Segment
 
-#: With one time step these change a tensor's shape and not the order of its values.
+#: With one time step these operators change a tensor's shape but not the order of its values.
 _RESHAPING = {"Squeeze", "Unsqueeze", "Identity", "Transpose", "Split", "Flatten"}
 _SUPPORTED = {
     "LSTM": {"hidden_size", "direction", "input_forget", "layout"},
@@ -25,7 +25,7 @@ _SUPPORTED = {
 
 
 def take_apart(model: Path, manifest: Manifest) -> list[Layer | Segment]:
-    """In the order in which they are to be run. Raises NotSeparable."""
+    """Return the parts in the order in which they run. Raises NotSeparable."""
     return list(_Graph(shape_inference.infer_shapes(onnx.load(str(model))), manifest).parts())
 
 
@@ -71,7 +71,7 @@ class _Graph:
             and len(node.input) == (7 if lstm else 6)
         )
         if not plain:
-            raise NotSeparable(f"one of its layers is no plain {node.op_type}")
+            raise NotSeparable(f"one of its layers is not a plain {node.op_type}")
         source = self._source(node.input[0])
         x = source if source in known else node.input[0]
         w, r, b = (self._constant(name) for name in node.input[1:4])
@@ -88,7 +88,7 @@ class _Graph:
         )
 
     def _source(self, name: str) -> str:
-        """The tensor whose values these are, in another shape."""
+        """Return the tensor that has the same values, maybe in another shape."""
         while (node := self._maker.get(name)) is not None and node.op_type in _RESHAPING and len(node.output) == 1:
             if node.op_type == "Transpose" and list(node.attribute[0].ints) != [1, 0, 2]:
                 break
@@ -96,11 +96,11 @@ class _Graph:
         return name
 
     def _offset(self, before: str, after: str) -> int:
-        """Where in the row an initial state comes from; its final state must go to the same place, and nowhere else."""
+        """Return the offset of a layer's initial state in the row. Its final state must go to that offset only."""
         begin = self._source(before)
         offset, size = self._in_row(begin)
         if self._to_row.get(after) != (offset, size):
-            raise NotSeparable("a layer's state is changed, or used for something else, on its way from row to row")
+            raise NotSeparable("a layer's state is changed, or used by another node, between the rows")
         return offset
 
     def _in_row(self, name: str) -> tuple[int, int]:
@@ -116,7 +116,7 @@ class _Graph:
 
     @cached_property
     def _to_row(self) -> dict[str, tuple[int, int]]:
-        """Offset and size in `state_out` of each tensor that becomes a part of it, and of nothing else."""
+        """Offset and size in `state_out` of each tensor that becomes a part of it and is used nowhere else."""
         last = self._source("state_out")
         node = self._maker[last]
         ends = list(node.input) if node.op_type == "Concat" else [last]
@@ -130,17 +130,17 @@ class _Graph:
         return found
 
     def _only_source(self, name: str) -> str:
-        """`_source`, unless something else looks at the tensor on the way."""
+        """Return `_source`. Raises NotSeparable if another node uses a tensor on the way."""
         begin = self._source(name)
         while True:
             if name != "state_out" and sum(list(node.input).count(name) for node in self._nodes) > 1:
-                raise NotSeparable("a layer's final state is also used for something else")
+                raise NotSeparable("another node uses a layer's final state")
             if name == begin:
                 return begin
             name = self._maker[name].input[0]
 
     def _segment(self, known: set[str], outputs: list[str]) -> Segment:
-        """What computes these from what is known."""
+        """Return the part of the graph that computes `outputs` from the known tensors."""
         inputs: dict[str, str] = {}
         seen: set[str] = set()
         waiting = list(outputs)

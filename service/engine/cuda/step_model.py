@@ -1,4 +1,4 @@
-"""The model in the middle of a step: the bundle's graph as a whole, or its layers each by a kernel of ours."""
+"""The model's part of a step: the whole graph in onnxruntime, or each recurrent layer in a kernel of our own."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,21 @@ from unroll.service.engine.cuda.parts import Layer, Segment
 from unroll.service.engine.runner import BoundCall, GraphPart, Runner
 from unroll.service.engine.tensor_ref import TensorRef
 
-#: Runs until onnxruntime has all the memory that a call needs, for within a capture none can be taken: it plans it in
-#: the first, takes it in the second, and has had it in the third.
+#: Runs until onnxruntime has allocated all memory of a call, which a capture forbids: it plans the memory in the first
+#: run and allocates it in the second.
 _WARM_UPS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """On the device. inputs, outputs: the model's, (size, 1, *shape) or (size, *shape) without time. sources: rows of
-    the arena that the states are in, (size,) int64. state, state_out: (size, state_size)."""
+    """A step's tensors on the device.
+
+    Attributes:
+        inputs: The model's inputs, each (size, 1, *shape).
+        sources: Rows of the arena that hold the states, (size,) int64.
+        state, state_out: (size, state_size).
+        outputs: The model's outputs, each (size, 1, *shape), or (size, *shape) without time.
+    """
 
     inputs: Sequence[TensorRef]
     sources: TensorRef
@@ -31,16 +37,22 @@ class StepTensors:
 
 
 class StepModel(Protocol):
-    """gathers: are the rows' states to be in `state` beforehand, or does it find them in the arena?"""
+    """Runs the model in a step.
+
+    Attributes:
+        gathers: The states must be gathered into `state` first. Otherwise the model reads them from the arena.
+    """
 
     gathers: bool
 
     def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
-        """What queues a step of `size` rows, without waiting for it and without taking memory."""
+        """Return a function that queues a step of `size` rows. It neither waits nor allocates memory."""
         ...
 
 
 class WholeModel:
+    """The whole graph, in onnxruntime."""
+
     gathers = True
 
     def __init__(self, runner: Runner) -> None:
@@ -54,7 +66,11 @@ class WholeModel:
 
 
 class SeparateModel:
-    """parts: of the graph, in order; most: rows of a step. Raises CompilationFailed if the device is too old."""
+    """Recurrent layers in kernels of our own, and the segments of the graph between them in onnxruntime.
+
+    Raises:
+        CompilationFailed: The device is too old for the kernels.
+    """
 
     gathers = False
 
@@ -73,7 +89,7 @@ class SeparateModel:
         layers = [part for part in parts if isinstance(part, Layer)]
         self._layers = {layer.y: CellKernel(device, layer, manifest.state_size, tf32=tf32) for layer in layers}
         self._segments = {part.outputs[0]: runner.part(part.model) for part in parts if isinstance(part, Segment)}
-        #: What goes from part to part, by name.
+        #: Tensors between the parts, by name.
         self._between: dict[str, TensorRef] = {}
         for layer in layers:
             self._between[layer.y] = device.allocate((most, layer.hidden), np.float32)

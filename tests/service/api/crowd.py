@@ -32,7 +32,7 @@ class Reply:
 
 
 class Evicted(Exception):
-    """The session is gone for want of room: nobody's fault, and noted in its track."""
+    """The session was evicted for lack of room: not a fault, and noted in its track."""
 
 
 @dataclass

@@ -119,7 +119,7 @@ class Client:
         return error["code"], error
 
     def abort(self) -> None:
-        """Cut the connection as a crash does: unread answers are lost, and nobody says goodbye."""
+        """Cut the connection like a crash: unread answers are lost, without a close frame."""
         self.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.socket.shutdown(socket.SHUT_RD)  # wakes the thread that reads, and that then closes
 

@@ -119,7 +119,7 @@ def test_a_client_that_is_too_slow_is_cut_off(serve: Serve) -> None:
 def test_a_durable_stream_goes_on_at_another_server(
     serve: Serve, redis_server: RedisServer, oracle: Callable[..., Oracle], rng: np.random.Generator
 ) -> None:
-    """Whatever was under way: what was answered was committed, and the rest is done there."""
+    """With work in flight: answered steps were committed, and the other replica runs the rest."""
     first, second = serve(store=redis_server.url), serve(store=redis_server.url)
     x = rng.standard_normal((20, 12, 3)).astype("<f4")
     client = Client(first, oracle("lstm").manifest)

@@ -120,7 +120,7 @@ def test_the_same_step_sent_to_all_at_once_counts_once(
 
 
 def test_steps_from_everywhere_at_once_each_count(replicas: Replicas, background: Background, oracle: Oracles):
-    """Without positions their order is nobody's to say, but each is applied, and one after another."""
+    """Without positions the order is undefined, but each is applied, one after another."""
     session = opened(replicas.any)
     same = np.ones((1, 3), "<f4")
     sent = [background(step, client, session, same) for _ in range(5) for client in replicas.clients]
@@ -187,7 +187,7 @@ def test_sequences_of_the_open_inference_protocol(replicas: Replicas, x: np.ndar
     _, arrays = outputs(infer(replicas.any, "gru", x[:1], sequence_id="q", sequence_start=True))
     _, arrays = outputs(infer(replicas.any, "gru", x[3:4], sequence_id="q", sequence_start=True))
     _, arrays = outputs(infer(replicas.any, "gru", x[4:5], sequence_id="q"))
-    assert np.array_equal(arrays["y"][0, 0], oracle("gru", "2")(x[3:5])[1]), "START begins anew, wherever it arrives"
+    assert np.array_equal(arrays["y"][0, 0], oracle("gru", "2")(x[3:5])[1]), "START opens a new session at any replica"
 
 
 def test_a_session_goes_on_when_every_server_was_started_anew(
@@ -232,7 +232,7 @@ def test_more_sessions_than_rows(serve: Serve, redis_server: RedisServer, x: np.
         for i in range(4):
             for session in (*durable, *memory):
                 assert np.array_equal(values(step(client, session, x[i : i + 1], i))[0], whole[i]), (session, i)
-        # What was parked in the store is nobody else's, and of memory sessions nothing stays behind.
+        # A spilled session belongs to its replica only, and memory sessions leave nothing behind in the store.
         stored = {key.decode() for key in redis_server.client.scan_iter()}
         assert all(f"unroll:{{lstm/{s.rsplit('/', 1)[1]}}}" in stored for s in durable)
 
@@ -404,7 +404,7 @@ def test_sessions_outlive_the_process_in_a_file(serve: Serve, tmp_path: Path, x:
     sessions: list[str] = []
     for i in range(3):
         running = serve(session_capacity=3, state_file=path)
-        assert not path.exists(), "what was read is not read twice"
+        assert not path.exists(), "the state file must not be read twice"
         with httpx.Client(base_url=running.url) as client:
             sessions = sessions or [opened(client) for _ in range(5)]
             for session in sessions:

@@ -244,7 +244,7 @@ def test_binary_that_is_not_finite(client: httpx.Client, value: float, sequence:
 
 
 def test_an_unwanted_output_is_refused_before_anything_runs(client: httpx.Client) -> None:
-    """Otherwise the state moves on and the client is told that its request was bad."""
+    """Otherwise the state advances although the client gets an error."""
     name = f"unwanted-{next(_ids)}"
     wire.infer(client, "lstm", X, sequence_id=name, sequence_start=True).raise_for_status()
     path = f"/v1/models/lstm/sessions/{name}"

@@ -16,7 +16,7 @@ from fake_cuda.device import FakeDevice
 from serving import Oracle, Running, Serve, SlowEngine, metric
 
 from unroll.service import app
-from unroll.service.engine import place
+from unroll.service.engine import backend
 
 #: `make crowd-test` has more of them.
 SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "20261").split(",")]
@@ -41,7 +41,7 @@ def settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "cpu":
         return {"session_capacity": 140, "spill_bytes": 0}
     monkeypatch.setattr(app, "resolve_devices", lambda wanted: (("cuda:0", "cuda:1"), "there are two"))
-    monkeypatch.setattr(place, "open_cuda", lambda device: FakeDevice())
+    monkeypatch.setattr(backend, "open_cuda", lambda device: FakeDevice())
     return {"session_capacity": 70, "spill_bytes": 0, "cells": "onnxruntime"}
 
 

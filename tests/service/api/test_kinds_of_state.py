@@ -70,7 +70,7 @@ def test_sessions_that_are_not_equally_far(running: Running, model: Mixed) -> No
                     http.post(f"/sessions/{names[row]}/steps", content=piece.tobytes(), headers=RAW).content
                 )
                 done[row] += steps
-            if 8 < done[0] < 20:  # goes on in another session, from a snapshot
+            if 8 < done[0] < 20:  # continues in another session, from a snapshot
                 snapshot = http.get(f"/sessions/{names[0]}/state").content
                 names[0] = http.post("/sessions", content=snapshot, headers=RAW).json()["session_id"]
     found = np.stack([np.frombuffer(b"".join(parts), np.float32).reshape(20, 4) for parts in answers])

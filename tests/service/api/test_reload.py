@@ -73,7 +73,7 @@ async def test_a_new_version_under_load(
     stop = asyncio.Event()
 
     async def stream(version: str) -> int:
-        """Steps until told to stop, and then compares everything with one run of that version."""
+        """Step until stopped, then compare all outputs with one run of that version."""
         session, outputs = await opened(http), []
         assert (await http.get(session)).json()["model_version"] == version
         while len(outputs) < len(X) and not (stop.is_set() and len(outputs) >= 20):

@@ -135,7 +135,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(serve: Callable[.
         assert (status, b"body_too_large" in content) == (413, True)
         if headers:
             wire.send(b"0\r\n\r\n")
-        wire.send(request("/v1/models/lstm/sequences"))  # the connection goes on
+        wire.send(request("/v1/models/lstm/sequences"))  # the connection stays open
         assert wire.answer()[0] == 200
         wire.socket.close()
 

@@ -97,7 +97,7 @@ def test_one_port_and_several_processes(
     for client in clients:
         client.close()
 
-    # Each has its part, and says it at its own port; at the common one nobody knows who would.
+    # Each worker has its own metrics at its own port; the shared port could reach any of them.
     served = [metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "unroll_steps_total") for port in ports]
     assert sum(served) >= 8 * 24
     assert min(served) > 24
@@ -110,7 +110,7 @@ def test_one_port_and_several_processes(
     started.popen.send_signal(signal.SIGHUP)
     until(lambda: [version(port) for port in ports] == ["2", "2"], "version 2")
 
-    # One dies: connections go on to be answered, by the other, or by its successor.
+    # One dies: the other worker or the replacement answers connections.
     os.kill(ids(started)[0], signal.SIGKILL)
     answers = [background(reply_to, partial(httpx.get, f"{started.url}{MODEL}/sessions/s{i % 8}")) for i in range(32)]
     assert {answer.result().json()["position"] for answer in answers} == {24}
@@ -119,7 +119,7 @@ def test_one_port_and_several_processes(
     started.popen.send_signal(signal.SIGTERM)
     assert started.end() == 0
     assert not any(version(port) for port in ports)
-    ended = [line for line in started.log if line["event"] == "a worker ended"]
+    ended = [line for line in started.log if line["event"] == "worker exited"]
     assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
 
 

@@ -254,7 +254,7 @@ def test_rows_are_saved_restored_and_forked(engine: Engine, found: bundle.Bundle
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
 def test_the_golden_vectors_hold_in_every_bucket(found: bundle.Bundle, cuda: str, precision, cells):
     backend = open_backend(found, cuda, EngineOptions(precision=precision, buckets=BUCKETS, cells=cells))
-    whole = bundle.replay(found.golden, found.manifest, backend.runner, backend.slack)
+    whole = bundle.Verifier(backend.runner, found.manifest).replay(found.golden, backend.slack)
     _, proof = backend.create_engine(ROWS, max_batch=64)
     assert set(proof.parity) == set(whole)
     if precision == "float32":
@@ -330,7 +330,7 @@ def _on_device(device: Device, array: np.ndarray) -> TensorRef:
 def test_the_bidirectional_model_takes_whole_sequences(repository: Path, device: Device):
     found = bundle.read(repository / "whole" / "1")
     runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
-    bundle.replay(found.golden, found.manifest, runner)
+    bundle.Verifier(runner, found.manifest).replay(found.golden)
     engine = CudaEngine(device, runner, found.manifest, ROWS, ())
     inputs = tuple(a[None] for a in random_inputs(found.manifest, np.random.default_rng(6), 9))
     rows = PlainRows(inputs, [9], [INITIAL], [2])

@@ -11,7 +11,7 @@ from hypothesis import given
 from unroll import bundle
 from unroll.service.engine.cuda.cuda_engine import CudaEngine
 from unroll.service.engine.cuda.device import OutOfDeviceMemory
-from unroll.service.engine.cuda.layout import BUCKETS, Layout, bucket_of, buckets
+from unroll.service.engine.cuda.layout import BUCKETS, BlockLayout, bucket_of, buckets
 from unroll.service.engine.engine import PlainRows
 from unroll.service.engine.runner import Runner
 from unroll.service.engine.tensor_ref import TensorRef
@@ -39,7 +39,7 @@ def test_buckets_that_are_asked_for_are_taken():
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=3), st.sampled_from(["f4", "i8", "?"])), max_size=5))
 def test_tensors_are_aligned_and_do_not_overlap(tensors):
-    layout = Layout([(tuple(shape), np.dtype(dtype)) for shape, dtype in tensors])
+    layout = BlockLayout([(tuple(shape), np.dtype(dtype)) for shape, dtype in tensors])
     block = np.zeros(layout.nbytes, np.uint8)
     views = layout.views(block)
     for i, (view, memory) in enumerate(zip(views, layout.memories(TensorRef.of(block)), strict=True)):

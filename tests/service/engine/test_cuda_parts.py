@@ -109,7 +109,7 @@ def test_the_graph_is_cut_around_its_layers(repository: Path, more: Path):
     assert {"Relu", "Concat", "Add"} <= {*head}
 
 
-@pytest.mark.parametrize(("name", "why"), [("whole", "no plain GRU"), ("stateused", "used for something else")])
+@pytest.mark.parametrize(("name", "why"), [("whole", "not a plain GRU"), ("stateused", "another node uses")])
 def test_what_cannot_be_cut_says_why(repository: Path, more: Path, name: str, why: str):
     found = read(repository, more, name)
     with pytest.raises(NotSeparable, match=why):

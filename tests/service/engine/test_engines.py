@@ -161,7 +161,7 @@ def test_what_would_abort_onnxruntime_never_reaches_it(load, lens: list[int]):
 
 def test_a_gpu_that_is_not_there_is_an_error_and_auto_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner_module, "_missing_for_cuda", lambda index: "there is none")
-    with pytest.raises(DeviceUnavailable, match="cuda:0 was asked for, but there is none"):
+    with pytest.raises(DeviceUnavailable, match="cuda:0 was requested, but there is none"):
         resolve_devices("cuda:0,cuda:1")
     assert resolve_devices("auto") == (("cpu",), "no GPU: there is none")
     for words in ("gpu", "cuda", "cuda:0,cpu", "cuda:0,cuda:0"):

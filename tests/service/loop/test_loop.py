@@ -16,7 +16,7 @@ from unroll.service.core.errors import DeadlineExceeded, SessionClosed, UnrollEr
 from unroll.service.engine.engine import BatchResult, DeviceFailed, Rows, Tensors
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
-from unroll.service.scheduler.loop import Loop
+from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.store.interface import Commit
@@ -89,7 +89,7 @@ class LaunchingEngine(GatedEngine):
 
 
 class GatedStore(MemoryStore):
-    """Commits when told to."""
+    """Commits on demand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,8 @@ async def running(
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
     store = GatedStore()
     with ThreadPoolExecutor(1) as executor:
-        loop = Loop("m", scheduler, engine, store, clock, executor, lambda rows, steps: rows * steps * seconds_per_step)
+        thread = EngineThread(engine, executor, lambda rows, steps: rows * steps * seconds_per_step)
+        loop = Loop("m", scheduler, thread, store, clock)
         task = asyncio.create_task(loop.run())
         try:
             yield loop, store, clock, engine
@@ -153,9 +154,11 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
         loop.scheduler.open("a", 0, origin=ORIGIN)
         waiting = asyncio.create_task(steps(loop, "a", X, 10, position=0))
         await store.committing.wait()
-        assert (await loop.sequences([X], 10))[0].position == 2, "who has nothing to commit waits for nobody's commit"
+        assert (await loop.sequences([X], 10))[0].position == 2, "work without a commit must not wait for commits"
         assert not waiting.done()
-        assert loop.scheduler.sessions.find_detached("a", 0).position == 0, "what is not in the store has not happened"
+        assert loop.scheduler.sessions.find_detached("a", 0).position == 0, (
+            "a step that is not in the store must not be visible"
+        )
         store.gate.set()
         assert (await waiting).outputs[0].tolist() == [2.0, 3.0]
         assert loop.scheduler.sessions.find_detached("a", 0).position == 2
@@ -266,7 +269,8 @@ async def test_a_device_that_fails_ends_the_loop():
     engine.fails = DeviceFailed("it has fallen off the bus")
     scheduler = Scheduler(ModelTraits((NUMBER,), (NUMBER,), True, True), SessionLimits(8), SchedulerLimits())
     with ThreadPoolExecutor(1) as executor:
-        loop = Loop("m", scheduler, engine, None, ManualClock(), executor, lambda rows, steps: 0.0)
+        thread = EngineThread(engine, executor, lambda rows, steps: 0.0)
+        loop = Loop("m", scheduler, thread, None, ManualClock())
         task = asyncio.create_task(loop.run())
         waiting = asyncio.create_task(loop.sequences([X], 10))
         with pytest.raises(DeviceFailed, match="off the bus"):

@@ -20,7 +20,7 @@ class Served:
         self.engine = FoldEngine(self.scheduler.rows)
         self.engine.failing = {BAD}
         self.batch = Batch()
-        self.log: list[object] = []  # what was answered
+        self.log: list[object] = []  # the replies
         self.chunks: list[Chunk] = []
         self.bound: dict[str, Session] = {}  # as a stream holds them: whatever has become of them, and without a look
         self.as_cohorts = 0

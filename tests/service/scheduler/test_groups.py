@@ -21,7 +21,7 @@ from unroll.service.scheduler.session import Life
 
 
 def grouped(s, names, rows, positions=None):
-    """The sessions, what was not taken, and the list that receives the replies."""
+    """The sessions, the entries not taken, and the list that receives the replies."""
     replies: list[GroupReply] = []
     sessions = [find(s, name, 0) for name in names]
     positions = positions or [session.position for session in sessions]

@@ -1,4 +1,4 @@
-"""How long the pieces of long work are, and that nobody waits for ever for anybody."""
+"""The length of the pieces of long work, and freedom from starvation."""
 
 import numpy as np
 import pytest

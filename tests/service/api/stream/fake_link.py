@@ -16,7 +16,7 @@ from unroll.service.api.stream.connection import Connection
 
 @dataclass
 class FakeLink:
-    """Records what is sent, text as the JSON it holds, and when reading is paused and resumed."""
+    """Records messages (text as parsed JSON), and pauses and resumptions of reading."""
 
     sent: list[bytes | dict] = field(default_factory=list)
     flow: list[str] = field(default_factory=list)

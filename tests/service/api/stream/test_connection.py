@@ -19,7 +19,7 @@ NOBODY = 2**32 - 1  # a handle no test binds
 
 
 def test_replies_that_were_lost_are_given_again(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray):
-    """Four chunks are applied, nobody reads their answers, and the connection breaks."""
+    """Four chunks are applied, their answers stay unread, and the connection breaks."""
     first = dial(running=any_server)
     (name,) = first.bind(0, depth=4)
     for at in range(0, 8, 2):
@@ -114,7 +114,7 @@ _DAMAGED = st.one_of(
 
 
 def test_any_frame_is_answered(any_server: Running, dial: Dial):
-    """By outputs or by errors; the connection and the server go on."""
+    """By outputs or by errors; the connection and the server keep working."""
     client = dial(running=any_server)
     client.bind(1, 2)
 

@@ -1,4 +1,4 @@
-"""Control messages: what is no request, what takes long, and what waits behind it."""
+"""Control messages: invalid ones, slow ones, and the messages queued behind them."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is unanswered is bounded: the connection is not read from until answers have left."""
+"""Unanswered entries are bounded: reading stops until answers have been sent."""
 
 import numpy as np
 import pytest

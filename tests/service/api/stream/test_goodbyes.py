@@ -1,4 +1,4 @@
-"""The server ends: what is owed is sent, and each client is told where its sessions are."""
+"""Shutdown: everything read is answered, and each client gets the positions of its sessions."""
 
 import json
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def test_a_stream_is_told_where_to_go_on(any_server: Running, dial: Dial, oracle
 def test_what_is_owed_leaves_before_the_server_goes(
     repository: Path, dial: Dial, background: Background, kind: type[Running], x: np.ndarray
 ):
-    """Whatever the client still sends: it has the outputs of exactly those steps that it is told were applied."""
+    """No matter what the client still sends, it has the outputs of exactly the steps reported as applied."""
     running = kind(Settings(repository=repository))
     client = dial(running=running)
     client.bind(0, 1, depth=64)
@@ -128,7 +128,7 @@ async def test_a_drain_waits_for_what_runs(wire: Wire):
 
 
 async def test_a_drain_while_sessions_are_opened(wire: Wire):
-    """Those opened so far can be resumed; the others are told to go elsewhere, as what waited behind them is."""
+    """Sessions opened so far can be resumed; the others get `draining`, like the messages behind them."""
     wanted = [{"handle": handle} for handle in range(SLICE + 1)]
     wire.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
     wire.connection.on_text(json.dumps({"op": "open", "sessions": [{"handle": 999}]}).encode())
