@@ -3,7 +3,6 @@
 A sequence of the protocol is a session: its `sequence_id` is a session id here, an integer as its decimal digits.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -78,15 +77,16 @@ def _plan(served: ServedModel, name: str, asked: InferRequest) -> _Plan:
 def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
     asked = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
-    timeout = asked.header.timeout or app.limits.request_timeout
     if asked.header.sequence is not None:
-        sequence = asked.header.sequence
-        again = request.again_with(sequence.id)
-        return _sequence_steps(app, name, version, asked, sequence, timeout, respond, again)
+        return _sequence_steps(app, name, version, asked, asked.header.sequence, request, respond)
     served = app.models.resolve(name, version)
     _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, asked))
-    return served.loop.submit_sequences(_batch(served, asked), timeout, settled)
+    return served.loop.submit_sequences(_batch(served, asked), _timeout(app, asked), settled)
+
+
+def _timeout(app: AppState, asked: InferRequest) -> float:
+    return asked.header.timeout or app.limits.request_timeout
 
 
 def _refuse_static(served: ServedModel) -> None:
@@ -107,10 +107,10 @@ def _sequence_steps(
     version: str | None,
     asked: InferRequest,
     sequence: SequenceParameters,
-    timeout: float,
+    request: Request,
     respond: Respond,
-    again: Callable[[], bool] | None,
 ) -> Cancel:
+    timeout, again = _timeout(app, asked), request.again_with(sequence.id)
     served, session = _find(app, name, version, sequence, asked)
     require_streamable(served)
     if sequence.start:

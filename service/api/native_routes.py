@@ -74,12 +74,14 @@ _POSITION = _header(
 
 def router(app: AppState) -> APIRouter:
     api = APIRouter(prefix="/v1", tags=["native v1"])
-    limit = app.limits.max_body_bytes
+    _add_models(api, app)
+    _add_inference(api, app)
+    _add_sessions(api, app)
+    _add_states(api, app)
+    return api
 
-    async def respond(http: HttpRequest) -> Response:
-        request = await read_request(http.scope, http.receive, limit)
-        return (await inference_routes.answer(app, http.url.path, request)).response()
 
+def _add_models(api: APIRouter, app: AppState) -> None:
     @api.get("/models", summary="The models, newest version of each")
     async def models() -> list[ModelInfo]:
         return [_describe(app, app.models.resolve(name)) for name in app.models.names()]
@@ -87,6 +89,12 @@ def router(app: AppState) -> APIRouter:
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
     async def model(model: str) -> ModelInfo:
         return _describe(app, app.models.resolve(*split_reference(model)))
+
+
+def _add_inference(api: APIRouter, app: AppState) -> None:
+    async def respond(http: HttpRequest) -> Response:
+        request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+        return (await inference_routes.answer(app, http.url.path, request)).response()
 
     @api.post(
         "/models/{model}/sequences",
@@ -108,6 +116,10 @@ def router(app: AppState) -> APIRouter:
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
         return await respond(http)
 
+
+def _add_sessions(api: APIRouter, app: AppState) -> None:
+    limits = app.limits
+
     @api.post(
         "/models/{model}/sessions",
         summary="Open a session; a raw body is a snapshot to begin from",
@@ -116,13 +128,13 @@ def router(app: AppState) -> APIRouter:
         openapi_extra=_bodies("OpenSession"),
     )
     async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
-        request = await read_request(http.scope, http.receive, limit)
+        request = await read_request(http.scope, http.receive, limits.max_body_bytes)
         if request.media_type == RAW:
             body = OpenSession.model_construct(
                 **dict.fromkeys(("session_id", "state", "static", "durability")), snapshot=request.body
             )
         else:
-            body = _body(OpenSession, request, app.limits.max_json_bytes)
+            body = _body(OpenSession, request, limits.max_json_bytes)
         start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)
         if body.durability == "client":
             described, sealed = session_operations.open_sealed(app, model, body.session_id, **start)
@@ -156,9 +168,13 @@ def router(app: AppState) -> APIRouter:
         },
     )
     async def fork(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
-        body = _body(ForkSession, await read_request(http.scope, http.receive, limit), app.limits.max_json_bytes)
+        body = _body(
+            ForkSession, await read_request(http.scope, http.receive, limits.max_body_bytes), limits.max_json_bytes
+        )
         return _info(*await session_operations.fork(app, model, session_id, body.session_id))
 
+
+def _add_states(api: APIRouter, app: AppState) -> None:
     @api.get(
         "/models/{model}/sessions/{session_id}/state",
         summary="A snapshot: versioned, bound to the model, checksummed",
@@ -177,12 +193,10 @@ def router(app: AppState) -> APIRouter:
         openapi_extra=_bodies(None),
     )
     async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
-        request = await read_request(http.scope, http.receive, limit)
+        request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
         if request.media_type != RAW:
             raise UnsupportedMediaType("send the snapshot as application/octet-stream")
         return _info(*await app.sessions.restore(*split_reference(model), session_id, request.body))
-
-    return api
 
 
 #: Bodies that only the OpenAPI document refers to.

@@ -17,7 +17,7 @@ class Statistics:
         self._last: float | None = None
         self._answered = self._failed = self._steps = 0
         self._queue_seconds = self._failed_seconds = 0.0
-        #: By rows in the batch: batches, and seconds of gathering, running and scattering.
+        #: By rows in the batch: batches, and their seconds.
         self._batches: dict[int, list[float]] = {}
 
     def observe(
@@ -29,8 +29,6 @@ class Statistics:
         failed: int,
         queue_seconds: float,
         run_seconds: float,
-        input_seconds: float = 0.0,
-        output_seconds: float = 0.0,
     ) -> None:
         """Record a batch. now: on the server's clock. steps, queue_seconds: totals over all rows.
 
@@ -42,22 +40,20 @@ class Statistics:
         self._queue_seconds += queue_seconds
         if failed:
             self._failed += failed
-            self._failed_seconds += failed * (input_seconds + run_seconds + output_seconds)
+            self._failed_seconds += failed * run_seconds
         batches = self._batches.get(rows)
         if batches is None:
-            batches = self._batches[rows] = [0, 0.0, 0.0, 0.0]
+            batches = self._batches[rows] = [0, 0.0]
         batches[0] += 1
-        batches[1] += input_seconds
-        batches[2] += run_seconds
-        batches[3] += output_seconds
+        batches[1] += run_seconds
 
     def document(self, now: float, wall: float) -> dict[str, Any]:
         """The fields of `model_stats` but for name and version. now: on the server's clock; wall: seconds since 1970,
         at the same moment."""
         by_size = sorted(self._batches.items())
         rows = sum(size * int(batches[0]) for size, batches in by_size)
-        spent = [sum(size * batches[i] for size, batches in by_size) for i in (1, 2, 3)]
-        succeeded = max(0.0, self._queue_seconds + sum(spent) - self._failed_seconds)
+        spent = sum(size * seconds for size, (_, seconds) in by_size)
+        succeeded = max(0.0, self._queue_seconds + spent - self._failed_seconds)
         return {
             "last_inference": 0 if self._last is None else int((wall - (now - self._last)) * 1e3),
             "inference_count": self._answered,
@@ -68,16 +64,17 @@ class Statistics:
                 "queue": _duration(rows, self._queue_seconds),
                 **_compute(rows, spent),
             },
-            "batch_stats": [{"batch_size": size, **_compute(int(n), spent)} for size, (n, *spent) in by_size],
+            "batch_stats": [{"batch_size": size, **_compute(int(n), seconds)} for size, (n, seconds) in by_size],
             "step_count": self._steps,
             "warm_up": [{"rows": r, "steps": s, "ns": _nanoseconds(seconds)} for r, s, seconds in self._warm_up],
             "best_batch_size": self._best_rows,
         }
 
 
-def _compute(count: int, seconds: Sequence[float]) -> dict[str, dict[str, int]]:
-    names = ("compute_input", "compute_infer", "compute_output")
-    return {name: _duration(count, spent) for name, spent in zip(names, seconds, strict=True)}
+def _compute(count: int, seconds: float) -> dict[str, dict[str, int]]:
+    """A batch is measured as a whole: gathering and scattering count as inference."""
+    parts = {"compute_input": 0.0, "compute_infer": seconds, "compute_output": 0.0}
+    return {name: _duration(count, spent) for name, spent in parts.items()}
 
 
 def _duration(count: int, seconds: float) -> dict[str, int]:
