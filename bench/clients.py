@@ -11,7 +11,7 @@ from bench import subjects
 from bench.load import Client, Load, Measurement
 from bench.outcomes import Outcome, Row, Verdict
 from bench.subjects import Subject
-from bench.turns import Bench, Servers, load_turn, require_no_errors
+from bench.turns import Bench, Servers, require_no_errors
 
 _COUNTS = (1, 4, 16, 64, 256)
 _SHARES = (0.25, 0.5, 0.75, 0.9)
@@ -36,10 +36,10 @@ def open_loop(bench: Bench) -> list[Outcome]:
         for subject in _compared_subjects(bench, servers):
             port = servers.server(subject.launch).port
             groups[subject] = port, [subject.client(number) for number in range(64)]
-        closed = bench.alternate([load_turn(subject, *group) for subject, group in groups.items()])
+        closed = bench.alternate([servers.load_turn(subject, *group) for subject, group in groups.items()])
         rates = {row.name: row.rate for row in closed}
         turns = [
-            load_turn(subject, *group, share, share * rates[subject.name])
+            servers.load_turn(subject, *group, share, share * rates[subject.name])
             for subject, group in groups.items()
             if subject.name in rates
             for share in _SHARES
@@ -66,7 +66,7 @@ def ramp(bench: Bench) -> list[Outcome]:
         subject = subjects.raw_steps(bench.unroll(), reference)
         port = servers.server(subject.launch).port
         streaming = [subject.client(number) for number in range(_STREAMING)]
-        busy = load_turn(subject, port, streaming)
+        busy = servers.load_turn(subject, port, streaming)
         busy.check()
         measured, worst = [], []
         for repeat in range(bench.repeats):

@@ -24,7 +24,7 @@ from bench.roaming import roaming_client
 from bench.servers import HOST, Server, running_server
 from bench.steps import CLIENTS, ceiling
 from bench.subjects import Launch, Subject, WrongAnswer, check_steps, raw_steps
-from bench.turns import Bench, Turn, by_name, load_turn
+from bench.turns import Bench, Servers, Turn, by_name
 from deploy import local_redis
 
 #: Target: share of the rate with sessions in memory.
@@ -55,7 +55,7 @@ def _redis(bench: Bench, fsync: str) -> Iterator[Server]:
     folder.mkdir()
     flags = f"--port PORT --bind {HOST} --dir {folder} --appendonly yes --appendfsync {fsync} --loglevel warning"
     command = (local_redis.server_path(), *flags.split(), "--save", "")
-    with running_server(command, {sorted(bench.cores)[-1]}, folder / "log", takes_turns=False) as server:
+    with running_server(command, {sorted(bench.cores)[-1]}, folder / "log") as server:
         yield server
 
 
@@ -192,8 +192,8 @@ def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
         launches = [bench.unroll(*store, name=f"unroll-{name}") for name in ("one", "two")]
         ports = [servers.server(launch).port for launch in launches]
         turns = [
-            _routed_turn("sticky", "each session at one of two replicas", launches[0], reference, ports),
-            _routed_turn("random", "each step at either of two replicas", launches[0], reference, ports),
+            _routed_turn(servers, "sticky", "each session at one of two replicas", launches[0], reference, ports),
+            _routed_turn(servers, "random", "each step at either of two replicas", launches[0], reference, ports),
         ]
         sticky, random_routing = rows = bench.alternate(turns)
     title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in Redis, LSTM 2×64"
@@ -201,7 +201,9 @@ def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
     return Outcome("durability-routing", title, "steps/s", rows, remarks=[remark])
 
 
-def _routed_turn(name: str, what: str, launch: Launch, reference: Reference, ports: list[int]) -> Turn:
+def _routed_turn(
+    servers: Servers, name: str, what: str, launch: Launch, reference: Reference, ports: list[int]
+) -> Turn:
     sessions = f"/v1/models/{reference.name}/sessions"
     chance = random.Random(0)
 
@@ -213,4 +215,4 @@ def _routed_turn(name: str, what: str, launch: Launch, reference: Reference, por
 
     check = check_steps(name, reference, lambda body: np.frombuffer(body, np.float32))
     subject = Subject(name, f"Unroll, raw bytes, {what}", launch, client, check)
-    return load_turn(subject, ports[0], [client(n) for n in range(CLIENTS)], other_ports=ports[1:])
+    return servers.load_turn(subject, ports[0], [client(n) for n in range(CLIENTS)], other_ports=ports[1:])

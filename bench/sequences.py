@@ -7,7 +7,7 @@ import uvloop
 from bench import subjects
 from bench.load import Client, Load, Measurement
 from bench.outcomes import Outcome, Row, Verdict, fastest, ratio
-from bench.turns import Bench, by_name, load_turn, require_no_errors
+from bench.turns import Bench, by_name, require_no_errors
 
 _LENGTH, _CLIENTS = 128, 16
 _BATCHES = (1, 4, 16, 32, 64)
@@ -54,7 +54,7 @@ def mixed(bench: Bench) -> list[Outcome]:
         uploading = subjects.raw_sequences(launch, reference, _UPLOAD_LENGTH)
         streams = [streaming.client(number) for number in range(_STREAMS)]
         uploads = [uploading.client(number) for number in range(_UPLOADS)]
-        alone = [load_turn(streaming, port, streams), load_turn(uploading, port, uploads)]
+        alone = [servers.load_turn(streaming, port, streams), servers.load_turn(uploading, port, uploads)]
         for turn in alone:
             turn.check()
         measured: list[tuple[Measurement, ...]] = []

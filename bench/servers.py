@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -15,9 +15,6 @@ HOST = "127.0.0.1"
 ROOT = Path(__file__).parents[1]
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
-
-#: Leading process of each running server, by port.
-_leading_processes: dict[int, int] = {}
 
 
 class ServerFailed(Exception):
@@ -59,13 +56,11 @@ def running_server(
     cores: Collection[int],
     log: Path,
     ready_path: str | None = None,
-    *,
-    takes_turns: bool = True,
 ) -> Iterator[Server]:
     """A server that is ready on a free port; it ends with the block.
 
     command: the word `PORT` is replaced by the port. ready_path: answered with 200 once the server can serve; None: it
-    can serve once it listens. takes_turns: suspended while another server is measured; False for what others need.
+    can serve once it listens.
     """
     port = _free_port()
     process: subprocess.Popen[bytes] | None = None
@@ -83,30 +78,25 @@ def running_server(
         _wait_until_ready(process, port, ready_path, log)
         start_seconds = monotonic() - started
         _pin_threads(process.pid, cores)
-        if takes_turns:
-            _leading_processes[port] = process.pid
         yield Server(port, process, start_seconds)
         if process.poll() is not None:
             raise _failed(process, log)
     finally:
-        _leading_processes.pop(port, None)
         if process is not None:
             _end(process)
 
 
 @contextmanager
-def suspend_others(*ports: int) -> Iterator[None]:
-    """Suspend all servers but those on these ports inside the block: some are never idle."""
-    others = [
-        pid for other, leader in _leading_processes.items() if other not in ports for pid in _session_members(leader)
-    ]
+def suspended(servers: Iterable[Server]) -> Iterator[None]:
+    """Suspend these servers inside the block: some are never idle."""
+    processes = [pid for server in servers for pid in _session_members(server.process.pid)]
     try:
-        for pid in others:
+        for pid in processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
         yield
     finally:
-        for pid in others:
+        for pid in processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 

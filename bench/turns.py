@@ -13,7 +13,7 @@ from bench.outcomes import Row
 from bench.peers import Peer
 from bench.raw import RawModel, raw_model
 from bench.reference import Reference
-from bench.servers import Server, ServerFailed, running_server, suspend_others
+from bench.servers import Server, ServerFailed, running_server, suspended
 from bench.subjects import Launch, Subject, WrongAnswer, peer_launch, unroll
 
 #: Errors that end one scenario; the other scenarios still run.
@@ -63,7 +63,7 @@ class Servers:
         """One turn for each number of clients; the first clients take part in all of them."""
         port = self.server(subject.launch).port
         clients = [subject.client(number) for number in range(max(counts))]
-        found = [load_turn(subject, port, clients[:count], at=count) for count in counts]
+        found = [self.load_turn(subject, port, clients[:count], at=count) for count in counts]
         # The turn with the most clients compares the last answers of all.
         return [turn if turn.at == max(counts) else replace(turn, compare=lambda: None) for turn in found]
 
@@ -74,49 +74,50 @@ class Servers:
         model = self._raw[reference.path]
         what = f"onnxruntime alone, batch {batch}" + (f", {steps} time steps" if steps > 1 else "")
         name = f"raw-{batch}" if steps == 1 else f"raw-{batch}x{steps}"
-        return Turn(name, what, lambda seconds: _measure_alone((), lambda: model.measure(batch, steps, seconds)))
+        return Turn(name, what, lambda seconds: self._measure_alone((), lambda: model.measure(batch, steps, seconds)))
 
+    def load_turn(
+        self,
+        subject: Subject,
+        port: int,
+        clients: Sequence[Client],
+        at: float | None = None,
+        rate: float | None = None,
+        *,
+        other_ports: Sequence[int] = (),
+    ) -> Turn:
+        """A turn of these clients. rate: per second, of an open loop. other_ports: of further servers it needs."""
 
-def load_turn(
-    subject: Subject,
-    port: int,
-    clients: Sequence[Client],
-    at: float | None = None,
-    rate: float | None = None,
-    *,
-    other_ports: Sequence[int] = (),
-) -> Turn:
-    """A turn of these clients. rate: requests per second of an open loop. other_ports: of further servers it needs."""
+        async def check() -> None:
+            async with Load(port, clients) as load:
+                for _ in range(inputs.ROWS):
+                    require_no_errors(subject.name, await load.run_once())
+                    compare()
 
-    async def check() -> None:
-        async with Load(port, clients) as load:
-            for _ in range(inputs.ROWS):
+        async def measure(seconds: float) -> Measurement:
+            async with Load(port, clients) as load:
+                # Every connection is accepted before the clock runs.
                 require_no_errors(subject.name, await load.run_once())
-                compare()
+                return require_no_errors(subject.name, await load.run(seconds, rate))
 
-    async def measure(seconds: float) -> Measurement:
-        async with Load(port, clients) as load:
-            require_no_errors(subject.name, await load.run_once())  # every connection is accepted before the clock runs
-            return require_no_errors(subject.name, await load.run(seconds, rate))
+        def compare() -> None:
+            for client in clients:
+                subject.check(client)
 
-    def compare() -> None:
-        for client in clients:
-            subject.check(client)
+        return Turn(
+            subject.name,
+            subject.what,
+            lambda seconds: self._measure_alone((port, *other_ports), lambda: uvloop.run(measure(seconds))),
+            lambda: uvloop.run(check()),
+            compare,
+            at,
+            subject.optional,
+        )
 
-    return Turn(
-        subject.name,
-        subject.what,
-        lambda seconds: _measure_alone((port, *other_ports), lambda: uvloop.run(measure(seconds))),
-        lambda: uvloop.run(check()),
-        compare,
-        at,
-        subject.optional,
-    )
-
-
-def _measure_alone(ports: Sequence[int], measure: Callable[[], Measurement]) -> Measurement:
-    with suspend_others(*ports):
-        return measure()
+    def _measure_alone(self, ports: Sequence[int], measure: Callable[[], Measurement]) -> Measurement:
+        """Measure while the servers on other ports are suspended."""
+        with suspended(server for server in self._running.values() if server.port not in ports):
+            return measure()
 
 
 def require_no_errors(name: str, measured: Measurement) -> Measurement:

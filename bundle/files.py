@@ -1,4 +1,4 @@
-"""A bundle on disk: written whole or not at all, read only if every digest is right."""
+"""A bundle on disk: written completely or not at all, and read only if every digest matches."""
 
 import hashlib
 import re
@@ -17,11 +17,17 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class BundleError(Exception):
-    """A bundle that must not be served, with the reason."""
+    """A bundle cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
+    """A bundle that was read.
+
+    Attributes:
+        path: Its folder.
+    """
+
     path: Path
     manifest: Manifest
     golden: Golden
@@ -32,22 +38,29 @@ class Bundle:
 
 
 def discover(repository: Path) -> list[Path]:
-    """Folders `<name>/<version>` that hold a manifest, by name and then by number."""
+    """Return the folders `<name>/<version>` that hold a manifest, by name and then by number."""
     found = [path.parent for path in repository.glob(f"*/*/{MANIFEST}") if _VERSION.fullmatch(path.parent.name)]
     return sorted(found, key=lambda path: (path.parent.name, int(path.name)))
 
 
 def read(path: Path) -> Bundle:
-    """Raises BundleError if anything is missing, damaged, or not what the manifest says."""
+    """Read a bundle.
+
+    Args:
+        path: Its folder, `<repository>/<name>/<version>`.
+
+    Raises:
+        BundleError: A file is missing, damaged, or contradicts the manifest.
+    """
     try:
         manifest = Manifest.from_json((path / MANIFEST).read_bytes())
         if (manifest.name, manifest.version) != (path.parent.name, path.name):
-            raise ValueError(f"the manifest is of {manifest.name}/{manifest.version}")
+            raise ValueError(f"the manifest belongs to {manifest.name}/{manifest.version}")
         if set(manifest.files) != {MODEL, GOLDEN}:
             raise ValueError(f"the manifest must list exactly {MODEL} and {GOLDEN}")
         for name, digest in manifest.files.items():
             if (path / name).is_symlink() or _sha256((path / name).read_bytes()) != digest:
-                raise ValueError(f"{name} is not the file the manifest was written for (SHA-256 differs)")
+                raise ValueError(f"{name} is not the file that the manifest describes (SHA-256 differs)")
         return Bundle(path, manifest, Golden.from_bytes((path / GOLDEN).read_bytes()))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: {error}") from error
@@ -56,15 +69,25 @@ def read(path: Path) -> Bundle:
 def write(
     repository: Path, manifest: Manifest, model: bytes, golden: Golden, *, replace_existing: bool = False
 ) -> Path:
-    """Write `<repository>/<name>/<version>/` in one rename; returns it.
+    """Write the folder `<repository>/<name>/<version>/` in one rename.
 
-    `manifest.files` is filled in here. Raises BundleError for a bad name or version, for a manifest that `read`
-    would refuse, or if the folder exists and `replace_existing` is false.
+    Args:
+        repository: The folder of bundles.
+        manifest: Its `files` are filled in here.
+        model: Content of `model.onnx`.
+        golden: The golden vectors.
+        replace_existing: Replace a folder that exists.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        BundleError: The name, the version or the manifest is invalid, or the folder exists.
     """
     check_name(manifest.name, manifest.version)
     target = repository / manifest.name / manifest.version
     if target.exists() and not replace_existing:
-        raise BundleError(f"{target} exists; choose another version or ask to replace it")
+        raise BundleError(f"{target} exists; choose another version, or replace it")
     vectors = golden.to_bytes()
     manifest = replace(manifest, files={MODEL: _sha256(model), GOLDEN: _sha256(vectors)})
     description = manifest.to_json()
@@ -90,7 +113,7 @@ def write(
 
 
 def check_name(name: str, version: str) -> None:
-    """Raises BundleError unless both are safe as a folder and in a URL."""
+    """Check that name and version are safe as a folder and in a URL. Raises BundleError."""
     if not _NAME.fullmatch(name):
         raise BundleError(f"model name {name!r}: use letters, digits, _ and - (at most 64)")
     if not _VERSION.fullmatch(version):

@@ -1,4 +1,4 @@
-"""`unroll inspect BUNDLE`: what a bundle takes, gives and keeps, what it is made of, and what was proven of it."""
+"""`unroll inspect BUNDLE`: prints a bundle's inputs, outputs, state, operators and measured parity."""
 
 import argparse
 import json
@@ -14,7 +14,9 @@ from unroll.bundle.operators import operators
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("unroll inspect", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "unroll inspect", description="Print a bundle's inputs, outputs, state, operators and measured parity."
+    )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder REPOSITORY/NAME/VERSION")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(argv)
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> int:
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """The manifest, and beside it `path`, `operators`, and `bytes` by file and of a client's `state`."""
+    """Return the manifest's fields, and `path`, `operators`, and `bytes` of each file and of a client's `state`."""
     manifest = bundle.manifest
     return asdict(manifest) | {
         "path": str(bundle.path),
@@ -39,11 +41,12 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield the report of what `describe` returned."""
     yield f"{found['name']} version {found['version']}: {found['path']}"
     yield f"  size       {found['bytes'][MODEL]} bytes, golden vectors {found['bytes'][GOLDEN]}"
     yield f"  streaming  {'yes' if found['streamable'] else 'NO: ' + found['not_streamable_because']}"
-    yield f"  ragged     {'yes' if found['ragged'] else 'no: rows of different length do not share a batch'}"
-    yield f"  bit-exact  {'yes' if found['bit_exact'] else 'no: the batch a row is in may change its last bits'}"
+    yield f"  ragged     {'yes' if found['ragged'] else 'no: rows of different lengths cannot share a batch'}"
+    yield f"  bit-exact  {'yes' if found['bit_exact'] else 'no: the last bits of a row may depend on its batch'}"
     yield f"  precision  {found['precision']}; inputs, outputs and state are float32"
     yield f"  operators  {', '.join(f'{count} {name}' for name, count in found['operators'].items())}"
     yield f"  written by {', '.join(f'{name} {version}' for name, version in found['tools'].items())}"
@@ -75,7 +78,7 @@ def _tensor(tensor: dict[str, Any]) -> list[str]:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """The first column to the left, and what follows under its heading."""
+    """Yield the lines of a table with left-aligned columns."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,6 +1,6 @@
-"""What `manifest.json` says of a model: its tensors, its state row, and what export proved.
+"""The manifest of a bundle: the model's tensors, its state row, and the parity that export measured.
 
-Read strictly: an unknown field, a wrong type or an inconsistent layout is an error, never a default.
+It is read strictly: an unknown field, a wrong type or an inconsistent layout is an error.
 """
 
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ from pydantic import ConfigDict, TypeAdapter
 
 FORMAT = 1
 
-#: Names the bundle's graph uses for itself; a model's own tensors must not carry them.
+#: Names of the graph's own tensors; a model's tensors must have other names.
 RESERVED_NAMES = frozenset({"state", "state_out", "sequence_lens"})
 
 Dtype = Literal["float32", "int64", "int32", "bool"]
 
-#: What the graph computes in. Inputs, outputs and state are float32 with each.
+#: The precision in which the graph computes. Inputs, outputs and state are always float32.
 Precision = Literal["float32", "float16", "int8"]
 
-#: To be disabled in onnxruntime: ends the process at a recurrent layer with float16 weights on the CPU.
+#: Disabled in onnxruntime: crashes on a recurrent layer with float16 weights on the CPU.
 CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 
-#: What a piece of state is: a recurrent layer's h or c, what a loop over time or forward itself hands on, what another
-#: layer needs of the past, or how many time steps there were. A static input's values stay what they are.
+#: The kinds of state: a recurrent layer's h or c; values that a loop over time or forward itself carries; earlier steps
+#: that another layer needs; the number of steps; a static input's values, which never change.
 Kind = Literal["h", "c", "carry", "past", "count", "static"]
 
 _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}
@@ -40,8 +40,9 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 class TensorSpec:
     """One input or output of the model.
 
-    The tensor is `(batch, time, *shape)` if `time`, else `(batch, *shape)` (a last-step output).
-    `limit` bounds an integer input to `0 <= value < limit` (the rows of the embedding it indexes).
+    Attributes:
+        time: The tensor is (batch, time, *shape); otherwise it is (batch, *shape), an output of the last step.
+        limit: Bounds an integer input to `0 <= value < limit`, the rows of the embedding that it indexes.
     """
 
     __pydantic_config__ = _STRICT
@@ -54,12 +55,12 @@ class TensorSpec:
 
     @property
     def numpy(self) -> np.dtype[np.generic]:
-        """Little-endian NumPy dtype, the byte order of every wire format."""
+        """The NumPy dtype, little-endian as in every wire format."""
         return _LITTLE_ENDIAN[self.dtype]
 
     @property
     def size(self) -> int:
-        """Values in one time step."""
+        """Values of one time step."""
         return prod(self.shape)
 
     @property
@@ -70,10 +71,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class StaticInput:
-    """An input without time: given once, when a sequence begins, and kept in the state row from `offset` on.
+    """An input without time: given once, when a sequence begins, and kept in the state row.
 
-    One client's is `shape`; in the row it is flat and float32, so an integer must be below 2**24 either side of 0.
-    `limit` is as in TensorSpec.
+    Attributes:
+        shape: Shape of one client's value. In the row it is flat and float32, so an integer's absolute value must be
+            below 2**24.
+        offset: First value in the state row.
+        limit: As in TensorSpec.
     """
 
     __pydantic_config__ = _STRICT
@@ -91,10 +95,12 @@ class StaticInput:
 
 @dataclass(frozen=True, slots=True)
 class StateSlot:
-    """One piece of the state row: `row[offset : offset + size]`.
+    """One piece of the state row, `row[offset : offset + size]`.
 
-    It belongs to one layer and direction of the module at path `module`, in its `call`-th call within one
-    forward pass.
+    Attributes:
+        module: Path of the module that it belongs to.
+        call: Which call of the module within one forward pass.
+        layer, direction: Layer and direction within the module.
     """
 
     __pydantic_config__ = _STRICT
@@ -110,12 +116,15 @@ class StateSlot:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Largest absolute differences of one output from PyTorch in float64, over the golden inputs.
+    """Largest absolute differences of one output from PyTorch in float64.
 
-    `torch_float32` is taken over 32 more sequences as well. `tolerance` is what any provider must stay
-    within: 4 times PyTorch float32's own error plus a floor of 1e-7 times the output's scale. Of a model in
-    reduced precision `onnxruntime` is the largest of more sequences, too, and `tolerance` twice as much (in
-    float16 at least 4 times PyTorch float16's own error), or less if export was told so.
+    Attributes:
+        output: The output, or `state_out`.
+        onnxruntime: onnxruntime's difference over the golden inputs; in reduced precision over more sequences as well.
+        torch_float32: PyTorch float32's difference over the golden inputs and 32 more sequences.
+        tolerance: The most that any device may differ: 4 times `torch_float32` plus 1e-7 of the output's scale. In
+            reduced precision it is twice `onnxruntime`, in float16 at least 4 times PyTorch float16's difference, and
+            at most the limit that was given to export.
     """
 
     __pydantic_config__ = _STRICT
@@ -128,7 +137,7 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A bundle's `manifest.json`."""
+    """The content of `manifest.json`."""
 
     __pydantic_config__ = _STRICT
 
@@ -139,46 +148,50 @@ class Manifest:
     outputs: tuple[TensorSpec, ...]
     state: tuple[StateSlot, ...]
     state_size: int
-    #: The state row a sequence starts from, with zeros where static inputs go; None is all zeros.
+    #: The state row that a sequence starts from, with zeros in place of static inputs; None: all zeros.
     initial_state: tuple[float, ...] | None
     #: True if running step by step, carrying the state, equals running the whole sequence.
     streamable: bool
-    #: Why not, in words for the model's author; None if streamable.
+    #: Why not, for the model's author; None if streamable.
     not_streamable_because: str | None
-    #: True if rows of different length may share a padded batch through `sequence_lens`.
+    #: True if rows of different lengths may share a padded batch through `sequence_lens`.
     ragged: bool
-    #: True if chunking, batch size and neighbours do not change a single bit on the CPU.
+    #: True if chunking, batch size and the other rows of a batch change no bit on the CPU.
     bit_exact: bool
     parity: tuple[Parity, ...]
     #: SHA-256 of the bundle's other files, in hex, by file name.
     files: dict[str, str]
     #: Versions of the tools that wrote the bundle, by name.
     tools: dict[str, str]
-    #: Manifests that do not say are older than the reduced ones.
+    #: Manifests without this field are older than reduced precisions.
     precision: Precision = "float32"
-    #: Inputs that are given once; a sequence cannot start without any of them.
+    #: Inputs that are given once; a sequence needs all of them to start.
     static: tuple[StaticInput, ...] = ()
 
     @property
     def digest(self) -> str:
-        """SHA-256 of `model.onnx`: what a session or snapshot is bound to."""
+        """SHA-256 of `model.onnx`; sessions and snapshots are bound to it."""
         return self.files["model.onnx"]
 
     def blank_row(self) -> np.ndarray:
-        """State row a sequence starts from but for its static inputs, which are zeros: (state_size,) float32."""
+        """Return the state row that a sequence starts from, with zeros for static inputs: (state_size,) float32."""
         if self.initial_state is None:
             return np.zeros(self.state_size, np.float32)
         return np.array(self.initial_state, np.float32)
 
     def initial_row(self, static: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        """State row a sequence starts from: (state_size,) float32. static: each of the static inputs, of its shape.
+        """Return the state row that a sequence starts from: (state_size,) float32.
 
-        Raises ValueError if one is missing, unknown, of another shape, or out of range.
+        Args:
+            static: The static inputs by name, each of its shape.
+
+        Raises:
+            ValueError: One is missing, unknown, of another shape, or out of range.
         """
         row, given = self.blank_row(), static or {}
         names = sorted(spec.name for spec in self.static)
         if names != sorted(given):
-            raise ValueError(f"a sequence begins with the static inputs {names}, not with {sorted(given)}")
+            raise ValueError(f"a sequence needs the static inputs {names}, not {sorted(given)}")
         for spec in self.static:
             value = np.asarray(given[spec.name])
             if value.shape != spec.shape:
@@ -195,7 +208,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
-        """Raises ValueError (pydantic's, or with the inconsistency found)."""
+        """Read a manifest. Raises ValueError if it is invalid or inconsistent."""
         manifest = _ADAPTER.validate_json(text)
         manifest._check()
         return manifest  # type: ignore[return-value]
@@ -219,7 +232,7 @@ class Manifest:
             raise ValueError(f"state_size is {self.state_size}, the slots hold {offset}")
         static = [(slot.offset, slot.size) for slot in self.state if slot.kind == "static"]
         if static != [(spec.offset, spec.size) for spec in self.static]:
-            raise ValueError("the static inputs are not where the state row has room for them")
+            raise ValueError("the static inputs do not match their slots in the state row")
         if self.initial_state is not None and len(self.initial_state) != self.state_size:
             raise ValueError("initial_state does not have state_size values")
         if {entry.output for entry in self.parity} != {tensor.name for tensor in self.outputs} | {"state_out"}:

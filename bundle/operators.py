@@ -1,4 +1,4 @@
-"""Counts the operators of an ONNX file. It reads the protobuf by hand: where we serve, there is no package `onnx`."""
+"""Counts the operators of an ONNX file. It parses the protobuf itself, since a server lacks the package `onnx`."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,9 +13,16 @@ _DEFAULT_DOMAINS = {"", "ai.onnx"}
 
 
 def operators(model: bytes) -> dict[str, int]:
-    """How often each operator stands in the graph, its subgraphs (of Scan, Loop and If) and its functions.
+    """Count the operators in the graph, its subgraphs (of Scan, Loop and If) and its functions.
 
-    By name, the most frequent first; `domain.Name` outside of ONNX's own domain. Raises ValueError for other bytes.
+    Args:
+        model: Content of an ONNX file.
+
+    Returns:
+        Counts by operator, the most frequent first. An operator outside ONNX's own domain is called `domain.Name`.
+
+    Raises:
+        ValueError: The bytes are not an ONNX file.
     """
     found: Counter[str] = Counter()
     for number, part in _fields(memoryview(model)):
@@ -47,7 +54,7 @@ def _operators_of(node: memoryview) -> Iterator[str]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each field that has a length; the others are skipped."""
+    """Yield number and content of each field with a length; skip the others."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -59,11 +66,11 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif kind == 2:
             size, at = _varint(message, at)
             if at + size > len(message):
-                raise ValueError("not an ONNX model: a field is longer than what holds it")
+                raise ValueError("not an ONNX model: a field is longer than its message")
             yield key >> 3, message[at : at + size]
             at += size
         else:
-            raise ValueError("not an ONNX model: no protobuf message")
+            raise ValueError("not an ONNX model: not a protobuf message")
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
@@ -74,4 +81,4 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
-    raise ValueError("not an ONNX model: a number without an end")
+    raise ValueError("not an ONNX model: a number has no end")

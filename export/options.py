@@ -34,4 +34,4 @@ class ExportOptions:
             raise ExportError("bundle", str(error)) from None
         path = self.repository / self.name / self.version
         if path.exists() and not self.replace:
-            raise ExportError("bundle", f"{path} exists; choose another version or ask to replace it")
+            raise ExportError("bundle", f"{path} exists; choose another version, or replace it")

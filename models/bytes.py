@@ -14,8 +14,9 @@ CONFIG = StackedRNNConfig(cell="lstm", vocabulary=256, embedding_size=32, hidden
 
 
 def next_byte() -> StackedRNN:
-    """Untrained; `StackedRNN.load(CHECKPOINT)` is the trained one.
+    """The model, untrained; `StackedRNN.load(CHECKPOINT)` is the trained one.
 
-    Takes bytes (batch, time) int64; returns logits (batch, time, 256) of the byte that comes next.
+    Returns:
+        A model that takes bytes (batch, time) int64 and returns logits (batch, time, 256) of the next byte.
     """
     return StackedRNN(CONFIG)

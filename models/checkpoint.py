@@ -1,7 +1,13 @@
-"""A checkpoint on disk: `NAME.safetensors` with the weights, `NAME.json` with the configuration.
+"""A checkpoint on disk: `NAME.safetensors` holds the weights, `NAME.json` the configuration.
 
-No pickle: reading a checkpoint never runs code. Read strictly: nothing may be missing, unknown or of
-another shape.
+The contract:
+
+- Reading a checkpoint never runs code: there is no pickle.
+- Reading is strict. A field or a tensor that is missing, unknown or of another shape is a CheckpointError, which names
+  the file. A field that equals its default is written and required, too: a default may change, a file may not.
+- `stem` is the path without a suffix; a dot in its name is part of the name.
+- What `write` wrote, `read_config` and `read_weights` give back: equal configuration, weights equal bit for bit.
+- The two files are written one after the other: a reader during a write may see one new and one old file.
 """
 
 import json
@@ -18,11 +24,20 @@ Config = TypeVar("Config")
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be loaded, with the reason."""
+    """A checkpoint that cannot be read. The message names the file and the reason."""
 
 
 def write(stem: Path, module: nn.Module, config: Any) -> None:
-    """Write the module's state dict and `config`, a flat dataclass."""
+    """Write a checkpoint, over an existing one; the folder is created.
+
+    Args:
+        stem: path without a suffix.
+        module: its state dict is written, parameters and persistent buffers.
+        config: a flat dataclass of JSON values.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
     _weights(stem).write_bytes(save(tensors))
@@ -30,7 +45,15 @@ def write(stem: Path, module: nn.Module, config: Any) -> None:
 
 
 def read_config(stem: Path, kind: type[Config]) -> Config:
-    """The configuration, of dataclass `kind`. Every field must be there: a default may change, a file may not."""
+    """The configuration of a checkpoint.
+
+    Args:
+        stem: path without a suffix.
+        kind: the dataclass that was written.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or has other fields or types than `kind`.
+    """
     path = _configuration(stem)
     try:
         text = path.read_text()
@@ -44,7 +67,11 @@ def read_config(stem: Path, kind: type[Config]) -> Config:
 
 
 def read_weights(stem: Path, module: nn.Module) -> None:
-    """Fill every parameter and buffer of `module`."""
+    """Copy the weights of a checkpoint into `module`.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, or its tensors are not those of `module`.
+    """
     path = _weights(stem)
     try:
         tensors = load(path.read_bytes())

@@ -1,6 +1,6 @@
-"""A forecaster of atmospheric CO₂: the weeks so far in ppm, the week ahead in ppm out.
+"""A forecaster of atmospheric CO₂: from the weeks so far, in ppm, to the next week, in ppm.
 
-Trained by `python -m unroll.models.training.co2` on the measurements of `models.mauna_loa`.
+Trained by `python -m unroll.models.training.co2` on the measurements of `unroll.models.mauna_loa`.
 """
 
 from pathlib import Path
@@ -19,9 +19,12 @@ CONFIG = StackedRNNConfig(cell="gru", input_size=1, hidden_size=16, layers=2, ou
 class CO2Forecaster(nn.Module):
     """Forecasts the change over the coming week and adds it to this week's value.
 
-    Takes ppm: (batch, time, 1), one value a week; returns the same shape, each value the forecast for
-    the week after, from this week and those before. Normalisation is inside: `level` and `spread` (ppm)
-    of the input, `change` (ppm) the size of a weekly change.
+    Takes ppm (batch, time, 1) float32, one value a week, and returns the same shape: each value is the forecast for the
+    next week, from this week and the weeks before. Normalisation is inside.
+
+    Attributes:
+        level, spread: mean and standard deviation of the input, in ppm.
+        change: standard deviation of a weekly change, in ppm.
     """
 
     level: torch.Tensor
@@ -39,12 +42,16 @@ class CO2Forecaster(nn.Module):
 
 
 def forecaster() -> CO2Forecaster:
-    """Untrained; `load()` gives the trained one."""
+    """The model, untrained; `load()` returns the trained one."""
     return CO2Forecaster()
 
 
 def load(stem: Path = CHECKPOINT) -> CO2Forecaster:
-    """The trained forecaster. Raises CheckpointError."""
+    """The trained forecaster.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read or has another configuration.
+    """
     model = forecaster()
     if checkpoint.read_config(stem, StackedRNNConfig) != CONFIG:
         raise checkpoint.CheckpointError(f"{stem}: trained with another configuration than {CONFIG}")

@@ -1,6 +1,6 @@
 """Weekly atmospheric CO₂ at Mauna Loa, 1958 to 2001: reads `examples/co2/co2.csv`, which names its source.
 
-Knows neither torch nor statsmodels.
+Imports neither torch nor statsmodels.
 """
 
 import csv
@@ -15,11 +15,11 @@ PATH = Path(__file__).parents[1] / "examples" / "co2" / "co2.csv"
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One value a week, without gaps."""
+    """One value per week, without gaps."""
 
     dates: tuple[date, ...]
     ppm: np.ndarray  # (weeks,) float32
-    interpolated: np.ndarray  # (weeks,) bool: True where nothing was measured
+    interpolated: np.ndarray  # (weeks,) bool: True if the week has no measurement
 
 
 def read(path: Path = PATH) -> Series:

@@ -1,11 +1,11 @@
-"""GRU, LSTM and tanh RNN written out by hand, and the two orders in which a stack of them can run.
+"""GRU, LSTM and tanh RNN written by hand, and the two orders in which a stack of them can run.
 
-For reading and for testing: plain tensor operations, one time step of one layer at a time. In a stack,
+For reading and testing: plain tensor operations, one time step of one layer at a time. In a stack,
 
     h[l][t] = cell(h[l-1][t], h[l][t-1])        with h[-1] = x
 
-and nothing else enters, so any order that computes those two first gives the same numbers: layer by
-layer over the whole sequence, or step by step through all layers.
+and h[l][t] depends on nothing else. Any order that computes those two first gives the same numbers: layer by layer over
+the whole sequence, or step by step through all layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-#: What one layer remembers: (h,), or for an LSTM (h, c); each (batch, hidden).
+#: The state of one layer: (h,), or for an LSTM (h, c); each (batch, hidden).
 State = tuple[torch.Tensor, ...]
 
 
@@ -91,8 +91,12 @@ def layer_by_layer(
 ) -> tuple[torch.Tensor, list[State]]:
     """Each layer over the whole sequence, then the next layer over its outputs.
 
-    x: (batch, time, inputs); one state per layer. Returns the last layer's h at every time step,
-    (batch, time, hidden), and the states reached.
+    Args:
+        x: (batch, time, inputs).
+        states: one per layer.
+
+    Returns:
+        The last layer's h at every time step, (batch, time, hidden), and the final state of every layer.
     """
     sequence = list(x.unbind(1))
     reached = []
@@ -105,7 +109,7 @@ def layer_by_layer(
 
 
 def step_by_step(layers: Sequence[Layer], x: torch.Tensor, states: Sequence[State]) -> tuple[torch.Tensor, list[State]]:
-    """Each time step through all layers, then the next time step. Takes and returns what `layer_by_layer` does."""
+    """Each time step through all layers, then the next time step. Arguments and result as of `layer_by_layer`."""
     states = list(states)
     outputs = []
     for h in x.unbind(1):
@@ -119,7 +123,8 @@ def step_by_step(layers: Sequence[Layer], x: torch.Tensor, states: Sequence[Stat
 def layers_of(module: nn.RNNBase) -> list[Layer]:
     """The layers of an `nn.GRU`, `nn.LSTM` or tanh `nn.RNN`; they share its weights.
 
-    Raises ValueError for what the equations above do not cover: a reverse direction, a projection, ReLU.
+    Raises:
+        ValueError: for a reverse direction, a projection or ReLU, which the equations above do not cover.
     """
     cell = {"GRU": gru, "LSTM": lstm, "RNN_TANH": rnn}.get(module.mode)
     if cell is None or module.bidirectional or module.proj_size:

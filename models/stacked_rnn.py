@@ -1,7 +1,6 @@
-"""A stack of recurrent layers with a linear head: the family of models that Unroll is made for.
+"""A stack of recurrent layers with a linear head.
 
-A plain PyTorch module. It knows nothing of export, which lifts the state out of `nn.GRU`, `nn.LSTM`
-and `nn.RNN` by itself.
+A plain PyTorch module that does not know export: export lifts the state out of `nn.GRU`, `nn.LSTM` and `nn.RNN` itself.
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from torch import nn
 
 from unroll.models import checkpoint
 
-#: What one recurrent call takes and gives besides the sequence: h, or for an LSTM (h, c), each
-#: (layers * directions, batch, hidden).
+#: The state of the stack: h, or for an LSTM (h, c), each (layers * directions, batch, hidden).
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 _CELLS: dict[str, Any] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
@@ -23,10 +21,13 @@ _CELLS: dict[str, Any] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackedRNNConfig:
-    """Shape of a stack. Raises ValueError, naming the field, for a combination that makes no sense.
+    """The configuration of a stack.
 
-    Takes either `input_size` real features per time step, or token ids below `vocabulary`, which are
-    looked up in an embedding of `embedding_size`. `dropout` acts between layers, in training only.
+    The input is either `input_size` features per time step, or token ids below `vocabulary`, which an embedding of
+    `embedding_size` looks up. `dropout` acts between layers, in training only.
+
+    Raises:
+        ValueError: for an invalid field or combination of fields, naming the field.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -70,8 +71,8 @@ class StackedRNNConfig:
 class StackedRNN(nn.Module):
     """[embedding] → GRU, LSTM or tanh RNN of several layers → linear head.
 
-    Takes x: (batch, time, input_size) floats, or (batch, time) int64 token ids. Returns
-    (batch, time, output_size), or (batch, output_size) if `config.head` is "last".
+    Takes x (batch, time, input_size) float32, or token ids (batch, time) int64. Returns (batch, time, output_size), or
+    (batch, output_size) if `config.head` is "last".
     """
 
     def __init__(self, config: StackedRNNConfig) -> None:
@@ -104,8 +105,8 @@ class StackedRNN(nn.Module):
         if self.config.head == "step":
             return self.head(sequence), state
         h = state if isinstance(state, torch.Tensor) else state[0]
-        # Final h of the last layer, both directions: unlike sequence[:, -1], where the reverse direction
-        # has seen one step only, each half of it has read the whole sequence.
+        # Final h of the last layer, both directions. In sequence[:, -1] the reverse direction has read one step
+        # only; here each half has read the whole sequence.
         last = h[-self.config.directions :].transpose(0, 1).flatten(1)
         return self.head(last), state
 
@@ -115,7 +116,11 @@ class StackedRNN(nn.Module):
 
     @classmethod
     def load(cls, stem: Path) -> Self:
-        """Raises CheckpointError if a field or a tensor is missing, unknown, or of the wrong shape."""
+        """The model that `save` wrote.
+
+        Raises:
+            CheckpointError: if a field or a tensor is missing, unknown, or of another shape.
+        """
         model = cls(checkpoint.read_config(stem, StackedRNNConfig))
         checkpoint.read_weights(stem, model)
         return model

@@ -49,7 +49,7 @@ def redis_server() -> Iterator[int]:
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--bind {HOST} --port PORT --dir {folder} --appendonly yes --appendfsync everysec"
         command = [local_redis.server_path(), *flags.split(), "--save", "", "--auto-aof-rewrite-percentage", "0"]
-        with running_server(command, os.sched_getaffinity(0), Path(folder) / "log", takes_turns=False) as server:
+        with running_server(command, os.sched_getaffinity(0), Path(folder) / "log") as server:
             yield server.port
 
 

@@ -1,4 +1,4 @@
-"""`unroll doctor`: finds the facts, prints what they come to, and ends with 0 only if the device asked for works."""
+"""`unroll doctor`: collects the facts, prints the findings, and exits with 0 only if the requested device works."""
 
 import argparse
 import json
@@ -18,6 +18,7 @@ from unroll.service.doctor.findings import Finding, devices, judge
 
 
 def main(argv: list[str]) -> int:
+    """Return 0 if the requested device works, else 1."""
     options = _parser().parse_args(argv)
     facts = examine(options.device)
     findings = judge(facts, options.device)
@@ -31,7 +32,11 @@ def main(argv: list[str]) -> int:
 
 
 def examine(device: str) -> Facts:
-    """Takes a second on a CPU, and some on each GPU. device: is tried even if it does not seem to be there."""
+    """Collect the facts. This takes about a second on a CPU, and a few on each GPU.
+
+    Args:
+        device: Is tried even if it does not seem to exist.
+    """
     found = nvidia_driver.find()
     runtime, problem = None, None
     try:
@@ -52,7 +57,7 @@ def examine(device: str) -> Facts:
 
 
 def lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """A line each; below those that are mended in the same way, how."""
+    """Yield one line for each finding, and the remedy below the findings that share it."""
     width = max(len(finding.name) for finding in findings)
     for mend, together in groupby(findings, key=lambda finding: finding.mend):
         for finding in together:
@@ -70,12 +75,14 @@ def _to_try(device: str, found: Driver | None, runtime: Runtime | None) -> list[
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("unroll doctor", description="What this machine can serve models with.")
+    parser = argparse.ArgumentParser(
+        "unroll doctor", description="Report what this machine can serve models with, and how to fix the rest."
+    )
     parser.add_argument(
         "--device",
         type=_device,
         default=os.environ.get("UNROLL_DEVICE", "auto"),
-        help="what must work, as for `unroll serve`: cpu, cuda:N, several as in cuda:0,cuda:1, or auto (%(default)s)",
+        help="device that must work: cpu, cuda:N, several as in cuda:0,cuda:1, or auto (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -1,4 +1,4 @@
-"""Asks `trial.py`, in a process of its own: onnxruntime may be missing, and a broken driver may end a process."""
+"""Runs `trial.py` in its own process: onnxruntime may be missing, and a broken driver may kill the process."""
 
 import json
 import re
@@ -17,41 +17,41 @@ _LOGGED_ERROR = re.compile(r"\[E:onnxruntime[^\]]*\] (.*\S)")
 
 
 class TrialFailed(Exception):
-    """Why there is no answer, in a line."""
+    """The trial gave no result; the message says why, in one line."""
 
 
 def runtime() -> Runtime:
-    """Raises TrialFailed if onnxruntime cannot be imported."""
+    """Describe the installed onnxruntime. Raises TrialFailed if it cannot be imported."""
     answer, _ = _run()
     return Runtime(**{**answer, "providers": tuple(answer["providers"]), "auto": tuple(answer["auto"])})
 
 
 def session(device: str) -> str | None:
-    """What goes wrong when a model is loaded on `cpu` or `cuda:N`, or None."""
+    """Load a model on `cpu` or `cuda:N`. Returns the problem, or None."""
     try:
         answer, log = _run(device)
     except TrialFailed as failure:
         return str(failure)
-    # Why a provider could not be used is in no exception: onnxruntime logs it, and takes another.
+    # onnxruntime logs why it cannot use a provider and takes another one; no exception says it.
     problem, logged = answer["problem"], _LOGGED_ERROR.search(log)
     if problem and logged and logged[1] not in problem:
-        return f"{problem}; it says: {logged[1]}"
+        return f"{problem}; onnxruntime logged: {logged[1]}"
     return problem
 
 
 def _run(*arguments: str) -> tuple[dict[str, Any], str]:
-    """The answer, and what was logged."""
+    """Return the result and the log."""
     try:
         ran = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        raise TrialFailed(f"no answer within {_SECONDS:.0f} seconds") from None
+        raise TrialFailed(f"no result within {_SECONDS:.0f} seconds") from None
     if ran.returncode < 0:
-        raise TrialFailed(f"the process was ended: {signal.strsignal(-ran.returncode)} (signal {-ran.returncode})")
+        raise TrialFailed(f"the process was killed: {signal.strsignal(-ran.returncode)} (signal {-ran.returncode})")
     if ran.returncode:
         raise TrialFailed((ran.stderr.strip() or f"exit status {ran.returncode}").splitlines()[-1])
     return json.loads(ran.stdout.splitlines()[-1]), ran.stderr
 
 
 def _command(*arguments: str) -> list[str]:
-    # -P: a folder called `service` where the user happens to be is not ours.
+    # -P: modules in the current directory must not shadow ours.
     return [sys.executable, "-P", "-m", _TRIAL, *arguments]

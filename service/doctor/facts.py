@@ -1,11 +1,17 @@
-"""What is found on a machine: plain values, so that a test can make up any machine."""
+"""The facts about a machine: plain values, so that tests can describe any machine."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """capability: NVIDIA's compute capability. memory, free: bytes; free is None if the driver would not say."""
+    """One GPU.
+
+    Attributes:
+        capability: NVIDIA's compute capability.
+        memory: Bytes of memory.
+        free: Free bytes; None if the driver does not report them.
+    """
 
     name: str
     capability: str
@@ -15,9 +21,13 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """path: of libcuda.so.1, with links followed. cuda: the newest CUDA version it supports, if it knows one.
+    """The NVIDIA driver.
 
-    gpus: counted from 0, as in `cuda:0`. problem: why there are none.
+    Attributes:
+        path: Path of libcuda.so.1, with links followed.
+        cuda: The newest CUDA version that it supports, if it reports one.
+        gpus: The GPUs, in the order of `cuda:N`.
+        problem: Why there is no GPU.
     """
 
     path: str
@@ -28,10 +38,13 @@ class Driver:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """onnxruntime, once imported. cuda: the CUDA version it was built for, or empty.
+    """The installed onnxruntime.
 
-    libraries: what its CUDA provider needs, and the path where the loader finds it. auto: the devices that
-    `--device auto` takes.
+    Attributes:
+        cuda: The CUDA version it was built for; empty if none.
+        libraries: Paths of the libraries that its CUDA provider needs; None for one that is missing.
+        auto: The devices that `--device auto` selects.
+        auto_why: Why it selects them.
     """
 
     version: str
@@ -44,9 +57,14 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """cores may be a fraction. memory, free: bytes. files, files_limit: open files, and what the user may raise it to.
+    """The machine, as this process sees it.
 
-    nodes: the device files of NVIDIA's GPUs. visible_devices: CUDA_VISIBLE_DEVICES, if it is set.
+    Attributes:
+        cores: CPU cores; may be a fraction.
+        memory, free: Bytes of memory, and of free memory.
+        files, files_limit: Limit of open files, and the limit that the user may raise it to.
+        nodes: Device files of NVIDIA's GPUs.
+        visible_devices: CUDA_VISIBLE_DEVICES, if it is set.
     """
 
     cores: float
@@ -61,10 +79,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """packages: those that install the Python package `onnxruntime`, and their versions. bindings: NVIDIA's for Python,
-    their version.
+    """All facts.
 
-    runtime_problem: why there is no runtime. sessions: for each device that was tried, what went wrong, or None.
+    Attributes:
+        packages: Versions of the distributions that install the Python package `onnxruntime`.
+        bindings: Version of NVIDIA's Python bindings.
+        runtime_problem: Why there is no runtime.
+        sessions: For each device that was tried, the problem, or None.
     """
 
     python: str

@@ -1,7 +1,7 @@
-"""Judges the facts: for each a line that a newcomer can act on. Pure, so that every machine can be tested on any.
+"""Judges the facts: each finding is one line that a newcomer can act on.
 
-What is not there, or does not fit, is `missing` or `broken` if a GPU was asked for and does not work, and otherwise a
-note: the model that was run on it is the proof. A device on which no model runs is `broken`, asked for or not.
+A missing or unsuitable part is a fault only if a GPU was requested and does not work; otherwise it is a note, since a
+model ran on the device. A device on which no model runs is `broken`, requested or not.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from pathlib import Path
 from unroll.service.doctor.facts import Driver, Facts, Machine, Runtime
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
-#: The first driver for a major version of CUDA.
+#: The first driver for each major version of CUDA.
 _DRIVERS = {"12": "525", "13": "580"}
-#: Each connection is an open file; Linux gives a process 1024.
+#: Each connection is an open file; the default limit on Linux is 1024.
 _FILES_FOR_MANY = 8192
 _GIB = 2**30
 
@@ -28,7 +28,14 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """mend: what to do about it. needed: it is part of what was asked for."""
+    """One line of the report.
+
+    Attributes:
+        name: The part that was examined.
+        says: Its state.
+        mend: The remedy.
+        needed: The requested device needs it.
+    """
 
     name: str
     status: Status
@@ -42,7 +49,12 @@ class Finding:
 
 
 def judge(facts: Facts, device: str) -> list[Finding]:
-    """device: as for the server: `cpu`, one or several `cuda:N`, or `auto`."""
+    """Return the findings.
+
+    Args:
+        facts: The facts.
+        device: The requested device: `cpu`, one or several `cuda:N`, or `auto`.
+    """
     wanted = devices(device, facts.runtime)
     gpu = "cpu" not in wanted and not _work(facts, wanted)
     return [
@@ -60,7 +72,7 @@ def judge(facts: Facts, device: str) -> list[Finding]:
 
 
 def devices(wanted: str, runtime: Runtime | None) -> tuple[str, ...]:
-    """What is asked for, `auto` being what the server would take."""
+    """Return the requested devices; for `auto` those that the server would select."""
     if wanted == "auto":
         return runtime.auto if runtime else ("cpu",)
     return tuple(wanted.split(","))
@@ -72,7 +84,7 @@ def _runtime(facts: Facts, gpu: bool) -> Iterator[Finding]:
     packages = " and ".join(f"{name} {version}" for name, version in sorted(facts.packages.items()))
     again = f"pip uninstall -y {' '.join(sorted(facts.packages))} && {install}" if facts.packages else install
     if len(facts.packages) > 1:
-        says = f"{packages} are installed into the same folder, so each has overwritten files of the other"
+        says = f"{packages} are installed into the same folder and have overwritten each other's files"
         yield Finding("onnxruntime", Status.BROKEN, says, again)
     elif facts.runtime is None and facts.packages:
         yield Finding("onnxruntime", Status.BROKEN, f"{packages} cannot be imported: {facts.runtime_problem}", again)
@@ -89,14 +101,14 @@ def _providers(runtime: Runtime, gpu: bool, has_gpu: bool, again: str) -> Findin
     says = providers + (f", for CUDA {runtime.cuda}" if runtime.cuda else "")
     if _CUDA_PROVIDER in runtime.providers or not has_gpu:
         return Finding("providers", Status.OK, says)
-    return Finding("providers", _absent(gpu), f"{says}: none for an NVIDIA GPU", again)
+    return Finding("providers", _absent(gpu), f"{says}; no provider for an NVIDIA GPU", again)
 
 
 def _driver(facts: Facts, gpu: bool) -> Finding:
     name, driver = "NVIDIA driver", facts.driver
     nodes = ", ".join(facts.machine.nodes) or "no /dev/nvidia*"
     if driver is None:
-        says = f"libcuda.so.1 is not found; {nodes}"
+        says = f"libcuda.so.1 not found; {nodes}"
         return Finding(name, _absent(gpu), says, _without_driver(facts.machine, gpu))
     cuda = f", for CUDA up to {driver.cuda}" if driver.cuda else ""
     says = f"{_version(driver)}{cuda}; {nodes}"
@@ -106,12 +118,12 @@ def _driver(facts: Facts, gpu: bool) -> Finding:
     if driver.cuda and built and _major(driver.cuda) < _major(built):
         first = _DRIVERS.get(built.partition(".")[0])
         mend = f"install a newer driver on the host{f': {first} or newer' if first else ''}"
-        return Finding(name, _unfit(gpu), f"{says}; onnxruntime is for CUDA {built}", mend)
+        return Finding(name, _unfit(gpu), f"{says}; onnxruntime needs CUDA {built}", mend)
     return Finding(name, Status.OK, says)
 
 
 def _version(driver: Driver) -> str:
-    """With its place. The library that libcuda.so.1 is a link to has the driver's version in its name."""
+    """Return version and path. The file that libcuda.so.1 links to has the driver's version in its name."""
     version = Path(driver.path).name.removeprefix("libcuda.so.")
     return f"{version} ({driver.path})" if "." in version else driver.path
 
@@ -126,10 +138,10 @@ def _without_driver(machine: Machine, gpu: bool) -> str:
 
 def _without_gpus(machine: Machine, gpu: bool) -> str:
     if machine.visible_devices is not None:
-        return f"CUDA_VISIBLE_DEVICES is {machine.visible_devices!r}: unset it, or name a GPU that is there"
+        return f"CUDA_VISIBLE_DEVICES is {machine.visible_devices!r}: unset it, or name an existing GPU"
     if machine.container and not machine.nodes:
         return _container(gpu)
-    return "make `nvidia-smi` list the GPU first: restart the machine, or install its driver anew"
+    return "make sure that `nvidia-smi` lists the GPU: restart the machine, or reinstall the driver"
 
 
 def _container(gpu: bool) -> str:
@@ -143,7 +155,7 @@ def _container(gpu: bool) -> str:
 def _gpus(driver: Driver | None) -> Iterator[Finding]:
     for index, gpu in enumerate(driver.gpus if driver else ()):
         memory = f"{gpu.memory / _GIB:.1f} GiB"
-        free = "it is in exclusive use" if gpu.free is None else f"{gpu.free / _GIB:.1f} GiB free"
+        free = "in exclusive use" if gpu.free is None else f"{gpu.free / _GIB:.1f} GiB free"
         says = f"{gpu.name}, {memory} of memory, {free}, compute capability {gpu.capability}"
         yield Finding(f"cuda:{index}", Status.OK, says)
 
@@ -160,7 +172,7 @@ def _libraries(facts: Facts, gpu: bool) -> Iterator[Finding]:
 
 
 def _bindings(facts: Facts, gpu: bool) -> Iterator[Finding]:
-    """Of no use without a GPU, so nothing is said of them there."""
+    """NVIDIA's Python bindings, which matter only with a GPU."""
     if facts.bindings:
         yield Finding("cuda-bindings", Status.OK, facts.bindings)
     elif gpu or (facts.driver and facts.driver.gpus):
@@ -171,7 +183,7 @@ def _sessions(facts: Facts, wanted: tuple[str, ...]) -> Iterator[Finding]:
     for device, problem in facts.sessions.items():
         name, needed = f"LSTM on {device}", device in wanted
         if problem is None:
-            yield Finding(name, Status.OK, "loaded and run, with the right answers")
+            yield Finding(name, Status.OK, "loaded and run, with correct outputs")
         else:
             yield Finding(name, Status.BROKEN, problem, needed=needed)
 
@@ -180,7 +192,7 @@ def _verdict(facts: Facts, device: str, wanted: tuple[str, ...]) -> Finding:
     name = f"--device {device}"
     if facts.runtime is None:
         return Finding(name, Status.BROKEN, "no device works without onnxruntime", "see above")
-    why = f"takes {', '.join(wanted)} ({facts.runtime.auto_why})" if device == "auto" else "asked for"
+    why = f"selects {', '.join(wanted)} ({facts.runtime.auto_why})" if device == "auto" else "requested"
     if _work(facts, wanted):
         return Finding(name, Status.OK, f"{why}; it works")
     others = [other for other in facts.sessions if _work(facts, (other,))]
@@ -211,7 +223,7 @@ def _machine(machine: Machine) -> Iterator[Finding]:
     if machine.files >= _FILES_FOR_MANY:
         yield Finding("open files", Status.OK, f"{machine.files} at most")
         return
-    yield Finding("open files", Status.NOTE, f"{machine.files} at most, and a connection is one", _more_files(machine))
+    yield Finding("open files", Status.NOTE, f"{machine.files} at most; each connection is one", _more_files(machine))
 
 
 def _more_files(machine: Machine) -> str:
@@ -219,7 +231,7 @@ def _more_files(machine: Machine) -> str:
         return f"for many streams: `ulimit -n {machine.files_limit}` in the shell that starts the server"
     if machine.container:
         return "for many streams: `docker run --ulimit nofile=65536`"
-    return "for many streams: have the administrator raise the limit (LimitNOFILE= of a systemd unit)"
+    return "for many streams: ask the administrator to raise the limit (LimitNOFILE= of a systemd unit)"
 
 
 def _major(cuda: str) -> int:

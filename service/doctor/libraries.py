@@ -1,4 +1,4 @@
-"""Shared libraries: what a file needs, and where the loader of this process finds it."""
+"""Shared libraries: the ones that a file needs, and where this process's loader finds them."""
 
 import ctypes
 import os
@@ -12,10 +12,10 @@ _RTLD_DI_LINKMAP = 2
 
 
 def needed(file: Path) -> list[str]:
-    """Names of the libraries that must be found to load a file. Raises ValueError if it is no 64-bit ELF file."""
+    """Return the names of the libraries that a file needs. Raises ValueError if it is not a 64-bit ELF file."""
     with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as elf:
         if elf[:6] != b"\x7fELF\x02\x01":
-            raise ValueError(f"{file} is no 64-bit ELF file")
+            raise ValueError(f"{file} is not a 64-bit ELF file")
         [table] = unpack_from("<Q", elf, 0x20)
         size, count = unpack_from("<HH", elf, 0x36)
         # Of each segment: kind, flags, offset in the file, address when loaded, (unused), bytes in the file.
@@ -35,13 +35,13 @@ class _LinkMap(ctypes.Structure):
 
 
 def find(name: str) -> str | None:
-    """The file that the loader takes for it, with links followed; None if it finds none."""
+    """Return the file that the loader loads for a library, with links followed; None if it finds none."""
     library = load(name)
     return path_of(library) if library else None
 
 
 def load(name: str) -> ctypes.CDLL | None:
-    """The library, as it is loaded or else from the loader's folders; None if it, or what it needs, is not there."""
+    """Load a library, or return the loaded one; None if it or a library that it needs is missing."""
     try:
         return ctypes.CDLL(name)
     except OSError:

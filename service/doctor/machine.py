@@ -1,4 +1,4 @@
-"""Cores, memory, open files, and whether this is a container that sees a GPU: what Linux says of this process."""
+"""Cores, memory, open files and GPU device files of this process, as Linux reports them."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ _CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
 
 
 def look(root: Path = Path("/")) -> Machine:
-    """root: of the file system, for tests."""
+    """Collect the facts. `root` is the root of the file system, for tests."""
     memory, free = _memory(root)
     files, files_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Machine(
@@ -34,7 +34,7 @@ def _cores(root: Path) -> float:
 
 
 def _memory(root: Path) -> tuple[int, int]:
-    """Bytes in all, and available."""
+    """Return total and available bytes."""
     memory, free = host_memory(root)
     limit, used = _control_group(root, "memory.max"), _control_group(root, "memory.current")
     if limit.isdigit() and used.isdigit():
@@ -43,7 +43,7 @@ def _memory(root: Path) -> tuple[int, int]:
 
 
 def _control_group(root: Path, name: str) -> str:
-    """Of a container its own; empty where there is none (outside a container, or with version 1)."""
+    """Read a file of this container's control group; empty outside a container and with version 1."""
     try:
         return (root / "sys/fs/cgroup" / name).read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The NVIDIA driver and its GPUs, asked through the driver's own library: nothing else need be installed."""
+"""The NVIDIA driver and its GPUs, through the driver's own library; nothing else needs to be installed."""
 
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p, create_string_buffer
 from typing import Any
@@ -10,13 +10,13 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 
 def find() -> Driver | None:
-    """None if there is no driver's library."""
+    """Return the driver, or None if its library is missing."""
     library = load("libcuda.so.1")
     return ask(library, path_of(library)) if library else None
 
 
 def ask(cuda: Any, path: str) -> Driver:
-    """cuda: the loaded library."""
+    """Query the driver through its loaded library `cuda`."""
     version, count = c_int(0), c_int(0)
     code = cuda.cuInit(0) or cuda.cuDeviceGetCount(byref(count))
     known = cuda.cuDriverGetVersion(byref(version)) == 0 and version.value
@@ -40,7 +40,7 @@ def _gpu(cuda: Any, index: int) -> Gpu:
 
 
 def _free(cuda: Any, device: c_int) -> int | None:
-    """Bytes. Only a context can tell, and on a GPU in exclusive use by another process there is none to be had."""
+    """Return the free bytes. This needs a context, which a GPU in exclusive use by another process refuses."""
     context, free, memory = c_void_p(), c_size_t(0), c_size_t(0)
     if cuda.cuDevicePrimaryCtxRetain(byref(context), device):
         return None

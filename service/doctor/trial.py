@@ -1,7 +1,7 @@
 """`python -m unroll.service.doctor.trial [DEVICE]`: the part of `unroll doctor` that may crash; `ask.py` runs it.
 
-Without a device: what onnxruntime is and finds. With one: a small model is loaded there, just as the server would
-load it. The answer is a JSON object in the last line on stdout; libraries print above it.
+Without a device it describes onnxruntime. With one it loads a small model there, as the server does. The result is a
+JSON object in the last line on stdout; libraries may print lines before it.
 """
 
 import json
@@ -18,11 +18,11 @@ from unroll.service.models.loading import ModelLoader, ModelOptions, ModelRefuse
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.telemetry import logs
 
-#: An LSTM of a few weights: `make bundles` writes it.
+#: A small LSTM; `make bundles` writes it.
 _BUNDLE = Path(__file__).parent / "tiny" / "1"
-#: The CUDA provider opens it by name when a model has an LSTM or a GRU, and may not list it as needed.
+#: The CUDA provider opens it by name for an LSTM or a GRU, and may not list it among its libraries.
 _CUDNN = "libcudnn.so.9"
-#: The driver brings it, no package.
+#: The driver installs it, not a package.
 _DRIVER = "libcuda.so.1"
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def runtime() -> dict[str, Any]:
-    """The fields of `facts.Runtime`."""
+    """Return the fields of `facts.Runtime`."""
     build = probe.build()
     probe.load_cuda_libraries()
     auto, why = resolve_devices("auto")
@@ -49,7 +49,7 @@ def runtime() -> dict[str, Any]:
 
 
 def cuda_libraries(folder: Path) -> list[str]:
-    """Names of what onnxruntime's CUDA provider needs beyond onnxruntime itself and the driver."""
+    """Return the libraries that onnxruntime's CUDA provider needs, without onnxruntime's own and the driver."""
     provider = folder / "libonnxruntime_providers_cuda.so"
     if not provider.exists():
         return []
@@ -59,7 +59,7 @@ def cuda_libraries(folder: Path) -> list[str]:
 
 
 def session(device: str) -> dict[str, str | None]:
-    """`problem`: why the server could not load a model on `cpu` or `cuda:N`, or None."""
+    """Return `problem`: why the server cannot load a model on `cpu` or `cuda:N`, or None."""
     options = ModelOptions(sessions=SessionLimits(capacity=64), scheduler=SchedulerLimits(max_batch=16))
     try:
         resolve_devices(device)

@@ -83,7 +83,7 @@ class Scheduler:
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
         self.groups = Groups(
-            *(self._admission, self._lanes, self._queues, self.sessions, self.replay, self._completion, self.counters)
+            self._admission, self._lanes, self._queues, self.sessions, self.replay, self._completion, self.counters
         )
 
     @property

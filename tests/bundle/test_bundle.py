@@ -95,7 +95,7 @@ def test_symbolic_link_is_refused(path: Path, tmp_path: Path) -> None:
 
 def test_moved_bundle_is_refused(path: Path) -> None:
     moved = path.rename(path.with_name("3"))
-    with pytest.raises(BundleError, match="the manifest is of sum/2"):
+    with pytest.raises(BundleError, match="the manifest belongs to sum/2"):
         bundle.read(moved)
 
 

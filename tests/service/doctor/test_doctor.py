@@ -38,7 +38,7 @@ def test_this_machine_as_json(tmp_path: Path):
     assert (report["works"], report["device"]) == (True, "auto")
     assert report["facts"]["runtime"]["auto"] == ["cpu"]
     assert report["facts"]["sessions"] == {"cpu": None}
-    assert report["findings"][-1]["says"].startswith("takes cpu (no GPU: ")
+    assert report["findings"][-1]["says"].startswith("selects cpu (no GPU: ")
 
 
 def test_a_device_that_is_not_there(tmp_path: Path):
@@ -97,7 +97,7 @@ def test_what_is_mended_in_one_way_is_said_once():
 
 def test_a_process_that_dies_is_an_answer(monkeypatch: pytest.MonkeyPatch):
     for program, problem in [
-        ("import os; os.abort()", "the process was ended: Aborted (signal 6)"),
+        ("import os; os.abort()", "the process was killed: Aborted (signal 6)"),
         ("import onnxruntime_that_is_not_there", "No module named 'onnxruntime_that_is_not_there'"),
         ("raise SystemExit(3)", "exit status 3"),
     ]:
@@ -108,7 +108,7 @@ def test_a_process_that_dies_is_an_answer(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("problem", "told"),
     [
-        ("runs on the CPU", "runs on the CPU; it says: no libcublas"),
+        ("runs on the CPU", "runs on the CPU; onnxruntime logged: no libcublas"),
         ("refused: no libcublas", "refused: no libcublas"),
         (None, None),
     ],
@@ -123,4 +123,4 @@ def test_what_onnxruntime_logs_is_told(monkeypatch: pytest.MonkeyPatch, problem:
 def test_a_process_that_hangs_is_an_answer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ask, "_command", lambda *_: [sys.executable, "-c", "import signal; signal.pause()"])
     monkeypatch.setattr(ask, "_SECONDS", 0.2)
-    assert "no answer within" in str(ask.session("cuda:0"))
+    assert "no result within" in str(ask.session("cuda:0"))

@@ -40,7 +40,7 @@ def test_a_machine_with_a_gpu():
     )
     assert findings["libcudnn.so.9"].says.startswith("from a package: ")
     assert findings["libcudart.so.13"].says.startswith("from the system: ")
-    assert findings["--device auto"].says == "takes cuda:0 (a GPU was found); it works"
+    assert findings["--device auto"].says == "selects cuda:0 (a GPU was found); it works"
 
 
 def test_a_machine_without_one_lacks_nothing():
@@ -48,7 +48,7 @@ def test_a_machine_without_one_lacks_nothing():
     assert works(findings)
     assert findings["NVIDIA driver"].status == Status.NOTE
     assert str(findings["NVIDIA driver"].mend).startswith("if there is an NVIDIA GPU: ")
-    assert findings["--device auto"].says == "takes cpu (no GPU); it works"
+    assert findings["--device auto"].says == "selects cpu (no GPU); it works"
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there():
@@ -104,7 +104,7 @@ def test_without_cudnn():
         "pip install 'onnxruntime-gpu[cuda,cudnn]'",
     )
     assert findings["LSTM on cuda:0"].says == "cuDNN is unavailable"
-    assert findings["--device auto"].says == "takes cuda:0 (a GPU was found); it does not work"
+    assert findings["--device auto"].says == "selects cuda:0 (a GPU was found); it does not work"
 
 
 def test_in_a_container_the_image_is_built_anew():
@@ -139,8 +139,8 @@ def test_both_packages():
     assert findings["onnxruntime"] == Finding(
         "onnxruntime",
         Status.BROKEN,
-        "onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are installed into the same folder, "
-        "so each has overwritten files of the other",
+        "onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are installed into the same folder "
+        "and have overwritten each other's files",
         "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'",
     )
     assert str(judged(replace(CPU, packages=packages))["onnxruntime"].mend).endswith("&& pip install onnxruntime")
@@ -174,7 +174,7 @@ def test_a_driver_that_is_too_old():
     findings = judged(replace(GPU, driver=replace(DRIVER, cuda="12.8"), sessions=sessions))
     assert not works(findings)
     assert findings["NVIDIA driver"].status == Status.BROKEN
-    assert "onnxruntime is for CUDA 13.0" in findings["NVIDIA driver"].says
+    assert "onnxruntime needs CUDA 13.0" in findings["NVIDIA driver"].says
     assert "580 or newer" in str(findings["NVIDIA driver"].mend)
 
 

@@ -27,7 +27,7 @@ def loaded_by(file: Path) -> list[str]:
 
 
 def test_a_file_that_is_no_library():
-    with pytest.raises(ValueError, match="no 64-bit ELF file"):
+    with pytest.raises(ValueError, match="not a 64-bit ELF file"):
         libraries.needed(Path(__file__))
 
 
