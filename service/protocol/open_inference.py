@@ -216,7 +216,7 @@ def _requested(outputs: Any, binary_by_default: bool) -> tuple[tuple[str, bool],
         binary = _flag(parameters, "binary_data") if "binary_data" in parameters else binary_by_default
         requested.append((output["name"], binary))
     if len({name for name, _ in requested}) < len(requested):
-        raise InvalidRequest("an output is asked for twice")
+        raise InvalidRequest("an output is requested twice")
     return tuple(requested)
 
 

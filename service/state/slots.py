@@ -2,7 +2,7 @@
 
 #: The row every sequence starts from. Read, never written after start.
 INITIAL = 0
-#: Where rows nobody will read are written: stateless sequences, warm-up, padding.
+#: Target of rows that are never read: stateless sequences, warm-up, padding.
 SCRATCH = 1
 
 FIRST = 2
