@@ -197,11 +197,7 @@ def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
     if kind == "f":
         if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
             return array.astype(spec.numpy)
-<<<<<<< HEAD
-        with np.errstate(over="ignore"):  # values too large for float32 become infinity
-=======
         with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
->>>>>>> main
             converted = array.astype(spec.numpy)
         if not np.isfinite(converted).all():
             raise _non_finite(spec)
