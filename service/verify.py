@@ -155,15 +155,24 @@ def _resample(golden: Golden, batch: int, rng: np.random.Generator) -> tuple[Arr
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("unroll verify", description="Run a bundle and compare it with PyTorch's answers.")
+    parser = argparse.ArgumentParser(
+        "unroll verify", description="Run a bundle on a device and compare it with PyTorch's answers and with itself."
+    )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder REPOSITORY/NAME/VERSION")
     parser.add_argument(
         "--device",
         default=os.environ.get("UNROLL_DEVICE", "cpu"),
-        help="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if any (%(default)s)",
+        help="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if there is one (default: %(default)s)",
     )
-    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="on a GPU (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random cuts and batches (%(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="float32",
+        help="precision of matrix products on a GPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random chunks and batches (default: %(default)s)"
+    )
     return parser
 
 

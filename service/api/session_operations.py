@@ -82,7 +82,12 @@ def start_of(served: ServedModel, **start: Unpack[Start]) -> Snapshot | None:
         return served.read_snapshot(snapshot)
     if (state := start.get("state")) is not None:
         return _from_state(served, state)
-    row = served.codec.initial_row(start.get("static"))
+    return start_of_static(served, start.get("static"))
+
+
+def start_of_static(served: ServedModel, static: dict | None) -> Snapshot | None:
+    """The snapshot that a new session with these static inputs begins from; None for the model's initial state."""
+    row = served.codec.initial_row(static)
     return None if row is None else Snapshot(served.manifest.digest, 0, row)
 
 

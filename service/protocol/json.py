@@ -1,4 +1,4 @@
-"""JSON in and out, strict both ways: NaN and Infinity neither come in nor go out."""
+"""Strict JSON: NaN and Infinity are neither accepted nor written."""
 
 from typing import Any
 
@@ -21,5 +21,5 @@ def parse_object(body: bytes, limit: int) -> dict[str, Any]:
 
 
 def dump(document: object) -> bytes:
-    """Arrays are written as nested lists. The caller has seen to it that they are finite."""
+    """Writes arrays as nested lists; the caller guarantees that they are finite."""
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's infer call: its JSON, and the tensors in JSON or behind it.
+"""The Open Inference Protocol's infer call: its JSON, and the tensors in the JSON or after it.
 
 Follows the protocol's REST specification and Triton's sequence and binary-tensor extensions.
 """
@@ -20,8 +20,8 @@ DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOO
 
 _MAX_ELEMENTS = 2**31
 
-#: The JSON of a request with tensors behind it is read once if it is no longer than this.
-_REMEMBERED_BYTES = 1024
+#: The JSON of a request with tensors after it is parsed once and cached, if it is no longer than this.
+_CACHED_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,37 +36,41 @@ class SequenceParameters:
 
 @dataclass(slots=True, eq=False)
 class InferHeader:
-    """What the JSON of a request says.
+    """The JSON of a request.
 
-    outputs: (name, as binary) of those to return, None for all. binary_output: the default of "as binary".
-    inputs: the JSON entries; `read_inputs` makes arrays of them.
-    layout, plan: what was worked out for it last, here and by who answers it; a client says the same at every step.
+    Attributes:
+        timeout: seconds.
+        outputs: (name, as binary) of the outputs to return; None for all.
+        binary_output: the default of "as binary".
+        inputs: the JSON entries, from which `read_inputs` makes arrays.
+        layout: found when the inputs were read last; a client sends the same header at every step.
+        plan: the same for the reply; owned by the caller.
     """
 
     id: str | None
     sequence: SequenceParameters | None
-    timeout: float | None  # seconds
+    timeout: float | None
     outputs: tuple[tuple[str, bool], ...] | None
     binary_output: bool
     inputs: list[dict[str, Any]]
-    layout: "Layout | None" = None
+    layout: "BinaryLayout | None" = None
     plan: Any = None
 
 
 @dataclass(slots=True, eq=False)
 class InferRequest:
-    """binary: the bytes behind the JSON."""
+    """binary: the bytes after the JSON."""
 
     header: InferHeader
     binary: memoryview
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """Where the inputs lie in `size` bytes behind the JSON: for each of `specs`, its shape and offset."""
+class BinaryLayout:
+    """Where the inputs are in the `size` bytes after the JSON; tensors: each input's spec, shape and offset."""
 
     specs: Sequence[TensorSpec]
-    places: tuple[tuple[TensorSpec, tuple[int, ...], int], ...]
+    tensors: tuple[tuple[TensorSpec, tuple[int, ...], int], ...]
     size: int
 
 
@@ -78,10 +82,10 @@ def parse(body: bytes, header_length: int | None, json_limit: int) -> InferReque
     if header_length is None:
         header_length = len(body)
     if not 0 < header_length <= len(body):
-        raise InvalidRequest(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
+        raise InvalidRequest(f"Inference-Header-Content-Length is {header_length}; the body has {len(body)} bytes")
     text, binary = body[:header_length], memoryview(body)[header_length:]
-    if binary and header_length <= min(_REMEMBERED_BYTES, json_limit):
-        return InferRequest(_remembered_header(text), binary)
+    if binary and header_length <= min(_CACHED_BYTES, json_limit):
+        return InferRequest(_cached_header(text), binary)
     return InferRequest(_header(text, json_limit), binary)
 
 
@@ -106,18 +110,18 @@ def _header(text: bytes, json_limit: int) -> InferHeader:
 
 
 @functools.lru_cache(maxsize=2048)
-def _remembered_header(text: bytes) -> InferHeader:
-    return _header(text, _REMEMBERED_BYTES)
+def _cached_header(text: bytes) -> InferHeader:
+    return _header(text, _CACHED_BYTES)
 
 
 def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
-    """The input tensors in the order of `specs`, each (batch, time, *shape), batch and time alike.
+    """The input tensors in the order of `specs`, each (batch, time, *shape), with equal batch and time.
 
     Raises InvalidRequest, InvalidShape or InvalidDtype.
     """
     binary, layout = request.binary, request.header.layout
     if layout is not None and layout.specs is specs and layout.size == len(binary):
-        return [from_bytes(spec, binary[offset:], shape) for spec, shape, offset in layout.places]
+        return [from_bytes(spec, binary[offset:], shape) for spec, shape, offset in layout.tensors]
     by_name = {spec.name: spec for spec in specs}
     arrays: dict[str, np.ndarray] = {}
     offsets: dict[str, int] = {}
@@ -125,7 +129,7 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
         name = item.get("name")
         spec = by_name.get(name) if isinstance(name, str) else None
         if spec is None or name in arrays:
-            raise InvalidRequest(f"input {name!r} is not one of {sorted(by_name)}, or came twice")
+            raise InvalidRequest(f"input {name!r} is not one of {sorted(by_name)}, or was sent twice")
         array, used = _tensor(spec, item, binary)
         arrays[spec.name] = array
         if used:
@@ -138,8 +142,8 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
     if len({array.shape[:2] for array in arrays.values()}) > 1:
         raise InvalidShape("the inputs differ in batch or time")
     if len(offsets) == len(specs):
-        places = tuple((spec, arrays[spec.name].shape, offsets[spec.name]) for spec in specs)
-        request.header.layout = Layout(specs, places, len(request.binary))
+        tensors = tuple((spec, arrays[spec.name].shape, offsets[spec.name]) for spec in specs)
+        request.header.layout = BinaryLayout(specs, tensors, len(request.binary))
     return [arrays[spec.name] for spec in specs]
 
 
@@ -189,7 +193,7 @@ def _sequence(parameters: dict[str, Any]) -> SequenceParameters | None:
         raise InvalidRequest("parameter 'sequence_id' must be an unsigned integer or a string")
     start, end = _flag(parameters, "sequence_start"), _flag(parameters, "sequence_end")
     position = _whole(parameters, "sequence_position")
-    if value in (0, ""):  # the protocol's words for "no sequence"
+    if value in (0, ""):  # the protocol's values for "no sequence"
         if start or end or position is not None:
             raise InvalidRequest("sequence parameters were sent without a sequence_id")
         return None
@@ -212,16 +216,16 @@ def _requested(outputs: Any, binary_by_default: bool) -> tuple[tuple[str, bool],
     for output in outputs:
         parameters = _object(output, "parameters")
         if "classification" in parameters:
-            raise InvalidRequest("the classification extension is not offered")
+            raise InvalidRequest("the classification extension is not supported")
         binary = _flag(parameters, "binary_data") if "binary_data" in parameters else binary_by_default
         requested.append((output["name"], binary))
     if len({name for name, _ in requested}) < len(requested):
-        raise InvalidRequest("an output is asked for twice")
+        raise InvalidRequest("an output is requested twice")
     return tuple(requested)
 
 
 def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple[np.ndarray, int]:
-    """One input tensor (batch, time, *shape) and how many of the binary bytes are its."""
+    """One input tensor (batch, time, *shape), and how many of the binary bytes belong to it."""
     if item.get("datatype") != DATATYPES[spec.dtype]:
         raise InvalidDtype(f"input {spec.name!r} is {DATATYPES[spec.dtype]}, not {item.get('datatype')!r}")
     shape = item.get("shape")
@@ -239,8 +243,8 @@ def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple
             raise InvalidRequest(f"input {spec.name!r} has both data and binary_data_size")
         if size != elements * spec.numpy.itemsize or size > len(binary):
             raise InvalidShape(
-                f"input {spec.name!r} of shape {shape} has {elements * spec.numpy.itemsize} bytes; "
-                f"binary_data_size is {size}, {len(binary)} bytes are there"
+                f"input {spec.name!r} of shape {shape} needs {elements * spec.numpy.itemsize} bytes; "
+                f"binary_data_size is {size}, and {len(binary)} bytes were sent"
             )
         return from_bytes(spec, binary[:size], tuple(shape)), size
     return _from_json(spec, item.get("data"), shape, elements), 0

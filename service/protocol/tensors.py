@@ -1,7 +1,7 @@
 """A model's inputs and outputs as raw bytes and as JSON, checked against its manifest.
 
-Nothing is converted in silence: a float where an integer belongs, a string that looks like a number, a missing
-dimension or a value out of range is an error that names the tensor and what was expected.
+No value is converted silently: a float in place of an integer, a string that looks like a number, a missing dimension
+or a value out of range is an error that names the tensor and the expected type, shape or range.
 """
 
 import math
@@ -13,19 +13,24 @@ from unroll.bundle import Manifest, TensorSpec
 from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnsupportedMediaType
 from unroll.service.engine.engine import Tensors
 
-#: Kinds of NumPy dtype whose values a JSON array may hold for a tensor of a dtype of the key's kind.
+#: By the kind of a tensor's dtype: the kinds of NumPy dtype that its values in JSON may have.
 _ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}
 
-
-#: If the squares of all values add up to less, each of them is finite in float32.
+#: If the squares of all values add up to less, every value is finite in float32.
 _FAR_FROM_OVERFLOW = 1e70
 
-#: Values of which the product with themselves is cheaper than a look at each.
+#: Up to so many values, their dot product with themselves is cheaper than a check of each.
 _FEW = 1024
 
 
 class Codec:
-    """Encodes and decodes for one model. Arrays are (time, *shape), outputs without time (*shape)."""
+    """Encodes and decodes the tensors of one model: (time, *shape) each, and (*shape) for outputs without time.
+
+    Args:
+        manifest: the model's.
+        max_steps: time steps allowed in one request.
+        max_sequences: sequences allowed in one request.
+    """
 
     def __init__(self, manifest: Manifest, max_steps: int, max_sequences: int) -> None:
         self._manifest = manifest
@@ -41,7 +46,7 @@ class Codec:
     def from_raw(self, body: bytes) -> Tensors:
         """Exactly T x features values, T >= 1."""
         if not self._only_one:
-            raise UnsupportedMediaType("raw bytes serve models with one input and one output; send JSON")
+            raise UnsupportedMediaType("raw bytes need a model with one input and one output; send JSON")
         spec = self.inputs[0]
         steps, rest = divmod(len(body), self._raw_step)
         if rest or not steps:
@@ -80,11 +85,21 @@ class Codec:
         ]
 
     def initial_row(self, static: Any) -> np.ndarray | None:
-        """The state row that a sequence with these static inputs, {name: value}, begins from; None: the model's own."""
+        """The state row that a sequence with these static inputs begins from; None for the model's initial state.
+
+        Args:
+            static: {name: value}, as it came.
+
+        Raises:
+            InvalidShape: another static input than the model's is given, or one has another shape.
+            OutOfRange: a value is outside its range.
+        """
         specs, given = self._manifest.static, {} if static is None else static
         if not isinstance(given, dict) or given.keys() != {spec.name for spec in specs}:
             names = [spec.name for spec in specs]
-            raise InvalidShape(f"'static' must name the model's static inputs: {names}" if names else "there are none")
+            raise InvalidShape(
+                f"'static' must name the model's static inputs: {names}" if names else "the model has no static inputs"
+            )
         if not specs:
             return None
         values = {}
@@ -101,20 +116,20 @@ class Codec:
             raise OutOfRange(str(error)) from error
 
     def initial_rows(self, static: Any, count: int) -> list[np.ndarray | None]:
-        """The same for several sequences, {name: [value, ...]}."""
+        """`initial_row` for `count` sequences; static: {name: [value, ...]}, as it came."""
         if not isinstance(static, dict) or not all(isinstance(v, list) and len(v) == count for v in static.values()):
             if static is None and not self._manifest.static:
                 return [None] * count
-            raise InvalidShape("'static' must hold a list with a value per sequence for each static input")
+            raise InvalidShape("'static' must have a list with one value per sequence for each static input")
         return [self.initial_row({name: values[i] for name, values in static.items()}) for i in range(count)]
 
     def check_sequences(self, count: int) -> None:
-        """Raises InvalidShape if a request holds too many; to be called before each is looked at."""
+        """Raises InvalidShape if a request has too many. Call it before the sequences are read."""
         if count > self.max_sequences:
-            raise InvalidShape(f"{count} sequences in one request; at most {self.max_sequences} are taken")
+            raise InvalidShape(f"{count} sequences in one request; at most {self.max_sequences} are allowed")
 
     def to_json(self, outputs: Tensors) -> object:
-        """What belongs under `"outputs"`: the array, or `{name: array}` for a model with several outputs."""
+        """The value of `"outputs"`: the array, or `{name: array}` for a model with several outputs."""
         if len(outputs) == 1:
             return outputs[0]
         return {spec.name: array for spec, array in zip(self.outputs, outputs, strict=True)}
@@ -125,7 +140,7 @@ class Codec:
         return {spec.name: [outputs[i] for outputs in sequences] for i, spec in enumerate(self.outputs)}
 
     def checked(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-        """The array, if it is one input (time, *shape) of this model with values it may hold."""
+        """Returns the array if it is a valid input (time, *shape) of this model; raises InvalidRequest if not."""
         self._check_shape(spec, array)
         if spec.dtype == "float32" and not all_finite(array):
             raise _non_finite(spec)
@@ -145,7 +160,7 @@ class Codec:
                 f"not {array.shape}"
             )
         if len(array) > self.max_steps:
-            raise InvalidShape(f"{len(array)} time steps in one request; at most {self.max_steps} are taken")
+            raise InvalidShape(f"{len(array)} time steps in one request; at most {self.max_steps} are allowed")
 
     def _check_limit(self, spec: TensorSpec, array: np.ndarray) -> None:
         if spec.limit is not None and (array.min() < 0 or array.max() >= spec.limit):
@@ -156,7 +171,7 @@ class Codec:
         if isinstance(value, dict):
             names = [spec.name for spec in self.inputs]
             if set(value) != set(names):
-                raise InvalidShape(f"'inputs' has {sorted(value)}, the model takes {names}")
+                raise InvalidShape(f"'inputs' has {sorted(value)}; the model's inputs are {names}")
             return [value[name] for name in names]
         if len(self.inputs) > 1:
             raise InvalidShape(f"'inputs' must name the model's inputs: {[spec.name for spec in self.inputs]}")
@@ -164,12 +179,12 @@ class Codec:
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """No NaN, no infinity. A few values' product with themselves tells it sooner, unless it overflows."""
+    """Whether the array has neither NaN nor infinity. The dot product decides for few values, unless it overflows."""
     return (array.size <= _FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
 
 
 def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
-    """A JSON list, nested or flat, as a finite array of the tensor's dtype; its shape is not checked here."""
+    """A JSON list, nested or flat, as a finite array of the tensor's dtype; the caller checks its shape."""
     if not isinstance(value, list):
         raise InvalidShape(f"{spec.name!r} must be a list")
     try:
@@ -178,11 +193,11 @@ def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
         raise InvalidShape(f"{spec.name!r} is not a regular array: its rows differ in length") from error
     kind = spec.numpy.kind
     if array.size and (array.dtype.kind not in _ACCEPTED[kind] or (kind != "b" and _holds_bool(value))):
-        raise InvalidDtype(f"{spec.name!r} must hold values of type {spec.dtype} and nothing else")
+        raise InvalidDtype(f"{spec.name!r} must contain values of type {spec.dtype} only")
     if kind == "f":
         if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
             return array.astype(spec.numpy)
-        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity
+        with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
             converted = array.astype(spec.numpy)
         if not np.isfinite(converted).all():
             raise _non_finite(spec)
@@ -198,7 +213,7 @@ def _non_finite(spec: TensorSpec) -> NonFiniteInput:
 
 
 def from_bytes(spec: TensorSpec, content: bytes | memoryview, shape: tuple[int, ...]) -> np.ndarray:
-    """Little-endian values of the tensor's dtype, as many as the shape has, without a copy.
+    """A view of little-endian values of the tensor's dtype, as many as the shape has.
 
     Raises OutOfRange for a bool that is neither 0 nor 1.
     """
@@ -208,6 +223,6 @@ def from_bytes(spec: TensorSpec, content: bytes | memoryview, shape: tuple[int, 
 
 
 def _holds_bool(value: list) -> bool:
-    """NumPy takes true for 1 when it stands among numbers. The list is a regular array: at most 64 deep."""
+    """Whether a regular list (at most 64 deep) has a bool among its numbers, which NumPy would take for 1 or 0."""
     kinds = set(map(type, value))
     return bool in kinds or (list in kinds and any(map(_holds_bool, value)))

@@ -1,15 +1,16 @@
-"""Which rows of the arena are taken. Numbers only; the rows themselves are the arena's."""
+"""The free rows of the arena, as numbers. The arena owns the rows."""
 
-#: The row every sequence starts from. Read, never written after start.
+#: The row that every sequence starts from; never written after start.
 INITIAL = 0
-#: Where rows nobody will read are written: stateless sequences, warm-up, padding.
+#: The row for states that no one reads: stateless sequences, warm-up, padding.
 SCRATCH = 1
 
+#: The first row for sessions.
 FIRST = 2
 
 
 class Slots:
-    """A free-list over the rows [first, first + count)."""
+    """A free list of the rows [first, first + count)."""
 
     def __init__(self, count: int, first: int = FIRST) -> None:
         self.count = count
@@ -19,7 +20,7 @@ class Slots:
         self._returned: list[int] = []
 
     def take(self) -> int | None:
-        """A free row, lowest first on a fresh table; None when all are taken."""
+        """Take a free row; returns None if all are taken. A new table gives the lowest row first."""
         if self._returned:
             return self._returned.pop()
         if self._fresh == self.end:

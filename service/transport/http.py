@@ -20,9 +20,9 @@ from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
 
 
-def http_protocol(server: AppState) -> type[HttpToolsProtocol]:
+def http_protocol(app: AppState) -> type[HttpToolsProtocol]:
     """The protocol class for `uvicorn.Config(http=...)`."""
-    return type("HttpProtocol", (HttpProtocol,), {"unroll": server})
+    return type("HttpProtocol", (HttpProtocol,), {"unroll": app})
 
 
 class Exchange(Request):
@@ -31,7 +31,16 @@ class Exchange(Request):
     A connection reuses one instance for all of its requests.
     """
 
-    __slots__ = ("cancel", "disconnected", "keep_alive", "more_body", "response_complete", "room", "route", "started")
+    __slots__ = (
+        "cancel",
+        "disconnected",
+        "keep_alive",
+        "more_body",
+        "response_complete",
+        "room",
+        "route",
+        "started",
+    )
 
     def __init__(self) -> None:
         super().__init__({}, b"")
@@ -41,7 +50,7 @@ class Exchange(Request):
         self.more_body = False
 
     def begin(self, route: Route, room: int, keep_alive: bool) -> None:
-        """room: limit of the body in bytes."""
+        """room: bytes the body may still have."""
         self.route = route
         self.room = room
         self.keep_alive = keep_alive
@@ -121,7 +130,7 @@ class HttpProtocol(HttpToolsProtocol):
             failpoints.reach("recv")
             cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
             self.headers.clear()
-            exchange.headers, exchange.body = _NONE, b""
+            exchange.headers, exchange.body = _NO_HEADERS, b""
             if not exchange.response_complete:
                 exchange.cancel = cancel
 
@@ -200,7 +209,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._exchange.cancel()
 
 
-_NONE: Headers = {}
+_NO_HEADERS: Headers = {}
 
 
 @functools.cache

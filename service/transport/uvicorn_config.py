@@ -11,14 +11,14 @@ from unroll.service.transport.websocket import StreamProtocol
 _KEEP_ALIVE_SECONDS = 75
 
 
-def uvicorn_config(application: FastAPI, server: AppState, host: str, port: int) -> uvicorn.Config:
+def uvicorn_config(application: FastAPI, app: AppState, host: str, port: int) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         host=host,
         port=port,
-        http=http_protocol(server),
+        http=http_protocol(app),
         ws=StreamProtocol,
-        ws_max_size=server.limits.max_body_bytes,
+        ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
         access_log=False,
         log_config=None,

@@ -15,14 +15,14 @@ from unroll.service.core import failpoints
 _FIN_TEXT, _FIN_BINARY = 0x81, 0x82
 _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
 #: Bytes of a masked frame without payload.
-_LEAST = 6
+_MIN_MASKED_BYTES = 6
 
-#: The extension in a connection's scope that holds its `DirectStream`.
+#: The extension in a connection's scope that holds its `DirectLink`.
 EXTENSION = "unroll.stream"
 
 
-class DirectStream:
-    """An alternative to ASGI's messages, after the application has accepted the connection."""
+class DirectLink:
+    """The `Link` that a stream uses instead of ASGI's messages, once the application has accepted the connection."""
 
     def __init__(self, protocol: "StreamProtocol") -> None:
         self._protocol = protocol
@@ -73,9 +73,11 @@ class DirectStream:
 
 
 class StreamProtocol(WebSocketsSansIOProtocol):
+    """Offers its connection as a `DirectLink`, and behaves as uvicorn's protocol until that is attached."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._direct = DirectStream(self)
+        self._direct = DirectLink(self)
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -83,11 +85,11 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             self.scope["extensions"][EXTENSION] = self._direct  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        taken = self._take_whole(data) if self._direct.on_binary is not None else 0
+        taken = self._deliver_whole_messages(data) if self._direct.on_binary is not None else 0
         if taken < len(data):
             super().data_received(data[taken:] if taken else data)
 
-    def _take_whole(self, data: bytes) -> int:
+    def _deliver_whole_messages(self, data: bytes) -> int:
         """Deliver the complete binary messages at the front of the data; returns their size in bytes.
 
         The library parses in a generator, byte by byte of the header, at several times the cost. It gets everything
@@ -96,7 +98,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         conn, taken = self.conn, 0
         if conn.reader.buffer or conn.current_size is not None:  # the library is inside a message
             return 0
-        while len(data) - taken >= _LEAST and data[taken] == _FIN_BINARY and not self.close_sent:
+        while len(data) - taken >= _MIN_MASKED_BYTES and data[taken] == _FIN_BINARY and not self.close_sent:
             size, begin = data[taken + 1] - _MASKED, taken + 6
             if size == _TWO_BYTES:
                 size, begin = int.from_bytes(data[taken + 2 : taken + 4]), taken + 8

@@ -1,4 +1,4 @@
-"""The golden files that hold one value each: the value, and how today's code writes and reads it. Nothing is random."""
+"""The golden files that hold one value each: the values, and the code that wrote them. Nothing is random."""
 
 from pathlib import Path
 

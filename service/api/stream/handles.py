@@ -8,7 +8,7 @@ from typing import Any
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import split_reference
-from unroll.service.api.session_operations import start_of
+from unroll.service.api.session_operations import start_of_static
 from unroll.service.api.stream.messages import MAX_HANDLES, OpenSpec
 from unroll.service.core.errors import (
     CapacityExhausted,
@@ -42,7 +42,7 @@ class Handles:
         self.has_store = app.sessions.has_store
         self._model = model
         self._name, self._version = split_reference(model)
-        self._inputs, self._outputs = served.manifest.inputs, served.manifest.outputs
+        self._served = served
         self._on_unbind = on_unbind
         self.by_model: dict[ServedModel, dict[int, Session]] = {}
         self._count = 0
@@ -100,13 +100,23 @@ class Handles:
     async def open(self, spec: OpenSpec) -> tuple[ServedModel, Session]:
         """Open or resume a session and bind it. Suspends only if there is a store. Raises UnrollError."""
         handle = spec.handle
-        if handle in self or handle in self._opening:
+        if self.find(handle) is not None or handle in self._opening:
             raise InvalidRequest(f"handle {handle} is bound to a session")
         if self._count + len(self._opening) >= MAX_HANDLES:
             raise CapacityExhausted(f"one connection holds at most {MAX_HANDLES} sessions: detach some, or use another")
         self._opening.add(handle)
         try:
-            served, session = await self._open(spec)
+            self._check_allowed(spec)
+            found = None if spec.mode == "new" or spec.session_id is None else await self._find_existing(spec)
+            if found is not None:
+                served, session = found
+                self._check_tensors(served)
+            else:
+                served = self._app.models.resolve(self._name, self._version)
+                self._check_tensors(served)
+                start = start_of_static(served, spec.static)
+                durability = self._app.durability_of(spec.durability)
+                session = await self._sessions.create(served, spec.session_id, start, durability)
         finally:
             self._opening.remove(handle)
         served.scheduler.set_retry_depth(session, spec.depth)
@@ -141,31 +151,28 @@ class Handles:
         self.by_model.setdefault(served, {})[handle] = session
         self._count += 1
 
-    async def _open(self, spec: OpenSpec) -> tuple[ServedModel, Session]:
+    def _check_allowed(self, spec: OpenSpec) -> None:
         self._app.refuse_if_draining()
         if spec.mode == "resume" and spec.session_id is None:
             raise InvalidRequest("a session to resume needs its session_id")
         if not self.has_store:
             self._app.durability_of(spec.durability)  # raises if a store is requested
-        if spec.mode != "new" and spec.session_id is not None:
-            check_id(spec.session_id)
-            try:
-                served, session = await self._sessions.find(self._name, self._version, spec.session_id)
-            except SessionUnknown:
-                if spec.mode == "resume":
-                    raise
-            else:
-                self._check_tensors(served)
-                return served, session
-        served = self._app.models.resolve(self._name, self._version)
-        self._check_tensors(served)
-        start = start_of(served, static=spec.static)
-        durability = self._app.durability_of(spec.durability)
-        return served, await self._sessions.create(served, spec.session_id, start, durability)
+
+    async def _find_existing(self, spec: OpenSpec) -> tuple[ServedModel, Session] | None:
+        """The session to resume; None if there is none, and a new one may be opened instead."""
+        assert spec.session_id is not None
+        check_id(spec.session_id)
+        try:
+            return await self._sessions.find(self._name, self._version, spec.session_id)
+        except SessionUnknown:
+            if spec.mode == "resume":
+                raise
+            return None
 
     def _check_tensors(self, served: ServedModel) -> None:
         """Frames have one layout: sessions may be of several versions, but these must agree on it."""
-        if (served.manifest.inputs, served.manifest.outputs) != (self._inputs, self._outputs):
+        manifest, own = served.manifest, self._served.manifest
+        if manifest is not own and (manifest.inputs, manifest.outputs) != (own.inputs, own.outputs):
             raise ModelChanged(
                 f"version {served.version} has other inputs or outputs than this connection's: "
                 f"connect to {served.name}:{served.version}"

@@ -1,5 +1,8 @@
 """Unanswered entries are bounded: reading stops until answers have been sent."""
 
+from dataclasses import dataclass, field
+from functools import partial
+
 import numpy as np
 import pytest
 from fake_link import Wire
@@ -7,7 +10,49 @@ from streams import frame
 from waiting import reached
 
 from unroll.service.api.stream import flow
-from unroll.service.api.stream.flow import WINDOW
+from unroll.service.api.stream.flow import WINDOW, FlowControl
+
+
+@dataclass
+class Calls:
+    """What flow control asks for, in order."""
+
+    made: list[str] = field(default_factory=list)
+
+    def flow(self, step_bytes: int = 4) -> FlowControl:
+        pause, resume, drained = (partial(self.made.append, name) for name in ("pause", "resume", "drained"))
+        return FlowControl(step_bytes, pause, resume, drained)
+
+
+def test_reading_pauses_once_for_several_reasons():
+    calls = Calls()
+    flow = calls.flow()
+    flow.acquire(WINDOW + 1, WINDOW + 1)
+    flow.update()
+    flow.busy, flow.writable = True, False
+    flow.update()
+    assert (calls.made, flow.state) == (["pause"], "paused by window and control and client")
+    flow.release(1, 1)
+    flow.busy = False
+    flow.update()
+    assert (calls.made, flow.state) == (["pause"], "paused by client")
+    flow.writable = True
+    flow.update()
+    assert (calls.made, flow.state) == (["pause", "resume"], "open")
+
+
+def test_a_drain_ends_once_with_the_last_answer():
+    calls = Calls()
+    flow = calls.flow()
+    flow.acquire(2, 5)
+    flow.busy = flow.draining = True
+    flow.update()
+    flow.release(2, 5)
+    assert (calls.made, flow.drained) == (["pause"], False)
+    flow.busy = False
+    flow.update()
+    flow.update()
+    assert (calls.made, flow.drained) == (["pause", "drained"], True)
 
 
 async def test_the_window(wire: Wire):
