@@ -92,8 +92,8 @@ def test_static_inputs_are_kept_in_the_row(tmp_path: Path) -> None:
 def _refuses_a_wrong_beginning(manifest: Manifest) -> None:
     item, where = np.array(1), np.zeros(2)
     for wrong, words in (
-        ({}, "begins with"),
-        ({"item": item}, "begins with"),
+        ({}, "needs the static inputs"),
+        ({"item": item}, "needs the static inputs"),
         ({"item": item, "where": np.zeros(3)}, "is \\(3,\\), not \\(2,\\)"),
         ({"item": np.array(13), "where": where}, "below 13"),
         ({"item": np.array(-1), "where": where}, "at least 0"),
