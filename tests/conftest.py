@@ -1,5 +1,6 @@
 """Small models for every code path of the server, exported once per run; a CUDA stub, and a Redis."""
 
+import fcntl
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from waiting import PATIENCE
 
 import unroll
 from conformance import onnx_registry
+
+#: The fixture `made_once`.
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 torch.set_num_threads(1)
 onnx_registry.cache_registry()
@@ -107,9 +111,26 @@ NAMES = ("lstm", "gru", "last", "whole", "tokens", "two")
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with version 1 of each of NAMES, and version 2 of `gru` with other weights."""
-    path = tmp_path_factory.mktemp("repository")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """`made_once(name, make)`: a folder that `make` fills, once for all processes of a run; nobody changes it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def call(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = folder / f"shared-{name}", folder / f"shared-{name}.done"
+        with (folder / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                path.mkdir()
+                make(path)
+                done.touch()
+        return path
+
+    return call
+
+
+def export_all(path: Path) -> None:
     for name in NAMES:
         module, example = build(name)
         unroll.export(module, example, name=name, repository=path)
@@ -117,7 +138,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unroll.export(
         Recurrent(nn.GRU, num_layers=2).eval(), {"x": torch.randn(2, 9, 3)}, name="gru", version="2", repository=path
     )
-    return path
+
+
+@pytest.fixture(scope="session")
+def repository(made_once: MadeOnce) -> Path:
+    """A repository with version 1 of each of NAMES, and version 2 of `gru` with other weights."""
+    return made_once("repository", export_all)
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def _open(model: Path | bytes, device: str, threads: int, stream: int | None, tf
     if provider != wanted:
         raise DeviceUnavailable(
             f"onnxruntime runs on {provider} instead of {device}: its CUDA libraries could not be loaded "
-            "(pip install 'onnxruntime-gpu[cuda,cudnn]' brings them)"
+            "(pip install 'onnxruntime-gpu[cuda,cudnn]' installs them)"
         )
     return session
 

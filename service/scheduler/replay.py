@@ -93,7 +93,7 @@ class ReplayCache:
         if reply is None:
             raise PositionTooOld(
                 f"the session is at {expected}; only its last {'chunk' if session.depth == 1 else 'chunks'} "
-                "can be asked for again",
+                "can be retried",
                 expected=expected,
             )
         if chunk.final:

@@ -92,7 +92,7 @@ class DrainingServer(uvicorn.Server):
         """Disconnect the remaining clients, and cancel the requests of disconnected ones."""
         connections, tasks = [*self.server_state.connections], [*self.server_state.tasks]
         if connections or tasks:
-            _log.warning("cut off", connections=len(connections), requests=self._unroll.in_flight)
+            _log.warning("disconnecting clients", connections=len(connections), requests=self._unroll.in_flight)
         for connection in connections:
             connection.transport.abort()
         if tasks:

@@ -6,45 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sum_model import MANIFEST
 
 from unroll import bundle
-from unroll.bundle import BundleError, Golden, GoldenMismatch, Manifest, Parity, StateSlot, TensorSpec
+from unroll.bundle import BundleError, Golden, Manifest
 from unroll.bundle.files import check_name
-
-MANIFEST = Manifest(
-    format=1,
-    name="sum",
-    version="2",
-    inputs=(TensorSpec("x", "float32", (3,), True), TensorSpec("token", "int64", (), True, limit=5)),
-    outputs=(TensorSpec("y", "float32", (3,), True), TensorSpec("last", "int32", (), False)),
-    state=(StateSlot("rnn", 0, 0, "forward", "h", 0, 2), StateSlot("rnn", 0, 0, "forward", "c", 2, 1)),
-    state_size=3,
-    initial_state=(0.1, 0.0, -1e-30),
-    streamable=True,
-    not_streamable_because=None,
-    ragged=True,
-    bit_exact=True,
-    parity=tuple(Parity(name, 0.0, 1e-7, 1e-6) for name in ("y", "last", "state_out")),
-    files={},
-    tools={"torch": "2"},
-)
-
-
-def run(inputs, state, sequence_lens):
-    """A running sum as the model: the state is the sum so far."""
-    total = state[:, None] + np.cumsum(inputs["x"], axis=1, dtype=state.dtype)
-    return {"y": total, "last": inputs["token"][:, -1].astype(np.int32)}, total[:, -1].copy()
-
-
-@pytest.fixture
-def golden() -> Golden:
-    rng = np.random.default_rng(0)
-    inputs = {"x": rng.standard_normal((2, 6, 3), np.float32), "token": rng.integers(0, 5, (2, 6))}
-    state = rng.standard_normal((2, 3), np.float32)
-    outputs, after = run(
-        {"x": inputs["x"].astype(np.float64), "token": inputs["token"]}, state.astype(np.float64), None
-    )
-    return Golden(inputs, state, outputs, after, ((6,), (1, 1, 1, 1, 1, 1), (2, 3, 1)))
 
 
 @pytest.fixture
@@ -164,47 +130,6 @@ def test_discover_sorts_versions_as_numbers(tmp_path: Path) -> None:
     (tmp_path / "a/11").mkdir()
     found = [str(path.relative_to(tmp_path)) for path in bundle.discover(tmp_path)]
     assert found == ["a/9", "a/10", "b/1"]
-
-
-def test_replay_runs_every_chunking(golden: Golden) -> None:
-    lengths = []
-
-    def counted(inputs, state, sequence_lens):
-        lengths.append(inputs["x"].shape[1])
-        return run(inputs, state, sequence_lens)
-
-    worst = bundle.Verifier(counted, MANIFEST).replay(golden)
-    assert lengths == [6, 1, 1, 1, 1, 1, 1, 2, 3, 1]
-    assert worst.keys() == {"y", "last", "state_out"}
-    assert max(worst.values()) < 1e-6
-
-    lengths.clear()
-    bundle.Verifier(counted, replace(MANIFEST, streamable=False, not_streamable_because="because")).replay(golden)
-    assert lengths == [6]
-
-
-@pytest.mark.parametrize("wrong", [1e-3, np.nan, np.inf])
-def test_replay_refuses_other_answers(golden: Golden, wrong: float) -> None:
-    def off(inputs, state, sequence_lens):
-        outputs, after = run(inputs, state, sequence_lens)
-        after[0, 0] += wrong
-        return outputs, after
-
-    with pytest.raises(GoldenMismatch, match="state_out"):
-        bundle.Verifier(off, MANIFEST).replay(golden)
-
-
-def test_replay_refuses_a_state_that_is_not_carried(golden: Golden) -> None:
-    with pytest.raises(GoldenMismatch, match=r"in chunks \(1, 1"):
-        bundle.Verifier(lambda x, state, lens: run(x, golden.state, lens), MANIFEST).replay(golden)
-
-
-def test_chunked_joins_time_and_keeps_the_last(golden: Golden) -> None:
-    whole = bundle.Verifier(run, MANIFEST).chunked(golden.inputs, golden.state, (6,))
-    cut = bundle.Verifier(run, MANIFEST).chunked(golden.inputs, golden.state, (2, 3, 1))
-    assert cut["y"].shape == (2, 6, 3)
-    assert np.array_equal(cut["last"], golden.inputs["token"][:, -1])
-    assert np.allclose(cut["y"], whole["y"], atol=1e-6)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 40, b"not a file"])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unroll.bundle.verification import random_chunks
 from unroll.export import ExportError, export
 from unroll.export.onnx.tracing import _suspects
 from unroll.export.signature.samples import Samples, states
@@ -61,15 +60,6 @@ def test_states_start_with_the_initial_one() -> None:
     assert rows.dtype == np.float32
     assert rows[0].tolist() == [0.5, 0.0]
     assert (rows[1:] != 0).all()
-
-
-@pytest.mark.parametrize("time", [1, 2, 3, 30])
-def test_chunks_cut_all_of_it(time: int) -> None:
-    for seed in range(20):
-        chunks = random_chunks(time, np.random.default_rng(seed))
-        assert sum(chunks) == time
-        assert min(chunks) > 0
-        assert len(chunks) > 1 or time == 1
 
 
 class Translator(nn.Module):

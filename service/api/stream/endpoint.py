@@ -96,5 +96,5 @@ class SlowReaderTimer:
         if self._link.unsent() < self._unsent:
             self._start()
         else:
-            _log.info("a client that does not read is cut off", unsent=self._unsent)
+            _log.info("disconnecting a client that does not read", unsent=self._unsent)
             self._link.abort()

@@ -31,13 +31,15 @@ class Hot(nn.Module):
 
 
 @pytest.fixture(scope="session")
-def repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(repository: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The common repository and the model `hot`."""
-    path = tmp_path_factory.mktemp("api") / "repository"
-    shutil.copytree(repository, path)
-    torch.manual_seed(5)
-    unroll.export(Hot().eval(), {"x": torch.randn(2, 9, 3)}, name="hot", repository=path)
-    return path
+
+    def make(path: Path) -> None:
+        shutil.copytree(repository, path, dirs_exist_ok=True)
+        torch.manual_seed(5)
+        unroll.export(Hot().eval(), {"x": torch.randn(2, 9, 3)}, name="hot", repository=path)
+
+    return made_once("api-repository", make)
 
 
 @pytest.fixture(scope="session")
