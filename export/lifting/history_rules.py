@@ -15,7 +15,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a call needs of the past, and how it goes on from it.
+    """The part of the past that a call needs, and how the call continues from it.
 
     Attributes:
         x: the sequence.
@@ -106,7 +106,7 @@ def _full(x: Tensor, time: int, frames: int, value: float) -> Tensor:
 
 
 def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """Constants put before a sequence, or its first step."""
+    """Padding before a sequence: constants, or its first step repeated."""
 
     def call(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Memory | None:
         pads = list(pad)
@@ -125,7 +125,7 @@ def _pad(args: Any, kwargs: Any, time: int) -> Memory | None:
 
 
 def _convolution(function: Any) -> Rule:
-    """Zeros that a convolution puts on both ends of a sequence. Its result is as long as ever."""
+    """The zeros that a convolution puts at both ends of a sequence. Its result keeps its length."""
 
     def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
         def call(
@@ -162,7 +162,7 @@ def _each(value: Any, count: int) -> list[int]:
 
 
 def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """A running sum: it is taken up where it was, so that it adds in the same order however the sequence is cut."""
+    """A running sum: it continues from its last value, and so adds in the same order however the sequence is cut."""
 
     def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
         if dim % input.dim() != time or options.get("dtype") not in {None, input.dtype}:
@@ -178,7 +178,7 @@ def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
 
 
 def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
-    """Of each step from the one before it, or further back; before the first comes what is given."""
+    """The difference of each step from an earlier one; `prepend` comes before the first."""
 
     def call(
         input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None

@@ -30,14 +30,18 @@ Named = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What forward's arguments are, by name.
+    """The arguments of forward, sorted, by name.
 
-    names: all of them, in order. series: the inputs of every time step. constants: initial states. lengths: those
-    that say how long each row is.
-    static: the inputs without time, (rows, ...) of each as the example has them.
-    carried: those that the next call is handed in turn, each with the name of the output that it is then.
-    packed: the series that forward takes as a PackedSequence. batch_first: forward takes (batch, time, ...).
-    unbatched: forward takes one sequence, (time, ...).
+    Attributes:
+        names: all of them, in order.
+        series: the inputs of every time step.
+        constants: initial states.
+        static: the inputs without time, (rows, ...) of each as in the example.
+        carried: states that forward returns for its next call, each with the name of that output.
+        lengths: those that hold the length of each row.
+        packed: the series that forward takes as a PackedSequence.
+        batch_first: forward takes (batch, time, ...).
+        unbatched: forward takes one sequence, (time, ...).
     """
 
     names: list[str]
@@ -54,8 +58,8 @@ class Arguments:
 class StreamingModule(nn.Module):
     """`forward(state, sequence_lens, *inputs) -> (*outputs, state_out)`, batch first throughout.
 
-    state: (batch, state_size); sequence_lens: (batch,) int32, or None to run PyTorch's own layers instead of what
-    becomes the graph; inputs: (batch, time, ...). `layout` and `outputs` are filled in once they are known.
+    state: (batch, state_size); sequence_lens: (batch,) int32, or None to run PyTorch's own layers instead of the
+    operators of the graph; inputs: (batch, time, ...). `observe` fills in `layout` and `outputs`.
     """
 
     def __init__(self, model: nn.Module, tape: Tape, arguments: Arguments) -> None:
@@ -63,10 +67,10 @@ class StreamingModule(nn.Module):
         self.model, self.tape, self.arguments = model, tape, arguments
         self.layout = Layout(())
         self.outputs: tuple[Output, ...] = ()
-        #: Where forward reaches into the past beside its recurrent layers, if that is to be kept; and what finds out.
+        #: The calls outside recurrent layers whose past is part of the row; and the mode that finds them.
         self.history: list[Place | None] = []
         self.watch: WatchHistory | None = None
-        #: The attributes of modules that forward leaves to its next call, if they are to be kept: see `carried_state`.
+        #: The attributes that forward leaves for its next call, if they are part of the row: see `carried_state`.
         self.carried_attributes: dict[Attribute, Carried] = {}
 
     @property
@@ -75,7 +79,7 @@ class StreamingModule(nn.Module):
 
     @property
     def row_by_row(self) -> bool:
-        """Is forward given one sequence at a time: because it takes no other, or since each is at another time step?"""
+        """Forward gets one sequence at a time: it takes no batch, or counts time steps, which differ between rows."""
         return self.arguments.unbatched or any(place is not None and place.counted for place in self.history)
 
     def forward(self, state: Tensor, sequence_lens: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -138,7 +142,7 @@ class StreamingModule(nn.Module):
         return (1, first) if self.arguments.unbatched else (first, second)
 
     def _begin(self, batch: int, time: int) -> None:
-        """Keep in the row that its sequence has begun, if calls start from what forward computes there."""
+        """Mark in the row that its sequence has begun, if forward computes an initial state at the beginning."""
         if self.tape.computed:
             path = "has begun"
             index, (begun,) = self.tape.begin(path, lambda: [torch.zeros(batch, 1)])
@@ -146,7 +150,7 @@ class StreamingModule(nn.Module):
             self.tape.calls.append(Call(path, index, (Part("past"),), batch, time, [begun], [torch.ones_like(begun)]))
 
     def _carrying(self, arguments: dict[str, Any], batch: int, time: int) -> Named:
-        """Call forward between taking what it is handed and leaving what it hands on."""
+        """Call forward with the carried states of the row, and put those that it returns on the tape."""
         rows = {}
         for name, (carried, _) in self.arguments.carried.items():
             rows[carried], arguments[name] = carried.take(self.tape, batch)
@@ -166,7 +170,7 @@ class StreamingModule(nn.Module):
         return returned
 
     def _following_inputs(self, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Where forward is recorded: tell the tape which tensors are computed from its inputs."""
+        """While forward is recorded, the tape knows which tensors are computed from its inputs."""
         if self.tape.given is not None:
             return nullcontext()
         fixed = self.arguments.constants.keys() - self.arguments.carried.keys()
@@ -186,9 +190,9 @@ class StreamingModule(nn.Module):
         return found
 
     def ask(self, model: nn.Module, inputs: tuple[Tensor, ...], state: Tensor) -> Named:
-        """What the user's own `model` answers, with its tensors as `record` has them.
+        """The result of the user's own `model`, with its tensors in the order of `record`.
 
-        state: (batch, state_size), of which nothing but the static inputs is used.
+        state: (batch, state_size), of which only the static inputs are used.
         """
         given = self.layout.unpack(state)
         static = {name: given[f"input {name}", 0][0] for name in self.arguments.static}
@@ -244,9 +248,11 @@ def _joined(calls: tuple[Call, ...]) -> Call:
 
 
 def torch_runner(module: StreamingModule, *, double: bool, ops: bool = False) -> RunFunction:
-    """`module` as the bundle's run function, in float64 or float32, on PyTorch's layers or on what becomes the graph.
+    """`module` as the bundle's run function, which raises ExportError(forward_failed) with the sizes of the call.
 
-    It raises ExportError(forward_failed) with the sizes it was called with.
+    Args:
+        double: in float64, otherwise in float32.
+        ops: with the operators of the graph, otherwise with PyTorch's own layers.
     """
 
     def run(inputs: Arrays, state: np.ndarray, sequence_lens: np.ndarray) -> tuple[Arrays, np.ndarray]:

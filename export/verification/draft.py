@@ -13,7 +13,7 @@ from unroll.export.signature.outputs import DTYPES
 
 
 def draft_manifest(name: str, version: str, lifted: LiftedModel, initial_row: np.ndarray) -> Manifest:
-    """The manifest with everything but what is proven; it says that the model does not stream.
+    """The manifest without anything that must be proven; it says that the model does not stream.
 
     Args:
         initial_row: (state_size,) float32, what every sequence starts from.

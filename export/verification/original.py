@@ -50,7 +50,7 @@ def check_same_as_original(
 
 
 def check_continues(exact: nn.Module, double: StreamingModule, reference: Subject, attributes: list[Attribute]) -> None:
-    """Check that the user's own model, which keeps a state in `attributes`, goes on from call to call as a stream.
+    """Check that the user's own model, which keeps a state in `attributes`, continues the sequence in its next call.
 
     Raises:
         ExportError: keeps_state, if it does not.

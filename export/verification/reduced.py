@@ -27,7 +27,7 @@ _MARGIN = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is to be written as a bundle: the bytes of the graph, its golden vectors and its manifest."""
+    """The content of a bundle before it is written: the bytes of the graph, the golden vectors, the manifest."""
 
     content: bytes
     golden: Golden

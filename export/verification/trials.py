@@ -56,7 +56,7 @@ AHEAD_SEED = 47
 #: State rows that sequences end in, where not any numbers may stand.
 REACHED = tuple(Trial(4, time, 81, 82) for time in (4, 7, 19))
 
-#: Does padding make a difference? Rows of these lengths beside many short ones: a maximum over time hides the padding
+#: Does padding make a difference? Long rows, and many short ones: a maximum over time hides the padding
 #: unless that is the largest.
 PADDED = tuple(Trial(248, 13, 51, 52, scale) for scale in (1, -1, 3, -3))
 PADDED_LONG = Trial(4, 300, 51, 52)
