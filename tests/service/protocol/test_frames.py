@@ -40,7 +40,7 @@ def frame(entries: list[tuple[int, int, int | None]], *values: np.ndarray, kind:
 
 @BRIEF
 @given(st.data())
-def test_what_is_written_is_read(data: st.DataObject):
+def test_frames_of_steps_are_decoded(data: st.DataObject):
     specs = data.draw(manifests()).inputs
     entries = data.draw(ENTRIES)
     chunks = [[data.draw(arrays(spec, steps)) for spec in specs] for _, steps, _ in entries]
@@ -60,7 +60,7 @@ def test_what_is_written_is_read(data: st.DataObject):
 
 @BRIEF
 @given(ENTRIES, ENTRIES)
-def test_frames_of_the_same_steps_of_the_same_handles_are_known(entries: list, others: list):
+def test_signatures_are_equal_for_the_same_handles_and_steps(entries: list, others: list):
     codec = FrameCodec([X], 100)
     one, other = (
         codec.decode(frame(some, np.zeros((sum(steps for _, steps, _ in some), 3), "<f4")))
@@ -80,7 +80,7 @@ def test_the_values_are_not_copied():
 
 @settings(max_examples=500, deadline=None)
 @given(st.binary(max_size=64) | st.binary(max_size=56).map(lambda rest: struct.pack("<BBHI", 1, 0, 0, 1) + rest))
-def test_any_bytes_are_a_frame_or_refused(content: bytes):
+def test_any_bytes_are_decoded_or_refused(content: bytes):
     codec = FrameCodec([X, FLAG, TOKEN], 100)
     try:
         alone = codec.decode_single(content)
@@ -167,16 +167,16 @@ def test_too_many_steps_are_the_fault_of_their_entry():
 
 @BRIEF
 @given(ENTRIES, st.data())
-def test_outputs_are_written_as_described(entries: list[tuple[int, int, int | None]], data: st.DataObject):
+def test_frames_of_outputs_follow_the_protocol(entries: list[tuple[int, int, int | None]], data: st.DataObject):
     entries = [(h, t, p or 0) for h, t, p in entries]
     y = [data.draw(arrays(X, t)) for _, t, _ in entries]  # an output with time
     last = [data.draw(arrays(TOKEN)) for _ in entries]  # and one without
     handles, steps, positions = zip(*entries, strict=True)
     expected = frame(entries, *y, *last, kind=2)
-    told = pack_entries(handles, steps, positions)
-    assert encode(told, [array.tobytes() for array in (*y, *last)]) == expected
-    asked = pack_entries(handles, steps, [0] * len(handles))
-    assert (with_positions(asked, np.array(positions, np.uint64)) == told).all()
+    expected_entries = pack_entries(handles, steps, positions)
+    assert encode(expected_entries, [array.tobytes() for array in (*y, *last)]) == expected
+    sent = pack_entries(handles, steps, [0] * len(handles))
+    assert (with_positions(sent, np.array(positions, np.uint64)) == expected_entries).all()
     alone = frame(entries[:1], y[0], last[0], kind=2)
     assert encode_single(handles[0], steps[0], positions[0], (y[0], last[0])) == alone
-    assert encode(told[:1], [y[0].data, last[0].data]) == alone
+    assert encode(expected_entries[:1], [y[0].data, last[0].data]) == alone

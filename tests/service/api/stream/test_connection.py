@@ -15,10 +15,10 @@ from waiting import PATIENCE, reached, until
 Oracles = Callable[..., Oracle]
 
 
-NOBODY = 2**32 - 1  # a handle no test binds
+UNBOUND = 2**32 - 1  # a handle no test binds
 
 
-def test_replies_that_were_lost_are_given_again(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray):
+def test_lost_replies_are_sent_again_after_a_reconnect(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray):
     """Four chunks are applied, their answers stay unread, and the connection breaks."""
     first = dial(running=any_server)
     (name,) = first.bind(0, depth=4)
@@ -37,7 +37,7 @@ def test_replies_that_were_lost_are_given_again(any_server: Running, dial: Dial,
     assert np.array_equal(np.concatenate([reply.outputs[0] for reply in good]), oracle("lstm")(x))
 
 
-def test_chunks_that_waited_are_dropped_with_their_connection(
+def test_pending_chunks_are_cancelled_with_their_connection(
     any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray
 ):
     """One was running, two waited: sent again, each is applied once."""
@@ -62,7 +62,7 @@ def test_chunks_that_waited_are_dropped_with_their_connection(
     assert np.array_equal(np.concatenate([reply.outputs[0] for reply in good]), oracle("lstm")(x[:6]))
 
 
-def test_a_frame_that_was_running(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
+def test_resuming_while_the_lost_frame_runs(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
     """Its sessions are resumed while the batch has not been committed: the retries are answered by it."""
     first = dial(running=any_server)
     names = first.bind(*range(30))
@@ -82,7 +82,7 @@ def test_a_frame_that_was_running(any_server: Running, dial: Dial, oracle: Oracl
         assert np.array_equal(reply.outputs[0], oracle("lstm")(x[reply.handle]))
 
 
-async def test_nothing_is_sent_to_a_connection_that_is_gone(wire: Wire):
+async def test_nothing_is_sent_after_the_connection_is_lost(wire: Wire):
     await wire.bind(4, depth=2)
     wire.frame(range(4))
     wire.frame(range(2))
@@ -122,14 +122,14 @@ def test_any_frame_is_answered(any_server: Running, dial: Dial):
     @given(_DAMAGED)
     def send(content: bytes) -> None:
         client.socket.send(content)
-        client.socket.send(json.dumps({"op": "detach", "handles": [NOBODY]}))
+        client.socket.send(json.dumps({"op": "detach", "handles": [UNBOUND]}))
         while True:
             message = client.socket.recv(PATIENCE)
             if isinstance(message, bytes):
                 replies(client.manifest, message)
                 continue
             error = json.loads(message)
-            if error.get("handle") == NOBODY and "position" not in error:
+            if error.get("handle") == UNBOUND and "position" not in error:
                 break
             assert error["code"] in ("malformed_request", "position_gap", "position_too_old", "payload_mismatch",
                                      "non_finite_input", "queue_full")  # fmt: skip

@@ -68,7 +68,7 @@ def test_closing_while_a_chunk_runs(dial: Dial, server: Running, oracle: Oracles
         ('{"op": "close", "handles": ' + "[" * 100_000 + "]" * 100_000 + "}", None),
     ],
 )
-def test_text_that_is_no_request(dial: Dial, message: str, handle: int | None):
+def test_invalid_control_messages(dial: Dial, message: str, handle: int | None):
     client = dial()
     client.socket.send(message)
     _, (error,) = client.receive(1)
@@ -77,7 +77,7 @@ def test_text_that_is_no_request(dial: Dial, message: str, handle: int | None):
     client.bind(1)  # nothing was done, and the connection is as good as before
 
 
-def test_messages_that_are_too_large(serve: Serve, dial: Dial, x: np.ndarray):
+def test_messages_above_the_limits(serve: Serve, dial: Dial, x: np.ndarray):
     running = serve(max_json_bytes=200, max_body_bytes=1000)
     client = dial(running=running)
     client.socket.send(" " * 201)
@@ -91,7 +91,7 @@ def test_messages_that_are_too_large(serve: Serve, dial: Dial, x: np.ndarray):
     assert closed.value.rcvd.code == 1009
 
 
-def test_a_large_message_where_the_transport_lets_it_pass(repository: Path, dial: Dial):
+def test_a_frame_above_the_limit_that_the_transport_accepted(repository: Path, dial: Dial):
     running = Plain(Settings(repository=repository, max_body_bytes=1000))
     try:
         client = dial(running=running)
@@ -102,7 +102,7 @@ def test_a_large_message_where_the_transport_lets_it_pass(repository: Path, dial
         running.stop()
 
 
-async def test_opening_many_sessions_lets_others_have_their_turn(wire: Wire):
+async def test_a_long_request_runs_in_slices_and_later_messages_wait(wire: Wire):
     """The rest is done when the event loop comes round; what came after it waits, in its order."""
     names = [f"many-{number}" for number in range(3 * SLICE)]
     wanted = [{"handle": handle, "session_id": name} for handle, name in enumerate(names)]
@@ -122,7 +122,7 @@ async def test_opening_many_sessions_lets_others_have_their_turn(wire: Wire):
     await reached(wire.answered)
 
 
-async def test_many_messages_behind_one_that_takes_long(wire: Wire):
+async def test_thousands_of_messages_in_the_backlog(wire: Wire):
     wanted = [{"handle": handle} for handle in range(SLICE)]
     wire.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
     for _ in range(3000):
@@ -132,7 +132,7 @@ async def test_many_messages_behind_one_that_takes_long(wire: Wire):
     assert wire.flow == ["pause", "resume"]
 
 
-async def test_a_connection_that_goes_while_it_opens_sessions(wire: Wire):
+async def test_a_connection_lost_while_sessions_are_opened(wire: Wire):
     wanted = [{"handle": handle} for handle in range(3 * SLICE)]
     wire.connection.on_text(json.dumps({"op": "open", "sessions": wanted}).encode())
     wire.connection.close()

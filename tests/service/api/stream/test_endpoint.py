@@ -39,7 +39,7 @@ def test_models_that_cannot_be_streamed(any_server: Running, dial: Dial, model: 
     assert json.loads(response.body)["code"] == code
 
 
-def test_a_refusal_is_not_logged_as_a_fault(
+def test_a_refused_connection_is_not_logged_as_an_error(
     server: Running, dial: Dial, client: httpx.Client, caplog: pytest.LogCaptureFixture
 ):
     with pytest.raises(InvalidStatus):
@@ -48,8 +48,8 @@ def test_a_refusal_is_not_logged_as_a_fault(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_pages_of_other_origins(any_server: Running, dial: Dial):
-    """A browser says which page asks; only the server's own may. Who says nothing is no browser."""
+def test_pages_of_other_origins_are_refused(any_server: Running, dial: Dial):
+    """A browser sends the origin of the page, which must be the server's own; other clients send none."""
     dial(running=any_server, origin=f"http://{any_server.address}")
     for origin in ("http://evil.example", "null", "http://[", f"http://{any_server.address}.evil.example"):
         with pytest.raises(InvalidStatus) as refusal:
@@ -57,8 +57,8 @@ def test_pages_of_other_origins(any_server: Running, dial: Dial):
         assert refusal.value.response.status_code == 403
 
 
-async def test_a_server_without_http_answers(server: Running):
-    """It can only close the connection: the code says why."""
+async def test_a_server_without_denial_responses_closes_with_a_code(server: Running):
+    """It can only close the connection; the code has the reason."""
     sent: list[dict] = []
 
     async def receive() -> dict:
@@ -88,7 +88,7 @@ def test_a_client_that_does_not_read(
     kind: type[Running],
     x: np.ndarray,
 ):
-    """It is read from no more and then cut off, while its sessions live on; others feel nothing."""
+    """Reading stops, then the connection is cut; its sessions stay, and other connections are unaffected."""
     monkeypatch.setattr(endpoint, "router", partial(endpoint.router, stalled_seconds=0.5))
     running = kind(Settings(repository=repository))
     deaf = socket.socket()

@@ -56,7 +56,7 @@ def test_a_drain_ends_once_with_the_last_answer():
 
 
 async def test_the_window(wire: Wire):
-    """More unanswered entries than that, and no more is read until answers have left."""
+    """With more unanswered entries, reading pauses until answers have left."""
     await wire.bind(WINDOW + 1)
     wire.frame(range(WINDOW))
     assert wire.flow == []
@@ -89,7 +89,7 @@ async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     assert wire.flow == ["pause", "resume", "pause"]
 
 
-async def test_not_read_while_the_client_does_not_read(wire: Wire):
+async def test_reading_pauses_while_the_client_does_not_read(wire: Wire):
     wire.connection.on_writable(False)
     wire.connection.on_writable(False)
     assert wire.flow == ["pause"]
@@ -98,7 +98,7 @@ async def test_not_read_while_the_client_does_not_read(wire: Wire):
     assert wire.flow == ["pause", "resume"]
 
 
-async def test_both_reasons_to_pause_must_end(wire: Wire):
+async def test_reading_resumes_when_no_reason_to_pause_is_left(wire: Wire):
     await wire.bind(WINDOW + 1)
     wire.frame(range(WINDOW + 1))
     wire.connection.on_writable(False)

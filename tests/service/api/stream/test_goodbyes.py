@@ -24,18 +24,18 @@ Oracles = Callable[..., Oracle]
 Background = Callable[..., Future]
 
 
-def farewell(client: Client) -> dict[int, dict]:
-    """What the server says of each handle before it hangs up, and nothing else."""
-    told: dict[int, dict] = {}
+def goodbyes_of(client: Client) -> dict[int, dict]:
+    """The goodbyes by handle; the server sends nothing else before it closes the connection."""
+    goodbyes: dict[int, dict] = {}
     for message in last_messages(client):
         text = json.loads(message)
         assert text["op"] == "closing"
         assert 1 <= len(text["sessions"]) <= SLICE
-        told |= {item["handle"]: item for item in text["sessions"]}
-    return told
+        goodbyes |= {item["handle"]: item for item in text["sessions"]}
+    return goodbyes
 
 
-def test_a_stream_is_told_where_to_go_on(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
+def test_goodbyes_describe_every_session(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
     number = 2 * SLICE + 1
     x = rng.standard_normal((number, 9, 3)).astype("<f4")
     client = dial(running=any_server)
@@ -46,18 +46,18 @@ def test_a_stream_is_told_where_to_go_on(any_server: Running, dial: Dial, oracle
     client.control("detach", handles=[0])
     for served in any_server.server.streams:
         any_server.uvicorn.loop.call_soon_threadsafe(served.drain)
-    told = farewell(client)
+    goodbyes = goodbyes_of(client)
     expected = {i: {"handle": i, "session_id": ids[i], "position": 5 if i == 1 else 3} for i in range(1, number)}
-    assert told == expected
+    assert goodbyes == expected
     other = dial(running=any_server)
-    other.open(*[{"handle": i, "session_id": each["session_id"], "mode": "resume"} for i, each in told.items()])
-    went_on = other.step(*[(i, each["position"], x[i, each["position"] :]) for i, each in told.items()])
+    other.open(*[{"handle": i, "session_id": each["session_id"], "mode": "resume"} for i, each in goodbyes.items()])
+    went_on = other.step(*[(i, each["position"], x[i, each["position"] :]) for i, each in goodbyes.items()])
     for i in (1, 2, number - 1):
         assert np.array_equal(went_on[i].outputs[0], oracle("lstm")(x[i])[expected[i]["position"] :])
 
 
 @pytest.mark.parametrize("kind", [Running, Plain])
-def test_what_is_owed_leaves_before_the_server_goes(
+def test_goodbyes_follow_every_answer(
     repository: Path, dial: Dial, background: Background, kind: type[Running], x: np.ndarray
 ):
     """No matter what the client still sends, it has the outputs of exactly the steps reported as applied."""
@@ -84,30 +84,30 @@ def test_what_is_owed_leaves_before_the_server_goes(
     running.stop()
 
 
-def test_the_server_goes(serve: Serve, dial: Dial, x: np.ndarray):
+def test_goodbyes_at_shutdown(serve: Serve, dial: Dial, x: np.ndarray):
     running = serve()
     client = dial(running=running)
     (session_id,) = client.bind(0)
     client.bind(1)
     client.step((0, 0, x))
     running.stop()
-    told = farewell(client)
-    assert told[0] == {"handle": 0, "session_id": session_id, "position": len(x)}
-    assert told[1]["position"] == 0
+    goodbyes = goodbyes_of(client)
+    assert goodbyes[0] == {"handle": 0, "session_id": session_id, "position": len(x)}
+    assert goodbyes[1]["position"] == 0
     assert not running.server.streams
 
 
-def test_a_session_that_is_gone_when_the_server_goes(serve: Serve, dial: Dial):
+def test_goodbyes_name_the_error_of_a_closed_session(serve: Serve, dial: Dial):
     running = serve()
     client = dial(running=running)
     (session_id,) = client.bind(0)
     httpx.delete(f"{running.url}/v1/models/lstm/sessions/{session_id}").raise_for_status()
     running.stop()
-    told = farewell(client)
-    assert told[0]["error"]["code"] == "session_closed"
+    goodbyes = goodbyes_of(client)
+    assert goodbyes[0]["error"]["code"] == "session_closed"
 
 
-async def test_a_drain_waits_for_what_runs(wire: Wire):
+async def test_a_drain_waits_for_running_chunks(wire: Wire):
     await wire.bind(SLICE + 1)
     wire.frame(range(SLICE + 1))
     await reached(wire.engine.reached.is_set)

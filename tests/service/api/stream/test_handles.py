@@ -53,9 +53,9 @@ def test_modes(dial: Dial, client: httpx.Client, x: np.ndarray):
     assert ours.open({"handle": 6}, {"handle": 6})[1]["error"]["code"] == "malformed_request"
 
 
-def test_what_is_told_of_an_opened_session(dial: Dial, x: np.ndarray):
+def test_the_reply_to_open(dial: Dial, x: np.ndarray):
     client = dial("gru", model="gru:1")
-    name = f"told-{next(_ids)}"
+    name = f"opened-{next(_ids)}"
     assert client.open({"handle": 3, "session_id": name}) == [
         {"handle": 3, "session_id": name, "position": 0, "model_version": "1", "durability": "memory"}
     ]
@@ -67,7 +67,7 @@ def test_what_is_told_of_an_opened_session(dial: Dial, x: np.ndarray):
     assert all(len(session_id) >= 22 for session_id in made)
 
 
-def test_close_ends_and_detach_does_not(dial: Dial, client: httpx.Client, x: np.ndarray):
+def test_close_ends_sessions_and_detach_keeps_them(dial: Dial, client: httpx.Client, x: np.ndarray):
     ours = dial()
     ids = ours.bind(0, 1, 2)
     ours.step(*[(handle, 0, x[:2]) for handle in range(3)])
@@ -85,7 +85,7 @@ def test_close_ends_and_detach_does_not(dial: Dial, client: httpx.Client, x: np.
     assert (error["op"], error["code"], error["handle"]) == ("error", "malformed_request", 1)
 
 
-def test_a_session_that_ends_elsewhere(dial: Dial, client: httpx.Client, x: np.ndarray):
+def test_a_session_closed_elsewhere(dial: Dial, client: httpx.Client, x: np.ndarray):
     """The handle means the session it was bound to, and not the next one of that id."""
     ours = dial()
     ids = ours.bind(0, 1)
@@ -135,7 +135,7 @@ def test_versions_on_one_connection(dial: Dial, client: httpx.Client, oracle: Or
     assert second.open({"handle": 0, "session_id": old, "mode": "either"})[0]["error"]["code"] == "model_changed"
 
 
-def test_versions_that_take_other_inputs(serve: Serve, dial: Dial, repository: Path, tmp_path: Path):
+def test_versions_with_other_inputs(serve: Serve, dial: Dial, repository: Path, tmp_path: Path):
     """`gru` version 2 is another model altogether: its sessions do not fit the frames of version 1."""
     shutil.copytree(repository / "gru" / "1", tmp_path / "gru" / "1")
     running = serve(repository=tmp_path)
@@ -154,7 +154,7 @@ def test_versions_that_take_other_inputs(serve: Serve, dial: Dial, repository: P
     newer.bind(0)
 
 
-async def test_too_many_sessions_for_one_connection(wire: Wire, monkeypatch: pytest.MonkeyPatch):
+async def test_the_limit_of_handles(wire: Wire, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(handles, "MAX_HANDLES", 3)
     await wire.bind(3)
     wire.connection.on_text(b'{"op": "open", "sessions": [{"handle": 9}]}')

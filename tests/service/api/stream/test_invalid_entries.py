@@ -10,7 +10,7 @@ from streams import Dial, frame
 Oracles = Callable[..., Oracle]
 
 
-def test_refusals_do_not_touch_their_neighbours(dial: Dial, oracle: Oracles, x: np.ndarray):
+def test_a_refused_entry_leaves_the_others_unaffected(dial: Dial, oracle: Oracles, x: np.ndarray):
     client = dial("lstm")
     client.bind(*range(6))
     client.step(*[(handle, 0, x[:2]) for handle in range(6)])
@@ -54,8 +54,8 @@ def test_an_answer_that_is_not_finite_fails_alone(dial: Dial, oracle: Oracles, r
     x = rng.standard_normal((5, 1, 3)).astype("<f4")
     sent = x.copy()
     sent[3] = 3e38
-    said = {3: 0}
-    client.socket.send(frame((99, 7, x[0]), *[(handle, said.get(handle), sent[handle]) for handle in range(5)]))
+    positions = {3: 0}
+    client.socket.send(frame((99, 7, x[0]), *[(handle, positions.get(handle), sent[handle]) for handle in range(5)]))
     good, (unbound, error) = client.receive(6)
     assert (unbound["handle"], unbound["position"]) == (99, 7)
     assert (error["handle"], error["position"], error["code"]) == (3, 0, "non_finite_output")

@@ -11,7 +11,7 @@ Oracles = Callable[..., Oracle]
 
 
 class Crew:
-    """Sessions that step together, time after time, and what each was given and answered."""
+    """Sessions that step together repeatedly, with the inputs and the outputs of each."""
 
     def __init__(self, running: Running, client: Client, rng: np.random.Generator) -> None:
         self.running = running
@@ -33,9 +33,9 @@ class Crew:
         self.got[handle].append(reply.outputs[0])
         assert (reply.position, reply.steps) == (self.position(handle), len(x))
 
-    def step(self, *handles: int, number: int = 1, said: bool = True) -> list[tuple]:
+    def step(self, *handles: int, number: int = 1, pinned: bool = True) -> list[tuple]:
         """A frame of these, or of all."""
-        at = [(handle, self.position(handle) if said else None) for handle in handles or self.handles]
+        at = [(handle, self.position(handle) if pinned else None) for handle in handles or self.handles]
         sent = [(handle, position, self.steps(number)) for handle, position in at]
         for handle, reply in self.client.step(*sent).items():
             self.took(handle, next(x for h, _, x in sent if h == handle), reply)
@@ -43,8 +43,8 @@ class Crew:
 
     def together(self) -> list[tuple]:
         """Step until they are one record."""
-        for said in (True, True, False, True):
-            sent = self.step(said=said)
+        for pinned in (True, True, False, True):
+            sent = self.step(pinned=pinned)
         table = self.running.model("lstm").scheduler.sessions
         assert {s.id for cohort in table.cohorts for s in cohort.sessions}.issuperset(self.ids.values())
         return sent
@@ -55,8 +55,8 @@ class Crew:
         self.given[handle], self.got[handle] = [], []
 
 
-def test_the_same_frame_time_after_time(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
-    """Whatever comes between: the sessions are where each of them would be by itself."""
+def test_recurring_frames_among_other_work(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
+    """Whatever comes between: each session is where it would be by itself."""
     model, client = oracle("lstm"), dial(running=any_server)
     crew = Crew(any_server, client, rng)
     rest = httpx.Client(base_url=f"http://{any_server.address}/v1/models/lstm/sessions")
@@ -71,9 +71,9 @@ def test_the_same_frame_time_after_time(any_server: Running, dial: Dial, oracle:
         reached = int(answer.headers["unroll-position"])
         crew.took(handle, x, Reply(handle, 1, reached, [np.frombuffer(answer.content, "<f4").reshape(1, 2)]))
 
-    def odd_one(handle: int, position: int, x: np.ndarray, code: str, *, said: bool = True) -> None:
+    def odd_one(handle: int, position: int, x: np.ndarray, code: str, *, pinned: bool = True) -> None:
         """One entry is refused, and the others step."""
-        sent = [(h, crew.position(h) if said else None, crew.steps()) for h in crew.handles if h != handle]
+        sent = [(h, crew.position(h) if pinned else None, crew.steps()) for h in crew.handles if h != handle]
         sent.insert(handle, (handle, position, x))
         client.socket.send(frame(*sent))
         good, (error,) = client.receive(6)
@@ -101,7 +101,7 @@ def test_the_same_frame_time_after_time(any_server: Running, dial: Dial, oracle:
         crew.together()
         odd_one(4, crew.position(4) + 1, crew.steps(), "position_gap")
         crew.together()
-        odd_one(2, crew.position(2) + 1, crew.steps(), "position_gap", said=False)
+        odd_one(2, crew.position(2) + 1, crew.steps(), "position_gap", pinned=False)
         crew.together()
         odd_one(1, crew.position(1), np.full((1, 3), np.nan, "<f4"), "non_finite_input")
         crew.together()
@@ -126,7 +126,7 @@ def test_the_same_frame_time_after_time(any_server: Running, dial: Dial, oracle:
         client.control("detach", handles=[4])
         where = crew.position(4)
         crew.bind(4)
-        crew.step(said=False)
+        crew.step(pinned=False)
         crew.together()
         assert rest.get(f"/{before}").json()["position"] == where
         right()

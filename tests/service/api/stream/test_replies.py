@@ -5,14 +5,14 @@ from streams import replies
 from waiting import reached
 
 
-async def test_errors_are_answers_too(wire: Wire):
+async def test_errors_release_the_window(wire: Wire):
     await wire.bind(2)
     wire.frame(range(2, 10))
     assert [message["handle"] for message in wire.sent if isinstance(message, dict)] == list(range(2, 10))
     assert "0 entries" in repr(wire.connection)
 
 
-async def test_a_frame_is_answered_by_few(wire: Wire):
+async def test_a_frame_is_answered_in_few_frames(wire: Wire):
     """Sessions that are idle by one frame; those that were busy, and so were queued one by one, by another."""
     await wire.bind(100, depth=2)
     wire.frame(range(50))

@@ -23,7 +23,7 @@ def inputs_of(manifest: Manifest, rng: np.random.Generator, steps: int) -> list[
     ]
 
 
-def test_hundreds_of_sessions_in_a_frame(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
+def test_frames_of_hundreds_of_sessions(any_server: Running, dial: Dial, oracle: Oracles, rng: np.random.Generator):
     """More than fit one batch, in another order each time; now and then not all of them."""
     client, model = dial(running=any_server), oracle("lstm")
     whole = rng.standard_normal((300, 7, 3)).astype("<f4")
@@ -32,8 +32,8 @@ def test_hundreds_of_sessions_in_a_frame(any_server: Running, dial: Dial, oracle
     at = [0] * 300
     for steps in (1, 2, 1, 3):
         for handles in np.array_split(rng.permutation(300), rng.integers(1, 4)):
-            said = [None if handle % 5 == 0 else at[handle] for handle in handles]
-            sent = [(h, p, whole[h, at[h] : at[h] + steps]) for h, p in zip(handles.tolist(), said, strict=True)]
+            positions = [None if handle % 5 == 0 else at[handle] for handle in handles]
+            sent = [(h, p, whole[h, at[h] : at[h] + steps]) for h, p in zip(handles.tolist(), positions, strict=True)]
             for handle, reply in client.step(*sent).items():
                 at[handle] += steps
                 assert (reply.steps, reply.position) == (steps, at[handle])
@@ -65,7 +65,7 @@ def test_chunks_of_any_length_together(
                 assert np.array_equal(output, array[end - reply.steps :] if spec.time else array)
 
 
-def test_one_step_a_frame(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray):
+def test_single_entry_frames(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndarray):
     client = dial(running=any_server)
     client.bind(0)
     got = [client.step((0, None, x[i : i + 1]))[0].outputs[0] for i in range(len(x))]
@@ -146,7 +146,7 @@ def test_refusals_by_position(dial: Dial, client: httpx.Client, oracle: Oracles,
     assert np.array_equal(ours.step((0, end, x[end:]))[0].outputs[0], oracle("lstm")(x)[end:])
 
 
-def test_more_replies_than_are_kept(dial: Dial, x: np.ndarray):
+def test_a_chunk_older_than_the_retry_depth(dial: Dial, x: np.ndarray):
     client = dial()
     client.bind(0, depth=2)
     for at in range(0, 6, 2):
@@ -175,7 +175,7 @@ def test_pipelining(any_server: Running, dial: Dial, oracle: Oracles, x: np.ndar
     assert client.step((0, 6, x[6:8]))[0].position == 8
 
 
-def test_a_retry_of_what_is_running_is_no_new_chunk(dial: Dial, server: Running, x: np.ndarray):
+def test_a_retry_of_a_running_chunk_does_not_count_against_the_depth(dial: Dial, server: Running, x: np.ndarray):
     client = dial()
     client.bind(0)
     (stream,) = server.server.streams
