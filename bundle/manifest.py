@@ -24,8 +24,9 @@ Precision = Literal["float32", "float16", "int8"]
 #: Disabled in onnxruntime: crashes on a recurrent layer with float16 weights on the CPU.
 CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 
-#: The kinds of state: a recurrent layer's h or c; values that a loop over time or forward itself carries; earlier steps
-#: that another layer needs; the number of steps; a static input's values, which never change.
+#: The kinds of state: a recurrent layer's h or c, of which any value is valid; values that a loop over time or forward
+#: itself carries; earlier steps that another layer needs; the number of steps; a static input's values, which never
+#: change.
 Kind = Literal["h", "c", "carry", "past", "count", "static"]
 
 _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dtype)}

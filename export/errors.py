@@ -9,7 +9,7 @@ import torch
 Code = Literal[
     "batch_time",  # an input's first two dimensions are not the batch and the time of the others
     "bundle",  # the bundle cannot be written: bad name or version, or it exists
-    "calls_depend_on_time",  # a loop over time whose step cannot be identified
+    "calls_depend_on_time",  # calls of a layer differ with the length, or a loop's step is not identified
     "checkpoint",  # a model or its weights cannot be loaded
     "dtype",  # parameters of one float type; float32, int64, int32 and bool tensors
     "forward_failed",  # forward raises on the example, or for another batch size or length

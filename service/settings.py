@@ -11,7 +11,7 @@ from unroll.service.engine.backend import Cells, EngineOptions, Precision
 from unroll.service.models.loading import ModelOptions
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
-from unroll.service.store.redis_store import StoreConfig
+from unroll.service.store.redis_store import RedisStoreConfig
 
 
 class Settings(BaseSettings):
@@ -145,10 +145,10 @@ class Settings(BaseSettings):
             ),
         )
 
-    def store_config(self) -> StoreConfig | None:
+    def store_config(self) -> RedisStoreConfig | None:
         if self.store is None:
             return None
-        return StoreConfig(self.store, self.store_timeout, self.idle_timeout or None, self.tombstone_life)
+        return RedisStoreConfig(self.store, self.store_timeout, self.idle_timeout or None, self.tombstone_life)
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)

@@ -23,7 +23,7 @@ from bench.servers import HOST, running_server
 from deploy import local_redis
 from unroll.service.store.interface import Commit, Kept, Origin, Tokens
 from unroll.service.store.record import pack_last
-from unroll.service.store.redis_store import RedisStore, StoreConfig
+from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 _BATCH = 64
 _PATIENCE_SECONDS = 60.0
@@ -108,7 +108,7 @@ class Sessions:
 async def measure(model: Model, count: int) -> str:
     with redis_server() as port:
         counters = RedisCounters(port)
-        store = RedisStore(StoreConfig(f"redis://{HOST}:{port}/0", timeout=_PATIENCE_SECONDS))
+        store = RedisStore(RedisStoreConfig(f"redis://{HOST}:{port}/0", timeout=_PATIENCE_SECONDS))
         sessions = Sessions(model, count)
         counters.begin()
         await sessions.write(store, sessions.ids, opens=True)

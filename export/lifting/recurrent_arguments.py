@@ -17,7 +17,7 @@ Record = Callable[[dict[str, Any]], list[Call]]
 
 
 def state_arguments(example: dict[str, Any], record: Record, unbatched: bool) -> dict[str, StateArgument]:
-    """The arguments that reach a recurrent layer as its initial state, value by value, and nothing else does.
+    """The arguments that are passed to a recurrent layer as its initial state, unchanged.
 
     Found by putting random values in their place. Raises ExportError(initial_state) if such a state is not the
     same for all rows: it becomes the model's initial state, which has one row.

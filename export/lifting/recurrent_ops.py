@@ -1,6 +1,6 @@
 """Custom ops that compute what ONNX's LSTM, GRU and RNN operators compute, in plain PyTorch.
 
-All tensors have ONNX's layout, so that the translation to a node is one line each:
+All tensors have ONNX's layout, so that `onnx/translation.py` passes them to a node as they are:
 x (time, batch, features); lens (batch,) int32; h, c (directions, batch, hidden); w (directions, gates * hidden,
 features), r (directions, gates * hidden, hidden), b (directions, 2 * gates * hidden), gates in ONNX's order.
 y (time, batch, directions * hidden) is zero beyond a row's length, and its state stays what it was there.

@@ -1,4 +1,4 @@
-"""The lifted model as an ONNX graph: one LSTM, GRU or RNN node per layer, batch and time dynamic."""
+"""The lifted model as an ONNX graph: a node per recurrent layer, a Scan per other loop; batch and time dynamic."""
 
 import onnx
 import torch

@@ -41,7 +41,7 @@ class AppState:
         requests: Figures by inference route.
         streams: The open ones.
         ready: Every model is loaded and its loop runs.
-        draining: The process is about to end. It finishes what it has, and takes no session on.
+        draining: The process is about to end. It finishes its work and opens no sessions.
         crashed: A loop ended with an error, and the process ends because of it.
     """
 

@@ -90,7 +90,7 @@ def _sequence_steps(
             return nothing_to_cancel
         if not sequence.start:
             raise served.scheduler.sessions.closed.error(sequence.id, now)
-        chunk.opening = _opening(app, name, served, sequence, timeout)
+        chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     accepted = served.loop.submit(chunk, timeout, settled)
     return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 
@@ -133,7 +133,9 @@ def _knows_request(owner: ServedModel, session_id: str, parsed: InferRequest) ->
         return False
 
 
-def _opening(app: AppState, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float) -> Opening:
+def _opening_after_restart(
+    app: AppState, name: str, served: ServedModel, sequence: SequenceParameters, timeout: float
+) -> Opening:
     """The session that a request with START opens.
 
     Without a position, START on an open sequence closes the old one, as in Triton; with position 0 it is a retry. A

@@ -130,9 +130,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
     async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
         request = await read_request(http.scope, http.receive, limits.max_body_bytes)
         if request.media_type == RAW:
-            body = OpenSession.model_construct(
-                **dict.fromkeys(("session_id", "state", "static", "durability")), snapshot=request.body
-            )
+            body = OpenSession.model_construct(snapshot=request.body)
         else:
             body = _body(OpenSession, request, limits.max_json_bytes)
         start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)

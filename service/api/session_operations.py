@@ -1,4 +1,4 @@
-"""Opening and describing sessions: the part of the session routes that knows the API's words."""
+"""Opens sessions from the members of a request, and describes them as the API does."""
 
 from typing import TypedDict, Unpack
 

@@ -7,7 +7,7 @@
                is wrong)            or cannot be)           not be in time)
                                    Overloaded (try again later)
 
-The HTTP status of each is written in `api/error_responses.py` and nowhere else.
+`api/error_responses.py` gives each its HTTP status.
 """
 
 from typing import ClassVar
@@ -165,7 +165,7 @@ class StoreUnavailable(Overloaded):
 
 
 class SessionContended(Overloaded):
-    """Another replica moved the session on first. The API tries again on what that left, before a client sees it."""
+    """Another replica updated the session first. The API retries on the new state before a client sees this error."""
 
     code = "session_contended"
 

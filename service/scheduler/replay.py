@@ -152,7 +152,7 @@ class ReplayCache:
 
 
 def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
-    """The accepted chunk that begins where this one does; if that is a group, this one, which is answered with it."""
+    """The accepted chunk that begins where `chunk` does. If a group has that step, `chunk` joins it."""
     position = chunk.start
     for work in session.own_progress.queue():
         if isinstance(work, Chunk) and work.start == position:

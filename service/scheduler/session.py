@@ -75,8 +75,9 @@ class Session(Used):
 
     slot: its row in the arena. source: the row its next chunk reads; the initial row until the first chunk is applied.
     progress: its own; None while it is part of `cohort`, which has one for all of its sessions.
-    depth: how many of its last chunks can be retried. applied: those chunks, latest last; None: the last was a single
-    step, the depth is 1, and the replay cache has the step in its table.
+    depth: how many chunks its client may have in flight on a stream, and so how many of its last chunks can be retried.
+    applied: those chunks, latest last; None: the last was a single step, the depth is 1, and the replay cache has the
+    step in its table.
     opened_with: digest of the request that opened it at position 0, so that its late duplicate opens no other session.
     origin: the first part of its record, once it has one. durable: the link to the store; None: a memory session.
     """

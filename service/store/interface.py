@@ -42,7 +42,14 @@ class Commit:
 
 
 class Store(Protocol):
-    """Every method raises StoreUnavailable if the store does not answer in time, or cannot write."""
+    """Records of sessions, shared by replicas.
+
+    The store alone decides when a durable session has expired: after the idle timeout since its last commit, by the
+    store's own clock. An expired session is `Gone` with that cause until its tombstone's life ends, and `None` after.
+
+    `load`, `close` and `take` raise StoreUnavailable if the store does not answer in time or cannot write; `commit`
+    returns the error instead.
+    """
 
     @property
     def durability(self) -> str:
@@ -54,7 +61,9 @@ class Store(Protocol):
         store has another token; StoreUnavailable if that is unknown. Never raises."""
         ...
 
-    async def load(self, key: Key) -> Record | Gone | None: ...
+    async def load(self, key: Key) -> Record | Gone | None:
+        """The record; how the session ended; or None if nothing is known of it. Does not prolong the session's life."""
+        ...
 
     async def close(self, key: Key) -> int | None:
         """Close a session, whatever its token. Returns its position, or None if there is none."""
@@ -64,7 +73,10 @@ class Store(Protocol):
         """Remove a record without a tombstone if it has this token: the caller owns the session then."""
         ...
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Called once, before any other method. A store that does not answer yet is logged, not raised."""
+        ...
+
     async def stop(self) -> None: ...
 
 

@@ -1,4 +1,4 @@
-"""A store in the memory of the process, for tests. Schedulers that share one are replicas of each other."""
+"""A store in the memory of the process, for tests: the contract of `interface.py` without expiry."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from unroll.service.store.record import Gone, Origin, Record, unpack_last
 
 
 class MemoryStore:
-    durability = "redis"
+    durability = "redis"  # the name of "in the store" in the API
 
     def __init__(self) -> None:
         self._records: dict[Key, Record] = {}

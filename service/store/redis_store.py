@@ -102,7 +102,7 @@ _Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class StoreConfig:
+class RedisStoreConfig:
     """timeout: seconds for an answer. idle_timeout: of sessions; None: never. tombstone_life: seconds after the end."""
 
     url: str
@@ -114,7 +114,7 @@ class StoreConfig:
 class RedisStore:
     durability = "redis"
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: RedisStoreConfig) -> None:
         self._config = config
         self._client: Any = _client(config)
         self._tokens = Tokens()
@@ -279,7 +279,7 @@ class _Connection(Connection):
         return self._packer.pack(*args)
 
 
-def _client(config: StoreConfig) -> Any:
+def _client(config: RedisStoreConfig) -> Any:
     # Retry once, at once, on a new connection, since the old one may be dead. The script recognises repeated calls.
     retry = Retry(NoBackoff(), 1)
     options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
@@ -309,7 +309,7 @@ def _call_of(commit: Commit) -> _Call:
     return _call(*who, record, origin=commit.origin if commit.begins else b"")
 
 
-def _with_lives(config: StoreConfig) -> str:
+def _with_lives(config: RedisStoreConfig) -> str:
     """The script with the lifetimes of the keys. If sessions never expire, states have none."""
     tombstone = _milliseconds(config.tombstone_life)
     if config.idle_timeout is None:

@@ -18,7 +18,7 @@ from unroll.service.state.snapshot import Snapshot
 from unroll.service.store import state_file
 from unroll.service.store.interface import Commit
 from unroll.service.store.record import Origin, Record, pack_last, unpack_last
-from unroll.service.store.redis_store import RedisStore, StoreConfig
+from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 
 def golden(name: str) -> bytes:
@@ -102,7 +102,7 @@ def test_state_file(tmp_path: Path) -> None:
 
 async def test_sessions_in_redis(redis_server: RedisServer) -> None:
     client, state, gone = redis_server.client, "unroll:{steps/pump-7}", "unroll:{steps/pump-7}:gone"
-    store = RedisStore(StoreConfig(redis_server.url, timeout=5.0))
+    store = RedisStore(RedisStoreConfig(redis_server.url, timeout=5.0))
     try:
         client.set(state, golden("redis_state"))
         assert await store.load(KEY) == RECORD

@@ -1,6 +1,7 @@
 """One connection of a stream: many sessions, and chunks of many of them in one frame.
 
-This package is the protocol. It gets messages and answers them through a `Link`, never waits, and knows no web server:
+This package is the protocol. It gets messages and answers them through a `Link`, and knows no web server. Only
+`control` waits, for the store:
 
     bytes -> connection -> codec -> flow.acquire -> submission -> the scheduler's loop
                                                                           |

@@ -1,4 +1,4 @@
-"""Control messages: requests to open, close and detach sessions, and the goodbyes of a server that ends."""
+"""Control messages: requests to open and close sessions and to detach handles; goodbyes when the server shuts down."""
 
 import asyncio
 from collections import deque
@@ -56,7 +56,7 @@ class Control:
         self._backlog.append((handle, message))
 
     def start(self, message: bytes) -> None:
-        """Begin a request; a short one is answered within the call, unless it asks the store.
+        """Begin a request. Without a store, one for less than `SLICE` sessions is answered within the call.
 
         Raises:
             InvalidRequest: nothing was done.

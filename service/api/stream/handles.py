@@ -66,7 +66,7 @@ class Handles:
         return None
 
     def resolve(self, handle: int) -> tuple[ServedModel, Session]:
-        """The session, with a row and out of its cohort. A durable session may be gone from here.
+        """The session, detached from its cohort. A memory session has its row; a durable one may have lost its copy.
 
         Raises:
             InvalidRequest: no session is bound to the handle.

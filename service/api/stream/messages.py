@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from unroll.service.core.errors import InvalidRequest
 
-#: Sessions bound to one connection at a time, and in one message.
+#: The most handles of one connection, and of one message.
 MAX_HANDLES = 65_536
 
 Handle = Annotated[int, Field(ge=0, lt=2**32)]

@@ -75,7 +75,7 @@ class PendingChunk:
 
 
 class FrameSubmitter:
-    """Submits frames, submits again what met a moved session, and hands the outcomes to the replies.
+    """Submits frames, retries chunks whose session another replica updated, and hands the outcomes to the replies.
 
     Args:
         app: the state of the app.
@@ -246,7 +246,10 @@ def _members(
 
 
 def _check_depth(session: Session, position: int | None) -> None:
-    """Raises QueueFull if a new chunk is one more than the session was opened for. A retry is not new."""
+    """Raises QueueFull if a new chunk exceeds the depth that the stream opened the session with. A retry is not new.
+
+    Only streams have this limit: over HTTP a client cannot declare a depth, and the scheduler's admission decides.
+    """
     if position is None or position == session.expected:
         chunks = sum(not isinstance(work, Action) for work in session.own_progress.queue())
         if chunks >= session.depth:

@@ -14,7 +14,7 @@ from unroll.service.core.errors import SessionContended, SnapshotInvalid, StoreU
 from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.memory_store import MemoryStore
 from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
-from unroll.service.store.redis_store import RedisStore, StoreConfig
+from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 KEY: Key = ("lstm", "a")
 ORIGIN = Origin("ab" * 32, "redis", b"b" * 16, b"o" * 16)
@@ -38,11 +38,11 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
         made: Store = MemoryStore()
     elif request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
-        made = RedisStore(StoreConfig(server.url, timeout=5.0))
+        made = RedisStore(RedisStoreConfig(server.url, timeout=5.0))
     else:
         server = request.getfixturevalue("cluster")
         server.flush()
-        made = RedisStore(StoreConfig(f"redis+cluster://127.0.0.1:{server.port}", timeout=5.0))
+        made = RedisStore(RedisStoreConfig(f"redis+cluster://127.0.0.1:{server.port}", timeout=5.0))
     await made.start()
     yield made
     await made.stop()
@@ -133,7 +133,7 @@ async def test_who_takes_a_record_is_the_only_one(store: Store, tokens: Tokens):
 
 @pytest.fixture
 async def made(redis_server: RedisServer) -> AsyncIterator[RedisStore]:
-    store = RedisStore(StoreConfig(redis_server.url, timeout=2.0, idle_timeout=5.0, tombstone_life=7.0))
+    store = RedisStore(RedisStoreConfig(redis_server.url, timeout=2.0, idle_timeout=5.0, tombstone_life=7.0))
     yield store
     await store.stop()
 
@@ -167,7 +167,7 @@ async def test_the_life_of_a_session_begins_anew_with_each_step(
 
 
 async def test_sessions_that_never_expire(redis_server: RedisServer, tokens: Tokens):
-    store = RedisStore(StoreConfig(redis_server.url, timeout=2.0, idle_timeout=None))
+    store = RedisStore(RedisStoreConfig(redis_server.url, timeout=2.0, idle_timeout=None))
     first = tokens.next()
     await put(store, commit(first), commit(tokens.next(), first))
     assert {redis_server.client.pttl(key) for key in everything(redis_server)} == {-1}
@@ -198,7 +198,7 @@ async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server:
         return Fault.NONE
 
     async with FaultProxy(redis_server.port) as proxy:
-        store = RedisStore(StoreConfig(f"redis://127.0.0.1:{proxy.port}/0", timeout=0.2))
+        store = RedisStore(RedisStoreConfig(f"redis://127.0.0.1:{proxy.port}/0", timeout=0.2))
         first = tokens.next()
         await put(store, commit(first))
         redis_server.pause()
@@ -250,7 +250,7 @@ async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
 
 
 async def test_a_store_that_is_not_there():
-    store = RedisStore(StoreConfig("redis://127.0.0.1:9", timeout=0.5))
+    store = RedisStore(RedisStoreConfig("redis://127.0.0.1:9", timeout=0.5))
     await store.start()
     assert await put(store, commit(b"t")) == [StoreUnavailable]
     with pytest.raises(StoreUnavailable):
