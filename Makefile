@@ -92,7 +92,7 @@ check-deploy: install deploy-tools ## check the proxy configuration, the Helm ch
 
 check-compose: ## run three replicas in containers; a session must survive `docker kill` of its replica
 	@export COMPOSE_PROJECT_NAME=unroll-check PORT=$(PORT); \
-	docker compose up --build --wait --scale unroll=3 && $(PYTHON) -m deploy.check --url http://127.0.0.1:$(PORT) --kill; \
+	docker compose up --build --wait --scale unroll=3 && PYTHONPATH=src $(PYTHON) -m deploy.check --url http://127.0.0.1:$(PORT) --kill; \
 	status=$$?; docker compose down --volumes; exit $$status
 
 check-ray: .tools/ray/.installed ## run two replicas under Ray Serve, which does not route by session, and kill one (needs redis-server)

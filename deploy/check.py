@@ -4,7 +4,7 @@
     python -m deploy.check --kill          the same, and `docker kill` the replica that served the session
 
 Exits with 0 if every step was applied once and every output equals that of an uninterrupted run, else with 1.
-Standard library only.
+Standard library only; where Unroll is not installed, set PYTHONPATH=src.
 """
 
 import argparse
