@@ -50,7 +50,13 @@ class SessionDirectory:
             ModelUnknown: There is no such model or version.
             ModelChanged: The session lives on another version than the requested one.
         """
-        if (living := self.living(name, session_id)) is not None:
+        return self.owner_of(self.living(name, session_id), name, version, session_id)
+
+    def owner_of(
+        self, living: tuple[ServedModel, Session] | None, name: str, version: str | None, session_id: str
+    ) -> tuple[ServedModel, Session | None]:
+        """`owner`, for a caller that has the result of `living`."""
+        if living is not None:
             served = living[0]
             if version not in (None, served.version):
                 raise ModelChanged(f"session {session_id!r} runs on version {served.version}, not {version}")

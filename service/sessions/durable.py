@@ -71,11 +71,12 @@ class DurableSessions(MemorySessions):
             raise NeedsStoreLookup(session_id)
 
     def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
+        living = self.directory.living(name, session_id)
         if not self.is_verified(name, session_id):
-            absent = self.directory.versions.of(name) and self.directory.living(name, session_id) is None
+            absent = living is None and self.directory.versions.of(name)
             if absent or (name, session_id) in self._waiting:  # waiting calls come first
                 raise NeedsStoreLookup(session_id)
-        return self.directory.owner(name, version, session_id)
+        return self.directory.owner_of(living, name, version, session_id)
 
     def verify(self, name: str, session_id: str, then: OnVerified) -> None:
         key = name, session_id
