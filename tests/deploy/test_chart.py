@@ -127,8 +127,8 @@ def test_it_scales_on_the_queue():
     [
         (["redis.enabled=false"], "unknown to the others"),
         (["redis.enabled=false", "replicas=1", "autoscaling.enabled=true"], "unknown to the others"),
-        (["store.secret=store"], "choose"),
-        (["redis.enabled=false", "replicas=1", "store.durability=redis"], "there is none"),
+        (["store.secret=store"], "set only one of them"),
+        (["redis.enabled=false", "replicas=1", "store.durability=redis"], "there is no store"),
         (["store.durability=client"], "durability"),
         (["replica=3"], "replica"),
         (["redis.appendfsync=no"], "appendfsync"),
