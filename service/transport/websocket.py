@@ -114,6 +114,9 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         taken = self._deliver_whole_messages(data) if self._direct.on_binary is not None else 0
         if taken < len(data):
             super().data_received(data[taken:] if taken else data)
+            if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn looks at requests only
+                self.transport.write(b"".join(self.conn.data_to_send()))
+                self.transport.close()
 
     def _deliver_whole_messages(self, data: bytes) -> int:
         """Deliver the complete binary messages at the front of the data; returns their size in bytes.
