@@ -111,9 +111,25 @@ class StreamingModule(nn.Module):
         if torch.compiler.is_exporting():
             with vmap_rules.OneByOne():
                 return torch.vmap(self._run_row)(state, sequence_lens, *inputs)
-        lens = [None] * len(state) if sequence_lens is None else list(sequence_lens)
-        rows = [self._run_row(*row) for row in zip(state, lens, *inputs, strict=True)]
-        return tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True))
+        if self.arguments.unbatched:
+            lens = [None] * len(state) if sequence_lens is None else list(sequence_lens)
+            rows = [self._run_row(*row) for row in zip(state, lens, *inputs, strict=True)]
+            return tuple(torch.stack(tensors) for tensors in _across(rows))
+        groups = self._equally_far(state)
+        parts = [
+            self._run(
+                state[rows], None if sequence_lens is None else sequence_lens[rows], tuple(x[rows] for x in inputs)
+            )
+            for rows in groups
+        ]
+        order = torch.cat(groups).argsort()
+        return tuple(torch.cat(tensors)[order] for tensors in _across(parts))
+
+    def _equally_far(self, state: Tensor) -> list[Tensor]:
+        """The indices of the rows in groups that have counted equally many time steps."""
+        counts = [state[:, slot.offset : slot.offset + slot.size] for slot in self.layout.slots if slot.kind == "count"]
+        _, group = torch.cat(counts, 1).long().unique(dim=0, return_inverse=True)
+        return [(group == number).nonzero().flatten() for number in range(int(group.max()) + 1)]
 
     def _run_row(self, state: Tensor, length: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One sequence: state (state_size,), length (), inputs (time, ...)."""

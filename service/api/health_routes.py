@@ -17,6 +17,7 @@ def router(app: AppState) -> APIRouter:
         app.requests,
         app.streams,
         app.sessions.directory.spilled,
+        lambda: app.models.refused,
     )
 
     def ready(response: Response) -> dict[str, bool]:
