@@ -46,7 +46,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         shared_port: The port that other worker processes listen on, too.
 
     Raises:
-        RepositoryError: There is no bundle, or one is refused.
+        RepositoryError: See `ModelRepository.load_all`.
         DeviceUnavailable: The requested device cannot be used.
     """
     devices, why = resolve_devices(settings.device)
@@ -89,7 +89,7 @@ def _load(
     sessions = MemorySessions(directory) if store is None else DurableSessions(directory, store)
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
-    repository = ModelRepository(settings.repository, models, loader, clock, crash)
+    repository = ModelRepository(settings.repository, models, loader, clock, crash, strict=settings.strict)
     repository.load_all()
     if settings.state_file is not None and settings.state_file.exists():
         read = spilled.load(settings.state_file)

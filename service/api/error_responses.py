@@ -19,6 +19,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.NotStreamable: 422,
     e.DurabilityUnavailable: 422,
     e.ModelUnknown: 404,
+    e.ModelUnavailable: 503,
     e.SessionUnknown: 404,
     e.SessionClosed: 410,
     e.SessionExpired: 410,

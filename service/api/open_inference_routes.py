@@ -26,7 +26,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "too large",
         422: "a shape, type or value that the model does not accept; the state is unchanged",
         500: "the model failed on this input; the state is unchanged",
-        503: "no room now; retry after Retry-After seconds",
+        503: "the model's bundle is refused; or no room now: retry after Retry-After seconds",
         504: "the deadline passed before the work started",
     }.items()
 }
@@ -102,7 +102,7 @@ _INFER: dict[str, Any] = {
         ],
     },
 }
-_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: _ERRORS[404]}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (404, 503)}
 
 
 def router(app: AppState, version: str) -> APIRouter:
