@@ -70,6 +70,9 @@ _TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds within which the work must
 _POSITION = _header(
     "Unroll-Position", "the position that the client expects the session at; JSON bodies may have it as `position`"
 )
+_STEPS = _header(
+    "Unroll-Steps", "time steps in a raw body: required for a sequence; 1 if absent for the steps of a session"
+)
 
 
 def router(app: AppState) -> APIRouter:
@@ -101,7 +104,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         summary="Whole sequences, each from the initial state",
         response_model=SequencesReply,
         responses=_problems(400, 404, 413, 415, 422, 500, 503, 504),
-        openapi_extra={**_bodies("Sequences"), "parameters": [_TIMEOUT]},
+        openapi_extra={**_bodies("Sequences"), "parameters": [_STEPS, _TIMEOUT]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
         return await respond(http)
@@ -111,7 +114,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         summary="The next T >= 1 time steps of a session",
         response_model=StepsReply,
         responses=_problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
-        openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _TIMEOUT]},
+        openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _STEPS, _TIMEOUT]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
         return await respond(http)

@@ -16,6 +16,14 @@ from unroll.service.engine.engine import Tensors
 #: By the kind of a tensor's dtype: the kinds of NumPy dtype that its values in JSON may have.
 _ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}
 
+#: By the dtype of a tensor: what clients send in its place, by the size of a value.
+_MISTAKEN = {
+    "float32": {8: "float64, NumPy's default", 2: "float16"},
+    "int64": {4: "int32"},
+    "int32": {8: "int64, NumPy's default", 2: "int16"},
+    "bool": {4: "int32 or float32", 8: "int64 or float64"},
+}
+
 #: If the squares of all values add up to less, every value is finite in float32.
 _FAR_FROM_OVERFLOW = 1e70
 
@@ -43,15 +51,31 @@ class Codec:
 
     # ── raw bytes: little-endian, row-major, nothing else ────────────────────────────────────────
 
-    def from_raw(self, body: bytes) -> Tensors:
-        """Exactly T x features values, T >= 1."""
+    def from_raw(self, body: bytes, steps: int | None) -> Tensors:
+        """steps: T, if the client sent it, else the body is one step. Bytes alone would fit with another dtype, too."""
         if not self._only_one:
             raise UnsupportedMediaType("raw bytes need a model with one input and one output; send JSON")
+        count = 1 if steps is None else steps
+        if len(body) != count * self._raw_step or not count:
+            raise self._wrong_length(body, steps)
         spec = self.inputs[0]
-        steps, rest = divmod(len(body), self._raw_step)
-        if rest or not steps:
-            raise InvalidShape(f"a time step of {spec.name!r} is {self._raw_step} bytes; the body has {len(body)}")
-        return (self.checked(spec, from_bytes(spec, body, (steps, *spec.shape))),)
+        return (self.checked(spec, from_bytes(spec, body, (count, *spec.shape))),)
+
+    def sequence_from_raw(self, body: bytes, steps: int | None) -> Tensors:
+        """`from_raw` for a whole sequence, whose client must send its number of steps."""
+        if steps is None and self._only_one:
+            raise self._wrong_length(body, steps)
+        return self.from_raw(body, steps)
+
+    def _wrong_length(self, body: bytes, steps: int | None) -> InvalidShape:
+        spec, each, size = self.inputs[0], self._raw_step, len(body)
+        fitting = 0 if size % each else size // each
+        message = f"a time step of {spec.name!r} is {each} bytes of {spec.dtype}, and the body has {size}"
+        if steps is not None:
+            message += f" for {steps} steps"
+        elif fitting:
+            message += f"; if it has {fitting} steps, send Unroll-Steps: {fitting}"
+        return InvalidShape(message + dtype_hint(spec, size, each, steps))
 
     def to_raw(self, outputs: Tensors) -> bytes:
         return outputs[0].tobytes()
@@ -210,6 +234,19 @@ def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
 
 def _non_finite(spec: TensorSpec) -> NonFiniteInput:
     return NonFiniteInput(f"{spec.name!r} holds NaN, infinity or a value too large for float32")
+
+
+def dtype_hint(spec: TensorSpec, size: int, each: int, steps: int | None) -> str:
+    """For an error about `size` bytes that are not `steps` times `each`: the dtype that was probably sent, else ''.
+
+    Without `steps`, the bytes were meant to be one step or, with a wider dtype, perhaps several.
+    """
+    for itemsize, dtype in _MISTAKEN[spec.dtype].items():
+        count, rest = divmod(size * spec.numpy.itemsize, each * itemsize)
+        several = steps is None and count > 1 and itemsize > spec.numpy.itemsize
+        if not rest and (several or count == (steps or 1)):
+            return f"; if its values are {dtype}, send them as {spec.dtype}: array.astype({spec.numpy.str!r})"
+    return ""
 
 
 def from_bytes(spec: TensorSpec, content: bytes | memoryview, shape: tuple[int, ...]) -> np.ndarray:
