@@ -21,6 +21,7 @@ from unroll.service.api.bodies import (
     Steps,
     StepsReply,
     Tensor,
+    first_fault,
 )
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
@@ -213,9 +214,7 @@ def _body(kind: type[Body], request: Request, limit: int) -> Body:
     try:
         return kind.model_validate_json(request.body or b"{}")
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InvalidRequest(f"{where}: {first['msg']}" if where else first["msg"]) from error
+        raise InvalidRequest(first_fault(error)) from error
 
 
 def _info(served: ServedModel, session: Any) -> SessionInfo:

@@ -5,6 +5,7 @@ or a value out of range is an error that names the tensor and the expected type,
 """
 
 import math
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from unroll.bundle import Manifest, TensorSpec
 from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnsupportedMediaType
 from unroll.service.engine.engine import Tensors
 
-#: By the kind of a tensor's dtype: the kinds of NumPy dtype that its values in JSON may have.
-_ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}
+#: By the kind of a tensor's dtype: the types that its values in JSON may have.
+_ACCEPTED: dict[str, set[type]] = {"f": {float, int}, "i": {int}, "b": {bool}}
 
 #: By the dtype of a tensor: what clients send in its place, by the size of a value.
 _MISTAKEN = {
@@ -208,27 +209,45 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
-    """A JSON list, nested or flat, as a finite array of the tensor's dtype; the caller checks its shape."""
+    """A JSON list, nested or flat, as a finite array of the tensor's dtype; the caller checks its shape.
+
+    Types and lengths are compared before NumPy sees a value: it would make room for the longest string at every place.
+    """
+    values, shape = _flat(spec, value)
+    if values and not _ACCEPTED[spec.numpy.kind].issuperset(map(type, values)):
+        raise InvalidDtype(f"{spec.name!r} must contain values of type {spec.dtype} only")
+    if spec.numpy.kind == "f":
+        return _floats(spec, values).reshape(shape)
+    try:
+        return np.array(values, spec.numpy).reshape(shape)
+    except OverflowError as error:
+        raise OutOfRange(f"{spec.name!r} holds values that do not fit {spec.dtype}") from error
+
+
+def _flat(spec: TensorSpec, value: Any) -> tuple[list[Any], list[int]]:
+    """The values of a nested list of lists that are equally long, and its shape. Raises InvalidShape."""
     if not isinstance(value, list):
         raise InvalidShape(f"{spec.name!r} must be a list")
-    try:
-        array = np.array(value)
-    except ValueError as error:
-        raise InvalidShape(f"{spec.name!r} is not a regular array: its rows differ in length") from error
-    kind = spec.numpy.kind
-    if array.size and (array.dtype.kind not in _ACCEPTED[kind] or (kind != "b" and _holds_bool(value))):
-        raise InvalidDtype(f"{spec.name!r} must contain values of type {spec.dtype} only")
-    if kind == "f":
-        if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
-            return array.astype(spec.numpy)
-        with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
-            converted = array.astype(spec.numpy)
-        if not np.isfinite(converted).all():
-            raise _non_finite(spec)
-        return converted
-    converted = array.astype(spec.numpy)
-    if kind == "i" and not np.array_equal(converted, array):
-        raise OutOfRange(f"{spec.name!r} holds values that do not fit {spec.dtype}")
+    values, shape = value, [len(value)]
+    while values and list in (kinds := set(map(type, values))):
+        lengths = set(map(len, values)) if len(kinds) == 1 else ()
+        if len(lengths) != 1:
+            raise InvalidShape(f"{spec.name!r} is not a regular array: its rows differ in length")
+        if len(shape) == len(spec.shape) + 2:  # batch and time
+            raise InvalidShape(f"{spec.name!r} is nested more deeply than any shape it may have")
+        values = values[0] if len(values) == 1 else [*chain.from_iterable(values)]
+        shape += lengths
+    return values, shape
+
+
+def _floats(spec: TensorSpec, values: list[float]) -> np.ndarray:
+    array = np.array(values)
+    if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
+        return array.astype(spec.numpy)
+    with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
+        converted = array.astype(spec.numpy)
+    if not np.isfinite(converted).all():
+        raise _non_finite(spec)
     return converted
 
 
@@ -257,9 +276,3 @@ def from_bytes(spec: TensorSpec, content: bytes | memoryview, shape: tuple[int, 
     if spec.dtype == "bool" and np.frombuffer(content, np.uint8).max(initial=0) > 1:
         raise OutOfRange(f"{spec.name!r} must hold bytes 0 or 1")
     return np.ndarray(shape, spec.numpy, content)
-
-
-def _holds_bool(value: list) -> bool:
-    """Whether a regular list (at most 64 deep) has a bool among its numbers, which NumPy would take for 1 or 0."""
-    kinds = set(map(type, value))
-    return bool in kinds or (list in kinds and any(map(_holds_bool, value)))
