@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
 
 from unroll.service.api.app_state import ApiLimits
 from unroll.service.engine.backend import Cells, EngineOptions, Precision
@@ -22,6 +22,9 @@ class Settings(BaseSettings):
     )
 
     repository: Annotated[Path, Field(description="bundle repository: a folder of <name>/<version>/")]
+    strict: Annotated[
+        CliToggleFlag[bool], Field(description="do not start if any bundle cannot be served; else serve the others")
+    ] = False
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
     workers: Annotated[

@@ -50,8 +50,8 @@ _MEANING = {
     422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid, "
     "durability_unavailable or not_streamable; the state is unchanged",
     500: "engine_failed; the state is unchanged",
-    503: "queue_full, deadline_unreachable, capacity_exhausted, store_unavailable, session_contended or draining; "
-    "retry after Retry-After seconds",
+    503: "model_unavailable: its bundle is refused; or queue_full, deadline_unreachable, capacity_exhausted, "
+    "store_unavailable, session_contended or draining: retry after Retry-After seconds",
     504: "deadline_exceeded: nothing was run",
 }
 
@@ -90,7 +90,7 @@ def _add_models(api: APIRouter, app: AppState) -> None:
     async def models() -> list[ModelInfo]:
         return [_describe(app, app.models.resolve(name)) for name in app.models.names()]
 
-    @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404))
+    @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404, 503))
     async def model(model: str) -> ModelInfo:
         return _describe(app, app.models.resolve(*split_reference(model)))
 

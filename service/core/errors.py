@@ -77,6 +77,12 @@ class ModelUnknown(UnrollError):
     code = "model_unknown"
 
 
+class ModelUnavailable(UnrollError):
+    """The model is in the repository, but its bundle is refused; the message says why."""
+
+    code = "model_unavailable"
+
+
 # ── where the session is, or cannot be; its state is untouched ───────────────────────────────────
 
 
