@@ -12,7 +12,6 @@
 
 from typing import ClassVar
 
-
 #: Characters of a message: it may quote a request, which may be long.
 _LONGEST_MESSAGE = 2000
 
