@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import wire
 from processes import Process, StartProcess, launch
-from serving import RAW, Oracle, metric
+from serving import Oracle, metric, raw_steps
 from waiting import PATIENCE, until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -34,12 +34,12 @@ def test_signals(
     x = rng.standard_normal((4, 3)).astype(np.float32)
     with httpx.Client(base_url=process.url) as client:
         session = f"/v1/models/gru/sessions/{client.post('/v1/models/gru/sessions').json()['session_id']}"
-        first = client.post(f"{session}/steps", content=x[:2].tobytes(), headers=RAW).content
+        first = client.post(f"{session}/steps", content=x[:2].tobytes(), headers=raw_steps(x[:2])).content
         shutil.copytree(repository / "gru" / "2", shelf / ".coming")
         (shelf / ".coming").rename(shelf / "gru" / "2")
         process.popen.send_signal(signal.SIGHUP)
         until(lambda: client.get("/v1/models/gru").json()["version"] == "2", "version 2")
-        second = client.post(f"{session}/steps", content=x[2:].tobytes(), headers=RAW).content
+        second = client.post(f"{session}/steps", content=x[2:].tobytes(), headers=raw_steps(x[2:])).content
         assert np.array_equal(np.frombuffer(first + second, "<f4").reshape(-1, 2), oracle("gru", "1")(x))
 
         work = np.tile(x, (128, 500, 1))  # long enough to be caught at work
