@@ -14,6 +14,7 @@ import structlog
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, Manifest
 from unroll.service.core.clock import Clock
+from unroll.service.core.errors import NonFiniteOutput
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, open_backend
 from unroll.service.engine.curve import Curve, measure
 from unroll.service.engine.engine import Engine, PlainRows
@@ -150,7 +151,7 @@ class ModelLoader:
         parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
         precision = options.engine.precision if manifest.precision == "float32" else manifest.precision
         serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
-        curve = _warm_up(engine, manifest, options.scheduler)
+        curve = _warm_up(engine, bundle, options.scheduler)
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
         thread = EngineThread(engine, executor, curve.seconds)
@@ -186,13 +187,14 @@ def _session_limits(backend: DeviceBackend, manifest: Manifest, options: ModelOp
     return replace(options.sessions, capacity=max(1, rows))
 
 
-def _warm_up(engine: Engine, manifest: Manifest, limits: SchedulerLimits) -> Curve:
-    """Measure what calls on the scratch row cost."""
+def _warm_up(engine: Engine, bundle: Bundle, limits: SchedulerLimits) -> Curve:
+    """Measure what calls on the scratch row cost, with inputs that the model takes: not every model takes zeros."""
+    golden = [bundle.golden.inputs[spec.name] for spec in bundle.manifest.inputs]
 
     def run(rows: int, steps: int) -> None:
-        inputs = tuple(np.zeros((rows, steps, *spec.shape), spec.numpy) for spec in manifest.inputs)
+        inputs = tuple(np.resize(array[:1], (rows, steps, *array.shape[2:])) for array in golden)
         _, failed = engine.run(PlainRows(inputs, [steps] * rows, [INITIAL] * rows, [SCRATCH] * rows))
-        if failed:
-            raise ModelRefused(f"it cannot run a batch of {rows}: {failed[0].message}")
+        if failures := [error for error in failed.values() if not isinstance(error, NonFiniteOutput)]:
+            raise ModelRefused(f"it cannot run a batch of {rows}: {failures[0].message}")
 
     return measure(run, limits.max_batch, limits.piece_steps, limits.max_batch_steps)
