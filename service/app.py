@@ -16,8 +16,9 @@ from starlette.exceptions import HTTPException
 from unroll import __version__
 from unroll.service.api import health_routes, native_routes, open_inference_routes, statistics_routes
 from unroll.service.api.app_state import AppState
-from unroll.service.api.error_responses import open_inference_error, problem, problem_of, reason
-from unroll.service.api.request import Answer, Disconnected
+from unroll.service.api.error_responses import http_error, open_inference_error, problem
+from unroll.service.api.http_methods import HeadAsGet, allowed_methods
+from unroll.service.api.request import Disconnected
 from unroll.service.api.stream import endpoint
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
@@ -25,7 +26,6 @@ from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
 from unroll.service.models.loading import ModelLoader
 from unroll.service.models.repository import ModelRepository
 from unroll.service.models.versions import ModelVersions
-from unroll.service.protocol import json
 from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.sessions.durable import DurableSessions
 from unroll.service.sessions.in_memory import MemorySessions
@@ -127,8 +127,10 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
         version=__version__,
         summary="Stacked GRU/LSTM models: whole sequences, and streams whose state the server keeps.",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would repeat the client's Host header
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.add_middleware(HeadAsGet)
     app.include_router(native_routes.router(state))
     app.include_router(endpoint.router(state))
     app.include_router(statistics_routes.router(state))
@@ -145,14 +147,15 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
         return Response(status_code=499)  # the client has disconnected
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        code = reason(error.status_code)
-        answer = problem_of(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
-        if _is_v2(request):
-            body = json.dump({"error": str(error.detail), "code": code})
-            answer = Answer(error.status_code, b"application/json", body)
-        response = answer.response()
-        response.headers.update(error.headers or {})
+    async def refused(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = allowed_methods(app.routes, request.scope)
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        response = http_error(error.status_code, detail, _is_v2(request)).response()
+        response.headers.update(headers)
         return response
 
     return app

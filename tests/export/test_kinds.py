@@ -57,6 +57,7 @@ def test_exported(kind: Kind, tmp_path: Path) -> None:
     assert tuple(spec.name for spec in manifest.outputs) == kind.outputs
     assert (report.path / "golden.safetensors").stat().st_size <= 64 * 1024
     assert bundle.read(report.path).manifest == manifest
+    assert b".py" not in (report.path / "model.onnx").read_bytes()  # no stack traces of this machine
     assert module.training == training
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
     _answers_like_torch(kind, module, example, report)
