@@ -103,6 +103,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = _Parser(max_size=self.config.ws_max_size, logger=self.logger)
+        self.conn.debug = False  # else it logs the headers
         self._direct = DirectLink(self)
 
     def handle_connect(self, event: Request) -> None:

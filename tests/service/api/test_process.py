@@ -51,6 +51,20 @@ def test_signals(
     assert not [line for line in process.log if line["level"] not in ("info", "debug")]
 
 
+def test_the_log_has_no_headers_at_any_level(start_process: StartProcess) -> None:
+    process = start_process("--log-level", "debug")
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.Client(base_url=process.url, headers=headers) as client:
+        assert client.post("/v1/models/gru/sessions").status_code == 201
+        assert client.post("/v1/models/gru/sequences", content=b"?").status_code == 415
+    with connect(f"{process.url.replace('http', 'ws')}/v1/models/gru/stream", additional_headers=headers) as stream:
+        stream.send("?")
+        assert stream.recv()
+    process.popen.terminate()
+    assert process.end() == 0
+    assert not [line for line in process.log if "secret" in json.dumps(line)]
+
+
 def test_a_drain(start_process: StartProcess) -> None:
     """Not ready at once; it ends when a second signal cuts the delay short, and in order."""
     process = start_process("--drain-delay", "1000")
