@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     spill_bytes: Annotated[
         int, Field(ge=0, description="host memory for idle sessions that do not fit in session_capacity, in bytes")
     ] = 256 * 2**20
+    reply_bytes: Annotated[
+        int, Field(ge=0, description="memory per model for replies that are kept for retries, in bytes")
+    ] = 256 * 2**20
     state_file: Annotated[
         Path | None, Field(description="file for memory sessions: written at shutdown, read at startup")
     ] = None
@@ -186,6 +189,7 @@ class Settings(BaseSettings):
                 capacity=1 if self.session_capacity == "auto" else self.session_capacity,
                 idle_timeout=self.idle_timeout or None,
                 tombstone_life=self.tombstone_life,
+                reply_bytes=self.reply_bytes,
             ),
             scheduler=SchedulerLimits(
                 max_batch=self.max_batch,
