@@ -13,7 +13,7 @@ FLAGS = ["--repository", "bundles"]
     [
         ("UNROLL_MAX_BATHC", "; did you mean UNROLL_MAX_BATCH?"),
         ("UNROLL_MAXBATCH", "; did you mean UNROLL_MAX_BATCH?"),
-        ("unroll_repositry", "; did you mean UNROLL_REPOSITORY?"),
+        ("unroll_repository_", "; did you mean UNROLL_REPOSITORY?"),
         ("UNROLL_STATEFILE", "; did you mean UNROLL_STATE_FILE?"),
         ("UNROLL_ZZZ", ""),
         ("UNROLL_", ""),
