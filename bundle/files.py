@@ -26,11 +26,13 @@ class Bundle:
 
     Attributes:
         path: Its folder.
+        identity: SHA-256 of `manifest.json`, which holds those of the other files: it changes with any of them.
     """
 
     path: Path
     manifest: Manifest
     golden: Golden
+    identity: str
 
     @property
     def model_path(self) -> Path:
@@ -38,9 +40,32 @@ class Bundle:
 
 
 def discover(repository: Path) -> list[Path]:
-    """Return the folders `<name>/<version>` that hold a manifest, by name and then by number."""
-    found = [path.parent for path in repository.glob(f"*/*/{MANIFEST}") if _VERSION.fullmatch(path.parent.name)]
-    return sorted(found, key=lambda path: (path.parent.name, int(path.name)))
+    """Return the bundles of a repository: its folders `<name>/<version>`, by name and then by number.
+
+    A folder counts if it holds any file of a bundle. A folder that cannot be listed counts, too, even `<name>` itself:
+    `read` says what is wrong with it.
+
+    Raises:
+        OSError: The repository cannot be listed.
+    """
+    found: list[Path] = []
+    for folder in sorted(repository.iterdir()):
+        try:
+            versions = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name) and _may_be_bundle(path)]
+        except NotADirectoryError:
+            continue
+        except OSError:
+            found += [folder] if _NAME.fullmatch(folder.name) else []
+        else:
+            found += sorted(versions, key=lambda path: int(path.name))
+    return found
+
+
+def _may_be_bundle(path: Path) -> bool:
+    try:
+        return any(file.name in {MODEL, MANIFEST, GOLDEN} for file in path.iterdir())
+    except OSError as error:
+        return not isinstance(error, NotADirectoryError)
 
 
 def read(path: Path) -> Bundle:
@@ -53,17 +78,26 @@ def read(path: Path) -> Bundle:
         BundleError: A file is missing, damaged, or contradicts the manifest.
     """
     try:
-        manifest = Manifest.from_json((path / MANIFEST).read_bytes())
+        description = _content(path / MANIFEST)
+        manifest = Manifest.from_json(description)
         if (manifest.name, manifest.version) != (path.parent.name, path.name):
             raise ValueError(f"the manifest belongs to {manifest.name}/{manifest.version}")
         if set(manifest.files) != {MODEL, GOLDEN}:
             raise ValueError(f"the manifest must list exactly {MODEL} and {GOLDEN}")
         for name, digest in manifest.files.items():
-            if (path / name).is_symlink() or _sha256((path / name).read_bytes()) != digest:
+            if (path / name).is_symlink() or _sha256(_content(path / name)) != digest:
                 raise ValueError(f"{name} is not the file that the manifest describes (SHA-256 differs)")
-        return Bundle(path, manifest, Golden.from_bytes((path / GOLDEN).read_bytes()))
+        golden = Golden.from_bytes(_content(path / GOLDEN))
+        golden.check(manifest)
+        return Bundle(path, manifest, golden, _sha256(description))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: {error}") from error
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # reading a pipe would not end
+        raise ValueError(f"{path.name} is not a file")
+    return path.read_bytes()
 
 
 def write(

@@ -8,6 +8,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from unroll.bundle.manifest import Manifest
+
 Arrays = dict[str, np.ndarray]
 
 #: `run(inputs, state, sequence_lens) -> outputs, state_out`: one call of the bundle's graph.
@@ -54,10 +56,7 @@ class Golden:
 
     def to_bytes(self) -> bytes:
         """Return the content of `golden.safetensors`."""
-        tensors = {f"input.{name}": array for name, array in self.inputs.items()}
-        tensors |= {f"output.{name}": array for name, array in self.outputs.items()}
-        tensors |= {f"chunking.{i}": np.array(chunks) for i, chunks in enumerate(self.chunkings)}
-        tensors |= {"state": self.state, "state_out": self.state_out}
+        tensors = self._tensors() | {f"chunking.{i}": np.array(chunks) for i, chunks in enumerate(self.chunkings)}
         return save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
 
     @classmethod
@@ -75,7 +74,51 @@ class Golden:
                 state=tensors["state"],
                 outputs={n.removeprefix("output."): a for n, a in tensors.items() if n.startswith("output.")},
                 state_out=tensors["state_out"],
-                chunkings=tuple(tuple(tensors[f"chunking.{i}"].tolist()) for i in range(count)),
+                chunkings=tuple(_chunks(tensors[f"chunking.{i}"]) for i in range(count)),
             )
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"golden vectors cannot be read: {error}") from error
+            raise ValueError(f"the golden vectors in golden.safetensors cannot be read: {error}") from error
+
+    def check(self, manifest: Manifest) -> None:
+        """Check that the vectors are of the model that the manifest describes.
+
+        Raises:
+            ValueError: A tensor is missing, unknown, of another shape or type, or not finite; or a chunking does not
+                add up to the time steps.
+        """
+        batch, time, *_ = (*next(iter(self.inputs.values()), np.empty(0)).shape, 0, 0)
+        row = (batch, manifest.state_size)
+        wanted = {f"input.{spec.name}": (spec.numpy, (batch, time, *spec.shape)) for spec in manifest.inputs}
+        for spec in manifest.outputs:
+            dtype = np.dtype(np.float64) if spec.numpy.kind == "f" else spec.numpy
+            wanted[f"output.{spec.name}"] = dtype, (batch, time, *spec.shape) if spec.time else (batch, *spec.shape)
+        wanted |= {"state": (np.dtype(np.float32), row), "state_out": (np.dtype(np.float64), row)}
+        found = {name: (array.dtype, array.shape) for name, array in self._tensors().items()}
+        if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+            name = wrong[0]
+            raise ValueError(f"golden.safetensors: {name} is {_text(found.get(name))}, not {_text(wanted.get(name))}")
+        if infinite := [name for name, array in self._tensors().items() if not np.isfinite(array).all()]:
+            raise ValueError(f"golden.safetensors: {infinite[0]} holds a value that is not finite")
+        if not batch or not time or (manifest.streamable and not self.chunkings):
+            raise ValueError("golden.safetensors holds no sequence, or no way to cut it into chunks")
+        for chunks in self.chunkings:
+            if min(chunks, default=0) < 1 or sum(chunks) != time:
+                raise ValueError(f"golden.safetensors: the chunks {chunks} do not add up to {time} time steps")
+
+    def _tensors(self) -> Arrays:
+        """By name in the file, without the chunkings."""
+        tensors = {f"input.{name}": array for name, array in self.inputs.items()}
+        tensors |= {f"output.{name}": array for name, array in self.outputs.items()}
+        return tensors | {"state": self.state, "state_out": self.state_out}
+
+
+def _chunks(array: np.ndarray) -> tuple[int, ...]:
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"golden.safetensors: a chunking is {_text((array.dtype, array.shape))}, not a row of integers"
+        )
+    return tuple(array.tolist())
+
+
+def _text(tensor: tuple[np.dtype, tuple[int, ...]] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} of shape {tensor[1]}"

@@ -43,7 +43,7 @@ class TensorSpec:
 
     Attributes:
         time: The tensor is (batch, time, *shape); otherwise it is (batch, *shape), an output of the last step.
-        limit: Bounds an integer input to `0 <= value < limit`, the rows of the embedding that it indexes.
+        limit: Bounds an integer input to `0 <= value < limit`, the rows of the table that it indexes.
     """
 
     __pydantic_config__ = _STRICT

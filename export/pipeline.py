@@ -23,7 +23,6 @@ from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
 from unroll.export.loading.copies import as_float32, detached_copy, detached_example
 from unroll.export.onnx.graph import to_onnx
-from unroll.export.onnx.index_limits import input_limits
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
 from unroll.export.options import ExportOptions, Progress
@@ -34,6 +33,7 @@ from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
 from unroll.export.verification import parity, preconditions, probes
 from unroll.export.verification.draft import draft_manifest
+from unroll.export.verification.input_ranges import find_ranges, split_ranges
 from unroll.export.verification.long_sequences import LongSequences
 from unroll.export.verification.original import check_continues, check_same_as_original
 from unroll.export.verification.parity import Runners
@@ -145,7 +145,7 @@ class Pipeline:
     def _find_state(self, prepared: Prepared) -> Prepared:
         """With the attributes in which forward leaves a state; the model is as it was after every call."""
         model, example = prepared.model, prepared.example
-        attributes = attempt("the example", partial(find_module_state, model, example))
+        attributes = attempt("the example", partial(find_module_state, model, example, self._options.arguments.static))
         RestoreAttributes(model, attributes)
         tried = copy.deepcopy(model)
         returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), attributes))
@@ -156,26 +156,33 @@ class Pipeline:
         model = lift(prepared.model, prepared.exact, prepared.example, self._options.arguments)
         history = find_history(model)
         reason = choose_state(model, history, prepared.attributes, self._options.output_names)
-        observation = observe(model, self._options.output_names)
-        draft = draft_manifest(self._options.name, self._options.version, model, observation.initial_row)
-        reference = Subject(torch_runner(model.double, double=True), draft, model.samples)
+        lifted = Lifted(model, history, reason, observe(model, self._options.output_names))
+        reference = Subject(torch_runner(model.double, double=True), self._draft(lifted, model.samples), model.samples)
         LongSequences(prepared.exact, model.double, reference, bool(prepared.attributes)).check_loops()
-        return Lifted(model, history, reason, observation)
+        return lifted
 
     def _trace(self, lifted: Lifted) -> Traced:
         single, double, samples = lifted.model.single, lifted.model.double, lifted.model.samples
-        graph, suspects = to_onnx(single, samples.draw(3, 5, seed=1))
+        drawn = samples.draw(3, 5, seed=1)
+        graph, suspects = to_onnx(single, drawn)
+        reference = Subject(torch_runner(double, double=True), self._draft(lifted, samples), samples)
+        limits, ranges = split_ranges(find_ranges(reference), reference)
+        if ranges:
+            single.ranges = double.ranges = ranges
+            graph, suspects = to_onnx(single, drawn)
         content = graph.SerializeToString()
         served = onnx_runner(content, single)
-        samples = replace(samples, limits=input_limits(graph, single.layout, samples))
         runners = Runners(torch_runner(double, double=True), torch_runner(single, double=False), served)
-        return Traced(graph, content, runners, suspects, samples)
+        return Traced(graph, content, runners, suspects, replace(samples, limits=limits))
+
+    def _draft(self, lifted: Lifted, samples: Samples) -> Manifest:
+        model = replace(lifted.model, samples=samples)
+        return draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
 
     def _judge(self, prepared: Prepared, lifted: Lifted, traced: Traced) -> Judged:
         """Whether it is still the user's model, keeps its rows apart, and streams."""
         single, double = lifted.model.single, lifted.model.double
-        model = replace(lifted.model, samples=traced.samples)
-        draft = draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
+        draft = self._draft(lifted, traced.samples)
         reference, _, _ = traced.runners.subjects(traced.samples, draft)
         samples = probes.with_reached(reference)
         reference, _, served = traced.runners.subjects(samples, draft)

@@ -80,8 +80,8 @@ def notes_on(
         if output.batch != 0 or output.time not in {None, 1}
     ]
     notes += [
-        f"input {name!r} indexes no embedding that could be found: its values are not checked"
-        for name, array in (lifted.samples.example | lifted.samples.static).items()
-        if array.dtype.kind == "i" and name not in lifted.samples.limits
+        f"{'static inputs' if name == 'state' else f'input {name!r}'}: which values are allowed differs from place to "
+        "place; others are answered with the error non_finite_output"
+        for name in lifted.single.ranges
     ]
     return tuple(notes)

@@ -1,18 +1,20 @@
 """`unroll serve`: settings, logs, application, uvicorn."""
 
 import gc
+import os
 import signal
+import socket
 import sys
 from functools import partial
+from threading import Event
 
 import structlog
-from pydantic import ValidationError
 
 from unroll.service import app
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.repository import RepositoryError
-from unroll.service.settings import Settings
+from unroll.service.settings import Settings, SettingsRefused
 from unroll.service.telemetry import logs
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import uvicorn_config
@@ -20,19 +22,22 @@ from unroll.service.workers import Worker, supervise
 
 
 def main(argv: list[str]) -> int:
+    _open_standard_descriptors()
     worker = Worker.inherited()
     try:
         settings = Settings.from_arguments(argv)
-    except ValidationError as error:
-        for problem in error.errors(include_url=False):
-            where = "".join(f"--{part}: ".replace("_", "-") for part in problem["loc"][:1])
-            print(f"unroll serve: {where}{problem['msg']}", file=sys.stderr)
+    except SettingsRefused as refused:
+        for line in str(refused).splitlines():
+            print(f"unroll serve: {line}", file=sys.stderr)
         return 2
+    rescan = _catch_signals()
     logs.configure(settings.log_level, **({} if worker is None else {"worker": worker.number}))
     log = structlog.get_logger(__name__)
     if settings.workers > 1 and worker is None:
         return supervise(settings.host, settings.port, settings.workers)
     try:
+        if worker is None:
+            _check_address(settings.host, settings.port)
         application, state = app.build(settings, shared_port=None if worker is None else worker.shared_port)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
     except (RepositoryError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
@@ -49,11 +54,47 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, draining.handle_exit)
     signal.signal(signal.SIGHUP, lambda *_: state.repository.request_rescan())
+    if rescan.is_set():
+        state.repository.request_rescan()
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     draining.run(listeners)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a late signal must not change the exit status
-    return 1 if state.crashed else 0
+    return 1 if state.crashed or state.failed else 0
+
+
+def _open_standard_descriptors() -> None:
+    """Give 0, 1 and 2 to no file or socket of the server: libraries print there."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+
+
+def _check_address(host: str, port: int) -> None:
+    """Find out before the models are loaded that the server could not listen. Raises OSError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot listen at {host}, port {port}: {reason}; see --host and --port") from error
+
+
+def _catch_signals() -> Event:
+    """From now on SIGTERM ends the start in order, and SIGHUP sets the event that is returned."""
+    rescan = Event()
+
+    def end(*_: object) -> None:
+        raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGHUP, lambda *_: rescan.set())
+    return rescan
 
 
 if __name__ == "__main__":

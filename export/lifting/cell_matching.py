@@ -85,6 +85,8 @@ def match_cell(scan: Scan) -> Recipe | None:
         return None
     x, y = series[0], stacked[0]
     hidden = {axes.shape[-1] for axes in (*scan.states, y)}
+    if not all(axes.dtype.is_floating_point for axes in (x, *scan.states)):
+        return None
     if len(x.shape) != 3 or {x.batch, x.time} != {0, 1} or len(hidden) > 1:
         return None
     if len(y.shape) != 3 or any(len(axes.shape) != 2 or axes.batch != 0 for axes in scan.states):

@@ -26,15 +26,18 @@ Attribute = tuple[str, str]
 _ABSENT: Any = ...
 
 
-def find_module_state(model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
+def find_module_state(model: nn.Module, example: dict[str, Any], static: frozenset[str]) -> list[Attribute]:
     """The attributes through which one call of forward affects the next. `model` is not changed.
 
     They hold values computed from the inputs, or change with every call; and a later call reads them.
 
+    Args:
+        static: the inputs without time.
+
     Raises:
         ExportError: keeps_state, for values other than tensors that depend on more than one call.
     """
-    model, other = copy.deepcopy(model), _another_example(example)
+    model, other = copy.deepcopy(model), _another_example(example, static)
     from_inputs = ComputedFrom(tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)))
     seen = [_values(model)]
     with from_inputs:
@@ -55,11 +58,15 @@ def find_module_state(model: nn.Module, example: dict[str, Any]) -> list[Attribu
     return sorted(attribute for attribute in found if _is_read(model, attribute, example))
 
 
-def _another_example(example: dict[str, Any]) -> dict[str, Any]:
+def _another_example(example: dict[str, Any], static: frozenset[str]) -> dict[str, Any]:
     """With rows and steps in another order."""
     if any(isinstance(value, PackedSequence) for value in example.values()):
         return example
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.flip([*range(tensor.dim())][:2]), example)
+
+    def flipped(value: Any, axes: int) -> Any:
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.flip([*range(tensor.dim())][:axes]), value)
+
+    return {name: flipped(value, 1 if name in static else 2) for name, value in example.items()}
 
 
 def _is_read(model: nn.Module, attribute: Attribute, example: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from unroll.export.lifting.float64 import double_precision
 from unroll.export.lifting.history import KeepHistory, Place, WatchHistory
 from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.state_row import Layout
-from unroll.export.lifting.tape import Call, Part, Tape
+from unroll.export.lifting.tape import Call, Part, Tape, count_up
 from unroll.export.signature.arguments import StateArgument
 from unroll.export.signature.outputs import Output, indices_of, leaves
 from unroll.export.signature.samples import as_tensors
@@ -70,6 +70,8 @@ class StreamingModule(nn.Module):
         #: The calls outside recurrent layers whose past is part of the row; and the mode that finds them.
         self.history: list[Place | None] = []
         self.watch: WatchHistory | None = None
+        #: The least and the largest value of inputs that the manifest's limits do not describe, and of the state row.
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
         #: The attributes that forward leaves for its next call, if they are part of the row: see `carried_state`.
         self.carried_attributes: dict[Attribute, Carried] = {}
 
@@ -83,14 +85,51 @@ class StreamingModule(nn.Module):
         return self.arguments.unbatched or any(place is not None and place.counted for place in self.history)
 
     def forward(self, state: Tensor, sequence_lens: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not self.ranges:
+            return self._run_rows(state, sequence_lens, inputs)
+        tensors = {"state": state} | dict(zip(self.names, inputs, strict=True))
+        outside = torch.zeros(state.shape[0], dtype=torch.bool)
+        for name, bounds in self.ranges.items():
+            given, tensors[name] = tensors[name], tensors[name].clamp(*bounds)
+            found = given != tensors[name]
+            if sequence_lens is not None and name != "state":
+                alive = count_up(found.shape[1]) < sequence_lens.unsqueeze(1)
+                found = found & alive.reshape(*alive.shape, *[1] * (found.dim() - 2))
+            outside = outside | found.flatten(1).any(1)
+        results = self._run_rows(tensors.pop("state"), sequence_lens, tuple(tensors.values()))
+        # The answer to a value outside its range is NaN, which the server refuses.
+        return tuple(
+            torch.where(outside.reshape(-1, *[1] * (result.dim() - 1)), torch.nan, result)
+            if result.is_floating_point()
+            else result
+            for result in results
+        )
+
+    def _run_rows(self, state: Tensor, sequence_lens: Tensor | None, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not self.row_by_row:
             return self._run(state, sequence_lens, inputs)
         if torch.compiler.is_exporting():
             with vmap_rules.OneByOne():
                 return torch.vmap(self._run_row)(state, sequence_lens, *inputs)
-        lens = [None] * len(state) if sequence_lens is None else list(sequence_lens)
-        rows = [self._run_row(*row) for row in zip(state, lens, *inputs, strict=True)]
-        return tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True))
+        if self.arguments.unbatched:
+            lens = [None] * len(state) if sequence_lens is None else list(sequence_lens)
+            rows = [self._run_row(*row) for row in zip(state, lens, *inputs, strict=True)]
+            return tuple(torch.stack(tensors) for tensors in _across(rows))
+        groups = self._equally_far(state)
+        parts = [
+            self._run(
+                state[rows], None if sequence_lens is None else sequence_lens[rows], tuple(x[rows] for x in inputs)
+            )
+            for rows in groups
+        ]
+        order = torch.cat(groups).argsort()
+        return tuple(torch.cat(tensors)[order] for tensors in _across(parts))
+
+    def _equally_far(self, state: Tensor) -> list[Tensor]:
+        """The indices of the rows in groups that have counted equally many time steps."""
+        counts = [state[:, slot.offset : slot.offset + slot.size] for slot in self.layout.slots if slot.kind == "count"]
+        _, group = torch.cat(counts, 1).long().unique(dim=0, return_inverse=True)
+        return [(group == number).nonzero().flatten() for number in range(int(group.max()) + 1)]
 
     def _run_row(self, state: Tensor, length: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One sequence: state (state_size,), length (), inputs (time, ...)."""

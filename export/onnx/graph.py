@@ -69,9 +69,8 @@ def _rename(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.input[:] = map(renamed, node.input)
         node.output[:] = map(renamed, node.output)
-        for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
-                _rename(inner)
+        for inner in _inner_graphs(node):
+            _rename(inner)
 
 
 def _drop_copies(graph: onnx.GraphProto) -> None:
@@ -90,11 +89,23 @@ def _drop_copies(graph: onnx.GraphProto) -> None:
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
     """Without the exporter's notes (stack traces, local paths), so that equal models have equal bytes."""
-    graph = model.graph
-    for item in [model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info]:
+    del model.metadata_props[:]
+    model.doc_string = ""
+    _bare_graph(model.graph)
+    return model
+
+
+def _bare_graph(graph: onnx.GraphProto) -> None:
+    for item in [graph, *graph.node, *graph.initializer, *graph.input, *graph.output]:
         del item.metadata_props[:]
         item.doc_string = ""
     del graph.value_info[:]
     for node in graph.node:
         node.name = ""
-    return model
+        for inner in _inner_graphs(node):
+            _bare_graph(inner)
+
+
+def _inner_graphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The bodies of a Scan or an If."""
+    return [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else a.graphs)]

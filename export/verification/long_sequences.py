@@ -97,11 +97,11 @@ class LongSequences:
             return
         again = self._run(trial, [path], places=True)[0].calls[path][number]
         ended = index == len(call.operations) - 1
+        name, step = path or type(self.exact).__name__, step_of(again, index, size) + ended
         raise ExportError(
             "calls_depend_on_time",
-            f"{path or type(self.exact).__name__!r} loops over time steps, and step {step_of(again, index, size) + ended} "
-            f"(counted from 0) does not do what the steps before it do ({again.places[index]}); let every step do the "
-            "same, and give what differs between steps as an input",
+            f"{name!r} loops over time steps, and step {step} (counted from 0) does not do what the steps before it do "
+            f"({again.places[index]}); let every step do the same, and give what differs between steps as an input",
         )
 
     def _compare(self, trial: Trial, own: Arrays, served: Subject) -> None:

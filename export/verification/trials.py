@@ -79,6 +79,9 @@ SIZES_INPUT_SEED, SIZES_ROW_SEED = 75, 76
 #: What does a reduced precision cost? Also in a large batch, and over a sequence where errors add up.
 REDUCED_BATCH, REDUCED_LONG = 32, Trial(2, 256, 81, 82)
 
+#: Which values does an integer input take?
+RANGES = Trial(2, 9, 35, 36)
+
 #: Is the lifted model still the user's own, called once, and called again and again?
 ORIGINAL = (Trial(3, 10, 25, 26), Trial(2, 23, 25, 26))
 CONTINUED = Trial(2, 10, 27, 28, 1, ((4, 1, 5),))

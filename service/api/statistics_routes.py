@@ -54,6 +54,7 @@ _OK: dict[int | str, dict[str, Any]] = {
 _OK_OR_NOT_FOUND: dict[int | str, dict[str, Any]] = {
     **_OK,
     404: {"description": "no such model", "content": {"application/json": {"schema": _ERROR}}},
+    503: {"description": "the model's bundle is refused", "content": {"application/json": {"schema": _ERROR}}},
 }
 
 

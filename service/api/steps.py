@@ -6,13 +6,24 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import (
     POSITION,
+    STEPS,
     json_body,
     position_of,
     require_streamable,
     split_reference,
     timeout_of,
 )
-from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.request import (
+    JSON,
+    NOT_KEPT,
+    RAW,
+    Answer,
+    Answering,
+    Cancel,
+    Request,
+    Respond,
+    nothing_to_cancel,
+)
 from unroll.service.api.sealed_steps import LENGTH, sealed_steps
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
@@ -33,7 +44,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     served, session = app.sessions.owner(*split_reference(model), session_id)
     require_streamable(served)
     if document is None:
-        inputs, encode = served.codec.from_raw(request.body), _raw_steps
+        inputs, encode = served.codec.from_raw(request.body, request.whole_number(STEPS)), _raw_steps
     else:
         position = position_of(document, position)
         inputs, encode = served.codec.from_json(document["inputs"]), _json_steps
@@ -45,12 +56,17 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
 
 
 def _raw_steps(codec: Codec, reply: Reply) -> Answer:
-    return Answer(200, RAW, codec.to_raw(reply.outputs), b"unroll-position: %d\r\n" % reply.position)
+    return Answer(200, RAW, codec.to_raw(reply.outputs), _fields(reply))
 
 
 def _json_steps(codec: Codec, reply: Reply) -> Answer:
     body = json.dump({"outputs": codec.to_json(reply.outputs), "position": reply.position})
-    return Answer(200, JSON, body, b"unroll-position: %d\r\n" % reply.position)
+    return Answer(200, JSON, body, _fields(reply))
+
+
+def _fields(reply: Reply) -> bytes:
+    position = b"unroll-position: %d\r\n" % reply.position
+    return position if reply.kept else position + NOT_KEPT
 
 
 def sequences(app: AppState, model: str, request: Request, respond: Respond) -> Cancel:
@@ -58,7 +74,8 @@ def sequences(app: AppState, model: str, request: Request, respond: Respond) -> 
     served = app.models.resolve(*split_reference(model))
     timeout = timeout_of(app, request)
     if request.media_type == RAW:
-        batch, encode, static = [served.codec.from_raw(request.body)], _raw_sequence, None
+        inputs = served.codec.sequence_from_raw(request.body, request.whole_number(STEPS))
+        batch, encode, static = [inputs], _raw_sequence, None
     else:
         document = json_body(app, request, {"inputs", "static"})
         batch, encode = served.codec.sequences_from_json(document["inputs"]), _json_sequences

@@ -1,7 +1,8 @@
 """Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import structlog
 
 from unroll import bundle as bundles
-from unroll.bundle import Manifest
+from unroll.bundle import Bundle, Manifest
 from unroll.service.core.clock import Clock
+from unroll.service.core.errors import NonFiniteOutput
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, open_backend
 from unroll.service.engine.curve import Curve, measure
 from unroll.service.engine.engine import Engine, PlainRows
@@ -58,6 +60,19 @@ class ModelRefused(Exception):
     """A bundle that must not be served, with the reason."""
 
 
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside the block is the refusal of the bundle at `path`: it must not stop the others."""
+    try:
+        yield
+    except (ModelRefused, DeviceUnavailable):
+        raise
+    except (bundles.BundleError, bundles.GoldenMismatch) as error:
+        raise ModelRefused(f"{str(error).removeprefix(f'{path}: ')}") from error
+    except Exception as error:
+        raise ModelRefused(f"{type(error).__name__}: {error}") from error
+
+
 class ModelLoader:
     """Loads a bundle on every device.
 
@@ -86,16 +101,28 @@ class ModelLoader:
         self._spill = spill
         self._is_verified = is_verified
 
-    def load(self, path: Path) -> list[ServedModel]:
+    def load(self, path: Path, known: Container[str] = ()) -> list[ServedModel]:
         """The version on every device; all share their statistics.
+
+        Args:
+            path: The bundle's folder.
+            known: Identities of bundles that are not to be loaded; the result is empty for them.
 
         Raises:
             ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit there.
             DeviceUnavailable: A device cannot be used.
         """
         models: list[ServedModel] = []
-        for device, executor in self._devices:
-            models.append(self._load(path, device, executor, models[0].figures.statistics if models else None))
+        with _refusing(path), ExitStack() as on_error:
+            bundle = bundles.read(path)
+            if bundle.identity in known:
+                return []
+            for device, executor in self._devices:
+                statistics = models[0].figures.statistics if models else None
+                models.append(self._load(bundle, device, executor, statistics, on_error))
+            if bundles.read(path).identity != bundle.identity:
+                raise ModelRefused("its files changed while it was loaded; send SIGHUP when all are in place")
+            on_error.pop_all()
         return models
 
     def shut_down(self) -> None:
@@ -103,35 +130,28 @@ class ModelLoader:
         for _, executor in self._devices:
             executor.shutdown()
 
-    def _load(self, path: Path, device: str, executor: Executor, statistics: Statistics | None) -> ServedModel:
+    def _load(
+        self, bundle: Bundle, device: str, executor: Executor, statistics: Statistics | None, on_error: ExitStack
+    ) -> ServedModel:
         started = perf_counter()
         options = self._options
+        manifest = bundle.manifest
 
         def spill(session: Session) -> bool:
             return self._spill(model, session)
 
-        try:
-            bundle = bundles.read(path)
-            manifest = bundle.manifest
-            backend = open_backend(bundle, device, options.engine)
-            parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
-            traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
-            limits = _session_limits(backend, manifest, options)
-            is_verified = partial(self._is_verified, manifest.name)
-            scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
-            engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
-        except DeviceUnavailable:
-            raise
-        except Exception as error:  # whatever is wrong with one bundle must not stop the others
-            raise ModelRefused(f"{path} is refused: {error}") from error
+        backend = open_backend(bundle, device, options.engine)
+        parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
+        traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
+        limits = _session_limits(backend, manifest, options)
+        is_verified = partial(self._is_verified, manifest.name)
+        scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
+        engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
+        on_error.callback(engine.close)
         parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
         precision = options.engine.precision if manifest.precision == "float32" else manifest.precision
         serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
-        try:
-            curve = _warm_up(engine, manifest, options.scheduler)
-        except ModelRefused:
-            engine.close()
-            raise
+        curve = _warm_up(engine, bundle, options.scheduler)
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
         thread = EngineThread(engine, executor, curve.seconds)
@@ -167,13 +187,14 @@ def _session_limits(backend: DeviceBackend, manifest: Manifest, options: ModelOp
     return replace(options.sessions, capacity=max(1, rows))
 
 
-def _warm_up(engine: Engine, manifest: Manifest, limits: SchedulerLimits) -> Curve:
-    """Measure what calls on the scratch row cost."""
+def _warm_up(engine: Engine, bundle: Bundle, limits: SchedulerLimits) -> Curve:
+    """Measure what calls on the scratch row cost, with inputs that the model takes: not every model takes zeros."""
+    golden = [bundle.golden.inputs[spec.name] for spec in bundle.manifest.inputs]
 
     def run(rows: int, steps: int) -> None:
-        inputs = tuple(np.zeros((rows, steps, *spec.shape), spec.numpy) for spec in manifest.inputs)
+        inputs = tuple(np.resize(array[:1], (rows, steps, *array.shape[2:])) for array in golden)
         _, failed = engine.run(PlainRows(inputs, [steps] * rows, [INITIAL] * rows, [SCRATCH] * rows))
-        if failed:
-            raise ModelRefused(f"{manifest.name}:{manifest.version} cannot run a batch of {rows}: {failed[0].message}")
+        if failures := [error for error in failed.values() if not isinstance(error, NonFiniteOutput)]:
+            raise ModelRefused(f"it cannot run a batch of {rows}: {failures[0].message}")
 
     return measure(run, limits.max_batch, limits.piece_steps, limits.max_batch_steps)

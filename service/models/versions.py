@@ -2,16 +2,25 @@
 
 from collections.abc import Iterator, Sequence
 
-from unroll.service.core.errors import ModelChanged, ModelUnknown
+from unroll.service.core.errors import ModelChanged, ModelUnavailable, ModelUnknown
 from unroll.service.models.served_model import ServedModel
+
+#: Bundles that cannot be served, by name and version: why.
+Refusals = dict[tuple[str, str], str]
 
 
 class ModelVersions:
-    """An index over the loaded versions; with several devices, each version is there once per device."""
+    """An index over the loaded versions; with several devices, each version is there once per device.
+
+    Attributes:
+        refused: Bundles of the repository that are not served as they are there. The version is empty if the model's
+            folder cannot be listed.
+    """
 
     def __init__(self) -> None:
         self._models: list[ServedModel] = []  # by name, newest version last
         self._by_name: dict[str, list[ServedModel]] = {}  # newest version first
+        self.refused: Refusals = {}
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
@@ -49,6 +58,7 @@ class ModelVersions:
 
         Raises:
             ModelUnknown: There is no such model.
+            ModelUnavailable: Its bundles are refused.
         """
         found: dict[str, ServedModel] = {}
         for model in reversed(self.of(name)):
@@ -56,6 +66,7 @@ class ModelVersions:
             if not model.retired and (other is None or model.current_load < other.current_load):
                 found[model.version] = model
         if not found:
+            self._raise_if_refused(name)
             raise ModelUnknown(f"no model {name!r}; available: {self.names()}")
         return list(found.values())
 
@@ -64,6 +75,7 @@ class ModelVersions:
 
         Raises:
             ModelUnknown: There is no such model or version.
+            ModelUnavailable: Its bundle is refused.
         """
         available = self.available(name)
         if version is None:
@@ -71,22 +83,30 @@ class ModelVersions:
         for model in available:
             if model.version == version:
                 return model
+        self._raise_if_refused(name, version)
         raise ModelUnknown(f"model {name!r} has versions {[model.version for model in available]}, not {version!r}")
 
     def with_digest(self, name: str, digest: str) -> ServedModel | None:
-        """The version with this digest, retired or not, on its least loaded device."""
+        """The version with this digest, preferably not retired, on its least loaded device."""
         found = [model for model in self.of(name) if model.manifest.digest == digest]
-        return min(found, key=lambda model: model.current_load, default=None)
+        return min(found, key=lambda model: (model.retired, model.current_load), default=None)
 
     def home(self, name: str, session_id: str, digest: str) -> ServedModel:
         """Where a session of the version with this digest continues.
 
         Raises:
             ModelChanged: The version is not served here.
+            ModelUnavailable: The same, but a bundle of the model is refused, which may be that version.
         """
         if (model := self.with_digest(name, digest)) is None:
+            self._raise_if_refused(name)
             raise ModelChanged(f"session {session_id!r} runs on a version of {name!r} that is no longer served here")
         return model
+
+    def _raise_if_refused(self, name: str, version: str | None = None) -> None:
+        for (refused, its_version), why in self.refused.items():
+            if refused == name and (not its_version or version in (None, its_version)):
+                raise ModelUnavailable(f"version {its_version or '?'} of model {name!r} is not served: {why}")
 
     def successor(self, name: str, digest: str) -> ServedModel | None:
         """Who remembers sessions of the version with this digest: itself, else the newest version."""

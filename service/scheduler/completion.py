@@ -85,7 +85,7 @@ class Completion:
             progress.position = reply.position
             session.source = session.slot
             if session.applied is not None or chunk.length > 1 or chunk.final:
-                self._replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
+                reply.kept = self._replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         self._answer(chunk, reply, now)
         if chunk.final and session is not None and session.life is OPEN:
             self.close(session, now, self._replay.applied_chunks(session)[-1] if chunk.pinned else None)
@@ -107,10 +107,12 @@ class Completion:
         pending, progress.pending = progress.pending or [], None
         self.fail(chunk, error, now)
         for work in pending:
-            if isinstance(work, Chunk) and work.outcome is None:
-                self.fail(work, error, now)
-            elif isinstance(work, Action):
+            if isinstance(work, Action):
                 work.answer(error)
+                continue
+            assert isinstance(work, Chunk), "groups are never pending"
+            if work.outcome is None:
+                self.fail(work, error, now)
 
     def fail(self, chunk: Chunk, error: UnrollError, now: float) -> None:
         """Answer the chunk with an error; a session that it opened is closed, and what comes after it is renumbered."""

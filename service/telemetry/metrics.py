@@ -12,6 +12,10 @@ SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
+#: Of a reason in a label; the log has all of it.
+_REASON_CHARACTERS = 300
+
+
 class Histogram:
     """Counts of values up to each bound, and their sum."""
 
@@ -74,6 +78,7 @@ HELP = {
     "unroll_batch_rows": "Rows in a call of the model.",
     "unroll_batch_seconds": "Duration of a call of the model.",
     "unroll_sessions_spilled": "Memory sessions without a row, in host memory.",
+    "unroll_bundle_refused": "1 for each bundle of the repository that cannot be served, with the reason.",
     "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
     "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
@@ -87,11 +92,13 @@ class Collector:
         requests: Mapping[str, RequestFigures],
         streams: Sized,
         spilled: Sized,
+        refused: Callable[[], Mapping[tuple[str, str], str]],
     ) -> None:
         self._models = models
         self._requests = requests
         self._streams = streams
         self._spilled = spilled
+        self._refused = refused
 
     def exposition(self) -> bytes:
         """The text of a scrape."""
@@ -103,6 +110,9 @@ class Collector:
         families: dict[str, Metric] = {}
         for name, some in (("unroll_streams", self._streams), ("unroll_sessions_spilled", self._spilled)):
             _family(families, GaugeMetricFamily, name, []).add_metric([], len(some))
+        for (name, version), why in self._refused().items():
+            family = _family(families, GaugeMetricFamily, "unroll_bundle_refused", ["model", "version", "reason"])
+            family.add_metric([name, version, why[:_REASON_CHARACTERS]], 1)
         for model in self._models():
             own = [model.name, model.version, model.device]
             for name, value in model.gauges.items():

@@ -2,12 +2,14 @@
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame, apply_mask  # type: ignore[attr-defined]  # the compiled one, if it is there
 from websockets.http11 import Request
+from websockets.server import ServerProtocol
+from websockets.streams import StreamReader
 
 from unroll.service.core import failpoints
 
@@ -72,11 +74,36 @@ class DirectLink:
             self.closed.set_result(None)
 
 
+class _Reader(StreamReader):
+    """between_frames: the library's parser waits for the first byte of a frame."""
+
+    between_frames = False
+
+    def at_eof(self) -> Generator[None, None, bool]:
+        """The parser asks this between frames, and nowhere else."""
+        self.between_frames = True
+        ended = yield from super().at_eof()
+        self.between_frames = False
+        return ended
+
+
+class _Parser(ServerProtocol):
+    reader: _Reader
+
+    def parse(self) -> Generator[None]:
+        self.reader = _Reader()
+        yield from super().parse()
+
+
 class StreamProtocol(WebSocketsSansIOProtocol):
     """Offers its connection as a `DirectLink`, and behaves as uvicorn's protocol until that is attached."""
 
+    conn: _Parser
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = _Parser(max_size=self.config.ws_max_size, logger=self.logger)
+        self.conn.debug = False  # else it logs the headers
         self._direct = DirectLink(self)
 
     def handle_connect(self, event: Request) -> None:
@@ -88,6 +115,9 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         taken = self._deliver_whole_messages(data) if self._direct.on_binary is not None else 0
         if taken < len(data):
             super().data_received(data[taken:] if taken else data)
+            if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn looks at requests only
+                self.transport.write(b"".join(self.conn.data_to_send()))
+                self.transport.close()
 
     def _deliver_whole_messages(self, data: bytes) -> int:
         """Deliver the complete binary messages at the front of the data; returns their size in bytes.
@@ -96,7 +126,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         else: only masked, unfragmented, complete binary messages are handled here.
         """
         conn, taken = self.conn, 0
-        if conn.reader.buffer or conn.current_size is not None:  # the library is inside a message
+        if not conn.reader.between_frames or conn.current_size is not None:  # inside a frame, or between fragments
             return 0
         while len(data) - taken >= _MIN_MASKED_BYTES and data[taken] == _FIN_BINARY and not self.close_sent:
             size, begin = data[taken + 1] - _MASKED, taken + 6

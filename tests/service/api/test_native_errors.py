@@ -61,6 +61,7 @@ MET = {
     "input_out_of_range": "test_native_inputs.test_wrong_tokens",
     "non_finite_output": "test_native_inputs.test_an_answer_that_is_not_finite",
     "model_unknown": "test_native_inputs.test_paths",
+    "model_unavailable": "test_refused_bundles.test_who_asks_for_a_refused_version_is_told_why",
     "session_unknown": "test_native_inputs.test_paths",
     "snapshot_invalid": "test_native_sessions.test_a_damaged_snapshot_is_refused_and_changes_nothing",
     "not_streamable": "test_native_sessions.test_a_model_that_needs_whole_sequences",

@@ -11,7 +11,8 @@ import httpx
 import numpy as np
 import pytest
 import wire
-from serving import RAW, Oracle, Running, Serve
+from damage import describe, vectors
+from serving import RAW, Oracle, Running, Serve, raw_steps
 from waiting import until
 
 from unroll import bundle
@@ -62,7 +63,7 @@ async def opened(http: httpx.AsyncClient, model: str = "gru", **body: object) ->
 
 
 async def step(http: httpx.AsyncClient, session: str, x: np.ndarray) -> np.ndarray:
-    answer = await http.post(f"{session}/steps", content=x.tobytes(), headers=RAW)
+    answer = await http.post(f"{session}/steps", content=x.tobytes(), headers=raw_steps(x))
     assert answer.status_code == 200, answer.text
     return np.frombuffer(answer.content, "<f4").reshape(-1, 2)
 
@@ -159,6 +160,30 @@ async def test_a_version_is_replaced_in_place(
     assert np.array_equal(await step(http, await opened(http), X[:5]), oracle("gru", "2")(X[:5]))
     refused = await http.post("/v1/models/gru/sessions", content=saved, headers=RAW)
     assert (refused.status_code, refused.json()["code"]) == (409, "model_changed")
+
+
+@pytest.mark.parametrize("changed", ["manifest", "golden vectors"])
+async def test_a_bundle_is_loaded_again_if_any_of_its_files_changed(
+    running: Running, http: httpx.AsyncClient, shelf: Path, oracle: Oracles, changed: str
+) -> None:
+    """A session stays where it began, and its snapshots are of the same weights as before."""
+    session = await opened(http)
+    first = await step(http, session, X[:3])
+    saved = (await http.get(f"{session}/state")).content
+    path = shelf / "gru" / "1"
+    if changed == "manifest":
+        describe(path, tools={"by hand": "1"})
+    else:
+        vectors("chunking.0", lambda chunks: chunks[::-1])(path)
+    await rescanned(running, [("1", True), ("1", False)])
+    assert np.array_equal(np.concatenate([first, await step(http, session, X[3:5])]), oracle("gru", "1")(X[:5]))
+    other = await http.post("/v1/models/gru/sessions", content=saved, headers=RAW)
+    assert other.status_code == 201, other.text
+    second = await step(http, f"/v1/models/gru/sessions/{other.json()['session_id']}", X[3:5])
+    assert np.array_equal(np.concatenate([first, second]), oracle("gru", "1")(X[:5]))
+    await http.delete(session)
+    await asyncio.to_thread(running.rescan_now)
+    assert versions(running) == [("1", False)]
 
 
 @pytest.mark.parametrize("signed", [False, True], ids=["damaged", "no model at all"])

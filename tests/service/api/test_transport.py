@@ -1,53 +1,17 @@
 """HTTP as clients may send it, not only as they usually do: the short way and FastAPI's answer alike."""
 
 import itertools
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
 import numpy as np
 import pytest
+from raw_http import STEP, Answer, Wire, request
 from serving import RAW, Running
-from waiting import PATIENCE, until
-
-STEP = np.float32([[0.1, -0.2, 0.3]])
+from waiting import until
 
 _ids = itertools.count()
-
-
-class Wire:
-    """A connection on which requests are bytes."""
-
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-        self._received = b""
-
-    def send(self, *parts: bytes) -> None:
-        for part in parts:
-            self.socket.sendall(part)
-
-    def answer(self) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers by lower-case name, and body of the next answer."""
-        while b"\r\n\r\n" not in self._received:
-            self._received += self._more()
-        head, _, rest = self._received.partition(b"\r\n\r\n")
-        status, *lines = head.decode().split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in lines)
-        length = int(headers["content-length"])
-        while len(rest) < length:
-            rest += self._more()
-        self._received = rest[length:]
-        return int(status.split()[1]), headers, rest[:length]
-
-    def closed(self) -> bool:
-        """Has the server closed it, and sent nothing more?"""
-        return self._received == self.socket.recv(1) == b""
-
-    def _more(self) -> bytes:
-        data = self.socket.recv(65536)
-        assert data, f"closed after {self._received!r}"
-        return data
 
 
 @pytest.fixture
@@ -65,14 +29,7 @@ def path(client: httpx.Client) -> str:
     return f"/v1/models/lstm/sessions/{session_id}/steps"
 
 
-def request(path: str, body: bytes = STEP.tobytes(), *headers: str, version: str = "1.1") -> bytes:
-    lines = [f"POST {path} HTTP/{version}", "Host: test", "Content-Type: application/octet-stream", *headers]
-    if not any(header.lower().startswith("transfer-encoding") for header in headers):
-        lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join([*lines, "\r\n"]).encode() + body
-
-
-def reached(answer: tuple[int, dict[str, str], bytes]) -> int:
+def reached(answer: Answer) -> int:
     status, headers, _ = answer
     assert status == 200, answer
     return int(headers["unroll-position"])

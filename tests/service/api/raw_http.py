@@ -1,0 +1,64 @@
+"""HTTP by hand: requests as bytes, for what no client library can be made to send."""
+
+import socket
+
+import numpy as np
+from waiting import PATIENCE
+
+STEP = np.float32([[0.1, -0.2, 0.3]])
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class Wire:
+    """A connection on which requests are bytes."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each part leaves at once
+        self._received = b""
+
+    def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self.socket.sendall(part)
+
+    def end(self) -> None:
+        """Send no more; still read."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Status and headers, by lower-case name, of the next answer."""
+        while b"\r\n\r\n" not in self._received:
+            self._received += self._more()
+        head, _, self._received = self._received.partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        return int(status.split()[1]), dict(line.lower().split(": ", 1) for line in lines)
+
+    def answer(self, *, to_head: bool = False) -> Answer:
+        """Status, headers by lower-case name, and body of the next answer. to_head: it has none."""
+        status, headers = self.head()
+        bare = to_head or status == 204 or status < 200
+        return status, headers, self.exactly(0 if bare else int(headers["content-length"]))
+
+    def exactly(self, size: int) -> bytes:
+        """As many of the next bytes."""
+        while len(self._received) < size:
+            self._received += self._more()
+        taken, self._received = self._received[:size], self._received[size:]
+        return taken
+
+    def closed(self) -> bool:
+        """Has the server closed it, and sent nothing more?"""
+        return self._received == self.socket.recv(1) == b""
+
+    def _more(self) -> bytes:
+        data = self.socket.recv(65536)
+        assert data, f"closed after {self._received!r}"
+        return data
+
+
+def request(path: str, body: bytes = STEP.tobytes(), *headers: str, version: str = "1.1") -> bytes:
+    lines = [f"POST {path} HTTP/{version}", "Host: test", "Content-Type: application/octet-stream", *headers]
+    if not any(header.lower().startswith("transfer-encoding") for header in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "\r\n"]).encode() + body

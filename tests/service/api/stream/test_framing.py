@@ -1,0 +1,138 @@
+"""Frames of WebSocket however TCP cuts them: the header here, the payload there, several of them at once."""
+
+import json
+import struct
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from raw_http import Wire
+from serving import Oracle, Running
+from streams import Reply, frame, replies
+
+TEXT, BINARY, CONTINUATION, PING, PONG = 0x81, 0x82, 0x80, 0x89, 0x8A
+MASK = bytes.fromhex("37fa213d")
+
+
+def masked(first: int, payload: bytes, mask: bytes = MASK) -> bytes:
+    """A client's frame. first: its first byte, FIN and the opcode."""
+    size = len(payload)
+    if size < 126:
+        head = struct.pack("!BB", first, 0x80 | size)
+    elif size < 1 << 16:
+        head = struct.pack("!BBH", first, 0x80 | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, 0x80 | 127, size)
+    pad = np.frombuffer((mask * (size // 4 + 1))[:size], np.uint8)
+    return head + mask + (np.frombuffer(payload, np.uint8) ^ pad).tobytes()
+
+
+class RawStream:
+    """One session on one stream, whose client chooses what the server reads at once."""
+
+    def __init__(self, running: Running, oracle: Oracle) -> None:
+        self._manifest = oracle.manifest
+        self._wire = Wire(running.port)
+        self._other = Wire(running.port)
+        self._wire.send(
+            b"GET /v1/models/lstm/stream HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert self._wire.head()[0] == 101
+        self._wire.send(masked(TEXT, json.dumps({"op": "open", "sessions": [{"handle": 0, "depth": 16}]}).encode()))
+        assert self.message()[0] == TEXT
+
+    def send(self, first: bytes, *segments: bytes) -> None:
+        """The server has read each before the next is sent: it answers another connection in between, in a task."""
+        self._wire.send(first)
+        for segment in segments:
+            self._other.send(b"GET /livez HTTP/1.1\r\nHost: test\r\n\r\n")
+            self._other.answer()
+            self._wire.send(segment)
+
+    def message(self) -> tuple[int, bytes]:
+        """The first byte of the next message from the server, and its payload."""
+        first, size = self._wire.exactly(2)
+        if size == 126:
+            (size,) = struct.unpack("!H", self._wire.exactly(2))
+        elif size == 127:
+            (size,) = struct.unpack("!Q", self._wire.exactly(8))
+        return first, self._wire.exactly(size)
+
+    def reply(self) -> Reply:
+        first, payload = self.message()
+        assert first == BINARY, payload
+        (reply,) = replies(self._manifest, payload)
+        return reply
+
+    def close(self) -> None:
+        self._wire.socket.close()
+        self._other.socket.close()
+
+
+@pytest.fixture
+def stream(server: Running, oracle: Any) -> Iterator[RawStream]:
+    stream = RawStream(server, oracle("lstm"))
+    yield stream
+    stream.close()
+
+
+def test_frames_whose_masked_payload_begins_with_any_byte(stream: RawStream, x: np.ndarray) -> None:
+    """A payload that looks like the header of a frame is none."""
+    step = frame((0, None, x[:1]))
+    for first in range(256):
+        sent = masked(BINARY, step, bytes([step[0] ^ first, step[1] ^ 0x85, 0, 0]))
+        stream.send(sent[:6], sent[6:])
+        assert stream.reply().position == first + 1
+
+
+@pytest.mark.parametrize("steps", [1, 12, 6000])
+def test_a_frame_cut_at_every_byte_of_its_header_and_beyond(stream: RawStream, x: np.ndarray, steps: int) -> None:
+    """Lengths of 7, 16 and 64 bits."""
+    chunk = np.resize(x, (steps, 3))
+    sent = masked(BINARY, frame((0, None, chunk)), bytes([0x83, 0xFF, 0x21, 0x3D]))  # payload: 82 ff 21 3d …
+    cuts = range(1, min(len(sent), 60))
+    for number, cut in enumerate(cuts, 1):
+        stream.send(sent[:cut], sent[cut:])
+        assert stream.reply().position == number * steps
+
+
+def test_a_conversation_cut_at_every_byte(stream: RawStream, x: np.ndarray) -> None:
+    """Fragments with a ping between them, two frames, a text message, and a pong, in one piece and in any two."""
+    step = frame((0, None, x[:1]))
+    sent = b"".join(
+        [
+            masked(BINARY & 0x7F, step[:5]),
+            masked(PING, b"\x82\x85"),
+            masked(CONTINUATION & 0x7F, step[5:9]),
+            masked(CONTINUATION, step[9:]),
+            masked(BINARY, step) * 2,
+            masked(TEXT, b'{"op": "detach", "handles": [7]}'),
+            masked(PONG, b"\x82"),
+            masked(BINARY, step),
+        ]
+    )
+    before = 0
+    for cut in range(len(sent)):
+        stream.send(*filter(None, (sent[:cut], sent[cut:])))
+        got: list[tuple[int, bytes]] = []
+        while before < 4 * (cut + 1):
+            got.append(stream.message())
+            if got[-1][0] == BINARY:
+                before += len(replies(stream._manifest, got[-1][1]))
+        assert [payload for first, payload in got if first == PONG] == [b"\x82\x85"]
+        (error,) = [json.loads(payload) for first, payload in got if first == TEXT]
+        assert error["handle"] == 7
+
+
+def test_outputs_do_not_depend_on_the_cuts(stream: RawStream, oracle: Any, x: np.ndarray) -> None:
+    sent = b"".join(masked(BINARY, frame((0, None, x[i : i + 1])), bytes([0x83, i, 2, 3])) for i in range(len(x)))
+    stream.send(*(sent[begin:end] for begin, end in pairwise([*range(0, len(sent), 7), len(sent)])))
+    got: list[np.ndarray] = []
+    while len(got) < len(x):
+        first, payload = stream.message()
+        assert first == BINARY, payload
+        got += [reply.outputs[0] for reply in replies(stream._manifest, payload)]
+    assert np.concatenate(got).tobytes() == oracle("lstm")(x).tobytes()

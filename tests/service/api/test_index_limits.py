@@ -1,0 +1,98 @@
+"""Integers that index a table: what the model does not take is refused, wherever forward uses it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from problems import assert_problem
+from serving import Oracle, Running, Serve
+from torch import Tensor, nn
+from torch.nn import functional
+
+import unroll
+
+#: A step that the model takes.
+GOOD = {"token": 8, "kind": 3, "any": 3, "pair": [8, 4], "month": 12}
+
+
+class Tables(nn.Module):
+    """A loop whose step looks up tables in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.others, self.months = nn.Embedding(9, 6), nn.Embedding(5, 6), nn.Embedding(12, 6)
+        self.kinds, self.update = nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, token: Tensor, kind: Tensor, any: Tensor, pair: Tensor, month: Tensor) -> Tensor:
+        h, outs = torch.zeros(token.shape[0], 6), []
+        for t in range(token.shape[1]):
+            step = self.tokens(token[:, t].int().reshape(-1, 1)).squeeze(1)
+            step = step + self.kinds(functional.one_hot(kind[:, t], 4).float())
+            step = step + self.tokens(any[:, t].clamp(0, 8)) + self.months(month[:, t] - 1)
+            step = step + self.tokens(pair[:, t, 0]) + self.others(pair[:, t, 1])
+            h = torch.tanh(step + self.update(h) * h)
+            outs.append(h)
+        return torch.stack(outs, 1)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables")
+    example = {name: torch.randint(0, limit, (3, 8)) for name, limit in (("token", 9), ("kind", 4), ("any", 9))}
+    example |= {"pair": torch.randint(0, 5, (3, 8, 2)), "month": torch.randint(1, 13, (3, 8))}
+    unroll.export(Tables().eval(), example, name="tables", repository=path)
+    return path
+
+
+@pytest.fixture
+def http(serve: Serve, tables: Path) -> Iterator[httpx.Client]:
+    running: Running = serve(repository=tables)
+    with httpx.Client(base_url=f"{running.url}/v1/models/tables") as client:
+        yield client
+
+
+def test_limits_are_found_inside_a_loop(tables: Path) -> None:
+    limits = {spec.name: spec.limit for spec in Oracle(tables, "tables").manifest.inputs}
+    assert limits == {"token": 9, "kind": 4, "any": None, "pair": None, "month": None}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"token": -1}, "input_out_of_range"),
+        ({"token": -20}, "input_out_of_range"),
+        ({"token": 999}, "input_out_of_range"),
+        ({"kind": 4}, "input_out_of_range"),
+        # The manifest has one limit for both elements and none from below: the graph itself checks these.
+        ({"pair": [-1, 0]}, "non_finite_output"),
+        ({"pair": [0, 5]}, "non_finite_output"),
+        ({"pair": [9, 0]}, "non_finite_output"),
+        ({"month": 0}, "non_finite_output"),
+        ({"month": 13}, "non_finite_output"),
+    ],
+)
+def test_an_index_outside_its_table_is_refused(http: httpx.Client, wrong: dict, code: str) -> None:
+    path = f"/sessions/{http.post('/sessions').json()['session_id']}"
+    http.post(f"{path}/steps", json={"inputs": {name: [value] for name, value in GOOD.items()}}).raise_for_status()
+    before = http.get(f"{path}/state").content
+    steps = {name: [GOOD[name], wrong.get(name, GOOD[name])] for name in GOOD}
+    assert_problem(http.post(f"{path}/steps", json={"inputs": steps}), 422, code)
+    assert http.get(f"{path}/state").content == before
+
+
+def test_an_index_outside_its_table_leaves_the_rest_of_the_batch(tables: Path) -> None:
+    session = onnxruntime.InferenceSession(tables / "tables/1/model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {name: np.array([[value] * 2] * 3) for name, value in GOOD.items()}
+    feeds |= {"state": np.zeros((3, 6), np.float32), "sequence_lens": np.array([2, 2, 1], np.int32)}
+    right = session.run(["y", "state_out"], feeds)
+    feeds["pair"][1:, 1] = [0, 5]  # within the second sequence, after the end of the third
+    y, after = session.run(["y", "state_out"], feeds)
+    assert np.isnan(y[1]).all()
+    assert np.isnan(after[1]).all()
+    for found, expected in zip((y, after), right, strict=True):
+        assert np.array_equal(found[0], expected[0])
+        assert np.array_equal(found[2].ravel()[:6], expected[2].ravel()[:6])
