@@ -12,7 +12,7 @@ import pytest
 import wire as open_inference
 from problems import assert_problem
 from raw_http import STEP, Wire, request
-from serving import RAW, Oracle, Serve
+from serving import RAW, Oracle, Running, Serve, raw_steps
 
 
 def bare_deflate(content: bytes) -> bytes:
@@ -50,14 +50,14 @@ def test_every_route_with_a_body(client: httpx.Client, post: Post, oracle: Calla
     text = {"Content-Type": "application/json"}
     name = post("/v1/models/lstm/sessions", b'{"durability": "memory"}', text).json()["session_id"]
     session = f"/v1/models/lstm/sessions/{name}"
-    assert post(f"{session}/steps", x[:3].tobytes(), RAW).content == expected[:3].tobytes()
+    assert post(f"{session}/steps", x[:3].tobytes(), raw_steps(x[:3])).content == expected[:3].tobytes()
     body = json.dumps({"inputs": x[3:].tolist()}).encode()
     assert np.array_equal(np.float32(post(f"{session}/steps", body, text).json()["outputs"]), expected[3:])
     fork = post(f"{session}/fork", b"{}", text).json()
     assert fork["position"] == 5
     snapshot = client.get(f"{session}/state").content
     assert post(f"{session}/state", snapshot, RAW, method="PUT").json()["position"] == 5
-    assert post("/v1/models/lstm/sequences", x.tobytes(), RAW).content == expected.tobytes()
+    assert post("/v1/models/lstm/sequences", x.tobytes(), raw_steps(x)).content == expected.tobytes()
     for binary in (True, False):
         made = open_inference.body({"x": x[np.newaxis]}, binary=binary)
         answer = post("/v2/models/lstm/infer", made.content, made.headers)
@@ -66,7 +66,7 @@ def test_every_route_with_a_body(client: httpx.Client, post: Post, oracle: Calla
 
 @pytest.mark.parametrize("extra", [[], ["Expect: 100-continue"]], ids=["short way", "framework"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_either_way_through_the_server(server, extra: list[str], chunked: bool) -> None:
+def test_either_way_through_the_server(server: Running, extra: list[str], chunked: bool) -> None:
     body, headers = gzip.compress(STEP.tobytes()), ["Content-Encoding: gzip", *extra]
     if chunked:
         body, headers = (
