@@ -109,6 +109,27 @@ def test_a_crash(start_process: StartProcess) -> None:
     assert "a crash" in next(str(line) for line in process.log if line["event"] == "crashed")
 
 
+#: The server, whose shutdown fails at its last step.
+UNSTOPPABLE = """
+import sys
+from unroll.service.models.repository import ModelRepository
+from unroll.service.serve import main
+
+def fail(self):
+    raise RuntimeError("a failure at the end")
+
+ModelRepository.shut_down = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stop_that_fails_is_no_success(start_process: StartProcess) -> None:
+    process = start_process(program=("-c", UNSTOPPABLE))
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 1
+    assert "a failure at the end" in str(process.log)
+
+
 #: The server on a system that has neither Linux's scheduler calls nor /proc, such as macOS.
 NOT_LINUX = """
 import io, os, sys
