@@ -193,7 +193,7 @@ def raw_sequences(launch: Launch, reference: Reference, length: int) -> Subject:
     path = f"/v1/models/{reference.name}/sequences"
 
     def client(n: int) -> Client:
-        return http_client([post(path, reference.sequences(length)[n].tobytes())], n)
+        return http_client([post(path, reference.sequences(length)[n].tobytes(), {"unroll-steps": str(length)})], n)
 
     def check(client: Client) -> None:
         found = _floats(client.last[0])

@@ -42,9 +42,10 @@ class Client:
         opened = json.loads(self.exchange("POST", f"/v1/models/{model}/sessions")[0])
         return RemoteSession(self, f"/v1/models/{model}/sessions/{quote(opened['session_id'])}")
 
-    def sequence(self, model: str, values: bytes) -> bytes:
-        """Run one whole sequence; values and outputs are raw little-endian."""
-        return self.exchange("POST", f"/v1/models/{model}/sequences", values, {"Content-Type": RAW})[0]
+    def sequence(self, model: str, values: bytes, count: int) -> bytes:
+        """Run one whole sequence of `count` time steps; values and outputs are raw little-endian."""
+        headers = {"Content-Type": RAW, "Unroll-Steps": str(count)}
+        return self.exchange("POST", f"/v1/models/{model}/sequences", values, headers)[0]
 
     def exchange(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
@@ -92,10 +93,10 @@ class RemoteSession:
             if kind is None:  # otherwise the first error matters more
                 raise
 
-    def steps(self, values: bytes, position: int | None = None) -> bytes:
-        """Send T >= 1 time steps from `position` (default: the current one). Safe to retry: applied once."""
+    def steps(self, values: bytes, count: int = 1, position: int | None = None) -> bytes:
+        """Send `count` time steps from `position` (default: the current one). Safe to retry: applied once."""
         start = self.position if position is None else position
-        headers = {"Content-Type": RAW, "Unroll-Position": str(start)}
+        headers = {"Content-Type": RAW, "Unroll-Position": str(start), "Unroll-Steps": str(count)}
         outputs, answered = self._client.exchange("POST", f"{self._path}/steps", values, headers)
         self.position = int(answered["Unroll-Position"])
         return outputs

@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
             with client.open_session(MODEL) as session:
                 streamed = stream(session, example, quick=options.quick)
                 _retry(session, example, streamed)
-            whole = client.sequence(MODEL, _raw(example.series.ppm))
+            whole = client.sequence(MODEL, _raw(example.series.ppm), len(example.series.ppm))
     except (DemoFailed, ServerError) as error:
         print(f"unroll demo: {error}", file=sys.stderr)
         return 1
@@ -143,7 +143,7 @@ def stream(session: RemoteSession, example: Example, *, quick: bool = False) -> 
     forecasts = np.empty(len(ppm), np.float32)
     head = max(0, len(ppm) - QUICK_WEEKS) if quick else 0
     if head:
-        forecasts[:head] = np.frombuffer(session.steps(_raw(ppm[:head])), "<f4")
+        forecasts[:head] = np.frombuffer(session.steps(_raw(ppm[:head]), head), "<f4")
     print(
         f"CO₂ at Mauna Loa, week by week from {example.series.dates[head]}; each forecast was made the week before.\n"
     )

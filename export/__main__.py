@@ -11,13 +11,17 @@ from unroll.export.exporter import export
 from unroll.export.loading import programs
 from unroll.export.loading.checkpoints import from_checkpoint
 from unroll.export.loading.example_inputs import InputSpec, StateSpec, examples
-from unroll.export.loading.user_code import from_factory, importable
+from unroll.export.loading.user_code import check_not_random, from_factory, importable
+from unroll.export.loading.weight_files import check_script
 from unroll.export.report import Report
 
 _USAGE = """unroll export MODULE:FACTORY [--weights FILE] --input NAME:DTYPE:SHAPE ... --name NAME --repository DIR
        unroll export FILE.py:FACTORY [--weights FILE] --input NAME:DTYPE:SHAPE ... --name NAME --repository DIR
        unroll export SCRIPT.pt --input NAME:DTYPE:SHAPE ... --repository DIR [--name NAME]
        unroll export CHECKPOINT --repository DIR [--name NAME]"""
+
+#: Names of files that are no stem of a checkpoint, even where there is no such file.
+_PROGRAMS = {".pt", ".pth", ".ts", ".jit", ".pt2", ".ckpt", ".bin"}
 
 
 def main(argv: list[str]) -> int:
@@ -65,14 +69,17 @@ def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     described = options.input, options.static, options.state
     if ":" in options.model:
         example = examples(*described)
-        return from_factory(options.model, options.weights), example
-    suffix = Path(options.model).suffix
-    if suffix == ".py":
-        raise ExportError(
-            "checkpoint", f"{options.model}: name the class or function to call, as {options.model}:FACTORY"
-        )
-    if suffix in programs.SUFFIXES:
-        return programs.load(Path(options.model)), examples(*described)
+        module = from_factory(options.model, options.weights, say=print)
+        if not options.random_weights:
+            check_not_random(options.model, options.weights, module)
+        return module, example
+    path = Path(options.model)
+    if path.suffix == ".py":
+        raise ExportError("checkpoint", f"{path}: name the class or function to call, as {path}:FACTORY")
+    is_checkpoint = path.suffix in {"", ".safetensors"} and path.with_suffix(".json").is_file()
+    if not is_checkpoint and (path.is_file() or path.suffix in _PROGRAMS):
+        check_script(path)
+        return programs.load(path), examples(*described)
     if options.weights or any(described):
         raise ExportError(
             "checkpoint",
@@ -90,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         "a TorchScript file, or the stem of a checkpoint NAME.safetensors + NAME.json",
     )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="weights: safetensors, or a file of torch.save")
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="export a model whose weights are random numbers, for a trial; without this it is refused",
+    )
     parser.add_argument(
         "--input",
         action="append",

@@ -1,5 +1,6 @@
 """ExportError, the only error that export raises on purpose, and all its codes."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -43,13 +44,24 @@ class ExportError(Exception):
         self.code: Code = code
 
 
+#: What a terminal takes for a colour.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+#: Characters of another error's message: whole sentences, and at least one.
+_MESSAGE = 200
+
+
 def first_line(error: BaseException) -> str:
-    """The root cause of `error` in one short line."""
+    """The root cause of `error` in one line: the first sentences of its message."""
     while (cause := error.__cause__) is not None:
         error = cause
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else ""
-    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
+    line = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
+    first, *others = re.split(r"(?<=[.!?])\s+", line)
+    for sentence in others:
+        if len(first) + len(sentence) >= _MESSAGE:
+            break
+        first = f"{first} {sentence}"
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def attempt(what: str, run: Callable[[], Any]) -> Any:

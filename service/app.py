@@ -4,8 +4,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from pathlib import Path
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import structlog
@@ -16,8 +15,9 @@ from starlette.exceptions import HTTPException
 from unroll import __version__
 from unroll.service.api import health_routes, native_routes, open_inference_routes, statistics_routes
 from unroll.service.api.app_state import AppState
-from unroll.service.api.error_responses import open_inference_error, problem, problem_of, reason
-from unroll.service.api.request import Answer, Disconnected
+from unroll.service.api.error_responses import http_error, open_inference_error, problem
+from unroll.service.api.http_methods import HeadAsGet, allowed_methods
+from unroll.service.api.request import Disconnected
 from unroll.service.api.stream import endpoint
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
@@ -25,7 +25,6 @@ from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
 from unroll.service.models.loading import ModelLoader
 from unroll.service.models.repository import ModelRepository
 from unroll.service.models.versions import ModelVersions
-from unroll.service.protocol import json
 from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.sessions.durable import DurableSessions
 from unroll.service.sessions.in_memory import MemorySessions
@@ -33,6 +32,7 @@ from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.store.redis_store import RedisStore
+from unroll.service.store.state_file import StateFile
 
 _log = structlog.get_logger(__name__)
 
@@ -58,13 +58,21 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         state.ready, state.crashed = False, True
         signal.raise_signal(signal.SIGTERM)
 
-    try:
-        repository, models, sessions = _load(settings, clock, devices, crash)
-    except DeviceUnavailable as error:
-        if settings.device != "auto":
-            raise
-        _log.warning("device", devices=["cpu"], why=str(error))
-        repository, models, sessions = _load(settings, clock, ["cpu"], crash)
+    with ExitStack() as on_error:
+        state_file = None
+        if settings.state_file is not None:
+            state_file = StateFile(settings.state_file)
+            on_error.callback(state_file.close)
+        try:
+            repository, models, sessions = _load(settings, clock, devices, crash)
+        except DeviceUnavailable as error:
+            if settings.device != "auto":
+                raise
+            _log.warning("device", devices=["cpu"], why=str(error))
+            repository, models, sessions = _load(settings, clock, ["cpu"], crash)
+        if state_file is not None:
+            sessions.directory.spilled.load(state_file)
+        on_error.pop_all()
     keys = [key.get_secret_value().encode() for key in settings.snapshot_keys]
     state = AppState(
         models,
@@ -75,7 +83,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         SnapshotKeys(keys) if keys else None,
         shared_port,
     )
-    return _fastapi(state, lambda _: _lifespan(state, settings.state_file)), state
+    return _fastapi(state, lambda _: _lifespan(state, state_file)), state
 
 
 def _load(
@@ -91,14 +99,11 @@ def _load(
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
     repository = ModelRepository(settings.repository, models, loader, clock, crash, strict=settings.strict)
     repository.load_all()
-    if settings.state_file is not None and settings.state_file.exists():
-        read = spilled.load(settings.state_file)
-        _log.info("sessions read", path=str(settings.state_file), sessions=read)
     return repository, models, sessions
 
 
 @asynccontextmanager
-async def _lifespan(state: AppState, state_file: Path | None) -> AsyncIterator[None]:
+async def _lifespan(state: AppState, state_file: StateFile | None) -> AsyncIterator[None]:
     await state.sessions.start()
     running = [
         asyncio.create_task(state.repository.run(), name="repository"),
@@ -106,6 +111,8 @@ async def _lifespan(state: AppState, state_file: Path | None) -> AsyncIterator[N
     ]
     for task in running:
         task.add_done_callback(state.repository.watch)
+    if state_file is not None:
+        state_file.remove()
     state.ready = True
     yield
     # No client is connected and no request is in flight, unless the drain timed out.
@@ -115,8 +122,8 @@ async def _lifespan(state: AppState, state_file: Path | None) -> AsyncIterator[N
     await asyncio.wait(running)
     await state.sessions.finish()
     if state_file is not None:
-        written = state.sessions.directory.spilled.save(state_file)
-        _log.info("sessions written", path=str(state_file), sessions=written)
+        state.failed = not state.sessions.directory.spilled.save(state_file)
+        state_file.close()
     await state.sessions.stop()
     state.repository.shut_down()
 
@@ -127,8 +134,10 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
         version=__version__,
         summary="Stacked GRU/LSTM models: whole sequences, and streams whose state the server keeps.",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would repeat the client's Host header
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.add_middleware(HeadAsGet)
     app.include_router(native_routes.router(state))
     app.include_router(endpoint.router(state))
     app.include_router(statistics_routes.router(state))
@@ -145,14 +154,15 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
         return Response(status_code=499)  # the client has disconnected
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        code = reason(error.status_code)
-        answer = problem_of(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
-        if _is_v2(request):
-            body = json.dump({"error": str(error.detail), "code": code})
-            answer = Answer(error.status_code, b"application/json", body)
-        response = answer.response()
-        response.headers.update(error.headers or {})
+    async def refused(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = allowed_methods(app.routes, request.scope)
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        response = http_error(error.status_code, detail, _is_v2(request)).response()
+        response.headers.update(headers)
         return response
 
     return app

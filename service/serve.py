@@ -4,6 +4,7 @@ import gc
 import signal
 import sys
 from functools import partial
+from threading import Event
 
 import structlog
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from unroll.service.workers import Worker, supervise
 
 
 def main(argv: list[str]) -> int:
+    rescan = _catch_signals()
     worker = Worker.inherited()
     try:
         settings = Settings.from_arguments(argv)
@@ -49,11 +51,26 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, draining.handle_exit)
     signal.signal(signal.SIGHUP, lambda *_: state.repository.request_rescan())
+    if rescan.is_set():
+        state.repository.request_rescan()
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     draining.run(listeners)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a late signal must not change the exit status
-    return 1 if state.crashed else 0
+    return 1 if state.crashed or state.failed else 0
+
+
+def _catch_signals() -> Event:
+    """From now on SIGTERM ends the start in order, and SIGHUP sets the event that is returned."""
+    rescan = Event()
+
+    def end(*_: object) -> None:
+        raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGHUP, lambda *_: rescan.set())
+    return rescan
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,11 @@ from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import uvicorn_config
 
 RAW = {"Content-Type": "application/octet-stream"}
+
+
+def raw_steps(x: Sized) -> dict[str, str]:
+    """The headers of the raw bytes of x, (time, ...)."""
+    return {**RAW, "Unroll-Steps": str(len(x))}
 
 
 class _Announcing(DrainingServer):

@@ -134,7 +134,7 @@ def protocol() -> Iterator[Part]:
     x = np.random.default_rng(0).standard_normal((1, _FEATURES), np.float32)
     outputs = (x.copy(),)
     raw = x.tobytes()
-    yield Part("protocol: read raw bytes", 1, lambda: codec.from_raw(raw))
+    yield Part("protocol: read raw bytes", 1, lambda: codec.from_raw(raw, None))
     yield Part("protocol: write raw bytes", 1, lambda: codec.to_raw(outputs))
 
     text = json_protocol.dump({"inputs": x, "position": 7})

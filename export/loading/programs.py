@@ -25,9 +25,6 @@ _LAYERS: dict[Any, tuple[Any, dict[str, Any]]] = {
     torch.ops.aten.rnn_relu.input: (nn.RNN, {"nonlinearity": "relu"}),
 }
 
-#: Files that may hold a program.
-SUFFIXES = {".pt", ".pth", ".ts", ".pt2"}
-
 _OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 
@@ -47,16 +44,11 @@ def as_module(model: Any, example: dict[str, Any]) -> nn.Module:
 
 def load(path: Path) -> nn.Module:
     """A TorchScript file. Its operators run, and nothing in it is unpickled into Python objects."""
-    if path.suffix == ".pt2":
-        raise ExportError(
-            "checkpoint",
-            f"{path}: reading a .pt2 file can run code that is hidden in it; if you trust it, load it with "
-            "torch.export.load and give the program to unroll.export",
-        )
     try:
-        return torch.jit.load(path, map_location="cpu")
+        with quiet():
+            return torch.jit.load(path, map_location="cpu")
     except (RuntimeError, ValueError) as error:
-        raise ExportError("checkpoint", f"{path} is not a TorchScript file: {first_line(error)}") from error
+        raise ExportError("checkpoint", f"{path} is a damaged TorchScript file: {first_line(error)}") from error
 
 
 def _from_script(model: nn.Module, example: dict[str, Any]) -> nn.Module:

@@ -7,17 +7,17 @@ file's own folder for a file, as for `python path/to/net.py`, and relative to it
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors.torch
-import torch
 from torch import nn
 
 from unroll.export.errors import ExportError, first_line
+from unroll.export.loading.random_weights import other_random_numbers, random_tensors
+from unroll.export.loading.weights import load_weights
 
 
 @contextmanager
@@ -37,19 +37,64 @@ def importable(target: str) -> Iterator[None]:
                 sys.path.remove(folder)
 
 
-def from_factory(target: str, weights: Path | None = None) -> nn.Module:
+def from_factory(target: str, weights: Path | None = None, say: Callable[[str], None] = lambda line: None) -> nn.Module:
     """Import the code that `target` names, call its factory, and load `weights`. Call it within `importable`.
 
     Args:
         target: `MODULE:FACTORY` or `FILE.py:FACTORY`. FACTORY is a class, a function without arguments, or a module.
         weights: a file of safetensors, or one that torch.save wrote.
+        say: called with a line of text if names in the file had to be changed.
 
     Raises:
         ExportError: checkpoint, if the code cannot be imported, gives no torch.nn.Module, or does not fit the weights.
     """
+    module = _made(target, lambda source, name: getattr(source, name))
+    if weights and (how := load_weights(module, weights)):
+        say(f"{weights}: read {how}")
+    return module
+
+
+def check_not_random(target: str, weights: Path | None, module: nn.Module) -> None:
+    """Make the module a second time, with other random numbers, to see whether `module` is made of such.
+
+    Args:
+        target, weights: as for `from_factory`, which made `module` of them.
+
+    Raises:
+        ExportError: checkpoint, if it is, or if it cannot be made a second time.
+    """
+    with other_random_numbers():
+        try:
+            again = _made(target, _imported_again)
+        except ExportError as error:
+            raise ExportError(
+                "checkpoint",
+                f"{error} (when it was made a second time, to see whether its weights are random; --random-weights "
+                "exports it without a look)",
+            ) from error
+        if weights:
+            load_weights(again, weights)
+    if not (names := random_tensors(module, again)):
+        return
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    found = f"{', '.join(names[:3])}{more}"
+    if weights:
+        raise ExportError(
+            "checkpoint",
+            f"{target} makes {found} of random numbers, and {weights} does not hold them; make them buffers, so that "
+            "they are saved with the weights, or give --random-weights",
+        )
+    raise ExportError(
+        "checkpoint",
+        f"{target} makes {found} of random numbers: it is not trained. Give its weights with --weights FILE; to export "
+        "it as it is, give --random-weights",
+    )
+
+
+def _made(target: str, look_up: Callable[[ModuleType, str], Any]) -> nn.Module:
     source, _, name = target.rpartition(":")
     try:
-        factory = getattr(_imported(source), name)
+        factory = look_up(_imported(source), name)
         module = factory if isinstance(factory, nn.Module) else factory()
     except ExportError:
         raise
@@ -57,9 +102,23 @@ def from_factory(target: str, weights: Path | None = None) -> nn.Module:
         raise ExportError("checkpoint", f"{target} cannot be loaded: {first_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise ExportError("checkpoint", f"{target} gives a {type(module).__name__}, not a torch.nn.Module")
-    if weights:
-        _load_weights(module, weights)
     return module
+
+
+def _imported_again(source: ModuleType, name: str) -> Any:
+    """A factory as it is; in place of a module, that which the code makes when it runs once more."""
+    factory = getattr(source, name)
+    if not isinstance(factory, nn.Module):
+        return factory
+    spec = source.__spec__
+    assert spec is not None
+    assert spec.loader is not None
+    fresh = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(fresh)
+    finally:
+        sys.modules[spec.name] = source
+    return getattr(fresh, name)
 
 
 def _folders(target: str) -> list[Path]:
@@ -121,15 +180,3 @@ def _executed(name: str, path: Path) -> ModuleType:
 def _is_from(module: ModuleType, path: Path) -> bool:
     file = getattr(module, "__file__", None)
     return file is not None and Path(file).resolve() == path
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    """Strict: nothing may be missing, left over or of another shape. Never runs code from the file."""
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state.get("state_dict", state))
-    except Exception as error:  # each format has its own
-        raise ExportError("checkpoint", f"{path}: {' '.join(str(error).split())[:300]}") from error

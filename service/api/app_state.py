@@ -43,6 +43,7 @@ class AppState:
         ready: Every model is loaded and its loop runs.
         draining: The process is about to end. It finishes its work and opens no sessions.
         crashed: A loop ended with an error, and the process ends because of it.
+        failed: Something went wrong while the process ended, such as the loss of sessions.
     """
 
     models: ModelVersions
@@ -57,6 +58,7 @@ class AppState:
     ready: bool = False
     draining: bool = False
     crashed: bool = False
+    failed: bool = False
 
     @property
     def in_flight(self) -> int:

@@ -75,6 +75,18 @@ def _fields(error: e.UnrollError) -> bytes:
     return b"retry-after: %d\r\n" % math.ceil(error.retry_after) if isinstance(error, e.Overloaded) else b""
 
 
+def http_error(status: int, detail: str, is_v2: bool) -> Answer:
+    """A request that HTTP or its routes refuse, in the form of the API that it was for."""
+    code = reason(status)
+    return (
+        Answer(status, JSON, json.dump({"error": detail, "code": code})) if is_v2 else problem_of(status, code, detail)
+    )
+
+
+#: Where Python's phrases would not do, or change from version to version.
+_CODES = {400: e.InvalidRequest.code, 414: "uri_too_long"}
+
+
 def reason(status: int) -> str:
     """A code for statuses that come from the framework, such as `method_not_allowed`."""
-    return HTTPStatus(status).phrase.lower().replace(" ", "_")
+    return _CODES.get(status) or HTTPStatus(status).phrase.lower().replace(" ", "_")

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request, Response
 
 from unroll.service.api.app_state import AppState
+from unroll.service.api.http_methods import add_probe
 from unroll.service.telemetry.metrics import Collector
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: starting or stopping"}}
@@ -20,26 +21,18 @@ def router(app: AppState) -> APIRouter:
         lambda: app.models.refused,
     )
 
-    def ready(response: Response) -> dict[str, bool]:
-        response.status_code = 200 if app.ready else 503
-        return {"ready": app.ready}
-
-    @api.get("/livez", summary="The process answers")
-    @api.get("/v2/health/live", summary="The process answers (Open Inference Protocol)")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @api.get("/readyz", summary="Every model is loaded and its loop runs", responses=_NOT_READY)
-    async def readyz(response: Response) -> dict[str, bool]:
-        return ready(response)
+    async def ready(response: Response) -> dict[str, bool]:
+        response.status_code = 200 if app.ready else 503
+        return {"ready": app.ready}
 
-    @api.get(
-        "/v2/health/ready",
-        summary="Every model is loaded and its loop runs (Open Inference Protocol)",
-        responses=_NOT_READY,
-    )
-    async def v2_ready(response: Response) -> dict[str, bool]:
-        return ready(response)
+    add_probe(api, "/livez", live, summary="The process answers")
+    add_probe(api, "/v2/health/live", live, summary="The process answers (Open Inference Protocol)")
+    loaded = "Every model is loaded and its loop runs"
+    add_probe(api, "/readyz", ready, summary=loaded, responses=_NOT_READY)
+    add_probe(api, "/v2/health/ready", ready, summary=f"{loaded} (Open Inference Protocol)", responses=_NOT_READY)
 
     @api.get(
         "/metrics",

@@ -21,6 +21,7 @@ from unroll.service.api.bodies import (
     Steps,
     StepsReply,
     Tensor,
+    first_fault,
 )
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
@@ -70,6 +71,9 @@ _TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds within which the work must
 _POSITION = _header(
     "Unroll-Position", "the position that the client expects the session at; JSON bodies may have it as `position`"
 )
+_STEPS = _header(
+    "Unroll-Steps", "time steps in a raw body: required for a sequence; 1 if absent for the steps of a session"
+)
 
 
 def router(app: AppState) -> APIRouter:
@@ -101,7 +105,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         summary="Whole sequences, each from the initial state",
         response_model=SequencesReply,
         responses=_problems(400, 404, 413, 415, 422, 500, 503, 504),
-        openapi_extra={**_bodies("Sequences"), "parameters": [_TIMEOUT]},
+        openapi_extra={**_bodies("Sequences"), "parameters": [_STEPS, _TIMEOUT]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
         return await respond(http)
@@ -111,7 +115,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         summary="The next T >= 1 time steps of a session",
         response_model=StepsReply,
         responses=_problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
-        openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _TIMEOUT]},
+        openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _STEPS, _TIMEOUT]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
         return await respond(http)
@@ -210,9 +214,7 @@ def _body(kind: type[Body], request: Request, limit: int) -> Body:
     try:
         return kind.model_validate_json(request.body or b"{}")
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InvalidRequest(f"{where}: {first['msg']}" if where else first["msg"]) from error
+        raise InvalidRequest(first_fault(error)) from error
 
 
 def _info(served: ServedModel, session: Any) -> SessionInfo:

@@ -8,6 +8,7 @@ from fastapi import Request as HttpRequest
 from unroll.bundle import TensorSpec
 from unroll.service.api import inference_routes
 from unroll.service.api.app_state import AppState
+from unroll.service.api.http_methods import add_probe
 from unroll.service.api.request import read_request
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.open_inference import DATATYPES
@@ -119,13 +120,15 @@ def router(app: AppState, version: str) -> APIRouter:
     async def version_metadata(model: str, version: str) -> dict[str, Any]:
         return _metadata(app, app.models.resolve(model, version))
 
-    @api.get("/models/{model}/ready", summary="Readiness of a model", responses=_NOT_FOUND)
     async def model_ready(model: str) -> dict[str, Any]:
         return {"name": app.models.resolve(model).name, "ready": True}
 
-    @api.get("/models/{model}/versions/{version}/ready", summary="Readiness of a version", responses=_NOT_FOUND)
     async def version_ready(model: str, version: str) -> dict[str, Any]:
         return {"name": app.models.resolve(model, version).name, "ready": True}
+
+    of_model, of_version = "/models/{model}/ready", "/models/{model}/versions/{version}/ready"
+    add_probe(api, of_model, model_ready, summary="Readiness of a model", responses=_NOT_FOUND)
+    add_probe(api, of_version, version_ready, summary="Readiness of a version", responses=_NOT_FOUND)
 
     async def respond(http: HttpRequest) -> Response:
         request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)

@@ -7,6 +7,7 @@ from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
 
 POSITION = b"unroll-position"
+STEPS = b"unroll-steps"
 TIMEOUT = b"unroll-timeout-ms"
 
 

@@ -30,6 +30,9 @@ Headers = dict[bytes, bytes]
 JSON = b"application/json"
 RAW = b"application/octet-stream"
 
+#: Of a number in a header: every such number fits into 64 bits.
+_MAX_DIGITS = 18
+
 
 class Disconnected(Exception):
     """The client went away before its request was complete."""
@@ -64,7 +67,7 @@ class Request:
         text = self.headers.get(header)
         if text is None:
             return None
-        if not text.isdigit() or len(text) > 18:
+        if not text.isdigit() or len(text) > _MAX_DIGITS:
             raise InvalidRequest(f"the header {header.decode()} must be a whole number")
         return int(text)
 
@@ -153,22 +156,36 @@ def _refuse_repeated(headers: Sequence[tuple[bytes, bytes]]) -> None:
         raise InvalidRequest("a header that is allowed once was sent twice")
 
 
-def checked_headers(headers: Sequence[tuple[bytes, bytes]], limit: int) -> Headers:
-    """By name. Raises InvalidRequest, UnsupportedMediaType, or BodyTooLarge for a body declared longer than `limit`."""
-    by_name: Headers = dict(headers)
-    if len(by_name) < len(headers):
-        _refuse_repeated(headers)
-    if by_name.get(b"content-encoding", b"identity") != b"identity":
+def check_headers(fields: Sequence[tuple[bytes, bytes]], headers: Headers, limit: int) -> None:
+    """Raises InvalidRequest, UnsupportedMediaType, or BodyTooLarge for a body declared longer than `limit`.
+
+    Args:
+        fields: As received; names are lower case.
+        headers: The same by name.
+        limit: Bytes that a body may have.
+    """
+    if len(headers) < len(fields):
+        _refuse_repeated(fields)
+    if headers.get(b"content-encoding", b"identity") != b"identity":
         raise UnsupportedMediaType("compressed bodies are not supported: send the body without Content-Encoding")
-    declared = by_name.get(b"content-length", b"0")
-    if declared.isdigit() and int(declared) > limit:
-        raise BodyTooLarge(f"the body has {declared.decode()} bytes, and the limit is {limit}")
-    return by_name
+    declared = _declared_length(headers)
+    if declared is not None and declared > limit:
+        raise BodyTooLarge(f"the body has {declared} bytes, and the limit is {limit}")
+
+
+def _declared_length(headers: Headers) -> int | None:
+    declared = headers.get(b"content-length")
+    if declared is None:
+        return None
+    if not declared.isdigit() or len(declared) > _MAX_DIGITS:
+        raise InvalidRequest(f"Content-Length must be a whole number of at most {_MAX_DIGITS} digits")
+    return int(declared)
 
 
 async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
     """Raises BodyTooLarge before more than `limit` bytes are held, Disconnected if the body never ends."""
-    headers = checked_headers(scope["headers"], limit)
+    headers: Headers = dict(scope["headers"])
+    check_headers(scope["headers"], headers, limit)
     parts: list[bytes] = []
     room, more = limit, True
     while more:
@@ -180,4 +197,8 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
         room -= len(parts[-1])
         if room < 0:
             raise BodyTooLarge(f"the body exceeds the limit of {limit} bytes")
-    return Request(headers, parts[0] if len(parts) == 1 else b"".join(parts))
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    declared = _declared_length(headers)
+    if declared is not None and declared != len(body):
+        raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
+    return Request(headers, body)

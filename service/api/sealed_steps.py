@@ -10,7 +10,7 @@ from functools import partial
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
-from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
+from unroll.service.api.parameters import POSITION, STEPS, position_of, split_reference, timeout_of
 from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond
 from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, ModelChanged, PositionGap, SnapshotInvalid
 from unroll.service.models.served_model import ServedModel
@@ -43,7 +43,7 @@ def sealed_steps(
     snapshot = served.read_snapshot(content)
     position = request.whole_number(POSITION)
     if document is None:
-        inputs = served.codec.from_raw(values)
+        inputs = served.codec.from_raw(values, request.whole_number(STEPS))
     else:
         position = position_of(document, position)
         inputs = served.codec.from_json(document["inputs"])

@@ -6,6 +6,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import (
     POSITION,
+    STEPS,
     json_body,
     position_of,
     require_streamable,
@@ -33,7 +34,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     served, session = app.sessions.owner(*split_reference(model), session_id)
     require_streamable(served)
     if document is None:
-        inputs, encode = served.codec.from_raw(request.body), _raw_steps
+        inputs, encode = served.codec.from_raw(request.body, request.whole_number(STEPS)), _raw_steps
     else:
         position = position_of(document, position)
         inputs, encode = served.codec.from_json(document["inputs"]), _json_steps
@@ -58,7 +59,8 @@ def sequences(app: AppState, model: str, request: Request, respond: Respond) -> 
     served = app.models.resolve(*split_reference(model))
     timeout = timeout_of(app, request)
     if request.media_type == RAW:
-        batch, encode, static = [served.codec.from_raw(request.body)], _raw_sequence, None
+        inputs = served.codec.sequence_from_raw(request.body, request.whole_number(STEPS))
+        batch, encode, static = [inputs], _raw_sequence, None
     else:
         document = json_body(app, request, {"inputs", "static"})
         batch, encode = served.codec.sequences_from_json(document["inputs"]), _json_sequences

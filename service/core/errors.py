@@ -12,6 +12,9 @@
 
 from typing import ClassVar
 
+#: Characters of a message: it may quote a request, which may be long.
+_LONGEST_MESSAGE = 2000
+
 
 class UnrollError(Exception):
     """`details` are further members of the error document, such as the expected position."""
@@ -19,6 +22,8 @@ class UnrollError(Exception):
     code: ClassVar[str]
 
     def __init__(self, message: str, **details: str | int | float | None) -> None:
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[:_LONGEST_MESSAGE]}…"
         super().__init__(message)
         self.message = message
         self.details = details

@@ -23,7 +23,7 @@ import numpy as np
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.protocol.tensors import all_finite
+from unroll.service.protocol.tensors import all_finite, dtype_hint
 
 STEPS, OUTPUTS = 1, 2
 
@@ -184,11 +184,14 @@ class FrameCodec:
 
     def _check_length(self, frame: bytes, count: int, steps: int, shortest: int) -> None:
         """steps: of all entries. shortest: the fewest of one entry."""
-        expected = _HEADER.size + count * _ENTRY.itemsize + steps * self._step_bytes
-        if len(frame) != expected or not shortest:
+        table, values = _HEADER.size + count * _ENTRY.itemsize, steps * self._step_bytes
+        if len(frame) != table + values or not shortest:
+            hint = (
+                dtype_hint(self.inputs[0], len(frame) - table, self._step_bytes, steps) if len(self.inputs) == 1 else ""
+            )
             raise InvalidRequest(
-                f"{count} entries of {steps} steps in total, each at least 1, need {expected} bytes; "
-                f"the frame has {len(frame)}"
+                f"{count} entries of {steps} steps in total, each at least 1, need {table + values} bytes; "
+                f"the frame has {len(frame)}{hint}"
             )
 
     def fault(self, chunk: Tensors) -> UnrollError | None:

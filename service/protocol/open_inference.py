@@ -14,7 +14,7 @@ import numpy as np
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidDtype, InvalidRequest, InvalidShape
 from unroll.service.protocol import json
-from unroll.service.protocol.tensors import from_bytes, numbers
+from unroll.service.protocol.tensors import dtype_hint, from_bytes, numbers
 
 DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
@@ -241,10 +241,11 @@ def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple
     if size is not None:
         if "data" in item:
             raise InvalidRequest(f"input {spec.name!r} has both data and binary_data_size")
-        if size != elements * spec.numpy.itemsize or size > len(binary):
+        needed = elements * spec.numpy.itemsize
+        if size != needed or size > len(binary):
             raise InvalidShape(
-                f"input {spec.name!r} of shape {shape} needs {elements * spec.numpy.itemsize} bytes; "
-                f"binary_data_size is {size}, and {len(binary)} bytes were sent"
+                f"input {spec.name!r} of shape {shape} needs {needed} bytes; binary_data_size is {size}, "
+                f"and {len(binary)} bytes were sent{dtype_hint(spec, size, needed, 1)}"
             )
         return from_bytes(spec, binary[:size], tuple(shape)), size
     return _from_json(spec, item.get("data"), shape, elements), 0

@@ -5,6 +5,7 @@ or a value out of range is an error that names the tensor and the expected type,
 """
 
 import math
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,16 @@ from unroll.bundle import Manifest, TensorSpec
 from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnsupportedMediaType
 from unroll.service.engine.engine import Tensors
 
-#: By the kind of a tensor's dtype: the kinds of NumPy dtype that its values in JSON may have.
-_ACCEPTED = {"f": "fiu", "i": "iu", "b": "b"}
+#: By the kind of a tensor's dtype: the types that its values in JSON may have.
+_ACCEPTED: dict[str, set[type]] = {"f": {float, int}, "i": {int}, "b": {bool}}
+
+#: By the dtype of a tensor: what clients send in its place, by the size of a value.
+_MISTAKEN = {
+    "float32": {8: "float64, NumPy's default", 2: "float16"},
+    "int64": {4: "int32"},
+    "int32": {8: "int64, NumPy's default", 2: "int16"},
+    "bool": {4: "int32 or float32", 8: "int64 or float64"},
+}
 
 #: If the squares of all values add up to less, every value is finite in float32.
 _FAR_FROM_OVERFLOW = 1e70
@@ -43,15 +52,31 @@ class Codec:
 
     # ── raw bytes: little-endian, row-major, nothing else ────────────────────────────────────────
 
-    def from_raw(self, body: bytes) -> Tensors:
-        """Exactly T x features values, T >= 1."""
+    def from_raw(self, body: bytes, steps: int | None) -> Tensors:
+        """steps: T, if the client sent it, else the body is one step. Bytes alone would fit with another dtype, too."""
         if not self._only_one:
             raise UnsupportedMediaType("raw bytes need a model with one input and one output; send JSON")
+        count = 1 if steps is None else steps
+        if len(body) != count * self._raw_step or not count:
+            raise self._wrong_length(body, steps)
         spec = self.inputs[0]
-        steps, rest = divmod(len(body), self._raw_step)
-        if rest or not steps:
-            raise InvalidShape(f"a time step of {spec.name!r} is {self._raw_step} bytes; the body has {len(body)}")
-        return (self.checked(spec, from_bytes(spec, body, (steps, *spec.shape))),)
+        return (self.checked(spec, from_bytes(spec, body, (count, *spec.shape))),)
+
+    def sequence_from_raw(self, body: bytes, steps: int | None) -> Tensors:
+        """`from_raw` for a whole sequence, whose client must send its number of steps."""
+        if steps is None and self._only_one:
+            raise self._wrong_length(body, steps)
+        return self.from_raw(body, steps)
+
+    def _wrong_length(self, body: bytes, steps: int | None) -> InvalidShape:
+        spec, each, size = self.inputs[0], self._raw_step, len(body)
+        fitting = 0 if size % each else size // each
+        message = f"a time step of {spec.name!r} is {each} bytes of {spec.dtype}, and the body has {size}"
+        if steps is not None:
+            message += f" for {steps} steps"
+        elif fitting:
+            message += f"; if it has {fitting} steps, send Unroll-Steps: {fitting}"
+        return InvalidShape(message + dtype_hint(spec, size, each, steps))
 
     def to_raw(self, outputs: Tensors) -> bytes:
         return outputs[0].tobytes()
@@ -184,32 +209,63 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
-    """A JSON list, nested or flat, as a finite array of the tensor's dtype; the caller checks its shape."""
+    """A JSON list, nested or flat, as a finite array of the tensor's dtype; the caller checks its shape.
+
+    Types and lengths are compared before NumPy sees a value: it would make room for the longest string at every place.
+    """
+    values, shape = _flat(spec, value)
+    if values and not _ACCEPTED[spec.numpy.kind].issuperset(map(type, values)):
+        raise InvalidDtype(f"{spec.name!r} must contain values of type {spec.dtype} only")
+    if spec.numpy.kind == "f":
+        return _floats(spec, values).reshape(shape)
+    try:
+        return np.array(values, spec.numpy).reshape(shape)
+    except OverflowError as error:
+        raise OutOfRange(f"{spec.name!r} holds values that do not fit {spec.dtype}") from error
+
+
+def _flat(spec: TensorSpec, value: Any) -> tuple[list[Any], list[int]]:
+    """The values of a nested list of lists that are equally long, and its shape. Raises InvalidShape."""
     if not isinstance(value, list):
         raise InvalidShape(f"{spec.name!r} must be a list")
-    try:
-        array = np.array(value)
-    except ValueError as error:
-        raise InvalidShape(f"{spec.name!r} is not a regular array: its rows differ in length") from error
-    kind = spec.numpy.kind
-    if array.size and (array.dtype.kind not in _ACCEPTED[kind] or (kind != "b" and _holds_bool(value))):
-        raise InvalidDtype(f"{spec.name!r} must contain values of type {spec.dtype} only")
-    if kind == "f":
-        if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
-            return array.astype(spec.numpy)
-        with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
-            converted = array.astype(spec.numpy)
-        if not np.isfinite(converted).all():
-            raise _non_finite(spec)
-        return converted
-    converted = array.astype(spec.numpy)
-    if kind == "i" and not np.array_equal(converted, array):
-        raise OutOfRange(f"{spec.name!r} holds values that do not fit {spec.dtype}")
+    values, shape = value, [len(value)]
+    while values and list in (kinds := set(map(type, values))):
+        lengths = set(map(len, values)) if len(kinds) == 1 else ()
+        if len(lengths) != 1:
+            raise InvalidShape(f"{spec.name!r} is not a regular array: its rows differ in length")
+        if len(shape) == len(spec.shape) + 2:  # batch and time
+            raise InvalidShape(f"{spec.name!r} is nested more deeply than any shape it may have")
+        values = values[0] if len(values) == 1 else [*chain.from_iterable(values)]
+        shape += lengths
+    return values, shape
+
+
+def _floats(spec: TensorSpec, values: list[float]) -> np.ndarray:
+    array = np.array(values)
+    if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
+        return array.astype(spec.numpy)
+    with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
+        converted = array.astype(spec.numpy)
+    if not np.isfinite(converted).all():
+        raise _non_finite(spec)
     return converted
 
 
 def _non_finite(spec: TensorSpec) -> NonFiniteInput:
     return NonFiniteInput(f"{spec.name!r} holds NaN, infinity or a value too large for float32")
+
+
+def dtype_hint(spec: TensorSpec, size: int, each: int, steps: int | None) -> str:
+    """For an error about `size` bytes that are not `steps` times `each`: the dtype that was probably sent, else ''.
+
+    Without `steps`, the bytes were meant to be one step or, with a wider dtype, perhaps several.
+    """
+    for itemsize, dtype in _MISTAKEN[spec.dtype].items():
+        count, rest = divmod(size * spec.numpy.itemsize, each * itemsize)
+        several = steps is None and count > 1 and itemsize > spec.numpy.itemsize
+        if not rest and (several or count == (steps or 1)):
+            return f"; if its values are {dtype}, send them as {spec.dtype}: array.astype({spec.numpy.str!r})"
+    return ""
 
 
 def from_bytes(spec: TensorSpec, content: bytes | memoryview, shape: tuple[int, ...]) -> np.ndarray:
@@ -220,9 +276,3 @@ def from_bytes(spec: TensorSpec, content: bytes | memoryview, shape: tuple[int, 
     if spec.dtype == "bool" and np.frombuffer(content, np.uint8).max(initial=0) > 1:
         raise OutOfRange(f"{spec.name!r} must hold bytes 0 or 1")
     return np.ndarray(shape, spec.numpy, content)
-
-
-def _holds_bool(value: list) -> bool:
-    """Whether a regular list (at most 64 deep) has a bool among its numbers, which NumPy would take for 1 or 0."""
-    kinds = set(map(type, value))
-    return bool in kinds or (list in kinds and any(map(_holds_bool, value)))

@@ -107,10 +107,12 @@ class Completion:
         pending, progress.pending = progress.pending or [], None
         self.fail(chunk, error, now)
         for work in pending:
-            if isinstance(work, Chunk) and work.outcome is None:
-                self.fail(work, error, now)
-            elif isinstance(work, Action):
+            if isinstance(work, Action):
                 work.answer(error)
+                continue
+            assert isinstance(work, Chunk), "groups are never pending"
+            if work.outcome is None:
+                self.fail(work, error, now)
 
     def fail(self, chunk: Chunk, error: UnrollError, now: float) -> None:
         """Answer the chunk with an error; a session that it opened is closed, and what comes after it is renumbered."""

@@ -338,6 +338,15 @@ class Scheduler:
             assert session.expected == session.position + accepted, session
         workspaces = {chunk.workspace for chunk in chunks} - {None}
         assert len(workspaces) == self.workspaces.taken, "a workspace is lost"
+        owned = {
+            id(work): work
+            for session in self.sessions
+            if session.cohort is None
+            for work in session.own_progress.queue()
+        }
+        owned |= {id(work): work for work in waiting}
+        rows = [len(work.sessions) if isinstance(work, Group) else 1 for work in owned.values() if work.length]
+        assert sum(rows) == self.in_flight, f"{self.in_flight - sum(rows)} chunks are in flight without an owner"
         if self.idle:
             self._admission.check_invariants()
 

@@ -4,8 +4,7 @@ A session is in one place at a time: taking a record removes it. A session witho
 """
 
 import asyncio
-import itertools
-from pathlib import Path
+from collections.abc import Iterator
 
 import structlog
 
@@ -14,10 +13,10 @@ from unroll.service.core.errors import SessionEvicted, SessionExpired, SessionGo
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
 from unroll.service.scheduler.session import Session
-from unroll.service.store import state_file
 from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.record import Record
 from unroll.service.store.spill import Spill
+from unroll.service.store.state_file import StateFile
 
 _log = structlog.get_logger(__name__)
 
@@ -127,26 +126,44 @@ class SpilledSessions:
 
     # ── from one process to the next ─────────────────────────────────────────────────────────────
 
-    def save(self, path: Path) -> int:
-        """Write all memory sessions to a file and return how many there were. Their models must have stopped."""
-        now = self._clock.now()
-        resident = (
-            ((model.name, session.id), model.record(session), now - session.last_used)
+    def save(self, file: StateFile) -> bool:
+        """Write all memory sessions to a file. Their models must have stopped. False if they are lost."""
+        resident = [
+            (model, session)
             for model in self._versions
-            for session in map(model.scheduler.sessions.detach_from_cohort, list(model.scheduler.sessions))
+            for session in model.scheduler.sessions
             if session.durable is None
-        )
-        waiting = ((key, record, now - used) for key, record, used in self._spill)
-        return state_file.write(path, itertools.chain(waiting, resident))
+        ]
+        count = len(self._spill) + len(resident)
+        try:
+            file.write(self._all_records(resident))
+        except Exception as error:  # noqa: BLE001 what is lost must be counted, whatever the reason
+            _log.critical("sessions lost", path=str(file.path), sessions=count, reason=str(error))
+            return False
+        _log.info("sessions written", path=str(file.path), sessions=count)
+        return True
 
-    def load(self, path: Path) -> int:
-        """Read the sessions of a file and remove it, so that they are not read twice. Returns how many there were."""
-        count, now = 0, self._clock.now()
-        for key, record, idle in state_file.read(path):
+    def _all_records(self, resident: list[tuple[ServedModel, Session]]) -> Iterator[tuple[Key, Record, float]]:
+        """Each with the seconds since its last use."""
+        now = self._clock.now()
+        for key, record, used in self._spill:
+            yield key, record, now - used
+        for model, session in resident:
+            model.scheduler.sessions.detach_from_cohort(session)
+            yield (model.name, session.id), model.record(session), now - session.last_used
+
+    def load(self, file: StateFile) -> None:
+        """Take the sessions of a file, which stays."""
+        now = self._clock.now()
+        homeless = 0
+        sessions = file.read()
+        for key, record, idle in sessions:
             self._spill.put(key, record, now - idle)
-            count += 1
-        path.unlink()
-        return count
+            homeless += self._versions.with_digest(key[0], record.origin.model) is None
+        if sessions:
+            _log.info("sessions read", path=str(file.path), sessions=len(sessions))
+        if homeless:
+            _log.warning("sessions of models that are not served here; they are kept", sessions=homeless)
 
     async def finish(self) -> None:
         while self._tasks:

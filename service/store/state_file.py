@@ -4,13 +4,21 @@ header   see `envelope.py`: magic "UNRS", format version 1; then records u64
 each     idle seconds f64, lengths of the model's name u16, of the session id u16, of the record u32; then those
 end      BLAKE2b-128 of all the bytes before
 
-The file is written under a temporary name and then moved, so a file under its own name is complete.
+The file is written beside its place and then moved there, so a file in its place is complete. The file beside it,
+`NAME.part`, is there from the start of the server on: it shows that the folder can be written, and its lock keeps other
+servers away.
 """
 
+import fcntl
+import itertools
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
+
+import structlog
 
 from unroll.service.core.errors import SnapshotInvalid
 from unroll.service.state.envelope import HEADER_BYTES, Envelope, checksum
@@ -21,39 +29,118 @@ _COUNT = struct.Struct("<Q")
 _ENVELOPE = Envelope(b"UNRS", 1, "a state file", _COUNT.size)
 _ENTRY = struct.Struct("<dHHI")
 
+_log = structlog.get_logger(__name__)
 
-def write(path: Path, sessions: Iterable[tuple[Key, Record, float]]) -> int:
-    """Write sessions to a file.
+
+class StateFile:
+    """A state file for the life of one server: `read`, `remove` when the sessions are served, `write`, `close`.
 
     Args:
-        path: The file; one that exists is replaced.
-        sessions: Key, record, and seconds without use of each.
-
-    Returns:
-        How many there were.
+        path: The file, which need not exist; its folder must.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: It cannot be written, or another server uses it.
     """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        if self.path.exists() and not self.path.is_file():
+            raise OSError(f"the state file {path} is not a file: name a file in a folder that the server may write")
+        self._beside = self.path.with_name(self.path.name + ".part")
+        try:
+            self._file: BinaryIO = os.fdopen(os.open(self._beside, os.O_RDWR | os.O_CREAT, 0o600), "w+b")
+        except OSError as error:
+            raise OSError(f"the state file {path} could not be written: {error}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._file.fileno()), self._beside.stat()):
+                raise BlockingIOError  # it was another server's, which has just moved it to its place
+            os.fchmod(self._file.fileno(), 0o600)
+            self._file.write(bytes(2**16))  # a full disk is noticed now
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except (BlockingIOError, FileNotFoundError):
+            self._file.close()
+            raise OSError(f"another server uses the state file {path}: give each a file of its own") from None
+        except OSError as error:
+            self.close()
+            raise OSError(f"the state file {path} could not be written: {error}") from error
+
+    def read(self) -> list[tuple[Key, Record, float]]:
+        """The sessions of the file, which stays; none if there is no file. One that is damaged is set aside.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        try:
+            return read(self.path)
+        except FileNotFoundError:
+            return []
+        except SnapshotInvalid as error:
+            names = (self.path.with_name(f"{self.path.name}.unreadable-{n}") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            self.path.rename(aside)
+            self._sync_folder()
+            _log.error("state file not read: its sessions are unknown here", reason=error.message, moved_to=str(aside))
+            return []
+
+    def remove(self) -> None:
+        """Remove the file: its sessions change from now on, and after a crash nobody must go on from old states."""
+        self.path.unlink(missing_ok=True)
+        self._sync_folder()
+
+    def write(self, sessions: Iterable[tuple[Key, Record, float]]) -> int:
+        """Write sessions to the file in one move, and close it.
+
+        Args:
+            sessions: Key, record, and seconds without use of each.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            OSError: The file cannot be written; what was in its place is still there.
+        """
+        self._file.seek(0)
+        self._file.truncate()
+        count = _write(self._file, sessions)
+        os.fsync(self._file.fileno())
+        self._beside.replace(self.path)
+        self._file.close()
+        self._sync_folder()
+        return count
+
+    def close(self) -> None:
+        """Give the file up without a change."""
+        if not self._file.closed:
+            self._beside.unlink(missing_ok=True)
+            with suppress(OSError):  # what could not be written before
+                self._file.close()
+
+    def _sync_folder(self) -> None:
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _write(file: BinaryIO, sessions: Iterable[tuple[Key, Record, float]]) -> int:
     count = 0
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w+b") as file:
-        file.write(_ENVELOPE.header() + _COUNT.pack(0))
-        for (name, session_id), record, idle in sessions:
-            content, model, session = record.to_bytes(), name.encode(), session_id.encode()
-            file.write(_ENTRY.pack(idle, len(model), len(session), len(content)) + model + session + content)
-            count += 1
-        file.seek(HEADER_BYTES)
-        file.write(_COUNT.pack(count))
-        file.seek(0)
-        digest = checksum()
-        while part := file.read(2**20):
-            digest.update(part)
-        file.seek(0, os.SEEK_END)
-        file.write(digest.digest())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    file.write(_ENVELOPE.header() + _COUNT.pack(0))
+    for (name, session_id), record, idle in sessions:
+        content, model, session = record.to_bytes(), name.encode(), session_id.encode()
+        file.write(_ENTRY.pack(idle, len(model), len(session), len(content)) + model + session + content)
+        count += 1
+    file.seek(HEADER_BYTES)
+    file.write(_COUNT.pack(count))
+    file.seek(0)
+    digest = checksum()
+    while part := file.read(2**20):
+        digest.update(part)
+    file.seek(0, os.SEEK_END)
+    file.write(digest.digest())
+    file.flush()
     return count
 
 
@@ -69,6 +156,13 @@ def read(path: Path) -> list[tuple[Key, Record, float]]:
         body = _ENVELOPE.unseal(content)
     except SnapshotInvalid as error:
         raise SnapshotInvalid(f"{path}: {error.message}") from error
+    try:
+        return _entries(body)
+    except (struct.error, UnicodeDecodeError, SnapshotInvalid) as error:
+        raise SnapshotInvalid(f"{path}: {error}") from error
+
+
+def _entries(body: bytes) -> list[tuple[Key, Record, float]]:
     (count,) = _COUNT.unpack_from(body, HEADER_BYTES)
     sessions, begin = [], HEADER_BYTES + _COUNT.size
     for _ in range(count):

@@ -1,9 +1,22 @@
-"""Structured logs: one JSON object per line on stderr, uvicorn's lines included."""
+"""Structured logs: one JSON object per line on stderr, uvicorn's lines included.
+
+A line is bounded, whatever a client sends, and has no values of local variables: those hold requests, and their headers
+hold tokens.
+"""
 
 import logging
 import sys
+from typing import Any
 
 import structlog
+from structlog.processors import ExceptionRenderer, JSONRenderer
+from structlog.tracebacks import ExceptionDictTransformer
+
+_MAX_STRING = 1_000
+_MAX_LINE = 32_768
+_MAX_FRAMES = 30
+
+_to_json = JSONRenderer(sort_keys=False)
 
 
 def configure(level: str, **fields: int) -> None:
@@ -12,7 +25,7 @@ def configure(level: str, **fields: int) -> None:
         lambda logger, method, event: {**event, **fields},
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.dict_tracebacks,
+        ExceptionRenderer(ExceptionDictTransformer(show_locals=False, max_frames=_MAX_FRAMES)),
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -26,7 +39,7 @@ def configure(level: str, **fields: int) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.JSONRenderer(sort_keys=False),
+                _render,
             ],
         )
     )
@@ -36,3 +49,21 @@ def configure(level: str, **fields: int) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+
+
+def _render(logger: Any, method: str, event: structlog.typing.EventDict) -> str:
+    line = str(_to_json(logger, method, _shortened(event)))
+    if len(line) > _MAX_LINE:
+        kept = {key: event[key] for key in ("event", "level", "timestamp") if key in event}
+        line = str(_to_json(logger, method, _shortened({**kept, "left_out": f"{len(line)} characters"})))
+    return line
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= _MAX_STRING else f"{value[:_MAX_STRING]}… ({len(value)} characters)"
+    if isinstance(value, dict):
+        return {key: _shortened(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shortened(item) for item in value]
+    return value

@@ -6,18 +6,30 @@ its end writes the reply in one piece. A lost connection cancels its work immedi
 
 import asyncio
 import functools
+import socket
 from time import perf_counter
 from typing import Any
 from urllib.parse import unquote
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from unroll.service.api import inference_routes
 from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import http_error
 from unroll.service.api.inference_routes import Route
-from unroll.service.api.request import Answer, Cancel, Headers, Request, checked_headers, nothing_to_cancel
+from unroll.service.api.request import Answer, Cancel, Headers, Request, check_headers, nothing_to_cancel
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
+from unroll.service.transport.head import (
+    MAX_FIELD_BYTES,
+    MAX_HEAD_BYTES,
+    Refused,
+    check_head,
+    offers_stream,
+    refusal_of,
+    without_offer,
+)
 
 
 def http_protocol(app: AppState) -> type[HttpToolsProtocol]:
@@ -79,8 +91,79 @@ class HttpProtocol(HttpToolsProtocol):
         self._route: Route | None = None
         self._path: inference_routes.Path = []
         self._route_url = b""
+        self.url = b""
+        self._head_bytes: int | None = None  # of the head that has not ended
+        self._in_body = False
+        self._takes_offer = False
+        self._last_words = b""  # the answer behind which the connection is closed
         self._idle_since: float | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
+
+    # ── bytes ────────────────────────────────────────────────────────────────────────────────────
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._last_words:
+            return
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as end:
+            rest = data[end.args[0] :]
+            if self._takes_offer:
+                self.handle_websocket_upgrade()
+            else:
+                head = without_offer(self.parser.get_method(), self._version(), self.url, self.headers)
+                self._new_parser()
+                self.data_received(head + rest)
+        except httptools.HttpParserError as error:
+            self._refuse(refusal_of(error))
+        if self._head_bytes is not None and not self._last_words:
+            self._limit_open_head(len(data))
+
+    def _new_parser(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _limit_open_head(self, size: int) -> None:
+        """A head has begun and not ended. The segment it began in may hold much more, and is not counted."""
+        assert self._head_bytes is not None
+        self._head_bytes = 1 if self._head_bytes == 0 else self._head_bytes + size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(Refused(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes"))
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
+        """A client that sends no more may still read: what it asked is answered before the connection is closed."""
+        if self._head_bytes is not None or self._in_body:
+            self._refuse(Refused(400, "the request ended before it was complete"))
+        elif self._busy():
+            self.cycle.keep_alive = False
+            if self._version() == "1.1":
+                self.loop.call_later(_PROBE_SECONDS, self._probe)
+        else:
+            return False
+        return True
+
+    def _probe(self, sent: bool = False) -> None:
+        """End the work for a client that is gone.
+
+        A client that closed its connection looks like one that only sends no more, until it gets something: an interim
+        answer, which every client of HTTP/1.1 skips.
+        """
+        if self.transport.is_closing() or not self._busy() or getattr(self.cycle, "response_started", False):
+            return
+        if not sent:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        self.loop.call_later(_PROBE_SECONDS, self._probe, True)
+
+    def _busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _version(self) -> str:
+        version: str = self.parser.get_http_version()
+        return version
 
     # ── the parser's callbacks ───────────────────────────────────────────────────────────────────
 
@@ -88,20 +171,37 @@ class HttpProtocol(HttpToolsProtocol):
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
+        self._head_bytes = 0
         self._idle_since = None
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_bytes is None:
+            return  # behind the body: a trailer means nothing here
+        if len(value) > MAX_FIELD_BYTES:
+            raise Refused(431, f"a header field may have {MAX_FIELD_BYTES} bytes, this one has {len(value)}")
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        version = self._version()
+        headers = check_head(version, self.url, self.headers)
+        if self.parser.should_upgrade():
+            self._consider_offer(version, headers)
+            return
         route = self._find_route()
         if route is None:
             self._begin_for_uvicorn()
+            self._in_body = True
             return
+        self._in_body = True
         limit = self.unroll.limits.max_body_bytes
         exchange = self._exchange
-        keep_alive = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
+        keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
         self.cycle = exchange
         try:
-            exchange.headers = checked_headers(self.headers, limit)
+            check_headers(self.headers, headers, limit)
+            exchange.headers = headers
         except UnrollError as error:
             self._answer(route.failure(error))
 
@@ -120,6 +220,9 @@ class HttpProtocol(HttpToolsProtocol):
                 exchange.body = body
 
     def on_message_complete(self) -> None:
+        self._in_body = False
+        if self.parser.should_upgrade():
+            return
         exchange = self._exchange
         if self.cycle is not exchange:
             super().on_message_complete()
@@ -136,8 +239,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""
-        busy = self.cycle is not None and not self.cycle.response_complete
-        if busy or self.expect_100_continue or self.parser.get_method() != b"POST" or self.parser.should_upgrade():
+        if self._busy() or self.expect_100_continue or self.parser.get_method() != b"POST":
             return None
         if self.url != self._route_url:  # most clients repeat their last route
             path = self.url.partition(b"?")[0].decode("ascii", "replace")
@@ -145,6 +247,18 @@ class HttpProtocol(HttpToolsProtocol):
             self._route = inference_routes.find(self._path)
             self._route_url = self.url
         return self._route
+
+    def _consider_offer(self, version: str, headers: Headers) -> None:
+        """The client offers another protocol than HTTP/1.1, and the parser stops behind the head."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise Refused(501, "this server is no proxy: CONNECT is not implemented")
+        self._takes_offer = not self._busy() and offers_stream(method, version, headers)
+        if self._takes_offer:
+            self._begin_for_uvicorn()
+
+    def _should_upgrade(self) -> bool:
+        return self._takes_offer
 
     def _begin_for_uvicorn(self) -> None:
         url, headers, expects = self.url, self.headers, self.expect_100_continue
@@ -166,22 +280,35 @@ class HttpProtocol(HttpToolsProtocol):
         failpoints.reach("before_reply")
         if self.transport.is_closing():
             return
-        self.transport.write(
-            b"%b%b%bcontent-length: %d\r\n\r\n%b"
-            % (
-                _head(answer.status, answer.media_type),
-                answer.fields,
-                b"" if exchange.keep_alive else b"connection: close\r\n",
-                len(answer.body),
-                answer.body,
-            )
-        )
+        self.transport.write(_encoded(answer, exchange.keep_alive))
         if not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()
 
+    def _refuse(self, refused: Refused) -> None:
+        """Answer a request that is not valid, behind those before it, and close the connection."""
+        answer = http_error(refused.status, refused.detail, self.url.startswith(b"/v2"))
+        if not self._in_body:
+            self._last_words = _encoded(answer, keep_alive=False)
+            if not self._busy():
+                self._end()
+        elif self.cycle is self._exchange and self._busy():
+            self._exchange.keep_alive = False
+            self._answer(answer)
+        else:
+            if self._busy() and not self.pipeline:
+                self.transport.write(_encoded(answer, keep_alive=False))
+            self.transport.close()
+
+    def _end(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(self._last_words)
+            self.transport.close()
+
     def on_response_complete(self) -> None:
         """As uvicorn's, but with one timer for the connection instead of one for each request."""
+        if self._last_words and not self.pipeline:
+            self._end()
         if self.pipeline or self.cycle is not self._exchange:
             super().on_response_complete()
             return
@@ -210,6 +337,18 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 _NO_HEADERS: Headers = {}
+#: Until the first look whether a client that has ended its half of the connection is still there, and between two.
+_PROBE_SECONDS = 0.1
+
+
+def _encoded(answer: Answer, keep_alive: bool) -> bytes:
+    return b"%b%b%bcontent-length: %d\r\n\r\n%b" % (
+        _head(answer.status, answer.media_type),
+        answer.fields,
+        b"" if keep_alive else b"connection: close\r\n",
+        len(answer.body),
+        answer.body,
+    )
 
 
 @functools.cache

@@ -76,6 +76,7 @@ class DrainingServer(uvicorn.Server):
         await self._wait(self._nothing_left, 0 if self._unroll.crashed else self._timeout)
         await self._cut()
         await self.lifespan.shutdown()
+        self._unroll.failed |= self.lifespan.should_exit or self.lifespan.error_occurred
 
     def _nothing_left(self) -> bool:
         return not (self.server_state.connections or self.server_state.tasks or self._unroll.in_flight)

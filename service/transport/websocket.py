@@ -103,6 +103,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = _Parser(max_size=self.config.ws_max_size, logger=self.logger)
+        self.conn.debug = False  # else it logs the headers
         self._direct = DirectLink(self)
 
     def handle_connect(self, event: Request) -> None:
@@ -114,6 +115,9 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         taken = self._deliver_whole_messages(data) if self._direct.on_binary is not None else 0
         if taken < len(data):
             super().data_received(data[taken:] if taken else data)
+            if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn looks at requests only
+                self.transport.write(b"".join(self.conn.data_to_send()))
+                self.transport.close()
 
     def _deliver_whole_messages(self, data: bytes) -> int:
         """Deliver the complete binary messages at the front of the data; returns their size in bytes.

@@ -136,7 +136,8 @@ def ppm() -> np.ndarray:
 def expected(server: str, ppm: np.ndarray) -> bytes:
     """The outputs of the whole sequence."""
     url = f"{server}/v1/models/co2/sequences"
-    request = urllib.request.Request(url, ppm.tobytes(), {"Content-Type": "application/octet-stream"})
+    headers = {"Content-Type": "application/octet-stream", "Unroll-Steps": str(len(ppm))}
+    request = urllib.request.Request(url, ppm.tobytes(), headers)
     with urllib.request.urlopen(request) as answer:
         return answer.read()
 

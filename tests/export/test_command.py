@@ -99,11 +99,11 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
 
 
 def test_not_streamable_is_exported_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("usermodel:both_ways", "--input", "token:int64:", "--name", "b", "--repository", "out") == 0
+    assert run("usermodel:both_ways", *TOKEN, "--name", "b", "--repository", "out") == 0
     assert "streaming NO: layer 'rnn' is bidirectional" in capsys.readouterr().out
 
 
-TOKEN = ("--input", "token:int64:")
+TOKEN = ("--input", "token:int64:", "--random-weights")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ TOKEN = ("--input", "token:int64:")
         (("usermodel:Net", "--name", "n"), 1, "input: "),
         (("usermodel:Net", "--input", "token:int64", "--name", "n"), 2, "NAME:DTYPE:SHAPE"),
         (("usermodel:Net", "--input", "token:float16:3", "--name", "n"), 2, "NAME:DTYPE:SHAPE"),
-        (("usermodel:Net", "--input", "x:int64:", "--name", "n"), 1, "input: "),
+        (("usermodel:Net", "--input", "x:int64:", "--random-weights", "--name", "n"), 1, "input: "),
         (("usermodel:Net", *TOKEN, "--name", "n", "--weights", "none.pt"), 1, "checkpoint: "),
         (("usermodel:Net", *TOKEN, "--name", "../n"), 1, "bundle: "),
         (("usermodel:Net", *TOKEN, "--name", "n", "--version", "01"), 1, "bundle: "),
@@ -120,7 +120,7 @@ TOKEN = ("--input", "token:int64:")
         (("usermodel:broken", *TOKEN, "--name", "n"), 1, "no such file"),
         (("usermodel:nothing", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("nowhere:Net", *TOKEN, "--name", "n"), 1, "checkpoint: "),
-        (("usermodel:imaginary", "--input", "input:float32:4", "--name", "n"), 1, "dtype: "),
+        (("usermodel:imaginary", "--input", "input:float32:4", "--random-weights", "--name", "n"), 1, "dtype: "),
         (("missing",), 1, "checkpoint: "),
         (("missing", *TOKEN), 1, "checkpoint: "),
         (("--nonsense",), 2, "usage"),
@@ -173,7 +173,7 @@ class Delay(nn.Module):
 
 def test_a_state_that_forward_hands_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "delay.py").write_text(DELAY)
-    delay = ("delay:Delay", "--input", "x:float32:3", "--name", "delay", "--repository", "out")
+    delay = ("delay:Delay", "--input", "x:float32:3", "--random-weights", "--name", "delay", "--repository", "out")
     assert run(*delay, "--state", "cache:float32:2x3") == 2
     assert "NAME:DTYPE:SHAPE=OUTPUT" in capsys.readouterr().err
     assert run(*delay, "--state", "cache:float32:3x3=y1") == 1

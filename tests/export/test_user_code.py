@@ -49,7 +49,8 @@ def export(module, example, **options):
 
 command.export = export
 for target in sys.argv[1:]:
-    assert unroll.cli.main(["export", target, "--input", "x:float32:3", "--name", "n", "--repository", "out"]) == 0
+    options = ["--input", "x:float32:3", "--name", "n", "--repository", "out", "--random-weights"]
+    assert unroll.cli.main(["export", target, *options]) == 0
 """
 
 

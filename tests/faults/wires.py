@@ -67,7 +67,8 @@ class Wires:
         """
         path, body, headers = f"/v1/models/{self.model}/sessions/{session}/steps", b"", _JSON
         if way == "raw":
-            body, headers = x.tobytes(), _RAW | ({} if position is None else {"unroll-position": str(position)})
+            body, headers = x.tobytes(), _RAW | {"unroll-steps": str(len(x))}
+            headers |= {} if position is None else {"unroll-position": str(position)}
         elif way == "json":
             body = json.dumps({"inputs": x.tolist(), "position": position}).encode()
         else:

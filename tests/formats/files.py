@@ -6,9 +6,9 @@ import numpy as np
 
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
-from unroll.service.store import state_file
 from unroll.service.store.interface import Key
 from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
+from unroll.service.store.state_file import StateFile
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = GOLDEN / "repository"
@@ -51,4 +51,4 @@ def write(folder: Path) -> None:
         "redis_gone_expired": b"e" + bytes(24) + origin,
     }.items():
         (folder / f"{name}.bin").write_bytes(content)
-    state_file.write(folder / "sessions.bin", SESSIONS)
+    StateFile(folder / "sessions.bin").write(SESSIONS)

@@ -96,7 +96,7 @@ def test_record() -> None:
 
 def test_state_file(tmp_path: Path) -> None:
     assert state_file.read(GOLDEN / "sessions.bin") == SESSIONS
-    assert state_file.write(tmp_path / "sessions", SESSIONS) == len(SESSIONS)
+    assert state_file.StateFile(tmp_path / "sessions").write(SESSIONS) == len(SESSIONS)
     assert (tmp_path / "sessions").read_bytes() == golden("sessions")
 
 

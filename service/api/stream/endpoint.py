@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import structlog
 from fastapi import APIRouter, WebSocket
+from starlette.exceptions import HTTPException
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem, problem_of, reason
@@ -43,6 +44,11 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
         finally:
             slow_reader.stop()
             connection.close()
+
+    @api.get("/v1/models/{model}/stream", include_in_schema=False)
+    async def without_upgrade(model: str) -> None:
+        headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+        raise HTTPException(426, "this is a stream: connect by WebSocket, version 13", headers)
 
     return api
 

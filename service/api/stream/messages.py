@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from unroll.service.api.bodies import first_fault
 from unroll.service.core.errors import InvalidRequest
 
 #: The most handles of one connection, and of one message.
@@ -29,14 +30,14 @@ class OpenSpec(_Strict):
 
 class OpenRequest(_Strict):
     op: Literal["open"]
-    sessions: Annotated[list[OpenSpec], Field(min_length=1, max_length=MAX_HANDLES)]
+    sessions: Annotated[list[OpenSpec], Field(min_length=1, max_length=MAX_HANDLES, fail_fast=True)]
 
 
 class HandlesRequest(_Strict):
     """close: end the sessions. detach: free the handles only."""
 
     op: Literal["close", "detach"]
-    handles: Annotated[list[Handle], Field(min_length=1, max_length=MAX_HANDLES)]
+    handles: Annotated[list[Handle], Field(min_length=1, max_length=MAX_HANDLES, fail_fast=True)]
 
 
 _REQUEST: TypeAdapter[OpenRequest | HandlesRequest] = TypeAdapter(
@@ -49,5 +50,4 @@ def parse_request(message: bytes) -> OpenRequest | HandlesRequest:
     try:
         return _REQUEST.validate_json(message)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise InvalidRequest(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from error
+        raise InvalidRequest(first_fault(error)) from error

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import tritonclient.http.aio as triton
 import wire
-from serving import RAW, Oracle
+from serving import RAW, Oracle, raw_steps
 
 WAYS = ("json", "raw", "v2", "triton")
 
@@ -103,7 +103,7 @@ class Wires:
                 return Reply(200, outputs=np.array(document["outputs"], np.float32), position=document["position"])
             return self.problem(answer)
         if way == "raw":
-            headers = RAW | ({} if position is None else {"Unroll-Position": str(position)})
+            headers = raw_steps(x) | ({} if position is None else {"Unroll-Position": str(position)})
             answer = await self.client.post(f"{track.path}/steps", content=x.tobytes(), headers=headers)
             if answer.status_code == 200:
                 outputs = np.frombuffer(answer.content, "<f4").reshape(-1, 2)
@@ -138,7 +138,7 @@ class Wires:
     async def abandon(self, track: Track, x: np.ndarray, position: int) -> None:
         """Send a chunk and go away without reading the reply."""
         head = f"POST {track.path}/steps HTTP/1.1\r\nHost: test\r\nContent-Type: application/octet-stream\r\n"
-        head += f"Unroll-Position: {position}\r\nContent-Length: {x.nbytes}\r\n\r\n"
+        head += f"Unroll-Position: {position}\r\nUnroll-Steps: {len(x)}\r\nContent-Length: {x.nbytes}\r\n\r\n"
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(head.encode() + x.tobytes())
         await writer.drain()

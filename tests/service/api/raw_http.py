@@ -22,6 +22,10 @@ class Wire:
         for part in parts:
             self.socket.sendall(part)
 
+    def end(self) -> None:
+        """Send no more; still read."""
+        self.socket.shutdown(socket.SHUT_WR)
+
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers, by lower-case name, of the next answer."""
         while b"\r\n\r\n" not in self._received:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import wire
 from redis_server import RedisServer
-from serving import RAW, Oracle, Running, Serve
+from serving import Oracle, Running, Serve, raw_steps
 from streams import Client, frame, last_messages, replies
 from waiting import until
 from websockets.exceptions import InvalidStatus
@@ -57,10 +57,10 @@ def test_while_load_balancers_notice(serve: Serve, monkeypatch: pytest.MonkeyPat
         assert (denied.value.response.status_code, denied.value.response.headers["retry-after"]) == (503, "1")
 
         for answer in (
-            client.post(f"{session}/steps", content=X.tobytes(), headers=RAW),
+            client.post(f"{session}/steps", content=X.tobytes(), headers=raw_steps(X)),
             client.get(session),
             wire.infer(client, "lstm", X, sequence_id=7),
-            client.post("/v1/models/lstm/sequences", content=X.tobytes(), headers=RAW),
+            client.post("/v1/models/lstm/sequences", content=X.tobytes(), headers=raw_steps(X)),
         ):
             assert answer.status_code == 200
             assert answer.headers["connection"] == "close"
@@ -76,7 +76,7 @@ def test_idle_connections_are_closed_and_busy_ones_answered(serve: Serve, backgr
     with httpx.Client(base_url=running.url) as client:
         with running.holding("lstm") as held:
             path = f"/v1/models/lstm/sessions/{session_id}/steps"
-            busy = background(client.post, path, content=X.tobytes(), headers=RAW)
+            busy = background(client.post, path, content=X.tobytes(), headers=raw_steps(X))
             held.wait()
             terminate(running)
             assert idle.recv(65536) == b""
@@ -97,7 +97,7 @@ def test_work_that_nobody_waits_for_is_finished(serve: Serve) -> None:
     with running.holding("lstm") as held:
         with socket.create_connection(("127.0.0.1", running.port)) as gone:
             head = f"POST {path}/steps HTTP/1.1\r\nhost: here\r\ncontent-type: application/octet-stream\r\n"
-            gone.sendall(f"{head}content-length: {X.nbytes}\r\n\r\n".encode() + X.tobytes())
+            gone.sendall(f"{head}unroll-steps: {len(X)}\r\ncontent-length: {X.nbytes}\r\n\r\n".encode() + X.tobytes())
             held.wait()
         until(lambda: not running.uvicorn.server_state.connections)
         terminate(running)

@@ -6,7 +6,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serving import RAW, Running, Serve
+from serving import RAW, Running, Serve, raw_steps
 from torch import Tensor, nn
 
 import unroll
@@ -67,7 +67,9 @@ def test_sessions_that_are_not_equally_far(running: Running, model: Mixed) -> No
                     continue
                 piece = x[row, done[row] : done[row] + steps]
                 answers[row].append(
-                    http.post(f"/sessions/{names[row]}/steps", content=piece.tobytes(), headers=RAW).content
+                    http.post(
+                        f"/sessions/{names[row]}/steps", content=piece.tobytes(), headers=raw_steps(piece)
+                    ).content
                 )
                 done[row] += steps
             if 8 < done[0] < 20:  # continues in another session, from a snapshot

@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 from problems import GOOD, assert_problem
-from serving import RAW, Running, Serve
+from serving import RAW, Running, Serve, raw_steps
 
 JSON = {"Content-Type": "application/json"}
 
@@ -134,7 +134,8 @@ def test_wrong_tokens(tokens: Watched, inputs: object, code: str) -> None:
 
 def test_raw_tokens_out_of_range(tokens: Watched) -> None:
     for token in (11, -1, -(2**63)):
-        tokens.refuses(422, "input_out_of_range", content=np.array([1, token], "<i8").tobytes(), headers=RAW)
+        x = np.array([1, token], "<i8")
+        tokens.refuses(422, "input_out_of_range", content=x.tobytes(), headers=raw_steps(x))
 
 
 @pytest.mark.parametrize(
@@ -161,18 +162,44 @@ def test_raw_of_the_wrong_length(lstm: Watched, size: int) -> None:
     lstm.refuses(422, "invalid_shape", content=bytes(size), headers=RAW)
 
 
+@pytest.mark.parametrize("steps", [None, "2"])
+def test_two_raw_steps_of_float64_are_not_four_of_float32(lstm: Watched, steps: str | None) -> None:
+    x = np.tile(np.float64(GOOD), (2, 1))  # NumPy's default dtype
+    headers = RAW if steps is None else {**RAW, "Unroll-Steps": steps}
+    answer = lstm.refuses(422, "invalid_shape", content=x.tobytes(), headers=headers)
+    assert "float64" in answer.json()["detail"]
+    assert ("Unroll-Steps: 4" in answer.json()["detail"]) == (steps is None)
+
+
+@pytest.mark.parametrize("steps", ["0", "1", "3", "9" * 18])
+def test_raw_steps_that_contradict_their_number(lstm: Watched, steps: str) -> None:
+    lstm.refuses(422, "invalid_shape", content=bytes(24), headers={**RAW, "Unroll-Steps": steps})
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_raw_sequence_must_come_with_its_number_of_steps(client: httpx.Client, count: int) -> None:
+    content = np.tile(np.float32(GOOD), (count, 1)).tobytes()
+    refused = client.post("/v1/models/lstm/sequences", content=content, headers=RAW)
+    assert_problem(refused, 422, "invalid_shape")
+    assert f"Unroll-Steps: {count}" in refused.json()["detail"]
+    headers = {**RAW, "Unroll-Steps": str(count)}
+    assert len(client.post("/v1/models/lstm/sequences", content=content, headers=headers).content) == count * 8
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_raw_that_is_not_finite(lstm: Watched, value: float) -> None:
     x = np.ones((4, 3), "<f4")
     x[2, 1] = value
-    lstm.refuses(422, "non_finite_input", content=x.tobytes(), headers=RAW)
+    lstm.refuses(422, "non_finite_input", content=x.tobytes(), headers=raw_steps(x))
 
 
 @pytest.mark.parametrize("encoding", ["json", "raw"])
 def test_an_answer_that_is_not_finite(client: httpx.Client, encoding: str) -> None:
     session = Watched(client, "hot", GOOD * 2)
     x = np.array([[1, 1, 1], [3e38, 1, 1], [1, 1, 1]], np.float32)
-    request = {"content": x.tobytes(), "headers": RAW} if encoding == "raw" else {"json": {"inputs": x.tolist()}}
+    request = (
+        {"content": x.tobytes(), "headers": raw_steps(x)} if encoding == "raw" else {"json": {"inputs": x.tolist()}}
+    )
     answer = session.refuses(422, "non_finite_output", **request)
     assert "null" not in answer.text
     client.post(f"{session.path}/steps", json={"inputs": GOOD}).raise_for_status()
@@ -194,7 +221,7 @@ def test_media_types_have_parameters_and_any_case(client: httpx.Client, lstm: Wa
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", "x", "", "9" * 40, "1 2"])
-@pytest.mark.parametrize("header", ["Unroll-Position", "Unroll-Timeout-Ms"])
+@pytest.mark.parametrize("header", ["Unroll-Position", "Unroll-Steps", "Unroll-Timeout-Ms"])
 def test_headers_hold_whole_numbers(lstm: Watched, header: str, value: str) -> None:
     lstm.refuses(400, "malformed_request", content=bytes(12), headers={**RAW, header: value})
 
@@ -297,7 +324,7 @@ def test_a_chunked_body_too_large_that_arrives_at_once(serve: Serve) -> None:
 
 def test_a_chunked_body_that_fits(small: httpx.Client) -> None:
     body = (bytes(6) for _ in range(10))
-    answer = small.post("/v1/models/lstm/sequences", content=body, headers=RAW)
+    answer = small.post("/v1/models/lstm/sequences", content=body, headers={**RAW, "Unroll-Steps": "5"})
     assert (answer.status_code, len(answer.content)) == (200, 5 * 8)
 
 
@@ -305,7 +332,7 @@ def test_json_has_a_limit_of_its_own(small: httpx.Client) -> None:
     answer = small.post("/v1/models/lstm/sequences", json={"inputs": [GOOD * 80]})
     assert_problem(answer, 413, "body_too_large")
     raw = np.tile(np.float32(GOOD), (100, 1))
-    assert small.post("/v1/models/lstm/sequences", content=raw.tobytes(), headers=RAW).status_code == 200
+    assert small.post("/v1/models/lstm/sequences", content=raw.tobytes(), headers=raw_steps(raw)).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/models/lstm/sessions", "/v1/models/lstm/sessions/a/fork"])
@@ -324,7 +351,7 @@ def test_more_sequences_than_can_ever_wait_are_not_worth_trying_again(serve: Ser
 
 
 def test_too_many_steps(small: httpx.Client) -> None:
-    answer = small.post("/v1/models/lstm/sequences", content=bytes(101 * 12), headers=RAW)
+    answer = small.post("/v1/models/lstm/sequences", content=bytes(101 * 12), headers={**RAW, "Unroll-Steps": "101"})
     assert_problem(answer, 422, "invalid_shape")
 
 

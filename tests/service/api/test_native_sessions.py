@@ -7,7 +7,7 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 import pytest
-from serving import RAW, Oracle, Running
+from serving import RAW, Oracle, Running, raw_steps
 from waiting import until
 
 Oracles = Callable[..., Oracle]
@@ -58,7 +58,7 @@ def test_streamed_is_whole(
         chunk = x[position : position + length]
         position += length
         if encoding == "raw":
-            answer = client.post(f"{session}/steps", content=chunk.tobytes(), headers=RAW)
+            answer = client.post(f"{session}/steps", content=chunk.tobytes(), headers=raw_steps(chunk))
             outputs.append(from_raw(answer))
         else:
             answer = client.post(f"{session}/steps", json={"inputs": chunk.tolist()})
@@ -73,7 +73,7 @@ def test_json_and_raw_may_alternate(client: httpx.Client, oracle: Oracles, rng: 
     x = rng.standard_normal((2, 3)).astype(np.float32)
     session = opened(client, "gru:1")
     first = client.post(f"{session}/steps", json={"inputs": x[:1].tolist()})
-    second = client.post(f"{session}/steps", content=x[1:].tobytes(), headers=RAW)
+    second = client.post(f"{session}/steps", content=x[1:].tobytes(), headers=raw_steps(x[1:]))
     whole = oracle("gru", "1")(x)
     assert np.array_equal(floats(first.json()["outputs"]), whole[:1])
     assert np.array_equal(from_raw(second), whole[1:])
@@ -101,7 +101,7 @@ def test_tokens(client: httpx.Client, oracle: Oracles) -> None:
     token = np.array([1, 10, 0, 4], np.int64)
     session = opened(client, "tokens")
     first = client.post(f"{session}/steps", json={"inputs": token[:2].tolist()})
-    second = client.post(f"{session}/steps", content=token[2:].astype("<i8").tobytes(), headers=RAW)
+    second = client.post(f"{session}/steps", content=token[2:].astype("<i8").tobytes(), headers=raw_steps(token[2:]))
     whole = oracle("tokens")(token)
     assert np.array_equal(floats(first.json()["outputs"]), whole[:2])
     assert np.array_equal(from_raw(second, 11), whole[2:])
@@ -120,7 +120,7 @@ def test_a_model_that_needs_whole_sequences(client: httpx.Client, oracle: Oracle
     assert (refused.status_code, refused.json()["code"]) == (422, "not_streamable")
     assert "bidirectional" in refused.json()["detail"]
     x = rng.standard_normal((6, 3)).astype(np.float32)
-    answer = client.post("/v1/models/whole/sequences", content=x.tobytes(), headers=RAW)
+    answer = client.post("/v1/models/whole/sequences", content=x.tobytes(), headers=raw_steps(x))
     assert np.array_equal(from_raw(answer), oracle("whole")(x))
 
 
@@ -139,7 +139,7 @@ def test_a_version_can_be_named(client: httpx.Client, oracle: Oracles, rng: np.r
     for reference, version in (("gru", "2"), ("gru:1", "1"), ("gru:2", "2")):
         session = opened(client, reference)
         assert client.get(session).json()["model_version"] == version
-        answer = client.post(f"{session}/steps", content=x.tobytes(), headers=RAW)
+        answer = client.post(f"{session}/steps", content=x.tobytes(), headers=raw_steps(x))
         assert np.array_equal(from_raw(answer), oracle("gru", version)(x))
         assert client.get(f"/v1/models/{reference}").json()["version"] == version
 
@@ -166,7 +166,7 @@ def test_models_are_described(client: httpx.Client, oracle: Oracles) -> None:
 
 def stepped(client: httpx.Client, model: str, x: np.ndarray) -> str:
     session = opened(client, model)
-    client.post(f"{session}/steps", content=x.tobytes(), headers=RAW).raise_for_status()
+    client.post(f"{session}/steps", content=x.tobytes(), headers=raw_steps(x)).raise_for_status()
     return session
 
 
@@ -189,7 +189,9 @@ def test_restored_is_uninterrupted(client: httpx.Client, oracle: Oracles, rng: n
     assert client.get(f"{restored}/state").content == saved.content
     whole = oracle("lstm")(x)
     for path in (restored, session):
-        answer = client.post(f"{path}/steps", content=x[4:].tobytes(), headers={**RAW, "Unroll-Position": "4"})
+        answer = client.post(
+            f"{path}/steps", content=x[4:].tobytes(), headers={**raw_steps(x[4:]), "Unroll-Position": "4"}
+        )
         assert np.array_equal(from_raw(answer), whole[4:])
 
 
@@ -206,9 +208,11 @@ def test_a_restored_session_forgets_the_replies_of_its_other_past(
     x = rng.standard_normal((2, 3)).astype(np.float32)
     session = opened(client, "lstm")
     start = client.get(f"{session}/state").content
-    first = client.post(f"{session}/steps", content=x.tobytes(), headers={**RAW, "Unroll-Position": "0"})
+    first = client.post(f"{session}/steps", content=x.tobytes(), headers={**raw_steps(x), "Unroll-Position": "0"})
     client.put(f"{session}/state", content=start, headers=RAW).raise_for_status()
-    other = client.post(f"{session}/steps", content=(2 * x).tobytes(), headers={**RAW, "Unroll-Position": "0"})
+    other = client.post(
+        f"{session}/steps", content=(2 * x).tobytes(), headers={**raw_steps(2 * x), "Unroll-Position": "0"}
+    )
     assert other.status_code == 200
     assert other.content != first.content
 
@@ -217,7 +221,7 @@ def test_open_with_a_state_row(client: httpx.Client, oracle: Oracles, rng: np.ra
     x = rng.standard_normal((3, 3)).astype(np.float32)
     row = rng.standard_normal(oracle("lstm").manifest.state_size).astype(np.float32)
     session = opened(client, "lstm", state=row.tolist())
-    answer = client.post(f"{session}/steps", content=x.tobytes(), headers=RAW)
+    answer = client.post(f"{session}/steps", content=x.tobytes(), headers=raw_steps(x))
     assert np.array_equal(from_raw(answer), oracle("lstm").all(x, state=row)[0][0])
 
 
@@ -287,8 +291,8 @@ def test_a_fork_goes_its_own_way(client: httpx.Client, oracle: Oracles, rng: np.
     assert forked.status_code == 201
     assert forked.json()["position"] == 3
     other = f"/v1/models/lstm/sessions/{forked.json()['session_id']}"
-    there = from_raw(client.post(f"{other}/steps", content=(-x[3:]).tobytes(), headers=RAW))
-    here = from_raw(client.post(f"{session}/steps", content=x[3:].tobytes(), headers=RAW))
+    there = from_raw(client.post(f"{other}/steps", content=(-x[3:]).tobytes(), headers=raw_steps(-x[3:])))
+    here = from_raw(client.post(f"{session}/steps", content=x[3:].tobytes(), headers=raw_steps(x[3:])))
     assert np.array_equal(here, oracle("lstm")(x)[3:])
     assert np.array_equal(there, oracle("lstm")(np.concatenate([x[:3], -x[3:]]))[3:])
 
@@ -310,7 +314,7 @@ def test_a_fork_outlives_its_origin(client: httpx.Client, oracle: Oracles, rng: 
     name = client.post(f"{session}/fork").json()["session_id"]
     client.delete(session).raise_for_status()
     stepped(client, "lstm", 9 * x)  # it may take the row that became free
-    answer = client.post(f"/v1/models/lstm/sessions/{name}/steps", content=x[2:].tobytes(), headers=RAW)
+    answer = client.post(f"/v1/models/lstm/sessions/{name}/steps", content=x[2:].tobytes(), headers=raw_steps(x[2:]))
     assert np.array_equal(from_raw(answer), oracle("lstm")(x)[2:])
 
 
@@ -326,15 +330,15 @@ def test_a_fork_under_a_living_or_bad_id_is_refused(client: httpx.Client) -> Non
 def test_close_and_open_anew(client: httpx.Client, oracle: Oracles, rng: np.random.Generator) -> None:
     x = rng.standard_normal((2, 3)).astype(np.float32)
     session = opened(client, "lstm", session_id="anew")
-    client.post(f"{session}/steps", content=x.tobytes(), headers=RAW)
+    client.post(f"{session}/steps", content=x.tobytes(), headers=raw_steps(x))
     closed = client.delete(session)
     assert (closed.status_code, closed.json()["position"]) == (200, 2)
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/state"), ("POST", "/fork"), ("POST", "/steps")):
         content = x.tobytes() if path == "/steps" else None
-        answer = client.request(method, session + path, content=content, headers=RAW if content else None)
+        answer = client.request(method, session + path, content=content, headers=raw_steps(x) if content else None)
         assert (answer.status_code, answer.json()["code"]) == (410, "session_closed")
     opened(client, "lstm", session_id="anew")
-    answer = client.post(f"{session}/steps", content=x.tobytes(), headers={**RAW, "Unroll-Position": "0"})
+    answer = client.post(f"{session}/steps", content=x.tobytes(), headers={**raw_steps(x), "Unroll-Position": "0"})
     assert np.array_equal(from_raw(answer), oracle("lstm")(x))
 
 
@@ -347,9 +351,9 @@ def test_close_lets_what_runs_finish_and_fails_what_waits(
     with httpx.Client(base_url=server.url) as client:
         session = opened(client, "lstm")
         with server.holding("lstm") as held:
-            runs = background(client.post, f"{session}/steps", content=x.tobytes(), headers=RAW)
+            runs = background(client.post, f"{session}/steps", content=x.tobytes(), headers=raw_steps(x))
             held.wait()
-            waits = background(client.post, f"{session}/steps", content=x.tobytes(), headers=RAW)
+            waits = background(client.post, f"{session}/steps", content=x.tobytes(), headers=raw_steps(x))
             saves = background(client.get, f"{session}/state")
             until(lambda: len(next(iter(scheduler.sessions)).own_progress.queue()) == 3)
             assert client.delete(session).status_code == 200

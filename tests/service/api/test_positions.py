@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import wire
-from serving import RAW, Oracle, Running, Serve, metric
+from serving import Oracle, Running, Serve, metric, raw_steps
 from waiting import until
 
 Background = Callable[..., Future]
@@ -37,7 +37,7 @@ class Stream:
             return self.client.post(f"{self.path}/steps", json={"inputs": x.tolist(), **place})
         if self.way == "raw":
             place = {} if position is None else {"Unroll-Position": str(position)}
-            return self.client.post(f"{self.path}/steps", content=x.tobytes(), headers={**RAW, **place})
+            return self.client.post(f"{self.path}/steps", content=x.tobytes(), headers={**raw_steps(x), **place})
         if position is not None:
             more["sequence_position"] = position
         return wire.infer(self.client, self.model, x, binary=self.way == "v2 binary", sequence_id=self.id, **more)
@@ -245,7 +245,7 @@ def test_a_retry_of_a_chunk_whose_client_went_away(
     x = np.tile(np.float32([[0.1, -0.2, 0.3]]), (2000, 1))  # several pieces; large enough to be cancelled
     scheduler = running.model("lstm").scheduler
     head = f"POST {stream.path}/steps HTTP/1.1\r\nHost: test\r\nContent-Type: application/octet-stream\r\n"
-    head += f"Unroll-Position: 0\r\nContent-Length: {x.nbytes}\r\n\r\n"
+    head += f"Unroll-Position: 0\r\nUnroll-Steps: 2000\r\nContent-Length: {x.nbytes}\r\n\r\n"
     with running.holding("lstm") as held:
         with socket.create_connection(("127.0.0.1", running.port)) as leaving:
             leaving.sendall(head.encode() + x.tobytes())

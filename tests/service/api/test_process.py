@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import wire
 from processes import Process, StartProcess, launch
-from serving import RAW, Oracle, metric
+from serving import Oracle, metric, raw_steps
 from waiting import PATIENCE, until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -34,12 +34,12 @@ def test_signals(
     x = rng.standard_normal((4, 3)).astype(np.float32)
     with httpx.Client(base_url=process.url) as client:
         session = f"/v1/models/gru/sessions/{client.post('/v1/models/gru/sessions').json()['session_id']}"
-        first = client.post(f"{session}/steps", content=x[:2].tobytes(), headers=RAW).content
+        first = client.post(f"{session}/steps", content=x[:2].tobytes(), headers=raw_steps(x[:2])).content
         shutil.copytree(repository / "gru" / "2", shelf / ".coming")
         (shelf / ".coming").rename(shelf / "gru" / "2")
         process.popen.send_signal(signal.SIGHUP)
         until(lambda: client.get("/v1/models/gru").json()["version"] == "2", "version 2")
-        second = client.post(f"{session}/steps", content=x[2:].tobytes(), headers=RAW).content
+        second = client.post(f"{session}/steps", content=x[2:].tobytes(), headers=raw_steps(x[2:])).content
         assert np.array_equal(np.frombuffer(first + second, "<f4").reshape(-1, 2), oracle("gru", "1")(x))
 
         work = np.tile(x, (128, 500, 1))  # long enough to be caught at work
@@ -49,6 +49,20 @@ def test_signals(
         assert np.array_equal(wire.outputs(running.result())[1]["y"][5], oracle("gru", "2")(work[0]))
     assert process.end() == 0
     assert not [line for line in process.log if line["level"] not in ("info", "debug")]
+
+
+def test_the_log_has_no_headers_at_any_level(start_process: StartProcess) -> None:
+    process = start_process("--log-level", "debug")
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.Client(base_url=process.url, headers=headers) as client:
+        assert client.post("/v1/models/gru/sessions").status_code == 201
+        assert client.post("/v1/models/gru/sequences", content=b"?").status_code == 415
+    with connect(f"{process.url.replace('http', 'ws')}/v1/models/gru/stream", additional_headers=headers) as stream:
+        stream.send("?")
+        assert stream.recv()
+    process.popen.terminate()
+    assert process.end() == 0
+    assert not [line for line in process.log if "secret" in json.dumps(line)]
 
 
 def test_a_drain(start_process: StartProcess) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import wire
 from damage import describe, vectors
-from serving import RAW, Oracle, Running, Serve
+from serving import RAW, Oracle, Running, Serve, raw_steps
 from waiting import until
 
 from unroll import bundle
@@ -63,7 +63,7 @@ async def opened(http: httpx.AsyncClient, model: str = "gru", **body: object) ->
 
 
 async def step(http: httpx.AsyncClient, session: str, x: np.ndarray) -> np.ndarray:
-    answer = await http.post(f"{session}/steps", content=x.tobytes(), headers=RAW)
+    answer = await http.post(f"{session}/steps", content=x.tobytes(), headers=raw_steps(x))
     assert answer.status_code == 200, answer.text
     return np.frombuffer(answer.content, "<f4").reshape(-1, 2)
 

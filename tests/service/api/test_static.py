@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serving import RAW, Oracle, Running, Serve
+from serving import RAW, Oracle, Running, Serve, raw_steps
 from streams import Client
 from torch import Tensor, nn
 from wire import infer
@@ -84,7 +84,7 @@ def test_sequences_begin_with_them(http: httpx.Client, right: Callable):
 def test_states_that_clients_hold_begin_with_them(http: httpx.Client, right: Callable):
     opened = http.post("/sessions", json={"static": TWO, "durability": "client"}).json()
     sealed = base64.b64decode(opened["snapshot"])
-    headers = {**RAW, "Unroll-Snapshot-Length": str(len(sealed))}
+    headers = {**raw_steps(X), "Unroll-Snapshot-Length": str(len(sealed))}
     answer = http.post(f"/sessions/{opened['session_id']}/steps", content=sealed + X.tobytes(), headers=headers)
     assert answer.content[int(answer.headers["Unroll-Snapshot-Length"]) :] == right(X, TWO).tobytes()
 
@@ -124,7 +124,7 @@ def test_wrong_ones(http: httpx.Client, static: dict | None, code: str):
 
 
 def test_where_they_cannot_be_given(http: httpx.Client, running: Running):
-    assert http.post("/sequences", content=X.tobytes(), headers=RAW).json()["code"] == "invalid_shape"
+    assert http.post("/sequences", content=X.tobytes(), headers=raw_steps(X)).json()["code"] == "invalid_shape"
     answer = http.post("/sessions", json={"static": ONE, "state": [0.0] * 11})
     assert answer.json()["code"] == "malformed_request"
     with httpx.Client(base_url=running.url) as client:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tensor_models import arrays, manifest, manifests, same
 
 from unroll.bundle import TensorSpec
+from unroll.bundle.manifest import Dtype
 from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
@@ -38,9 +39,10 @@ def codec(*inputs: TensorSpec, max_steps: int = 100) -> Codec:
 @given(st.data())
 def test_raw_round_trip(data: st.DataObject) -> None:
     model = data.draw(manifests(most_inputs=1, most_outputs=1))
-    array = data.draw(arrays(model.inputs[0], data.draw(st.integers(1, 5))))
+    steps = data.draw(st.integers(1, 5))
+    array = data.draw(arrays(model.inputs[0], steps))
     made = Codec(model, 100, 1000)
-    (decoded,) = made.from_raw(array.tobytes())
+    (decoded,) = made.from_raw(array.tobytes(), steps if steps > 1 else data.draw(st.sampled_from([1, None])))
     assert same(decoded, array)
     output = data.draw(arrays(model.outputs[0], *([4] if model.outputs[0].time else [])))
     assert made.to_raw((output,)) == output.tobytes()
@@ -88,14 +90,28 @@ def test_sequences_round_trip(data: st.DataObject) -> None:
 
 
 @BRIEF
-@given(model=manifests(), body=st.binary(max_size=200))
-def test_random_bytes_as_raw(model, body: bytes) -> None:  # type: ignore[no-untyped-def]
+@given(model=manifests(), body=st.binary(max_size=200), steps=st.none() | st.integers(0, 6))
+def test_random_bytes_as_raw(model, body: bytes, steps: int | None) -> None:  # type: ignore[no-untyped-def]
     made = Codec(model, 5, 1000)
     try:
-        (array,) = made.from_raw(body)
+        (array,) = made.from_raw(body, steps)
     except UnrollError:
         return
     assert array.tobytes() == body
+    assert len(array) == (steps or 1)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3,)])
+@pytest.mark.parametrize(
+    ("dtype", "sent"),
+    [("float32", "f8"), ("float32", "f2"), ("int64", "i4"), ("int32", "i8"), ("int32", "i2"), ("bool", "f4")],
+)
+def test_raw_bytes_of_another_dtype_never_fit(dtype: Dtype, sent: str, shape: tuple[int, ...]) -> None:
+    made = codec(TensorSpec("x", dtype, shape, True))
+    for steps in (None, 1, 2, 3, 4, 8):
+        content = np.zeros((steps or 1, *shape), sent).tobytes()
+        with pytest.raises(InvalidShape, match=rf"if its values are \w.*send them as {dtype}"):
+            made.from_raw(content, steps)
 
 
 @BRIEF
@@ -164,15 +180,15 @@ def test_a_number_that_does_not_fit_int32() -> None:
 
 def test_more_steps_than_are_taken() -> None:
     made = codec(X, max_steps=2)
-    assert len(made.from_raw(bytes(24))[0]) == 2
+    assert len(made.from_raw(bytes(24), 2)[0]) == 2
     with pytest.raises(InvalidShape, match="at most 2"):
-        made.from_raw(bytes(36))
+        made.from_raw(bytes(36), 3)
 
 
 def test_a_raw_bool_is_zero_or_one() -> None:
     """Any other byte would reach the graph as an invalid bool."""
     made = codec(FLAG)
-    assert made.from_raw(b"\x00\x01")[0].tolist() == [False, True]
+    assert made.from_raw(b"\x00\x01", 2)[0].tolist() == [False, True]
     for byte in (b"\x02", b"\xff"):
         with pytest.raises(OutOfRange, match="flag"):
-            made.from_raw(b"\x00\x01" + byte)
+            made.from_raw(b"\x00\x01" + byte, 3)

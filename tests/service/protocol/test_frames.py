@@ -102,6 +102,13 @@ def test_a_frame_of_another_length_is_refused(data: st.DataObject):
             codec.decode_single(content) or codec.decode(content)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_frame_of_float64_is_refused_as_such(count: int):
+    codec, content = FrameCodec([X], 100), frame([(0, 2, 0)] * count, np.zeros((2 * count, 3), "<f8"))
+    with pytest.raises(InvalidRequest, match="float64"):
+        codec.decode_single(content) or codec.decode(content)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

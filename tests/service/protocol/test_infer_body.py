@@ -42,6 +42,15 @@ def decoded(body: bytes, length: int | None, model: Manifest) -> tuple[InferRequ
     return asked, read_inputs(asked, model.inputs)
 
 
+@pytest.mark.parametrize("declared", [96, 48])
+def test_binary_values_of_float64_are_refused_as_such(declared: int) -> None:
+    model = manifest((TensorSpec("x", "float32", (3,), True),), MODEL.outputs)
+    item = {"name": "x", "shape": [1, 4, 3], "datatype": "FP32", "parameters": {"binary_data_size": declared}}
+    text = orjson.dumps({"inputs": [item]})
+    with pytest.raises(InvalidRequest, match="float64" if declared == 96 else "48 bytes follow"):
+        decoded(text + np.zeros((4, 3)).tobytes(), len(text), model)
+
+
 @BRIEF
 @given(st.data())
 def test_inputs_round_trip(data: st.DataObject) -> None:

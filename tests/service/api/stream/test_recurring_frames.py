@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import httpx
 import numpy as np
-from serving import RAW, Oracle, Running
+from serving import Oracle, Running, raw_steps
 from streams import Client, Dial, Reply, frame
 
 Oracles = Callable[..., Oracle]
@@ -67,7 +67,7 @@ def test_recurring_frames_among_other_work(any_server: Running, dial: Dial, orac
 
     def steps_by_rest(handle: int) -> None:
         x, at = crew.steps(), {"Unroll-Position": f"{crew.position(handle)}"}
-        answer = rest.post(f"/{crew.ids[handle]}/steps", content=x.tobytes(), headers={**RAW, **at})
+        answer = rest.post(f"/{crew.ids[handle]}/steps", content=x.tobytes(), headers={**raw_steps(x), **at})
         reached = int(answer.headers["unroll-position"])
         crew.took(handle, x, Reply(handle, 1, reached, [np.frombuffer(answer.content, "<f4").reshape(1, 2)]))
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 import pytest
-from serving import RAW, Oracle, Running
+from serving import Oracle, Running, raw_steps
 from streams import Dial, frame
 from waiting import until
 
@@ -99,12 +99,12 @@ def test_rest_and_stream_share_sessions(dial: Dial, client: httpx.Client, oracle
     (name,) = ours.bind(0)
     path = f"/v1/models/lstm/sessions/{name}"
     first = ours.step((0, 0, x[:4]))[0].outputs[0]
-    answer = client.post(f"{path}/steps", content=x[4:8].tobytes(), headers=RAW)
+    answer = client.post(f"{path}/steps", content=x[4:8].tobytes(), headers=raw_steps(x[4:8]))
     assert answer.headers["unroll-position"] == "8"
     last = ours.step((0, 8, x[8:]))[0].outputs[0]
     between = np.frombuffer(answer.content, "<f4").reshape(-1, 2)
     assert np.array_equal(np.concatenate([first, between, last]), oracle("lstm")(x))
-    again = client.post(f"{path}/steps", content=x[8:].tobytes(), headers={**RAW, "Unroll-Position": "8"})
+    again = client.post(f"{path}/steps", content=x[8:].tobytes(), headers={**raw_steps(x[8:]), "Unroll-Position": "8"})
     assert again.content == last.tobytes()
 
 

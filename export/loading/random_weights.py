@@ -1,0 +1,51 @@
+"""Tells whether a module was made of random numbers, by making it twice."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+def random_tensors(module: nn.Module, other: nn.Module) -> list[str]:
+    """The names of the parameters, buffers and other tensors in which two modules of the same code differ."""
+    if module is other:
+        return []
+    theirs = dict(_tensors(other))
+    return [name for name, tensor in _tensors(module) if not _is_same(tensor, theirs.get(name))]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+    for path, inner in module.named_modules():
+        yield from ((f"{path}.{name}".lstrip("."), value) for name, value in vars(inner).items() if _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_leaf
+
+
+def _is_same(one: Tensor, other: Tensor | None) -> bool:
+    if other is None or is_lazy(one) or is_lazy(other) or one.shape != other.shape:
+        return False
+    return torch.allclose(one, other, 0, 0, equal_nan=True) if one.dtype == other.dtype else False
+
+
+@contextmanager
+def other_random_numbers() -> Iterator[None]:
+    """Within, random numbers are others than before; afterwards they continue as if nothing had been."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2_718_281_828)
+            random.seed(2_718_281_828)
+            np.random.seed(2_718_281_828)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])

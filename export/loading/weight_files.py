@@ -1,0 +1,155 @@
+"""Tells what a file holds, and reads the weights in it. Never runs code from a file."""
+
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from unroll.export.errors import ExportError, first_line
+
+#: script: TorchScript. program: of torch.export. saved: by torch.save.
+FileKind = Literal["script", "program", "saved", "safetensors"]
+
+_SAVE = 'torch.save(model.state_dict(), "weights.pt")'
+
+
+def kind_of(path: Path) -> FileKind:
+    """By its content, whatever its name. Raises ExportError(checkpoint) for any other file, and says what it is."""
+    if not path.is_file():
+        raise ExportError("checkpoint", f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = ["/" + name for name in archive.namelist()]
+        if any("/code/" in name for name in names) and any(name.endswith("/constants.pkl") for name in names):
+            return "script"
+        if any(name.endswith(("/archive_format", "/serialized_exported_program.json")) for name in names):
+            return "program"
+        if any(name.endswith("/data.pkl") for name in names):
+            return "saved"
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[8:9] == b"{":
+        return "safetensors"
+    if head.startswith(b"\x80") and head[1:2] <= b"\x05":
+        return "saved"
+    raise ExportError("checkpoint", f"{path} {_described(head)}")
+
+
+def _described(head: bytes) -> str:
+    if not head:
+        return "is empty"
+    if head.startswith(b"PK"):
+        return "is damaged: its end is missing; copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS in place of the file; run `git lfs pull`"
+    if head.startswith(b"\x89HDF"):
+        return "is an HDF5 file, as Keras writes them; load it in Python and give the PyTorch module to unroll.export"
+    return "holds no weights and no model of PyTorch: neither torch.save, torch.jit.save nor safetensors wrote it"
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """What a file of weights holds: tensors by name, or a checkpoint with such a mapping in it.
+
+    Raises:
+        ExportError: checkpoint, for any other file, with what to do with it.
+    """
+    match kind_of(path):
+        case "script":
+            raise ExportError(
+                "checkpoint",
+                f"{path} is a TorchScript program, which has its own code; export it without --weights and MODULE: "
+                f"unroll export {path} --input NAME:DTYPE:SHAPE",
+            )
+        case "program":
+            raise program_refusal(path)
+        case "safetensors":
+            try:
+                return safetensors.torch.load_file(path)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ExportError("checkpoint", f"{path} is a damaged safetensors file: {first_line(error)}") from error
+        case "saved":
+            return _saved(path)
+
+
+def program_refusal(path: Path) -> ExportError:
+    return ExportError(
+        "checkpoint",
+        f"{path} is a program of torch.export, and reading it can run code that is hidden in it; if you trust it, load "
+        "it with torch.export.load and give the program to unroll.export",
+    )
+
+
+def check_script(path: Path) -> None:
+    """Raises ExportError(checkpoint) for a file that is not TorchScript, with what to do with it."""
+    match "program" if path.suffix == ".pt2" else kind_of(path):
+        case "script":
+            return
+        case "program":
+            raise program_refusal(path)
+        case "saved":
+            _saved(path)
+    raise ExportError(
+        "checkpoint",
+        f"{path} holds weights without the code of their model; name the class, or a function that makes the model: "
+        f"unroll export MODULE:CLASS --weights {path} --input NAME:DTYPE:SHAPE",
+    )
+
+
+class _StandIn:
+    """In place of an object that is no tensor: a dictionary that keeps what the object would have been given."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
+
+
+def _saved(path: Path) -> Mapping[str, Any]:
+    names = _foreign(path)
+    try:
+        with safe_globals([(_StandIn, name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a damaged file, anything
+        if not names and zipfile.is_zipfile(path):
+            raise ExportError("checkpoint", f"{path} is damaged: {first_line(error)}") from error
+        raise ExportError(
+            "checkpoint",
+            f"{path} holds objects that only code of their own can read{_listed(names)}, and export runs none of it; "
+            f"load it yourself, save the weights with {_SAVE}, and give that file",
+        ) from error
+    if hasattr(content, "_modules"):
+        raise whole_module(path)
+    if not isinstance(content, Mapping):
+        raise ExportError("checkpoint", f"{path} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def whole_module(path: Path) -> ExportError:
+    """The refusal of a module that was pickled as a whole."""
+    with zipfile.ZipFile(path) as archive:
+        (data,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        cls = next(str(arg) for code, arg, _ in pickletools.genops(archive.read(data)) if code.name == "GLOBAL")
+    module, _, name = cls.partition(" ")
+    return ExportError(
+        "checkpoint",
+        f"{path} is a whole pickled module, of the class {module}.{name}, and reading it runs code; if you trust it, "
+        f"load it with torch.load(..., weights_only=False), save its weights with {_SAVE}, and run: "
+        f"unroll export {module}:{name} --weights weights.pt --input NAME:DTYPE:SHAPE",
+    )
+
+
+def _foreign(path: Path) -> list[str]:
+    """The names of what is not made of tensors in a file of torch.save; none where they are not known."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except ValueError:
+        return []
+
+
+def _listed(names: list[str]) -> str:
+    return f" ({', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''})" if names else ""

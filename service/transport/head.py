@@ -1,0 +1,122 @@
+"""What RFC 9110 and 9112 say of a request's head beyond its syntax: which requests are refused before they are read."""
+
+import functools
+import re
+from collections.abc import Sequence
+
+import httptools
+import structlog
+
+from unroll.service.api.request import Headers
+
+_log = structlog.get_logger(__name__)
+
+Fields = Sequence[tuple[bytes, bytes]]
+
+MAX_FIELDS = 100
+MAX_FIELD_BYTES = 16_384
+MAX_URL_BYTES = 8_192
+#: Of all fields, as far as they arrive in several pieces.
+MAX_HEAD_BYTES = 65_536
+
+WEBSOCKET_VERSION = b"13"
+
+#: RFC 3986: a name or an address, and a port.
+_HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
+
+
+class Refused(Exception):
+    """The request is answered by this status, and the connection is closed."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+def check_head(version: str, url: bytes, fields: Fields) -> Headers:
+    """The header fields by name. Raises Refused.
+
+    Args:
+        version: As `1.1`.
+        url: The request's target.
+        fields: Names are lower case.
+    """
+    headers: Headers = dict(fields)
+    if version not in ("1.1", "1.0"):
+        raise Refused(505, f"HTTP/{version} is not served here: send HTTP/1.1")
+    if len(fields) > MAX_FIELDS:
+        raise Refused(431, f"a request may have {MAX_FIELDS} header fields, this one has {len(fields)}")
+    if len(headers) < len(fields):
+        _check_repeated(fields)
+    if len(url) > MAX_URL_BYTES:
+        raise Refused(414, f"a URL may have {MAX_URL_BYTES} bytes, this one has {len(url)}")
+    host = headers.get(b"host")
+    if host is None:
+        if version == "1.1":
+            raise Refused(400, "send the header Host")
+    elif not _is_host(host):
+        raise Refused(400, "the header Host is not a host name with or without a port")
+    coding = headers.get(b"transfer-encoding")
+    if coding is not None:
+        _check_coding(coding, version)
+    if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
+        raise Refused(417, "the only expectation that is met is 100-continue")
+    return headers
+
+
+def _check_repeated(fields: Fields) -> None:
+    names = [name for name, _ in fields]
+    for name in (b"host", b"transfer-encoding", b"expect"):
+        if names.count(name) > 1:
+            raise Refused(400, f"the header {name.decode().title()} was sent twice")
+
+
+def _check_coding(coding: bytes, version: str) -> None:
+    if version == "1.0":
+        raise Refused(400, "HTTP/1.0 has no Transfer-Encoding")
+    if coding.lower() != b"chunked":
+        raise Refused(501, "the only transfer coding that is taken is chunked")
+
+
+@functools.lru_cache(64)
+def _is_host(value: bytes) -> bool:
+    return _HOST.fullmatch(value) is not None
+
+
+def offers_stream(method: bytes, version: str, headers: Headers) -> bool:
+    """Does a request that offers another protocol offer the one that is spoken here, as RFC 6455 wants it?"""
+    has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0").strip(b"0")
+    return (
+        (method, version) == (b"GET", "1.1")
+        and headers[b"upgrade"].lower() == b"websocket"
+        and headers.get(b"sec-websocket-version") == WEBSOCKET_VERSION
+        and not has_body
+    )
+
+
+def without_offer(method: bytes, version: str, url: bytes, fields: Fields) -> bytes:
+    """The same head for a server that declines to switch protocols (RFC 9110, 7.8)."""
+    lines = [b"%b %b HTTP/%b" % (method, url, version.encode())]
+    for name, value in fields:
+        if name == b"connection":
+            kept = [option for option in value.split(b",") if option.strip().lower() != b"upgrade"]
+            value = b",".join(kept)
+        if name != b"upgrade":
+            lines.append(b"%b: %b" % (name, value))
+    return b"\r\n".join([*lines, b"\r\n"])
+
+
+def refusal_of(error: httptools.HttpParserError) -> Refused:
+    """What a request is answered by that the parser, or what it calls, does not take."""
+    cause = error.__context__
+    if isinstance(cause, Refused):
+        return cause
+    if isinstance(error, httptools.HttpParserInvalidMethodError):
+        return Refused(501, "this is not a method of HTTP/1.1, or one that is not known here")
+    if isinstance(cause, httptools.HttpParserInvalidURLError):
+        return Refused(400, "the URL is not valid")
+    if cause is not None:
+        _log.error("unexpected error", exc_info=cause)
+        return Refused(500, "the server failed on this request; its log has the reason")
+    return Refused(400, f"this is not a request of HTTP/1.1: {error}")

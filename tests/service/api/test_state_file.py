@@ -1,0 +1,205 @@
+"""`--state-file`: sessions go from one process to the next, or their loss is an exit status and a count."""
+
+import json
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Callable
+from itertools import islice, product
+from pathlib import Path
+
+import httpx
+import pytest
+from damage import describe
+from processes import Process, StartProcess, launch
+from serving import Serve
+from waiting import PATIENCE
+
+from unroll.service.state.envelope import checksum
+
+SESSIONS = "/v1/models/gru/sessions"
+NAMES = ["a", "b", "c"]
+
+
+@pytest.fixture
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state") / "sessions"
+
+
+@pytest.fixture
+def start(start_process: StartProcess, path: Path) -> Callable[..., Process]:
+    return lambda *flags, **options: start_process("--state-file", str(path), *flags, **options)
+
+
+def step(url: str, session: str) -> int:
+    """The session's position afterwards; -1 if it is unknown."""
+    answer = httpx.post(f"{url}{SESSIONS}/{session}/steps", json={"inputs": [[0.1, 0.2, 0.3]]})
+    return answer.json().get("position", -1)
+
+
+def end(process: Process) -> int:
+    process.popen.send_signal(signal.SIGTERM)
+    return process.end()
+
+
+def wait_for_lines(process: subprocess.Popen[str], text: str, count: int = 1) -> None:
+    assert process.stderr is not None
+    lines = (line for line in process.stderr if text in line)
+    assert len([*islice(lines, count)]) == count
+
+
+@pytest.fixture
+def written(start: Callable[..., Process], path: Path) -> Path:
+    """A file with three sessions at position 1."""
+    process = start()
+    for name in NAMES:
+        httpx.post(f"{process.url}{SESSIONS}", json={"session_id": name})
+        assert step(process.url, name) == 1
+    assert end(process) == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    return path
+
+
+@pytest.mark.parametrize(("place", "reason"), [("nowhere/sessions", "No such file"), (".", "not a file")])
+def test_a_place_that_cannot_be_written_stops_the_start(shelf: Path, place: str, reason: str) -> None:
+    refused = launch(
+        *("--repository", str(shelf), "--port", "0", "--device", "cpu"), "--state-file", str(shelf / place)
+    )
+    _, log = refused.communicate(timeout=PATIENCE)
+    assert refused.returncode == 1
+    assert reason in json.loads(log.splitlines()[-1])["reason"]
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("fault", ["disk full", "folder removed"])
+def test_sessions_that_cannot_be_written_are_counted(start: Callable[..., Process], path: Path, fault: str) -> None:
+    process = start()
+    for name in NAMES:
+        httpx.post(f"{process.url}{SESSIONS}", json={"session_id": name})
+        step(process.url, name)
+    if fault == "disk full":
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (64, 64))
+    else:
+        shutil.rmtree(path.parent)
+    assert end(process) == 1
+    [line] = [line for line in process.log if line["event"] == "sessions lost"]
+    assert (line["sessions"], line["level"], line["path"]) == (3, "critical", str(path))
+    assert line["reason"]
+    assert "Traceback" not in str(process.log)
+    assert not path.parent.exists() or not [*path.parent.iterdir()]
+
+
+#: The server, which sends itself a signal after a method of its state file.
+INTERRUPTED = """
+import signal, sys
+from unroll.service.serve import main
+from unroll.service.store.state_file import StateFile
+
+method, number = sys.argv[1:3]
+original = getattr(StateFile, method)
+
+def interrupted(self, *arguments):
+    result = original(self, *arguments)
+    signal.raise_signal(int(number))
+    return result
+
+setattr(StateFile, method, interrupted)
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        *product(["__init__", "read", "remove", "write"], [signal.SIGTERM, signal.SIGKILL]),
+        ("read", signal.SIGINT),
+    ],
+)
+def test_a_signal_at_any_moment_of_a_start_loses_nothing(
+    written: Path, start: Callable[..., Process], shelf: Path, method: str, number: int
+) -> None:
+    flags = ("--repository", str(shelf), "--port", "0", "--device", "cpu", "--state-file", str(written))
+    process = launch(method, str(number), *flags, program=("-c", INTERRUPTED))
+    if method == "write":
+        wait_for_lines(process, "running on")
+        process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=PATIENCE)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), log
+    assert "Traceback" not in log
+    after = start()
+    kept = not (
+        method == "remove" and number == signal.SIGKILL
+    )  # they were being served: a crash loses memory sessions
+    assert [step(after.url, name) for name in NAMES] == [2 if kept else -1] * 3
+    assert end(after) == 0
+
+
+def test_a_rescan_that_is_asked_for_during_a_start_follows_it(path: Path, shelf: Path) -> None:
+    (shelf / "gru" / "2").mkdir()
+    (shelf / "gru" / "2" / "manifest.json").touch()
+    flags = ("--repository", str(shelf), "--port", "0", "--device", "cpu", "--state-file", str(path))
+    process = launch("read", str(signal.SIGHUP.value), *flags, program=("-c", INTERRUPTED))
+    wait_for_lines(process, "bundle refused", 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a bit changed", "another version", "empty", "entries that are none"])
+def test_a_damaged_file_is_set_aside(written: Path, start: Callable[..., Process], damage: str) -> None:
+    content = bytearray(written.read_bytes())
+    if damage == "cut short":
+        del content[-9:]
+    elif damage == "a bit changed":
+        content[len(content) // 2] ^= 1
+    elif damage == "empty":
+        content.clear()
+    else:
+        content[4 if damage == "another version" else 8] += 1  # the version; the number of sessions
+        content[-16:] = checksum(bytes(content[:-16])).digest()
+    aside = written.with_name("sessions.unreadable-1")
+    aside.write_bytes(b"an earlier one")
+    aside = written.with_name("sessions.unreadable-2")
+    written.write_bytes(content)
+    process = start()
+    [line] = [line for line in process.log if line["level"] == "error"]
+    assert line["moved_to"] == str(aside)
+    assert line["reason"]
+    assert aside.read_bytes() == content
+    assert step(process.url, "a") == -1
+    assert end(process) == 0
+
+
+def test_two_servers_do_not_share_a_file(written: Path, start: Callable[..., Process], shelf: Path) -> None:
+    first = start()
+    second = launch(*("--repository", str(shelf), "--port", "0", "--device", "cpu"), "--state-file", str(written))
+    _, log = second.communicate(timeout=PATIENCE)
+    assert second.returncode == 1
+    assert "another server uses the state file" in json.loads(log.splitlines()[-1])["reason"]
+    assert [step(first.url, name) for name in NAMES] == [2, 2, 2]
+    assert end(first) == 0
+    third = start()
+    assert [step(third.url, name) for name in NAMES] == [3, 3, 3]
+    assert end(third) == 0
+
+
+def test_sessions_of_a_bundle_that_is_refused_wait_for_its_repair(
+    serve: Serve, shelf: Path, repository: Path, path: Path
+) -> None:
+    shutil.copytree(repository / "lstm" / "1", shelf / "lstm" / "1")
+    settings = {"repository": shelf, "state_file": path}
+    running = serve(**settings)
+    httpx.post(f"{running.url}{SESSIONS}", json={"session_id": "a"})
+    assert step(running.url, "a") == 1
+    running.stop()
+    describe(shelf / "gru" / "1", format=2)
+    running = serve(**settings)
+    answer = httpx.get(f"{running.url}{SESSIONS}/a")
+    assert (answer.status_code, answer.json()["code"]) == (503, "model_unavailable")
+    running.stop()
+    describe(shelf / "gru" / "1", format=1)
+    running = serve(**settings)
+    assert step(running.url, "a") == 2
