@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import lmdb
 import structlog
@@ -62,8 +62,18 @@ _TICKS = 10
 #: Seconds after which a client may find the store again.
 _RETRY_AFTER = 1.0
 
-#: What a call does within a transaction, at the store's time.
-_Call = Callable[[Any, float], Any]
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """work: within a transaction, at the store's time.
+
+    does: it reads, or ends a session, which a full disk must not prevent, or writes.
+    """
+
+    work: Callable[[Any, float], Any]
+    does: Literal["reads", "ends", "writes"]
+
+
 _Asked = tuple[list[_Call], "asyncio.Future[list[Any]]"]
 
 
@@ -81,8 +91,6 @@ class EmbeddedStoreConfig:
 class EmbeddedStore:
     """Raises StoreUnavailable if the folder cannot be used."""
 
-    durability = "redis"
-
     def __init__(self, config: EmbeddedStoreConfig) -> None:
         self._config = config
         self._folder = LmdbFolder(config.folder, config.sync)
@@ -96,6 +104,7 @@ class EmbeddedStore:
         self._timer: asyncio.TimerHandle | None = None
         self._maintenance: asyncio.Task[None] | None = None
         self._answers = True  # so far as is known
+        self._full: StoreUnavailable | None = None  # the answer to calls that need space
         self._swept = b""  # entries up to here were looked at
 
     def __repr__(self) -> str:
@@ -115,18 +124,20 @@ class EmbeddedStore:
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
-            return await self._ask([partial(self._commit, commit) for commit in commits])
+            return await self._ask(
+                [_Call(partial(self._commit, commit), "ends" if commit.ends else "writes") for commit in commits]
+            )
         except StoreUnavailable as error:
             return [error] * len(commits)
 
     async def load(self, key: Key) -> Record | Gone | None:
-        return await self._ask_one(partial(self._load, _name(key)))
+        return await self._ask_one(_Call(partial(self._load, _name(key)), "reads"))
 
     async def close(self, key: Key) -> int | None:
-        return await self._ask_one(partial(self._close, _name(key), self._tokens.next()))
+        return await self._ask_one(_Call(partial(self._close, _name(key), self._tokens.next()), "ends"))
 
     async def take(self, key: Key, token: bytes) -> bool:
-        return await self._ask_one(partial(_take, _name(key), token))
+        return await self._ask_one(_Call(partial(_take, _name(key), token), "ends"))
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────
 
@@ -169,7 +180,7 @@ class EmbeddedStore:
         self._note(reason)
         for _, future in failed:
             if not future.done():
-                future.set_exception(StoreUnavailable(f"the session store is unavailable: {reason}", _RETRY_AFTER))
+                future.set_exception(_unavailable(reason))
 
     def _note(self, reason: Exception | None) -> None:
         if self._answers is not (reason is None):
@@ -195,21 +206,25 @@ class EmbeddedStore:
         self._work()
 
     def _run(self, calls: list[_Call]) -> list[Any]:
-        """In the thread: all calls in one transaction."""
+        """In the thread: all calls in one transaction; while the disk is full, only those that end sessions."""
 
         def work(transaction: Any) -> list[Any]:
             now = self._now()
-            return [call(transaction, now) for call in calls]
+            refused = self._full
+            return [refused if refused and call.does == "writes" else call.work(transaction, now) for call in calls]
 
-        try:
-            return self._folder.write(work)
-        except lmdb.DiskError:  # it is full
-            if not self._folder.free_reserve():
-                raise
+        if all(call.does == "reads" for call in calls):
+            with self._folder.read() as transaction:
+                return work(transaction)
+        if self._full is None:
             try:
                 return self._folder.write(work)
-            finally:
-                self._folder.reserve()
+            except (lmdb.MapFullError, lmdb.PanicError):
+                raise
+            except lmdb.Error as reason:  # LMDB has several errors for a full disk
+                self._full = _unavailable(reason)
+                self._folder.free_reserve()
+        return self._folder.write(work)
 
     async def _maintain(self) -> None:
         while True:
@@ -221,6 +236,10 @@ class EmbeddedStore:
 
     def _look_after(self) -> None:
         """In the thread: remove traces that are old enough, note the time, and sync."""
+        if self._full is not None:
+            if not self._folder.reserve():
+                return
+            self._full = None
         now = self._now()
         with self._folder.read() as transaction:
             ended, self._swept = _ended(transaction, self._swept, now)
@@ -297,6 +316,10 @@ class EmbeddedStore:
         return _POSITION.unpack_from(trace)[0]
 
 
+def _unavailable(reason: Exception) -> StoreUnavailable:
+    return StoreUnavailable(f"the session store is unavailable: {reason}", _RETRY_AFTER)
+
+
 def _take(name: bytes, token: bytes, transaction: Any, now: float) -> bool:
     place = _place(name)
     held = _Entry.at(transaction, place)
@@ -315,9 +338,9 @@ class _Entry:
 
     @classmethod
     def at(cls, transaction: Any, place: bytes) -> Self | None:
-        content = transaction.get(place)
-        if content is None:
+        if (found := transaction.get(place)) is None:
             return None
+        content = bytes(found)
         expires, token, length = _ENTRY.unpack_from(content, HEADER_BYTES)
         return cls(content, content[_TAG], expires, token, content[_NAME : _NAME + length])
 

@@ -37,7 +37,7 @@ _log = structlog.get_logger(__name__)
 _MAP_BYTES = 16 * 2**30
 #: Processes and threads that may read at the same time.
 _READERS = 512
-#: Released when the disk is full, so that sessions can still be closed.
+#: Freed when the disk is full, so that sessions can still be closed.
 _RESERVE_BYTES = 4 * 2**20
 #: File systems of other machines: LMDB's locks are shared memory of this one.
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs", "ocfs2", "gfs2"}
@@ -70,7 +70,7 @@ class LmdbFolder:
         try:
             self._join()
             self._environment = self._open()
-            self._reserve()
+            self.reserve()
             self.mark()
         except (lmdb.Error, OSError) as error:
             os.close(self._lock)
@@ -132,18 +132,23 @@ class LmdbFolder:
         """Something was committed since the last mark."""
         return self._environment.info()["last_txnid"] != self._marked
 
-    def free_reserve(self) -> bool:
-        """Give the reserved space back to the file system. False if it is given already."""
-        try:
-            (self.folder / "reserve").unlink()
-        except FileNotFoundError:
-            return False
-        return True
+    def free_reserve(self) -> None:
+        """Give the reserved space back to the file system, so that what ends sessions can still be written."""
+        (self.folder / "reserve").unlink(missing_ok=True)
 
-    def reserve(self) -> None:
-        """Reserve the space again, if there is any."""
-        with contextlib.suppress(OSError):
-            self._reserve()
+    def reserve(self) -> bool:
+        """Reserve space on the disk. False if there is not enough."""
+        path = self.folder / "reserve"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+        except OSError:
+            path.unlink(missing_ok=True)
+            return False
+        finally:
+            os.close(descriptor)
+        return True
 
     def close(self) -> None:
         self.mark(closing=True)
@@ -160,20 +165,6 @@ class LmdbFolder:
         if self._held is not None:
             self._held.abort()
             self._held = None
-
-    def _reserve(self) -> None:
-        path = self.folder / "reserve"
-        if path.exists():
-            return
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
-        except OSError:
-            path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
 
     # ── who has it open ──────────────────────────────────────────────────────────────────────────
 

@@ -19,7 +19,7 @@ from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 KEY: Key = ("lstm", "a")
-ORIGIN = Origin("ab" * 32, "redis", b"b" * 16, b"o" * 16)
+ORIGIN = Origin("ab" * 32, "stored", b"b" * 16, b"o" * 16)
 KEPT = (Kept(0, 2, b"d" * 16, b"outputs"),)
 
 
@@ -115,7 +115,7 @@ async def test_closing(store: Store, tokens: Tokens):
 
 async def test_a_new_session_takes_the_place_of_one_it_knows(store: Store, tokens: Tokens):
     first, second = tokens.next(), tokens.next()
-    another = Origin("cd" * 32, "redis", b"c" * 16)
+    another = Origin("cd" * 32, "stored", b"c" * 16)
     await put(store, commit(first))
     assert await put(store, commit(second, first, 1, origin=another.to_bytes(), begins=True)) == [None]
     record = await store.load(KEY)
