@@ -14,6 +14,10 @@ COMMANDS = {
 }
 
 
+#: What to install for a package that not every installation has.
+_INSTALL = {"onnxruntime": "onnxruntime"} | dict.fromkeys(("torch", "onnx", "onnxscript"), "torch onnx onnxscript")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
@@ -21,12 +25,18 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its options; `sys.argv[1:]` if None.
 
     Returns:
-        The exit status: 0, or 2 for a command or an option that does not exist; otherwise the command's own.
+        The exit status: 0, or 2 for a command or an option that does not exist; 1 if a package that the command needs
+        is missing; otherwise the command's own.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         module, _ = COMMANDS[argv[0]]
-        return import_module(f"unroll.{module}").main(argv[1:])
+        try:
+            command = import_module(f"unroll.{module}").main
+        except ImportError as error:
+            print(f"unroll {argv[0]}: {_remedy(error)}; `unroll doctor` checks the installation", file=sys.stderr)
+            return 1
+        return command(argv[1:])
     asked_for_help = bool(argv) and argv[0] in {"-h", "--help"}
     if argv and not asked_for_help:
         print(f"unroll: no command {argv[0]!r}", file=sys.stderr)
@@ -34,3 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     for name, (_, purpose) in COMMANDS.items():
         print(f"  {name:<8}{purpose}")
     return 0 if asked_for_help else 2
+
+
+def _remedy(error: ImportError) -> str:
+    """The package that cannot be imported, and how to install it."""
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package in {"", "unroll"}:
+        return f"{package or 'a package'} cannot be imported: {error}"
+    install = f"pip install {_INSTALL.get(package, package.replace('_', '-'))}"
+    if package == "onnxruntime":
+        install += " (with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]')"
+    return f"the package {package} is not installed; {install}"

@@ -7,13 +7,17 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+import structlog
+
 from unroll.service.api.session_operations import durability_of
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.link import Link
 from unroll.service.api.stream.messages import OpenRequest, OpenSpec, parse_request
 from unroll.service.api.stream.replies import CallSoon, Replies, error_members
-from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
+from unroll.service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, UnrollError
+
+_log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -50,10 +54,13 @@ class Control:
         self._backlog: deque[tuple[Callable[[bytes], None], bytes]] = deque()
         self.running = False
         self._task: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None  # the same, if it may be dropped
 
     def defer(self, handle: Callable[[bytes], None], message: bytes) -> None:
         """Call `handle` with the message when the request under way, and what waits already, is done."""
         self._backlog.append((handle, message))
+        self._flow.backlogged = True
+        self._flow.update()
 
     def start(self, message: bytes) -> None:
         """Begin a request. Without a store, one for less than `SLICE` sessions is answered within the call.
@@ -72,8 +79,10 @@ class Control:
             self._detach(request.handles)
 
     def close(self) -> None:
-        """The connection is gone. A request under way at the store is finished, and not answered."""
+        """The connection is gone: what it opens is dropped, what it closes is closed, and nothing is answered."""
         self._backlog.clear()
+        if self._opening is not None:
+            self._opening.cancel()
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
@@ -111,6 +120,7 @@ class Control:
         slices = self._in_slices(op, items, handle)
         if self._handles.has_store:
             self._task = asyncio.ensure_future(self._complete(slices))
+            self._opening = self._task if op == "opened" else None
         else:
             self._advance(slices)
         if self.running:
@@ -135,8 +145,14 @@ class Control:
             self._replies.send({"op": op, "sessions": results})
 
     async def _complete(self, slices: Coroutine[Any, Any, None]) -> None:
-        await slices
-        self._task = None
+        try:
+            await slices
+        except Exception as error:  # noqa: BLE001 the client, and the messages behind this one, wait for an answer
+            _log.error("unexpected error", exc_info=error)
+            self.running = False
+            if not self._replies.closed:
+                self._replies.send_error(EngineFailed("the server failed on this request; its log has the reason"))
+        self._task = self._opening = None
         self._drain_backlog()
 
     def _advance(self, slices: Coroutine[Any, Any, None]) -> None:
@@ -161,7 +177,7 @@ class Control:
         while self._backlog and not self.running:
             handle, message = self._backlog.popleft()
             handle(message)
-        self._flow.busy = self.running
+        self._flow.busy, self._flow.backlogged = self.running, bool(self._backlog)
         self._flow.update()
 
 

@@ -20,6 +20,7 @@ class FlowControl:
         entries: how many are unanswered.
         paused: nothing is read from the connection.
         busy: a control message, or what waits behind one, is being worked on.
+        backlogged: messages wait behind a control message. Until then the connection is read, to notice its end.
         writable: the client reads what is sent to it.
         draining: nothing more is read; the connection ends when everything is answered.
         drained: `on_drained` was called; messages that still arrive are ignored.
@@ -31,6 +32,7 @@ class FlowControl:
         "_resume",
         "_step_bytes",
         "_steps",
+        "backlogged",
         "busy",
         "drained",
         "draining",
@@ -50,7 +52,7 @@ class FlowControl:
         self._pause, self._resume = pause, resume
         self._on_drained = on_drained
         self.entries = self._steps = 0
-        self.paused = self.busy = False
+        self.paused = self.busy = self.backlogged = False
         self.writable = True
         self.draining = self.drained = False
 
@@ -61,7 +63,7 @@ class FlowControl:
             return "open"
         reasons = {
             "window": self._is_full(),
-            "control": self.busy,
+            "control": self.backlogged,
             "client": not self.writable,
             "draining": self.draining,
         }
@@ -81,7 +83,7 @@ class FlowControl:
 
     def update(self) -> None:
         """Pause or resume reading, and notice the end of a drain."""
-        paused = self._is_full() or self.busy or self.draining or not self.writable
+        paused = self._is_full() or self.backlogged or self.draining or not self.writable
         if paused != self.paused:
             self.paused = paused
             (self._pause if paused else self._resume)()

@@ -1,5 +1,6 @@
 """Streams of durable sessions over several servers: connections that break, sessions that move, rows that go."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from redis_server import RedisServer
 from serving import RAW, Oracle, Running, Serve
 from streams import Client, frame
-from waiting import until
+from waiting import PATIENCE, until
 
 Oracles = Callable[..., Oracle]
 Dial = Callable[[Running], Client]
@@ -178,3 +179,51 @@ def test_the_store_is_down_for_a_while(serve: Serve, tmp_path: Path, dial: Dial,
         assert np.array_equal(client.step((0, 1, x[0, 1:2]))[0].outputs[0], oracle("lstm")(x[0, :2])[1:])
     finally:
         server.kill()
+
+
+def test_opening_is_dropped_when_the_client_goes(serve: Serve, redis_server: RedisServer, dial: Dial):
+    running = serve(store=redis_server.url, store_timeout=PATIENCE)
+    client = dial(running)
+    (stream,) = running.server.streams
+    redis_server.pause()
+    try:
+        opening = [{"handle": i, "session_id": f"dropped-{i}"} for i in range(300)]
+        client.socket.send(json.dumps({"op": "open", "sessions": opening}))
+        until(lambda: stream._control.running, "the request at the store")
+        client.abort()
+        until(lambda: not running.server.streams, "the end of the stream")
+    finally:
+        redis_server.resume()
+    with httpx.Client(base_url=running.url) as other:
+        for _ in range(2):  # behind the lookups, and what would follow them
+            other.post("/v1/models/lstm/sessions").raise_for_status()
+        for spec in opening[:3] + opening[-3:]:
+            assert other.get(f"/v1/models/lstm/sessions/{spec['session_id']}").status_code == 404
+
+
+def test_closing_is_finished_when_the_client_goes(serve: Serve, redis_server: RedisServer, dial: Dial):
+    running = serve(store=redis_server.url, store_timeout=PATIENCE)
+    client = dial(running)
+    names = client.bind(*range(300))
+    client.socket.send(json.dumps({"op": "close", "handles": list(range(300))}))
+    client.abort()
+    with httpx.Client(base_url=running.url) as other:
+        until(lambda: other.get(f"/v1/models/lstm/sessions/{names[-1]}").status_code == 410, "the end of the sessions")
+
+
+def test_an_unexpected_error_at_the_store_is_answered(
+    serve: Serve, redis_server: RedisServer, dial: Dial, monkeypatch: pytest.MonkeyPatch, x: np.ndarray
+):
+    running = serve(store=redis_server.url)
+    client = dial(running)
+    client.bind(0)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.server.sessions, "create", fail)
+        answer = client.control("open", sessions=[{"handle": 1}])
+        assert (answer["op"], answer["code"]) == ("error", "engine_failed")
+    client.bind(1)
+    assert client.step((0, None, x[0, :1]), (1, None, x[1, :1])).keys() == {0, 1}

@@ -29,11 +29,11 @@ def test_reading_pauses_once_for_several_reasons():
     flow = calls.flow()
     flow.acquire(WINDOW + 1, WINDOW + 1)
     flow.update()
-    flow.busy, flow.writable = True, False
+    flow.backlogged, flow.writable = True, False
     flow.update()
     assert (calls.made, flow.state) == (["pause"], "paused by window and control and client")
     flow.release(1, 1)
-    flow.busy = False
+    flow.backlogged = False
     flow.update()
     assert (calls.made, flow.state) == (["pause"], "paused by client")
     flow.writable = True

@@ -1,0 +1,52 @@
+"""A command without a package that it needs says what to install. Serving needs no torch, export no server."""
+
+import subprocess
+import sys
+
+import pytest
+from waiting import PATIENCE
+
+#: Runs the command as if the package were not installed.
+COMMAND = """
+import sys
+package, *arguments = sys.argv[1:]
+sys.modules[package] = None
+from unroll import cli
+sys.exit(cli.main(arguments))
+"""
+
+EXPORT = ("export", "net:Net", "--input", "x:float32:3", "--repository", "none")
+
+
+def run(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", COMMAND, package, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "install"),
+    [
+        ("onnxruntime", ("serve", "--repository", "none"), "pip install onnxruntime (with an NVIDIA GPU"),
+        ("onnxruntime", ("verify", "none"), "pip install onnxruntime (with an NVIDIA GPU"),
+        ("onnxruntime", EXPORT, "pip install onnxruntime (with an NVIDIA GPU"),
+        ("torch", EXPORT, "pip install torch onnx onnxscript"),
+        ("onnx", EXPORT, "pip install torch onnx onnxscript"),
+        ("onnxscript", EXPORT, "pip install torch onnx onnxscript"),
+        ("redis", ("serve", "--repository", "none"), "pip install redis"),
+        ("pydantic", ("inspect", "none"), "pip install pydantic"),
+        ("safetensors", ("demo",), "pip install safetensors"),
+    ],
+)
+def test_a_missing_package_is_named(package: str, arguments: tuple[str, ...], install: str) -> None:
+    done = run(package, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"unroll {arguments[0]}: the package {package} is not installed; {install}")
+    assert done.stderr.endswith("; `unroll doctor` checks the installation\n")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package", ["torch", "onnxruntime", "uvicorn"])
+def test_a_command_needs_only_its_own_packages(package: str) -> None:
+    done = run(package, "inspect", "none")
+    assert "manifest.json" in done.stderr
+    assert run(package, "doctor").returncode in {0, 1}
