@@ -24,6 +24,7 @@ from unroll.service.models.loading import ModelOptions
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
 from unroll.service.store.redis_store import RedisStoreConfig
+from unroll.service.telemetry.request_log import LogRequests
 
 _PREFIX = "UNROLL_"
 #: Variables that are no settings: those of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
@@ -126,6 +127,9 @@ class Settings(BaseSettings):
     drain_timeout: Annotated[
         PositiveFloat, Field(description="seconds for connected clients to receive their answers at shutdown")
     ] = 10.0
+    log_requests: Annotated[
+        LogRequests, Field(description="requests that leave a line in the log, at most 100 a second: none, errors, all")
+    ] = "errors"
     log_level: Annotated[
         str, Field(pattern="^(debug|info|warning|error)$", description="minimum severity of log lines")
     ] = "info"
