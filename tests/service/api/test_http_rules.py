@@ -73,7 +73,7 @@ def test_an_offer_behind_a_request_that_runs_waits(serve: Callable[..., Running]
     running = serve()
     with running.holding("lstm") as held:
         wire = Wire(running.port)
-        wire.send(request("/v1/models/lstm/sequences"), get(STREAM, *WEBSOCKET))
+        wire.send(request("/v1/models/lstm/sequences", STEP.tobytes(), "Unroll-Steps: 1"), get(STREAM, *WEBSOCKET))
         held.wait()
     assert wire.answer()[0] == 200
     assert wire.answer()[0] == 426
