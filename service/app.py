@@ -32,6 +32,8 @@ from unroll.service.sessions.in_memory import MemorySessions
 from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
+from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
+from unroll.service.store.interface import Store
 from unroll.service.store.redis_store import RedisStore
 from unroll.service.store.state_file import StateFile
 from unroll.service.telemetry.request_log import RequestLog
@@ -92,8 +94,8 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
 def _load(
     settings: Settings, clock: Clock, devices: Sequence[str], crash: Callable[[], None]
 ) -> tuple[ModelRepository, ModelVersions, MemorySessions]:
-    options, config = settings.model_options(), settings.store_config()
-    store = None if config is None else RedisStore(config)
+    options = settings.model_options()
+    store = _open_store(settings)
     models = ModelVersions()
     spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)
     directory = SessionDirectory(models, spilled, clock)
@@ -103,6 +105,17 @@ def _load(
     repository = ModelRepository(settings.repository, models, loader, clock, crash, strict=settings.strict)
     repository.load_all()
     return repository, models, sessions
+
+
+def _open_store(settings: Settings) -> Store | None:
+    """Raises StoreUnavailable if that is for good."""
+    match settings.store_config():
+        case None:
+            return None
+        case EmbeddedStoreConfig() as config:
+            return EmbeddedStore(config)
+        case config:
+            return RedisStore(config)
 
 
 @asynccontextmanager

@@ -17,9 +17,18 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
+from unroll.service.api.content_coding import decoded
 from unroll.service.api.error_responses import http_error
 from unroll.service.api.inference_routes import Route
-from unroll.service.api.request import Answer, Cancel, Headers, Request, check_headers, nothing_to_cancel
+from unroll.service.api.request import (
+    CONTENT_ENCODING,
+    Answer,
+    Cancel,
+    Headers,
+    Request,
+    check_headers,
+    nothing_to_cancel,
+)
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
 from unroll.service.transport.head import (
@@ -94,8 +103,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._path: inference_routes.Path = []
         self._route_url = b""
         self.url = b""
-        self._head_bytes: int | None = None  # of the head that has not ended
-        self._in_body = False
+        self._in_head = self._in_body = False
+        self._held_bytes = 0  # of an open head or trailer, as far as they are known
         self._takes_offer = False
         self._last_words = b""  # the answer behind which the connection is closed
         self._idle_since: float | None = None
@@ -119,23 +128,22 @@ class HttpProtocol(HttpToolsProtocol):
                 self.data_received(head + rest)
         except httptools.HttpParserError as error:
             self._refuse(refusal_of(error))
-        if self._head_bytes is not None and not self._last_words:
-            self._limit_open_head(len(data))
+        if self._in_head or self._in_body:
+            self._limit_held(len(data))
 
     def _new_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
-    def _limit_open_head(self, size: int) -> None:
-        """A head has begun and not ended. The segment it began in may hold much more, and is not counted."""
-        assert self._head_bytes is not None
-        self._head_bytes = 1 if self._head_bytes == 0 else self._head_bytes + size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(Refused(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes"))
+    def _limit_held(self, size: int) -> None:
+        """The parser holds an open head or trailer. The segment it began in may have much else, and is not counted."""
+        self._held_bytes = 1 if self._held_bytes == 0 else self._held_bytes + size
+        if self._held_bytes > MAX_HEAD_BYTES and not self._last_words:
+            self._refuse(Refused(431, f"the headers of a request may have {MAX_HEAD_BYTES} bytes"))
 
     def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
         """A client that sends no more may still read: what it asked is answered before the connection is closed."""
-        if self._head_bytes is not None or self._in_body:
+        if self._in_head or self._in_body:
             self._refuse(Refused(400, "the request ended before it was complete"))
         elif self._busy():
             self.cycle.keep_alive = False
@@ -173,18 +181,19 @@ class HttpProtocol(HttpToolsProtocol):
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
-        self._head_bytes = 0
+        self._in_head = True
+        self._held_bytes = 0
         self._idle_since = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head_bytes is None:
+        if not self._in_head:
             return  # behind the body: a trailer means nothing here
         if len(value) > MAX_FIELD_BYTES:
             raise Refused(431, f"a header field may have {MAX_FIELD_BYTES} bytes, this one has {len(value)}")
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = None
+        self._in_head = False
         version = self._version()
         headers = check_head(version, self.url, self.headers)
         if self.parser.should_upgrade():
@@ -208,6 +217,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._answer(route.failure(error))
 
     def on_body(self, body: bytes) -> None:
+        self._held_bytes = 0
         exchange = self._exchange
         if self.cycle is not exchange:
             super().on_body(body)
@@ -232,12 +242,24 @@ class HttpProtocol(HttpToolsProtocol):
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
+            if CONTENT_ENCODING in exchange.headers and not self._decode_body():
+                return
             failpoints.reach("recv")
             cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
             self.headers.clear()
             exchange.headers, exchange.body = _NO_HEADERS, b""
             if not exchange.response_complete:
                 exchange.cancel = cancel
+
+    def _decode_body(self) -> bool:
+        """False if the request was answered by an error instead."""
+        exchange = self._exchange
+        try:
+            coding, limit = exchange.headers[CONTENT_ENCODING], self.unroll.limits.max_body_bytes
+            exchange.body = decoded(exchange.body, coding, limit)
+        except UnrollError as error:
+            self._answer(exchange.route.failure(error))
+        return not exchange.response_complete
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""

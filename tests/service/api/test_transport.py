@@ -43,7 +43,7 @@ def test_byte_after_byte(wire: Wire, path: str) -> None:
 def test_a_chunked_body(wire: Wire, path: str) -> None:
     content = np.tile(STEP, (3, 1)).tobytes()
     parts = b"".join(b"%x\r\n%b\r\n" % (12, content[i : i + 12]) for i in range(0, 36, 12))
-    wire.send(request(path, parts + b"0\r\n\r\n", "Unroll-Steps: 3", "Transfer-Encoding: chunked"))
+    wire.send(request(path, parts + b"0\r\n\r\n", "Transfer-Encoding: chunked", steps=3))
     assert reached(wire.answer()) == 3
 
 
@@ -92,7 +92,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(serve: Callable[.
         assert (status, b"body_too_large" in content) == (413, True)
         if headers:
             wire.send(b"0\r\n\r\n")
-        wire.send(request("/v1/models/lstm/sequences", STEP.tobytes(), "Unroll-Steps: 1"))  # the connection stays open
+        wire.send(request("/v1/models/lstm/sequences"))  # the connection stays open
         assert wire.answer()[0] == 200
         wire.socket.close()
 
@@ -114,7 +114,7 @@ def _left_while_it_waits(running: Running, path: str, behind: int) -> Iterator[N
     """A step is sent, and its client goes, while `behind` other sessions' steps are at their commit."""
     with running.holding("lstm") as held:
         blocker = Wire(running.port)
-        blocker.send(request("/v1/models/lstm/sequences", STEP.tobytes(), "Unroll-Steps: 1"))
+        blocker.send(request("/v1/models/lstm/sequences"))
         held.wait()
         leaving = Wire(running.port)
         leaving.send(request(path))
@@ -141,7 +141,7 @@ def test_an_idle_connection_is_closed_in_time(serve: Callable[..., Running]) -> 
     running = serve()
     running.uvicorn.config.timeout_keep_alive = 0  # at once, when the loop comes round
     wire = Wire(running.port)
-    wire.send(request("/v1/models/lstm/sequences", STEP.tobytes(), "Unroll-Steps: 1"))
+    wire.send(request("/v1/models/lstm/sequences"))
     assert wire.answer()[0] == 200
     assert wire.closed()
     wire.socket.close()
