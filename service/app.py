@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from unroll import __version__
 from unroll.service.api import health_routes, native_routes, open_inference_routes, statistics_routes
+from unroll.service.api.answer_log import ERROR, LogAnswers
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import http_error, open_inference_error, problem
 from unroll.service.api.http_methods import HeadAsGet, allowed_methods
@@ -35,6 +36,7 @@ from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConf
 from unroll.service.store.interface import Store
 from unroll.service.store.redis_store import RedisStore
 from unroll.service.store.state_file import StateFile
+from unroll.service.telemetry.request_log import RequestLog
 
 _log = structlog.get_logger(__name__)
 
@@ -84,6 +86,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         settings.durability or sessions.durabilities[-1],
         SnapshotKeys(keys) if keys else None,
         shared_port,
+        RequestLog(settings.log_requests),
     )
     return _fastapi(state, lambda _: _lifespan(state, state_file)), state
 
@@ -150,6 +153,7 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
         redirect_slashes=False,  # a redirect would repeat the client's Host header
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.add_middleware(LogAnswers, state=state)
     app.add_middleware(HeadAsGet)
     app.include_router(native_routes.router(state))
     app.include_router(endpoint.router(state))
@@ -160,6 +164,7 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
 
     @app.exception_handler(UnrollError)
     async def unroll_error(request: Request, error: UnrollError) -> Response:
+        request.scope[ERROR] = error
         return (open_inference_error(error) if _is_v2(request) else problem(error)).response()
 
     @app.exception_handler(Disconnected)

@@ -29,6 +29,7 @@ from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.lmdb_folder import Sync
 from unroll.service.store.record import current_durability
 from unroll.service.store.redis_store import RedisStoreConfig
+from unroll.service.telemetry.request_log import LogRequests
 
 _FOLDER = "file://"
 _PREFIX = "UNROLL_"
@@ -137,6 +138,9 @@ class Settings(BaseSettings):
     drain_timeout: Annotated[
         PositiveFloat, Field(description="seconds for connected clients to receive their answers at shutdown")
     ] = 10.0
+    log_requests: Annotated[
+        LogRequests, Field(description="requests that leave a line in the log, at most 100 a second: none, errors, all")
+    ] = "errors"
     log_level: Annotated[
         str, Field(pattern="^(debug|info|warning|error)$", description="minimum severity of log lines")
     ] = "info"

@@ -15,6 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from unroll.service.api import inference_routes
+from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.content_coding import decoded
 from unroll.service.api.error_responses import http_error
@@ -76,6 +77,7 @@ class Exchange(Request):
         self.room = room
         self.keep_alive = keep_alive
         self.body = b""
+        self.session = self.position = None
         self.response_complete = False
         self.started = perf_counter()
 
@@ -299,6 +301,8 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.cancel = nothing_to_cancel
         self._parts.clear()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
+        if answer.status >= self.unroll.request_log.least_status:
+            inference_routes.log(self.unroll, exchange.route, self._path, exchange, answer)
         failpoints.reach("before_reply")
         if self.transport.is_closing():
             return
@@ -310,6 +314,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, refused: Refused) -> None:
         """Answer a request that is not valid, behind those before it, and close the connection."""
         answer = http_error(refused.status, refused.detail, self.url.startswith(b"/v2"))
+        log_answer(self.unroll.request_log, "invalid HTTP", refused.status, None)
         if not self._in_body:
             self._last_words = _encoded(answer, keep_alive=False)
             if not self._busy():
