@@ -7,13 +7,12 @@ from functools import partial
 from threading import Event
 
 import structlog
-from pydantic import ValidationError
 
 from unroll.service import app
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.repository import RepositoryError
-from unroll.service.settings import Settings
+from unroll.service.settings import Settings, SettingsRefused
 from unroll.service.telemetry import logs
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import uvicorn_config
@@ -21,15 +20,14 @@ from unroll.service.workers import Worker, supervise
 
 
 def main(argv: list[str]) -> int:
-    rescan = _catch_signals()
     worker = Worker.inherited()
     try:
         settings = Settings.from_arguments(argv)
-    except ValidationError as error:
-        for problem in error.errors(include_url=False):
-            where = "".join(f"--{part}: ".replace("_", "-") for part in problem["loc"][:1])
-            print(f"unroll serve: {where}{problem['msg']}", file=sys.stderr)
+    except SettingsRefused as refused:
+        for line in str(refused).splitlines():
+            print(f"unroll serve: {line}", file=sys.stderr)
         return 2
+    rescan = _catch_signals()
     logs.configure(settings.log_level, **({} if worker is None else {"worker": worker.number}))
     log = structlog.get_logger(__name__)
     if settings.workers > 1 and worker is None:

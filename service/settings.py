@@ -1,10 +1,22 @@
 """Settings, read once from flags and `UNROLL_*` environment variables, and handed to each layer as its own config."""
 
+import os
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validator
-from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict, SettingsError
 
 from unroll.service.api.app_state import ApiLimits
 from unroll.service.engine.backend import Cells, EngineOptions, Precision
@@ -13,12 +25,24 @@ from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
 from unroll.service.store.redis_store import RedisStoreConfig
 
+_PREFIX = "UNROLL_"
+#: Variables that are no settings: those of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
+_NO_SETTING = re.compile(
+    r"UNROLL_(WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
+)
+#: Settings whose values are secret, or may hold a password.
+_SECRET = frozenset({"snapshot_keys", "store"})
+
+
+class SettingsRefused(Exception):
+    """Flags or variables are wrong; the message has a line about each."""
+
 
 class Settings(BaseSettings):
     """Serve a repository of bundles."""
 
     model_config = SettingsConfigDict(
-        env_prefix="UNROLL_", cli_kebab_case=True, cli_prog_name="unroll serve", cli_hide_none_type=True, extra="forbid"
+        env_prefix=_PREFIX, cli_kebab_case=True, cli_prog_name="unroll serve", cli_hide_none_type=True, extra="forbid"
     )
 
     repository: Annotated[Path, Field(description="bundle repository: a folder of <name>/<version>/")]
@@ -77,6 +101,9 @@ class Settings(BaseSettings):
     spill_bytes: Annotated[
         int, Field(ge=0, description="host memory for idle sessions that do not fit in session_capacity, in bytes")
     ] = 256 * 2**20
+    reply_bytes: Annotated[
+        int, Field(ge=0, description="memory per model for replies that are kept for retries, in bytes")
+    ] = 256 * 2**20
     state_file: Annotated[
         Path | None, Field(description="file for memory sessions: written at shutdown, read at startup")
     ] = None
@@ -103,6 +130,13 @@ class Settings(BaseSettings):
         str, Field(pattern="^(debug|info|warning|error)$", description="minimum severity of log lines")
     ] = "info"
 
+    @field_validator("repository", "host", "device", "state_file", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("it is empty; remove it or give it a value")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.durability == "redis" and self.store is None:
@@ -124,8 +158,24 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_arguments(cls, argv: list[str]) -> Self:
-        """Flags override the environment, which overrides the defaults. Exits with a usage message on a bad flag."""
-        return cls(_cli_parse_args=argv)
+        """Flags override the environment, which overrides the defaults.
+
+        Raises:
+            SettingsRefused: A value is not allowed, or a variable `UNROLL_*` is no setting.
+            SystemExit: A flag is unknown; the usage was printed.
+        """
+        if unknown := [_about_unknown(name) for name in _unknown_variables(os.environ)]:
+            raise SettingsRefused("\n".join(unknown))
+        try:
+            return cls(_cli_parse_args=argv)
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+            lines = [_about_value(str((*problem["loc"], "")[0]), problem, argv) for problem in problems]
+            raise SettingsRefused("\n".join(lines)) from None
+        except SettingsError as error:  # of a list in a variable, which has to be JSON
+            name = str(error).split('"')[1]
+            problem = {"input": os.environ.get(f"{_PREFIX}{name.upper()}"), "msg": "it is not a JSON list"}
+            raise SettingsRefused(_about_value(name, problem, argv)) from None
 
     def model_options(self) -> ModelOptions:
         fill_memory = self.session_capacity == "auto"
@@ -139,6 +189,7 @@ class Settings(BaseSettings):
                 capacity=1 if self.session_capacity == "auto" else self.session_capacity,
                 idle_timeout=self.idle_timeout or None,
                 tombstone_life=self.tombstone_life,
+                reply_bytes=self.reply_bytes,
             ),
             scheduler=SchedulerLimits(
                 max_batch=self.max_batch,
@@ -155,3 +206,35 @@ class Settings(BaseSettings):
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
+
+
+def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    known = {name.upper() for name in Settings.model_fields}
+    return [
+        name
+        for name, value in environment.items()
+        if name.upper().startswith(_PREFIX)
+        and name.upper().removeprefix(_PREFIX) not in known
+        and not _NO_SETTING.fullmatch(name.upper())
+        and not (name.endswith("_PORT") and "://" in value)
+    ]
+
+
+def _about_unknown(name: str) -> str:
+    known = [field.upper() for field in Settings.model_fields]
+    nearest = get_close_matches(name.upper().removeprefix(_PREFIX), known, n=1)
+    return f"{name}: there is no such setting" + "".join(f"; did you mean {_PREFIX}{other}?" for other in nearest)
+
+
+def _about_value(name: str, problem: Mapping[str, Any], argv: Sequence[str]) -> str:
+    """A line about one wrong value: where it was set, the value unless it is secret, and what is allowed."""
+    reason = problem["msg"].removeprefix("Value error, ")
+    if name not in Settings.model_fields:
+        return reason
+    flag = f"--{name.replace('_', '-')}"
+    by_flag = any(word.startswith("--") and flag.startswith(word.partition("=")[0]) for word in argv)
+    where = flag if by_flag else f"{_PREFIX}{name.upper()}"
+    if problem.get("type") == "missing":
+        return f"{flag}: give it, or set {where} ({Settings.model_fields[name].description})"
+    value = "" if name in _SECRET else f" {problem['input']!r:.80}"
+    return f"{where}{value}: {reason} ({Settings.model_fields[name].description})"

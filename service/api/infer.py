@@ -12,7 +12,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.infer_reply import ReplyPlan
 from unroll.service.api.parameters import require_streamable
-from unroll.service.api.request import Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.request import NOT_KEPT, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
 from unroll.service.core.errors import InvalidRequest, InvalidShape
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
@@ -96,7 +96,10 @@ def _sequence_steps(
 
 
 def _answer_steps(plan: ReplyPlan, reply: Reply) -> Answer:
-    return plan.encode(tuple([array[np.newaxis] for array in reply.outputs]), reply.position)
+    answer = plan.encode(tuple([array[np.newaxis] for array in reply.outputs]), reply.position)
+    if not reply.kept:
+        answer.fields += NOT_KEPT
+    return answer
 
 
 def _find(

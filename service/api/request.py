@@ -30,6 +30,9 @@ Headers = dict[bytes, bytes]
 JSON = b"application/json"
 RAW = b"application/octet-stream"
 
+#: The header line of a reply that was too large to keep: a retry of its chunk is refused.
+NOT_KEPT = b"unroll-reply-kept: false\r\n"
+
 #: Of a number in a header: every such number fits into 64 bits.
 _MAX_DIGITS = 18
 

@@ -13,7 +13,17 @@ from unroll.service.api.parameters import (
     split_reference,
     timeout_of,
 )
-from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.request import (
+    JSON,
+    NOT_KEPT,
+    RAW,
+    Answer,
+    Answering,
+    Cancel,
+    Request,
+    Respond,
+    nothing_to_cancel,
+)
 from unroll.service.api.sealed_steps import LENGTH, sealed_steps
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
@@ -46,12 +56,17 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
 
 
 def _raw_steps(codec: Codec, reply: Reply) -> Answer:
-    return Answer(200, RAW, codec.to_raw(reply.outputs), b"unroll-position: %d\r\n" % reply.position)
+    return Answer(200, RAW, codec.to_raw(reply.outputs), _fields(reply))
 
 
 def _json_steps(codec: Codec, reply: Reply) -> Answer:
     body = json.dump({"outputs": codec.to_json(reply.outputs), "position": reply.position})
-    return Answer(200, JSON, body, b"unroll-position: %d\r\n" % reply.position)
+    return Answer(200, JSON, body, _fields(reply))
+
+
+def _fields(reply: Reply) -> bytes:
+    position = b"unroll-position: %d\r\n" % reply.position
+    return position if reply.kept else position + NOT_KEPT
 
 
 def sequences(app: AppState, model: str, request: Request, respond: Respond) -> Cancel:

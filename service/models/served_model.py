@@ -141,6 +141,6 @@ class ServedModel:
 
     def add_closed(self, session_id: str, gone: Gone) -> None:
         """Remember what the store knows of a session's end."""
-        last = self.scheduler.replay.read(gone.kept[-1:])
+        last = map(self.scheduler.replay.read, gone.kept[-1:])
         now = self.loop.clock.now()
         self.scheduler.sessions.add_closed(session_id, _CAUSES[gone.cause], now, gone.origin.opened_with, *last)

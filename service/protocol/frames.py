@@ -2,7 +2,7 @@
 
 offset   size  field (little-endian)
 0        1     type: 1 steps (from the client), 2 outputs (from the server)
-1        1     flags, 0
+1        1     flags: 0; of outputs 1 if the server did not keep the reply to one of the chunks for a retry
 2        2     reserved, 0
 4        4     N >= 1: entries
 8        16 N  entries: handle u32, steps T u32, position u64
@@ -26,6 +26,8 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import all_finite, dtype_hint
 
 STEPS, OUTPUTS = 1, 2
+#: A flag of outputs.
+NOT_KEPT = 1
 
 #: Entries in one frame.
 MAX_ENTRIES = 4096
@@ -37,6 +39,7 @@ _ENTRY = np.dtype([("handle", "<u4"), ("steps", "<u4"), ("position", "<u8")])
 _SINGLE_ENTRY = struct.Struct("<8sIIQ")  # the header and the only entry
 _SINGLE_STEPS = _HEADER.pack(STEPS, 0, 0, 1)
 _SINGLE_OUTPUTS = _HEADER.pack(OUTPUTS, 0, 0, 1)
+_SINGLE_NOT_KEPT = _HEADER.pack(OUTPUTS, NOT_KEPT, 0, 1)
 
 
 class SingleEntryFrame(NamedTuple):
@@ -237,14 +240,14 @@ def with_positions(entries: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return answered
 
 
-def encode(entries: np.ndarray, values: Iterable[bytes | memoryview]) -> bytes:
+def encode(entries: np.ndarray, values: Iterable[bytes | memoryview], *, kept: bool = True) -> bytes:
     """The frame of the outputs of several chunks; values: contiguous, in the frame's order."""
-    return b"".join((_HEADER.pack(OUTPUTS, 0, 0, len(entries)), entries.data, *values))
+    return b"".join((_HEADER.pack(OUTPUTS, 0 if kept else NOT_KEPT, 0, len(entries)), entries.data, *values))
 
 
-def encode_single(handle: int, steps: int, position: int, outputs: Tensors) -> bytes:
+def encode_single(handle: int, steps: int, position: int, outputs: Tensors, *, kept: bool = True) -> bytes:
     """The frame of the outputs of one chunk, each (T, *shape), or (*shape) without time."""
-    head = _SINGLE_ENTRY.pack(_SINGLE_OUTPUTS, handle, steps, position)
+    head = _SINGLE_ENTRY.pack(_SINGLE_OUTPUTS if kept else _SINGLE_NOT_KEPT, handle, steps, position)
     if len(outputs) == 1:
         return head + outputs[0].tobytes()
     return b"".join((head, *[output.tobytes() for output in outputs]))

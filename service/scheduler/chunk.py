@@ -86,6 +86,7 @@ class GroupReply:
     rows: the rows of the submission that the group was made of. positions: reached by each, uint64.
     outputs: each (rows, time, *shape), or (rows, *shape) without time. errors: by index in `rows`; the outputs of a row
     that failed mean nothing. cohort: the cohort that the sessions have become, if they will step together again.
+    kept: false if there was no room to keep the reply of some row.
     """
 
     rows: list[int] | slice
@@ -93,6 +94,7 @@ class GroupReply:
     outputs: Tensors
     errors: dict[int, UnrollError]
     cohort: Cohort | None = None
+    kept: bool = True
 
 
 @dataclass(slots=True, eq=False)

@@ -113,14 +113,14 @@ class ClosedSessions:
 
     def _put(self, session_id: str, tombstone: Tombstone, last: AppliedChunk | None) -> None:
         self._tombstones[session_id] = tombstone
-        if last is None:
+        if last is None or last.reply is None:
             return
         self._forget_closing_chunk(session_id)
         self._closing_chunks[session_id] = last
-        self._bytes += last.reply.nbytes
+        self._bytes += last.nbytes
         while self._bytes > self._limits.closing_reply_bytes:
             self._forget_closing_chunk(next(iter(self._closing_chunks)))
 
     def _forget_closing_chunk(self, session_id: str) -> None:
         if (last := self._closing_chunks.pop(session_id, None)) is not None:
-            self._bytes -= last.reply.nbytes
+            self._bytes -= last.nbytes

@@ -85,7 +85,7 @@ class Completion:
             progress.position = reply.position
             session.source = session.slot
             if session.applied is not None or chunk.length > 1 or chunk.final:
-                self._replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
+                reply.kept = self._replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         self._answer(chunk, reply, now)
         if chunk.final and session is not None and session.life is OPEN:
             self.close(session, now, self._replay.applied_chunks(session)[-1] if chunk.pinned else None)

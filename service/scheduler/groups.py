@@ -155,7 +155,7 @@ class Groups:
         self._admission.waiting_steps -= count * group.length
         self._counters.chunks += count - len(errors)
         self._counters.steps += (count - len(errors)) * group.length
-        cohort = group.cohort
+        cohort, kept = group.cohort, True
         if cohort is not None and cohort.formed and not errors:
             cohort.last = group.inputs, outputs
             self._sessions.cohorts.step(cohort, now)
@@ -164,9 +164,9 @@ class Groups:
             if cohort is not None and len(errors) < count:
                 self._sessions.cohorts.detach(group.sessions[0])  # which writes the step before this one
                 self._replay.write_steps(cohort.slots, group.inputs, outputs, errors)
-            positions = self._apply(group, outputs, errors)
+            positions, kept = self._apply(group, outputs, errors)
             cohort = self._rest(group, errors, now)
-        group.answer(GroupReply(group.rows, positions, outputs, errors, cohort))
+        group.answer(GroupReply(group.rows, positions, outputs, errors, cohort, kept))
         for row, follower in group.followers:
             follower.answer(errors.get(row) or Reply(row_of(outputs, row), int(positions[row])).copy())
 
@@ -181,9 +181,9 @@ class Groups:
         self._admission.waiting_steps += len(group.sessions) * group.length
         self._lanes.put(group, now)
 
-    def _apply(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError]) -> np.ndarray:
-        """Move each session on by itself; returns their positions, uint64."""
-        steps, detach = group.length, self._sessions.cohorts.detach
+    def _apply(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError]) -> tuple[np.ndarray, bool]:
+        """Move each session on by itself; returns their positions, uint64, and whether all replies are kept."""
+        steps, detach, kept = group.length, self._sessions.cohorts.detach, True
         positions = []
         for row, session in enumerate(group.sessions):
             progress = session.progress or detach(session)
@@ -192,9 +192,9 @@ class Groups:
                 progress.position = start + steps
                 if steps > 1 or session.applied is not None:
                     session.source = session.slot
-                    self._replay.remember(session, start, row_of(group.inputs, row), row_of(outputs, row))
+                    kept &= self._replay.remember(session, start, row_of(group.inputs, row), row_of(outputs, row))
             positions.append(progress.position)
-        return np.array(positions, np.uint64)
+        return np.array(positions, np.uint64), kept
 
     def _rest(self, group: Group, errors: dict[int, UnrollError], now: float) -> Cohort | None:
         """Let the sessions rest, or take up what came after the group; returns the cohort they have become, if any."""

@@ -37,6 +37,7 @@ class SessionLimits:
     tombstone_life: seconds for which the end of a session is remembered. tombstones: number of remembered ends.
     duplicates_life: seconds after a session's end in which a repeat of the request that opened it is recognised.
     closing_reply_bytes: of the replies kept for retries of chunks that closed sessions.
+    reply_bytes: of the replies kept for retries of other chunks; single small steps have rows of their own.
     """
 
     capacity: int = 65_536
@@ -45,3 +46,4 @@ class SessionLimits:
     tombstones: int = 262_144
     duplicates_life: float = 60.0
     closing_reply_bytes: int = 64 * 2**20
+    reply_bytes: int = 256 * 2**20

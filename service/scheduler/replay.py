@@ -19,6 +19,9 @@ from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.state.step_table import StepTable
 from unroll.service.store.record import Kept, pack_last
 
+#: As many of the largest replies fit in the limit of all.
+_LEAST_REPLIES = 64
+
 
 class ReplayCache:
     """Remembers applied chunks and recognises their retries.
@@ -26,10 +29,16 @@ class ReplayCache:
     Args:
         traits: of the model.
         rows: of the arena.
+        limit: bytes of all replies that sessions keep, except of single steps in the table.
+
+    Attributes:
+        kept_bytes: of those replies.
     """
 
-    def __init__(self, traits: ModelTraits, rows: int) -> None:
+    def __init__(self, traits: ModelTraits, rows: int, limit: int) -> None:
         self._outputs = traits.outputs
+        self._limit = limit
+        self.kept_bytes = 0
         fits = StepTable.fits(traits.inputs, traits.outputs)
         self._steps = StepTable(rows, traits.inputs, traits.outputs) if fits else None
 
@@ -54,23 +63,40 @@ class ReplayCache:
 
     def remember(
         self, session: Session, start: int, inputs: Tensors, outputs: Tensors, *, closes: bool = False
-    ) -> None:
+    ) -> bool:
         """Remember the chunk that the session has just applied; a single step must be in the table already.
 
         Args:
             start: the chunk's position.
             closes: the session closes with it and loses its row of the table.
+
+        Returns:
+            False if there is no room for its reply: a retry is recognised, and refused.
         """
         if len(inputs[0]) == 1 and session.depth == 1 and self._steps is not None and not closes:
-            session.applied = None
-            return
-        applied = AppliedChunk(start, payload_digest(inputs), Reply(outputs, session.position).copy())
-        session.applied = (*(session.applied or ()), applied)[-session.depth :]
+            self._replace(session, None)
+            return True
+        before = session.applied or ()
+        self._replace(session, before[max(0, len(before) + 1 - session.depth) :])
+        reply = Reply(outputs, session.position)
+        fits = self._has_room(reply.nbytes)
+        applied = AppliedChunk(start, payload_digest(inputs), reply.copy() if fits else None)
+        self._replace(session, (*(session.applied or ()), applied))
+        return fits
+
+    def forget(self, session: Session) -> None:
+        """No chunk of the session can be retried any more."""
+        self._replace(session, ())
+
+    def adopt(self, session: Session, kept: Iterable[Kept]) -> None:
+        """Remember the chunks that a session's record has, as far as there is room."""
+        self._replace(session, ())
+        self._replace(session, tuple(self.read(chunk) for chunk in kept if self._has_room(len(chunk.outputs))))
 
     def set_depth(self, session: Session, depth: int) -> None:
         """From now on the session's last `depth` chunks can be retried."""
         if depth > 1 or session.applied is not None:
-            session.applied = self.applied_chunks(session)[-depth:]
+            self._replace(session, self.applied_chunks(session)[-depth:])
         session.depth = depth
 
     # ── recognising ──────────────────────────────────────────────────────────────────────────────
@@ -93,7 +119,7 @@ class ReplayCache:
         if reply is None:
             raise PositionTooOld(
                 f"the session is at {expected}; only its last {'chunk' if session.depth == 1 else 'chunks'} "
-                "can be retried",
+                "can be retried, and only if its reply was not too large to keep",
                 expected=expected,
             )
         if chunk.final:
@@ -121,6 +147,12 @@ class ReplayCache:
             if applied.start == position:
                 if applied.digest != payload_digest(chunk.inputs):
                     raise _mismatch(session, position)
+                if applied.reply is None:
+                    raise PositionTooOld(
+                        f"the chunk at {position} was applied, and its reply was too large to keep; "
+                        f"the session is at {session.expected}",
+                        expected=session.expected,
+                    )
                 return applied.reply
         return None
 
@@ -128,18 +160,20 @@ class ReplayCache:
 
     def kept(self, session: Session) -> tuple[Kept, ...]:
         """The chunks of a session that can be retried, as its record has them."""
-        return tuple(map(_kept, self.applied_chunks(session)))
+        return _kept(self.applied_chunks(session))
 
     def last_after(self, pending: PendingCommit) -> bytes:
         """The record's `last` once this commit is done."""
         chunk, session = pending.chunk, pending.session
+        before = _kept(session.applied or ()) if session.depth > 1 else ()
+        if sum(array.nbytes for array in pending.outputs) > self._largest:
+            return pack_last(session.depth, before[max(0, len(before) + 1 - session.depth) :])
         new = Kept(chunk.start, chunk.length, payload_digest(chunk.inputs), _bytes(pending.outputs))
-        before = map(_kept, session.applied or ()) if session.depth > 1 else ()
         return pack_last(session.depth, (*before, new)[-session.depth :])
 
-    def read(self, kept: Iterable[Kept]) -> tuple[AppliedChunk, ...]:
-        """The chunks that a record has."""
-        return tuple(AppliedChunk(k.start, k.digest, Reply(self._tensors(k), k.start + k.steps)) for k in kept)
+    def read(self, kept: Kept) -> AppliedChunk:
+        """A chunk as a record has it."""
+        return AppliedChunk(kept.start, kept.digest, Reply(self._tensors(kept), kept.start + kept.steps))
 
     def _tensors(self, kept: Kept) -> Tensors:
         arrays, begin = [], 0
@@ -149,6 +183,28 @@ class ReplayCache:
             begin += array.nbytes
             arrays.append(array)
         return tuple(arrays)
+
+    # ── room ─────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def _largest(self) -> int:
+        """Bytes of one reply: a few large ones must not take the room of all others."""
+        return self._limit // _LEAST_REPLIES
+
+    def _has_room(self, size: int) -> bool:
+        return size <= self._largest and self.kept_bytes + size <= self._limit
+
+    def _replace(self, session: Session, applied: tuple[AppliedChunk, ...] | None) -> None:
+        if session.applied:
+            self.kept_bytes -= sum([chunk.nbytes for chunk in session.applied])
+        if applied:
+            self.kept_bytes += sum([chunk.nbytes for chunk in applied])
+        session.applied = applied
+
+    def check_invariants(self, sessions: Iterable[Session]) -> None:
+        """Raises AssertionError if the bytes of the replies that these sessions keep are miscounted."""
+        kept = sum(chunk.nbytes for session in sessions for chunk in session.applied or ())
+        assert kept == self.kept_bytes <= self._limit, f"{self.kept_bytes} bytes of {kept} are counted"
 
 
 def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
@@ -177,8 +233,12 @@ def _mismatch(session: Session, position: int) -> PayloadMismatch:
     return PayloadMismatch(f"position {position} was already consumed with another payload", expected=session.expected)
 
 
-def _kept(applied: AppliedChunk) -> Kept:
-    return Kept(applied.start, applied.reply.position - applied.start, applied.digest, _bytes(applied.reply.outputs))
+def _kept(chunks: Iterable[AppliedChunk]) -> tuple[Kept, ...]:
+    return tuple(
+        Kept(chunk.start, reply.position - chunk.start, chunk.digest, _bytes(reply.outputs))
+        for chunk in chunks
+        if (reply := chunk.reply) is not None
+    )
 
 
 def _bytes(outputs: Tensors) -> bytes:

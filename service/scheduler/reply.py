@@ -16,10 +16,12 @@ class Reply:
 
     outputs: as the model returns them, without the batch axis; they may be views into a whole batch, so keep a `copy`.
     position: time steps the session has consumed, this chunk included.
+    kept: false if there was no room to keep the reply: a retry of the chunk is refused.
     """
 
     outputs: Tensors
     position: int
+    kept: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -34,11 +36,18 @@ Outcome = Reply | UnrollError
 
 @dataclass(frozen=True, slots=True)
 class AppliedChunk:
-    """A chunk that a session consumed. start: its position. digest: of its payload, by which a retry is recognised."""
+    """A chunk that a session consumed.
+
+    start: its position. digest: of its payload, by which a retry is recognised. reply: None if it was not kept.
+    """
 
     start: int
     digest: bytes
-    reply: Reply
+    reply: Reply | None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.reply is None else self.reply.nbytes
 
 
 def payload_digest(inputs: Tensors) -> bytes:

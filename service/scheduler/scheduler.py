@@ -73,8 +73,10 @@ class Scheduler:
         self.counters = Counters()
         #: Arena rows of chunks that run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=FIRST + sessions.capacity)
-        self.replay = ReplayCache(traits, self.rows)
-        self.sessions = SessionTable(sessions, self.counters.count_gone, self.replay.write_last_step, spill)
+        self.replay = ReplayCache(traits, self.rows, sessions.reply_bytes)
+        self.sessions = SessionTable(
+            sessions, self.counters.count_gone, self.replay.write_last_step, spill, self.replay.forget
+        )
         self.pace = Pace(limits)
         self._admission = Admission(limits, self.pace, self.counters)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
@@ -185,7 +187,7 @@ class Scheduler:
         progress = session.own_progress
         progress.position = progress.expected = record.position
         session.depth = max(session.depth, record.depth)
-        session.applied = self.replay.read(record.kept)
+        self.replay.adopt(session, record.kept)
         session.source = session.slot if record.row else INITIAL
         return session
 
@@ -326,6 +328,7 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raises AssertionError if the records contradict each other. Meant for a moment when no batch runs."""
         self.sessions.check_invariants()
+        self.replay.check_invariants(self.sessions.everyone)
         waiting = [work for work in self._lanes if work.outcome is None]
         chunks = [work for work in waiting if isinstance(work, Chunk)]
         for cohort in self.sessions.cohorts:

@@ -121,10 +121,6 @@ class Session(Used):
     def active(self) -> Work | None:
         return self.own_progress.active
 
-    def forget_applied(self) -> None:
-        """No chunk of the past can be retried any more."""
-        self.applied = ()
-
     def __repr__(self) -> str:
         if self.progress is None:
             return f"<Session {self.id} in {self.cohort!r}>"

@@ -51,6 +51,7 @@ class SessionTable:
         on_gone: called with the cause for each session that expires or is evicted.
         on_dissolved: called with each cohort that is dissolved.
         spill: called with each memory session that is about to be evicted; true if it keeps the session elsewhere.
+        on_end: called with each session that is gone.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class SessionTable:
         on_gone: Callable[[type[SessionGone]], None] = lambda cause: None,
         on_dissolved: Callable[[Cohort], None] = lambda cohort: None,
         spill: Callable[[Session], bool] = lambda session: False,
+        on_end: Callable[[Session], None] = lambda session: None,
     ) -> None:
         self.limits = limits
         self._idle_timeout = math.inf if limits.idle_timeout is None else limits.idle_timeout
         self.slots = Slots(limits.capacity)
         self._on_gone = on_gone
         self._spill = spill
+        self._on_end = on_end
         self._live: dict[str, Session] = {}
         self._recency: Recency[Session | Cohort] = Recency()  # of the open ones, alone or in a cohort
         self._leaving: set[Session] = set()
@@ -116,6 +119,11 @@ class SessionTable:
         self._recency.add(session)
         self.closed.forget(session_id)
         return session
+
+    @property
+    def everyone(self) -> list[Session]:
+        """The open sessions and those that are leaving."""
+        return [*self._live.values(), *self._leaving]
 
     def check_room(self) -> None:
         """Raises CapacityExhausted if no session could be opened now."""
@@ -183,9 +191,11 @@ class SessionTable:
     def advance(self, session: Session, event: str) -> None:
         """Follow the transition table; raises KeyError if the event is illegal in the session's state."""
         session.life = TRANSITIONS[session.life, event]
-        if session.life is Life.GONE and session in self._leaving:
-            self._leaving.remove(session)
-            self.slots.give_back(session.slot)
+        if session.life is Life.GONE:
+            self._on_end(session)
+            if session in self._leaving:
+                self._leaving.remove(session)
+                self.slots.give_back(session.slot)
 
     def rest(self, session: Session, now: float) -> None:
         """The session's work is done: its idle time begins, and it becomes the last to be evicted."""
@@ -261,7 +271,7 @@ class SessionTable:
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the table contradicts itself."""
-        everyone = [*self._live.values(), *self._leaving]
+        everyone = self.everyone
         assert len({session.slot for session in everyone}) == len(everyone), "two sessions share a row"
         assert self.slots.taken == len(everyone), "a row is lost"
         assert all(session.id == key for key, session in self._live.items())

@@ -157,7 +157,7 @@ class MemorySessions:
     def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
         def write(session: Session) -> Session:
             served.write_snapshot(session, snapshot)
-            session.forget_applied()  # they led to another state
+            served.scheduler.replay.forget(session)  # they led to another state
             return session
 
         return served.loop.act(session, write)

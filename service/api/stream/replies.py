@@ -42,7 +42,7 @@ class Replies:
         self._send_binary, self._send_text = link.send_binary, link.send_text
         self._release = flow.release
         self._call_soon = call_soon
-        self._coalesced: list[tuple[int, int, int, list[bytes]]] = []  # handle, steps, position, outputs
+        self._coalesced: list[tuple[int, int, int, list[bytes], bool]] = []  # handle, steps, position, outputs, kept
         self.closed = False
 
     def send(self, document: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Replies:
         """In a frame of its own, at once."""
         if self._coalesced:
             self.flush()  # an earlier chunk of the session may be among them
-        self._send_binary(encode_single(entry.handle, entry.steps, reply.position, reply.outputs))
+        self._send_binary(encode_single(entry.handle, entry.steps, reply.position, reply.outputs, kept=reply.kept))
         self._release(1, entry.steps)
 
     def coalesce(self, entry: SingleEntryFrame, reply: Reply) -> None:
@@ -65,7 +65,7 @@ class Replies:
         if not self._coalesced:
             self._call_soon(self.flush)
         values = [output.tobytes() for output in reply.outputs]
-        self._coalesced.append((entry.handle, entry.steps, reply.position, values))
+        self._coalesced.append((entry.handle, entry.steps, reply.position, values, reply.kept))
 
     def answer_group(self, frame: Frame, rows: list[int] | None, reply: GroupReply) -> None:
         """In a frame of its own, but for the rows that failed.
@@ -85,7 +85,8 @@ class Replies:
             outputs = tuple(output[good] for output in outputs)
         self.flush()
         if len(entries):
-            self._send_binary(encode(with_positions(entries, positions), [output.data for output in outputs]))
+            values = [output.data for output in outputs]
+            self._send_binary(encode(with_positions(entries, positions), values, kept=reply.kept))
             self._release(len(entries), len(entries) * int(entries[0]["steps"]))
 
     def refuse(self, handle: int, steps: int, position: int | None, error: UnrollError) -> None:
@@ -102,10 +103,10 @@ class Replies:
         """Send the answers that were coalesced, if there are any."""
         if not self._coalesced:
             return
-        handles, steps, positions, values = zip(*self._coalesced, strict=True)
+        handles, steps, positions, values, kept = zip(*self._coalesced, strict=True)
         self._coalesced = []
         in_order = (entry for output in zip(*values, strict=True) for entry in output)
-        self._send_binary(encode(pack_entries(handles, steps, positions), in_order))
+        self._send_binary(encode(pack_entries(handles, steps, positions), in_order, kept=all(kept)))
         self._release(len(handles), sum(steps))
 
     def close(self) -> None:

@@ -256,6 +256,25 @@ def test_a_retry_of_a_chunk_whose_client_went_away(
     assert np.array_equal(stream.outputs(retry.result()), oracle("lstm")(x))
 
 
+def test_a_reply_too_large_to_keep_is_marked_and_its_retry_is_refused(serve: Serve) -> None:
+    """64 of the largest replies fit: one of 16 bytes is a single step of two outputs, and that has its own place."""
+    running = serve(reply_bytes=64 * 16)
+    x = np.tile(np.float32([[0.1, -0.2, 0.3]]), (2, 1))
+    with httpx.Client(base_url=running.url) as client:
+        for way in WAYS:
+            stream = opened(way, client)
+            for position, count, header in ((0, 2, None), (2, 5, "false"), (7, 1, None)):
+                sent = np.resize(x, (count, 3))
+                first = stream.send(sent, position)
+                assert (first.status_code, first.headers.get("unroll-reply-kept")) == (200, header), way
+                retry = stream.send(sent, position)
+                if header is None:
+                    assert retry.content == first.content
+                else:
+                    assert (retry.status_code, retry.json()["code"]) == (409, "position_too_old")
+                    assert (retry.json()["expected"], "too large" in retry.text) == (7, True)
+
+
 # ── sequences: the requests that begin and end one ───────────────────────────────────────────────
 
 

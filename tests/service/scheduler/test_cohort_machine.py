@@ -97,11 +97,11 @@ class CohortMachine(RuleBasedStateMachine):
     def act(self, session_id: str) -> None:
         """Put the session elsewhere, as restoring a snapshot does."""
 
-        def jump(session: Session) -> None:
-            session.position += 7
-            session.forget_applied()
-
         def act(served: Served) -> None:
+            def jump(session: Session) -> None:
+                session.position += 7
+                served.scheduler.replay.forget(session)
+
             served.scheduler.submit_action(find(served.scheduler, session_id, self.now), jump, self.now)
 
         self.both(act)

@@ -3,11 +3,13 @@
 import pytest
 from fold import (
     LATER,
+    FoldEngine,
     answer,
     find,
     fold,
     inputs,
     run_until_idle,
+    scheduler,
     submit,
 )
 
@@ -83,3 +85,49 @@ def test_a_closing_chunk_is_no_retry_of_one_that_did_not_close(s, engine):
     with pytest.raises(PayloadMismatch):
         submit(s, "a", inputs(1), 0, LATER, position=0, final=True)
     assert "a" in s.sessions
+
+
+#: Bytes of the reply to a chunk of so many steps: a number for each, and the last of them.
+def reply_bytes(steps):
+    return 8 * (steps + 1)
+
+
+def test_a_reply_too_large_to_keep_is_marked_and_its_retry_is_refused():
+    s = scheduler(reply_bytes=64 * reply_bytes(4), piece_steps=10)
+    engine = FoldEngine(s.rows)
+    s.open("a", 0)
+    for start, steps, kept in ((0, 4, True), (4, 5, False), (9, 4, True)):
+        chunk = submit(s, "a", inputs(*range(steps)), 0, LATER, position=start)
+        run_until_idle(s, engine)
+        assert chunk.outcome.kept == kept
+        assert s.replay.kept_bytes == (reply_bytes(steps) if kept else 0)
+        if kept:
+            assert answer(submit(s, "a", inputs(*range(steps)), 0, LATER, position=start)) == answer(chunk)
+        else:
+            with pytest.raises(PositionTooOld, match="too large to keep") as refused:
+                submit(s, "a", inputs(*range(steps)), 0, LATER, position=start)
+            assert refused.value.details["expected"] == start + steps
+            with pytest.raises(PayloadMismatch):
+                submit(s, "a", inputs(*range(1, steps + 1)), 0, LATER, position=start)
+
+
+@pytest.mark.parametrize("end", ["close", "expire", "step"])
+def test_replies_of_all_sessions_share_a_limit_and_leave_room_when_they_go(end):
+    s = scheduler(capacity=100, reply_bytes=64 * reply_bytes(2))
+    engine = FoldEngine(s.rows)
+    for i in range(70):
+        s.open(str(i), 0)
+        chunk = submit(s, str(i), inputs(1, 2), 0, LATER)
+        run_until_idle(s, engine)
+        assert chunk.outcome.kept == (i < 64)
+    assert s.replay.kept_bytes == 64 * reply_bytes(2)
+    if end == "close":
+        for i in range(70):
+            s.close(find(s, str(i)), 0)
+    elif end == "expire":
+        s.next_turn(1000)
+    else:
+        for i in range(70):
+            submit(s, str(i), inputs(3), 0, LATER)
+            run_until_idle(s, engine)
+    assert s.replay.kept_bytes == 0

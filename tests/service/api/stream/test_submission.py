@@ -1,13 +1,15 @@
 """Frames against the model run over the whole input: nothing lost, doubled or mixed, whatever they hold."""
 
+import json
 from collections.abc import Callable
 
 import httpx
 import numpy as np
 import pytest
-from serving import Oracle, Running, raw_steps
+from serving import Oracle, Running, Serve, raw_steps
 from streams import Dial, frame
 from waiting import until
+from websockets.sync.client import connect
 
 from unroll.bundle import Manifest
 
@@ -186,3 +188,15 @@ def test_a_retry_of_a_running_chunk_does_not_count_against_the_depth(dial: Dial,
         until(lambda: "2 entries" in repr(stream))
     good, _ = client.receive(2)
     assert {(reply.position, reply.content) for reply in good} == {(2, good[0].content)}
+
+
+def test_a_frame_of_outputs_says_if_a_reply_was_not_kept(serve: Serve):
+    running, x = serve(reply_bytes=0), np.zeros((2, 3), np.float32)
+    with connect(f"ws://{running.address}/v1/models/lstm/stream", compression=None) as socket:
+        socket.send(json.dumps({"op": "open", "sessions": [{"handle": handle} for handle in (0, 1)]}))
+        socket.recv()
+        for entries, flag in (([(0, 0, x)], 1), ([(0, 2, x), (1, 0, x)], 1), ([(0, 4, x[:1]), (1, 2, x[:1])], 0)):
+            socket.send(frame(*entries))
+            assert socket.recv()[:2] == bytes([2, flag])
+        socket.send(frame((0, 2, x)))
+        assert json.loads(socket.recv())["code"] == "position_too_old"

@@ -1,0 +1,108 @@
+"""Flags and `UNROLL_*` variables: whatever is wrong with one ends the start with a line about it."""
+
+import pytest
+
+from unroll.service.serve import main
+from unroll.service.settings import Settings, SettingsRefused
+
+FLAGS = ["--repository", "bundles"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("UNROLL_MAX_BATHC", "; did you mean UNROLL_MAX_BATCH?"),
+        ("UNROLL_MAXBATCH", "; did you mean UNROLL_MAX_BATCH?"),
+        ("unroll_repository_", "; did you mean UNROLL_REPOSITORY?"),
+        ("UNROLL_STATEFILE", "; did you mean UNROLL_STATE_FILE?"),
+        ("UNROLL_ZZZ", ""),
+        ("UNROLL_", ""),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(
+    variable: str, nearest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "3")
+    assert main(FLAGS) == 2
+    assert capsys.readouterr().err == f"unroll serve: {variable}: there is no such setting{nearest}\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("UNROLL_TEST_SEEDS", "1"),
+        ("UNROLL_FAILPOINTS", "ran=kill:1"),
+        ("UNROLL_SERVICE_HOST", "10.0.0.1"),
+        ("UNROLL_SERVICE_PORT_HTTP", "8000"),
+        ("UNROLL_PORT_8000_TCP_ADDR", "10.0.0.1"),
+        ("UNROLL_GRU_SERVICE_PORT", "8000"),
+        ("UNROLL_GRU_PORT", "tcp://10.0.0.1:8000"),
+        ("unroll_max_batch", "7"),
+    ],
+)
+def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert Settings.from_arguments(FLAGS).max_batch == (7 if variable == "unroll_max_batch" else 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("MAX_BATCH", "abc", "'abc': Input should be a valid integer"),
+        ("MAX_BATCH", "", "'': Input should be a valid integer"),
+        ("MAX_BATCH", "-1", "'-1': Input should be greater than 0"),
+        ("MAX_BATCH", "1.5", "'1.5': Input should be a valid integer"),
+        ("MAX_BATCH", "9" * 5000, "maximum rows per model call"),
+        ("PORT", "70000", "less than or equal to 65535"),
+        ("IDLE_TIMEOUT", "nan", "greater than or equal to 0"),
+        ("DRAIN_TIMEOUT", "soon", "valid number"),
+        ("HOST", "", "it is empty"),
+        ("REPOSITORY", "", "it is empty"),
+        ("STATE_FILE", "", "it is empty"),
+        ("DEVICE", "", "it is empty"),
+        ("STORE", "", "redis|rediss"),
+        ("DURABILITY", "disk", "'memory' or 'redis'"),
+        ("SESSION_CAPACITY", "many", "'auto'"),
+        ("STRICT", "perhaps", "valid boolean"),
+        ("BUCKETS", "1,64", "'1,64': it is not a JSON list (batch sizes"),
+        ("BUCKETS", "[0]", "greater than 0"),
+        ("LOG_LEVEL", "LOUD", "debug|info|warning|error"),
+    ],
+)
+def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(
+    name: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"UNROLL_{name}", value)
+    assert main([] if name == "REPOSITORY" else FLAGS) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith(f"unroll serve: UNROLL_{name}") and len(line) < 400 for line in lines)
+    assert reason in "\n".join(lines)
+
+
+@pytest.mark.parametrize("flag", [["--max-batch", "abc"], ["--max-batch=abc"]])
+def test_a_wrong_flag_is_named_as_a_flag(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLAGS, *flag]) == 2
+    assert "unroll serve: --max-batch 'abc': Input should be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("STORE", "http://user:hunter2@host"),
+        ("SNAPSHOT_KEYS", '["hunter2"]'),
+        ("SNAPSHOT_KEYS", "hunter2"),
+        ("SNAPSHOT_KEYS", '[["hunter2"]]'),
+    ],
+)
+def test_a_secret_is_not_printed(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"UNROLL_{name}", value)
+    with pytest.raises(SettingsRefused) as refused:
+        Settings.from_arguments(FLAGS)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "--repository: give it, or set UNROLL_REPOSITORY (bundle repository" in capsys.readouterr().err
