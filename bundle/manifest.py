@@ -5,7 +5,7 @@ It is read strictly: an unknown field, a wrong type or an inconsistent layout is
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Literal, Self, get_args
 
 import numpy as np
@@ -238,6 +238,8 @@ class Manifest:
             raise ValueError("initial_state does not have state_size values")
         if {entry.output for entry in self.parity} != {tensor.name for tensor in self.outputs} | {"state_out"}:
             raise ValueError("parity must cover every output and state_out")
+        if not all(0 <= value < inf for each in self.parity for value in (each.onnxruntime, each.tolerance)):
+            raise ValueError("parity holds a value that is negative or not finite")
         if self.streamable != (self.not_streamable_because is None):
             raise ValueError("streamable and not_streamable_because contradict each other")
 

@@ -30,6 +30,9 @@ _TOGETHER = 25
 #: Trees drawn with one seed: few, because hypothesis draws similar ones in a row.
 _ALIKE = 6
 
+#: Calls of the module, one after another.
+_CALLS = 60
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -73,6 +76,8 @@ def judge(tree: Tree) -> Verdict:
             return verdict("wrong bits", "", str(found))
         except Wrong as found:
             return verdict("wrong", "", str(found))
+        if differs := modules.differs_when_called_again(tree, _CALLS):
+            return verdict("wrong", "", differs)
         if report.manifest.streamable:
             return verdict("streams", error=error)
         return verdict("whole only", "", str(report.manifest.not_streamable_because), error=error)

@@ -1,7 +1,9 @@
 """Builds the modules that `trees.py` describes, with weights that its seed decides, and inputs for them."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from conformance.trees import (
     Block,
     Both,
     Conv,
+    Counter,
     Dense,
     Elementwise,
     Loop,
@@ -79,6 +82,7 @@ class LoopBlock(nn.Module):
         super().__init__()
         self.block = block
         inputs, hidden = block.inputs, block.hidden
+        self.table = nn.Buffer(0.5 + torch.rand(10_000))
         if block.cell in {"LSTMCell", "GRUCell", "RNNCell"}:
             self.cell = getattr(nn, block.cell)(inputs, hidden)
         else:
@@ -88,15 +92,66 @@ class LoopBlock(nn.Module):
             self.peep = nn.Parameter(torch.randn(3, hidden) * 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        late, when, time = self.block.late, self.block.when, x.shape[1]
+        if late == "window":
+            x = x[:, -when:]
         h = x.new_zeros(x.shape[0], self.block.hidden)
         c = torch.zeros_like(h)
-        outs = []
-        for t in range(x.shape[1]):
-            h, c = self._step(x[:, t], h, c)
+        y, outs = x.new_zeros(x.shape[0], time, self.block.hidden), []
+        for t, step in self._iterate(x):
+            if late == "stop" and t >= when:
+                break
+            if late == "reset" and t % when == 0:
+                h, c = torch.zeros_like(h), torch.zeros_like(c)
+            before, now = h, t if late == "argument" else 0
+            h, c = self._step(step, h, c, now)
+            h = self._later(h, before, t, time, outs)
             outs.append(h)
-        return torch.stack(outs, 1)
+            if self.block.iterates == "filled":
+                y[:, t] = h
+        if self.block.iterates == "filled":
+            return y
+        outs += [h] * (time - len(outs) if late in {"stop", "window"} else 0)
+        return torch.stack(outs[::-1] if self.block.iterates == "reversed" else outs, 1)
 
-    def _step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def _iterate(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        match self.block.iterates:
+            case "enumerate":
+                yield from enumerate(x.unbind(1))
+            case "while":
+                t = 0
+                while t < x.shape[1]:
+                    yield t, x[:, t]
+                    t += 1
+            case "steps":
+                yield from zip(range(x.shape[1]), x.transpose(0, 1), strict=False)
+            case "reversed":
+                yield from ((t, x[:, t]) for t in reversed(range(x.shape[1])))
+            case _:
+                yield from ((t, x[:, t]) for t in range(x.shape[1]))
+
+    def _later(self, h: Tensor, before: Tensor, t: int, time: int, outs: list[Tensor]) -> Tensor:
+        when = self.block.when
+        match self.block.late:
+            case "copy" if t % when == when - 1:
+                return before
+            case "zero" if t < when:
+                return torch.zeros_like(h)
+            case "scale" if t >= when:
+                return h * 0.5
+            case "table":
+                return h * self.table[t // when]
+            case "phase":
+                return h * (1 + 0.5 * math.sin(t / when))
+            case "length" if time > when:
+                return h * 0.5
+            case "growing" if len(outs) > when:
+                return h + outs[-when]
+        return h
+
+    def _step(self, x: Tensor, h: Tensor, c: Tensor, now: int) -> tuple[Tensor, Tensor]:
+        if now > self.block.when:
+            h = -h
         if self.block.cell == "LSTMCell":
             return self.cell(x, (h, c))
         if self.block.cell in {"GRUCell", "RNNCell"}:
@@ -110,6 +165,55 @@ class LoopBlock(nn.Module):
         peep = self.peep if self.block.cell == "peephole" else torch.zeros_like(self.peep)
         c = (f + peep[0] * c).sigmoid() * c + (i + peep[1] * c).sigmoid() * g.tanh()
         return (o + peep[2] * c).sigmoid() * c.tanh(), c
+
+
+class Count:
+    n = 0
+
+
+#: Counts of calls, as `global` in a user's module.
+COUNTS = {"calls": 0}
+
+
+class CounterBlock(nn.Module):
+    shared: ClassVar = Count()
+
+    def __init__(self, block: Counter) -> None:
+        super().__init__()
+        self.block = block
+        self.calls, self.by_name, self.each, self.own = 0, {"calls": 0}, [0], Count()
+        self.array, self.random, self.iterator = np.zeros(1), np.random.default_rng(block.when), itertools.count(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self._count() > self.block.when else x
+
+    def _count(self) -> float:
+        match self.block.kept:
+            case "attribute":
+                self.calls += 1
+                return self.calls
+            case "dict":
+                self.by_name["calls"] += 1
+                return self.by_name["calls"]
+            case "list":
+                self.each.append(0)
+                return len(self.each)
+            case "object":
+                self.own.n += 1
+                return self.own.n
+            case "array":
+                self.array += 1
+                return float(self.array[0])
+            case "generator":
+                return self.block.when + self.random.random() - 0.95
+            case "class":
+                self.shared.n += 1
+                return self.shared.n
+            case "global":
+                COUNTS["calls"] += 1
+                return COUNTS["calls"]
+            case _:
+                return next(self.iterator)
 
 
 class ConvBlock(nn.Module):
@@ -210,6 +314,10 @@ _ALONG: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.softmax(1),
     "every second": lambda x: x[:, ::2],
     "last two": lambda x: x[:, -2:],
+    "last forty": lambda x: x - x[:, -40:].mean(1, keepdim=True),
+    "twice if long": lambda x: x * 2 if x.shape[1] > 40 else x,
+    "windows of forty": lambda x: torch.cat([piece.cumsum(1) for piece in x.split(40, 1)], 1),
+    "twice after forty": lambda x: torch.cat([x[:, :40], x[:, 40:] * 2], 1),
 }
 
 
@@ -243,6 +351,7 @@ class TwiceBlock(nn.Module):
 _BUILDERS: dict[type, Callable[[Any], nn.Module]] = {
     Recurrent: RecurrentBlock,
     Loop: LoopBlock,
+    Counter: CounterBlock,
     Conv: ConvBlock,
     Dense: lambda block: nn.Linear(block.inputs, block.outputs),
     Elementwise: ElementwiseBlock,
@@ -349,6 +458,23 @@ def answers(model: Model, inputs: dict[str, np.ndarray], *, double: bool) -> dic
         name: (tensor.transpose(0, 1) if time and swapped else tensor).numpy()
         for (name, time), tensor in zip(outputs.items(), flat, strict=True)
     }
+
+
+def differs_when_called_again(tree: Tree, calls: int) -> str | None:
+    """What is wrong with the answers of one module to many calls.
+
+    They must be the same; or, if the module keeps a state, those to the whole sequence.
+    """
+    keeps = tree.end == "kept"
+    model, inputs = build(tree).double(), draw(tree, 2, calls if keeps else 8, np.random.default_rng(tree.seed))
+    whole = answers(build(tree).double(), inputs, double=True)
+    for call in range(calls):
+        piece = {name: array[:, call : call + 1] for name, array in inputs.items()} if keeps else inputs
+        for name, array in answers(model, piece, double=True).items():
+            expected = whole[name][:, call : call + 1] if keeps else whole[name]
+            if not np.allclose(array, expected, 1e-6, 1e-6, equal_nan=True):
+                return f"{name} of call {call + 1} is not that of a module that was not called before"
+    return None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

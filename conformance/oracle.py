@@ -5,6 +5,7 @@ padded, and that no bit depends on chunking or on the other rows of a batch.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,16 @@ class Wrong(Exception):
     """A bundle that loads, runs, and gives other answers than its model."""
 
 
+class NoAnswer(Exception):
+    """The module itself does not take such a sequence."""
+
+
 class WrongBits(Wrong):
     """A correct bundle whose bits depend on chunking or on other rows, although its manifest denies it."""
+
+
+#: Time steps of the longest sequence: code in a Python loop may do something else after thousands.
+LONGEST = 3000
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,9 @@ def examine(path: Path, answer: Answer, draw: DrawInputs, *, seed: int = 0, roun
         # Not below 6 steps: a model that cannot stream may need as many.
         batch, time = int(rng.integers(1, 6)), int(rng.integers(6, 40)) if size else 6
         findings.append(_round(graph, answer, draw(batch, time, rng), rng))
+    for time in (int(rng.integers(40, 400)), LONGEST):
+        with suppress(NoAnswer):
+            findings.append(_long_round(graph, answer, draw(1, time, rng), rng))
     bits = all(finding.bits for finding in findings) if found.manifest.streamable else None
     if found.manifest.bit_exact and bits is False:
         raise WrongBits("the manifest says bit_exact, and chunks differ from the whole in some bit")
@@ -131,6 +143,22 @@ def _round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generato
     if manifest.ragged:
         worst = max(worst, _padded(graph, answer, inputs, rng))
     return Finding(worst, bits)
+
+
+def _long_round(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generator) -> Finding:
+    """One long sequence, whole and in a few chunks. Raises NoAnswer."""
+    time = steps(graph.series(inputs))
+    try:
+        expected, single = answer(inputs, True), answer(inputs, False)
+    except (IndexError, RuntimeError) as error:
+        raise NoAnswer(f"a sequence of {time} steps: {error}") from error
+    found, _ = graph.run(inputs, graph.start(inputs))
+    worst = _compare(found, expected, single, f"a sequence of {time} steps")
+    if graph.manifest.streamable:
+        chunks = np.diff([0, *sorted(rng.choice(time - 1, 9, replace=False) + 1), time]).tolist()
+        cut = graph.cut(inputs, chunks, {name: array[[0, 0]] for name, array in inputs.items()}, rng)
+        worst = max(worst, _compare(cut, expected, single, f"a sequence of {time} steps in chunks {chunks}"))
+    return Finding(worst, True)
 
 
 def _padded(graph: Graph, answer: Answer, inputs: Arrays, rng: np.random.Generator) -> float:

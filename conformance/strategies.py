@@ -10,8 +10,11 @@ from conformance.trees import (
     Block,
     Both,
     Conv,
+    Counter,
     Dense,
     Elementwise,
+    Iterates,
+    LateKind,
     Loop,
     Norm,
     Recurrent,
@@ -52,8 +55,22 @@ def recurrents(draw: Draw, inputs: int, outputs: int | None = None) -> Recurrent
 
 
 @st.composite
+def loops(draw: Draw, inputs: int) -> Loop:
+    cells = ("LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm")
+    return Loop(
+        draw(st.sampled_from(cells)),
+        inputs,
+        hidden=draw(st.integers(1, 5)),
+        iterates=draw(st.sampled_from(get_args(Iterates))),
+        late=draw(_mostly("none", *get_args(LateKind)[1:], times=6)),
+        when=draw(st.sampled_from((6, 12, 24, 30, 50, 168, 700, 2000))),
+    )
+
+
+@st.composite
 def blocks(draw: Draw, inputs: int, depth: int = 0) -> Block:
-    kinds = ["recurrent"] * 5 + ["dense"] * 3 + ["elementwise"] * 4 + ["norm"] * 4 + ["conv"] * 3 + ["loop", "along"]
+    kinds = ["recurrent"] * 5 + ["dense"] * 3 + ["elementwise"] * 4 + ["norm"] * 4 + ["conv"] * 3
+    kinds += ["loop"] * 3 + ["along"] * 2 + ["counter"]
     if depth < _DEPTH:
         kinds += ["residual"] * 4 + ["both"] * 2 + ["twice"]
     match draw(st.sampled_from(kinds)):
@@ -71,8 +88,10 @@ def blocks(draw: Draw, inputs: int, depth: int = 0) -> Block:
         case "conv":
             return _conv(draw, inputs)
         case "loop":
-            cells = ("LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm")
-            return Loop(draw(st.sampled_from(cells)), inputs, draw(st.integers(1, 5)))
+            return draw(loops(inputs))
+        case "counter":
+            kept = ("attribute", "dict", "list", "object", "array", "generator", "class", "global", "iterator")
+            return Counter(draw(st.sampled_from(kept)), inputs)
         case "along":
             return Along(draw(st.sampled_from(get_args(AlongKind))), inputs)
         case "residual":

@@ -27,13 +27,25 @@ class Recurrent:
         return (self.projection or self.hidden) * (2 if self.bidirectional else 1)
 
 
+LateKind = Literal[
+    "none", "reset", "copy", "zero", "scale", "table", "phase", "length", "window", "stop", "growing", "argument"
+]
+Iterates = Literal["range", "enumerate", "while", "steps", "reversed", "filled"]
+
+
 @dataclass(frozen=True)
 class Loop:
-    """A cell in a Python loop over time. `minimal` and `peephole` are cells that no library has."""
+    """A cell in a Python loop over time. `minimal` and `peephole` are cells that no library has.
+
+    late: what is done otherwise from step `when` on, every `when` steps, or if there are more than `when`.
+    """
 
     cell: Literal["LSTMCell", "GRUCell", "RNNCell", "minimal", "peephole", "layer norm"]
     inputs: int
     hidden: int
+    iterates: Iterates = "range"
+    late: LateKind = "none"
+    when: int = 24
 
     @property
     def outputs(self) -> int:
@@ -50,6 +62,19 @@ class Conv:
     dilation: int = 1
     depthwise: bool = False
     padding: Literal["causal", "centred", "none"] = "causal"
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Twice its input in every call after `when` calls; the count is kept in one of the places that Python has."""
+
+    kept: Literal["attribute", "dict", "list", "object", "array", "generator", "class", "global", "iterator"]
+    inputs: int
+    when: int = 20
+
+    @property
+    def outputs(self) -> int:
+        return self.inputs
 
 
 @dataclass(frozen=True)
@@ -95,6 +120,10 @@ AlongKind = Literal[
     "softmax",
     "every second",
     "last two",
+    "last forty",
+    "twice if long",
+    "windows of forty",
+    "twice after forty",
 ]
 
 
@@ -151,7 +180,7 @@ class Twice:
         return self.body.outputs
 
 
-Block: TypeAlias = Recurrent | Loop | Conv | Dense | Elementwise | Norm | Along | Residual | Both | Twice
+Block: TypeAlias = Recurrent | Loop | Counter | Conv | Dense | Elementwise | Norm | Along | Residual | Both | Twice
 
 
 @dataclass(frozen=True)

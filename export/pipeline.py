@@ -41,6 +41,7 @@ from unroll.export.state_choice import choose_state
 from unroll.export.verification import parity, preconditions, probes
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
+from unroll.export.verification.long_sequences import LongSequences
 from unroll.export.verification.original import check_continues, check_same_as_original
 from unroll.export.verification.parity import Runners
 from unroll.export.verification.reduced import Candidate, limit, reduce
@@ -182,7 +183,10 @@ class Pipeline:
         keep_squeezes(model)
         history = find_history(model)
         reason = choose_state(model, history, prepared.attributes, self._options.output_names)
-        return Lifted(model, history, reason, observe(model, self._options.output_names))
+        lifted = Lifted(model, history, reason, observe(model, self._options.output_names))
+        reference = Subject(torch_runner(model.double, double=True), self._draft(lifted, model.samples), model.samples)
+        LongSequences(prepared.exact, model.double, reference, bool(prepared.attributes)).check_loops()
+        return lifted
 
     def _trace(self, lifted: Lifted) -> Traced:
         single, double, samples = lifted.model.single, lifted.model.double, lifted.model.samples
@@ -210,6 +214,7 @@ class Pipeline:
         samples = probes.with_reached(reference)
         reference, _, served = traced.runners.subjects(samples, draft)
         check_same_as_original(prepared.exact, double, reference, prepared.attributes)
+        LongSequences(prepared.exact, double, reference, bool(prepared.attributes)).check_answers(served)
         probes.check_rows(reference)
         reason = lifted.not_streamable_because or probes.why_not_streamable(
             replace(reference, run=torch_runner(double, double=True, ops=True)), double

@@ -1,7 +1,9 @@
 """`unroll serve`: settings, logs, application, uvicorn."""
 
 import gc
+import os
 import signal
+import socket
 import sys
 from functools import partial
 from threading import Event
@@ -20,6 +22,7 @@ from unroll.service.workers import Worker, supervise
 
 
 def main(argv: list[str]) -> int:
+    _open_standard_descriptors()
     worker = Worker.inherited()
     try:
         settings = Settings.from_arguments(argv)
@@ -33,6 +36,8 @@ def main(argv: list[str]) -> int:
     if settings.workers > 1 and worker is None:
         return supervise(settings.host, settings.port, settings.workers)
     try:
+        if worker is None:
+            _check_address(settings.host, settings.port)
         application, state = app.build(settings, shared_port=None if worker is None else worker.shared_port)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
     except (RepositoryError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
@@ -56,6 +61,27 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a late signal must not change the exit status
     return 1 if state.crashed or state.failed else 0
+
+
+def _open_standard_descriptors() -> None:
+    """Give 0, 1 and 2 to no file or socket of the server: libraries print there."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+
+
+def _check_address(host: str, port: int) -> None:
+    """Find out before the models are loaded that the server could not listen. Raises OSError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot listen at {host}, port {port}: {reason}; see --host and --port") from error
 
 
 def _catch_signals() -> Event:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -136,6 +137,16 @@ class Settings(BaseSettings):
         if value == "":
             raise ValueError("it is empty; remove it or give it a value")
         return value
+
+    @field_validator("store")
+    @classmethod
+    def _has_port(cls, store: str | None) -> str | None:
+        if store is not None:
+            try:
+                urlsplit(store).port  # noqa: B018 raises ValueError
+            except ValueError:
+                raise ValueError("its port is not a number from 0 to 65535") from None
+        return store
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -4,6 +4,7 @@ from conformance.kinds.applications import APPLICATIONS
 from conformance.kinds.habits import HABITS
 from conformance.kinds.histories import DELAYS, HISTORIES
 from conformance.kinds.kind import Kind
+from conformance.kinds.late import LATE
 from conformance.kinds.layers import LAYERS
 from conformance.kinds.loops import LOOPS
 from conformance.kinds.refused import REFUSED
@@ -11,7 +12,7 @@ from conformance.kinds.states import STATES
 from conformance.kinds.whole_sequence import WHOLE_SEQUENCE
 
 #: Those with an expected outcome.
-TESTED = [*LAYERS, *LOOPS, *HABITS, *HISTORIES, *STATES, *DELAYS, *WHOLE_SEQUENCE, *REFUSED]
+TESTED = [*LAYERS, *LOOPS, *HABITS, *HISTORIES, *STATES, *DELAYS, *WHOLE_SEQUENCE, *REFUSED, *LATE]
 
 
 def kinds() -> list[Kind]:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
 from unroll.export.lifting.dataflow import ComputedFrom
+from unroll.export.lifting.kept_values import NOT_OWN, check_nothing_counted, kept_values
 from unroll.export.signature.outputs import first_difference, is_same, leaves
 
 #: (path of a module, name of its attribute)
@@ -33,6 +34,9 @@ def find_module_state(model: nn.Module, example: dict[str, Any], static: frozens
 
     Args:
         static: the inputs without time.
+
+    Raises:
+        ExportError: keeps_state, for values other than tensors that depend on more than one call.
     """
     model, other = copy.deepcopy(model), _another_example(example, static)
     from_inputs = ComputedFrom(tuple(leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)))
@@ -41,9 +45,13 @@ def find_module_state(model: nn.Module, example: dict[str, Any], static: frozens
         first = model(**example)
     computed = {(path, name) for path, name, _, tensor in _tensors(model) if tensor in from_inputs}
     seen.append(_values(model))
+    kept = [kept_values(model)]
     for inputs in (other, example):
         again = model(**inputs)
         seen.append(_values(model))
+        kept.append(kept_values(model))
+    model(**example)
+    check_nothing_counted([*kept, kept_values(model)])
     changed = [{key for key, value in new.items() if not is_same(old.get(key), value)} for old, new in pairwise(seen)]
     if first_difference(first, again) is None:
         del changed[0]  # a table that is made once
@@ -175,17 +183,13 @@ def _values(model: nn.Module) -> dict[tuple[str, str, str], Tensor]:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
     for path, module in model.named_modules():
-        own = {name: value for name, value in vars(module).items() if name not in _NOT_OWN}
+        own = {name: value for name, value in vars(module).items() if name not in NOT_OWN}
         for name, value in (own | dict(module.named_buffers(recurse=False))).items():
             if isinstance(value, (bool, int, float)):
                 yield path, name, "", torch.tensor(value)
                 continue
             for key, tensor in _leaves_or_nothing(value):
                 yield path, name, key, tensor
-
-
-#: PyTorch's own attributes of a module.
-_NOT_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"}
 
 
 def _leaves_or_nothing(value: Any) -> list[tuple[str, Tensor]]:

@@ -38,7 +38,7 @@ def check_same_as_original(
         lifted = reference.whole(inputs, rows)
         # A call may leave a state in the module.
         original = detached_copy(exact) if attributes else exact
-        returned = _asked("other inputs", original, double, inputs, rows)
+        returned = ask_original("other inputs", original, double, inputs, rows)
         for output in double.outputs:
             expected = output.batch_major(returned[output.index][1]).numpy()
             if not np.allclose(lifted[output.spec.name], expected, _CLOSE, _CLOSE):
@@ -61,7 +61,7 @@ def check_continues(exact: nn.Module, double: StreamingModule, reference: Subjec
     original, pieces, start = detached_copy(exact), [], 0
     for length in trial.chunkings[0]:
         chunk = {name: array[:, start : start + length] for name, array in inputs.items()}
-        pieces.append(_asked("a second call", original, double, chunk, rows))
+        pieces.append(ask_original("a second call", original, double, chunk, rows))
         start += length
     for output in double.outputs:
         parts = [output.batch_major(piece[output.index][1]).numpy() for piece in pieces]
@@ -70,7 +70,8 @@ def check_continues(exact: nn.Module, double: StreamingModule, reference: Subjec
             raise refusal(attributes)
 
 
-def _asked(what: str, original: nn.Module, double: StreamingModule, inputs: Arrays, rows: np.ndarray) -> Named:
+def ask_original(what: str, original: nn.Module, double: StreamingModule, inputs: Arrays, rows: np.ndarray) -> Named:
+    """The result of the user's own model. Raises ExportError(forward_failed), saying `what` it was called with."""
     tensors = tuple(as_tensors(inputs, double=True).values())
     with double_precision():
         return attempt(what, partial(double.ask, original, tensors, torch.from_numpy(rows).double()))

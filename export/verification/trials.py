@@ -86,6 +86,15 @@ RANGES = Trial(2, 9, 35, 36)
 ORIGINAL = (Trial(3, 10, 25, 26), Trial(2, 23, 25, 26))
 CONTINUED = Trial(2, 10, 27, 28, 1, ((4, 1, 5),))
 
+#: Is it over long sequences? Over so many steps, half as many, and so on, down to the shortest. Fewer where steps times
+#: weights exceed the next number, but not below the last.
+ORIGINAL_LONG = Trial(2, 1024, 29, 30)
+ORIGINAL_SHORTEST = 32
+ORIGINAL_WEIGHTS, ORIGINAL_LEAST = 2**30, 128
+
+#: Do all steps of a loop do the same? So many, unless that takes more operations, and at least as many as above.
+LOOP_STEPS, LOOP_OPERATIONS = 4096, 40_000
+
 
 @dataclass(frozen=True, slots=True)
 class Subject(Verifier):

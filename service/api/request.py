@@ -9,13 +9,13 @@ from typing import Any, Generic, TypeVar
 import structlog
 from starlette.responses import Response
 
+from unroll.service.api.content_coding import check_coding, decoded
 from unroll.service.core.errors import (
     BodyTooLarge,
     EngineFailed,
     InvalidRequest,
     SessionContended,
     UnrollError,
-    UnsupportedMediaType,
 )
 
 _log = structlog.get_logger(__name__)
@@ -29,6 +29,7 @@ Headers = dict[bytes, bytes]
 
 JSON = b"application/json"
 RAW = b"application/octet-stream"
+CONTENT_ENCODING = b"content-encoding"
 
 #: The header line of a reply that was too large to keep: a retry of its chunk is refused.
 NOT_KEPT = b"unroll-reply-kept: false\r\n"
@@ -169,8 +170,8 @@ def check_headers(fields: Sequence[tuple[bytes, bytes]], headers: Headers, limit
     """
     if len(headers) < len(fields):
         _refuse_repeated(fields)
-    if headers.get(b"content-encoding", b"identity") != b"identity":
-        raise UnsupportedMediaType("compressed bodies are not supported: send the body without Content-Encoding")
+    if (coding := headers.get(CONTENT_ENCODING)) is not None:
+        check_coding(coding)
     declared = _declared_length(headers)
     if declared is not None and declared > limit:
         raise BodyTooLarge(f"the body has {declared} bytes, and the limit is {limit}")
@@ -204,4 +205,6 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
     declared = _declared_length(headers)
     if declared is not None and declared != len(body):
         raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
+    if (coding := headers.get(CONTENT_ENCODING)) is not None:
+        body = decoded(body, coding, limit)
     return Request(headers, body)

@@ -44,13 +44,13 @@ class StateFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        if self.path.exists() and not self.path.is_file():
-            raise OSError(f"the state file {path} is not a file: name a file in a folder that the server may write")
         self._beside = self.path.with_name(self.path.name + ".part")
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise OSError("it is not a file; name a file in a folder that the server may write")
             self._file: BinaryIO = os.fdopen(os.open(self._beside, os.O_RDWR | os.O_CREAT, 0o600), "w+b")
         except OSError as error:
-            raise OSError(f"the state file {path} could not be written: {error}") from error
+            raise OSError(f"the state file {path} cannot be written: {error}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(self._file.fileno()), self._beside.stat()):
@@ -64,7 +64,7 @@ class StateFile:
             raise OSError(f"another server uses the state file {path}: give each a file of its own") from None
         except OSError as error:
             self.close()
-            raise OSError(f"the state file {path} could not be written: {error}") from error
+            raise OSError(f"the state file {path} cannot be written: {error}") from error
 
     def read(self) -> list[tuple[Key, Record, float]]:
         """The sessions of the file, which stays; none if there is no file. One that is damaged is set aside.

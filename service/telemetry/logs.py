@@ -61,7 +61,9 @@ def _render(logger: Any, method: str, event: structlog.typing.EventDict) -> str:
 
 def _shortened(value: Any) -> Any:
     if isinstance(value, str):
-        return value if len(value) <= _MAX_STRING else f"{value[:_MAX_STRING]}… ({len(value)} characters)"
+        half = _MAX_STRING // 2  # the end of a traceback says what was raised
+        short = len(value) <= _MAX_STRING
+        return value if short else f"{value[:half]}… ({len(value)} characters) …{value[-half:]}"
     if isinstance(value, dict):
         return {key: _shortened(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

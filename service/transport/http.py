@@ -16,9 +16,18 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from unroll.service.api import inference_routes
 from unroll.service.api.app_state import AppState
+from unroll.service.api.content_coding import decoded
 from unroll.service.api.error_responses import http_error
 from unroll.service.api.inference_routes import Route
-from unroll.service.api.request import Answer, Cancel, Headers, Request, check_headers, nothing_to_cancel
+from unroll.service.api.request import (
+    CONTENT_ENCODING,
+    Answer,
+    Cancel,
+    Headers,
+    Request,
+    check_headers,
+    nothing_to_cancel,
+)
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
 from unroll.service.transport.head import (
@@ -230,12 +239,24 @@ class HttpProtocol(HttpToolsProtocol):
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
+            if CONTENT_ENCODING in exchange.headers and not self._decode_body():
+                return
             failpoints.reach("recv")
             cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
             self.headers.clear()
             exchange.headers, exchange.body = _NO_HEADERS, b""
             if not exchange.response_complete:
                 exchange.cancel = cancel
+
+    def _decode_body(self) -> bool:
+        """False if the request was answered by an error instead."""
+        exchange = self._exchange
+        try:
+            coding, limit = exchange.headers[CONTENT_ENCODING], self.unroll.limits.max_body_bytes
+            exchange.body = decoded(exchange.body, coding, limit)
+        except UnrollError as error:
+            self._answer(exchange.route.failure(error))
+        return not exchange.response_complete
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""

@@ -3,16 +3,21 @@
 import base64
 import hashlib
 import http.client
+import json
 import shutil
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from serving import Running
 from waiting import PATIENCE, until
+
+from unroll.service.settings import Settings
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
@@ -94,25 +99,34 @@ class Proxy:
         until(lambda: answered() == names, f"answers of {names}")
 
 
-@pytest.fixture
-def proxy(tmp_path: Path) -> Iterator[Proxy]:
-    replicas = [Replica("a"), Replica("b")]
+@contextmanager
+def haproxy(folder: Path, servers: dict[str, int]) -> Iterator[int]:
+    """HAProxy with our configuration in front of these ports; its own port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     lines = CONFIGURATION.read_text().replace("bind :8000", f"bind 127.0.0.1:{port}").splitlines()
     [template] = [line for line in lines if "server-template" in line]
     at = lines.index(template)
-    lines[at : at + 1] = [f"  server {each.name} 127.0.0.1:{each.server_port}" for each in replicas]
-    (tmp_path / "haproxy.cfg").write_text("\n".join(lines) + "\n")
-    process = subprocess.Popen([str(HAPROXY), "-db", "-q", "-f", str(tmp_path / "haproxy.cfg")])
+    lines[at : at + 1] = [f"  server {name} 127.0.0.1:{number}" for name, number in servers.items()]
+    (folder / "haproxy.cfg").write_text("\n".join(lines) + "\n")
+    process = subprocess.Popen([str(HAPROXY), "-db", "-q", "-f", str(folder / "haproxy.cfg")])
     try:
-        proxy = Proxy(port, replicas)
-        proxy.wait_for({"a", "b"})
-        yield proxy
+        yield port
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Proxy]:
+    replicas = [Replica("a"), Replica("b")]
+    try:
+        with haproxy(tmp_path, {each.name: each.server_port for each in replicas}) as port:
+            proxy = Proxy(port, replicas)
+            proxy.wait_for({"a", "b"})
+            yield proxy
+    finally:
         for replica in replicas:
             replica.shutdown()
             replica.server_close()
@@ -177,3 +191,34 @@ def test_a_websocket_passes(proxy: Proxy):
             pass
         connection.sendall(b"ping")
         assert answer.read(4) == b"ping"
+
+
+def test_an_offer_of_http_2_costs_no_body(repository: Path, tmp_path: Path):
+    """Java's client sends one with each request; the proxy passes it on."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "lstm").symlink_to(repository / "lstm")
+    running = Running(Settings(repository=tmp_path / "models"))
+    try:
+        with haproxy(tmp_path, {"unroll": running.port}) as port:
+            proxy = Proxy(port, [])
+            until(lambda: answers(proxy) == 200, "a server behind the proxy")
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            offer = {"Upgrade": "h2c", "Connection": "Upgrade, HTTP2-Settings", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}
+            headers = {**offer, "Content-Type": "application/json"}
+            connection.request("POST", "/v1/models/lstm/sessions", b'{"session_id": "java-1"}', headers)
+            response = connection.getresponse()
+            assert (response.status, json.load(response)["session_id"]) == (201, "java-1")
+            headers["Content-Type"] = "application/octet-stream"
+            connection.request("POST", "/v1/models/lstm/sessions/java-1/steps", bytes(12), headers)
+            response = connection.getresponse()
+            assert (response.status, response.getheader("unroll-position")) == (200, "1")
+            connection.close()
+    finally:
+        running.stop()
+
+
+def answers(proxy: Proxy) -> int:
+    try:
+        return proxy.ask("/readyz", "GET")[0]
+    except ConnectionRefusedError:  # not listening yet
+        return 0

@@ -1,13 +1,12 @@
 """`--device` on a machine without a GPU or without CUDA libraries."""
 
-import json
 from pathlib import Path
 
 import onnxruntime
 import pytest
 
 from unroll import bundle
-from unroll.service import app, serve
+from unroll.service import app
 from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
 from unroll.service.models.repository import RepositoryError
 from unroll.service.settings import Settings
@@ -50,10 +49,3 @@ def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
 def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):
     with pytest.raises(RepositoryError, match="precision tf32 needs a GPU"):
         app.build(Settings(repository=repository, device="cpu", precision="tf32"))
-
-
-def test_serve_ends_with_a_reason(repository: Path, capfd: pytest.CaptureFixture[str]):
-    assert serve.main(["--repository", str(repository), "--device", "cuda:99"]) == 1
-    last = json.loads(capfd.readouterr().err.splitlines()[-1])
-    assert last["event"] == "not started"
-    assert "cuda:99 was requested, but" in last["reason"]

@@ -63,6 +63,7 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
         ("STATE_FILE", "", "it is empty"),
         ("DEVICE", "", "it is empty"),
         ("STORE", "", "redis|rediss"),
+        ("STORE", "redis://host:port", "its port is not a number"),
         ("DURABILITY", "disk", "'memory' or 'redis'"),
         ("SESSION_CAPACITY", "many", "'auto'"),
         ("STRICT", "perhaps", "valid boolean"),

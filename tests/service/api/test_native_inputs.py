@@ -374,8 +374,3 @@ def test_a_position_that_contradicts_itself(lstm: Watched) -> None:
     lstm.refuses(400, "malformed_request", json={"inputs": GOOD, "position": 3}, headers={"Unroll-Position": "4"})
     twice = [("Unroll-Position", "3"), ("Unroll-Position", "0"), ("Content-Type", "application/json")]
     lstm.refuses(400, "malformed_request", content=b'{"inputs": [[1, 2, 3]]}', headers=twice)
-
-
-def test_a_compressed_body(lstm: Watched) -> None:
-    headers = {"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"}
-    lstm.refuses(415, "unsupported_media_type", content=bytes(24), headers=headers)

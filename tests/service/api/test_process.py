@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -108,6 +109,27 @@ def test_a_crash(start_process: StartProcess) -> None:
     assert "a crash" in next(str(line) for line in process.log if line["event"] == "crashed")
 
 
+#: The server, whose shutdown fails at its last step.
+UNSTOPPABLE = """
+import sys
+from unroll.service.models.repository import ModelRepository
+from unroll.service.serve import main
+
+def fail(self):
+    raise RuntimeError("a failure at the end")
+
+ModelRepository.shut_down = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stop_that_fails_is_no_success(start_process: StartProcess) -> None:
+    process = start_process(program=("-c", UNSTOPPABLE))
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 1
+    assert "a failure at the end" in str(process.log)
+
+
 #: The server on a system that has neither Linux's scheduler calls nor /proc, such as macOS.
 NOT_LINUX = """
 import io, os, sys
@@ -133,12 +155,60 @@ def test_a_system_other_than_linux(start_process: StartProcess) -> None:
     assert process.end() == 0
 
 
-def test_a_repository_that_cannot_be_served(tmp_path: Path) -> None:
-    refused = launch("--repository", str(tmp_path), "--port", "0", "--device", "cpu")
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--repository", "tests/service"), "holds no bundle"),
+        (("--repository", "nowhere"), "the repository cannot be read: [Errno 2] No such file"),
+        (("--repository", "README.md"), "the repository cannot be read: [Errno 20] Not a directory"),
+        (("--device", "tpu"), "use cpu, auto, or GPUs"),
+        (("--device", "cuda:99"), "cuda:99 was requested, but"),
+        (("--host", "203.0.113.1"), "cannot listen at 203.0.113.1, port 0: "),
+        (("--host", "no.such.host.invalid"), "cannot listen at no.such.host.invalid, port 0: "),
+    ],
+)
+def test_a_start_that_fails_says_why_in_its_last_line(shelf: Path, flags: tuple[str, str], reason: str) -> None:
+    refused = launch("--repository", str(shelf), "--port", "0", "--device", "cpu", *flags)
     _, log = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 1
-    assert "holds no bundle" in log
+    last = json.loads(log.splitlines()[-1])
+    assert (last["event"], last["level"]) == ("not started", "error")
+    assert reason in last["reason"]
     assert "Traceback" not in log
+
+
+def test_a_port_that_is_taken_is_noticed_before_the_models_are_loaded(shelf: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused = launch("--repository", str(shelf), "--port", str(port), "--device", "cpu")
+        _, log = refused.communicate(timeout=PATIENCE)
+    assert refused.returncode == 1
+    [line] = [json.loads(line) for line in log.splitlines()]
+    assert line["reason"] == f"cannot listen at 127.0.0.1, port {port}: Address already in use; see --host and --port"
+
+
+#: The server without standard descriptors, and what becomes of them.
+DETACHED = """
+import os, sys
+from unroll.service import serve
+
+build, log = serve.app.build, os.dup(2)
+os.closerange(0, 3)
+
+def told(*arguments, **options):
+    os.write(log, str([os.readlink(f"/proc/self/fd/{n}") for n in range(3)]).encode())
+    raise SystemExit(0)
+
+serve.app.build = told
+serve.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_closed_standard_descriptors_are_not_taken_by_sockets_or_files(shelf: Path) -> None:
+    process = launch("--repository", str(shelf), "--port", "0", program=("-c", DETACHED))
+    _, log = process.communicate(timeout=PATIENCE)
+    assert log == str(["/dev/null"] * 3)
 
 
 @pytest.mark.parametrize("flags", [(), ("--repository", ".", "--port", "abc"), ("--bogus",)])

@@ -1,0 +1,168 @@
+"""Values other than tensors that forward keeps for its next call: counts, flags, lists, random generators.
+
+A state row cannot hold them, and a bundle that leaves them out would be wrong from the call on in which they matter.
+"""
+
+import dis
+import pickle
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from types import CodeType, FunctionType, GeneratorType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unroll.export.errors import ExportError
+from unroll.export.signature.outputs import leaves
+
+#: Where a value is, for a message: `attribute 'cell.calls'`.
+Name = str
+
+#: PyTorch's own attributes of a module.
+NOT_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"}
+
+#: Packages whose objects are opaque, and whose code keeps nothing of a model.
+_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
+
+
+def kept_values(model: nn.Module) -> dict[Name, tuple[Any, ...]]:
+    """What every attribute, class attribute and variable that the code of `model` reads holds, comparable.
+
+    Of an attribute that holds nothing but tensors, only how many there are: `module_state` follows these.
+    """
+    return {name: tuple(_Walk(followed=_holds_tensors(value)).all_of(value)) for name, value in _owned(model)}
+
+
+def check_nothing_counted(seen: list[dict[Name, tuple[Any, ...]]]) -> None:
+    """Raises ExportError(keeps_state) for a value that depends on more than the last call.
+
+    Args:
+        seen: `kept_values` after calls with some inputs, with others, with the first ones, and with these again.
+    """
+    first, _, third, fourth = seen
+    counted = [name for name in fourth if fourth[name] != third.get(name) or third[name] != first.get(name)]
+    if counted:
+        raise ExportError(
+            "keeps_state",
+            f"forward changes {', '.join(counted)} with every call. It is no tensor with a row for each client, so the "
+            "state cannot hold it: remove it, or let forward take it and return it as a tensor (`state`)",
+        )
+
+
+def _holds_tensors(value: Any) -> bool:
+    try:
+        leaves(value)
+    except ExportError:
+        return False
+    return True
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[Name, Any]]:
+    read: set[str] = set()
+    functions: dict[CodeType, FunctionType] = {}
+    classes = {cls: None for module in model.modules() for cls in type(module).__mro__ if not _is_foreign(cls)}
+    for cls in classes:
+        for value in vars(cls).values():
+            _reach(value, functions, read)
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in NOT_OWN:
+                _reach(value, functions, read)
+                if name in read or "getattr" in read:
+                    yield f"attribute {'.'.join(filter(None, (path, name)))!r}", value
+    for cls in classes:
+        for name, value in vars(cls).items():
+            if name in read and not _is_code(value):
+                yield f"class attribute '{cls.__name__}.{name}'", value
+    for function in functions.values():
+        for name, value in _variables(function):
+            if not _is_code(value):
+                yield f"variable {name!r} of {function.__module__!r}", value
+
+
+def _reach(value: Any, functions: dict[CodeType, FunctionType], read: set[str]) -> None:
+    """Add the functions that `value`, if it is one, can call by name, and the names of attributes that they read."""
+    value = getattr(value, "__wrapped__", getattr(value, "__func__", getattr(value, "fget", value)))
+    if not isinstance(value, FunctionType) or value.__code__ in functions or _is_foreign(value):
+        return
+    functions[value.__code__] = value
+    for code in _codes(value.__code__):
+        read |= {
+            str(each.argval)
+            for each in dis.get_instructions(code)
+            if each.opname in {"LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_SUPER_ATTR"}
+        }
+    for _, other in _variables(value):
+        _reach(other, functions, read)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _variables(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The global variables, those of the user's own modules, the closure and the defaults of a function."""
+    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    for name in sorted(names & function.__globals__.keys()):
+        value = function.__globals__[name]
+        if isinstance(value, ModuleType) and not _is_foreign(value):
+            yield from ((f"{name}.{inner}", vars(value)[inner]) for inner in sorted(names & vars(value).keys()))
+        else:
+            yield name, value
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if cell != type(cell)():
+            yield name, cell.cell_contents
+    yield f"{function.__name__}()", [*(function.__defaults__ or ()), function.__kwdefaults__, vars(function)]
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, (ModuleType, type, nn.Module, property)) or callable(value)
+
+
+def _is_foreign(value: Any) -> bool:
+    module = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or "builtins"
+    return str(module).partition(".")[0] in _FOREIGN
+
+
+class _Walk:
+    """All that an object holds, in a list. followed: without the contents of its tensors."""
+
+    def __init__(self, followed: bool) -> None:
+        self._followed = followed
+        self._leaves: list[Any] = []
+        self._seen: dict[int, Any] = {}
+
+    def all_of(self, value: Any) -> list[Any]:
+        self._add(value)
+        return self._leaves
+
+    def _add(self, *values: Any) -> None:
+        for value in values:
+            if value is None or isinstance(value, (bool, int, str, bytes)):
+                self._leaves.append(value)
+            elif id(value) not in self._seen and not isinstance(value, (ModuleType, type, nn.Module, FunctionType)):
+                self._seen[id(value)] = value
+                self._add_object(value)
+
+    def _add_object(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._leaves.append(None if self._followed else value.detach().cpu().tolist())
+        elif isinstance(value, Mapping):
+            self._add(len(value), *value.keys(), *value.values())
+        elif isinstance(value, (list, tuple, deque)):
+            self._add(len(value), *value)
+        elif isinstance(value, torch.Generator):
+            self._leaves.append(value.get_state().tolist())
+        elif isinstance(value, GeneratorType):
+            self._add(value.gi_frame and value.gi_frame.f_lasti, dict(value.gi_frame.f_locals) if value.gi_frame else 0)
+        elif hasattr(value, "__dict__") and (isinstance(value, SimpleNamespace) or not _is_foreign(type(value))):
+            self._add(vars(value))
+        else:
+            with suppress(Exception):  # an object that cannot be looked into is left out
+                self._leaves.append(pickle.dumps(value))

@@ -1,0 +1,153 @@
+"""Checks that the graph is the user's own model over long sequences, too, where its code may do something else."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from unroll.bundle.golden import Arrays
+from unroll.export.errors import ExportError
+from unroll.export.lifting.streaming import StreamingModule
+from unroll.export.loading.copies import detached_copy
+from unroll.export.verification import trials
+from unroll.export.verification.iterations import Call, OperationLog, irregular, step_of
+from unroll.export.verification.original import ask_original
+from unroll.export.verification.trials import Subject, Trial
+
+#: Of float64, and of the graph in float32: more than this is looked at closely.
+_CLOSE, _SUSPICIOUS = 1e-9, 1e-4
+
+#: A change of inputs and states that shows how much a model makes of rounding.
+_NUDGE = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class LongSequences:
+    """Checks of one model.
+
+    Attributes:
+        exact: the user's own, in float64.
+        double, reference: the lifted model in float64.
+        keeps_state: does `exact` leave a state in its attributes?
+    """
+
+    exact: nn.Module
+    double: StreamingModule
+    reference: Subject
+    keeps_state: bool
+
+    def check_loops(self) -> None:
+        """Check that the lifted loops do the same in every step. Raises ExportError(calls_depend_on_time)."""
+        loops = [path for path, module in self.double.model.named_modules() if hasattr(module, "unroll_loop")]
+        if not loops:
+            return
+        short = [self._run(replace(trials.ORIGINAL_LONG, time=time), loops)[0].calls for time in (3, 5)]
+        sizes = {
+            path: [
+                (len(a.operations), len(b.operations)) for a, b in zip(*(calls[path] for calls in short), strict=True)
+            ]
+            for path in loops
+        }
+        each = sum((b - a) // 2 for pairs in sizes.values() for a, b in pairs)
+        steps = min(max(trials.LOOP_OPERATIONS // each, trials.ORIGINAL_LONG.time), trials.LOOP_STEPS)
+        for trial in self._trials(steps):
+            try:
+                log, _ = self._run(trial, loops)
+            except ExportError:
+                continue  # it takes no sequence of this length
+            for path, calls in log.calls.items():
+                for number, (call, size) in enumerate(zip(calls, sizes[path], strict=True)):
+                    self._check_loop(path, number, call, size, trial)
+            return
+
+    def check_answers(self, served: Subject) -> None:
+        """Check that the graph answers as the user's own model does. Raises ExportError(parity)."""
+        weights = sum(parameter.numel() for parameter in self.exact.parameters())
+        fewer = trials.ORIGINAL_WEIGHTS // max(weights, 1)
+        for trial in self._trials(min(trials.ORIGINAL_LONG.time, max(fewer, trials.ORIGINAL_LEAST))):
+            try:
+                _, own = self._run(trial, [])
+            except ExportError:
+                continue
+            self._compare(trial, own, served)
+
+    def _trials(self, time: int) -> Iterator[Trial]:
+        """From long sequences to short ones; at least as long as the example."""
+        time = max(time, *(array.shape[1] for array in self.reference.samples.example.values()))
+        while time >= trials.ORIGINAL_SHORTEST:
+            yield replace(trials.ORIGINAL_LONG, time=time)
+            time //= 2
+
+    def _run(self, trial: Trial, loops: list[str], *, places: bool = False) -> tuple[OperationLog, Arrays]:
+        """What the user's own model answers, and what its modules of these paths do."""
+        inputs, rows = self.reference.inputs(trial), self.reference.begin(trial)
+        exact = detached_copy(self.exact) if self.keeps_state else self.exact
+        log = OperationLog(exact, loops, places=places)
+        with log.running() if loops else nullcontext():
+            what = f"{trial.batch} sequences of {trial.time} time steps"
+            returned = ask_original(what, exact, self.double, inputs, rows)
+        outputs = self.double.outputs
+        return log, {o.spec.name: o.batch_major(returned[o.index][1]).numpy() for o in outputs}
+
+    def _check_loop(self, path: str, number: int, call: Call, short: tuple[int, int], trial: Trial) -> None:
+        index, size = irregular(call.operations, short, trial.time), (short[1] - short[0]) // 2
+        if index is None:
+            return
+        again = self._run(trial, [path], places=True)[0].calls[path][number]
+        ended = index == len(call.operations) - 1
+        name, step = path or type(self.exact).__name__, step_of(again, index, size) + ended
+        raise ExportError(
+            "calls_depend_on_time",
+            f"{name!r} loops over time steps, and step {step} (counted from 0) does not do what the steps before it do "
+            f"({again.places[index]}); let every step do the same, and give what differs between steps as an input",
+        )
+
+    def _compare(self, trial: Trial, own: Arrays, served: Subject) -> None:
+        inputs, rows = self.reference.inputs(trial), self.reference.begin(trial)
+        answers = served.whole(inputs, rows)
+        if all(_differs(answers[name], array, _SUSPICIOUS) is None for name, array in own.items()):
+            return
+        lifted = self.reference.whole(inputs, rows)
+        noise = self.reference.whole(*self._nudged(inputs, rows))
+        for name, array in own.items():
+            step = _differs(lifted[name], array, _CLOSE, noise[name])
+            if step is not None:
+                raise ExportError(
+                    "parity",
+                    f"output {name!r} of sequences of {trial.time} time steps is not what forward itself returns"
+                    f"{step}, although that of short ones is: forward does something else where a sequence is long (a "
+                    "branch on the length or on the number of a step, a part of fixed length); let it treat all "
+                    "lengths and steps alike",
+                )
+
+    def _nudged(self, inputs: Arrays, rows: np.ndarray) -> tuple[Arrays, np.ndarray]:
+        rows = rows.astype(np.float64)
+        for slot in self.reference.manifest.state:
+            if slot.kind in {"h", "c", "carry"}:
+                rows[:, slot.offset : slot.offset + slot.size] += _NUDGE
+        return {
+            name: array.astype(np.float64) * (1 + _NUDGE) if array.dtype.kind == "f" else array
+            for name, array in inputs.items()
+        }, rows
+
+
+def _differs(found: np.ndarray, expected: np.ndarray, close: float, noise: np.ndarray | None = None) -> str | None:
+    """Where it differs, for a message; None if it does not.
+
+    noise: what `found` is after a nudge, which grows over time.
+    """
+    if found.shape != expected.shape:
+        return f" (it has the shape {expected.shape}, and not {found.shape})"
+    if not expected.size:
+        return None
+    scale = float(np.abs(expected).max()) if expected.dtype.kind == "f" else 0.0
+    allowed = np.full(expected.shape, close * scale)
+    if noise is not None:
+        allowed = np.maximum(allowed, np.abs(noise.astype(np.float64) - found))
+        allowed = np.maximum.accumulate(allowed.max(axis=0, keepdims=True), axis=1) if expected.ndim > 1 else allowed
+    wrong = ~(np.abs(found.astype(np.float64) - expected) <= allowed)
+    if not wrong.any():
+        return None
+    return f" from step {int(wrong.nonzero()[1].min())} on" if expected.ndim > 1 else ""

@@ -1,0 +1,43 @@
+"""Compressed bodies of requests: gzip and deflate."""
+
+import zlib
+
+from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+
+_GZIP, _ZLIB, _DEFLATE = 31, 15, -15  # zlib's `wbits`
+
+
+def check_coding(coding: bytes) -> None:
+    """Raises UnsupportedMediaType. coding: the header Content-Encoding."""
+    if coding.strip().lower() not in (b"", b"identity", b"gzip", b"x-gzip", b"deflate"):
+        name = coding[:40].decode("ascii", "replace")
+        raise UnsupportedMediaType(f"Content-Encoding {name!r} is not taken: send gzip, deflate, or the body as it is")
+
+
+def decoded(body: bytes, coding: bytes, limit: int) -> bytes:
+    """The body as it was before its coding, which `check_coding` accepted.
+
+    Raises:
+        InvalidRequest: The body is damaged.
+        BodyTooLarge: It would have more than `limit` bytes; no more are made.
+    """
+    coding = coding.strip().lower()
+    if coding in (b"", b"identity"):
+        return body
+    decompressor = zlib.decompressobj(_window(body) if coding == b"deflate" else _GZIP)
+    try:
+        content = decompressor.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body is no valid {coding.decode()}") from error
+    if len(content) > limit:
+        raise BodyTooLarge(f"the decompressed body exceeds the limit of {limit} bytes")
+    if not decompressor.eof or decompressor.unused_data:
+        where = "continues behind the end of" if decompressor.eof else "ends before"
+        raise InvalidRequest(f"the body {where} its {coding.decode()} data")
+    return content
+
+
+def _window(body: bytes) -> int:
+    """HTTP's deflate is zlib's format; some clients send the bare data without its two bytes in front."""
+    has_header = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
+    return _ZLIB if has_header else _DEFLATE

@@ -1,0 +1,123 @@
+"""Code that does something else late in a sequence or after many calls is found; what only looks like it is not.
+
+The kinds of `conformance/kinds/late.py` are the same through `export`.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conformance.kinds.kind import made
+from conformance.kinds.late import looping
+from unroll.export import export
+from unroll.export.lifting.kept_values import kept_values
+from unroll.export.verification.iterations import OperationLog, irregular, step_of
+
+CELL = nn.GRUCell(4, 6)
+
+
+def first_irregular(module: nn.Module, steps: int = 200) -> int | None:
+    """The step that does something else, from a log of the module alone."""
+
+    def logged(time: int) -> Any:
+        log = OperationLog(module, [""], places=True)
+        with torch.no_grad(), log.running():
+            module(torch.randn(2, time, 4))
+        return log.calls[""][0]
+
+    short = len(logged(3).operations), len(logged(5).operations)
+    call = logged(steps)
+    index = irregular(call.operations, short, steps)
+    return None if index is None else step_of(call, index, (short[1] - short[0]) // 2)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        lambda s, t, x, h: s.cell(x, h * (t != 70)),
+        lambda s, t, x, h: s.cell(x, h) * (1.0 if t < 70 else 0.5),
+        lambda s, t, x, h: s.cell(x, h.neg() if t == 70 else h),
+        lambda s, t, x, h: s.cell(x, h) + s.table[max(t, 69)],
+        lambda s, t, x, h: s.cell(x, s.first if t == 70 else h),
+    ],
+    ids=["product", "scale", "operation", "index", "operand"],
+)
+def test_the_first_step_that_differs_is_found(later: Callable[..., Tensor]) -> None:
+    assert first_irregular(looping(later, table=torch.zeros(300, 6), first=torch.zeros(2, 6))) == 70
+
+
+def reversed_steps(s: Any, x: Tensor) -> Tensor:
+    h, outs = x.new_zeros(x.shape[0], 6), []
+    for t in reversed(range(x.shape[1])):
+        h = s.cell(x[:, t], h)
+        outs.insert(0, h)
+    return torch.stack(outs, 1)
+
+
+def filled(s: Any, x: Tensor) -> Tensor:
+    h, y, t = None, x.new_zeros(x.shape[0], x.shape[1], 6), 0
+    while t < x.shape[1]:
+        if h is None:
+            h = x.new_zeros(x.shape[0], 6)
+        h = s.cell(x[:, t], h)
+        y[:, t] = h
+        t += 1
+    return y
+
+
+def delayed(s: Any, x: Tensor) -> Tensor:
+    last, outs = deque([x.new_zeros(x.shape[0], 6)] * 3, maxlen=3), []
+    for step in x.transpose(0, 1):
+        last.append(s.cell(step, last[0]))
+        outs.append(last[-1])
+    return torch.stack(outs, 1)
+
+
+def layers(s: Any, x: Tensor) -> Tensor:
+    states, outs = [x.new_zeros(x.shape[0], 6) for _ in range(3)], []
+    for step in x.unbind(1):
+        below = step
+        for layer, state in enumerate(states):
+            states[layer] = s.cell(below, state)
+            below = states[layer][:, :4]
+        outs.append(states[-1])
+    return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize("forward", [reversed_steps, filled, delayed, layers])
+def test_loops_of_every_form_are_regular(forward: Callable[..., Tensor]) -> None:
+    assert first_irregular(made(forward, cell=CELL)) is None
+
+
+def test_a_chaotic_loop_is_exported(tmp_path: Path) -> None:
+    """Rounding alone makes it another sequence after a few hundred steps."""
+    torch.manual_seed(0)
+    module = looping(lambda s, t, x, h: torch.tanh(s.w(x) + h @ s.u), w=nn.Linear(4, 6), u=torch.randn(6, 6) * 4)
+    assert export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path).manifest.streamable
+
+
+class Watching(nn.Module):
+    """Writes what it has seen, and makes a table once; the next call reads nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.ones(4)
+        self.level, self.last, self.names = float(x.mean()), [x, x * 2], {"rows": x.shape[0]}
+        return x * self.table
+
+
+def test_what_is_written_and_not_read_is_not_kept() -> None:
+    module = Watching()
+    module(torch.zeros(2, 3, 4))
+    before = kept_values(module)
+    module(torch.ones(2, 3, 4))
+    assert kept_values(module) == before
