@@ -81,7 +81,7 @@ def test_one_port_and_several_processes(
     clients = [httpx.Client(base_url=started.url) for _ in range(64)]
     x = rng.standard_normal((8, 24, 3)).astype("<f4")
     for i in range(8):
-        assert clients[i].post(f"{MODEL}/sessions", json={"session_id": f"s{i}"}).json()["durability"] == "redis"
+        assert clients[i].post(f"{MODEL}/sessions", json={"session_id": f"s{i}"}).json()["durability"] == "stored"
 
     def steps(i: int) -> bytes:
         path, outputs = f"{MODEL}/sessions/s{i}/steps", b""
