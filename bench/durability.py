@@ -32,6 +32,7 @@ _BOUND = 0.6
 #: Number of sessions that are reloaded, one after another.
 _RELOADED = 500
 _FSYNC = ("everysec", "always")
+_SYNC = ("never", "everysec", "always")
 _SNAPSHOT_KEYS = ("--snapshot-keys", '["a key of the benchmark"]')
 
 
@@ -69,7 +70,11 @@ def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: 
         subjects = {memory: raw_steps(memory, reference), held: _client_held(held, reference)}
         for fsync, store in stores.items():
             launch = bench.unroll(*store, name=f"unroll-{fsync}")
-            subjects[launch] = _stored(launch, reference)
+            subjects[launch] = _stored(launch, reference, f"in Redis, appendfsync {fsync}")
+        for sync in _SYNC:
+            folder = ("--store", f"file://{bench.folder}/store-{sync}", "--store-sync", sync)
+            launch = bench.unroll(*folder, name=f"unroll-folder-{sync}")
+            subjects[launch] = _stored(launch, reference, f"in a folder, --store-sync {sync}")
         measured = {launch: servers.turn(subject, CLIENTS) for launch, subject in subjects.items()}
         turns = [servers.turn(ceiling(reference.features), CLIENTS), *measured.values()]
         rows = bench.alternate(turns)
@@ -95,9 +100,9 @@ def _processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> s
     return f"{turn.name}: a step takes {each}"
 
 
-def _stored(launch: Launch, reference: Reference) -> Subject:
+def _stored(launch: Launch, reference: Reference, where: str) -> Subject:
     subject = raw_steps(launch, reference)
-    return replace(subject, name=launch.name, what=f"Unroll, raw bytes, in Redis, appendfsync {launch.name[7:]}")
+    return replace(subject, name=launch.name, what=f"Unroll, raw bytes, {where}")
 
 
 def _client_held(launch: Launch, reference: Reference) -> Subject:

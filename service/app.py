@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from unroll import __version__
 from unroll.service.api import health_routes, native_routes, open_inference_routes, statistics_routes
+from unroll.service.api.answer_log import ERROR, LogAnswers
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import http_error, open_inference_error, problem
 from unroll.service.api.http_methods import HeadAsGet, allowed_methods
@@ -31,8 +32,11 @@ from unroll.service.sessions.in_memory import MemorySessions
 from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
+from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
+from unroll.service.store.interface import Store
 from unroll.service.store.redis_store import RedisStore
 from unroll.service.store.state_file import StateFile
+from unroll.service.telemetry.request_log import RequestLog
 
 _log = structlog.get_logger(__name__)
 
@@ -48,6 +52,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
     Raises:
         RepositoryError: See `ModelRepository.load_all`.
         DeviceUnavailable: The requested device cannot be used.
+        ValueError: It does not have the requested precision.
     """
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
@@ -82,6 +87,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         settings.durability or sessions.durabilities[-1],
         SnapshotKeys(keys) if keys else None,
         shared_port,
+        RequestLog(settings.log_requests),
     )
     return _fastapi(state, lambda _: _lifespan(state, state_file)), state
 
@@ -89,8 +95,10 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
 def _load(
     settings: Settings, clock: Clock, devices: Sequence[str], crash: Callable[[], None]
 ) -> tuple[ModelRepository, ModelVersions, MemorySessions]:
-    options, config = settings.model_options(), settings.store_config()
-    store = None if config is None else RedisStore(config)
+    options = settings.model_options()
+    for device in devices:
+        options.engine.check(device)
+    store = _open_store(settings)
     models = ModelVersions()
     spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)
     directory = SessionDirectory(models, spilled, clock)
@@ -100,6 +108,17 @@ def _load(
     repository = ModelRepository(settings.repository, models, loader, clock, crash, strict=settings.strict)
     repository.load_all()
     return repository, models, sessions
+
+
+def _open_store(settings: Settings) -> Store | None:
+    """Raises StoreUnavailable if that is for good."""
+    match settings.store_config():
+        case None:
+            return None
+        case EmbeddedStoreConfig() as config:
+            return EmbeddedStore(config)
+        case config:
+            return RedisStore(config)
 
 
 @asynccontextmanager
@@ -137,6 +156,7 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
         redirect_slashes=False,  # a redirect would repeat the client's Host header
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.add_middleware(LogAnswers, state=state)
     app.add_middleware(HeadAsGet)
     app.include_router(native_routes.router(state))
     app.include_router(endpoint.router(state))
@@ -147,6 +167,7 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
 
     @app.exception_handler(UnrollError)
     async def unroll_error(request: Request, error: UnrollError) -> Response:
+        request.scope[ERROR] = error
         return (open_inference_error(error) if _is_v2(request) else problem(error)).response()
 
     @app.exception_handler(Disconnected)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -24,8 +25,13 @@ from unroll.service.engine.backend import Cells, EngineOptions, Precision
 from unroll.service.models.loading import ModelOptions
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
+from unroll.service.store.embedded_store import EmbeddedStoreConfig
+from unroll.service.store.lmdb_folder import Sync
+from unroll.service.store.record import current_durability
 from unroll.service.store.redis_store import RedisStoreConfig
+from unroll.service.telemetry.request_log import LogRequests
 
+_FOLDER = "file://"
 _PREFIX = "UNROLL_"
 #: Variables that are no settings: those of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
 _NO_SETTING = re.compile(
@@ -84,13 +90,18 @@ class Settings(BaseSettings):
     store: Annotated[
         str | None,
         Field(
-            pattern=r"^(redis|rediss|unix|redis\+cluster)://",
-            description="store of durable sessions: redis://host:port/db, rediss://, unix://, redis+cluster://",
+            pattern=r"^(file:///|(redis|rediss|unix|redis\+cluster)://)",
+            description="store of durable sessions: file:///folder (for the processes of one machine), "
+            "redis://host:port/db, rediss://, unix://, redis+cluster://",
         ),
     ] = None
+    store_sync: Annotated[
+        Sync, Field(description="when file:/// is synced to the disk: after every commit, every second, or at the end")
+    ] = "everysec"
     durability: Annotated[
-        Literal["memory", "redis"] | None,
-        Field(description="default durability of new sessions (redis if --store is set, otherwise memory)"),
+        Literal["memory", "stored"] | None,
+        BeforeValidator(current_durability),
+        Field(description="default durability of new sessions (stored if --store is set, otherwise memory)"),
     ] = None
     store_timeout: Annotated[
         PositiveFloat, Field(description="seconds without an answer after which the store counts as down")
@@ -127,6 +138,9 @@ class Settings(BaseSettings):
     drain_timeout: Annotated[
         PositiveFloat, Field(description="seconds for connected clients to receive their answers at shutdown")
     ] = 10.0
+    log_requests: Annotated[
+        LogRequests, Field(description="requests that leave a line in the log, at most 100 a second: none, errors, all")
+    ] = "errors"
     log_level: Annotated[
         str, Field(pattern="^(debug|info|warning|error)$", description="minimum severity of log lines")
     ] = "info"
@@ -150,14 +164,14 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.durability == "redis" and self.store is None:
-            raise ValueError("durability redis needs a store: add --store redis://host:port/db")
+        if self.durability == "stored" and self.store is None:
+            raise ValueError("durability stored needs a store: add --store file:///folder")
         if any(len(key.get_secret_value().encode()) < LEAST_KEY_BYTES for key in self.snapshot_keys):
             raise ValueError(f"a snapshot key needs at least {LEAST_KEY_BYTES} bytes")
         if self.workers > 1 and (self.store is None or self.durability == "memory"):
             raise ValueError(
                 f"{self.workers} workers need a store, because any worker may receive a session's next request: "
-                "add --store redis://host:port/db and remove --durability memory"
+                "add --store file:///folder and remove --durability memory"
             )
         if self.workers > 1 and self.state_file is not None:
             raise ValueError(
@@ -210,10 +224,13 @@ class Settings(BaseSettings):
             ),
         )
 
-    def store_config(self) -> RedisStoreConfig | None:
+    def store_config(self) -> RedisStoreConfig | EmbeddedStoreConfig | None:
         if self.store is None:
             return None
-        return RedisStoreConfig(self.store, self.store_timeout, self.idle_timeout or None, self.tombstone_life)
+        times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
+        if self.store.startswith(_FOLDER):
+            return EmbeddedStoreConfig(Path(unquote(self.store.removeprefix(_FOLDER))), self.store_sync, *times)
+        return RedisStoreConfig(self.store, *times)
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)

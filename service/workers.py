@@ -13,7 +13,7 @@ import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -120,7 +120,11 @@ class _Supervisor:
         failures = 0
         while not self._stopping.is_set():
             began = loop.time()
-            status = await self._run_one(index)
+            try:
+                status = await self._run_one(index)
+            except OSError as error:  # no memory, process, descriptor or port is left
+                _log.error("worker not started", worker=index + 1, reason=str(error))
+                status = 1
             if self._stopping.is_set():
                 self._status = self._status or int(status not in (0, -signal.SIGTERM))
                 return
@@ -138,6 +142,8 @@ class _Supervisor:
         async with self._one_at_a_time:
             if self._stopping.is_set():
                 return 0
+            if self._listeners[index].fileno() < 0:
+                self._listeners[index] = _bind(self._host, self._port, shared=True)
             rescans = self._rescans
             process, link = await self._start(index)
             if await asyncio.get_running_loop().sock_recv(link, 1):
@@ -155,13 +161,15 @@ class _Supervisor:
         """Start a worker process. Returns it and the supervisor's end of the link."""
         listener = self._listeners[index]
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, ExitStack() as on_error:
+            on_error.enter_context(ours)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *sys.orig_argv[1:]),
                 env={**os.environ, _VARIABLE: f"{index + 1} {listener.fileno()} {theirs.fileno()}"},
                 pass_fds=[listener.fileno(), theirs.fileno()],
                 process_group=0,  # Ctrl-C reaches only the supervisor, which forwards it
             )
+            on_error.pop_all()
         ours.setblocking(False)
         self._running.add(process)
         if self._stopping.is_set():
@@ -179,11 +187,9 @@ class _Supervisor:
     async def _pause(self, index: int, seconds: float) -> None:
         """Wait before a restart. The other workers take all new connections; those waiting for this one are refused."""
         self._listeners[index].close()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
-        except TimeoutError:
-            self._listeners[index] = _bind(self._host, self._port, shared=True)
 
 
 def _send(process: Process, number: signal.Signals) -> None:

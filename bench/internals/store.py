@@ -82,7 +82,7 @@ class Sessions:
         self._model = model
         self._tokens = Tokens()
         self._tokens_by_id = {_ID.format(number): b"" for number in range(count)}
-        self._origin = Origin("ab" * 32, "redis", os.urandom(16))
+        self._origin = Origin("ab" * 32, "stored", os.urandom(16))
 
     async def write(self, store: RedisStore, ids: list[str], *, opens: bool = False, ends: bool = False) -> None:
         for begin in range(0, len(ids), _BATCH):

@@ -9,6 +9,7 @@ from unroll.service.models.versions import ModelVersions
 from unroll.service.sessions.in_memory import MemorySessions
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.telemetry.metrics import RequestFigures
+from unroll.service.telemetry.request_log import RequestLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class AppState:
         durability: The default of new sessions.
         snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
         shared_port: The port that other worker processes listen on, too; None: there is one process only.
+        request_log: Of the requests that fail, or of all.
         requests: Figures by inference route.
         streams: The open ones.
         ready: Every model is loaded and its loop runs.
@@ -53,6 +55,7 @@ class AppState:
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
     shared_port: int | None = None
+    request_log: RequestLog = field(default_factory=RequestLog)
     requests: dict[str, RequestFigures] = field(default_factory=dict)
     streams: set[Drainable] = field(default_factory=set)
     ready: bool = False

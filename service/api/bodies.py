@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Base64Bytes, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from unroll.service.store.record import current_durability
 
 #: Beyond so many, the faults of a body are counted only: to list them costs a thousand times the body.
 _MOST_FAULTS = 100
@@ -30,9 +32,9 @@ class OpenSession(_Body):
     state: _Floats | None = Field(None, description="state row to begin from, state_size values")
     snapshot: Base64Bytes | None = Field(None, description="a snapshot to begin from, Base64")
     static: dict[str, Any] | None = Field(None, description="values of the model's static inputs, {name: value}")
-    durability: Literal["memory", "redis", "client"] | None = Field(
+    durability: Annotated[Literal["memory", "stored", "client"] | None, BeforeValidator(current_durability)] = Field(
         None,
-        description="where the state is kept: memory (the process), redis (the store), client (default: the server's)",
+        description="where the state is kept: memory (the process), stored (the store), client; default: the server's",
     )
 
 
@@ -47,7 +49,7 @@ class SessionInfo(BaseModel):
     model_version: str
     model_digest: str = Field(description="SHA-256 of the model the session runs on, for its whole life")
     durability: str = Field(
-        description="memory: lost with the process, and then reported as unknown; redis: any replica can continue it; "
+        description="memory: lost with the process, and then reported as unknown; stored: any replica can continue it; "
         "client: in the snapshot, which every step sends and receives"
     )
     idle_timeout: float | None = Field(description="seconds without use until the session expires; null: never")

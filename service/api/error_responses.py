@@ -46,7 +46,9 @@ _PROBLEM = b"application/problem+json"
 
 def problem(error: e.UnrollError) -> Answer:
     """RFC 9457 problem details, with the stable `code` as an extension member."""
-    return problem_of(STATUS[type(error)], error.code, error.message, error.details, _fields(error))
+    answer = problem_of(STATUS[type(error)], error.code, error.message, error.details, _fields(error))
+    answer.error = error
+    return answer
 
 
 def problem_of(status: int, code: str, detail: str, members: dict | None = None, fields: bytes = b"") -> Answer:
@@ -68,7 +70,7 @@ def open_inference_error(error: e.UnrollError) -> Answer:
     if isinstance(error, e.SessionUnknown):  # in Triton's words and status, which its clients look for
         status, message = 400, f"{message}; must specify the START flag on the first request of the sequence"
     document = {"error": message, "code": error.code, **error.details}
-    return Answer(status, JSON, json.dump(document), _fields(error))
+    return Answer(status, JSON, json.dump(document), _fields(error), error)
 
 
 def _fields(error: e.UnrollError) -> bytes:

@@ -72,6 +72,7 @@ def _sequence_steps(
     request: Request,
     respond: Respond,
 ) -> Cancel:
+    request.session, request.position = sequence.id, sequence.position
     timeout, again = _timeout(app, parsed), request.again_with(sequence.id)
     served, session = _find(app, name, version, sequence, parsed)
     require_streamable(served)

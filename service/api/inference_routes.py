@@ -6,6 +6,7 @@ from time import perf_counter
 
 import structlog
 
+from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem
 from unroll.service.api.infer import infer
@@ -68,6 +69,7 @@ class _DurableCall:
         self._cancel: Cancel = nothing_to_cancel
         self._over = False
         self._attempts = Attempts(app.sessions, split_reference(path[3])[0], self._begin, self._fail)
+        self._original = request
         self._request = Request(request.headers, request.body)  # the transport uses its own for the next request
         self._request.again = self._attempts.again
 
@@ -95,6 +97,7 @@ class _DurableCall:
         """Answer, and release what would keep this alive until the garbage is collected."""
         self._over = True
         self._cancel, self._request.again = nothing_to_cancel, None
+        self._original.session, self._original.position = self._request.session, self._request.position
         self._respond(answer)
 
 
@@ -139,6 +142,13 @@ def find(path: Path) -> Route | None:
     return None
 
 
+def log(app: AppState, route: Route, path: Path, request: Request, answer: Answer) -> None:
+    """Log the request, if such are logged."""
+    session = path[5] if route is _STEPS else request.session
+    known = {"model": split_reference(path[3])[0], "session": session, "position": request.position}
+    log_answer(app.request_log, route.name, answer.status, answer.error, **known)
+
+
 async def answer(app: AppState, path: str, request: Request) -> Answer:
     """The answer to a POST to the path of an inference route; cancelling the caller cancels the work."""
     parts = path.split("/")
@@ -147,4 +157,5 @@ async def answer(app: AppState, path: str, request: Request) -> Answer:
     started = perf_counter()
     found = await answered(lambda respond: route.handle(app, parts, request, respond))
     app.count(route.name, found.status, perf_counter() - started)
+    log(app, route, parts, request, found)
     return found

@@ -7,6 +7,7 @@ from fastapi import Request as HttpRequest
 from pydantic import ValidationError
 
 from unroll.service.api import inference_routes, session_operations
+from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
 from unroll.service.api.bodies import (
     ForkSession,
@@ -98,6 +99,7 @@ def _add_models(api: APIRouter, app: AppState) -> None:
 def _add_inference(api: APIRouter, app: AppState) -> None:
     async def respond(http: HttpRequest) -> Response:
         request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+        http.scope[ERROR] = None  # it is logged there
         return (await inference_routes.answer(app, http.url.path, request)).response()
 
     @api.post(

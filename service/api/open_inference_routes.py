@@ -7,6 +7,7 @@ from fastapi import Request as HttpRequest
 
 from unroll.bundle import TensorSpec
 from unroll.service.api import inference_routes
+from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
 from unroll.service.api.http_methods import add_probe
 from unroll.service.api.request import read_request
@@ -132,6 +133,7 @@ def router(app: AppState, version: str) -> APIRouter:
 
     async def respond(http: HttpRequest) -> Response:
         request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+        http.scope[ERROR] = None  # it is logged there
         return (await inference_routes.answer(app, http.url.path, request)).response()
 
     @api.post("/models/{model}/infer", summary="Infer: whole sequences, or steps of a sequence", **_INFER)

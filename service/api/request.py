@@ -48,15 +48,18 @@ class Request:
     Attributes:
         headers: By lower-case name.
         body: As received.
+        session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
         again: Looks a session up in the store and handles the request again; None without a store.
     """
 
-    __slots__ = ("again", "body", "headers")
+    __slots__ = ("again", "body", "headers", "position", "session")
 
     def __init__(self, headers: Headers, body: bytes) -> None:
         self.headers = headers
         self.body = body
         self.again: Callable[[str], bool] | None = None
+        self.session: str | None = None
+        self.position: int | None = None
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:
         return None if self.again is None else partial(self.again, session_id)
@@ -78,12 +81,16 @@ class Request:
 
 @dataclass(slots=True)
 class Answer:
-    """fields: further header lines, each ended by CR LF; names and values are ours, never a client's."""
+    """fields: further header lines, each ended by CR LF; names and values are ours, never a client's.
+
+    error: what the request was answered with, for the log.
+    """
 
     status: int
     media_type: bytes
     body: bytes
     fields: bytes = b""
+    error: UnrollError | None = None
 
     def response(self) -> Response:
         """The same answer, for routes that FastAPI calls."""

@@ -41,11 +41,11 @@ def sealed_steps(
     content = keys_of(app).open(session_id, sealed)
     served = _version_of(app, *split_reference(model), Snapshot.model_of(content))
     snapshot = served.read_snapshot(content)
-    position = request.whole_number(POSITION)
+    position = request.position = request.whole_number(POSITION)
     if document is None:
         inputs = served.codec.from_raw(values, request.whole_number(STEPS))
     else:
-        position = position_of(document, position)
+        position = request.position = position_of(document, position)
         inputs = served.codec.from_json(document["inputs"])
     if position not in (None, snapshot.position):
         raise PositionGap(

@@ -36,7 +36,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if LENGTH in request.headers:
         return sealed_steps(app, model, session_id, request, respond)
     timeout = timeout_of(app, request)
-    position = request.whole_number(POSITION)
+    position = request.position = request.whole_number(POSITION)
     raw = request.media_type == RAW
     document = None if raw else json_body(app, request, {"inputs", "position", "snapshot"})
     if document is not None and "snapshot" in document:
@@ -46,7 +46,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if document is None:
         inputs, encode = served.codec.from_raw(request.body, request.whole_number(STEPS)), _raw_steps
     else:
-        position = position_of(document, position)
+        position = request.position = position_of(document, position)
         inputs, encode = served.codec.from_json(document["inputs"]), _json_steps
     settled = Answering(respond, problem, encode, served.codec, request.again_with(session_id))
     if session is None:

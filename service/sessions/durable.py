@@ -26,7 +26,7 @@ from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.sessions.in_memory import MemorySessions, OnVerified
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.interface import Commit, Key, Store, Tokens
-from unroll.service.store.record import Gone, Record, pack_last
+from unroll.service.store.record import MEMORY, STORED, Gone, Record, pack_last
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class DurableSessions(MemorySessions):
 
     def __init__(self, directory: SessionDirectory, store: Store) -> None:
         super().__init__(directory)
-        self.durabilities = ("memory", store.durability)
+        self.durabilities = (MEMORY, STORED)
         self._store = store
         self._tokens = Tokens()
         self._waiting: dict[Key, list[OnVerified]] = {}
@@ -140,7 +140,7 @@ class DurableSessions(MemorySessions):
             if not isinstance(record, Record):
                 self._drop(key, record)
                 return
-            if record.origin.durability != "memory" or await self._store.take(key, record.token):
+            if record.origin.durability != MEMORY or await self._store.take(key, record.token):
                 self._adopt(key, record)
                 return
         raise contended(session_id)
@@ -168,7 +168,7 @@ class DurableSessions(MemorySessions):
     async def create(
         self, served: ServedModel, session_id: str | None, start: Snapshot | None, durability: str
     ) -> Session:
-        if durability == "memory":
+        if durability == MEMORY:
             return await super().create(served, session_id, start, durability)
         name = served.name
         new_id = await self.verified(name, session_id, lambda: self.directory.new_id(name, session_id))
@@ -214,7 +214,7 @@ class DurableSessions(MemorySessions):
         return self._create_from(served, fork_id, self._read(served, session))
 
     async def _create_from(self, served: ServedModel, session_id: str | None, reading: Awaitable[Snapshot]) -> Session:
-        return await self.create(served, session_id, await reading, self._store.durability)
+        return await self.create(served, session_id, await reading, STORED)
 
     def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
         if session.durable is None:

@@ -51,11 +51,6 @@ class Store(Protocol):
     returns the error instead.
     """
 
-    @property
-    def durability(self) -> str:
-        """The durability's name in the API."""
-        ...
-
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         """The result of each commit: None if it is in the store, also if it was sent twice; SessionContended if the
         store has another token; StoreUnavailable if that is unknown. Never raises."""

@@ -8,8 +8,6 @@ from unroll.service.store.record import Gone, Origin, Record, unpack_last
 
 
 class MemoryStore:
-    durability = "redis"  # the name of "in the store" in the API
-
     def __init__(self) -> None:
         self._records: dict[Key, Record] = {}
         self._gone: dict[Key, tuple[Gone, bytes]] = {}

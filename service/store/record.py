@@ -10,13 +10,15 @@ last     depth u32, count u32, and for each chunk that can be asked for again: s
 
 import struct
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from unroll.service.core.errors import SnapshotInvalid
 from unroll.service.state.envelope import HEADER_BYTES, Envelope
 
 #: Durabilities of stored sessions, by their tag.
-DURABILITIES = ("memory", "redis")
+MEMORY, STORED = DURABILITIES = ("memory", "stored")
+#: Older names of durabilities, which are still accepted.
+_FORMERLY = {"redis": STORED}
 
 ID_BYTES = 16
 
@@ -26,6 +28,11 @@ ORIGIN_BYTES = HEADER_BYTES + _ORIGIN.size
 _COUNTS = struct.Struct("<II")
 _KEPT = struct.Struct("<QI16sI")
 _WHOLE = struct.Struct("<QII")
+
+
+def current_durability(name: Any) -> Any:
+    """The durability of that name, in a request or a setting; anything else as it is."""
+    return _FORMERLY.get(name, name) if isinstance(name, str) else name
 
 
 @dataclass(frozen=True, slots=True)

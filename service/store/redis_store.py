@@ -112,8 +112,6 @@ class RedisStoreConfig:
 
 
 class RedisStore:
-    durability = "redis"
-
     def __init__(self, config: RedisStoreConfig) -> None:
         self._config = config
         self._client: Any = _client(config)

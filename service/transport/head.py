@@ -16,10 +16,8 @@ Fields = Sequence[tuple[bytes, bytes]]
 MAX_FIELDS = 100
 MAX_FIELD_BYTES = 16_384
 MAX_URL_BYTES = 8_192
-#: Of all fields, as far as they arrive in several pieces.
+#: Of all fields, or all trailers, as far as they arrive in several pieces.
 MAX_HEAD_BYTES = 65_536
-
-WEBSOCKET_VERSION = b"13"
 
 #: RFC 3986: a name or an address, and a port.
 _HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
@@ -90,7 +88,7 @@ def offers_stream(method: bytes, version: str, headers: Headers) -> bool:
     return (
         (method, version) == (b"GET", "1.1")
         and headers[b"upgrade"].lower() == b"websocket"
-        and headers.get(b"sec-websocket-version") == WEBSOCKET_VERSION
+        and headers.get(b"sec-websocket-version") == b"13"
         and not has_body
     )
 

@@ -15,6 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from unroll.service.api import inference_routes
+from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.content_coding import decoded
 from unroll.service.api.error_responses import http_error
@@ -76,6 +77,7 @@ class Exchange(Request):
         self.room = room
         self.keep_alive = keep_alive
         self.body = b""
+        self.session = self.position = None
         self.response_complete = False
         self.started = perf_counter()
 
@@ -101,9 +103,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._path: inference_routes.Path = []
         self._route_url = b""
         self.url = b""
-        self._head_bytes: int | None = None  # of the head that has not ended
-        self._in_body = False
+        self._in_head = self._in_body = False
+        self._held_bytes = 0  # of an open head or trailer, as far as they are known
         self._takes_offer = False
+        self._sends_no_more = False
         self._last_words = b""  # the answer behind which the connection is closed
         self._idle_since: float | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -126,23 +129,25 @@ class HttpProtocol(HttpToolsProtocol):
                 self.data_received(head + rest)
         except httptools.HttpParserError as error:
             self._refuse(refusal_of(error))
-        if self._head_bytes is not None and not self._last_words:
-            self._limit_open_head(len(data))
+        if self._in_head or self._in_body:
+            self._limit_held(len(data))
 
     def _new_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
-    def _limit_open_head(self, size: int) -> None:
-        """A head has begun and not ended. The segment it began in may hold much more, and is not counted."""
-        assert self._head_bytes is not None
-        self._head_bytes = 1 if self._head_bytes == 0 else self._head_bytes + size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(Refused(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes"))
+    def _limit_held(self, size: int) -> None:
+        """The parser holds an open head or trailer. The segment it began in may have much else, and is not counted."""
+        self._held_bytes = 1 if self._held_bytes == 0 else self._held_bytes + size
+        if self._held_bytes > MAX_HEAD_BYTES and not self._last_words:
+            self._refuse(Refused(431, f"the headers of a request may have {MAX_HEAD_BYTES} bytes"))
 
     def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
         """A client that sends no more may still read: what it asked is answered before the connection is closed."""
-        if self._head_bytes is not None or self._in_body:
+        self._sends_no_more = True
+        if self._last_words:
+            return self._busy()
+        if self._in_head or self._in_body:
             self._refuse(Refused(400, "the request ended before it was complete"))
         elif self._busy():
             self.cycle.keep_alive = False
@@ -180,18 +185,19 @@ class HttpProtocol(HttpToolsProtocol):
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
-        self._head_bytes = 0
+        self._in_head = True
+        self._held_bytes = 0
         self._idle_since = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._head_bytes is None:
+        if not self._in_head:
             return  # behind the body: a trailer means nothing here
         if len(value) > MAX_FIELD_BYTES:
             raise Refused(431, f"a header field may have {MAX_FIELD_BYTES} bytes, this one has {len(value)}")
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = None
+        self._in_head = False
         version = self._version()
         headers = check_head(version, self.url, self.headers)
         if self.parser.should_upgrade():
@@ -215,6 +221,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._answer(route.failure(error))
 
     def on_body(self, body: bytes) -> None:
+        self._held_bytes = 0
         exchange = self._exchange
         if self.cycle is not exchange:
             super().on_body(body)
@@ -298,6 +305,8 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.cancel = nothing_to_cancel
         self._parts.clear()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
+        if answer.status >= self.unroll.request_log.least_status:
+            inference_routes.log(self.unroll, exchange.route, self._path, exchange, answer)
         failpoints.reach("before_reply")
         if self.transport.is_closing():
             return
@@ -309,27 +318,39 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, refused: Refused) -> None:
         """Answer a request that is not valid, behind those before it, and close the connection."""
         answer = http_error(refused.status, refused.detail, self.url.startswith(b"/v2"))
+        log_answer(self.unroll.request_log, "invalid HTTP", refused.status, None)
+        self._last_words = _encoded(answer, keep_alive=False)
+        cycle = self.cycle
         if not self._in_body:
-            self._last_words = _encoded(answer, keep_alive=False)
             if not self._busy():
                 self._end()
-        elif self.cycle is self._exchange and self._busy():
-            self._exchange.keep_alive = False
-            self._answer(answer)
-        else:
-            if self._busy() and not self.pipeline:
-                self.transport.write(_encoded(answer, keep_alive=False))
+        elif self.pipeline or not self._busy():  # others are before it, or it has its answer
             self.transport.close()
+        elif cycle is self._exchange:
+            cycle.response_complete = True
+            self.unroll.count(cycle.route.name, refused.status, perf_counter() - cycle.started)
+            self._end()
+        else:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._end()
 
     def _end(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(self._last_words)
+        """Say the last words. What the client still sends is read: else the kernel would discard them with it."""
+        if self.transport.is_closing():
+            return
+        self.transport.write(self._last_words)
+        if self._sends_no_more:
             self.transport.close()
+        else:
+            self.transport.write_eof()
+            self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but with one timer for the connection instead of one for each request."""
         if self._last_words and not self.pipeline:
             self._end()
+            return
         if self.pipeline or self.cycle is not self._exchange:
             super().on_response_complete()
             return
@@ -360,6 +381,8 @@ class HttpProtocol(HttpToolsProtocol):
 _NO_HEADERS: Headers = {}
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
+#: For a refused client to stop sending.
+_LINGER_SECONDS = 2.0
 
 
 def _encoded(answer: Answer, keep_alive: bool) -> bytes:

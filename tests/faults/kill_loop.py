@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Literal
 
 import uvloop
 from faults import report
@@ -55,19 +56,23 @@ async def run(
     sessions: int = 200,
     capacity: int = 100,
     replicas: int = 3,
-    durability: str = "redis",
+    store: Literal["redis", "embedded", "none"] = "redis",
     fsync: str = "everysec",
 ) -> Result:
-    """Run until `kills` kills or `seconds`; without kills, for `seconds`. fsync: Redis's appendfsync.
+    """Run until `kills` kills or `seconds`; without kills, for `seconds`.
+
+    store: none is sessions in memory. fsync: Redis's appendfsync, or the embedded store's --store-sync.
 
     capacity: rows of a replica; fewer than sessions, so that sessions keep losing their rows.
     """
     repository = tiny_repository(folder)
-    store = RedisServer(folder / "redis", fsync)
-    store.start()
     options = (*_HARD, "--session-capacity", str(capacity))
-    if durability == "redis":
-        options += ("--store", store.url)
+    redis = RedisServer(folder / "redis", fsync) if store == "redis" else None
+    if redis is not None:
+        redis.start()
+        options += ("--store", redis.url)
+    elif store == "embedded":
+        options += ("--store", f"file://{folder}/store", "--store-sync", fsync)
     cluster = [Replica(f"replica-{i}", repository, folder, *options) for i in range(replicas)]
     killer = _Killer(kills, max(1, replicas - 1), random.Random(seed), monotonic() + seconds)
     try:
@@ -79,7 +84,8 @@ async def run(
     finally:
         for replica in cluster:
             replica.kill()
-        store.kill()
+        if redis is not None:
+            redis.kill()
     return Result(killer.done, verdict, crowd.told, [line for replica in cluster for line in _crashes(replica)])
 
 
@@ -119,7 +125,7 @@ async def _watched(arguments: argparse.Namespace, folder: Path) -> Result:
         sessions=arguments.sessions,
         capacity=arguments.capacity,
         replicas=arguments.replicas,
-        durability=arguments.durability,
+        store=arguments.store,
         fsync=arguments.fsync,
     )
 
@@ -132,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--capacity", type=int, default=100, help="rows of a replica")
     parser.add_argument("--replicas", type=int, default=3)
-    parser.add_argument("--durability", choices=["redis", "memory"], default="redis")
-    parser.add_argument("--fsync", choices=["always", "everysec", "no"], default="everysec")
+    parser.add_argument("--store", choices=["redis", "embedded", "none"], default="redis")
+    parser.add_argument("--fsync", choices=["always", "everysec", "no", "never"], default="everysec")
     arguments = parser.parse_args(argv)
     if why := local_redis.missing():
         print(f"cannot run: {why}", file=sys.stderr)

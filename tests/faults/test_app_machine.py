@@ -270,7 +270,7 @@ class AppMachine(RuleBasedStateMachine):
         if isinstance(other := self.lives[to], Life):
             assert (reply.code, reply.document["position"]) == ("session_exists", other.position)
         else:
-            assert (reply.status, reply.position, reply.document["durability"]) == (201, life.position, "redis")
+            assert (reply.status, reply.position, reply.document["durability"]) == (201, life.position, "stored")
             self.lives[to] = Life(next(self.numbers), life.chunks)
 
     @rule(name=IDS, at=REPLICAS)

@@ -1,6 +1,7 @@
 """A few kills, one round of restarts, few rows: short versions of `make kill-test` and `make rolling-test`."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from faults import haproxy, kill_loop, rolling
@@ -10,8 +11,9 @@ from oracle import Oracle
 from redis_server import RedisServer
 
 
-async def test_replicas_are_killed(tmp_path: Path) -> None:
-    result = await kill_loop.run(tmp_path, 11, kills=4, seconds=250, sessions=40)
+@pytest.mark.parametrize("store", ["redis", "embedded"])
+async def test_replicas_are_killed(tmp_path: Path, store: Literal["redis", "embedded"]) -> None:
+    result = await kill_loop.run(tmp_path, 11, kills=4, seconds=250, sessions=40, store=store)
     assert result.verdict.good, result.verdict.findings
     assert not result.crashes
     assert result.kills == 4

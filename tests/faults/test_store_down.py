@@ -149,7 +149,7 @@ async def check(redis: RedisServer, servers: Servers, wires: Wires, oracle: Orac
         # In a thread, because replicas connect to the store at start, and the proxy runs here.
         here, there = await asyncio.to_thread(servers, 2, store=f"redis://127.0.0.1:{proxy.port}/0")
         durable, volatile = Session(wires, here.port, "durable"), Session(wires, here.port, "volatile")
-        assert (await durable.open("redis")).document["durability"] == "redis"
+        assert (await durable.open("redis")).document["durability"] == "stored"
         assert (await volatile.open("memory")).document["durability"] == "memory"
         for way in WAYS:
             assert (await durable.step(way)).status == 200

@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import Awaitable
+from pathlib import Path
 
 import numpy as np
+import pytest
 from faults.conftest import Replicas, start
 from faults.crowd import Crowd
 from faults.replica import Replica
@@ -14,6 +16,14 @@ from redis_server import RedisServer
 from unroll.service.core.failpoints import NAMES
 
 X = np.random.default_rng(6).standard_normal((4, 2)).astype(np.float32)
+
+
+@pytest.fixture(params=["redis", "embedded"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a store that replicas share."""
+    if request.param == "embedded":
+        return f"file://{tmp_path}/store"
+    return request.getfixturevalue("redis_server").url
 
 
 class Session:
@@ -39,9 +49,9 @@ class Session:
         assert b"".join(reply.outputs for reply in self.replies) == oracle(X).tobytes()
 
 
-async def test_the_owner_wakes_up(redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
+async def test_the_owner_wakes_up(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
     """Stopped with an unread step of the session: another replica ran that step and the next."""
-    owner, other = cluster = replicas(2, "--store", redis_server.url)
+    owner, other = cluster = replicas(2, "--store", store)
     await start(cluster)
     sessions = {way: Session(wires, way) for way in WAYS}
     for session in sessions.values():
@@ -58,11 +68,9 @@ async def test_the_owner_wakes_up(redis_server: RedisServer, replicas: Replicas,
         session.check(oracle)
 
 
-async def test_the_owner_is_stopped_at_its_commit(
-    redis_server: RedisServer, replicas: Replicas, wires: Wires, oracle: Oracle
-) -> None:
+async def test_the_owner_is_stopped_at_its_commit(store: str, replicas: Replicas, wires: Wires, oracle: Oracle) -> None:
     """Stopped at its second commit: it computed the step, and so did another replica, which may have advanced since."""
-    owner, other = replicas(2, "--store", redis_server.url)
+    owner, other = replicas(2, "--store", store)
     await other.start()
     for place, moves_on in (("before_commit", False), ("before_commit", True), ("after_commit", True)):
         owner.environment["UNROLL_FAILPOINTS"] = f"{place}=stop:2"

@@ -19,7 +19,7 @@ KEY: Key = ("steps", SESSION)
 
 SNAPSHOT = Snapshot("ab" * 32, 42, np.array([0.5, -1.25, 3e-39, 1e30], np.float32))
 
-ORIGIN = Origin("ab" * 32, "redis", b"b" * 16, b"o" * 16)
+ORIGIN = Origin("ab" * 32, "stored", b"b" * 16, b"o" * 16)
 KEPT = (Kept(38, 3, b"c" * 16, b"outputs of three"), Kept(41, 1, b"d" * 16, b"outputs"))
 RECORD = Record(ORIGIN, 42, SNAPSHOT.row.tobytes(), KEPT, 4, b"t" * 16)
 #: A session in memory at its model's initial state.

@@ -64,7 +64,7 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
         ("DEVICE", "", "it is empty"),
         ("STORE", "", "redis|rediss"),
         ("STORE", "redis://host:port", "its port is not a number"),
-        ("DURABILITY", "disk", "'memory' or 'redis'"),
+        ("DURABILITY", "disk", "'memory' or 'stored'"),
         ("SESSION_CAPACITY", "many", "'auto'"),
         ("STRICT", "perhaps", "valid boolean"),
         ("BUCKETS", "1,64", "'1,64': it is not a JSON list (batch sizes"),

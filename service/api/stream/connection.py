@@ -11,6 +11,7 @@ This package is the protocol. It gets messages and answers them through a `Link`
 server offers a connection, and `endpoint` is the route.
 """
 
+from unroll.service.api.answer_log import log_error
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
 from unroll.service.api.stream.control import Control, Goodbyes
@@ -20,7 +21,7 @@ from unroll.service.api.stream.link import Link
 from unroll.service.api.stream.replies import CallSoon, Replies
 from unroll.service.api.stream.submission import FrameSubmitter, RecurringFrames
 from unroll.service.core import failpoints
-from unroll.service.core.errors import BodyTooLarge, InvalidRequest
+from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
 from unroll.service.protocol.frames import FrameCodec, SingleEntryFrame
 
 
@@ -50,7 +51,7 @@ class Connection:
         self._codec = FrameCodec(served.manifest.inputs, served.codec.max_steps)
         step_bytes = sum(spec.nbytes for spec in served.manifest.outputs)
         self._flow = FlowControl(step_bytes, link.pause, link.resume, self._on_drained)
-        self._replies = Replies(link, self._flow, call_soon)
+        self._replies = Replies(link, self._flow, call_soon, self._log)
         recurring = RecurringFrames()
         self._handles = Handles(app, model, served, recurring.clear)
         self._submitter = FrameSubmitter(app, name, self._handles, recurring, self._replies)
@@ -118,6 +119,13 @@ class Connection:
         self._submitter.close()
         self._control.close()
         self._flow.clear()
+
+    def _log(self, error: UnrollError, handle: int | None, position: int | None, session_id: str | None) -> None:
+        """An entry or a session of a message, or the whole message, was refused."""
+        found = None if handle is None else self._handles.find(handle)
+        session = session_id if found is None else found[1].id
+        name = split_reference(self._model)[0]
+        log_error(self._app.request_log, "v1/stream", error, model=name, session=session, position=position)
 
     def _on_drained(self) -> None:
         self._goodbyes.send_goodbyes()

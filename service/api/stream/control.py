@@ -90,6 +90,7 @@ class Control:
         try:
             served, session = await self._handles.open(spec)
         except UnrollError as error:
+            self._replies.on_refused(error, None, None, spec.session_id)
             return {"handle": spec.handle, "error": error_members(error)}
         return {
             "handle": spec.handle,
@@ -103,6 +104,7 @@ class Control:
         try:
             session = await self._handles.close(handle)
         except UnrollError as error:
+            self._replies.on_refused(error, handle, None, None)
             return {"handle": handle, "error": error_members(error)}
         return {"handle": handle, "position": session.position}
 

@@ -7,8 +7,10 @@ import structlog
 from fastapi import APIRouter, WebSocket
 from starlette.exceptions import HTTPException
 
+from unroll.service.api.answer_log import log_answer, log_error
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem, problem_of, reason
+from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import Answer
 from unroll.service.api.stream.connection import Connection
 from unroll.service.api.stream.link import AsgiLink, Link
@@ -27,6 +29,7 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
     @api.websocket("/v1/models/{model}/stream")
     async def stream(websocket: WebSocket, model: str) -> None:
         if not _is_same_origin(websocket):
+            log_answer(server.request_log, "v1/stream", 403, None, model=split_reference(model)[0])
             await _deny(websocket, problem_of(403, reason(403), "pages of another origin may not open a stream here"))
             return
         extensions = websocket.scope.get("extensions") or {}
@@ -34,6 +37,7 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
         try:
             connection = Connection(server, model, link, asyncio.get_running_loop().call_soon)
         except UnrollError as error:
+            log_error(server.request_log, "v1/stream", error, model=split_reference(model)[0])
             await _deny(websocket, problem(error))
             return
         slow_reader = SlowReaderTimer(link, connection.on_writable, stalled_seconds)

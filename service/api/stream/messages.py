@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from unroll.service.api.bodies import first_fault
 from unroll.service.core.errors import InvalidRequest
+from unroll.service.store.record import current_durability
 
 #: The most handles of one connection, and of one message.
 MAX_HANDLES = 65_536
@@ -23,7 +24,7 @@ class OpenSpec(_Strict):
     handle: Handle
     session_id: str | None = None
     mode: Literal["new", "resume", "either"] = "new"
-    durability: Literal["memory", "redis"] | None = None
+    durability: Annotated[Literal["memory", "stored"] | None, BeforeValidator(current_durability)] = None
     static: dict[str, Any] | None = None
     depth: Annotated[int, Field(ge=1, le=64)] = 1
 

@@ -22,6 +22,8 @@ from unroll.service.scheduler.chunk import GroupReply
 from unroll.service.scheduler.reply import Reply
 
 CallSoon = Callable[[Callable[[], None]], object]
+#: Called with an error, and with the handle, the position and the session id that it is about.
+OnRefused = Callable[[UnrollError, int | None, int | None, str | None], None]
 
 
 class Replies:
@@ -31,14 +33,16 @@ class Replies:
         link: the connection.
         flow: where the entries that are answered are counted.
         call_soon: calls a function in the next turn of the event loop.
+        on_refused: logs an error.
 
     Attributes:
         closed: the connection is gone; nothing is sent any more.
     """
 
-    __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "_send_text", "closed")
+    __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "_send_text", "closed", "on_refused")
 
-    def __init__(self, link: Link, flow: FlowControl, call_soon: CallSoon) -> None:
+    def __init__(self, link: Link, flow: FlowControl, call_soon: CallSoon, on_refused: OnRefused) -> None:
+        self.on_refused = on_refused
         self._send_binary, self._send_text = link.send_binary, link.send_text
         self._release = flow.release
         self._call_soon = call_soon
@@ -51,6 +55,7 @@ class Replies:
 
     def send_error(self, error: UnrollError) -> None:
         """The answer to a message that was refused as a whole."""
+        self.on_refused(error, None, None, None)
         self.send({"op": "error", **error_members(error)})
 
     def answer(self, entry: SingleEntryFrame, reply: Reply) -> None:
@@ -91,6 +96,7 @@ class Replies:
 
     def refuse(self, handle: int, steps: int, position: int | None, error: UnrollError) -> None:
         """Answer an entry with an error."""
+        self.on_refused(error, handle, position, None)
         self.send({"op": "error", **error_members(error), "handle": handle, "position": position})
         self._release(1, steps)
 

@@ -75,7 +75,7 @@ def test_any_server_takes_the_next_step(replicas: Replicas, oracle: Oracles, x: 
     got.append(values(step(replicas.any, session, x[30:40], 30)))
     assert np.array_equal(np.concatenate(got), oracle("lstm")(x))
     assert {client.get(session).json()["position"] for client in replicas.clients} == {40}
-    assert {client.get(session).json()["durability"] for client in replicas.clients} == {"redis"}
+    assert {client.get(session).json()["durability"] for client in replicas.clients} == {"stored"}
 
 
 def test_steps_that_do_not_say_where_they_belong(replicas: Replicas, oracle: Oracles, x: np.ndarray):

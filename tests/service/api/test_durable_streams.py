@@ -50,7 +50,7 @@ def test_a_stream_goes_on_at_another_server(pair: list[Running], dial: Dial, ora
             names = client.bind(*range(40))
         else:
             wanted = [{"handle": i, "session_id": name, "mode": "resume"} for i, name in enumerate(names)]
-            assert {(item["position"], item["durability"]) for item in client.open(*wanted)} == {(4 * turn, "redis")}
+            assert {(item["position"], item["durability"]) for item in client.open(*wanted)} == {(4 * turn, "stored")}
         for t in range(4 * turn, 4 * turn + 4):
             for handle, reply in client.step(*[(i, t, x[i, t : t + 1]) for i in range(40)]).items():
                 assert np.array_equal(reply.outputs[0][0], whole[handle][t])

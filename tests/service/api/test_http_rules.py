@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import httpx
+import numpy as np
 import pytest
 from raw_http import STEP, Wire, request
 from serving import Running
@@ -168,6 +169,41 @@ def test_a_length_of_thousands_of_digits(wire: Wire, path: str) -> None:
     assert b'"malformed_request"' in content
 
 
+@pytest.mark.parametrize("path", ["/v1/models/lstm/sequences", "/v1/models/lstm/sessions"])
+def test_a_trailer_without_end(wire: Wire, client: httpx.Client, path: str) -> None:
+    wire.send(request(path, CHUNKS[:-2] + b"X: ", "Transfer-Encoding: chunked"))
+    for _ in range(5):
+        client.get("/livez")
+        wire.send(16_384 * b"a")
+    assert wire.answer()[0] == 431
+
+
+def test_a_long_body_in_many_pieces_is_no_head(wire: Wire, client: httpx.Client) -> None:
+    body = np.zeros((10_000, 3), np.float32).tobytes()
+    sent = request("/v1/models/lstm/sequences", body, steps=10_000)
+    for begin in range(0, len(sent), 10_000):
+        wire.send(sent[begin : begin + 10_000])
+        client.get("/livez")
+    assert wire.answer()[0] == 200
+
+
+async def test_a_body_that_was_announced_and_is_not_there(server: Running) -> None:
+    """Another server may lose it. Without a body the session would get a random id."""
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    path = "/v1/models/lstm/sessions"
+    headers = [(b"host", b"test"), (b"content-type", b"application/json"), (b"content-length", b"23")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"", "asgi": {}}
+    await server.uvicorn.config.loaded_app(scope, receive, send)  # type: ignore[operator]
+    assert sent[0]["status"] == 400
+
+
 def test_trailers_are_no_headers(wire: Wire, session: str) -> None:
     chunks = b"c\r\n" + STEP.tobytes() + b"\r\n0\r\nUnroll-Position: 77\r\n\r\n"
     wire.send(request(f"{session}/steps", chunks, "Transfer-Encoding: chunked"))
@@ -177,6 +213,15 @@ def test_trailers_are_no_headers(wire: Wire, session: str) -> None:
 def test_what_is_refused_waits_for_the_answers_before_it(wire: Wire, session: str) -> None:
     wire.send(get("/v1/models") + request(f"{session}/steps") + without_host(get()) + request(f"{session}/steps"))
     assert [wire.answer()[0] for _ in range(3)] == [200, 200, 400]
+    assert wire.closed()
+
+
+def test_the_answer_reaches_a_client_that_is_still_sending(wire: Wire) -> None:
+    """A connection closed with unread data would be reset, and the answer lost."""
+    head = without_host(request("/v1/models/lstm/sequences", bytes(10_000_000)))
+    wire.send(head)
+    assert wire.answer()[0] == 400
+    wire.end()
     assert wire.closed()
 
 

@@ -64,6 +64,8 @@ def test_the_log_has_no_headers_at_any_level(start_process: StartProcess) -> Non
     process.popen.terminate()
     assert process.end() == 0
     assert not [line for line in process.log if "secret" in json.dumps(line)]
+    requests = [line for line in process.log if line["event"] == "request"]
+    assert [line["code"] for line in requests] == ["unsupported_media_type", "malformed_request"]
 
 
 def test_a_drain(start_process: StartProcess) -> None:

@@ -81,7 +81,7 @@ def test_one_port_and_several_processes(
     clients = [httpx.Client(base_url=started.url) for _ in range(64)]
     x = rng.standard_normal((8, 24, 3)).astype("<f4")
     for i in range(8):
-        assert clients[i].post(f"{MODEL}/sessions", json={"session_id": f"s{i}"}).json()["durability"] == "redis"
+        assert clients[i].post(f"{MODEL}/sessions", json={"session_id": f"s{i}"}).json()["durability"] == "stored"
 
     def steps(i: int) -> bytes:
         path, outputs = f"{MODEL}/sessions/s{i}/steps", b""
@@ -190,3 +190,30 @@ async def test_a_worker_that_dies_again_and_again(tmp_path: Path, monkeypatch: p
     supervisor._stop()
     assert await running == 0
     assert set(starts.read_text().splitlines()) == {f"1 {port}"}
+
+
+@pytest.mark.parametrize("served", [False, True])
+async def test_a_worker_that_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], served: bool
+) -> None:
+    """For want of processes or descriptors: the first start ends all, with a line; a later one is repeated."""
+    starts, failures = tmp_path / "starts", iter([False] * served + [True, True, False])
+    starts.touch()
+    start = asyncio.create_subprocess_exec
+
+    async def scarce(*arguments: str, **options: object) -> object:
+        if next(failures, False):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return await start(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", DYING, str(starts)])
+    monkeypatch.setattr(workers, "_PAUSES", (0.001, 0.002))
+    listener = workers._bind("127.0.0.1", 0, shared=True)
+    supervisor = workers._Supervisor("127.0.0.1", listener.getsockname()[1], [listener])
+    running = asyncio.create_task(supervisor.run())
+    if served:
+        await reached(lambda: starts.read_text().count("\n") == 4, "the fourth start")
+        supervisor._stop()
+    assert await running == (0 if served else 1)
+    assert capfd.readouterr().out.count("Resource temporarily unavailable") == (2 if served else 1)

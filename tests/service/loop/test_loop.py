@@ -144,7 +144,7 @@ async def steps(loop: Loop, session_id: str, inputs: Tensors, timeout: float, po
 X = (np.array([1.0, 2.0], np.float32),)
 
 
-ORIGIN = Origin("00" * 32, "redis", b"b" * 16)
+ORIGIN = Origin("00" * 32, "stored", b"b" * 16)
 
 
 @pytest.mark.parametrize("seconds_per_step", [0.0, 1e-1], ids=["inline", "thread"])

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from faults.proxy import Fault, FaultProxy
@@ -11,13 +12,14 @@ from redis_server import RedisServer
 from waiting import until
 
 from unroll.service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable
+from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.memory_store import MemoryStore
 from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 KEY: Key = ("lstm", "a")
-ORIGIN = Origin("ab" * 32, "redis", b"b" * 16, b"o" * 16)
+ORIGIN = Origin("ab" * 32, "stored", b"b" * 16, b"o" * 16)
 KEPT = (Kept(0, 2, b"d" * 16, b"outputs"),)
 
 
@@ -32,10 +34,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server.kill()
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+@pytest.fixture(params=["memory", "embedded", "redis", "cluster"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     if request.param == "memory":
         made: Store = MemoryStore()
+    elif request.param == "embedded":
+        made = EmbeddedStore(EmbeddedStoreConfig(tmp_path / "store", timeout=5.0))
     elif request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
         made = RedisStore(RedisStoreConfig(server.url, timeout=5.0))
@@ -111,7 +115,7 @@ async def test_closing(store: Store, tokens: Tokens):
 
 async def test_a_new_session_takes_the_place_of_one_it_knows(store: Store, tokens: Tokens):
     first, second = tokens.next(), tokens.next()
-    another = Origin("cd" * 32, "redis", b"c" * 16)
+    another = Origin("cd" * 32, "stored", b"c" * 16)
     await put(store, commit(first))
     assert await put(store, commit(second, first, 1, origin=another.to_bytes(), begins=True)) == [None]
     record = await store.load(KEY)

@@ -20,8 +20,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if and .Values.redis.enabled .Values.store.secret }}
   {{- fail "store.secret names a Redis and redis.enabled creates one: set only one of them" }}
 {{- end }}
-{{- if and (eq .Values.store.durability "redis") (not $store) }}
-  {{- fail "store.durability is redis, but there is no store: set redis.enabled or store.secret" }}
+{{- if and (has .Values.store.durability (list "stored" "redis")) (not $store) }}
+  {{- fail "store.durability is stored, but there is no store: set redis.enabled or store.secret" }}
 {{- end }}
 {{- if and (or (gt (int .Values.replicas) 1) .Values.autoscaling.enabled) (not $store) (not .Values.store.snapshotKeysSecret) }}
   {{- fail "a session in the memory of one replica is unknown to the others: set redis.enabled, store.secret, or store.snapshotKeysSecret (client-held states); or set replicas=1" }}

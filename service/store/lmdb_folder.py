@@ -1,0 +1,297 @@
+"""An LMDB database in a folder, shared by the processes of one host; what a crash of the machine leaves of it.
+
+    data.mdb, lock.mdb  LMDB's own
+    lock                locked by every process that has the folder open (flock)
+    host.json           the boot of the machine and the sync of the processes that have it open, or had it last
+    synced              LMDB's two meta pages, from when everything before them was on the disk
+
+LMDB never overwrites a page that a reader may still see, and goes from one state to the next by writing a meta page. So
+a process that is killed leaves the last commit. A machine that loses power has written any of the pages that were not
+synced. With `everysec`, each process syncs once a second, keeps a copy of the meta pages, and keeps the pages that
+those lead to from being reused; after a crash of the machine that copy is put back.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import lmdb
+import structlog
+
+from unroll.service.core.errors import StoreUnavailable
+
+T = TypeVar("T")
+Sync = Literal["always", "everysec", "never"]
+
+_log = structlog.get_logger(__name__)
+
+#: Address space, not memory nor disk. It grows by doubling.
+_MAP_BYTES = 16 * 2**30
+#: Processes and threads that may read at the same time.
+_READERS = 512
+#: Freed when the disk is full, so that sessions can still be closed.
+_RESERVE_BYTES = 4 * 2**20
+#: File systems of other machines: LMDB's locks are shared memory of this one.
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs", "ocfs2", "gfs2"}
+_NETWORK |= {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "virtiofs"}
+
+
+class LmdbFolder:
+    """One open database. Used by one thread at a time.
+
+    Args:
+        folder: Made if it does not exist.
+        sync: When commits reach the disk.
+        map_bytes: Initial size of the map.
+
+    Raises:
+        StoreUnavailable: The folder cannot be used, and waiting does not change that.
+    """
+
+    def __init__(self, folder: Path, sync: Sync, map_bytes: int = _MAP_BYTES) -> None:
+        self.folder, self.sync = folder, sync
+        self._map_bytes = map_bytes
+        self._held: Any = None  # a reader of the state that `synced` leads to
+        self._marked = -1  # the transaction that left it
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_other_machines(folder)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StoreUnavailable(f"the store {folder} cannot be used: {error.strerror}", 0) from error
+        try:
+            self._join()
+            self._environment = self._open()
+            self.reserve()
+            self.mark()
+        except (lmdb.Error, OSError) as error:
+            os.close(self._lock)
+            raise StoreUnavailable(f"the store {folder} cannot be used: {error}", 0) from error
+        except StoreUnavailable:
+            os.close(self._lock)
+            raise
+
+    # ── transactions ─────────────────────────────────────────────────────────────────────────────
+
+    def write(self, work: Callable[[Any], T]) -> T:
+        """What `work` returns for a transaction, which is committed. Raises lmdb.Error; then nothing was written."""
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    return work(transaction)
+            except lmdb.MapResizedError:  # by another process
+                self._resize(0)
+            except lmdb.MapFullError:
+                self._resize(2 * self._environment.info()["map_size"])
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Any]:
+        """A transaction that sees the last commit."""
+        try:
+            transaction = self._environment.begin(buffers=True)
+        except lmdb.MapResizedError:
+            self._resize(0)
+            transaction = self._environment.begin(buffers=True)
+        with transaction:
+            yield transaction
+
+    def _resize(self, size: int) -> None:
+        self._release()
+        self._environment.set_mapsize(size)
+        self.mark()
+
+    # ── the disk ─────────────────────────────────────────────────────────────────────────────────
+
+    def mark(self, *, closing: bool = False) -> None:
+        """Make everything that is committed survive a crash of the machine, as far as `sync` says."""
+        environment = self._environment
+        if self.sync == "always" or (self.sync == "never" and not closing):
+            self._marked = environment.info()["last_txnid"]
+            return
+        with environment.begin(write=True):  # so that nothing is committed meanwhile
+            last = environment.info()["last_txnid"]
+            if last == self._marked and self._held is not None:
+                return
+            held = environment.begin()
+            pages = self._meta_pages()
+        environment.sync(True)
+        _write(self.folder / "synced", pages)
+        self._release()
+        self._held, self._marked = held, last
+        environment.reader_check()  # only now: the reader of a process that was killed has protected its `synced`
+
+    def has_changed(self) -> bool:
+        """Something was committed since the last mark."""
+        return self._environment.info()["last_txnid"] != self._marked
+
+    def free_reserve(self) -> None:
+        """Give the reserved space back to the file system, so that what ends sessions can still be written."""
+        (self.folder / "reserve").unlink(missing_ok=True)
+
+    def reserve(self) -> bool:
+        """Reserve space on the disk. False if there is not enough."""
+        path = self.folder / "reserve"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+        except OSError:
+            path.unlink(missing_ok=True)
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def close(self) -> None:
+        self.mark(closing=True)
+        self._release()
+        self._environment.close()
+        os.close(self._lock)
+
+    def _meta_pages(self) -> bytes:
+        size = 2 * self._environment.stat()["psize"]
+        with (self.folder / "data.mdb").open("rb") as file:
+            return file.read(size)
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.abort()
+            self._held = None
+
+    # ── who has it open ──────────────────────────────────────────────────────────────────────────
+
+    def _join(self) -> None:
+        """Agree with the processes that have the folder open; the only one sees to what was left of it."""
+        ours = {"format": 1, "boot": boot(), "namespace": _namespace(), "sync": self.sync}
+        path = self.folder / "host.json"
+        while True:
+            if self._is_alone():
+                self._prepare(json.loads(path.read_text()) if path.exists() else None)
+                _write(path, json.dumps(ours).encode())
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
+                return
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            theirs = json.loads(path.read_text()) if path.exists() else None
+            if theirs == ours:
+                return
+            if theirs is not None and not self._is_alone():
+                raise StoreUnavailable(f"the store {self.folder} is in use: {_difference(ours, theirs)}", 0)
+
+    def _is_alone(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _prepare(self, before: dict[str, Any] | None) -> None:
+        """What the last processes left, made whole if the machine has crashed since."""
+        data, synced = self.folder / "data.mdb", self.folder / "synced"
+        if before is not None and before["format"] != 1:
+            raise StoreUnavailable(f"the store {self.folder} has format {before['format']}; this server reads 1", 0)
+        crashed = before is not None and before["boot"] != boot() and before["sync"] != "always"
+        if crashed and data.exists():
+            if synced.exists():
+                with data.open("r+b") as file:
+                    file.write(synced.read_bytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+                _log.warning("the machine was restarted", store=str(self.folder), continues="as of the last sync")
+            else:
+                lost = data.with_name(f"data.lost-{time.time_ns()}")
+                data.rename(lost)
+                _log.error("the machine was restarted", store=str(self.folder), lost=str(lost), reason="no sync")
+        if self.sync != "everysec":
+            synced.unlink(missing_ok=True)
+        if data.exists():
+            _check_size(data)
+
+    def _open(self) -> Any:
+        return lmdb.open(
+            str(self.folder),
+            map_size=max(self._map_bytes, _size_of(self.folder / "data.mdb") * 2),
+            sync=self.sync == "always",
+            max_readers=_READERS,
+            mode=0o600,
+            readahead=False,
+        )
+
+
+def _check_size(data: Path) -> None:
+    """LMDB reads the file as memory: a file that was cut would end the process. Raises StoreUnavailable."""
+    with contextlib.closing(lmdb.open(str(data), subdir=False, readonly=True, lock=False, max_readers=1)) as opened:
+        pages, size = opened.info()["last_pgno"] + 1, opened.stat()["psize"]
+    if data.stat().st_size < pages * size:
+        raise StoreUnavailable(
+            f"the store {data.parent} is damaged: data.mdb has {data.stat().st_size} of {pages * size} bytes; move it "
+            "away to begin with an empty store, or put a copy back",
+            0,
+        )
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    if ours["boot"] != theirs["boot"]:
+        return "another machine has it open; a folder serves the processes of one machine"
+    if ours["namespace"] != theirs["namespace"]:
+        return "a process of another container has it open; use --workers in one container instead"
+    return f"with --store-sync {theirs['sync']}; all processes need the same"
+
+
+def _refuse_other_machines(folder: Path) -> None:
+    """Raises StoreUnavailable if the folder is on a file system that other machines may write to."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return  # not Linux
+    where = str(folder.resolve())
+    inside = [words for words in mounts if where == words[4] or where.startswith(words[4].rstrip("/") + "/")]
+    kind = max(inside, key=lambda words: len(words[4]))
+    name = kind[kind.index("-") + 1]
+    if name in _NETWORK:
+        raise StoreUnavailable(
+            f"the store {folder} is on a network file system ({name}); use a local disk, or --store redis://...", 0
+        )
+
+
+@cache
+def boot() -> str:
+    """Differs after each start of the machine."""
+    if sys.platform == "linux":
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return subprocess.run(
+        ["sysctl", "-n", "kern.bootsessionuuid"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def _namespace() -> int:
+    """LMDB tells processes apart by their id, which two containers may both have."""
+    return os.stat("/proc/self/ns/pid").st_ino if sys.platform == "linux" else 0
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file, so that it has the old content or the new one whatever happens."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    part.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
