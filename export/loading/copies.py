@@ -22,7 +22,11 @@ def detached_copy(module: nn.Module) -> nn.Module:
             # A layer's normalised weight is a result of its parameters: it cannot be copied, and forward computes it.
             computed = [w for m in module.modules() if isinstance(m, nn.RNNBase) for w in m._flat_weights]
             memo: dict[int, Any] = {id(w): w.detach() for w in computed if w is not None and not w.is_leaf}
-            return copy.deepcopy(module, memo).cpu().eval().requires_grad_(False)
+            copied = copy.deepcopy(module, memo)
+            copied.cpu()
+            copied.eval()
+            copied.requires_grad_(False)
+            return copied
     except Exception as error:  # user code
         raise ExportError(
             "not_copyable", f"copy.deepcopy fails on the module; detach or delete tensors kept from training: {error}"
