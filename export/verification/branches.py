@@ -19,6 +19,9 @@ from unroll.export.verification.iterations import is_foreign
 #: Code that only raises is no other way to go.
 _ENDS = ("RETURN", "JUMP", "FOR_ITER", "STORE")
 
+#: A condition begins after one of these at the latest.
+_BEFORE = ("RETURN", "JUMP", "FOR_ITER", "STORE", "POP_TOP", "YIELD", "SEND", "RAISE", "RERAISE")
+
 
 @dataclass(slots=True)
 class Branch:
@@ -119,7 +122,7 @@ def _conditions(code: CodeType) -> dict[int, tuple[dis.Instruction, tuple[_Read,
 def _reads(before: list[dis.Instruction]) -> tuple[_Read, ...]:
     """The variables in the expression that these instructions end with."""
     wanted, start = 1, len(before)
-    while wanted > 0 and start:
+    while wanted > 0 and start and not any(end in before[start - 1].opname for end in _BEFORE):
         start -= 1
         wanted -= dis.stack_effect(before[start].opcode, before[start].arg, jump=False)
     expression = before[start:]
