@@ -61,7 +61,7 @@ def judge(tree: Tree) -> Verdict:
             }
             report = export(model, example, name="m", repository=folder, batch_first=not tree.time_first)
         except ExportError as refusal:
-            return verdict("refused", refusal.code, str(refusal))
+            return verdict("crashed" if refusal.code == "internal" else "refused", refusal.code, str(refusal))
         except Exception as failure:  # noqa: BLE001 any other exception is a finding
             return verdict("crashed", type(failure).__name__, str(failure)[:500])
         single, double = modules.build(tree), modules.build(tree).double()  # a call may leave something in a module

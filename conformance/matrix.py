@@ -56,7 +56,7 @@ def measure_export(name: str) -> Exported:
         try:
             report = export(module, example, name="m", repository=folder, **kind.options)
         except ExportError as error:
-            return Exported("refused", f"`{error.code}`: {error}")
+            return Exported("crashed" if error.code == "internal" else "refused", f"`{error.code}`: {error}")
         except Exception as error:  # noqa: BLE001 any other exception is a finding
             return Exported("crashed", f"{type(error).__name__}: {error}")
         manifest = report.manifest

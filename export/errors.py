@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from unroll.export.source_lines import source_line
+
 Code = Literal[
     "batch_time",  # an input's first two dimensions are not the batch and the time of the others
     "bundle",  # the bundle cannot be written: bad name or version, or it exists
@@ -15,6 +17,7 @@ Code = Literal[
     "dtype",  # parameters of one float type; float32, int64, int32 and bool tensors
     "forward_failed",  # forward raises on the example, or for another batch size or length
     "initial_state",  # an initial state in the example that differs between rows
+    "internal",  # a fault of export itself
     "input",  # the example inputs do not fit forward
     "keeps_state",  # forward leaves a value for its next call, and that call does not continue the stream
     "layer_axes",  # a recurrent layer does not get the batch and the time of the model's input
@@ -52,7 +55,8 @@ _MESSAGE = 200
 
 
 def first_line(error: BaseException) -> str:
-    """The root cause of `error` in one line: the first sentences of its message."""
+    """The root cause of `error` in one line: the first sentences of its message, and the line of the user's code."""
+    place = source_line(error)
     while (cause := error.__cause__) is not None:
         error = cause
     line = next(iter(_COLOUR.sub("", str(error)).strip().splitlines()), "")
@@ -61,7 +65,15 @@ def first_line(error: BaseException) -> str:
         if len(first) + len(sentence) >= _MESSAGE:
             break
         first = f"{first} {sentence}"
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return f"{type(error).__name__}: {first}{place}" if first else f"{type(error).__name__}{place}"
+
+
+def internal(error: Exception) -> ExportError:
+    """The refusal for a fault of export itself."""
+    return ExportError(
+        "internal",
+        f"this is a fault of unroll itself: {first_line(error)}; please report it with the forward that it needs",
+    )
 
 
 def attempt(what: str, run: Callable[[], Any]) -> Any:

@@ -64,6 +64,7 @@ def export(
             * its recurrence: `no_recurrent_layer`, `layer_axes`, `calls_depend_on_time`, `keeps_state`, `rows_mixed`
             * the graph: `not_exportable`, `parity`, `precision`, `max_error`
             * the target: `bundle`
+            * a fault of export itself: `internal`
     """
     arguments = DeclaredArguments(frozenset(static), state, batch_first)
     options = ExportOptions(

@@ -9,25 +9,32 @@ import onnx
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.nn.utils.rnn import PackedSequence
 
 from unroll import bundle
 from unroll.bundle import BundleError, Manifest
-from unroll.export.errors import ExportError, attempt
+from unroll.export.errors import ExportError, attempt, internal
 from unroll.export.lifting.float64 import converted
 from unroll.export.lifting.history import Place
 from unroll.export.lifting.lift import lift
 from unroll.export.lifting.lifted_model import LiftedModel
-from unroll.export.lifting.module_state import Attribute, RestoreAttributes, find_module_state, refusal
-from unroll.export.lifting.observe import Observation, find_history, observe
+from unroll.export.lifting.module_state import (
+    Attribute,
+    RestoreAttributes,
+    find_module_state,
+    find_resized_buffers,
+    refusal,
+)
+from unroll.export.lifting.observe import Observation, find_history, keep_squeezes, observe
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
-from unroll.export.loading.copies import as_float32, detached_copy, detached_example
+from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments
 from unroll.export.onnx.graph import to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
 from unroll.export.options import ExportOptions, Progress
 from unroll.export.report import Report, notes_on
-from unroll.export.signature.arguments import check_arguments
+from unroll.export.signature.arguments import check_arguments, resized
 from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
@@ -111,6 +118,14 @@ class Pipeline:
 
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """All stages. Raises ExportError, and has then written nothing."""
+        try:
+            return self._run(module, example_inputs)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise internal(error) from error
+
+    def _run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         self._options.check_target()
         self._progress("reading the model")
         prepared = self._prepare(module, example_inputs)
@@ -131,6 +146,7 @@ class Pipeline:
         plain = programs.as_module(module, example_inputs)
         preconditions.check_modules(plain)
         model, example = detached_copy(plain), detached_example(example_inputs)
+        keep_arguments(model, example)
         exact, dtype = converted(model, torch.float64), preconditions.precision(model)
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
@@ -146,14 +162,26 @@ class Pipeline:
         """With the attributes in which forward leaves a state; the model is as it was after every call."""
         model, example = prepared.model, prepared.example
         attributes = attempt("the example", partial(find_module_state, model, example, self._options.arguments.static))
-        RestoreAttributes(model, attributes)
+        RestoreAttributes(model, sorted({*attributes, *self._resized_buffers(model, example)}))
         tried = copy.deepcopy(model)
         returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), attributes))
         preconditions.check_finite(leaves(returned))
         return replace(prepared, attributes=attributes)
 
+    def _resized_buffers(self, model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
+        arguments = self._options.arguments
+        if any(isinstance(value, PackedSequence) for value in example.values()):
+            return []
+
+        def run(size: tuple[int, int], model: nn.Module) -> None:
+            with torch.no_grad():
+                model(**resized(example, size, arguments.static, arguments.batch_first))
+
+        return find_resized_buffers(model, [partial(run, size) for size in ((2, 3), (3, 3), (2, 5))])
+
     def _lift(self, prepared: Prepared) -> Lifted:
         model = lift(prepared.model, prepared.exact, prepared.example, self._options.arguments)
+        keep_squeezes(model)
         history = find_history(model)
         reason = choose_state(model, history, prepared.attributes, self._options.output_names)
         lifted = Lifted(model, history, reason, observe(model, self._options.output_names))
@@ -232,7 +260,7 @@ class Pipeline:
                 replace_existing=self._options.replace,
             )
             manifest = bundle.read(path).manifest
-        except BundleError as error:
+        except (BundleError, OSError) as error:
             raise ExportError("bundle", str(error)) from error
         notes = notes_on(
             replace(lifted.model, samples=judged.samples),

@@ -52,6 +52,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
     Raises:
         RepositoryError: See `ModelRepository.load_all`.
         DeviceUnavailable: The requested device cannot be used.
+        ValueError: It does not have the requested precision.
     """
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
@@ -95,6 +96,8 @@ def _load(
     settings: Settings, clock: Clock, devices: Sequence[str], crash: Callable[[], None]
 ) -> tuple[ModelRepository, ModelVersions, MemorySessions]:
     options = settings.model_options()
+    for device in devices:
+        options.engine.check(device)
     store = _open_store(settings)
     models = ModelVersions()
     spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)

@@ -58,9 +58,14 @@ def main(argv: list[str]) -> int:
         state.repository.request_rescan()
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     draining.run(listeners)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a late signal must not change the exit status
+    _ignore_late_signals()
     return 1 if state.crashed or state.failed else 0
+
+
+def _ignore_late_signals() -> None:
+    """A signal while the interpreter ends must not change the exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _open_standard_descriptors() -> None:
@@ -89,6 +94,7 @@ def _catch_signals() -> Event:
     rescan = Event()
 
     def end(*_: object) -> None:
+        _ignore_late_signals()
         raise SystemExit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):

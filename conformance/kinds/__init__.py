@@ -1,6 +1,7 @@
 """Kinds of modules as users write them: what export's tests expect of each, and the rows of docs/conformance.md."""
 
 from conformance.kinds.applications import APPLICATIONS
+from conformance.kinds.habits import HABITS
 from conformance.kinds.histories import DELAYS, HISTORIES
 from conformance.kinds.kind import Kind
 from conformance.kinds.late import LATE
@@ -11,7 +12,7 @@ from conformance.kinds.states import STATES
 from conformance.kinds.whole_sequence import WHOLE_SEQUENCE
 
 #: Those with an expected outcome.
-TESTED = [*LAYERS, *LOOPS, *HISTORIES, *STATES, *DELAYS, *WHOLE_SEQUENCE, *REFUSED, *LATE]
+TESTED = [*LAYERS, *LOOPS, *HABITS, *HISTORIES, *STATES, *DELAYS, *WHOLE_SEQUENCE, *REFUSED, *LATE]
 
 
 def kinds() -> list[Kind]:

@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 
 from unroll.service.app import build
 from unroll.service.settings import Settings
+from unroll.service.telemetry import logs
 
 
 @serve.deployment(
@@ -29,6 +30,7 @@ from unroll.service.settings import Settings
 @serve.ingress()
 class Unroll:
     def __init__(self, settings: dict[str, Any]) -> None:
+        logs.configure_embedded()
         self._application, self._server = build(Settings(**settings))
 
     def __serve_build_asgi_app__(self) -> FastAPI:

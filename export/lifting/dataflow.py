@@ -1,9 +1,11 @@
-"""Follows which tensors are computed from the values of the inputs, for any values."""
+"""Follows which tensors are computed from the values of the inputs, for any values; and other observers of calls."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
 #: These read only the shape of their tensors.
@@ -13,6 +15,20 @@ _CREATED = {f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand"
 
 #: These read only the shape or the dtype of their tensors after the first.
 _AS_OTHER = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+
+
+class Observer(TorchFunctionMode):
+    """Sees the calls of forward, not those within a scan, which torch cannot trace while one is watching."""
+
+
+@contextmanager
+def without_observers() -> Iterator[None]:
+    """Within, the observers on top of other modes see nothing."""
+    if not isinstance(_get_current_function_mode(), Observer):
+        yield
+        return
+    with _pop_mode_temporarily(), without_observers():
+        yield
 
 
 class ComputedFrom(TorchFunctionMode):

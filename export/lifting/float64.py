@@ -14,7 +14,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def converted(model: Module, dtype: torch.dtype) -> Module:
     """A copy that computes in `dtype`, including tensors that are plain attributes."""
-    copied = copy.deepcopy(model).to(dtype)
+    copied = copy.deepcopy(model)
+    copied.to(dtype)  # a module of the user's own may not return itself
     for module in copied.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_floating_point():

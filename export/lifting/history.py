@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
+from unroll.export.lifting.dataflow import Observer
 from unroll.export.lifting.history_rules import HistoryCalls, Memory
 from unroll.export.lifting.state_row import fits_row, from_row, to_row
 from unroll.export.lifting.tape import Call, Part, Tape, count_up
@@ -32,7 +32,7 @@ class Place:
     counted: bool = False
 
 
-class WatchHistory(TorchFunctionMode):
+class WatchHistory(Observer):
     """Within, writes down the sequences of calls that may need the past, in order."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def places(base: Watched, wide: Watched, long: Watched, time: int) -> list[Place
     return found
 
 
-class KeepHistory(TorchFunctionMode):
+class KeepHistory(Observer):
     """Within, calls that may need the past take it from the tape and leave it there.
 
     places: of these calls, in order; None for one that does not get it. batch: of the input of forward; 1 where time

@@ -3,6 +3,7 @@
 The user's code sees the same layer: only its class is replaced, on a copy, by a subclass with another `forward`.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll.export.lifting import packed, recurrent_ops
 from unroll.export.lifting.tape import Call, Part, Tape
+from unroll.export.signature.outputs import leaves
 
 #: The state of one call: for each layer, h (and c for an LSTM), each (directions, batch, hidden).
 Layers = list[tuple[Tensor, ...]]
@@ -42,11 +44,42 @@ class LiftedRNN(nn.RNN):
 
 _LIFTED: dict[type[nn.RNNBase], type[nn.RNNBase]] = {nn.LSTM: LiftedLSTM, nn.GRU: LiftedGRU, nn.RNN: LiftedRNN}
 
+#: The layers of PyTorch that an ONNX operator computes.
+LAYERS = tuple(_LIFTED)
+
+
+def recognise_layers(model: nn.Module) -> None:
+    """Make a layer of PyTorch of every module that derives from their common base and computes what one of them does.
+
+    Others, such as a cell of its own in a loop over time, stay what they are.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and not isinstance(module, LAYERS):
+            base = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(module.mode, nn.RNN)
+            same = type(type(module).__name__, (base, type(module)), {})
+            layer = copy.copy(module)
+            layer.__class__ = same
+            layer.nonlinearity = module.mode.removeprefix("RNN_").lower()
+            if _alike(module, layer):
+                module.__class__, module.nonlinearity = same, layer.nonlinearity
+
+
+def _alike(module: nn.RNNBase, layer: nn.RNNBase) -> bool:
+    """Do both give the same answers, in float64 or whatever their precision is?"""
+    dtype = next(module.parameters()).dtype
+    x = torch.randn(5, 7, module.input_size, generator=torch.Generator().manual_seed(17)).to(dtype)
+    try:
+        with torch.no_grad():
+            pairs = list(zip(leaves(module(x)), leaves(layer(x)), strict=True))
+    except Exception:  # noqa: BLE001 user code: it is called in another way
+        return False
+    return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) for (_, a), (_, b) in pairs)
+
 
 def lift_layers(model: nn.Module, tape: Tape) -> None:
     """Lift every recurrent layer of `model` in place."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, LAYERS):
             # After the module's own class in the resolution order, so that a subclass of nn.LSTM keeps its
             # forward and reaches ours through super().
             lifted = next(lifted for base, lifted in _LIFTED.items() if isinstance(module, base))
@@ -62,7 +95,7 @@ def take_weights(model: nn.Module, source: nn.Module) -> None:
     Call it after a forward, since forward computes normalised weights.
     """
     for module, original in zip(model.modules(), source.modules(), strict=True):
-        if isinstance(module, nn.RNNBase) and isinstance(original, nn.RNNBase):
+        if isinstance(module, LAYERS) and isinstance(original, LAYERS):
             dtype = next(module.parameters()).dtype
             for layer in range(module.num_layers):
                 for name, weight in recurrent_ops.layer_weights(original, _kind(module), layer).items():

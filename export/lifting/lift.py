@@ -13,7 +13,7 @@ from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting import module_state, packed
 from unroll.export.lifting.carried_state import Carried, handed_on
 from unroll.export.lifting.float64 import converted, double_precision
-from unroll.export.lifting.layers import lift_layers, take_weights
+from unroll.export.lifting.layers import lift_layers, recognise_layers, take_weights
 from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.loops import lift_loops, refill
 from unroll.export.lifting.recurrent_arguments import length_arguments, state_arguments
@@ -54,6 +54,7 @@ class _Lifter:
         self._example = example | {name: packed.as_argument(*pair) for name, pair in self._padded.items()}
 
     def lift(self) -> tuple[StreamingModule, Samples]:
+        recognise_layers(self._model)
         handed = self._handed_on()
         if not self._packings:
             self._lift_loops(handed)

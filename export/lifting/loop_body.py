@@ -17,12 +17,18 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from unroll.export.log_filter import quiet
+from unroll.export.signature.outputs import is_same
 
 #: Tensors made of no tensor: the place where they are made says nothing about a loop.
 _CREATED = {
     *(getattr(torch.ops.aten, name) for name in ("zeros", "ones", "full", "empty", "arange", "scalar_tensor")),
     *(getattr(torch.ops.aten, f"{name}_like") for name in ("zeros", "ones", "full", "empty")),
     *(getattr(torch.ops.aten, f"new_{name}") for name in ("zeros", "ones", "full", "empty")),
+}
+
+#: The tensor itself, if it has the dtype already.
+_COPIES = {
+    getattr(torch.ops.aten, name) for name in ("to", "_to_copy", "lift_fresh_copy", "detach", "detach_", "alias")
 }
 
 #: Parts of a tensor. The part of a single step may be the whole, and is then not picked.
@@ -52,7 +58,28 @@ def traced(module: nn.Module, arguments: list[Tensor], batch_axes: list[int | No
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
     graph_module = program.module(check_guards=False)
     graph_module.graph.set_codegen(fx.graph.CodeGen())  # takes and returns what its graph does, one by one
+    _drop_copies(graph_module)
     return graph_module
+
+
+def _drop_copies(module: fx.GraphModule) -> None:
+    """Casts without effect name a tensor anew, and each iteration makes its constants anew: neither is a step's own."""
+    constants: list[tuple[fx.Node, Tensor]] = []
+    for node in list(module.graph.nodes):
+        same: Any = None
+        if node.op == "get_attr" and _is_constant(value := operator.attrgetter(node.target)(module)):
+            same = next((one for one, known in constants if known.dtype == value.dtype and is_same(known, value)), None)
+            constants.append((node, value))
+        elif getattr(node.target, "overloadpacket", None) in _COPIES:
+            source, made = node.args[0].meta["val"], node.meta["val"]
+            same = node.args[0] if (source.dtype, source.device) == (made.dtype, made.device) else None
+        if same is not None:
+            node.replace_all_uses_with(same)
+            module.graph.erase_node(node)
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
 def find_bodies(one: fx.GraphModule, three: fx.GraphModule) -> Iterator[LoopBody]:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, first_line
 from unroll.export.lifting.cell_matching import Recipe, match_cell
+from unroll.export.lifting.layers import LAYERS
 from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced
 from unroll.export.lifting.scan import Axes, Scan
 from unroll.export.lifting.tape import Call, Part, Tape
@@ -97,7 +98,7 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Seen]]:
             count()
             return func(*args, **(kwargs or {}))
 
-    watched = [(path, module) for path, module in model.named_modules() if not isinstance(module, nn.RNNBase)]
+    watched = [(path, module) for path, module in model.named_modules() if not isinstance(module, LAYERS)]
     handles = [module.register_forward_pre_hook(before(path), with_kwargs=True) for path, module in watched]
     handles += [module.register_forward_hook(after) for _, module in watched]
     try:
@@ -145,11 +146,11 @@ class _Flat(nn.Module):
     def __init__(self, module: nn.Module, given: list[Any], structure: Any) -> None:
         super().__init__()
         self.module = module
-        self._given, self._structure = [None if isinstance(leaf, Tensor) else leaf for leaf in given], structure
+        self._given, self._structure = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in given], structure
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         left = iter(tensors)
-        leaves = [next(left) if leaf is None else leaf for leaf in self._given]
+        leaves = [next(left) if leaf is Tensor else leaf for leaf in self._given]
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         return tuple(_tensors(pytree.tree_leaves(self.module(*args, **kwargs))))
 

@@ -5,7 +5,8 @@ user's module continues the sequence.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +57,21 @@ def find_module_state(model: nn.Module, example: dict[str, Any], static: frozens
         del changed[0]  # a table that is made once
     found = computed | {(path, name) for keys in changed for path, name, _ in keys}
     return sorted(attribute for attribute in found if _is_read(model, attribute, example))
+
+
+def find_resized_buffers(model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]]) -> list[Attribute]:
+    """The buffers that forward replaces by others of another shape, for another batch size or length.
+
+    Args:
+        runs: call forward of a model, each with inputs of another size.
+    """
+    tried, found = copy.deepcopy(model), set()
+    shapes = {name: buffer.shape for name, buffer in tried.named_buffers()}
+    for run in runs:
+        with suppress(Exception):  # a later check has a clearer message
+            run(tried)
+        found |= {name for name, buffer in tried.named_buffers() if buffer.shape != shapes.get(name)}
+    return sorted((path, name) for path, _, name in (known.rpartition(".") for known in found & shapes.keys()))
 
 
 def _another_example(example: dict[str, Any], static: frozenset[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from unroll.export.lifting.float64 import double_precision
 from unroll.export.lifting.history import Place, WatchHistory, places
 from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.module_state import Attribute
+from unroll.export.lifting.squeezes import WatchSqueezes, common
 from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.streaming import Named, StreamingModule
 from unroll.export.lifting.tape import Call, Key, call_count
@@ -75,13 +76,24 @@ def _is_among(value: Any, tensors: list[Tensor]) -> bool:
     return all(isinstance(leaf, Tensor) and any(is_same(leaf, one) for one in tensors) for leaf in leaves)
 
 
+def keep_squeezes(lifted: LiftedModel) -> None:
+    """Let `squeeze()` drop the same axes for one sequence and for one time step as for more, in both precisions."""
+    streaming, seen = lifted.single, []
+    for size in _SIZES:
+        streaming.watch = watch = WatchSqueezes()
+        _recorded(lifted, size)
+        seen.append(watch.seen)
+    streaming.watch = None
+    streaming.squeezes = lifted.double.squeezes = common(seen)
+
+
 def find_history(lifted: LiftedModel) -> list[Place | None]:
     """Where forward needs the past outside its recurrent layers; empty if it needs none."""
     streaming, seen = lifted.single, []
     for size in _SIZES:
-        streaming.watch = WatchHistory()
+        streaming.watch = watch = WatchHistory()
         _recorded(lifted, size)
-        seen.append(streaming.watch.seen)
+        seen.append(watch.seen)
     streaming.watch = None
     base, wide, long = seen
     found = [] if streaming.arguments.unbatched else places(base, wide, long, time=_SIZES[0][1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as higher_order_scan
 
+from unroll.export.lifting.dataflow import without_observers
 from unroll.export.lifting.loop_body import LoopBody
 from unroll.export.lifting.state_row import from_row, to_row
 from unroll.export.lifting.tape import count_up
@@ -96,7 +97,7 @@ class Scan(nn.Module):
                 for tensor, axes in zip(tensors, self.inputs, strict=True)
             ]
             states = [axes.unflat(rows) for axes, rows in zip(self.states, carry, strict=False)]
-            made = self.body(*given, *states)
+            made = self.body.forward(*given, *states)  # torch cannot trace hooks within a scan
             results = list(zip(made, self.outputs, self.finals, strict=False))
             after = [*made[len(results) :], *(r for r, axes, final in results if axes.time is None and final is None)]
             rows = (axes.flat(tensor) for axes, tensor in zip(carried, after, strict=True))
@@ -107,9 +108,10 @@ class Scan(nn.Module):
             each = (r.squeeze(axes.time).clone() for r, axes, _ in results if axes.time is not None)
             return tuple(chosen) or (carry[0] + 0,), tuple(each)
 
-        run = higher_order_scan if torch.compiler.is_exporting() else _run
         begin = tuple(rows.contiguous() for rows in [*parts, *zeros]) or (torch.zeros(batch, 1),)
-        carry, each = run(once, begin, (*sequences, alive), dim=0, reverse=self.backwards)
+        run = higher_order_scan if torch.compiler.is_exporting() else _run
+        with without_observers():
+            carry, each = run(once, begin, (*sequences, alive), dim=0, reverse=self.backwards)
         reached = [axes.unflat(rows) for axes, rows in zip(carried, carry, strict=False)]
         stacked, last = iter(each), iter(reached[len(self.states) :])
         results = [

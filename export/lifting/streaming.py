@@ -19,6 +19,7 @@ from unroll.export.lifting.dataflow import ComputedFrom
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.lifting.history import KeepHistory, Place, WatchHistory
 from unroll.export.lifting.module_state import Attribute
+from unroll.export.lifting.squeezes import KeepSqueezes, Squeezes, WatchSqueezes
 from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.tape import Call, Part, Tape, count_up
 from unroll.export.signature.arguments import StateArgument
@@ -69,7 +70,9 @@ class StreamingModule(nn.Module):
         self.outputs: tuple[Output, ...] = ()
         #: The calls outside recurrent layers whose past is part of the row; and the mode that finds them.
         self.history: list[Place | None] = []
-        self.watch: WatchHistory | None = None
+        self.watch: WatchHistory | WatchSqueezes | None = None
+        #: The axes that forward drops without naming them.
+        self.squeezes: Squeezes = []
         #: The least and the largest value of inputs that the manifest's limits do not describe, and of the state row.
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
         #: The attributes that forward leaves for its next call, if they are part of the row: see `carried_state`.
@@ -197,7 +200,8 @@ class StreamingModule(nn.Module):
             rows[carried], value = carried.take(self.tape, batch)
             setattr(self.model.get_submodule(path), name, value)
         mode = KeepHistory(self.tape, self.model, self.history, batch).running() if self.history else nullcontext()
-        with self._following_inputs(arguments), self.watch or mode:
+        steady = KeepSqueezes(self.squeezes) if self.squeezes else nullcontext()
+        with self._following_inputs(arguments), self.watch or mode, steady:
             result = self.model(**arguments)
         returned = leaves(packed.as_padded(result))
         for carried, output in self.arguments.carried.values():

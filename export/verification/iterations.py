@@ -6,12 +6,13 @@ the iterations before it. An integer may grow by the same amount from one iterat
 
 import linecache
 import sys
+import sysconfig
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 Operation = tuple[tuple[Any, ...], tuple[int, ...]]
 
 #: Frames of these are not the user's.
-_FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+_FOREIGN = (str(Path(torch.__file__).parent), str(Path(np.__file__).parent), str(Path(__file__).parents[2]), "<frozen")
+_LIBRARY = sysconfig.get_path("stdlib")
 
 #: Iterations at the beginning that may differ: short sequences are compared with the loop's body number by number.
 _SETTLED = 5
@@ -132,10 +134,14 @@ def _place(frame: FrameType | None, forward: Any) -> Place:
     while frame is not None and forward not in {each.f_code for each in frames[-1:]}:
         frames.append(frame)
         frame = frame.f_back
-    file, line = next(
-        ((f.f_code.co_filename, f.f_lineno) for f in frames if not f.f_code.co_filename.startswith(_FOREIGN)), ("", 0)
-    )
+    file, line = next(((f.f_code.co_filename, f.f_lineno) for f in frames if not is_foreign(f.f_code)), ("", 0))
     return Place(file, line, tuple(each.f_lasti for each in reversed(frames)))
+
+
+def is_foreign(code: CodeType) -> bool:
+    """Is it not the user's?"""
+    file = code.co_filename
+    return file.startswith(_FOREIGN) or (file.startswith(_LIBRARY) and "site-packages" not in file)
 
 
 def irregular(operations: list[Operation], short: tuple[int, int], steps: int) -> int | None:

@@ -1,7 +1,7 @@
 """Checks that the graph is the user's own model over long sequences, too, where its code may do something else."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,8 @@ from unroll.export.errors import ExportError
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.loading.copies import detached_copy
 from unroll.export.verification import trials
-from unroll.export.verification.iterations import Call, OperationLog, irregular, step_of
+from unroll.export.verification.branches import BranchLog
+from unroll.export.verification.iterations import Call, OperationLog, Place, irregular, step_of
 from unroll.export.verification.original import ask_original
 from unroll.export.verification.trials import Subject, Trial
 
@@ -60,6 +61,7 @@ class LongSequences:
             for path, calls in log.calls.items():
                 for number, (call, size) in enumerate(zip(calls, sizes[path], strict=True)):
                     self._check_loop(path, number, call, size, trial)
+            self._check_branches(trial)
             return
 
     def check_answers(self, served: Subject) -> None:
@@ -103,6 +105,22 @@ class LongSequences:
             f"{name!r} loops over time steps, and step {step} (counted from 0) does not do what the steps before it do "
             f"({again.places[index]}); let every step do the same, and give what differs between steps as an input",
         )
+
+    def _check_branches(self, long: Trial) -> None:
+        """Does a branch go the other way after so many steps that no trial has them?"""
+        log = BranchLog()
+        for trial in (*(replace(long, time=time) for time in trials.BRANCHES), long):
+            with suppress(ExportError), log.running():
+                self._run(trial, [])
+            if trial.time == trials.BRANCHES[-1] and not log.undecided():
+                return
+        for branch in log.undecided():
+            raise ExportError(
+                "calls_depend_on_time",
+                "forward loops over time steps, and a branch reads a number that grows with them "
+                f"({Place(branch.code.co_filename, branch.line, ())}). It goes one way in {long.time} steps, and may "
+                "go the other way later; let every step do the same, and give what differs between steps as an input",
+            )
 
     def _compare(self, trial: Trial, own: Arrays, served: Subject) -> None:
         inputs, rows = self.reference.inputs(trial), self.reference.begin(trial)

@@ -95,6 +95,9 @@ ORIGINAL_WEIGHTS, ORIGINAL_LEAST = 2**30, 128
 #: Do all steps of a loop do the same? So many, unless that takes more operations, and at least as many as above.
 LOOP_STEPS, LOOP_OPERATIONS = 4096, 40_000
 
+#: Which numbers in its conditions grow? Over so many steps.
+BRANCHES = (1, 2, 12, 17)
+
 
 @dataclass(frozen=True, slots=True)
 class Subject(Verifier):

@@ -44,6 +44,11 @@ class EngineOptions:
     cells: Cells = "fused"
     memory_share: float = 0.5
 
+    def check(self, device: str) -> None:
+        """Raises ValueError if no model can run on the device with these."""
+        if device == "cpu" and self.precision != "float32":
+            raise ValueError(f"precision {self.precision} needs a GPU; the CPU uses float32")
+
 
 class InsufficientMemory(Exception):
     """The state rows do not fit in the device's memory."""
@@ -166,9 +171,8 @@ def open_backend(bundle: Bundle, device: str, options: EngineOptions) -> DeviceB
         DeviceUnavailable: The device cannot be used.
         ValueError: The model cannot be loaded there.
     """
+    options.check(device)
     if device == "cpu":
-        if options.precision != "float32":
-            raise ValueError(f"precision {options.precision} needs a GPU; the CPU uses float32")
         return HostBackend(bundle, options)
     own = bundle.manifest.precision
     if own == "int8":

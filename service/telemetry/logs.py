@@ -17,16 +17,16 @@ _MAX_LINE = 32_768
 _MAX_FRAMES = 30
 
 _to_json = JSONRenderer(sort_keys=False)
+_PROCESSORS: tuple[structlog.typing.Processor, ...] = (
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ExceptionRenderer(ExceptionDictTransformer(show_locals=False, max_frames=_MAX_FRAMES)),
+)
 
 
 def configure(level: str, **fields: int) -> None:
     """fields: added to every line."""
-    shared: list[structlog.typing.Processor] = [
-        lambda logger, method, event: {**event, **fields},
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        ExceptionRenderer(ExceptionDictTransformer(show_locals=False, max_frames=_MAX_FRAMES)),
-    ]
+    shared: list[structlog.typing.Processor] = [lambda logger, method, event: {**event, **fields}, *_PROCESSORS]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -49,6 +49,15 @@ def configure(level: str, **fields: int) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+
+
+def configure_embedded() -> None:
+    """The same lines on stderr, in a process whose root logger belongs to another program."""
+    structlog.configure(
+        processors=[*_PROCESSORS, _render],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
 
 
 def _render(logger: Any, method: str, event: structlog.typing.EventDict) -> str:

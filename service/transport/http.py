@@ -106,6 +106,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = self._in_body = False
         self._held_bytes = 0  # of an open head or trailer, as far as they are known
         self._takes_offer = False
+        self._sends_no_more = False
         self._last_words = b""  # the answer behind which the connection is closed
         self._idle_since: float | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -143,6 +144,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
         """A client that sends no more may still read: what it asked is answered before the connection is closed."""
+        self._sends_no_more = True
+        if self._last_words:
+            return self._busy()
         if self._in_head or self._in_body:
             self._refuse(Refused(400, "the request ended before it was complete"))
         elif self._busy():
@@ -315,27 +319,38 @@ class HttpProtocol(HttpToolsProtocol):
         """Answer a request that is not valid, behind those before it, and close the connection."""
         answer = http_error(refused.status, refused.detail, self.url.startswith(b"/v2"))
         log_answer(self.unroll.request_log, "invalid HTTP", refused.status, None)
+        self._last_words = _encoded(answer, keep_alive=False)
+        cycle = self.cycle
         if not self._in_body:
-            self._last_words = _encoded(answer, keep_alive=False)
             if not self._busy():
                 self._end()
-        elif self.cycle is self._exchange and self._busy():
-            self._exchange.keep_alive = False
-            self._answer(answer)
-        else:
-            if self._busy() and not self.pipeline:
-                self.transport.write(_encoded(answer, keep_alive=False))
+        elif self.pipeline or not self._busy():  # others are before it, or it has its answer
             self.transport.close()
+        elif cycle is self._exchange:
+            cycle.response_complete = True
+            self.unroll.count(cycle.route.name, refused.status, perf_counter() - cycle.started)
+            self._end()
+        else:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._end()
 
     def _end(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(self._last_words)
+        """Say the last words. What the client still sends is read: else the kernel would discard them with it."""
+        if self.transport.is_closing():
+            return
+        self.transport.write(self._last_words)
+        if self._sends_no_more:
             self.transport.close()
+        else:
+            self.transport.write_eof()
+            self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but with one timer for the connection instead of one for each request."""
         if self._last_words and not self.pipeline:
             self._end()
+            return
         if self.pipeline or self.cycle is not self._exchange:
             super().on_response_complete()
             return
@@ -366,6 +381,8 @@ class HttpProtocol(HttpToolsProtocol):
 _NO_HEADERS: Headers = {}
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
+#: For a refused client to stop sending.
+_LINGER_SECONDS = 2.0
 
 
 def _encoded(answer: Answer, keep_alive: bool) -> bytes:

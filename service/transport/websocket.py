@@ -148,8 +148,11 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             super().send_receive_event_to_app()
             return
         frames, self.frames = self.frames, []
+        message = frames[0] if len(frames) == 1 else b"".join(frames)
+        if self.curr_msg_data_type == "text" and not _is_utf_8(message):
+            self.send_close(1007, "a text message must be UTF-8")
         if not self.close_sent:
-            sink(frames[0] if len(frames) == 1 else b"".join(frames))
+            sink(message)
 
     def hand_over(self, on_text: Callable[[bytes], None], on_binary: Callable[[bytes], None]) -> None:
         """Deliver the messages queued for the application to these callbacks instead."""
@@ -217,3 +220,11 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._direct.on_writable(True)
+
+
+def _is_utf_8(message: bytes) -> bool:
+    try:
+        message.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from conformance.kinds.kind import made
 from conformance.kinds.late import looping
+from conformance.modules import LoopBlock
+from conformance.trees import Loop
 from unroll.export import export
 from unroll.export.lifting.kept_values import kept_values
+from unroll.export.verification.branches import BranchLog
 from unroll.export.verification.iterations import OperationLog, irregular, step_of
+from unroll.export.verification.trials import BRANCHES
 
 CELL = nn.GRUCell(4, 6)
 
@@ -92,6 +96,64 @@ def layers(s: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [reversed_steps, filled, delayed, layers])
 def test_loops_of_every_form_are_regular(forward: Callable[..., Tensor]) -> None:
     assert first_irregular(made(forward, cell=CELL)) is None
+
+
+def branching(s: Any, x: Tensor) -> Tensor:
+    """Every branch is decided: both ways are seen, the other one raises, or its numbers do not grow."""
+    h, outs, t, steps = None, [], 0, x.shape[1]
+    if steps == 1:
+        return x.repeat(1, 1, 2)[..., :6]
+    while t < steps:
+        if t > 10**6:
+            raise ValueError(t)
+        assert t >= 0
+        if x.shape[0] > 100 or len(outs) == 0:
+            h = x.new_zeros(x.shape[0], 6)
+        for layer in range(3):
+            h = s.cell(x[:, t], h) if layer < 5 and t < steps - 1 else h
+        match s.training:
+            case True:
+                outs = outs[: t + 1]
+            case _ if t > 10**6:
+                outs.append(h)
+        outs.append(h)
+        t += 1
+    return torch.stack(outs, 1)
+
+
+def by_number(s: Any, x: Tensor) -> Tensor:
+    return torch.stack([step if t < 10**6 else -step for t, step in enumerate(x.unbind(1))], 1)
+
+
+def by_count(s: Any, x: Tensor) -> Tensor:
+    outs: list[Tensor] = []
+    for step in x.unbind(1):
+        if len(outs) > 10**6:
+            outs = outs[:1]
+        outs.append(step)
+    return torch.stack(outs, 1)
+
+
+def by_size(s: Any, x: Tensor) -> Tensor:
+    return x * 2 if x.shape[1] > 10**6 else x
+
+
+def count_undecided(module: nn.Module) -> int:
+    log = BranchLog()
+    for time in BRANCHES:
+        with log.running():
+            module(torch.randn(2, time, 4))
+    return len(log.undecided())
+
+
+@pytest.mark.parametrize(("forward", "undecided"), [(branching, 0), (by_number, 1), (by_count, 1), (by_size, 1)])
+def test_a_branch_on_a_number_that_grows_must_go_both_ways(forward: Callable[..., Tensor], undecided: int) -> None:
+    assert count_undecided(made(forward, cell=CELL)) == undecided
+
+
+@pytest.mark.parametrize("iterates", ["range", "while", "filled"])
+def test_what_stands_before_a_condition_is_no_part_of_it(iterates: Any) -> None:
+    assert count_undecided(LoopBlock(Loop("GRUCell", 4, 6, iterates))) == 0
 
 
 def test_a_chaotic_loop_is_exported(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 from unroll import bundle
 from unroll.service import app
 from unroll.service.engine.runner import DeviceUnavailable, Runner, resolve_devices
-from unroll.service.models.repository import RepositoryError
 from unroll.service.settings import Settings
 
 
@@ -47,5 +46,5 @@ def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
 
 
 def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):
-    with pytest.raises(RepositoryError, match="precision tf32 needs a GPU"):
+    with pytest.raises(ValueError, match="precision tf32 needs a GPU"):
         app.build(Settings(repository=repository, device="cpu", precision="tf32"))

@@ -72,3 +72,24 @@ def test_an_exception_keeps_where_it_was_raised(lines: list[str]) -> None:
 
 def test_no_line_has_the_values_of_local_variables(lines: list[str]) -> None:
     assert not [line for line in lines if "secret" in line or "authorization" in line]
+
+
+EMBEDDED = """
+import structlog
+from unroll.service.telemetry import logs
+
+logs.configure_embedded()
+authorization = "secret"
+try:
+    raise ValueError("x")
+except ValueError:
+    structlog.get_logger("x").error("failed", exc_info=True)
+structlog.get_logger("x").debug("detail")
+"""
+
+
+def test_lines_in_a_process_of_another_program() -> None:
+    ran = subprocess.run([sys.executable, "-c", EMBEDDED], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    (line,) = ran.stderr.splitlines()
+    assert json.loads(line)["exception"][0]["exc_value"] == "x"
+    assert "secret" not in line

@@ -216,6 +216,15 @@ def test_what_is_refused_waits_for_the_answers_before_it(wire: Wire, session: st
     assert wire.closed()
 
 
+def test_the_answer_reaches_a_client_that_is_still_sending(wire: Wire) -> None:
+    """A connection closed with unread data would be reset, and the answer lost."""
+    head = without_host(request("/v1/models/lstm/sequences", bytes(10_000_000)))
+    wire.send(head)
+    assert wire.answer()[0] == 400
+    wire.end()
+    assert wire.closed()
+
+
 def test_a_host_may_be_empty_or_an_address(wire: Wire) -> None:
     for host in ("", "[::1]:8000", "127.0.0.1:8000", "service_a.namespace.svc"):
         wire.send(get("/livez", f"Host: {host}"))

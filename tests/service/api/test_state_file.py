@@ -92,9 +92,9 @@ def test_sessions_that_cannot_be_written_are_counted(start: Callable[..., Proces
     assert not path.parent.exists() or not [*path.parent.iterdir()]
 
 
-#: The server, which sends itself a signal after a method of its state file.
+#: The server, which sends itself a signal after a method of its state file, and another one at its end.
 INTERRUPTED = """
-import signal, sys
+import atexit, signal, sys
 from unroll.service.serve import main
 from unroll.service.store.state_file import StateFile
 
@@ -107,6 +107,7 @@ def interrupted(self, *arguments):
     return result
 
 setattr(StateFile, method, interrupted)
+atexit.register(signal.raise_signal, signal.SIGTERM)
 sys.exit(main(sys.argv[3:]))
 """
 

@@ -136,3 +136,9 @@ def test_outputs_do_not_depend_on_the_cuts(stream: RawStream, oracle: Any, x: np
         assert first == BINARY, payload
         got += [reply.outputs[0] for reply in replies(stream._manifest, payload)]
     assert np.concatenate(got).tobytes() == oracle("lstm")(x).tobytes()
+
+
+def test_text_that_is_not_utf_8_ends_the_connection(stream: RawStream) -> None:
+    stream.send(masked(TEXT, b'{"op": "detach", "handles": [7], "x": "\xff"}'))
+    first, payload = stream.message()
+    assert (first, payload[:2]) == (0x88, struct.pack("!H", 1007))
