@@ -28,7 +28,7 @@ from unroll.export.lifting.module_state import (
 from unroll.export.lifting.observe import Observation, find_history, keep_squeezes, observe
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
-from unroll.export.loading.copies import as_float32, detached_copy, detached_example
+from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments
 from unroll.export.onnx.graph import to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
@@ -146,6 +146,7 @@ class Pipeline:
         plain = programs.as_module(module, example_inputs)
         preconditions.check_modules(plain)
         model, example = detached_copy(plain), detached_example(example_inputs)
+        keep_arguments(model, example)
         exact, dtype = converted(model, torch.float64), preconditions.precision(model)
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)

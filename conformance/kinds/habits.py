@@ -112,6 +112,20 @@ def zeros(s: Any, x: Tensor) -> Tensor:
     return s.stack(x, [x.new_zeros(x.shape[0], 6), x.new_zeros(x.shape[0], 6)])
 
 
+class Given(nn.Module):
+    """Changes its arguments in place: the sequence, and the list of states that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([gru(), gru(6)])
+
+    def forward(self, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        x.mul_(0.5)
+        for number, layer in enumerate(self.layers):
+            x, states[number] = layer(x, states[number])
+        return x, states
+
+
 HABITS = [
     Kind("an output squeezed", lambda: made(squeezed, rnn=gru(), head=nn.Linear(6, 1))),
     Kind("a buffer that forward resizes", with_buffer),
@@ -128,4 +142,9 @@ HABITS = [
         lambda: {"x": torch.randn(2, 7, 1, 4, 4)},
     ),
     Kind("a list of states changed in place", lambda: made(zeros, stack=Stack())),
+    Kind(
+        "arguments changed in place",
+        Given,
+        lambda: {"x": torch.randn(2, 7, 4), "states": [torch.zeros(1, 2, 6), torch.zeros(1, 2, 6)]},
+    ),
 ]

@@ -1,6 +1,8 @@
 """Copies of the user's model and example: export changes neither."""
 
 import copy
+import operator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
+from unroll.export.signature.outputs import is_same
 
 
 def detached_copy(module: nn.Module) -> nn.Module:
@@ -34,9 +37,29 @@ def detached_copy(module: nn.Module) -> nn.Module:
 
 
 def detached_example(example: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that are given, on the CPU and without gradients."""
+    """The inputs that are given, on the CPU and without gradients. Forward may change them in place."""
     given = {name: value for name, value in example.items() if value is not None}
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), given)
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), given)
+
+
+def keep_arguments(model: nn.Module, example: dict[str, Any]) -> None:
+    """Call a forward that changes its arguments in place with copies from now on."""
+    given, before = _fresh(example), pytree.tree_leaves(example)
+    left = pytree.tree_leaves(given)
+    with torch.no_grad(), suppress(Exception):  # a later check has a clearer message
+        copy.deepcopy(model)(**given)
+    now = pytree.tree_leaves(given)
+    if len(now) == len(left) and all(map(operator.is_, now, left)) and all(map(_is_same, now, before)):
+        return
+    model.register_forward_pre_hook(lambda _, args, kwargs: (_fresh(args), _fresh(kwargs)), with_kwargs=True)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return not isinstance(one, Tensor) or is_same(one, other)
+
+
+def _fresh(values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.clone(), values)
 
 
 def as_float32(example: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _suspects(message: str) -> Suspects:
         guard = _GUARD.search(line)
         broken = _broken(guard[2], guard[3]) if guard else None
         if guard is None or broken is None or (broken and max(broken) > _LARGEST_SUSPECT):
-            what = guard[3].replace(guard[2], guard[1]) if guard else line.removeprefix("  - ")[:200]
+            what = guard[3].replace(guard[2], guard[1]) if guard else line.removeprefix("  - ")
             raise ExportError(
                 "not_exportable",
                 "forward does not treat every length and batch size alike (a branch on a size, or a table of fixed "
@@ -72,9 +72,10 @@ def _suspects(message: str) -> Suspects:
 def _broken(symbol: str, guard: str) -> list[int] | None:
     """The sizes that do not satisfy a guard such as `(-1) + L['x'].size()[1] != 1`; None if it cannot be read."""
     expression = guard.replace(symbol, "size")
-    if not re.fullmatch(r"(?:size\b|and\b|or\b|[\s\d()+\-*/%<>=!])+", expression):
+    if not re.fullmatch(r"(?:size\b|and\b|or\b|[Mm]in\b|[Mm]ax\b|[\s\d()+\-*/%<>=!,])+", expression):
         return None
+    names = {"__builtins__": {}, "min": min, "max": max, "Min": min, "Max": max}
     try:
-        return [size for size in range(1, 4097) if not eval(expression, {"__builtins__": {}}, {"size": size})]
-    except (SyntaxError, ArithmeticError):
+        return [size for size in range(1, 4097) if not eval(expression, names, {"size": size})]
+    except (SyntaxError, TypeError, ArithmeticError):
         return None

@@ -65,10 +65,10 @@ def problem_of(status: int, code: str, detail: str, members: dict | None = None,
 
 def open_inference_error(error: e.UnrollError) -> Answer:
     """The protocol's `{"error": text}`, with the stable `code` as a further member."""
-    status = STATUS[type(error)]
+    status = 400 if isinstance(error, e.SessionUnknown) else STATUS[type(error)]  # as Triton answers
     message = error.message
-    if isinstance(error, e.SessionUnknown):  # in Triton's words and status, which its clients look for
-        status, message = 400, f"{message}; must specify the START flag on the first request of the sequence"
+    if isinstance(error, e.SessionUnknown | e.SessionGone):  # in Triton's words, which its clients look for
+        message = f"{message}; must specify the START flag on the first request of the sequence"
     document = {"error": message, "code": error.code, **error.details}
     return Answer(status, JSON, json.dump(document), _fields(error), error)
 

@@ -215,13 +215,22 @@ def _requested(outputs: Any, binary_by_default: bool) -> tuple[tuple[str, bool],
     requested = []
     for output in outputs:
         parameters = _object(output, "parameters")
+        _refuse_shared_memory(f"output {output['name']!r}", parameters)
         if "classification" in parameters:
-            raise InvalidRequest("the classification extension is not supported")
+            raise InvalidRequest("the classification extension is not supported: ask for the output, and sort it")
         binary = _flag(parameters, "binary_data") if "binary_data" in parameters else binary_by_default
         requested.append((output["name"], binary))
     if len({name for name, _ in requested}) < len(requested):
         raise InvalidRequest("an output is requested twice")
     return tuple(requested)
+
+
+def _refuse_shared_memory(tensor: str, parameters: dict[str, Any]) -> None:
+    if any(key.startswith("shared_memory_") for key in parameters):
+        raise InvalidRequest(
+            f"{tensor} is asked for in shared memory, which this server does not offer: it would let clients name "
+            "memory of the machine; send and receive tensors in the request and its answer"
+        )
 
 
 def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple[np.ndarray, int]:
@@ -237,6 +246,7 @@ def _tensor(spec: TensorSpec, item: dict[str, Any], binary: memoryview) -> tuple
     if (elements := math.prod(shape)) > _MAX_ELEMENTS:
         raise InvalidShape(f"input {spec.name!r} is too large")
     parameters = _object(item, "parameters")
+    _refuse_shared_memory(f"input {spec.name!r}", parameters)
     size = _whole(parameters, "binary_data_size")
     if size is not None:
         if "data" in item:

@@ -5,6 +5,7 @@ A session is in one place at a time: taking a record removes it. A session witho
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 
 import structlog
 
@@ -42,7 +43,7 @@ class SpilledSessions:
         self._spill = Spill(limit)
         self._parking: dict[Key, tuple[Record, float]] = {}  # on their way to the store
         self._tokens = Tokens()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[Key, asyncio.Task[None]] = {}  # the latest of each session
 
     def __repr__(self) -> str:
         return f"<SpilledSessions {self._spill!r}, {len(self._parking)} on their way to the store>"
@@ -100,21 +101,35 @@ class SpilledSessions:
             if self._store is None:
                 self._add_closed(key, record, SessionEvicted)
                 continue
-            self._parking[key] = record, used
-            task = asyncio.get_running_loop().create_task(self._park(self._store, key, record, used))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            parked = self._parking[key] = record, used
+            park = self._park(self._store, key, parked, self._tasks.get(key))
+            task = self._tasks[key] = asyncio.get_running_loop().create_task(park)
+            task.add_done_callback(partial(self._parked, key))
 
-    async def _park(self, store: Store, key: Key, record: Record, used: float) -> None:
-        """Move a record to the store; if the session is used before that is done, remove it from the store again."""
-        token = self._tokens.next()
+    def _parked(self, key: Key, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(key) is task:
+            del self._tasks[key]
+
+    async def _park(
+        self, store: Store, key: Key, parked: tuple[Record, float], before: asyncio.Task[None] | None
+    ) -> None:
+        """Move a record to the store; if the session is used before that is done, remove it from the store again.
+
+        before: the same for an earlier record of the session, which must have left the store first.
+        """
+        if before is not None:
+            await asyncio.wait([before])
+        if self._parking.get(key) is not parked:
+            return
+        record, token = parked[0], self._tokens.next()
         origin = record.origin.to_bytes()
         commit = Commit(key, b"", token, origin, record.position, record.row, record.last, begins=True)
         (error,) = await store.commit([commit])
-        here = self._parking.pop(key, None)
-        if here is None:
+        if self._parking.get(key) is not parked:
             await store.take(key, token)
-        elif error is not None:
+            return
+        del self._parking[key]
+        if error is not None:
             _log.warning("session evicted", model=key[0], session=key[1], reason=error.message)
             self._add_closed(key, record, SessionEvicted)
 
@@ -167,4 +182,4 @@ class SpilledSessions:
 
     async def finish(self) -> None:
         while self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks.values())

@@ -141,6 +141,22 @@ def test_nothing_is_written_when_parity_fails(folder: Path, capsys, monkeypatch:
     assert not (folder / "out").exists()
 
 
+def test_a_refusal_names_the_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "faulty.py").write_text(SOURCE.replace("return self.rnn", "return self.nothing"))
+    assert run("faulty:Net", *TOKEN, "--name", "n", "--repository", "out") == 1
+    printed = capsys.readouterr().err
+    assert "no attribute 'nothing' (at faulty.py:12: return self.nothing(self.embed(token))[0])" in printed
+
+
+def test_a_fault_of_export_says_so(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lift(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("unroll.export.pipeline.lift", lift)
+    assert run("usermodel:Net", *TOKEN, "--name", "n", "--repository", "out") == 1
+    assert "internal: this is a fault of unroll itself: KeyError: 'lost'" in capsys.readouterr().err
+
+
 def test_help(capsys) -> None:
     assert run("--help") == 0
     assert "MODULE:FACTORY" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 `make test` leaves out kinds that go through export as another one does; `make kinds-test` exports all.
 """
 
+import copy
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
 from conformance.kinds import TESTED, Kind
 from unroll import bundle
@@ -44,6 +46,7 @@ REFUSED = [kind for kind in TESTED if kind.refused is not None]
 @pytest.mark.parametrize("kind", EXPORTED, ids=lambda kind: kind.name)
 def test_exported(kind: Kind, tmp_path: Path) -> None:
     module, example = kind.build(), kind.example()
+    given = copy.deepcopy(example)
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     training = module.training
 
@@ -59,8 +62,13 @@ def test_exported(kind: Kind, tmp_path: Path) -> None:
     assert bundle.read(report.path).manifest == manifest
     assert b".py" not in (report.path / "model.onnx").read_bytes()  # no stack traces of this machine
     assert module.training == training
+    assert all(map(torch.equal, _tensors(given), _tensors(example))), "the caller's example was changed"
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
     _answers_like_torch(kind, module, example, report)
+
+
+def _tensors(example: dict) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor)]
 
 
 def _answers_like_torch(kind, module, example, report) -> None:
@@ -79,7 +87,7 @@ def _answers_like_torch(kind, module, example, report) -> None:
                 given[name] = pack_padded_sequence(rows, torch.tensor([11, 11]), batch_first=True)
         else:
             given[name] = torch.tensor([11, 11]) if name == "lengths" else value
-    feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+    feeds = {name: tensor.numpy().copy() for name, tensor in inputs.items()}  # forward may change its arguments
     static = [{spec.name: given[spec.name][row].numpy() for spec in report.manifest.static} for row in range(2)]
     feeds |= {
         "state": np.stack([report.manifest.initial_row(values) for values in static]),

@@ -4,6 +4,7 @@ A handle means the session that it was bound to, and never another that is opene
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from unroll.service.api.app_state import AppState
@@ -14,6 +15,7 @@ from unroll.service.core.errors import (
     CapacityExhausted,
     InvalidRequest,
     ModelChanged,
+    NeedsStoreLookup,
     SessionClosed,
     SessionUnknown,
 )
@@ -71,11 +73,9 @@ class Handles:
         Raises:
             InvalidRequest: no session is bound to the handle.
             SessionError: what became of a memory session that lost its row.
+            NeedsStoreLookup: the memory session lost its row and may be in the store.
         """
-        found = self.find(handle)
-        if found is None:
-            raise InvalidRequest(f"no session is bound to handle {handle}")
-        served, session = found
+        served, session = self._bound(handle)
         if session.life is Life.GONE and session.origin is not None and session.durable is None:
             return self.rebind(handle, session)
         return served, served.scheduler.sessions.detach_from_cohort(session)
@@ -84,12 +84,15 @@ class Handles:
         """Bind a session that lost its row here and has one again, or is brought back from host memory now.
 
         Raises:
-            NeedsStoreLookup: the session is durable, and was not looked up for this call.
+            NeedsStoreLookup: the session is durable or not here, and was not looked up for this call.
             SessionError: what became of it.
         """
         if before.durable is not None:
             self._sessions.require_verified(self._name, before.id)
-        served, session = self._sessions.directory.find(self._name, None, before.id)
+        served, living = self._sessions.owner(self._name, None, before.id)
+        if living is None:
+            raise served.scheduler.sessions.closed.error(before.id, served.loop.clock.now())
+        session = living
         if session.origin != before.origin:
             raise replaced(before)
         served.scheduler.set_retry_depth(session, before.depth)
@@ -124,8 +127,13 @@ class Handles:
         return served, session
 
     async def close(self, handle: int) -> Session:
-        """End the session and free the handle. Suspends only if the session is durable. Raises UnrollError."""
-        served, session = self.resolve(handle)
+        """End the session and free the handle. Suspends only if it is durable or in the store. Raises UnrollError."""
+        try:
+            served, session = self.resolve(handle)
+        except NeedsStoreLookup as needed:
+            served, session = await self._sessions.verified(
+                self._name, needed.session_id, partial(self.resolve, handle)
+            )
         self.unbind(handle)
         if session.durable is not None:
             return await self._close_durable(session)
@@ -141,11 +149,21 @@ class Handles:
                 self._on_unbind()
 
     def describe_session(self, handle: int) -> dict[str, Any]:
-        """The session's id and position; of a durable one, the position known here. Raises UnrollError."""
-        served, session = self.resolve(handle)
-        if session.durable is None:
-            check_present(served, session)
+        """The session's id and position; of one that the store has, the position known here. Raises UnrollError."""
+        try:
+            served, session = self.resolve(handle)
+            if session.durable is None:
+                check_present(served, session)
+        except NeedsStoreLookup:
+            _, session = self._bound(handle)
         return {"handle": handle, "session_id": session.id, "position": session.position}
+
+    def _bound(self, handle: int) -> tuple[ServedModel, Session]:
+        """`find`. Raises InvalidRequest."""
+        found = self.find(handle)
+        if found is None:
+            raise InvalidRequest(f"no session is bound to handle {handle}")
+        return found
 
     def _bind(self, handle: int, served: ServedModel, session: Session) -> None:
         self.by_model.setdefault(served, {})[handle] = session

@@ -227,3 +227,22 @@ def test_an_unexpected_error_at_the_store_is_answered(
         assert (answer["op"], answer["code"]) == ("error", "engine_failed")
     client.bind(1)
     assert client.step((0, None, x[0, :1]), (1, None, x[1, :1])).keys() == {0, 1}
+
+
+def test_memory_sessions_that_were_spilled_to_the_store(
+    serve: Serve, redis_server: RedisServer, dial: Dial, oracle: Oracles, x: np.ndarray
+):
+    running = serve(store=redis_server.url, session_capacity=2, spill_bytes=0)
+    client, whole = dial(running), [oracle("lstm")(x[i, :3]) for i in range(6)]
+    client.open(*({"handle": handle, "durability": "memory"} for handle in range(6)))
+    for t in range(3):
+        for handle in range(6):
+            assert np.array_equal(
+                client.step((handle, t, x[handle, t : t + 1]))[handle].outputs[0][0], whole[handle][t]
+            )
+    client.socket.send(json.dumps({"op": "close", "handles": [*range(5)]}))
+    closed = json.loads(client.socket.recv())
+    assert closed["sessions"] == [{"handle": handle, "position": 3} for handle in range(5)]
+    running.uvicorn.should_exit = True
+    goodbye = json.loads(client.socket.recv())
+    assert [(item["handle"], item["position"]) for item in goodbye["sessions"]] == [(5, 3)]

@@ -352,3 +352,25 @@ def test_timeouts_in_microseconds(serve: Serve, background) -> None:  # type: ig
         assert answer.status_code in (503, 504)
         assert answer.json()["code"] in ("deadline_unreachable", "deadline_exceeded")
         assert busy.result().status_code == 200
+
+
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+def test_tensors_in_shared_memory_are_refused_in_words(client: httpx.Client, where: str) -> None:
+    region = {"shared_memory_region": "r", "shared_memory_byte_size": 12}
+    tensor = {"name": "x", "shape": [1, 1, 3], "datatype": "FP32"}
+    if where == "inputs":
+        body = {"inputs": [{**tensor, "parameters": region}]}
+    else:
+        body = {"inputs": [{**tensor, "data": [1, 2, 3]}], "outputs": [{"name": "y", "parameters": region}]}
+    answer = client.post("/v2/models/lstm/infer", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (400, "malformed_request")
+    assert "does not offer" in answer.json()["error"]
+
+
+def test_a_step_after_the_end_asks_for_start_in_tritons_words(client: httpx.Client) -> None:
+    x = np.zeros((1, 1, 3), np.float32)
+    for place in ({"sequence_start": True}, {"sequence_end": True}):
+        assert wire.infer(client, "lstm", x, sequence_id="ended", **place).status_code == 200
+    answer = wire.infer(client, "lstm", x, sequence_id="ended")
+    assert (answer.status_code, answer.json()["code"]) == (410, "session_closed")
+    assert "must specify the START flag" in answer.json()["error"]
