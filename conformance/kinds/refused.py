@@ -223,6 +223,12 @@ REFUSED = [
         refused="not_exportable",
     ),
     Kind(
+        "a most of the length",
+        lambda: made(at_most, rnn=gru()),
+        refused="not_exportable",
+        says="time <= 5000",
+    ),
+    Kind(
         "a branch on the length",
         lambda: made(lambda s, x: s.rnn(x[:, -50:] if x.shape[1] > 50 else x)[0], rnn=gru()),
         refused="not_exportable",

@@ -15,6 +15,9 @@ Suspects = list[tuple[int, int]]
 #: Exceptions up to this size are tried one by one; above, a model that treats sizes differently is refused.
 _LARGEST_SUSPECT = 8
 
+#: Sizes to try a guard with.
+_SIZES = (*range(1, 4097), *(2**power for power in range(13, 32)))
+
 _GUARD = re.compile(
     r"Not all values of (batch|time) = (.+?) in the specified range satisfy the generated guard (.+?)\.?$"
 )
@@ -76,6 +79,6 @@ def _broken(symbol: str, guard: str) -> list[int] | None:
         return None
     names = {"__builtins__": {}, "min": min, "max": max, "Min": min, "Max": max}
     try:
-        return [size for size in range(1, 4097) if not eval(expression, names, {"size": size})]
+        return [size for size in _SIZES if not eval(expression, names, {"size": size})]
     except (SyntaxError, TypeError, ArithmeticError):
         return None
