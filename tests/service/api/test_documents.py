@@ -159,6 +159,7 @@ def test_every_route_of_the_app_is_documented(server: Running, document: dict) -
         native_routes.router(state),
         statistics_routes.router(state),
         open_inference_routes.router(state, "0"),
+        repository_routes.router(state),
         health_routes.router(state),
     ]
     routes = [r for router in routers for r in router.routes]
