@@ -14,6 +14,7 @@ from unroll.service.api import (
     inference_routes,
     native_routes,
     open_inference_routes,
+    repository_routes,
     statistics_routes,
 )
 from unroll.service.core import errors as core
