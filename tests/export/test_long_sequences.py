@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conformance.kinds.kind import made
 from conformance.kinds.late import looping
-from conformance.modules import LoopBlock
+from conformance.looping import LoopBlock
 from conformance.trees import Loop
 from unroll.export import export
 from unroll.export.lifting.kept_values import kept_values
