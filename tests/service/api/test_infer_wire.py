@@ -374,3 +374,12 @@ def test_a_step_after_the_end_asks_for_start_in_tritons_words(client: httpx.Clie
     answer = wire.infer(client, "lstm", x, sequence_id="ended")
     assert (answer.status_code, answer.json()["code"]) == (410, "session_closed")
     assert "must specify the START flag" in answer.json()["error"]
+
+
+def test_configuration_and_index_as_tritons_tools_read_them(client: httpx.Client) -> None:
+    config = client.get("/v2/models/lstm/config").json()
+    assert config == client.get("/v2/models/lstm/versions/1/config").json()
+    assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 3]}]
+    assert (config["max_batch_size"] > 1, "sequence_batching" in config) == (True, True)
+    index = client.post("/v2/repository/index", json={"ready": True}).json()
+    assert {"name": "lstm", "version": "1", "state": "READY", "reason": ""} in index

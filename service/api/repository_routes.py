@@ -1,0 +1,61 @@
+"""What Triton's tools read of a model before they send requests: its configuration, and the index of the repository."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from unroll.bundle import TensorSpec
+from unroll.service.api.app_state import AppState
+from unroll.service.models.served_model import ServedModel
+from unroll.service.protocol.open_inference import DATATYPES
+
+_TYPES = {datatype: f"TYPE_{datatype}" for datatype in DATATYPES.values()}
+
+_INDEX_BODY = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
+
+
+def router(app: AppState) -> APIRouter:
+    api = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
+
+    @api.get("/models/{model}/config", summary="Configuration of a model, as Triton has it")
+    async def config(model: str) -> dict[str, Any]:
+        return _config(app.models.resolve(model))
+
+    @api.get("/models/{model}/versions/{version}/config", summary="Configuration of a version, as Triton has it")
+    async def version_config(model: str, version: str) -> dict[str, Any]:
+        return _config(app.models.resolve(model, version))
+
+    @api.post(
+        "/repository/index", summary="The models of the repository, refused ones included", openapi_extra=_INDEX_BODY
+    )
+    async def index() -> list[dict[str, str]]:
+        served = [(model.name, model.version) for name in app.models.names() for model in app.models.available(name)]
+        ready = [{"name": name, "version": version, "state": "READY", "reason": ""} for name, version in served]
+        return ready + [
+            {"name": name, "version": version, "state": "UNAVAILABLE", "reason": str(why)}
+            for (name, version), why in app.models.refused.items()
+            if (name, version) not in served
+        ]
+
+    return api
+
+
+def _config(served: ServedModel) -> dict[str, Any]:
+    manifest = served.manifest
+    config: dict[str, Any] = {
+        "name": served.name,
+        "platform": "onnxruntime_onnx",
+        "backend": "onnxruntime",
+        "max_batch_size": served.codec.max_sequences,
+        "input": [_tensor(spec) for spec in manifest.inputs],
+        "output": [_tensor(spec) for spec in manifest.outputs],
+    }
+    idle = served.scheduler.sessions.limits.idle_timeout
+    if manifest.streamable:
+        config["sequence_batching"] = {"max_sequence_idle_microseconds": int((idle or 0) * 1e6)}
+    return config
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    dims = [-1, *spec.shape] if spec.time else [*spec.shape]
+    return {"name": spec.name, "data_type": _TYPES[DATATYPES[spec.dtype]], "dims": dims}
