@@ -13,7 +13,14 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from unroll import __version__
-from unroll.service.api import health_routes, native_routes, open_inference_routes, repository_routes, statistics_routes
+from unroll.service.api import (
+    absent_routes,
+    health_routes,
+    native_routes,
+    open_inference_routes,
+    repository_routes,
+    statistics_routes,
+)
 from unroll.service.api.answer_log import ERROR, LogAnswers
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import http_error, open_inference_error, problem
@@ -164,6 +171,7 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
     app.include_router(repository_routes.router(state))
     app.include_router(open_inference_routes.router(state, __version__))
     app.include_router(health_routes.router(state))
+    app.include_router(absent_routes.router())
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
     @app.exception_handler(UnrollError)

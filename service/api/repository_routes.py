@@ -2,16 +2,22 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from unroll.bundle import TensorSpec
 from unroll.service.api.app_state import AppState
+from unroll.service.api.request import read_request
 from unroll.service.models.served_model import ServedModel
+from unroll.service.protocol import json
 from unroll.service.protocol.open_inference import DATATYPES
 
 _TYPES = {datatype: f"TYPE_{datatype}" for datatype in DATATYPES.values()}
 
-_INDEX_BODY = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
+_INDEX_BODY = {
+    "requestBody": {
+        "content": {"application/json": {"schema": {"type": "object", "properties": {"ready": {"type": "boolean"}}}}}
+    }
+}
 
 
 def router(app: AppState) -> APIRouter:
@@ -28,14 +34,17 @@ def router(app: AppState) -> APIRouter:
     @api.post(
         "/repository/index", summary="The models of the repository, refused ones included", openapi_extra=_INDEX_BODY
     )
-    async def index() -> list[dict[str, str]]:
+    async def index(http: Request) -> list[dict[str, str]]:
+        body = (await read_request(http.scope, http.receive, app.limits.max_json_bytes)).body
+        only_ready = bool(body) and json.parse_object(body, app.limits.max_json_bytes).get("ready") is True
         served = [(model.name, model.version) for name in app.models.names() for model in app.models.available(name)]
         ready = [{"name": name, "version": version, "state": "READY", "reason": ""} for name, version in served]
-        return ready + [
+        refused = [
             {"name": name, "version": version, "state": "UNAVAILABLE", "reason": str(why)}
             for (name, version), why in app.models.refused.items()
             if (name, version) not in served
         ]
+        return ready if only_ready else ready + refused
 
     return api
 

@@ -35,6 +35,33 @@ def tensor(name: str, array: np.ndarray, *, binary: bool = True) -> triton.Infer
     return made
 
 
+def test_configuration_and_index(sync: triton.InferenceServerClient) -> None:
+    config = sync.get_model_config("gru", "1")
+    assert (config["name"], config["platform"]) == ("gru", "onnxruntime_onnx")
+    assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [-1, 3]}]
+    assert "sequence_batching" in config
+    assert "sequence_batching" not in sync.get_model_config("whole")
+    index = sync.get_model_repository_index()
+    assert {"name": "gru", "version": "2", "state": "READY", "reason": ""} in index
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda client: client.register_system_shared_memory("a", "/a", 8), "shared memory is not offered"),
+        (lambda client: client.get_cuda_shared_memory_status(), "shared memory is not offered"),
+        (lambda client: client.load_model("lstm"), "SIGHUP"),
+        (lambda client: client.unload_model("lstm"), "SIGHUP"),
+        (lambda client: client.get_trace_settings(), "traces are not offered"),
+        (lambda client: client.update_trace_settings("lstm", {}), "traces are not offered"),
+        (lambda client: client.get_log_settings(), "--log-level"),
+    ],
+)
+def test_what_is_not_offered_says_so(sync: triton.InferenceServerClient, ask: Callable, words: str) -> None:
+    with pytest.raises(triton.InferenceServerException, match=words):
+        ask(sync)
+
+
 def test_health_and_metadata(sync: triton.InferenceServerClient) -> None:
     assert sync.is_server_live()
     assert sync.is_server_ready()

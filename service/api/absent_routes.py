@@ -1,0 +1,42 @@
+"""Extensions of Triton that are not offered say so: a 404 would read as if the model were missing."""
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import APIRouter
+from starlette.exceptions import HTTPException
+
+_SHARED = "shared memory is not offered, since clients are on other machines; send and receive tensors in the body"
+_LOADING = (
+    "loading by request is not offered; put the bundle in the repository, or remove it, and send the server SIGHUP"
+)
+_GENERATE = "generate is not offered; use infer with a sequence_id, or a stream: /v1/models/{model}/stream"
+_TRACE = "traces are not offered; /metrics and /v2/models/{model}/stats have times by stage"
+_LOGGING = "log settings cannot be changed by request; start the server with --log-level and --log-requests"
+#: Extensions that are not offered, by path below /v2.
+_ABSENT = {
+    "/systemsharedmemory/{rest:path}": _SHARED,
+    "/cudasharedmemory/{rest:path}": _SHARED,
+    "/repository/models/{model}/load": _LOADING,
+    "/repository/models/{model}/unload": _LOADING,
+    **{
+        f"/models/{{model}}{version}/{name}": why
+        for version in ("", "/versions/{version}")
+        for name, why in (("generate", _GENERATE), ("generate_stream", _GENERATE), ("trace/setting", _TRACE))
+    },
+    "/trace/setting": _TRACE,
+    "/logging": _LOGGING,
+}
+
+
+def router() -> APIRouter:
+    api = APIRouter(prefix="/v2", include_in_schema=False)
+    for path, why in _ABSENT.items():
+        api.add_api_route(path, _refusal(why), methods=["GET", "POST"])
+    return api
+
+
+def _refusal(why: str) -> Callable[[], Awaitable[None]]:
+    async def refuse() -> None:
+        raise HTTPException(501, why)
+
+    return refuse
