@@ -161,7 +161,16 @@ class _OwnModule:
         if self._places is None:
             outputs, _ = self._graph.run(inputs, self._graph.start(inputs))
             self._places = {name: _nearest(array, returned) for name, array in outputs.items()}
-        return {name: returned[index].permute(axes).numpy() for name, (index, axes) in self._places.items()}
+        size = next(iter(inputs.values())).shape[:2]
+        return {name: self._in_order(name, returned[index], axes, size) for name, (index, axes) in self._places.items()}
+
+    def _in_order(self, name: str, tensor: Tensor, axes: tuple[int, ...], size: tuple[int, ...]) -> np.ndarray:
+        """The tensor with batch and time first, and with the axes of size 1 that forward has squeezed."""
+        if tensor.dim() < len(axes):
+            (spec,) = (spec for spec in self._manifest.outputs if spec.name == name)
+            whole = (*(size if spec.time else size[:1]), *spec.shape)
+            tensor = tensor.reshape([whole[axes.index(axis)] for axis in range(len(axes))])
+        return tensor.permute(axes).numpy()
 
     def _major(self, value: Any) -> np.ndarray:
         if isinstance(value, PackedSequence):
@@ -177,7 +186,7 @@ class _OwnModule:
             if name not in inputs:
                 arguments[name] = _rows(value, size[0]) if name in self._state else _resized(value, *size)
                 continue
-            tensor = torch.from_numpy(inputs[name])
+            tensor = torch.from_numpy(inputs[name].copy())  # forward may change it
             tensor = tensor.double() if double and tensor.is_floating_point() else tensor
             if isinstance(value, PackedSequence):
                 arguments[name] = pack_padded_sequence(tensor, torch.full(size[:1], size[1]), batch_first=True)
@@ -187,7 +196,8 @@ class _OwnModule:
             arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
         module, _ = _made(self._kind)  # as it was before any call
         module = getattr(module, "_orig_mod", module)
-        module = module.double() if double else module
+        if double:
+            module.double()
         with torch.no_grad(), double_precision() if double else nullcontext():
             return [tensor for _, tensor in leaves(module(**arguments))]
 
