@@ -32,8 +32,8 @@ coverage: install ## run the tests, print their line and branch coverage of unro
 	$(BIN)/coverage html -q
 	$(BIN)/coverage report
 
-kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=)
-	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=, STORE=embedded)
+	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
 
 rolling-test: install ## restart replicas behind HAProxy while clients step (one minute; SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
