@@ -40,7 +40,7 @@ class Client:
 
     def open_session(self, model: str) -> "RemoteSession":
         opened = json.loads(self.exchange("POST", f"/v1/models/{model}/sessions")[0])
-        return RemoteSession(self, f"/v1/models/{model}/sessions/{quote(opened['session_id'])}")
+        return RemoteSession(self, f"/v1/models/{model}/sessions/{quote(opened['session_id'], safe='')}")
 
     def sequence(self, model: str, values: bytes, count: int) -> bytes:
         """Run one whole sequence of `count` time steps; values and outputs are raw little-endian."""

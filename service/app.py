@@ -25,6 +25,7 @@ from unroll.service.api.answer_log import ERROR, LogAnswers
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import http_error, open_inference_error, problem
 from unroll.service.api.http_methods import HeadAsGet, allowed_methods
+from unroll.service.api.path_segments import EncodedSlashes
 from unroll.service.api.request import Disconnected
 from unroll.service.api.stream import endpoint
 from unroll.service.core.clock import Clock, MonotonicClock
@@ -165,6 +166,7 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
     )
     app.add_middleware(LogAnswers, state=state)
     app.add_middleware(HeadAsGet)
+    app.add_middleware(EncodedSlashes)
     app.include_router(native_routes.router(state))
     app.include_router(endpoint.router(state))
     app.include_router(statistics_routes.router(state))

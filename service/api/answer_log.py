@@ -57,7 +57,7 @@ class LogAnswers:
         if ERROR in scope and error is None:
             return
         route, names = scope.get("route"), _names(scope.get("path_params", {}))
-        template = getattr(route, "path", "no such path")
+        template = getattr(route, "path_format", "no such path")
         log_answer(self._log, f"{scope['method']} {template}", status, error, **names)
 
 

@@ -11,6 +11,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem
 from unroll.service.api.infer import infer
 from unroll.service.api.parameters import split_reference
+from unroll.service.api.path_segments import split
 from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel
 from unroll.service.api.steps import sequences, steps
 from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, UnrollError
@@ -150,8 +151,8 @@ def log(app: AppState, route: Route, path: Path, request: Request, answer: Answe
 
 
 async def answer(app: AppState, path: str, request: Request) -> Answer:
-    """The answer to a POST to the path of an inference route; cancelling the caller cancels the work."""
-    parts = path.split("/")
+    """The answer to a POST to the encoded path of an inference route; cancelling the caller cancels the work."""
+    parts = split(path)
     route = find(parts)
     assert route is not None, path
     started = perf_counter()

@@ -113,7 +113,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         return await respond(http)
 
     @api.post(
-        "/models/{model}/sessions/{session_id}/steps",
+        "/models/{model}/sessions/{session_id:segment}/steps",
         summary="The next T >= 1 time steps of a session",
         response_model=StepsReply,
         responses=_problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
@@ -147,7 +147,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         return _info(*await opened)
 
     @api.get(
-        "/models/{model}/sessions/{session_id}",
+        "/models/{model}/sessions/{session_id:segment}",
         summary="A session and its position",
         responses=_problems(404, 409, 410, 503),
     )
@@ -155,7 +155,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         return _info(*await app.sessions.find(*split_reference(model), session_id))
 
     @api.delete(
-        "/models/{model}/sessions/{session_id}",
+        "/models/{model}/sessions/{session_id:segment}",
         summary="Close a session; running steps finish, waiting steps fail",
         responses=_problems(404, 409, 410, 503),
     )
@@ -163,7 +163,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         return _info(*await app.sessions.close(*split_reference(model), session_id))
 
     @api.post(
-        "/models/{model}/sessions/{session_id}/fork",
+        "/models/{model}/sessions/{session_id:segment}/fork",
         summary="A second session that continues from the same state",
         status_code=201,
         responses=_problems(400, 404, 409, 410, 413, 415, 503),
@@ -180,7 +180,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
 
 def _add_states(api: APIRouter, app: AppState) -> None:
     @api.get(
-        "/models/{model}/sessions/{session_id}/state",
+        "/models/{model}/sessions/{session_id:segment}/state",
         summary="A snapshot: versioned, bound to the model, checksummed",
         response_class=Response,
         responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410, 503)},
@@ -191,7 +191,7 @@ def _add_states(api: APIRouter, app: AppState) -> None:
         return Response(snapshot.to_bytes(), headers=headers, media_type=RAW.decode())
 
     @api.put(
-        "/models/{model}/sessions/{session_id}/state",
+        "/models/{model}/sessions/{session_id:segment}/state",
         summary="Return a session to the state of a snapshot",
         responses=_problems(404, 409, 410, 413, 415, 422, 503),
         openapi_extra=_bodies(None),

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
-from unroll.service.core.errors import SnapshotInvalid
+from unroll.service.core.errors import InvalidRequest, SnapshotInvalid
 from unroll.service.state.envelope import HEADER_BYTES, Envelope
 from unroll.service.state.snapshot import Snapshot
 
@@ -23,6 +23,8 @@ _KEY_ID = 4
 _ENVELOPE = Envelope(b"UNRH", 1, "a sealed snapshot", _KEY_ID, tags=256)
 _NAME = HEADER_BYTES + _KEY_ID
 _SIGNATURE = 32
+#: Its length is the tag.
+_MOST_NAME = 255
 
 
 class SnapshotKeys:
@@ -37,8 +39,10 @@ class SnapshotKeys:
         self._first_id = _key_id(keys[0])
 
     def seal(self, session_id: str, snapshot: Snapshot) -> bytes:
-        """Return the sealed snapshot of this session."""
+        """Return the sealed snapshot of this session. Raises InvalidRequest if its id is too long."""
         name = session_id.encode()
+        if len(name) > _MOST_NAME:
+            raise InvalidRequest(f"the id of a session that its client holds may have {_MOST_NAME} bytes in UTF-8")
         content = b"".join((_ENVELOPE.header(len(name)), self._first_id, name, snapshot.to_bytes()))
         return content + _signature(self._by_id[self._first_id], content)
 

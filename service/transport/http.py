@@ -9,7 +9,6 @@ import functools
 import socket
 from time import perf_counter
 from typing import Any
-from urllib.parse import unquote
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -20,6 +19,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.content_coding import decoded
 from unroll.service.api.error_responses import http_error
 from unroll.service.api.inference_routes import Route
+from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
     CONTENT_ENCODING,
     Answer,
@@ -271,7 +271,7 @@ class HttpProtocol(HttpToolsProtocol):
             return None
         if self.url != self._route_url:  # most clients repeat their last route
             path = self.url.partition(b"?")[0].decode("ascii", "replace")
-            self._path = (unquote(path) if "%" in path else path).split("/")
+            self._path = split(path)
             self._route = inference_routes.find(self._path)
             self._route_url = self.url
         return self._route

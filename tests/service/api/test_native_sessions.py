@@ -254,7 +254,6 @@ def test_a_snapshot_of_another_model_is_refused(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
-        ({"session_id": "a/b"}, 400, "malformed_request"),
         ({"session_id": ""}, 400, "malformed_request"),
         ({"session_id": "a" * 129}, 400, "malformed_request"),
         ({"session_id": 7}, 400, "malformed_request"),
@@ -323,7 +322,7 @@ def test_a_fork_under_a_living_or_bad_id_is_refused(client: httpx.Client) -> Non
     taken = opened(client, "lstm").rpartition("/")[2]
     answer = client.post(f"{session}/fork", json={"session_id": taken})
     assert (answer.status_code, answer.json()["code"]) == (409, "session_exists")
-    assert client.post(f"{session}/fork", json={"session_id": "a b"}).status_code == 400
+    assert client.post(f"{session}/fork", json={"session_id": "a" * 129}).status_code == 400
     assert client.post(f"{session}/fork", content=b"x", headers=RAW).status_code == 415
 
 

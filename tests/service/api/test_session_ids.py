@@ -1,0 +1,72 @@
+"""Any string is a session id, and names the same session wherever it stands: in a path, in JSON, on the wire of v2."""
+
+from collections.abc import Callable
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import pytest
+from serving import RAW, Oracle
+from wire import infer
+
+IDS = [
+    *(
+        "robot/arm 7@site",
+        "Zähler-ü",
+        "\U0001f600" * 128,
+        "%2F",
+        "a%2fb",
+        "%25",
+        "100%",
+        "?a=b&c#d",
+        "a+b",
+        "a//b/",
+        "/",
+    ),
+    *("state", "x/state", "x/steps", "a..b", "a\nb", "a\0b", "{MODEL}", "}:gone", "'\"\\", "\u202ea", " "),
+]
+
+
+@pytest.mark.parametrize("session_id", IDS)
+def test_a_session_of_any_name(client: httpx.Client, oracle: Callable[..., Oracle], session_id: str) -> None:
+    x = np.random.default_rng(3).standard_normal((5, 3)).astype("<f4")
+    sessions = "/v1/models/lstm/sessions"
+    session = f"{sessions}/{quote(session_id, safe='')}"
+    assert client.post(sessions, json={"session_id": session_id}).json()["session_id"] == session_id
+    assert client.post(sessions, json={"session_id": session_id}).json()["code"] == "session_exists"
+    answers = [client.post(f"{session}/steps", content=x[:1].tobytes(), headers=RAW).content]
+    answers.append(np.array(client.post(f"{session}/steps", json={"inputs": x[1:2].tolist()}).json()["outputs"], "<f4"))
+    assert client.get(session).json()["position"] == 2
+    snapshot = client.get(f"{session}/state").content
+    answers.append(client.post(f"{session}/steps", content=x[2:3].tobytes(), headers=RAW).content)
+    assert client.put(f"{session}/state", content=snapshot, headers=RAW).json()["position"] == 2
+    answers[-1] = client.post(f"{session}/steps", content=x[2:3].tobytes(), headers=RAW).content
+    answers.append(client.post(f"{session}/steps", content=x[3:4].tobytes(), headers=RAW).content)
+    found = np.concatenate([np.frombuffer(bytes(answer), "<f4") for answer in answers]).reshape(4, 2)
+    assert np.array_equal(found, oracle("lstm")(x[:4]))
+    assert client.post(f"{session}/fork", json={"session_id": (session_id + "'")[-128:]}).status_code == 201
+    assert client.delete(session).json()["session_id"] == session_id
+    assert client.get(session).status_code == 410
+    client.delete(f"{sessions}/{quote((session_id + chr(39))[-128:], safe='')}")
+
+
+def test_ids_that_look_alike_are_different_sessions(client: httpx.Client) -> None:
+    sessions = "/v1/models/lstm/sessions"
+    ids = ["a/b c", "a%2Fb c", "a%252Fb c", "a/b%20c", "a/b+c"]
+    for number, session_id in enumerate(ids):
+        assert client.post(sessions, json={"session_id": session_id}).status_code == 201
+        for _ in range(number):
+            client.post(f"{sessions}/{quote(session_id, safe='')}/steps", json={"inputs": [[1, 2, 3]]})
+    positions = [client.get(f"{sessions}/{quote(session_id, safe='')}").json()["position"] for session_id in ids]
+    assert positions == [0, 1, 2, 3, 4]
+    for session_id in ids:
+        client.delete(f"{sessions}/{quote(session_id, safe='')}")
+
+
+@pytest.mark.parametrize("session_id", IDS[:6])
+def test_a_sequence_of_any_name(client: httpx.Client, session_id: str) -> None:
+    x = np.ones((1, 1, 3), "<f4")
+    name = f"v2 {session_id}"[:128]
+    assert infer(client, "lstm", x, sequence_id=name, sequence_start=True).status_code == 200
+    assert infer(client, "lstm", x, sequence_id=name, sequence_end=True).status_code == 200
+    assert client.get(f"/v1/models/lstm/sessions/{quote(name, safe='')}").status_code == 410
