@@ -168,7 +168,7 @@ class AppMachine(RuleBasedStateMachine):
 
     @rule(name=IDS, at=REPLICAS)
     def open(self, name: str, at: int) -> None:
-        durability = "memory" if name in VOLATILE else "redis"
+        durability = "memory" if name in VOLATILE else "stored"
         at = VOLATILE.index(name) if name in VOLATILE else at
         reply = self.call("POST", at, "/sessions", {"session_id": self.prefix + name, "durability": durability})
         life = self.lives[name]
