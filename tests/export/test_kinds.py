@@ -35,7 +35,7 @@ LIKE_ANOTHER = {
     "attention over a window that it takes and returns", "difference from the step before", "torch.diff",
     "bidirectional proj_size", "bidirectional GRU", "bidirectional RNN", "mean over time", "centred convolution",
     "centred convolution, far", "attention over time", "look-ahead", "flipped in time",
-    "a table of positions, looked up",
+    "a table of positions, looked up", "loop from the end", "cumulative norm", "a loop that starts from a static input",
 }
 # fmt: on
 ALL = os.environ.get("UNROLL_TEST_KINDS") == "all"
