@@ -117,7 +117,7 @@ def _stream() -> list[dict[str, Any]]:
                 {"handle": 2, "session_id": "c", "depth": 2},
                 {"handle": 0, "session_id": "d"},
                 {"handle": 3, "session_id": "a"},
-                {"handle": 3, "session_id": "nobody's", "mode": "resume"},
+                {"handle": 3, "session_id": "n" * 129, "mode": "resume"},
                 {"handle": 3, "session_id": "nobody", "mode": "resume"},
                 {"handle": 3, "mode": "resume"},
                 {"handle": 3, "durability": "redis"},

@@ -164,7 +164,7 @@ def test_every_route_of_the_app_is_documented(server: Running, document: dict) -
         health_routes.router(state),
     ]
     routes = [r for router in routers for r in router.routes]
-    served = {(method, r.path) for r in routes for method in r.methods if method != "OPTIONS"}  # type: ignore[attr-defined]
+    served = {(method, r.path_format) for r in routes for method in r.methods if method != "OPTIONS"}  # type: ignore[attr-defined]
     assert served == documented
 
 
