@@ -76,13 +76,14 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         if settings.state_file is not None:
             state_file = StateFile(settings.state_file)
             on_error.callback(state_file.close)
+        store = _open_store(settings)
         try:
-            repository, models, sessions = _load(settings, clock, devices, crash)
+            repository, models, sessions = _load(settings, store, clock, devices, crash)
         except DeviceUnavailable as error:
             if settings.device != "auto":
                 raise
             _log.warning("device", devices=["cpu"], why=str(error))
-            repository, models, sessions = _load(settings, clock, ["cpu"], crash)
+            repository, models, sessions = _load(settings, store, clock, ["cpu"], crash)
         if state_file is not None:
             sessions.directory.spilled.load(state_file)
         on_error.pop_all()
@@ -101,12 +102,11 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
 
 
 def _load(
-    settings: Settings, clock: Clock, devices: Sequence[str], crash: Callable[[], None]
+    settings: Settings, store: Store | None, clock: Clock, devices: Sequence[str], crash: Callable[[], None]
 ) -> tuple[ModelRepository, ModelVersions, MemorySessions]:
     options = settings.model_options()
     for device in devices:
         options.engine.check(device)
-    store = _open_store(settings)
     models = ModelVersions()
     spilled = SpilledSessions(options.spill_bytes, options.sessions.idle_timeout, clock, models, store)
     directory = SessionDirectory(models, spilled, clock)

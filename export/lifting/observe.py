@@ -1,5 +1,6 @@
 """Observes a lifted model running: the states it takes, the axes of its outputs, the state it starts from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,25 +79,24 @@ def _is_among(value: Any, tensors: list[Tensor]) -> bool:
 
 def keep_squeezes(lifted: LiftedModel) -> None:
     """Let `squeeze()` drop the same axes for one sequence and for one time step as for more, in both precisions."""
-    streaming, seen = lifted.single, []
+    lifted.single.squeezes = lifted.double.squeezes = common(_watched(lifted, WatchSqueezes))
+
+
+def _watched(lifted: LiftedModel, mode: Callable[[], Any]) -> list[Any]:
+    """What such a mode has seen of forward at each of the sizes."""
+    seen = []
     for size in _SIZES:
-        streaming.watch = watch = WatchSqueezes()
+        lifted.single.watch = watch = mode()
         _recorded(lifted, size)
         seen.append(watch.seen)
-    streaming.watch = None
-    streaming.squeezes = lifted.double.squeezes = common(seen)
+    lifted.single.watch = None
+    return seen
 
 
 def find_history(lifted: LiftedModel) -> list[Place | None]:
     """Where forward needs the past outside its recurrent layers; empty if it needs none."""
-    streaming, seen = lifted.single, []
-    for size in _SIZES:
-        streaming.watch = watch = WatchHistory()
-        _recorded(lifted, size)
-        seen.append(watch.seen)
-    streaming.watch = None
-    base, wide, long = seen
-    found = [] if streaming.arguments.unbatched else places(base, wide, long, time=_SIZES[0][1])
+    base, wide, long = _watched(lifted, WatchHistory)
+    found = [] if lifted.single.arguments.unbatched else places(base, wide, long, time=_SIZES[0][1])
     return found if any(found) else []
 
 

@@ -219,7 +219,7 @@ class EmbeddedStore:
         if self._full is None:
             try:
                 return self._folder.write(work)
-            except (lmdb.MapFullError, lmdb.PanicError):
+            except lmdb.PanicError:
                 raise
             except lmdb.Error as reason:  # LMDB has several errors for a full disk
                 self._full = _unavailable(reason)

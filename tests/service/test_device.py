@@ -48,3 +48,12 @@ def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
 def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):
     with pytest.raises(ValueError, match="precision tf32 needs a GPU"):
         app.build(Settings(repository=repository, device="cpu", precision="tf32"))
+
+
+def test_a_device_that_fails_leaves_the_store_to_the_cpu(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The folder of a store can be opened once in a process."""
+    monkeypatch.setattr(app, "resolve_devices", lambda device: (["cuda:9"], "as a test has it"))
+    _, state = app.build(Settings(repository=repository, device="auto", store=f"file://{tmp_path}/store"))
+    assert {model.serving.provider for model in state.models} == {"CPUExecutionProvider"}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from processes import Process, StartProcess
+from raw_http import Wire
 from serving import Oracle, Running, Serve
 from torch import Tensor, nn
 
@@ -71,6 +72,13 @@ def server(repository: Path) -> Iterator[Running]:
     running = Running(Settings(repository=repository))
     yield running
     running.stop()
+
+
+@pytest.fixture
+def wire(server: Running) -> Iterator[Wire]:
+    wire = Wire(server.port)
+    yield wire
+    wire.socket.close()
 
 
 @pytest.fixture

@@ -20,13 +20,6 @@ STREAM = "/v1/models/lstm/stream"
 
 
 @pytest.fixture
-def wire(server: Running) -> Iterator[Wire]:
-    wire = Wire(server.port)
-    yield wire
-    wire.socket.close()
-
-
-@pytest.fixture
 def session(client: httpx.Client) -> Iterator[str]:
     """Its path. Nothing that is refused changes it."""
     name = client.post("/v1/models/lstm/sessions").raise_for_status().json()["session_id"]

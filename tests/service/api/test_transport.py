@@ -15,13 +15,6 @@ _ids = itertools.count()
 
 
 @pytest.fixture
-def wire(server: Running) -> Iterator[Wire]:
-    wire = Wire(server.port)
-    yield wire
-    wire.socket.close()
-
-
-@pytest.fixture
 def path(client: httpx.Client) -> str:
     """Of the steps of a new session."""
     session_id = f"wire-{next(_ids)}"
