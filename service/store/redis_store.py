@@ -24,7 +24,9 @@ from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.connection import HiredisRespSerializer
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
 from unroll.service.store.exchanges import Exchanges, unavailable
@@ -42,7 +44,8 @@ _ANY = b"*"
 _CLUSTER = "redis+cluster://"
 
 # Unused and unknown arguments are empty. The first write of a session brings its `origin`. `finish` returns the
-# position if it closed the session.
+# position if it closed the session; a session is also closed if there is no memory for its tombstone, except by a step,
+# whose reply is in it. The first write has no effect: it makes a replica, whose data may be old, refuse all calls.
 _SCRIPT = """
 local call, does = redis.call, {}
 function does.write(state, gone, expected, token, record, position, origin)
@@ -63,7 +66,11 @@ function does.finish(state, gone, expected, token, last, position, origin)
   if origin == '' then
     position, origin = call('GETRANGE', state, 88, 95), call('GETRANGE', state, 16, 87)
   end
-  call('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  local kept = redis.pcall('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  if kept.err then
+    if expected ~= '*' or not string.find(kept.err, 'OOM') then return kept end
+    call('DEL', gone)
+  end
   call('DEL', state)
   return position
 end
@@ -74,6 +81,8 @@ function does.take(state, gone, expected)
   if call('GETRANGE', state, 0, 15) ~= expected then return 0 end
   return call('DEL', state, gone) and 1
 end
+local able = redis.pcall('SET', KEYS[1] .. ':never', '', 'XX')
+if able and able.err and string.find(able.err, 'READONLY') then return able end
 local replies = {}
 for i = 1, #KEYS / 2 do
   local good, reply = pcall(does[ARGV[6 * i - 5]], KEYS[2 * i - 1], KEYS[2 * i], unpack(ARGV, 6 * i - 4, 6 * i))
@@ -203,8 +212,9 @@ class _Connection(Connection):
 
 
 def _client(config: RedisStoreConfig) -> Any:
-    # Retry once, at once, on a new connection, since the old one may be dead. The script recognises repeated calls.
-    retry = Retry(NoBackoff(), 1)
+    # Retry once, at once, on a new connection: the old one may be dead, or lead to a server that is no longer the
+    # primary. The script recognises repeated calls.
+    retry = Retry(NoBackoff(), 1, (RedisConnectionError, RedisTimeoutError, ReadOnlyError, MasterDownError))
     options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
     if config.url.startswith(_CLUSTER):
         return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
