@@ -18,7 +18,6 @@ import hashlib
 import math
 import struct
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.state.envelope import HEADER_BYTES, Envelope
+from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Tokens
 from unroll.service.store.lmdb_folder import LmdbFolder, Sync, boot
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
@@ -57,10 +57,6 @@ _MOST_KEY, _KEPT_OF_NAME = 511, 400
 _CLOCK, _TIME = b"\0clock", struct.Struct("<16sdd")
 #: Seconds between syncs, and between looks at old entries; entries per look.
 _PERIOD, _SWEPT = 1.0, 2000
-#: Checks for overdue answers per timeout.
-_TICKS = 10
-#: Seconds after which a client may find the store again.
-_RETRY_AFTER = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +68,6 @@ class _Call:
 
     work: Callable[[Any, float], Any]
     does: Literal["reads", "ends", "writes"]
-
-
-_Asked = tuple[list[_Call], "asyncio.Future[list[Any]]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +90,14 @@ class EmbeddedStore:
         self._offset = self._folder.write(_agreed_offset)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tokens = Tokens()
-        self._queue: deque[_Asked] = deque()
-        self._at_work: list[_Asked] = []
-        self._busy: asyncio.Task[None] | None = None
-        self._ticks = 0  # since the thread began its work
-        self._timer: asyncio.TimerHandle | None = None
+        # One transaction at a time. A late one cannot be cancelled: another process may have stopped within its own.
+        self._exchanges = Exchanges(self._transact, (lmdb.Error, OSError), config.timeout, most=1, cancels=False)
         self._maintenance: asyncio.Task[None] | None = None
-        self._answers = True  # so far as is known
         self._full: StoreUnavailable | None = None  # the answer to calls that need space
         self._swept = b""  # entries up to here were looked at
 
     def __repr__(self) -> str:
-        return f"<EmbeddedStore {self._config.folder}, {len(self._queue)} calls waiting>"
+        return f"<EmbeddedStore {self._config.folder}, {self._exchanges!r}>"
 
     async def start(self) -> None:
         self._maintenance = asyncio.create_task(self._maintain(), name="store")
@@ -117,93 +106,31 @@ class EmbeddedStore:
         if self._maintenance is not None:
             self._maintenance.cancel()
             await asyncio.wait([self._maintenance])
-        while self._busy is not None:
-            await asyncio.wait([self._busy])
+        await self._exchanges.finish()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._folder.close)
         self._thread.shutdown()
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
-            return await self._ask(
+            return await self._exchanges.ask(
                 [_Call(partial(self._commit, commit), "ends" if commit.ends else "writes") for commit in commits]
             )
         except StoreUnavailable as error:
             return [error] * len(commits)
 
     async def load(self, key: Key) -> Record | Gone | None:
-        return await self._ask_one(_Call(partial(self._load, _name(key)), "reads"))
+        return await self._exchanges.ask_one(_Call(partial(self._load, _name(key)), "reads"))
 
     async def close(self, key: Key) -> int | None:
-        return await self._ask_one(_Call(partial(self._close, _name(key), self._tokens.next()), "ends"))
+        return await self._exchanges.ask_one(_Call(partial(self._close, _name(key), self._tokens.next()), "ends"))
 
     async def take(self, key: Key, token: bytes) -> bool:
-        return await self._ask_one(_Call(partial(_take, _name(key), token), "ends"))
+        return await self._exchanges.ask_one(_Call(partial(_take, _name(key), token), "ends"))
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────
 
-    async def _ask_one(self, call: _Call) -> Any:
-        """Its result. Raises StoreUnavailable, and the error that is its result."""
-        (result,) = await self._ask([call])
-        if isinstance(result, UnrollError):
-            raise result
-        return result
-
-    async def _ask(self, calls: list[_Call]) -> list[Any]:
-        """A result or an UnrollError per call. Raises StoreUnavailable if there are none."""
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._queue.append((calls, future))
-        self._work()
-        return await future
-
-    def _work(self) -> None:
-        if self._busy is not None or not self._queue:
-            return
-        self._at_work, self._queue, self._ticks = list(self._queue), deque(), 0
-        self._busy = asyncio.create_task(self._transact(), name="store")
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
-
-    def _tick(self) -> None:
-        """Answer what has waited for too many ticks: another process may have stopped within its transaction. A pause
-        of this process counts as one tick."""
-        self._timer = None
-        if self._busy is None:
-            return
-        self._ticks += 1
-        if self._ticks % _TICKS == 0:
-            self._fail(TimeoutError(f"no answer within {self._config.timeout:g} s"))
-        self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
-
-    def _fail(self, reason: Exception) -> None:
-        """Answer all calls, also those that wait behind: they would fail the same way, only later."""
-        failed, self._at_work, self._queue = [*self._at_work, *self._queue], [], deque()
-        self._note(reason)
-        for _, future in failed:
-            if not future.done():
-                future.set_exception(_unavailable(reason))
-
-    def _note(self, reason: Exception | None) -> None:
-        if self._answers is not (reason is None):
-            self._answers = reason is None
-            (_log.info if reason is None else _log.error)("store", answers=self._answers, reason=str(reason or ""))
-
-    async def _transact(self) -> None:
-        calls = [call for some, _ in self._at_work for call in some]
-        try:
-            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, calls)
-        except Exception as reason:  # noqa: BLE001 the waiting commits must get an answer
-            if not isinstance(reason, (lmdb.Error, OSError)):
-                _log.error("unexpected error of the store", exc_info=reason)
-            self._fail(reason)
-        else:
-            self._note(None)
-            begin = 0
-            for some, future in self._at_work:  # none, if they were answered meanwhile
-                if not future.done():
-                    future.set_result(results[begin : begin + len(some)])
-                begin += len(some)
-        self._at_work, self._busy = [], None
-        self._work()
+    async def _transact(self, calls: list[_Call]) -> list[Any]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, calls)
 
     def _run(self, calls: list[_Call]) -> list[Any]:
         """In the thread: all calls in one transaction; while the disk is full, only those that end sessions."""
@@ -222,7 +149,7 @@ class EmbeddedStore:
             except lmdb.PanicError:
                 raise
             except lmdb.Error as reason:  # LMDB has several errors for a full disk
-                self._full = _unavailable(reason)
+                self._full = unavailable(reason)
                 self._folder.free_reserve()
         return self._folder.write(work)
 
@@ -232,7 +159,7 @@ class EmbeddedStore:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._look_after)
             except (lmdb.Error, OSError) as reason:
-                self._note(reason)
+                self._exchanges.note(reason)
 
     def _look_after(self) -> None:
         """In the thread: remove traces that are old enough, note the time, and sync."""
@@ -314,10 +241,6 @@ class EmbeddedStore:
         body = trace + pack_last(1, ())
         transaction.put(place, _entry(name, _CLOSED, now + self._config.tombstone_life, token, body))
         return _POSITION.unpack_from(trace)[0]
-
-
-def _unavailable(reason: Exception) -> StoreUnavailable:
-    return StoreUnavailable(f"the session store is unavailable: {reason}", _RETRY_AFTER)
 
 
 def _take(name: bytes, token: bytes, transaction: Any, now: float) -> bool:
