@@ -119,7 +119,9 @@ def _opened(folder: Path) -> Iterator[Any]:
         last, synced = lmdb_folder.last_host(folder), folder / "synced"
         if last is not None and lmdb_folder.has_crashed(last):
             if not synced.exists():
-                raise StoreUnavailable("the machine was restarted, and nothing was synced: the next server sets it aside", 0)
+                raise StoreUnavailable(
+                    "the machine was restarted, and nothing was synced: the next server sets it aside", 0
+                )
             copy = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             shutil.copyfile(folder / "data.mdb", copy / "data.mdb")
             lmdb_folder.put_back(copy / "data.mdb", synced)
