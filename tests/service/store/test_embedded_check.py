@@ -1,5 +1,6 @@
 """`unroll store check`: every entry is examined, and a damaged file is reported in words."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -90,7 +91,8 @@ async def test_what_is_no_store_or_is_cut_cannot_be_opened(tmp_path: Path, capsy
 async def test_random_damage_never_leaves_another_session_unnoticed(tmp_path: Path) -> None:
     await (await filled(tmp_path / "store", 150)).stop()
     program = [sys.executable, str(Path(__file__).with_name("flips.py"))]
-    ran = subprocess.run(
+    ran = await asyncio.to_thread(
+        subprocess.run,
         [*program, str(tmp_path / "store"), str(tmp_path / "copy"), str(SEED), str(COUNT)],
         capture_output=True,
         text=True,
