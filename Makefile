@@ -16,8 +16,8 @@ help: ## list the targets
 
 install: .venv/.installed ## create .venv with everything: serving, export, training, tests
 
-run: .venv-serve/.installed ## serve the example bundles on :8000 and run the demo (PORT=8001, DETACH=1)
-	@.venv-serve/bin/python -m unroll.examples.run --port $(PORT) $(if $(filter-out 0,$(DETACH)),--detach)
+run: .venv-serve/.installed ## serve the example bundles on :8000 and run the demo (PORT=8001, DETACH=1, STORE=folder)
+	@.venv-serve/bin/python -m unroll.examples.run --port $(PORT) $(if $(filter-out 0,$(DETACH)),--detach) $(if $(STORE),--store '$(STORE)')
 
 stop: ## stop the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m unroll.examples.run --stop

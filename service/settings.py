@@ -228,12 +228,17 @@ class Settings(BaseSettings):
         if self.store is None:
             return None
         times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
-        if self.store.startswith(_FOLDER):
-            return EmbeddedStoreConfig(Path(unquote(self.store.removeprefix(_FOLDER))), self.store_sync, *times)
+        if (folder := store_folder(self.store)) is not None:
+            return EmbeddedStoreConfig(folder, self.store_sync, *times)
         return RedisStoreConfig(self.store, *times)
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
+
+
+def store_folder(url: str) -> Path | None:
+    """The folder that `--store` names, if it names one."""
+    return Path(unquote(url.removeprefix(_FOLDER))) if url.startswith(f"{_FOLDER}/") else None
 
 
 def _unknown_variables(environment: Mapping[str, str]) -> list[str]:

@@ -12,9 +12,7 @@ one script, which runs them in order; each succeeds or fails by itself. How many
 on its `appendfsync`.
 """
 
-import asyncio
 import hashlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -26,9 +24,12 @@ from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.connection import HiredisRespSerializer
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
+from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
 
@@ -38,16 +39,13 @@ _log = structlog.get_logger(__name__)
 _EXCHANGES = 2
 #: Maximum calls and bytes per run of the script: Redis does nothing else while it runs.
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
-#: Checks for overdue answers per timeout.
-_TICKS = 10
-#: Seconds after which a client may find the store again.
-_RETRY_AFTER = 1.0
 #: `expected` of a call that accepts any token.
 _ANY = b"*"
 _CLUSTER = "redis+cluster://"
 
 # Unused and unknown arguments are empty. The first write of a session brings its `origin`. `finish` returns the
-# position if it closed the session.
+# position if it closed the session; a session is also closed if there is no memory for its tombstone, except by a step,
+# whose reply is in it. The first write has no effect: it makes a replica, whose data may be old, refuse all calls.
 _SCRIPT = """
 local call, does = redis.call, {}
 function does.write(state, gone, expected, token, record, position, origin)
@@ -68,7 +66,11 @@ function does.finish(state, gone, expected, token, last, position, origin)
   if origin == '' then
     position, origin = call('GETRANGE', state, 88, 95), call('GETRANGE', state, 16, 87)
   end
-  call('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  local kept = redis.pcall('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  if kept.err then
+    if expected ~= '*' or not string.find(kept.err, 'OOM') then return kept end
+    call('DEL', gone)
+  end
   call('DEL', state)
   return position
 end
@@ -79,6 +81,8 @@ function does.take(state, gone, expected)
   if call('GETRANGE', state, 0, 15) ~= expected then return 0 end
   return call('DEL', state, gone) and 1
 end
+local able = redis.pcall('SET', KEYS[1] .. ':never', '', 'XX')
+if able and able.err and string.find(able.err, 'READONLY') then return able end
 local replies = {}
 for i = 1, #KEYS / 2 do
   local good, reply = pcall(does[ARGV[6 * i - 5]], KEYS[2 * i - 1], KEYS[2 * i], unpack(ARGV, 6 * i - 4, 6 * i))
@@ -116,15 +120,12 @@ class RedisStore:
         self._config = config
         self._client: Any = _client(config)
         self._tokens = Tokens()
-        self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
-        self._under_way: dict[asyncio.Task[None], int] = {}  # and the ticks since it began
-        self._timer: asyncio.TimerHandle | None = None
-        self._answers = True  # so far as is known
+        self._exchanges = Exchanges(self._execute, (RedisError, OSError), config.timeout, most=_EXCHANGES, cancels=True)
         self._script = _with_lives(config).encode()
         self._digest = hashlib.sha1(self._script).hexdigest().encode()
 
     def __repr__(self) -> str:
-        return f"<RedisStore {len(self._under_way)} exchanges under way, {len(self._queue)} calls waiting>"
+        return f"<RedisStore {self._exchanges!r}>"
 
     async def start(self) -> None:
         """Log an error if the store does not answer; it may answer later."""
@@ -134,95 +135,28 @@ class RedisStore:
             _log.error("store does not answer", reason=error.message)
 
     async def stop(self) -> None:
-        while self._under_way:
-            await asyncio.wait(self._under_way)
+        await self._exchanges.finish()
         await self._client.aclose()
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
-            replies = await self._ask([_call_of(commit) for commit in commits])
+            replies = await self._exchanges.ask([_call_of(commit) for commit in commits])
         except StoreUnavailable as error:
             return [error] * len(commits)
         return [_verdict(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
 
     async def load(self, key: Key) -> Record | Gone | None:
-        state, gone = await self._ask_one(_call(key, b"load"))
+        state, gone = await self._exchanges.ask_one(_call(key, b"load"))
         if state is not None:
             return Record.unpack(state[_TOKEN:], state[:_TOKEN])
         return None if gone is None else _read_gone(gone)
 
     async def close(self, key: Key) -> int | None:
-        position = await self._ask_one(_call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ())))
+        position = await self._exchanges.ask_one(_call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ())))
         return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes) -> bool:
-        return bool(await self._ask_one(_call(key, b"take", token)))
-
-    # ── exchanges ────────────────────────────────────────────────────────────────────────────────
-
-    async def _ask_one(self, call: _Call) -> Any:
-        """Its reply. Raises StoreUnavailable."""
-        (reply,) = await self._ask([call])
-        if isinstance(reply, RedisError):
-            raise _unavailable(reply)
-        return reply
-
-    async def _ask(self, calls: list[_Call]) -> list[Any]:
-        """A reply or a RedisError per call. Raises StoreUnavailable if there are none."""
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._queue.append((calls, future))
-        self._send()
-        return await future
-
-    def _send(self) -> None:
-        while self._queue and len(self._under_way) < _EXCHANGES:
-            asked, self._queue = self._queue, deque()
-            task = asyncio.create_task(self._exchange(asked), name="store")
-            self._under_way[task] = 0
-            task.add_done_callback(self._sent)
-        if self._under_way and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
-
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        del self._under_way[task]
-        self._send()
-
-    def _tick(self) -> None:
-        """Cancel exchanges that are unanswered for too many ticks. A pause of this process counts as one tick, since it
-        could not read answers that arrived."""
-        self._timer = None
-        for task in self._under_way:
-            self._under_way[task] += 1
-            if self._under_way[task] % _TICKS == 0:
-                task.cancel()
-        self._send()
-
-    async def _exchange(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
-        calls = [call for some, _ in asked for call in some]
-        error: StoreUnavailable | None = None
-        replies: list[Any] = []
-        try:
-            replies = await self._execute(calls)
-        except (Exception, asyncio.CancelledError) as reason:  # noqa: BLE001 the waiting commits must get an answer
-            if not isinstance(reason, (RedisError, OSError, asyncio.CancelledError)):
-                _log.error("unexpected error of the store", exc_info=reason)
-            late = TimeoutError(f"no answer within {self._config.timeout:g} s")
-            error = _unavailable(reason if isinstance(reason, Exception) else late)
-            # Calls that wait behind these would fail the same way, only later.
-            asked, self._queue = [*asked, *self._queue], deque()
-        if self._answers is not (error is None):
-            self._answers = error is None
-            (_log.info if error is None else _log.error)("store", answers=self._answers, reason=str(error or ""))
-        begin = 0
-        for some, future in asked:
-            end = begin + len(some)
-            if future.done():  # the caller was cancelled
-                pass
-            elif error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(replies[begin:end])
-            begin = end
+        return bool(await self._exchanges.ask_one(_call(key, b"take", token)))
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
         if isinstance(self._client, RedisCluster):
@@ -278,8 +212,9 @@ class _Connection(Connection):
 
 
 def _client(config: RedisStoreConfig) -> Any:
-    # Retry once, at once, on a new connection, since the old one may be dead. The script recognises repeated calls.
-    retry = Retry(NoBackoff(), 1)
+    # Retry once, at once, on a new connection: the old one may be dead, or lead to a server that is no longer the
+    # primary. The script recognises repeated calls.
+    retry = Retry(NoBackoff(), 1, (RedisConnectionError, RedisTimeoutError, ReadOnlyError, MasterDownError))
     options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
     if config.url.startswith(_CLUSTER):
         return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
@@ -327,15 +262,10 @@ def _read_gone(content: bytes) -> Gone:
 
 def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
     if isinstance(reply, RedisError):
-        return _unavailable(reply)
+        return unavailable(reply)
     if reply is None or reply == 0:
         return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
     return None
-
-
-def _unavailable(reason: Exception) -> StoreUnavailable:
-    why = str(reason).partition("\n")[0] or type(reason).__name__
-    return StoreUnavailable(f"the session store is unavailable: {why}", _RETRY_AFTER)
 
 
 def _milliseconds(seconds: float) -> int:

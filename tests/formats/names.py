@@ -16,19 +16,32 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.settings import Settings
 
 _OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
+_ACTION = re.compile(r"^    ([a-z]+)  ", re.MULTILINE)
+_WITH_ACTIONS = {"store"}
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
 def flags() -> dict[str, list[str]]:
     """Of every command, as its help lists them."""
-    return {command: _flags(import_module(f"unroll.{module}").main) for command, (module, _) in cli.COMMANDS.items()}
+    found = {}
+    for command, (module, _) in cli.COMMANDS.items():
+        main = import_module(f"unroll.{module}").main
+        actions = _ACTION.findall(_help(main)) if command in _WITH_ACTIONS else []
+        found |= {f"{command} {action}": _flags(_help(main, action)) for action in actions} or {
+            command: _flags(_help(main))
+        }
+    return found
 
 
-def _flags(main: Any) -> list[str]:
+def _help(main: Any, *action: str) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        main(["--help"])
-    return sorted({flag for options in _OPTIONS.findall(text.getvalue()) for flag in _FLAG.findall(options)})
+        main([*action, "--help"])
+    return text.getvalue()
+
+
+def _flags(text: str) -> list[str]:
+    return sorted({flag for options in _OPTIONS.findall(text) for flag in _FLAG.findall(options)})
 
 
 def settings() -> list[str]:
