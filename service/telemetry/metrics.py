@@ -78,7 +78,7 @@ HELP = {
     "unroll_batch_rows": "Rows in a call of the model.",
     "unroll_batch_seconds": "Duration of a call of the model.",
     "unroll_sessions_spilled": "Memory sessions without a row, in host memory.",
-    "unroll_bundle_refused": "1 for each bundle of the repository that cannot be served, with the reason.",
+    "unroll_bundle_refused": "1 for each bundle that cannot be served, and each pointer (no version) not followed.",
     "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
     "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
