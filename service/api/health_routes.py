@@ -19,6 +19,7 @@ def router(app: AppState) -> APIRouter:
         app.streams,
         app.sessions.directory.spilled,
         lambda: app.models.refused,
+        app.sessions.store_figures,
     )
 
     async def live() -> dict[str, bool]:

@@ -11,6 +11,7 @@ from unroll.service.scheduler.session import Session
 from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.state.slots import INITIAL
 from unroll.service.state.snapshot import Snapshot
+from unroll.service.telemetry.metrics import StoreFigures
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ class MemorySessions:
     has_store = False
     #: The durabilities that the server itself offers.
     durabilities: tuple[str, ...] = ("memory",)
+    #: For metrics; None without a store.
+    store_figures: StoreFigures | None = None
 
     def __init__(self, directory: SessionDirectory) -> None:
         self.directory = directory
