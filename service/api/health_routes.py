@@ -19,6 +19,7 @@ def router(app: AppState) -> APIRouter:
         app.streams,
         app.sessions.directory.spilled,
         app.models.problems,
+        app.sessions.store_figures,
     )
 
     async def live() -> dict[str, bool]:

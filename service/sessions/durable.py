@@ -42,6 +42,7 @@ class DurableSessions(MemorySessions):
     def __init__(self, directory: SessionDirectory, store: Store) -> None:
         super().__init__(directory)
         self.durabilities = (MEMORY, STORED)
+        self.store_figures = store.figures
         self._store = store
         self._tokens = Tokens()
         self._waiting: dict[Key, list[OnVerified]] = {}

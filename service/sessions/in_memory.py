@@ -12,6 +12,7 @@ from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.state.slots import INITIAL
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.record import Origin, Record
+from unroll.service.telemetry.metrics import StoreFigures
 
 T = TypeVar("T")
 
@@ -28,6 +29,8 @@ class MemorySessions:
     has_store = False
     #: The durabilities that the server itself offers.
     durabilities: tuple[str, ...] = ("memory",)
+    #: For metrics; None without a store.
+    store_figures: StoreFigures | None = None
 
     def __init__(self, directory: SessionDirectory) -> None:
         self.directory = directory
