@@ -79,6 +79,8 @@ class EmbeddedStore:
         self._tokens = Tokens()
         # One transaction at a time. A late one cannot be cancelled: another process may have stopped within its own.
         self._exchanges = Exchanges(self._transact, (lmdb.Error, OSError), config.timeout, most=1, cancels=False)
+        self.figures = self._exchanges.figures
+        self.figures.bytes = self._folder.sizes()
         self._maintenance: asyncio.Task[None] | None = None
         self._full: StoreUnavailable | None = None  # the answer to calls that need space
         self._swept = b""  # entries up to here were looked at
@@ -98,12 +100,11 @@ class EmbeddedStore:
         self._thread.shutdown()
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
+        calls = [_Call(partial(self._commit, commit), "ends" if commit.ends else "writes") for commit in commits]
         try:
-            return await self._exchanges.ask(
-                [_Call(partial(self._commit, commit), "ends" if commit.ends else "writes") for commit in commits]
-            )
+            return self._exchanges.counted(await self._exchanges.ask(calls))
         except StoreUnavailable as error:
-            return [error] * len(commits)
+            return self._exchanges.counted([error] * len(commits))
 
     async def load(self, key: Key) -> Record | Gone | None:
         return await self._exchanges.ask_one(_Call(partial(self._load, name_of(key)), "reads"))
@@ -150,6 +151,7 @@ class EmbeddedStore:
 
     def _look_after(self) -> None:
         """In the thread: remove traces that are old enough, note the time, and sync."""
+        self.figures.bytes = self._folder.sizes()
         if self._full is not None:
             if not self._folder.reserve():
                 return

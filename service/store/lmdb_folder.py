@@ -128,6 +128,12 @@ class LmdbFolder:
         self._held, self._marked = held, last
         environment.reader_check()  # only now: the reader of a process that was killed has protected its `synced`
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the file, and of its pages in use."""
+        pages = self._environment.stat()
+        used = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+        return {"file": _size_of(self.folder / "data.mdb"), "used": used}
+
     def has_changed(self) -> bool:
         """Something was committed since the last mark."""
         return self._environment.info()["last_txnid"] != self._marked

@@ -14,6 +14,7 @@ from unroll import cli
 from unroll.service.api.error_responses import STATUS
 from unroll.service.core.errors import UnrollError
 from unroll.service.settings import Settings
+from unroll.service.telemetry.metrics import Collector, StoreFigures
 
 _OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
 _ACTION = re.compile(r"^    ([a-z]+)  ", re.MULTILINE)
@@ -76,6 +77,17 @@ def bodies(client: httpx.Client) -> dict[str, list[str]]:
 
 def metrics(client: httpx.Client) -> list[str]:
     """Each sample's name, and its labels' names."""
-    families = text_string_to_metric_families(client.get("/metrics").text)
+    return _samples(client.get("/metrics").text)
+
+
+def store_metrics() -> list[str]:
+    """Those that a server has only with a store."""
+    figures = StoreFigures(bytes={"file": 0, "used": 0})
+    text = Collector(list, {}, (), (), dict, figures).exposition().decode()
+    return [name for name in _samples(text) if name.startswith("unroll_store")]
+
+
+def _samples(text: str) -> list[str]:
+    families = text_string_to_metric_families(text)
     samples = [sample for family in families for sample in family.samples if sample.name.startswith("unroll")]
     return sorted({f"{sample.name}{{{','.join(sorted(sample.labels))}}}" for sample in samples})
