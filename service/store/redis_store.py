@@ -121,6 +121,7 @@ class RedisStore:
         self._client: Any = _client(config)
         self._tokens = Tokens()
         self._exchanges = Exchanges(self._execute, (RedisError, OSError), config.timeout, most=_EXCHANGES, cancels=True)
+        self.figures = self._exchanges.figures
         self._script = _with_lives(config).encode()
         self._digest = hashlib.sha1(self._script).hexdigest().encode()
 
@@ -142,8 +143,8 @@ class RedisStore:
         try:
             replies = await self._exchanges.ask([_call_of(commit) for commit in commits])
         except StoreUnavailable as error:
-            return [error] * len(commits)
-        return [_verdict(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
+            return self._exchanges.counted([error] * len(commits))
+        return self._exchanges.counted([_verdict(*both) for both in zip(commits, replies, strict=True)])
 
     async def load(self, key: Key) -> Record | Gone | None:
         state, gone = await self._exchanges.ask_one(_call(key, b"load"))
