@@ -261,6 +261,12 @@ class Draining(Overloaded):
     code = "draining"
 
 
+class VersionUnavailable(Overloaded):
+    """The session runs on a version that the server does not have yet, and no other one answered."""
+
+    code = "version_unavailable"
+
+
 class StoreUnavailable(Overloaded):
     """The server's session store does not answer. The step may have been applied: send it again."""
 

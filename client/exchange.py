@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from unroll.client.errors import ServerError
+from unroll.client.errors import ModelUnavailable, ServerError
 from unroll.client.retries import RETRIED
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Response:
 
     @property
     def may_succeed_later(self) -> bool:
-        return self.status in RETRIED
+        return self.status in RETRIED and not isinstance(self.error(), ModelUnavailable)
 
     @property
     def retry_after(self) -> float | None:

@@ -10,19 +10,6 @@ _FIRST, _LONGEST = 0.05, 2.0
 
 #: Statuses after which the same request may succeed.
 RETRIED = frozenset({HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT, HTTPStatus.BAD_GATEWAY})
-#: The codes of these statuses that come over a stream.
-RETRIED_CODES = frozenset(
-    {
-        "queue_full",
-        "deadline_unreachable",
-        "deadline_exceeded",
-        "capacity_exhausted",
-        "draining",
-        "store_unavailable",
-        "session_contended",
-        "model_unavailable",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unroll.client.errors import InvalidInput, ServerError, SessionExists, SomeFailed, UnrollError
+from unroll.client.errors import DeadlineExceeded, InvalidInput, ServerError, SessionExists, SomeFailed, UnrollError
 from unroll.client.frames import pack_steps, unpack_outputs
-from unroll.client.retries import RETRIED_CODES
 from unroll.client.session_calls import Durability, Mode
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
@@ -72,8 +71,8 @@ class Call:
         self.retry_after = 0.0
 
     def refuse(self, key: int, error: ServerError) -> bool:
-        """Note a refusal. Returns whether it is final."""
-        if error.code not in RETRIED_CODES:
+        """Note a refusal. Returns whether it is final: those for now say when to come again."""
+        if error.retry_after is None and not isinstance(error, DeadlineExceeded):
             return True
         self.again[key] = error
         self.retry_after = max(self.retry_after, error.retry_after or 0.0)

@@ -18,7 +18,7 @@ from unroll.client import AsyncClient, Client, errors
 async def test_connections_break_at_every_place(
     server: Running, oracle: Callable[[str], Oracle], rng: np.random.Generator
 ) -> None:
-    """Requests cut in half, replies lost, late or silent: all steps are applied once, by both clients, over both wires."""
+    """Requests cut in half, replies lost, late or silent: each step is applied once."""
     x = rng.standard_normal((4, 25, 3)).astype(np.float32)
     chance = random.Random(1)
     weights = {Fault.NONE: 12, Fault.CUT_REQUEST: 1, Fault.LOSE_REPLY: 1, Fault.CUT_REPLY: 1, Fault.SILENCE: 0.2}
