@@ -1,4 +1,4 @@
-# The serving image: no torch, no root, no write outside /tmp.
+# The serving image: no torch, no root, no write outside /tmp and the volume of sessions.
 #
 #   docker build -t unroll .                          CPU
 #   docker build -t unroll:gpu --build-arg RUNTIME=gpu .
@@ -32,6 +32,8 @@ LABEL org.opencontainers.image.title="unroll" \
 COPY --from=build /opt/unroll /opt/unroll
 # The example bundles; mount your own repository over them.
 COPY examples/repository /srv/repository
+# A volume mounted here may be written, for --store file:///var/lib/unroll/sessions.
+RUN install -d -o 10001 -g 10001 /var/lib/unroll
 ENV PATH=/opt/unroll/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     UNROLL_REPOSITORY=/srv/repository HOST=0.0.0.0 PORT=8000
 USER 10001:10001

@@ -14,7 +14,7 @@ import structlog
 from unroll.service import app
 from unroll.service.core.errors import StoreUnavailable, UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
-from unroll.service.models.repository import RepositoryError
+from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings, SettingsRefused
 from unroll.service.store.interface import StoreRefused
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig

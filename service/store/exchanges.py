@@ -1,13 +1,15 @@
 """Exchanges with a store: concurrent calls leave in one group, and get an answer even if the store gives none."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import structlog
 
-from unroll.service.core.errors import StoreUnavailable, UnrollError
+from unroll.service.core.errors import SessionContended, StoreUnavailable, UnrollError
+from unroll.service.telemetry.metrics import StoreFigures
 
 C = TypeVar("C")
 
@@ -36,6 +38,9 @@ class Exchanges(Generic[C]):
         timeout: Seconds without an answer after which calls fail.
         most: Exchanges under way at the same time.
         cancels: Whether a late exchange is cancelled. If not, it stays under way until it ends.
+
+    Attributes:
+        figures: For metrics.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Exchanges(Generic[C]):
         self._queue: list[tuple[list[C], asyncio.Future[list[Any]]]] = []
         self._under_way: dict[asyncio.Task[None], _Exchange[C]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._answers = True  # so far as is known
+        self.figures = StoreFigures()
 
     def __repr__(self) -> str:
         return f"<Exchanges {len(self._under_way)} under way, {len(self._queue)} calls waiting>"
@@ -74,6 +79,16 @@ class Exchanges(Generic[C]):
             raise reply if isinstance(reply, UnrollError) else unavailable(reply)
         return reply
 
+    def counted(self, results: list[UnrollError | None]) -> list[UnrollError | None]:
+        """The results of commits, which are counted."""
+        counts, stored = self.figures.commits, results.count(None)
+        counts["stored"] += stored
+        if stored < len(results):
+            contended = sum(isinstance(result, SessionContended) for result in results)
+            counts["contended"] += contended
+            counts["unavailable"] += len(results) - stored - contended
+        return results
+
     async def finish(self) -> None:
         """Wait for all calls."""
         while self._under_way:
@@ -81,9 +96,9 @@ class Exchanges(Generic[C]):
 
     def note(self, reason: Exception | None) -> None:
         """Log whether the store answers, if that has changed. reason: why it does not."""
-        if self._answers is not (reason is None):
-            self._answers = reason is None
-            (_log.info if reason is None else _log.error)("store", answers=self._answers, reason=_first_line(reason))
+        if self.figures.up is not (reason is None):
+            self.figures.up = reason is None
+            (_log.info if reason is None else _log.error)("store", answers=self.figures.up, reason=_first_line(reason))
 
     def _send(self) -> None:
         while self._queue and len(self._under_way) < self._most:
@@ -117,6 +132,7 @@ class Exchanges(Generic[C]):
 
     async def _run(self, exchange: _Exchange[C]) -> None:
         calls = [call for some, _ in exchange.asked for call in some]
+        begun = time.monotonic()
         try:
             replies = await self._execute(calls)
         except asyncio.CancelledError:
@@ -127,6 +143,8 @@ class Exchanges(Generic[C]):
                 _log.error("unexpected error of the store", exc_info=reason)
             self._fail(exchange, reason)
             return
+        finally:
+            self.figures.exchange_seconds.observe(time.monotonic() - begun)
         self.note(None)
         begin = 0
         for some, future in exchange.asked:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from unroll.service.core.errors import UnrollError
 from unroll.service.store.record import Gone, Kept, Origin, Record
+from unroll.service.telemetry.metrics import StoreFigures
 
 Key = tuple[str, str]
 
@@ -53,7 +54,12 @@ class Store(Protocol):
 
     `load`, `close` and `take` raise StoreUnavailable if the store does not answer in time or cannot write; `commit`
     returns the error instead.
+
+    Attributes:
+        figures: For metrics.
     """
+
+    figures: StoreFigures
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         """The result of each commit: None if it is in the store, also if it was sent twice; SessionContended if the

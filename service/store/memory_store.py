@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.store.interface import Commit, Key
 from unroll.service.store.record import Gone, Origin, Record, unpack_last
+from unroll.service.telemetry.metrics import StoreFigures
 
 
 class MemoryStore:
     def __init__(self) -> None:
         self._records: dict[Key, Record] = {}
         self._gone: dict[Key, tuple[Gone, bytes]] = {}
+        self.figures = StoreFigures()
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...

@@ -121,18 +121,15 @@ class RedisStoreConfig:
 
 
 class RedisStore:
-    """Raises StoreRefused if the URL is wrong.
-
-    eviction: the policy by which the server removes keys when its memory is full; None so far as is known.
-    """
+    """Raises StoreRefused if the URL is wrong."""
 
     def __init__(self, config: RedisStoreConfig) -> None:
         self._config = config
         self._client: Any = connect(config.url, config.timeout)
         self._tokens = Tokens()
         self._watching: asyncio.Task[None] | None = None
-        self.eviction: str | None = None
         self._exchanges = Exchanges(self._execute, _FAILURES, config.timeout, most=_EXCHANGES, cancels=True)
+        self.figures = self._exchanges.figures
         self._script = _with_lives(config).encode()
         self._digest = hashlib.sha1(self._script).hexdigest().encode()
 
@@ -140,16 +137,14 @@ class RedisStore:
         return f"<RedisStore {self._exchanges!r}>"
 
     async def start(self) -> None:
-        logged = False
         while True:
             try:
                 await self.check()
                 break
             except StoreUnavailable as error:
-                if not logged:
-                    _log.error("not ready: the store does not answer", reason=error.message)
-                logged = True
+                self._exchanges.note(error)
             await asyncio.sleep(_ATTEMPT_SECONDS)
+        self._exchanges.note(None)
         await self._look_for_eviction()
         self._watching = asyncio.create_task(self._watch(), name="store")
 
@@ -189,31 +184,29 @@ class RedisStore:
                 policy = await eviction_policy(self._client)
         except _FAILURES:
             return  # it does not answer, or does not say
-        if policy is not None and policy != self.eviction:
-            _log.warning(
-                "the store removes sessions when it is full; set its maxmemory-policy to noeviction", policy=policy
-            )
-        self.eviction = policy
+        if policy is not None and not self.figures.evicts:
+            remedy = "set its maxmemory-policy to noeviction"
+            _log.warning("the store removes sessions when it is full", policy=policy, remedy=remedy)
+        self.figures.evicts = policy is not None
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
             replies = await self._exchanges.ask([self._call_of(commit) for commit in commits])
         except StoreUnavailable as error:
-            return [error] * len(commits)
-        return [_verdict(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
+            return self._exchanges.counted([error] * len(commits))
+        return self._exchanges.counted([_verdict(*both) for both in zip(commits, replies, strict=True)])
 
     async def load(self, key: Key) -> Record | Gone | None:
         state, gone = await self._exchanges.ask_one(self._call(key, b"load"))
         if state is not None:
             return Record.unpack(state[_TOKEN:], state[:_TOKEN])
-        if gone is None or (gone[:1] != _CLOSED and self.eviction is not None):
+        if gone is None or (gone[:1] != _CLOSED and self.figures.evicts):
             return None  # where sessions are evicted, this one need not have expired
         return _read_gone(gone)
 
     async def close(self, key: Key) -> int | None:
-        position = await self._exchanges.ask_one(
-            self._call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ()))
-        )
+        call = self._call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ()))
+        position = await self._exchanges.ask_one(call)
         return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes) -> bool:

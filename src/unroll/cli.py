@@ -10,6 +10,7 @@ COMMANDS = {
     "verify": ("service.verify", "run a bundle on a device of this machine and compare it with PyTorch's outputs"),
     "serve": ("service.serve", "serve a repository of bundles"),
     "doctor": ("service.doctor.__main__", "check this machine and its installation, and suggest fixes"),
+    "store": ("service.store_command", "check the store of durable sessions"),
     "demo": ("examples.demo", "stream a real time series through a running server"),
 }
 

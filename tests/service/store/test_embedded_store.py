@@ -13,7 +13,7 @@ import pytest
 from test_stores import KEPT, KEY, ORIGIN, commit, put
 
 from unroll.service.core.errors import SnapshotInvalid, StoreUnavailable
-from unroll.service.store import embedded_store, lmdb_folder
+from unroll.service.store import embedded_entry, embedded_store, lmdb_folder
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Tokens
 from unroll.service.store.lmdb_folder import LmdbFolder
@@ -32,9 +32,10 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-    for module in (lmdb_folder, embedded_store):
+    for module in (lmdb_folder, embedded_entry):
         monkeypatch.setattr(module, "boot", lambda: made.boot)
-    monkeypatch.setattr(embedded_store, "_since_boot", lambda: made.seconds)
+    for module in (embedded_entry, embedded_store):
+        monkeypatch.setattr(module, "since_boot", lambda: made.seconds)
     return made
 
 
