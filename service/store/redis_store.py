@@ -12,6 +12,7 @@ one script, which runs them in order; each succeeds or fails by itself. How many
 on its `appendfsync`.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, Tokens
+from unroll.service.store.interface import Commit, Key, Page, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
+from unroll.service.store.redis_listing import read_page
 
 _log = structlog.get_logger(__name__)
 
@@ -158,6 +160,13 @@ class RedisStore:
 
     async def take(self, key: Key, token: bytes) -> bool:
         return bool(await self._exchanges.ask_one(_call(key, b"take", token)))
+
+    async def page(self, after: str, limit: int) -> Page:
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                return await read_page(self._client, "unroll", after, limit)
+        except (RedisError, OSError) as error:
+            raise unavailable(error) from error
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
         if isinstance(self._client, RedisCluster):
