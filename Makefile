@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test coverage kill-test rolling-test machine-test crowd-test check format kinds-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help install run stop test coverage kill-test rolling-test rollout-test machine-test crowd-test check format kinds-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ kill-test: install ## kill replicas 500 times while clients step, and check ever
 
 rolling-test: install ## restart replicas behind HAProxy while clients step (one minute; SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
+
+rollout-test: install ## roll versions of a model out over three replicas while clients step (minutes; SEED=, VERSIONS=)
+	PYTHONPATH=tests $(BIN)/python -m faults.rollout $(if $(SEED),--seed $(SEED)) $(if $(VERSIONS),--versions $(VERSIONS))
 
 machine-test: install ## random event sequences over two replicas, longer than in `make test` (minutes; EXAMPLES=)
 	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py

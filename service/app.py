@@ -113,7 +113,8 @@ def _load(
     sessions = MemorySessions(directory) if store is None else DurableSessions(directory, store)
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
-    repository = ModelRepository(settings.repository, models, loader, clock, crash, strict=settings.strict)
+    serve = {name: str(version) for name, version in settings.serve.items()}
+    repository = ModelRepository(settings.repository, models, loader, clock, crash, serve, strict=settings.strict)
     repository.load_all()
     return repository, models, sessions
 

@@ -13,7 +13,7 @@ import structlog
 from unroll.service import app
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
-from unroll.service.models.repository import RepositoryError
+from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings, SettingsRefused
 from unroll.service.telemetry import logs
 from unroll.service.transport.server import DrainingServer

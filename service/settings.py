@@ -56,6 +56,13 @@ class Settings(BaseSettings):
     strict: Annotated[
         CliToggleFlag[bool], Field(description="do not start if any bundle cannot be served; else serve the others")
     ] = False
+    serve: Annotated[
+        dict[str, PositiveInt],
+        Field(
+            description="version that new sessions of a model begin on, such as co2=1; "
+            "otherwise what the file <name>/serve says, else the highest"
+        ),
+    ] = {}
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
     workers: Annotated[
@@ -197,9 +204,13 @@ class Settings(BaseSettings):
             problems = error.errors(include_url=False)
             lines = [_about_value(str((*problem["loc"], "")[0]), problem, argv) for problem in problems]
             raise SettingsRefused("\n".join(lines)) from None
-        except SettingsError as error:  # of a list in a variable, which has to be JSON
-            name = str(error).split('"')[1]
-            problem = {"input": os.environ.get(f"{_PREFIX}{name.upper()}"), "msg": "it is not a JSON list"}
+        except SettingsError as error:  # of a list or an object, which has to be JSON in a variable
+            found = re.search(r'(?:field "|encountered for )(\w+)', str(error))
+            name = found[1] if found else ""
+            form = 'JSON such as {"co2": 1}, or co2=1 in a flag' if name == "serve" else "a JSON list"
+            problem = {"msg": f"it is not {form}"}
+            if (variable := os.environ.get(f"{_PREFIX}{name.upper()}")) is not None:
+                problem["input"] = variable
             raise SettingsRefused(_about_value(name, problem, argv)) from None
 
     def model_options(self) -> ModelOptions:
@@ -269,5 +280,5 @@ def _about_value(name: str, problem: Mapping[str, Any], argv: Sequence[str]) -> 
     where = flag if by_flag else f"{_PREFIX}{name.upper()}"
     if problem.get("type") == "missing":
         return f"{flag}: give it, or set {where} ({Settings.model_fields[name].description})"
-    value = "" if name in _SECRET else f" {problem['input']!r:.80}"
+    value = "" if name in _SECRET or "input" not in problem else f" {problem['input']!r:.80}"
     return f"{where}{value}: {reason} ({Settings.model_fields[name].description})"

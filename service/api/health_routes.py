@@ -18,7 +18,7 @@ def router(app: AppState) -> APIRouter:
         app.requests,
         app.streams,
         app.sessions.directory.spilled,
-        lambda: app.models.refused,
+        app.models.problems,
         app.sessions.store_figures,
     )
 

@@ -96,7 +96,7 @@ HELP = {
     "unroll_batch_rows": "Rows in a call of the model.",
     "unroll_batch_seconds": "Duration of a call of the model.",
     "unroll_sessions_spilled": "Memory sessions without a row, in host memory.",
-    "unroll_bundle_refused": "1 for each bundle of the repository that cannot be served, with the reason.",
+    "unroll_bundle_refused": "1 for each bundle that cannot be served, and each pointer (no version) not followed.",
     "unroll_store_up": "1 if the session store answers.",
     "unroll_store_commits": "Commits of sessions to the store, by outcome.",
     "unroll_store_exchange_seconds": "Duration of exchanges with the store; one carries calls of many sessions.",

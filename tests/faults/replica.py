@@ -79,6 +79,10 @@ class Replica:
     def resume(self) -> None:
         self._send(signal.SIGCONT)
 
+    def rescan(self) -> None:
+        """Let it look for new and removed versions; returns immediately."""
+        self._send(signal.SIGHUP)
+
     async def stopped(self) -> None:
         """Return when the process is stopped, by us or by itself."""
         assert self._process is not None
