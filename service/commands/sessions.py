@@ -14,9 +14,12 @@ from unroll.service.commands import transfer
 from unroll.service.commands.selection import Selection, describe, select
 from unroll.service.core.errors import UnrollError
 from unroll.service.settings import SettingsRefused, store_config_of
+from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.interface import Store, StoreRefused
+from unroll.service.store.lmdb_folder import is_store
 from unroll.service.store.opening import StoreConfig, open_store
 from unroll.service.store.record import Gone, Record
+from unroll.service.telemetry import logs
 
 _EPILOG = """\
 exit status: 0  done
@@ -34,6 +37,7 @@ def main(argv: list[str]) -> int:
     if options.store is None:
         print("unroll sessions: give --store URL, or set UNROLL_STORE", file=sys.stderr)
         return 2
+    logs.configure_embedded()  # on stderr
     try:
         return asyncio.run(_run(options))
     except UnrollError as error:
@@ -47,6 +51,8 @@ def main(argv: list[str]) -> int:
 async def _run(options: argparse.Namespace) -> int:
     flags = ["--idle-timeout", options.idle_timeout] if options.idle_timeout is not None else []
     config = store_config_of(options.store, *flags)
+    if isinstance(config, EmbeddedStoreConfig) and options.work is not _import and not is_store(config.folder):
+        raise OSError(f"there is no store in {config.folder}")
     store = open_store(config)
     try:
         work: _Work = options.work
@@ -113,7 +119,7 @@ async def _import(store: Store, config: StoreConfig, options: argparse.Namespace
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         if outcome not in (transfer.IMPORTED, transfer.REPLACED):
             print(f"{outcome}: {describe(model)} {describe(session_id)}")
-    print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "no sessions in the file")
+    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "no sessions in the file")
     return int(not outcomes.keys() <= {transfer.IMPORTED, transfer.REPLACED})
 
 
@@ -122,9 +128,7 @@ def _floats(record: Record) -> list[float]:
 
 
 def _selection(options: argparse.Namespace, config: StoreConfig) -> Selection:
-    return Selection(
-        options.model, options.min_idle, options.min_position, options.max_position, config.idle_timeout
-    )
+    return Selection(options.model, options.min_idle, options.min_position, options.max_position, config.idle_timeout)
 
 
 # ── options ──────────────────────────────────────────────────────────────────────────────────────
@@ -191,7 +195,6 @@ def _positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError("give a number above 0")
     return int(word)
-
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from unroll.service.commands.selection import Selection, every
@@ -28,26 +29,26 @@ async def export(store: Store, selection: Selection, path: Path) -> tuple[int, l
     """
     damaged: list[Key] = []
     try:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b") as file:
-            writer = state_file.Writer(file)
-            async for found in every(store, selection):
-                damaged += found.damaged
-                for selected in found.sessions:
-                    key = selected.session.key
-                    try:
-                        record = await store.load(key)
-                    except SnapshotInvalid:
-                        damaged.append(key)
-                        continue
-                    if isinstance(record, Record):  # else it has ended meanwhile
-                        writer.add(key, record, selected.idle or 0.0)
-            count = writer.finish()
-            os.fsync(file.fileno())
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise OSError(f"{path} exists; name a new file") from None
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    with os.fdopen(descriptor, "w+b") as file, ExitStack() as on_error:
+        on_error.callback(path.unlink)
+        writer = state_file.Writer(file)
+        async for found in every(store, selection):
+            damaged += found.damaged
+            for selected in found.sessions:
+                key = selected.session.key
+                try:
+                    record = await store.load(key)
+                except SnapshotInvalid:
+                    damaged.append(key)
+                    continue
+                if isinstance(record, Record):  # else it has ended meanwhile
+                    writer.add(key, record, selected.idle or 0.0)
+        count = writer.finish()
+        os.fsync(descriptor)
+        on_error.pop_all()
     return count, damaged
 
 

@@ -1,4 +1,4 @@
-"""`unroll doctor`: collects the facts, prints the findings, and exits with 0 only if the requested device works."""
+"""`unroll doctor`: collects the facts, prints the findings, and exits with 0 if the requested device and store work."""
 
 import argparse
 import json
@@ -12,16 +12,17 @@ from importlib import metadata
 from itertools import groupby
 
 from unroll import __version__
-from unroll.service.doctor import ask, machine, nvidia_driver
+from unroll.service.doctor import ask, machine, nvidia_driver, store
 from unroll.service.doctor.facts import Driver, Facts, Runtime
 from unroll.service.doctor.findings import Finding, devices, judge
+from unroll.service.doctor.store_findings import judge_store
 
 
 def main(argv: list[str]) -> int:
-    """Return 0 if the requested device works, else 1."""
+    """Return 0 if the requested device and store work, else 1."""
     options = _parser().parse_args(argv)
-    facts = examine(options.device)
-    findings = judge(facts, options.device)
+    facts = examine(options.device, options.store)
+    findings = [*judge(facts, options.device), *judge_store(facts.store)]
     works = not any(finding.fault for finding in findings)
     if options.json:
         report = {"works": works, "device": options.device, "findings": list(map(asdict, findings))}
@@ -31,11 +32,12 @@ def main(argv: list[str]) -> int:
     return 0 if works else 1
 
 
-def examine(device: str) -> Facts:
+def examine(device: str, url: str | None = None) -> Facts:
     """Collect the facts. This takes about a second on a CPU, and a few on each GPU.
 
     Args:
         device: Is tried even if it does not seem to exist.
+        url: Of the store, if one is requested.
     """
     found = nvidia_driver.find()
     runtime, problem = None, None
@@ -53,6 +55,7 @@ def examine(device: str) -> Facts:
         runtime=runtime,
         runtime_problem=problem,
         sessions={name: ask.session(name) for name in _to_try(device, found, runtime)},
+        store=store.examine(url) if url else None,
     )
 
 
@@ -83,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_device,
         default=os.environ.get("UNROLL_DEVICE", "auto"),
         help="device that must work: cpu, cuda:N, several as in cuda:0,cuda:1, or auto (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        default=os.environ.get("UNROLL_STORE"),
+        help="store that must work, as for `unroll serve`: what it is, what it survives, and how long a commit takes",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from unroll.service.store.description import Description
+from unroll.service.store.embedded_check import Report
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -78,6 +81,41 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
+class Folder:
+    """The folder of an embedded store.
+
+    Attributes:
+        exists: A store is in it.
+        sync: As of the servers that have it open, or had it last.
+        file_system: Its kind, if the machine says it.
+        free: Free bytes on the disk.
+        report: On its entries.
+    """
+
+    exists: bool
+    sync: str
+    file_system: str | None
+    free: int
+    report: Report | None = None
+
+
+@dataclass(slots=True)
+class StoreFacts:
+    """A store.
+
+    Attributes:
+        problem: Why it cannot be used.
+        commit_seconds: Median time of a commit.
+        folder: Of an embedded store.
+    """
+
+    problem: str | None = None
+    description: Description | None = None
+    commit_seconds: float | None = None
+    folder: Folder | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All facts.
 
@@ -86,6 +124,7 @@ class Facts:
         bindings: Version of NVIDIA's Python bindings.
         runtime_problem: Why there is no runtime.
         sessions: For each device that was tried, the problem, or None.
+        store: The requested store.
     """
 
     python: str
@@ -97,3 +136,4 @@ class Facts:
     runtime: Runtime | None = None
     runtime_problem: str | None = None
     sessions: dict[str, str | None] = field(default_factory=dict)
+    store: StoreFacts | None = None

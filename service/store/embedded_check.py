@@ -123,7 +123,7 @@ def examine(folder: Path, *, repair: bool = False) -> Report:
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
     """The database as the next server would find it, to be read only. Raises StoreUnavailable."""
-    if not (folder / "data.mdb").is_file():
+    if not lmdb_folder.is_store(folder):
         raise StoreUnavailable(f"there is no store in {folder}: no data.mdb", 0)
     with contextlib.ExitStack() as stack:
         last, synced = lmdb_folder.last_host(folder), folder / "synced"

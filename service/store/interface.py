@@ -18,6 +18,10 @@ from unroll.service.telemetry.metrics import StoreFigures
 Key = tuple[str, str]
 
 
+class StoreRefused(Exception):
+    """The store can never work as it is set; the message says what to change."""
+
+
 @dataclass(slots=True, eq=False)
 class Commit:
     """The next state of a session.

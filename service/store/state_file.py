@@ -1,4 +1,4 @@
-"""Sessions in a file: a server that ends writes it, and the next one reads it. `unroll sessions export` writes one, too.
+"""Sessions in a file: a server that ends writes it, and the next one reads it; also of `unroll sessions export`.
 
 header   see `envelope.py`: magic "UNRS", format version 1; then records u64
 each     idle seconds f64, lengths of the model's name u16, of the session id u16, of the record u32; then those
