@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
 
 
 async def _run(options: argparse.Namespace) -> int:
-    flags = ["--idle-timeout", options.idle_timeout] if options.idle_timeout is not None else []
+    given = {"--idle-timeout": options.idle_timeout, "--store-prefix": options.store_prefix}
+    flags = [f"{flag}={value}" for flag, value in given.items() if value is not None]
     config = store_config_of(options.store, *flags)
     if isinstance(config, EmbeddedStoreConfig) and options.work is not _import and not is_store(config.folder):
         raise OSError(f"there is no store in {config.folder}")
@@ -172,6 +173,9 @@ def _add(actions: Any, name: str, work: _Work, about: str) -> argparse.ArgumentP
         metavar="URL",
         default=os.environ.get("UNROLL_STORE"),
         help="as for `unroll serve` (default: $UNROLL_STORE)",
+    )
+    action.add_argument(
+        "--store-prefix", metavar="PREFIX", help="of keys in Redis, as of the servers (default: theirs)"
     )
     action.add_argument(
         "--idle-timeout", metavar="SECONDS", help="as of the servers (default: $UNROLL_IDLE_TIMEOUT, or theirs)"

@@ -21,23 +21,24 @@ from unroll.service.doctor.store_findings import judge_store
 def main(argv: list[str]) -> int:
     """Return 0 if the requested device and store work, else 1."""
     options = _parser().parse_args(argv)
-    facts = examine(options.device, options.store)
-    findings = [*judge(facts, options.device), *judge_store(facts.store)]
+    facts = examine(options.device)
+    stored = store.examine(options.store) if options.store else None
+    findings = [*judge(facts, options.device), *judge_store(stored)]
     works = not any(finding.fault for finding in findings)
     if options.json:
         report = {"works": works, "device": options.device, "findings": list(map(asdict, findings))}
-        print(json.dumps(report | {"facts": asdict(facts)}, indent=2))
+        known = asdict(facts) | {"store": stored and asdict(stored)}
+        print(json.dumps(report | {"facts": known}, indent=2))
     else:
         print(*lines(findings), sep="\n")
     return 0 if works else 1
 
 
-def examine(device: str, url: str | None = None) -> Facts:
+def examine(device: str) -> Facts:
     """Collect the facts. This takes about a second on a CPU, and a few on each GPU.
 
     Args:
         device: Is tried even if it does not seem to exist.
-        url: Of the store, if one is requested.
     """
     found = nvidia_driver.find()
     runtime, problem = None, None
@@ -55,7 +56,6 @@ def examine(device: str, url: str | None = None) -> Facts:
         runtime=runtime,
         runtime_problem=problem,
         sessions={name: ask.session(name) for name in _to_try(device, found, runtime)},
-        store=store.examine(url) if url else None,
     )
 
 

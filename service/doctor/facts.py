@@ -124,7 +124,6 @@ class Facts:
         bindings: Version of NVIDIA's Python bindings.
         runtime_problem: Why there is no runtime.
         sessions: For each device that was tried, the problem, or None.
-        store: The requested store.
     """
 
     python: str
@@ -136,4 +135,3 @@ class Facts:
     runtime: Runtime | None = None
     runtime_problem: str | None = None
     sessions: dict[str, str | None] = field(default_factory=dict)
-    store: StoreFacts | None = None

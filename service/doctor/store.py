@@ -16,6 +16,7 @@ from unroll.service.store.interface import Commit, StoreRefused, Tokens
 from unroll.service.store.lmdb_folder import file_system, is_store
 from unroll.service.store.opening import StoreConfig, open_store
 from unroll.service.store.record import STORED, Origin, pack_last
+from unroll.service.store.redis_store import RedisStore
 from unroll.service.telemetry import logs
 
 _COMMITS = 20
@@ -55,6 +56,8 @@ async def _commit_seconds(config: StoreConfig) -> float:
     origin = Origin("00" * 32, STORED, uuid.uuid4().bytes).to_bytes()
     token, spent = b"", []
     try:
+        if isinstance(store, RedisStore):
+            await store.check()  # says what its user may not do
         for position in range(_COMMITS):
             before, token = token, tokens.next()
             begun = time.perf_counter()

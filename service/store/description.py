@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,20 +54,22 @@ async def describe(config: StoreConfig) -> Description:
         StoreRefused: Its URL is wrong.
     """
     if isinstance(config, EmbeddedStoreConfig):
-        return Description("LMDB", f"the folder {config.folder}", _FOLDER[config.sync])
+        return Description("LMDB", place(config), _FOLDER[config.sync])
     client = connect(config.url, config.timeout)
     try:
         async with asyncio.timeout(config.timeout):
-            return await _describe_redis(client, place(config.url))
+            return await _describe_redis(client, place(config))
     except (RedisError, OSError) as error:
         raise unavailable(error) from error
     finally:
         await disconnect(client)
 
 
-def place(url: str) -> str:
-    """The URL of a Redis without user, password and options."""
-    parts = urlsplit(url)
+def place(config: StoreConfig) -> str:
+    """Where the store is, without user, password and options."""
+    if isinstance(config, EmbeddedStoreConfig):
+        return f"the folder {config.folder}"
+    parts = urlsplit(config.url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
@@ -87,7 +90,7 @@ async def _describe_redis(client: Any, where: str) -> Description:
     except RedisError:
         pass  # the user may not ask, or the provider has renamed the command
     valkey = server.get("valkey_version")
-    kind = f"Valkey {valkey}" if valkey else f"Redis {server['redis_version']}"
+    kind = f"Valkey {valkey}" if valkey else f"Redis {server.get('redis_version', 'of unknown version')}"
     return Description(kind, where, _survives(settings), settings)
 
 
@@ -101,14 +104,13 @@ def _survives(settings: dict[str, str]) -> str:
     return "the end of any server, but not a restart of Redis: it has no file (appendonly no, no save)"
 
 
-async def where_sessions_are(config: StoreConfig | None, default: str, state_file: str | None) -> dict[str, str]:
-    """The fields of the log line that says it at the start."""
+async def where_sessions_are(config: StoreConfig | None, state_file: Path | None) -> dict[str, str]:
+    """What the log says at the start: where sessions are kept, and what they survive."""
     if config is None:
-        survive = f"a planned restart (in {state_file})" if state_file else "nothing; --store keeps them"
+        survive = f"an orderly end of the server, in {state_file}" if state_file else "nothing; --store keeps them"
         return {"where": "memory", "survive": survive}
     try:
         found = await describe(config)
     except StoreUnavailable as error:
-        where = "" if isinstance(config, EmbeddedStoreConfig) else place(config.url)
-        return {"where": where, "survive": f"unknown: {error.message}", "default": default}
-    return {"where": f"{found.where} ({found.kind})", "survive": found.survives, "default": default}
+        return {"where": place(config), "survive": f"unknown: {error.message}"}
+    return {"where": f"{found.where} ({found.kind})", "survive": found.survives}

@@ -124,7 +124,8 @@ class Store(Protocol):
         ...
 
     async def start(self) -> None:
-        """Called once, before any other method. A store that does not answer yet is logged, not raised."""
+        """Called once, before any other method. Returns when the store has answered once; until then it is logged.
+        Raises StoreRefused."""
         ...
 
     async def stop(self) -> None: ...
@@ -141,4 +142,4 @@ class Tokens:
         return self._process + next(self._count).to_bytes(8, "little")
 
 
-__all__ = ["Commit", "Gone", "Kept", "Key", "Listed", "Origin", "Page", "Record", "Store", "Tokens"]
+__all__ = ["Commit", "Gone", "Kept", "Key", "Listed", "Origin", "Page", "Record", "Store", "StoreRefused", "Tokens"]

@@ -18,7 +18,7 @@ from unroll.service.telemetry.metrics import Collector, StoreFigures
 
 _OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
 _ACTION = re.compile(r"^    ([a-z]+)  ", re.MULTILINE)
-_WITH_ACTIONS = {"store"}
+_WITH_ACTIONS = {"store", "sessions"}
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
@@ -82,7 +82,7 @@ def metrics(client: httpx.Client) -> list[str]:
 
 def store_metrics() -> list[str]:
     """Those that a server has only with a store."""
-    figures = StoreFigures(bytes={"file": 0, "used": 0})
+    figures = StoreFigures(evicts=False, bytes={"file": 0, "used": 0})
     text = Collector(list, {}, (), (), dict, figures).exposition().decode()
     return [name for name in _samples(text) if name.startswith("unroll_store")]
 
