@@ -41,7 +41,7 @@ from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
-from unroll.service.store.interface import Store
+from unroll.service.store.interface import Store, StoreRefused
 from unroll.service.store.redis_store import RedisStore
 from unroll.service.store.state_file import StateFile
 from unroll.service.telemetry.request_log import RequestLog
@@ -98,7 +98,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         shared_port,
         RequestLog(settings.log_requests),
     )
-    return _fastapi(state, lambda _: _lifespan(state, state_file)), state
+    return _fastapi(state, lambda _: _lifespan(state, state_file, settings.store_timeout)), state
 
 
 def _load(
@@ -131,9 +131,9 @@ def _open_store(settings: Settings) -> Store | None:
 
 
 @asynccontextmanager
-async def _lifespan(state: AppState, state_file: StateFile | None) -> AsyncIterator[None]:
-    await state.sessions.start()
+async def _lifespan(state: AppState, state_file: StateFile | None, store_timeout: float) -> AsyncIterator[None]:
     running = [
+        asyncio.create_task(_become_ready(state), name="start of the store"),
         asyncio.create_task(state.repository.run(), name="repository"),
         asyncio.create_task(state.sessions.run(), name="sessions"),
     ]
@@ -141,7 +141,7 @@ async def _lifespan(state: AppState, state_file: StateFile | None) -> AsyncItera
         task.add_done_callback(state.repository.watch)
     if state_file is not None:
         state_file.remove()
-    state.ready = True
+    await asyncio.wait(running[:1], timeout=store_timeout)  # without a store that answers, it starts, and is not ready
     yield
     # No client is connected and no request is in flight, unless the drain timed out.
     state.drain()
@@ -154,6 +154,18 @@ async def _lifespan(state: AppState, state_file: StateFile | None) -> AsyncItera
         state_file.close()
     await state.sessions.stop()
     state.repository.shut_down()
+
+
+async def _become_ready(state: AppState) -> None:
+    """Wait for the first answer of the store. A store that can never work ends the process."""
+    try:
+        await state.sessions.start()
+    except StoreRefused as error:
+        _log.error("not started", reason=str(error))
+        state.failed = True
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        state.ready = not state.draining
 
 
 def _fastapi(state: AppState, lifespan: Any) -> FastAPI:

@@ -28,6 +28,7 @@ from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.lmdb_folder import Sync
 from unroll.service.store.record import current_durability
+from unroll.service.store.redis_client import SCHEMES
 from unroll.service.store.redis_store import RedisStoreConfig
 from unroll.service.telemetry.request_log import LogRequests
 
@@ -97,11 +98,19 @@ class Settings(BaseSettings):
     store: Annotated[
         str | None,
         Field(
-            pattern=r"^(file:///|(redis|rediss|unix|redis\+cluster)://)",
+            pattern=rf"^(file:///|({'|'.join(map(re.escape, SCHEMES))})://)",
             description="store of durable sessions: file:///folder (for the processes of one machine), "
-            "redis://host:port/db, rediss://, unix://, redis+cluster://",
+            "redis://host:port/db, rediss:// (with TLS), unix://, redis+cluster://, "
+            "redis+sentinel://host:port,host:port/service, or with valkey",
         ),
     ] = None
+    store_prefix: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9._:-]{1,64}$",
+            description="prefix of all keys in Redis; deployments that share a Redis need different ones",
+        ),
+    ] = "unroll"
     store_sync: Annotated[
         Sync, Field(description="when file:/// is synced to the disk: after every commit, every second, or at the end")
     ] = "everysec"
@@ -163,8 +172,10 @@ class Settings(BaseSettings):
     @classmethod
     def _has_port(cls, store: str | None) -> str | None:
         if store is not None:
+            hosts = urlsplit(store).netloc.rpartition("@")[2]
             try:
-                urlsplit(store).port  # noqa: B018 raises ValueError
+                for host in hosts.split(","):
+                    urlsplit(f"//{host}").port  # noqa: B018 raises ValueError
             except ValueError:
                 raise ValueError("its port is not a number from 0 to 65535") from None
         return store
@@ -173,6 +184,10 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if self.durability == "stored" and self.store is None:
             raise ValueError("durability stored needs a store: add --store file:///folder")
+        if "store_prefix" in self.model_fields_set and (self.store is None or self.store.startswith(_FOLDER)):
+            raise ValueError(
+                "--store-prefix is of a Redis: give each deployment its own folder, or add --store redis://…"
+            )
         if any(len(key.get_secret_value().encode()) < LEAST_KEY_BYTES for key in self.snapshot_keys):
             raise ValueError(f"a snapshot key needs at least {LEAST_KEY_BYTES} bytes")
         if self.workers > 1 and (self.store is None or self.durability == "memory"):
@@ -241,7 +256,7 @@ class Settings(BaseSettings):
         times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
         if (folder := store_folder(self.store)) is not None:
             return EmbeddedStoreConfig(folder, self.store_sync, *times)
-        return RedisStoreConfig(self.store, *times)
+        return RedisStoreConfig(self.store, *times, self.store_prefix)
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)

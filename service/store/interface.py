@@ -18,6 +18,10 @@ from unroll.service.telemetry.metrics import StoreFigures
 Key = tuple[str, str]
 
 
+class StoreRefused(Exception):
+    """The store can never work as it is set; the message says what to change."""
+
+
 @dataclass(slots=True, eq=False)
 class Commit:
     """The next state of a session.
@@ -75,7 +79,8 @@ class Store(Protocol):
         ...
 
     async def start(self) -> None:
-        """Called once, before any other method. A store that does not answer yet is logged, not raised."""
+        """Called once, before any other method. Returns when the store has answered once; until then it is logged.
+        Raises StoreRefused."""
         ...
 
     async def stop(self) -> None: ...
@@ -92,4 +97,4 @@ class Tokens:
         return self._process + next(self._count).to_bytes(8, "little")
 
 
-__all__ = ["Commit", "Gone", "Kept", "Key", "Origin", "Record", "Store", "Tokens"]
+__all__ = ["Commit", "Gone", "Kept", "Key", "Origin", "Record", "Store", "StoreRefused", "Tokens"]

@@ -1,7 +1,7 @@
 """Durable sessions in Redis, Valkey, or a Redis Cluster.
 
-    unroll:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
-    unroll:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
+    PREFIX:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
+    PREFIX:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
                                   longer than the session. `e` is written first: the session expired, which is true as
                                   soon as the first key has expired. `c`: the session was closed
 
@@ -12,6 +12,7 @@ one script, which runs them in order; each succeeds or fails by itself. How many
 on its `appendfsync`.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,19 +20,14 @@ from itertools import chain
 from typing import Any
 
 import structlog
-from redis.asyncio import Connection, Redis
 from redis.asyncio.cluster import RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.connection import HiredisRespSerializer
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import MasterDownError, NoScriptError, ReadOnlyError, RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisClusterException, RedisError
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, Tokens
+from unroll.service.store.interface import Commit, Key, StoreRefused, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
+from unroll.service.store.redis_client import connect, disconnect, eviction_policy, refusal
 
 _log = structlog.get_logger(__name__)
 
@@ -41,7 +37,8 @@ _EXCHANGES = 2
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
 #: `expected` of a call that accepts any token.
 _ANY = b"*"
-_CLUSTER = "redis+cluster://"
+#: Seconds between attempts at the start, and between looks at the eviction policy.
+_ATTEMPT_SECONDS, _LOOK_SECONDS = 1.0, 60.0
 
 # Unused and unknown arguments are empty. The first write of a session brings its `origin`. `finish` returns the
 # position if it closed the session; a session is also closed if there is no memory for its tombstone, except by a step,
@@ -95,10 +92,14 @@ return replies
 _LONGER = """  elseif call('PTTL', gone) < %d then
     call('PEXPIRE', gone, %d)"""
 
+#: What redis-py raises if there are no replies.
+_FAILURES = (RedisError, RedisClusterException, OSError)
 _CLOSED = b"c"
 _TOKEN = 16
 #: Index of the longest word of a call.
 _CONTENT = 3
+#: The arguments of a function: expected, token, content, position, origin.
+_NO_WORDS = (b"",) * 5
 
 
 #: A call of a function of the script: the keys, and the arguments.
@@ -107,20 +108,27 @@ _Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
 
 @dataclass(frozen=True, slots=True)
 class RedisStoreConfig:
-    """timeout: seconds for an answer. idle_timeout: of sessions; None: never. tombstone_life: seconds after the end."""
+    """timeout: seconds for an answer. idle_timeout: of sessions; None: never. tombstone_life: seconds after the end.
+
+    prefix: of all keys. Deployments with different prefixes share a server without knowing of each other's sessions.
+    """
 
     url: str
     timeout: float = 0.5
     idle_timeout: float | None = 900.0
     tombstone_life: float = 3600.0
+    prefix: str = "unroll"
 
 
 class RedisStore:
+    """Raises StoreRefused if the URL is wrong."""
+
     def __init__(self, config: RedisStoreConfig) -> None:
         self._config = config
-        self._client: Any = _client(config)
+        self._client: Any = connect(config.url, config.timeout)
         self._tokens = Tokens()
-        self._exchanges = Exchanges(self._execute, (RedisError, OSError), config.timeout, most=_EXCHANGES, cancels=True)
+        self._watching: asyncio.Task[None] | None = None
+        self._exchanges = Exchanges(self._execute, _FAILURES, config.timeout, most=_EXCHANGES, cancels=True)
         self.figures = self._exchanges.figures
         self._script = _with_lives(config).encode()
         self._digest = hashlib.sha1(self._script).hexdigest().encode()
@@ -129,35 +137,91 @@ class RedisStore:
         return f"<RedisStore {self._exchanges!r}>"
 
     async def start(self) -> None:
-        """Log an error if the store does not answer; it may answer later."""
-        try:
-            await self.load(("", ""))
-        except StoreUnavailable as error:
-            _log.error("store does not answer", reason=error.message)
+        while True:
+            try:
+                await self.check()
+                break
+            except StoreUnavailable as error:
+                self._exchanges.note(error)
+            await asyncio.sleep(_ATTEMPT_SECONDS)
+        self._exchanges.note(None)
+        await self._look_for_eviction()
+        self._watching = asyncio.create_task(self._watch(), name="store")
 
     async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
         await self._exchanges.finish()
-        await self._client.aclose()
+        await disconnect(self._client)
+
+    async def check(self) -> None:
+        """Write, read and remove a key. A server without free memory passes. Raises StoreUnavailable, StoreRefused."""
+        token = self._tokens.next()
+        calls: list[_Call] = []
+        for n in range(2):  # keys of different slots, if it is a cluster
+            key = "", f"{token.hex()}{n}"
+            calls += [self._call(key, b"write", b"", token), self._call(key, b"load"), self._call(key, b"take", token)]
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                replies = await self._execute(calls)
+            wrong = [r for r in replies if isinstance(r, RedisError) and not isinstance(r, OutOfMemoryError)]
+            if wrong:
+                raise wrong[0]
+        except _FAILURES as reason:
+            if (why := refusal(reason)) is not None:
+                raise StoreRefused(f"the session store refuses this server: {why}") from reason
+            raise unavailable(reason) from reason
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await self._look_for_eviction()
+
+    async def _look_for_eviction(self) -> None:
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                policy = await eviction_policy(self._client)
+        except _FAILURES:
+            return  # it does not answer, or does not say
+        if policy is not None and not self.figures.evicts:
+            remedy = "set its maxmemory-policy to noeviction"
+            _log.warning("the store removes sessions when it is full", policy=policy, remedy=remedy)
+        self.figures.evicts = policy is not None
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
-            replies = await self._exchanges.ask([_call_of(commit) for commit in commits])
+            replies = await self._exchanges.ask([self._call_of(commit) for commit in commits])
         except StoreUnavailable as error:
             return self._exchanges.counted([error] * len(commits))
         return self._exchanges.counted([_verdict(*both) for both in zip(commits, replies, strict=True)])
 
     async def load(self, key: Key) -> Record | Gone | None:
-        state, gone = await self._exchanges.ask_one(_call(key, b"load"))
+        state, gone = await self._exchanges.ask_one(self._call(key, b"load"))
         if state is not None:
             return Record.unpack(state[_TOKEN:], state[:_TOKEN])
-        return None if gone is None else _read_gone(gone)
+        if gone is None or (gone[:1] != _CLOSED and self.figures.evicts):
+            return None  # where sessions are evicted, this one need not have expired
+        return _read_gone(gone)
 
     async def close(self, key: Key) -> int | None:
-        position = await self._exchanges.ask_one(_call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ())))
+        call = self._call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ()))
+        position = await self._exchanges.ask_one(call)
         return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes) -> bool:
-        return bool(await self._exchanges.ask_one(_call(key, b"take", token)))
+        return bool(await self._exchanges.ask_one(self._call(key, b"take", token)))
+
+    def _call(self, key: Key, function: bytes, *words: bytes) -> _Call:
+        state = f"{self._config.prefix}:{{{key[0]}/{key[1]}}}".encode()
+        return (state, state + b":gone"), (function, *words, *_NO_WORDS[len(words) :])
+
+    def _call_of(self, commit: Commit) -> _Call:
+        who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
+        if commit.ends:
+            return self._call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
+        record = pack(commit.origin, commit.position, commit.row, commit.last)
+        return self._call(*who, record, b"", commit.origin if commit.begins else b"")
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
         if isinstance(self._client, RedisCluster):
@@ -201,46 +265,6 @@ def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
             yield calls[begin:end]
             begin, size = end, len(words[_CONTENT])
     yield calls[begin:]
-
-
-class _Connection(Connection):
-    """Packs commands with hiredis, which takes a third of the time. Not used for TLS and Unix sockets."""
-
-    _packer = HiredisRespSerializer()
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        return self._packer.pack(*args)
-
-
-def _client(config: RedisStoreConfig) -> Any:
-    # Retry once, at once, on a new connection: the old one may be dead, or lead to a server that is no longer the
-    # primary. The script recognises repeated calls.
-    retry = Retry(NoBackoff(), 1, (RedisConnectionError, RedisTimeoutError, ReadOnlyError, MasterDownError))
-    options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
-    if config.url.startswith(_CLUSTER):
-        return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
-    return Redis.from_url(config.url, connection_class=_Connection, **options)
-
-
-def _call(
-    key: Key,
-    function: bytes,
-    expected: bytes = b"",
-    token: bytes = b"",
-    content: bytes = b"",
-    position: bytes = b"",
-    origin: bytes = b"",
-) -> _Call:
-    state = f"unroll:{{{key[0]}/{key[1]}}}".encode()
-    return (state, state + b":gone"), (function, expected, token, content, position, origin)
-
-
-def _call_of(commit: Commit) -> _Call:
-    who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
-    if commit.ends:
-        return _call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
-    record = pack(commit.origin, commit.position, commit.row, commit.last)
-    return _call(*who, record, origin=commit.origin if commit.begins else b"")
 
 
 def _with_lives(config: RedisStoreConfig) -> str:

@@ -55,12 +55,14 @@ class StoreFigures:
         up: It answers, so far as is known.
         commits: Counts by outcome.
         exchange_seconds: Durations of exchanges, each of which carries the calls of many sessions.
+        evicts: A Redis removes sessions when its memory is full; None: not known, or no Redis.
         bytes: Of an embedded store, by what they are; as of the last second.
     """
 
     up: bool = True
     commits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COMMIT_OUTCOMES, 0))
     exchange_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    evicts: bool | None = None
     bytes: dict[str, int] = field(default_factory=dict)
 
 
@@ -100,6 +102,7 @@ HELP = {
     "unroll_store_up": "1 if the session store answers.",
     "unroll_store_commits": "Commits of sessions to the store, by outcome.",
     "unroll_store_exchange_seconds": "Duration of exchanges with the store; one carries calls of many sessions.",
+    "unroll_store_evicts": "1 if a Redis removes sessions when its memory is full, by its maxmemory-policy.",
     "unroll_store_bytes": "Size of an embedded store: its file, and the part of it in use.",
     "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
@@ -169,6 +172,8 @@ def _store(figures: StoreFigures) -> Iterator[Metric]:
         commits.add_metric([outcome], count)
     seconds = _family(families, HistogramMetricFamily, "unroll_store_exchange_seconds", [])
     seconds.add_metric([], figures.exchange_seconds.buckets(), sum_value=figures.exchange_seconds.sum)
+    if figures.evicts is not None:
+        _family(families, GaugeMetricFamily, "unroll_store_evicts", []).add_metric([], float(figures.evicts))
     for kind, size in figures.bytes.items():
         _family(families, GaugeMetricFamily, "unroll_store_bytes", ["kind"]).add_metric([kind], size)
     yield from families.values()

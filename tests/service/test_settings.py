@@ -64,6 +64,8 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
         ("DEVICE", "", "it is empty"),
         ("STORE", "", "redis|rediss"),
         ("STORE", "redis://host:port", "its port is not a number"),
+        ("STORE", "redis+sentinel://host:26379,host:port/main", "its port is not a number"),
+        ("STORE_PREFIX", "a{b}", "String should match pattern"),
         ("DURABILITY", "disk", "'memory' or 'stored'"),
         ("SESSION_CAPACITY", "many", "'auto'"),
         ("STRICT", "perhaps", "valid boolean"),
@@ -94,6 +96,11 @@ def test_a_wrong_flag_is_named_as_a_flag(flag: list[str], capsys: pytest.Capture
 def test_a_flag_that_is_not_json_is_named(flag: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLAGS, flag, "[1"]) == 2
     assert f"unroll serve: {flag}: {reason}" in capsys.readouterr().err
+
+
+def test_a_prefix_is_of_a_redis(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLAGS, "--store", "file:///sessions", "--store-prefix", "b"]) == 2
+    assert "give each deployment its own folder" in capsys.readouterr().err
 
 
 def test_versions_by_flag_and_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
