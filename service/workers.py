@@ -24,8 +24,8 @@ _log = structlog.get_logger(__name__)
 #: Environment variable of a worker: its number from 1, the descriptors of its listening socket and of its link.
 _VARIABLE = "UNROLL_WORKER"
 _BACKLOG = 2048
-#: Seconds before a worker is restarted: none if it served for long, else increasing; at most the second if it had
-#: served, or if it was killed, because then the next start will do.
+#: Seconds before a worker is restarted: none if it served for long, the first if it served or was killed, because then
+#: it can start; then more after each start that fails.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 _LONG = 10.0
 #: Signals that a process raises itself; the others come from outside, SIGKILL also when memory has run out.
@@ -154,9 +154,8 @@ class _Supervisor:
             if index not in self._served and not end.by_others:
                 self._give_up(index, end)
                 return
-            failures = 0 if (end.served or 0.0) > _LONG else failures + 1
-            most = len(_PAUSES) if end.served is None and not end.by_others else 2
-            pause = _PAUSES[min(failures, most) - 1] if failures else 0.0
+            failures = 0 if end.served is not None or end.by_others else failures + 1
+            pause = 0.0 if (end.served or 0.0) > _LONG else _PAUSES[min(failures, len(_PAUSES) - 1)]
             _log.error("worker exited", worker=index + 1, status=end.status, reason=str(end), restarts_in=pause)
             if pause:
                 await self._pause(index, pause)

@@ -16,8 +16,14 @@ COMMANDS = {
 }
 
 
-#: What to install for a package that not every installation has.
-_INSTALL = {"onnxruntime": "onnxruntime"} | dict.fromkeys(("torch", "onnx", "onnxscript"), "torch onnx onnxscript")
+#: The packages of the server, and what to install for a package that not every installation has.
+_SERVER = {"fastapi", "lmdb", "orjson", "prometheus_client", "pydantic", "pydantic_settings", "redis", "safetensors"}
+_SERVER |= {"starlette", "structlog", "uvicorn"}
+_INSTALL = (
+    {"onnxruntime": "onnxruntime"}
+    | dict.fromkeys(("torch", "onnx", "onnxscript"), "torch onnx onnxscript")
+    | dict.fromkeys(_SERVER, "'unroll-serve[cpu]'")
+)
 
 
 def main(argv: list[str] | None = None) -> int:

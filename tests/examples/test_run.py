@@ -67,10 +67,6 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int
         socket.create_connection(("127.0.0.1", port))
     assert "no server from this folder is running" in run("--stop").stdout
 
-    repeated = run("--port", str(port), "--detach")  # with what the first left
-    assert repeated.returncode == 0, repeated.stderr
-    assert "yes, bit for bit" in repeated.stdout
-
 
 def test_a_folder_that_cannot_hold_the_sessions(run: Run, port: int, tmp_path: Path):
     (tmp_path / "file").touch()

@@ -222,10 +222,10 @@ async def test_a_worker_that_dies_again_and_again(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("plan", "pauses"),
     [
-        ("serve-SIGKILL " * 7 + "serve-stay", [1, 2, 2, 2, 2, 2, 2]),
-        ("serve-SIGKILL SIGKILL 0 SIGTERM SIGKILL serve-stay", [1, 2, 2, 2, 2]),
-        ("serve-SIGSEGV " * 4 + "serve-stay", [1, 2, 2, 2]),
-        ("SIGKILL SIGKILL SIGKILL serve-stay", [1, 2, 2]),
+        ("serve-SIGKILL " * 7 + "serve-stay", [1] * 7),
+        ("serve-SIGKILL SIGKILL 0 SIGTERM SIGKILL serve-stay", [1] * 5),
+        ("serve-SIGSEGV " * 4 + "serve-stay", [1] * 4),
+        ("SIGKILL SIGKILL SIGKILL serve-stay", [1] * 3),
         ("serve-1 1 1 1 1 1 serve-stay", [1, 2, 4, 8, 15, 15]),
     ],
     ids=["killed-while-it-serves", "killed-while-it-starts", "crashed", "killed-before-it-ever-served", "cannot-start"],
