@@ -15,13 +15,15 @@ WORKDIR /src
 # Dependencies change rarely, so they get their own layer.
 COPY pyproject.toml constraints.txt ./
 RUN /opt/unroll/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*project['dependencies'], *project['optional-dependencies']['$RUNTIME'], sep='\n')" > requirements.txt \
+extras = project['optional-dependencies']; \
+print(*project['dependencies'], *extras['serve'], *extras['$RUNTIME'][1:], sep='\n')" > requirements.txt \
  && if [ "$RUNTIME" = gpu ]; then echo 'onnxruntime-gpu[cuda,cudnn]' >> requirements.txt; fi
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/unroll/bin/pip install -c constraints.txt -r requirements.txt
 COPY LICENSE README.md ./
 COPY src src
 COPY bundle bundle
+COPY client client
 COPY service service
 RUN /opt/unroll/bin/pip install --no-deps . && /opt/unroll/bin/pip uninstall -y pip setuptools
 

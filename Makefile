@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test coverage kill-test rolling-test rollout-test machine-test crowd-test check format kinds-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format kinds-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ coverage: install ## run the tests, print their line and branch coverage of unro
 
 kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=, STORE=embedded)
 	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
+
+client-test: install ## kill a server 200 times under twenty clients of unroll.client, and check every output (minutes; KILLS=, SEED=)
+	PYTHONPATH=tests $(BIN)/python -m faults.client_kills $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 rolling-test: install ## restart replicas behind HAProxy while clients step (one minute; SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))

@@ -1,4 +1,4 @@
-"""`unroll doctor`: collects the facts, prints the findings, and exits with 0 only if the requested device works."""
+"""`unroll doctor`: collects the facts, prints the findings, and exits with 0 if the requested device and store work."""
 
 import argparse
 import json
@@ -12,20 +12,23 @@ from importlib import metadata
 from itertools import groupby
 
 from unroll import __version__
-from unroll.service.doctor import ask, machine, nvidia_driver
+from unroll.service.doctor import ask, machine, nvidia_driver, store
 from unroll.service.doctor.facts import Driver, Facts, Runtime
 from unroll.service.doctor.findings import Finding, devices, judge
+from unroll.service.doctor.store_findings import judge_store
 
 
 def main(argv: list[str]) -> int:
-    """Return 0 if the requested device works, else 1."""
+    """Return 0 if the requested device and store work, else 1."""
     options = _parser().parse_args(argv)
     facts = examine(options.device)
-    findings = judge(facts, options.device)
+    stored = store.examine(options.store) if options.store else None
+    findings = [*judge(facts, options.device), *judge_store(stored)]
     works = not any(finding.fault for finding in findings)
     if options.json:
         report = {"works": works, "device": options.device, "findings": list(map(asdict, findings))}
-        print(json.dumps(report | {"facts": asdict(facts)}, indent=2))
+        known = asdict(facts) | {"store": stored and asdict(stored)}
+        print(json.dumps(report | {"facts": known}, indent=2))
     else:
         print(*lines(findings), sep="\n")
     return 0 if works else 1
@@ -83,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_device,
         default=os.environ.get("UNROLL_DEVICE", "auto"),
         help="device that must work: cpu, cuda:N, several as in cuda:0,cuda:1, or auto (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        default=os.environ.get("UNROLL_STORE"),
+        help="store that must work, as for `unroll serve`: what it is, what it survives, and how long a commit takes",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -32,9 +32,9 @@ def run(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("torch", EXPORT, "pip install torch onnx onnxscript"),
         ("onnx", EXPORT, "pip install torch onnx onnxscript"),
         ("onnxscript", EXPORT, "pip install torch onnx onnxscript"),
-        ("redis", ("serve", "--repository", "none"), "pip install redis"),
-        ("pydantic", ("inspect", "none"), "pip install pydantic"),
-        ("safetensors", ("demo",), "pip install safetensors"),
+        ("redis", ("serve", "--repository", "none"), "pip install 'unroll-serve[cpu]'"),
+        ("pydantic", ("inspect", "none"), "pip install 'unroll-serve[cpu]'"),
+        ("safetensors", ("demo",), "pip install 'unroll-serve[cpu]'"),
     ],
 )
 def test_a_missing_package_is_named(package: str, arguments: tuple[str, ...], install: str) -> None:
