@@ -89,8 +89,7 @@ def router(app: AppState) -> APIRouter:
 def _add_models(api: APIRouter, app: AppState) -> None:
     @api.get("/models", summary="The models, current version of each")
     async def models() -> list[ModelInfo]:
-        with_current = [name for name in app.models.names() if app.models.has_current(name)]
-        return [_describe(app, app.models.resolve(name)) for name in with_current]
+        return [_describe(app, app.models.resolve(name)) for name in app.models.names() if app.models.has_current(name)]
 
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404, 503))
     async def model(model: str) -> ModelInfo:

@@ -25,9 +25,10 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisClusterExcept
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, StoreRefused, Tokens
+from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
 from unroll.service.store.redis_client import connect, disconnect, eviction_policy, refusal
+from unroll.service.store.redis_listing import read_page
 
 _log = structlog.get_logger(__name__)
 
@@ -222,6 +223,13 @@ class RedisStore:
             return self._call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
         record = pack(commit.origin, commit.position, commit.row, commit.last)
         return self._call(*who, record, b"", commit.origin if commit.begins else b"")
+
+    async def page(self, after: str, limit: int) -> Page:
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                return await read_page(self._client, self._config.prefix, after, limit)
+        except (RedisError, OSError) as error:
+            raise unavailable(error) from error
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
         if isinstance(self._client, RedisCluster):

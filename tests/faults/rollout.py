@@ -25,7 +25,7 @@ from faults import report
 from faults.client import Told
 from faults.crowd import Crowd
 from faults.history import Verdict
-from faults.replica import Replica
+from faults.replica import Replica, tiny_repository
 from faults.wires import Wires
 from oracle import Oracle
 from waiting import reached
@@ -92,13 +92,14 @@ class Site:
 
 
 def export_versions(folder: Path, count: int) -> Path:
-    """A repository with versions 1 to `count` of a small LSTM, each with other weights."""
-    for version in range(1, count + 1):
+    """A repository with versions 1 to `count` of the tiny LSTM, each with other weights."""
+    repository = tiny_repository(folder)
+    for version in range(2, count + 1):
         torch.manual_seed(version)
         config = StackedRNNConfig(cell="lstm", hidden_size=4, layers=2, input_size=2, output_size=1)
         module = StackedRNN(config).eval()
-        unroll.export(module, {"x": torch.randn(2, 4, 2)}, name="tiny", version=str(version), repository=folder)
-    return folder
+        unroll.export(module, {"x": torch.randn(2, 4, 2)}, name="tiny", version=str(version), repository=repository)
+    return repository
 
 
 async def run(folder: Path, seed: int, *, versions: int = 2, sessions: int = 10, steps: int = 50) -> Result:

@@ -50,6 +50,8 @@ def test_signals(
         assert np.array_equal(wire.outputs(running.result())[1]["y"][5], oracle("gru", "2")(work[0]))
     assert process.end() == 0
     assert not [line for line in process.log if line["level"] not in ("info", "debug")]
+    (kept,) = [line for line in process.log if line["event"] == "sessions"]
+    assert (kept["durability"], kept["where"], kept["survive"]) == ("memory", "memory", "nothing; --store keeps them")
 
 
 def test_the_log_has_no_headers_at_any_level(start_process: StartProcess) -> None:

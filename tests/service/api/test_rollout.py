@@ -9,13 +9,14 @@ import httpx
 import numpy as np
 import pytest
 import wire
-from processes import StartProcess, launch
 from redis_server import RedisServer
 from serving import RAW, Oracle, Running, raw_steps
 from streams import Client as Stream
-from waiting import PATIENCE, until
+from waiting import until
 
+from unroll.service import app
 from unroll.service.models import repository as repositories
+from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings
 
 Oracles = Callable[..., Oracle]
@@ -365,27 +366,26 @@ def test_a_pointer_that_cannot_be_followed_changes_nothing_and_is_reported(alone
     assert len(alone.index()) == 2
 
 
-def test_a_start_with_a_pointer_that_cannot_be_followed(start_process: StartProcess, shelf: Path) -> None:
+def test_a_start_with_a_pointer_that_cannot_be_followed(repository: Path, tmp_path: Path) -> None:
     """The model is served to those who name a version; `--strict` refuses to start, and so does a wrong flag."""
-    (shelf / "gru" / "serve").write_text("2")
-    process = start_process()
-    with httpx.Client(base_url=process.url) as http:
-        for answer in (http.post(GRU), http.get("/v1/models/gru"), http.get("/v2/models/gru/ready")):
-            assert problem(answer) == (503, "model_unavailable")
-            assert "gru/serve says '2'" in answer.text
-        assert http.post("/v1/models/gru:1/sessions").status_code == 201
-        assert http.get("/v1/models").json() == []
-        assert http.get("/readyz").status_code == 200
-    for flags, said in (
-        (["--strict"], "gru/serve says '2'"),
-        (["--serve", "gru=3"], "--serve says '3'"),
-        (["--serve", "gur=1"], "--serve says '1', and served are []"),
+    (tmp_path / "gru").mkdir()
+    (tmp_path / "gru" / "serve").write_text("2")
+    one = replica(repository, tmp_path, "1")
+    for answer in (one.http.post(GRU), one.http.get("/v1/models/gru"), one.http.get("/v2/models/gru/ready")):
+        assert problem(answer) == (503, "model_unavailable")
+        assert "gru/serve says '2'" in answer.text
+    assert one.opened("gru:1")[1] == "1"
+    assert one.http.get("/v1/models").json() == []
+    assert one.http.get("/readyz").status_code == 200
+    one.http.close()
+    one.running.stop()
+    for settings, said in (
+        ({"strict": True}, "gru/serve says '2'"),
+        ({"serve": {"gru": 3}}, "--serve says '3'"),
+        ({"serve": {"gur": 1}}, r"'gur': --serve says '1', and served are \[\]"),
     ):
-        refused = launch("--repository", str(shelf), "--port", "0", "--device", "cpu", *flags)
-        _, log = refused.communicate(timeout=PATIENCE)
-        assert refused.returncode == 1
-        assert said in log.splitlines()[-1]
-        assert "Traceback" not in log
+        with pytest.raises(RepositoryError, match=said):
+            app.build(Settings.model_validate({"repository": tmp_path, **settings}))
 
 
 def test_the_flag_stands_above_the_pointer(repository: Path, tmp_path: Path) -> None:
