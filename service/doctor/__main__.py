@@ -8,27 +8,26 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import metadata
+from importlib import import_module, metadata
 from itertools import groupby
+from typing import Any
 
 from unroll import __version__
-from unroll.service.doctor import ask, machine, nvidia_driver, store
+from unroll.service.doctor import ask, machine, nvidia_driver
 from unroll.service.doctor.facts import Driver, Facts, Runtime
-from unroll.service.doctor.findings import Finding, devices, judge
-from unroll.service.doctor.store_findings import judge_store
+from unroll.service.doctor.findings import Finding, Status, devices, judge
 
 
 def main(argv: list[str]) -> int:
     """Return 0 if the requested device and store work, else 1."""
     options = _parser().parse_args(argv)
     facts = examine(options.device)
-    stored = store.examine(options.store) if options.store else None
-    findings = [*judge(facts, options.device), *judge_store(stored)]
+    stored, about_store = _examine_store(options.store) if options.store else (None, [])
+    findings = [*judge(facts, options.device), *about_store]
     works = not any(finding.fault for finding in findings)
     if options.json:
         report = {"works": works, "device": options.device, "findings": list(map(asdict, findings))}
-        known = asdict(facts) | {"store": stored and asdict(stored)}
-        print(json.dumps(report | {"facts": known}, indent=2))
+        print(json.dumps(report | {"facts": asdict(facts) | {"store": stored}}, indent=2))
     else:
         print(*lines(findings), sep="\n")
     return 0 if works else 1
@@ -57,6 +56,17 @@ def examine(device: str) -> Facts:
         runtime_problem=problem,
         sessions={name: ask.session(name) for name in _to_try(device, found, runtime)},
     )
+
+
+def _examine_store(url: str) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """Return the facts and the findings. Imported on demand: the packages of the server may be missing."""
+    try:
+        examine_store = import_module("unroll.service.doctor.store").examine
+        judge_store = import_module("unroll.service.doctor.store_findings").judge_store
+    except ImportError as error:
+        return None, [Finding("store", Status.BROKEN, str(error), "pip install 'unroll-serve[cpu]'")]
+    known = examine_store(url)
+    return asdict(known), list(judge_store(known))
 
 
 def lines(findings: Sequence[Finding]) -> Iterator[str]:

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from unroll.service.store.description import Description
-from unroll.service.store.embedded_check import Report
-
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -78,41 +75,6 @@ class Machine:
     container: bool
     nodes: tuple[str, ...]
     visible_devices: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """The folder of an embedded store.
-
-    Attributes:
-        exists: A store is in it.
-        sync: As of the servers that have it open, or had it last.
-        file_system: Its kind, if the machine says it.
-        free: Free bytes on the disk.
-        report: On its entries.
-    """
-
-    exists: bool
-    sync: str
-    file_system: str | None
-    free: int
-    report: Report | None = None
-
-
-@dataclass(slots=True)
-class StoreFacts:
-    """A store.
-
-    Attributes:
-        problem: Why it cannot be used.
-        commit_seconds: Median time of a commit.
-        folder: Of an embedded store.
-    """
-
-    problem: str | None = None
-    description: Description | None = None
-    commit_seconds: float | None = None
-    folder: Folder | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,19 @@
-"""Examines a store: what it is, whether it answers and takes writes, and how long a commit takes."""
+"""Examines a store: what it is, whether it answers and takes writes, and how long a commit takes.
+
+It needs the packages of the server, unlike the rest of the doctor.
+"""
 
 import asyncio
 import shutil
 import time
 import uuid
+from dataclasses import dataclass
 from statistics import median
 
 from unroll.service.core.errors import UnrollError
-from unroll.service.doctor.facts import Folder, StoreFacts
 from unroll.service.settings import SettingsRefused, store_config_of
-from unroll.service.store.description import describe
-from unroll.service.store.embedded_check import check
+from unroll.service.store.description import Description, describe
+from unroll.service.store.embedded_check import Report, check
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.interface import Commit, StoreRefused, Tokens
 from unroll.service.store.lmdb_folder import file_system, is_store
@@ -22,6 +25,41 @@ from unroll.service.telemetry import logs
 _COMMITS = 20
 #: Seconds for which the session of an interrupted trial stays.
 _IDLE_SECONDS = "60"
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The folder of an embedded store.
+
+    Attributes:
+        exists: A store is in it.
+        sync: As of the servers that have it open, or had it last.
+        file_system: Its kind, if the machine says it.
+        free: Free bytes on the disk.
+        report: On its entries.
+    """
+
+    exists: bool
+    sync: str
+    file_system: str | None
+    free: int
+    report: Report | None = None
+
+
+@dataclass(slots=True)
+class StoreFacts:
+    """A store.
+
+    Attributes:
+        problem: Why it cannot be used.
+        commit_seconds: Median time of a commit.
+        folder: Of an embedded store.
+    """
+
+    problem: str | None = None
+    description: Description | None = None
+    commit_seconds: float | None = None
+    folder: Folder | None = None
 
 
 def examine(url: str) -> StoreFacts:

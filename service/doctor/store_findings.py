@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 
-from unroll.service.doctor.facts import Folder, StoreFacts
 from unroll.service.doctor.findings import Finding, Status
+from unroll.service.doctor.store import Folder, StoreFacts
 
 _GIB = 2**30
 #: Free bytes on the disk of a folder below which there is a note.
 _LITTLE = _GIB // 4
 
 
-def judge_store(facts: StoreFacts | None) -> Iterator[Finding]:
-    if facts is None:
-        return
+def judge_store(facts: StoreFacts) -> Iterator[Finding]:
     if facts.description is not None:
         says = f"{facts.description.kind}, {facts.description.where}; sessions survive {facts.description.survives}"
         yield Finding("store", Status.OK, says)

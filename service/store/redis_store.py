@@ -38,8 +38,8 @@ _EXCHANGES = 2
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
 #: `expected` of a call that accepts any token.
 _ANY = b"*"
-#: Seconds between attempts at the start, and between looks at the eviction policy.
-_ATTEMPT_SECONDS, _LOOK_SECONDS = 1.0, 60.0
+#: Seconds between attempts at the start, for an answer to one, and between looks at the eviction policy.
+_ATTEMPT_SECONDS, _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 5.0, 60.0
 
 # Unused and unknown arguments are empty. The first write of a session brings its `origin`. `finish` returns the
 # position if it closed the session; a session is also closed if there is no memory for its tombstone, except by a step,
@@ -164,7 +164,7 @@ class RedisStore:
             key = "", f"{token.hex()}{n}"
             calls += [self._call(key, b"write", b"", token), self._call(key, b"load"), self._call(key, b"take", token)]
         try:
-            async with asyncio.timeout(self._config.timeout):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
                 replies = await self._execute(calls)
             wrong = [r for r in replies if isinstance(r, RedisError) and not isinstance(r, OutOfMemoryError)]
             if wrong:
@@ -181,7 +181,7 @@ class RedisStore:
 
     async def _look_for_eviction(self) -> None:
         try:
-            async with asyncio.timeout(self._config.timeout):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
                 policy = await eviction_policy(self._client)
         except _FAILURES:
             return  # it does not answer, or does not say
