@@ -40,9 +40,8 @@ from unroll.service.sessions.in_memory import MemorySessions
 from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
-from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Store, StoreRefused
-from unroll.service.store.redis_store import RedisStore
+from unroll.service.store.opening import open_store
 from unroll.service.store.state_file import StateFile
 from unroll.service.telemetry.request_log import RequestLog
 
@@ -76,7 +75,8 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         if settings.state_file is not None:
             state_file = StateFile(settings.state_file)
             on_error.callback(state_file.close)
-        store = _open_store(settings)
+        config = settings.store_config()
+        store = None if config is None else open_store(config)
         try:
             repository, models, sessions = _load(settings, store, clock, devices, crash)
         except DeviceUnavailable as error:
@@ -93,7 +93,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         repository,
         sessions,
         settings.api_limits(),
-        settings.durability or sessions.durabilities[-1],
+        settings.default_durability,
         SnapshotKeys(keys) if keys else None,
         shared_port,
         RequestLog(settings.log_requests),
@@ -117,17 +117,6 @@ def _load(
     repository = ModelRepository(settings.repository, models, loader, clock, crash, serve, strict=settings.strict)
     repository.load_all()
     return repository, models, sessions
-
-
-def _open_store(settings: Settings) -> Store | None:
-    """Raises StoreUnavailable if that is for good."""
-    match settings.store_config():
-        case None:
-            return None
-        case EmbeddedStoreConfig() as config:
-            return EmbeddedStore(config)
-        case config:
-            return RedisStore(config)
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from unroll.service.core.errors import StoreUnavailable, UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings, SettingsRefused
+from unroll.service.store.description import where_sessions_are
 from unroll.service.store.interface import StoreRefused
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 from unroll.service.telemetry import logs
@@ -42,6 +43,9 @@ def main(argv: list[str]) -> int:
         if worker is None:
             _check_address(settings.host, settings.port)
         asyncio.run(_check_store(settings))
+        if worker is None or worker.number == 1:
+            where = where_sessions_are(settings.store_config(), settings.state_file)
+            log.info("sessions", durability=settings.default_durability, **asyncio.run(where))
         application, state = app.build(settings, shared_port=None if worker is None else worker.shared_port)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,8 +27,9 @@ from unroll.service.models.loading import ModelOptions
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
-from unroll.service.store.lmdb_folder import Sync
-from unroll.service.store.record import current_durability
+from unroll.service.store.lmdb_folder import Sync, last_host
+from unroll.service.store.opening import StoreConfig
+from unroll.service.store.record import MEMORY, STORED, current_durability
 from unroll.service.store.redis_client import SCHEMES
 from unroll.service.store.redis_store import RedisStoreConfig
 from unroll.service.telemetry.request_log import LogRequests
@@ -250,7 +252,12 @@ class Settings(BaseSettings):
             ),
         )
 
-    def store_config(self) -> RedisStoreConfig | EmbeddedStoreConfig | None:
+    @property
+    def default_durability(self) -> str:
+        """Of new sessions."""
+        return self.durability or (MEMORY if self.store is None else STORED)
+
+    def store_config(self) -> StoreConfig | None:
         if self.store is None:
             return None
         times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
@@ -260,6 +267,21 @@ class Settings(BaseSettings):
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
+
+
+def store_config_of(url: str, *flags: str) -> StoreConfig:
+    """The config of a store for a tool: as of a server with this `--store`, these flags and this environment.
+
+    Raises:
+        SettingsRefused: A value is not allowed.
+        StoreUnavailable: The folder's description of itself is damaged.
+    """
+    patient = ["--store-timeout", "5"]
+    config = Settings.from_arguments(["--repository", ".", "--store", url, *patient, *flags]).store_config()
+    assert config is not None
+    if isinstance(config, EmbeddedStoreConfig) and (last := last_host(config.folder)) is not None:
+        return replace(config, sync=last["sync"])
+    return config
 
 
 def store_folder(url: str) -> Path | None:

@@ -23,7 +23,17 @@ import lmdb
 
 from unroll.service.core.errors import SnapshotInvalid, StoreUnavailable
 from unroll.service.store import lmdb_folder
-from unroll.service.store.embedded_entry import CLOCK, CLOSED, SESSION, TIME, Entry, place_of, since_boot, this_boot
+from unroll.service.store.embedded_entry import (
+    CLOCK,
+    CLOSED,
+    SESSION,
+    TIME,
+    Entry,
+    key_of,
+    place_of,
+    since_boot,
+    this_boot,
+)
 from unroll.service.store.lmdb_folder import LmdbFolder
 from unroll.service.telemetry import logs
 
@@ -113,7 +123,7 @@ def examine(folder: Path, *, repair: bool = False) -> Report:
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
     """The database as the next server would find it, to be read only. Raises StoreUnavailable."""
-    if not (folder / "data.mdb").is_file():
+    if not lmdb_folder.is_store(folder):
         raise StoreUnavailable(f"there is no store in {folder}: no data.mdb", 0)
     with contextlib.ExitStack() as stack:
         last, synced = lmdb_folder.last_host(folder), folder / "synced"
@@ -199,9 +209,8 @@ def _note(report: Report, place: bytes, content: bytes, now: float) -> None:
         entry.record() if entry.kind == SESSION else entry.gone()
         if place_of(entry.name) != place:
             raise SnapshotInvalid("it is the entry of another session")
-    except (SnapshotInvalid, struct.error) as error:
-        model, _, session = place.decode(errors="replace").partition("/")
-        report.damaged.append(Damage(model, session, str(error), place.hex()))
+    except SnapshotInvalid as error:
+        report.damaged.append(Damage(*key_of(place), str(error), place.hex()))
         report.result = "damaged"
         return
     if entry.is_living(now):

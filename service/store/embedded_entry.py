@@ -11,6 +11,7 @@ Times are seconds on the store's own clock, which stands still while the machine
 """
 
 import hashlib
+import math
 import struct
 import time
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class Entry:
 
     @classmethod
     def read(cls, content: bytes) -> Self:
-        """Raises struct.error if it is too short."""
+        """One that is too short counts as a session, so that its damage is found when it is used."""
+        if len(content) < _NAME:
+            return cls(content, SESSION, math.inf, bytes(16), b"")
         expires, token, length = _ENTRY.unpack_from(content, HEADER_BYTES)
         return cls(content, content[_TAG], expires, token, content[_NAME : _NAME + length])
 
@@ -99,11 +102,17 @@ def pack_entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes
 
 def expiry(content: Any) -> float:
     """When the entry of that content ends."""
-    return _ENTRY.unpack_from(content, HEADER_BYTES)[0]
+    return math.inf if len(content) < _NAME else _ENTRY.unpack_from(content, HEADER_BYTES)[0]
 
 
 def name_of(key: Key) -> bytes:
     return f"{key[0]}/{key[1]}".encode()
+
+
+def key_of(name: bytes) -> Key:
+    """Of a name, or so far as it can be read."""
+    model, _, session = name.decode(errors="replace").partition("/")
+    return model, session
 
 
 def place_of(name: bytes) -> bytes:

@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import lmdb
 import structlog
 
-from unroll.service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
+from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
 from unroll.service.store.embedded_entry import (
     CLOCK,
     CLOSED,
@@ -29,6 +29,7 @@ from unroll.service.store.embedded_entry import (
     Entry,
     agreed_offset,
     expiry,
+    key_of,
     name_of,
     pack_entry,
     place_of,
@@ -36,7 +37,7 @@ from unroll.service.store.embedded_entry import (
     this_boot,
 )
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, Tokens
+from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
 from unroll.service.store.lmdb_folder import LmdbFolder, Sync
 from unroll.service.store.record import Gone, Record, pack, pack_last
 
@@ -114,6 +115,13 @@ class EmbeddedStore:
 
     async def take(self, key: Key, token: bytes) -> bool:
         return await self._exchanges.ask_one(_Call(partial(_take, name_of(key), token), "ends"))
+
+    async def page(self, after: str, limit: int) -> Page:
+        try:
+            place = bytes.fromhex(after)
+        except ValueError:
+            raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said") from None
+        return await self._exchanges.ask_one(_Call(partial(_page, place, limit), "reads"))
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────
 
@@ -226,6 +234,25 @@ def _take(name: bytes, token: bytes, transaction: Any, now: float) -> bool:
     place = place_of(name)
     held = Entry.at(transaction, place)
     return held is not None and held.is_living(now) and held.token == token and transaction.delete(place)
+
+
+def _page(after: bytes, limit: int, transaction: Any, now: float) -> Page:
+    page = Page([], [], "")
+    cursor = transaction.cursor()
+    if not cursor.set_range(after + b"\0"):
+        return page
+    for looked, (key, value) in enumerate(cursor, 1):
+        place = bytes(key)
+        if place != CLOCK and (entry := Entry.read(bytes(value))).is_living(now):
+            try:
+                record, size = entry.record(), len(entry.content)
+                expires_in = None if math.isinf(entry.expires) else entry.expires - now
+                page.sessions.append(Listed(key_of(entry.name), record.origin, record.position, expires_in, size))
+            except SnapshotInvalid:
+                page.damaged.append(key_of(place))
+        if len(page.sessions) == limit or looked == _SWEPT:
+            return replace(page, after=place.hex())
+    return page
 
 
 def _ended(transaction: Any, after: bytes, now: float) -> tuple[list[bytes], bytes]:

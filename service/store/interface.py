@@ -46,6 +46,37 @@ class Commit:
     ends: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An open session of a store.
+
+    Attributes:
+        expires_in: Seconds until it expires, unless it is used before; None: never.
+        bytes: Of its record.
+    """
+
+    key: Key
+    origin: Origin
+    position: int
+    expires_in: float | None
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of a store's open sessions.
+
+    Attributes:
+        sessions: May be none although there are more.
+        damaged: The keys of sessions among them that cannot be read.
+        after: Names the next page; empty: there is none.
+    """
+
+    sessions: list[Listed]
+    damaged: list[Key]
+    after: str
+
+
 class Store(Protocol):
     """Records of sessions, shared by replicas.
 
@@ -78,6 +109,20 @@ class Store(Protocol):
         """Remove a record without a tombstone if it has this token: the caller owns the session then."""
         ...
 
+    async def page(self, after: str, limit: int) -> Page:
+        """The page that `after` names; empty: the first. Every session that is open all the time is on one, or on
+        several.
+
+        Args:
+            after: Of the page before.
+            limit: About so many sessions.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+            InvalidRequest: `after` names no page.
+        """
+        ...
+
     async def start(self) -> None:
         """Called once, before any other method. Returns when the store has answered once; until then it is logged.
         Raises StoreRefused."""
@@ -97,4 +142,4 @@ class Tokens:
         return self._process + next(self._count).to_bytes(8, "little")
 
 
-__all__ = ["Commit", "Gone", "Kept", "Key", "Origin", "Record", "Store", "StoreRefused", "Tokens"]
+__all__ = ["Commit", "Gone", "Kept", "Key", "Listed", "Origin", "Page", "Record", "Store", "StoreRefused", "Tokens"]

@@ -227,6 +227,10 @@ class LmdbFolder:
         )
 
 
+def is_store(folder: Path) -> bool:
+    return (folder / "data.mdb").is_file()
+
+
 def last_host(folder: Path) -> dict[str, Any] | None:
     """What `host.json` says. Raises StoreUnavailable if it is damaged."""
     path = folder / "host.json"
@@ -273,17 +277,21 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return f"with --store-sync {theirs['sync']}; all processes need the same"
 
 
-def _refuse_other_machines(folder: Path) -> None:
-    """Raises StoreUnavailable if the folder is on a file system that other machines may write to."""
+def file_system(folder: Path) -> str | None:
+    """The kind of file system that the folder is on; None if the machine does not say."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     except OSError:
-        return  # not Linux
+        return None  # not Linux
     where = str(folder.resolve())
     inside = [words for words in mounts if where == words[4] or where.startswith(words[4].rstrip("/") + "/")]
     kind = max(inside, key=lambda words: len(words[4]))
-    name = kind[kind.index("-") + 1]
-    if name in _NETWORK:
+    return kind[kind.index("-") + 1]
+
+
+def _refuse_other_machines(folder: Path) -> None:
+    """Raises StoreUnavailable if the folder is on a file system that other machines may write to."""
+    if (name := file_system(folder)) in _NETWORK:
         raise StoreUnavailable(
             f"the store {folder} is on a network file system ({name}); use a local disk, or --store redis://...", 0
         )

@@ -25,9 +25,10 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, RedisClusterExcept
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
 from unroll.service.store.exchanges import Exchanges, unavailable
-from unroll.service.store.interface import Commit, Key, StoreRefused, Tokens
+from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
 from unroll.service.store.redis_client import connect, disconnect, eviction_policy, refusal
+from unroll.service.store.redis_listing import read_page
 
 _log = structlog.get_logger(__name__)
 
@@ -37,8 +38,8 @@ _EXCHANGES = 2
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
 #: `expected` of a call that accepts any token.
 _ANY = b"*"
-#: Seconds between attempts at the start, and between looks at the eviction policy.
-_ATTEMPT_SECONDS, _LOOK_SECONDS = 1.0, 60.0
+#: Seconds between attempts at the start, for an answer to one, and between looks at the eviction policy.
+_ATTEMPT_SECONDS, _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 5.0, 60.0
 
 # Unused and unknown arguments are empty. The first write of a session brings its `origin`. `finish` returns the
 # position if it closed the session; a session is also closed if there is no memory for its tombstone, except by a step,
@@ -163,7 +164,7 @@ class RedisStore:
             key = "", f"{token.hex()}{n}"
             calls += [self._call(key, b"write", b"", token), self._call(key, b"load"), self._call(key, b"take", token)]
         try:
-            async with asyncio.timeout(self._config.timeout):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
                 replies = await self._execute(calls)
             wrong = [r for r in replies if isinstance(r, RedisError) and not isinstance(r, OutOfMemoryError)]
             if wrong:
@@ -180,7 +181,7 @@ class RedisStore:
 
     async def _look_for_eviction(self) -> None:
         try:
-            async with asyncio.timeout(self._config.timeout):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
                 policy = await eviction_policy(self._client)
         except _FAILURES:
             return  # it does not answer, or does not say
@@ -222,6 +223,13 @@ class RedisStore:
             return self._call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
         record = pack(commit.origin, commit.position, commit.row, commit.last)
         return self._call(*who, record, b"", commit.origin if commit.begins else b"")
+
+    async def page(self, after: str, limit: int) -> Page:
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                return await read_page(self._client, self._config.prefix, after, limit)
+        except (RedisError, OSError) as error:
+            raise unavailable(error) from error
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
         if isinstance(self._client, RedisCluster):

@@ -50,3 +50,10 @@ def test_a_command_needs_only_its_own_packages(package: str) -> None:
     done = run(package, "inspect", "none")
     assert "manifest.json" in done.stderr
     assert run(package, "doctor").returncode in {0, 1}
+
+
+def test_the_doctor_needs_the_packages_of_the_server_only_for_a_store() -> None:
+    done = run("redis", "doctor", "--device", "cpu", "--store", "file:///none")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "LSTM on cpu" in done.stdout
+    assert "→ pip install 'unroll-serve[cpu]'" in done.stdout

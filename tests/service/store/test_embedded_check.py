@@ -12,7 +12,7 @@ import lmdb
 import pytest
 from test_stores import commit, put
 
-from unroll.service import store_command
+from unroll.service.commands import store as store_command
 from unroll.service.core.errors import SnapshotInvalid
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Tokens

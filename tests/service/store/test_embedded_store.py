@@ -84,17 +84,20 @@ async def test_time_stands_still_while_the_machine_is_off(tmp_path: Path, machin
     await store.stop()
 
 
-async def test_a_damaged_session_is_not_used_and_can_be_closed(tmp_path: Path, tokens: Tokens) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+async def test_a_damaged_session_is_not_used_and_can_be_closed(tmp_path: Path, tokens: Tokens, cut: bool) -> None:
     store = opened(tmp_path)
     await put(store, commit(tokens.next()))
 
     def damage(transaction: lmdb.Transaction) -> None:
         content = bytearray(transaction.get(b"lstm/a"))
         content[-20] ^= 1
-        transaction.put(b"lstm/a", bytes(content))
+        transaction.put(b"lstm/a", bytes(content[:10] if cut else content))
 
     store._folder.write(damage)
-    with pytest.raises(SnapshotInvalid, match="damaged"):
+    store._look_after()
+    assert (await store.page("", 9)).damaged == [KEY]
+    with pytest.raises(SnapshotInvalid, match="not a session of the store" if cut else "damaged"):
         await store.load(KEY)
     with pytest.raises(SnapshotInvalid, match="it is removed"):
         await store.close(KEY)

@@ -11,7 +11,7 @@ from faults.proxy import Fault, FaultProxy
 from redis_server import RedisServer
 from waiting import until
 
-from unroll.service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable
+from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.memory_store import MemoryStore
@@ -277,3 +277,28 @@ def test_a_record_as_bytes():
             Record.from_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
         with pytest.raises(SnapshotInvalid):
             Record.from_bytes(content[:i])
+
+
+async def test_all_open_sessions_are_listed_page_by_page(store: Store, tokens: Tokens):
+    keys = {("lstm", f"s{number} {{é}}:gone") for number in range(30)} | {("gru", "/")}
+    assert await put(store, *[commit(tokens.next(), position=4, key=key) for key in keys]) == [None] * 31
+    await put(store, commit(tokens.next(), key=("lstm", "ended")))
+    await store.close(("lstm", "ended"))
+    found, after = [], ""
+    while True:
+        page = await store.page(after, 7)
+        found += page.sessions
+        assert page.damaged == []
+        if not (after := page.after):
+            break
+    assert sorted(session.key for session in found) == sorted(keys)
+    assert {(session.origin, session.position) for session in found} == {(ORIGIN, 4)}
+    assert all(session.expires_in is None or 890 < session.expires_in <= 900 for session in found)
+    assert all(session.bytes > 30 for session in found)
+
+
+async def test_a_page_that_no_page_named_is_refused(store: Store):
+    if isinstance(store, MemoryStore):
+        pytest.skip("any text names one of its pages")
+    with pytest.raises(InvalidRequest, match="use what the page before said"):
+        await store.page("?", 1)
