@@ -181,6 +181,26 @@ def test_a_frame_of_a_session_that_was_opened_again_on_a_version_that_is_not_her
     stream.socket.close()
 
 
+def test_a_stream_closes_a_session_whose_version_is_gone(
+    repository: Path, tmp_path: Path, redis_process: RedisServer, oracle: Oracles
+) -> None:
+    one = replica(repository, tmp_path, "1", "2", store=redis_process.url, session_capacity=1)
+    stream = Stream(one.running, oracle("gru", "2").manifest)
+    (name,) = stream.bind(0)
+    stream.step((0, 0, X[:3]))
+    other, _ = one.opened()  # takes the row
+    one.http.delete(other)
+    shutil.rmtree(tmp_path / "gru" / "2")
+    one.running.rescan_now()
+    assert [model.version for model in one.running.server.models] == ["1"]
+    assert stream.refused(0, 3, X[3:4])[0] == "model_changed"
+    assert stream.control("close", handles=[0])["sessions"] == [{"handle": 0, "position": 3}]
+    assert problem(one.http.get(f"{GRU}/{name}")) == (410, "session_closed")
+    stream.socket.close()
+    one.http.close()
+    one.running.stop()
+
+
 def test_snapshots_of_a_version_that_is_not_here_yet(early: Replica, late: Replica, oracle: Oracles) -> None:
     session, _ = early.opened()
     first = outputs(early.step(session, X[:3], 0))
