@@ -1,4 +1,4 @@
-# The serving image: no torch, no root, no write outside /tmp.
+# The serving image: no torch, no root, no write outside /tmp and the volume of sessions.
 #
 #   docker build -t unroll .                          CPU
 #   docker build -t unroll:gpu --build-arg RUNTIME=gpu .
@@ -15,13 +15,15 @@ WORKDIR /src
 # Dependencies change rarely, so they get their own layer.
 COPY pyproject.toml constraints.txt ./
 RUN /opt/unroll/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*project['dependencies'], *project['optional-dependencies']['$RUNTIME'], sep='\n')" > requirements.txt \
+extras = project['optional-dependencies']; \
+print(*project['dependencies'], *extras['serve'], *extras['$RUNTIME'][1:], sep='\n')" > requirements.txt \
  && if [ "$RUNTIME" = gpu ]; then echo 'onnxruntime-gpu[cuda,cudnn]' >> requirements.txt; fi
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/unroll/bin/pip install -c constraints.txt -r requirements.txt
 COPY LICENSE README.md ./
 COPY src src
 COPY bundle bundle
+COPY client client
 COPY service service
 RUN /opt/unroll/bin/pip install --no-deps . && /opt/unroll/bin/pip uninstall -y pip setuptools
 
@@ -32,6 +34,8 @@ LABEL org.opencontainers.image.title="unroll" \
 COPY --from=build /opt/unroll /opt/unroll
 # The example bundles; mount your own repository over them.
 COPY examples/repository /srv/repository
+# A volume mounted here may be written, for --store file:///var/lib/unroll/sessions.
+RUN install -d -o 10001 -g 10001 /var/lib/unroll
 ENV PATH=/opt/unroll/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     UNROLL_REPOSITORY=/srv/repository HOST=0.0.0.0 PORT=8000
 USER 10001:10001

@@ -9,15 +9,15 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test coverage kill-test rolling-test machine-test crowd-test check format kinds-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format kinds-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## create .venv with everything: serving, export, training, tests
 
-run: .venv-serve/.installed ## serve the example bundles on :8000 and run the demo (PORT=8001, DETACH=1)
-	@.venv-serve/bin/python -m unroll.examples.run --port $(PORT) $(if $(filter-out 0,$(DETACH)),--detach)
+run: .venv-serve/.installed ## serve the example bundles on :8000 and run the demo (PORT=8001, DETACH=1, STORE=folder)
+	@.venv-serve/bin/python -m unroll.examples.run --port $(PORT) $(if $(filter-out 0,$(DETACH)),--detach) $(if $(STORE),--store '$(STORE)')
 
 stop: ## stop the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m unroll.examples.run --stop
@@ -35,8 +35,14 @@ coverage: install ## run the tests, print their line and branch coverage of unro
 kill-test: install ## kill replicas 500 times while clients step, and check every step (minutes; KILLS=, SEED=, STORE=embedded)
 	PYTHONPATH=tests $(BIN)/python -m faults.kill_loop $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
 
+client-test: install ## kill a server 200 times under twenty clients of unroll.client, and check every output (minutes; KILLS=, SEED=)
+	PYTHONPATH=tests $(BIN)/python -m faults.client_kills $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
 rolling-test: install ## restart replicas behind HAProxy while clients step (one minute; SEED=)
 	PYTHONPATH=tests $(BIN)/python -m faults.rolling $(if $(SEED),--seed $(SEED))
+
+rollout-test: install ## roll versions of a model out over three replicas while clients step (minutes; SEED=, VERSIONS=)
+	PYTHONPATH=tests $(BIN)/python -m faults.rollout $(if $(SEED),--seed $(SEED)) $(if $(VERSIONS),--versions $(VERSIONS))
 
 machine-test: install ## random event sequences over two replicas, longer than in `make test` (minutes; EXAMPLES=)
 	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py
@@ -45,7 +51,7 @@ crowd-test: install ## hundreds of concurrent sessions over every API, longer th
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
 kinds-test: install ## export every kind of module, of which `make test` leaves out some (minutes)
-	UNROLL_TEST_KINDS=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/export/test_kinds.py
+	UNROLL_TEST_KINDS=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/export/test_kinds.py tests/served
 
 check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bench import clients, durability, environments, inputs, machine, report, scale, sequences, steps
+from bench import clients, durability, environments, inputs, machine, report, scale, sequences, steps, workers
 from bench.outcomes import Outcome
 from bench.peers import PEERS, Peer
 from bench.reference import Reference
@@ -32,6 +32,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Outcome]]] = {
     "sessions": scale.sessions,
     "start": scale.start,
     "durability": durability.durability,
+    "workers": workers.workers,
 }
 RESULTS = ROOT / ".bench" / "results.json"
 _EXPORT_SECONDS = 300

@@ -70,11 +70,11 @@ def _durability_levels(bench: Bench, stores: dict[str, tuple[str, str]], redis: 
         subjects = {memory: raw_steps(memory, reference), held: _client_held(held, reference)}
         for fsync, store in stores.items():
             launch = bench.unroll(*store, name=f"unroll-{fsync}")
-            subjects[launch] = _stored(launch, reference, f"in Redis, appendfsync {fsync}")
+            subjects[launch] = stored(launch, reference, f"in Redis, appendfsync {fsync}")
         for sync in _SYNC:
             folder = ("--store", f"file://{bench.folder}/store-{sync}", "--store-sync", sync)
             launch = bench.unroll(*folder, name=f"unroll-folder-{sync}")
-            subjects[launch] = _stored(launch, reference, f"in a folder, --store-sync {sync}")
+            subjects[launch] = stored(launch, reference, f"in a folder, --store-sync {sync}")
         measured = {launch: servers.turn(subject, CLIENTS) for launch, subject in subjects.items()}
         turns = [servers.turn(ceiling(reference.features), CLIENTS), *measured.values()]
         rows = bench.alternate(turns)
@@ -100,7 +100,7 @@ def _processor_time(bench: Bench, turn: Turn, processes: dict[str, Server]) -> s
     return f"{turn.name}: a step takes {each}"
 
 
-def _stored(launch: Launch, reference: Reference, where: str) -> Subject:
+def stored(launch: Launch, reference: Reference, where: str) -> Subject:
     subject = raw_steps(launch, reference)
     return replace(subject, name=launch.name, what=f"Unroll, raw bytes, {where}")
 

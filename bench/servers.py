@@ -34,9 +34,8 @@ class Server:
         return sum(_resident_bytes(pid) for pid in _session_members(self.process.pid))
 
     def cpu_seconds(self) -> float:
-        """Processor time used so far by its leading process."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Processor time used so far, summed over its processes."""
+        return sum(_ticks(pid) for pid in _session_members(self.process.pid)) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -151,6 +150,13 @@ def _session_members(leader: int) -> list[int]:
     while children := {pid for pid, parent in parents.items() if parent in members and pid not in members}:
         members |= children
     return sorted(members)
+
+
+def _ticks(pid: int) -> int:
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return 0
 
 
 def _resident_bytes(pid: int) -> int:

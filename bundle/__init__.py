@@ -4,7 +4,7 @@ A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `mani
 This package needs NumPy, but neither torch nor onnxruntime.
 """
 
-from unroll.bundle.files import Bundle, BundleError, discover, read, write
+from unroll.bundle.files import Bundle, BundleError, discover, read, stated_digest, write
 from unroll.bundle.golden import Golden, RunFunction
 from unroll.bundle.manifest import CRASHING_OPTIMIZERS, Manifest, Parity, Precision, StateSlot, StaticInput, TensorSpec
 from unroll.bundle.verification import GoldenMismatch, Verifier
@@ -25,5 +25,6 @@ __all__ = [
     "Verifier",
     "discover",
     "read",
+    "stated_digest",
     "write",
 ]

@@ -61,6 +61,14 @@ def discover(repository: Path) -> list[Path]:
     return found
 
 
+def stated_digest(path: Path) -> str | None:
+    """Return the digest that the manifest of the bundle at `path` states, unchecked; None if it cannot be read."""
+    try:
+        return Manifest.from_json(_content(path / MANIFEST)).digest
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def _may_be_bundle(path: Path) -> bool:
     try:
         return any(file.name in {MODEL, MANIFEST, GOLDEN} for file in path.iterdir())

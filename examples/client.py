@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import time
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
@@ -50,23 +51,36 @@ class Client:
     def exchange(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[bytes, http.client.HTTPMessage]:
-        headers = headers or {}
-        try:
-            try:
-                response, answer = self._ask(method, path, body, headers)
-            except (ConnectionError, http.client.HTTPException):
-                # The server closes idle connections. Reads and steps with a position can be resent: the server
-                # applies a step once.
-                if method != "GET" and "Unroll-Position" not in headers:
-                    raise
-                self._connection.close()
-                response, answer = self._ask(method, path, body, headers)
-        except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            raise ServerError(f"no answer from {self.url}: {error or type(error).__name__}") from error
+        """The answer and its headers. What the server cannot do now is sent again after the time that it names."""
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while True:
+            response, answer = self._ask_again(method, path, body, headers or {})
+            pause = response.headers["Retry-After"] if response.status == 503 else None
+            if pause is None or time.monotonic() > deadline:
+                break
+            time.sleep(float(pause))
         if response.status >= 400:
             raise _refusal(f"{method} {path}", response.status, answer)
         return answer, response.headers
+
+    def _ask_again(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Once more if the connection was closed, as the server does with idle ones, and if that is safe.
+
+        It is for reads and steps with a position: the server applies a step once.
+        """
+        try:
+            try:
+                return self._ask(method, path, body, headers)
+            except (ConnectionError, http.client.HTTPException):
+                if method != "GET" and "Unroll-Position" not in headers:
+                    raise
+                self._connection.close()
+                return self._ask(method, path, body, headers)
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            raise ServerError(f"no answer from {self.url}: {error or type(error).__name__}") from error
 
     def _ask(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str]
@@ -89,8 +103,9 @@ class RemoteSession:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._client.exchange("DELETE", self._path)
-        except ServerError:
-            if kind is None:  # otherwise the first error matters more
+        except ServerError as error:
+            # session_closed: by a request whose answer was that the store does not answer
+            if kind is None and error.code != "session_closed":  # otherwise the first error matters more
                 raise
 
     def steps(self, values: bytes, count: int = 1, position: int | None = None) -> bytes:

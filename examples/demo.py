@@ -8,16 +8,17 @@ import io
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from unroll.examples.client import Client, RemoteSession, ServerError
-from unroll.examples.display import display
+from unroll.examples.display import Display, display
 from unroll.models import mauna_loa
 from unroll.models.mauna_loa import Series
 
@@ -32,6 +33,15 @@ QUICK_WEEKS = 520
 
 class DemoFailed(Exception):
     """The example is incomplete, or the server's answers are wrong."""
+
+
+class Server(Protocol):
+    """A server that the demo may kill, and whose sessions survive that."""
+
+    @property
+    def pid(self) -> int: ...
+    def kill(self) -> None: ...
+    def start(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +96,13 @@ class Streamed:
     seconds: float
 
 
-def main(argv: list[str]) -> int:
-    """Returns 0 if the served forecasts equal PyTorch's; else prints the reason and returns 1."""
+def main(argv: list[str], server: Server | None = None) -> int:
+    """Returns 0 if the served forecasts equal PyTorch's; else prints the reason and returns 1.
+
+    Args:
+        argv: See `--help`.
+        server: The server at `--url`, which is then killed half way and started again.
+    """
     options = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for the bars
@@ -96,13 +111,17 @@ def main(argv: list[str]) -> int:
         with Client(options.url) as client:
             exact = _check_server(client)
             with client.open_session(MODEL) as session:
-                streamed = stream(session, example, quick=options.quick)
-                _retry(session, example, streamed)
-            whole = client.sequence(MODEL, _raw(example.series.ppm), len(example.series.ppm))
+                streamed = stream(session, example, server, quick=options.quick)
+                _retry(session, example.series.ppm, streamed.forecasts)
+            series = _raw(example.series.ppm), len(example.series.ppm)
+            same = {"Streamed = whole": client.sequence(MODEL, *series)}
+            if server:
+                with client.open_session(MODEL) as uninterrupted:
+                    same["Killed = never killed"] = uninterrupted.steps(*series)
     except (DemoFailed, ServerError) as error:
         print(f"unroll demo: {error}", file=sys.stderr)
         return 1
-    faults = report(example, streamed, np.frombuffer(whole, "<f4"), exact=exact)
+    faults = report(example, streamed, {name: np.frombuffer(raw, "<f4") for name, raw in same.items()}, exact=exact)
     for fault in faults:
         print(f"unroll demo: {fault}", file=sys.stderr)
     if not faults:
@@ -137,7 +156,7 @@ def _check_server(client: Client) -> bool:
     return bool(model["bit_exact"] and model["provider"] == "CPUExecutionProvider")
 
 
-def stream(session: RemoteSession, example: Example, *, quick: bool = False) -> Streamed:
+def stream(session: RemoteSession, example: Example, server: Server | None = None, *, quick: bool = False) -> Streamed:
     """Send the whole series through one session, one week per request; the server keeps the state in between."""
     ppm = example.series.ppm
     forecasts = np.empty(len(ppm), np.float32)
@@ -148,19 +167,43 @@ def stream(session: RemoteSession, example: Example, *, quick: bool = False) -> 
         f"CO₂ at Mauna Loa, week by week from {example.series.dates[head]}; each forecast was made the week before.\n"
     )
     shown = display(sys.stdout, example.series.dates, ppm, head)
-    started = time.perf_counter()
+    started, away = time.perf_counter(), 0.0
     for week in range(head, len(ppm)):
         if week:
             shown.show(week, forecasts)
+        if server and week == (head + len(ppm)) // 2:
+            away = _crash(server, session, ppm[: week + 1], forecasts, shown)
         forecasts[week] = np.frombuffer(session.steps(_raw(ppm[week : week + 1])), "<f4")[0]
-    return Streamed(forecasts, len(ppm) - head, time.perf_counter() - started)
+    return Streamed(forecasts, len(ppm) - head, time.perf_counter() - started - away)
 
 
-def _retry(session: RemoteSession, example: Example, streamed: Streamed) -> None:
-    """Send the last step again, like a client whose connection broke before the reply."""
-    weeks = len(example.series.ppm)
-    again = session.steps(_raw(example.series.ppm[-1:]), position=weeks - 1)
-    if again != _raw(streamed.forecasts[-1:]) or session.position != weeks:
+def _crash(server: Server, session: RemoteSession, ppm: np.ndarray, forecasts: np.ndarray, shown: Display) -> float:
+    """Kill the server before the last week of `ppm`, and start it again. Returns the seconds that this took."""
+    began, killed, week = time.perf_counter(), server.pid, len(ppm) - 1
+    server.kill()
+    try:
+        session.steps(_raw(ppm[-1:]))
+    except ServerError as error:
+        seen = error
+    else:
+        raise DemoFailed("the server was killed, and something else answers at its address")
+    server.start()
+    seconds = time.perf_counter() - began
+    _retry(session, ppm[:-1], forecasts)
+    shown.note(f"""
+  Half way: the server, process {killed}, is killed (kill -9) after {week} steps.
+    The client's next step: {seen}
+    After {seconds:.1f} s process {server.pid} serves, and has the session from its folder, at step {session.position}.
+    The client sends step {week} again, as if its answer had been lost: same answer, not applied twice. It goes on.
+""")
+    return time.perf_counter() - began
+
+
+def _retry(session: RemoteSession, ppm: np.ndarray, forecasts: np.ndarray) -> None:
+    """Send the last step, that of the last of `ppm`, again, like a client whose connection broke before the reply."""
+    weeks = len(ppm)
+    again = session.steps(_raw(ppm[-1:]), position=weeks - 1)
+    if again != _raw(forecasts[weeks - 1 : weeks]) or session.position != weeks:
         raise DemoFailed(f"a retried step got another reply than the first time (position {session.position})")
 
 
@@ -168,13 +211,17 @@ def _raw(values: np.ndarray) -> bytes:
     return values.astype("<f4").tobytes()
 
 
-def report(example: Example, streamed: Streamed, whole: np.ndarray, *, exact: bool) -> list[str]:
-    """Print the figures and return the failures. `exact`: streamed and whole forecasts must agree in every bit."""
+def report(example: Example, streamed: Streamed, same: Mapping[str, np.ndarray], *, exact: bool) -> list[str]:
+    """Print the figures and return the failures.
+
+    Args:
+        same: What the streamed forecasts must equal, by the name of that equation.
+        exact: In every bit, else within the tolerance.
+    """
     ppm, served, judged = example.series.ppm.astype(np.float64), streamed.forecasts, example.judged()
     error = np.abs(served[judged - 1] - ppm[judged]).mean()
     persistence = np.abs(ppm[judged - 1] - ppm[judged]).mean()
     single, double = (float(np.abs(served - torch).max()) for torch in (example.float32, example.float64))
-    equal = np.array_equal(served, whole)
     print(f"""
 {len(ppm)} weeks through one session, {streamed.singles} of them one request each: {streamed.seconds:.2f} s, \
 {streamed.singles / streamed.seconds:.0f} steps/s on one connection
@@ -185,13 +232,15 @@ Against PyTorch, all {len(ppm)} weeks
   max |served - float64|  {double:.1e} ppm; tolerance {example.tolerance:.1e}: 4 x PyTorch float32's own \
 {example.rounding:.1e}, and one float32 unit {example.unit:.1e}
   max |served - float32|  {single:.1e} ppm
-Streamed = whole          {"yes, bit for bit" if equal else f"differs by {np.abs(served - whole).max():.1e} ppm"}
 Last step sent twice      same answer, applied once""")
     faults = []
+    for name, others in same.items():
+        equal, apart = np.array_equal(served, others), np.abs(served - others).max()
+        print(f"{name:26}{'yes, bit for bit' if equal else f'differs by {apart:.1e} ppm'}")
+        if not equal and (exact or not apart <= example.tolerance):
+            faults.append(f"{name}: the forecasts differ by {apart:.1e} ppm")
     if not double <= example.tolerance:
         faults.append(f"the served forecasts differ from PyTorch by {double:.1e} ppm, beyond {example.tolerance:.1e}")
-    if not equal and (exact or not np.abs(served - whole).max() <= example.tolerance):
-        faults.append("the streamed forecasts differ from those of the whole sequence")
     return faults
 
 

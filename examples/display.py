@@ -24,6 +24,9 @@ class Display(Protocol):
     def show(self, week: int, forecasts: np.ndarray) -> None:
         """The measurement of `week` has arrived; forecasts[i] is for week i + 1 and known for all i < week."""
 
+    def note(self, text: str) -> None:
+        """Lines between the weeks."""
+
 
 class Live:
     """Three lines: the week with its forecast and error, and two years of measurements and forecasts as bars."""
@@ -32,7 +35,7 @@ class Live:
         self._out, self._dates, self._truth = out, dates, truth
         self._width = max(8, min(shutil.get_terminal_size().columns - _MARGIN, _WIDEST))
         self._next_frame = 0.0
-        print("\n" * 2, file=out)
+        self.note("")
 
     def show(self, week: int, forecasts: np.ndarray) -> None:
         now, last = time.monotonic(), week == len(self._truth) - 1
@@ -50,6 +53,9 @@ class Live:
         self._out.write(_UP + "".join(f"\r{_CLEAR}{line}\n" for line in lines))
         self._out.flush()
 
+    def note(self, text: str) -> None:
+        print(text + "\n" * 3, end="", file=self._out)  # the next frame overwrites three lines
+
 
 class Lines:
     """A few of the displayed weeks, evenly spaced."""
@@ -61,6 +67,9 @@ class Lines:
     def show(self, week: int, forecasts: np.ndarray) -> None:
         if week in self._sampled:
             print(_row(self._dates, self._truth, forecasts, week), file=self._out)
+
+    def note(self, text: str) -> None:
+        print(text, file=self._out)
 
 
 def display(out: TextIO, dates: Sequence[date], truth: np.ndarray, first: int) -> Display:

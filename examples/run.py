@@ -2,11 +2,14 @@
 
 python -m unroll.examples.run [--port 8000] [--detach]      start, run the demo, serve until Ctrl-C or detach
 python -m unroll.examples.run --stop                        stop the server that `--detach` left running
+
+The sessions are in a folder, `.run/sessions`, and survive the server: the demo kills it half way through.
 """
 
 import argparse
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +28,7 @@ RUN = Path(".run")
 #: Holds the server's process id; the server locks it for its lifetime, because ids are reused.
 PID_FILE = RUN / "server.pid"
 LOG = RUN / "server.log"
+STORE = RUN / "sessions"
 
 _HOST = "127.0.0.1"
 _READY_SECONDS = 60.0
@@ -41,16 +45,11 @@ def main(argv: list[str]) -> int:
     RUN.mkdir(exist_ok=True)
     if options.stop:
         return stop()
-    url = f"http://{_HOST}:{options.port}"
+    server = Server(options.repository, options.port, options.store)
     try:
-        server = start(options.repository, options.port)
-    except NotStarted as error:
-        print(f"make run: {error}", file=sys.stderr)
-        return 1
-    try:
-        _wait_until_ready(server, url)
-        status = demo.main(["--url", url])
-        print(f"\nServing on {url}: see {url}/docs for the API and {url}/metrics for metrics. Log: {LOG}.")
+        server.start()
+        status = demo.main(["--url", server.url], server)
+        print(f"\nServing on {server.url}: {server.url}/docs is the API, {server.url}/metrics the metrics. Log: {LOG}.")
         if options.detach:
             print(f"Process {server.pid}; `make stop` stops it.")
             return status
@@ -60,41 +59,79 @@ def main(argv: list[str]) -> int:
         return ended or status
     except NotStarted as error:
         print(f"make run: {error}", file=sys.stderr)
-        end(server)
+        server.end()
         return 1
     except KeyboardInterrupt:
         print("\nstopping ...")
-        return end(server)
+        return server.end()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unroll.examples.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR")
+    parser.add_argument("--store", type=Path, default=STORE, metavar="DIR", help="folder of the sessions")
     parser.add_argument("--detach", action="store_true", help="return after the demo and leave the server running")
     parser.add_argument("--stop", action="store_true", help="stop the server that --detach left running")
     return parser
 
 
-def start(repository: Path, port: int) -> subprocess.Popen[bytes]:
-    """Start the server in its own process session: Ctrl-C reaches only this process, which then stops the server."""
-    with PID_FILE.open("a+") as file:
-        if not _lock(file):
-            raise NotStarted(f"a server from this folder is already running (process {_pid()}); `make stop` stops it")
-        if not _is_free(port):
-            raise NotStarted(f"port {port} is in use by another program; choose another: make run PORT={port + 1}")
-        with LOG.open("wb") as log:
-            server = subprocess.Popen(
-                [sys.executable, "-m", "unroll", "serve", "--repository", repository, "--port", str(port)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=[file.fileno()],  # the lock lasts as long as the server
-            )
-        file.truncate(0)
-        file.write(f"{server.pid}\n")
-    return server
+class Server:
+    """`unroll serve` as a child process, which can be killed and started again; its sessions are in `store`."""
+
+    def __init__(self, repository: Path, port: int, store: Path) -> None:
+        self.url = f"http://{_HOST}:{port}"
+        self._port = port
+        flags = ("--repository", str(repository), "--port", str(port), "--store", store.resolve().as_uri())
+        self._command = (sys.executable, "-m", "unroll", "serve", *flags)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start a process, and wait until it is ready. Raises NotStarted."""
+        with PID_FILE.open("a+") as file:
+            if not _lock(file):
+                running = f"a server from this folder is already running (process {_pid()})"
+                raise NotStarted(f"{running}; `make stop` stops it")
+            if not _is_free(self._port):
+                other = f"choose another: make run PORT={self._port + 1}"
+                raise NotStarted(f"port {self._port} is in use by another program; {other}")
+            with LOG.open("ab" if self._process else "wb") as log:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C reaches only this process, which then stops the server
+                    pass_fds=[file.fileno()],  # the lock lasts as long as the server
+                )
+            file.truncate(0)
+            file.write(f"{self._process.pid}\n")
+        _wait_until_ready(self._process, self.url)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    def wait(self) -> int:
+        """Its exit status."""
+        return self._process.wait() if self._process else 0
+
+    def kill(self) -> None:
+        """End it as a crash does: at once, in the middle of whatever it does."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+
+    def end(self) -> int:
+        """Send SIGTERM, or SIGKILL if it does not exit in time. Returns the exit status."""
+        if self._process is None:
+            return 0
+        self._process.terminate()
+        try:
+            return self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
@@ -108,17 +145,9 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
                 raise NotStarted(f"not ready after {_READY_SECONDS:.0f} s; see {LOG}") from None
             time.sleep(_POLL_SECONDS)
     lines = LOG.read_text(errors="replace").splitlines()[-10:]
+    if lines and (refused := re.search(r'"reason": "(the store [^"]+)"', lines[-1])):
+        raise NotStarted(f"{refused[1]}\nChoose another folder, on a disk of this machine: make run STORE=/tmp/unroll")
     raise NotStarted("\n".join([f"the server exited with status {server.returncode}; the end of {LOG}:", *lines]))
-
-
-def end(server: subprocess.Popen[bytes]) -> int:
-    """Send SIGTERM, or SIGKILL if the server does not exit in time. Returns the exit status."""
-    server.terminate()
-    try:
-        return server.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        return server.wait()
 
 
 def stop() -> int:

@@ -29,7 +29,7 @@ from unroll.export.lifting.observe import Observation, find_history, keep_squeez
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
 from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments
-from unroll.export.onnx.graph import to_onnx
+from unroll.export.onnx.graph import Trace, to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
 from unroll.export.options import ExportOptions, Progress
@@ -76,12 +76,14 @@ class Lifted:
         history: where forward reaches into the past.
         not_streamable_because: known already, or None.
         observation: what it starts from and returns.
+        trace: its graph, where the choice of its state made it.
     """
 
     model: LiftedModel
     history: list[Place | None]
     not_streamable_because: str | None
     observation: Observation
+    trace: Trace | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,21 +185,19 @@ class Pipeline:
         model = lift(prepared.model, prepared.exact, prepared.example, self._options.arguments)
         keep_squeezes(model)
         history = find_history(model)
-        reason = choose_state(model, history, prepared.attributes, self._options.output_names)
-        lifted = Lifted(model, history, reason, observe(model, self._options.output_names))
+        reason, made = choose_state(model, history, prepared.attributes, self._options.output_names)
+        lifted = Lifted(model, history, reason, observe(model, self._options.output_names), made)
         reference = Subject(torch_runner(model.double, double=True), self._draft(lifted, model.samples), model.samples)
         LongSequences(prepared.exact, model.double, reference, bool(prepared.attributes)).check_loops()
         return lifted
 
     def _trace(self, lifted: Lifted) -> Traced:
         single, double, samples = lifted.model.single, lifted.model.double, lifted.model.samples
-        drawn = samples.draw(3, 5, seed=1)
-        graph, suspects = to_onnx(single, drawn)
         reference = Subject(torch_runner(double, double=True), self._draft(lifted, samples), samples)
         limits, ranges = split_ranges(find_ranges(reference), reference)
-        if ranges:
-            single.ranges = double.ranges = ranges
-            graph, suspects = to_onnx(single, drawn)
+        single.ranges = double.ranges = ranges
+        earlier = None if ranges else lifted.trace
+        graph, suspects = earlier or to_onnx(single, samples.draw(3, 5, seed=1))
         content = graph.SerializeToString()
         served = onnx_runner(content, single)
         runners = Runners(torch_runner(double, double=True), torch_runner(single, double=False), served)

@@ -13,7 +13,7 @@ from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.module_state import Attribute
 from unroll.export.lifting.observe import find_carried_attributes, observe
 from unroll.export.lifting.streaming import torch_runner
-from unroll.export.onnx.graph import to_onnx
+from unroll.export.onnx.graph import Trace, to_onnx
 from unroll.export.verification import probes
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.trials import Subject
@@ -21,7 +21,7 @@ from unroll.export.verification.trials import Subject
 
 def choose_state(
     lifted: LiftedModel, history: list[Place | None], attributes: list[Attribute], output_names: list[str] | None
-) -> str | None:
+) -> tuple[str | None, Trace | None]:
     """Give both modules of `lifted` the history and the attributes with which the model streams, or none.
 
     Args:
@@ -29,7 +29,7 @@ def choose_state(
         attributes: those in which the module keeps a state.
 
     Returns:
-        Why a model that would stream does not, or None.
+        Why a model that would stream does not, or None; and its graph, if that was made.
     """
     # Numbers that are counted may be of the sequence, or of this call only, as a mask's are.
     without_counts = [place if place and not place.counted else None for place in history]
@@ -39,15 +39,14 @@ def choose_state(
         _give(lifted, kept, places if any(places) else [])
         if (kept or any(places)) and _streams(lifted, output_names):
             if not lifted.single.row_by_row:
-                return None
+                return None, None
             try:
-                to_onnx(lifted.single, lifted.samples.draw(3, 5, seed=1))
+                return None, to_onnx(lifted.single, lifted.samples.draw(3, 5, seed=1))
             except ExportError as error:
                 reason = f"it counts time steps, and that could not be traced ({error})"
                 break
-            return None
     _give(lifted, {}, [])
-    return reason
+    return reason, None
 
 
 def _give(lifted: LiftedModel, attributes: dict[Attribute, Carried], history: list[Place | None]) -> None:

@@ -40,9 +40,8 @@ from unroll.service.sessions.in_memory import MemorySessions
 from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
-from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
-from unroll.service.store.interface import Store
-from unroll.service.store.redis_store import RedisStore
+from unroll.service.store.interface import Store, StoreRefused
+from unroll.service.store.opening import open_store
 from unroll.service.store.state_file import StateFile
 from unroll.service.telemetry.request_log import RequestLog
 
@@ -76,7 +75,8 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         if settings.state_file is not None:
             state_file = StateFile(settings.state_file)
             on_error.callback(state_file.close)
-        store = _open_store(settings)
+        config = settings.store_config()
+        store = None if config is None else open_store(config)
         try:
             repository, models, sessions = _load(settings, store, clock, devices, crash)
         except DeviceUnavailable as error:
@@ -93,12 +93,12 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         repository,
         sessions,
         settings.api_limits(),
-        settings.durability or sessions.durabilities[-1],
+        settings.default_durability,
         SnapshotKeys(keys) if keys else None,
         shared_port,
         RequestLog(settings.log_requests),
     )
-    return _fastapi(state, lambda _: _lifespan(state, state_file)), state
+    return _fastapi(state, lambda _: _lifespan(state, state_file, settings.store_timeout)), state
 
 
 def _load(
@@ -113,26 +113,16 @@ def _load(
     sessions = MemorySessions(directory) if store is None else DurableSessions(directory, store)
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
-    repository = ModelRepository(settings.repository, models, loader, clock, crash, strict=settings.strict)
+    serve = {name: str(version) for name, version in settings.serve.items()}
+    repository = ModelRepository(settings.repository, models, loader, clock, crash, serve, strict=settings.strict)
     repository.load_all()
     return repository, models, sessions
 
 
-def _open_store(settings: Settings) -> Store | None:
-    """Raises StoreUnavailable if that is for good."""
-    match settings.store_config():
-        case None:
-            return None
-        case EmbeddedStoreConfig() as config:
-            return EmbeddedStore(config)
-        case config:
-            return RedisStore(config)
-
-
 @asynccontextmanager
-async def _lifespan(state: AppState, state_file: StateFile | None) -> AsyncIterator[None]:
-    await state.sessions.start()
+async def _lifespan(state: AppState, state_file: StateFile | None, store_timeout: float) -> AsyncIterator[None]:
     running = [
+        asyncio.create_task(_become_ready(state), name="start of the store"),
         asyncio.create_task(state.repository.run(), name="repository"),
         asyncio.create_task(state.sessions.run(), name="sessions"),
     ]
@@ -140,7 +130,7 @@ async def _lifespan(state: AppState, state_file: StateFile | None) -> AsyncItera
         task.add_done_callback(state.repository.watch)
     if state_file is not None:
         state_file.remove()
-    state.ready = True
+    await asyncio.wait(running[:1], timeout=store_timeout)  # without a store that answers, it starts, and is not ready
     yield
     # No client is connected and no request is in flight, unless the drain timed out.
     state.drain()
@@ -153,6 +143,18 @@ async def _lifespan(state: AppState, state_file: StateFile | None) -> AsyncItera
         state_file.close()
     await state.sessions.stop()
     state.repository.shut_down()
+
+
+async def _become_ready(state: AppState) -> None:
+    """Wait for the first answer of the store. A store that can never work ends the process."""
+    try:
+        await state.sessions.start()
+    except StoreRefused as error:
+        _log.error("not started", reason=str(error))
+        state.failed = True
+        signal.raise_signal(signal.SIGTERM)
+    else:
+        state.ready = not state.draining
 
 
 def _fastapi(state: AppState, lifespan: Any) -> FastAPI:

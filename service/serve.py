@@ -1,5 +1,6 @@
 """`unroll serve`: settings, logs, application, uvicorn."""
 
+import asyncio
 import gc
 import os
 import signal
@@ -11,10 +12,13 @@ from threading import Event
 import structlog
 
 from unroll.service import app
-from unroll.service.core.errors import UnrollError
+from unroll.service.core.errors import StoreUnavailable, UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
-from unroll.service.models.repository import RepositoryError
+from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings, SettingsRefused
+from unroll.service.store.description import where_sessions_are
+from unroll.service.store.interface import StoreRefused
+from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 from unroll.service.telemetry import logs
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import uvicorn_config
@@ -38,9 +42,13 @@ def main(argv: list[str]) -> int:
     try:
         if worker is None:
             _check_address(settings.host, settings.port)
+        asyncio.run(_check_store(settings))
+        if worker is None or worker.number == 1:
+            where = where_sessions_are(settings.store_config(), settings.state_file)
+            log.info("sessions", durability=settings.default_durability, **asyncio.run(where))
         application, state = app.build(settings, shared_port=None if worker is None else worker.shared_port)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
-    except (RepositoryError, DeviceUnavailable, UnrollError, OSError, ValueError) as error:
+    except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
     config = uvicorn_config(application, state, settings.host, settings.port)
@@ -87,6 +95,19 @@ def _check_address(host: str, port: int) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"cannot listen at {host}, port {port}: {reason}; see --host and --port") from error
+
+
+async def _check_store(settings: Settings) -> None:
+    """Find out before the models are loaded that a Redis can never work as it is set. Raises StoreRefused."""
+    config = settings.store_config()
+    if isinstance(config, RedisStoreConfig):
+        store = RedisStore(config)
+        try:
+            await store.check()
+        except StoreUnavailable:
+            pass  # it may answer later
+        finally:
+            await store.stop()
 
 
 def _catch_signals() -> Event:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,8 +27,10 @@ from unroll.service.models.loading import ModelOptions
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
-from unroll.service.store.lmdb_folder import Sync
-from unroll.service.store.record import current_durability
+from unroll.service.store.lmdb_folder import Sync, last_host
+from unroll.service.store.opening import StoreConfig
+from unroll.service.store.record import MEMORY, STORED, current_durability
+from unroll.service.store.redis_client import SCHEMES
 from unroll.service.store.redis_store import RedisStoreConfig
 from unroll.service.telemetry.request_log import LogRequests
 
@@ -56,6 +59,13 @@ class Settings(BaseSettings):
     strict: Annotated[
         CliToggleFlag[bool], Field(description="do not start if any bundle cannot be served; else serve the others")
     ] = False
+    serve: Annotated[
+        dict[str, PositiveInt],
+        Field(
+            description="version that new sessions of a model begin on, such as co2=1; "
+            "otherwise what the file <name>/serve says, else the highest"
+        ),
+    ] = {}
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
     workers: Annotated[
@@ -90,11 +100,20 @@ class Settings(BaseSettings):
     store: Annotated[
         str | None,
         Field(
-            pattern=r"^(file:///|(redis|rediss|unix|redis\+cluster)://)",
+            pattern=rf"^(file:///|({'|'.join(map(re.escape, SCHEMES))})://)",
             description="store of durable sessions: file:///folder (for the processes of one machine), "
-            "redis://host:port/db, rediss://, unix://, redis+cluster://",
+            "redis://host:port/db, rediss:// (with TLS), unix://, valkey://, valkeys://, "
+            "redis+cluster://host:port, rediss+cluster://, "
+            "redis+sentinel://host:port,host:port/service",
         ),
     ] = None
+    store_prefix: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9._:-]{1,64}$",
+            description="prefix of all keys in Redis; deployments that share a Redis need different ones",
+        ),
+    ] = "unroll"
     store_sync: Annotated[
         Sync, Field(description="when file:/// is synced to the disk: after every commit, every second, or at the end")
     ] = "everysec"
@@ -156,8 +175,10 @@ class Settings(BaseSettings):
     @classmethod
     def _has_port(cls, store: str | None) -> str | None:
         if store is not None:
+            hosts = urlsplit(store).netloc.rpartition("@")[2]
             try:
-                urlsplit(store).port  # noqa: B018 raises ValueError
+                for host in hosts.split(","):
+                    urlsplit(f"//{host}").port  # noqa: B018 raises ValueError
             except ValueError:
                 raise ValueError("its port is not a number from 0 to 65535") from None
         return store
@@ -166,6 +187,10 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if self.durability == "stored" and self.store is None:
             raise ValueError("durability stored needs a store: add --store file:///folder")
+        if "store_prefix" in self.model_fields_set and (self.store is None or self.store.startswith(_FOLDER)):
+            raise ValueError(
+                "--store-prefix is of a Redis: give each deployment its own folder, or add --store redis://…"
+            )
         if any(len(key.get_secret_value().encode()) < LEAST_KEY_BYTES for key in self.snapshot_keys):
             raise ValueError(f"a snapshot key needs at least {LEAST_KEY_BYTES} bytes")
         if self.workers > 1 and (self.store is None or self.durability == "memory"):
@@ -197,9 +222,13 @@ class Settings(BaseSettings):
             problems = error.errors(include_url=False)
             lines = [_about_value(str((*problem["loc"], "")[0]), problem, argv) for problem in problems]
             raise SettingsRefused("\n".join(lines)) from None
-        except SettingsError as error:  # of a list in a variable, which has to be JSON
-            name = str(error).split('"')[1]
-            problem = {"input": os.environ.get(f"{_PREFIX}{name.upper()}"), "msg": "it is not a JSON list"}
+        except SettingsError as error:  # of a list or an object, which has to be JSON in a variable
+            found = re.search(r'(?:field "|encountered for )(\w+)', str(error))
+            name = found[1] if found else ""
+            form = 'JSON such as {"co2": 1}, or co2=1 in a flag' if name == "serve" else "a JSON list"
+            problem = {"msg": f"it is not {form}"}
+            if (variable := os.environ.get(f"{_PREFIX}{name.upper()}")) is not None:
+                problem["input"] = variable
             raise SettingsRefused(_about_value(name, problem, argv)) from None
 
     def model_options(self) -> ModelOptions:
@@ -224,16 +253,41 @@ class Settings(BaseSettings):
             ),
         )
 
-    def store_config(self) -> RedisStoreConfig | EmbeddedStoreConfig | None:
+    @property
+    def default_durability(self) -> str:
+        """Of new sessions."""
+        return self.durability or (MEMORY if self.store is None else STORED)
+
+    def store_config(self) -> StoreConfig | None:
         if self.store is None:
             return None
         times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
-        if self.store.startswith(_FOLDER):
-            return EmbeddedStoreConfig(Path(unquote(self.store.removeprefix(_FOLDER))), self.store_sync, *times)
-        return RedisStoreConfig(self.store, *times)
+        if (folder := store_folder(self.store)) is not None:
+            return EmbeddedStoreConfig(folder, self.store_sync, *times)
+        return RedisStoreConfig(self.store, *times, self.store_prefix)
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
+
+
+def store_config_of(url: str, *flags: str) -> StoreConfig:
+    """The config of a store for a tool: as of a server with this `--store`, these flags and this environment.
+
+    Raises:
+        SettingsRefused: A value is not allowed.
+        StoreUnavailable: The folder's description of itself is damaged.
+    """
+    patient = ["--store-timeout", "5"]
+    config = Settings.from_arguments(["--repository", ".", "--store", url, *patient, *flags]).store_config()
+    assert config is not None
+    if isinstance(config, EmbeddedStoreConfig) and (last := last_host(config.folder)) is not None:
+        return replace(config, sync=last["sync"])
+    return config
+
+
+def store_folder(url: str) -> Path | None:
+    """The folder that `--store` names, if it names one."""
+    return Path(unquote(url.removeprefix(_FOLDER))) if url.startswith(f"{_FOLDER}/") else None
 
 
 def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
@@ -264,5 +318,5 @@ def _about_value(name: str, problem: Mapping[str, Any], argv: Sequence[str]) -> 
     where = flag if by_flag else f"{_PREFIX}{name.upper()}"
     if problem.get("type") == "missing":
         return f"{flag}: give it, or set {where} ({Settings.model_fields[name].description})"
-    value = "" if name in _SECRET else f" {problem['input']!r:.80}"
+    value = "" if name in _SECRET or "input" not in problem else f" {problem['input']!r:.80}"
     return f"{where}{value}: {reason} ({Settings.model_fields[name].description})"

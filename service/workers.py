@@ -24,9 +24,12 @@ _log = structlog.get_logger(__name__)
 #: Environment variable of a worker: its number from 1, the descriptors of its listening socket and of its link.
 _VARIABLE = "UNROLL_WORKER"
 _BACKLOG = 2048
-#: Seconds before a worker is restarted: none if it ran for long, else increasing.
+#: Seconds before a worker is restarted: none if it served for long, the first if it served or was killed, because then
+#: it can start; then more after each start that fails.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 _LONG = 10.0
+#: Signals that a process raises itself; the others come from outside, SIGKILL also when memory has run out.
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,30 @@ class Worker:
 
         self.link.send(b"1")
         loop.add_reader(self.link, gone)
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How one process of a worker ended.
+
+    Attributes:
+        status: Its exit status, or minus the signal that ended it.
+        served: The seconds for which it served; None if it never did.
+    """
+
+    status: int
+    served: float | None = None
+
+    @property
+    def by_others(self) -> bool:
+        """It was killed from outside. A worker that SIGTERM meets before it serves exits with status 0."""
+        return (self.status == 0 and self.served is None) or (self.status < 0 and -self.status not in _CRASHES)
+
+    def __str__(self) -> str:
+        if self.status >= 0:
+            return f"it exited with status {self.status}"
+        cause = "by hand, or because memory ran out: see dmesg" if self.status == -signal.SIGKILL else ""
+        return f"it was ended by signal {-self.status}, {cause or signal.strsignal(-self.status)}"
 
 
 def supervise(host: str, port: int, workers: int) -> int:
@@ -115,47 +142,57 @@ class _Supervisor:
             _send(process, signal.SIGHUP)
 
     async def _keep(self, index: int) -> None:
-        """Keep one worker running until the stop. Its first process must come to serve."""
-        loop = asyncio.get_running_loop()
+        """Keep one worker running until the stop. Its first process must come to serve, unless others kill it."""
         failures = 0
         while not self._stopping.is_set():
-            began = loop.time()
-            try:
-                status = await self._run_one(index)
-            except OSError as error:  # no memory, process, descriptor or port is left
-                _log.error("worker not started", worker=index + 1, reason=str(error))
-                status = 1
+            end = await self._run_one(index)
             if self._stopping.is_set():
-                self._status = self._status or int(status not in (0, -signal.SIGTERM))
+                if end.status not in (0, -signal.SIGTERM):
+                    self._status = 1
+                    _log.error("worker exited", worker=index + 1, status=end.status, reason=str(end))
                 return
-            _log.error("worker exited", worker=index + 1, status=status)
-            if index not in self._served:
-                self._status = 1
-                self._stop()
+            if index not in self._served and not end.by_others:
+                self._give_up(index, end)
                 return
-            failures = 0 if loop.time() - began > _LONG else failures + 1
-            if failures:
-                await self._pause(index, _PAUSES[min(failures, len(_PAUSES)) - 1])
+            failures = 0 if end.served is not None or end.by_others else failures + 1
+            pause = 0.0 if (end.served or 0.0) > _LONG else _PAUSES[min(failures, len(_PAUSES) - 1)]
+            _log.error("worker exited", worker=index + 1, status=end.status, reason=str(end), restarts_in=pause)
+            if pause:
+                await self._pause(index, pause)
 
-    async def _run_one(self, index: int) -> int:
-        """Run one worker process. Returns its exit status."""
-        async with self._one_at_a_time:
-            if self._stopping.is_set():
-                return 0
-            if self._listeners[index].fileno() < 0:
-                self._listeners[index] = _bind(self._host, self._port, shared=True)
-            rescans = self._rescans
-            process, link = await self._start(index)
-            if await asyncio.get_running_loop().sock_recv(link, 1):
-                self._serving.add(process)
-                self._announce(index)
-                if rescans < self._rescans:
-                    _send(process, signal.SIGHUP)
+    def _give_up(self, index: int, end: _End) -> None:
+        """End all, because a worker cannot start."""
+        remedy = "correct what its last line says" if end.status > 0 else "see what `unroll doctor` finds"
+        reason = f"worker {index + 1} did not come to serve, so all end: {end}; {remedy}, and start again"
+        _log.error("not started", worker=index + 1, status=end.status, reason=reason)
+        self._status = 1
+        self._stop()
+
+    async def _run_one(self, index: int) -> _End:
+        """Run one worker process to its end."""
+        loop, since = asyncio.get_running_loop(), None
+        try:
+            async with self._one_at_a_time:
+                if self._stopping.is_set():
+                    return _End(0)
+                if self._listeners[index].fileno() < 0:
+                    self._listeners[index] = _bind(self._host, self._port, shared=True)
+                rescans = self._rescans
+                process, link = await self._start(index)
+                if await loop.sock_recv(link, 1):
+                    since = loop.time()
+                    self._serving.add(process)
+                    self._announce(index)
+                    if rescans < self._rescans:
+                        _send(process, signal.SIGHUP)
+        except OSError as error:  # no memory, process, descriptor or port is left
+            _log.error("worker not started", worker=index + 1, reason=str(error))
+            return _End(1)
         with link:
             status = await process.wait()
         self._running.discard(process)
         self._serving.discard(process)
-        return status
+        return _End(status, None if since is None else loop.time() - since)
 
     async def _start(self, index: int) -> tuple[Process, socket.socket]:
         """Start a worker process. Returns it and the supervisor's end of the link."""

@@ -13,12 +13,15 @@ from unroll.export.signature.samples import as_tensors
 
 OPSET = 20
 
+#: The ONNX model, and the sizes at which it may be wrong.
+Trace = tuple[onnx.ModelProto, Suspects]
+
 #: Marks the graph's own inputs and outputs until the names inside are out of their way.
 _PUBLIC = "public:"
 
 
-def to_onnx(module: StreamingModule, inputs: Arrays) -> tuple[onnx.ModelProto, Suspects]:
-    """Trace `module` with `inputs`, each (batch, time, ...); also returns the sizes at which the graph may be wrong.
+def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
+    """Trace `module` with `inputs`, each (batch, time, ...).
 
     Raises ExportError(not_exportable).
     """

@@ -42,7 +42,7 @@ class AppState:
         request_log: Of the requests that fail, or of all.
         requests: Figures by inference route.
         streams: The open ones.
-        ready: Every model is loaded and its loop runs.
+        ready: Every model is loaded, its loop runs, and the store, if any, has answered once.
         draining: The process is about to end. It finishes its work and opens no sessions.
         crashed: A loop ended with an error, and the process ends because of it.
         failed: Something went wrong while the process ended, such as the loss of sessions.

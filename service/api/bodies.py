@@ -47,7 +47,7 @@ class SessionInfo(BaseModel):
     session_id: str
     position: int = Field(description="time steps consumed")
     model: str
-    model_version: str
+    model_version: str | None = Field(description="null: closed by a server that does not have the version")
     model_digest: str = Field(description="SHA-256 of the model the session runs on, for its whole life")
     durability: str = Field(
         description="memory: lost with the process, and then reported as unknown; stored: any replica can continue it; "

@@ -33,6 +33,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.QueueFull: 503,
     e.DeadlineUnreachable: 503,
     e.CapacityExhausted: 503,
+    e.VersionUnavailable: 503,
     e.StoreUnavailable: 503,
     e.SessionContended: 503,
     e.Cancelled: 499,

@@ -18,7 +18,8 @@ def router(app: AppState) -> APIRouter:
         app.requests,
         app.streams,
         app.sessions.directory.spilled,
-        lambda: app.models.refused,
+        app.models.problems,
+        app.sessions.store_figures,
     )
 
     async def live() -> dict[str, bool]:
@@ -30,7 +31,7 @@ def router(app: AppState) -> APIRouter:
 
     add_probe(api, "/livez", live, summary="The process answers")
     add_probe(api, "/v2/health/live", live, summary="The process answers (Open Inference Protocol)")
-    loaded = "Every model is loaded and its loop runs"
+    loaded = "Every model is loaded, its loop runs, and the store has answered"
     add_probe(api, "/readyz", ready, summary=loaded, responses=_NOT_READY)
     add_probe(api, "/v2/health/ready", ready, summary=f"{loaded} (Open Inference Protocol)", responses=_NOT_READY)
 

@@ -89,6 +89,8 @@ def _sequence_steps(
         if (reply := served.scheduler.replay_closing(sequence.id, chunk, now)) is not None:
             settled(reply)
             return nothing_to_cancel
+        if chunk.final and chunk.pinned:
+            app.sessions.directory.check_closing_chunk(name, sequence.id, chunk)
         if not sequence.start:
             raise served.scheduler.sessions.closed.error(sequence.id, now)
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
@@ -154,6 +156,16 @@ def _opening_after_restart(
         _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=session.position)
         if session.durable is not None and session.origin is not None:
             durability, token = session.origin.durability, session.durable.token
+    elif sequence.position is None and (record := app.sessions.directory.find_stranded(name, sequence.id)) is not None:
+        if record.token and record.origin.durability == "memory":  # another replica's, which alone can take it back
+            app.models.home(name, record.origin.model, f"sequence {sequence.id!r} runs on")
+        now = served.loop.clock.now()
+        served.scheduler.check_room(now, now + timeout, row=True)
+        app.sessions.directory.spilled.close_stranded(name, sequence.id)
+        served.scheduler.counters.restarted += 1
+        _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=record.position)
+        if record.token:
+            durability, token = record.origin.durability, record.token
     return Opening(sequence.id, None if durability == "memory" else served.origin(durability), token)
 
 

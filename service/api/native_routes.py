@@ -52,7 +52,7 @@ _MEANING = {
     "durability_unavailable or not_streamable; the state is unchanged",
     500: "engine_failed; the state is unchanged",
     503: "model_unavailable: its bundle is refused; or queue_full, deadline_unreachable, capacity_exhausted, "
-    "store_unavailable, session_contended or draining: retry after Retry-After seconds",
+    "version_unavailable, store_unavailable, session_contended or draining: retry after Retry-After seconds",
     504: "deadline_exceeded: nothing was run",
 }
 
@@ -87,9 +87,9 @@ def router(app: AppState) -> APIRouter:
 
 
 def _add_models(api: APIRouter, app: AppState) -> None:
-    @api.get("/models", summary="The models, newest version of each")
+    @api.get("/models", summary="The models, current version of each")
     async def models() -> list[ModelInfo]:
-        return [_describe(app, app.models.resolve(name)) for name in app.models.names()]
+        return [_describe(app, app.models.resolve(name)) for name in app.models.names() if app.models.has_current(name)]
 
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404, 503))
     async def model(model: str) -> ModelInfo:
@@ -160,7 +160,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         responses=_problems(404, 409, 410, 503),
     )
     async def close(model: str, session_id: str) -> SessionInfo:
-        return _info(*await app.sessions.close(*split_reference(model), session_id))
+        return SessionInfo(**await session_operations.close_session(app, model, session_id))
 
     @api.post(
         "/models/{model}/sessions/{session_id:segment}/fork",

@@ -41,7 +41,7 @@ def router(app: AppState) -> APIRouter:
         ready = [{"name": name, "version": version, "state": "READY", "reason": ""} for name, version in served]
         refused = [
             {"name": name, "version": version, "state": "UNAVAILABLE", "reason": str(why)}
-            for (name, version), why in app.models.refused.items()
+            for (name, version), why in app.models.problems().items()
             if (name, version) not in served
         ]
         return ready if only_ready else ready + refused

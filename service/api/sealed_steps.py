@@ -12,7 +12,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION, STEPS, position_of, split_reference, timeout_of
 from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond
-from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, ModelChanged, PositionGap, SnapshotInvalid
+from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
 from unroll.service.scheduler.chunk import Chunk
@@ -39,7 +39,7 @@ def sealed_steps(
     """T >= 1 time steps from the snapshot in the request. document: the JSON body; None for a raw body."""
     sealed, values = _from_raw(request) if document is None else (_from_json(document), b"")
     content = keys_of(app).open(session_id, sealed)
-    served = _version_of(app, *split_reference(model), Snapshot.model_of(content))
+    served = app.models.of_snapshot(*split_reference(model), Snapshot.model_of(content))
     snapshot = served.read_snapshot(content)
     position = request.position = request.whole_number(POSITION)
     if document is None:
@@ -56,17 +56,6 @@ def sealed_steps(
     settled = Answering(respond, problem, _PendingReply.encode, pending)
     served.loop.submit(chunk, timeout_of(app, request), settled)
     return partial(served.loop.leave, chunk, settled)
-
-
-def _version_of(app: AppState, name: str, version: str | None, digest: str) -> ServedModel:
-    """The version that a snapshot was taken from. Raises ModelUnknown or ModelChanged."""
-    served = app.models.with_digest(name, digest)
-    if served is None:
-        app.models.resolve(name, version)
-        raise ModelChanged(f"the snapshot was taken from a version of {name!r} that is not served here")
-    if version not in (None, served.version):
-        raise ModelChanged(f"the snapshot was taken from version {served.version}, not {version}")
-    return served
 
 
 @dataclass(frozen=True, slots=True)

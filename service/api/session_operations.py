@@ -7,11 +7,12 @@ import numpy as np
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
 from unroll.service.api.sealed_steps import keys_of
-from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput
+from unroll.service.core.errors import InvalidRequest, InvalidShape, ModelChanged, NonFiniteInput
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.directory import check_id, random_id
 from unroll.service.state.snapshot import Snapshot
+from unroll.service.store.record import Record
 
 
 class Start(TypedDict, total=False):
@@ -45,11 +46,23 @@ def _description(
     }
 
 
+async def close_session(app: AppState, model: str, session_id: str) -> dict:
+    """End a session, also one that began on a version that is not here. Returns its description."""
+    name, version = split_reference(model)
+    closed = await app.sessions.close(name, version, session_id)
+    if not isinstance(closed, Record):
+        return describe(*closed)
+    other = app.models.of(name)[0]
+    idle_timeout = other.scheduler.sessions.limits.idle_timeout
+    described = _description(other, session_id, closed.position, closed.origin.durability, idle_timeout)
+    return described | {"model_version": None, "model_digest": closed.origin.model}
+
+
 async def open_session(
     app: AppState, model: str, session_id: str | None, *, durability: str | None = None, **start: Unpack[Start]
 ) -> tuple[ServedModel, Session]:
     """A new session that the server keeps."""
-    served = app.models.resolve(*split_reference(model))
+    served = _version_of(app, model, **start)
     require_streamable(served)
     app.refuse_if_draining()
     first = start_of(served, **start)
@@ -65,7 +78,7 @@ def open_sealed(app: AppState, model: str, session_id: str | None, **start: Unpa
     """A session that its client keeps: its description, and the sealed snapshot to begin with."""
     keys = keys_of(app)
     app.refuse_if_draining()
-    served = app.models.resolve(*split_reference(model))
+    served = _version_of(app, model, **start)
     require_streamable(served)
     first = start_of(served, **start) or Snapshot(served.manifest.digest, 0, served.manifest.initial_row())
     if session_id is not None:
@@ -74,10 +87,22 @@ def open_sealed(app: AppState, model: str, session_id: str | None, **start: Unpa
     return _description(served, session_id, first.position, "client", None), keys.seal(session_id, first)
 
 
-def start_of(served: ServedModel, **start: Unpack[Start]) -> Snapshot | None:
-    """The snapshot that a new session begins from; None for the model's initial state."""
+def _version_of(app: AppState, model: str, **start: Unpack[Start]) -> ServedModel:
+    """The version that a new session begins on: the snapshot's, else the requested one, else the current one."""
+    name, version = split_reference(model)
+    app.models.available(name)
     if sum(given is not None for given in start.values()) > 1:
         raise InvalidRequest("a session begins from a state, a snapshot or static inputs, not from several of them")
+    if (snapshot := start.get("snapshot")) is None:
+        return app.models.resolve(name, version)
+    served = app.models.of_snapshot(name, version, Snapshot.checked_model_of(snapshot))
+    if served.retired:
+        raise ModelChanged(f"the snapshot was taken from version {served.version} of {name!r}, which is retired")
+    return served
+
+
+def start_of(served: ServedModel, **start: Unpack[Start]) -> Snapshot | None:
+    """The snapshot that a new session begins from; None for the model's initial state."""
     if (snapshot := start.get("snapshot")) is not None:
         return served.read_snapshot(snapshot)
     if (state := start.get("state")) is not None:

@@ -166,6 +166,12 @@ class CapacityExhausted(Overloaded):
     code = "capacity_exhausted"
 
 
+class VersionUnavailable(Overloaded):
+    """The version that the session began on is not here; another replica may have it, or this one soon."""
+
+    code = "version_unavailable"
+
+
 # ── the store of durable sessions; whether the step was applied, its retry finds out ─────────────
 
 

@@ -1,4 +1,4 @@
-"""`unroll doctor`: collects the facts, prints the findings, and exits with 0 only if the requested device works."""
+"""`unroll doctor`: collects the facts, prints the findings, and exits with 0 if the requested device and store work."""
 
 import argparse
 import json
@@ -8,24 +8,26 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import metadata
+from importlib import import_module, metadata
 from itertools import groupby
+from typing import Any
 
 from unroll import __version__
 from unroll.service.doctor import ask, machine, nvidia_driver
 from unroll.service.doctor.facts import Driver, Facts, Runtime
-from unroll.service.doctor.findings import Finding, devices, judge
+from unroll.service.doctor.findings import Finding, Status, devices, judge
 
 
 def main(argv: list[str]) -> int:
-    """Return 0 if the requested device works, else 1."""
+    """Return 0 if the requested device and store work, else 1."""
     options = _parser().parse_args(argv)
     facts = examine(options.device)
-    findings = judge(facts, options.device)
+    stored, about_store = _examine_store(options.store) if options.store else (None, [])
+    findings = [*judge(facts, options.device), *about_store]
     works = not any(finding.fault for finding in findings)
     if options.json:
         report = {"works": works, "device": options.device, "findings": list(map(asdict, findings))}
-        print(json.dumps(report | {"facts": asdict(facts)}, indent=2))
+        print(json.dumps(report | {"facts": asdict(facts) | {"store": stored}}, indent=2))
     else:
         print(*lines(findings), sep="\n")
     return 0 if works else 1
@@ -56,6 +58,17 @@ def examine(device: str) -> Facts:
     )
 
 
+def _examine_store(url: str) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """Return the facts and the findings. Imported on demand: the packages of the server may be missing."""
+    try:
+        examine_store = import_module("unroll.service.doctor.store").examine
+        judge_store = import_module("unroll.service.doctor.store_findings").judge_store
+    except ImportError as error:
+        return None, [Finding("store", Status.BROKEN, str(error), "pip install 'unroll-serve[cpu]'")]
+    known = examine_store(url)
+    return asdict(known), list(judge_store(known))
+
+
 def lines(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield one line for each finding, and the remedy below the findings that share it."""
     width = max(len(finding.name) for finding in findings)
@@ -83,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_device,
         default=os.environ.get("UNROLL_DEVICE", "auto"),
         help="device that must work: cpu, cuda:N, several as in cuda:0,cuda:1, or auto (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        default=os.environ.get("UNROLL_STORE"),
+        help="store that must work, as for `unroll serve`: what it is, what it survives, and how long a commit takes",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -6,20 +6,18 @@ from pathlib import Path
 
 import structlog
 
-from unroll.bundle import discover
+from unroll.bundle import stated_digest
 from unroll.service.core.clock import Clock
 from unroll.service.engine.runner import DeviceUnavailable
+from unroll.service.models.contents import POINTER, Contents, RepositoryError, read_contents
 from unroll.service.models.loading import ModelLoader, ModelRefused
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions, Refusals
 
 _log = structlog.get_logger(__name__)
 
-_HOUSEKEEPING_SECONDS = 5.0
-
-
-class RepositoryError(Exception):
-    """The repository cannot be served as it is; says why, for every bundle."""
+#: Also the least time between two looks for versions that sessions asked for in vain.
+_HOUSEKEEPING_SECONDS = 1.0
 
 
 class ModelRepository:
@@ -31,6 +29,7 @@ class ModelRepository:
         loader: Loads a bundle.
         clock: The clock of the sessions.
         on_crash: Called when a model's loop ends with an error.
+        serve: The version of a model that new sessions begin on, by name; stands above the model's own pointer.
         strict: Refuse to start with a bundle that cannot be served.
     """
 
@@ -41,6 +40,7 @@ class ModelRepository:
         loader: ModelLoader,
         clock: Clock,
         on_crash: Callable[[], None],
+        serve: dict[str, str],
         *,
         strict: bool = False,
     ) -> None:
@@ -49,6 +49,7 @@ class ModelRepository:
         self._loader = loader
         self._clock = clock
         self._on_crash = on_crash
+        self._serve = serve
         self._strict = strict
         self._rescan = asyncio.Event()
 
@@ -56,29 +57,46 @@ class ModelRepository:
         """Load every bundle.
 
         Raises:
-            RepositoryError: There is no bundle, or none can be served; if `strict`, one cannot be served.
+            RepositoryError: There is no bundle, none can be served, or one that `serve` names; if `strict`, one cannot
+                be served, or a pointer cannot be followed.
             DeviceUnavailable: The requested device cannot be used.
         """
-        paths = self._discover()
-        for key, path in paths.items():
+        contents = read_contents(self.path)
+        for key, path in contents.bundles.items():
             try:
                 self._versions.add(self._loader.load(path))
             except ModelRefused as refusal:
                 self._refuse(self._versions.refused, key, path, refusal)
         refused = len(self._versions.refused)
-        if refused and (self._strict or refused == len(paths)):
-            raise RepositoryError(f"{refused} of {len(paths)} bundles in {self.path} refused; the log says why")
+        if refused and (self._strict or refused == len(contents.bundles)):
+            raise RepositoryError(
+                f"{refused} of {len(contents.bundles)} bundles in {self.path} refused; the log says why"
+            )
+        self._follow(contents)
+        for name in self._versions.misdirected:
+            if self._strict or name in self._serve:
+                raise RepositoryError(f"model {name!r}: {self._versions.misdirected[name]}")
 
-    def _discover(self) -> dict[tuple[str, str], Path]:
-        """The bundles by name and version; the version is empty if a folder `<name>` cannot be listed."""
-        try:
-            paths = discover(self.path)
-        except OSError as error:
-            raise RepositoryError(f"the repository cannot be read: {error}") from error
-        if not paths:
-            raise RepositoryError(f"{self.path} holds no bundle (<name>/<version>/manifest.json)")
-        parts = [(*path.relative_to(self.path).parts, "")[:2] for path in paths]
-        return {(name, version): path for (name, version), path in zip(parts, paths, strict=True)}
+    def _follow(self, contents: Contents) -> None:
+        """Do what the repository says of versions: which is current, and which are retired."""
+        versions = self._versions
+        versions.retired |= contents.retired
+        pointers = contents.pointers | self._serve
+        before, versions.current, versions.misdirected = versions.current, {}, {}
+        for name in {*versions.names(), *self._serve}:
+            served = [model.version for model in versions.of(name) if not model.retired]
+            wanted = pointers.get(name, max(served, key=int, default=""))
+            if wanted in served:
+                versions.current[name] = wanted
+                if wanted != before.get(name):
+                    _log.info("current version", model=name, version=wanted)
+                continue
+            pointer = "--serve" if name in self._serve else f"the file {name}/{POINTER}"
+            why = f"{pointer} says {wanted!r}, and served are {sorted({*served}, key=int)}"
+            versions.misdirected[name] = why
+            _log.error("pointer not followed", model=name, current=before.get(name), reason=why)
+            if name in before:
+                versions.current[name] = before[name]
 
     @staticmethod
     def _refuse(refused: Refusals, key: tuple[str, str], path: Path, error: Exception) -> None:
@@ -104,6 +122,7 @@ class ModelRepository:
                         await self._rescan.wait()
                 except TimeoutError:
                     await self._drop_retired()
+                    await self._look_for_missing()
                 else:
                     self._rescan.clear()
                     await self.rescan()
@@ -114,12 +133,12 @@ class ModelRepository:
     async def rescan(self) -> None:
         """Serve new bundles, retire removed and changed ones. A refused bundle leaves what is served as it is."""
         try:
-            wanted = await asyncio.to_thread(self._discover)
+            contents = await asyncio.to_thread(read_contents, self.path)
         except RepositoryError as error:  # unmounted, most likely; to take the last model away, stop the server
             _log.error("repository not read", reason=str(error))
             return
         refused: Refusals = {}
-        for (name, version), path in wanted.items():
+        for (name, version), path in contents.bundles.items():
             present = [m for m in self._versions.of(name) if m.version == version and not m.retired]
             try:
                 loaded = await asyncio.to_thread(self._loader.load, path, {m.bundle.identity for m in present})
@@ -133,9 +152,33 @@ class ModelRepository:
                 self._start(model)
         self._versions.refused = refused
         for model in self._versions:
-            if not model.retired and not {(model.name, model.version), (model.name, "")} & wanted.keys():
+            if not model.retired and not {(model.name, model.version), (model.name, "")} & contents.bundles.keys():
                 self._retire(model)
+        self._follow(contents)
         await self._drop_retired()
+
+    async def _look_for_missing(self) -> None:
+        """Rescan if a version that sessions asked for in vain is in the repository by now."""
+        if missing := self._versions.missing:
+            self._versions.missing = set()
+            if await asyncio.to_thread(self._has_come, missing):
+                await self.rescan()
+
+    def _has_come(self, missing: set[tuple[str, str]]) -> bool:
+        """Whether there is a bundle of such a version that is neither served nor refused."""
+        try:
+            bundles = read_contents(self.path).bundles
+        except RepositoryError:
+            return False
+        names = {name for name, _ in missing}
+        return any(
+            name in names
+            and (name, version) not in self._versions.refused
+            and (digest := stated_digest(path)) is not None
+            and (name, digest) in missing
+            and self._versions.with_digest(name, digest) is None
+            for (name, version), path in bundles.items()
+        )
 
     def _retire(self, model: ServedModel) -> None:
         model.retired = True
@@ -147,6 +190,7 @@ class ModelRepository:
             model.scheduler.sessions.expire(self._clock.now())
             if not len(model.scheduler.sessions) and not model.scheduler.in_flight:
                 self._versions.remove(model)
+                self._versions.retired.add((model.name, model.manifest.digest))
                 for heir in self._versions.of(model.name)[:1]:
                     heir.scheduler.sessions.merge_closed(model.scheduler.sessions)
                 await model.stop()

@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
-from unroll.service.core.errors import ModelChanged, ModelUnavailable, ModelUnknown
+from unroll.service.core.errors import ModelChanged, ModelUnavailable, ModelUnknown, VersionUnavailable
 from unroll.service.models.served_model import ServedModel
 
 #: Bundles that cannot be served, by name and version: why.
 Refusals = dict[tuple[str, str], str]
+
+#: Of a retry that may meet the version: this server looks for it about as often.
+_RETRY_SECONDS = 1.0
+#: Versions remembered as missing between two looks at the repository.
+_MOST_MISSING = 100
 
 
 class ModelVersions:
@@ -15,12 +20,20 @@ class ModelVersions:
     Attributes:
         refused: Bundles of the repository that are not served as they are there. The version is empty if the model's
             folder cannot be listed.
+        current: The version of each model that requests without a version get.
+        misdirected: Models whose pointer names no version that is served here: why. They keep their current version.
+        retired: Name and digest of versions that the operator retired.
+        missing: Name and digest of versions that sessions asked for in vain since the last look at the repository.
     """
 
     def __init__(self) -> None:
         self._models: list[ServedModel] = []  # by name, newest version last
         self._by_name: dict[str, list[ServedModel]] = {}  # newest version first
         self.refused: Refusals = {}
+        self.current: dict[str, str] = {}
+        self.misdirected: dict[str, str] = {}
+        self.retired: set[tuple[str, str]] = set()
+        self.missing: set[tuple[str, str]] = set()
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
@@ -40,6 +53,10 @@ class ModelVersions:
         self._by_name = {}
         for model in reversed(self._models):
             self._by_name.setdefault(model.name, []).append(model)
+
+    def problems(self) -> Refusals:
+        """What of the repository is not followed: refused bundles, and pointers, which have an empty version."""
+        return self.refused | {(name, ""): why for name, why in self.misdirected.items()}
 
     def names(self) -> list[str]:
         """Models with a version that takes new sessions."""
@@ -70,19 +87,25 @@ class ModelVersions:
             raise ModelUnknown(f"no model {name!r}; available: {self.names()}")
         return list(found.values())
 
+    def has_current(self, name: str) -> bool:
+        """Whether requests without a version are served."""
+        return any(model.version == self.current.get(name) and not model.retired for model in self.of(name))
+
     def resolve(self, name: str, version: str | None = None) -> ServedModel:
-        """The newest version, or the requested one.
+        """The requested version, or the model's current one.
 
         Raises:
             ModelUnknown: There is no such model or version.
-            ModelUnavailable: Its bundle is refused.
+            ModelUnavailable: Its bundle is refused, or the model has no current version.
         """
         available = self.available(name)
-        if version is None:
-            return available[-1]
+        wanted = self.current.get(name) if version is None else version
         for model in available:
-            if model.version == version:
+            if model.version == wanted:
                 return model
+        if version is None:
+            why = self.misdirected.get(name, "its bundles are being loaded")
+            raise ModelUnavailable(f"model {name!r} has no current version: {why}")
         self._raise_if_refused(name, version)
         raise ModelUnknown(f"model {name!r} has versions {[model.version for model in available]}, not {version!r}")
 
@@ -91,17 +114,50 @@ class ModelVersions:
         found = [model for model in self.of(name) if model.manifest.digest == digest]
         return min(found, key=lambda model: (model.retired, model.current_load), default=None)
 
-    def home(self, name: str, session_id: str, digest: str) -> ServedModel:
-        """Where a session of the version with this digest continues.
+    def home(self, name: str, digest: str, what: str) -> ServedModel:
+        """Where a session or snapshot of the version with this digest continues; a version that is not here is noted.
+
+        Args:
+            name: The model's.
+            digest: The version's.
+            what: Subject and verb of the error, such as "the snapshot was taken from".
 
         Raises:
-            ModelChanged: The version is not served here.
-            ModelUnavailable: The same, but a bundle of the model is refused, which may be that version.
+            ModelChanged: The operator retired the version, or it is another model's.
+            VersionUnavailable: It is not here, and may come.
         """
-        if (model := self.with_digest(name, digest)) is None:
-            self._raise_if_refused(name)
-            raise ModelChanged(f"session {session_id!r} runs on a version of {name!r} that is no longer served here")
-        return model
+        if (model := self.with_digest(name, digest)) is not None:
+            return model
+        if (name, digest) in self.retired:
+            raise ModelChanged(f"{what} a version of {name!r} that is retired; begin a new session")
+        if any(model.manifest.digest == digest for model in self._models):
+            raise ModelChanged(f"{what} another model than {name!r}")
+        if len(self.missing) < _MOST_MISSING:
+            self.missing.add((name, digest))
+        refusals = [
+            f"; version {key[1] or '?'} is refused: {why}" for key, why in self.refused.items() if key[0] == name
+        ]
+        raise VersionUnavailable(
+            f"{what} a version of {name!r} that this server does not have; retry, another replica may have it"
+            + "".join(refusals),
+            _RETRY_SECONDS,
+        )
+
+    def of_snapshot(self, name: str, version: str | None, digest: str) -> ServedModel:
+        """The version that a snapshot was taken from; version: the requested one.
+
+        Raises:
+            ModelUnknown: There is no such model.
+            ModelChanged: The snapshot was taken from another version than the requested one; or see `home`.
+            VersionUnavailable: See `home`.
+        """
+        served = self.with_digest(name, digest)
+        if served is None:
+            self.available(name)
+            served = self.home(name, digest, "the snapshot was taken from")
+        if version not in (None, served.version):
+            raise ModelChanged(f"the snapshot was taken from version {served.version}, not {version}")
+        return served
 
     def _raise_if_refused(self, name: str, version: str | None = None) -> None:
         for (refused, its_version), why in self.refused.items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from unroll.bundle import Manifest, TensorSpec
-from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnsupportedMediaType
+from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange
 from unroll.service.engine.engine import Tensors
 
 #: By the kind of a tensor's dtype: the types that its values in JSON may have.
@@ -47,39 +47,47 @@ class Codec:
         self.outputs = manifest.outputs
         self.max_steps = max_steps
         self.max_sequences = max_sequences
-        self._raw_step = self.inputs[0].nbytes
-        self._only_one = len(self.inputs) == len(self.outputs) == 1
+        self._raw_step = sum(spec.nbytes for spec in self.inputs)
 
-    # ── raw bytes: little-endian, row-major, nothing else ────────────────────────────────────────
+    # ── raw bytes: little-endian, row-major, tensor after tensor ─────────────────────────────────
 
     def from_raw(self, body: bytes, steps: int | None) -> Tensors:
         """steps: T, if the client sent it, else the body is one step. Bytes alone would fit with another dtype, too."""
-        if not self._only_one:
-            raise UnsupportedMediaType("raw bytes need a model with one input and one output; send JSON")
         count = 1 if steps is None else steps
         if len(body) != count * self._raw_step or not count:
             raise self._wrong_length(body, steps)
-        spec = self.inputs[0]
-        return (self.checked(spec, from_bytes(spec, body, (count, *spec.shape))),)
+        if len(self.inputs) == 1:
+            spec = self.inputs[0]
+            return (self.checked(spec, from_bytes(spec, body, (count, *spec.shape))),)
+        begin, arrays = 0, []
+        for spec in self.inputs:
+            end = begin + count * spec.nbytes
+            arrays.append(self.checked(spec, from_bytes(spec, memoryview(body)[begin:end], (count, *spec.shape))))
+            begin = end
+        return tuple(arrays)
 
     def sequence_from_raw(self, body: bytes, steps: int | None) -> Tensors:
         """`from_raw` for a whole sequence, whose client must send its number of steps."""
-        if steps is None and self._only_one:
+        if steps is None:
             raise self._wrong_length(body, steps)
         return self.from_raw(body, steps)
 
     def _wrong_length(self, body: bytes, steps: int | None) -> InvalidShape:
         spec, each, size = self.inputs[0], self._raw_step, len(body)
         fitting = 0 if size % each else size // each
-        message = f"a time step of {spec.name!r} is {each} bytes of {spec.dtype}, and the body has {size}"
+        of = f"of {spec.name!r} is {each} bytes of {spec.dtype}" if len(self.inputs) == 1 else f"is {each} bytes"
+        message = f"a time step {of}, and the body has {size}"
         if steps is not None:
             message += f" for {steps} steps"
         elif fitting:
             message += f"; if it has {fitting} steps, send Unroll-Steps: {fitting}"
-        return InvalidShape(message + dtype_hint(spec, size, each, steps))
+        if len(self.inputs) == 1:
+            return InvalidShape(message + dtype_hint(spec, size, each, steps))
+        layout = ", ".join(f"{spec.name!r} ({spec.nbytes} bytes of {spec.dtype})" for spec in self.inputs)
+        return InvalidShape(f"{message}; it has all steps of the first input, then those of the next: {layout}")
 
     def to_raw(self, outputs: Tensors) -> bytes:
-        return outputs[0].tobytes()
+        return outputs[0].tobytes() if len(outputs) == 1 else b"".join([array.tobytes() for array in outputs])
 
     # ── JSON ─────────────────────────────────────────────────────────────────────────────────────
 

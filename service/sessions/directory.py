@@ -6,8 +6,11 @@ from unroll.service.core.clock import Clock
 from unroll.service.core.errors import InvalidRequest, ModelChanged, SessionExists
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.reply import payload_digest
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.spilled import SpilledSessions
+from unroll.service.store.record import Gone, Record
 
 #: Characters of a session id.
 _MOST_CHARACTERS = 128
@@ -27,12 +30,40 @@ def random_id() -> str:
 
 
 class SessionDirectory:
-    """The sessions of this process: those with a row on a served version, and the spilled ones."""
+    """The sessions of this process: those with a row on a served version, and the spilled ones.
+
+    Attributes:
+        stranded: Model, id and record of the session that was just looked up in the store, or what is left of it, if
+            the version it began on is not here. Such a session can be closed or replaced, and nothing else.
+    """
 
     def __init__(self, versions: ModelVersions, spilled: SpilledSessions, clock: Clock) -> None:
         self.versions = versions
         self.spilled = spilled
         self._clock = clock
+        self.stranded: tuple[str, str, Record | Gone] | None = None
+
+    def find_stranded(self, name: str, session_id: str) -> Record | None:
+        """The open session, if the version it began on is not here."""
+        found = self._stranded(name, session_id)
+        return found if isinstance(found, Record) else self.spilled.find_stranded(name, session_id)
+
+    def check_closing_chunk(self, name: str, session_id: str, chunk: Chunk) -> None:
+        """Raise the error of `ModelVersions.home` if this chunk closed a session whose version is not here.
+
+        Its reply is kept in that version's form.
+        """
+        gone = self._stranded(name, session_id)
+        if not isinstance(gone, Gone):
+            return
+        last = gone.kept[-1]
+        if (last.start, last.digest) == (chunk.start, payload_digest(chunk.inputs)):
+            self.versions.home(name, gone.origin.model, f"session {session_id!r} ran on")
+
+    def _stranded(self, name: str, session_id: str) -> Record | Gone | None:
+        if self.stranded is None or self.stranded[:2] != (name, session_id):
+            return None
+        return self.stranded[2]
 
     def living(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
         """The session and its version, if it lives here; a spilled session gets a row again."""
@@ -48,7 +79,8 @@ class SessionDirectory:
 
         Raises:
             ModelUnknown: There is no such model or version.
-            ModelChanged: The session lives on another version than the requested one.
+            ModelChanged: The session lives on another version than the requested one, or on a retired one.
+            VersionUnavailable: It lives on a version that is not here.
         """
         return self.owner_of(self.living(name, session_id), name, version, session_id)
 
@@ -61,6 +93,8 @@ class SessionDirectory:
             if version not in (None, served.version):
                 raise ModelChanged(f"session {session_id!r} runs on version {served.version}, not {version}")
             return living
+        if (stranded := self.find_stranded(name, session_id)) is not None:
+            return self.versions.home(name, stranded.origin.model, f"session {session_id!r} runs on"), None
         now = self._clock.now()
         ended: tuple[float, ServedModel] | None = None
         for model in self.versions.of(name):
@@ -94,4 +128,6 @@ class SessionDirectory:
         check_id(session_id)
         if (living := self.living(name, session_id)) is not None:
             raise SessionExists(f"session {session_id!r} is open", position=living[1].position)
+        if (stranded := self.find_stranded(name, session_id)) is not None:
+            raise SessionExists(f"session {session_id!r} is open", position=stranded.position)
         return session_id

@@ -8,6 +8,7 @@ is verified (`is_verified`): the copy here, or the absence of one, is what the s
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
@@ -41,6 +42,7 @@ class DurableSessions(MemorySessions):
     def __init__(self, directory: SessionDirectory, store: Store) -> None:
         super().__init__(directory)
         self.durabilities = (MEMORY, STORED)
+        self.store_figures = store.figures
         self._store = store
         self._tokens = Tokens()
         self._waiting: dict[Key, list[OnVerified]] = {}
@@ -111,8 +113,9 @@ class DurableSessions(MemorySessions):
 
     async def _look_up(self, key: Key) -> None:
         error: UnrollError | None = None
+        stranded: Record | Gone | None = None
         try:
-            await self._bring_in(key)
+            stranded = await self._bring_in(key)
         except UnrollError as reason:
             error = reason
         except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
@@ -120,29 +123,38 @@ class DurableSessions(MemorySessions):
             error = SnapshotInvalid("the stored session cannot be read; the server's log has the reason")
         waiting = self._waiting.pop(key)
         self._verified = key  # true until the last `then` returns, because nothing can suspend this loop
+        self.directory.stranded = None if stranded is None else (*key, stranded)
         try:
             for then in waiting:
                 then(error)
         finally:
-            self._verified = None
+            self._verified = self.directory.stranded = None
 
-    async def _bring_in(self, key: Key) -> None:
+    async def _bring_in(self, key: Key) -> Record | Gone | None:
+        """Make the copy here what the store has. Returns what it has of a session whose version is not here."""
         name, session_id = key
         if not self.directory.versions.of(name):
-            return
+            return None
         if (found := self.directory.living(*key)) is not None:
             served, session = found
             if session.durable is None:
-                return  # the store has no other
+                return None  # the store has no other
             await _finish_accepted_work(served, session)
         for _ in range(ATTEMPTS):
             record = await self._store.load(key)
             if not isinstance(record, Record):
-                self._drop(key, record)
-                return
+                return self._drop(key, record)
+            if self.directory.versions.with_digest(name, record.origin.model) is None:
+                self._drop(key, None)
+                return record
             if record.origin.durability != MEMORY or await self._store.take(key, record.token):
-                self._adopt(key, record)
-                return
+                try:
+                    self._adopt(key, record)
+                except UnrollError:
+                    if record.origin.durability == MEMORY:  # it was taken from the store, and is nowhere else
+                        self.directory.spilled.put(key, record)
+                    raise
+                return None
         raise contended(session_id)
 
     def _adopt(self, key: Key, record: Record) -> None:
@@ -151,17 +163,25 @@ class DurableSessions(MemorySessions):
         if found is not None and found[0].manifest.digest != record.origin.model:
             found[0].scheduler.sessions.drop(found[1])  # closed elsewhere, and opened again on another version
             found = None
-        model = self.directory.versions.home(name, session_id, record.origin.model) if found is None else found[0]
+        what = f"session {session_id!r} runs on"
+        model = self.directory.versions.home(name, record.origin.model, what) if found is None else found[0]
         model.adopt(session_id, record)
         model.scheduler.counters.adopted += 1
 
-    def _drop(self, key: Key, gone: Gone | None) -> None:
-        """The store has no such session: drop the copy, and remember what the store knows of its end."""
+    def _drop(self, key: Key, gone: Gone | None) -> Gone | None:
+        """The store has no such session: drop the copy, and remember what the store knows of its end.
+
+        Returns it if it includes a reply of a version that is not here.
+        """
         name, session_id = key
+        versions = self.directory.versions
         if (found := self.directory.living(*key)) is not None:
             found[0].scheduler.sessions.drop(found[1])
-        if gone is not None and (model := self.directory.versions.successor(name, gone.origin.model)) is not None:
-            model.add_closed(session_id, gone)
+        if gone is None or (model := versions.successor(name, gone.origin.model)) is None:
+            return None
+        is_here = model.manifest.digest == gone.origin.model
+        model.add_closed(session_id, gone if is_here else replace(gone, kept=()))
+        return gone if gone.kept and not is_here else None
 
     # ── operations other than steps ──────────────────────────────────────────────────────────────
 
@@ -179,33 +199,39 @@ class DurableSessions(MemorySessions):
         commit = Commit(key, b"", record.token, record.origin.to_bytes(), position, row, record.last, begins=True)
         (error,) = await self._store.commit([commit])
         if isinstance(error, SessionContended):
-            found = await self.verified(*key, lambda: self.directory.living(*key))
-            raise SessionExists(f"session {new_id!r} is open", position=found[1].position if found else None)
+            await self.verified(*key, lambda: self.directory.new_id(*key))  # raises SessionExists with the position
+            raise SessionExists(f"session {new_id!r} is open")
         if error is not None:
             raise error
         served.scheduler.counters.opened += 1
         return served.adopt(new_id, record)
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
-        def close_if_memory() -> tuple[ServedModel, Session]:
+    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
+        def close_if_memory() -> tuple[ServedModel, Session] | Record:
+            if (stranded := self._close_stranded(name, version, session_id)) is not None:
+                return stranded
             served, session = self.directory.find(name, version, session_id)
             if session.durable is None:
                 served.scheduler.close(session, served.loop.clock.now())
             return served, session
 
-        served, session = await self.verified(name, session_id, close_if_memory)
+        closed = await self.verified(name, session_id, close_if_memory)
+        if isinstance(closed, Record):
+            return replace(closed, position=await self._close_stored(name, session_id)) if closed.token else closed
+        served, session = closed
         if session.durable is not None:
-            session.position = await self._close_stored(served, session)
+            session.position = await self._close_stored(name, session_id)
+            now = served.loop.clock.now()
+            if served.scheduler.sessions.get_detached(session_id, now) is session:
+                served.scheduler.close(session, now)
         return served, session
 
-    async def _close_stored(self, served: ServedModel, session: Session) -> int:
+    async def _close_stored(self, name: str, session_id: str) -> int:
         """Returns the position that the session was closed at, whichever replica advanced it there."""
-        position = await self._store.close((served.name, session.id))
-        now, table = served.loop.clock.now(), served.scheduler.sessions
+        position = await self._store.close((name, session_id))
         if position is None:
-            raise await self.verified(served.name, session.id, lambda: table.closed.error(session.id, now))
-        if table.get_detached(session.id, now) is session:
-            served.scheduler.close(session, now)
+            await self.verified(name, session_id, lambda: self.directory.find(name, None, session_id))
+            raise contended(session_id)  # another was opened under its id since
         return position
 
     def _fork(self, served: ServedModel, session: Session, fork_id: str | None) -> Awaitable[Session]:

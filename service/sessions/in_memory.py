@@ -5,12 +5,14 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-from unroll.service.core.errors import UnrollError
+from unroll.service.core.errors import ModelChanged, UnrollError
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.state.slots import INITIAL
 from unroll.service.state.snapshot import Snapshot
+from unroll.service.store.record import Origin, Record
+from unroll.service.telemetry.metrics import StoreFigures
 
 T = TypeVar("T")
 
@@ -27,6 +29,8 @@ class MemorySessions:
     has_store = False
     #: The durabilities that the server itself offers.
     durabilities: tuple[str, ...] = ("memory",)
+    #: For metrics; None without a store.
+    store_figures: StoreFigures | None = None
 
     def __init__(self, directory: SessionDirectory) -> None:
         self.directory = directory
@@ -63,7 +67,7 @@ class MemorySessions:
 
         Raises:
             StoreUnavailable: The session could not be looked up.
-            ModelChanged: The session belongs to a version that is not served here.
+            ModelChanged, VersionUnavailable: `call` needs the session's version, which is not served here.
         """
         return call()
 
@@ -75,6 +79,15 @@ class MemorySessions:
 
     async def find(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
         return await self.verified(name, session_id, partial(self.directory.find, name, version, session_id))
+
+    async def origin(self, name: str, session_id: str) -> Origin | None:
+        """The origin of an open session, wherever it runs; None of a memory session that never left its row."""
+
+        def look() -> Origin | None:
+            stranded = self.directory.find_stranded(name, session_id)
+            return self.directory.find(name, None, session_id)[1].origin if stranded is None else stranded.origin
+
+        return await self.verified(name, session_id, look)
 
     async def create(
         self, served: ServedModel, session_id: str | None, start: Snapshot | None, durability: str
@@ -129,13 +142,28 @@ class MemorySessions:
         served, restoring = await self.verified(name, session_id, begin)
         return served, await restoring
 
-    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session]:
-        def close_here() -> tuple[ServedModel, Session]:
+    async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
+        """End a session. Returns its record instead if the version it began on is not here: closing needs no model."""
+
+        def close_here() -> tuple[ServedModel, Session] | Record:
+            if (stranded := self._close_stranded(name, version, session_id)) is not None:
+                return stranded
             served, session = self.directory.find(name, version, session_id)
             served.scheduler.close(session, served.loop.clock.now())
             return served, session
 
         return await self.verified(name, session_id, close_here)
+
+    def _close_stranded(self, name: str, version: str | None, session_id: str) -> Record | None:
+        """End such a session here. The caller ends one that is in the store, whose record has a token."""
+        stranded = self.directory.find_stranded(name, session_id)
+        others = [model.version for model in self.directory.versions.of(name)]
+        if stranded is None or not others:
+            return None
+        if version in others:
+            raise ModelChanged(f"session {session_id!r} runs on another version of {name!r} than {version}")
+        self.directory.spilled.close_stranded(name, session_id)
+        return stranded
 
     def _fork(self, served: ServedModel, session: Session, fork_id: str | None) -> Awaitable[Session]:
         def copy(session: Session) -> Session:

@@ -10,7 +10,7 @@ from functools import partial
 import structlog
 
 from unroll.service.core.clock import Clock
-from unroll.service.core.errors import SessionEvicted, SessionExpired, SessionGone, UnrollError
+from unroll.service.core.errors import SessionClosed, SessionEvicted, SessionExpired, SessionGone, UnrollError
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
 from unroll.service.scheduler.session import Session
@@ -62,29 +62,47 @@ class SpilledSessions:
         self._make_room()
         return True
 
+    def put(self, key: Key, record: Record) -> None:
+        """Keep a session that was taken from the store and finds no row."""
+        self._spill.put(key, record, self._clock.now())
+
     def bring_back(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
-        """Give the session a row again; None if it is not here, or expired.
+        """Give the session a row again; None if it is not here, expired, or stranded.
 
         Raises:
             CapacityExhausted: There is no row for it.
-            ModelChanged: Its version is no longer served here.
         """
         key = name, session_id
+        if self.find_stranded(name, session_id) is not None:
+            return None
         found = self._spill.take(key) or self._parking.pop(key, None)
         if found is None:
             return None
         record, used = found
-        if self._idle_timeout is not None and self._clock.now() - used >= self._idle_timeout:
+        if self._is_expired(used):
             self._add_closed(key, record, SessionExpired)
             return None
         try:
-            model = self._versions.home(name, session_id, record.origin.model)
+            model = self._versions.home(name, record.origin.model, f"session {session_id!r} runs on")
             session = model.adopt(session_id, record)
             model.scheduler.counters.adopted += 1
         except UnrollError:
             self._spill.put(key, record, used)
             raise
         return model, session
+
+    def find_stranded(self, name: str, session_id: str) -> Record | None:
+        """The session, if it is here and the version it began on is not."""
+        found = self._spill.get((name, session_id)) or self._parking.get((name, session_id))
+        if found is None or self._is_expired(found[1]):
+            return None
+        return found[0] if self._versions.with_digest(name, found[0].origin.model) is None else None
+
+    def close_stranded(self, name: str, session_id: str) -> None:
+        """End such a session, if there is one."""
+        key = name, session_id
+        if (found := self._spill.take(key) or self._parking.pop(key, None)) is not None:
+            self._add_closed(key, found[0], SessionClosed)
 
     # ── limits ───────────────────────────────────────────────────────────────────────────────────
 
@@ -94,6 +112,9 @@ class SpilledSessions:
             return
         while (oldest := self._spill.expired(self._clock.now() - self._idle_timeout)) is not None:
             self._add_closed(*oldest[:2], SessionExpired)
+
+    def _is_expired(self, used: float) -> bool:
+        return self._idle_timeout is not None and self._clock.now() - used >= self._idle_timeout
 
     def _make_room(self) -> None:
         while (oldest := self._spill.overflow()) is not None:
@@ -136,7 +157,8 @@ class SpilledSessions:
     def _add_closed(self, key: Key, record: Record, cause: type[SessionGone]) -> None:
         name, session_id = key
         if (model := self._versions.successor(name, record.origin.model)) is not None:
-            model.scheduler.counters.count_gone(cause)
+            if cause is not SessionClosed:
+                model.scheduler.counters.count_gone(cause)
             model.scheduler.sessions.add_closed(session_id, cause, self._clock.now(), record.origin.opened_with)
 
     # ── from one process to the next ─────────────────────────────────────────────────────────────

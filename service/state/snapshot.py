@@ -48,6 +48,11 @@ class Snapshot:
         return content[HEADER_BYTES : HEADER_BYTES + 32].hex()
 
     @classmethod
+    def checked_model_of(cls, content: bytes) -> str:
+        """`model_of`. Raises SnapshotInvalid if the snapshot is damaged."""
+        return cls.model_of(_ENVELOPE.unseal(content))
+
+    @classmethod
     def from_bytes(cls, content: bytes, *, digest: str, state_size: int) -> Self:
         """Read a snapshot of the model `digest`, whose state row has `state_size` values.
 

@@ -1,66 +1,50 @@
 """Durable sessions in a folder of this machine: for the processes of one host, without a second server.
 
-One entry per session, in LMDB, under MODEL/SESSION. Integers are little-endian.
-
-header   see `envelope.py`: magic "UNRE", format version 1, tag: 0 the session, 1 it was closed, 2 it expired
-then     expires f64: the session, or this trace of it; token 16 bytes; length of the name u16, the name
-body     of a session: the record as in `record.py`; of a trace: position u64, origin, last
-end      BLAKE2b-128 of all the bytes before
-
-Times are seconds on the store's own clock, which stands still while the machine is off, and never jumps.
+One entry per session, as in `embedded_entry.py`, in an LMDB database, as in `lmdb_folder.py`.
 
 A thread reads and writes, so the event loop never waits for the disk. Calls that arrive while it works go together into
 its next transaction: in order, each for itself.
 """
 
 import asyncio
-import hashlib
 import math
-import struct
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import lmdb
 import structlog
 
-from unroll.service.core.errors import (
-    SessionClosed,
-    SessionContended,
-    SessionExpired,
-    SnapshotInvalid,
-    StoreUnavailable,
-    UnrollError,
+from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
+from unroll.service.store.embedded_entry import (
+    CLOCK,
+    CLOSED,
+    EXPIRED,
+    POSITION,
+    SESSION,
+    TIME,
+    Entry,
+    agreed_offset,
+    expiry,
+    key_of,
+    name_of,
+    pack_entry,
+    place_of,
+    since_boot,
+    this_boot,
 )
-from unroll.service.state.envelope import HEADER_BYTES, Envelope
-from unroll.service.store.interface import Commit, Key, Tokens
-from unroll.service.store.lmdb_folder import LmdbFolder, Sync, boot
-from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
+from unroll.service.store.exchanges import Exchanges, unavailable
+from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
+from unroll.service.store.lmdb_folder import LmdbFolder, Sync
+from unroll.service.store.record import Gone, Record, pack, pack_last
 
 _log = structlog.get_logger(__name__)
 
-_ENTRY = struct.Struct("<d16sH")
-_POSITION = struct.Struct("<Q")
-_SESSION, _CLOSED, _EXPIRED = range(3)
-_ENVELOPE = Envelope(b"UNRE", 1, "a session of the store", _ENTRY.size, tags=3)
-_NAME = HEADER_BYTES + _ENTRY.size
-_TAG = 6
-
-#: LMDB's limit, in bytes. A longer name is stored under a part of it and a hash.
-_MOST_KEY, _KEPT_OF_NAME = 511, 400
-#: Not the name of a session, which begins with a model's. Its value: a hash of the boot, offset and time of the clock.
-_CLOCK, _TIME = b"\0clock", struct.Struct("<16sdd")
 #: Seconds between syncs, and between looks at old entries; entries per look.
 _PERIOD, _SWEPT = 1.0, 2000
-#: Checks for overdue answers per timeout.
-_TICKS = 10
-#: Seconds after which a client may find the store again.
-_RETRY_AFTER = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +56,6 @@ class _Call:
 
     work: Callable[[Any, float], Any]
     does: Literal["reads", "ends", "writes"]
-
-
-_Asked = tuple[list[_Call], "asyncio.Future[list[Any]]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +75,19 @@ class EmbeddedStore:
     def __init__(self, config: EmbeddedStoreConfig) -> None:
         self._config = config
         self._folder = LmdbFolder(config.folder, config.sync)
-        self._offset = self._folder.write(_agreed_offset)
+        self._offset = self._folder.write(agreed_offset)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._tokens = Tokens()
-        self._queue: deque[_Asked] = deque()
-        self._at_work: list[_Asked] = []
-        self._busy: asyncio.Task[None] | None = None
-        self._ticks = 0  # since the thread began its work
-        self._timer: asyncio.TimerHandle | None = None
+        # One transaction at a time. A late one cannot be cancelled: another process may have stopped within its own.
+        self._exchanges = Exchanges(self._transact, (lmdb.Error, OSError), config.timeout, most=1, cancels=False)
+        self.figures = self._exchanges.figures
+        self.figures.bytes = self._folder.sizes()
         self._maintenance: asyncio.Task[None] | None = None
-        self._answers = True  # so far as is known
         self._full: StoreUnavailable | None = None  # the answer to calls that need space
         self._swept = b""  # entries up to here were looked at
 
     def __repr__(self) -> str:
-        return f"<EmbeddedStore {self._config.folder}, {len(self._queue)} calls waiting>"
+        return f"<EmbeddedStore {self._config.folder}, {self._exchanges!r}>"
 
     async def start(self) -> None:
         self._maintenance = asyncio.create_task(self._maintain(), name="store")
@@ -117,93 +96,37 @@ class EmbeddedStore:
         if self._maintenance is not None:
             self._maintenance.cancel()
             await asyncio.wait([self._maintenance])
-        while self._busy is not None:
-            await asyncio.wait([self._busy])
+        await self._exchanges.finish()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._folder.close)
         self._thread.shutdown()
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
+        calls = [_Call(partial(self._commit, commit), "ends" if commit.ends else "writes") for commit in commits]
         try:
-            return await self._ask(
-                [_Call(partial(self._commit, commit), "ends" if commit.ends else "writes") for commit in commits]
-            )
+            return self._exchanges.counted(await self._exchanges.ask(calls))
         except StoreUnavailable as error:
-            return [error] * len(commits)
+            return self._exchanges.counted([error] * len(commits))
 
     async def load(self, key: Key) -> Record | Gone | None:
-        return await self._ask_one(_Call(partial(self._load, _name(key)), "reads"))
+        return await self._exchanges.ask_one(_Call(partial(self._load, name_of(key)), "reads"))
 
     async def close(self, key: Key) -> int | None:
-        return await self._ask_one(_Call(partial(self._close, _name(key), self._tokens.next()), "ends"))
+        return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next()), "ends"))
 
     async def take(self, key: Key, token: bytes) -> bool:
-        return await self._ask_one(_Call(partial(_take, _name(key), token), "ends"))
+        return await self._exchanges.ask_one(_Call(partial(_take, name_of(key), token), "ends"))
+
+    async def page(self, after: str, limit: int) -> Page:
+        try:
+            place = bytes.fromhex(after)
+        except ValueError:
+            raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said") from None
+        return await self._exchanges.ask_one(_Call(partial(_page, place, limit), "reads"))
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────
 
-    async def _ask_one(self, call: _Call) -> Any:
-        """Its result. Raises StoreUnavailable, and the error that is its result."""
-        (result,) = await self._ask([call])
-        if isinstance(result, UnrollError):
-            raise result
-        return result
-
-    async def _ask(self, calls: list[_Call]) -> list[Any]:
-        """A result or an UnrollError per call. Raises StoreUnavailable if there are none."""
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._queue.append((calls, future))
-        self._work()
-        return await future
-
-    def _work(self) -> None:
-        if self._busy is not None or not self._queue:
-            return
-        self._at_work, self._queue, self._ticks = list(self._queue), deque(), 0
-        self._busy = asyncio.create_task(self._transact(), name="store")
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
-
-    def _tick(self) -> None:
-        """Answer what has waited for too many ticks: another process may have stopped within its transaction. A pause
-        of this process counts as one tick."""
-        self._timer = None
-        if self._busy is None:
-            return
-        self._ticks += 1
-        if self._ticks % _TICKS == 0:
-            self._fail(TimeoutError(f"no answer within {self._config.timeout:g} s"))
-        self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
-
-    def _fail(self, reason: Exception) -> None:
-        """Answer all calls, also those that wait behind: they would fail the same way, only later."""
-        failed, self._at_work, self._queue = [*self._at_work, *self._queue], [], deque()
-        self._note(reason)
-        for _, future in failed:
-            if not future.done():
-                future.set_exception(_unavailable(reason))
-
-    def _note(self, reason: Exception | None) -> None:
-        if self._answers is not (reason is None):
-            self._answers = reason is None
-            (_log.info if reason is None else _log.error)("store", answers=self._answers, reason=str(reason or ""))
-
-    async def _transact(self) -> None:
-        calls = [call for some, _ in self._at_work for call in some]
-        try:
-            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, calls)
-        except Exception as reason:  # noqa: BLE001 the waiting commits must get an answer
-            if not isinstance(reason, (lmdb.Error, OSError)):
-                _log.error("unexpected error of the store", exc_info=reason)
-            self._fail(reason)
-        else:
-            self._note(None)
-            begin = 0
-            for some, future in self._at_work:  # none, if they were answered meanwhile
-                if not future.done():
-                    future.set_result(results[begin : begin + len(some)])
-                begin += len(some)
-        self._at_work, self._busy = [], None
-        self._work()
+    async def _transact(self, calls: list[_Call]) -> list[Any]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, calls)
 
     def _run(self, calls: list[_Call]) -> list[Any]:
         """In the thread: all calls in one transaction; while the disk is full, only those that end sessions."""
@@ -222,7 +145,7 @@ class EmbeddedStore:
             except lmdb.PanicError:
                 raise
             except lmdb.Error as reason:  # LMDB has several errors for a full disk
-                self._full = _unavailable(reason)
+                self._full = unavailable(reason)
                 self._folder.free_reserve()
         return self._folder.write(work)
 
@@ -232,10 +155,11 @@ class EmbeddedStore:
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._look_after)
             except (lmdb.Error, OSError) as reason:
-                self._note(reason)
+                self._exchanges.note(reason)
 
     def _look_after(self) -> None:
         """In the thread: remove traces that are old enough, note the time, and sync."""
+        self.figures.bytes = self._folder.sizes()
         if self._full is not None:
             if not self._folder.reserve():
                 return
@@ -249,62 +173,52 @@ class EmbeddedStore:
 
     def _clean(self, ended: list[bytes], now: float, transaction: Any) -> None:
         for place in ended:
-            found = _Entry.at(transaction, place)
+            found = Entry.at(transaction, place)
             if found is None or found.expires > now:
                 continue
             life = found.expires + self._config.tombstone_life
-            if found.kind != _SESSION or life <= now or (trace := found.trace()) is None:
+            if found.kind != SESSION or life <= now or (trace := found.trace()) is None:
                 transaction.delete(place)
             else:
-                transaction.put(place, _entry(found.name, _EXPIRED, life, found.token, trace))
-        transaction.put(_CLOCK, _TIME.pack(_this_boot(), self._offset, now))
+                transaction.put(place, pack_entry(found.name, EXPIRED, life, found.token, trace))
+        transaction.put(CLOCK, TIME.pack(this_boot(), self._offset, now))
 
     def _now(self) -> float:
-        return self._offset + _since_boot()
+        return self._offset + since_boot()
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────────
 
     def _commit(self, commit: Commit, transaction: Any, now: float) -> UnrollError | None:
-        name = _name(commit.key)
-        place = _place(name)
-        held = _Entry.at(transaction, place)
+        name = name_of(commit.key)
+        place = place_of(name)
+        held = Entry.at(transaction, place)
         if held is not None and held.token == commit.token:
             return None
         living = held.token if held is not None and held.is_living(now) else b""
         if living != commit.expected:
             return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
         if commit.ends:
-            kind, life = _CLOSED, self._config.tombstone_life
-            body = _POSITION.pack(commit.position) + commit.origin + commit.last
+            kind, life = CLOSED, self._config.tombstone_life
+            body = POSITION.pack(commit.position) + commit.origin + commit.last
         else:
             idle = self._config.idle_timeout
-            kind, life = _SESSION, math.inf if idle is None else idle
+            kind, life = SESSION, math.inf if idle is None else idle
             body = pack(commit.origin, commit.position, commit.row, commit.last)
-        transaction.put(place, _entry(name, kind, now + life, commit.token, body))
+        transaction.put(place, pack_entry(name, kind, now + life, commit.token, body))
         return None
 
     def _load(self, name: bytes, transaction: Any, now: float) -> Record | Gone | UnrollError | None:
-        found = _Entry.at(transaction, _place(name))
+        found = Entry.at(transaction, place_of(name))
         if found is None:
             return None
         try:
-            body = found.body()
-            if found.is_living(now):
-                return Record.unpack(body, found.token)
-            expires = found.expires
-            if found.kind == _SESSION:
-                expires += self._config.tombstone_life
-                body = _POSITION.pack(0) + body[:ORIGIN_BYTES]
-            begin = _POSITION.size + ORIGIN_BYTES
-            origin, last = Origin.from_bytes(body[_POSITION.size : begin]), body[begin:]
+            return found.at_time(now, self._config.tombstone_life)
         except SnapshotInvalid as error:
             return error
-        cause = SessionClosed if found.kind == _CLOSED else SessionExpired
-        return Gone(cause.code, origin, unpack_last(last)[0] if last else ()) if expires > now else None
 
     def _close(self, name: bytes, token: bytes, transaction: Any, now: float) -> int | UnrollError | None:
-        place = _place(name)
-        held = _Entry.at(transaction, place)
+        place = place_of(name)
+        held = Entry.at(transaction, place)
         if held is None or not held.is_living(now):
             return None
         trace = held.trace()
@@ -312,67 +226,33 @@ class EmbeddedStore:
             transaction.delete(place)
             return SnapshotInvalid("the stored session was damaged; it is removed")
         body = trace + pack_last(1, ())
-        transaction.put(place, _entry(name, _CLOSED, now + self._config.tombstone_life, token, body))
-        return _POSITION.unpack_from(trace)[0]
-
-
-def _unavailable(reason: Exception) -> StoreUnavailable:
-    return StoreUnavailable(f"the session store is unavailable: {reason}", _RETRY_AFTER)
+        transaction.put(place, pack_entry(name, CLOSED, now + self._config.tombstone_life, token, body))
+        return POSITION.unpack_from(trace)[0]
 
 
 def _take(name: bytes, token: bytes, transaction: Any, now: float) -> bool:
-    place = _place(name)
-    held = _Entry.at(transaction, place)
+    place = place_of(name)
+    held = Entry.at(transaction, place)
     return held is not None and held.is_living(now) and held.token == token and transaction.delete(place)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """An entry as it is stored. Its checksum is compared when its body is read."""
-
-    content: bytes
-    kind: int
-    expires: float
-    token: bytes
-    name: bytes
-
-    @classmethod
-    def at(cls, transaction: Any, place: bytes) -> Self | None:
-        if (found := transaction.get(place)) is None:
-            return None
-        content = bytes(found)
-        expires, token, length = _ENTRY.unpack_from(content, HEADER_BYTES)
-        return cls(content, content[_TAG], expires, token, content[_NAME : _NAME + length])
-
-    def is_living(self, now: float) -> bool:
-        return self.kind == _SESSION and self.expires > now
-
-    def body(self) -> bytes:
-        """Raises SnapshotInvalid if the entry is damaged."""
-        return _ENVELOPE.unseal(self.content)[_NAME + len(self.name) :]
-
-    def trace(self) -> bytes | None:
-        """Position and origin of a session; None if it is damaged."""
-        try:
-            record = Record.unpack(self.body())
-        except SnapshotInvalid:
-            return None
-        return _POSITION.pack(record.position) + record.origin.to_bytes()
-
-
-def _entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes) -> bytes:
-    return _ENVELOPE.seal(_ENVELOPE.header(kind) + _ENTRY.pack(expires, token, len(name)) + name + body)
-
-
-def _name(key: Key) -> bytes:
-    return f"{key[0]}/{key[1]}".encode()
-
-
-def _place(name: bytes) -> bytes:
-    """LMDB's key."""
-    if len(name) <= _MOST_KEY:
-        return name
-    return name[:_KEPT_OF_NAME] + b"\0" + hashlib.blake2b(name, digest_size=32).digest()
+def _page(after: bytes, limit: int, transaction: Any, now: float) -> Page:
+    page = Page([], [], "")
+    cursor = transaction.cursor()
+    if not cursor.set_range(after + b"\0"):
+        return page
+    for looked, (key, value) in enumerate(cursor, 1):
+        place = bytes(key)
+        if place != CLOCK and (entry := Entry.read(bytes(value))).is_living(now):
+            try:
+                record, size = entry.record(), len(entry.content)
+                expires_in = None if math.isinf(entry.expires) else entry.expires - now
+                page.sessions.append(Listed(key_of(entry.name), record.origin, record.position, expires_in, size))
+            except SnapshotInvalid:
+                page.damaged.append(key_of(place))
+        if len(page.sessions) == limit or looked == _SWEPT:
+            return replace(page, after=place.hex())
+    return page
 
 
 def _ended(transaction: Any, after: bytes, now: float) -> tuple[list[bytes], bytes]:
@@ -386,24 +266,6 @@ def _ended(transaction: Any, after: bytes, now: float) -> tuple[list[bytes], byt
         if looked == _SWEPT:
             return found, place
         place = bytes(key)
-        if place != _CLOCK and _ENTRY.unpack_from(value, HEADER_BYTES)[0] <= now:
+        if place != CLOCK and expiry(value) <= now:
             found.append(place)
     return found, b""
-
-
-def _agreed_offset(transaction: Any) -> float:
-    """Store time minus time since boot, the same for all processes; the clock goes on from where it stood."""
-    known = transaction.get(_CLOCK)
-    this, offset, last = _TIME.unpack(known) if known is not None else (b"", 0.0, 0.0)
-    if this != _this_boot():
-        offset = last - _since_boot()
-        transaction.put(_CLOCK, _TIME.pack(_this_boot(), offset, last))
-    return offset
-
-
-def _this_boot() -> bytes:
-    return hashlib.blake2b(boot().encode(), digest_size=16).digest()
-
-
-def _since_boot() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -13,8 +13,13 @@ from typing import Protocol
 
 from unroll.service.core.errors import UnrollError
 from unroll.service.store.record import Gone, Kept, Origin, Record
+from unroll.service.telemetry.metrics import StoreFigures
 
 Key = tuple[str, str]
+
+
+class StoreRefused(Exception):
+    """The store can never work as it is set; the message says what to change."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +46,37 @@ class Commit:
     ends: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An open session of a store.
+
+    Attributes:
+        expires_in: Seconds until it expires, unless it is used before; None: never.
+        bytes: Of its record.
+    """
+
+    key: Key
+    origin: Origin
+    position: int
+    expires_in: float | None
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of a store's open sessions.
+
+    Attributes:
+        sessions: May be none although there are more.
+        damaged: The keys of sessions among them that cannot be read.
+        after: Names the next page; empty: there is none.
+    """
+
+    sessions: list[Listed]
+    damaged: list[Key]
+    after: str
+
+
 class Store(Protocol):
     """Records of sessions, shared by replicas.
 
@@ -49,7 +85,12 @@ class Store(Protocol):
 
     `load`, `close` and `take` raise StoreUnavailable if the store does not answer in time or cannot write; `commit`
     returns the error instead.
+
+    Attributes:
+        figures: For metrics.
     """
+
+    figures: StoreFigures
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         """The result of each commit: None if it is in the store, also if it was sent twice; SessionContended if the
@@ -68,8 +109,23 @@ class Store(Protocol):
         """Remove a record without a tombstone if it has this token: the caller owns the session then."""
         ...
 
+    async def page(self, after: str, limit: int) -> Page:
+        """The page that `after` names; empty: the first. Every session that is open all the time is on one, or on
+        several.
+
+        Args:
+            after: Of the page before.
+            limit: About so many sessions.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+            InvalidRequest: `after` names no page.
+        """
+        ...
+
     async def start(self) -> None:
-        """Called once, before any other method. A store that does not answer yet is logged, not raised."""
+        """Called once, before any other method. Returns when the store has answered once; until then it is logged.
+        Raises StoreRefused."""
         ...
 
     async def stop(self) -> None: ...
@@ -86,4 +142,4 @@ class Tokens:
         return self._process + next(self._count).to_bytes(8, "little")
 
 
-__all__ = ["Commit", "Gone", "Kept", "Key", "Origin", "Record", "Store", "Tokens"]
+__all__ = ["Commit", "Gone", "Kept", "Key", "Listed", "Origin", "Page", "Record", "Store", "StoreRefused", "Tokens"]

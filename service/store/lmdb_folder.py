@@ -36,7 +36,7 @@ _log = structlog.get_logger(__name__)
 #: Address space, not memory nor disk. It grows by doubling.
 _MAP_BYTES = 16 * 2**30
 #: Processes and threads that may read at the same time.
-_READERS = 512
+READERS = 512
 #: Freed when the disk is full, so that sessions can still be closed.
 _RESERVE_BYTES = 4 * 2**20
 #: File systems of other machines: LMDB's locks are shared memory of this one.
@@ -128,6 +128,12 @@ class LmdbFolder:
         self._held, self._marked = held, last
         environment.reader_check()  # only now: the reader of a process that was killed has protected its `synced`
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the file, and of its pages in use."""
+        pages = self._environment.stat()
+        used = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+        return {"file": _size_of(self.folder / "data.mdb"), "used": used}
+
     def has_changed(self) -> bool:
         """Something was committed since the last mark."""
         return self._environment.info()["last_txnid"] != self._marked
@@ -170,16 +176,16 @@ class LmdbFolder:
 
     def _join(self) -> None:
         """Agree with the processes that have the folder open; the only one sees to what was left of it."""
-        ours = {"format": 1, "boot": boot(), "namespace": _namespace(), "sync": self.sync}
+        ours = {"format": 1, "boot": boot(), "namespace": namespace(), "sync": self.sync}
         path = self.folder / "host.json"
         while True:
             if self._is_alone():
-                self._prepare(json.loads(path.read_text()) if path.exists() else None)
+                self._prepare(last_host(self.folder))
                 _write(path, json.dumps(ours).encode())
                 fcntl.flock(self._lock, fcntl.LOCK_SH)
                 return
             fcntl.flock(self._lock, fcntl.LOCK_SH)
-            theirs = json.loads(path.read_text()) if path.exists() else None
+            theirs = last_host(self.folder)
             if theirs == ours:
                 return
             if theirs is not None and not self._is_alone():
@@ -197,13 +203,9 @@ class LmdbFolder:
         data, synced = self.folder / "data.mdb", self.folder / "synced"
         if before is not None and before["format"] != 1:
             raise StoreUnavailable(f"the store {self.folder} has format {before['format']}; this server reads 1", 0)
-        crashed = before is not None and before["boot"] != boot() and before["sync"] != "always"
-        if crashed and data.exists():
+        if before is not None and has_crashed(before) and data.exists():
             if synced.exists():
-                with data.open("r+b") as file:
-                    file.write(synced.read_bytes())
-                    file.flush()
-                    os.fsync(file.fileno())
+                put_back(data, synced)
                 _log.warning("the machine was restarted", store=str(self.folder), continues="as of the last sync")
             else:
                 lost = data.with_name(f"data.lost-{time.time_ns()}")
@@ -212,20 +214,50 @@ class LmdbFolder:
         if self.sync != "everysec":
             synced.unlink(missing_ok=True)
         if data.exists():
-            _check_size(data)
+            check_size(data)
 
     def _open(self) -> Any:
         return lmdb.open(
             str(self.folder),
             map_size=max(self._map_bytes, _size_of(self.folder / "data.mdb") * 2),
             sync=self.sync == "always",
-            max_readers=_READERS,
+            max_readers=READERS,
             mode=0o600,
             readahead=False,
         )
 
 
-def _check_size(data: Path) -> None:
+def is_store(folder: Path) -> bool:
+    return (folder / "data.mdb").is_file()
+
+
+def last_host(folder: Path) -> dict[str, Any] | None:
+    """What `host.json` says. Raises StoreUnavailable if it is damaged."""
+    path = folder / "host.json"
+    if not path.exists():
+        return None
+    with contextlib.suppress(ValueError):
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict) and found.keys() >= {"format", "boot", "namespace", "sync"}:
+            return found
+    text = f"{path} is damaged; remove it if this machine has not been restarted since the last server ended"
+    raise StoreUnavailable(text, 0)
+
+
+def has_crashed(host: dict[str, Any]) -> bool:
+    """Whether the machine was restarted since, which leaves the file in an unknown state."""
+    return host["boot"] != boot() and host["sync"] != "always"
+
+
+def put_back(data: Path, synced: Path) -> None:
+    """Make the file what it was at the last sync."""
+    with data.open("r+b") as file:
+        file.write(synced.read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_size(data: Path) -> None:
     """LMDB reads the file as memory: a file that was cut would end the process. Raises StoreUnavailable."""
     with contextlib.closing(lmdb.open(str(data), subdir=False, readonly=True, lock=False, max_readers=1)) as opened:
         pages, size = opened.info()["last_pgno"] + 1, opened.stat()["psize"]
@@ -245,17 +277,21 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return f"with --store-sync {theirs['sync']}; all processes need the same"
 
 
-def _refuse_other_machines(folder: Path) -> None:
-    """Raises StoreUnavailable if the folder is on a file system that other machines may write to."""
+def file_system(folder: Path) -> str | None:
+    """The kind of file system that the folder is on; None if the machine does not say."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     except OSError:
-        return  # not Linux
+        return None  # not Linux
     where = str(folder.resolve())
     inside = [words for words in mounts if where == words[4] or where.startswith(words[4].rstrip("/") + "/")]
     kind = max(inside, key=lambda words: len(words[4]))
-    name = kind[kind.index("-") + 1]
-    if name in _NETWORK:
+    return kind[kind.index("-") + 1]
+
+
+def _refuse_other_machines(folder: Path) -> None:
+    """Raises StoreUnavailable if the folder is on a file system that other machines may write to."""
+    if (name := file_system(folder)) in _NETWORK:
         raise StoreUnavailable(
             f"the store {folder} is on a network file system ({name}); use a local disk, or --store redis://...", 0
         )
@@ -271,7 +307,7 @@ def boot() -> str:
     ).stdout.strip()
 
 
-def _namespace() -> int:
+def namespace() -> int:
     """LMDB tells processes apart by their id, which two containers may both have."""
     return os.stat("/proc/self/ns/pid").st_ino if sys.platform == "linux" else 0
 

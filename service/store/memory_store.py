@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 
 from unroll.service.core.errors import SessionContended, UnrollError
-from unroll.service.store.interface import Commit, Key
+from unroll.service.store.interface import Commit, Key, Listed, Page
 from unroll.service.store.record import Gone, Origin, Record, unpack_last
+from unroll.service.telemetry.metrics import StoreFigures
 
 
 class MemoryStore:
     def __init__(self) -> None:
         self._records: dict[Key, Record] = {}
         self._gone: dict[Key, tuple[Gone, bytes]] = {}
+        self.figures = StoreFigures()
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
@@ -36,6 +38,17 @@ class MemoryStore:
             return False
         del self._records[key]
         return True
+
+    async def page(self, after: str, limit: int) -> Page:
+        names = sorted("/".join(key) for key in self._records)
+        chosen = [name for name in names if name > after][:limit]
+        keys: list[Key] = [(name.partition("/")[0], name.partition("/")[2]) for name in chosen]
+        records = [self._records[key] for key in keys]
+        sessions = [
+            Listed(key, record.origin, record.position, None, len(record.row) + len(record.last))
+            for key, record in zip(keys, records, strict=True)
+        ]
+        return Page(sessions, [], chosen[-1] if chosen and chosen[-1] != names[-1] else "")
 
     def _commit(self, commit: Commit) -> UnrollError | None:
         record = self._records.get(commit.key)

@@ -1,7 +1,7 @@
 """Durable sessions in Redis, Valkey, or a Redis Cluster.
 
-    unroll:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
-    unroll:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
+    PREFIX:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
+    PREFIX:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
                                   longer than the session. `e` is written first: the session expired, which is true as
                                   soon as the first key has expired. `c`: the session was closed
 
@@ -14,23 +14,21 @@ on its `appendfsync`.
 
 import asyncio
 import hashlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import structlog
-from redis.asyncio import Connection, Redis
 from redis.asyncio.cluster import RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.connection import HiredisRespSerializer
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
-from unroll.service.store.interface import Commit, Key, Tokens
+from unroll.service.store.exchanges import Exchanges, unavailable
+from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
+from unroll.service.store.redis_client import FAILURES, connect, disconnect, eviction_policy, refusal
+from unroll.service.store.redis_listing import read_page
 
 _log = structlog.get_logger(__name__)
 
@@ -38,16 +36,14 @@ _log = structlog.get_logger(__name__)
 _EXCHANGES = 2
 #: Maximum calls and bytes per run of the script: Redis does nothing else while it runs.
 _MOST_CALLS, _MOST_BYTES = 128, 2**20
-#: Checks for overdue answers per timeout.
-_TICKS = 10
-#: Seconds after which a client may find the store again.
-_RETRY_AFTER = 1.0
 #: `expected` of a call that accepts any token.
 _ANY = b"*"
-_CLUSTER = "redis+cluster://"
+#: Seconds between attempts at the start, for an answer to one, and between looks at the eviction policy.
+_ATTEMPT_SECONDS, _PATIENCE_SECONDS, _LOOK_SECONDS = 1.0, 5.0, 60.0
 
 # Unused and unknown arguments are empty. The first write of a session brings its `origin`. `finish` returns the
-# position if it closed the session.
+# position if it closed the session; a session is also closed if there is no memory for its tombstone, except by a step,
+# whose reply is in it. The first write has no effect: it makes a replica, whose data may be old, refuse all calls.
 _SCRIPT = """
 local call, does = redis.call, {}
 function does.write(state, gone, expected, token, record, position, origin)
@@ -68,7 +64,11 @@ function does.finish(state, gone, expected, token, last, position, origin)
   if origin == '' then
     position, origin = call('GETRANGE', state, 88, 95), call('GETRANGE', state, 16, 87)
   end
-  call('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  local kept = redis.pcall('SET', gone, 'c' .. token .. position .. origin .. last, 'PX', %(tombstone)d)
+  if kept.err then
+    if expected ~= '*' or not string.find(kept.err, 'OOM') then return kept end
+    call('DEL', gone)
+  end
   call('DEL', state)
   return position
 end
@@ -79,6 +79,8 @@ function does.take(state, gone, expected)
   if call('GETRANGE', state, 0, 15) ~= expected then return 0 end
   return call('DEL', state, gone) and 1
 end
+local able = redis.pcall('SET', KEYS[1] .. ':never', '', 'XX')
+if able and able.err and string.find(able.err, 'READONLY') then return able end
 local replies = {}
 for i = 1, #KEYS / 2 do
   local good, reply = pcall(does[ARGV[6 * i - 5]], KEYS[2 * i - 1], KEYS[2 * i], unpack(ARGV, 6 * i - 4, 6 * i))
@@ -95,6 +97,8 @@ _CLOSED = b"c"
 _TOKEN = 16
 #: Index of the longest word of a call.
 _CONTENT = 3
+#: The arguments of a function: expected, token, content, position, origin.
+_NO_WORDS = (b"",) * 5
 
 
 #: A call of a function of the script: the keys, and the arguments.
@@ -103,126 +107,127 @@ _Call = tuple[tuple[bytes, bytes], tuple[bytes, ...]]
 
 @dataclass(frozen=True, slots=True)
 class RedisStoreConfig:
-    """timeout: seconds for an answer. idle_timeout: of sessions; None: never. tombstone_life: seconds after the end."""
+    """timeout: seconds for an answer. idle_timeout: of sessions; None: never. tombstone_life: seconds after the end.
+
+    prefix: of all keys. Deployments with different prefixes share a server without knowing of each other's sessions.
+    """
 
     url: str
     timeout: float = 0.5
     idle_timeout: float | None = 900.0
     tombstone_life: float = 3600.0
+    prefix: str = "unroll"
 
 
 class RedisStore:
+    """Raises StoreRefused if the URL is wrong."""
+
     def __init__(self, config: RedisStoreConfig) -> None:
         self._config = config
-        self._client: Any = _client(config)
+        self._client: Any = connect(config.url, config.timeout)
         self._tokens = Tokens()
-        self._queue: deque[tuple[list[_Call], asyncio.Future[list[Any]]]] = deque()
-        self._under_way: dict[asyncio.Task[None], int] = {}  # and the ticks since it began
-        self._timer: asyncio.TimerHandle | None = None
-        self._answers = True  # so far as is known
+        self._watching: asyncio.Task[None] | None = None
+        self._exchanges = Exchanges(self._execute, FAILURES, config.timeout, most=_EXCHANGES, cancels=True)
+        self.figures = self._exchanges.figures
         self._script = _with_lives(config).encode()
         self._digest = hashlib.sha1(self._script).hexdigest().encode()
 
     def __repr__(self) -> str:
-        return f"<RedisStore {len(self._under_way)} exchanges under way, {len(self._queue)} calls waiting>"
+        return f"<RedisStore {self._exchanges!r}>"
 
     async def start(self) -> None:
-        """Log an error if the store does not answer; it may answer later."""
-        try:
-            await self.load(("", ""))
-        except StoreUnavailable as error:
-            _log.error("store does not answer", reason=error.message)
+        while True:
+            try:
+                await self.check()
+                break
+            except StoreUnavailable as error:
+                self._exchanges.note(error)
+            await asyncio.sleep(_ATTEMPT_SECONDS)
+        self._exchanges.note(None)
+        await self._look_for_eviction()
+        self._watching = asyncio.create_task(self._watch(), name="store")
 
     async def stop(self) -> None:
-        while self._under_way:
-            await asyncio.wait(self._under_way)
-        await self._client.aclose()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+        await self._exchanges.finish()
+        await disconnect(self._client)
+
+    async def check(self) -> None:
+        """Write, read and remove a key. A server without free memory passes. Raises StoreUnavailable, StoreRefused."""
+        token = self._tokens.next()
+        calls: list[_Call] = []
+        for n in range(2):  # keys of different slots, if it is a cluster
+            key = "", f"{token.hex()}{n}"
+            calls += [self._call(key, b"write", b"", token), self._call(key, b"load"), self._call(key, b"take", token)]
+        try:
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                replies = await self._execute(calls)
+            wrong = [r for r in replies if isinstance(r, RedisError) and not isinstance(r, OutOfMemoryError)]
+            if wrong:
+                raise wrong[0]
+        except FAILURES as reason:
+            if (why := refusal(reason)) is not None:
+                raise StoreRefused(f"the session store refuses this server: {why}") from reason
+            raise unavailable(reason) from reason
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await self._look_for_eviction()
+
+    async def _look_for_eviction(self) -> None:
+        try:
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                policy = await eviction_policy(self._client)
+        except FAILURES:
+            return  # it does not answer, or does not say
+        if policy is not None and not self.figures.evicts:
+            remedy = "set its maxmemory-policy to noeviction"
+            _log.warning("the store removes sessions when it is full", policy=policy, remedy=remedy)
+        self.figures.evicts = policy is not None
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         try:
-            replies = await self._ask([_call_of(commit) for commit in commits])
+            replies = await self._exchanges.ask([self._call_of(commit) for commit in commits])
         except StoreUnavailable as error:
-            return [error] * len(commits)
-        return [_verdict(commit, reply) for commit, reply in zip(commits, replies, strict=True)]
+            return self._exchanges.counted([error] * len(commits))
+        return self._exchanges.counted([_verdict(*both) for both in zip(commits, replies, strict=True)])
 
     async def load(self, key: Key) -> Record | Gone | None:
-        state, gone = await self._ask_one(_call(key, b"load"))
+        state, gone = await self._exchanges.ask_one(self._call(key, b"load"))
         if state is not None:
             return Record.unpack(state[_TOKEN:], state[:_TOKEN])
-        return None if gone is None else _read_gone(gone)
+        if gone is None or (gone[:1] != _CLOSED and self.figures.evicts):
+            return None  # where sessions are evicted, this one need not have expired
+        return _read_gone(gone)
 
     async def close(self, key: Key) -> int | None:
-        position = await self._ask_one(_call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ())))
+        call = self._call(key, b"finish", _ANY, self._tokens.next(), pack_last(1, ()))
+        position = await self._exchanges.ask_one(call)
         return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes) -> bool:
-        return bool(await self._ask_one(_call(key, b"take", token)))
+        return bool(await self._exchanges.ask_one(self._call(key, b"take", token)))
 
-    # ── exchanges ────────────────────────────────────────────────────────────────────────────────
+    def _call(self, key: Key, function: bytes, *words: bytes) -> _Call:
+        state = f"{self._config.prefix}:{{{key[0]}/{key[1]}}}".encode()
+        return (state, state + b":gone"), (function, *words, *_NO_WORDS[len(words) :])
 
-    async def _ask_one(self, call: _Call) -> Any:
-        """Its reply. Raises StoreUnavailable."""
-        (reply,) = await self._ask([call])
-        if isinstance(reply, RedisError):
-            raise _unavailable(reply)
-        return reply
+    def _call_of(self, commit: Commit) -> _Call:
+        who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
+        if commit.ends:
+            return self._call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
+        record = pack(commit.origin, commit.position, commit.row, commit.last)
+        return self._call(*who, record, b"", commit.origin if commit.begins else b"")
 
-    async def _ask(self, calls: list[_Call]) -> list[Any]:
-        """A reply or a RedisError per call. Raises StoreUnavailable if there are none."""
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._queue.append((calls, future))
-        self._send()
-        return await future
-
-    def _send(self) -> None:
-        while self._queue and len(self._under_way) < _EXCHANGES:
-            asked, self._queue = self._queue, deque()
-            task = asyncio.create_task(self._exchange(asked), name="store")
-            self._under_way[task] = 0
-            task.add_done_callback(self._sent)
-        if self._under_way and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._config.timeout / _TICKS, self._tick)
-
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        del self._under_way[task]
-        self._send()
-
-    def _tick(self) -> None:
-        """Cancel exchanges that are unanswered for too many ticks. A pause of this process counts as one tick, since it
-        could not read answers that arrived."""
-        self._timer = None
-        for task in self._under_way:
-            self._under_way[task] += 1
-            if self._under_way[task] % _TICKS == 0:
-                task.cancel()
-        self._send()
-
-    async def _exchange(self, asked: Sequence[tuple[list[_Call], asyncio.Future[list[Any]]]]) -> None:
-        calls = [call for some, _ in asked for call in some]
-        error: StoreUnavailable | None = None
-        replies: list[Any] = []
+    async def page(self, after: str, limit: int) -> Page:
         try:
-            replies = await self._execute(calls)
-        except (Exception, asyncio.CancelledError) as reason:  # noqa: BLE001 the waiting commits must get an answer
-            if not isinstance(reason, (RedisError, OSError, asyncio.CancelledError)):
-                _log.error("unexpected error of the store", exc_info=reason)
-            late = TimeoutError(f"no answer within {self._config.timeout:g} s")
-            error = _unavailable(reason if isinstance(reason, Exception) else late)
-            # Calls that wait behind these would fail the same way, only later.
-            asked, self._queue = [*asked, *self._queue], deque()
-        if self._answers is not (error is None):
-            self._answers = error is None
-            (_log.info if error is None else _log.error)("store", answers=self._answers, reason=str(error or ""))
-        begin = 0
-        for some, future in asked:
-            end = begin + len(some)
-            if future.done():  # the caller was cancelled
-                pass
-            elif error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(replies[begin:end])
-            begin = end
+            async with asyncio.timeout(self._config.timeout):
+                return await read_page(self._client, self._config.prefix, after, limit)
+        except FAILURES as error:
+            raise unavailable(error) from error
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:
         if isinstance(self._client, RedisCluster):
@@ -268,45 +273,6 @@ def _parts(calls: Sequence[_Call]) -> Iterator[Sequence[_Call]]:
     yield calls[begin:]
 
 
-class _Connection(Connection):
-    """Packs commands with hiredis, which takes a third of the time. Not used for TLS and Unix sockets."""
-
-    _packer = HiredisRespSerializer()
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        return self._packer.pack(*args)
-
-
-def _client(config: RedisStoreConfig) -> Any:
-    # Retry once, at once, on a new connection, since the old one may be dead. The script recognises repeated calls.
-    retry = Retry(NoBackoff(), 1)
-    options: dict[str, Any] = {"socket_connect_timeout": config.timeout, "socket_timeout": None, "retry": retry}
-    if config.url.startswith(_CLUSTER):
-        return RedisCluster.from_url("redis://" + config.url.removeprefix(_CLUSTER), **options)
-    return Redis.from_url(config.url, connection_class=_Connection, **options)
-
-
-def _call(
-    key: Key,
-    function: bytes,
-    expected: bytes = b"",
-    token: bytes = b"",
-    content: bytes = b"",
-    position: bytes = b"",
-    origin: bytes = b"",
-) -> _Call:
-    state = f"unroll:{{{key[0]}/{key[1]}}}".encode()
-    return (state, state + b":gone"), (function, expected, token, content, position, origin)
-
-
-def _call_of(commit: Commit) -> _Call:
-    who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
-    if commit.ends:
-        return _call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
-    record = pack(commit.origin, commit.position, commit.row, commit.last)
-    return _call(*who, record, origin=commit.origin if commit.begins else b"")
-
-
 def _with_lives(config: RedisStoreConfig) -> str:
     """The script with the lifetimes of the keys. If sessions never expire, states have none."""
     tombstone = _milliseconds(config.tombstone_life)
@@ -327,15 +293,10 @@ def _read_gone(content: bytes) -> Gone:
 
 def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
     if isinstance(reply, RedisError):
-        return _unavailable(reply)
+        return unavailable(reply)
     if reply is None or reply == 0:
         return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
     return None
-
-
-def _unavailable(reason: Exception) -> StoreUnavailable:
-    why = str(reason).partition("\n")[0] or type(reason).__name__
-    return StoreUnavailable(f"the session store is unavailable: {why}", _RETRY_AFTER)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -31,6 +31,9 @@ class Spill:
     def __repr__(self) -> str:
         return f"<Spill {len(self)} sessions, {self._bytes} of {self.limit} bytes>"
 
+    def get(self, key: Key) -> tuple[Record, float] | None:
+        return self._records.get(key)
+
     def put(self, key: Key, record: Record, used: float) -> None:
         self.take(key)
         self._records[key] = record, used

@@ -1,4 +1,4 @@
-"""Sessions in a file: a server that ends writes it, and the next one reads it.
+"""Sessions in a file: a server that ends writes it, and the next one reads it; also of `unroll sessions export`.
 
 header   see `envelope.py`: magic "UNRS", format version 1; then records u64
 each     idle seconds f64, lengths of the model's name u16, of the session id u16, of the record u32; then those
@@ -103,7 +103,10 @@ class StateFile:
         """
         self._file.seek(0)
         self._file.truncate()
-        count = _write(self._file, sessions)
+        writer = Writer(self._file)
+        for session in sessions:
+            writer.add(*session)
+        count = writer.finish()
         os.fsync(self._file.fileno())
         self._beside.replace(self.path)
         self._file.close()
@@ -125,23 +128,33 @@ class StateFile:
             os.close(folder)
 
 
-def _write(file: BinaryIO, sessions: Iterable[tuple[Key, Record, float]]) -> int:
-    count = 0
-    file.write(_ENVELOPE.header() + _COUNT.pack(0))
-    for (name, session_id), record, idle in sessions:
-        content, model, session = record.to_bytes(), name.encode(), session_id.encode()
-        file.write(_ENTRY.pack(idle, len(model), len(session), len(content)) + model + session + content)
-        count += 1
-    file.seek(HEADER_BYTES)
-    file.write(_COUNT.pack(count))
-    file.seek(0)
-    digest = checksum()
-    while part := file.read(2**20):
-        digest.update(part)
-    file.seek(0, os.SEEK_END)
-    file.write(digest.digest())
-    file.flush()
-    return count
+class Writer:
+    """Writes the content of a state file to an empty file: `add` each session, then `finish`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._count = 0
+        file.write(_ENVELOPE.header() + _COUNT.pack(0))
+
+    def add(self, key: Key, record: Record, idle: float) -> None:
+        """idle: seconds without use."""
+        content, model, session = record.to_bytes(), key[0].encode(), key[1].encode()
+        self._file.write(_ENTRY.pack(idle, len(model), len(session), len(content)) + model + session + content)
+        self._count += 1
+
+    def finish(self) -> int:
+        """Returns how many there are."""
+        file = self._file
+        file.seek(HEADER_BYTES)
+        file.write(_COUNT.pack(self._count))
+        file.seek(0)
+        digest = checksum()
+        while part := file.read(2**20):
+            digest.update(part)
+        file.seek(0, os.SEEK_END)
+        file.write(digest.digest())
+        file.flush()
+        return self._count
 
 
 def read(path: Path) -> list[tuple[Key, Record, float]]:

@@ -55,7 +55,7 @@ def configure_embedded() -> None:
     """The same lines on stderr, in a process whose root logger belongs to another program."""
     structlog.configure(
         processors=[*_PROCESSORS, _render],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
 

@@ -10,7 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
+#: Of a commit: written; another replica was first; the store did not answer or could not write.
+COMMIT_OUTCOMES = ("stored", "contended", "unavailable")
 
 #: Of a reason in a label; the log has all of it.
 _REASON_CHARACTERS = 300
@@ -46,6 +47,25 @@ class RequestFigures:
         self.seconds.observe(seconds)
 
 
+@dataclass(slots=True)
+class StoreFigures:
+    """A session store, as this process sees it.
+
+    Attributes:
+        up: It answers, so far as is known.
+        commits: Counts by outcome.
+        exchange_seconds: Durations of exchanges, each of which carries the calls of many sessions.
+        evicts: A Redis removes sessions when its memory is full; None: not known, or no Redis.
+        bytes: Of an embedded store, by what they are; as of the last second.
+    """
+
+    up: bool = True
+    commits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COMMIT_OUTCOMES, 0))
+    exchange_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    evicts: bool | None = None
+    bytes: dict[str, int] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFigures:
     """One model version at one moment. gauges and counters by metric name, labelled counters by (name, label)."""
@@ -78,7 +98,12 @@ HELP = {
     "unroll_batch_rows": "Rows in a call of the model.",
     "unroll_batch_seconds": "Duration of a call of the model.",
     "unroll_sessions_spilled": "Memory sessions without a row, in host memory.",
-    "unroll_bundle_refused": "1 for each bundle of the repository that cannot be served, with the reason.",
+    "unroll_bundle_refused": "1 for each bundle that cannot be served, and each pointer (no version) not followed.",
+    "unroll_store_up": "1 if the session store answers.",
+    "unroll_store_commits": "Commits of sessions to the store, by outcome.",
+    "unroll_store_exchange_seconds": "Duration of exchanges with the store; one carries calls of many sessions.",
+    "unroll_store_evicts": "1 if a Redis removes sessions when its memory is full, by its maxmemory-policy.",
+    "unroll_store_bytes": "Size of an embedded store: its file, and the part of it in use.",
     "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
     "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
@@ -93,12 +118,14 @@ class Collector:
         streams: Sized,
         spilled: Sized,
         refused: Callable[[], Mapping[tuple[str, str], str]],
+        store: StoreFigures | None = None,
     ) -> None:
         self._models = models
         self._requests = requests
         self._streams = streams
         self._spilled = spilled
         self._refused = refused
+        self._store = store
 
     def exposition(self) -> bytes:
         """The text of a scrape."""
@@ -133,6 +160,23 @@ class Collector:
             seconds = _family(families, HistogramMetricFamily, "unroll_request_seconds", ["route"])
             seconds.add_metric([route], buckets=figures.seconds.buckets(), sum_value=figures.seconds.sum)
         yield from families.values()
+        if self._store is not None:
+            yield from _store(self._store)
+
+
+def _store(figures: StoreFigures) -> Iterator[Metric]:
+    families: dict[str, Metric] = {}
+    _family(families, GaugeMetricFamily, "unroll_store_up", []).add_metric([], float(figures.up))
+    commits = _family(families, CounterMetricFamily, "unroll_store_commits", ["outcome"])
+    for outcome, count in figures.commits.items():
+        commits.add_metric([outcome], count)
+    seconds = _family(families, HistogramMetricFamily, "unroll_store_exchange_seconds", [])
+    seconds.add_metric([], figures.exchange_seconds.buckets(), sum_value=figures.exchange_seconds.sum)
+    if figures.evicts is not None:
+        _family(families, GaugeMetricFamily, "unroll_store_evicts", []).add_metric([], float(figures.evicts))
+    for kind, size in figures.bytes.items():
+        _family(families, GaugeMetricFamily, "unroll_store_bytes", ["kind"]).add_metric([kind], size)
+    yield from families.values()
 
 
 _MODEL = ["model", "version", "device"]

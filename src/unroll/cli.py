@@ -10,12 +10,20 @@ COMMANDS = {
     "verify": ("service.verify", "run a bundle on a device of this machine and compare it with PyTorch's outputs"),
     "serve": ("service.serve", "serve a repository of bundles"),
     "doctor": ("service.doctor.__main__", "check this machine and its installation, and suggest fixes"),
+    "store": ("service.commands.store", "check the store of durable sessions"),
+    "sessions": ("service.commands.sessions", "list, show, close, export and import the sessions of a store"),
     "demo": ("examples.demo", "stream a real time series through a running server"),
 }
 
 
-#: What to install for a package that not every installation has.
-_INSTALL = {"onnxruntime": "onnxruntime"} | dict.fromkeys(("torch", "onnx", "onnxscript"), "torch onnx onnxscript")
+#: The packages of the server, and what to install for a package that not every installation has.
+_SERVER = {"fastapi", "lmdb", "orjson", "prometheus_client", "pydantic", "pydantic_settings", "redis", "safetensors"}
+_SERVER |= {"starlette", "structlog", "uvicorn"}
+_INSTALL = (
+    {"onnxruntime": "onnxruntime"}
+    | dict.fromkeys(("torch", "onnx", "onnxscript"), "torch onnx onnxscript")
+    | dict.fromkeys(_SERVER, "'unroll-serve[cpu]'")
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"unroll: no command {argv[0]!r}", file=sys.stderr)
     print("usage: unroll COMMAND [OPTIONS]   (unroll COMMAND --help lists the options)\n")
     for name, (_, purpose) in COMMANDS.items():
-        print(f"  {name:<8}{purpose}")
+        print(f"  {name:<9}{purpose}")
     return 0 if asked_for_help else 2
 
 

@@ -72,6 +72,8 @@ def _strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     strict = {key: _strict(part) for key, part in schema.items()}
+    if isinstance(pattern := strict.get("pattern"), str) and "(?i)" in pattern:  # Go has it anywhere
+        strict["pattern"] = "(?i)" + pattern.replace("(?i)", "")
     if strict.get("x-kubernetes-int-or-string"):
         strict.pop("type", None)
     if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):

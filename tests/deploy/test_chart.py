@@ -1,5 +1,6 @@
 """The Helm chart: manifests are valid, hardened and use existing settings; contradictory values are refused."""
 
+import base64
 import functools
 import os
 import re
@@ -10,12 +11,17 @@ import pytest
 from manifests import ROOT, Manifest, check, check_custom, documents
 
 from unroll.service.settings import Settings
+from unroll.service.telemetry.metrics import HELP
 
 CHART = ROOT / "deploy" / "helm" / "unroll"
 HELM = shutil.which("helm", path=f"{ROOT / '.tools' / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}")
 
 pytestmark = pytest.mark.skipif(HELM is None, reason="helm is missing: make deploy-tools")
 
+#: One replica with its own store.
+SMALL = ["redis.enabled=false", "replicas=1", "store.embedded.enabled=true"]
+#: Of the Prometheus operator, whose definitions are elsewhere.
+CUSTOM = ("ServiceMonitor", "PrometheusRule")
 #: Arguments of --set, by case.
 CASES = {
     "default": [],
@@ -27,6 +33,16 @@ CASES = {
     "reachable": ["ingress.enabled=true", "ingress.tls[0].secretName=tls", "service.sessionAffinity=ClientIP"],
     "bundles": ["repository.persistentVolumeClaim.claimName=bundles", "args={--max-batch,64}", "env[0].name=A"],
     "monitored": ["serviceMonitor.enabled=true", "serviceMonitor.labels.release=prometheus", "podAnnotations.a=b"],
+    "alerts": ["prometheusRule.enabled=true", "prometheusRule.labels.release=prometheus"],
+    "embedded": [*SMALL, "store.embedded.storageClass=fast", "args={--workers,4}", "prometheusRule.enabled=true"],
+    "own-password": ["redis.passwordSecret=redis"],
+    "patient": ["drainTimeout=60", "preStopSeconds=10"],
+    "extended": [
+        *("extraVolumes[0].name=cache", "extraVolumes[0].emptyDir.medium=Memory"),
+        *("extraVolumeMounts[0].name=cache", "extraVolumeMounts[0].mountPath=/cache"),
+        *("initContainers[0].name=fetch", "initContainers[0].image=fetch", "envFrom[0].configMapRef.name=unroll"),
+        *("topologySpreadConstraints=null", "strategy.type=Recreate", "terminationGracePeriodSeconds=40"),
+    ],
 }
 
 
@@ -48,9 +64,28 @@ def of_kind(manifests: list[Manifest], kind: str) -> Manifest:
     return found
 
 
-def container(manifests: list[Manifest], kind: str = "Deployment") -> Manifest:
-    [found] = of_kind(manifests, kind)["spec"]["template"]["spec"]["containers"]
+def workload(manifests: list[Manifest], component: str = "server") -> Manifest:
+    """The Deployment or StatefulSet of a component."""
+    [found] = [
+        manifest
+        for manifest in manifests
+        if manifest["kind"] in ("Deployment", "StatefulSet")
+        and manifest["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == component
+    ]
     return found
+
+
+def pod(manifests: list[Manifest], component: str = "server") -> Manifest:
+    return workload(manifests, component)["spec"]["template"]["spec"]
+
+
+def container(manifests: list[Manifest], component: str = "server") -> Manifest:
+    [found] = pod(manifests, component)["containers"]
+    return found
+
+
+def variables(part: Manifest) -> dict[str, Manifest]:
+    return {variable["name"]: variable for variable in part["env"]}
 
 
 def test_the_chart_passes_helms_own_lint():
@@ -61,12 +96,13 @@ def test_the_chart_passes_helms_own_lint():
 @pytest.mark.parametrize("case", CASES)
 def test_what_it_renders_is_valid(case: str):
     for manifest in render(case):
-        if manifest["kind"] != "ServiceMonitor":
+        if manifest["kind"] not in CUSTOM:
             check(manifest)
 
 
-def test_the_service_monitor_is_valid():
-    check_custom(of_kind(render("monitored"), "ServiceMonitor"))
+@pytest.mark.parametrize(("case", "kind"), [("monitored", "ServiceMonitor"), ("alerts", "PrometheusRule")])
+def test_the_resources_of_the_prometheus_operator_are_valid(case: str, kind: str):
+    check_custom(of_kind(render(case), kind))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,18 +131,77 @@ def test_its_flags_and_variables_are_settings_of_the_server(case: str):
 
 def test_replicas_find_the_redis_of_the_chart():
     manifests = render("default")
-    [store] = [variable["value"] for variable in container(manifests)["env"] if variable["name"] == "UNROLL_STORE"]
+    store = variables(container(manifests))["UNROLL_STORE"]["value"]
     services = {manifest["metadata"]["name"] for manifest in manifests if manifest["kind"] == "Service"}
-    assert re.fullmatch(r"redis://([^:/]+):6379/0", store)[1] in services
-    arguments = container(manifests, "StatefulSet")["args"]
+    assert re.fullmatch(r"redis://:\$\(REDIS_PASSWORD\)@([^:/]+):6379/0", store)[1] in services
+    arguments = container(manifests, "redis")["args"]
     assert arguments[arguments.index("--appendonly") + 1] == "yes"
     assert arguments[arguments.index("--maxmemory-policy") + 1] == "noeviction"
 
 
-def test_a_replica_has_time_to_drain():
-    pod = of_kind(render("default"), "Deployment")["spec"]["template"]["spec"]
-    asleep = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert pod["terminationGracePeriodSeconds"] > asleep + Settings.model_fields["drain_timeout"].default
+@pytest.mark.parametrize(("case", "secret"), [("default", "unroll-redis"), ("own-password", "redis")])
+def test_redis_and_the_replicas_have_one_password(case: str, secret: str):
+    manifests = render(case)
+    redis, server = container(manifests, "redis"), container(manifests)
+    assert "--requirepass" in redis["args"]
+    of_redis, of_server = variables(redis)["REDISCLI_AUTH"], variables(server)["REDIS_PASSWORD"]
+    reference = {"name": secret, "key": "password"}
+    assert of_redis["valueFrom"]["secretKeyRef"] == of_server["valueFrom"]["secretKeyRef"] == reference
+    made = [manifest for manifest in manifests if manifest["kind"] == "Secret"]
+    assert [each["metadata"]["name"] for each in made] == (["unroll-redis"] if case == "default" else [])
+    assert all(len(base64.b64decode(each["data"]["password"])) == 32 for each in made)
+
+
+def test_the_small_installation_keeps_its_sessions_on_a_volume():
+    manifests = render("embedded")
+    assert workload(manifests)["kind"] == "StatefulSet"
+    assert [manifest["kind"] for manifest in manifests].count("StatefulSet") == 1  # no Redis
+    [claim] = workload(manifests)["spec"]["volumeClaimTemplates"]
+    assert claim["spec"]["storageClassName"] == "fast"
+    [mounted] = [each["mountPath"] for each in container(manifests)["volumeMounts"] if each["name"] == "sessions"]
+    assert variables(container(manifests))["UNROLL_STORE"]["value"].startswith(f"file://{mounted}/")
+    context = pod(manifests)["securityContext"]
+    assert context["fsGroup"] == context["runAsGroup"]  # it may write to the volume
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_replica_has_time_to_drain(case: str):
+    manifests = render(case)
+    asleep = container(manifests)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    drains = float(variables(container(manifests))["UNROLL_DRAIN_TIMEOUT"]["value"])
+    assert pod(manifests)["terminationGracePeriodSeconds"] > asleep + drains
+
+
+def test_what_a_user_adds_is_in_the_pod():
+    manifests = render("extended")
+    assert {"name": "cache", "emptyDir": {"medium": "Memory"}} in pod(manifests)["volumes"]
+    assert {"name": "cache", "mountPath": "/cache"} in container(manifests)["volumeMounts"]
+    assert pod(manifests)["initContainers"] == [{"name": "fetch", "image": "fetch"}]
+    assert container(manifests)["envFrom"] == [{"configMapRef": {"name": "unroll"}}]
+    assert "topologySpreadConstraints" not in pod(manifests)
+    assert workload(manifests)["spec"]["strategy"] == {"type": "Recreate"}
+    assert pod(manifests)["terminationGracePeriodSeconds"] == 40
+
+
+def test_replicas_are_spread_by_their_own_labels():
+    labels = workload(render("default"))["spec"]["selector"]
+    constraints = pod(render("default"))["topologySpreadConstraints"]
+    assert [each["topologyKey"] for each in constraints] == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    assert all(each["labelSelector"] == labels for each in constraints)
+
+
+def test_alerts_are_about_metrics_of_the_server():
+    [group] = of_kind(render("alerts"), "PrometheusRule")["spec"]["groups"]
+    for rule in group["rules"]:
+        metrics = {re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"unroll_\w+(?=\{)", rule["expr"])}
+        assert metrics
+        assert metrics <= HELP.keys()
+        assert rule["expr"].count('namespace="default",service="unroll"') == rule["expr"].count("unroll_")
+
+
+@pytest.mark.parametrize(("case", "surge"), [("default", 1), ("gpu", 0)])
+def test_a_rollout_needs_no_more_gpus_than_there_are(case: str, surge: int):
+    assert workload(render(case))["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == surge
 
 
 def test_gpus_are_asked_for_and_insisted_on():
@@ -128,6 +223,13 @@ def test_it_scales_on_the_queue():
         (["redis.enabled=false"], "unknown to the others"),
         (["redis.enabled=false", "replicas=1", "autoscaling.enabled=true"], "unknown to the others"),
         (["store.secret=store"], "set only one of them"),
+        (["replicas=1", "store.embedded.enabled=true"], "set redis.enabled=false"),
+        (["redis.enabled=false", "store.embedded.enabled=true"], "set replicas=1"),
+        ([*SMALL, "autoscaling.enabled=true"], "autoscaling.enabled=false"),
+        ([*SMALL, "serviceMonitor.enabled=true", "args={--workers,4}"], "scrape them at their --worker-port"),
+        (["drainTimeout=30", "terminationGracePeriodSeconds=35"], "are 35 together"),
+        (["args={--drain-timeout,60}"], "set drainTimeout"),
+        (["env[0].name=UNROLL_DRAIN_TIMEOUT", "env[0].value=60"], "set drainTimeout"),
         (["redis.enabled=false", "replicas=1", "store.durability=redis"], "there is no store"),
         (["store.durability=client"], "durability"),
         (["replica=3"], "replica"),

@@ -40,3 +40,11 @@ def test_its_container_is_the_image_with_its_settings():
     own = set(re.findall(r"\b(HOST|PORT)=", (ROOT / "Dockerfile").read_text()))
     settings = {f"UNROLL_{name.upper()}" for name in Settings.model_fields}
     assert variables <= own | settings
+
+
+def test_a_replica_has_time_to_drain():
+    [container] = load(RUNTIME)["spec"]["containers"]
+    [delay] = [variable["value"] for variable in container["env"] if variable["name"] == "UNROLL_DRAIN_DELAY"]
+    asleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    most = asleep + float(delay) + Settings.model_fields["drain_timeout"].default
+    assert load(SERVICE)["spec"]["predictor"]["terminationGracePeriodSeconds"] > most

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "repository"
 
 #: `with serve(repository) as url:`
-Serve = Callable[[Path], AbstractContextManager[str]]
+Serve = Callable[..., AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +29,8 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def serve(environment: dict[str, str]) -> Serve:
     @contextmanager
-    def running(repository: Path) -> Iterator[str]:
-        command = [sys.executable, "-m", "unroll", "serve", "--repository", str(repository), "--port", "0"]
+    def running(repository: Path, *flags: str) -> Iterator[str]:
+        command = [sys.executable, "-m", "unroll", "serve", "--repository", str(repository), "--port", "0", *flags]
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr
             log: list[str] = []
@@ -59,9 +59,9 @@ def _curl() -> None:
 
 
 @pytest.fixture(scope="session")
-def server(serve: Serve) -> Iterator[str]:
-    """The URL of a server of the example bundles."""
+def server(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server of the example bundles, with its sessions in a folder, like that of `make run`."""
     if not (EXAMPLES / "co2").exists():
         pytest.skip("the example bundles are missing: make bundles")
-    with serve(EXAMPLES) as url:
+    with serve(EXAMPLES, "--store", tmp_path_factory.mktemp("sessions").as_uri()) as url:
         yield url

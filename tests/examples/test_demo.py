@@ -5,7 +5,9 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 from datetime import date, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from unroll.examples import demo
-from unroll.examples.client import Client, ServerError
+from unroll.examples.client import Client, RemoteSession, ServerError
 from unroll.examples.display import Live, bars
 
 
@@ -77,6 +79,31 @@ def test_a_refusal_is_told_with_its_code(server: str):
         assert session.position == 0
 
 
+def test_the_client_sends_a_step_again_that_the_server_cannot_do_now():
+    asked: list[str] = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(f"{self.headers['Unroll-Position']}: {self.rfile.read(4).decode()}")
+            self.send_response(503 if len(asked) < 3 else 200)
+            self.send_header("Retry-After" if len(asked) < 3 else "Unroll-Position", "0" if len(asked) < 3 else "8")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Busy) as busy, Client(f"http://127.0.0.1:{busy.server_port}") as client:
+        serving = threading.Thread(target=busy.serve_forever, args=(0.01,))
+        serving.start()
+        session = RemoteSession(client, "/v1/models/co2/sessions/one")
+        try:
+            session.steps(b"week", position=7)
+        finally:
+            busy.shutdown()
+            serving.join()
+    assert (asked, session.position) == (["7: week"] * 3, 8)
+
+
 def test_forecasts_that_are_not_pytorchs_are_a_failure(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     expected = load((demo.EXAMPLE / "expected.safetensors").read_bytes())
     expected["float64"] += 0.001
@@ -107,13 +134,13 @@ def test_streamed_and_whole_must_agree(example: demo.Example, exact: bool, last_
     whole = example.float32.copy()
     whole[-1] += last_bits * np.spacing(whole[-1])
     streamed = demo.Streamed(example.float32, singles=1, seconds=1.0)
-    assert len(demo.report(example, streamed, whole, exact=exact)) == faults
+    assert len(demo.report(example, streamed, {"Streamed = whole": whole}, exact=exact)) == faults
 
 
 def test_a_forecast_that_is_not_a_number_is_a_failure(example: demo.Example):
     broken = example.float32.copy()
     broken[0] = np.nan
-    assert len(demo.report(example, demo.Streamed(broken, 1, 1.0), broken, exact=True)) == 2
+    assert len(demo.report(example, demo.Streamed(broken, 1, 1.0), {"Streamed = whole": broken}, exact=True)) == 2
 
 
 def test_judged_weeks_were_measured_and_so_was_the_week_before(example: demo.Example):
@@ -135,6 +162,8 @@ def test_the_live_display_is_drawn_in_place(monkeypatch: pytest.MonkeyPatch):
     assert 1 <= len(frames) <= 30
     assert "2000-07-29  measured 330.00  forecast 329.00  error -1.00 ppm" in frames[-1]
     assert "measured  ▂▃▄▅▅▆▇█" in frames[-1]
+    live.note("a note")
+    assert out.getvalue().endswith("▇\na note\n\n\n")
 
 
 def test_bars():

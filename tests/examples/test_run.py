@@ -1,5 +1,7 @@
 """`make run` and `make stop`, without make."""
 
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,12 +17,14 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
-    """`run("--detach", ...)` in an empty folder; stops the server that it leaves running."""
+    """`run("--detach", ...)` in an empty folder with a space; stops the server that it leaves running."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "unroll.examples.run", *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             env=environment,
             capture_output=True,
             text=True,
@@ -41,10 +45,18 @@ def port() -> int:
 def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int, tmp_path: Path):
     started = run("--port", str(port), "--detach")
     assert started.returncode == 0, started.stderr
-    assert "yes, bit for bit" in started.stdout
+    assert re.search(r"^Streamed = whole +yes, bit for bit$", started.stdout, re.MULTILINE)
     with urlopen(f"http://127.0.0.1:{port}/readyz") as ready:
         assert ready.status == 200
-    pid = int((tmp_path / ".run" / "server.pid").read_text())
+    pid = int((tmp_path / "a folder" / ".run" / "server.pid").read_text())
+
+    # It is the second server: the first was killed half way, and its session continued.
+    [(killed, successor)] = re.findall(r"process (\d+), is killed[^$]+process (\d+) serves", started.stdout)
+    assert int(killed) != int(successor) == pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(killed), 0)
+    assert "same answer, not applied twice" in started.stdout
+    assert re.search(r"^Killed = never killed +yes, bit for bit$", started.stdout, re.MULTILINE)
 
     again = run("--port", str(port + 1), "--detach")
     assert again.returncode == 1
@@ -54,6 +66,16 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     assert "no server from this folder is running" in run("--stop").stdout
+
+
+def test_a_folder_that_cannot_hold_the_sessions(run: Run, port: int, tmp_path: Path):
+    (tmp_path / "file").touch()
+    refused = run("--port", str(port), "--store", str(tmp_path / "file" / "sessions"), "--detach")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        f"make run: the store {tmp_path / 'file' / 'sessions'} cannot be used: Not a directory\n"
+        "Choose another folder, on a disk of this machine: make run STORE=/tmp/unroll\n"
+    )
 
 
 def test_a_port_that_is_taken(run: Run):

@@ -26,6 +26,7 @@ RETRY = {
     "deadline_unreachable",
     "deadline_exceeded",
     "capacity_exhausted",
+    "version_unavailable",
     NO_SERVER,
 }
 
@@ -123,6 +124,13 @@ class Client:
         if reply.status == 200:
             self.track.state = reply.outputs
         else:
+            self._note(reply)
+
+    async def end(self) -> None:
+        """Close the session, which may be closed already if the reply was lost."""
+        path = f"/sessions/{self.track.id}"
+        reply = await self._until_answered(lambda way, port: self._wires.call("DELETE", port, path), ("json",))
+        if reply.status != 200 and reply.code != "session_closed":
             self._note(reply)
 
     def chunk(self) -> np.ndarray:

@@ -91,6 +91,10 @@ class Crowd:
     def complaints(self) -> list[tuple[str, str]]:
         return [complaint for track in self.tracks for complaint in track.complaints]
 
+    async def close_sessions(self) -> None:
+        await asyncio.gather(*(client.end() for client in self._clients))
+        assert not self.complaints, self.complaints
+
     async def verdict(self, oracle: Oracle) -> Verdict:
         """Read the state of every session, and check all."""
         await asyncio.gather(*(client.look() for client in self._clients))

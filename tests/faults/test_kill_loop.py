@@ -1,10 +1,10 @@
-"""A few kills, one round of restarts, few rows: short versions of `make kill-test` and `make rolling-test`."""
+"""A few kills, one round of restarts, few rows, one new version: short versions of `make kill-test` and its like."""
 
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from faults import haproxy, kill_loop, rolling
+from faults import haproxy, kill_loop, rolling, rollout
 from faults.conftest import Servers
 from faults.crowd import Crowd
 from oracle import Oracle
@@ -13,10 +13,10 @@ from redis_server import RedisServer
 
 @pytest.mark.parametrize("store", ["redis", "embedded"])
 async def test_replicas_are_killed(tmp_path: Path, store: Literal["redis", "embedded"]) -> None:
-    result = await kill_loop.run(tmp_path, 11, kills=4, seconds=250, sessions=40, store=store)
+    result = await kill_loop.run(tmp_path, 11, kills=3, seconds=250, sessions=40, replicas=2, store=store)
     assert result.verdict.good, result.verdict.findings
     assert not result.crashes
-    assert result.kills == 4
+    assert result.kills == 3
     assert result.verdict.steps > 100
 
 
@@ -25,6 +25,13 @@ async def test_replicas_are_restarted_behind_haproxy(tmp_path: Path) -> None:
     result = await rolling.run(tmp_path, 12, sessions=20, before=30)
     assert result.verdict.good, result.verdict.findings
     assert result.statuses == [0, 0, 0]
+
+
+async def test_a_version_comes_replica_by_replica_and_the_one_before_it_goes(tmp_path: Path) -> None:
+    result = await rollout.run(tmp_path, 14)
+    assert result.verdict.good, result.verdict.findings
+    assert result.rolled == 1
+    assert result.verdict.steps > 200
 
 
 async def test_sessions_lose_their_rows_all_the_time(

@@ -11,10 +11,11 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
-from faults.conftest import Servers
+from faults.conftest import Replicas, Servers
 from faults.crowd import Crowd
 from faults.proxy import Fault, FaultProxy
-from faults.wires import WAYS, Reply, Stream, Wires
+from faults.replica import is_ready
+from faults.wires import WAYS, Broken, Reply, Stream, Wires
 from oracle import Oracle
 from redis.exceptions import ResponseError
 from redis_server import RedisServer
@@ -182,6 +183,40 @@ async def until_good(session: Session) -> None:
         return reply.status == 200
 
     await reached(is_good, "a step with the store up")
+
+
+async def test_a_server_is_ready_once_the_store_has_answered_and_ends_if_it_refuses(
+    redis: RedisServer, replicas: Replicas, wires: Wires
+) -> None:
+    address = f"127.0.0.1:{redis.port}/0"
+    redis.kill()
+    (waiting,) = replicas(1, "--store", f"redis://{address}")
+    (refused,) = replicas(1, "--store", f"redis://me:no@{address}")
+    for replica in (waiting, refused):
+        replica.launch()
+    await reached(lambda: answers(wires, waiting.port), "a server without its store")
+    assert not await is_ready(waiting.port)
+    redis.start()
+    await waiting.ready()
+    assert (await Session(wires, waiting.port, "stored").open("stored")).status == 201
+    assert await refused.ended() == 1
+    redis.kill()
+    assert (await Session(wires, waiting.port, "other").open("stored")).code == "store_unavailable"
+    assert await is_ready(waiting.port), "an outage affects all replicas; to take them away helps nobody"
+
+    redis.start()
+    (at_once,) = replicas(1, "--store", f"redis://me:no@{address}")
+    at_once.launch()
+    assert await at_once.ended() == 1
+    (line,) = at_once.log.read_text().splitlines()
+    assert "check the user and the password" in line
+
+
+async def answers(wires: Wires, port: int) -> bool:
+    try:
+        return (await wires.ask(port, "GET", "/livez"))[0] == 200
+    except Broken:
+        return False
 
 
 @pytest.mark.parametrize("fsync", ["always", "everysec"])

@@ -14,21 +14,35 @@ from unroll import cli
 from unroll.service.api.error_responses import STATUS
 from unroll.service.core.errors import UnrollError
 from unroll.service.settings import Settings
+from unroll.service.telemetry.metrics import Collector, StoreFigures
 
 _OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
+_ACTION = re.compile(r"^    ([a-z]+)  ", re.MULTILINE)
+_WITH_ACTIONS = {"store", "sessions"}
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
 def flags() -> dict[str, list[str]]:
     """Of every command, as its help lists them."""
-    return {command: _flags(import_module(f"unroll.{module}").main) for command, (module, _) in cli.COMMANDS.items()}
+    found = {}
+    for command, (module, _) in cli.COMMANDS.items():
+        main = import_module(f"unroll.{module}").main
+        actions = _ACTION.findall(_help(main)) if command in _WITH_ACTIONS else []
+        found |= {f"{command} {action}": _flags(_help(main, action)) for action in actions} or {
+            command: _flags(_help(main))
+        }
+    return found
 
 
-def _flags(main: Any) -> list[str]:
+def _help(main: Any, *action: str) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        main(["--help"])
-    return sorted({flag for options in _OPTIONS.findall(text.getvalue()) for flag in _FLAG.findall(options)})
+        main([*action, "--help"])
+    return text.getvalue()
+
+
+def _flags(text: str) -> list[str]:
+    return sorted({flag for options in _OPTIONS.findall(text) for flag in _FLAG.findall(options)})
 
 
 def settings() -> list[str]:
@@ -63,6 +77,17 @@ def bodies(client: httpx.Client) -> dict[str, list[str]]:
 
 def metrics(client: httpx.Client) -> list[str]:
     """Each sample's name, and its labels' names."""
-    families = text_string_to_metric_families(client.get("/metrics").text)
+    return _samples(client.get("/metrics").text)
+
+
+def store_metrics() -> list[str]:
+    """Those that a server has only with a store."""
+    figures = StoreFigures(evicts=False, bytes={"file": 0, "used": 0})
+    text = Collector(list, {}, (), (), dict, figures).exposition().decode()
+    return [name for name in _samples(text) if name.startswith("unroll_store")]
+
+
+def _samples(text: str) -> list[str]:
+    families = text_string_to_metric_families(text)
     samples = [sample for family in families for sample in family.samples if sample.name.startswith("unroll")]
     return sorted({f"{sample.name}{{{','.join(sorted(sample.labels))}}}" for sample in samples})

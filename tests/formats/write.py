@@ -295,6 +295,7 @@ def main() -> None:
             "routes": names.routes(client),
             "bodies": names.bodies(client),
             "metrics": names.metrics(client),
+            "store_metrics": names.store_metrics(),
         }
     _save("names", known)
     for model, said in ("mixed", _stream_mixed()), ("steps", _stream()):

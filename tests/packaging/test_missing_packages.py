@@ -32,9 +32,9 @@ def run(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("torch", EXPORT, "pip install torch onnx onnxscript"),
         ("onnx", EXPORT, "pip install torch onnx onnxscript"),
         ("onnxscript", EXPORT, "pip install torch onnx onnxscript"),
-        ("redis", ("serve", "--repository", "none"), "pip install redis"),
-        ("pydantic", ("inspect", "none"), "pip install pydantic"),
-        ("safetensors", ("demo",), "pip install safetensors"),
+        ("redis", ("serve", "--repository", "none"), "pip install 'unroll-serve[cpu]'"),
+        ("pydantic", ("inspect", "none"), "pip install 'unroll-serve[cpu]'"),
+        ("safetensors", ("demo",), "pip install 'unroll-serve[cpu]'"),
     ],
 )
 def test_a_missing_package_is_named(package: str, arguments: tuple[str, ...], install: str) -> None:
@@ -50,3 +50,10 @@ def test_a_command_needs_only_its_own_packages(package: str) -> None:
     done = run(package, "inspect", "none")
     assert "manifest.json" in done.stderr
     assert run(package, "doctor").returncode in {0, 1}
+
+
+def test_the_doctor_needs_the_packages_of_the_server_only_for_a_store() -> None:
+    done = run("redis", "doctor", "--device", "cpu", "--store", "file:///none")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "LSTM on cpu" in done.stdout
+    assert "→ pip install 'unroll-serve[cpu]'" in done.stdout

@@ -16,7 +16,7 @@ import unroll
 ROOT = Path(__file__).parents[2]
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 #: What src/unroll links.
-FOLDERS = ("bundle", "examples", "export", "models", "service")
+FOLDERS = ("bundle", "client", "examples", "export", "models", "service")
 DATA = ("examples/co2/*", "models/checkpoints/*", "service/doctor/tiny/1/*", "service/engine/cuda/*.cu")
 
 

@@ -64,11 +64,15 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
         ("DEVICE", "", "it is empty"),
         ("STORE", "", "redis|rediss"),
         ("STORE", "redis://host:port", "its port is not a number"),
+        ("STORE", "redis+sentinel://host:26379,host:port/main", "its port is not a number"),
+        ("STORE_PREFIX", "a{b}", "String should match pattern"),
         ("DURABILITY", "disk", "'memory' or 'stored'"),
         ("SESSION_CAPACITY", "many", "'auto'"),
         ("STRICT", "perhaps", "valid boolean"),
         ("BUCKETS", "1,64", "'1,64': it is not a JSON list (batch sizes"),
         ("BUCKETS", "[0]", "greater than 0"),
+        ("SERVE", "co2=1", """'co2=1': it is not JSON such as {"co2": 1}, or co2=1 in a flag"""),
+        ("SERVE", '{"co2": 0}', "greater than 0"),
         ("LOG_LEVEL", "LOUD", "debug|info|warning|error"),
     ],
 )
@@ -86,6 +90,24 @@ def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(
 def test_a_wrong_flag_is_named_as_a_flag(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLAGS, *flag]) == 2
     assert "unroll serve: --max-batch 'abc': Input should be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "reason"), [("--serve", "it is not JSON"), ("--buckets", "it is not a JSON list")])
+def test_a_flag_that_is_not_json_is_named(flag: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLAGS, flag, "[1"]) == 2
+    assert f"unroll serve: {flag}: {reason}" in capsys.readouterr().err
+
+
+def test_a_prefix_is_of_a_redis(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLAGS, "--store", "file:///sessions", "--store-prefix", "b"]) == 2
+    assert "give each deployment its own folder" in capsys.readouterr().err
+
+
+def test_versions_by_flag_and_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--serve", "co2=1", "--serve", "gru=12"]
+    assert Settings.from_arguments([*FLAGS, *flags]).serve == {"co2": 1, "gru": 12}
+    monkeypatch.setenv("UNROLL_SERVE", '{"co2": 2}')
+    assert Settings.from_arguments(FLAGS).serve == {"co2": 2}
 
 
 @pytest.mark.parametrize(

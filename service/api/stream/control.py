@@ -102,11 +102,11 @@ class Control:
 
     async def _close(self, handle: int) -> dict[str, Any]:
         try:
-            session = await self._handles.close(handle)
+            position = await self._handles.close(handle)
         except UnrollError as error:
             self._replies.on_refused(error, handle, None, None)
             return {"handle": handle, "error": error_members(error)}
-        return {"handle": handle, "position": session.position}
+        return {"handle": handle, "position": position}
 
     def _detach(self, handles: list[int]) -> None:
         if unknown := [handle for handle in handles if handle not in self._handles]:

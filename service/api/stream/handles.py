@@ -22,6 +22,7 @@ from unroll.service.core.errors import (
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Life, Session
 from unroll.service.sessions.directory import check_id
+from unroll.service.store.record import Record
 
 
 class Handles:
@@ -89,6 +90,9 @@ class Handles:
         """
         if before.durable is not None:
             self._sessions.require_verified(self._name, before.id)
+        stranded = self._sessions.directory.find_stranded(self._name, before.id)
+        if stranded is not None and stranded.origin != before.origin:
+            raise replaced(before)
         served, living = self._sessions.owner(self._name, None, before.id)
         if living is None:
             raise served.scheduler.sessions.closed.error(before.id, served.loop.clock.now())
@@ -126,8 +130,11 @@ class Handles:
         self._bind(handle, served, session)
         return served, session
 
-    async def close(self, handle: int) -> Session:
-        """End the session and free the handle. Suspends only if it is durable or in the store. Raises UnrollError."""
+    async def close(self, handle: int) -> int:
+        """End the session and free the handle; returns its position. Suspends only if it is durable or in the store.
+
+        Raises UnrollError.
+        """
         try:
             served, session = self.resolve(handle)
         except NeedsStoreLookup as needed:
@@ -139,7 +146,7 @@ class Handles:
             return await self._close_durable(session)
         check_present(served, session)
         served.scheduler.close(session, served.loop.clock.now())
-        return session
+        return session.position
 
     def unbind(self, handle: int) -> None:
         """Free the handle; the session lives on."""
@@ -196,12 +203,11 @@ class Handles:
                 f"connect to {served.name}:{served.version}"
             )
 
-    async def _close_durable(self, bound: Session) -> Session:
-        _, session = await self._sessions.find(self._name, None, bound.id)
-        if session.origin != bound.origin:
+    async def _close_durable(self, bound: Session) -> int:
+        if await self._sessions.origin(self._name, bound.id) != bound.origin:
             raise replaced(bound)
-        await self._sessions.close(self._name, None, bound.id)
-        return session
+        closed = await self._sessions.close(self._name, None, bound.id)
+        return closed.position if isinstance(closed, Record) else closed[1].position
 
 
 def check_present(served: ServedModel, session: Session) -> None:

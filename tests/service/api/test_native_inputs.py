@@ -153,8 +153,10 @@ def test_wrong_named_inputs(two: Watched, inputs: object) -> None:
     two.refuses(422, "invalid_shape", json={"inputs": inputs})
 
 
-def test_raw_serves_one_input_and_one_output(two: Watched) -> None:
-    two.refuses(415, "unsupported_media_type", content=bytes(20), headers=RAW)
+@pytest.mark.parametrize("size", [0, 8, 12, 19, 40])
+def test_raw_of_several_inputs_has_all_of_them(two: Watched, size: int) -> None:
+    answer = two.refuses(422, "invalid_shape", content=bytes(size), headers=RAW)
+    assert "'a' (8 bytes of float32), 'b' (12 bytes of float32)" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 11, 13])

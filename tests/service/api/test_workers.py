@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
@@ -118,6 +119,9 @@ def test_one_port_and_several_processes(
 
     started.popen.send_signal(signal.SIGTERM)
     assert started.end() == 0
+    kept = [line for line in started.log if line["event"] == "sessions"]
+    assert {line["worker"] for line in kept} == {1}, "one worker says it for all"
+    assert kept[0]["survive"] == "the end of any server, and a crash of Redis but for the last second"
     assert not any(version(port) for port in ports)
     ended = [line for line in started.log if line["event"] == "worker exited"]
     assert [(line["worker"], line["status"]) for line in ended] == [(1, -signal.SIGKILL)]
@@ -160,36 +164,97 @@ def test_what_does_not_go_together(flags: tuple[str, ...], why: str, capsys: pyt
     assert why in capsys.readouterr().err
 
 
-#: Says that it serves, and dies; but not the fourth time. Each start is a line in a file.
-DYING = """
+#: A worker whose starts do what the words of a plan say, the last one again and again: report that it serves, then
+#: end by a status or a signal, or stay. Each start is a line in a file.
+PLANNED = """
 import os, signal, socket, sys
 number, listener, link = os.environ["UNROLL_WORKER"].split()
 with open(sys.argv[1], "a+") as starts:
     print(number, socket.socket(fileno=int(listener)).getsockname()[1], file=starts, flush=True)
     starts.seek(0)
     started = len(starts.readlines())
-socket.socket(fileno=int(link)).send(b"1")
-if started < 4:
-    sys.exit(3)
+plan = sys.argv[2].split()
+word = plan[min(started, len(plan)) - 1]
+if word.startswith("serve"):
+    socket.socket(fileno=int(link)).send(b"1")
+act = word.removeprefix("serve-")
+if act.isdigit():
+    sys.exit(int(act))
+if act != "stay":
+    os.kill(os.getpid(), getattr(signal, act))
 signal.pause()
 """
 
 
+class Planned:
+    """A supervisor of one worker that follows a plan; pauses are a thousandth as long."""
+
+    def __init__(self, plan: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._starts = folder / "starts"
+        self._starts.touch()
+        self.wanted = len(plan.split())
+        self.listener = workers._bind("127.0.0.1", 0, shared=True)
+        self.port = self.listener.getsockname()[1]
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-c", PLANNED, str(self._starts), plan])
+        monkeypatch.setattr(workers, "_PAUSES", tuple(pause / 1000 for pause in workers._PAUSES))
+        self.supervisor = workers._Supervisor("127.0.0.1", self.port, [self.listener])
+
+    @property
+    def starts(self) -> list[str]:
+        return self._starts.read_text().splitlines()
+
+    async def run(self) -> int:
+        """The exit status, after a stop as soon as the worker has come to the end of its plan."""
+        running = asyncio.create_task(self.supervisor.run())
+        await reached(lambda: running.done() or len(self.starts) == self.wanted, "the end of the plan")
+        self.supervisor._stop()
+        return await running
+
+
 async def test_a_worker_that_dies_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is started again after a pause, in which its port is not kept for it, and on the same port."""
-    starts = tmp_path / "starts"
-    starts.touch()
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", DYING, str(starts)])
-    monkeypatch.setattr(workers, "_PAUSES", (0.001, 0.002))
-    listener = workers._bind("127.0.0.1", 0, shared=True)
-    port = listener.getsockname()[1]
-    supervisor = workers._Supervisor("127.0.0.1", port, [listener])
-    running = asyncio.create_task(supervisor.run())
-    await reached(lambda: starts.read_text().count("\n") == 4, "the fourth start")
-    assert listener.fileno() == -1
-    supervisor._stop()
-    assert await running == 0
-    assert set(starts.read_text().splitlines()) == {f"1 {port}"}
+    planned = Planned("serve-3 serve-3 serve-3 serve-stay", tmp_path, monkeypatch)
+    assert await planned.run() == 0
+    assert planned.listener.fileno() == -1
+    assert set(planned.starts) == {f"1 {planned.port}"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "pauses"),
+    [
+        ("serve-SIGKILL " * 7 + "serve-stay", [1] * 7),
+        ("serve-SIGKILL SIGKILL 0 SIGTERM SIGKILL serve-stay", [1] * 5),
+        ("serve-SIGSEGV " * 4 + "serve-stay", [1] * 4),
+        ("SIGKILL SIGKILL SIGKILL serve-stay", [1] * 3),
+        ("serve-1 1 1 1 1 1 serve-stay", [1, 2, 4, 8, 15, 15]),
+    ],
+    ids=["killed-while-it-serves", "killed-while-it-starts", "crashed", "killed-before-it-ever-served", "cannot-start"],
+)
+async def test_pauses_grow_only_for_a_worker_that_cannot_start(
+    plan: str, pauses: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    planned = Planned(plan, tmp_path, monkeypatch)
+    assert await planned.run() == 0
+    assert len(planned.starts) == planned.wanted
+    paused = re.findall(r"restarts_in\W+?([\d.]+)", re.sub(r"\x1b\[[0-9;]*m", "", capfd.readouterr().out))
+    assert [round(float(each) * 1000) for each in paused] == pauses
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        ("3 stay", "it exited with status 3; correct what its last line says, and start again"),
+        ("SIGSEGV stay", "it was ended by signal 11, Segmentation fault; see what `unroll doctor` finds"),
+    ],
+)
+async def test_a_first_start_that_fails_by_itself_ends_all_with_a_line(
+    plan: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    planned = Planned(plan, tmp_path, monkeypatch)
+    assert await planned.run() == 1
+    assert len(planned.starts) == 1
+    [line] = [line for line in capfd.readouterr().out.splitlines() if "not started" in line]
+    assert f"worker 1 did not come to serve, so all end: {why}" in line
 
 
 @pytest.mark.parametrize("served", [False, True])
@@ -197,8 +262,8 @@ async def test_a_worker_that_cannot_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], served: bool
 ) -> None:
     """For want of processes or descriptors: the first start ends all, with a line; a later one is repeated."""
-    starts, failures = tmp_path / "starts", iter([False] * served + [True, True, False])
-    starts.touch()
+    failures = iter([False] * served + [True, True, False])
+    planned = Planned("serve-3 serve-3 serve-3 serve-stay" if served else "serve-stay", tmp_path, monkeypatch)
     start = asyncio.create_subprocess_exec
 
     async def scarce(*arguments: str, **options: object) -> object:
@@ -207,13 +272,5 @@ async def test_a_worker_that_cannot_be_started(
         return await start(*arguments, **options)
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", DYING, str(starts)])
-    monkeypatch.setattr(workers, "_PAUSES", (0.001, 0.002))
-    listener = workers._bind("127.0.0.1", 0, shared=True)
-    supervisor = workers._Supervisor("127.0.0.1", listener.getsockname()[1], [listener])
-    running = asyncio.create_task(supervisor.run())
-    if served:
-        await reached(lambda: starts.read_text().count("\n") == 4, "the fourth start")
-        supervisor._stop()
-    assert await running == (0 if served else 1)
+    assert await planned.run() == (0 if served else 1)
     assert capfd.readouterr().out.count("Resource temporarily unavailable") == (2 if served else 1)

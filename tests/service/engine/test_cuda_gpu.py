@@ -21,7 +21,7 @@ from unroll.service.engine.cuda.step_graph import take_apart
 from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import Runner, resolve_devices
 from unroll.service.engine.tensor_ref import TensorRef
-from unroll.service.models.repository import RepositoryError
+from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings
 from unroll.service.state.slots import INITIAL
 

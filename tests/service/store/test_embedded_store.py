@@ -13,7 +13,7 @@ import pytest
 from test_stores import KEPT, KEY, ORIGIN, commit, put
 
 from unroll.service.core.errors import SnapshotInvalid, StoreUnavailable
-from unroll.service.store import embedded_store, lmdb_folder
+from unroll.service.store import embedded_entry, embedded_store, lmdb_folder
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Tokens
 from unroll.service.store.lmdb_folder import LmdbFolder
@@ -32,9 +32,10 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
-    for module in (lmdb_folder, embedded_store):
+    for module in (lmdb_folder, embedded_entry):
         monkeypatch.setattr(module, "boot", lambda: made.boot)
-    monkeypatch.setattr(embedded_store, "_since_boot", lambda: made.seconds)
+    for module in (embedded_entry, embedded_store):
+        monkeypatch.setattr(module, "since_boot", lambda: made.seconds)
     return made
 
 
@@ -83,17 +84,20 @@ async def test_time_stands_still_while_the_machine_is_off(tmp_path: Path, machin
     await store.stop()
 
 
-async def test_a_damaged_session_is_not_used_and_can_be_closed(tmp_path: Path, tokens: Tokens) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+async def test_a_damaged_session_is_not_used_and_can_be_closed(tmp_path: Path, tokens: Tokens, cut: bool) -> None:
     store = opened(tmp_path)
     await put(store, commit(tokens.next()))
 
     def damage(transaction: lmdb.Transaction) -> None:
         content = bytearray(transaction.get(b"lstm/a"))
         content[-20] ^= 1
-        transaction.put(b"lstm/a", bytes(content))
+        transaction.put(b"lstm/a", bytes(content[:10] if cut else content))
 
     store._folder.write(damage)
-    with pytest.raises(SnapshotInvalid, match="damaged"):
+    store._look_after()
+    assert (await store.page("", 9)).damaged == [KEY]
+    with pytest.raises(SnapshotInvalid, match="not a session of the store" if cut else "damaged"):
         await store.load(KEY)
     with pytest.raises(SnapshotInvalid, match="it is removed"):
         await store.close(KEY)

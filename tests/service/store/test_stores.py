@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from faults.proxy import Fault, FaultProxy
 from redis_server import RedisServer
+from structlog.testing import capture_logs
 from waiting import until
 
-from unroll.service.core.errors import SessionContended, SnapshotInvalid, StoreUnavailable
+from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.memory_store import MemoryStore
@@ -245,20 +246,28 @@ async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
     await put(made, commit(first))
     redis_server.client.config_set("maxmemory", 1)
     try:
-        assert await put(made, commit(tokens.next(), first, 3)) == [StoreUnavailable]
+        steps = commit(tokens.next(), first, 3), commit(tokens.next(), first, 3, ends=True)
+        assert await put(made, *steps) == [StoreUnavailable] * 2
         record = await made.load(KEY)
         assert isinstance(record, Record)
         assert record.position == 2
+        assert await made.close(KEY) == 2, "to close a session needs no memory"
+        assert everything(redis_server) == set()
+        assert await made.load(KEY) is None
     finally:
         redis_server.client.config_set("maxmemory", 0)
 
 
-async def test_a_store_that_is_not_there():
-    store = RedisStore(RedisStoreConfig("redis://127.0.0.1:9", timeout=0.5))
-    await store.start()
-    assert await put(store, commit(b"t")) == [StoreUnavailable]
-    with pytest.raises(StoreUnavailable):
-        await store.load(KEY)
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:9/0", "redis+cluster://127.0.0.1:9", "redis+sentinel://127.0.0.1:9/main"]
+)
+async def test_a_store_that_is_not_there(url: str):
+    store = RedisStore(RedisStoreConfig(url))
+    with capture_logs() as logs:
+        assert await put(store, commit(b"t")) == [StoreUnavailable]
+        with pytest.raises(StoreUnavailable):
+            await store.load(KEY)
+    assert [(line["event"], line["answers"]) for line in logs] == [("store", False)]
     await store.stop()
 
 
@@ -274,3 +283,28 @@ def test_a_record_as_bytes():
             Record.from_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
         with pytest.raises(SnapshotInvalid):
             Record.from_bytes(content[:i])
+
+
+async def test_all_open_sessions_are_listed_page_by_page(store: Store, tokens: Tokens):
+    keys = {("lstm", f"s{number} {{é}}:gone") for number in range(30)} | {("gru", "/")}
+    assert await put(store, *[commit(tokens.next(), position=4, key=key) for key in keys]) == [None] * 31
+    await put(store, commit(tokens.next(), key=("lstm", "ended")))
+    await store.close(("lstm", "ended"))
+    found, after = [], ""
+    while True:
+        page = await store.page(after, 7)
+        found += page.sessions
+        assert page.damaged == []
+        if not (after := page.after):
+            break
+    assert sorted(session.key for session in found) == sorted(keys)
+    assert {(session.origin, session.position) for session in found} == {(ORIGIN, 4)}
+    assert all(session.expires_in is None or 890 < session.expires_in <= 900 for session in found)
+    assert all(session.bytes > 30 for session in found)
+
+
+async def test_a_page_that_no_page_named_is_refused(store: Store):
+    if isinstance(store, MemoryStore):
+        pytest.skip("any text names one of its pages")
+    with pytest.raises(InvalidRequest, match="use what the page before said"):
+        await store.page("?", 1)

@@ -1,0 +1,252 @@
+"""The asynchronous client: `AsyncClient`, its sessions, and its streams. What they mean is described at `Client`."""
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+import aiohttp
+from yarl import URL
+
+from unroll.client import model_calls
+from unroll.client.async_stream import AsyncStream, as_async
+from unroll.client.errors import ConnectionFailed
+from unroll.client.exchange import Exchange, Request, Response
+from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.server import ServerAddress
+from unroll.client.session_calls import Durability, Mode, SessionCalls, Snapshot, Start
+from unroll.client.tensors import ArrayLike, Arrays, Model
+
+T = TypeVar("T")
+
+#: Sequences of one call that are under way at a time: the server runs them as one batch.
+_CONCURRENT = 64
+_BROKEN = (OSError, aiohttp.ClientError, TimeoutError)
+
+
+class AsyncClient:
+    """`Client` for asyncio. Any number of tasks may share it.
+
+    async with AsyncClient("http://127.0.0.1:8000") as client, client.session("co2") as session:
+        forecast = await session.step([371.2])
+
+    Args:
+        url, api_key, headers, timeout, retry_for, tls: As of `Client`.
+        connections: Most connections at a time; 0: no limit.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+        retry_for: float = 60.0,
+        tls: ssl.SSLContext | None = None,
+        connections: int = 100,
+    ) -> None:
+        self._address = ServerAddress.of(url, api_key, headers, tls)
+        self._timeout = timeout
+        self._policy = RetryPolicy(retry_for, time.monotonic)
+        self._connections = connections
+        self._http: aiohttp.ClientSession | None = None
+        self._catalogue = model_calls.Catalogue()
+
+    def __repr__(self) -> str:
+        return f"<AsyncClient {self._address.url}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections. Sessions stay open on the server."""
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+
+    async def models(self) -> list[Model]:
+        """As `Client.models`."""
+        return await self.run(self._catalogue.models())
+
+    async def model(self, name: str) -> Model:
+        """As `Client.model`."""
+        return await self.run(self._catalogue.model(name))
+
+    async def sequences(
+        self,
+        model: str,
+        inputs: Sequence[ArrayLike],
+        *,
+        static: Sequence[Mapping[str, ArrayLike]] | None = None,
+    ) -> list[Arrays]:
+        """As `Client.sequences`."""
+        given = model_calls.check_sequences(inputs, static)
+        served = await self.model(model)
+        room = asyncio.Semaphore(_CONCURRENT)
+
+        async def run(values: ArrayLike, first: Mapping[str, ArrayLike] | None) -> Arrays:
+            async with room:
+                return await self.run(model_calls.sequence(served, values, first))
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(*each)) for each in zip(inputs, given, strict=True)]
+        return [task.result() for task in tasks]
+
+    def session(
+        self,
+        model: str,
+        session_id: str | None = None,
+        *,
+        mode: Mode = "new",
+        durability: Durability | None = None,
+        static: Mapping[str, ArrayLike] | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> "AsyncSession":
+        """As `Client.session`. The session opens when it is entered with `async with`, or awaited:
+
+        session = await client.session("co2")
+        """
+        start: Start = {"durability": durability, "static": static, "snapshot": snapshot}
+        return AsyncSession(self, SessionCalls.start(self._catalogue, model, session_id, mode, **start))
+
+    def stream(self, model: str) -> AsyncStream:
+        """As `Client.stream`; to be entered with `async with`."""
+        return AsyncStream(self._address, model, lambda: self.model(model), self._timeout, self._policy)
+
+    async def run(self, exchange: Exchange[T]) -> T:
+        """Send what the operation asks for, until it has its result."""
+        response = None
+        try:
+            while True:
+                response = await self._send(exchange.send(response))  # type: ignore[arg-type]
+        except StopIteration as done:
+            return done.value
+
+    async def _send(self, request: Request) -> Response:
+        """Raises ConnectionFailed if no attempt was answered."""
+        retries = Retries(self._policy)
+        while True:
+            try:
+                response = await self._attempt(request)
+                if not response.may_succeed_later:
+                    break
+                pause = retries.pause(response.retry_after)
+                if pause is None:
+                    break
+            except _BROKEN as error:
+                pause = retries.pause()
+                if pause is None:
+                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            await asyncio.sleep(pause)
+        response.repeated = retries.count > 0
+        return response
+
+    async def _attempt(self, request: Request) -> Response:
+        if self._http is None:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections, ssl=self._address.tls or True),
+                headers=self._address.headers,
+                timeout=aiohttp.ClientTimeout(self._timeout),
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+            )
+        url = URL(self._address.url + request.path, encoded=True)
+        async with self._http.request(
+            request.method, url, data=request.body or None, headers=request.headers, allow_redirects=False
+        ) as answer:
+            body = await answer.read()
+            return Response(answer.status, {name.lower(): value for name, value in answer.headers.items()}, body)
+
+
+class AsyncSession:
+    """`Session` for asyncio: `async with client.session(…) as session`, or `session = await client.session(…)`.
+
+    Tasks may share it; their steps wait for each other. After a cancelled step it is unknown whether the step was
+    applied: the next one must be the same, or `refresh` must find out.
+    """
+
+    _calls: SessionCalls
+
+    def __init__(self, client: AsyncClient, opening: Exchange[SessionCalls]) -> None:
+        self._client = client
+        self._opening = opening
+        self._lock = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_calls"):
+            return "<AsyncSession, not open>"
+        return f"<AsyncSession {self.id!r} of {self.model.name}:{self.model.version} at {self.position}>"
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> Self:
+        if not hasattr(self, "_calls"):
+            self._calls = await self._run(self._opening)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            await self.close()
+        except Exception:
+            if kind is None:
+                raise
+
+    @property
+    def id(self) -> str:
+        return self._calls.id
+
+    @property
+    def model(self) -> Model:
+        """The version that the session runs on, for its whole life."""
+        return self._calls.model
+
+    @property
+    def position(self) -> int:
+        """Time steps that the session has consumed, as far as this client knows."""
+        return self._calls.position
+
+    @property
+    def durability(self) -> str:
+        return self._calls.durability
+
+    async def step(self, inputs: ArrayLike) -> Arrays:
+        """As `Session.step`."""
+        return await self._run(self._calls.step(inputs))
+
+    async def steps(self, inputs: ArrayLike) -> Arrays:
+        """As `Session.steps`."""
+        return await self._run(self._calls.steps(inputs))
+
+    async def stream(self, inputs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]) -> AsyncIterator[Arrays]:
+        """As `Session.stream`; the items may come from an asynchronous iterator."""
+        async for values in as_async(inputs):
+            yield await self.step(values)
+
+    async def refresh(self) -> int:
+        """As `Session.refresh`."""
+        return await self._run(self._calls.refresh())
+
+    async def fork(self, session_id: str | None = None) -> "AsyncSession":
+        """As `Session.fork`."""
+        return await AsyncSession(self._client, self._calls.fork(session_id))
+
+    async def snapshot(self) -> bytes:
+        """As `Session.snapshot`."""
+        return await self._run(self._calls.snapshot())
+
+    async def rewind(self, snapshot: Snapshot) -> int:
+        """As `Session.rewind`."""
+        return await self._run(self._calls.rewind(snapshot))
+
+    async def close(self) -> None:
+        """End the session on the server."""
+        await self._run(self._calls.close())
+
+    async def _run(self, exchange: Exchange[T]) -> T:
+        async with self._lock:
+            return await self._client.run(exchange)

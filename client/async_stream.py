@@ -1,0 +1,285 @@
+"""The asynchronous stream: `AsyncStream`, and its sessions. What they mean is described at `Stream`."""
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Self, TypeVar
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from unroll.client.errors import ConnectionFailed, ServerError
+from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.server import ServerAddress
+from unroll.client.session_calls import Durability, Mode
+from unroll.client.stream import BROKEN, refusal, websocket_options
+from unroll.client.stream_calls import ControlCall, Place, StepsCall, StreamCalls
+from unroll.client.tensors import ArrayLike, Arrays, Model
+
+T = TypeVar("T")
+
+
+async def as_async(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
+
+
+class AsyncStream:
+    """`Stream` for asyncio. Any number of tasks may share it: steps that are asked for at the same time go together.
+
+    async with client.stream("co2") as stream:
+        sessions = await stream.open(64)
+        forecasts = await stream.step(sessions, measurements)  # (64, features) -> (64, outputs), one message
+        forecast = await sessions[0].step([371.2])
+    """
+
+    model: Model
+
+    def __init__(
+        self,
+        address: ServerAddress,
+        reference: str,
+        describe: Callable[[], Awaitable[Model]],
+        timeout: float,
+        policy: RetryPolicy,
+    ) -> None:
+        self._address = address
+        self._url = address.stream_url(reference)
+        self._describe = describe
+        self._timeout = timeout
+        self._policy = policy
+        self._link: _Link | None = None
+        self._connecting = asyncio.Lock()
+        self._sessions: dict[int, AsyncStreamSession] = {}
+
+    def __repr__(self) -> str:
+        return f"<AsyncStream {self._url} with {len(self._sessions)} sessions>"
+
+    async def __aenter__(self) -> Self:
+        self.model = await self._describe()
+        self._calls = StreamCalls(self.model)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                await self.close(list(self._sessions.values()))
+        finally:
+            await self.disconnect()
+
+    async def open(
+        self,
+        sessions: int | Sequence[str] = 1,
+        *,
+        mode: Mode = "new",
+        durability: Durability | None = None,
+        static: Mapping[str, ArrayLike] | None = None,
+    ) -> "list[AsyncStreamSession]":
+        """As `Stream.open`."""
+        call = self._calls.open(sessions, mode, durability, static)
+        await self._exchange(call)
+        found = self._calls.opened(call, mode)
+        opened = [AsyncStreamSession(self, place) for place in found if isinstance(place, Place)]
+        self._sessions |= {session.place.handle: session for session in opened}
+        for error in found:
+            if isinstance(error, ServerError):
+                if mode == "new":
+                    await self.close(opened)
+                raise error
+        return opened
+
+    async def step(self, sessions: "Sequence[AsyncStreamSession]", inputs: ArrayLike) -> Arrays:
+        """As `Stream.step`."""
+        return await self._apply(sessions, inputs, chunk=False, several=True)
+
+    async def steps(self, sessions: "Sequence[AsyncStreamSession]", inputs: ArrayLike) -> Arrays:
+        """As `Stream.steps`."""
+        return await self._apply(sessions, inputs, chunk=True, several=True)
+
+    async def close(self, sessions: "Sequence[AsyncStreamSession]") -> None:
+        """As `Stream.close`."""
+        if sessions:
+            places = [session.place for session in sessions]
+            await self._exchange(self._calls.close(places))
+            self._calls.closed(places)
+            for place in places:
+                self._sessions.pop(place.handle, None)
+
+    async def disconnect(self) -> None:
+        """As `Stream.disconnect`."""
+        if self._link is not None:
+            link, self._link = self._link, None
+            await link.close()
+
+    async def _apply(
+        self, sessions: "Sequence[AsyncStreamSession]", inputs: ArrayLike, *, chunk: bool, several: bool
+    ) -> Arrays:
+        locks = [session.lock for session in sorted(sessions, key=lambda session: session.place.handle)]
+        held = []
+        try:
+            for lock in dict.fromkeys(locks):
+                await lock.acquire()
+                held.append(lock)
+            places = [session.place for session in sessions]
+            call = self._calls.steps(places, inputs, chunk=chunk, several=several)
+            try:
+                await self._exchange(call)
+            finally:
+                call.end()
+                if not call.settled:  # its late answers must not be taken for those of the next call
+                    await self.disconnect()
+        finally:
+            for lock in held:
+                lock.release()
+        return call.result(chunk=chunk, several=several)
+
+    async def _exchange(self, call: ControlCall | StepsCall) -> None:
+        """Send, receive until all is answered, and send again what is refused for now or was cut off."""
+        retries = Retries(self._policy)
+        while not call.complete:
+            call.begin()
+            link = None
+            try:
+                link = await self._connected()
+                await link.ask(call, self._timeout)
+                if call.complete:
+                    return
+                if (pause := retries.pause(call.retry_after)) is None:
+                    call.give_up()
+                    return
+            except BROKEN as error:
+                if link is not None and link is self._link:
+                    await self.disconnect()
+                if isinstance(error, InvalidStatus) and (refused := refusal(error)) is not None:
+                    raise refused from error
+                if (pause := retries.pause()) is None:
+                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            await asyncio.sleep(pause)
+
+    async def _connected(self) -> "_Link":
+        """The connection; if there is none, a new one, on which the sessions are resumed."""
+        async with self._connecting:
+            if self._link is not None and self._link.broken is None:
+                return self._link
+            await self.disconnect()
+            link = _Link(await connect(self._url, **websocket_options(self._address, self._timeout)), self._calls)
+            try:
+                if (call := self._calls.resume()) is not None:
+                    await link.ask(call, self._timeout)
+                    self._calls.resumed(call)
+            except BaseException:
+                await link.close()
+                raise
+            self._link = link
+            return link
+
+
+class _Link:
+    """One connection, with the task that reads it, and the calls that wait for its answers."""
+
+    def __init__(self, socket: ClientConnection, calls: StreamCalls) -> None:
+        self._socket = socket
+        self._calls = calls
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._outbox: list[StepsCall] = []
+        self._sender: asyncio.Task[None] | None = None
+        self._reader = asyncio.create_task(self._read())
+        self.broken: Exception | None = None
+
+    async def ask(self, call: ControlCall | StepsCall, timeout: float) -> None:
+        """Send the call and wait until it is settled. Raises what broke the connection, or TimeoutError."""
+        if self.broken is not None:
+            raise self.broken
+        settled = asyncio.get_running_loop().create_future()
+        call.on_settled = lambda: None if settled.done() else settled.set_result(None)
+        self._waiting.add(settled)
+        try:
+            if call.settled:
+                return
+            if isinstance(call, ControlCall):
+                await self._socket.send(self._calls.control(call))
+            else:
+                self._post(call)
+            async with asyncio.timeout(timeout):
+                await settled
+        finally:
+            self._waiting.discard(settled)
+            call.on_settled = None
+
+    async def close(self) -> None:
+        await self._socket.close()
+        with suppress(asyncio.CancelledError):
+            await self._reader
+
+    def _post(self, call: StepsCall) -> None:
+        """Send the steps together with those that other tasks ask for in this turn of the event loop."""
+        self._outbox.append(call)
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._flush())
+
+    async def _flush(self) -> None:
+        try:
+            while self._outbox:
+                calls, self._outbox = self._outbox, []
+                for frame in self._calls.frames(calls):
+                    await self._socket.send(frame)
+        except ConnectionClosed:
+            pass  # the reader tells those who wait
+        finally:
+            self._sender = None
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._calls.receive(await self._socket.recv())
+        except Exception as error:  # noqa: BLE001 those who wait raise it
+            self.broken = error
+            for settled in self._waiting:
+                if not settled.done():
+                    settled.set_exception(error)
+
+
+class AsyncStreamSession:
+    """A session on a stream. Opened by `AsyncStream.open`. Tasks may share it; their steps wait for each other."""
+
+    def __init__(self, stream: AsyncStream, place: Place) -> None:
+        self._stream = stream
+        self.place = place
+        self.lock = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"<AsyncStreamSession {self.id!r} of {self._stream.model.name} at {self.position}>"
+
+    @property
+    def id(self) -> str:
+        return self.place.id
+
+    @property
+    def position(self) -> int:
+        """Time steps that the session has consumed, as far as this client knows."""
+        return self.place.position
+
+    @property
+    def durability(self) -> str:
+        return self.place.durability
+
+    async def step(self, inputs: ArrayLike) -> Arrays:
+        """As `Session.step`."""
+        return await self._stream._apply([self], inputs, chunk=False, several=False)
+
+    async def steps(self, inputs: ArrayLike) -> Arrays:
+        """As `Session.steps`."""
+        return await self._stream._apply([self], inputs, chunk=True, several=False)
+
+    async def stream(self, inputs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]) -> AsyncIterator[Arrays]:
+        """As `AsyncSession.stream`."""
+        async for values in as_async(inputs):
+            yield await self.step(values)
+
+    async def close(self) -> None:
+        """End the session on the server."""
+        await self._stream.close([self])

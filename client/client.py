@@ -1,0 +1,314 @@
+"""The synchronous client: `Client`, its sessions, and the connections they share."""
+
+import http.client
+import ssl
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self, TypeVar
+
+from unroll.client import model_calls
+from unroll.client.errors import ConnectionFailed
+from unroll.client.exchange import Exchange, Request, Response
+from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.server import ServerAddress
+from unroll.client.session_calls import Durability, Mode, SessionCalls, Snapshot, Start
+from unroll.client.stream import Stream
+from unroll.client.tensors import ArrayLike, Arrays, Model
+
+T = TypeVar("T")
+
+#: Sequences of one call that are under way at a time: the server runs them as one batch.
+_CONCURRENT = 16
+#: Errors of a connection, after which the request is sent again on a new one.
+_BROKEN = (OSError, http.client.HTTPException)
+
+
+class Client:
+    """A client of one Unroll server, or of several behind one address. Threads may share it.
+
+    with Client("http://127.0.0.1:8000") as client, client.session("co2") as session:
+        forecast = session.step([371.2])
+
+    Requests that may succeed later are repeated: after a broken connection, and after 502, 503 and 504. Steps carry
+    their position, so the server applies each once, however often it is sent.
+
+    Args:
+        url: http:// or https://, with a path if the server is behind one.
+        api_key: Sent as `Authorization: Bearer …`.
+        headers: Sent with every request.
+        timeout: Seconds for one attempt.
+        retry_for: Seconds for which a request is repeated; 0: not at all.
+        tls: For https://; the default verifies the server's certificate.
+
+    Raises:
+        InvalidInput: The URL is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+        retry_for: float = 60.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._address = ServerAddress.of(url, api_key, headers, tls)
+        self._timeout = timeout
+        self._policy = RetryPolicy(retry_for, time.monotonic)
+        self._idle: list[http.client.HTTPConnection] = []
+        self._catalogue = model_calls.Catalogue()
+
+    def __repr__(self) -> str:
+        return f"<Client {self._address.url}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. Sessions stay open on the server."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def models(self) -> list[Model]:
+        """The models that the server has, the newest version of each."""
+        return self._run(self._catalogue.models())
+
+    def model(self, name: str) -> Model:
+        """One model: `name` or `name:version`. Raises ModelUnknown or ModelUnavailable."""
+        return self._run(self._catalogue.model(name))
+
+    def sequences(
+        self,
+        model: str,
+        inputs: Sequence[ArrayLike],
+        *,
+        static: Sequence[Mapping[str, ArrayLike]] | None = None,
+    ) -> list[Arrays]:
+        """Whole sequences, each from the model's initial state; nothing is kept.
+
+        Args:
+            model: `name` or `name:version`.
+            inputs: For each sequence an array (T, *shape), or a dict with one per input. Lengths may differ.
+            static: The static inputs of each sequence, if the model has some.
+
+        Returns:
+            For each sequence an array (T, *shape), or a dict with one per output.
+
+        Raises:
+            InvalidInput: An array does not fit the model.
+            ServerError: The server refused; the class says why.
+            ConnectionFailed: No server answered.
+        """
+        given = model_calls.check_sequences(inputs, static)
+        served = self.model(model)
+
+        def run(values: ArrayLike, first: Mapping[str, ArrayLike] | None) -> Arrays:
+            return self._run(model_calls.sequence(served, values, first))
+
+        if len(given) == 1:
+            return [run(inputs[0], given[0])]
+        with ThreadPoolExecutor(min(_CONCURRENT, len(given) or 1)) as threads:
+            return list(threads.map(run, inputs, given))
+
+    def session(
+        self,
+        model: str,
+        session_id: str | None = None,
+        *,
+        mode: Mode = "new",
+        durability: Durability | None = None,
+        static: Mapping[str, ArrayLike] | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> "Session":
+        """Open a session. It ends with its `with` block, or with `close()`.
+
+        Args:
+            model: `name` or `name:version`.
+            session_id: 1 to 128 characters; a random one if None.
+            mode: new: open a session. resume: attach to the open session of this id. either: attach, or open one if the
+                id is unknown.
+            durability: memory (lost with its server), stored (in the server's store) or client (this object holds the
+                state, and sends it with each step); the server's default if None.
+            static: The model's static inputs.
+            snapshot: Begin from this state: bytes of `Session.snapshot()`, or the file that holds them.
+
+        Raises:
+            SessionExists: A session of this id is open.
+            SessionUnknown, SessionGone: With mode resume: there is none, or not any more.
+            NotStreamable: The model serves whole sequences only.
+            DurabilityUnavailable: The server has no store, or no keys for client-held states.
+            InvalidInput, ServerError, ConnectionFailed: As for `sequences`.
+        """
+        start: Start = {"durability": durability, "static": static, "snapshot": snapshot}
+        calls = SessionCalls.start(self._catalogue, model, session_id, mode, **start)
+        return Session(self, self._run(calls))
+
+    def stream(self, model: str) -> Stream:
+        """One WebSocket for the steps of many sessions at once. See `Stream`."""
+        return Stream(self._address, model, self.model(model), self._timeout, self._policy)
+
+    def _run(self, exchange: Exchange[T]) -> T:
+        """Send what the operation asks for, until it has its result."""
+        response = None
+        try:
+            while True:
+                response = self._send(exchange.send(response))  # type: ignore[arg-type]
+        except StopIteration as done:
+            return done.value
+
+    def _send(self, request: Request) -> Response:
+        """Raises ConnectionFailed if no attempt was answered."""
+        retries = Retries(self._policy)
+        while True:
+            try:
+                response = self._attempt(request)
+                if not response.may_succeed_later:
+                    break
+                pause = retries.pause(response.retry_after)
+                if pause is None:
+                    break
+            except _BROKEN as error:
+                pause = retries.pause()
+                if pause is None:
+                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            time.sleep(pause)
+        response.repeated |= retries.count > 0
+        return response
+
+    def _attempt(self, request: Request) -> Response:
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._address.connection(self._timeout)
+        if connection.sock is None:
+            return self._ask(connection, request)
+        try:
+            return self._ask(connection, request)
+        except ConnectionError:
+            self.close()  # the server may have closed all that were idle
+        response = self._ask(self._address.connection(self._timeout), request)
+        response.repeated = True
+        return response
+
+    def _ask(self, connection: http.client.HTTPConnection, request: Request) -> Response:
+        lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head = (
+            f"{request.method} {self._address.path}{request.path} HTTP/1.1\r\n{self._address.head}{lines}"
+            f"Content-Length: {len(request.body)}\r\n\r\n"
+        )
+        try:
+            connection.send(head.encode("latin-1") + request.body)  # in one piece, which `request` would not do
+            with http.client.HTTPResponse(connection.sock, method=request.method) as answer:
+                answer.begin()
+                body = answer.read()
+            if answer.length is None and not answer.chunked:  # it takes headers that are cut off for whole
+                raise http.client.IncompleteRead(body)
+        except BaseException:
+            connection.close()
+            raise
+        if answer.will_close:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        return Response(answer.status, {name.lower(): value for name, value in answer.getheaders()}, body)
+
+
+class Session:
+    """One session on the server. Its steps are applied once and in order, whatever breaks between.
+
+    Threads may share it; their steps wait for each other.
+    """
+
+    def __init__(self, client: Client, calls: SessionCalls) -> None:
+        self._client = client
+        self._calls = calls
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id!r} of {self.model.name}:{self.model.version} at {self.position}>"
+
+    @property
+    def id(self) -> str:
+        return self._calls.id
+
+    @property
+    def model(self) -> Model:
+        """The version that the session runs on, for its whole life."""
+        return self._calls.model
+
+    @property
+    def position(self) -> int:
+        """Time steps that the session has consumed, as far as this client knows."""
+        return self._calls.position
+
+    @property
+    def durability(self) -> str:
+        return self._calls.durability
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:
+                raise
+
+    def step(self, inputs: ArrayLike) -> Arrays:
+        """Apply one time step.
+
+        Args:
+            inputs: An array of the input's shape, or a dict with one per input.
+
+        Returns:
+            An array of the output's shape, or a dict with one per output.
+
+        Raises:
+            InvalidInput: An array does not fit the model; nothing was sent.
+            PositionError: The session is at another position: `error.expected` says where.
+            SessionGone: Its state is lost; the class says why.
+            ServerError: Another refusal; the session is as before.
+            ConnectionFailed: No server answered. Whether the step was applied is unknown: call again with the same.
+        """
+        return self._run(self._calls.step(inputs))
+
+    def steps(self, inputs: ArrayLike) -> Arrays:
+        """Apply T time steps at once, (T, *shape); otherwise as `step`."""
+        return self._run(self._calls.steps(inputs))
+
+    def stream(self, inputs: Iterable[ArrayLike]) -> Iterator[Arrays]:
+        """Apply one time step for each item, and yield its outputs before the next item is asked for."""
+        for values in inputs:
+            yield self.step(values)
+
+    def refresh(self) -> int:
+        """Ask the server for the session's position, and continue from there. Returns it."""
+        return self._run(self._calls.refresh())
+
+    def fork(self, session_id: str | None = None) -> "Session":
+        """A second session that continues from the same state. Raises SessionExists."""
+        return Session(self._client, self._run(self._calls.fork(session_id)))
+
+    def snapshot(self) -> bytes:
+        """The state and position, for `rewind`, for `Client.session(snapshot=…)`, or for a file."""
+        return self._run(self._calls.snapshot())
+
+    def rewind(self, snapshot: Snapshot) -> int:
+        """Return to the state of a snapshot: its bytes, or the file that holds them. Returns the position."""
+        return self._run(self._calls.rewind(snapshot))
+
+    def close(self) -> None:
+        """End the session on the server."""
+        self._run(self._calls.close())
+
+    def _run(self, exchange: Exchange[T]) -> T:
+        with self._lock:
+            return self._client._run(exchange)

@@ -1,0 +1,92 @@
+"""What a client asks over HTTP, without I/O.
+
+Each operation is a generator: it yields a Request, receives the Response, and returns its result. `Client` and
+`AsyncClient` send the requests, and repeat them; what they mean is here, once.
+"""
+
+import json
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from unroll.client.errors import ModelUnavailable, ServerError
+from unroll.client.retries import RETRIED
+
+T = TypeVar("T")
+
+JSON = "application/json"
+RAW = "application/octet-stream"
+
+
+@dataclass(slots=True)
+class Request:
+    """path: encoded, after the server's URL."""
+
+    method: str
+    path: str
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Response:
+    """headers: by lower-case name. repeated: the request was sent more than once."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    repeated: bool = False
+
+    @property
+    def may_succeed_later(self) -> bool:
+        return self.status in RETRIED and not isinstance(self.error(), ModelUnavailable)
+
+    @property
+    def retry_after(self) -> float | None:
+        try:
+            return float(self.headers["retry-after"])
+        except (KeyError, ValueError):  # it may be a date
+            return None
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def error(self) -> ServerError | None:
+        """The refusal that this response is, if it is one."""
+        if self.status < 400:
+            return None
+        try:
+            members = self.json()
+            code, detail = members["code"], members.get("detail") or members["error"]
+        except (ValueError, KeyError, TypeError):  # a proxy answered
+            text = self.body[:200].decode(errors="replace").strip()
+            return ServerError(text or "no explanation was given", f"http_{self.status}", self.status)
+        if self.retry_after is not None:
+            members = {**members, "retry_after": self.retry_after}
+        return ServerError.of(code, detail, self.status, members)
+
+    def checked(self) -> "Response":
+        """Raises ServerError."""
+        if (error := self.error()) is not None:
+            raise error
+        return self
+
+
+#: An operation.
+Exchange = Generator[Request, Response, T]
+
+
+def json_request(method: str, path: str, document: Mapping[str, Any]) -> Request:
+    """Members that are None are left out."""
+    members = {name: value for name, value in document.items() if value is not None}
+    return Request(method, path, json.dumps(members).encode(), {"Content-Type": JSON})
+
+
+def model_path(model: str) -> str:
+    """model: a name, or `name:version`."""
+    return f"/v1/models/{quote(model, safe=':')}"
+
+
+def session_path(model: str, session_id: str) -> str:
+    return f"{model_path(model)}/sessions/{quote(session_id, safe='')}"

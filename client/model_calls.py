@@ -1,0 +1,82 @@
+"""The operations on models: their descriptions, and whole sequences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unroll.client.errors import InvalidInput
+from unroll.client.exchange import RAW, Exchange, Request, json_request, model_path
+from unroll.client.tensors import ArrayLike, Arrays, Model
+
+
+class Catalogue:
+    """The models that a client knows already. A version's description never changes, so it is asked for once."""
+
+    def __init__(self) -> None:
+        self._versions: dict[tuple[str, str], Model] = {}
+
+    def models(self) -> Exchange[list[Model]]:
+        response = yield Request("GET", "/v1/models")
+        return [self._add(document) for document in response.checked().json()]
+
+    def model(self, reference: str) -> Exchange[Model]:
+        """reference: `name` or `name:version`. Raises ModelUnknown or ModelUnavailable."""
+        name, _, version = reference.partition(":")
+        if (known := self._versions.get((name, version))) is not None:
+            return known
+        response = yield Request("GET", model_path(reference))
+        return self._add(response.checked().json())
+
+    def _add(self, document: dict[str, Any]) -> Model:
+        model = Model.from_json(document)
+        known = self._versions.get((model.name, model.version))
+        if known is None or known.digest != model.digest:
+            known = self._versions[model.name, model.version] = model
+        return known
+
+
+def sequence(model: Model, inputs: ArrayLike, static: Mapping[str, ArrayLike] | None = None) -> Exchange[Arrays]:
+    """One whole sequence from the model's initial state.
+
+    Args:
+        model: The version to run.
+        inputs: (T, *shape).
+        static: The model's static inputs.
+
+    Raises:
+        InvalidInput: Nothing was sent.
+        ServerError: The server refused.
+    """
+    arrays = model.inputs_of(inputs, "T")
+    first = model.static_of(static)
+    steps = len(arrays[0])
+    path = f"{model_path(f'{model.name}:{model.version}')}/sequences"
+    if first is None:
+        headers = {"Content-Type": RAW, "Unroll-Steps": str(steps)}
+        response = yield Request("POST", path, b"".join(array.tobytes() for array in arrays), headers)
+        return model.outputs_of(split_outputs(model, response.checked().body, steps))
+    named = {spec.name: [array.tolist()] for spec, array in zip(model.inputs, arrays, strict=True)}
+    document = {"inputs": named, "static": {name: [value] for name, value in first.items()}}
+    response = yield json_request("POST", path, document)
+    outputs = response.checked().json()["outputs"]
+    lists = [outputs[0]] if len(model.outputs) == 1 else [outputs[spec.name][0] for spec in model.outputs]
+    return model.outputs_of([np.array(item, spec.numpy) for spec, item in zip(model.outputs, lists, strict=True)])
+
+
+def split_outputs(model: Model, content: bytes | memoryview, steps: int) -> list[np.ndarray]:
+    """The outputs of a raw body, which holds one after another: each (T, *shape), or (*shape) without a time axis."""
+    arrays, begin = [], 0
+    for spec in model.outputs:
+        shape = (steps, *spec.shape) if spec.time else spec.shape
+        count = spec.size * (steps if spec.time else 1)
+        arrays.append(np.frombuffer(content, spec.numpy, count, begin).reshape(shape).copy())
+        begin += count * spec.numpy.itemsize
+    return arrays
+
+
+def check_sequences(sequences: Sequence[Any], static: Sequence[Any] | None) -> list[Any]:
+    """The static inputs of each sequence. Raises InvalidInput."""
+    if static is not None and len(static) != len(sequences):
+        raise InvalidInput(f"{len(sequences)} sequences were given, and static inputs for {len(static)}")
+    return [None] * len(sequences) if static is None else list(static)

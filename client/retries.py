@@ -1,0 +1,45 @@
+"""When a request is sent again. Every step carries its position, so a repetition is never applied twice."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+
+#: Seconds before the first repetition; doubled for each further one, up to the longest.
+_FIRST, _LONGEST = 0.05, 2.0
+
+#: Statuses after which the same request may succeed.
+RETRIED = frozenset({HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT, HTTPStatus.BAD_GATEWAY})
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """For how many seconds a request is repeated, and the clock that tells, in seconds."""
+
+    retry_for: float
+    clock: Callable[[], float]
+
+
+class Retries:
+    """The repetitions of one request."""
+
+    __slots__ = ("_deadline", "_policy", "count")
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._policy = policy
+        self._deadline: float | None = None
+        self.count = 0
+
+    def pause(self, retry_after: float | None = None) -> float | None:
+        """Seconds to wait before the next repetition; None if it is time to give up.
+
+        Args:
+            retry_after: What the server said, in seconds.
+        """
+        now = self._policy.clock()
+        if self._deadline is None:
+            self._deadline = now + self._policy.retry_for
+        backoff = min(_FIRST * 2**self.count, _LONGEST) * random.uniform(0.5, 1.0)
+        seconds = backoff if retry_after is None else max(retry_after, 0.0) + backoff * 0.1
+        self.count += 1
+        return seconds if now + seconds <= self._deadline else None

@@ -1,0 +1,209 @@
+"""The operations on a session, and what its client knows of it: id, position, model, durability."""
+
+import base64
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+from unroll.client.errors import InvalidInput, SessionClosed, SessionExists, SessionGone, SessionUnknown
+from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path, session_path
+from unroll.client.model_calls import Catalogue, split_outputs
+from unroll.client.tensors import ArrayLike, Arrays, Model
+
+Durability = Literal["memory", "stored", "client"]
+#: The content of a snapshot, or the file that holds it.
+Snapshot = bytes | Path | str
+
+#: new: open a session; resume: attach to an open one; either: attach, or open one if the id is unknown.
+Mode = Literal["new", "resume", "either"]
+
+_STATE = {"Content-Type": RAW}
+
+
+class Start(TypedDict, total=False):
+    """How a new session begins."""
+
+    durability: Durability | None
+    static: Mapping[str, ArrayLike] | None
+    snapshot: Snapshot | None
+
+
+class SessionCalls:
+    """One session. Each operation is a generator of requests, see `exchange.py`.
+
+    Attributes:
+        id: Of the session.
+        model: The version that it runs on, for its whole life.
+        position: Time steps that it has consumed, as far as this client knows.
+        durability: memory, stored or client.
+    """
+
+    def __init__(self, catalogue: Catalogue, model: Model, info: Mapping[str, Any], sealed: bytes | None) -> None:
+        self.id: str = info["session_id"]
+        self.model = model
+        self.position: int = info["position"]
+        self.durability: str = info["durability"]
+        self._catalogue = catalogue
+        self._path = session_path(f"{model.name}:{model.version}", self.id)
+        self._sealed = sealed  # the state, if this client holds it
+
+    @classmethod
+    def start(
+        cls, catalogue: Catalogue, model: str, session_id: str | None, mode: Mode, **start: Unpack[Start]
+    ) -> Exchange[Self]:
+        """Open a session, attach to one, or either. See `Client.session` for arguments and errors."""
+        if mode == "new":
+            return (yield from cls.open(catalogue, model, session_id, **start))
+        if session_id is None:
+            raise InvalidInput(f"mode {mode!r} needs a session_id")
+        if mode == "resume" and (given := [name for name, value in start.items() if value is not None]):
+            raise InvalidInput(
+                f"a session that is open already takes no {given[0]}: leave it out, or use mode 'either'"
+            )
+        try:
+            return (yield from cls.attach(catalogue, model, session_id))
+        except SessionUnknown:
+            if mode == "resume":
+                raise
+        try:
+            return (yield from cls.open(catalogue, model, session_id, **start))
+        except SessionExists:  # it was opened meanwhile
+            return (yield from cls.attach(catalogue, model, session_id))
+
+    @classmethod
+    def open(cls, catalogue: Catalogue, model: str, session_id: str | None, **start: Unpack[Start]) -> Exchange[Self]:
+        """A new session."""
+        static, snapshot = start.get("static"), start.get("snapshot")
+        first = None if static is None else (yield from catalogue.model(model)).static_of(static)
+        content = None if snapshot is None else read_snapshot(snapshot)
+        chosen = session_id or secrets.token_urlsafe(16)  # so that a repetition is recognised
+        document = {
+            "session_id": chosen,
+            "durability": start.get("durability"),
+            "static": first,
+            "snapshot": None if content is None else base64.b64encode(content).decode(),
+        }
+        response = yield json_request("POST", f"{model_path(model)}/sessions", document)
+        error = response.error()
+        if (
+            isinstance(error, SessionExists)
+            and response.repeated
+            and error.members.get("position") == _position(content)
+        ):
+            return (yield from cls.attach(catalogue, model, chosen))
+        return (yield from cls._from(catalogue, response))
+
+    @classmethod
+    def attach(cls, catalogue: Catalogue, model: str, session_id: str) -> Exchange[Self]:
+        """A session that is open."""
+        response = yield Request("GET", session_path(model, session_id))
+        return (yield from cls._from(catalogue, response))
+
+    @classmethod
+    def _from(cls, catalogue: Catalogue, response: Response) -> Exchange[Self]:
+        info = response.checked().json()
+        model = yield from catalogue.model(f"{info['model']}:{info['model_version']}")
+        sealed = base64.b64decode(info["snapshot"]) if info["durability"] == "client" else None
+        return cls(catalogue, model, info, sealed)
+
+    def step(self, values: ArrayLike) -> Exchange[Arrays]:
+        """One time step; the outputs have no time axis."""
+        arrays = self.model.inputs_of(values, "")
+        outputs = yield from self._apply(b"".join([array.tobytes() for array in arrays]), 1)
+        return self.model.outputs_of(
+            [array[0] if spec.time else array for spec, array in zip(self.model.outputs, outputs, strict=True)]
+        )
+
+    def steps(self, values: ArrayLike) -> Exchange[Arrays]:
+        """T time steps."""
+        arrays = self.model.inputs_of(values, "T")
+        content = b"".join([array.tobytes() for array in arrays])
+        return self.model.outputs_of((yield from self._apply(content, len(arrays[0]))))
+
+    def _apply(self, content: bytes, steps: int) -> Exchange[list]:
+        headers = {"Content-Type": RAW, "Unroll-Position": str(self.position), "Unroll-Steps": str(steps)}
+        if self._sealed is not None:
+            headers["Unroll-Snapshot-Length"] = str(len(self._sealed))
+            content = self._sealed + content
+        response = yield Request("POST", f"{self._path}/steps", content, headers)
+        body = memoryview(response.checked().body)
+        if self._sealed is not None:
+            length = int(response.headers["unroll-snapshot-length"])
+            self._sealed, body = bytes(body[:length]), body[length:]
+        outputs = split_outputs(self.model, body, steps)
+        self.position = int(response.headers["unroll-position"])
+        return outputs
+
+    def refresh(self) -> Exchange[int]:
+        """Ask the server where the session is, and continue from there."""
+        if self._sealed is None:
+            response = yield Request("GET", self._path)
+            self.position = response.checked().json()["position"]
+        return self.position
+
+    def fork(self, session_id: str | None = None) -> Exchange[Self]:
+        """A second session in the same state."""
+        if self._sealed is not None:
+            return (yield from self._reopen(session_id, _unsealed(self._sealed)))
+        fork_id = session_id or secrets.token_urlsafe(16)
+        response = yield json_request("POST", f"{self._path}/fork", {"session_id": fork_id})
+        error = response.error()
+        if isinstance(error, SessionExists) and response.repeated and error.members.get("position") == self.position:
+            return (yield from self.attach(self._catalogue, self.model.name, fork_id))
+        return (yield from self._from(self._catalogue, response))
+
+    def snapshot(self) -> Exchange[bytes]:
+        """The session's state and position, bound to its model."""
+        if self._sealed is not None:
+            return _unsealed(self._sealed)
+        response = yield Request("GET", f"{self._path}/state")
+        return response.checked().body
+
+    def rewind(self, snapshot: Snapshot) -> Exchange[int]:
+        """Return to the state of a snapshot. Returns the position."""
+        content = read_snapshot(snapshot)
+        if self._sealed is not None:
+            earlier = yield from self._reopen(self.id, content)
+            self._sealed, self.position = earlier._sealed, earlier.position
+            return self.position
+        response = yield Request("PUT", f"{self._path}/state", content, _STATE)
+        self.position = response.checked().json()["position"]
+        return self.position
+
+    def _reopen(self, session_id: str | None, snapshot: bytes) -> Exchange[Self]:
+        """A session that this client holds, from a snapshot: the server seals it for the id."""
+        model = f"{self.model.name}:{self.model.version}"
+        return self.open(self._catalogue, model, session_id, durability="client", snapshot=snapshot)
+
+    def close(self) -> Exchange[None]:
+        """End the session. One that is closed already is no error."""
+        if self._sealed is None:
+            response = yield Request("DELETE", self._path)
+            error = response.error()
+            if isinstance(error, SessionClosed) or (
+                response.repeated and isinstance(error, SessionGone | SessionUnknown)
+            ):
+                return
+            response.checked()
+
+
+def _position(snapshot: bytes | None) -> int:
+    """Where a session begins that is opened from the snapshot, which has its position in bytes 40 to 48."""
+    return 0 if snapshot is None else int.from_bytes(snapshot[40:48], "little")
+
+
+def _unsealed(sealed: bytes) -> bytes:
+    """The snapshot that the server sealed: after a header of 12 bytes and the session's id, whose length is byte 6,
+    and before a signature of 32 bytes."""
+    return sealed[12 + sealed[6] : -32]
+
+
+def read_snapshot(snapshot: Snapshot) -> bytes:
+    """Raises InvalidInput if the file cannot be read."""
+    if isinstance(snapshot, bytes):
+        return snapshot
+    try:
+        return Path(snapshot).read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"the snapshot cannot be read: {error}") from error

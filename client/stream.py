@@ -1,0 +1,232 @@
+"""One WebSocket for the steps of many sessions: `Stream`, and its sessions."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from unroll.client.errors import ConnectionFailed, Overloaded, ServerError
+from unroll.client.exchange import Response
+from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.server import ServerAddress
+from unroll.client.session_calls import Durability, Mode
+from unroll.client.stream_calls import ControlCall, Place, StepsCall, StreamCalls
+from unroll.client.tensors import ArrayLike, Arrays, Model
+
+#: Errors of a connection, after which the sessions are resumed on a new one.
+BROKEN = (OSError, ConnectionClosed, InvalidHandshake, Overloaded)
+
+
+def websocket_options(address: ServerAddress, timeout: float) -> dict[str, Any]:
+    """For `connect` of the package websockets."""
+    return {
+        "ssl": address.tls,
+        "additional_headers": address.headers,
+        "open_timeout": timeout,
+        "compression": None,
+        "max_size": None,
+        "proxy": None,
+    }
+
+
+def refusal(error: InvalidStatus) -> ServerError | None:
+    """Why the server opened no WebSocket; None if it may do so later."""
+    answer = error.response
+    headers = {name.lower(): value for name, value in answer.headers.raw_items()}
+    response = Response(answer.status_code, headers, bytes(answer.body or b""))
+    if response.may_succeed_later:
+        return None
+    return response.error() or ServerError(f"HTTP status {response.status} in place of a stream", "no_stream")
+
+
+class Stream:
+    """Many sessions of one model over one connection. For one thread; `AsyncClient` has streams for many tasks.
+
+    with client.stream("co2") as stream:
+        sessions = stream.open(64)
+        forecasts = stream.step(sessions, measurements)  # (64, features) -> (64, outputs), one message
+
+    After a broken connection the sessions are resumed on a new one. They end with the `with` block.
+    """
+
+    def __init__(
+        self, address: ServerAddress, reference: str, model: Model, timeout: float, policy: RetryPolicy
+    ) -> None:
+        self.model = model
+        self._address = address
+        self._url = address.stream_url(reference)
+        self._timeout = timeout
+        self._policy = policy
+        self._calls = StreamCalls(model)
+        self._socket: ClientConnection | None = None
+        self._sessions: dict[int, StreamSession] = {}
+
+    def __repr__(self) -> str:
+        return f"<Stream of {self.model.name} with {len(self._sessions)} sessions>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close(list(self._sessions.values()))
+        finally:
+            self.disconnect()
+
+    def open(
+        self,
+        sessions: int | Sequence[str] = 1,
+        *,
+        mode: Mode = "new",
+        durability: Durability | None = None,
+        static: Mapping[str, ArrayLike] | None = None,
+    ) -> "list[StreamSession]":
+        """Open sessions, or attach to open ones.
+
+        Args:
+            sessions: How many, or their ids.
+            mode, durability, static: As in `Client.session`, for each of them.
+
+        Raises:
+            ServerError: Of the first session that the server refuses. The others are closed again if they are new.
+            InvalidInput, ConnectionFailed: As for `Client.session`.
+        """
+        call = self._calls.open(sessions, mode, durability, static)
+        self._exchange(call)
+        found = self._calls.opened(call, mode)
+        opened = [StreamSession(self, place) for place in found if isinstance(place, Place)]
+        self._sessions |= {session.place.handle: session for session in opened}
+        for error in found:
+            if isinstance(error, ServerError):
+                if mode == "new":
+                    self.close(opened)
+                raise error
+        return opened
+
+    def step(self, sessions: "Sequence[StreamSession]", inputs: ArrayLike) -> Arrays:
+        """Apply one time step to each session, all in one message.
+
+        Args:
+            sessions: N sessions of this stream, each once.
+            inputs: (N, *shape), or a dict with one array per input.
+
+        Returns:
+            (N, *shape), or a dict with one array per output.
+
+        Raises:
+            SomeFailed: The steps of some sessions were refused; the others' were applied. If there is only one
+                session: its error.
+            InvalidInput, ConnectionFailed: As for `Session.step`.
+        """
+        return self._apply([session.place for session in sessions], inputs, chunk=False, several=True)
+
+    def steps(self, sessions: "Sequence[StreamSession]", inputs: ArrayLike) -> Arrays:
+        """Apply T time steps to each session, (N, T, *shape); otherwise as `step`."""
+        return self._apply([session.place for session in sessions], inputs, chunk=True, several=True)
+
+    def close(self, sessions: "Sequence[StreamSession]") -> None:
+        """End the sessions on the server."""
+        if sessions:
+            places = [session.place for session in sessions]
+            self._exchange(self._calls.close(places))
+            self._calls.closed(places)
+            for place in places:
+                self._sessions.pop(place.handle, None)
+
+    def disconnect(self) -> None:
+        """Close the connection. The sessions stay open on the server; the next call resumes them."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _apply(self, places: Sequence[Place], inputs: ArrayLike, *, chunk: bool, several: bool) -> Arrays:
+        call = self._calls.steps(places, inputs, chunk=chunk, several=several)
+        try:
+            self._exchange(call)
+        finally:
+            call.end()
+            if not call.settled:  # its late answers must not be taken for those of the next call
+                self.disconnect()
+        return call.result(chunk=chunk, several=several)
+
+    def _exchange(self, call: ControlCall | StepsCall) -> None:
+        """Send, receive until all is answered, and send again what is refused for now or was cut off."""
+        retries = Retries(self._policy)
+        while not call.complete:
+            call.begin()
+            try:
+                socket = self._socket or self._connect()
+                self._send(socket, call)
+                if call.complete:
+                    return
+                if (pause := retries.pause(call.retry_after)) is None:
+                    call.give_up()
+                    return
+            except BROKEN as error:
+                self.disconnect()
+                if isinstance(error, InvalidStatus) and (refused := refusal(error)) is not None:
+                    raise refused from error
+                if (pause := retries.pause()) is None:
+                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            time.sleep(pause)
+
+    def _connect(self) -> ClientConnection:
+        """A new connection, on which the sessions are resumed."""
+        self._socket = connect(self._url, **websocket_options(self._address, self._timeout)).__enter__()
+        if (call := self._calls.resume()) is not None:
+            self._send(self._socket, call)
+            self._calls.resumed(call)
+        return self._socket
+
+    def _send(self, socket: ClientConnection, call: ControlCall | StepsCall) -> None:
+        if isinstance(call, ControlCall):
+            socket.send(self._calls.control(call))
+        else:
+            for frame in self._calls.frames([call]):
+                socket.send(frame)
+        while not call.settled:
+            self._calls.receive(socket.recv(self._timeout))
+
+
+class StreamSession:
+    """A session on a stream. Opened by `Stream.open`."""
+
+    def __init__(self, stream: Stream, place: Place) -> None:
+        self._stream = stream
+        self.place = place
+
+    def __repr__(self) -> str:
+        return f"<StreamSession {self.id!r} of {self._stream.model.name} at {self.position}>"
+
+    @property
+    def id(self) -> str:
+        return self.place.id
+
+    @property
+    def position(self) -> int:
+        """Time steps that the session has consumed, as far as this client knows."""
+        return self.place.position
+
+    @property
+    def durability(self) -> str:
+        return self.place.durability
+
+    def step(self, inputs: ArrayLike) -> Arrays:
+        """Apply one time step. As `Session.step`."""
+        return self._stream._apply([self.place], inputs, chunk=False, several=False)
+
+    def steps(self, inputs: ArrayLike) -> Arrays:
+        """Apply T time steps. As `Session.steps`."""
+        return self._stream._apply([self.place], inputs, chunk=True, several=False)
+
+    def stream(self, inputs: Iterable[ArrayLike]) -> Iterator[Arrays]:
+        """Apply one time step for each item, and yield its outputs before the next item is asked for."""
+        for values in inputs:
+            yield self.step(values)
+
+    def close(self) -> None:
+        """End the session on the server."""
+        self._stream.close([self])

@@ -1,0 +1,203 @@
+"""A model as its server describes it, and arrays on their way to it and back.
+
+Whatever offers the buffer protocol or DLPack is taken: NumPy, PyTorch, JAX, CuPy. Shapes and dtypes are compared with
+the model's before anything is sent.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from unroll.client.errors import InvalidInput
+
+#: One tensor of a model that has one, else one by name.
+Arrays = np.ndarray | dict[str, np.ndarray]
+#: What may stand in the place of an array.
+ArrayLike = Any
+
+#: By the kind of a model's dtype: the kinds that are converted to it. No float becomes an integer.
+_TAKEN = {"f": "fiu", "i": "iu", "b": "b"}
+
+
+class PrecisionWarning(UserWarning):
+    """Values were rounded to the model's precision."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a model.
+
+    Attributes:
+        name: As in the model's forward.
+        dtype: float32, int64, int32 or bool.
+        shape: Of one time step.
+        time: One value for each time step; False: one, after the last.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    time: bool = True
+
+    @cached_property
+    def numpy(self) -> np.dtype:
+        """Little-endian, as on the wire."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @cached_property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A version of a model, as its server describes it.
+
+    Attributes:
+        name, version, digest: The digest identifies the bundle.
+        inputs, outputs, static: Static inputs are given once, when a session opens.
+        streamable: Sessions are possible; else `not_streamable_because` says why not.
+        description: The whole document of `GET /v1/models/{name}`.
+    """
+
+    name: str
+    version: str
+    digest: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    static: tuple[Tensor, ...]
+    streamable: bool
+    not_streamable_because: str | None
+    description: dict[str, Any] = field(repr=False)
+    _rounded: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "Model":
+        def tensors(group: str) -> tuple[Tensor, ...]:
+            return tuple(
+                Tensor(t["name"], t["dtype"], tuple(t["shape"]), t.get("time", False)) for t in document[group]
+            )
+
+        return cls(
+            name=document["name"],
+            version=document["version"],
+            digest=document["digest"],
+            inputs=tensors("inputs"),
+            outputs=tensors("outputs"),
+            static=tensors("static"),
+            streamable=document["streamable"],
+            not_streamable_because=document["not_streamable_because"],
+            description=document,
+        )
+
+    def inputs_of(self, values: ArrayLike, leading: Literal["", "T", "N", "NT"]) -> list[np.ndarray]:
+        """The inputs in the model's order, contiguous, in its dtypes.
+
+        Args:
+            values: One array, or a dict with one for each input.
+            leading: The axes before the shape of a time step.
+
+        Raises:
+            InvalidInput: A name, a shape or a dtype does not fit.
+        """
+        arrays = [self._converted(spec, value) for spec, value in zip(self.inputs, self._by_name(values), strict=True)]
+        for spec, array in zip(self.inputs, arrays, strict=True):
+            axes = array.ndim - len(spec.shape)
+            if axes != len(leading) or array.shape[axes:] != spec.shape or array.shape[:axes] != arrays[0].shape[:axes]:
+                raise InvalidInput(self._wrong_shape(spec, array, leading))
+        if not all(arrays[0].shape[: len(leading)]):
+            raise InvalidInput(f"{self.inputs[0].name!r} is empty: its shape is {arrays[0].shape}")
+        return arrays
+
+    def static_of(self, values: Mapping[str, ArrayLike] | None) -> dict[str, Any] | None:
+        """The static inputs as JSON has them. Raises InvalidInput."""
+        given = {} if values is None else dict(values)
+        names = [spec.name for spec in self.static]
+        if given.keys() != set(names):
+            expected = f"{self.name!r} needs {names}" if names else f"{self.name!r} has none"
+            raise InvalidInput(f"static inputs {sorted(given)} were given, and {expected}")
+        converted = {spec.name: self._converted(spec, given[spec.name]) for spec in self.static}
+        for spec in self.static:
+            if converted[spec.name].shape != spec.shape:
+                raise InvalidInput(
+                    f"static input {spec.name!r} has the shape {converted[spec.name].shape}, and {self.name!r} takes "
+                    f"{spec.shape}"
+                )
+        return {name: array.tolist() for name, array in converted.items()} or None
+
+    def outputs_of(self, arrays: Sequence[np.ndarray]) -> Arrays:
+        """One array, or a dict of several."""
+        if len(self.outputs) == 1:
+            return arrays[0]
+        return {spec.name: array for spec, array in zip(self.outputs, arrays, strict=True)}
+
+    def _by_name(self, values: ArrayLike) -> list[ArrayLike]:
+        names = [spec.name for spec in self.inputs]
+        if isinstance(values, Mapping):
+            if values.keys() != set(names):
+                raise InvalidInput(f"inputs {sorted(map(str, values))} were given, and {self.name!r} takes {names}")
+            return [values[name] for name in names]
+        if len(names) > 1:
+            raise InvalidInput(f"{self.name!r} takes {len(names)} inputs: give a dict with {names}")
+        return [values]
+
+    def _converted(self, spec: Tensor, value: ArrayLike) -> np.ndarray:
+        array = as_numpy(spec.name, value)
+        if array.dtype == spec.numpy:
+            return np.ascontiguousarray(array).reshape(array.shape)
+        target = spec.numpy
+        if array.dtype.kind not in _TAKEN[target.kind]:
+            raise InvalidInput(f"{spec.name!r} has values of type {array.dtype}, and {self.name!r} takes {spec.dtype}")
+        with np.errstate(over="ignore"):
+            converted = np.asarray(array, target, order="C")
+        if array.dtype.kind in "iu":
+            if not np.array_equal(converted, array):
+                raise InvalidInput(f"{spec.name!r} has values that {spec.dtype} cannot hold")
+        elif hasattr(value, "dtype") and array.itemsize > target.itemsize and spec.name not in self._rounded:
+            self._rounded.add(spec.name)
+            warnings.warn(
+                f"{self.name!r} takes {spec.name!r} as {spec.dtype}; values of {array.dtype} are rounded. "
+                f"Convert them with .astype({spec.dtype!r}) to silence this",
+                PrecisionWarning,
+                stacklevel=2,
+            )
+        return converted
+
+    def _wrong_shape(self, spec: Tensor, array: np.ndarray, leading: str) -> str:
+        takes = f"({', '.join([*leading, *map(str, spec.shape)])}{',' if len(leading) + len(spec.shape) == 1 else ''})"
+        message = f"{spec.name!r} has the shape {array.shape}, and {self.name!r} takes {takes} here"
+        axes = array.ndim - len(spec.shape)
+        if array.shape[max(axes, 0) :] == spec.shape and axes != len(leading):
+            if leading == "" and axes == 1:
+                message += "; `steps` takes several time steps"
+            elif leading == "T" and axes == 0:
+                message += "; `step` takes one time step"
+            elif leading == "T" and axes == 2:
+                message += "; a session has no batch axis"
+        return message
+
+
+def as_numpy(name: str, value: ArrayLike) -> np.ndarray:
+    """The value as an array of the host, without a copy where that is possible. Raises InvalidInput."""
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        if hasattr(value, "__dlpack__"):
+            try:
+                return np.from_dlpack(value)
+            except (BufferError, RuntimeError, TypeError):
+                return np.from_dlpack(value, device="cpu", copy=True)
+        return np.asarray(value)
+    except Exception as error:
+        raise InvalidInput(f"{name!r} cannot be read as an array: {error}{_advice(value)}") from error
+
+
+def _advice(value: ArrayLike) -> str:
+    if getattr(value, "requires_grad", False):
+        return "; pass .detach()"
+    return "; move it to the CPU first" if hasattr(value, "__dlpack__") else ""

@@ -1,0 +1,114 @@
+"""Which sessions of a store an action is about, and how one is shown."""
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from unroll.service.core.errors import InvalidRequest
+from unroll.service.store.interface import Key, Listed, Store
+
+_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Sessions of a model (None: of any), by seconds of idleness and by position.
+
+    idle_timeout: of the servers, from which the idleness of a session is known.
+    """
+
+    model: str | None = None
+    min_idle: float | None = None
+    min_position: int = 0
+    max_position: int | None = None
+    idle_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_idle is not None and self.idle_timeout is None:
+            raise InvalidRequest("sessions that never expire leave no idle time in the store: remove --min-idle")
+
+    def of(self, session: Listed) -> "Selected | None":
+        selected = Selected(session, _idle(session, self.idle_timeout))
+        if self.model is not None and session.key[0] != self.model:
+            return None
+        if session.position < self.min_position:
+            return None
+        if self.max_position is not None and session.position > self.max_position:
+            return None
+        if self.min_idle is not None and (selected.idle is None or selected.idle < self.min_idle):
+            return None
+        return selected
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """idle: seconds since the last commit; None if the session never expires."""
+
+    session: Listed
+    idle: float | None
+
+    def document(self) -> dict[str, Any]:
+        model, session_id = self.session.key
+        return {
+            "model": model,
+            "session_id": session_id,
+            "position": self.session.position,
+            "durability": self.session.origin.durability,
+            "digest": self.session.origin.model,
+            "idle_seconds": None if self.idle is None else round(self.idle, 1),
+            "expires_in_seconds": None if self.session.expires_in is None else round(self.session.expires_in, 1),
+            "bytes": self.session.bytes,
+        }
+
+    def line(self) -> str:
+        model, session_id = self.session.key
+        idle = "never expires" if self.idle is None else f"idle {self.idle:.0f} s"
+        return f"{model}  {describe(session_id)}  position {self.session.position}  {idle}  {self.session.bytes} bytes"
+
+
+@dataclass(slots=True)
+class Found:
+    sessions: list[Selected] = field(default_factory=list)
+    damaged: list[Key] = field(default_factory=list)
+
+
+async def select(store: Store, selection: Selection, after: str, limit: int) -> tuple[Found, str]:
+    """Return about `limit` sessions, and the name of the next page; empty: there is none.
+
+    Raises:
+        StoreUnavailable: The store does not answer.
+        InvalidRequest: `after` names no page.
+    """
+    found, seen = Found(), set[Key]()
+    while True:
+        page = await store.page(after, limit - len(found.sessions))
+        for listed in page.sessions:
+            if listed.key not in seen and (selected := selection.of(listed)) is not None:
+                found.sessions.append(selected)
+            seen.add(listed.key)
+        found.damaged += [key for key in page.damaged if selection.model in (None, key[0])]
+        after = page.after
+        if not after or len(found.sessions) >= limit:
+            return found, after
+
+
+async def every(store: Store, selection: Selection) -> AsyncIterator[Found]:
+    """Yield all pages."""
+    after = ""
+    while True:
+        found, after = await select(store, selection, after, _PAGE)
+        yield found
+        if not after:
+            return
+
+
+def describe(text: str) -> str:
+    """A text of a client, on one line."""
+    return text if text.isprintable() and " " not in text else json.dumps(text)
+
+
+def _idle(session: Listed, idle_timeout: float | None) -> float | None:
+    if session.expires_in is None or idle_timeout is None:
+        return None
+    return max(0.0, idle_timeout - session.expires_in)

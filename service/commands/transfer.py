@@ -1,0 +1,90 @@
+"""Sessions from a store to a file, and back. The file is a state file, as in `state_file.py`."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from unroll.service.commands.selection import Selection, every
+from unroll.service.core.errors import SessionContended, SnapshotInvalid
+from unroll.service.store import state_file
+from unroll.service.store.interface import Commit, Key, Store, Tokens
+from unroll.service.store.record import Record
+
+IMPORTED, REPLACED, EXISTS = "imported", "replaced", "open, not imported"
+_AT_ONCE = 100
+#: Attempts to replace a session that servers change meanwhile.
+_ATTEMPTS = 8
+
+
+async def export(store: Store, selection: Selection, path: Path) -> tuple[int, list[Key]]:
+    """Write open sessions to a new file.
+
+    Returns:
+        How many, and the keys of those that are damaged.
+
+    Raises:
+        OSError: The file exists, or cannot be written.
+        StoreUnavailable: The store does not answer.
+    """
+    damaged: list[Key] = []
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise OSError(f"{path} exists; name a new file") from None
+    with os.fdopen(descriptor, "w+b") as file, ExitStack() as on_error:
+        on_error.callback(path.unlink)
+        writer = state_file.Writer(file)
+        async for found in every(store, selection):
+            damaged += found.damaged
+            for selected in found.sessions:
+                key = selected.session.key
+                try:
+                    record = await store.load(key)
+                except SnapshotInvalid:
+                    damaged.append(key)
+                    continue
+                if isinstance(record, Record):  # else it has ended meanwhile
+                    writer.add(key, record, selected.idle or 0.0)
+        count = writer.finish()
+        os.fsync(descriptor)
+        on_error.pop_all()
+    return count, damaged
+
+
+async def import_file(store: Store, path: Path, *, replace: bool) -> AsyncIterator[tuple[Key, str]]:
+    """Yield each session of a file, and what became of it. Its idle time begins anew.
+
+    Raises:
+        SnapshotInvalid: The file is damaged; nothing was imported.
+        OSError: It cannot be read.
+        StoreUnavailable: The store does not answer; the sessions that were yielded are imported.
+    """
+    sessions, tokens = state_file.read(path), Tokens()
+    for begin in range(0, len(sessions), _AT_ONCE):
+        some = sessions[begin : begin + _AT_ONCE]
+        errors = await store.commit([_commit(key, b"", tokens.next(), record) for key, record, _ in some])
+        for (key, record, _), error in zip(some, errors, strict=True):
+            if error is None:
+                yield key, IMPORTED
+            elif not isinstance(error, SessionContended):
+                raise error
+            else:
+                yield key, await _replace(store, key, record, tokens) if replace else EXISTS
+
+
+async def _replace(store: Store, key: Key, record: Record, tokens: Tokens) -> str:
+    for _ in range(_ATTEMPTS):
+        known = await store.load(key)
+        expected = known.token if isinstance(known, Record) else b""
+        (error,) = await store.commit([_commit(key, expected, tokens.next(), record)])
+        if error is None:
+            return REPLACED
+        if not isinstance(error, SessionContended):
+            raise error
+    return "not replaced, because servers change it all the time"
+
+
+def _commit(key: Key, expected: bytes, token: bytes, record: Record) -> Commit:
+    origin = record.origin.to_bytes()
+    return Commit(key, expected, token, origin, record.position, record.row, record.last, begins=True)

@@ -1,0 +1,63 @@
+"""What the repository's folder holds: bundles, marks of retired versions, and the version that each model points to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from unroll.bundle import discover, stated_digest
+
+#: A file in a model's folder: the number of the version that new sessions begin on.
+POINTER = "serve"
+#: A file in a version's folder: the version is retired. Its manifest must stay, so that its sessions are recognised.
+MARK = "retired"
+
+
+class RepositoryError(Exception):
+    """The repository cannot be served as it is; says why, for every bundle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The folder at one moment.
+
+    Attributes:
+        bundles: By name and version; the version is empty if a folder `<name>` cannot be listed.
+        pointers: What each model's pointer says, by name; any text.
+        retired: Name and digest of the versions with a mark.
+    """
+
+    bundles: dict[tuple[str, str], Path]
+    pointers: dict[str, str]
+    retired: set[tuple[str, str]]
+
+
+def read_contents(repository: Path) -> Contents:
+    """Raises RepositoryError if the folder cannot be listed, or holds no bundle."""
+    try:
+        paths = discover(repository)
+    except OSError as error:
+        raise RepositoryError(f"the repository cannot be read: {error}") from error
+    contents = Contents({}, {}, set())
+    for path in paths:
+        name, version = (*path.relative_to(repository).parts, "")[:2]
+        if (path / MARK).exists() and (digest := stated_digest(path)) is not None:
+            contents.retired.add((name, digest))
+        else:
+            contents.bundles[name, version] = path
+    if not contents.bundles:
+        raise RepositoryError(f"{repository} holds no bundle (<name>/<version>/manifest.json)")
+    for name in {name for name, _ in contents.bundles}:
+        if (pointer := _read_pointer(repository / name / POINTER)) is not None:
+            contents.pointers[name] = pointer
+    return contents
+
+
+def _read_pointer(path: Path) -> str | None:
+    """What the file says; if it cannot be read, why, which no version is called."""
+    if path.exists() and not path.is_file():  # reading a pipe would not end
+        return f"{path.name} is not a file"
+    try:
+        return path.read_text(errors="replace").strip()[:80]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return str(error)

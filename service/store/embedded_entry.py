@@ -1,0 +1,140 @@
+"""An entry of the embedded store, and its clock.
+
+One entry per session, in LMDB, under MODEL/SESSION. Integers are little-endian.
+
+header   see `envelope.py`: magic "UNRE", format version 1, tag: 0 the session, 1 it was closed, 2 it expired
+then     expires f64: the session, or this trace of it; token 16 bytes; length of the name u16, the name
+body     of a session: the record as in `record.py`; of a trace: position u64, origin, last
+end      BLAKE2b-128 of all the bytes before
+
+Times are seconds on the store's own clock, which stands still while the machine is off, and never jumps.
+"""
+
+import hashlib
+import math
+import struct
+import time
+from dataclasses import dataclass
+from typing import Any, Self
+
+from unroll.service.core.errors import SessionClosed, SessionExpired, SnapshotInvalid
+from unroll.service.state.envelope import HEADER_BYTES, Envelope
+from unroll.service.store.interface import Key
+from unroll.service.store.lmdb_folder import boot
+from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, unpack_last
+
+POSITION = struct.Struct("<Q")
+SESSION, CLOSED, EXPIRED = range(3)
+
+_ENTRY = struct.Struct("<d16sH")
+_ENVELOPE = Envelope(b"UNRE", 1, "a session of the store", _ENTRY.size, tags=3)
+_NAME = HEADER_BYTES + _ENTRY.size
+_TAG = 6
+
+#: LMDB's limit, in bytes. A longer name is stored under a part of it and a hash.
+_MOST_KEY, _KEPT_OF_NAME = 511, 400
+#: Not the name of a session, which begins with a model's. Its value: a hash of the boot, offset and time of the clock.
+CLOCK, TIME = b"\0clock", struct.Struct("<16sdd")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry as it is stored. Its checksum is compared when its body is read."""
+
+    content: bytes
+    kind: int
+    expires: float
+    token: bytes
+    name: bytes
+
+    @classmethod
+    def at(cls, transaction: Any, place: bytes) -> Self | None:
+        return None if (found := transaction.get(place)) is None else cls.read(bytes(found))
+
+    @classmethod
+    def read(cls, content: bytes) -> Self:
+        """One that is too short counts as a session, so that its damage is found when it is used."""
+        if len(content) < _NAME:
+            return cls(content, SESSION, math.inf, bytes(16), b"")
+        expires, token, length = _ENTRY.unpack_from(content, HEADER_BYTES)
+        return cls(content, content[_TAG], expires, token, content[_NAME : _NAME + length])
+
+    def is_living(self, now: float) -> bool:
+        return self.kind == SESSION and self.expires > now
+
+    def body(self) -> bytes:
+        """Raises SnapshotInvalid if the entry is damaged."""
+        return _ENVELOPE.unseal(self.content)[_NAME + len(self.name) :]
+
+    def record(self) -> Record:
+        """Of a session. Raises SnapshotInvalid if it is damaged."""
+        return Record.unpack(self.body(), self.token)
+
+    def gone(self) -> Gone:
+        """Of a trace. Raises SnapshotInvalid if it is damaged."""
+        body, begin = self.body(), POSITION.size + ORIGIN_BYTES
+        origin, last = Origin.from_bytes(body[POSITION.size : begin]), body[begin:]
+        cause = SessionClosed if self.kind == CLOSED else SessionExpired
+        return Gone(cause.code, origin, unpack_last(last)[0] if last else ())
+
+    def trace(self) -> bytes | None:
+        """Position and origin of a session; None if it is damaged."""
+        try:
+            record = self.record()
+        except SnapshotInvalid:
+            return None
+        return POSITION.pack(record.position) + record.origin.to_bytes()
+
+    def at_time(self, now: float, tombstone_life: float) -> Record | Gone | None:
+        """What is known of the session at that time. Raises SnapshotInvalid if the entry is damaged."""
+        if self.kind != SESSION:
+            gone = self.gone()
+            return gone if self.expires > now else None
+        record = self.record()
+        if self.expires > now:
+            return record
+        return Gone(SessionExpired.code, record.origin) if self.expires + tombstone_life > now else None
+
+
+def pack_entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes) -> bytes:
+    return _ENVELOPE.seal(_ENVELOPE.header(kind) + _ENTRY.pack(expires, token, len(name)) + name + body)
+
+
+def expiry(content: Any) -> float:
+    """When the entry of that content ends."""
+    return math.inf if len(content) < _NAME else _ENTRY.unpack_from(content, HEADER_BYTES)[0]
+
+
+def name_of(key: Key) -> bytes:
+    return f"{key[0]}/{key[1]}".encode()
+
+
+def key_of(name: bytes) -> Key:
+    """Of a name, or so far as it can be read."""
+    model, _, session = name.decode(errors="replace").partition("/")
+    return model, session
+
+
+def place_of(name: bytes) -> bytes:
+    """LMDB's key."""
+    if len(name) <= _MOST_KEY:
+        return name
+    return name[:_KEPT_OF_NAME] + b"\0" + hashlib.blake2b(name, digest_size=32).digest()
+
+
+def agreed_offset(transaction: Any) -> float:
+    """Store time minus time since boot, the same for all processes; the clock goes on from where it stood."""
+    known = transaction.get(CLOCK)
+    this, offset, last = TIME.unpack(known) if known is not None else (b"", 0.0, 0.0)
+    if this != this_boot():
+        offset = last - since_boot()
+        transaction.put(CLOCK, TIME.pack(this_boot(), offset, last))
+    return offset
+
+
+def this_boot() -> bytes:
+    return hashlib.blake2b(boot().encode(), digest_size=16).digest()
+
+
+def since_boot() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

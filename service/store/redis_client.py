@@ -1,0 +1,190 @@
+"""From the URL of a Redis to its client: one server, the primary that Sentinels name, or a cluster.
+
+Also what an error of it means at the start, and whether it removes keys.
+"""
+
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from redis.asyncio import Connection, Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
+from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    ClusterCrossSlotError,
+    MasterDownError,
+    MovedError,
+    NoPermissionError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from unroll.service.store.interface import StoreRefused
+
+#: Schemes of URLs, with that of redis-py.
+SCHEMES = {
+    "redis": "redis",
+    "rediss": "rediss",
+    "unix": "unix",
+    "valkey": "redis",
+    "valkeys": "rediss",
+    "redis+cluster": "redis",
+    "rediss+cluster": "rediss",
+    "redis+sentinel": "redis",
+}
+#: What redis-py raises without a reply.
+FAILURES = (RedisError, RedisClusterException, OSError)
+_SENTINEL = "redis+sentinel"
+_SENTINEL_PORT = 26379
+#: Options that name files.
+_FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+
+_RIGHTS = "its user needs EVALSHA, EVAL, SET, GET, GETRANGE, DEL, PTTL and PEXPIRE on the keys of --store-prefix"
+#: Errors that no waiting heals, with what to do. By class, or by words of the message.
+_REFUSALS: tuple[tuple[type[Exception] | str, str], ...] = (
+    (AuthenticationError, "check the user and the password in --store"),
+    (AuthorizationError, _RIGHTS),
+    (NoPermissionError, _RIGHTS),
+    ("user executing the script can't", _RIGHTS),
+    ("ACL failure in script", _RIGHTS),
+    (ssl.SSLCertVerificationError, "name the file of its authority: rediss://…?ssl_ca_certs=FILE"),
+    ("DB index is out of range", "check the number of the database at the end of --store"),
+    ("Cluster mode is not enabled", "it is a single Redis: use redis://"),
+    (MovedError, "it is a Redis Cluster: use redis+cluster://"),
+    (ClusterCrossSlotError, "it is a Redis Cluster: use redis+cluster://"),
+)
+
+
+class _Packing:
+    """Packs commands with hiredis, which takes a third of the time. Not used for TLS and Unix sockets."""
+
+    _packer = HiredisRespSerializer()
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        return self._packer.pack(*args)
+
+
+class _Connection(_Packing, Connection):
+    pass
+
+
+class _SentinelConnection(_Packing, SentinelManagedConnection):
+    pass
+
+
+def connect(url: str, timeout: float) -> Any:
+    """A client; it connects when it is used.
+
+    Args:
+        url: See `SCHEMES`; of Sentinels `redis+sentinel://[user:password@]host:port,host:port/service[/db]`.
+        timeout: Seconds for a new connection.
+
+    Raises:
+        StoreRefused: The URL is wrong.
+    """
+    # Retry once, at once, on a new connection: the old one may be dead, or lead to a server that is no longer the
+    # primary. The script recognises repeated calls.
+    retry = Retry(NoBackoff(), 1, (RedisConnectionError, RedisTimeoutError, ReadOnlyError, MasterDownError))
+    options: dict[str, Any] = {"socket_connect_timeout": timeout, "socket_timeout": None, "retry": retry}
+    scheme, _, rest = url.partition("://")
+    try:
+        _check_files(url)
+        if scheme == _SENTINEL:
+            client = _at_sentinels(rest, timeout, options)
+        elif scheme.endswith("+cluster"):
+            return RedisCluster.from_url(f"{SCHEMES[scheme]}://{rest}", **options)
+        else:
+            _check_database(url, scheme)
+            client = Redis.from_url(f"{SCHEMES[scheme]}://{rest}", connection_class=_Connection, **options)
+        client.connection_pool.make_connection()  # does not connect yet; refuses unknown options
+    except TypeError as error:
+        option = str(error).rpartition("argument ")[2]
+        raise StoreRefused(f"--store has an option that does not exist: {option}") from error
+    except ValueError as error:
+        raise StoreRefused(f"--store is wrong: {error}") from error
+    return client
+
+
+async def disconnect(client: Any) -> None:
+    await client.aclose()
+    pool = getattr(client, "connection_pool", None)
+    if isinstance(pool, SentinelConnectionPool):
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
+async def eviction_policy(client: Any) -> str | None:
+    """By which the server removes keys when its memory is full; None if it keeps them. Raises one of FAILURES."""
+    if isinstance(client, RedisCluster):
+        answers = [await client.info("memory", target_nodes=node) for node in client.get_primaries()]
+    else:
+        answers = [await client.info("memory")]
+    policies = [str(info["maxmemory_policy"]) for info in answers if info.get("maxmemory")]
+    return next((policy for policy in policies if policy != "noeviction"), None)
+
+
+def refusal(reason: BaseException) -> str | None:
+    """What to do about an error that no waiting heals; None if the store may answer later."""
+    for error in _causes(reason):
+        for kind, remedy in _REFUSALS:
+            if kind in str(error) if isinstance(kind, str) else isinstance(error, kind):
+                return f"{str(error).rstrip('.')}; {remedy}"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _check_files(url: str) -> None:
+    for name, (path, *_) in parse_qs(urlsplit(url).query).items():
+        if name in _FILES and not Path(path).is_file():
+            raise ValueError(f"{name}: there is no file {path!r}")
+
+
+def _check_database(url: str, scheme: str) -> None:
+    database = urlsplit(url).path.strip("/")
+    if scheme != "unix" and database and not database.isdecimal():
+        raise ValueError(f"the path is the number of a database, not {database!r}")
+
+
+def _at_sentinels(rest: str, timeout: float, options: dict[str, Any]) -> Redis:
+    """A client of the primary that they name; they are asked for each new connection."""
+    authority, _, path = rest.partition("?")[0].partition("/")
+    user, at, hosts = authority.rpartition("@")
+    service, _, database = path.strip("/").partition("/")
+    if not service:
+        raise ValueError("write redis+sentinel://host:port,host:port/SERVICE")
+    sentinels = [_address(host) for host in hosts.split(",")]
+    redis_url = f"redis://{user}{at}host/{database}?{rest.partition('?')[2]}"
+    _check_database(redis_url, "redis")
+    own: dict[str, Any] = dict(parse_url(redis_url))
+    del own["host"]
+    # Each gets a part of the time, so that the last is still asked if the others are silent.
+    share = timeout / (len(sentinels) + 1)
+    asking = {"socket_connect_timeout": share, "socket_timeout": share, "retry": Retry(NoBackoff(), 0)}
+    for name in ("username", "password"):
+        if (value := own.pop(f"sentinel_{name}", None)) is not None:
+            asking[name] = value
+    manager = Sentinel(sentinels, sentinel_kwargs=asking)
+    return manager.master_for(service, connection_class=_SentinelConnection, **options, **own)
+
+
+def _address(host: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{host}")
+    if not parts.hostname:
+        raise ValueError("a Sentinel has no host")
+    return parts.hostname, parts.port or _SENTINEL_PORT

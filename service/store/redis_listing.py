@@ -1,0 +1,75 @@
+"""The open sessions in Redis, page by page: one SCAN per page, node by node if it is a cluster.
+
+A page is named by the number of its node and SCAN's cursor.
+"""
+
+import struct
+from typing import Any
+
+from redis.asyncio.cluster import RedisCluster
+
+from unroll.service.core.errors import InvalidRequest, SnapshotInvalid
+from unroll.service.store.interface import Key, Listed, Page
+from unroll.service.store.record import ORIGIN_BYTES, Origin
+
+_TOKEN = 16
+#: Position, lengths of row and last.
+_WHOLE = struct.Struct("<QII")
+_HEAD = _TOKEN + ORIGIN_BYTES + _WHOLE.size
+#: Least keys that a page looks at: half of them are no sessions, but traces.
+_LEAST = 500
+
+
+async def read_page(client: Any, prefix: str, after: str, limit: int) -> Page:
+    """See `Store.page`. Raises RedisError, OSError, InvalidRequest."""
+    nodes: list[Any] = [None]
+    if isinstance(client, RedisCluster):
+        await client.initialize()
+        nodes = sorted(client.get_primaries(), key=lambda node: node.name)
+    number, cursor = _parse(after, len(nodes))
+    where = {} if nodes[number] is None else {"target_nodes": nodes[number]}
+    pattern = f"{prefix}:{{*}}"
+    count = max(limit, _LEAST)
+    cursor, keys = await client.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", count, **where)
+    if where:
+        cursor = cursor[nodes[number].name]
+    page = Page([], [], _next(number, int(cursor), len(nodes)))
+    pipeline = client.pipeline(**({} if where else {"transaction": False}))
+    for key in keys:
+        pipeline.getrange(key, 0, _HEAD - 1).strlen(key).pttl(key)
+    found = await pipeline.execute() if keys else []
+    for index, key in enumerate(keys):
+        _add(page, _key_of(key, prefix), *found[3 * index : 3 * index + 3])
+    return page
+
+
+def _add(page: Page, key: Key, head: bytes, size: int, milliseconds: int) -> None:
+    if not head:  # it has ended meanwhile
+        return
+    try:
+        origin = Origin.from_bytes(head[_TOKEN : _TOKEN + ORIGIN_BYTES])
+        position, row, last = _WHOLE.unpack(head[_TOKEN + ORIGIN_BYTES :])
+        if size != _HEAD + row + last:
+            raise SnapshotInvalid("the lengths in a stored session contradict its size")
+    except (SnapshotInvalid, struct.error):
+        page.damaged.append(key)
+        return
+    page.sessions.append(Listed(key, origin, position, milliseconds / 1000 if milliseconds >= 0 else None, size))
+
+
+def _key_of(key: bytes, prefix: str) -> Key:
+    model, _, session = key[len(prefix) + 2 : -1].decode(errors="replace").partition("/")
+    return model, session
+
+
+def _parse(after: str, nodes: int) -> tuple[int, int]:
+    number, _, cursor = (after or "0.0").partition(".")
+    if not (number.isdecimal() and cursor.isdecimal() and int(number) < nodes):
+        raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said")
+    return int(number), int(cursor)
+
+
+def _next(number: int, cursor: int, nodes: int) -> str:
+    if cursor:
+        return f"{number}.{cursor}"
+    return f"{number + 1}.0" if number + 1 < nodes else ""

@@ -1,0 +1,85 @@
+"""A server for all tests of the client, and both clients behind one interface."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from blocking import Blocking
+from serving import Oracle, Running
+from torch import Tensor, nn
+
+import unroll
+from unroll.client import AsyncClient, Client
+from unroll.service.settings import Settings
+
+#: Makes a client of one kind or the other, for a URL.
+MakeClient = Callable[..., Any]
+
+
+class Voice(nn.Module):
+    """Has a static input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speakers = nn.Embedding(5, 3)
+        self.rnn = nn.GRU(5, 6, batch_first=True)
+
+    def forward(self, x: Tensor, speaker: Tensor, gain: Tensor) -> Tensor:
+        given = torch.cat([self.speakers(speaker), gain], -1)[:, None].expand(-1, x.shape[1], -1)
+        return self.rnn(torch.cat([x, given], -1))[0]
+
+
+@pytest.fixture(scope="session")
+def served(repository: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The common models, and one with static inputs."""
+
+    def make(path: Path) -> None:
+        torch.manual_seed(3)
+        example = {"x": torch.randn(2, 9, 1), "speaker": torch.tensor([1, 4]), "gain": torch.randn(2, 1)}
+        unroll.export(Voice().eval(), example, name="voice", static=("speaker", "gain"), repository=path)
+        for model in repository.iterdir():
+            (path / model.name).symlink_to(model)
+
+    return made_once("client-repository", make)
+
+
+@pytest.fixture(scope="session")
+def server(served: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    store = f"file://{tmp_path_factory.mktemp('store')}"
+    keys = ("a key of the tests",)
+    running = Running(Settings(repository=served, store=store, durability="memory", snapshot_keys=keys))  # type: ignore[arg-type]
+    yield running
+    running.stop()
+
+
+@pytest.fixture(params=["sync", "async"])
+def make_client(request: pytest.FixtureRequest) -> Iterator[MakeClient]:
+    """`make_client(url, **options)`, of each kind of client; they are closed after the test."""
+    with ExitStack() as ending:
+        runner = ending.enter_context(asyncio.Runner())
+
+        def make(url: str, **options: Any) -> Any:
+            made = Client(url, **options) if request.param == "sync" else Blocking(AsyncClient(url, **options), runner)
+            return ending.enter_context(made)  # type: ignore[arg-type]
+
+        yield make
+
+
+@pytest.fixture
+def client(make_client: MakeClient, server: Running) -> Any:
+    return make_client(server.url)
+
+
+@pytest.fixture(scope="session")
+def oracle(served: Path) -> Callable[[str], Oracle]:
+    return lambda name: Oracle(served, name)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(11)

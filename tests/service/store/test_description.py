@@ -1,0 +1,60 @@
+"""What the server says at its start of where sessions are, and what they survive."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis_server import RedisServer
+
+from unroll.service.store.description import describe, where_sessions_are
+from unroll.service.store.embedded_store import EmbeddedStoreConfig
+from unroll.service.store.redis_store import RedisStoreConfig
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """With a user `me`, whose password is `secret` and who may not ask for the configuration."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    server.client.execute_command("ACL", "SETUSER", "me", "on", ">secret", "~*", "+@all", "-config")
+    yield server
+    server.kill()
+
+
+@pytest.mark.parametrize(
+    ("settings", "survives"),
+    [
+        ({"appendfsync": "always"}, "a crash of Redis"),
+        ({"appendfsync": "everysec"}, "but for the last second"),
+        ({"appendfsync": "no"}, "has not yet written to the disk"),
+        ({"appendonly": "no", "save": "3600 1"}, "a crash of Redis leaves its last snapshot (save 3600 1)"),
+        ({"appendonly": "no", "save": ""}, "not a restart of Redis: it has no file"),
+    ],
+)
+async def test_redis_says_what_it_keeps(redis: RedisServer, settings: dict[str, str], survives: str) -> None:
+    for name, value in {"appendonly": "yes", "save": "", **settings}.items():
+        redis.client.config_set(name, value)
+    found = await describe(RedisStoreConfig(redis.url, timeout=5.0))
+    assert survives in found.survives
+    assert found.settings.items() >= settings.items()
+
+
+async def test_a_redis_that_does_not_say_it_or_does_not_answer_is_no_obstacle(redis: RedisServer) -> None:
+    redis.client.config_set("appendonly", "yes")
+    url = redis.url.replace("://", "://me:secret@")
+    said = await where_sessions_are(RedisStoreConfig(url, timeout=5.0), None)
+    assert "does not say" in said["survive"]
+    down = await where_sessions_are(RedisStoreConfig("redis://me:secret@127.0.0.1:1/0", timeout=5.0), None)
+    assert down["where"] == "redis://127.0.0.1:1/0"
+    assert "unknown: " in down["survive"]
+    assert "secret" not in f"{said}{down}"
+
+
+async def test_what_a_folder_and_memory_survive(tmp_path: Path) -> None:
+    folder = await where_sessions_are(EmbeddedStoreConfig(tmp_path, "never"), None)
+    assert folder == {
+        "where": f"the folder {tmp_path} (LMDB)",
+        "survive": "the end of any process, but not a crash of the machine",
+    }
+    memory = await where_sessions_are(None, tmp_path / "file")
+    assert memory == {"where": "memory", "survive": f"an orderly end of the server, in {tmp_path}/file"}

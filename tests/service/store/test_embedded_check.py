@@ -1,0 +1,105 @@
+"""`unroll store check`: every entry is examined, and a damaged file is reported in words."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+from test_stores import commit, put
+
+from unroll.service.commands import store as store_command
+from unroll.service.core.errors import SnapshotInvalid
+from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
+from unroll.service.store.interface import Tokens
+from unroll.service.store.record import Record
+
+#: Of the random damage; printed with a failure.
+SEED, COUNT = 1, 80
+
+
+async def filled(folder: Path, count: int, row: bytes = bytes(64)) -> EmbeddedStore:
+    """A store with sessions, the first of them closed."""
+    store, tokens = EmbeddedStore(EmbeddedStoreConfig(folder, timeout=60.0)), Tokens()
+    for number in range(count):
+        assert await put(store, commit(tokens.next(), key=("lstm", f"s{number}"), row=row)) == [None]
+    await store.close(("lstm", "s0"))
+    return store
+
+
+def checked(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
+    status = store_command.main(["check", f"file://{folder}", "--json", *options])
+    return status, json.loads(capsys.readouterr().out)
+
+
+async def test_damaged_entries_are_named_and_removed_while_a_server_uses_the_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = await filled(tmp_path, 5)
+
+    def damage(transaction: lmdb.Transaction) -> None:
+        content = bytearray(transaction.get(b"lstm/s3"))
+        content[-20] ^= 1
+        transaction.put(b"lstm/s3", bytes(content))
+        transaction.put(b"lstm/s9", transaction.get(b"lstm/s2"))
+
+    store._folder.write(damage)
+    status, report = checked(tmp_path, capsys)
+    assert (status, report["sessions"], report["closed"], report["result"]) == (1, 3, 1, "damaged")
+    assert [(found["model"], found["session"]) for found in report["damaged"]] == [("lstm", "s3"), ("lstm", "s9")]
+    assert "checksum" in report["damaged"][0]["problem"]
+    with pytest.raises(SnapshotInvalid):
+        await store.load(("lstm", "s3"))
+    assert checked(tmp_path, capsys, "--repair")[1]["removed"] == 2
+    assert [await store.load(("lstm", session)) for session in ("s3", "s9")] == [None, None]
+    assert isinstance(await store.load(("lstm", "s2")), Record)
+    assert store_command.main(["check", f"file://{tmp_path}"]) == 0
+    assert "3 sessions, 1 closed, 0 expired, 0 damaged" in capsys.readouterr().out
+    await store.stop()
+
+
+async def test_a_file_that_ends_its_reader_is_reported_as_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await (await filled(tmp_path, 3, row=bytes(9000))).stop()
+    data = tmp_path / "data.mdb"
+    content = bytearray(data.read_bytes())
+    at = content.find(b"lstm/s1")
+    while at >= 0:
+        content[at - 5] |= 0x40  # the length of the entry: more than the file has
+        at = content.find(b"lstm/s1", at + 1)
+    data.write_bytes(content)
+    status, report = checked(tmp_path, capsys)
+    assert (status, report["result"]) == (2, "unreadable")
+    assert "reading it ended the process (SIG" in report["reason"]
+
+
+async def test_what_is_no_store_or_is_cut_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no store" in checked(tmp_path, capsys)[1]["reason"]
+    await (await filled(tmp_path, 30)).stop()
+    data = tmp_path / "data.mdb"
+    data.write_bytes(data.read_bytes()[:-20000])
+    status, report = checked(tmp_path, capsys)
+    assert status == 2
+    assert "is damaged: data.mdb has" in report["reason"]
+
+
+async def test_random_damage_never_leaves_another_session_unnoticed(tmp_path: Path) -> None:
+    await (await filled(tmp_path / "store", 150)).stop()
+    program = [sys.executable, str(Path(__file__).with_name("flips.py"))]
+    ran = await asyncio.to_thread(
+        subprocess.run,
+        [*program, str(tmp_path / "store"), str(tmp_path / "copy"), str(SEED), str(COUNT)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    outcomes = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(outcomes) == COUNT
+    assert [outcome for outcome in outcomes if outcome["result"] == "failed" or outcome.get("wrong")] == [], ran.stderr
+    found = Counter(outcome["result"] for outcome in outcomes)
+    assert found["unreadable"] >= COUNT // 5, "every file that was cut, at least"
