@@ -144,12 +144,16 @@ class LongSequences:
             if trial.time == trials.BRANCHES[-1] and not log.undecided():
                 return
         for site in log.undecided():
-            what = "a branch reads" if isinstance(site, Branch) else "an expression is made of"
+            what, so_far = (
+                ("a branch reads", f"It goes one way in {long.time} steps, and may go the other way later")
+                if isinstance(site, Branch)
+                else ("a value is made of", f"It follows one rule in {long.time} steps, and may follow another later")
+            )
             raise ExportError(
                 "calls_depend_on_time",
                 f"forward loops over time steps, and {what} a number that grows with them "
-                f"({Place(site.code.co_filename, site.line, ())}). It goes one way in {long.time} steps, and may "
-                "go the other way later; let every step do the same, and give what differs between steps as an input",
+                f"({Place(site.code.co_filename, site.line, ())}). {so_far}; let every step do the same, and give what "
+                "differs between steps as an input",
             )
 
     def _compare(self, trial: Trial, own: Arrays, served: Subject) -> None:
