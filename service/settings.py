@@ -156,6 +156,10 @@ class Settings(BaseSettings):
     drain_timeout: Annotated[
         PositiveFloat, Field(description="seconds for connected clients to receive their answers at shutdown")
     ] = 10.0
+    admin: Annotated[
+        CliToggleFlag[bool],
+        Field(description="list sessions at /v1/admin/sessions, to any client: there is no authentication"),
+    ] = False
     log_requests: Annotated[
         LogRequests, Field(description="requests that leave a line in the log, at most 100 a second: none, errors, all")
     ] = "errors"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unroll.service.commands import transfer
-from unroll.service.commands.selection import Selection, describe, select
 from unroll.service.core.errors import UnrollError
+from unroll.service.sessions.selection import Selection, describe, select
 from unroll.service.settings import SettingsRefused, store_config_of
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.interface import Store, StoreRefused

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from unroll.service.commands.selection import Selection, every
 from unroll.service.core.errors import SessionContended, SnapshotInvalid
+from unroll.service.sessions.selection import Selection, every
 from unroll.service.store import state_file
 from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.record import Record

@@ -54,7 +54,8 @@ def _add(page: Page, key: Key, head: bytes, size: int, milliseconds: int) -> Non
     except (SnapshotInvalid, struct.error):
         page.damaged.append(key)
         return
-    page.sessions.append(Listed(key, origin, position, milliseconds / 1000 if milliseconds >= 0 else None, size))
+    expires_in = milliseconds / 1000 if milliseconds >= 0 else None
+    page.sessions.append(Listed(key, origin.model, origin.durability, position, expires_in, size))
 
 
 def _key_of(key: bytes, prefix: str) -> Key:

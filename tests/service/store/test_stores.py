@@ -292,7 +292,7 @@ async def test_all_open_sessions_are_listed_page_by_page(store: Store, tokens: T
         if not (after := page.after):
             break
     assert sorted(session.key for session in found) == sorted(keys)
-    assert {(session.origin, session.position) for session in found} == {(ORIGIN, 4)}
+    assert {(one.digest, one.durability, one.position) for one in found} == {(ORIGIN.model, "stored", 4)}
     assert all(session.expires_in is None or 890 < session.expires_in <= 900 for session in found)
     assert all(session.bytes > 30 for session in found)
 
