@@ -51,7 +51,7 @@ crowd-test: install ## hundreds of concurrent sessions over every API, longer th
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
 kinds-test: install ## export every kind of module, of which `make test` leaves out some (minutes)
-	UNROLL_TEST_KINDS=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/export/test_kinds.py
+	UNROLL_TEST_KINDS=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/export/test_kinds.py tests/served
 
 check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/ruff format --check .

@@ -25,13 +25,9 @@ def workers(bench: Bench) -> list[Outcome]:
     with bench.servers(bench.cores) as servers:
         for number in _WORKERS:
             name = f"unroll-{number}"
-            store = (
-                "--store",
-                f"file://{bench.folder}/{name}",
-                "--store-timeout",
-                "30",
-            )  # a busy disk costs no processor
-            launch = bench.unroll(*store, "--workers", str(number), name=name)
+            # The timeout: a busy disk costs no processor.
+            options = (f"--store=file://{bench.folder}/{name}", "--store-timeout=30", f"--workers={number}")
+            launch = bench.unroll(*options, name=name)
             subject = stored(launch, reference, f"in a folder, workers: {number}")
             counts = sorted({CLIENTS, CLIENTS * number})
             turns += [_by_processor(turn, servers.server(launch)) for turn in servers.turns(subject, counts)]

@@ -198,21 +198,26 @@ class Client:
         return response
 
     def _ask(self, connection: http.client.HTTPConnection, request: Request) -> Response:
+        lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head = (
+            f"{request.method} {self._address.path}{request.path} HTTP/1.1\r\n{self._address.head}{lines}"
+            f"Content-Length: {len(request.body)}\r\n\r\n"
+        )
         try:
-            connection.request(
-                request.method, self._address.path + request.path, request.body, self._address.headers | request.headers
-            )
-            answer = connection.getresponse()
-            body = answer.read()
-            if answer.length is None and not answer.chunked:  # http.client takes headers that are cut off for whole
+            connection.send(head.encode("latin-1") + request.body)  # in one piece, which `request` would not do
+            with http.client.HTTPResponse(connection.sock, method=request.method) as answer:
+                answer.begin()
+                body = answer.read()
+            if answer.length is None and not answer.chunked:  # it takes headers that are cut off for whole
                 raise http.client.IncompleteRead(body)
         except BaseException:
             connection.close()
             raise
-        headers = {name.lower(): value for name, value in answer.getheaders()}
-        if not answer.will_close:
+        if answer.will_close:
+            connection.close()
+        else:
             self._idle.append(connection)
-        return Response(answer.status, headers, body)
+        return Response(answer.status, {name.lower(): value for name, value in answer.getheaders()}, body)
 
 
 class Session:

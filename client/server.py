@@ -4,6 +4,7 @@ import http.client
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -13,7 +14,14 @@ from unroll.client.exchange import model_path
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """url: without a slash at the end. path: of the URL, before every route. headers: of every request."""
+    """Where requests go.
+
+    Attributes:
+        url: Without a slash at the end.
+        path: Of the URL, before every route.
+        headers: Of every request.
+        tls: For https://, else None.
+    """
 
     url: str
     host: str
@@ -37,12 +45,21 @@ class ServerAddress:
         sent = dict(headers or {})
         if api_key is not None:
             sent["Authorization"] = f"Bearer {api_key}"
+        if unsafe := [name for name, value in sent.items() if not _is_line(f"{name}: {value}")]:
+            raise InvalidInput(f"the header {unsafe[0]!r} has a line break, or characters beyond Latin-1")
         context = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         return cls(parts.geturl(), host, port, parts.path, sent, context)
 
     def stream_url(self, model: str) -> str:
         """Of the WebSocket for a model, `name` or `name:version`."""
         return f"ws{self.url.removeprefix('http')}{model_path(model)}/stream"
+
+    @cached_property
+    def head(self) -> str:
+        """The header lines of every request."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        lines = {"Host": host if self.port is None else f"{host}:{self.port}", "Accept-Encoding": "identity"}
+        return "".join(f"{name}: {value}\r\n" for name, value in (lines | self.headers).items())
 
     def connection(self, timeout: float) -> http.client.HTTPConnection:
         if self.tls is None:
@@ -53,3 +70,7 @@ class ServerAddress:
         """The message of a ConnectionFailed."""
         reason = str(error) or type(error).__name__
         return f"{self.url} did not answer ({attempts} attempts): {reason}"
+
+
+def _is_line(text: str) -> bool:
+    return text.isprintable() and all(ord(character) < 256 for character in text)

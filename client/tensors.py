@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ class PrecisionWarning(UserWarning):
     """Values were rounded to the model's precision."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tensor:
     """An input or output of a model.
 
@@ -43,12 +44,12 @@ class Tensor:
     shape: tuple[int, ...]
     time: bool = True
 
-    @property
+    @cached_property
     def numpy(self) -> np.dtype:
         """Little-endian, as on the wire."""
         return np.dtype(self.dtype).newbyteorder("<")
 
-    @property
+    @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
 

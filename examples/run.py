@@ -9,6 +9,7 @@ The sessions are in a folder, `.run/sessions`, and survive the server: the demo 
 import argparse
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -144,8 +145,8 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
                 raise NotStarted(f"not ready after {_READY_SECONDS:.0f} s; see {LOG}") from None
             time.sleep(_POLL_SECONDS)
     lines = LOG.read_text(errors="replace").splitlines()[-10:]
-    if lines and '"the store ' in lines[-1]:
-        lines.append("the sessions need a folder on a disk of this machine; choose one: make run STORE=/tmp/unroll")
+    if lines and (refused := re.search(r'"reason": "(the store [^"]+)"', lines[-1])):
+        raise NotStarted(f"{refused[1]}\nChoose another folder, on a disk of this machine: make run STORE=/tmp/unroll")
     raise NotStarted("\n".join([f"the server exited with status {server.returncode}; the end of {LOG}:", *lines]))
 
 

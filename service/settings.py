@@ -102,8 +102,9 @@ class Settings(BaseSettings):
         Field(
             pattern=rf"^(file:///|({'|'.join(map(re.escape, SCHEMES))})://)",
             description="store of durable sessions: file:///folder (for the processes of one machine), "
-            "redis://host:port/db, rediss:// (with TLS), unix://, redis+cluster://, "
-            "redis+sentinel://host:port,host:port/service, or with valkey",
+            "redis://host:port/db, rediss:// (with TLS), unix://, valkey://, valkeys://, "
+            "redis+cluster://host:port, rediss+cluster://, "
+            "redis+sentinel://host:port,host:port/service",
         ),
     ] = None
     store_prefix: Annotated[

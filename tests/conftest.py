@@ -1,4 +1,4 @@
-"""Small models for every code path of the server, exported once per run; a CUDA stub, and a Redis."""
+"""A repository of small models, a CUDA stub, and a Redis."""
 
 import fcntl
 import gc
@@ -12,11 +12,10 @@ import torch
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from httpx._transports import default
 from redis_server import RedisServer
+from served import models
 from stub_cuda.child import Outcome, Stub
-from torch import Tensor, nn
 from waiting import PATIENCE
 
-import unroll
 from conformance import onnx_registry
 
 #: The fixture `made_once`.
@@ -47,69 +46,6 @@ def _httpx_is_quick_and_patient() -> Iterator[None]:
         yield
 
 
-class Recurrent(nn.Module):
-    """A stack of LSTM or GRU layers and a head for every step, or for the last."""
-
-    def __init__(self, kind: type[nn.RNNBase], features: int = 3, *, last: bool = False, **options: object) -> None:
-        super().__init__()
-        self.rnn = kind(features, 8, batch_first=True, **options)  # type: ignore[arg-type]
-        self.head = nn.Linear(16 if options.get("bidirectional") else 8, 2)
-        self.last = last
-
-    def forward(self, x: Tensor) -> Tensor:
-        y, _ = self.rnn(x)
-        return self.head(y[:, -1] if self.last else y)
-
-
-class Tokens(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 4)
-        self.rnn = nn.GRU(4, 8, batch_first=True)
-        self.head = nn.Linear(8, 11)
-
-    def forward(self, token: Tensor) -> Tensor:
-        return self.head(self.rnn(self.embedding(token))[0])
-
-
-class TwoInTwoOut(nn.Module):
-    """Two inputs, two outputs, and a learned initial state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.GRU(5, 6, batch_first=True)
-        self.start = nn.Parameter(torch.randn(1, 1, 6))
-        self.level, self.slope = nn.Linear(6, 1), nn.Linear(6, 2)
-
-    def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        start = self.start.expand(1, a.shape[0], 6).contiguous()
-        y, _ = self.rnn(torch.cat([a, b], -1), start)
-        return {"level": self.level(y), "slope": self.slope(y)}
-
-
-def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of that name with the same weights each time, and example inputs."""
-    torch.manual_seed(sum(name.encode()))
-    x = torch.randn(2, 9, 3)
-    match name:
-        case "lstm":
-            return Recurrent(nn.LSTM, num_layers=2).eval(), {"x": x}
-        case "gru":
-            return Recurrent(nn.GRU, num_layers=2).eval(), {"x": x}
-        case "last":
-            return Recurrent(nn.LSTM, last=True).eval(), {"x": x}
-        case "whole":
-            return Recurrent(nn.GRU, bidirectional=True).eval(), {"x": x}
-        case "tokens":
-            return Tokens().eval(), {"token": torch.randint(0, 11, (2, 9))}
-        case "two":
-            return TwoInTwoOut().eval(), {"a": torch.randn(2, 9, 2), "b": x}
-    raise KeyError(name)
-
-
-NAMES = ("lstm", "gru", "last", "whole", "tokens", "two")
-
-
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     """`made_once(name, make)`: a folder that `make` fills, once for all processes of a run; nobody changes it."""
@@ -130,20 +66,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     return call
 
 
-def export_all(path: Path) -> None:
-    for name in NAMES:
-        module, example = build(name)
-        unroll.export(module, example, name=name, repository=path)
-    torch.manual_seed(99)
-    unroll.export(
-        Recurrent(nn.GRU, num_layers=2).eval(), {"x": torch.randn(2, 9, 3)}, name="gru", version="2", repository=path
-    )
-
-
 @pytest.fixture(scope="session")
-def repository(made_once: MadeOnce) -> Path:
-    """A repository with version 1 of each of NAMES, and version 2 of `gru` with other weights."""
-    return made_once("repository", export_all)
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of the most usual models; `gru` has two versions with different weights."""
+    return models.link(tmp_path_factory.mktemp("repository"), "lstm", "gru", "last", "whole", "tokens", "two")
 
 
 @pytest.fixture(scope="session")

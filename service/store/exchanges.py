@@ -168,4 +168,7 @@ def unavailable(reason: Exception) -> StoreUnavailable:
 
 
 def _first_line(reason: Exception | None) -> str:
-    return "" if reason is None else str(reason).partition("\n")[0] or type(reason).__name__
+    if reason is None:
+        return ""
+    silent = "no answer in time" if isinstance(reason, TimeoutError) else type(reason).__name__
+    return str(reason).partition("\n")[0] or silent

@@ -26,8 +26,6 @@ def websocket_server() -> Serve:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A repository with the models; PyTorch's outputs are in the folder above."""
-    repository = tmp_path_factory.mktemp("models") / "repository"
-    model.write(repository)
-    return repository
+    return made_once("bench", lambda path: model.write(path / "repository")) / "repository"

@@ -16,10 +16,8 @@ from unroll.export import export
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 CONFIGS = [
-    StackedRNNConfig(cell="gru", hidden_size=5, layers=1, output_size=3, input_size=2),
     StackedRNNConfig(cell="gru", hidden_size=32, layers=3, output_size=4, input_size=7),
-    StackedRNNConfig(cell="lstm", hidden_size=8, layers=2, output_size=3, input_size=1, bias=False),
-    StackedRNNConfig(cell="lstm", hidden_size=33, layers=4, output_size=2, input_size=9),
+    StackedRNNConfig(cell="lstm", hidden_size=33, layers=4, output_size=2, input_size=1, bias=False),
     StackedRNNConfig(cell="lstm", hidden_size=16, layers=1, output_size=13, vocabulary=13, embedding_size=6),
     StackedRNNConfig(cell="rnn", hidden_size=12, layers=2, output_size=3, input_size=5),
 ]

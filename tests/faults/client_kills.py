@@ -85,7 +85,7 @@ class _Clients:
 
     def _live(self, session: Session | StreamSession, kind: str) -> None:
         past, chunk = self._past(kind)
-        while not self.stop.is_set():
+        while not (self.stop.is_set() and past.outputs):
             past.inputs.append(chunk())
             past.outputs.append(session.steps(past.inputs[-1]))  # type: ignore[arg-type]
             self.stop.wait(0.01)
@@ -100,7 +100,7 @@ class _Clients:
 
     async def _async_life(self, session: AsyncSession | AsyncStreamSession, kind: str) -> None:
         past, chunk = self._past(kind)
-        while not self.stop.is_set():
+        while not (self.stop.is_set() and past.outputs):
             past.inputs.append(chunk())
             past.outputs.append(await session.steps(past.inputs[-1]))  # type: ignore[arg-type]
             await asyncio.sleep(0.01)

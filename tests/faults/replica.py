@@ -9,8 +9,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from faults.preloaded import Served
 from redis_server import free_port
-from waiting import PATIENCE, reached
+from waiting import reached
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,21 +33,18 @@ class Replica:
         self.log = folder / f"{name}.log"
         self.environment = dict(environment or {})
         where = ("--repository", str(repository), "--host", "127.0.0.1", "--port", str(self.port))
-        flags = (*where, "--device", "cpu", "--log-level", "warning", *options)
-        self._command = (sys.executable, "-m", "unroll", "serve", *flags)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._flags = (*where, "--device", "cpu", "--log-level", "warning", *options)
+        self._process: Served | subprocess.Popen[bytes] | None = None
 
     def launch(self) -> None:
         """Start the process; returns immediately."""
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=ROOT,
-                env=os.environ | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            environment = os.environ | self.environment
+            if sys.platform == "linux":
+                self._process = Served(self._flags, log.fileno(), environment)
+            else:
+                command = [sys.executable, "-m", "unroll", "serve", *self._flags]
+                self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     async def ready(self) -> None:
         """Return when the readiness probe returns 200."""
@@ -68,8 +66,8 @@ class Replica:
     def kill(self) -> None:
         """Send SIGKILL; nothing completes."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait(PATIENCE)
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
             self._process = None
 
     def pause(self) -> None:
@@ -92,12 +90,12 @@ class Replica:
         """Send SIGTERM; returns the exit status."""
         self._send(signal.SIGTERM)
         assert self._process is not None
-        return await asyncio.to_thread(self._process.wait, PATIENCE)
+        return await asyncio.to_thread(self._process.wait)
 
     async def ended(self) -> int:
         """Wait for the process to exit; returns the status."""
         assert self._process is not None
-        return await asyncio.to_thread(self._process.wait, PATIENCE)
+        return await asyncio.to_thread(self._process.wait)
 
     def _send(self, number: signal.Signals) -> None:
         assert self._process is not None, f"{self.name} is not running"

@@ -8,13 +8,9 @@ from pathlib import Path
 
 import onnx
 import pytest
-import torch
+from served import models
 from stub_cuda.calls import Call, Calls
 from stub_cuda.child import Outcome
-from torch import nn
-
-import unroll
-from conformance.kinds import TESTED
 
 RunWithStub = Callable[..., Outcome]
 
@@ -28,37 +24,10 @@ from stub_cuda.step import Step, new_stream, phase
 """
 
 
-class Stack(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], layers: int) -> None:
-        super().__init__()
-        self.rnn = kind(64, 64, layers, batch_first=True)
-        self.head = nn.Linear(64, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.rnn(x)[0])
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A graph by the name of an example or of a kind of `conformance.kinds`, or as `lstm 2`: two layers of 64."""
-    repository = tmp_path_factory.mktemp("graphs")
-    shapes = {shape.name: shape for shape in TESTED}
-
-    def model(name: str) -> Path:
-        folder = name.replace(" ", "-").replace(",", "")
-        for known in (EXAMPLES, repository):
-            if (known / folder).exists():
-                return known / folder / "1" / "model.onnx"
-        torch.manual_seed(0)
-        if name in shapes:
-            module, example = shapes[name].build(), shapes[name].example()
-        else:
-            kind, layers = name.split()
-            module, example = Stack({"lstm": nn.LSTM, "gru": nn.GRU}[kind], int(layers)), {"x": torch.randn(2, 5, 64)}
-        unroll.export(module.eval(), example, name=folder, repository=repository)
-        return repository / folder / "1" / "model.onnx"
-
-    return model
+def model(name: str) -> Path:
+    """The graph of an example or of a model of `served`."""
+    folder = name.replace(" ", "-").replace(",", "")
+    return next(path for path in (EXAMPLES, models.BUNDLES) if (path / folder).exists()) / folder / "1" / "model.onnx"
 
 
 def without_lens(path: Path, tmp_path: Path) -> Path:
@@ -87,7 +56,7 @@ def uploads(calls: Calls) -> list[int]:
 @pytest.mark.parametrize(
     "name", ["co2", "bytes", "lstm 2", "gru 2", "embedding, LSTM, norm, GRU", "several outputs in a dict"]
 )
-def test_every_node_is_on_the_device(run_with_stub: RunWithStub, model, name: str) -> None:
+def test_every_node_is_on_the_device(run_with_stub: RunWithStub, name: str) -> None:
     script = """
 step = Step(argv[1])
 phase("step")
@@ -100,7 +69,7 @@ print(json.dumps(step.session.get_providers()))
     assert len(ran.phases["step"].named("cudnnRNNForward")) == len(recurrent)
 
 
-def test_arithmetic_on_shapes_is_not_and_costs_nothing(run_with_stub: RunWithStub, model) -> None:
+def test_arithmetic_on_shapes_is_not_and_costs_nothing(run_with_stub: RunWithStub) -> None:
     """So a node on the CPU is not always a reason to refuse a model."""
     with pytest.raises(AssertionError, match="assigned to the default CPU EP"):
         run_with_stub(IMPORTS + "Step(argv[1])", model("matrices as steps"))
@@ -116,7 +85,7 @@ phase("end")
 
 
 @pytest.mark.parametrize("name", ["rnn tanh", "rnn relu"])
-def test_plain_rnns_go_by_the_host(run_with_stub: RunWithStub, model, name: str) -> None:
+def test_plain_rnns_go_by_the_host(run_with_stub: RunWithStub, name: str) -> None:
     """onnxruntime has no such kernel for relu; for tanh the exporter cuts `sequence_lens` up on the device."""
     script = """
 step = Step(argv[1], stream=new_stream(), fallback=True)
@@ -137,7 +106,7 @@ except RuntimeError:
 
 @pytest.mark.parametrize("name", ["co2", "bytes", "lstm 2"])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_the_state_never_crosses(run_with_stub: RunWithStub, model, name: str, steps: int) -> None:
+def test_the_state_never_crosses(run_with_stub: RunWithStub, name: str, steps: int) -> None:
     script = """
 step = Step(argv[1])
 step.use(8, steps=int(argv[2]))
@@ -153,7 +122,7 @@ phase("end")
 
 
 @pytest.mark.parametrize(("kind", "each", "besides"), [("lstm", 4, 6), ("gru", 3, 6)])
-def test_launches_of_a_step(run_with_stub: RunWithStub, model, kind: str, each: int, besides: int) -> None:
+def test_launches_of_a_step(run_with_stub: RunWithStub, kind: str, each: int, besides: int) -> None:
     """A layer: its lengths, the cell, and each part of its new state taken from the node's output."""
     script = """
 step = Step(argv[1], stream=new_stream())
@@ -191,7 +160,7 @@ phase("end")
 
 @pytest.mark.parametrize("lens", [False, True])
 @pytest.mark.parametrize("name", ["co2", "bytes", "lstm 2", "embedding, LSTM, norm, GRU"])
-def test_a_run_can_be_captured(run_with_stub: RunWithStub, model, tmp_path: Path, name: str, lens: bool) -> None:
+def test_a_run_can_be_captured(run_with_stub: RunWithStub, tmp_path: Path, name: str, lens: bool) -> None:
     path = model(name) if lens else without_lens(model(name), tmp_path)
     phases = run_with_stub(IMPORTS + CAPTURE, path).phases
     captured = phases["capture"].captured
@@ -204,7 +173,7 @@ def test_a_run_can_be_captured(run_with_stub: RunWithStub, model, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["co2", "embedding, LSTM, norm, GRU"])
-def test_what_the_graph_reads_on_the_host_stays_as_it_is(run_with_stub: RunWithStub, model, name: str) -> None:
+def test_what_the_graph_reads_on_the_host_stays_as_it_is(run_with_stub: RunWithStub, name: str) -> None:
     """Lengths, and tables of addresses for Split and Concat: every launch reads them again."""
     phases = run_with_stub(IMPORTS + CAPTURE, model(name)).phases
     read = [call for call in phases["capture"].captured.crossings if call.destination == "device"]
@@ -215,7 +184,7 @@ def test_what_the_graph_reads_on_the_host_stays_as_it_is(run_with_stub: RunWithS
     assert not phases["later"].named("cudaFreeHost")
 
 
-def test_a_run_that_waits_cannot_be_captured(run_with_stub: RunWithStub, model) -> None:
+def test_a_run_that_waits_cannot_be_captured(run_with_stub: RunWithStub) -> None:
     script = """
 step = Step(argv[1], stream=new_stream())
 step.run()
@@ -230,7 +199,7 @@ except RuntimeError as error:
     assert "cudaStreamSynchronize" in ran.phases["capture"].forbidden
 
 
-def test_a_larger_call_than_ever_before_cannot_be_captured(run_with_stub: RunWithStub, model) -> None:
+def test_a_larger_call_than_ever_before_cannot_be_captured(run_with_stub: RunWithStub) -> None:
     script = """
 step = Step(argv[1], stream=new_stream())
 step.run()
@@ -246,7 +215,7 @@ except RuntimeError as error:
     assert "cudaMalloc" in ran.phases["capture"].forbidden
 
 
-def test_only_a_run_that_waits_returns_its_pinned_memory(run_with_stub: RunWithStub, model) -> None:
+def test_only_a_run_that_waits_returns_its_pinned_memory(run_with_stub: RunWithStub) -> None:
     """So uncaptured work waits; the memory of captures grows until the session ends."""
     script = """
 step = Step(argv[1], stream=new_stream())
@@ -263,7 +232,7 @@ for wait in (True, False):
     assert len(sources(phases["wait False"].crossings)) == 5 * layers
 
 
-def test_an_input_bound_on_the_host_is_copied_when_it_is_bound(run_with_stub: RunWithStub, model) -> None:
+def test_an_input_bound_on_the_host_is_copied_when_it_is_bound(run_with_stub: RunWithStub) -> None:
     """No run reads it again, so later writes have no effect."""
     script = """
 import numpy as np
@@ -307,7 +276,7 @@ phase("end")
 
 
 @pytest.fixture(scope="module")
-def own_graphs(run_with_stub: RunWithStub, model) -> dict[str, Calls]:
+def own_graphs(run_with_stub: RunWithStub) -> dict[str, Calls]:
     return run_with_stub(IMPORTS + OWN_GRAPHS, model("co2")).phases
 
 

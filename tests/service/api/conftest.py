@@ -8,48 +8,26 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import torch
 from processes import Process, StartProcess
 from raw_http import Wire
+from served import models
 from serving import Oracle, Running, Serve
-from torch import Tensor, nn
 
-import unroll
 from unroll.service.core.clock import Clock
 from unroll.service.settings import Settings
 
 
-class Hot(nn.Module):
-    """Answers a huge input with infinity, as a float32 model may."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(3, 8, batch_first=True)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0]) + 100 * x[..., :2]
-
-
 @pytest.fixture(scope="session")
-def repository(repository: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The common repository and the model `hot`."""
-
-    def make(path: Path) -> None:
-        shutil.copytree(repository, path, dirs_exist_ok=True)
-        torch.manual_seed(5)
-        unroll.export(Hot().eval(), {"x": torch.randn(2, 9, 3)}, name="hot", repository=path)
-
-    return made_once("api-repository", make)
+    names = ("lstm", "gru", "last", "whole", "tokens", "two", "hot")
+    return models.link(tmp_path_factory.mktemp("repository"), *names)
 
 
 @pytest.fixture(scope="session")
-def few(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What most tests ask for: a server of all models takes three times as long to start."""
-    path = tmp_path_factory.mktemp("few")
-    for name in ("lstm", "gru", "hot"):
-        (path / name).symlink_to(repository / name)
-    return path
+    return models.link(tmp_path_factory.mktemp("few"), "lstm", "gru", "hot")
 
 
 @pytest.fixture

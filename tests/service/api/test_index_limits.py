@@ -7,45 +7,17 @@ import httpx
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from problems import assert_problem
+from served import models
 from serving import Oracle, Running, Serve
-from torch import Tensor, nn
-from torch.nn import functional
-
-import unroll
 
 #: A step that the model takes.
 GOOD = {"token": 8, "kind": 3, "any": 3, "pair": [8, 4], "month": 12}
 
 
-class Tables(nn.Module):
-    """A loop whose step looks up tables in many ways."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.others, self.months = nn.Embedding(9, 6), nn.Embedding(5, 6), nn.Embedding(12, 6)
-        self.kinds, self.update = nn.Linear(4, 6), nn.Linear(6, 6)
-
-    def forward(self, token: Tensor, kind: Tensor, any: Tensor, pair: Tensor, month: Tensor) -> Tensor:
-        h, outs = torch.zeros(token.shape[0], 6), []
-        for t in range(token.shape[1]):
-            step = self.tokens(token[:, t].int().reshape(-1, 1)).squeeze(1)
-            step = step + self.kinds(functional.one_hot(kind[:, t], 4).float())
-            step = step + self.tokens(any[:, t].clamp(0, 8)) + self.months(month[:, t] - 1)
-            step = step + self.tokens(pair[:, t, 0]) + self.others(pair[:, t, 1])
-            h = torch.tanh(step + self.update(h) * h)
-            outs.append(h)
-        return torch.stack(outs, 1)
-
-
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tables")
-    example = {name: torch.randint(0, limit, (3, 8)) for name, limit in (("token", 9), ("kind", 4), ("any", 9))}
-    example |= {"pair": torch.randint(0, 5, (3, 8, 2)), "month": torch.randint(1, 13, (3, 8))}
-    unroll.export(Tables().eval(), example, name="tables", repository=path)
-    return path
+    return models.link(tmp_path_factory.mktemp("tables"), "tables")
 
 
 @pytest.fixture

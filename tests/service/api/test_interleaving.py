@@ -18,10 +18,10 @@ from serving import Oracle, Running, Serve, SlowEngine, metric
 from unroll.service import app
 from unroll.service.engine import backend
 
-#: `make crowd-test` has more of them.
+#: `make crowd-test` has more of them, and more rounds.
 SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "20261").split(",")]
 CLIENTS = 200
-ROUNDS = 16
+ROUNDS = 16 if "UNROLL_TEST_SEEDS" in os.environ else 8
 AT_ONCE = 64
 BATCH_SECONDS = 0.02
 #: For each request httpx compares every connection of its pool with every other.

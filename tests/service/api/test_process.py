@@ -1,6 +1,7 @@
 """`unroll serve` as a process: what it does on SIGHUP and SIGTERM, and when it cannot start."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -159,26 +160,66 @@ def test_a_system_other_than_linux(start_process: StartProcess) -> None:
     assert process.end() == 0
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (("--repository", "tests/service"), "holds no bundle"),
-        (("--repository", "nowhere"), "the repository cannot be read: [Errno 2] No such file"),
-        (("--repository", "README.md"), "the repository cannot be read: [Errno 20] Not a directory"),
-        (("--device", "tpu"), "use cpu, auto, or GPUs"),
-        (("--device", "cuda:99"), "cuda:99 was requested, but"),
-        (("--host", "203.0.113.1"), "cannot listen at 203.0.113.1, port 0: "),
-        (("--host", "no.such.host.invalid"), "cannot listen at no.such.host.invalid, port 0: "),
-    ],
-)
-def test_a_start_that_fails_says_why_in_its_last_line(shelf: Path, flags: tuple[str, str], reason: str) -> None:
-    refused = launch("--repository", str(shelf), "--port", "0", "--device", "cpu", *flags)
-    _, log = refused.communicate(timeout=PATIENCE)
-    assert refused.returncode == 1
-    last = json.loads(log.splitlines()[-1])
+#: Starts with each of several lists of flags, in one process; its exit statuses are lines on stderr, as its log is.
+STARTS = """
+import json, sys
+from unroll.service.serve import main
+for flags in json.loads(sys.argv[1]):
+    try:
+        status = main(flags)
+    except SystemExit as end:
+        status = end.code
+    print("ended", status, file=sys.stderr, flush=True)
+"""
+
+#: Flags of starts that fail, and the reason.
+FAILING = {
+    ("--repository", "tests/service"): "holds no bundle",
+    ("--repository", "nowhere"): "the repository cannot be read: [Errno 2] No such file",
+    ("--repository", "README.md"): "the repository cannot be read: [Errno 20] Not a directory",
+    ("--device", "tpu"): "use cpu, auto, or GPUs",
+    ("--device", "cuda:99"): "cuda:99 was requested, but",
+    ("--host", "203.0.113.1"): "cannot listen at 203.0.113.1, port 0: ",
+    ("--host", "no.such.host.invalid"): "cannot listen at no.such.host.invalid, port 0: ",
+}
+
+
+#: Flags that are wrong.
+WRONG = [(), ("--repository", ".", "--port", "abc"), ("--bogus",)]
+
+
+@pytest.fixture(scope="module")
+def failed_starts(few: Path) -> dict[tuple[str, ...], tuple[int, list[str]]]:
+    """By flags: the exit status, and what came on stderr."""
+    usual = ("--repository", str(few), "--port", "0", "--device", "cpu")
+    starts = {flags: usual + flags for flags in FAILING} | {flags: flags for flags in WRONG}
+    process = launch(json.dumps([*starts.values()]), program=("-c", STARTS))
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    parts = re.split(r"^ended (\d)\n", said, flags=re.MULTILINE)
+    return dict(zip(starts, zip(map(int, parts[1::2]), map(str.splitlines, parts[:-1:2]), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("flags", FAILING)
+def test_a_start_that_fails_says_why_in_its_last_line(
+    failed_starts: dict[tuple[str, ...], tuple[int, list[str]]], flags: tuple[str, str]
+) -> None:
+    status, log = failed_starts[flags]
+    assert status == 1
+    last = json.loads(log[-1])
     assert (last["event"], last["level"]) == ("not started", "error")
-    assert reason in last["reason"]
-    assert "Traceback" not in log
+    assert FAILING[flags] in last["reason"]
+    assert "Traceback" not in str(log)
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_flags_that_are_wrong_end_with_a_line_each(
+    failed_starts: dict[tuple[str, ...], tuple[int, list[str]]], flags: tuple[str, ...]
+) -> None:
+    status, said = failed_starts[flags]
+    assert status == 2
+    assert "unroll serve" in said[0]
+    assert "Traceback" not in str(said)
 
 
 def test_a_port_that_is_taken_is_noticed_before_the_models_are_loaded(shelf: Path) -> None:
@@ -213,12 +254,3 @@ def test_closed_standard_descriptors_are_not_taken_by_sockets_or_files(shelf: Pa
     process = launch("--repository", str(shelf), "--port", "0", program=("-c", DETACHED))
     _, log = process.communicate(timeout=PATIENCE)
     assert log == str(["/dev/null"] * 3)
-
-
-@pytest.mark.parametrize("flags", [(), ("--repository", ".", "--port", "abc"), ("--bogus",)])
-def test_flags_that_are_wrong_end_with_a_line_each(flags: tuple[str, ...]) -> None:
-    refused = launch(*flags)
-    _, said = refused.communicate(timeout=PATIENCE)
-    assert refused.returncode == 2
-    assert "unroll serve" in said
-    assert "Traceback" not in said

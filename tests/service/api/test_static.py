@@ -7,38 +7,17 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import torch
+from served import models
 from serving import RAW, Oracle, Running, Serve, raw_steps
 from streams import Client
-from torch import Tensor, nn
 from wire import infer
-
-import unroll
 
 KEY = "a key of at least 16 bytes"
 
 
-class Voices(nn.Module):
-    """Which speaker, and a gain for each of two channels, besides the frames."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.rnn = nn.GRU(3 + 4 + 2, 8, batch_first=True)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor, speaker: Tensor, gain: Tensor) -> Tensor:
-        fixed = torch.cat([self.embedding(speaker), gain], -1)[:, None].expand(-1, x.shape[1], -1)
-        return self.head(self.rnn(torch.cat([x, fixed], -1))[0])
-
-
 @pytest.fixture(scope="session")
 def voices(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("static") / "repository"
-    torch.manual_seed(3)
-    example = {"x": torch.randn(2, 9, 3), "speaker": torch.tensor([1, 5]), "gain": torch.randn(2, 2)}
-    unroll.export(Voices().eval(), example, name="voices", repository=path, static=["speaker", "gain"])
-    return path
+    return models.link(tmp_path_factory.mktemp("static"), "voices")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from faults.proxy import Fault, FaultProxy
 from redis_server import RedisServer
+from structlog.testing import capture_logs
 from waiting import until
 
 from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable
@@ -257,11 +258,16 @@ async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
         redis_server.client.config_set("maxmemory", 0)
 
 
-async def test_a_store_that_is_not_there():
-    store = RedisStore(RedisStoreConfig("redis://127.0.0.1:9", timeout=0.5))
-    assert await put(store, commit(b"t")) == [StoreUnavailable]
-    with pytest.raises(StoreUnavailable):
-        await store.load(KEY)
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:9/0", "redis+cluster://127.0.0.1:9", "redis+sentinel://127.0.0.1:9/main"]
+)
+async def test_a_store_that_is_not_there(url: str):
+    store = RedisStore(RedisStoreConfig(url))
+    with capture_logs() as logs:
+        assert await put(store, commit(b"t")) == [StoreUnavailable]
+        with pytest.raises(StoreUnavailable):
+            await store.load(KEY)
+    assert [(line["event"], line["answers"]) for line in logs] == [("store", False)]
     await store.stop()
 
 

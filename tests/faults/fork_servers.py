@@ -1,0 +1,45 @@
+"""Forks an `unroll serve` for each request on a link, until that is closed; see `preloaded.py`.
+
+A request has the arguments and the environment, and the file for what it prints; the replies are the process's id, and
+a word once it has lost its parent.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import socket
+import sys
+import traceback
+
+from unroll.service import serve
+from unroll.service.core import failpoints
+
+link = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    request, [*logs], _, _ = socket.recv_fds(link, 65_536, 1)
+    if not request:
+        break
+    if (child := os.fork()) == 0:
+        if pid := os.fork():
+            link.send(str(pid).encode())
+            os._exit(0)
+        link.close()
+        arguments, environment = json.loads(request)
+        for descriptor in (1, 2):
+            os.dup2(logs[0], descriptor)
+        os.environ.clear()
+        os.environ.update(environment)
+        importlib.reload(failpoints)  # armed by the environment
+        status: object = 1
+        try:
+            status = serve.main(arguments)
+        except SystemExit as ended:
+            status = ended.code
+        except Exception:  # noqa: BLE001 the log tells it, as at the end of any program
+            traceback.print_exc()
+        atexit._run_exitfuncs()
+        os._exit(int(status or 0))  # libraries wait here for threads of theirs that were not forked
+    os.waitpid(child, 0)
+    link.send(b"orphaned")
+    os.close(logs[0])

@@ -1,0 +1,26 @@
+"""The bundles that tests serve are what export writes today. `make kinds-test` exports all of them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from served import models
+
+from unroll import bundle
+from unroll.service.engine.runner import Runner
+
+#: With two layers, and with what no layer keeps.
+FEW = ["gru/2", "voices/1"]
+
+
+@pytest.mark.parametrize("folder", models.MODELS if os.environ.get("UNROLL_TEST_KINDS") == "all" else FEW)
+def test_exported_afresh_it_gives_the_same_numbers(folder: str, tmp_path: Path) -> None:
+    models.export(folder, tmp_path)
+    committed, fresh = bundle.read(models.BUNDLES / folder), bundle.read(tmp_path / folder)
+    assert (fresh.manifest.inputs, fresh.manifest.outputs) == (committed.manifest.inputs, committed.manifest.outputs)
+    assert (fresh.manifest.state, fresh.manifest.streamable) == (
+        committed.manifest.state,
+        committed.manifest.streamable,
+    )
+    for golden, model in ((committed, fresh), (fresh, committed)):
+        bundle.Verifier(Runner(model.model_path, model.manifest), golden.manifest).replay(golden.golden)

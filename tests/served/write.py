@@ -1,0 +1,13 @@
+"""Exports the bundles that tests serve anew: `PYTHONPATH=tests python -m served.write [NAME/VERSION ...]`."""
+
+import shutil
+import sys
+
+from served import models
+
+from conformance import onnx_registry
+
+onnx_registry.cache_registry()
+for folder in sys.argv[1:] or models.MODELS:
+    shutil.rmtree(models.BUNDLES / folder, ignore_errors=True)
+    models.export(folder, models.BUNDLES)
