@@ -136,7 +136,8 @@ class Settings(BaseSettings):
         int, Field(ge=0, description="memory per model for replies that are kept for retries, in bytes")
     ] = 256 * 2**20
     state_file: Annotated[
-        Path | None, Field(description="file for memory sessions: written at shutdown, read at startup")
+        Path | None,
+        Field(description="file for memory sessions, also beside a store: written at shutdown, read at startup"),
     ] = None
 
     max_batch: Annotated[PositiveInt, Field(description="maximum rows per model call")] = 256

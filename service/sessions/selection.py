@@ -74,7 +74,7 @@ class Found:
 
 
 async def select(pages: Pages, selection: Selection, after: str, limit: int) -> tuple[Found, str]:
-    """Return about `limit` sessions, and the name of the next page; empty: there is none.
+    """Return at most `limit` sessions, and the name of the next page; empty: there is none.
 
     Raises:
         StoreUnavailable: The store does not answer.

@@ -87,7 +87,7 @@ class Pages(Protocol):
 
         Args:
             after: Of the page before.
-            limit: About so many sessions.
+            limit: Maximum sessions.
 
         Raises:
             StoreUnavailable: The store does not answer.

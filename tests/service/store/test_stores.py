@@ -293,6 +293,7 @@ async def test_all_open_sessions_are_listed_page_by_page(store: Store, tokens: T
     found, after = [], ""
     while True:
         page = await store.page(after, 7)
+        assert len(page.sessions) <= 7
         found += page.sessions
         assert page.damaged == []
         if not (after := page.after):
