@@ -102,9 +102,7 @@ class Settings(BaseSettings):
         Field(
             pattern=rf"^(file:///|({'|'.join(map(re.escape, SCHEMES))})://)",
             description="store of durable sessions: file:///folder (for the processes of one machine), "
-            "redis://host:port/db, rediss:// (with TLS), unix://, valkey://, valkeys://, "
-            "redis+cluster://host:port, rediss+cluster://, "
-            "redis+sentinel://host:port,host:port/service",
+            "redis://host:port/db, redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ...",
         ),
     ] = None
     store_prefix: Annotated[
