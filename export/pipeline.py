@@ -21,8 +21,8 @@ from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.module_state import (
     Attribute,
     RestoreAttributes,
+    find_fitted,
     find_module_state,
-    find_resized_buffers,
     refusal,
 )
 from unroll.export.lifting.observe import Observation, find_history, keep_squeezes, observe
@@ -164,13 +164,13 @@ class Pipeline:
         """With the attributes in which forward leaves a state; the model is as it was after every call."""
         model, example = prepared.model, prepared.example
         attributes = attempt("the example", partial(find_module_state, model, example, self._options.arguments.static))
-        RestoreAttributes(model, sorted({*attributes, *self._resized_buffers(model, example)}))
+        RestoreAttributes(model, sorted({*attributes, *self._fitted(model, example)}))
         tried = copy.deepcopy(model)
         returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), attributes))
         preconditions.check_finite(leaves(returned))
         return replace(prepared, attributes=attributes)
 
-    def _resized_buffers(self, model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
+    def _fitted(self, model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
         arguments = self._options.arguments
         if any(isinstance(value, PackedSequence) for value in example.values()):
             return []
@@ -179,7 +179,7 @@ class Pipeline:
             with torch.no_grad():
                 model(**resized(example, size, arguments.static, arguments.batch_first))
 
-        return find_resized_buffers(model, [partial(run, size) for size in ((2, 3), (3, 3), (2, 5))])
+        return find_fitted(model, [partial(run, size) for size in ((2, 3), (3, 3), (2, 5))])
 
     def _lift(self, prepared: Prepared) -> Lifted:
         model = lift(prepared.model, prepared.exact, prepared.example, self._options.arguments)

@@ -26,6 +26,34 @@ def with_buffer() -> nn.Module:
     return module
 
 
+def fitted(s: Any, x: Tensor) -> Tensor:
+    """The zeros are as wide as the batch of the last call."""
+    if s.zeros is None or s.batch != x.shape[0]:
+        s.batch, s.zeros = x.shape[0], torch.zeros(1, x.shape[0], 6)
+    return s.rnn(x, s.zeros)[0]
+
+
+def by_function(s: Any, x: Tensor) -> Tensor:
+    zeros = x.new_zeros(1, x.shape[0], 6)
+    return torch.gru(x, zeros, [s.w * s.mask, s.r, s.b, s.b], True, 1, 0.0, s.training, False, True)[0]
+
+
+def unflattened(s: Any, x: Tensor) -> Tensor:
+    return nn.Unflatten(0, x.shape[:2])(s.head(s.rnn(x)[0].flatten(0, 1)))
+
+
+class OutputOnly(nn.RNNBase):
+    """Calls PyTorch's function, and returns what PyTorch's layer does not."""
+
+    def __init__(self) -> None:
+        super().__init__("LSTM", 4, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = x.new_zeros(1, x.shape[0], self.hidden_size)
+        y, *_ = torch._VF.lstm(x, (zeros, zeros), self._flat_weights, True, 1, 0.0, self.training, False, True)
+        return y
+
+
 class OwnLSTM(nn.RNNBase):
     """As packages copy it from PyTorch."""
 
@@ -87,6 +115,20 @@ def causal(s: Any, x: Tensor) -> Tensor:
     return s.cell(s.conv(functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))
 
 
+def steps(s: Any, x: Tensor) -> Tensor:
+    """A causal convolution, a layer and two loops in one forward; one of the loops prints now and then."""
+    x = s.rnn(s.conv(functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))[0]
+    for cell in s.cells:
+        h, outs = x.new_zeros(x.shape[0], 6), []
+        for t in range(x.shape[1]):
+            h = cell(x[:, t], h)
+            outs.append(h)
+            if (t + 1) % 10_000 == 0:
+                print("step", t, h.mean().item())
+        x = torch.stack(outs, 1)
+    return s.head(x)
+
+
 def frames(s: Any, x: Tensor) -> Tensor:
     """Time and batch folded, features flattened, and unfolded."""
     return s.rnn(s.flatten(s.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2]))[0]
@@ -129,12 +171,36 @@ class Given(nn.Module):
 HABITS = [
     Kind("an output squeezed", lambda: made(squeezed, rnn=gru(), head=nn.Linear(6, 1))),
     Kind("a buffer that forward resizes", with_buffer),
+    Kind("an attribute fitted to the batch", lambda: made(fitted, rnn=gru(), zeros=None, batch=0)),
     Kind("an LSTM on PyTorch's base class", lambda: made(lambda s, x: s.head(s.rnn(x)[0]), rnn=OwnLSTM(), head=head())),
     Kind("a cell on PyTorch's base class", lambda: made(lambda s, x: s.rnn(x)[0], rnn=OwnCell())),
+    Kind("an LSTM as a function, on PyTorch's base class", OutputOnly),
+    Kind(
+        "a GRU as a function, with a mask on its weights",
+        lambda: made(
+            by_function,
+            w=nn.Parameter(torch.randn(18, 4)),
+            r=nn.Parameter(torch.randn(18, 6) / 3),
+            b=nn.Parameter(torch.randn(18)),
+            mask=nn.Buffer((torch.rand(18, 4) > 0.5).float()),
+        ),
+    ),
+    Kind("unflattened to batch and time", lambda: made(unflattened, rnn=gru(), head=head())),
     Kind("a module that does not return itself", Silent),
     Kind("a looping layer without a state", lambda: made(lambda s, x: s.cell(x, None), cell=Cell())),
     Kind(
         "a causal convolution, then a loop", lambda: made(causal, conv=nn.Conv1d(4, 4, 3), cell=Cell()), bit_exact=False
+    ),
+    Kind(
+        "a convolution, a layer and two loops in one forward",
+        lambda: made(
+            steps,
+            conv=nn.Conv1d(4, 4, 3),
+            rnn=gru(),
+            cells=nn.ModuleList([nn.GRUCell(6, 6), nn.RNNCell(6, 6)]),
+            head=head(),
+        ),
+        bit_exact=False,
     ),
     Kind(
         "frames flattened, batch and time folded",

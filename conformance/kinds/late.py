@@ -149,6 +149,18 @@ LATE = [
         lambda: looping(lambda s, t, x, h: s.cell(x, h) if t < 1_000_000 else h),
         "t < 1_000_000",
     ),
+    _late(
+        "a loop that begins again every 5000 steps",
+        lambda: looping(lambda s, t, x, h: s.cell(x, h if t % 5000 else torch.zeros_like(h))),
+        "t % 5000",
+    ),
+    _late(
+        "a loop that grows until step 5000",
+        lambda: looping(
+            lambda s, t, x, h: s.cell(x, h) + s.table[min(t, 5000) // 5000], table=nn.Buffer(torch.rand(2))
+        ),
+        "min(t, 5000)",
+    ),
     _late("a loop over the last hundred steps", lambda: made(only_the_last, cell=nn.GRUCell(4, 6)), "step 100 "),
     _late("a loop over the first 64 steps", lambda: made(only_the_first, cell=nn.GRUCell(4, 6)), "step 64 "),
     _late("a loop in windows of 50", lambda: made(windows, cell=nn.GRUCell(4, 6)), "step 50 "),

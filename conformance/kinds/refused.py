@@ -72,6 +72,30 @@ def trained() -> nn.Module:
     return module
 
 
+def resized_in_place(s: Any, x: Tensor) -> Tensor:
+    s.h.resize_(1, x.shape[0], 6).zero_()
+    return s.rnn(x, s.h)[0]
+
+
+def grown(s: Any, x: Tensor) -> Tensor:
+    """The table is as long as the longest sequence so far."""
+    if s.table.shape[0] < x.shape[1]:
+        s.table = torch.arange(x.shape[1]) / 1000
+    return s.rnn(x + s.table[: x.shape[1], None])[0]
+
+
+def by_weights(s: Any, x: Tensor) -> Tensor:
+    w, *others = s.rnn._flat_weights
+    zeros = x.new_zeros(1, x.shape[0], 6)
+    return torch.gru(x, zeros, [w * x.mean(), *others], True, 1, 0.0, s.training, False, True)[0]
+
+
+def packed_parts(s: Any, x: Tensor) -> Tensor:
+    p = pack_padded_sequence(x, torch.full((x.shape[0],), x.shape[1]), batch_first=True)
+    zeros = x.new_zeros(1, x.shape[0], 6)
+    return torch.gru(p.data, p.batch_sizes, zeros, s.rnn._flat_weights, True, 1, 0.0, s.training, False)[0]
+
+
 def at_most(s: Any, x: Tensor) -> Tensor:
     if x.shape[1] > 5000:
         raise ValueError("too long")
@@ -153,6 +177,30 @@ REFUSED = [
         lambda: made(changed_in_place, rnn=gru(), h=nn.Buffer(torch.zeros(1, 2, 6))),
         refused="keeps_state",
         says="'h'",
+    ),
+    Kind(
+        "a buffer resized in place",
+        lambda: made(resized_in_place, rnn=gru(), h=nn.Buffer(torch.zeros(1, 1, 6))),
+        refused="not_exportable",
+        says="refused.py",
+    ),
+    Kind(
+        "a table that grows with the length",
+        lambda: made(grown, rnn=gru(), table=nn.Buffer(torch.arange(3) / 1000)),
+        refused="not_exportable",
+        says="time",
+    ),
+    Kind(
+        "weights computed from the inputs",
+        lambda: made(by_weights, rnn=gru()),
+        refused="not_exportable",
+        says="weights that it gives to torch.gru",
+    ),
+    Kind(
+        "the parts of a packed sequence",
+        lambda: made(packed_parts, rnn=gru()),
+        refused="packed_sequence",
+        says="the padded tensor",
     ),
     Kind(
         "running mean in a buffer",

@@ -1,6 +1,7 @@
 """Lifts a model: sorts the arguments of forward, and makes of it a function of the state row, also in float64."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from unroll.export.errors import ExportError, attempt
 from unroll.export.lifting import module_state, packed
 from unroll.export.lifting.carried_state import Carried, handed_on
 from unroll.export.lifting.float64 import converted, double_precision
+from unroll.export.lifting.functional_layers import lift_functions
 from unroll.export.lifting.layers import lift_layers, recognise_layers, take_weights
 from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.loops import lift_loops, refill
@@ -89,6 +91,7 @@ class _Lifter:
             now = {name: argument.expand(size[0]) for name, argument in handed.items()}
             return attempt("the example", lambda: self._model(**self._resized(size), **now))
 
+        lift_functions(self._model, [partial(run, size) for size in ((2, 3), (3, 5))])
         lift_loops(self._model, self._tape, run)
         module_state.restore_attributes(self._model)  # loops were traced alone
 
@@ -192,6 +195,9 @@ def _in_float64(streaming: StreamingModule, exact: nn.Module, samples: Samples) 
     static = as_tensors(samples.draw_static(4, seed=3), double=True)
     double.arguments = replace(streaming.arguments, constants=constants, static=static)
     with double_precision():  # once, since a normalised weight is computed by a forward
-        attempt("float64 inputs", lambda: double.record(*as_tensors(samples.draw(2, 6, seed=3), double=True).values()))
+        attempt(
+            "2 sequences of 6 time steps",
+            lambda: double.record(*as_tensors(samples.draw(2, 6, seed=3), double=True).values()),
+        )
     take_weights(double.model, double.model)
     return double

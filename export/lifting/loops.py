@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from unroll.export.errors import ExportError, first_line
+from unroll.export.errors import ExportError, attempt, first_line
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.layers import LAYERS
 from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced
+from unroll.export.lifting.recording import CannotSplitError
+from unroll.export.lifting.replay import replayed
 from unroll.export.lifting.scan import Axes, Scan
+from unroll.export.lifting.splitting import BATCHES, TIMES, split
 from unroll.export.lifting.tape import Call, Part, Tape
 
 #: Runs forward on the example, resized to a batch size and a length.
@@ -26,6 +29,12 @@ Resized = Callable[[tuple[int, int]], Any]
 
 #: Of the calls that are watched: the base, another batch size, another length.
 _SIZES = ((2, 3), (3, 3), (2, 5))
+
+#: As much longer again. A loop does as much more work; what is done once, such as a table that grows, is no loop.
+_LONGER = (2, 7)
+
+#: Of a call whose answers a forward without its loops must give, too.
+_TRIED = (4, 7)
 
 
 @dataclass(slots=True)
@@ -56,16 +65,25 @@ def lift_loops(model: nn.Module, tape: Tape, run: Resized) -> None:
     """Lift every module that loops over time, in place. Raises ExportError(calls_depend_on_time) for one it cannot."""
     try:
         base, wide, long = (_watch(model, partial(run, size)) for size in _SIZES)
+        loops = [path for path in base if _work(base[path]) != _work(long.get(path, []))]
+        longer = _watch(model, partial(run, _LONGER)) if loops else {}
     except ExportError:
         return  # forward fails on other sizes than the example's: a later check has a clearer message
-    loops = [path for path in base if _work(base[path]) != _work(long.get(path, []))]
+    loops = [path for path in loops if _work(longer.get(path, [])) != _work(long.get(path, []))]
     for path in loops:
         if any(path != other and (not other or path.startswith(other + ".")) for other in loops):
             continue
         name = path or type(model).__name__
         if not len(base[path]) == len(wide[path]) == len(long[path]):
             raise _refusal(name, "how often it is called depends on the length")
-        _lift(model.get_submodule(path), name, tape, base[path][0], wide[path][0], long[path][0])
+        module = model.get_submodule(path)
+        try:
+            _lift(module, name, tape, base[path][0], wide[path][0], long[path][0])
+        except ExportError as error:
+            try:
+                _split(model, path, name, tape, run)
+            except (CannotSplitError, ExportError):
+                raise error from None
 
 
 def _work(calls: list[Seen]) -> list[int]:
@@ -124,6 +142,47 @@ def _lift(module: nn.Module, name: str, tape: Tape, base: Seen, wide: Seen, long
     recipe = match_cell(scan)
     module.unroll_layer = recipe.layer(scan.body) if recipe else None  # type: ignore[assignment]
     module.unroll_recipe = recipe  # type: ignore[assignment]
+
+
+def _split(model: nn.Module, path: str, name: str, tape: Tape, run: Resized) -> None:
+    """Let the module at `path` call a module of its own for each of its loops."""
+    module = model.get_submodule(path)
+    sizes = [(batch, time) for batch in BATCHES for time in TIMES]
+    seen = {size: _watch(model, partial(run, size))[path] for size in (*sizes, _TRIED)}
+    if any(len(calls) != 1 for calls in seen.values()):
+        raise CannotSplitError("it is called more than once")
+    found = split(module, {size: (seen[size][0].given, seen[size][0].structure) for size in sizes}, _batch_and_time)
+    for number, (piece, values) in enumerate(zip(found.pieces, found.values, strict=True)):
+        calls = [Seen(*pytree.tree_flatten((tuple(values[size][0]), {})), *_flat(values[size][1])) for size in _SIZES]
+        _lift(piece, name if len(found.pieces) == 1 else f"{name} loop {number + 1}", tape, *calls)
+    base = seen[_SIZES[0]][0]
+    place = _batch_and_time(*(seen[size][0].given for size in _SIZES))
+    before = module.__class__
+    module.unroll_split, module.unroll_loops = found, nn.ModuleList(found.pieces)  # type: ignore[assignment]
+    module.__class__ = type(
+        before.__name__, (before,), {"forward": replayed(found.program, base.structure, base.results, *place)}
+    )
+    tried = seen[_TRIED][0]
+    args, kwargs = pytree.tree_unflatten(tried.given, tried.structure)
+    tape.start(None, None)
+    again = pytree.tree_leaves(attempt("the example", lambda: module(*args, **kwargs)))
+    tape.start(None, None)
+    if not all(map(_close, _tensors(again), _tensors(tried.gave))):
+        module.__class__ = before
+        raise CannotSplitError("its answers change")
+
+
+def _flat(results: list[Tensor]) -> tuple[list[Any], Any]:
+    return pytree.tree_flatten(tuple(results))
+
+
+def _batch_and_time(base: list[Any], wide: list[Any], long: list[Any]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the first argument that has both: its number and its axis, for each."""
+    for index, tensors in enumerate(zip(base, wide, long, strict=True)):
+        axes = Axes.of(*tensors) if all(isinstance(tensor, Tensor) for tensor in tensors) else None
+        if axes and axes.batch is not None and axes.time is not None:
+            return (index, axes.batch), (index, axes.time)
+    raise CannotSplitError("it is given no tensor with the batch and the time of the input")
 
 
 def _axes(name: str, base: list[Any], wide: list[Any], long: list[Any]) -> list[Axes]:
@@ -190,10 +249,11 @@ def _states(step: LoopBody, first: list[Tensor], inputs: list[Axes]) -> list[Axe
 def _is_same(scan: Scan, seen: Seen) -> bool:
     given = _tensors(seen.given)
     results, _ = scan(given, scan.initial(given), None)
-    return all(
-        one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5)
-        for one, other in zip(results, _tensors(seen.gave), strict=True)
-    )
+    return all(map(_close, results, _tensors(seen.gave)))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5)
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -205,7 +265,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if structure != loop.structure:
         raise _refusal(loop.path, "it is called in different ways")
     given = _tensors(leaves)
-    if module.unroll_layer is not None:
+    if hasattr(module.unroll_layer, "unroll_tape"):  # lifted, too
         results = _by_layer(module, scan, given)
     elif not scan.states:
         results, _ = scan(given, [], tape.lens)

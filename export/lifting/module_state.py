@@ -6,19 +6,20 @@ user's module continues the sequence.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
 from unroll.export.lifting.dataflow import ComputedFrom
 from unroll.export.lifting.kept_values import NOT_OWN, check_nothing_counted, kept_values
 from unroll.export.signature.outputs import first_difference, is_same, leaves
+from unroll.export.source_lines import source_line
 
 #: (path of a module, name of its attribute)
 Attribute = tuple[str, str]
@@ -59,19 +60,46 @@ def find_module_state(model: nn.Module, example: dict[str, Any], static: frozens
     return sorted(attribute for attribute in found if _is_read(model, attribute, example))
 
 
-def find_resized_buffers(model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]]) -> list[Attribute]:
-    """The buffers that forward replaces by others of another shape, for another batch size or length.
+def find_fitted(model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]]) -> list[Attribute]:
+    """The attributes that forward fits to the batch size or the length: tensors of another shape, or numbers.
 
     Args:
         runs: call forward of a model, each with inputs of another size.
+
+    Raises:
+        ExportError: not_exportable, for a buffer whose size is changed in place.
     """
-    tried, found = copy.deepcopy(model), set()
-    shapes = {name: buffer.shape for name, buffer in tried.named_buffers()}
+    tried, seen = copy.deepcopy(model), []
     for run in runs:
-        with suppress(Exception):  # a later check has a clearer message
-            run(tried)
-        found |= {name for name, buffer in tried.named_buffers() if buffer.shape != shapes.get(name)}
-    return sorted((path, name) for path, _, name in (known.rpartition(".") for known in found & shapes.keys()))
+        try:
+            with _RefuseResizing(tried):
+                run(tried)
+        except ExportError as error:
+            raise ExportError(error.code, f"{error}{source_line(error)}") from error
+        except Exception:  # noqa: BLE001 user code: a later check has a clearer message
+            continue
+        sizes = {(path, name, key): tuple(t.shape) or t.item() for path, name, key, t in _tensors(tried)}
+        seen.append(set(sizes.items()))
+    return sorted({(path, name) for one, other in pairwise(seen) for (path, name, _), _ in one ^ other})
+
+
+class _RefuseResizing(TorchFunctionMode):
+    """Within, no tensor that the model keeps may change its size in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in {Tensor.resize_, Tensor.resize_as_, Tensor.set_}:
+            for path, name, _, tensor in _tensors(self._model):
+                if tensor is args[0]:
+                    raise ExportError(
+                        "not_exportable",
+                        f"forward changes the size of {described([(path, name)])} in place, which a graph cannot do; "
+                        f"assign a new tensor to it instead, as with new_zeros",
+                    )
+        return func(*args, **(kwargs or {}))
 
 
 def _another_example(example: dict[str, Any], static: frozenset[str]) -> dict[str, Any]:

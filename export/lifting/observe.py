@@ -192,7 +192,7 @@ def _initial_row(lifted: LiftedModel) -> np.ndarray:
 def _calls(lifted: LiftedModel, batch: int, time: int) -> list[Call]:
     tensors = as_tensors(lifted.samples.draw(batch, time, seed=22), double=True)
     with double_precision():
-        return attempt("float64 inputs", partial(lifted.double.record, *tensors.values()))[1]
+        return attempt(f"{batch} sequences of {time} time steps", partial(lifted.double.record, *tensors.values()))[1]
 
 
 def _check_names(streaming: StreamingModule) -> None:

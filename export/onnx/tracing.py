@@ -2,8 +2,10 @@
 
 import re
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from unroll.export.errors import ExportError
@@ -32,6 +34,11 @@ def trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[Exported
     that is wrong beyond it. PyTorch itself makes such guards for sizes 0 and 1; if nothing but a few small sizes
     break a guard, they become suspects.
     """
+    with mock.patch.object(nn.Unflatten, "_require_tuple_int"):  # it refuses sizes that are symbolic
+        return _trace(module, arguments)
+
+
+def _trace(module: StreamingModule, arguments: tuple[Any, ...]) -> tuple[ExportedProgram, Suspects]:
     batch, time = Dim("batch", min=1), Dim("time", min=1)
     shapes = ({0: batch}, {0: batch}, tuple({0: batch, 1: time} for _ in arguments[2:]))
     try:

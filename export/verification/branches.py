@@ -1,9 +1,11 @@
-"""Branches of the user's code that may go the other way later: on a number that grows with the steps or the length.
+"""Code of the user's that may do something else later, because of a number that grows with the steps or the length.
 
-A trace of the bytecode shows which numbers each condition reads, and which way it goes.
+A trace of the bytecode shows which numbers each condition reads, and which way it goes. What is made of such numbers
+otherwise than by adding and multiplying, as with `min` or `%`, is computed again from the source.
 """
 
 import dis
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unroll.export.verification.expressions import COMPUTING, Expression, says_only
 from unroll.export.verification.iterations import is_foreign
 
 #: Code that only raises is no other way to go.
@@ -22,34 +25,136 @@ _ENDS = ("RETURN", "JUMP", "FOR_ITER", "STORE")
 #: A condition begins after one of these at the latest.
 _BEFORE = ("RETURN", "JUMP", "FOR_ITER", "STORE", "POP_TOP", "YIELD", "SEND", "RAISE", "RERAISE")
 
+#: Instructions without a meaning of their own.
+_NOTHING = {"CACHE", "PRECALL", "EXTENDED_ARG", "TO_BOOL", "NOT_TAKEN", "NOP", "RESUME"}
+
+#: In a run, times after which only what recurs is seen.
+_SETTLED = 5
+
+#: What a variable was, of those that are read.
+_Values = tuple[Any, ...]
+
 
 @dataclass(slots=True)
-class Branch:
-    """One condition. jumps: of it, as `while` has two. results: what it was. read: what it read, by run."""
+class Site:
+    """A place in the code that reads numbers. read: by run. times: that it ran in the last run."""
 
     code: CodeType
     line: int
-    jumps: set[dis.Instruction] = field(default_factory=set)
+    read: dict[int, set[_Values]] = field(default_factory=dict)
+    times: int = 0
+
+    def reads(self, run: int, values: _Values) -> None:
+        self.times = self.times + 1 if run in self.read else 1
+        self.read.setdefault(run, set()).add(values)
+
+    @property
+    def is_late(self) -> bool:
+        return self.times > _SETTLED
+
+    def grows(self) -> bool:
+        """Did it read other numbers in one run than in another?"""
+        return len({frozenset(values) for values in self.read.values()}) > 1
+
+
+@dataclass(slots=True)
+class Branch(Site):
+    """One condition.
+
+    Attributes:
+        expression: its instructions.
+        names: the variables when it was last evaluated.
+        jumps: of it by their offset, as `while` has two.
+        results, late: what it was, and what it was after the first steps.
+    """
+
+    expression: tuple[dis.Instruction, ...] = ()
+    names: FrameType | None = None
+    jumps: dict[int, dis.Instruction] = field(default_factory=dict)
     results: set[bool] = field(default_factory=set)
-    read: dict[int, set[Any]] = field(default_factory=dict)
+    late: set[bool] = field(default_factory=set)
 
     def went(self, jump: dis.Instruction, to: int) -> None:
         """After `jump` came the instruction at `to`."""
         jumped = abs(to - jump.argval) < abs(to - _after(self.code, jump.offset))
         self.results.add(jumped == _jumps_if(jump))
+        if self.is_late:
+            self.late.add(jumped == _jumps_if(jump))
 
     def is_undecided(self) -> bool:
-        """Did it read other numbers in one run than in another, and go one way only, where the other does not raise?"""
-        if len(self.results) != 1 or len({frozenset(values) for values in self.read.values()}) < 2:
+        """Does it read numbers that grow, and go one way only, where the other is another way to go?"""
+        whole = self.expression
+        recurs = any(_computes(each, whole) for each in whole if each.opname != "COMPARE_OP")
+        results = (self.late if recurs else None) or self.results
+        if len(results) != 1 or not self.grows() or _is_final(self, whole, *results):
             return False
-        (result,) = self.results
-        others = [_after(self.code, jump.offset) if _jumps_if(jump) == result else jump.argval for jump in self.jumps]
-        return not all(_raises(self.code, other) for other in others)
+        (result,) = results
+        others = [
+            _after(self.code, jump.offset) if _jumps_if(jump) == result else jump.argval for jump in self.jumps.values()
+        ]
+        if all(_raises(self.code, other) for other in others):
+            return False
+        arms = [_arm(self.code, jump) for jump in self.jumps.values()]
+        return not (self.names and all(arm is not None and says_only(arm, self.names) for arm in arms))
 
 
-def _jumps_if(jump: dis.Instruction) -> bool:
-    """The result for which it jumps."""
-    return "TRUE" in jump.opname or jump.opname.endswith("IF_NONE")
+@dataclass(slots=True)
+class Use(Site):
+    """A number that is made of others. expression: how; None if not of numbers alone. made: from which, late or not."""
+
+    expression: Expression | None = None
+    instructions: tuple[dis.Instruction, ...] = ()
+    made: list[tuple[_Values, Any, bool]] = field(default_factory=list)
+
+    def makes(self, values: _Values, result: Any) -> None:
+        self.made.append((values, result, self.is_late))
+
+    def is_undecided(self) -> bool:
+        """Has it always been the same function of numbers that grow, which it need not stay?"""
+        if self.expression is None or not self.grows():
+            return False
+        if self.expression.code is None:
+            return True
+        late = [(values, result) for values, result, is_late in self.made if is_late or self.expression.is_threshold]
+        pairs = late or [(values, result) for values, result, _ in self.made]
+        results = {result for _, result in pairs}
+        if not all(isinstance(result, (bool, int, float)) for result in results):
+            return False  # tensors: the log of operations has them
+        if len(results) == 1:
+            return not _is_final(self, self.instructions, *results)
+        return not self.expression.rounds and _is_even(pairs)
+
+
+def _is_even(pairs: list[tuple[_Values, Any]]) -> bool:
+    """Is the result a straight line over one of the numbers?"""
+    for index in range(len(pairs[0][0])):
+        points = sorted(
+            {(values[index], result) for values, result in pairs if isinstance(values[index], (int, float))}
+        )
+        if len(points) > 1 and points[0][0] != points[1][0]:
+            (x, y), (other, then) = points[0], points[-1]
+            if all((result - y) * (other - x) == (then - y) * (value - x) for value, result in points):
+                return True
+    return False
+
+
+def _is_final(site: Site, expression: tuple[dis.Instruction, ...], result: bool) -> bool:
+    """Is it `t >= 0` or the like, which stays what it is however large the number becomes?"""
+    parts = [each for each in expression if each.opname not in _NOTHING]
+    columns = iter(zip(*(values for run in site.read.values() for values in run), strict=True))
+    sides: list[tuple[Any, ...]] = []
+    for each in parts[:-1]:
+        names = each.argval if isinstance(each.argval, tuple) else (each.argval,)
+        sides += [(each.argval,)] if _kind(each) == "number" else [next(columns, ()) for _ in names]
+    sign = next(iter(re.findall(r"[<>=!]+", parts[-1].argrepr)), "")
+    if not sign or {_kind(each) for each in parts[:-1]} - {"name", "number"} or len(sides) != 2:
+        return False
+    fixed = next((index for index, side in enumerate(sides) if len(set(side)) == 1), 0)
+    (number, *_), values = sides[fixed], sides[1 - fixed]
+    if not all(isinstance(value, (int, float)) and value >= max(number, 0) for value in values):
+        return False
+    rises = (">" if fixed == 1 else "<") in sign
+    return result == (rises or sign == "!=") and (rises or "=" not in sign or number not in values)
 
 
 class BranchLog:
@@ -57,6 +162,7 @@ class BranchLog:
 
     def __init__(self) -> None:
         self._branches: dict[tuple[CodeType, Any], Branch] = {}
+        self._uses: dict[tuple[CodeType, int], Use] = {}
         self._pending: dict[FrameType, tuple[Branch, dis.Instruction]] = {}
         self._runs = 0
 
@@ -71,11 +177,12 @@ class BranchLog:
             sys.settrace(before)
             self._pending.clear()
 
-    def undecided(self) -> list[Branch]:
-        return [branch for branch in self._branches.values() if branch.is_undecided()]
+    def undecided(self) -> list[Branch | Use]:
+        sites: list[Branch | Use] = [*self._branches.values(), *self._uses.values()]
+        return [site for site in sites if site.is_undecided()]
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if is_foreign(frame.f_code) or not _conditions(frame.f_code):
+        if is_foreign(frame.f_code) or not _watched(frame.f_code):
             return None
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
         return self._step
@@ -85,14 +192,39 @@ class BranchLog:
             if frame in self._pending:
                 branch, jump = self._pending.pop(frame)
                 branch.went(jump, frame.f_lasti)
-            if found := _conditions(frame.f_code).get(frame.f_lasti):
-                jump, reads = found
-                line = (jump.positions.lineno if jump.positions else None) or frame.f_lineno
-                branch = self._branches.setdefault((frame.f_code, jump.positions), Branch(frame.f_code, line))
-                branch.jumps.add(jump)
-                branch.read.setdefault(self._runs, set()).add(tuple(_number(frame, *read) for read in reads))
-                self._pending[frame] = branch, jump
+            if found := _watched(frame.f_code).get(frame.f_lasti):
+                values = tuple(_number(frame, *read) for read in found.reads)
+                if found.branches:
+                    self._at_branch(frame, found, values)
+                else:
+                    self._at_use(frame, found, values)
         return self._step
+
+    def _at_branch(self, frame: FrameType, found: "_Watched", values: _Values) -> None:
+        jump, code = found.instruction, frame.f_code
+        key = code, jump.positions
+        if key not in self._branches:
+            self._branches[key] = Branch(code, _line(jump, frame), expression=found.expression)
+        branch = self._branches[key]
+        branch.names = frame
+        branch.jumps[jump.offset] = jump
+        branch.reads(self._runs, values)
+        self._pending[frame] = branch, jump
+
+    def _at_use(self, frame: FrameType, found: "_Watched", values: _Values) -> None:
+        code, instruction = frame.f_code, found.instruction
+        key = code, instruction.offset
+        if key not in self._uses:
+            self._uses[key] = Use(code, _line(instruction, frame), instructions=(*found.expression, instruction))
+            self._uses[key].expression = Expression.of(code, instruction)
+        use = self._uses[key]
+        use.reads(self._runs, values)
+        if use.expression:
+            use.makes(values, use.expression.value(frame))
+
+
+def _line(instruction: dis.Instruction, frame: FrameType) -> int:
+    return (instruction.positions.lineno if instruction.positions else None) or frame.f_lineno
 
 
 #: A variable, whether its length is meant, and the axis of its shape that is.
@@ -108,33 +240,82 @@ def _number(frame: FrameType, name: str, length: bool, axis: int | None) -> Any:
     return len(value) if length and hasattr(value, "__len__") else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """An instruction before which to look at variables: a conditional jump, or one that makes a number.
+
+    expression: the instructions that it takes its operands from.
+    """
+
+    instruction: dis.Instruction
+    branches: bool
+    expression: tuple[dis.Instruction, ...]
+    reads: tuple[_Read, ...]
+
+
 @cache
-def _conditions(code: CodeType) -> dict[int, tuple[dis.Instruction, tuple[_Read, ...]]]:
-    """The conditional jumps by their offset, with what their condition reads."""
-    found, before = {}, list[dis.Instruction]()
+def _watched(code: CodeType) -> dict[int, _Watched]:
+    """By their offset. What a condition is computed from is part of the condition."""
+    found: dict[int, _Watched] = {}
+    before = list[dis.Instruction]()
     for each in dis.get_instructions(code):
-        if "JUMP" in each.opname and "_IF_" in each.opname and (reads := _reads(before)):
-            found[each.offset] = each, reads
+        if "JUMP" in each.opname and "_IF_" in each.opname:
+            expression = _expression(before, 1)
+            for part in expression:
+                found.pop(part.offset, None)
+            if reads := _reads(expression):
+                found[each.offset] = _Watched(each, True, expression, reads)
+        else:
+            expression = _expression(before, 1 - dis.stack_effect(each.opcode, each.arg))
+            if _computes(each, expression) and (reads := _reads(expression)):
+                found[each.offset] = _Watched(each, False, expression, reads)
         before.append(each)
     return found
 
 
-def _reads(before: list[dis.Instruction]) -> tuple[_Read, ...]:
-    """The variables in the expression that these instructions end with."""
-    wanted, start = 1, len(before)
+def _computes(each: dis.Instruction, expression: tuple[dis.Instruction, ...]) -> bool:
+    """Does it make a number that need not grow as its operands do?"""
+    if each.opname == "BINARY_OP":
+        return each.argrepr.rstrip("=") in {"%", "//", "&", "|", "^", ">>", "**"}
+    if each.opname == "CALL":
+        named = [one.argval for one in expression if one.opname.startswith(("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD"))]
+        return bool(named) and (named[0] in COMPUTING or named[0] == "math" or "get" in named)
+    return each.opname in {"COMPARE_OP", "CONTAINS_OP"}
+
+
+def _expression(before: list[dis.Instruction], wanted: int) -> tuple[dis.Instruction, ...]:
+    """The instructions that leave the last `wanted` values."""
+    start = len(before)
     while wanted > 0 and start and not any(end in before[start - 1].opname for end in _BEFORE):
         start -= 1
         wanted -= dis.stack_effect(before[start].opcode, before[start].arg, jump=False)
-    expression = before[start:]
+    return tuple(before[start:])
+
+
+def _reads(expression: tuple[dis.Instruction, ...]) -> tuple[_Read, ...]:
+    """The variables in it."""
     length = any(each.argval == "len" for each in expression)
     reads: list[_Read] = []
     for index, each in enumerate(expression):
-        if each.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+        if _kind(each) == "name":
             names = each.argval if isinstance(each.argval, tuple) else (each.argval,)
             following = [one.argval for one in expression[index + 1 : index + 3]]
             shaped = len(following) == 2 and following[0] in {"shape", "size"} and isinstance(following[1], int)
             reads += [(name, length, following[1] if shaped else None) for name in names]
     return tuple(reads)
+
+
+def _kind(each: dis.Instruction) -> str:
+    if each.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+        return "name"
+    if each.opname in {"LOAD_CONST", "LOAD_SMALL_INT"} and isinstance(each.argval, (int, float)):
+        return "number"
+    return "compare" if each.opname == "COMPARE_OP" else each.opname
+
+
+def _jumps_if(jump: dis.Instruction) -> bool:
+    """The result for which it jumps."""
+    return "TRUE" in jump.opname or jump.opname.endswith("IF_NONE")
 
 
 def _after(code: CodeType, offset: int) -> int:
@@ -146,3 +327,17 @@ def _raises(code: CodeType, offset: int) -> bool:
         if each.offset >= offset and each.opname.startswith(("RAISE_VARARGS", *_ENDS)):
             return each.opname == "RAISE_VARARGS"
     return False
+
+
+def _arm(code: CodeType, jump: dis.Instruction) -> list[dis.Instruction] | None:
+    """What is left out by the jump, if that is all that the condition decides; None if there is another arm."""
+    found: list[dis.Instruction] = []
+    for each in dis.get_instructions(code):
+        if each.offset <= jump.offset or each.opname in _NOTHING:
+            continue
+        if each.offset == jump.argval:
+            return found
+        if "JUMP" in each.opname:
+            return found if jump.argval < jump.offset and each.argval == jump.argval else None
+        found.append(each)
+    return None

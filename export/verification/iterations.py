@@ -27,6 +27,9 @@ Operation = tuple[tuple[Any, ...], tuple[int, ...]]
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(np.__file__).parent), str(Path(__file__).parents[2]), "<frozen")
 _LIBRARY = sysconfig.get_path("stdlib")
 
+#: Functions that make a tensor of numbers.
+_FILLING = {torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.full, torch.full_like, Tensor.new_tensor}
+
 #: Iterations at the beginning that may differ: short sequences are compared with the loop's body number by number.
 _SETTLED = 5
 
@@ -95,7 +98,8 @@ class OperationLog(TorchFunctionMode):
         if call is None:
             return func(*args, **kwargs)
         key, integers = [getattr(func, "__name__", repr(func))], list[int]()
-        self._describe((args, kwargs), key, integers)
+        # A number that becomes a tensor is a constant of its step; others are indices and sizes, which may grow.
+        self._describe((args, kwargs), key, key if func in _FILLING else integers)
         result = func(*args, **kwargs)
         number = len(call.operations)
         for which, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
@@ -106,7 +110,7 @@ class OperationLog(TorchFunctionMode):
             call.places.append(_place(sys._getframe(1), self._forward))
         return result
 
-    def _describe(self, value: Any, key: list[Any], integers: list[int]) -> None:
+    def _describe(self, value: Any, key: list[Any], integers: list[Any]) -> None:
         """Append what an argument is to the key, and its integers."""
         if isinstance(value, Tensor):
             made = self._made.get(id(value))

@@ -9,10 +9,11 @@ from torch import nn
 
 from unroll.bundle.golden import Arrays
 from unroll.export.errors import ExportError
+from unroll.export.lifting.splitting import Split
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.loading.copies import detached_copy
 from unroll.export.verification import trials
-from unroll.export.verification.branches import BranchLog
+from unroll.export.verification.branches import Branch, BranchLog
 from unroll.export.verification.iterations import Call, OperationLog, Place, irregular, step_of
 from unroll.export.verification.original import ask_original
 from unroll.export.verification.trials import Subject, Trial
@@ -22,6 +23,23 @@ _CLOSE, _SUSPICIOUS = 1e-9, 1e-4
 
 #: A change of inputs and states that shows how much a model makes of rounding.
 _NUDGE = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The operations of a call: before, between and after its loops, and in a step of each loop."""
+
+    gaps: list[int]
+    sizes: list[int]
+
+    def loops(self, count: int, steps: int) -> Iterator[tuple[slice, int, int]]:
+        """For each loop: its part of `count` operations, how many of these are around it, and those of a step."""
+        begin = 0
+        for which, size in enumerate(self.sizes):
+            end = begin + self.gaps[which] + size * steps
+            last = which == len(self.sizes) - 1
+            yield slice(begin, count if last else end + self.gaps[which + 1]), sum(self.gaps[which : which + 2]), size
+            begin = end
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +59,18 @@ class LongSequences:
 
     def check_loops(self) -> None:
         """Check that the lifted loops do the same in every step. Raises ExportError(calls_depend_on_time)."""
-        loops = [path for path, module in self.double.model.named_modules() if hasattr(module, "unroll_loop")]
+        loops = [path for path, module in self.double.model.named_modules() if _loops_itself(path, module)]
         if not loops:
             return
         short = [self._run(replace(trials.ORIGINAL_LONG, time=time), loops)[0].calls for time in (3, 5)]
-        sizes = {
+        shapes = {
             path: [
-                (len(a.operations), len(b.operations)) for a, b in zip(*(calls[path] for calls in short), strict=True)
+                self._shape(path, len(a.operations), len(b.operations))
+                for a, b in zip(*(c[path] for c in short), strict=True)
             ]
             for path in loops
         }
-        each = sum((b - a) // 2 for pairs in sizes.values() for a, b in pairs)
+        each = sum(size for found in shapes.values() for shape in found for size in shape.sizes)
         steps = min(max(trials.LOOP_OPERATIONS // each, trials.ORIGINAL_LONG.time), trials.LOOP_STEPS)
         for trial in self._trials(steps):
             try:
@@ -59,8 +78,8 @@ class LongSequences:
             except ExportError:
                 continue  # it takes no sequence of this length
             for path, calls in log.calls.items():
-                for number, (call, size) in enumerate(zip(calls, sizes[path], strict=True)):
-                    self._check_loop(path, number, call, size, trial)
+                for number, (call, shape) in enumerate(zip(calls, shapes[path], strict=True)):
+                    self._check_call(path, number, call, shape, trial)
             self._check_branches(trial)
             return
 
@@ -93,18 +112,28 @@ class LongSequences:
         outputs = self.double.outputs
         return log, {o.spec.name: o.batch_major(returned[o.index][1]).numpy() for o in outputs}
 
-    def _check_loop(self, path: str, number: int, call: Call, short: tuple[int, int], trial: Trial) -> None:
-        index, size = irregular(call.operations, short, trial.time), (short[1] - short[0]) // 2
-        if index is None:
-            return
-        again = self._run(trial, [path], places=True)[0].calls[path][number]
-        ended = index == len(call.operations) - 1
-        name, step = path or type(self.exact).__name__, step_of(again, index, size) + ended
-        raise ExportError(
-            "calls_depend_on_time",
-            f"{name!r} loops over time steps, and step {step} (counted from 0) does not do what the steps before it do "
-            f"({again.places[index]}); let every step do the same, and give what differs between steps as an input",
-        )
+    def _shape(self, path: str, three: int, five: int) -> Shape:
+        """Of a call that makes so many calls over three and over five time steps."""
+        found: Split | None = getattr(self.double.model.get_submodule(path), "unroll_split", None)
+        size = (five - three) // 2
+        return Shape(found.gaps, found.sizes) if found else Shape([three - 3 * size, 0], [size])
+
+    def _check_call(self, path: str, number: int, call: Call, shape: Shape, trial: Trial) -> None:
+        for part, around, size in shape.loops(len(call.operations), trial.time):
+            operations = call.operations[part]
+            index = irregular(operations, (around + 3 * size, around + 5 * size), trial.time)
+            if index is None:
+                continue
+            again = self._run(trial, [path], places=True)[0].calls[path][number]
+            again = Call(again.operations[part], again.places[part])
+            ended = index == len(operations) - 1
+            name, step = path or type(self.exact).__name__, step_of(again, index, size) + ended
+            raise ExportError(
+                "calls_depend_on_time",
+                f"{name!r} loops over time steps, and step {step} (counted from 0) does not do what the steps before "
+                f"it do ({again.places[index]}); let every step do the same, and give what differs between steps as "
+                "an input",
+            )
 
     def _check_branches(self, long: Trial) -> None:
         """Does a branch go the other way after so many steps that no trial has them?"""
@@ -114,12 +143,17 @@ class LongSequences:
                 self._run(trial, [])
             if trial.time == trials.BRANCHES[-1] and not log.undecided():
                 return
-        for branch in log.undecided():
+        for site in log.undecided():
+            what, so_far = (
+                ("a branch reads", f"It goes one way in {long.time} steps, and may go the other way later")
+                if isinstance(site, Branch)
+                else ("a value is made of", f"It follows one rule in {long.time} steps, and may follow another later")
+            )
             raise ExportError(
                 "calls_depend_on_time",
-                "forward loops over time steps, and a branch reads a number that grows with them "
-                f"({Place(branch.code.co_filename, branch.line, ())}). It goes one way in {long.time} steps, and may "
-                "go the other way later; let every step do the same, and give what differs between steps as an input",
+                f"forward loops over time steps, and {what} a number that grows with them "
+                f"({Place(site.code.co_filename, site.line, ())}). {so_far}; let every step do the same, and give what "
+                "differs between steps as an input",
             )
 
     def _compare(self, trial: Trial, own: Arrays, served: Subject) -> None:
@@ -149,6 +183,11 @@ class LongSequences:
             name: array.astype(np.float64) * (1 + _NUDGE) if array.dtype.kind == "f" else array
             for name, array in inputs.items()
         }, rows
+
+
+def _loops_itself(path: str, module: nn.Module) -> bool:
+    """Does the user's own module of this path loop over time steps?"""
+    return hasattr(module, "unroll_split") or (hasattr(module, "unroll_loop") and "unroll_loops" not in path.split("."))
 
 
 def _differs(found: np.ndarray, expected: np.ndarray, close: float, noise: np.ndarray | None = None) -> str | None:

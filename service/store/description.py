@@ -13,7 +13,7 @@ from unroll.service.core.errors import StoreUnavailable
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.exchanges import unavailable
 from unroll.service.store.opening import StoreConfig
-from unroll.service.store.redis_client import connect, disconnect
+from unroll.service.store.redis_client import FAILURES, connect, disconnect
 
 _FOLDER = {
     "always": "the end of any process, and a crash of the machine",
@@ -59,7 +59,7 @@ async def describe(config: StoreConfig) -> Description:
     try:
         async with asyncio.timeout(config.timeout):
             return await _describe_redis(client, place(config))
-    except (RedisError, OSError) as error:
+    except FAILURES as error:
         raise unavailable(error) from error
     finally:
         await disconnect(client)

@@ -24,6 +24,8 @@ from redis.exceptions import (
     MovedError,
     NoPermissionError,
     ReadOnlyError,
+    RedisClusterException,
+    RedisError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -38,9 +40,12 @@ SCHEMES = {
     "valkey": "redis",
     "valkeys": "rediss",
     "redis+cluster": "redis",
+    "rediss+cluster": "rediss",
     "redis+sentinel": "redis",
 }
-_CLUSTER, _SENTINEL = "redis+cluster", "redis+sentinel"
+#: What redis-py raises without a reply.
+FAILURES = (RedisError, RedisClusterException, OSError)
+_SENTINEL = "redis+sentinel"
 _SENTINEL_PORT = 26379
 #: Options that name files.
 _FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
@@ -97,8 +102,8 @@ def connect(url: str, timeout: float) -> Any:
         _check_files(url)
         if scheme == _SENTINEL:
             client = _at_sentinels(rest, timeout, options)
-        elif scheme == _CLUSTER:
-            return RedisCluster.from_url(f"redis://{rest}", **options)
+        elif scheme.endswith("+cluster"):
+            return RedisCluster.from_url(f"{SCHEMES[scheme]}://{rest}", **options)
         else:
             _check_database(url, scheme)
             client = Redis.from_url(f"{SCHEMES[scheme]}://{rest}", connection_class=_Connection, **options)
@@ -120,7 +125,7 @@ async def disconnect(client: Any) -> None:
 
 
 async def eviction_policy(client: Any) -> str | None:
-    """The policy by which the server removes keys when its memory is full; None if it keeps them. Raises RedisError."""
+    """By which the server removes keys when its memory is full; None if it keeps them. Raises one of FAILURES."""
     if isinstance(client, RedisCluster):
         answers = [await client.info("memory", target_nodes=node) for node in client.get_primaries()]
     else:
@@ -129,8 +134,10 @@ async def eviction_policy(client: Any) -> str | None:
     return next((policy for policy in policies if policy != "noeviction"), None)
 
 
-def refusal(reason: BaseException) -> str | None:
+def refusal(client: Any, reason: BaseException) -> str | None:
     """What to do about an error that no waiting heals; None if the store may answer later."""
+    if isinstance(client, RedisCluster) and isinstance(reason, MovedError):
+        return None  # it is moving its slots
     for error in _causes(reason):
         for kind, remedy in _REFUSALS:
             if kind in str(error) if isinstance(kind, str) else isinstance(error, kind):

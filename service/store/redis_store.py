@@ -21,13 +21,13 @@ from typing import Any
 
 import structlog
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisClusterException, RedisError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
-from unroll.service.store.redis_client import connect, disconnect, eviction_policy, refusal
+from unroll.service.store.redis_client import FAILURES, connect, disconnect, eviction_policy, refusal
 from unroll.service.store.redis_listing import read_page
 
 _log = structlog.get_logger(__name__)
@@ -93,8 +93,6 @@ return replies
 _LONGER = """  elseif call('PTTL', gone) < %d then
     call('PEXPIRE', gone, %d)"""
 
-#: What redis-py raises if there are no replies.
-_FAILURES = (RedisError, RedisClusterException, OSError)
 _CLOSED = b"c"
 _TOKEN = 16
 #: Index of the longest word of a call.
@@ -129,7 +127,7 @@ class RedisStore:
         self._client: Any = connect(config.url, config.timeout)
         self._tokens = Tokens()
         self._watching: asyncio.Task[None] | None = None
-        self._exchanges = Exchanges(self._execute, _FAILURES, config.timeout, most=_EXCHANGES, cancels=True)
+        self._exchanges = Exchanges(self._execute, FAILURES, config.timeout, most=_EXCHANGES, cancels=True)
         self.figures = self._exchanges.figures
         self._script = _with_lives(config).encode()
         self._digest = hashlib.sha1(self._script).hexdigest().encode()
@@ -169,8 +167,8 @@ class RedisStore:
             wrong = [r for r in replies if isinstance(r, RedisError) and not isinstance(r, OutOfMemoryError)]
             if wrong:
                 raise wrong[0]
-        except _FAILURES as reason:
-            if (why := refusal(reason)) is not None:
+        except FAILURES as reason:
+            if (why := refusal(self._client, reason)) is not None:
                 raise StoreRefused(f"the session store refuses this server: {why}") from reason
             raise unavailable(reason) from reason
 
@@ -183,7 +181,7 @@ class RedisStore:
         try:
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 policy = await eviction_policy(self._client)
-        except _FAILURES:
+        except FAILURES:
             return  # it does not answer, or does not say
         if policy is not None and not self.figures.evicts:
             remedy = "set its maxmemory-policy to noeviction"
@@ -228,7 +226,7 @@ class RedisStore:
         try:
             async with asyncio.timeout(self._config.timeout):
                 return await read_page(self._client, self._config.prefix, after, limit)
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             raise unavailable(error) from error
 
     async def _execute(self, calls: Sequence[_Call]) -> list[Any]:

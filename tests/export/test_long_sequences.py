@@ -3,6 +3,7 @@
 The kinds of `conformance/kinds/late.py` are the same through `export`.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +49,9 @@ def first_irregular(module: nn.Module, steps: int = 200) -> int | None:
         lambda s, t, x, h: s.cell(x, h.neg() if t == 70 else h),
         lambda s, t, x, h: s.cell(x, h) + s.table[max(t, 69)],
         lambda s, t, x, h: s.cell(x, s.first if t == 70 else h),
+        lambda s, t, x, h: s.cell(x, h) * (torch.tensor(max(t, 69)) < 5000),
     ],
-    ids=["product", "scale", "operation", "index", "operand"],
+    ids=["product", "scale", "operation", "index", "operand", "tensor"],
 )
 def test_the_first_step_that_differs_is_found(later: Callable[..., Tensor]) -> None:
     assert first_irregular(looping(later, table=torch.zeros(300, 6), first=torch.zeros(2, 6))) == 70
@@ -136,6 +138,56 @@ def by_count(s: Any, x: Tensor) -> Tensor:
 
 def by_size(s: Any, x: Tensor) -> Tensor:
     return x * 2 if x.shape[1] > 10**6 else x
+
+
+LOG = logging.getLogger(__name__)
+
+
+def _print_now_and_then(s: Any, t: int, x: Tensor, h: Tensor) -> Tensor:
+    if (t + 1) % 10**6 == 0:
+        print("step", t, float(h.mean()))
+    if t == 10**6:
+        LOG.info("step %s of %s: %s", t, x.shape[0], h.mean().item())
+    return s.cell(x, h)
+
+
+def _do_more(s: Any, t: int, x: Tensor, h: Tensor) -> Tensor:
+    if t == 10**6:
+        h.mul_(0)
+    return s.cell(x, h)
+
+
+def _count_down(s: Any, t: int, x: Tensor, h: Tensor) -> Tensor:
+    return s.cell(x, h) if t >= 0 and not t < 0 else h
+
+
+@pytest.mark.parametrize(
+    ("later", "undecided"),
+    [
+        (_print_now_and_then, 0),
+        (_count_down, 0),
+        (lambda s, t, x, h: s.cell(x, [h, h][t % 2]), 0),
+        (lambda s, t, x, h: s.cell(x, h) * (1 + t // 4), 0),
+        (lambda s, t, x, h: s.cell(x, h * (s.cell(x, h).relu() > t)), 0),
+        (lambda s, t, x, h: s.cell(x, h * (t > 0)), 0),
+        (_do_more, 1),
+        (lambda s, t, x, h: s.cell(x, h if t % 5000 else h * 0), 1),
+        (lambda s, t, x, h: s.cell(x, h if t not in (0, 5000) else h * 0), 1),
+        (lambda s, t, x, h: s.cell(x, h * (t < 5000)), 1),
+        (lambda s, t, x, h: s.cell(x, h) * min(t, 5000), 1),
+        (lambda s, t, x, h: s.cell(x, h) + t // 5000, 1),
+        (lambda s, t, x, h: s.cell(x, h) + int(t / 5000), 1),
+        (lambda s, t, x, h: s.cell(x, h) * {5000: 0.0}.get(t, 1.0), 1),
+    ],
+)
+def test_a_number_that_grows_must_have_made_a_difference(later: Callable[..., Tensor], undecided: int) -> None:
+    assert count_undecided(looping(later)) == undecided
+
+
+def test_a_number_without_source_is_undecided() -> None:
+    names: dict[str, Any] = {}
+    exec("def later(s, t, x, h): return s.cell(x, h * (t < 5000))", names)
+    assert count_undecided(looping(names["later"])) == 1
 
 
 def count_undecided(module: nn.Module) -> int:

@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[2]
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 #: What src/unroll links.
 FOLDERS = ("bundle", "client", "examples", "export", "models", "service")
-DATA = ("examples/co2/*", "models/checkpoints/*", "service/doctor/tiny/1/*", "service/engine/cuda/*.cu")
+DATA = (
+    "client/unroll.*",
+    "examples/co2/*",
+    "models/checkpoints/*",
+    "service/doctor/tiny/1/*",
+    "service/engine/cuda/*.cu",
+)
 
 
 def run(*command: str | Path, cwd: Path) -> str:

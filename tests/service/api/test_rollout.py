@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from unroll.service.models import repository as repositories
 from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings
 
+Background = Callable[..., Future]
 Oracles = Callable[..., Oracle]
 
 X = np.random.default_rng(4).standard_normal((20, 3)).astype("<f4")
@@ -179,6 +181,26 @@ def test_a_frame_of_a_session_that_was_opened_again_on_a_version_that_is_not_her
     stream.socket.close()
 
 
+def test_a_stream_closes_a_session_whose_version_is_gone(
+    repository: Path, tmp_path: Path, redis_process: RedisServer, oracle: Oracles
+) -> None:
+    one = replica(repository, tmp_path, "1", "2", store=redis_process.url, session_capacity=1)
+    stream = Stream(one.running, oracle("gru", "2").manifest)
+    (name,) = stream.bind(0)
+    stream.step((0, 0, X[:3]))
+    other, _ = one.opened()  # takes the row
+    one.http.delete(other)
+    shutil.rmtree(tmp_path / "gru" / "2")
+    one.running.rescan_now()
+    assert [model.version for model in one.running.server.models] == ["1"]
+    assert stream.refused(0, 3, X[3:4])[0] == "model_changed"
+    assert stream.control("close", handles=[0])["sessions"] == [{"handle": 0, "position": 3}]
+    assert problem(one.http.get(f"{GRU}/{name}")) == (410, "session_closed")
+    stream.socket.close()
+    one.http.close()
+    one.running.stop()
+
+
 def test_snapshots_of_a_version_that_is_not_here_yet(early: Replica, late: Replica, oracle: Oracles) -> None:
     session, _ = early.opened()
     first = outputs(early.step(session, X[:3], 0))
@@ -240,19 +262,27 @@ def test_the_retry_of_a_closing_chunk_is_answered_by_its_own_version(early: Repl
     assert infer(early).content == first.content
 
 
-def test_a_memory_session_in_the_store_is_left_to_those_who_have_its_version(
-    late: Replica, repository: Path, tmp_path: Path, redis_process: RedisServer, oracle: Oracles
+def test_a_memory_session_in_the_store_is_lost_neither_for_want_of_its_version_nor_of_a_row(
+    late: Replica, repository: Path, tmp_path: Path, redis_process: RedisServer, oracle: Oracles, background: Background
 ) -> None:
-    store = {"store": redis_process.url, "durability": "memory"}
-    small = replica(repository, tmp_path, "1", "2", session_capacity=1, spill_bytes=0, **store)
-    session, version = small.opened()
-    assert version == "2"
-    first = outputs(small.step(session, X[:3], 0))
-    small.opened()  # takes the row
+    small = {"store": redis_process.url, "durability": "memory", "session_capacity": 1, "spill_bytes": 0}
+    first, full = (replica(repository, tmp_path / name, "2", **small) for name in ("first", "full"))
+    session, _ = first.opened()
+    got = [outputs(first.step(session, X[:3], 0))]
+    first.opened()  # takes the row
     until(lambda: problem(late.http.get(session)) == NOT_HERE, "the session in the store")
-    assert np.array_equal(np.concatenate([first, outputs(small.step(session, X[3:5], 3))]), oracle("gru", "2")(X[:5]))
-    small.http.close()
-    small.running.stop()
+    other, _ = full.opened()
+    with full.running.holding("gru") as held:
+        step = background(full.step, other, X[:1], 0)
+        held.wait()
+        assert problem(full.http.get(session)) == (503, "capacity_exhausted")
+        held.release()
+        assert step.result().status_code == 200
+    got.append(outputs(full.step(session, X[3:5], 3)))
+    assert np.array_equal(np.concatenate(got), oracle("gru", "2")(X[:5]))
+    for one in (first, full):
+        one.http.close()
+        one.running.stop()
 
 
 def test_a_memory_session_of_a_version_that_is_not_here_is_kept_until_it_is_closed(

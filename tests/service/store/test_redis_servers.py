@@ -1,8 +1,6 @@
 """Redis as it is run in production: failover and Sentinels, servers that refuse, that evict, and that are shared."""
 
-import asyncio
 import shutil
-import ssl
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 from faults.proxy import FaultProxy
+from redis.exceptions import MovedError
 from redis_server import RedisServer, free_port
 from test_stores import KEY, commit, put
 from waiting import PATIENCE, reached, until
@@ -19,6 +18,7 @@ from deploy import local_redis
 from unroll.service.core.errors import StoreUnavailable
 from unroll.service.store.interface import StoreRefused, Tokens
 from unroll.service.store.record import Record
+from unroll.service.store.redis_client import connect, disconnect, refusal
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 STATE = "unroll:{lstm/a}"
@@ -189,28 +189,49 @@ def test_a_url_that_is_wrong_is_refused(url: str, why: str) -> None:
 
 
 @pytest.fixture
-def own_certificate(tmp_path: Path) -> ssl.SSLContext:
-    """Of a server whose certificate nobody else knows."""
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate that nobody else knows, and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not on the PATH")
-    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    made, key = tmp_path / "certificate", tmp_path / "key"
     kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN=localhost")
-    command = ("openssl", "req", "-x509", "-nodes", "-days", "1", *kind)
-    files = ("-keyout", str(key), "-out", str(certificate))
-    subprocess.run([*command, *files], check=True, stderr=subprocess.DEVNULL)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, key)
-    return context
+    files = ("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made))
+    command = ("openssl", "req", "-x509", "-nodes", "-days", "1", *kind, *files)
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return made, key
 
 
-async def test_a_certificate_that_cannot_be_verified_is_refused(own_certificate: ssl.SSLContext) -> None:
-    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=own_certificate)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        store = RedisStore(RedisStoreConfig(f"valkeys://localhost:{port}/0", timeout=5.0))
+async def test_tls(certificate: tuple[Path, Path], tmp_path: Path, tokens: Tokens) -> None:
+    """Of a single server and of a cluster; a certificate that cannot be verified is refused."""
+    certificate_file, key_file = map(str, certificate)
+    files = {"tls-cert-file": certificate_file, "tls-key-file": key_file, "tls-ca-cert-file": certificate_file}
+    for url, cluster in (("valkeys://", "no"), ("rediss+cluster://", "yes")):
+        tls_port = free_port()
+        options = {
+            "tls-port": str(tls_port),
+            "tls-auth-clients": "no",
+            "cluster-enabled": cluster,
+            "tls-cluster": cluster,
+        }
+        server = RedisServer(tmp_path / cluster, **files, **options)
+        try:
+            server.start()
+        except AssertionError as error:
+            if "tls" in str(error).lower():
+                pytest.skip("this Redis is built without TLS")
+            raise
+        if cluster == "yes":
+            server.client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+        address = f"{url}127.0.0.1:{tls_port}"
+        stranger = RedisStore(RedisStoreConfig(address))
         with pytest.raises(StoreRefused, match=r"certificate verify failed.*ssl_ca_certs"):
-            await store.start()
+            await stranger.start()
+        await stranger.stop()
+        store = RedisStore(RedisStoreConfig(f"{address}?ssl_ca_certs={certificate_file}", timeout=5.0))
+        await store.start()
+        assert await put(store, commit(tokens.next())) == [None]
         await store.stop()
+        server.kill()
 
 
 async def test_a_cluster_that_is_taken_for_a_single_server_is_refused(tmp_path: Path) -> None:
@@ -222,6 +243,13 @@ async def test_a_cluster_that_is_taken_for_a_single_server_is_refused(tmp_path: 
         await store.start()
     await store.stop()
     server.kill()
+
+
+async def test_a_cluster_that_moves_its_slots_is_awaited() -> None:
+    for scheme, ends in (("redis", True), ("redis+cluster", False)):
+        client = connect(f"{scheme}://localhost", 1.0)
+        assert bool(refusal(client, MovedError("1 127.0.0.1:6379"))) is ends
+        await disconnect(client)
 
 
 # ── sharing and eviction ─────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from faults.proxy import Fault, FaultProxy
 from redis_server import RedisServer
+from structlog.testing import capture_logs
 from waiting import until
 
 from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable
@@ -257,11 +258,16 @@ async def test_a_store_without_memory_refuses_and_keeps_what_it_has(
         redis_server.client.config_set("maxmemory", 0)
 
 
-async def test_a_store_that_is_not_there():
-    store = RedisStore(RedisStoreConfig("redis://127.0.0.1:9", timeout=0.5))
-    assert await put(store, commit(b"t")) == [StoreUnavailable]
-    with pytest.raises(StoreUnavailable):
-        await store.load(KEY)
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:9/0", "redis+cluster://127.0.0.1:9", "redis+sentinel://127.0.0.1:9/main"]
+)
+async def test_a_store_that_is_not_there(url: str):
+    store = RedisStore(RedisStoreConfig(url))
+    with capture_logs() as logs:
+        assert await put(store, commit(b"t")) == [StoreUnavailable]
+        with pytest.raises(StoreUnavailable):
+            await store.load(KEY)
+    assert [(line["event"], line["answers"]) for line in logs] == [("store", False)]
     await store.stop()
 
 
@@ -287,12 +293,13 @@ async def test_all_open_sessions_are_listed_page_by_page(store: Store, tokens: T
     found, after = [], ""
     while True:
         page = await store.page(after, 7)
+        assert len(page.sessions) <= 7
         found += page.sessions
         assert page.damaged == []
         if not (after := page.after):
             break
     assert sorted(session.key for session in found) == sorted(keys)
-    assert {(session.origin, session.position) for session in found} == {(ORIGIN, 4)}
+    assert {(one.digest, one.durability, one.position) for one in found} == {(ORIGIN.model, "stored", 4)}
     assert all(session.expires_in is None or 890 < session.expires_in <= 900 for session in found)
     assert all(session.bytes > 30 for session in found)
 

@@ -1,0 +1,134 @@
+/** The values of one tensor, flat: Uint8Array for bool. */
+export type Values = Float32Array | Int32Array | BigInt64Array | Uint8Array;
+/** Outputs: one tensor, or one by name if the model has several. */
+export type Outputs = Values | Record<string, Values>;
+/** Inputs of a tensor: flat or nested. */
+export type Input = ArrayLike<number | bigint | boolean> | readonly Input[] | number | bigint | boolean;
+/** Inputs: one tensor, or one by name if the model has several. */
+export type Inputs = Input | Record<string, Input>;
+export type Durability = "memory" | "stored" | "client";
+export type Mode = "new" | "resume" | "either";
+
+export interface Tensor {
+  name: string;
+  dtype: "float32" | "int32" | "int64" | "bool";
+  /** Of one time step. */
+  shape: number[];
+  /** One value per time step; false: only the last. */
+  time: boolean;
+}
+
+/** A version of a model, as its server describes it. */
+export interface Model {
+  name: string;
+  version: string;
+  digest: string;
+  inputs: Tensor[];
+  outputs: Tensor[];
+  static: Omit<Tensor, "time">[];
+  streamable: boolean;
+  not_streamable_because: string | null;
+  [member: string]: unknown;
+}
+
+export interface ClientOptions {
+  /** Sent as a Bearer token. */
+  apiKey?: string;
+  /** Sent with every request; browsers cannot send them with streams. */
+  headers?: Record<string, string>;
+  /** Milliseconds for one attempt; 60,000. */
+  timeout?: number;
+  /** Milliseconds for which a request is repeated; 60,000. 0: not at all. */
+  retryFor?: number;
+  fetch?: typeof globalThis.fetch;
+  WebSocket?: typeof globalThis.WebSocket;
+}
+
+export interface SessionOptions {
+  id?: string;
+  mode?: Mode;
+  durability?: Durability;
+  static?: Record<string, unknown>;
+  snapshot?: Uint8Array;
+}
+
+/** A client of one server, or of several behind one address. */
+export class Client {
+  constructor(url: string | URL, options?: ClientOptions);
+  models(): Promise<Model[]>;
+  model(reference: string): Promise<Model>;
+  /** Whole sequences, each from the model's initial state. */
+  sequences(model: string, inputs: Inputs[], options?: { static?: Record<string, unknown>[] }): Promise<Outputs[]>;
+  session(model: string, options?: SessionOptions): Promise<Session>;
+  /** One WebSocket for the steps of many sessions. */
+  stream(model: string): Promise<Stream>;
+}
+
+/** One session. Its steps are applied once and in order; calls wait for each other. */
+export class Session {
+  readonly id: string;
+  readonly model: Model;
+  readonly durability: Durability;
+  /** Time steps consumed, as far as this client knows. */
+  readonly position: number;
+  step(values: Inputs): Promise<Outputs>;
+  steps(values: Inputs): Promise<Outputs>;
+  stream(items: Iterable<Inputs> | AsyncIterable<Inputs>): AsyncGenerator<Outputs>;
+  refresh(): Promise<number>;
+  fork(id?: string): Promise<Session>;
+  snapshot(): Promise<Uint8Array>;
+  rewind(snapshot: Uint8Array): Promise<number>;
+  close(): Promise<void>;
+}
+
+/** Many sessions of one model over one WebSocket. */
+export class Stream {
+  readonly model: Model;
+  open(
+    sessions?: number | string[],
+    options?: { mode?: Mode; durability?: "memory" | "stored"; static?: Record<string, unknown> },
+  ): Promise<StreamSession[]>;
+  /** One time step for each session, in one message. Raises SomeFailed. */
+  step(sessions: StreamSession[], inputs: Inputs[]): Promise<Outputs[]>;
+  steps(sessions: StreamSession[], inputs: Inputs[]): Promise<Outputs[]>;
+  closeSessions(sessions: StreamSession[]): Promise<void>;
+  /** End all sessions, and the connection. */
+  close(): Promise<void>;
+  /** Close the connection only; the next call resumes the sessions. */
+  disconnect(): void;
+}
+
+/** A session on a stream. */
+export class StreamSession {
+  readonly id: string;
+  readonly durability: "memory" | "stored";
+  readonly position: number;
+  step(values: Inputs): Promise<Outputs>;
+  steps(values: Inputs): Promise<Outputs>;
+  stream(items: Iterable<Inputs> | AsyncIterable<Inputs>): AsyncGenerator<Outputs>;
+  close(): Promise<void>;
+}
+
+/** The server refused a request, or failed on it. */
+export class ServerError extends Error {
+  /** Stable, such as "position_gap". */
+  readonly code: string;
+  /** HTTP status; 0 over a stream. */
+  readonly status: number;
+  readonly detail: string;
+  /** Of errors about positions: what the session would apply next. */
+  readonly expected?: number;
+  readonly [member: string]: unknown;
+}
+
+/** No server answered for as long as the client repeats. Send the same step again. */
+export class ConnectionFailed extends Error {}
+
+/** An array does not fit the model; nothing was sent. */
+export class InvalidInput extends TypeError {}
+
+/** Some of the sessions of one call failed; the steps of the others were applied. */
+export class SomeFailed extends Error {
+  readonly errors: Map<number, ServerError>;
+  readonly outputs: (Outputs | undefined)[];
+}

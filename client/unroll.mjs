@@ -1,0 +1,764 @@
+// A client of Unroll servers, for browsers and Node 20 or newer, without dependencies. Types: unroll.d.mts.
+//
+//   import { Client } from "./unroll.mjs";
+//   const client = new Client("http://127.0.0.1:8000");
+//   const session = await client.session("co2");
+//   const forecast = await session.step([371.2]);
+//
+// Every step carries the position of its session, so the server applies it once, however often it is sent. Requests
+// that may succeed later are repeated, and sessions are resumed after a broken connection.
+
+const RAW = "application/octet-stream";
+const STEPS = 1, OUTPUTS = 2;
+const HEADER_BYTES = 8, ENTRY_BYTES = 16;
+// Most entries and bytes of a frame.
+const MOST_ENTRIES = 2048, MOST_BYTES = 4 * 2 ** 20;
+// Milliseconds before the first repetition, and the longest pause.
+const FIRST_PAUSE = 50, LONGEST_PAUSE = 2000;
+
+const ARRAYS = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array, bool: Uint8Array };
+
+// The server refused a request, or failed on it. `code` is stable; `expected` accompanies errors about positions.
+export class ServerError extends Error {
+  constructor({ code = "unknown", detail, error, ...members }, status = 0) {
+    const text = detail ?? error ?? "no explanation was given";
+    super(`${code}: ${text}`);
+    this.name = "ServerError";
+    Object.assign(this, members, { code, detail: text, status });
+  }
+}
+
+// No server answered for as long as the client repeats. Whether the step was applied is unknown: send it again.
+export class ConnectionFailed extends Error {
+  name = "ConnectionFailed";
+}
+
+// An array does not fit the model; nothing was sent.
+export class InvalidInput extends TypeError {
+  name = "InvalidInput";
+}
+
+// Some of the sessions of one call failed; the steps of the others were applied. `errors`: a Map by index.
+export class SomeFailed extends Error {
+  name = "SomeFailed";
+  constructor(errors, outputs) {
+    const [[index, first]] = errors;
+    super(`${errors.size} sessions failed, the one at index ${index} with ${first.message}`);
+    Object.assign(this, { errors, outputs });
+  }
+}
+
+// The pauses between the repetitions of one request, in milliseconds.
+class Retries {
+  constructor(retryFor) {
+    this.count = 0;
+    this.retryFor = retryFor;
+  }
+
+  // Waits. Returns false, at once, if it is time to give up.
+  async pause(retryAfter) {
+    const now = performance.now();
+    this.deadline ??= now + this.retryFor;
+    const backoff = Math.min(FIRST_PAUSE * 2 ** this.count, LONGEST_PAUSE) * (0.5 + Math.random() / 2);
+    const wait = retryAfter === undefined ? backoff : 1000 * retryAfter + backoff / 10;
+    this.count += 1;
+    if (now + wait > this.deadline) return false;
+    await new Promise((resolve) => setTimeout(resolve, wait));
+    return true;
+  }
+}
+
+// Serialises what is asked of one session.
+class Queue {
+  last = Promise.resolve();
+
+  run(task) {
+    const result = this.last.then(task);
+    this.last = result.catch(() => {});
+    return result;
+  }
+}
+
+export class Client {
+  // url: http:// or https://. apiKey: sent as a Bearer token. headers: sent with every request. timeout: milliseconds
+  // for one attempt. retryFor: milliseconds for which a request is repeated. fetch, WebSocket: in place of the global ones.
+  constructor(url, { apiKey, headers = {}, timeout = 60_000, retryFor = 60_000, ...own } = {}) {
+    this.url = new URL(url).href.replace(/\/+$/, "");
+    this.headers = apiKey === undefined ? { ...headers } : { ...headers, authorization: `Bearer ${apiKey}` };
+    this.timeout = timeout;
+    this.retryFor = retryFor;
+    this.fetch = own.fetch ?? globalThis.fetch.bind(globalThis);
+    this.WebSocket = own.WebSocket ?? globalThis.WebSocket;
+    this.versions = new Map();
+  }
+
+  // The models that the server has, the newest version of each.
+  async models() {
+    return (await this.ask("GET", "/v1/models")).json;
+  }
+
+  // The description of one model: `name` or `name:version`. A version is asked for once.
+  async model(reference) {
+    if (this.versions.has(reference)) return this.versions.get(reference);
+    const { json } = await this.ask("GET", modelPath(reference));
+    this.versions.set(`${json.name}:${json.version}`, json);
+    return json;
+  }
+
+  // Whole sequences, each from the model's initial state: arrays of T time steps, or {input: array}.
+  async sequences(model, inputs, { static: fixed } = {}) {
+    const served = await this.model(model);
+    const path = `${modelPath(`${served.name}:${served.version}`)}/sequences`;
+    if (fixed !== undefined || served.static.length) return this.sequencesWithStatic(served, path, inputs, fixed);
+    return Promise.all(
+      inputs.map(async (values) => {
+        const { arrays, steps } = flatInputs(served, values, null);
+        const { bytes } = await this.ask("POST", path, join(arrays), { "content-type": RAW, "unroll-steps": steps });
+        return named(splitOutputs(served, bytes, 0, steps), served.outputs);
+      }),
+    );
+  }
+
+  async sequencesWithStatic(served, path, inputs, fixed) {
+    const lists = Object.fromEntries(served.inputs.map((spec) => [spec.name, []]));
+    for (const values of inputs) {
+      const { arrays, steps } = flatInputs(served, values, null);
+      served.inputs.forEach((spec, i) => lists[spec.name].push(nested(arrays[i], [steps, ...spec.shape])));
+    }
+    const statics = Object.fromEntries(served.static.map(({ name }) => [name, (fixed ?? []).map((one) => one[name])]));
+    const { json } = await this.ask("POST", path, { inputs: lists, static: statics });
+    return inputs.map((_, row) => {
+      const of = (spec) => (served.outputs.length === 1 ? json.outputs[row] : json.outputs[spec.name][row]);
+      return named(served.outputs.map((spec) => flat(of(spec), spec)), served.outputs);
+    });
+  }
+
+  // Open a session, or attach to one. mode: new, resume or either. snapshot: a Uint8Array to begin from.
+  async session(model, { id, mode = "new", durability, static: fixed, snapshot } = {}) {
+    if (mode !== "new") {
+      if (id === undefined) throw new InvalidInput(`mode ${mode} needs an id`);
+      try {
+        return await this.attach(model, id);
+      } catch (error) {
+        if (mode === "resume" || error.code !== "session_unknown") throw error;
+      }
+    }
+    const chosen = id ?? randomId();
+    const body = { session_id: chosen, durability, static: fixed, snapshot: snapshot && base64(snapshot) };
+    const start = snapshot ? Number(view(snapshot).getBigUint64(40, true)) : 0;
+    try {
+      const { json } = await this.ask("POST", `${modelPath(model)}/sessions`, body);
+      return await this.sessionOf(json);
+    } catch (error) {
+      const mine = error.code === "session_exists" && error.repeated && error.position === start;
+      if (!mine && !(error.code === "session_exists" && mode === "either")) throw error;
+      return this.attach(model, chosen);
+    }
+  }
+
+  async attach(model, id) {
+    return this.sessionOf((await this.ask("GET", sessionPath(model, id))).json);
+  }
+
+  async sessionOf(info) {
+    const model = await this.model(`${info.model}:${info.model_version}`);
+    return new Session(this, model, info, info.durability === "client" ? fromBase64(info.snapshot) : undefined);
+  }
+
+  // One WebSocket for the steps of many sessions.
+  async stream(model) {
+    return new Stream(this, model, await this.model(model));
+  }
+
+  // Send a request until it has its final answer: {bytes, json, headers, repeated}. Raises ServerError.
+  async ask(method, path, body, headers = {}) {
+    const retries = new Retries(this.retryFor);
+    const json = body !== undefined && !(body instanceof Uint8Array);
+    const options = {
+      method,
+      body: json ? JSON.stringify(body) : body,
+      headers: { ...this.headers, ...(json ? { "content-type": "application/json" } : {}), ...headers },
+    };
+    for (;;) {
+      let failure, retryAfter;
+      try {
+        const answer = await this.fetch(this.url + path, { ...options, signal: AbortSignal.timeout(this.timeout) });
+        const bytes = new Uint8Array(await answer.arrayBuffer());
+        const document = answer.headers.get("content-type")?.includes("json") ? parse(bytes) : undefined;
+        if (answer.ok) return { bytes, json: document, headers: answer.headers, repeated: retries.count > 0 };
+        failure = new ServerError(document ?? { code: `http_${answer.status}` }, answer.status);
+        failure.repeated = retries.count > 0;
+        const after = Number(answer.headers.get("retry-after") ?? Number.NaN);
+        retryAfter = Number.isNaN(after) ? undefined : after;
+        if (![502, 503, 504].includes(answer.status) || failure.code === "model_unavailable") throw failure;
+      } catch (error) {
+        if (error instanceof ServerError) throw error;
+        failure = new ConnectionFailed(`${this.url} did not answer: ${error.message}`, { cause: error });
+      }
+      if (!(await retries.pause(retryAfter))) throw failure;
+    }
+  }
+}
+
+// One session. Its steps are applied once and in order, whatever breaks between; calls wait for each other.
+export class Session {
+  constructor(client, model, info, sealed) {
+    this.client = client;
+    this.model = model;
+    this.id = info.session_id;
+    this.position = info.position;
+    this.durability = info.durability;
+    this.path = sessionPath(`${model.name}:${model.version}`, this.id);
+    this.sealed = sealed; // the state, if this client holds it
+    this.queue = new Queue();
+  }
+
+  // One time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
+  step(values) {
+    return this.queue.run(() => this.apply(values, 1));
+  }
+
+  // T time steps.
+  steps(values) {
+    return this.queue.run(() => this.apply(values, null));
+  }
+
+  // A step for each item, which may come from an asynchronous iterator; yields its outputs.
+  async *stream(items) {
+    for await (const values of items) yield await this.step(values);
+  }
+
+  // Ask the server for the position, and continue from there.
+  refresh() {
+    return this.queue.run(async () => {
+      if (!this.sealed) this.position = (await this.client.ask("GET", this.path)).json.position;
+      return this.position;
+    });
+  }
+
+  // A second session in the same state.
+  fork(id = randomId()) {
+    return this.queue.run(async () => {
+      if (this.sealed) return this.reopen(id, unsealed(this.sealed));
+      try {
+        return await this.client.sessionOf((await this.client.ask("POST", `${this.path}/fork`, { session_id: id })).json);
+      } catch (error) {
+        if (!(error.code === "session_exists" && error.repeated && error.position === this.position)) throw error;
+        return this.client.attach(this.model.name, id);
+      }
+    });
+  }
+
+  // The state and position, as a Uint8Array.
+  snapshot() {
+    return this.queue.run(async () =>
+      this.sealed ? unsealed(this.sealed) : (await this.client.ask("GET", `${this.path}/state`)).bytes,
+    );
+  }
+
+  // Return to the state of a snapshot. Returns the position.
+  rewind(snapshot) {
+    return this.queue.run(async () => {
+      if (this.sealed) {
+        const earlier = await this.reopen(this.id, snapshot);
+        [this.sealed, this.position] = [earlier.sealed, earlier.position];
+      } else {
+        const answer = await this.client.ask("PUT", `${this.path}/state`, snapshot, { "content-type": RAW });
+        this.position = answer.json.position;
+      }
+      return this.position;
+    });
+  }
+
+  // End the session on the server. One that is closed already is no error.
+  close() {
+    return this.queue.run(async () => {
+      if (this.sealed) return;
+      try {
+        await this.client.ask("DELETE", this.path);
+      } catch (error) {
+        const gone = error.repeated && [404, 410].includes(error.status);
+        if (error.code !== "session_closed" && !gone) throw error;
+      }
+    });
+  }
+
+  reopen(id, snapshot) {
+    return this.client.session(`${this.model.name}:${this.model.version}`, { id, durability: "client", snapshot });
+  }
+
+  async apply(values, wanted) {
+    const { arrays, steps } = flatInputs(this.model, values, wanted);
+    const headers = { "content-type": RAW, "unroll-position": this.position, "unroll-steps": steps };
+    if (this.sealed) headers["unroll-snapshot-length"] = this.sealed.length;
+    const content = join(this.sealed ? [this.sealed, ...arrays] : arrays);
+    const answer = await this.client.ask("POST", `${this.path}/steps`, content, headers);
+    let begin = 0;
+    if (this.sealed) {
+      begin = Number(answer.headers.get("unroll-snapshot-length"));
+      this.sealed = answer.bytes.slice(0, begin);
+    }
+    this.position = Number(answer.headers.get("unroll-position"));
+    return named(splitOutputs(this.model, answer.bytes, begin, steps), this.model.outputs);
+  }
+}
+
+// Many sessions of one model over one WebSocket. After a broken connection they are resumed on a new one.
+export class Stream {
+  constructor(client, reference, model) {
+    if (!client.WebSocket) throw new Error("there is no WebSocket: use Node 22, or pass { WebSocket } to the client");
+    this.client = client;
+    this.model = model;
+    this.url = `ws${client.url.slice(4)}${modelPath(reference)}/stream`;
+    this.places = new Map(); // handle -> StreamSession
+    this.controls = []; // control messages that are unanswered, in order
+    this.nextHandle = 0;
+  }
+
+  // Open sessions, or attach to open ones: how many, or their ids. Raises the first refusal.
+  async open(sessions = 1, { mode = "new", durability, static: fixed } = {}) {
+    const ids = typeof sessions === "number" ? Array.from({ length: sessions }, randomId) : sessions;
+    const specs = ids.map((id) => ({ handle: this.nextHandle++, session_id: id, mode, durability, static: fixed }));
+    const call = new ControlCall("open", specs);
+    await this.exchange(call);
+    let refused;
+    const opened = [];
+    for (const { handle } of specs) {
+      const item = call.items.get(handle);
+      if (item.error) {
+        refused ??= new ServerError(item.error);
+        continue;
+      }
+      const session = new StreamSession(this, item);
+      this.places.set(handle, session);
+      if (mode === "new" && item.position) {
+        refused ??= new ServerError({ code: "session_exists", detail: `session ${item.session_id} is open` });
+      } else {
+        opened.push(session);
+      }
+    }
+    if (refused) {
+      if (mode === "new" && opened.length) await this.closeSessions(opened);
+      throw refused;
+    }
+    return opened;
+  }
+
+  // One time step for each session, in one message: an array per session. Returns an array of outputs per session.
+  step(sessions, inputs) {
+    return this.apply(sessions, inputs, 1);
+  }
+
+  // T time steps for each session; T may differ.
+  steps(sessions, inputs) {
+    return this.apply(sessions, inputs, null);
+  }
+
+  // End the sessions on the server.
+  async closeSessions(sessions) {
+    if (!sessions.length) return;
+    await this.exchange(new ControlCall("close", sessions.map(({ handle }) => ({ handle }))));
+    for (const { handle } of sessions) this.places.delete(handle);
+  }
+
+  // End all sessions, and the connection.
+  async close() {
+    await this.closeSessions([...this.places.values()]);
+    this.disconnect();
+  }
+
+  // Close the connection; the sessions stay open on the server, and the next call resumes them.
+  disconnect() {
+    const socket = this.socket;
+    this.socket = undefined;
+    socket?.then((open) => open.close(), () => {});
+  }
+
+  async apply(sessions, inputs, wanted) {
+    if (sessions.length !== inputs.length) throw new InvalidInput("give inputs for each session");
+    if (new Set(sessions).size !== sessions.length) throw new InvalidInput("each session may be stepped once in a call");
+    const given = inputs.map((values) => flatInputs(this.model, values, wanted));
+    const before = sessions.map((session) => session.last);
+    let end;
+    const busy = new Promise((resolve) => (end = resolve));
+    for (const session of sessions) session.last = busy;
+    await Promise.all(before);
+    const call = new StepsCall(this.model, sessions, given);
+    try {
+      await this.exchange(call);
+    } finally {
+      for (const session of sessions) if (session.call === call) session.call = undefined;
+      if (call.unanswered.size) this.disconnect(); // late answers must not be taken for those of the next call
+      end();
+    }
+    if (call.errors.size) throw new SomeFailed(call.errors, call.outputs);
+    return call.outputs;
+  }
+
+  // Send, wait until all is answered, and send again what is refused for now or was cut off.
+  async exchange(call) {
+    const retries = new Retries(this.client.retryFor);
+    while (!call.complete) {
+      call.begin();
+      let retryAfter, socket;
+      try {
+        socket = await (this.socket ??= this.connect());
+        await this.send(socket, call);
+        if (call.complete) return;
+        retryAfter = call.retryAfter;
+        if (!(await retries.pause(retryAfter))) return call.giveUp();
+      } catch (error) {
+        if (!(error instanceof ConnectionFailed)) throw error;
+        if (socket === undefined || (await this.socket?.catch(() => undefined)) === socket) this.disconnect();
+        if (!(await retries.pause())) throw error;
+      }
+    }
+  }
+
+  // A new connection, on which the sessions are resumed.
+  async connect() {
+    const socket = new this.client.WebSocket(this.url);
+    socket.binaryType = "arraybuffer";
+    socket.waiting = new Set();
+    this.controls = [];
+    await new Promise((resolve, reject) => {
+      const failed = () => reject(new ConnectionFailed(`no connection to ${this.url}`));
+      const late = setTimeout(() => (socket.close(), failed()), this.client.timeout);
+      socket.onopen = () => (clearTimeout(late), resolve());
+      socket.onerror = socket.onclose = () => (clearTimeout(late), failed());
+    });
+    socket.onerror = socket.onclose = () => {
+      socket.broken = new ConnectionFailed(`the connection to ${this.url} broke`);
+      for (const reject of [...socket.waiting]) reject(socket.broken);
+    };
+    socket.onmessage = ({ data }) => this.receive(data);
+    const living = [...this.places.values()].filter((place) => !place.lost);
+    if (living.length) {
+      const specs = living.map(({ handle, id }) => ({ handle, session_id: id, mode: "resume" }));
+      const call = new ControlCall("open", specs);
+      await this.send(socket, call);
+      if (call.again.size) throw new ConnectionFailed("the server asks to come again");
+      for (const [handle, { error }] of call.items) if (error) this.places.get(handle).lose(new ServerError(error));
+    }
+    return socket;
+  }
+
+  // Send a call and wait until it is settled. Raises ConnectionFailed.
+  send(socket, call) {
+    return new Promise((resolve, reject) => {
+      if (socket.broken) return reject(socket.broken);
+      const fail = (error) => (done(), reject(error));
+      const late = setTimeout(() => fail(new ConnectionFailed(`no answer from ${this.url}`)), this.client.timeout);
+      const done = () => (clearTimeout(late), socket.waiting.delete(fail), (call.onSettled = undefined));
+      socket.waiting.add(fail);
+      call.onSettled = () => (done(), resolve());
+      if (call.unanswered.size === 0) return call.onSettled();
+      if (call instanceof ControlCall) this.controls.push(call);
+      for (const message of call.messages()) socket.send(message);
+    });
+  }
+
+  receive(data) {
+    if (typeof data !== "string") return this.receiveOutputs(data);
+    const message = JSON.parse(data);
+    if (message.op === "opened" || message.op === "closed") this.controls.shift()?.receive(message.sessions);
+    if (message.op !== "error") return;
+    const place = this.places.get(message.handle);
+    if ("position" in message) place?.call?.fail(place, message);
+    else this.controls.shift()?.fail(message);
+  }
+
+  receiveOutputs(buffer) {
+    const head = new DataView(buffer);
+    if (head.getUint8(0) !== OUTPUTS) return;
+    const count = head.getUint32(4, true);
+    const entries = Array.from({ length: count }, (_, i) => {
+      const at = HEADER_BYTES + ENTRY_BYTES * i;
+      return [head.getUint32(at, true), head.getUint32(at + 4, true), Number(head.getBigUint64(at + 8, true))];
+    });
+    let begin = HEADER_BYTES + ENTRY_BYTES * count;
+    const outputs = entries.map(() => []);
+    for (const spec of this.model.outputs) {
+      for (let i = 0; i < count; i++) {
+        const array = read(buffer, begin, spec, spec.time ? entries[i][1] : 1);
+        outputs[i].push(array);
+        begin += array.byteLength;
+      }
+    }
+    entries.forEach(([handle, , end], i) => this.places.get(handle)?.call?.receive(handle, end, outputs[i]));
+  }
+}
+
+// A session on a stream.
+export class StreamSession {
+  constructor(stream, { handle, session_id, position, durability }) {
+    Object.assign(this, { handle, position, durability, id: session_id });
+    this.streamOf = stream;
+    this.last = Promise.resolve(); // its call before
+  }
+
+  async step(values) {
+    return this.one("step", values);
+  }
+
+  async steps(values) {
+    return this.one("steps", values);
+  }
+
+  async *stream(items) {
+    for await (const values of items) yield await this.step(values);
+  }
+
+  close() {
+    return this.streamOf.closeSessions([this]);
+  }
+
+  async one(method, values) {
+    try {
+      return (await this.streamOf[method]([this], [values]))[0];
+    } catch (error) {
+      throw error instanceof SomeFailed ? error.errors.get(0) : error;
+    }
+  }
+
+  lose(error) {
+    this.lost = error;
+    this.call?.fail(this, error);
+  }
+}
+
+// Something that is asked for several sessions, each of which is answered by itself.
+class Call {
+  again = new Map(); // keys that are refused for now, and why
+
+  constructor(keys) {
+    this.unanswered = new Set(keys);
+  }
+
+  get complete() {
+    return this.unanswered.size + this.again.size === 0;
+  }
+
+  get retryAfter() {
+    return Math.max(...[...this.again.values()].map((error) => error.retry_after ?? 0));
+  }
+
+  begin() {
+    for (const key of this.again.keys()) this.unanswered.add(key);
+    this.again.clear();
+  }
+
+  // Returns whether the refusal is final: those for now say when to come again.
+  refuse(key, error) {
+    if (error.retry_after === undefined && error.code !== "deadline_exceeded") return true;
+    this.again.set(key, error);
+    this.answer(key);
+    return false;
+  }
+
+  answer(key) {
+    this.unanswered.delete(key);
+    if (this.unanswered.size === 0) this.onSettled?.();
+  }
+}
+
+class ControlCall extends Call {
+  items = new Map(); // what the server answered, by handle
+
+  constructor(op, specs) {
+    super(specs.map(({ handle }) => handle));
+    Object.assign(this, { op, specs, sent: false });
+  }
+
+  // A message that is sent a second time may have been handled the first time.
+  messages() {
+    const specs = this.specs.filter(({ handle }) => this.unanswered.has(handle));
+    const repeated = this.sent;
+    this.sent = true;
+    if (this.op === "close") return [JSON.stringify({ op: "close", handles: specs.map(({ handle }) => handle) })];
+    const sessions = specs.map((spec) => (repeated && spec.mode === "new" ? { ...spec, mode: "either" } : spec));
+    return [JSON.stringify({ op: "open", sessions })];
+  }
+
+  receive(items) {
+    for (const item of items) {
+      if (!item.error || this.refuse(item.handle, item.error)) {
+        this.items.set(item.handle, item);
+        this.answer(item.handle);
+      }
+    }
+  }
+
+  fail(error) {
+    this.receive([...this.unanswered].map((handle) => ({ handle, error })));
+  }
+
+  giveUp() {
+    for (const [handle, error] of this.again) this.items.set(handle, { handle, error });
+    this.again.clear();
+  }
+}
+
+class StepsCall extends Call {
+  errors = new Map();
+
+  constructor(model, sessions, given) {
+    super(sessions.keys());
+    this.model = model;
+    this.sessions = sessions;
+    this.given = given;
+    this.positions = sessions.map(({ position }) => position);
+    this.outputs = new Array(sessions.length);
+    this.rows = new Map(sessions.map(({ handle }, row) => [handle, row]));
+    for (const session of sessions) {
+      session.call = this;
+      if (session.lost) this.fail(session, session.lost);
+    }
+  }
+
+  // Frames of the steps that have no outputs yet.
+  *messages() {
+    let rows = [], size = 0;
+    for (const row of this.unanswered) {
+      const bytes = this.given[row].arrays.reduce((sum, array) => sum + array.byteLength, 0);
+      if (rows.length === MOST_ENTRIES || (rows.length && size + bytes > MOST_BYTES)) {
+        yield this.frame(rows);
+        [rows, size] = [[], 0];
+      }
+      rows.push(row);
+      size += bytes;
+    }
+    if (rows.length) yield this.frame(rows);
+  }
+
+  frame(rows) {
+    const head = new DataView(new ArrayBuffer(HEADER_BYTES + ENTRY_BYTES * rows.length));
+    head.setUint8(0, STEPS);
+    head.setUint32(4, rows.length, true);
+    rows.forEach((row, i) => {
+      const at = HEADER_BYTES + ENTRY_BYTES * i;
+      head.setUint32(at, this.sessions[row].handle, true);
+      head.setUint32(at + 4, this.given[row].steps, true);
+      head.setBigUint64(at + 8, BigInt(this.positions[row]), true);
+    });
+    const values = this.model.inputs.flatMap((_, tensor) => rows.map((row) => this.given[row].arrays[tensor]));
+    return join([head, ...values]);
+  }
+
+  receive(handle, end, outputs) {
+    const row = this.rows.get(handle);
+    if (!this.unanswered.has(row) || end !== this.positions[row] + this.given[row].steps) return;
+    this.outputs[row] = named(outputs, this.model.outputs);
+    this.sessions[row].position = end;
+    this.answer(row);
+  }
+
+  fail(session, error) {
+    const row = this.rows.get(session.handle);
+    if (this.unanswered.has(row) && this.refuse(row, error)) {
+      this.errors.set(row, error instanceof ServerError ? error : new ServerError(error));
+      this.answer(row);
+    }
+  }
+
+  giveUp() {
+    for (const [row, error] of this.again) this.errors.set(row, new ServerError(error));
+    this.again.clear();
+  }
+}
+
+// ── arrays ───────────────────────────────────────────────────────────────────────────────────────
+
+// The inputs as flat typed arrays, one per tensor of the model. wanted: time steps; null: as many as there are.
+function flatInputs(model, values, wanted) {
+  const several = model.inputs.length > 1;
+  const byName = !Array.isArray(values) && !ArrayBuffer.isView(values) && typeof values === "object" && values !== null;
+  if (several && !byName) throw new InvalidInput(`${model.name} takes ${names(model)}: give an object with these names`);
+  if (byName && Object.keys(values).sort().join() !== model.inputs.map(({ name }) => name).sort().join()) {
+    throw new InvalidInput(`${model.name} takes ${names(model)}, not ${Object.keys(values).join(", ")}`);
+  }
+  let steps = wanted;
+  const arrays = model.inputs.map((spec) => {
+    const array = flat(byName ? values[spec.name] : values, spec);
+    const size = sizeOf(spec);
+    const count = array.length / size;
+    if (!Number.isInteger(count) || count === 0 || count !== (steps ?? count)) {
+      throw new InvalidInput(
+        `${spec.name} has ${array.length} values; ${model.name} takes ${size} per time step, ` +
+          (steps === null ? "for one step or more" : `for ${steps} step${steps === 1 ? "; steps() takes several" : "s"}`),
+      );
+    }
+    steps = count;
+    return array;
+  });
+  return { arrays, steps };
+}
+
+const names = (model) => model.inputs.map(({ name }) => name).join(", ");
+
+// A typed array of the tensor's dtype, from an array that may be nested, or from a typed array.
+function flat(values, spec) {
+  const Kind = ARRAYS[spec.dtype];
+  if (values instanceof Kind) return values;
+  const list = ArrayBuffer.isView(values) ? [...values] : [values].flat(Infinity);
+  for (const value of list) {
+    const fits = {
+      float32: typeof value === "number",
+      int32: Number.isInteger(value) && value === (value | 0),
+      int64: typeof value === "bigint" || Number.isSafeInteger(value),
+      bool: typeof value === "boolean",
+    }[spec.dtype];
+    if (!fits) throw new InvalidInput(`${spec.name} must contain values of type ${spec.dtype} only, not ${String(value)}`);
+  }
+  return Kind.from(spec.dtype === "int64" ? list.map(BigInt) : list);
+}
+
+function nested(array, shape) {
+  if (shape.length <= 1) return Array.from(array, (value) => (typeof value === "bigint" ? Number(value) : value));
+  const size = array.length / shape[0];
+  return Array.from({ length: shape[0] }, (_, i) => nested(array.subarray(i * size, (i + 1) * size), shape.slice(1)));
+}
+
+const sizeOf = (spec) => spec.shape.reduce((product, length) => product * length, 1);
+
+function read(buffer, begin, spec, rows) {
+  const Kind = ARRAYS[spec.dtype];
+  return new Kind(buffer.slice(begin, begin + rows * sizeOf(spec) * Kind.BYTES_PER_ELEMENT));
+}
+
+function splitOutputs(model, bytes, begin, steps) {
+  const buffer = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
+  return model.outputs.map((spec) => {
+    const array = read(buffer, begin, spec, spec.time ? steps : 1);
+    begin += array.byteLength;
+    return array;
+  });
+}
+
+// One array, or {output: array} of several.
+function named(arrays, specs) {
+  return specs.length === 1 ? arrays[0] : Object.fromEntries(specs.map((spec, i) => [spec.name, arrays[i]]));
+}
+
+function join(parts) {
+  const joined = new Uint8Array(parts.reduce((sum, part) => sum + part.byteLength, 0));
+  let at = 0;
+  for (const part of parts) {
+    joined.set(new Uint8Array(part.buffer, part.byteOffset, part.byteLength), at);
+    at += part.byteLength;
+  }
+  return joined;
+}
+
+// ── paths and bytes ──────────────────────────────────────────────────────────────────────────────
+
+const modelPath = (model) => `/v1/models/${encodeURIComponent(model).replaceAll("%3A", ":")}`;
+const sessionPath = (model, id) => `${modelPath(model)}/sessions/${encodeURIComponent(id)}`;
+const randomId = () => base64(globalThis.crypto.getRandomValues(new Uint8Array(16))).replace(/[+/=]/g, "_");
+const parse = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
+const view = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+const base64 = (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+const fromBase64 = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+
+// The snapshot inside a sealed one: after a header of 12 bytes and the id, whose length is byte 6, before 32 of signature.
+const unsealed = (sealed) => sealed.slice(12 + sealed[6], -32);

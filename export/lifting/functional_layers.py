@@ -1,0 +1,163 @@
+"""Recurrent layers that forward calls as functions, such as `torch._VF.lstm`: each becomes a layer of PyTorch.
+
+nn.LSTM, nn.GRU and nn.RNN call these functions themselves.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from unroll.export.errors import ExportError
+from unroll.export.signature.outputs import is_same
+
+#: The layer that each function is, and how many gates it has.
+_LAYERS: dict[Any, tuple[Callable[..., nn.RNNBase], int]] = {
+    torch.lstm: (nn.LSTM, 4),
+    torch.gru: (nn.GRU, 3),
+    torch.rnn_tanh: (nn.RNN, 1),
+    torch.rnn_relu: (partial(nn.RNN, nonlinearity="relu"), 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of such a function, with its arguments."""
+
+    function: Any
+    x: Tensor
+    hx: Any
+    weights: list[Tensor]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, function: Any, args: Any, kwargs: Any) -> "_Call | None":
+        """None for a call of another function, or by PyTorch's own layers.
+
+        Raises ExportError(packed_sequence) for one of a packed sequence.
+        """
+        if function not in _LAYERS or sys._getframe(2).f_code.co_filename == nn.GRU.forward.__code__.co_filename:
+            return None
+
+        def bound(
+            input: Tensor,
+            hx: Any,
+            params: Any,
+            has_biases: bool,
+            num_layers: int,
+            dropout: float,
+            train: bool,
+            bidirectional: bool,
+            batch_first: bool,
+        ) -> "_Call | None":
+            if not isinstance(has_biases, bool):
+                raise ExportError(
+                    "packed_sequence",
+                    f"forward gives the parts of a packed sequence to torch.{function.__name__}; give the "
+                    "PackedSequence to a recurrent layer, or the padded tensor to the function",
+                )
+            options = {"num_layers": num_layers, "bias": has_biases, "bidirectional": bidirectional}
+            return cls(function, input, hx, list(params), options | {"batch_first": batch_first})
+
+        return bound(*args, **kwargs)
+
+    def layer(self) -> nn.RNNBase:
+        """Without weights of its own: each call has them."""
+        make, gates = _LAYERS[self.function]
+        (width, inputs), recurrent = self.weights[0].shape, self.weights[1].shape[1]
+        proj = {} if recurrent == width // gates else {"proj_size": recurrent}
+        return make(inputs, width // gates, device="meta", dtype=self.weights[0].dtype, **self.options, **proj)
+
+    def run(self, layer: nn.RNNBase) -> tuple[Tensor, ...]:
+        """The results of the function, from the layer."""
+        if not torch.compiler.is_exporting():
+            layer._flat_weights = self.weights  # type: ignore[assignment]
+        y, after = layer(self.x, tuple(self.hx) if isinstance(self.hx, (list, tuple)) else self.hx)
+        return (y, *after) if isinstance(after, tuple) else (y, after)
+
+
+def lift_functions(model: nn.Module, runs: list[Callable[[], Any]]) -> None:
+    """Let `model` call layers in place of their functions.
+
+    Args:
+        runs: call its forward, with other values and another length each.
+
+    Raises:
+        ExportError: not_exportable, for weights that forward computes from its inputs.
+    """
+    first, *others = (_watch(model, run) for run in runs)
+    for path, calls in first.items():
+        for other in others:
+            if len(other.get(path, [])) != len(calls):
+                return  # called step by step, as a loop does
+            for one, same in zip(calls, other[path], strict=True):
+                if not all(map(is_same, one.weights, same.weights)):
+                    raise ExportError(
+                        "not_exportable",
+                        f"forward computes the weights that it gives to torch.{one.function.__name__} from its inputs; "
+                        "a recurrent layer has the same weights for all sequences",
+                    )
+    for path, calls in first.items():
+        module = model.get_submodule(path)
+        module.unroll_functions = nn.ModuleList(call.layer() for call in calls)
+        module.__class__ = _calling(type(module))
+
+
+def _calling(base: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _InLayers(self.unroll_functions):
+            return base.forward(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"forward": forward})
+
+
+class _InLayers(TorchFunctionMode):
+    """Within one call of a module, its functions are layers, one after another."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self._left: Iterator[Any] = iter(layers)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = _Call.of(func, args, kwargs or {})
+        return call.run(next(self._left)) if call else func(*args, **(kwargs or {}))
+
+
+def _watch(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[_Call]]:
+    """The calls of these functions by the path of the module whose forward calls them; of its last call."""
+    found: dict[str, list[_Call]] = {}
+    stack: list[list[_Call]] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if stack and (call := _Call.of(func, args, kwargs or {})):
+                stack[-1].append(call)
+            return func(*args, **(kwargs or {}))
+
+    def leave(path: str) -> Any:
+        def hook(*_: Any) -> None:
+            if calls := stack.pop():
+                found[path] = calls
+
+        return hook
+
+    with _hooks(model, lambda _: lambda *_: stack.append([]), leave), Watch():
+        run()
+    return found
+
+
+@contextmanager
+def _hooks(model: nn.Module, before: Callable[[str], Any], after: Callable[[str], Any]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(before(path)) for path, module in model.named_modules()]
+    handles += [module.register_forward_hook(after(path)) for path, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

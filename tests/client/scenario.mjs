@@ -1,0 +1,115 @@
+// What the JavaScript client gets from a server, as JSON. Arguments: the module's file, the URL, and the inputs.
+import { pathToFileURL } from "node:url";
+
+const [module, url, given] = process.argv.slice(2);
+const { Client, InvalidInput, SomeFailed } = await import(pathToFileURL(module));
+const { x, a, b, voice, retryFor, only } = JSON.parse(given);
+const client = new Client(url, { retryFor, timeout: 2000 });
+
+const rows = (values, width) => {
+  const list = Array.from(values);
+  return Array.from({ length: list.length / width }, (_, i) => list.slice(i * width, (i + 1) * width));
+};
+
+// A session's steps: two single ones, a chunk, and the rest as a stream.
+async function live(session, width = 2) {
+  const outputs = [];
+  outputs.push(...rows(await session.step(x[0]), width), ...rows(await session.step(new Float32Array(x[1])), width));
+  outputs.push(...rows(await session.steps(x.slice(2, 4)), width));
+  for await (const y of session.stream(x.slice(4))) outputs.push(...rows(y, width));
+  return outputs;
+}
+
+async function refusal(call) {
+  try {
+    await call();
+  } catch (error) {
+    return error.code ?? error.constructor.name;
+  }
+  return "none";
+}
+
+const scenarios = {
+  async sessions() {
+    const found = {};
+    for (const durability of ["memory", "stored", "client"]) {
+      const session = await client.session("lstm", { durability });
+      found[durability] = [await live(session), session.position, await session.refresh()];
+      await session.close();
+      await session.close();
+    }
+    return found;
+  },
+  async copies() {
+    const found = [];
+    for (const durability of ["memory", "client"]) {
+      const session = await client.session("lstm", { durability });
+      await session.steps(x.slice(0, 3));
+      const saved = await session.snapshot();
+      const other = await session.fork();
+      const again = await client.session("lstm", { durability, snapshot: saved });
+      const rest = x.slice(3);
+      found.push(rows(await session.steps(rest), 2), rows(await other.steps(rest), 2), rows(await again.steps(rest), 2));
+      found.push(await session.rewind(saved));
+      found.push(rows(await session.steps(rest), 2));
+    }
+    return found;
+  },
+  async tensors() {
+    const session = await client.session("two");
+    const { level, slope } = await session.steps({ a, b });
+    const [whole] = await client.sequences("two", [{ a, b }]);
+    const [spoken] = await client.sequences("voice", [voice.x], { static: [voice.static] });
+    const talking = await client.session("voice", { static: voice.static });
+    const tokens = await client.session("tokens");
+    return {
+      level: rows(level, 1), slope: rows(slope, 2), whole: rows(whole.slope, 2), spoken: rows(spoken, 6),
+      talked: rows(await talking.steps(voice.x), 6), last: Array.from((await client.sequences("last", [x]))[0]),
+      token: (await tokens.step(3)).length + (await tokens.steps([3n, 4n])).length,
+    };
+  },
+  async stream() {
+    const stream = await client.stream("lstm");
+    const sessions = await stream.open(20);
+    const lives = await Promise.all(sessions.map((session) => live(session)));
+    const together = await stream.step(sessions, sessions.map(() => x[0]));
+    const positions = sessions.map(({ position }) => position);
+    stream.disconnect();
+    const after = await sessions[3].step(x[1]);
+    await stream.close();
+    return { lives, together: together.map((y) => Array.from(y)), positions, after: Array.from(after) };
+  },
+  async refusals() {
+    const session = await client.session("lstm", { id: "a/b ö" });
+    const stream = await client.stream("lstm");
+    const [one, two] = await stream.open(2);
+    await (await client.session("lstm", { id: two.id, mode: "resume" })).close();
+    const failed = await stream.step([one, two], [x[0], x[0]]).catch((error) => error);
+    const other = await client.session("lstm", { id: "a/b ö", mode: "either" });
+    await other.step(x[0]);
+    const found = [
+      failed instanceof SomeFailed && failed.errors.get(1).code, failed.outputs[0].length, await refusal(() => two.step(x[0])),
+      await refusal(() => session.step(x[1])), await refusal(() => session.step([1, 2])),
+      await refusal(() => session.step([1, 2, "3"])), await refusal(() => session.step([1, 2, Number.NaN])),
+      await refusal(() => session.steps([])), await refusal(() => client.session("lstm", { id: "a/b ö" })),
+      await refusal(() => client.session("nothing")), await refusal(() => client.session("lstm", { id: "c", mode: "resume" })),
+      await refusal(() => client.session("whole")), await refusal(() => session.step({ y: [1, 2, 3] })),
+      await refusal(() => new Client("http://127.0.0.1:1", { retryFor: 50 }).models()),
+    ];
+    await stream.close();
+    await session.close();
+    return found;
+  },
+  async faults() {
+    const stream = await client.stream("lstm");
+    const [streamed] = await stream.open();
+    const session = await client.session("lstm");
+    const found = await Promise.all([live(session), live(streamed)]);
+    return { found, positions: [session.position, streamed.position] };
+  },
+};
+
+const result = {};
+for (const name of only) result[name] = await scenarios[name]();
+console.log(JSON.stringify(result));
+process.exit(0);

@@ -1,0 +1,113 @@
+"""The JavaScript client in Node, against onnxruntime alone."""
+
+import asyncio
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from faults.proxy import Fault, FaultProxy
+from serving import Oracle, Running
+from waiting import PATIENCE
+
+ROOT = Path(__file__).parents[2]
+MODULE = ROOT / "client" / "unroll.mjs"
+STATIC = {"speaker": 3, "gain": [0.25]}
+
+Oracles = Callable[[str], Oracle]
+#: Runs scenarios by name, with the client at an address; returns their results.
+Play = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(4)
+    shapes = {"x": (8, 3), "a": (5, 2), "b": (5, 3), "voice": (4, 1)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def play(given: dict[str, np.ndarray]) -> Play:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    flags = ["--experimental-websocket"]
+    probe = subprocess.run([node, *flags, "-e", "new WebSocket"], capture_output=True, text=True, timeout=PATIENCE)
+    if "ReferenceError" in probe.stderr or "bad option" in probe.stderr:
+        pytest.skip("this node has no WebSocket")
+    values: dict[str, object] = {name: array.tolist() for name, array in given.items()}
+    values["voice"] = {"x": values["voice"], "static": STATIC}
+
+    def run(url: str, *only: str, retry_for: int = 60_000) -> Any:
+        arguments = json.dumps({**values, "retryFor": retry_for, "only": only})
+        ran = subprocess.run(
+            [node, *flags, "--no-warnings", Path(__file__).with_name("scenario.mjs"), MODULE, url, arguments],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+    return run
+
+
+def same(got: list, right: np.ndarray) -> bool:
+    return np.array_equal(np.array(got, np.float32), right)
+
+
+def test_it_gets_the_same_bits(server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play) -> None:
+    found = play(server.url, "sessions", "copies", "tensors", "stream")
+    right = oracle("lstm")(given["x"])
+    for durability in ("memory", "stored", "client"):
+        outputs, *positions = found["sessions"][durability]
+        assert same(outputs, right)
+        assert positions == [8, 8]
+    for one, fork, restored, position, again in (found["copies"][:5], found["copies"][5:]):
+        assert all(same(outputs, right[3:]) for outputs in (one, fork, restored, again))
+        assert position == 3
+    (level, slope), _ = oracle("two").all(given["a"], given["b"])
+    tensors = found["tensors"]
+    assert same(tensors["level"], level)
+    assert same(tensors["slope"], slope)
+    assert same(tensors["whole"], slope)
+    row = oracle("voice").manifest.initial_row({"speaker": np.array(3), "gain": np.float32([0.25])})
+    spoken = oracle("voice").all(given["voice"], state=row)[0][0]
+    assert same(tensors["spoken"], spoken)
+    assert same(tensors["talked"], spoken)
+    assert same(tensors["last"], oracle("last")(given["x"]))
+    assert tensors["token"] == 33
+    streamed = found["stream"]
+    assert all(same(outputs, right) for outputs in streamed["lives"])
+    longer = oracle("lstm")(np.concatenate([given["x"], given["x"][:2]]))
+    assert all(same(outputs, longer[8]) for outputs in streamed["together"])
+    assert set(streamed["positions"]) == {9}
+    assert same(streamed["after"], longer[9])
+
+
+def test_refusals_have_their_codes(server: Running, play: Play) -> None:
+    assert play(server.url, "refusals")["refusals"] == [
+        *("session_closed", 2, "session_closed"),
+        *("payload_mismatch", "InvalidInput"),
+        *("InvalidInput", "non_finite_input"),
+        *("InvalidInput", "session_exists"),
+        *("model_unknown", "session_unknown"),
+        *("not_streamable", "InvalidInput", "ConnectionFailed"),
+    ]
+
+
+async def test_its_connections_break(
+    server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play
+) -> None:
+    chance = random.Random(3)
+    weights = {Fault.NONE: 8, Fault.CUT_REQUEST: 1, Fault.LOSE_REPLY: 1, Fault.CUT_REPLY: 1}
+    async with FaultProxy(server.port, lambda: chance.choices([*weights], [*weights.values()])[0]) as proxy:
+        found = await asyncio.to_thread(play, f"http://127.0.0.1:{proxy.port}", "faults", retry_for=200_000)
+    right = oracle("lstm")(given["x"])
+    assert all(same(outputs, right) for outputs in found["faults"]["found"])
+    assert found["faults"]["positions"] == [8, 8]
