@@ -44,14 +44,14 @@ rolling-test: install ## restart replicas behind HAProxy while clients step (one
 rollout-test: install ## roll versions of a model out over three replicas while clients step (minutes; SEED=, VERSIONS=)
 	PYTHONPATH=tests $(BIN)/python -m faults.rollout $(if $(SEED),--seed $(SEED)) $(if $(VERSIONS),--versions $(VERSIONS))
 
-machine-test: install ## random event sequences over two replicas, longer than in `make test` (minutes; EXAMPLES=)
-	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py
+machine-test: install ## random event sequences over two replicas and in the scheduler, longer than in `make test` (minutes; EXAMPLES=)
+	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py tests/service/scheduler
 
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
 kinds-test: install ## export every kind of module, of which `make test` leaves out some (minutes)
-	UNROLL_TEST_KINDS=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/export/test_kinds.py tests/served
+	UNROLL_TEST_KINDS=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/export/test_kinds.py tests/served_models
 
 check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/ruff format --check .

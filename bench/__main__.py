@@ -12,7 +12,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bench import clients, durability, environments, inputs, machine, report, scale, sequences, steps, workers
+from bench import (
+    clients,
+    durability,
+    environments,
+    inputs,
+    machine,
+    python_client,
+    report,
+    scale,
+    sequences,
+    steps,
+    workers,
+)
 from bench.outcomes import Outcome
 from bench.peers import PEERS, Peer
 from bench.reference import Reference
@@ -33,6 +45,7 @@ SCENARIOS: dict[str, Callable[[Bench], list[Outcome]]] = {
     "start": scale.start,
     "durability": durability.durability,
     "workers": workers.workers,
+    "python-client": python_client.python_client,
 }
 RESULTS = ROOT / ".bench" / "results.json"
 _EXPORT_SECONDS = 300

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from unroll import __version__
 from unroll.service.api import (
     absent_routes,
+    admin_routes,
     health_routes,
     native_routes,
     open_inference_routes,
@@ -28,6 +29,7 @@ from unroll.service.api.http_methods import HeadAsGet, allowed_methods
 from unroll.service.api.path_segments import EncodedSlashes
 from unroll.service.api.request import Disconnected
 from unroll.service.api.stream import endpoint
+from unroll.service.api.worker_metrics import WorkerMetrics
 from unroll.service.core.clock import Clock, MonotonicClock
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
@@ -37,11 +39,13 @@ from unroll.service.models.versions import ModelVersions
 from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.sessions.durable import DurableSessions
 from unroll.service.sessions.in_memory import MemorySessions
+from unroll.service.sessions.memory_pages import MemoryPages
 from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.settings import Settings
 from unroll.service.state.sealed_snapshot import SnapshotKeys
-from unroll.service.store.interface import Store, StoreRefused
+from unroll.service.store.interface import Pages, Store, StoreRefused
 from unroll.service.store.opening import open_store
+from unroll.service.store.record import MEMORY, STORED
 from unroll.service.store.state_file import StateFile
 from unroll.service.telemetry.request_log import RequestLog
 
@@ -98,7 +102,18 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         shared_port,
         RequestLog(settings.log_requests),
     )
-    return _fastapi(state, lambda _: _lifespan(state, state_file, settings.store_timeout)), state
+    workers = None
+    if settings.worker_port is not None:
+        ports = range(settings.worker_port, settings.worker_port + settings.workers)
+        workers = WorkerMetrics(settings.host, ports)
+    app = _fastapi(state, workers, lambda _: _lifespan(state, state_file, settings.store_timeout))
+    if settings.admin:
+        idle_timeout = settings.idle_timeout or None
+        pages: dict[str, Pages] = {MEMORY: MemoryPages(sessions.directory, clock, idle_timeout)}
+        if store is not None:
+            pages[STORED] = store
+        app.include_router(admin_routes.router(state, pages, idle_timeout))
+    return app, state
 
 
 def _load(
@@ -157,7 +172,7 @@ async def _become_ready(state: AppState) -> None:
         state.ready = not state.draining
 
 
-def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
+def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> FastAPI:
     app = FastAPI(
         title="Unroll",
         version=__version__,
@@ -174,7 +189,7 @@ def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
     app.include_router(statistics_routes.router(state))
     app.include_router(repository_routes.router(state))
     app.include_router(open_inference_routes.router(state, __version__))
-    app.include_router(health_routes.router(state))
+    app.include_router(health_routes.router(state, workers))
     app.include_router(absent_routes.router())
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 

@@ -134,7 +134,8 @@ class Settings(BaseSettings):
         int, Field(ge=0, description="memory per model for replies that are kept for retries, in bytes")
     ] = 256 * 2**20
     state_file: Annotated[
-        Path | None, Field(description="file for memory sessions: written at shutdown, read at startup")
+        Path | None,
+        Field(description="file for memory sessions, also beside a store: written at shutdown, read at startup"),
     ] = None
 
     max_batch: Annotated[PositiveInt, Field(description="maximum rows per model call")] = 256
@@ -155,6 +156,10 @@ class Settings(BaseSettings):
     drain_timeout: Annotated[
         PositiveFloat, Field(description="seconds for connected clients to receive their answers at shutdown")
     ] = 10.0
+    admin: Annotated[
+        CliToggleFlag[bool],
+        Field(description="list sessions at /v1/admin/sessions, to any client: there is no authentication"),
+    ] = False
     log_requests: Annotated[
         LogRequests, Field(description="requests that leave a line in the log, at most 100 a second: none, errors, all")
     ] = "errors"

@@ -12,7 +12,7 @@ import torch
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from httpx._transports import default
 from redis_server import RedisServer
-from served import models
+from served_models import models
 from stub_cuda.child import Outcome, Stub
 from waiting import PATIENCE
 

@@ -6,12 +6,17 @@ from fastapi import APIRouter, HTTPException, Request, Response
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.http_methods import add_probe
+from unroll.service.api.worker_metrics import WorkerMetrics
 from unroll.service.telemetry.metrics import Collector
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: starting or stopping"}}
 
+#: Of Prometheus's text format.
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
-def router(app: AppState) -> APIRouter:
+
+def router(app: AppState, workers: WorkerMetrics | None = None) -> APIRouter:
+    """workers: all of them, if each has a port of its own."""
     api = APIRouter(tags=["health"])
     collector = Collector(
         lambda: [model.current_figures() for model in app.models],
@@ -41,12 +46,14 @@ def router(app: AppState) -> APIRouter:
         response_class=Response,
         responses={
             200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-            404: {"description": "several workers share this port; scrape each on its own port"},
+            404: {"description": "several workers share this port, without --worker-port"},
         },
     )
     async def metrics(request: Request) -> Response:
         if app.shared_port is not None and request.scope["server"][1] == app.shared_port:
-            raise HTTPException(404, "several workers share this port: scrape each on its own port, see --worker-port")
-        return Response(collector.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+            if workers is None:
+                raise HTTPException(404, "several workers share this port: add --worker-port, and it has those of all")
+            return Response(await workers.exposition(), media_type=_TEXT)
+        return Response(collector.exposition(), media_type=_TEXT)
 
     return api

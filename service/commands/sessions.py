@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from unroll.service.commands import transfer
-from unroll.service.commands.selection import Selection, describe, select
 from unroll.service.core.errors import UnrollError
+from unroll.service.sessions.selection import Selection, describe, select
 from unroll.service.settings import SettingsRefused, store_config_of
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.interface import Store, StoreRefused
@@ -65,8 +65,7 @@ async def _run(options: argparse.Namespace) -> int:
 async def _list(store: Store, config: StoreConfig, options: argparse.Namespace) -> int:
     found, after = await select(store, _selection(options, config), options.after, options.limit)
     if options.json:
-        document = {"sessions": [session.document() for session in found.sessions], "damaged": found.damaged}
-        print(json.dumps({**document, "after": after or None}, indent=2))
+        print(json.dumps(found.document(after), indent=2))
         return 0
     for session in found.sessions:
         print(session.line())
@@ -140,9 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     action = _add(actions, "list", _list, "list open sessions, a page at a time; never their states")
     _add_filters(action)
-    action.add_argument(
-        "--limit", type=_positive, default=100, help="sessions of a page; with Redis about so many (default: 100)"
-    )
+    action.add_argument("--limit", type=_positive, default=100, help="maximum sessions of a page (default: 100)")
     action.add_argument("--after", default="", metavar="PAGE", help="continue where the page before ended, as it says")
     action.add_argument("--json", action="store_true", help="print one JSON document")
     action = _add(actions, "show", _show, "show one session, and what is known of one that has ended")

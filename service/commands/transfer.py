@@ -3,13 +3,14 @@
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from dataclasses import replace as changed
 from pathlib import Path
 
-from unroll.service.commands.selection import Selection, every
 from unroll.service.core.errors import SessionContended, SnapshotInvalid
+from unroll.service.sessions.selection import Selection, every
 from unroll.service.store import state_file
 from unroll.service.store.interface import Commit, Key, Store, Tokens
-from unroll.service.store.record import Record
+from unroll.service.store.record import STORED, Record
 
 IMPORTED, REPLACED, EXISTS = "imported", "replaced", "open, not imported"
 _AT_ONCE = 100
@@ -86,5 +87,5 @@ async def _replace(store: Store, key: Key, record: Record, tokens: Tokens) -> st
 
 
 def _commit(key: Key, expected: bytes, token: bytes, record: Record) -> Commit:
-    origin = record.origin.to_bytes()
+    origin = changed(record.origin, durability=STORED).to_bytes()  # any server can continue it
     return Commit(key, expected, token, origin, record.position, record.row, record.last, begins=True)

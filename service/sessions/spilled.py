@@ -52,6 +52,11 @@ class SpilledSessions:
         """Sessions in host memory."""
         return len(self._spill) + len(self._parking)
 
+    def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
+        """Key, record, and when it was last used."""
+        yield from self._spill
+        yield from ((key, record, used) for key, (record, used) in self._parking.items())
+
     # ── out of the arena and back ────────────────────────────────────────────────────────────────
 
     def take_in(self, model: ServedModel, session: Session) -> bool:

@@ -245,9 +245,10 @@ def _page(after: bytes, limit: int, transaction: Any, now: float) -> Page:
         place = bytes(key)
         if place != CLOCK and (entry := Entry.read(bytes(value))).is_living(now):
             try:
-                record, size = entry.record(), len(entry.content)
+                record = entry.record()
                 expires_in = None if math.isinf(entry.expires) else entry.expires - now
-                page.sessions.append(Listed(key_of(entry.name), record.origin, record.position, expires_in, size))
+                about = record.origin.model, record.origin.durability, record.position
+                page.sessions.append(Listed(key_of(entry.name), *about, expires_in, len(entry.content)))
             except SnapshotInvalid:
                 page.damaged.append(key_of(place))
         if len(page.sessions) == limit or looked == _SWEPT:

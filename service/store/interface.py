@@ -48,15 +48,18 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """An open session of a store.
+    """An open session.
 
     Attributes:
+        digest: SHA-256 of its model, hexadecimal.
+        durability: One of `DURABILITIES`.
         expires_in: Seconds until it expires, unless it is used before; None: never.
         bytes: Of its record.
     """
 
     key: Key
-    origin: Origin
+    digest: str
+    durability: str
     position: int
     expires_in: float | None
     bytes: int
@@ -64,7 +67,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some of a store's open sessions.
+    """Some of the open sessions.
 
     Attributes:
         sessions: May be none although there are more.
@@ -77,7 +80,23 @@ class Page:
     after: str
 
 
-class Store(Protocol):
+class Pages(Protocol):
+    async def page(self, after: str, limit: int) -> Page:
+        """The page that `after` names; empty: the first. Every session that is open all the time is on one, or on
+        several.
+
+        Args:
+            after: Of the page before.
+            limit: Maximum sessions.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+            InvalidRequest: `after` names no page.
+        """
+        ...
+
+
+class Store(Pages, Protocol):
     """Records of sessions, shared by replicas.
 
     The store alone decides when a durable session has expired: after the idle timeout since its last commit, by the
@@ -109,20 +128,6 @@ class Store(Protocol):
         """Remove a record without a tombstone if it has this token: the caller owns the session then."""
         ...
 
-    async def page(self, after: str, limit: int) -> Page:
-        """The page that `after` names; empty: the first. Every session that is open all the time is on one, or on
-        several.
-
-        Args:
-            after: Of the page before.
-            limit: About so many sessions.
-
-        Raises:
-            StoreUnavailable: The store does not answer.
-            InvalidRequest: `after` names no page.
-        """
-        ...
-
     async def start(self) -> None:
         """Called once, before any other method. Returns when the store has answered once; until then it is logged.
         Raises StoreRefused."""
@@ -142,4 +147,17 @@ class Tokens:
         return self._process + next(self._count).to_bytes(8, "little")
 
 
-__all__ = ["Commit", "Gone", "Kept", "Key", "Listed", "Origin", "Page", "Record", "Store", "StoreRefused", "Tokens"]
+__all__ = [
+    "Commit",
+    "Gone",
+    "Kept",
+    "Key",
+    "Listed",
+    "Origin",
+    "Page",
+    "Pages",
+    "Record",
+    "Store",
+    "StoreRefused",
+    "Tokens",
+]

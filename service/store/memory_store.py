@@ -44,10 +44,7 @@ class MemoryStore:
         chosen = [name for name in names if name > after][:limit]
         keys: list[Key] = [(name.partition("/")[0], name.partition("/")[2]) for name in chosen]
         records = [self._records[key] for key in keys]
-        sessions = [
-            Listed(key, record.origin, record.position, None, len(record.row) + len(record.last))
-            for key, record in zip(keys, records, strict=True)
-        ]
+        sessions = [_listed(key, record) for key, record in zip(keys, records, strict=True)]
         return Page(sessions, [], chosen[-1] if chosen and chosen[-1] != names[-1] else "")
 
     def _commit(self, commit: Commit) -> UnrollError | None:
@@ -66,3 +63,8 @@ class MemoryStore:
         self._records[commit.key] = Record(origin, commit.position, commit.row, kept, depth, commit.token)
         self._gone.pop(commit.key, None)
         return None
+
+
+def _listed(key: Key, record: Record) -> Listed:
+    size = len(record.row) + len(record.last)
+    return Listed(key, record.origin.model, record.origin.durability, record.position, None, size)

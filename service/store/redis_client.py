@@ -134,8 +134,10 @@ async def eviction_policy(client: Any) -> str | None:
     return next((policy for policy in policies if policy != "noeviction"), None)
 
 
-def refusal(reason: BaseException) -> str | None:
+def refusal(client: Any, reason: BaseException) -> str | None:
     """What to do about an error that no waiting heals; None if the store may answer later."""
+    if isinstance(client, RedisCluster) and isinstance(reason, MovedError):
+        return None  # it is moving its slots
     for error in _causes(reason):
         for kind, remedy in _REFUSALS:
             if kind in str(error) if isinstance(kind, str) else isinstance(error, kind):

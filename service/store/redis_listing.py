@@ -1,6 +1,6 @@
 """The open sessions in Redis, page by page: one SCAN per page, node by node if it is a cluster.
 
-A page is named by the number of its node and SCAN's cursor.
+A page is named by the number of its node, SCAN's cursor, and the key that it follows among those of that cursor.
 """
 
 import struct
@@ -16,8 +16,8 @@ _TOKEN = 16
 #: Position, lengths of row and last.
 _WHOLE = struct.Struct("<QII")
 _HEAD = _TOKEN + ORIGIN_BYTES + _WHOLE.size
-#: Least keys that a page looks at: half of them are no sessions, but traces.
-_LEAST = 500
+#: Keys that SCAN looks at: half of them are no sessions, but traces. Always the same, as one cursor serves some pages.
+_COUNT = 500
 
 
 async def read_page(client: Any, prefix: str, after: str, limit: int) -> Page:
@@ -26,20 +26,24 @@ async def read_page(client: Any, prefix: str, after: str, limit: int) -> Page:
     if isinstance(client, RedisCluster):
         await client.initialize()
         nodes = sorted(client.get_primaries(), key=lambda node: node.name)
-    number, cursor = _parse(after, len(nodes))
+    number, cursor, last = _parse(after, len(nodes))
     where = {} if nodes[number] is None else {"target_nodes": nodes[number]}
     pattern = f"{prefix}:{{*}}"
-    count = max(limit, _LEAST)
-    cursor, keys = await client.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", count, **where)
+    following, found = await client.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", _COUNT, **where)
     if where:
-        cursor = cursor[nodes[number].name]
-    page = Page([], [], _next(number, int(cursor), len(nodes)))
+        following = following[nodes[number].name]
+    later = sorted(key for key in found if key > last)
+    keys = later[:limit]
+    if len(later) > limit:
+        page = Page([], [], f"{number}.{cursor}.{keys[-1].hex()}")
+    else:
+        page = Page([], [], _next(number, int(following), len(nodes)))
     pipeline = client.pipeline(**({} if where else {"transaction": False}))
     for key in keys:
         pipeline.getrange(key, 0, _HEAD - 1).strlen(key).pttl(key)
-    found = await pipeline.execute() if keys else []
+    heads = await pipeline.execute() if keys else []
     for index, key in enumerate(keys):
-        _add(page, _key_of(key, prefix), *found[3 * index : 3 * index + 3])
+        _add(page, _key_of(key, prefix), *heads[3 * index : 3 * index + 3])
     return page
 
 
@@ -54,7 +58,8 @@ def _add(page: Page, key: Key, head: bytes, size: int, milliseconds: int) -> Non
     except (SnapshotInvalid, struct.error):
         page.damaged.append(key)
         return
-    page.sessions.append(Listed(key, origin, position, milliseconds / 1000 if milliseconds >= 0 else None, size))
+    expires_in = milliseconds / 1000 if milliseconds >= 0 else None
+    page.sessions.append(Listed(key, origin.model, origin.durability, position, expires_in, size))
 
 
 def _key_of(key: bytes, prefix: str) -> Key:
@@ -62,14 +67,18 @@ def _key_of(key: bytes, prefix: str) -> Key:
     return model, session
 
 
-def _parse(after: str, nodes: int) -> tuple[int, int]:
-    number, _, cursor = (after or "0.0").partition(".")
-    if not (number.isdecimal() and cursor.isdecimal() and int(number) < nodes):
-        raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said")
-    return int(number), int(cursor)
+def _parse(after: str, nodes: int) -> tuple[int, int, bytes]:
+    try:
+        number, cursor, last = (after or "0.0.").split(".")
+        parsed = int(number), int(cursor), bytes.fromhex(last)
+        if 0 <= parsed[0] < nodes:
+            return parsed
+    except ValueError:
+        pass
+    raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said")
 
 
 def _next(number: int, cursor: int, nodes: int) -> str:
     if cursor:
-        return f"{number}.{cursor}"
-    return f"{number + 1}.0" if number + 1 < nodes else ""
+        return f"{number}.{cursor}."
+    return f"{number + 1}.0." if number + 1 < nodes else ""

@@ -168,7 +168,7 @@ class RedisStore:
             if wrong:
                 raise wrong[0]
         except FAILURES as reason:
-            if (why := refusal(reason)) is not None:
+            if (why := refusal(self._client, reason)) is not None:
                 raise StoreRefused(f"the session store refuses this server: {why}") from reason
             raise unavailable(reason) from reason
 

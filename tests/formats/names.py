@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from unroll import cli
 from unroll.service.api.error_responses import STATUS
+from unroll.service.api.worker_metrics import merge
 from unroll.service.core.errors import UnrollError
 from unroll.service.settings import Settings
 from unroll.service.telemetry.metrics import Collector, StoreFigures
@@ -85,6 +86,11 @@ def store_metrics() -> list[str]:
     figures = StoreFigures(evicts=False, bytes={"file": 0, "used": 0})
     text = Collector(list, {}, (), (), dict, figures).exposition().decode()
     return [name for name in _samples(text) if name.startswith("unroll_store")]
+
+
+def worker_metrics() -> list[str]:
+    """Those of the port that workers share."""
+    return _samples(merge({1: None}))
 
 
 def _samples(text: str) -> list[str]:

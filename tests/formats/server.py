@@ -8,4 +8,6 @@ from unroll.service.settings import Settings
 
 def start() -> Running:
     keys = [key.decode() for key in KEYS]
-    return Running(Settings.model_validate({"repository": REPOSITORY, "device": "cpu", "snapshot_keys": keys}))
+    return Running(
+        Settings.model_validate({"repository": REPOSITORY, "device": "cpu", "snapshot_keys": keys, "admin": True})
+    )

@@ -155,6 +155,6 @@ def test_streams() -> None:
 # ── names ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("what", ["flags", "settings", "codes", "store_metrics"])
+@pytest.mark.parametrize("what", ["flags", "settings", "codes", "store_metrics", "worker_metrics"])
 def test_names(what: str) -> None:
     assert getattr(names, what)() == known("names")[what]

@@ -296,6 +296,7 @@ def main() -> None:
             "bodies": names.bodies(client),
             "metrics": names.metrics(client),
             "store_metrics": names.store_metrics(),
+            "worker_metrics": names.worker_metrics(),
         }
     _save("names", known)
     for model, said in ("mixed", _stream_mixed()), ("steps", _stream()):

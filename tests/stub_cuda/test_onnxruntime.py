@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from served import models
+from served_models import models
 from stub_cuda.calls import Call, Calls
 from stub_cuda.child import Outcome
 
@@ -25,7 +25,7 @@ from stub_cuda.step import Step, new_stream, phase
 
 
 def model(name: str) -> Path:
-    """The graph of an example or of a model of `served`."""
+    """The graph of an example or of a model of `served_models`."""
     folder = name.replace(" ", "-").replace(",", "")
     return next(path for path in (EXAMPLES, models.BUNDLES) if (path / folder).exists()) / folder / "1" / "model.onnx"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from processes import Process, StartProcess
 from raw_http import Wire
-from served import models
+from served_models import models
 from serving import Oracle, Running, Serve
 
 from unroll.service.core.clock import Clock

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from problems import assert_problem
-from served import models
+from served_models import models
 from serving import Oracle, Running, Serve
 
 #: A step that the model takes.

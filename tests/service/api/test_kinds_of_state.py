@@ -6,7 +6,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from served import models
+from served_models import models
 from serving import RAW, Running, Serve, raw_steps
 
 from unroll import bundle

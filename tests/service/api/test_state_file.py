@@ -18,6 +18,7 @@ from serving import Serve
 from structlog.testing import capture_logs
 from waiting import PATIENCE
 
+from unroll.service.commands import sessions
 from unroll.service.state.envelope import checksum
 
 SESSIONS = "/v1/models/gru/sessions"
@@ -223,3 +224,25 @@ def test_sessions_of_a_bundle_that_is_refused_wait_for_its_repair(
     describe(shelf / "gru" / "1", format=1)
     running = serve(**settings)
     assert step(running.url, "a") == 2
+
+
+def test_beside_a_store_each_keeps_its_own_sessions(
+    written: Path, start: Callable[..., Process], tmp_path: Path
+) -> None:
+    store = ("--store", f"file://{tmp_path}/store")
+    process = start(*store)
+    assert httpx.post(f"{process.url}{SESSIONS}", json={"session_id": "stored"}).json()["durability"] == "stored"
+    assert [step(process.url, name) for name in ("a", "stored")] == [2, 1]
+    assert end(process) == 0
+    process = start(*store)
+    assert [step(process.url, name) for name in ("a", "stored")] == [3, 2]
+    assert end(process) == 0
+
+
+def test_a_state_file_can_be_imported_into_a_store(written: Path, start_process: StartProcess, tmp_path: Path) -> None:
+    store = ("--store", f"file://{tmp_path}/store")
+    assert sessions.main(["import", str(written), *store]) == 0
+    process = start_process(*store)
+    assert httpx.get(f"{process.url}{SESSIONS}/a").json()["durability"] == "stored"
+    assert [step(process.url, name) for name in NAMES] == [2, 2, 2]
+    assert end(process) == 0

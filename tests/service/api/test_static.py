@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from served import models
+from served_models import models
 from serving import RAW, Oracle, Running, Serve, raw_steps
 from streams import Client
 from wire import infer

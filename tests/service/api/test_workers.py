@@ -98,11 +98,13 @@ def test_one_port_and_several_processes(
     for client in clients:
         client.close()
 
-    # Each worker has its own metrics at its own port; the shared port could reach any of them.
+    # Each worker has its own metrics at its own port; the shared port has those of all.
     served = [metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "unroll_steps_total") for port in ports]
     assert sum(served) >= 8 * 24
     assert min(served) > 24
-    assert httpx.get(f"{started.url}/metrics").status_code == 404
+    together = httpx.get(f"{started.url}/metrics").text
+    assert [metric(together, "unroll_steps_total", worker=worker) for worker in ("1", "2")] == served
+    assert [metric(together, "unroll_worker_up", worker=worker) for worker in ("1", "2")] == [1, 1]
     kept = httpx.post(f"{started.url}{MODEL}/sessions", json={"durability": "memory"})
     assert (kept.status_code, kept.json()["code"]) == (422, "durability_unavailable")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_cuda.device import FakeDevice
 from fake_cuda.inputs import random_inputs
-from served import models
+from served_models import models
 from torch import Tensor, nn
 
 import unroll

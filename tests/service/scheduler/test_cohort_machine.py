@@ -1,5 +1,7 @@
 """A cohort changes nothing but the cost: any order of events has the same results with cohorts and without."""
 
+import os
+
 import hypothesis.strategies as st
 import numpy as np
 from fold import find
@@ -11,6 +13,9 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.scheduler.session import Session
+
+#: `make machine-test` has more of them.
+EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "100"))
 
 IDS = st.sampled_from("abcde")
 
@@ -166,5 +171,5 @@ class CohortMachine(RuleBasedStateMachine):
             self.alike()
 
 
-CohortMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+CohortMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=50, deadline=None)
 test_cohorts_change_nothing = CohortMachine.TestCase

@@ -1,5 +1,7 @@
 """Any order of events: every reply is the fold over what its session was given, and nothing is lost or mixed."""
 
+import os
+
 import hypothesis.strategies as st
 import numpy as np
 from fold import START, FoldEngine, find, fold, inputs, scheduler, submit, submit_sequence
@@ -11,6 +13,9 @@ from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Chunk, GroupReply
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import Cohort, Session
+
+#: `make machine-test` has more of them.
+EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "100"))
 
 IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)
@@ -244,5 +249,5 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scheduler.in_flight == 0
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=60, deadline=None)
 test_scheduler_machine = SchedulerMachine.TestCase

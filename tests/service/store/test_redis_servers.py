@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 from faults.proxy import FaultProxy
+from redis.exceptions import MovedError
 from redis_server import RedisServer, free_port
 from test_stores import KEY, commit, put
 from waiting import PATIENCE, reached, until
@@ -17,6 +18,7 @@ from deploy import local_redis
 from unroll.service.core.errors import StoreUnavailable
 from unroll.service.store.interface import StoreRefused, Tokens
 from unroll.service.store.record import Record
+from unroll.service.store.redis_client import connect, disconnect, refusal
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 STATE = "unroll:{lstm/a}"
@@ -241,6 +243,13 @@ async def test_a_cluster_that_is_taken_for_a_single_server_is_refused(tmp_path: 
         await store.start()
     await store.stop()
     server.kill()
+
+
+async def test_a_cluster_that_moves_its_slots_is_awaited() -> None:
+    for scheme, ends in (("redis", True), ("redis+cluster", False)):
+        client = connect(f"{scheme}://localhost", 1.0)
+        assert bool(refusal(client, MovedError("1 127.0.0.1:6379"))) is ends
+        await disconnect(client)
 
 
 # ── sharing and eviction ─────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from served import models
+from served_models import models
 
 from unroll import bundle
 from unroll.service.engine.runner import Runner

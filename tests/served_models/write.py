@@ -1,9 +1,9 @@
-"""Exports the bundles that tests serve anew: `PYTHONPATH=tests python -m served.write [NAME/VERSION ...]`."""
+"""Exports the bundles that tests serve anew: `PYTHONPATH=tests python -m served_models.write [NAME/VERSION ...]`."""
 
 import shutil
 import sys
 
-from served import models
+from served_models import models
 
 from conformance import onnx_registry
 

@@ -1,4 +1,4 @@
-"""Which sessions of a store an action is about, and how one is shown."""
+"""Which sessions an operator asks about, and how one is shown."""
 
 import json
 from collections.abc import AsyncIterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unroll.service.core.errors import InvalidRequest
-from unroll.service.store.interface import Key, Listed, Store
+from unroll.service.store.interface import Key, Listed, Pages
 
 _PAGE = 500
 
@@ -54,8 +54,8 @@ class Selected:
             "model": model,
             "session_id": session_id,
             "position": self.session.position,
-            "durability": self.session.origin.durability,
-            "digest": self.session.origin.model,
+            "durability": self.session.durability,
+            "digest": self.session.digest,
             "idle_seconds": None if self.idle is None else round(self.idle, 1),
             "expires_in_seconds": None if self.session.expires_in is None else round(self.session.expires_in, 1),
             "bytes": self.session.bytes,
@@ -72,9 +72,17 @@ class Found:
     sessions: list[Selected] = field(default_factory=list)
     damaged: list[Key] = field(default_factory=list)
 
+    def document(self, after: str) -> dict[str, Any]:
+        """after: names the next page; empty: there is none."""
+        return {
+            "sessions": [selected.document() for selected in self.sessions],
+            "damaged": [{"model": model, "session_id": session_id} for model, session_id in self.damaged],
+            "after": after or None,
+        }
 
-async def select(store: Store, selection: Selection, after: str, limit: int) -> tuple[Found, str]:
-    """Return about `limit` sessions, and the name of the next page; empty: there is none.
+
+async def select(pages: Pages, selection: Selection, after: str, limit: int) -> tuple[Found, str]:
+    """Return at most `limit` sessions, and the name of the next page; empty: there is none.
 
     Raises:
         StoreUnavailable: The store does not answer.
@@ -82,7 +90,7 @@ async def select(store: Store, selection: Selection, after: str, limit: int) -> 
     """
     found, seen = Found(), set[Key]()
     while True:
-        page = await store.page(after, limit - len(found.sessions))
+        page = await pages.page(after, limit - len(found.sessions))
         for listed in page.sessions:
             if listed.key not in seen and (selected := selection.of(listed)) is not None:
                 found.sessions.append(selected)
@@ -93,11 +101,11 @@ async def select(store: Store, selection: Selection, after: str, limit: int) -> 
             return found, after
 
 
-async def every(store: Store, selection: Selection) -> AsyncIterator[Found]:
+async def every(pages: Pages, selection: Selection) -> AsyncIterator[Found]:
     """Yield all pages."""
     after = ""
     while True:
-        found, after = await select(store, selection, after, _PAGE)
+        found, after = await select(pages, selection, after, _PAGE)
         yield found
         if not after:
             return

@@ -1,0 +1,65 @@
+"""The sessions of a server, for its operators. Off by default: there is no authentication yet."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from unroll.service.api.app_state import AppState
+from unroll.service.core.errors import InvalidRequest
+from unroll.service.sessions.selection import Selection, select
+from unroll.service.store.interface import Pages
+
+_MOST = 1000
+#: Query parameters, with their types.
+_NUMBERS = {"limit": int, "min_idle": float, "min_position": int, "max_position": int}
+_TEXTS = ("model", "durability", "after")
+_PARAMETERS = [
+    {"name": name, "in": "query", "schema": {"type": "integer" if kind is int else "number"}}
+    for name, kind in _NUMBERS.items()
+] + [{"name": name, "in": "query", "schema": {"type": "string"}} for name in _TEXTS]
+
+
+def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None) -> APIRouter:
+    """pages: by durability."""
+    api = APIRouter(prefix="/v1/admin", tags=["administration"])
+
+    @api.get(
+        "/sessions",
+        summary="Open sessions, a page at a time, without their states",
+        description="`DELETE /v1/models/{model}/sessions/{session_id}` closes one.",
+        openapi_extra={"parameters": _PARAMETERS},
+    )
+    async def sessions(http: Request) -> dict[str, Any]:
+        asked = _parse(http)
+        durability = app.durability_of(asked.get("durability"))
+        selection = Selection(
+            asked.get("model"),
+            asked.get("min_idle"),
+            asked.get("min_position", 0),
+            asked.get("max_position"),
+            idle_timeout,
+        )
+        limit, after = asked.get("limit", 100), asked.get("after", "")
+        if not 1 <= limit <= _MOST:
+            raise InvalidRequest(f"limit is from 1 to {_MOST}; use `after` for more")
+        found, after = await select(pages[durability], selection, after, limit)
+        return found.document(after)
+
+    return api
+
+
+def _parse(http: Request) -> dict[str, Any]:
+    """The query. Raises InvalidRequest."""
+    parsed: dict[str, Any] = {}
+    for name, value in http.query_params.items():
+        if name in _TEXTS:
+            parsed[name] = value
+            continue
+        if name not in _NUMBERS:
+            raise InvalidRequest(f"no parameter {name!r}; there are {', '.join((*_NUMBERS, *_TEXTS))}")
+        try:
+            parsed[name] = _NUMBERS[name](value)
+        except ValueError:
+            raise InvalidRequest(f"{name} is a number, not {value!r}") from None
+    return parsed

@@ -1,0 +1,54 @@
+"""The metrics of all workers in one scrape: each is asked at its own port, and its samples get the label `worker`."""
+
+import asyncio
+import re
+from collections.abc import Mapping
+from functools import partial
+
+#: Of a line: the name, and what follows it.
+_SAMPLE = re.compile(r"(\w+)(\{?)")
+#: Seconds for the answer of a worker, which may be at work or starting.
+_PATIENCE = 2.0
+_UP = "# HELP unroll_worker_up 1 if the worker answers.\n# TYPE unroll_worker_up gauge\n"
+#: Where to reach a server that listens on all addresses.
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class WorkerMetrics:
+    """ports: of the workers, in the order of their numbers."""
+
+    def __init__(self, host: str, ports: range) -> None:
+        self._host = _LOOPBACK.get(host, host)
+        self._ports = ports
+
+    async def exposition(self) -> bytes:
+        """The text of a scrape."""
+        texts = await asyncio.gather(*[self._ask(port) for port in self._ports])
+        return merge(dict(enumerate(texts, 1))).encode()
+
+    async def _ask(self, port: int) -> str | None:
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                reader, writer = await asyncio.open_connection(self._host, port)
+                writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+                writer.close()
+        except OSError:
+            return None
+        return body.decode() if head.startswith(b"HTTP/1.1 200 ") else None
+
+
+def merge(texts: Mapping[int, str | None]) -> str:
+    """The text of all workers, by number; None: it does not answer."""
+    families: dict[str, list[str]] = {_UP: []}
+    for number, text in texts.items():
+        families[_UP].append(f'unroll_worker_up{{worker="{number}"}} {int(text is not None)}.0\n')
+        for family in re.findall(r"(?ms)^# HELP .*?(?=^# HELP |\Z)", text or ""):
+            lines = family.splitlines(keepends=True)
+            labelled = [_SAMPLE.sub(partial(_label, number), line, count=1) for line in lines[2:]]
+            families.setdefault("".join(lines[:2]), []).extend(labelled)
+    return "".join(head + "".join(samples) for head, samples in families.items())
+
+
+def _label(number: int, sample: re.Match[str]) -> str:
+    return f'{sample[1]}{{worker="{number}"' + ("," if sample[2] else "}")
