@@ -147,8 +147,9 @@ def _is_final(site: Site, expression: tuple[dis.Instruction, ...], result: bool)
         names = each.argval if isinstance(each.argval, tuple) else (each.argval,)
         sides += [(each.argval,)] if _kind(each) == "number" else [next(columns, ()) for _ in names]
     sign = next(iter(re.findall(r"[<>=!]+", parts[-1].argrepr)), "")
-    if not sign or {_kind(each) for each in parts[:-1]} - {"name", "number"} or len(sides) != 2:
+    if not sign or {_kind(each) for each in parts[:-1]} - {"name", "number"} or len(sides) < 2:
         return False
+    sides = sides[-2:]  # an instruction may load two variables, one of them for something else
     fixed = next((index for index, side in enumerate(sides) if len(set(side)) == 1), 0)
     (number, *_), values = sides[fixed], sides[1 - fixed]
     if not all(isinstance(value, (int, float)) and value >= max(number, 0) for value in values):
@@ -221,6 +222,21 @@ class BranchLog:
         use.reads(self._runs, values)
         if use.expression:
             use.makes(values, use.expression.value(frame))
+
+
+@cache
+def is_readable() -> bool:
+    """Is the bytecode of this Python what is expected here? Tried on a loop whose branch may go the other way."""
+    names: dict[str, Any] = {}
+    exec(compile("def loop(n):\n for t in range(n):\n  if t > 99: n = 0\n", "<loop>", "exec"), names)
+    log = BranchLog()
+    try:
+        for steps in (2, 3):
+            with log.running():
+                names["loop"](steps)
+        return len(log.undecided()) == 1
+    except Exception:  # noqa: BLE001 whatever another Python makes of it
+        return False
 
 
 def _line(instruction: dis.Instruction, frame: FrameType) -> int:
@@ -318,10 +334,12 @@ def _jumps_if(jump: dis.Instruction) -> bool:
     return "TRUE" in jump.opname or jump.opname.endswith("IF_NONE")
 
 
+@cache
 def _after(code: CodeType, offset: int) -> int:
     return next((each.offset for each in dis.get_instructions(code) if each.offset > offset), offset)
 
 
+@cache
 def _raises(code: CodeType, offset: int) -> bool:
     for each in dis.get_instructions(code):
         if each.offset >= offset and each.opname.startswith(("RAISE_VARARGS", *_ENDS)):

@@ -1,5 +1,6 @@
 """Checks that the graph is the user's own model over long sequences, too, where its code may do something else."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from unroll.export.lifting.splitting import Split
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.loading.copies import detached_copy
 from unroll.export.verification import trials
-from unroll.export.verification.branches import Branch, BranchLog
+from unroll.export.verification.branches import Branch, BranchLog, is_readable
 from unroll.export.verification.iterations import Call, OperationLog, Place, irregular, step_of
 from unroll.export.verification.original import ask_original
 from unroll.export.verification.trials import Subject, Trial
@@ -137,6 +138,12 @@ class LongSequences:
 
     def _check_branches(self, long: Trial) -> None:
         """Does a branch go the other way after so many steps that no trial has them?"""
+        if not is_readable():
+            raise ExportError(
+                "calls_depend_on_time",
+                "forward loops over time steps, and whether a later step may do something else cannot be found out on "
+                f"Python {sys.version.split()[0]}; export it with Python 3.11, 3.12, 3.13 or 3.14",
+            )
         log = BranchLog()
         for trial in (*(replace(long, time=time) for time in trials.BRANCHES), long):
             with suppress(ExportError), log.running():

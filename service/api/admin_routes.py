@@ -44,11 +44,7 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
         if not 1 <= limit <= _MOST:
             raise InvalidRequest(f"limit is from 1 to {_MOST}; use `after` for more")
         found, after = await select(pages[durability], selection, after, limit)
-        return {
-            "sessions": [selected.document() for selected in found.sessions],
-            "damaged": [{"model": model, "session_id": session_id} for model, session_id in found.damaged],
-            "after": after or None,
-        }
+        return found.document(after)
 
     return api
 

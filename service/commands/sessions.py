@@ -65,8 +65,7 @@ async def _run(options: argparse.Namespace) -> int:
 async def _list(store: Store, config: StoreConfig, options: argparse.Namespace) -> int:
     found, after = await select(store, _selection(options, config), options.after, options.limit)
     if options.json:
-        document = {"sessions": [session.document() for session in found.sessions], "damaged": found.damaged}
-        print(json.dumps({**document, "after": after or None}, indent=2))
+        print(json.dumps(found.document(after), indent=2))
         return 0
     for session in found.sessions:
         print(session.line())

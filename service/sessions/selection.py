@@ -72,6 +72,14 @@ class Found:
     sessions: list[Selected] = field(default_factory=list)
     damaged: list[Key] = field(default_factory=list)
 
+    def document(self, after: str) -> dict[str, Any]:
+        """after: names the next page; empty: there is none."""
+        return {
+            "sessions": [selected.document() for selected in self.sessions],
+            "damaged": [{"model": model, "session_id": session_id} for model, session_id in self.damaged],
+            "after": after or None,
+        }
+
 
 async def select(pages: Pages, selection: Selection, after: str, limit: int) -> tuple[Found, str]:
     """Return at most `limit` sessions, and the name of the next page; empty: there is none.

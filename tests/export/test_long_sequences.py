@@ -17,8 +17,9 @@ from conformance.kinds.kind import made
 from conformance.kinds.late import looping
 from conformance.looping import LoopBlock
 from conformance.trees import Loop
-from unroll.export import export
+from unroll.export import ExportError, export
 from unroll.export.lifting.kept_values import kept_values
+from unroll.export.verification import branches
 from unroll.export.verification.branches import BranchLog
 from unroll.export.verification.iterations import OperationLog, irregular, step_of
 from unroll.export.verification.trials import BRANCHES
@@ -182,6 +183,16 @@ def _count_down(s: Any, t: int, x: Tensor, h: Tensor) -> Tensor:
 )
 def test_a_number_that_grows_must_have_made_a_difference(later: Callable[..., Tensor], undecided: int) -> None:
     assert count_undecided(looping(later)) == undecided
+
+
+def test_unknown_bytecode_refuses_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branches, "_watched", lambda code: {})
+    branches.is_readable.cache_clear()
+    try:
+        with pytest.raises(ExportError, match="cannot be found out on Python"):
+            export(looping(lambda s, t, x, h: s.cell(x, h)), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+    finally:
+        branches.is_readable.cache_clear()
 
 
 def test_a_number_without_source_is_undecided() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,8 +15,10 @@ from test_stores import commit, put
 
 from unroll.service.commands import store as store_command
 from unroll.service.core.errors import SnapshotInvalid
+from unroll.service.store import embedded_check, lmdb_folder
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Tokens
+from unroll.service.store.lmdb_folder import Sync
 from unroll.service.store.record import Record
 
 #: Of the random damage; printed with a failure.
@@ -29,6 +32,10 @@ async def filled(folder: Path, count: int, row: bytes = bytes(64)) -> EmbeddedSt
         assert await put(store, commit(tokens.next(), key=("lstm", f"s{number}"), row=row)) == [None]
     await store.close(("lstm", "s0"))
     return store
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def checked(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
@@ -86,6 +93,26 @@ async def test_what_is_no_store_or_is_cut_cannot_be_opened(tmp_path: Path, capsy
     status, report = checked(tmp_path, capsys)
     assert status == 2
     assert "is damaged: data.mdb has" in report["reason"]
+
+
+@pytest.mark.parametrize("sync", ["everysec", "never"])
+async def test_after_a_restart_of_the_machine_it_is_examined_as_of_the_last_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: Sync
+) -> None:
+    store, tokens = EmbeddedStore(EmbeddedStoreConfig(tmp_path / "store", sync, timeout=60.0)), Tokens()
+    await put(store, commit(tokens.next(), key=("lstm", "synced")))
+    store._look_after()
+    await put(store, commit(tokens.next(), key=("lstm", "not synced")))
+    left = shutil.copytree(tmp_path / "store", tmp_path / "left", ignore=shutil.ignore_patterns("lock.mdb"))
+    await store.stop()
+    monkeypatch.setattr(lmdb_folder, "boot", lambda: "another")
+    before = contents(left)
+    report = embedded_check.examine(left)
+    assert contents(left) == before, "it changes nothing"
+    if sync == "everysec":
+        assert (report.result, report.sessions) == ("sound", 1)
+    else:
+        assert (report.result, "nothing was synced" in report.reason) == ("unreadable", True)
 
 
 async def test_random_damage_never_leaves_another_session_unnoticed(tmp_path: Path) -> None:
