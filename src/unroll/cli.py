@@ -1,7 +1,10 @@
 """The command line: `unroll export|inspect|serve|...`. Each command belongs to the package that does the work."""
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
+
+from unroll import __version__
 
 #: Module and purpose of each command; imported on demand, because serving must not need torch.
 COMMANDS = {
@@ -9,6 +12,7 @@ COMMANDS = {
     "inspect": ("bundle.inspect", "show a bundle's inputs, outputs, state and parity report"),
     "verify": ("service.verify", "run a bundle on a device of this machine and compare it with PyTorch's outputs"),
     "serve": ("service.serve", "serve a repository of bundles"),
+    "stream": ("client.stream_command", "send the rows of a file or of stdin through a session, and print the outputs"),
     "doctor": ("service.doctor.__main__", "check this machine and its installation, and suggest fixes"),
     "store": ("service.commands.store", "check the store of durable sessions"),
     "sessions": ("service.commands.sessions", "list, show, close, export and import the sessions of a store"),
@@ -45,9 +49,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"unroll {argv[0]}: {_remedy(error)}; `unroll doctor` checks the installation", file=sys.stderr)
             return 1
         return command(argv[1:])
+    if argv == ["--version"]:
+        print(f"unroll {__version__}")
+        return 0
     asked_for_help = bool(argv) and argv[0] in {"-h", "--help"}
     if argv and not asked_for_help:
-        print(f"unroll: no command {argv[0]!r}", file=sys.stderr)
+        meant = get_close_matches(argv[0], COMMANDS, 1)
+        print(f"unroll: no command {argv[0]!r}{f'; did you mean {meant[0]!r}?' if meant else ''}", file=sys.stderr)
     print("usage: unroll COMMAND [OPTIONS]   (unroll COMMAND --help lists the options)\n")
     for name, (_, purpose) in COMMANDS.items():
         print(f"  {name:<9}{purpose}")
