@@ -214,13 +214,13 @@ class AsyncSession:
     def durability(self) -> str:
         return self._calls.durability
 
-    async def step(self, inputs: ArrayLike) -> Arrays:
+    async def step(self, inputs: ArrayLike, *, position: int | None = None) -> Arrays:
         """As `Session.step`."""
-        return await self._run(self._calls.step(inputs))
+        return await self._run(self._calls.step(inputs, position))
 
-    async def steps(self, inputs: ArrayLike) -> Arrays:
+    async def steps(self, inputs: ArrayLike, *, position: int | None = None) -> Arrays:
         """As `Session.steps`."""
-        return await self._run(self._calls.steps(inputs))
+        return await self._run(self._calls.steps(inputs, position))
 
     async def stream(self, inputs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]) -> AsyncIterator[Arrays]:
         """As `Session.stream`; the items may come from an asynchronous iterator."""

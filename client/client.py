@@ -262,11 +262,13 @@ class Session:
             if kind is None:
                 raise
 
-    def step(self, inputs: ArrayLike) -> Arrays:
+    def step(self, inputs: ArrayLike, *, position: int | None = None) -> Arrays:
         """Apply one time step.
 
         Args:
             inputs: An array of the input's shape, or a dict with one per input.
+            position: The step's number, from 0, if you count them yourself. One that was applied already is not applied
+                again: it gets the same answer.
 
         Returns:
             An array of the output's shape, or a dict with one per output.
@@ -278,11 +280,11 @@ class Session:
             ServerError: Another refusal; the session is as before.
             ConnectionFailed: No server answered. Whether the step was applied is unknown: call again with the same.
         """
-        return self._run(self._calls.step(inputs))
+        return self._run(self._calls.step(inputs, position))
 
-    def steps(self, inputs: ArrayLike) -> Arrays:
-        """Apply T time steps at once, (T, *shape); otherwise as `step`."""
-        return self._run(self._calls.steps(inputs))
+    def steps(self, inputs: ArrayLike, *, position: int | None = None) -> Arrays:
+        """Apply T time steps at once, (T, *shape); otherwise as `step`. position: of the first."""
+        return self._run(self._calls.steps(inputs, position))
 
     def stream(self, inputs: Iterable[ArrayLike]) -> Iterator[Arrays]:
         """Apply one time step for each item, and yield its outputs before the next item is asked for."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack
 
+import numpy as np
+
 from unroll.client.errors import InvalidInput, SessionClosed, SessionExists, SessionGone, SessionUnknown
 from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path, session_path
 from unroll.client.model_calls import Catalogue, split_outputs
@@ -107,22 +109,23 @@ class SessionCalls:
         sealed = base64.b64decode(info["snapshot"]) if info["durability"] == "client" else None
         return cls(catalogue, model, info, sealed)
 
-    def step(self, values: ArrayLike) -> Exchange[Arrays]:
+    def step(self, values: ArrayLike, position: int | None) -> Exchange[Arrays]:
         """One time step; the outputs have no time axis."""
         arrays = self.model.inputs_of(values, "")
-        outputs = yield from self._apply(b"".join([array.tobytes() for array in arrays]), 1)
+        outputs = yield from self._apply(b"".join([array.tobytes() for array in arrays]), 1, position)
         return self.model.outputs_of(
             [array[0] if spec.time else array for spec, array in zip(self.model.outputs, outputs, strict=True)]
         )
 
-    def steps(self, values: ArrayLike) -> Exchange[Arrays]:
+    def steps(self, values: ArrayLike, position: int | None) -> Exchange[Arrays]:
         """T time steps."""
         arrays = self.model.inputs_of(values, "T")
         content = b"".join([array.tobytes() for array in arrays])
-        return self.model.outputs_of((yield from self._apply(content, len(arrays[0]))))
+        return self.model.outputs_of((yield from self._apply(content, len(arrays[0]), position)))
 
-    def _apply(self, content: bytes, steps: int) -> Exchange[list]:
-        headers = {"Content-Type": RAW, "Unroll-Position": str(self.position), "Unroll-Steps": str(steps)}
+    def _apply(self, content: bytes, steps: int, position: int | None) -> Exchange[list[np.ndarray]]:
+        begin = self.position if position is None else position
+        headers = {"Content-Type": RAW, "Unroll-Position": str(begin), "Unroll-Steps": str(steps)}
         if self._sealed is not None:
             headers["Unroll-Snapshot-Length"] = str(len(self._sealed))
             content = self._sealed + content

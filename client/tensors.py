@@ -15,8 +15,8 @@ import numpy as np
 
 from unroll.client.errors import InvalidInput
 
-#: One tensor of a model that has one, else one by name.
-Arrays = np.ndarray | dict[str, np.ndarray]
+#: The array of a model that has one output, else a dict of arrays by name. Any, since the model decides.
+Arrays = Any
 #: What may stand in the place of an array.
 ArrayLike = Any
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from unroll.examples.client import Client, RemoteSession, ServerError
+from deploy.plain_client import Client, RemoteSession, ServerError
 
 MODEL = "co2"
 STEPS = [350.0 + number / 8 for number in range(40)]

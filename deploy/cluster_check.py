@@ -26,7 +26,7 @@ from redis.retry import Retry
 
 from deploy import local_redis
 from deploy.check import MODEL, known, open_durable, retried
-from unroll.examples.client import Client
+from deploy.plain_client import Client
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"

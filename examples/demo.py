@@ -9,6 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -17,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from unroll.examples.client import Client, RemoteSession, ServerError
+from unroll.client import Client, Session, errors
 from unroll.examples.display import Display, display
 from unroll.models import mauna_loa
 from unroll.models.mauna_loa import Series
@@ -27,6 +28,8 @@ EXAMPLE = Path(__file__).parent / "co2"
 
 #: The forecaster was trained on the years up to this one.
 LAST_TRAINING_YEAR = 1990
+#: Seconds for which the client waits for the server that starts again.
+_PATIENCE = 60.0
 #: With --quick, only these last weeks are sent one by one; the earlier ones go in one request.
 QUICK_WEEKS = 520
 
@@ -108,20 +111,20 @@ def main(argv: list[str], server: Server | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for the bars
     try:
         example = Example.read(options.example)
-        with Client(options.url) as client:
+        with Client(options.url, retry_for=_PATIENCE if server else 2.0) as client:
             exact = _check_server(client)
-            with client.open_session(MODEL) as session:
+            with client.session(MODEL) as session:
                 streamed = stream(session, example, server, quick=options.quick)
                 _retry(session, example.series.ppm, streamed.forecasts)
-            series = _raw(example.series.ppm), len(example.series.ppm)
-            same = {"Streamed = whole": client.sequence(MODEL, *series)}
+            series = example.series.ppm[:, np.newaxis]
+            same = {"Streamed = whole": client.sequences(MODEL, [series])[0]}
             if server:
-                with client.open_session(MODEL) as uninterrupted:
-                    same["Killed = never killed"] = uninterrupted.steps(*series)
-    except (DemoFailed, ServerError) as error:
+                with client.session(MODEL) as uninterrupted:
+                    same["Killed = never killed"] = uninterrupted.steps(series)
+    except (DemoFailed, errors.UnrollError) as error:
         print(f"unroll demo: {error}", file=sys.stderr)
         return 1
-    faults = report(example, streamed, {name: np.frombuffer(raw, "<f4") for name, raw in same.items()}, exact=exact)
+    faults = report(example, streamed, {name: outputs[:, 0] for name, outputs in same.items()}, exact=exact)
     for fault in faults:
         print(f"unroll demo: {fault}", file=sys.stderr)
     if not faults:
@@ -129,7 +132,7 @@ def main(argv: list[str], server: Server | None = None) -> int:
 To try it by hand: open a session, send two weeks, read its position; send the same weeks as a whole sequence; save
 the session's state to a file and open a new session from it; read the model's Open Inference metadata.
 
-{commands(client.url)}""")
+{commands(options.url)}""")
     return 1 if faults else 0
 
 
@@ -144,25 +147,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_server(client: Client) -> bool:
-    """Raise ServerError unless the model is ready. Returns whether chunking must not change a bit."""
+    """Whether chunking must not change a bit. Raises DemoFailed unless there is a server with the model."""
     try:
-        client.get("/readyz")
-        model = client.get(f"/v1/models/{MODEL}")
-    except ServerError as error:
+        model = client.model(MODEL).description
+    except errors.ConnectionFailed as error:
         hint = "start one with `make run`, or `unroll serve --repository examples/repository`"
-        if error.code == "model_unknown":
-            hint = f"the demo needs the model {MODEL!r}: unroll serve --repository examples/repository"
-        raise ServerError(f"{error}\n{hint}", error.code) from error
+        raise DemoFailed(f"{error}\n{hint}") from error
+    except errors.ModelUnknown as error:
+        hint = f"the demo needs the model {MODEL!r}: unroll serve --repository examples/repository"
+        raise DemoFailed(f"{error}\n{hint}") from error
     return bool(model["bit_exact"] and model["provider"] == "CPUExecutionProvider")
 
 
-def stream(session: RemoteSession, example: Example, server: Server | None = None, *, quick: bool = False) -> Streamed:
+def stream(session: Session, example: Example, server: Server | None = None, *, quick: bool = False) -> Streamed:
     """Send the whole series through one session, one week per request; the server keeps the state in between."""
     ppm = example.series.ppm
     forecasts = np.empty(len(ppm), np.float32)
     head = max(0, len(ppm) - QUICK_WEEKS) if quick else 0
     if head:
-        forecasts[:head] = np.frombuffer(session.steps(_raw(ppm[:head]), head), "<f4")
+        forecasts[:head] = session.steps(ppm[:head, np.newaxis])[:, 0]
     print(
         f"CO₂ at Mauna Loa, week by week from {example.series.dates[head]}; each forecast was made the week before.\n"
     )
@@ -173,42 +176,35 @@ def stream(session: RemoteSession, example: Example, server: Server | None = Non
             shown.show(week, forecasts)
         if server and week == (head + len(ppm)) // 2:
             away = _crash(server, session, ppm[: week + 1], forecasts, shown)
-        forecasts[week] = np.frombuffer(session.steps(_raw(ppm[week : week + 1])), "<f4")[0]
+        else:
+            forecasts[week] = session.step(ppm[week : week + 1])[0]
     return Streamed(forecasts, len(ppm) - head, time.perf_counter() - started - away)
 
 
-def _crash(server: Server, session: RemoteSession, ppm: np.ndarray, forecasts: np.ndarray, shown: Display) -> float:
-    """Kill the server before the last week of `ppm`, and start it again. Returns the seconds that this took."""
+def _crash(server: Server, session: Session, ppm: np.ndarray, forecasts: np.ndarray, shown: Display) -> float:
+    """Kill the server before the last week of `ppm`; it starts again while the client waits. Returns the seconds."""
     began, killed, week = time.perf_counter(), server.pid, len(ppm) - 1
     server.kill()
-    try:
-        session.steps(_raw(ppm[-1:]))
-    except ServerError as error:
-        seen = error
-    else:
-        raise DemoFailed("the server was killed, and something else answers at its address")
-    server.start()
+    with ThreadPoolExecutor(1) as thread:
+        starting = thread.submit(server.start)
+        forecasts[week] = session.step(ppm[week:])[0]
+        starting.result()
     seconds = time.perf_counter() - began
-    _retry(session, ppm[:-1], forecasts)
+    _retry(session, ppm, forecasts)
     shown.note(f"""
-  Half way: the server, process {killed}, is killed (kill -9) after {week} steps.
-    The client's next step: {seen}
-    After {seconds:.1f} s process {server.pid} serves, and has the session from its folder, at step {session.position}.
+  Half way: the server, process {killed}, is killed (kill -9) after {week} steps, and started again.
+    The client's next step is answered after {seconds:.1f} s, by process {server.pid}, which has the session from disk.
     The client sends step {week} again, as if its answer had been lost: same answer, not applied twice. It goes on.
 """)
     return time.perf_counter() - began
 
 
-def _retry(session: RemoteSession, ppm: np.ndarray, forecasts: np.ndarray) -> None:
+def _retry(session: Session, ppm: np.ndarray, forecasts: np.ndarray) -> None:
     """Send the last step, that of the last of `ppm`, again, like a client whose connection broke before the reply."""
     weeks = len(ppm)
-    again = session.steps(_raw(ppm[-1:]), position=weeks - 1)
-    if again != _raw(forecasts[weeks - 1 : weeks]) or session.position != weeks:
+    again = session.step(ppm[-1:], position=weeks - 1)
+    if again[0] != forecasts[weeks - 1] or session.refresh() != weeks:
         raise DemoFailed(f"a retried step got another reply than the first time (position {session.position})")
-
-
-def _raw(values: np.ndarray) -> bytes:
-    return values.astype("<f4").tobytes()
 
 
 def report(example: Example, streamed: Streamed, same: Mapping[str, np.ndarray], *, exact: bool) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from unroll import __version__
@@ -173,7 +174,8 @@ async def _become_ready(state: AppState) -> None:
 
 
 def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> FastAPI:
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs and /redoc load their scripts from this server
+        static_url="/docs/assets",
         title="Unroll",
         version=__version__,
         summary="Stacked GRU/LSTM models: whole sequences, and streams whose state the server keeps.",

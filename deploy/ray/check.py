@@ -24,8 +24,8 @@ from ray import serve
 
 from deploy import local_redis
 from deploy.check import MODEL, open_durable, steps
+from deploy.plain_client import Client
 from deploy.ray.app import app
-from unroll.examples.client import Client
 
 ROOT = Path(__file__).parents[2]
 SESSIONS, STEPS = 16, 50

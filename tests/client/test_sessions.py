@@ -216,6 +216,11 @@ def test_errors_have_classes_and_say_where_to_continue(client: Any) -> None:
         with pytest.raises(errors.NonFiniteInput):
             session.step([np.nan, 0.0, 0.0])
         assert session.position == 5
+        last = session.step([1.0, 1.0, 1.0])
+        assert np.array_equal(session.step([1.0, 1.0, 1.0], position=5), last)  # it is the same step
+        with pytest.raises(errors.PositionGap):
+            session.steps([[1.0, 1.0, 1.0]], position=9)
+        assert session.position == 6
     session.close()  # once more
     with pytest.raises(errors.SessionGone):
         session.step([1.0, 2.0, 3.0])

@@ -5,17 +5,15 @@ import json
 import shutil
 import socket
 import subprocess
-import threading
 from datetime import date, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from unroll import Client
 from unroll.examples import demo
-from unroll.examples.client import Client, RemoteSession, ServerError
 from unroll.examples.display import Live, bars
 
 
@@ -41,9 +39,9 @@ def test_quick_sends_the_first_weeks_at_once(server: str, capsys: pytest.Capture
 
 def test_it_leaves_no_session_behind(server: str):
     with Client(server) as client:
-        before = client.get("/v1/models/co2")["sessions"]
+        before = client.models()[-1].description["sessions"]
         assert demo.main(["--url", server, "--quick"]) == 0
-        assert client.get("/v1/models/co2")["sessions"] == before
+        assert client.models()[-1].description["sessions"] == before
 
 
 @pytest.mark.usefixtures("_curl")
@@ -68,40 +66,7 @@ def test_no_server(capsys: pytest.CaptureFixture[str]):
 
 def test_no_address(capsys: pytest.CaptureFixture[str]):
     assert demo.main(["--url", "localhost:8000"]) == 1
-    assert "is not a server URL" in capsys.readouterr().err
-
-
-def test_a_refusal_is_told_with_its_code(server: str):
-    with Client(server) as client, client.open_session("co2") as session:
-        with pytest.raises(ServerError, match="the session is at 0") as gap:
-            session.steps(np.float32(371).tobytes(), position=5)
-        assert gap.value.code == "position_gap"
-        assert session.position == 0
-
-
-def test_the_client_sends_a_step_again_that_the_server_cannot_do_now():
-    asked: list[str] = []
-
-    class Busy(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(f"{self.headers['Unroll-Position']}: {self.rfile.read(4).decode()}")
-            self.send_response(503 if len(asked) < 3 else 200)
-            self.send_header("Retry-After" if len(asked) < 3 else "Unroll-Position", "0" if len(asked) < 3 else "8")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Busy) as busy, Client(f"http://127.0.0.1:{busy.server_port}") as client:
-        serving = threading.Thread(target=busy.serve_forever, args=(0.01,))
-        serving.start()
-        session = RemoteSession(client, "/v1/models/co2/sessions/one")
-        try:
-            session.steps(b"week", position=7)
-        finally:
-            busy.shutdown()
-            serving.join()
-    assert (asked, session.position) == (["7: week"] * 3, 8)
+    assert "is not the URL of a server" in capsys.readouterr().err
 
 
 def test_forecasts_that_are_not_pytorchs_are_a_failure(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

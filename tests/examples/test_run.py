@@ -51,7 +51,7 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int
     pid = int((tmp_path / "a folder" / ".run" / "server.pid").read_text())
 
     # It is the second server: the first was killed half way, and its session continued.
-    [(killed, successor)] = re.findall(r"process (\d+), is killed[^$]+process (\d+) serves", started.stdout)
+    [(killed, successor)] = re.findall(r"process (\d+), is killed[^$]+by process (\d+), which", started.stdout)
     assert int(killed) != int(successor) == pid
     with pytest.raises(ProcessLookupError):
         os.kill(int(killed), 0)

@@ -1,5 +1,6 @@
 """Health, metrics, and the OpenAPI document: what tools read."""
 
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -198,3 +199,14 @@ def test_the_inference_routes_name_every_status_they_may_answer(document: dict) 
         "/v2/models/{model}/versions/{version}/infer": everything - raw_only,
     }.items():
         assert {int(status) for status in document["paths"][path]["post"]["responses"]} == expected, path
+
+
+@pytest.mark.parametrize("page", ["/docs", "/redoc"])
+def test_the_pages_need_no_other_host(client: httpx.Client, page: str) -> None:
+    answer = client.get(page)
+    named = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", answer.text)
+    assert len(named) >= 2
+    for path in named:
+        assert path.startswith("/"), path
+        assert client.get(path).status_code == 200, path
+    assert "://" not in answer.text

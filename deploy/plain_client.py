@@ -1,4 +1,4 @@
-"""A client of the native API that needs only the standard library: one persistent connection."""
+"""A client for the checks, which need no package that is not Python's own. Everybody else has `unroll.Client`."""
 
 import http.client
 import json
