@@ -33,13 +33,14 @@ class Shape:
     gaps: list[int]
     sizes: list[int]
 
-    def loops(self, count: int, steps: int) -> Iterator[tuple[slice, int, int]]:
-        """For each loop: its part of `count` operations, how many of these are around it, and those of a step."""
+    def loops(self, count: int, steps: int) -> Iterator[tuple[slice, int, int, int]]:
+        """For each loop: its part of `count` operations, how many are before and around it, and those of a step."""
         begin = 0
         for which, size in enumerate(self.sizes):
             end = begin + self.gaps[which] + size * steps
             last = which == len(self.sizes) - 1
-            yield slice(begin, count if last else end + self.gaps[which + 1]), sum(self.gaps[which : which + 2]), size
+            stop = count if last else end + self.gaps[which + 1]
+            yield slice(begin, stop), self.gaps[which], sum(self.gaps[which : which + 2]), size
             begin = end
 
 
@@ -117,22 +118,22 @@ class LongSequences:
         """Of a call that makes so many calls over three and over five time steps."""
         found: Split | None = getattr(self.double.model.get_submodule(path), "unroll_split", None)
         size = (five - three) // 2
-        return Shape(found.gaps, found.sizes) if found else Shape([three - 3 * size, 0], [size])
+        return Shape(found.gaps, found.sizes) if found else Shape([0, three - 3 * size], [size])
 
     def _check_call(self, path: str, number: int, call: Call, shape: Shape, trial: Trial) -> None:
-        for part, around, size in shape.loops(len(call.operations), trial.time):
+        for part, before, around, size in shape.loops(len(call.operations), trial.time):
             operations = call.operations[part]
             index = irregular(operations, (around + 3 * size, around + 5 * size), trial.time)
             if index is None:
                 continue
             again = self._run(trial, [path], places=True)[0].calls[path][number]
-            again = Call(again.operations[part], again.places[part])
-            ended = index == len(operations) - 1
-            name, step = path or type(self.exact).__name__, step_of(again, index, size) + ended
+            place, first = again.places[part][index], part.start + before
+            again, ended = Call(again.operations[first:], again.places[first:]), index == len(operations) - 1
+            name, step = path or type(self.exact).__name__, step_of(again, index - before, size) + ended
             raise ExportError(
                 "calls_depend_on_time",
                 f"{name!r} loops over time steps, and step {step} (counted from 0) does not do what the steps before "
-                f"it do ({again.places[index]}); let every step do the same, and give what differs between steps as "
+                f"it do ({place}); let every step do the same, and give what differs between steps as "
                 "an input",
             )
 

@@ -185,6 +185,21 @@ def test_a_number_that_grows_must_have_made_a_difference(later: Callable[..., Te
     assert count_undecided(looping(later)) == undecided
 
 
+def two_loops(s: Any, x: Tensor) -> Tensor:
+    for reset in (10**6, 50):
+        h, outs = x.new_zeros(x.shape[0], 4), []
+        for t, step in enumerate(x.unbind(1)):
+            h = s.cell(step, h if (t + 1) % reset else h * 0)
+            outs.append(h)
+        x = torch.stack(outs, 1).cumsum(1)
+    return x
+
+
+def test_the_step_is_found_in_the_second_of_two_loops(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"step 49 \(counted from 0\) does not do what"):
+        export(made(two_loops, cell=nn.GRUCell(4, 4)), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+
+
 def test_unknown_bytecode_refuses_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branches, "_watched", lambda code: {})
     branches.is_readable.cache_clear()
