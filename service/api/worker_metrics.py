@@ -44,7 +44,7 @@ def merge(texts: Mapping[int, str | None]) -> str:
     for number, text in texts.items():
         families[_UP].append(f'unroll_worker_up{{worker="{number}"}} {int(text is not None)}.0\n')
         for family in re.findall(r"(?ms)^# HELP .*?(?=^# HELP |\Z)", text or ""):
-            lines = family.splitlines(keepends=True)
+            lines = re.findall(r".*\n", family)  # other line breaks may be in labels
             labelled = [_SAMPLE.sub(partial(_label, number), line, count=1) for line in lines[2:]]
             families.setdefault("".join(lines[:2]), []).extend(labelled)
     return "".join(head + "".join(samples) for head, samples in families.items())

@@ -39,7 +39,7 @@ def read_contents(repository: Path) -> Contents:
     contents = Contents({}, {}, set())
     for path in paths:
         name, version = (*path.relative_to(repository).parts, "")[:2]
-        if (path / MARK).exists() and (digest := stated_digest(path)) is not None:
+        if _is_there(path / MARK) and (digest := stated_digest(path)) is not None:
             contents.retired.add((name, digest))
         else:
             contents.bundles[name, version] = path
@@ -51,9 +51,17 @@ def read_contents(repository: Path) -> Contents:
     return contents
 
 
+def _is_there(path: Path) -> bool:
+    """Not in a folder that cannot be searched; who reads the bundle there will say so."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _read_pointer(path: Path) -> str | None:
     """What the file says; if it cannot be read, why, which no version is called."""
-    if path.exists() and not path.is_file():  # reading a pipe would not end
+    if _is_there(path) and not path.is_file():  # reading a pipe would not end
         return f"{path.name} is not a file"
     try:
         return path.read_text(errors="replace").strip()[:80]

@@ -105,7 +105,7 @@ class DurableSessions(MemorySessions):
                 if error is not None:
                     raise error
                 future.set_result(call())
-            except UnrollError as reason:
+            except Exception as reason:  # noqa: BLE001 it belongs to the caller
                 future.set_exception(reason)
 
         self.verify(name, session_id, then)

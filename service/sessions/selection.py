@@ -1,5 +1,6 @@
 """Which sessions an operator asks about, and how one is shown."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from unroll.service.core.errors import InvalidRequest
 from unroll.service.store.interface import Key, Listed, Pages
 
 _PAGE = 500
+#: Pages that are read in vain for one answer.
+_MOST_PAGES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +87,16 @@ class Found:
 async def select(pages: Pages, selection: Selection, after: str, limit: int) -> tuple[Found, str]:
     """Return at most `limit` sessions, and the name of the next page; empty: there is none.
 
+    There may be more although fewer than `limit` are returned, or none: few pages are read, and others run between.
+
     Raises:
         StoreUnavailable: The store does not answer.
         InvalidRequest: `after` names no page.
     """
     found, seen = Found(), set[Key]()
-    while True:
+    for _ in range(_MOST_PAGES):
         page = await pages.page(after, limit - len(found.sessions))
+        await asyncio.sleep(0)
         for listed in page.sessions:
             if listed.key not in seen and (selected := selection.of(listed)) is not None:
                 found.sessions.append(selected)
@@ -98,7 +104,8 @@ async def select(pages: Pages, selection: Selection, after: str, limit: int) -> 
         found.damaged += [key for key in page.damaged if selection.model in (None, key[0])]
         after = page.after
         if not after or len(found.sessions) >= limit:
-            return found, after
+            break
+    return found, after
 
 
 async def every(pages: Pages, selection: Selection) -> AsyncIterator[Found]:

@@ -5,6 +5,7 @@ A session is in one place at a time: taking a record removes it. A session witho
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -68,8 +69,9 @@ class SpilledSessions:
         return True
 
     def put(self, key: Key, record: Record) -> None:
-        """Keep a session that was taken from the store and finds no row."""
-        self._spill.put(key, record, self._clock.now())
+        """Keep a session that was taken from the store, where it is no more, and finds no row."""
+        self._spill.put(key, replace(record, token=b""), self._clock.now())
+        self._make_room()
 
     def bring_back(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
         """Give the session a row again; None if it is not here, expired, or stranded.

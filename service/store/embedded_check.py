@@ -140,7 +140,10 @@ def _opened(folder: Path) -> Iterator[Any]:
             raise StoreUnavailable("a process of another container has it open; run the check in that container", 0)
         lmdb_folder.check_size(folder / "data.mdb")
         locks = os.access(folder / "lock.mdb", os.W_OK)
-        environment = lmdb.open(str(folder), readonly=True, lock=locks, max_readers=lmdb_folder.READERS, create=False)
+        room = max(lmdb_folder.MAP_BYTES, 2 * (folder / "data.mdb").stat().st_size)  # servers may add to it meanwhile
+        environment = lmdb.open(
+            str(folder), room, readonly=True, lock=locks, max_readers=lmdb_folder.READERS, create=False
+        )
         stack.enter_context(contextlib.closing(environment))
         _check_transactions(folder / "data.mdb", synced)
         yield environment

@@ -154,7 +154,9 @@ class EmbeddedStore:
             await asyncio.sleep(_PERIOD)
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._look_after)
-            except (lmdb.Error, OSError) as reason:
+            except Exception as reason:  # noqa: BLE001 without it nothing would be synced any more
+                if not isinstance(reason, (lmdb.Error, OSError)):
+                    _log.error("unexpected error of the store", exc_info=reason)
                 self._exchanges.note(reason)
 
     def _look_after(self) -> None:

@@ -34,7 +34,7 @@ Sync = Literal["always", "everysec", "never"]
 _log = structlog.get_logger(__name__)
 
 #: Address space, not memory nor disk. It grows by doubling.
-_MAP_BYTES = 16 * 2**30
+MAP_BYTES = 16 * 2**30
 #: Processes and threads that may read at the same time.
 READERS = 512
 #: Freed when the disk is full, so that sessions can still be closed.
@@ -56,7 +56,7 @@ class LmdbFolder:
         StoreUnavailable: The folder cannot be used, and waiting does not change that.
     """
 
-    def __init__(self, folder: Path, sync: Sync, map_bytes: int = _MAP_BYTES) -> None:
+    def __init__(self, folder: Path, sync: Sync, map_bytes: int = MAP_BYTES) -> None:
         self.folder, self.sync = folder, sync
         self._map_bytes = map_bytes
         self._held: Any = None  # a reader of the state that `synced` leads to

@@ -130,7 +130,7 @@ async def eviction_policy(client: Any) -> str | None:
         answers = [await client.info("memory", target_nodes=node) for node in client.get_primaries()]
     else:
         answers = [await client.info("memory")]
-    policies = [str(info["maxmemory_policy"]) for info in answers if info.get("maxmemory")]
+    policies = [str(info.get("maxmemory_policy", "noeviction")) for info in answers if info.get("maxmemory")]
     return next((policy for policy in policies if policy != "noeviction"), None)
 
 
@@ -160,7 +160,7 @@ def _check_files(url: str) -> None:
 def _check_database(url: str, scheme: str) -> None:
     database = urlsplit(url).path.strip("/")
     if scheme != "unix" and database and not database.isdecimal():
-        raise ValueError(f"the path is the number of a database, not {database!r}")
+        raise ValueError("the path is the number of a database; write / in a password as %2F")
 
 
 def _at_sentinels(rest: str, timeout: float, options: dict[str, Any]) -> Redis:

@@ -3,7 +3,8 @@
     PREFIX:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
     PREFIX:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
                                   longer than the session. `e` is written first: the session expired, which is true as
-                                  soon as the first key has expired. `c`: the session was closed
+                                  soon as the first key has expired. `c`: the session was closed. `t` and a token, for some
+                                  seconds: it was taken, so that the same call, sent again, is recognised
 
 The braces keep both keys of a session on one node of a cluster.
 
@@ -75,9 +76,12 @@ end
 function does.load(state, gone)
   return {call('GET', state), call('GET', gone)}
 end
-function does.take(state, gone, expected)
+function does.take(state, gone, expected, token)
+  if call('GETRANGE', gone, 0, 16) == 't' .. token then return 1 end
   if call('GETRANGE', state, 0, 15) ~= expected then return 0 end
-  return call('DEL', state, gone) and 1
+  call('DEL', state, gone)
+  redis.pcall('SET', gone, 't' .. token, 'PX', 10000)
+  return 1
 end
 local able = redis.pcall('SET', KEYS[1] .. ':never', '', 'XX')
 if able and able.err and string.find(able.err, 'READONLY') then return able end
@@ -93,7 +97,7 @@ return replies
 _LONGER = """  elseif call('PTTL', gone) < %d then
     call('PEXPIRE', gone, %d)"""
 
-_CLOSED = b"c"
+_CLOSED, _TAKEN = b"c", b"t"
 _TOKEN = 16
 #: Index of the longest word of a call.
 _CONTENT = 3
@@ -199,7 +203,7 @@ class RedisStore:
         state, gone = await self._exchanges.ask_one(self._call(key, b"load"))
         if state is not None:
             return Record.unpack(state[_TOKEN:], state[:_TOKEN])
-        if gone is None or (gone[:1] != _CLOSED and self.figures.evicts):
+        if gone is None or gone[:1] == _TAKEN or (gone[:1] != _CLOSED and self.figures.evicts):
             return None  # where sessions are evicted, this one need not have expired
         return _read_gone(gone)
 
@@ -209,7 +213,8 @@ class RedisStore:
         return None if position is None else int.from_bytes(position, "little")
 
     async def take(self, key: Key, token: bytes) -> bool:
-        return bool(await self._exchanges.ask_one(self._call(key, b"take", token)))
+        call = self._call(key, b"take", token, self._tokens.next())  # the same if it is sent again
+        return bool(await self._exchanges.ask_one(call))
 
     def _call(self, key: Key, function: bytes, *words: bytes) -> _Call:
         state = f"{self._config.prefix}:{{{key[0]}/{key[1]}}}".encode()

@@ -216,6 +216,22 @@ async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server:
         await store.stop()
 
 
+async def test_a_record_whose_taker_gets_no_answer_is_taken_once(redis_server: RedisServer, tokens: Tokens):
+    """The connection breaks after Redis has handed the record out: the call that is sent again gets it, no other does."""
+    faults = iter([Fault.LOSE_REPLY])
+    async with FaultProxy(redis_server.port) as proxy:
+        store = RedisStore(RedisStoreConfig(f"redis://127.0.0.1:{proxy.port}/0", timeout=5.0))
+        first = tokens.next()
+        await put(store, commit(first))
+        proxy.draw = lambda: next(faults, Fault.NONE)
+        assert await store.take(KEY, first)
+        assert next(faults, None) is None
+        assert not await store.take(KEY, first)
+        assert await store.load(KEY) is None
+        assert await put(store, commit(tokens.next())) == [None]
+        await store.stop()
+
+
 async def test_each_of_many_is_answered_by_itself(store: Store, tokens: Tokens):
     """More commits than one script call takes, some of them refused."""
     firsts = [commit(tokens.next(), key=("lstm", str(n))) for n in range(300)]
