@@ -3,7 +3,7 @@
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -11,7 +11,7 @@ from yarl import URL
 
 from unroll.client import model_calls
 from unroll.client.async_stream import AsyncStream, as_async
-from unroll.client.errors import ConnectionFailed
+from unroll.client.errors import ConnectionFailed, UnrollError
 from unroll.client.exchange import Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
@@ -93,8 +93,11 @@ class AsyncClient:
             async with room:
                 return await self.run(model_calls.sequence(served, values, first))
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(*each)) for each in zip(inputs, given, strict=True)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(run(*each)) for each in zip(inputs, given, strict=True)]
+        except* UnrollError as failed:
+            raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
     def session(
@@ -112,7 +115,7 @@ class AsyncClient:
         session = await client.session("co2")
         """
         start: Start = {"durability": durability, "static": static, "snapshot": snapshot}
-        return AsyncSession(self, SessionCalls.start(self._catalogue, model, session_id, mode, **start))
+        return AsyncSession(self, lambda: SessionCalls.start(self._catalogue, model, session_id, mode, **start))
 
     def stream(self, model: str) -> AsyncStream:
         """As `Client.stream`; to be entered with `async with`."""
@@ -171,7 +174,7 @@ class AsyncSession:
 
     _calls: SessionCalls
 
-    def __init__(self, client: AsyncClient, opening: Exchange[SessionCalls]) -> None:
+    def __init__(self, client: AsyncClient, opening: Callable[[], Exchange[SessionCalls]]) -> None:
         self._client = client
         self._opening = opening
         self._lock = asyncio.Lock()
@@ -185,8 +188,9 @@ class AsyncSession:
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Self:
-        if not hasattr(self, "_calls"):
-            self._calls = await self._run(self._opening)
+        async with self._lock:
+            if not hasattr(self, "_calls"):
+                self._calls = await self._client.run(self._opening())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -233,7 +237,9 @@ class AsyncSession:
 
     async def fork(self, session_id: str | None = None) -> "AsyncSession":
         """As `Session.fork`."""
-        return await AsyncSession(self._client, self._calls.fork(session_id))
+        forked = AsyncSession(self._client, self._opening)
+        forked._calls = await self._run(self._calls.fork(session_id))
+        return forked
 
     async def snapshot(self) -> bytes:
         """As `Session.snapshot`."""

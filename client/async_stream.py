@@ -2,17 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed
 
-from unroll.client.errors import ConnectionFailed, ServerError
+from unroll.client.errors import ConnectionFailed
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode
-from unroll.client.stream import BROKEN, refusal, websocket_options
+from unroll.client.stream import BROKEN, final, websocket_options
 from unroll.client.stream_calls import ControlCall, Place, StepsCall, StreamCalls
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
@@ -66,8 +65,10 @@ class AsyncStream:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
-                await self.close(list(self._sessions.values()))
+            await self.close(list(self._sessions.values()))
+        except Exception:
+            if kind is None:  # otherwise the first error matters more
+                raise
         finally:
             await self.disconnect()
 
@@ -82,14 +83,13 @@ class AsyncStream:
         """As `Stream.open`."""
         call = self._calls.open(sessions, mode, durability, static)
         await self._exchange(call)
-        found = self._calls.opened(call, mode)
-        opened = [AsyncStreamSession(self, place) for place in found if isinstance(place, Place)]
+        places, others, refused = self._calls.opened(call, mode)
+        if refused is not None:
+            await self._end("close" if mode == "new" else "detach", places)
+            await self._end("detach", others)
+            raise refused
+        opened = [AsyncStreamSession(self, place) for place in places]
         self._sessions |= {session.place.handle: session for session in opened}
-        for error in found:
-            if isinstance(error, ServerError):
-                if mode == "new":
-                    await self.close(opened)
-                raise error
         return opened
 
     async def step(self, sessions: "Sequence[AsyncStreamSession]", inputs: ArrayLike) -> Arrays:
@@ -102,18 +102,22 @@ class AsyncStream:
 
     async def close(self, sessions: "Sequence[AsyncStreamSession]") -> None:
         """As `Stream.close`."""
-        if sessions:
-            places = [session.place for session in sessions]
-            await self._exchange(self._calls.close(places))
-            self._calls.closed(places)
-            for place in places:
-                self._sessions.pop(place.handle, None)
+        await self._end("close", [session.place for session in sessions])
 
     async def disconnect(self) -> None:
         """As `Stream.disconnect`."""
         if self._link is not None:
             link, self._link = self._link, None
             await link.close()
+
+    async def _end(self, op: Literal["close", "detach"], places: Sequence[Place]) -> None:
+        if places:
+            call = self._calls.end(op, places)
+            await self._exchange(call)
+            self._calls.ended(places)
+            for place in places:
+                self._sessions.pop(place.handle, None)
+            call.result()
 
     async def _apply(
         self, sessions: "Sequence[AsyncStreamSession]", inputs: ArrayLike, *, chunk: bool, several: bool
@@ -132,10 +136,10 @@ class AsyncStream:
                 call.end()
                 if not call.settled:  # its late answers must not be taken for those of the next call
                     await self.disconnect()
+            return call.result(chunk=chunk, several=several)
         finally:
             for lock in held:
                 lock.release()
-        return call.result(chunk=chunk, several=several)
 
     async def _exchange(self, call: ControlCall | StepsCall) -> None:
         """Send, receive until all is answered, and send again what is refused for now or was cut off."""
@@ -151,10 +155,12 @@ class AsyncStream:
                 if (pause := retries.pause(call.retry_after)) is None:
                     call.give_up()
                     return
+                if isinstance(call, ControlCall) and call.op == "close" and link is self._link:
+                    await self.disconnect()  # the server has unbound the handle: first it is bound again
             except BROKEN as error:
                 if link is not None and link is self._link:
                     await self.disconnect()
-                if isinstance(error, InvalidStatus) and (refused := refusal(error)) is not None:
+                if (refused := final(error)) is not None:
                     raise refused from error
                 if (pause := retries.pause()) is None:
                     raise ConnectionFailed(self._address.failed(error, retries.count)) from error
@@ -187,6 +193,7 @@ class _Link:
         self._waiting: set[asyncio.Future[None]] = set()
         self._outbox: list[StepsCall] = []
         self._sender: asyncio.Task[None] | None = None
+        self._closed = False
         self._reader = asyncio.create_task(self._read())
         self.broken: Exception | None = None
 
@@ -201,7 +208,8 @@ class _Link:
             if call.settled:
                 return
             if isinstance(call, ControlCall):
-                await self._socket.send(self._calls.control(call))
+                for message in self._calls.controls(call):
+                    await self._socket.send(message)
             else:
                 self._post(call)
             async with asyncio.timeout(timeout):
@@ -211,9 +219,10 @@ class _Link:
             call.on_settled = None
 
     async def close(self) -> None:
+        """From now on nothing is received: late answers belong to calls that have been sent again."""
+        self._closed = True
         await self._socket.close()
-        with suppress(asyncio.CancelledError):
-            await self._reader
+        await asyncio.wait([self._reader])
 
     def _post(self, call: StepsCall) -> None:
         """Send the steps together with those that other tasks ask for in this turn of the event loop."""
@@ -235,7 +244,9 @@ class _Link:
     async def _read(self) -> None:
         try:
             while True:
-                self._calls.receive(await self._socket.recv())
+                message = await self._socket.recv()
+                if not self._closed:
+                    self._calls.receive(message)
         except Exception as error:  # noqa: BLE001 those who wait raise it
             self.broken = error
             for settled in self._waiting:

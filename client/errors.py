@@ -189,7 +189,7 @@ class SessionEvicted(SessionGone):
 
 
 class SessionExists(SessionError):
-    """A session of this id is open: attach to it with `resume=True`, or choose another id."""
+    """A session of this id is open: attach to it with `mode="resume"`, or choose another id."""
 
     code = "session_exists"
 

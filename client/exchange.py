@@ -50,14 +50,33 @@ class Response:
             return None
 
     def json(self) -> Any:
-        return json.loads(self.body)
+        """Raises ServerError if it is none."""
+        try:
+            return json.loads(self.body)
+        except ValueError as error:
+            raise self.foreign() from error
+
+    def number(self, header: str) -> int:
+        """Raises ServerError if there is no such header."""
+        try:
+            return int(self.headers[header])
+        except (KeyError, ValueError) as error:
+            raise self.foreign() from error
+
+    def foreign(self) -> ServerError:
+        """Something else than a server of ours has answered."""
+        text = self.body[:200].decode(errors="replace").strip()
+        return ServerError(f"this is no answer of Unroll: {text or 'it is empty'}", "unexpected_answer", self.status)
 
     def error(self) -> ServerError | None:
         """The refusal that this response is, if it is one."""
-        if self.status < 400:
+        if 200 <= self.status < 300:
             return None
+        if self.status < 400:
+            where = self.headers.get("location", "nowhere")
+            return ServerError(f"redirected to {where}: use that URL", f"http_{self.status}", self.status)
         try:
-            members = self.json()
+            members = json.loads(self.body)
             code, detail = members["code"], members.get("detail") or members["error"]
         except (ValueError, KeyError, TypeError):  # a proxy answered
             text = self.body[:200].decode(errors="replace").strip()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from unroll.client.errors import InvalidInput
-from unroll.client.exchange import RAW, Exchange, Request, json_request, model_path
+from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 
@@ -18,7 +18,7 @@ class Catalogue:
 
     def models(self) -> Exchange[list[Model]]:
         response = yield Request("GET", "/v1/models")
-        return [self._add(document) for document in response.checked().json()]
+        return [self._add(response, document) for document in response.checked().json()]
 
     def model(self, reference: str) -> Exchange[Model]:
         """reference: `name` or `name:version`. Raises ModelUnknown or ModelUnavailable."""
@@ -26,10 +26,13 @@ class Catalogue:
         if (known := self._versions.get((name, version))) is not None:
             return known
         response = yield Request("GET", model_path(reference))
-        return self._add(response.checked().json())
+        return self._add(response, response.checked().json())
 
-    def _add(self, document: dict[str, Any]) -> Model:
-        model = Model.from_json(document)
+    def _add(self, response: Response, document: dict[str, Any]) -> Model:
+        try:
+            model = Model.from_json(document)
+        except (KeyError, TypeError) as error:
+            raise response.foreign() from error
         known = self._versions.get((model.name, model.version))
         if known is None or known.digest != model.digest:
             known = self._versions[model.name, model.version] = model
@@ -55,7 +58,7 @@ def sequence(model: Model, inputs: ArrayLike, static: Mapping[str, ArrayLike] | 
     if first is None:
         headers = {"Content-Type": RAW, "Unroll-Steps": str(steps)}
         response = yield Request("POST", path, b"".join(array.tobytes() for array in arrays), headers)
-        return model.outputs_of(split_outputs(model, response.checked().body, steps))
+        return model.outputs_of(split_outputs(model, response.checked(), response.body, steps))
     named = {spec.name: [array.tolist()] for spec, array in zip(model.inputs, arrays, strict=True)}
     document = {"inputs": named, "static": {name: [value] for name, value in first.items()}}
     response = yield json_request("POST", path, document)
@@ -64,8 +67,14 @@ def sequence(model: Model, inputs: ArrayLike, static: Mapping[str, ArrayLike] | 
     return model.outputs_of([np.array(item, spec.numpy) for spec, item in zip(model.outputs, lists, strict=True)])
 
 
-def split_outputs(model: Model, content: bytes | memoryview, steps: int) -> list[np.ndarray]:
-    """The outputs of a raw body, which holds one after another: each (T, *shape), or (*shape) without a time axis."""
+def split_outputs(model: Model, response: Response, content: bytes | memoryview, steps: int) -> list[np.ndarray]:
+    """The outputs of a raw body, which holds one after another: each (T, *shape), or (*shape) without a time axis.
+
+    Raises ServerError if they are not of this model.
+    """
+    sizes = [spec.size * (steps if spec.time else 1) * spec.numpy.itemsize for spec in model.outputs]
+    if len(content) != sum(sizes):
+        raise response.foreign()
     arrays, begin = [], 0
     for spec in model.outputs:
         shape = (steps, *spec.shape) if spec.time else spec.shape

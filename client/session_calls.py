@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack
 
-import numpy as np
-
 from unroll.client.errors import InvalidInput, SessionClosed, SessionExists, SessionGone, SessionUnknown
 from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path, session_path
 from unroll.client.model_calls import Catalogue, split_outputs
@@ -110,33 +108,33 @@ class SessionCalls:
         return cls(catalogue, model, info, sealed)
 
     def step(self, values: ArrayLike, position: int | None) -> Exchange[Arrays]:
-        """One time step; the outputs have no time axis."""
+        """One time step; the outputs have no time axis. The values are read at once."""
         arrays = self.model.inputs_of(values, "")
-        outputs = yield from self._apply(b"".join([array.tobytes() for array in arrays]), 1, position)
-        return self.model.outputs_of(
-            [array[0] if spec.time else array for spec, array in zip(self.model.outputs, outputs, strict=True)]
-        )
+        return self._apply(b"".join([array.tobytes() for array in arrays]), None, position)
 
     def steps(self, values: ArrayLike, position: int | None) -> Exchange[Arrays]:
-        """T time steps."""
+        """T time steps. The values are read at once."""
         arrays = self.model.inputs_of(values, "T")
-        content = b"".join([array.tobytes() for array in arrays])
-        return self.model.outputs_of((yield from self._apply(content, len(arrays[0]), position)))
+        return self._apply(b"".join([array.tobytes() for array in arrays]), len(arrays[0]), position)
 
-    def _apply(self, content: bytes, steps: int, position: int | None) -> Exchange[list[np.ndarray]]:
-        begin = self.position if position is None else position
+    def _apply(self, content: bytes, chunk: int | None, position: int | None) -> Exchange[Arrays]:
+        """chunk: its time steps; None for a single step."""
+        begin, steps = self.position if position is None else position, chunk or 1
         headers = {"Content-Type": RAW, "Unroll-Position": str(begin), "Unroll-Steps": str(steps)}
         if self._sealed is not None:
             headers["Unroll-Snapshot-Length"] = str(len(self._sealed))
             content = self._sealed + content
         response = yield Request("POST", f"{self._path}/steps", content, headers)
         body = memoryview(response.checked().body)
+        length = 0 if self._sealed is None else response.number("unroll-snapshot-length")
+        outputs = split_outputs(self.model, response, body[length:], steps)
+        self.position = response.number("unroll-position")
         if self._sealed is not None:
-            length = int(response.headers["unroll-snapshot-length"])
-            self._sealed, body = bytes(body[:length]), body[length:]
-        outputs = split_outputs(self.model, body, steps)
-        self.position = int(response.headers["unroll-position"])
-        return outputs
+            self._sealed = bytes(body[:length])
+        if chunk is None:
+            specs = self.model.outputs
+            outputs = [array[0] if spec.time else array for spec, array in zip(specs, outputs, strict=True)]
+        return self.model.outputs_of(outputs)
 
     def refresh(self) -> Exchange[int]:
         """Ask the server where the session is, and continue from there."""

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from unroll.client.errors import ConnectionFailed, Overloaded, ServerError
+from unroll.client.errors import BodyTooLarge, ConnectionFailed, Overloaded, ServerError
 from unroll.client.exchange import Response
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
@@ -15,6 +15,8 @@ from unroll.client.session_calls import Durability, Mode
 from unroll.client.stream_calls import ControlCall, Place, StepsCall, StreamCalls
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
+#: Close code of a server that does not take a message of this size.
+_TOO_LARGE = 1009
 #: Errors of a connection, after which the sessions are resumed on a new one.
 BROKEN = (OSError, ConnectionClosed, InvalidHandshake, Overloaded)
 
@@ -31,8 +33,12 @@ def websocket_options(address: ServerAddress, timeout: float) -> dict[str, Any]:
     }
 
 
-def refusal(error: InvalidStatus) -> ServerError | None:
-    """Why the server opened no WebSocket; None if it may do so later."""
+def final(error: Exception) -> ServerError | None:
+    """What the error means if it would only come again: why there is no WebSocket, or that a message was too large."""
+    if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == _TOO_LARGE:
+        return BodyTooLarge("the steps of one session exceed the server's --max-body-bytes: send fewer at a time")
+    if not isinstance(error, InvalidStatus):
+        return None
     answer = error.response
     headers = {name.lower(): value for name, value in answer.headers.raw_items()}
     response = Response(answer.status_code, headers, bytes(answer.body or b""))
@@ -71,8 +77,10 @@ class Stream:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
-                self.close(list(self._sessions.values()))
+            self.close(list(self._sessions.values()))
+        except Exception:
+            if kind is None:  # otherwise the first error matters more
+                raise
         finally:
             self.disconnect()
 
@@ -91,19 +99,19 @@ class Stream:
             mode, durability, static: As in `Client.session`, for each of them.
 
         Raises:
-            ServerError: Of the first session that the server refuses. The others are closed again if they are new.
+            ServerError: Of the first session that the server refuses. The others are closed again if they are new, and
+                left open on the server otherwise.
             InvalidInput, ConnectionFailed: As for `Client.session`.
         """
         call = self._calls.open(sessions, mode, durability, static)
         self._exchange(call)
-        found = self._calls.opened(call, mode)
-        opened = [StreamSession(self, place) for place in found if isinstance(place, Place)]
+        places, others, refused = self._calls.opened(call, mode)
+        if refused is not None:
+            self._end("close" if mode == "new" else "detach", places)
+            self._end("detach", others)
+            raise refused
+        opened = [StreamSession(self, place) for place in places]
         self._sessions |= {session.place.handle: session for session in opened}
-        for error in found:
-            if isinstance(error, ServerError):
-                if mode == "new":
-                    self.close(opened)
-                raise error
         return opened
 
     def step(self, sessions: "Sequence[StreamSession]", inputs: ArrayLike) -> Arrays:
@@ -129,18 +137,22 @@ class Stream:
 
     def close(self, sessions: "Sequence[StreamSession]") -> None:
         """End the sessions on the server."""
-        if sessions:
-            places = [session.place for session in sessions]
-            self._exchange(self._calls.close(places))
-            self._calls.closed(places)
-            for place in places:
-                self._sessions.pop(place.handle, None)
+        self._end("close", [session.place for session in sessions])
 
     def disconnect(self) -> None:
         """Close the connection. The sessions stay open on the server; the next call resumes them."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+    def _end(self, op: Literal["close", "detach"], places: Sequence[Place]) -> None:
+        if places:
+            call = self._calls.end(op, places)
+            self._exchange(call)
+            self._calls.ended(places)
+            for place in places:
+                self._sessions.pop(place.handle, None)
+            call.result()
 
     def _apply(self, places: Sequence[Place], inputs: ArrayLike, *, chunk: bool, several: bool) -> Arrays:
         call = self._calls.steps(places, inputs, chunk=chunk, several=several)
@@ -165,9 +177,11 @@ class Stream:
                 if (pause := retries.pause(call.retry_after)) is None:
                     call.give_up()
                     return
+                if isinstance(call, ControlCall) and call.op == "close":
+                    self.disconnect()  # the server has unbound the handle: first it is bound again
             except BROKEN as error:
                 self.disconnect()
-                if isinstance(error, InvalidStatus) and (refused := refusal(error)) is not None:
+                if (refused := final(error)) is not None:
                     raise refused from error
                 if (pause := retries.pause()) is None:
                     raise ConnectionFailed(self._address.failed(error, retries.count)) from error
@@ -175,18 +189,25 @@ class Stream:
 
     def _connect(self) -> ClientConnection:
         """A new connection, on which the sessions are resumed."""
-        self._socket = connect(self._url, **websocket_options(self._address, self._timeout)).__enter__()
-        if (call := self._calls.resume()) is not None:
-            self._send(self._socket, call)
-            self._calls.resumed(call)
-        return self._socket
+        socket = connect(self._url, **websocket_options(self._address, self._timeout)).__enter__()
+        try:
+            if (call := self._calls.resume()) is not None:
+                self._send(socket, call)
+                self._calls.resumed(call)
+        except BaseException:
+            socket.close()
+            raise
+        self._socket = socket
+        return socket
 
     def _send(self, socket: ClientConnection, call: ControlCall | StepsCall) -> None:
-        if isinstance(call, ControlCall):
-            socket.send(self._calls.control(call))
-        else:
-            for frame in self._calls.frames([call]):
-                socket.send(frame)
+        """Answers are received between the messages: neither side may wait for the other to read."""
+        messages = self._calls.controls(call) if isinstance(call, ControlCall) else self._calls.frames([call])
+        for message in messages:
+            waiting = len(call.unanswered)
+            socket.send(message)
+            while len(call.unanswered) == waiting:
+                self._calls.receive(socket.recv(self._timeout))
         while not call.settled:
             self._calls.receive(socket.recv(self._timeout))
 

@@ -5,18 +5,35 @@ resumed, and what is unanswered is sent again. Steps carry their position, so th
 """
 
 import json
+import operator
 import secrets
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
+from weakref import WeakSet
 
 import numpy as np
 
-from unroll.client.errors import DeadlineExceeded, InvalidInput, ServerError, SessionExists, SomeFailed, UnrollError
+from unroll.client.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    InvalidRequest,
+    ServerError,
+    SessionClosed,
+    SessionExists,
+    SessionGone,
+    SessionUnknown,
+    SomeFailed,
+    UnrollError,
+)
 from unroll.client.frames import pack_steps, unpack_outputs
 from unroll.client.session_calls import Durability, Mode
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 Message = str | bytes
+
+#: Of one control message.
+_MOST_SPECS, _MOST_CHARACTERS = 1000, 2**18
 
 
 class Place:
@@ -86,29 +103,41 @@ class Call:
 
 
 class ControlCall(Call):
-    """A control message. Keys are handles.
+    """A control message for several sessions. Keys are handles.
 
     Attributes:
+        op: Of the message.
         items: What the server answered, by handle.
     """
 
-    def __init__(self, op: Literal["open", "close"], specs: Mapping[int, dict[str, Any]]) -> None:
+    def __init__(self, op: Literal["open", "close", "detach"], specs: Mapping[int, dict[str, Any]]) -> None:
         super().__init__(specs)
-        self._op = op
+        self.op = op
         self._specs = specs
         self._sent = False
         self.items: dict[int, dict[str, Any]] = {}
 
-    def message(self) -> str:
-        """One that is sent a second time may have been handled the first time."""
-        handles = sorted(self.unanswered)
-        if self._op == "close":
-            return json.dumps({"op": "close", "handles": handles})
-        specs = [self._specs[handle] for handle in handles]
-        if self._sent:
-            specs = [spec | {"mode": "resume" if spec["mode"] == "resume" else "either"} for spec in specs]
-        self._sent = True
-        return json.dumps({"op": "open", "sessions": specs})
+    def messages(self) -> Iterator[tuple[list[int], str]]:
+        """Handles and texts, none of them too long for a server. What is sent again may have been handled before."""
+        repeated, self._sent = self._sent, True
+        handles: list[int] = []
+        texts: list[str] = []
+        for handle in sorted(self.unanswered):
+            spec = self._specs[handle]
+            if repeated and spec.get("mode") == "new":
+                spec = spec | {"mode": "either"}
+            text = json.dumps(spec) if self.op == "open" else str(handle)
+            if len(texts) == _MOST_SPECS or (texts and sum(map(len, texts)) + len(text) > _MOST_CHARACTERS):
+                yield handles, self._message(texts)
+                handles, texts = [], []
+            handles.append(handle)
+            texts.append(text)
+        if texts:
+            yield handles, self._message(texts)
+
+    def _message(self, texts: Sequence[str]) -> str:
+        member = "sessions" if self.op == "open" else "handles"
+        return f'{{"op": "{self.op}", "{member}": [{", ".join(texts)}]}}'
 
     def receive(self, items: Sequence[dict[str, Any]]) -> None:
         for item in items:
@@ -117,12 +146,22 @@ class ControlCall(Call):
                 self.items[item["handle"]] = item
                 self.answer(item["handle"])
 
-    def fail(self, error: ServerError) -> None:
-        """The whole message is refused."""
-        self.receive([{"handle": handle, "error": error.members} for handle in [*self.unanswered]])
+    def ask_again(self) -> None:
+        """The connection that has these sessions is gone: what is answered already must be asked again."""
+        opened = [handle for handle, item in self.items.items() if "error" not in item]
+        self.unanswered.update(opened)
+        for handle in opened:
+            del self.items[handle]
 
     def give_up(self) -> None:
         self.items |= {handle: {"handle": handle, "error": error.members} for handle, error in self.again.items()}
+
+    def result(self) -> None:
+        """Raises ServerError if a session is still there that was to be closed."""
+        for item in self.items.values():
+            error = _error_of(item)
+            if error is not None and not isinstance(error, SessionGone | SessionUnknown | InvalidRequest):
+                raise error
 
 
 class StepsCall(Call):
@@ -148,6 +187,7 @@ class StepsCall(Call):
             for spec in model.outputs
         ]
         self._errors: dict[int, ServerError] = {}
+        self._ends: dict[int, int] = {}
         for place in places:
             place.call = self
             if place.lost is not None:
@@ -159,7 +199,7 @@ class StepsCall(Call):
         if row in self.unanswered and end == self.positions[row] + self.steps:
             for kept, array in zip(self._outputs, outputs, strict=True):
                 kept[row] = array
-            self._places[row].position = end
+            self._ends[row] = end
             self.answer(row)
 
     def fail(self, handle: int, error: ServerError) -> None:
@@ -180,9 +220,13 @@ class StepsCall(Call):
     def result(self, *, chunk: bool, several: bool) -> Arrays:
         """The outputs, each (N, T, *shape), without the axes that the caller has not.
 
+        Only now the positions advance: a caller that never gets here does not have the outputs, and sends them again.
+
         Raises:
             SomeFailed: Some sessions failed. If there is only one: its error.
         """
+        for row, end in self._ends.items():
+            self._places[row].position = end
         if len(self._places) == 1 and self._errors:
             raise self._errors[0]
         arrays = [
@@ -201,7 +245,8 @@ class StreamCalls:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._places: dict[int, Place] = {}
-        self._controls: list[ControlCall] = []  # sent, in order
+        self._controls: list[tuple[ControlCall, list[int]]] = []  # sent and unanswered, with their handles
+        self._opening: WeakSet[ControlCall] = WeakSet()
         self._next_handle = 0
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────────
@@ -214,7 +259,10 @@ class StreamCalls:
         static: Mapping[str, ArrayLike] | None,
     ) -> ControlCall:
         """sessions: how many, or their ids. Raises InvalidInput."""
-        if isinstance(sessions, int):
+        if isinstance(sessions, str):
+            raise InvalidInput(f"give a list of ids: [{sessions!r}]")
+        if not isinstance(sessions, Sequence):
+            sessions = operator.index(sessions)
             if mode != "new":
                 raise InvalidInput(f"mode {mode!r} needs session ids")
             sessions = [secrets.token_urlsafe(16) for _ in range(sessions)]
@@ -225,53 +273,65 @@ class StreamCalls:
         begin = {name: value for name, value in begin.items() if value is not None}
         handles = range(self._next_handle, self._next_handle + len(sessions))
         self._next_handle = handles.stop
-        return ControlCall(
+        call = ControlCall(
             "open",
             {
                 handle: {"handle": handle, "session_id": session_id, **begin}
                 for handle, session_id in zip(handles, sessions, strict=True)
             },
         )
+        self._opening.add(call)
+        return call
 
-    def opened(self, call: ControlCall, mode: Mode) -> list[Place | ServerError]:
-        """What `open` was answered for each session."""
-        found: list[Place | ServerError] = []
+    def opened(self, call: ControlCall, mode: Mode) -> tuple[list[Place], list[Place], ServerError | None]:
+        """The sessions that are open now; those that others have opened; and the first refusal."""
+        self._opening.discard(call)
+        ours: list[Place] = []
+        others: list[Place] = []
+        refused = None
         for handle, item in sorted(call.items.items()):
             error = _error_of(item)
-            if error is not None:
-                found.append(error)
-                continue
-            place = Place(handle, item["session_id"], item["position"], item["durability"])
-            self._places[handle] = place
-            if mode == "new" and place.position:  # the message was repeated, and found another's session
-                found.append(SessionExists(f"session {place.id!r} is open", members={"position": place.position}))
-            else:
-                found.append(place)
-        return found
+            if error is None:
+                place = Place(handle, item["session_id"], item["position"], item["durability"])
+                self._places[handle] = place
+                if mode != "new" or not place.position:
+                    ours.append(place)
+                    continue
+                others.append(place)  # the message was repeated, and found it
+                error = SessionExists(f"session {place.id!r} is open", members={"position": place.position})
+            refused = refused or error
+        return ours, others, refused
 
     def steps(self, places: Sequence[Place], inputs: ArrayLike, *, chunk: bool, several: bool) -> StepsCall:
-        """Raises InvalidInput."""
+        """The values are read at once. Raises InvalidInput."""
+        if any(place.lost is None and self._places.get(place.handle) is not place for place in places):
+            raise InvalidInput("a session is not of this stream")
         leading: Literal["", "T", "N", "NT"] = ("NT" if chunk else "N") if several else ("T" if chunk else "")
         arrays = self.model.inputs_of(inputs, leading)
         if several and len(arrays[0]) != len(places):
             raise InvalidInput(f"inputs of {len(arrays[0])} sessions were given for {len(places)} sessions")
         if not chunk:
             arrays = [array[:, np.newaxis] if several else array[np.newaxis] for array in arrays]
-        return StepsCall(self.model, places, arrays if several else [array[np.newaxis] for array in arrays])
+        copies = [np.array(array if several else array[np.newaxis]) for array in arrays]
+        return StepsCall(self.model, places, copies)
 
-    def close(self, places: Sequence[Place]) -> ControlCall:
-        return ControlCall("close", {place.handle: {} for place in places})
+    def end(self, op: Literal["close", "detach"], places: Sequence[Place]) -> ControlCall:
+        return ControlCall(op, {place.handle: {} for place in places})
 
-    def closed(self, places: Sequence[Place]) -> None:
+    def ended(self, places: Sequence[Place]) -> None:
         for place in places:
             self._places.pop(place.handle, None)
+            place.lost = place.lost or SessionClosed(f"session {place.id!r} was closed")
+            if place.call is not None:
+                place.call.fail(place.handle, place.lost)
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────
 
-    def control(self, call: ControlCall) -> str:
-        """The message, whose answer is expected from now on."""
-        self._controls.append(call)
-        return call.message()
+    def controls(self, call: ControlCall) -> Iterator[str]:
+        """The messages, whose answers are expected from now on."""
+        for handles, message in call.messages():
+            self._controls.append((call, handles))
+            yield message
 
     def frames(self, calls: Sequence[StepsCall]) -> Iterator[bytes]:
         """The steps that have no outputs yet: those of equal lengths together."""
@@ -290,6 +350,8 @@ class StreamCalls:
     def resume(self) -> ControlCall | None:
         """After a new connection: what opens the sessions again, if there are any."""
         self._controls.clear()
+        for call in self._opening:
+            call.ask_again()
         specs = {
             handle: {"handle": handle, "session_id": place.id, "mode": "resume"}
             for handle, place in self._places.items()
@@ -315,7 +377,7 @@ class StreamCalls:
             return
         try:
             entries, columns = unpack_outputs(message, self.model.outputs)
-        except ValueError as error:
+        except (ValueError, struct.error) as error:
             raise UnrollError(f"the server sent a frame that is none of {self.model.name!r}: {error}") from error
         for (handle, _, end), *outputs in zip(entries.tolist(), *columns, strict=True):
             place = self._places.get(handle)
@@ -323,8 +385,10 @@ class StreamCalls:
                 place.call.receive(handle, end, outputs)
 
     def _receive_text(self, document: dict[str, Any]) -> None:
-        if document["op"] in {"opened", "closed"}:
-            self._controls.pop(0).receive(document["sessions"])
+        if document["op"] in {"opened", "closed", "detached"}:
+            if self._controls:
+                call, handles = self._controls.pop(0)
+                call.receive(document.get("sessions") or [{"handle": handle} for handle in handles])
         elif document["op"] == "error":
             error = ServerError.of(document["code"], document["detail"], members=document)
             place = self._places.get(document.get("handle", -1))
@@ -332,7 +396,8 @@ class StreamCalls:
                 if place is not None and place.call is not None:
                     place.call.fail(place.handle, error)
             elif self._controls:
-                self._controls.pop(0).fail(error)
+                call, handles = self._controls.pop(0)
+                call.receive([{"handle": handle, "error": document} for handle in handles])
             else:
                 raise error
 

@@ -4,7 +4,7 @@ CSV: one row per time step; a first row without numbers names the columns. JSONL
 an object with one array per input. raw: little-endian values without anything between.
 
 The steps are applied once, whatever happens to the server meanwhile. With --session, the session is kept: a second run
-with the same id and the same rows continues where the first one ended.
+with the same id skips as many rows as the session has had, so give it all rows from the first one on.
 """
 
 import argparse
@@ -28,6 +28,10 @@ from unroll.client.tensors import Model, Tensor
 #: Time steps per request of a file without --rate. Rows of a pipe are sent as they come.
 _CHUNK = 64
 
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+#: By the kind of a dtype: reads a cell.
+_PARSERS: dict[str, Callable[[str], object]] = {"f": float, "i": int, "b": _BOOLS.__getitem__}
+
 #: One time step: an array per input, in the model's order.
 Row = tuple[np.ndarray, ...]
 
@@ -43,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UnrollError, OSError) as error:
+    except (UnrollError, OSError, UnicodeDecodeError, csv.Error) as error:
         print(f"unroll stream: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -63,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--columns", metavar="A,B", help="CSV: the columns that are the input, in this order")
     parser.add_argument("--session", metavar="ID", help="id of the session, which is kept; continues it if it is open")
     parser.add_argument("--durability", choices=["memory", "stored"], help="of a new session (default: the server's)")
-    parser.add_argument("--rate", type=float, metavar="N", help="time steps per second (default: as fast as possible)")
+    parser.add_argument(
+        "--rate", type=_positive, metavar="N", help="time steps per second (default: as fast as possible)"
+    )
     return parser
 
 
@@ -80,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         source = sys.stdin.buffer if options.file is None else stack.enter_context(options.file.open("rb"))
         rows = _READERS[kind](session.model, source, options.columns)
         if session.position:
-            print(f"session {session.id!r} is at step {session.position}: continuing there", file=sys.stderr)
+            print(f"session {session.id!r} has had {session.position} steps: as many rows are skipped", file=sys.stderr)
             rows = islice(rows, session.position, None)
         live = options.file is None or options.rate is not None
         write = _WRITERS[kind](session.model, sys.stdout.buffer)
@@ -126,7 +132,7 @@ def _read_csv(model: Model, source: BinaryIO, columns: str | None) -> Iterator[R
             continue
         if places is None:
             names = [cell.strip() for cell in cells]
-            has_names = not any(map(_is_number, names))
+            has_names = not any(_is_number(name) or name.lower() in _BOOLS or not name for name in names)
             places = _places(names if has_names else None, wanted, len(cells))
             if has_names:
                 continue
@@ -164,10 +170,17 @@ def _divided(model: Model, values: Sequence[str], where: str) -> Row:
 
 def _parsed(spec: Tensor, cells: Sequence[str], where: str) -> np.ndarray:
     try:
-        numbers = [float(cell) if spec.dtype == "float32" else int(cell) for cell in cells]
-    except ValueError as error:
+        read = _PARSERS[spec.numpy.kind]
+        return np.array([read(cell.strip().lower()) for cell in cells], spec.numpy).reshape(spec.shape)
+    except (ValueError, OverflowError, KeyError) as error:
         raise InvalidInput(f"{where}: {spec.name!r} takes {spec.dtype}: {error}") from None
-    return np.array(numbers, spec.numpy).reshape(spec.shape)
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
 
 
 def _is_number(text: str) -> bool:

@@ -13,6 +13,8 @@ const STEPS = 1, OUTPUTS = 2;
 const HEADER_BYTES = 8, ENTRY_BYTES = 16;
 // Most entries and bytes of a frame.
 const MOST_ENTRIES = 2048, MOST_BYTES = 4 * 2 ** 20;
+// Most sessions and characters of a control message.
+const MOST_SPECS = 1000, MOST_CHARACTERS = 2 ** 18;
 // Milliseconds before the first repetition, and the longest pause.
 const FIRST_PAUSE = 50, LONGEST_PAUSE = 2000;
 
@@ -123,7 +125,10 @@ export class Client {
     const lists = Object.fromEntries(served.inputs.map((spec) => [spec.name, []]));
     for (const values of inputs) {
       const { arrays, steps } = flatInputs(served, values, null);
-      served.inputs.forEach((spec, i) => lists[spec.name].push(nested(arrays[i], [steps, ...spec.shape])));
+      served.inputs.forEach((spec, i) => {
+        const array = spec.dtype === "bool" ? Array.from(arrays[i], Boolean) : arrays[i];
+        lists[spec.name].push(nested(array, [steps, ...spec.shape]));
+      });
     }
     const statics = Object.fromEntries(served.static.map(({ name }) => [name, (fixed ?? []).map((one) => one[name])]));
     const { json } = await this.ask("POST", path, { inputs: lists, static: statics });
@@ -145,7 +150,7 @@ export class Client {
     }
     const chosen = id ?? randomId();
     const body = { session_id: chosen, durability, static: fixed, snapshot: snapshot && base64(snapshot) };
-    const start = snapshot ? Number(view(snapshot).getBigUint64(40, true)) : 0;
+    const start = snapshot?.length >= 48 ? Number(view(snapshot).getBigUint64(40, true)) : 0;
     try {
       const { json } = await this.ask("POST", `${modelPath(model)}/sessions`, body);
       return await this.sessionOf(json);
@@ -167,7 +172,9 @@ export class Client {
 
   // One WebSocket for the steps of many sessions.
   async stream(model) {
-    return new Stream(this, model, await this.model(model));
+    const served = await this.model(model);
+    if (served.streamable) return new Stream(this, model, served);
+    throw new ServerError({ code: "not_streamable", detail: served.not_streamable_because }, 422);
   }
 
   // Send a request until it has its final answer: {bytes, json, headers, repeated}. Raises ServerError.
@@ -185,6 +192,9 @@ export class Client {
         const answer = await this.fetch(this.url + path, { ...options, signal: AbortSignal.timeout(this.timeout) });
         const bytes = new Uint8Array(await answer.arrayBuffer());
         const document = answer.headers.get("content-type")?.includes("json") ? parse(bytes) : undefined;
+        if (answer.ok && !document && answer.headers.get("content-type") !== RAW) {
+          throw new ServerError({ code: "unexpected_answer", detail: "this is no answer of Unroll" }, answer.status);
+        }
         if (answer.ok) return { bytes, json: document, headers: answer.headers, repeated: retries.count > 0 };
         failure = new ServerError(document ?? { code: `http_${answer.status}` }, answer.status);
         failure.repeated = retries.count > 0;
@@ -214,13 +224,13 @@ export class Session {
   }
 
   // One time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
-  step(values) {
-    return this.queue.run(() => this.apply(values, 1));
+  async step(values) {
+    return this.apply(flatInputs(this.model, values, 1));
   }
 
   // T time steps.
-  steps(values) {
-    return this.queue.run(() => this.apply(values, null));
+  async steps(values) {
+    return this.apply(flatInputs(this.model, values, null));
   }
 
   // A step for each item, which may come from an asynchronous iterator; yields its outputs.
@@ -287,19 +297,20 @@ export class Session {
     return this.client.session(`${this.model.name}:${this.model.version}`, { id, durability: "client", snapshot });
   }
 
-  async apply(values, wanted) {
-    const { arrays, steps } = flatInputs(this.model, values, wanted);
+  apply(inputs) {
+    return this.queue.run(() => this.send(inputs));
+  }
+
+  async send({ arrays, steps }) {
     const headers = { "content-type": RAW, "unroll-position": this.position, "unroll-steps": steps };
     if (this.sealed) headers["unroll-snapshot-length"] = this.sealed.length;
     const content = join(this.sealed ? [this.sealed, ...arrays] : arrays);
     const answer = await this.client.ask("POST", `${this.path}/steps`, content, headers);
-    let begin = 0;
-    if (this.sealed) {
-      begin = Number(answer.headers.get("unroll-snapshot-length"));
-      this.sealed = answer.bytes.slice(0, begin);
-    }
+    const begin = this.sealed ? Number(answer.headers.get("unroll-snapshot-length")) : 0;
+    const outputs = named(splitOutputs(this.model, answer.bytes, begin, steps), this.model.outputs);
+    if (this.sealed) this.sealed = answer.bytes.slice(0, begin);
     this.position = Number(answer.headers.get("unroll-position"));
-    return named(splitOutputs(this.model, answer.bytes, begin, steps), this.model.outputs);
+    return outputs;
   }
 }
 
@@ -311,7 +322,8 @@ export class Stream {
     this.model = model;
     this.url = `ws${client.url.slice(4)}${modelPath(reference)}/stream`;
     this.places = new Map(); // handle -> StreamSession
-    this.controls = []; // control messages that are unanswered, in order
+    this.controls = []; // control messages that are unanswered, in order: [call, handles]
+    this.opening = new Set(); // calls that open sessions and have not ended
     this.nextHandle = 0;
   }
 
@@ -320,9 +332,16 @@ export class Stream {
     const ids = typeof sessions === "number" ? Array.from({ length: sessions }, randomId) : sessions;
     const specs = ids.map((id) => ({ handle: this.nextHandle++, session_id: id, mode, durability, static: fixed }));
     const call = new ControlCall("open", specs);
-    await this.exchange(call);
+    this.opening.add(call);
+    try {
+      await this.exchange(call);
+    } catch (error) {
+      this.opening.delete(call);
+      throw error;
+    }
     let refused;
-    const opened = [];
+    const opened = [], others = [];
+    this.opening.delete(call);
     for (const { handle } of specs) {
       const item = call.items.get(handle);
       if (item.error) {
@@ -331,14 +350,13 @@ export class Stream {
       }
       const session = new StreamSession(this, item);
       this.places.set(handle, session);
-      if (mode === "new" && item.position) {
-        refused ??= new ServerError({ code: "session_exists", detail: `session ${item.session_id} is open` });
-      } else {
-        opened.push(session);
-      }
+      const foreign = mode === "new" && item.position; // the message was repeated, and found it
+      (foreign ? others : opened).push(session);
+      if (foreign) refused ??= new ServerError({ code: "session_exists", detail: `session ${session.id} is open` });
     }
     if (refused) {
-      if (mode === "new" && opened.length) await this.closeSessions(opened);
+      await this.end(mode === "new" ? "close" : "detach", opened);
+      await this.end("detach", others);
       throw refused;
     }
     return opened;
@@ -355,10 +373,22 @@ export class Stream {
   }
 
   // End the sessions on the server.
-  async closeSessions(sessions) {
+  closeSessions(sessions) {
+    return this.end("close", sessions);
+  }
+
+  async end(op, sessions) {
     if (!sessions.length) return;
-    await this.exchange(new ControlCall("close", sessions.map(({ handle }) => ({ handle }))));
-    for (const { handle } of sessions) this.places.delete(handle);
+    const call = new ControlCall(op, sessions.map(({ handle }) => ({ handle })));
+    await this.exchange(call);
+    for (const session of sessions) {
+      this.places.delete(session.handle);
+      session.lose(session.lost ?? new ServerError({ code: "session_closed", detail: `session ${session.id} was closed` }));
+    }
+    for (const { error } of call.items.values()) {
+      const gone = !error || error.code.startsWith("session_") || error.code === "malformed_request";
+      if (!gone) throw new ServerError(error);
+    }
   }
 
   // End all sessions, and the connection.
@@ -371,12 +401,14 @@ export class Stream {
   disconnect() {
     const socket = this.socket;
     this.socket = undefined;
-    socket?.then((open) => open.close(), () => {});
+    socket?.then((open) => ((open.onmessage = null), open.close()), () => {});
   }
 
   async apply(sessions, inputs, wanted) {
     if (sessions.length !== inputs.length) throw new InvalidInput("give inputs for each session");
     if (new Set(sessions).size !== sessions.length) throw new InvalidInput("each session may be stepped once in a call");
+    const foreign = sessions.some((session) => !session.lost && this.places.get(session.handle) !== session);
+    if (foreign) throw new InvalidInput("a session is not of this stream");
     const given = inputs.map((values) => flatInputs(this.model, values, wanted));
     const before = sessions.map((session) => session.last);
     let end;
@@ -386,13 +418,13 @@ export class Stream {
     const call = new StepsCall(this.model, sessions, given);
     try {
       await this.exchange(call);
+      call.advance(); // a caller that does not get the outputs sends the steps again
     } finally {
       for (const session of sessions) if (session.call === call) session.call = undefined;
       if (call.unanswered.size) this.disconnect(); // late answers must not be taken for those of the next call
       end();
     }
-    if (call.errors.size) throw new SomeFailed(call.errors, call.outputs);
-    return call.outputs;
+    return call.result();
   }
 
   // Send, wait until all is answered, and send again what is refused for now or was cut off.
@@ -407,6 +439,7 @@ export class Stream {
         if (call.complete) return;
         retryAfter = call.retryAfter;
         if (!(await retries.pause(retryAfter))) return call.giveUp();
+        if (call.op === "close") this.disconnect(); // the server has unbound the handle: first it is bound again
       } catch (error) {
         if (!(error instanceof ConnectionFailed)) throw error;
         if (socket === undefined || (await this.socket?.catch(() => undefined)) === socket) this.disconnect();
@@ -417,7 +450,10 @@ export class Stream {
 
   // A new connection, on which the sessions are resumed.
   async connect() {
-    const socket = new this.client.WebSocket(this.url);
+    // Browsers send no headers with a WebSocket; Node does.
+    const { headers } = this.client;
+    const withHeaders = globalThis.process?.versions?.node && Object.keys(headers).length;
+    const socket = withHeaders ? new this.client.WebSocket(this.url, { headers }) : new this.client.WebSocket(this.url);
     socket.binaryType = "arraybuffer";
     socket.waiting = new Set();
     this.controls = [];
@@ -432,15 +468,24 @@ export class Stream {
       for (const reject of [...socket.waiting]) reject(socket.broken);
     };
     socket.onmessage = ({ data }) => this.receive(data);
-    const living = [...this.places.values()].filter((place) => !place.lost);
-    if (living.length) {
-      const specs = living.map(({ handle, id }) => ({ handle, session_id: id, mode: "resume" }));
-      const call = new ControlCall("open", specs);
-      await this.send(socket, call);
-      if (call.again.size) throw new ConnectionFailed("the server asks to come again");
-      for (const [handle, { error }] of call.items) if (error) this.places.get(handle).lose(new ServerError(error));
+    for (const call of this.opening) call.askAgain();
+    try {
+      await this.resume(socket);
+    } catch (error) {
+      socket.onmessage = null;
+      socket.close();
+      throw error;
     }
     return socket;
+  }
+
+  async resume(socket) {
+    const living = [...this.places.values()].filter((place) => !place.lost);
+    const specs = living.map(({ handle, id }) => ({ handle, session_id: id, mode: "resume" }));
+    const call = new ControlCall("open", specs);
+    await this.send(socket, call);
+    if (call.again.size) throw new ConnectionFailed("the server asks to come again");
+    for (const [handle, { error }] of call.items) if (error) this.places.get(handle)?.lose(new ServerError(error));
   }
 
   // Send a call and wait until it is settled. Raises ConnectionFailed.
@@ -453,19 +498,25 @@ export class Stream {
       socket.waiting.add(fail);
       call.onSettled = () => (done(), resolve());
       if (call.unanswered.size === 0) return call.onSettled();
-      if (call instanceof ControlCall) this.controls.push(call);
-      for (const message of call.messages()) socket.send(message);
+      for (const [message, handles] of call.messages()) {
+        if (handles) this.controls.push([call, handles]);
+        socket.send(message);
+      }
     });
   }
 
   receive(data) {
     if (typeof data !== "string") return this.receiveOutputs(data);
     const message = JSON.parse(data);
-    if (message.op === "opened" || message.op === "closed") this.controls.shift()?.receive(message.sessions);
+    if (["opened", "closed", "detached"].includes(message.op)) {
+      const [call, handles] = this.controls.shift() ?? [];
+      call?.receive(message.sessions ?? handles.map((handle) => ({ handle })));
+    }
     if (message.op !== "error") return;
     const place = this.places.get(message.handle);
-    if ("position" in message) place?.call?.fail(place, message);
-    else this.controls.shift()?.fail(message);
+    if ("position" in message) return place?.call?.fail(place, message);
+    const [call, handles] = this.controls.shift() ?? [];
+    call?.receive(handles.map((handle) => ({ handle, error: message })));
   }
 
   receiveOutputs(buffer) {
@@ -575,9 +626,34 @@ class ControlCall extends Call {
     const specs = this.specs.filter(({ handle }) => this.unanswered.has(handle));
     const repeated = this.sent;
     this.sent = true;
-    if (this.op === "close") return [JSON.stringify({ op: "close", handles: specs.map(({ handle }) => handle) })];
-    const sessions = specs.map((spec) => (repeated && spec.mode === "new" ? { ...spec, mode: "either" } : spec));
-    return [JSON.stringify({ op: "open", sessions })];
+    const parts = [];
+    let texts = [], handles = [], size = 0;
+    for (const spec of specs) {
+      const again = repeated && spec.mode === "new" ? { ...spec, mode: "either" } : spec;
+      const text = this.op === "open" ? JSON.stringify(again) : String(spec.handle);
+      if (texts.length === MOST_SPECS || (texts.length && size + text.length > MOST_CHARACTERS)) {
+        parts.push([this.message(texts), handles]);
+        [texts, handles, size] = [[], [], 0];
+      }
+      texts.push(text);
+      handles.push(spec.handle);
+      size += text.length;
+    }
+    if (texts.length) parts.push([this.message(texts), handles]);
+    return parts;
+  }
+
+  message(texts) {
+    return `{"op": "${this.op}", "${this.op === "open" ? "sessions" : "handles"}": [${texts.join(", ")}]}`;
+  }
+
+  // The connection that has these sessions is gone: what is answered already must be asked again.
+  askAgain() {
+    for (const [handle, { error }] of this.items) {
+      if (error) continue;
+      this.items.delete(handle);
+      this.unanswered.add(handle);
+    }
   }
 
   receive(items) {
@@ -589,10 +665,6 @@ class ControlCall extends Call {
     }
   }
 
-  fail(error) {
-    this.receive([...this.unanswered].map((handle) => ({ handle, error })));
-  }
-
   giveUp() {
     for (const [handle, error] of this.again) this.items.set(handle, { handle, error });
     this.again.clear();
@@ -601,6 +673,7 @@ class ControlCall extends Call {
 
 class StepsCall extends Call {
   errors = new Map();
+  ends = new Map(); // positions after the steps, by row
 
   constructor(model, sessions, given) {
     super(sessions.keys());
@@ -619,16 +692,16 @@ class StepsCall extends Call {
   // Frames of the steps that have no outputs yet.
   *messages() {
     let rows = [], size = 0;
-    for (const row of this.unanswered) {
+    for (const row of [...this.unanswered]) {
       const bytes = this.given[row].arrays.reduce((sum, array) => sum + array.byteLength, 0);
       if (rows.length === MOST_ENTRIES || (rows.length && size + bytes > MOST_BYTES)) {
-        yield this.frame(rows);
+        yield [this.frame(rows)];
         [rows, size] = [[], 0];
       }
       rows.push(row);
       size += bytes;
     }
-    if (rows.length) yield this.frame(rows);
+    if (rows.length) yield [this.frame(rows)];
   }
 
   frame(rows) {
@@ -649,8 +722,17 @@ class StepsCall extends Call {
     const row = this.rows.get(handle);
     if (!this.unanswered.has(row) || end !== this.positions[row] + this.given[row].steps) return;
     this.outputs[row] = named(outputs, this.model.outputs);
-    this.sessions[row].position = end;
+    this.ends.set(row, end);
     this.answer(row);
+  }
+
+  advance() {
+    for (const [row, end] of this.ends) this.sessions[row].position = end;
+  }
+
+  result() {
+    if (this.errors.size) throw new SomeFailed(this.errors, this.outputs);
+    return this.outputs;
   }
 
   fail(session, error) {
@@ -699,7 +781,7 @@ const names = (model) => model.inputs.map(({ name }) => name).join(", ");
 // A typed array of the tensor's dtype, from an array that may be nested, or from a typed array.
 function flat(values, spec) {
   const Kind = ARRAYS[spec.dtype];
-  if (values instanceof Kind) return values;
+  if (values instanceof Kind) return values.slice(); // the caller may fill it again
   const list = ArrayBuffer.isView(values) ? [...values] : [values].flat(Infinity);
   for (const value of list) {
     const fits = {
@@ -714,9 +796,16 @@ function flat(values, spec) {
 }
 
 function nested(array, shape) {
-  if (shape.length <= 1) return Array.from(array, (value) => (typeof value === "bigint" ? Number(value) : value));
+  if (shape.length <= 1) return Array.from(array, plain);
   const size = array.length / shape[0];
-  return Array.from({ length: shape[0] }, (_, i) => nested(array.subarray(i * size, (i + 1) * size), shape.slice(1)));
+  return Array.from({ length: shape[0] }, (_, i) => nested(array.slice(i * size, (i + 1) * size), shape.slice(1)));
+}
+
+// A value as JSON has it.
+function plain(value) {
+  if (typeof value !== "bigint") return value;
+  if (!Number.isSafeInteger(Number(value))) throw new InvalidInput(`${value} is too large for JSON: use a session`);
+  return Number(value);
 }
 
 const sizeOf = (spec) => spec.shape.reduce((product, length) => product * length, 1);

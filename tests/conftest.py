@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from httpx._transports import default
@@ -44,6 +45,14 @@ def _httpx_is_quick_and_patient() -> Iterator[None]:
         for phase in ("connect", "read", "write", "pool"):
             patch.setattr(DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """A command that a test runs in this process configures the log for all that follow."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

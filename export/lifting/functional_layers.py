@@ -86,12 +86,13 @@ def lift_functions(model: nn.Module, runs: list[Callable[[], Any]]) -> None:
     """Let `model` call layers in place of their functions.
 
     Args:
-        runs: call its forward, with other values and another length each.
+        runs: call its forward: as in the example, and with other values and another length each.
 
     Raises:
         ExportError: not_exportable, for weights that forward computes from its inputs.
     """
-    first, *others = (_watch(model, run) for run in runs)
+    first = _watch(model, runs[0])
+    others = [_watch(model, run) for run in runs[1:]] if first else []
     for path, calls in first.items():
         for other in others:
             if len(other.get(path, [])) != len(calls):

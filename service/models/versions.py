@@ -124,6 +124,7 @@ class ModelVersions:
 
         Raises:
             ModelChanged: The operator retired the version, or it is another model's.
+            ModelUnavailable: All bundles of the model are refused.
             VersionUnavailable: It is not here, and may come.
         """
         if (model := self.with_digest(name, digest)) is not None:
@@ -132,6 +133,8 @@ class ModelVersions:
             raise ModelChanged(f"{what} a version of {name!r} that is retired; begin a new session")
         if any(model.manifest.digest == digest for model in self._models):
             raise ModelChanged(f"{what} another model than {name!r}")
+        if not self.of(name):
+            self._raise_if_refused(name)
         if len(self.missing) < _MOST_MISSING:
             self.missing.add((name, digest))
         refusals = [

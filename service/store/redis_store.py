@@ -3,8 +3,8 @@
     PREFIX:{MODEL/SESSION}        token, then the record as in `record.py`; lives for the idle timeout
     PREFIX:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
                                   longer than the session. `e` is written first: the session expired, which is true as
-                                  soon as the first key has expired. `c`: the session was closed. `t` and a token, for some
-                                  seconds: it was taken, so that the same call, sent again, is recognised
+                                  soon as the first key has expired. `c`: the session was closed. `t`, token, for
+                                  seconds: it was taken, so that the same call is recognised when it is sent again
 
 The braces keep both keys of a session on one node of a cluster.
 

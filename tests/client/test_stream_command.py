@@ -79,7 +79,7 @@ def test_a_second_run_continues_the_session(run: Run, oracle: Oracles, x: np.nda
     _, out, _ = run("lstm", "--session", "kept", "--durability", "stored", stdin=as_csv(x[:40]))
     assert np.array_equal(from_csv(out), right[:40])
     status, out, err = run("lstm", "--session", "kept", stdin=as_csv(x))
-    assert (status, err) == (0, "session 'kept' is at step 40: continuing there\n110 steps\n")
+    assert (status, err) == (0, "session 'kept' has had 40 steps: as many rows are skipped\n110 steps\n")
     assert np.array_equal(from_csv(out), right[40:])
 
 

@@ -217,7 +217,7 @@ async def test_answers_that_could_not_be_read_in_time_are_not_late(redis_server:
 
 
 async def test_a_record_whose_taker_gets_no_answer_is_taken_once(redis_server: RedisServer, tokens: Tokens):
-    """The connection breaks after Redis has handed the record out: the call that is sent again gets it, no other does."""
+    """The connection breaks after Redis has handed the record out: the call that is sent again gets it."""
     faults = iter([Fault.LOSE_REPLY])
     async with FaultProxy(redis_server.port) as proxy:
         store = RedisStore(RedisStoreConfig(f"redis://127.0.0.1:{proxy.port}/0", timeout=5.0))
