@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import threading
 import warnings
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,40 @@ def test_addresses_that_are_none(url: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(errors.InvalidInput, match="URL"):
             kind(url)
+
+
+def test_a_refusal_of_one_of_many_sequences(client: Any) -> None:
+    with pytest.raises(errors.InvalidInput, match=r"\(2, 2\)"):
+        client.sequences("lstm", [np.ones((2, 3), "f4"), np.ones((2, 2), "f4"), np.ones((2, 2), "f4")])
+
+
+def test_an_answer_of_something_else() -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            moved = self.path.endswith("moved")
+            self.send_response(301 if moved else 200)
+            self.send_header("Location", "https://elsewhere")
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            self.wfile.write(b"[{}]     " if self.path.endswith("/models") else b"<html>...")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        serving = threading.Thread(target=other.serve_forever, args=(0.01,))
+        serving.start()
+        try:
+            with Client(f"http://127.0.0.1:{other.server_port}", retry_for=0) as client:
+                with pytest.raises(errors.ServerError, match="no answer of Unroll"):
+                    client.model("co2")
+                with pytest.raises(errors.ServerError, match="no answer of Unroll"):
+                    client.models()
+                with pytest.raises(errors.ServerError, match="redirected to https://elsewhere"):
+                    client.model("moved")
+        finally:
+            other.shutdown()
+            serving.join()
 
 
 def test_tasks_share_a_client(server: Running, oracle: Oracles, rng: np.random.Generator) -> None:

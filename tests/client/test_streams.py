@@ -94,6 +94,40 @@ def test_refusals_of_single_sessions(client: Any) -> None:
         stream.open()
 
 
+def test_sessions_that_are_closed_or_of_another_stream_are_refused_at_once(client: Any) -> None:
+    with client.stream("lstm") as stream, client.stream("lstm") as other:
+        one, two = stream.open(2)
+        (three,) = other.open()
+        one.close()
+        with pytest.raises(errors.SessionClosed):
+            one.step([1.0, 2.0, 3.0])
+        with pytest.raises(errors.InvalidInput, match="not of this stream"):
+            stream.step([three], np.ones((1, 3), np.float32))
+        assert two.step([1.0, 2.0, 3.0]).shape == (2,)
+        assert (two.position, three.position) == (1, 0)
+
+
+def test_sessions_end_with_their_block_also_after_an_error(client: Any) -> None:
+    ids = []
+
+    def fail() -> None:
+        with client.stream("lstm") as stream:
+            ids.extend(session.id for session in stream.open())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with pytest.raises(errors.SessionClosed):
+        client.session("lstm", ids[0], mode="resume")
+
+
+def test_sessions_that_are_attached_stay_open_if_another_is_refused(client: Any) -> None:
+    with client.session("lstm") as session:
+        with client.stream("lstm") as stream, pytest.raises(errors.SessionUnknown):
+            stream.open([session.id, "nobody"], mode="resume")
+        assert session.refresh() == 0
+
+
 def test_the_steps_of_many_tasks_go_together(server: Running, oracle: Oracles, rng: np.random.Generator) -> None:
     x = rng.standard_normal((50, 8, 3)).astype(np.float32)
 
