@@ -96,7 +96,7 @@ def check(url: str, kill: bool) -> bool:
                 print(f"killed {server}, at position {session.position}, {len(after) - 1} replicas left")
             outputs += steps(session, STEPS[half:])
             position = session.position
-        whole = client.sequence(MODEL, struct.pack(f"<{len(STEPS)}f", *STEPS))
+        whole = client.sequence(MODEL, struct.pack(f"<{len(STEPS)}f", *STEPS), len(STEPS))
     print(f"position {position} after {len(STEPS)} steps; outputs equal to one whole sequence: {outputs == whole}")
     return position == len(STEPS) and outputs == whole
 

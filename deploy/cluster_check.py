@@ -121,7 +121,7 @@ def run(moving: threading.Event) -> tuple[int, bool]:
     while moving.is_set():
         values.append(random.uniform(340, 400))
         outputs += retried(step)
-    whole = clients[0].sequence(MODEL, struct.pack(f"<{len(values)}f", *values))
+    whole = clients[0].sequence(MODEL, struct.pack(f"<{len(values)}f", *values), len(values))
     return len(values), outputs == whole
 
 

@@ -88,7 +88,7 @@ def run(url: str, values: list[float], halfway: threading.Barrier) -> bool:
             outputs = steps(session, values[: STEPS // 2])
             halfway.wait()
             outputs += steps(session, values[STEPS // 2 :])
-        return outputs == client.sequence(MODEL, struct.pack(f"<{len(values)}f", *values))
+        return outputs == client.sequence(MODEL, struct.pack(f"<{len(values)}f", *values), len(values))
 
 
 def check(url: str, kill: bool) -> bool:

@@ -91,7 +91,8 @@ class _Lifter:
             now = {name: argument.expand(size[0]) for name, argument in handed.items()}
             return attempt("the example", lambda: self._model(**self._resized(size), **now))
 
-        lift_functions(self._model, [partial(self._call, {}), *[partial(run, size) for size in ((2, 3), (3, 5))]])
+        example = partial(attempt, "the example", lambda: self._model(**self._original))
+        lift_functions(self._model, [example, *[partial(run, size) for size in ((2, 3), (3, 5))]])
         lift_loops(self._model, self._tape, run)
         module_state.restore_attributes(self._model)  # loops were traced alone
 

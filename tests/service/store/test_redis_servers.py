@@ -148,7 +148,8 @@ async def test_sentinels_lead_to_the_new_primary(
 async def test_what_a_store_is_started_with(guarded: RedisServer, url: str) -> None:
     store = RedisStore(RedisStoreConfig(url.format(f"127.0.0.1:{guarded.port}"), timeout=5.0))
     await store.start()
-    assert [*guarded.client.scan_iter()] == []
+    # Nothing stays but the mark of a session that was taken, for seconds.
+    assert all(0 < guarded.client.pttl(key) <= 10_000 for key in guarded.client.scan_iter())
     await store.stop()
 
 
@@ -176,8 +177,8 @@ async def test_a_server_that_can_never_be_used_is_refused(guarded: RedisServer, 
         ("redis://localhost/0?timeout_of_sockets=1", "an option that does not exist: 'timeout_of_sockets'"),
         ("redis+cluster://localhost?timeout_of_sockets=1", "an option that does not exist: 'timeout_of_sockets'"),
         ("redis://localhost/0?socket_timeout=soon", "Invalid value for 'socket_timeout'"),
-        ("redis://localhost/first", "the number of a database, not 'first'"),
-        ("redis+sentinel://localhost/main/first", "the number of a database, not 'first'"),
+        ("redis://localhost/first", "the number of a database"),
+        ("redis+sentinel://localhost/main/first", "the number of a database"),
         ("rediss://localhost/0?ssl_ca_certs=/none", "ssl_ca_certs: there is no file '/none'"),
         ("redis+sentinel://localhost:26379", "host:port,host:port/SERVICE"),
         ("redis+sentinel://localhost:26379,/main", "a Sentinel has no host"),
