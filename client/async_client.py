@@ -15,7 +15,7 @@ from unroll.client.errors import ConnectionFailed, UnrollError
 from unroll.client.exchange import Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
-from unroll.client.session_calls import Durability, Mode, SessionCalls, Snapshot, Start
+from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 T = TypeVar("T")
@@ -165,24 +165,17 @@ class AsyncClient:
             return Response(answer.status, {name.lower(): value for name, value in answer.headers.items()}, body)
 
 
-class AsyncSession:
+class AsyncSession(SessionFacts):
     """`Session` for asyncio: `async with client.session(…) as session`, or `session = await client.session(…)`.
 
     Tasks may share it; their steps wait for each other. After a cancelled step it is unknown whether the step was
     applied: the next one must be the same, or `refresh` must find out.
     """
 
-    _calls: SessionCalls
-
     def __init__(self, client: AsyncClient, opening: Callable[[], Exchange[SessionCalls]]) -> None:
         self._client = client
         self._opening = opening
         self._lock = asyncio.Lock()
-
-    def __repr__(self) -> str:
-        if not hasattr(self, "_calls"):
-            return "<AsyncSession, not open>"
-        return f"<AsyncSession {self.id!r} of {self.model.name}:{self.model.version} at {self.position}>"
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self.__aenter__().__await__()
@@ -199,24 +192,6 @@ class AsyncSession:
         except Exception:
             if kind is None:
                 raise
-
-    @property
-    def id(self) -> str:
-        return self._calls.id
-
-    @property
-    def model(self) -> Model:
-        """The version that the session runs on, for its whole life."""
-        return self._calls.model
-
-    @property
-    def position(self) -> int:
-        """Time steps that the session has consumed, as far as this client knows."""
-        return self._calls.position
-
-    @property
-    def durability(self) -> str:
-        return self._calls.durability
 
     async def step(self, inputs: ArrayLike, *, position: int | None = None) -> Arrays:
         """As `Session.step`."""

@@ -12,7 +12,7 @@ from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode
 from unroll.client.stream import BROKEN, final, websocket_options
-from unroll.client.stream_calls import ControlCall, Place, StepsCall, StreamCalls
+from unroll.client.stream_calls import ControlCall, Place, PlaceFacts, StepsCall, StreamCalls
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 T = TypeVar("T")
@@ -254,29 +254,13 @@ class _Link:
                     settled.set_exception(error)
 
 
-class AsyncStreamSession:
+class AsyncStreamSession(PlaceFacts):
     """A session on a stream. Opened by `AsyncStream.open`. Tasks may share it; their steps wait for each other."""
 
     def __init__(self, stream: AsyncStream, place: Place) -> None:
         self._stream = stream
         self.place = place
         self.lock = asyncio.Lock()
-
-    def __repr__(self) -> str:
-        return f"<AsyncStreamSession {self.id!r} of {self._stream.model.name} at {self.position}>"
-
-    @property
-    def id(self) -> str:
-        return self.place.id
-
-    @property
-    def position(self) -> int:
-        """Time steps that the session has consumed, as far as this client knows."""
-        return self.place.position
-
-    @property
-    def durability(self) -> str:
-        return self.place.durability
 
     async def step(self, inputs: ArrayLike) -> Arrays:
         """As `Session.step`."""

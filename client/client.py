@@ -13,7 +13,7 @@ from unroll.client.errors import ConnectionFailed
 from unroll.client.exchange import Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
-from unroll.client.session_calls import Durability, Mode, SessionCalls, Snapshot, Start
+from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.stream import Stream
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
@@ -220,7 +220,7 @@ class Client:
         return Response(answer.status, {name.lower(): value for name, value in answer.getheaders()}, body)
 
 
-class Session:
+class Session(SessionFacts):
     """One session on the server. Its steps are applied once and in order, whatever breaks between.
 
     Threads may share it; their steps wait for each other.
@@ -230,27 +230,6 @@ class Session:
         self._client = client
         self._calls = calls
         self._lock = threading.Lock()
-
-    def __repr__(self) -> str:
-        return f"<Session {self.id!r} of {self.model.name}:{self.model.version} at {self.position}>"
-
-    @property
-    def id(self) -> str:
-        return self._calls.id
-
-    @property
-    def model(self) -> Model:
-        """The version that the session runs on, for its whole life."""
-        return self._calls.model
-
-    @property
-    def position(self) -> int:
-        """Time steps that the session has consumed, as far as this client knows."""
-        return self._calls.position
-
-    @property
-    def durability(self) -> str:
-        return self._calls.durability
 
     def __enter__(self) -> Self:
         return self

@@ -189,6 +189,35 @@ class SessionCalls:
             response.checked()
 
 
+class SessionFacts:
+    """What a session says of itself, in both clients."""
+
+    _calls: SessionCalls
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_calls"):
+            return f"<{type(self).__name__}, not open>"
+        return f"<{type(self).__name__} {self.id!r} of {self.model.name}:{self.model.version} at {self.position}>"
+
+    @property
+    def id(self) -> str:
+        return self._calls.id
+
+    @property
+    def model(self) -> Model:
+        """The version that the session runs on, for its whole life."""
+        return self._calls.model
+
+    @property
+    def position(self) -> int:
+        """Time steps that the session has consumed, as far as this client knows."""
+        return self._calls.position
+
+    @property
+    def durability(self) -> str:
+        return self._calls.durability
+
+
 def _position(snapshot: bytes | None) -> int:
     """Where a session begins that is opened from the snapshot, which has its position in bytes 40 to 48."""
     return 0 if snapshot is None else int.from_bytes(snapshot[40:48], "little")

@@ -12,7 +12,7 @@ from unroll.client.exchange import Response
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode
-from unroll.client.stream_calls import ControlCall, Place, StepsCall, StreamCalls
+from unroll.client.stream_calls import ControlCall, Place, PlaceFacts, StepsCall, StreamCalls
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 #: Close code of a server that does not take a message of this size.
@@ -212,28 +212,12 @@ class Stream:
             self._calls.receive(socket.recv(self._timeout))
 
 
-class StreamSession:
+class StreamSession(PlaceFacts):
     """A session on a stream. Opened by `Stream.open`."""
 
     def __init__(self, stream: Stream, place: Place) -> None:
         self._stream = stream
         self.place = place
-
-    def __repr__(self) -> str:
-        return f"<StreamSession {self.id!r} of {self._stream.model.name} at {self.position}>"
-
-    @property
-    def id(self) -> str:
-        return self.place.id
-
-    @property
-    def position(self) -> int:
-        """Time steps that the session has consumed, as far as this client knows."""
-        return self.place.position
-
-    @property
-    def durability(self) -> str:
-        return self.place.durability
 
     def step(self, inputs: ArrayLike) -> Arrays:
         """Apply one time step. As `Session.step`."""

@@ -57,6 +57,28 @@ class Place:
         self.call: StepsCall | None = None
 
 
+class PlaceFacts:
+    """What a session on a stream says of itself, in both clients."""
+
+    place: Place
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id!r} at {self.position}>"
+
+    @property
+    def id(self) -> str:
+        return self.place.id
+
+    @property
+    def position(self) -> int:
+        """Time steps that the session has consumed, as far as this client knows."""
+        return self.place.position
+
+    @property
+    def durability(self) -> str:
+        return self.place.durability
+
+
 class Call:
     """Something that is asked for several sessions, each of which is answered by itself.
 
