@@ -52,8 +52,8 @@ def versions(running: Running) -> list[tuple[str, bool]]:
 
 
 async def rescanned(running: Running, expected: list[tuple[str, bool]]) -> None:
-    running.rescan()
-    await asyncio.to_thread(until, lambda: versions(running) == expected, str(expected))
+    await asyncio.to_thread(running.rescan_now)
+    assert versions(running) == expected
 
 
 async def opened(http: httpx.AsyncClient, model: str = "gru", **body: object) -> str:
@@ -211,8 +211,8 @@ async def test_what_became_of_a_session_outlives_its_version(
     await http.delete(session)
     add(repository, shelf, "2")
     shutil.rmtree(shelf / "gru" / "1")
-    running.rescan()
-    await asyncio.to_thread(until, lambda: ("2", False) in versions(running))
+    await asyncio.to_thread(running.rescan_now)
+    assert ("2", False) in versions(running)
     running.rescan()
     answer = await http.get(session)
     assert (answer.status_code, answer.json()["code"]) == (410, "session_closed")
