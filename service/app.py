@@ -17,9 +17,11 @@ from unroll import __version__
 from unroll.service.api import (
     absent_routes,
     admin_routes,
+    cross_origin,
     health_routes,
     native_routes,
     open_inference_routes,
+    page_routes,
     repository_routes,
     statistics_routes,
 )
@@ -100,6 +102,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         settings.api_limits(),
         settings.default_durability,
         SnapshotKeys(keys) if keys else None,
+        settings.allowed_origins,
         shared_port,
         RequestLog(settings.log_requests),
     )
@@ -108,6 +111,10 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
         workers = WorkerMetrics(settings.host, ports)
     app = _fastapi(state, workers, lambda _: _lifespan(state, state_file, settings.store_timeout))
+    if settings.shows_page:
+        app.include_router(page_routes.router())
+    if settings.allowed_origins:
+        cross_origin.allow(app, settings.allowed_origins)
     if settings.admin:
         idle_timeout = settings.idle_timeout or None
         pages: dict[str, Pages] = {MEMORY: MemoryPages(sessions.directory, clock, idle_timeout)}
