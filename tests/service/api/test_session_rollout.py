@@ -289,7 +289,7 @@ def test_closing_the_session_ends_its_rollout(server: Running, client: httpx.Cli
 
 
 def test_a_value_that_no_input_takes_ends_it(client: httpx.Client) -> None:
-    session, last = opened(client, "lstm", X)
+    session, _ = opened(client, "lstm", X)
     growing = {"kind": "columns", "columns": [{"from": 0, "scale": 1e39, "offset": 1e39}] * 3}
     with client.stream("POST", f"{session}/rollout", json={"steps": 9, "map": growing, "inputs": X}) as answer:
         *steps, (name, problem) = events(answer.iter_lines())
