@@ -8,6 +8,7 @@ its next transaction: in order, each for itself.
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,8 +44,12 @@ from unroll.service.store.record import Gone, Record, pack, pack_last
 
 _log = structlog.get_logger(__name__)
 
-#: Seconds between syncs, and between looks at old entries; entries per look.
-_PERIOD, _SWEPT = 1.0, 2000
+#: Seconds between syncs, and between looks for ended entries.
+_PERIOD = 1.0
+#: Entries that a look or a page reads at most, and ended entries that a look removes at most: commits wait meanwhile.
+_LOOKED, _REMOVED = 2000, 500
+#: Ended entries after which another look follows at once, and seconds of a period for such looks.
+_MANY, _LOOKING_SECONDS = 200, 0.1
 #: Seconds for which the end of a server waits for the thread, which waits for the other processes.
 _PATIENCE = 5.0
 
@@ -87,6 +92,7 @@ class EmbeddedStore:
         self._maintenance: asyncio.Task[None] | None = None
         self._full: StoreUnavailable | None = None  # the answer to calls that need space
         self._swept = b""  # entries up to here were looked at
+        self._many_ended = False  # among those that were looked at last
 
     def __repr__(self) -> str:
         return f"<EmbeddedStore {self._config.folder}, {self._exchanges!r}>"
@@ -163,6 +169,9 @@ class EmbeddedStore:
             await asyncio.sleep(_PERIOD)
             try:
                 await self._thread.call(self._look_after)
+                begun = time.monotonic()
+                while self._many_ended and time.monotonic() - begun < _LOOKING_SECONDS:
+                    await self._thread.call(self._sweep)
                 if failed:  # what else failed is noted by the next exchange
                     self._exchanges.note(None)
                 failed = False
@@ -173,18 +182,26 @@ class EmbeddedStore:
                 self._exchanges.note(reason)
 
     def _look_after(self) -> None:
-        """In the thread: remove traces that are old enough, note the time, and sync."""
+        """In the thread: remove what has ended, note the time, and sync."""
         self.figures.bytes = self._folder.sizes()
         if self._full is not None:
             if not self._folder.reserve():
                 return
             self._full = None
+        self._sweep()
+        if self._folder.has_changed():
+            clock = TIME.pack(this_boot(), self._offset, self._now())
+            self._folder.write(lambda transaction: transaction.put(CLOCK, clock))
+            self._folder.mark()
+
+    def _sweep(self) -> None:
+        """In the thread: reduce expired sessions to traces, and remove traces that are old enough, some at a time."""
         now = self._now()
         with self._folder.read() as transaction:
             ended, self._swept = _ended(transaction, self._swept, now)
-        if ended or self._folder.has_changed():
+        self._many_ended = len(ended) >= _MANY
+        if ended:
             self._folder.write(partial(self._clean, ended, now))
-            self._folder.mark()
 
     def _clean(self, ended: list[bytes], now: float, transaction: Any) -> None:
         for place in ended:
@@ -196,7 +213,6 @@ class EmbeddedStore:
                 transaction.delete(place)
             else:
                 transaction.put(place, pack_entry(found.name, EXPIRED, life, found.token, trace))
-        transaction.put(CLOCK, TIME.pack(this_boot(), self._offset, now))
 
     def _now(self) -> float:
         return self._offset + since_boot()
@@ -266,7 +282,7 @@ def _page(after: bytes, limit: int, transaction: Any, now: float) -> Page:
                 page.sessions.append(Listed(key_of(entry.name), *about, expires_in, len(entry.content)))
             except SnapshotInvalid:
                 page.damaged.append(key_of(place))
-        if len(page.sessions) == limit or looked == _SWEPT:
+        if len(page.sessions) == limit or looked == _LOOKED:
             return replace(page, after=place.hex())
     return page
 
@@ -279,7 +295,7 @@ def _ended(transaction: Any, after: bytes, now: float) -> tuple[list[bytes], byt
     if not cursor.set_range(after + b"\0"):
         return [], b""
     for looked, (key, value) in enumerate(cursor):
-        if looked == _SWEPT:
+        if looked == _LOOKED or len(found) == _REMOVED:
             return found, place
         place = bytes(key)
         if place != CLOCK and expiry(value) <= now:
