@@ -36,6 +36,7 @@ from unroll.service.store.embedded_entry import (
     place_of,
     since_boot,
     this_boot,
+    token_of,
 )
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
@@ -54,7 +55,7 @@ _MANY, _LOOKING_SECONDS = 200, 0.1
 _PATIENCE = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     """work: within a transaction, at the store's time.
 
@@ -222,11 +223,11 @@ class EmbeddedStore:
     def _commit(self, commit: Commit, transaction: Any, now: float) -> UnrollError | None:
         name = name_of(commit.key)
         place = place_of(name)
-        held = Entry.at(transaction, place)
-        if held is not None and held.token == commit.token:
+        content = transaction.get(place)
+        token, is_living = (b"", False) if content is None else token_of(content, now)
+        if token == commit.token:
             return None
-        living = held.token if held is not None and held.is_living(now) else b""
-        if living != commit.expected:
+        if (token if is_living else b"") != commit.expected:
             return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
         if commit.ends:
             kind, life = CLOSED, self._config.tombstone_life
