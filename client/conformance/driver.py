@@ -53,9 +53,7 @@ class Driver:
         """Raises DriverFailed."""
         pipe = asyncio.subprocess.PIPE
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=pipe, stdout=pipe, limit=_LINE
-            )
+            self._process = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe, limit=_LINE)
         except OSError as error:
             raise DriverFailed(f"{self._command[0]!r} cannot be started: {error}") from error
         return self._process

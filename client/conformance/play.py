@@ -229,9 +229,7 @@ def _advance(session: ToySession, begin: int, values: Any) -> list[np.ndarray]:
 
 
 def _check_outputs(model: ToyModel, expected: list[np.ndarray], found: Any, *, single: bool = False) -> None:
-    arrays = [
-        array[0] if single and spec.time else array for spec, array in zip(model.outputs, expected, strict=True)
-    ]
+    arrays = [array[0] if single and spec.time else array for spec, array in zip(model.outputs, expected, strict=True)]
     _check("outputs", model.json_of(arrays), found)
 
 

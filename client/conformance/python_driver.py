@@ -44,7 +44,7 @@ class PythonDriver:
         return {}
 
     async def _open(self, command: Command) -> dict[str, Any]:
-        options = {name: command[name] for name in ("mode", "durability", "static") if name in command}
+        options: Command = {name: command[name] for name in ("mode", "durability", "static") if name in command}
         if command["over"] == "stream":
             stream = await self._stream(command["model"])
             (session,) = await _result(stream.open([command["id"]] if "id" in command else 1, **options))

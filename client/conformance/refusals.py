@@ -5,9 +5,7 @@ from typing import Any
 STATUS = {
     **dict.fromkeys(("malformed_request",), 400),
     **dict.fromkeys(("model_unknown", "session_unknown"), 404),
-    **dict.fromkeys(
-        ("session_exists", "position_gap", "position_too_old", "payload_mismatch", "model_changed"), 409
-    ),
+    **dict.fromkeys(("session_exists", "position_gap", "position_too_old", "payload_mismatch", "model_changed"), 409),
     **dict.fromkeys(("session_closed", "session_expired", "session_evicted"), 410),
     **dict.fromkeys(("invalid_shape", "non_finite_input", "input_out_of_range", "snapshot_invalid"), 422),
     "body_too_large": 413,

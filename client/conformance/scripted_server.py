@@ -10,8 +10,8 @@ from typing import Any
 from aiohttp import web
 
 from unroll.client.conformance.refusals import STATUS, Refusal
-from unroll.client.conformance.scripted_stream import ScriptedStream
 from unroll.client.conformance.script import Rule, Script
+from unroll.client.conformance.scripted_stream import ScriptedStream
 from unroll.client.conformance.snapshots import read_snapshot, seal, unseal
 from unroll.client.conformance.toy_models import MODELS
 from unroll.client.conformance.toy_sessions import ToySession, ToySessions, model_of
@@ -227,8 +227,8 @@ class ScriptedServer:
             first = model.first_state({name: values[row] for name, values in static.items()})
             rows.append(model.json_of(model.outputs_of(model.states(first, inputs), 0)))
         several = len(model.outputs) > 1
-        outputs = {spec.name: [row[spec.name] for row in rows] for spec in model.outputs} if several else rows
-        return Answer.json({"outputs": outputs})
+        by_name = {spec.name: [row[spec.name] for row in rows] for spec in model.outputs} if several else rows
+        return Answer.json({"outputs": by_name})
 
     def _open(self, request: web.Request, body: bytes) -> Answer:
         model = model_of(request.match_info["model"])

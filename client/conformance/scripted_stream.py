@@ -3,7 +3,7 @@
 import asyncio
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,10 +58,12 @@ class ScriptedStream:
     # ── control messages ─────────────────────────────────────────────────────────────────────────
 
     async def _control(self, text: str) -> None:
+        acts: dict[str, Callable[[Any], dict[str, Any]]]
+        acts = {"open": self._open, "close": self._close, "detach": self._detach}
         try:
             document = json.loads(text)
             op, items = document["op"], document["sessions" if document["op"] == "open" else "handles"]
-            act = {"open": self._open, "close": self._close, "detach": self._detach}[op]
+            act = acts[op]
         except (ValueError, KeyError, TypeError) as error:
             self._script.faults.append(f"a control message that is none: {error!r}: {text[:200]}")
             await self._say({"op": "error", "code": "malformed_request", "detail": f"no control message: {error}"})
@@ -144,8 +146,8 @@ class ScriptedStream:
                 entry = {"handle": chunk.handle, "position": chunk.position}
                 await self._say({"op": "error", **entry, **refusal.document})
         if outputs and "split" in rules:
-            for entry in reversed(outputs):
-                await self._answer(write_outputs([entry]), rules)
+            for each in reversed(outputs):
+                await self._answer(write_outputs([each]), rules)
         elif outputs:
             await self._answer(write_outputs(outputs, flags=1 if "unkept" in rules else 0), rules)
 

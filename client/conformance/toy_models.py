@@ -1,7 +1,7 @@
 """Models whose every output tells which steps were applied before it, and in which order.
 
-The state is one number: state' = 0.5 state + x0 + 10 x1 + 100 x2 + ..., where x0, x1, ... are the values of all inputs of
-a time step. The outputs are the new state, and further numbers made of it.
+The state is one number: state' = 0.5 state + x0 + 10 x1 + 100 x2 + ..., where x0, x1, ... are the values of all inputs
+of a time step. The outputs are the new state, and further numbers made of it.
 """
 
 import math
@@ -52,10 +52,22 @@ class ToyModel:
 
         static = [{name: value for name, value in item.items() if name != "time"} for item in tensors(self.static)]
         return {
-            **{"name": self.name, "version": self.version, "digest": self.digest, "state_size": 1, "sessions": 0},
-            **{"inputs": tensors(self.inputs), "outputs": tensors(self.outputs), "static": static},
-            **{"streamable": True, "not_streamable_because": None, "bit_exact": True, "stability": 0.0},
-            **{"device": "cpu", "provider": "toy", "precision": _FLOAT, "parity": {}},
+            "name": self.name,
+            "version": self.version,
+            "digest": self.digest,
+            "state_size": 1,
+            "sessions": 0,
+            "inputs": tensors(self.inputs),
+            "outputs": tensors(self.outputs),
+            "static": static,
+            "streamable": True,
+            "not_streamable_because": None,
+            "bit_exact": True,
+            "stability": 0.0,
+            "device": "cpu",
+            "provider": "toy",
+            "precision": _FLOAT,
+            "parity": {},
         }
 
     def first_state(self, static: Mapping[str, Any] | None) -> float:

@@ -96,8 +96,13 @@ class ToySession:
     def description(self) -> dict[str, Any]:
         model = self.model
         return {
-            **{"session_id": self.id, "position": self.position, "durability": self.durability, "idle_timeout": 60.0},
-            **{"model": model.name, "model_version": model.version, "model_digest": model.digest},
+            "session_id": self.id,
+            "position": self.position,
+            "durability": self.durability,
+            "idle_timeout": 60.0,
+            "model": model.name,
+            "model_version": model.version,
+            "model_digest": model.digest,
         }
 
 
