@@ -45,7 +45,7 @@ COMMAND = """
 import json, os, sys
 import torch
 import unroll.cli
-import unroll.export.__main__ as command
+import unroll.export.command as command
 
 def export(module, example, **options):
     print("ran", os.path.basename(os.getcwd()), tuple(module(**example).shape), flush=True)
