@@ -13,7 +13,7 @@ from unroll.client.errors import ConnectionFailed, InvalidInput
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode
-from unroll.client.stream import BROKEN, final, websocket_options
+from unroll.client.stream import BROKEN, asked_to_wait, final, websocket_options
 from unroll.client.stream_calls import ControlCall, Place, PlaceFacts, StepsCall, StreamCalls
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
@@ -184,7 +184,7 @@ class AsyncStream:
                     await self.disconnect()
                 if (refused := final(error)) is not None:
                     raise refused from error
-                if (pause := retries.pause()) is None:
+                if (pause := retries.pause(asked_to_wait(error))) is None:
                     raise ConnectionFailed(self._address.failed(error, retries.count)) from error
             await asyncio.sleep(pause)
 
