@@ -48,7 +48,7 @@ def measure_starts(folder: Path, empty: Path) -> None:
     for where, what in ((empty, "an empty folder"), (folder, "it")):
         flags = ("--repository", str(ROOT / "service" / "doctor"), "--device", "cpu", "--port", "PORT")
         command = [sys.executable, "-m", "unroll", "serve", *flags, "--store", f"file://{where}"]
-        seconds = []
+        seconds: list[float] = []
         for _ in range(_STARTS):
             with running_server(command, sched_getaffinity(0), empty.with_suffix(".log"), "/readyz") as server:
                 seconds.append(server.start_seconds)
@@ -60,7 +60,7 @@ async def measure_sweep(folder: Path, count: int) -> None:
     store = EmbeddedStore(EmbeddedStoreConfig(folder, tombstone_life=_LIFE_SECONDS))
     for what in ("expired sessions reduced to their trace", "traces removed"):
         store._offset += 1.5 * _LIFE_SECONDS
-        seconds = []
+        seconds: list[float] = []
         while not seconds or store._swept:
             began = perf_counter()
             store._sweep()
