@@ -18,7 +18,7 @@ from serving import Serve
 from structlog.testing import capture_logs
 from waiting import PATIENCE
 
-from unroll.service.commands import sessions
+from unroll import cli
 from unroll.service.state.envelope import checksum
 
 SESSIONS = "/v1/models/gru/sessions"
@@ -241,7 +241,7 @@ def test_beside_a_store_each_keeps_its_own_sessions(
 
 def test_a_state_file_can_be_imported_into_a_store(written: Path, start_process: StartProcess, tmp_path: Path) -> None:
     store = ("--store", f"file://{tmp_path}/store")
-    assert sessions.main(["import", str(written), *store]) == 0
+    assert cli.main(["sessions", "import", str(written), *store]) == 0
     process = start_process(*store)
     assert httpx.get(f"{process.url}{SESSIONS}/a").json()["durability"] == "stored"
     assert [step(process.url, name) for name in NAMES] == [2, 2, 2]
