@@ -130,7 +130,7 @@ def _load(
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
     serve = {name: str(version) for name, version in settings.serve.items()}
-    repository = ModelRepository(settings.repository, models, loader, clock, crash, serve, strict=settings.strict)
+    repository = ModelRepository(settings.repository, models, loader, spilled.has, crash, serve, strict=settings.strict)
     repository.load_all()
     return repository, models, sessions
 

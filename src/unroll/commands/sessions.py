@@ -94,7 +94,7 @@ class Import(OnStore):
     __doc__ = "Read the sessions of a file of `export` or of --state-file.\n" + _EPILOG
 
     file: Annotated[Path, argument("FILE", "written by `unroll sessions export`, or by a server's --state-file")]
-    replace: Annotated[bool, flag("--replace", "replace sessions that are open; else they stay")] = False
+    replace: Annotated[bool, flag("--replace", "also sessions that are open, or have ended; else they stay so")] = False
 
 
 SESSIONS: dict[str, type[OnStore]] = {"list": List, "show": Show, "close": Close, "export": Export, "import": Import}
