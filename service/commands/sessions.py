@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unroll.service.commands import transfer
 from unroll.service.core.errors import UnrollError
 from unroll.service.sessions.selection import Selection, describe, select
-from unroll.service.settings import SettingsRefused, store_config_of
+from unroll.service.sources import SettingsRefused, store_config_of
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.interface import Store, StoreRefused
 from unroll.service.store.lmdb_folder import is_store
@@ -38,9 +38,7 @@ def run(options: "commands.OnStore", url: str) -> int:
 
 
 async def _run(options: "commands.OnStore", url: str) -> int:
-    given = {"--idle-timeout": options.idle_timeout, "--store-prefix": options.store_prefix}
-    flags = [f"{flag}={value}" for flag, value in given.items() if value is not None]
-    config = store_config_of(url, *flags)
+    config = store_config_of(url, idle_timeout=options.idle_timeout, store_prefix=options.store_prefix)
     work = _WORK[type(options).__name__]
     if isinstance(config, EmbeddedStoreConfig) and work is not _import and not is_store(config.folder):
         raise OSError(f"there is no store in {config.folder}")

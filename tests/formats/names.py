@@ -12,7 +12,8 @@ from unroll import cli
 from unroll.service.api.error_responses import STATUS
 from unroll.service.api.worker_metrics import merge
 from unroll.service.core.errors import UnrollError
-from unroll.service.settings import Settings
+from unroll.service.settings import PREFIX, Settings
+from unroll.service.sources import CONFIG
 from unroll.service.telemetry.metrics import Collector, StoreFigures
 
 _OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
@@ -43,7 +44,7 @@ def _flags(text: str) -> list[str]:
 
 
 def settings() -> list[str]:
-    return sorted(f"{Settings.model_config['env_prefix']}{name.upper()}" for name in Settings.model_fields)
+    return sorted([CONFIG, *(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)])
 
 
 def codes() -> dict[str, int]:

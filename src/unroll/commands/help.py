@@ -87,7 +87,7 @@ def _sections(ctx: Context) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 def _option(param: Any) -> tuple[str, str]:
     short_first: Iterable[str] = sorted(param.opts, key=len)
     value = "" if param.is_flag else f" {param.metavar}"
-    about = "show this help and exit" if "--help" in param.opts else (param.help or "").rstrip(".")
+    about = "show this help and exit" if "--help" in param.opts else (param.help or "")
     shown = param.show_default and param.default not in (None, "") and not param.is_flag and not callable(param.default)
     facts = [f"default: {param.default}"] * bool(shown) + [f"or ${param.envvar}"] * bool(param.envvar)
     return ", ".join(short_first) + value, about + (f" ({'; '.join(facts)})" if facts else "")

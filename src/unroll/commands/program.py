@@ -7,6 +7,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from unroll import __version__
+from unroll.commands.config import Show
 from unroll.commands.demo import Demo
 from unroll.commands.doctor import Doctor
 from unroll.commands.export import Export
@@ -54,12 +55,20 @@ def parse(argv: list[str]) -> Runnable | int:
 def application() -> typer.Typer:
     app = _group("Serve stacked GRU and LSTM models trained in PyTorch.", add_completion=True)
     app.callback()(_version)
-    raw = {"ignore_unknown_options": True, "allow_extra_args": True}
-    app.command("export", add_help_option=False, context_settings=raw)(Export)
-    _add(app, {"inspect": Inspect, "verify": Verify})
-    app.command("serve", add_help_option=False, context_settings=raw)(Serve)
-    _add(app, {"stream": Stream, "doctor": Doctor, "demo": Demo})
+    _add(
+        app,
+        {
+            "export": Export,
+            "inspect": Inspect,
+            "verify": Verify,
+            "serve": Serve,
+            "stream": Stream,
+            "doctor": Doctor,
+            "demo": Demo,
+        },
+    )
     for name, about, commands in (
+        ("config", "Show the settings of a server.", {"show": Show}),
         ("store", "Examine the store of durable sessions.", {"check": Check}),
         ("sessions", "Look after the sessions of a store.", SESSIONS),
     ):

@@ -27,7 +27,8 @@ class Verify:
         ),
     ] = "cpu"
     precision: Annotated[
-        Literal["float32", "tf32"], option("--precision", "float32|tf32", "precision of matrix products on a GPU")
+        Literal["float32", "tf32", "float16"],
+        option("--precision", "float32|tf32|float16", "precision of matrix products on a GPU"),
     ] = "float32"
     seed: Annotated[int, option("--seed", "N", "seed of the random chunks and batches")] = 0
     json: Json = False

@@ -118,7 +118,7 @@ def test_sessions_that_cannot_be_written_are_counted(start: Callable[..., Proces
 #: The server, which sends itself a signal after a method of its state file, and another one at its end.
 INTERRUPTED = """
 import atexit, signal, sys
-from unroll.service.serve import main
+from unroll.cli import main
 from unroll.service.store.state_file import StateFile
 
 method, number = sys.argv[1:3]
@@ -131,7 +131,7 @@ def interrupted(self, *arguments):
 
 setattr(StateFile, method, interrupted)
 atexit.register(signal.raise_signal, signal.SIGTERM)
-sys.exit(main(sys.argv[3:]))
+sys.exit(main(["serve", *sys.argv[3:]]))
 """
 
 
