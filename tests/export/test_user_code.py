@@ -159,7 +159,7 @@ def test_what_is_said_where_the_code_is_not_found(tmp_path: Path, capsys: pytest
         (f"{tmp_path}/net.py", "net.py:FACTORY"),
     ):
         assert (
-            unroll.cli.main(
+            cli.main(
                 ["export", target, "--input", "x:float32:3", "--name", "n", "--repository", str(tmp_path / "out")]
             )
             == 1
