@@ -11,7 +11,7 @@ class Description:
     """One setting.
 
     Attributes:
-        metavar: What its value is; empty if it is a switch without a value.
+        metavar: What its value is; empty if it is a switch, and `no` if it is one that --no-… turns off.
         about: What it decides.
         default: Its default, as help shows it; empty if `about` says it or there is none.
         several: Its flag may be given several times.
@@ -30,6 +30,13 @@ GROUPS = {
         "port": Description("PORT", "port to listen on", "8000"),
         "workers": Description("N", "number of processes that share the port; more than one needs --store", "1"),
         "worker_port": Description("PORT", "first per-worker port: worker N also listens on this port + N - 1"),
+        "page": Description("no", "answer / with a page of the models; by default only on a loopback address"),
+        "allowed_origins": Description(
+            "ORIGINS",
+            "origins of the other pages that may use this server from a browser, "
+            'such as ["https://app.example"], or ["*"] for all; to pages of its own origin it always answers',
+            several=True,
+        ),
         "drain_delay": Description(
             "SECONDS", "seconds between SIGTERM and the end of listening, for load balancers to notice", "0"
         ),
@@ -112,6 +119,7 @@ GROUPS = {
         "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
         "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),
         "max_steps": Description("N", "maximum time steps per request", "65536"),
+        "max_rollout_steps": Description("N", "maximum time steps per rollout whose inputs are fed back", "4096"),
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),
     },
     "operation": {

@@ -1,6 +1,7 @@
 """The settings of a server, with their types, limits and defaults; each layer gets its part as its own config."""
 
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -32,6 +33,8 @@ from unroll.service.telemetry.request_log import LogRequests
 _FOLDER = "file://"
 #: Of the variables in the environment.
 PREFIX = "UNROLL_"
+#: As browsers send it: without a path, and in lower case.
+_ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 
 
 class Settings(BaseSettings):
@@ -46,6 +49,8 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: PositiveInt = 1
     worker_port: Annotated[int | None, Field(ge=1, le=65535)] = None
+    page: bool = True
+    allowed_origins: tuple[Annotated[str, Field(pattern=_ORIGIN)], ...] = ()
     device: str = "auto"
     threads: PositiveInt = 1
     precision: Precision = "float32"
@@ -76,6 +81,7 @@ class Settings(BaseSettings):
     max_body_bytes: PositiveInt = 16 * 2**20
     max_json_bytes: PositiveInt = 2 * 2**20
     max_steps: PositiveInt = 65_536
+    max_rollout_steps: PositiveInt = 4096
     max_sequences: PositiveInt = 1024
     drain_delay: Annotated[float, Field(ge=0)] = 0.0
     drain_timeout: PositiveFloat = 10.0
@@ -160,8 +166,19 @@ class Settings(BaseSettings):
             return EmbeddedStoreConfig(folder, self.store_sync, *times)
         return RedisStoreConfig(self.store, *times, self.store_prefix)
 
+    @property
+    def shows_page(self) -> bool:
+        return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
+
     def api_limits(self) -> ApiLimits:
-        return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
+        return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes, self.max_rollout_steps)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def store_folder(url: str) -> Path | None:

@@ -73,6 +73,11 @@ def test_without_a_command_help_is_printed_with_the_status_of_wrong_arguments(
     assert capsys.readouterr().out.startswith("usage: unroll [OPTIONS] COMMAND ...\n")
 
 
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("unroll 0.")
+
+
 def test_help_says_nothing_in_the_words_of_python(capsys: pytest.CaptureFixture[str]) -> None:
     for command in commands():
         assert cli.main([*command, "--help"]) == 0

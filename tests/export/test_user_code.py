@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE
 
-from unroll import bundle
+from unroll import bundle, cli
 
 #: The names of our own folders, two of the standard library that export has imported, and a usual one.
 NAMES = ("models", "service", "export", "bundle", "examples", "tests", "conformance", "types", "copy", "net")
@@ -159,9 +159,7 @@ def test_what_is_said_where_the_code_is_not_found(tmp_path: Path, capsys: pytest
         (f"{tmp_path}/net.py", "net.py:FACTORY"),
     ):
         assert (
-            cli.main(
-                ["export", target, "--input", "x:float32:3", "--name", "n", "--repository", str(tmp_path / "out")]
-            )
+            cli.main(["export", target, "--input", "x:float32:3", "--name", "n", "--repository", str(tmp_path / "out")])
             == 1
         )
         assert words in capsys.readouterr().err

@@ -90,4 +90,5 @@ def _option(param: Any) -> tuple[str, str]:
     about = "show this help and exit" if "--help" in param.opts else (param.help or "")
     shown = param.show_default and param.default not in (None, "") and not param.is_flag and not callable(param.default)
     facts = [f"default: {param.default}"] * bool(shown) + [f"or ${param.envvar}"] * bool(param.envvar)
-    return ", ".join(short_first) + value, about + (f" ({'; '.join(facts)})" if facts else "")
+    names = ", ".join(short_first) + "".join(f"/{other}" for other in param.secondary_opts)
+    return names + value, about + (f" ({'; '.join(facts)})" if facts else "")

@@ -1,9 +1,10 @@
 """`unroll serve`: an option for each setting of the server."""
 
-from dataclasses import field, fields, make_dataclass
+from dataclasses import fields, make_dataclass
 from typing import Annotated, Any
 
-from unroll.commands.options import option
+import typer
+
 from unroll.service.descriptions import GROUPS, Description
 
 _ABOUT = """Serve a repository of bundles.
@@ -15,17 +16,14 @@ the file of --config, such as max_batch = 64. `unroll config show` prints each, 
 
 def _setting(name: str, description: Description, group: str) -> tuple[str, Any, Any]:
     """The field of an option: its words, as `unroll.service.sources` reads them."""
-    kind = list[str] | None if description.several else str | None if description.metavar else bool
+    word = name.replace("_", "-")
     default = f" (default: {description.default})" if description.default else ""
-    declared = option(
-        f"--{name.replace('_', '-')}",
-        description.metavar or "SWITCH",
-        description.about + default,
-        rich_help_panel=group,
-        show_default=False,
-        check=lambda _: None,
-    )
-    return name, Annotated[kind, declared], field(default=None if description.metavar else False)
+    about = {"help": description.about + default, "rich_help_panel": group or None, "show_default": False}
+    if description.metavar in {"", "no"}:
+        names = f"--{word}/--no-{word}" if description.metavar else f"--{word}"
+        return name, Annotated[bool | None, typer.Option(names, **about)], None
+    kind: Any = list[str] if description.several else str
+    return name, Annotated[kind | None, typer.Option(f"--{word}", metavar=description.metavar, **about)], None
 
 
 SETTINGS = [_setting(name, one, group) for group, settings in GROUPS.items() for name, one in settings.items()]
@@ -39,7 +37,7 @@ class _Settings:
     def flags(self) -> dict[str, Any]:
         """What was given, by setting."""
         given = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in given.items() if value not in (None, False)}
+        return {name: value for name, value in given.items() if value is not None}
 
     def run(self) -> int:
         from unroll.service.serve import main
