@@ -18,7 +18,11 @@ def _setting(name: str, description: Description, group: str) -> tuple[str, Any,
     """The field of an option: its words, as `unroll.service.sources` reads them."""
     word = name.replace("_", "-")
     default = f" (default: {description.default})" if description.default else ""
-    about = {"help": description.about + default, "rich_help_panel": group or None, "show_default": False}
+    about: dict[str, Any] = {
+        "help": description.about + default,
+        "rich_help_panel": group or None,
+        "show_default": False,
+    }
     if description.metavar in {"", "no"}:
         names = f"--{word}/--no-{word}" if description.metavar else f"--{word}"
         return name, Annotated[bool | None, typer.Option(names, **about)], None
