@@ -166,7 +166,7 @@ def test_a_flag_comes_before_a_variable_before_the_file_before_the_default(
     assert shown["store"] == {"value": "redis://***@host", "origin": "UNROLL_STORE"}
     assert "a key" not in printed
     assert cli.main(["config", "show", "--config", str(file)]) == 0
-    assert f"threads           1  ({file}: threads)" in capsys.readouterr().out
+    assert f"  1  ({file}: threads)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
