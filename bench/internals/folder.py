@@ -67,8 +67,8 @@ async def measure_sweep(folder: Path, count: int) -> None:
             seconds.append(perf_counter() - began)
         about = f"a second of work; {len(seconds)} looks, the longest took {max(seconds) * 1e3:.0f} ms"
         _say(what, count / sum(seconds), about)
+    _say("bytes in use then", store._folder.sizes()["used"], f"in a file of {_size(folder):,}")
     await store.stop()
-    _say("bytes in use then", store.figures.bytes["used"], f"in a file of {_size(folder):,}")
 
 
 def _size(folder: Path) -> int:
