@@ -24,11 +24,11 @@ from unroll.export.verification.iterations import Place, is_foreign
 #: Functions that end something after so many steps.
 _ENDING = {"range", "islice", "deque", "zip", "repeat", "narrow", "split", "chunk", "unfold"}
 
+#: No sequence is longer: such a number stands for the end.
+_LONGEST = 2**46
+
 #: A collection with as many elements may hold numbers of steps.
 _FEW = 16
-
-#: Where in a file: line and column of the begin, and of the end.
-_Span = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,10 @@ def find_large_numbers(runs: list[Callable[[], Any]], above: int) -> list[LargeN
     """Numbers greater than `above` that are the same in all runs, which are of sequences of different lengths."""
     found = [_observed(run, above) for run in runs]
     same = set.intersection(*({number.value for number in each} for each in found))
-    return sorted((each for each in found[0] if each.value in same), key=lambda each: each.value)
+    return sorted(
+        (each for each in found[0] if each.value in same),
+        key=lambda each: (each.value, each.ends, each.place.file, -each.place.line),
+    )
 
 
 def _observed(run: Callable[[], Any], above: int) -> set[LargeNumber]:
@@ -83,7 +86,7 @@ def _numbers_in(frame: FrameType, above: int) -> Iterator[LargeNumber]:
 
 def _large(value: Any, is_table: bool, above: int, place: Place, ends: bool) -> Iterator[LargeNumber]:
     for number in _sizes(value, is_table):
-        if math.isfinite(number) and abs(number) > above:
+        if above < abs(number) <= _LONGEST:
             yield LargeNumber(math.ceil(abs(number)), place, ends)
 
 
@@ -121,15 +124,15 @@ def _expressions(code: CodeType) -> list[tuple[int, CodeType, bool, bool]]:
         return []
     begin = min((line or 0, column or 0) for line, _, column, _ in places)
     end = max((line or 0, column or 0) for _, line, _, column in places)
-    found = []
-    for span, node, is_table, ends in _pure_expressions(code.co_filename):
-        if begin <= span[:2] and span[2:] <= end:
-            found.append((span[0], node, is_table, ends))
-    return found
+    return [
+        (node.lineno, compile(ast.Expression(node), code.co_filename, "eval"), is_table, ends)
+        for node, is_table, ends in _pure_expressions(code.co_filename)
+        if begin <= (node.lineno, node.col_offset) and (node.end_lineno or 0, node.end_col_offset or 0) <= end
+    ]
 
 
 @cache
-def _pure_expressions(file: str) -> list[tuple[_Span, CodeType, bool, bool]]:
+def _pure_expressions(file: str) -> list[tuple[ast.expr, bool, bool]]:
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
     except (SyntaxError, ValueError):
@@ -143,12 +146,7 @@ def _pure_expressions(file: str) -> list[tuple[_Span, CodeType, bool, bool]]:
         elif isinstance(node, ast.Call) and _called(node) in _ENDING:
             ends |= {id(each) for argument in (*node.args, *node.keywords) for each in ast.walk(argument)}
     return [
-        (
-            (node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0),
-            compile(ast.Expression(node), file, "eval"),
-            id(node) in tables,
-            id(node) in ends,
-        )
+        (node, id(node) in tables, id(node) in ends)
         for node in ast.walk(tree)
         if isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
         if not isinstance(node, ast.Slice) and is_pure(node)
