@@ -1,5 +1,6 @@
 """Settings, read once from flags and `UNROLL_*` environment variables, and handed to each layer as its own config."""
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict, SettingsError
 
+from unroll.service.access.gate import Gate
 from unroll.service.api.app_state import ApiLimits
 from unroll.service.engine.backend import Cells, EngineOptions, Precision
 from unroll.service.models.loading import ModelOptions
@@ -35,6 +37,7 @@ from unroll.service.store.redis_store import RedisStoreConfig
 from unroll.service.telemetry.request_log import LogRequests
 
 _FOLDER = "file://"
+_LOCAL = frozenset({"localhost"})
 _PREFIX = "UNROLL_"
 #: Variables that are no settings: those of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
 _NO_SETTING = re.compile(
@@ -67,6 +70,23 @@ class Settings(BaseSettings):
         ),
     ] = {}
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
+    auth: Annotated[
+        Literal["keys", "none"] | None,
+        Field(
+            description="who may connect: keys (of --keys), or none for anybody who can reach the address; "
+            "needed to listen on more than this machine"
+        ),
+    ] = None
+    keys: Annotated[
+        Path | None, Field(description="file of API keys, which `unroll keys` writes; read again at SIGHUP")
+    ] = None
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Field(
+            description='names that clients use for this server, such as ["models.example.com"]; addresses are always '
+            "allowed; otherwise any with keys or --auth none, and localhost without"
+        ),
+    ] = ()
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on")] = 8000
     workers: Annotated[
         PositiveInt, Field(description="number of processes that share the port; more than one needs --store")
@@ -205,6 +225,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 "a state file holds memory sessions, which several workers do not offer: remove --state-file"
             )
+        if self.auth == "none" and self.keys is not None:
+            raise ValueError("--auth none and --keys contradict each other: remove one of them")
+        if self.auth == "keys" and self.keys is None:
+            raise ValueError("--auth keys needs a file of keys: add --keys FILE; `unroll keys new` writes an entry")
+        if self.auth is None and self.keys is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"anybody who reaches {self.host} could use the models and end the sessions of others: add --keys FILE "
+                "(`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
+            )
         if self.workers == 1 and self.worker_port is not None:
             raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
@@ -269,8 +298,23 @@ class Settings(BaseSettings):
             return EmbeddedStoreConfig(folder, self.store_sync, *times)
         return RedisStoreConfig(self.store, *times, self.store_prefix)
 
+    def gate(self) -> Gate:
+        """Raises KeysRefused."""
+        hosts = frozenset(name.lower() for name in self.allowed_hosts)
+        if not hosts and self.auth is None and self.keys is None:
+            hosts = _LOCAL
+        secret = self.snapshot_keys[0].get_secret_value().encode() if self.snapshot_keys else None
+        return Gate(self.keys, hosts or None, secret)
+
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in _LOCAL
 
 
 def store_config_of(url: str, *flags: str) -> StoreConfig:

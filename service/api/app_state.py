@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from unroll.service.access.gate import Gate
 from unroll.service.core.errors import Draining, DurabilityUnavailable
 from unroll.service.models.repository import ModelRepository
 from unroll.service.models.versions import ModelVersions
@@ -39,6 +40,7 @@ class AppState:
         durability: The default of new sessions.
         snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
         shared_port: The port that other worker processes listen on, too; None: there is one process only.
+        gate: Lets requests in, or not.
         request_log: Of the requests that fail, or of all.
         requests: Figures by inference route.
         streams: The open ones.
@@ -55,6 +57,7 @@ class AppState:
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
     shared_port: int | None = None
+    gate: Gate = field(default_factory=Gate)
     request_log: RequestLog = field(default_factory=RequestLog)
     requests: dict[str, RequestFigures] = field(default_factory=dict)
     streams: set[Drainable] = field(default_factory=set)

@@ -33,6 +33,7 @@ from unroll.service.scheduler.reply import Reply
 
 def steps(app: AppState, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
     """T >= 1 time steps of a session; the reply's outputs are one per time step."""
+    session_id = request.own(session_id)
     if LENGTH in request.headers:
         return sealed_steps(app, model, session_id, request, respond)
     timeout = timeout_of(app, request)

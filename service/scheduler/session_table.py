@@ -24,6 +24,7 @@ from unroll.service.core.errors import (
     SessionExpired,
     SessionGone,
 )
+from unroll.service.core.session_ids import shown
 from unroll.service.scheduler.closed_sessions import ClosedSessions
 from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
@@ -106,7 +107,7 @@ class SessionTable:
         """
         self.expire(now)
         if (living := self._live.get(session_id)) is not None:
-            raise SessionExists(f"session {session_id!r} is open", position=self.cohorts.detach(living).position)
+            raise SessionExists(f"session {shown(session_id)!r} is open", position=self.cohorts.detach(living).position)
         slot = self.slots.take()
         if slot is None:
             self._evict_one(now)
@@ -164,7 +165,7 @@ class SessionTable:
             return progress
         self.expire(now)
         if session.id in self._live:
-            raise SessionClosed(f"session {session.id!r} was closed; another of that id was opened since")
+            raise SessionClosed(f"session {shown(session.id)!r} was closed; another of that id was opened since")
         raise self.closed.error(session.id, now)
 
     def detach_from_cohort(self, session: Session) -> Session:

@@ -12,6 +12,7 @@ import structlog
 
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import SessionClosed, SessionEvicted, SessionExpired, SessionGone, UnrollError
+from unroll.service.core.session_ids import shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
 from unroll.service.scheduler.session import Session
@@ -90,7 +91,7 @@ class SpilledSessions:
             self._add_closed(key, record, SessionExpired)
             return None
         try:
-            model = self._versions.home(name, record.origin.model, f"session {session_id!r} runs on")
+            model = self._versions.home(name, record.origin.model, f"session {shown(session_id)!r} runs on")
             session = model.adopt(session_id, record)
             model.scheduler.counters.adopted += 1
         except UnrollError:

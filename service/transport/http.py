@@ -13,6 +13,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from unroll.service.access.keys import INFER
 from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
@@ -215,6 +216,7 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
         self.cycle = exchange
         try:
+            exchange.tenant = self.unroll.gate.admit(headers, INFER)
             check_headers(self.headers, headers, limit)
             exchange.headers = headers
         except UnrollError as error:

@@ -22,6 +22,7 @@ from unroll.service.api.stream.replies import CallSoon, Replies
 from unroll.service.api.stream.submission import FrameSubmitter, RecurringFrames
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
+from unroll.service.core.session_ids import shown
 from unroll.service.protocol.frames import FrameCodec, SingleEntryFrame
 
 
@@ -30,6 +31,7 @@ class Connection:
 
     Args:
         app: the state of the app.
+        tenant: whose it is; empty without keys.
         model: the model's, `name` or `name:version`.
         link: the connection, which need not be accepted yet.
         call_soon: calls a function in the next turn of the event loop.
@@ -40,7 +42,7 @@ class Connection:
         Draining: the server is about to end.
     """
 
-    def __init__(self, app: AppState, model: str, link: Link, call_soon: CallSoon) -> None:
+    def __init__(self, app: AppState, tenant: str, model: str, link: Link, call_soon: CallSoon) -> None:
         app.refuse_if_draining()
         name, version = split_reference(model)
         served = app.models.resolve(name, version)
@@ -53,7 +55,7 @@ class Connection:
         self._flow = FlowControl(step_bytes, link.pause, link.resume, self._on_drained)
         self._replies = Replies(link, self._flow, call_soon, self._log)
         recurring = RecurringFrames()
-        self._handles = Handles(app, model, served, recurring.clear)
+        self._handles = Handles(app, tenant, model, served, recurring.clear)
         self._submitter = FrameSubmitter(app, name, self._handles, recurring, self._replies)
         self._control = Control(self._handles, self._replies, self._flow, call_soon, app.limits.max_json_bytes)
         self._goodbyes = Goodbyes(self._handles, self._replies, link, call_soon)
@@ -123,7 +125,7 @@ class Connection:
     def _log(self, error: UnrollError, handle: int | None, position: int | None, session_id: str | None) -> None:
         """An entry or a session of a message, or the whole message, was refused."""
         found = None if handle is None else self._handles.find(handle)
-        session = session_id if found is None else found[1].id
+        session = session_id if found is None else shown(found[1].id)
         name = split_reference(self._model)[0]
         log_error(self._app.request_log, "v1/stream", error, model=name, session=session, position=position)
 

@@ -16,6 +16,7 @@ from unroll.service.api.stream.link import Link
 from unroll.service.api.stream.messages import OpenRequest, OpenSpec, parse_request
 from unroll.service.api.stream.replies import CallSoon, Replies, error_members
 from unroll.service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, UnrollError
+from unroll.service.core.session_ids import shown
 
 _log = structlog.get_logger(__name__)
 
@@ -94,7 +95,7 @@ class Control:
             return {"handle": spec.handle, "error": error_members(error)}
         return {
             "handle": spec.handle,
-            "session_id": session.id,
+            "session_id": shown(session.id),
             "position": session.position,
             "model_version": served.version,
             "durability": durability_of(session),
