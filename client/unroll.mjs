@@ -10,6 +10,8 @@
 
 const RAW = "application/octet-stream";
 const STEPS = 1, OUTPUTS = 2;
+// Close code of a stream that pages of this origin may not open.
+const FORBIDDEN = 4403;
 const HEADER_BYTES = 8, ENTRY_BYTES = 16;
 // Most entries and bytes of a frame.
 const MOST_ENTRIES = 2048, MOST_BYTES = 4 * 2 ** 20;
@@ -463,8 +465,11 @@ export class Stream {
       socket.onopen = () => (clearTimeout(late), resolve());
       socket.onerror = socket.onclose = () => (clearTimeout(late), failed());
     });
-    socket.onerror = socket.onclose = () => {
-      socket.broken = new ConnectionFailed(`the connection to ${this.url} broke`);
+    socket.onerror = socket.onclose = ({ code, reason }) => {
+      socket.broken =
+        code === FORBIDDEN
+          ? new ServerError({ code: "forbidden", detail: reason }, 403)
+          : new ConnectionFailed(`the connection to ${this.url} broke`);
       for (const reject of [...socket.waiting]) reject(socket.broken);
     };
     socket.onmessage = ({ data }) => this.receive(data);

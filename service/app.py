@@ -17,9 +17,11 @@ from unroll import __version__
 from unroll.service.api import (
     absent_routes,
     admin_routes,
+    cross_origin,
     health_routes,
     native_routes,
     open_inference_routes,
+    page_routes,
     repository_routes,
     statistics_routes,
     ticket_routes,
@@ -112,6 +114,10 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
         workers = WorkerMetrics(settings.host, ports)
     app = _fastapi(state, workers, lambda _: _lifespan(state, state_file, settings.store_timeout))
+    if settings.shows_page:
+        app.include_router(page_routes.router())
+    if settings.allowed_origins:
+        cross_origin.allow(app, settings.allowed_origins)
     if settings.admin:
         idle_timeout = settings.idle_timeout or None
         pages: dict[str, Pages] = {MEMORY: MemoryPages(sessions.directory, clock, idle_timeout)}
@@ -134,7 +140,7 @@ def _load(
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
     serve = {name: str(version) for name, version in settings.serve.items()}
-    repository = ModelRepository(settings.repository, models, loader, clock, crash, serve, strict=settings.strict)
+    repository = ModelRepository(settings.repository, models, loader, spilled.has, crash, serve, strict=settings.strict)
     repository.load_all()
     return repository, models, sessions
 

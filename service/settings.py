@@ -1,11 +1,11 @@
 """Settings, read once from flags and `UNROLL_*` environment variables, and handed to each layer as its own config."""
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliDualFlag, CliToggleFlag, SettingsConfigDict, SettingsError
 
 from unroll.service.access.gate import Gate
 from unroll.service.api.app_state import ApiLimits
@@ -43,6 +43,8 @@ _PREFIX = "UNROLL_"
 _NO_SETTING = re.compile(
     r"UNROLL_(WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
 )
+#: As browsers send it: without a path, and in lower case.
+_ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 #: Settings whose values are secret, or may hold a password.
 _SECRET = frozenset({"snapshot_keys", "store"})
 
@@ -95,6 +97,17 @@ class Settings(BaseSettings):
         int | None,
         Field(ge=1, le=65535, description="first per-worker port: worker N also listens on this port + N - 1"),
     ] = None
+    page: Annotated[
+        CliDualFlag[bool],
+        Field(description="answer / with a page of the models; by default only on a loopback address"),
+    ] = True
+    allowed_origins: Annotated[
+        tuple[Annotated[str, Field(pattern=_ORIGIN)], ...],
+        Field(
+            description="origins of the other pages that may use this server from a browser, "
+            'such as ["https://app.example"], or ["*"] for all; to pages of its own origin it always answers'
+        ),
+    ] = ()
     device: Annotated[
         str, Field(description="cpu, cuda:N, a list such as cuda:0,cuda:1, or auto: a GPU if there is one")
     ] = "auto"
@@ -304,7 +317,11 @@ class Settings(BaseSettings):
         if not hosts and self.auth is None and self.keys is None:
             hosts = _LOCAL
         secret = self.snapshot_keys[0].get_secret_value().encode() if self.snapshot_keys else None
-        return Gate(self.keys, hosts or None, secret)
+        return Gate(self.keys, hosts or None, self.allowed_origins, secret)
+
+    @property
+    def shows_page(self) -> bool:
+        return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
 
     def api_limits(self) -> ApiLimits:
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
@@ -312,7 +329,7 @@ class Settings(BaseSettings):
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ip_address(host).is_loopback
     except ValueError:
         return host.lower() in _LOCAL
 

@@ -4,16 +4,17 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import re
 import secrets
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import structlog
 
 from unroll.service.access.keys import Key, KeyRing, KeysRefused, Quota, Scope
-from unroll.service.core.errors import Forbidden, HostRefused, Unauthenticated
+from unroll.service.core.errors import Forbidden, HostRefused, OriginRefused, Unauthenticated
 
 _log = structlog.get_logger(__name__)
 
@@ -27,6 +28,7 @@ _TICKET = struct.Struct("<16s8sd")
 _SIGNATURE = 16
 _DIGEST = 16
 
+_BRACKETED = re.compile(r"\[([0-9A-Fa-f:.]+)\](:\d*)?")
 _BEARER = b"bearer "
 #: Host headers and keys that were good; a client repeats its own.
 _MOST_REMEMBERED = 4096
@@ -39,6 +41,7 @@ class Gate:
         keys: The file of keys; None for a server without keys.
         hosts: The names that clients may use for this server; None for any. Addresses are always allowed: a name can
             be made to point here by whoever owns it, and the pages of that name would then be of the same origin.
+        origins: Of the pages on other hosts that may use this server; `*`: of all.
         ticket_secret: Signs tickets. Servers that take each other's tickets have the same; None for a random one.
 
     Raises:
@@ -46,11 +49,17 @@ class Gate:
     """
 
     def __init__(
-        self, keys: Path | None = None, hosts: frozenset[str] | None = None, ticket_secret: bytes | None = None
+        self,
+        keys: Path | None = None,
+        hosts: frozenset[str] | None = None,
+        origins: Sequence[str] = (),
+        ticket_secret: bytes | None = None,
     ) -> None:
         self._path = keys
         self._ring = None if keys is None else KeyRing.read(keys)
         self._hosts = hosts
+        self.origins = origins
+        self._good_origins = {origin.encode() for origin in origins}
         self._good_hosts: set[bytes] = set()
         self._good_keys: dict[bytes, Key] = {}
         self._ticket_secret = ticket_secret or secrets.token_bytes(32)
@@ -74,15 +83,24 @@ class Gate:
     def quota(self, tenant: str) -> Quota | None:
         return None if self._ring is None else self._ring.quotas.get(tenant)
 
-    def admit(self, headers: Headers, scope: Scope) -> str:
+    def admit(self, headers: Headers, scope: Scope, *, changes: bool) -> str:
         """The tenant of a request that may come in; empty without keys.
+
+        Args:
+            headers: Of the request.
+            scope: That its key needs.
+            changes: Whether it may change anything, or only asks.
 
         Raises:
             HostRefused: It is for a host that this server is not known by.
+            OriginRefused: A page of another origin wants to change something.
             Unauthenticated: It has no key, or one that is unknown or has expired.
             Forbidden: Its key has another scope.
         """
         self.check_host(headers)
+        if changes and not self.accepts_page(headers):
+            origin = headers[b"origin"].decode("latin-1")
+            raise OriginRefused(f"pages of {origin} may not use this server; see --allowed-origins")
         return "" if self._ring is None else self._permitted(self.key_of(headers), scope)
 
     def admit_ticket(self, ticket: str, scope: Scope) -> str:
@@ -98,6 +116,17 @@ class Gate:
         if name not in self._hosts and not _is_address(name):
             raise HostRefused(f"this server is not known as {name!r}; if it should be, add it to --allowed-hosts")
         _remember(self._good_hosts, host)
+
+    def accepts_page(self, headers: Headers) -> bool:
+        """Whether the page that sent a request, if one did, may use this server.
+
+        A browser lets any page send some requests, and open WebSockets, to any host, and says which page it was. Other
+        clients say nothing.
+        """
+        origin = headers.get(b"origin")
+        if origin is None or origin.partition(b"://")[2] == headers.get(b"host"):
+            return True
+        return origin in self._good_origins or b"*" in self._good_origins
 
     def key_of(self, headers: Headers) -> Key:
         """The key of a request. Raises Unauthenticated."""
@@ -149,8 +178,8 @@ class Gate:
 
 def host_name(host: str) -> str:
     """The name in a header `Host`, without the port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
+    if (address := _BRACKETED.fullmatch(host)) is not None:
+        return address[1]
     return host.partition(":")[0].rstrip(".").lower()
 
 

@@ -17,8 +17,10 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.core.session_ids import owned
 
 #: What anybody may ask: whether the server runs, and how its API looks.
-_PUBLIC = ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs", "/redoc")
-_PUBLIC_FOLDERS = ("/docs/",)
+_PUBLIC = ("/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs", "/redoc")
+_PUBLIC_FOLDERS = ("/docs/", "/page/")
+#: Methods that change nothing.
+_SAFE = ("GET", "HEAD", "OPTIONS")
 _SCOPES = {"/metrics": keys.METRICS, "/v1/admin/sessions": keys.SESSIONS_ADMIN}
 
 
@@ -60,7 +62,7 @@ class Admission:
                 if needed is None:
                     self._gate.check_host(headers)
                 else:
-                    scope[TENANT] = self._gate.admit(headers, needed)
+                    scope[TENANT] = self._gate.admit(headers, needed, changes=scope["method"] not in _SAFE)
             except UnrollError as error:
                 scope[ERROR] = error
                 is_v2 = scope["path"].startswith("/v2")
@@ -81,7 +83,7 @@ def admit_stream(app: AppState, connection: HTTPConnection) -> str:
         if protocol.startswith(TICKET_PROTOCOL):
             app.gate.check_host(headers)
             return app.gate.admit_ticket(protocol.removeprefix(TICKET_PROTOCOL), keys.INFER)
-    return app.gate.admit(headers, keys.INFER)
+    return app.gate.admit(headers, keys.INFER, changes=True)
 
 
 def tenant_of(http: HttpRequest) -> str:

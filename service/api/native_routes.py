@@ -1,5 +1,6 @@
 """The native API, v1, as FastAPI routes. The transport answers most steps and sequences before they come here."""
 
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Response
@@ -19,6 +20,7 @@ from unroll.service.api.bodies import (
     Sequences,
     SequencesReply,
     SessionInfo,
+    StateSlot,
     StaticTensor,
     Steps,
     StepsReply,
@@ -229,17 +231,21 @@ def _info(served: ServedModel, session: Any) -> SessionInfo:
 def _describe(app: AppState, served: ServedModel) -> ModelInfo:
     manifest = served.manifest
     tensors = [
-        [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time) for t in group]
+        [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time, limit=t.limit) for t in group]
         for group in (manifest.inputs, manifest.outputs)
     ]
     return ModelInfo(
         name=manifest.name,
         version=manifest.version,
+        versions=[model.version for model in app.models.available(served.name)],
+        current_version=app.models.current.get(served.name),
         digest=manifest.digest,
         inputs=tensors[0],
         outputs=tensors[1],
         static=[StaticTensor(name=s.name, dtype=s.dtype, shape=list(s.shape)) for s in manifest.static],
         state_size=manifest.state_size,
+        state=[StateSlot(**asdict(slot)) for slot in manifest.state],
+        bundle_bytes=served.bundle.nbytes,
         streamable=manifest.streamable,
         not_streamable_because=manifest.not_streamable_because,
         bit_exact=manifest.bit_exact,
@@ -247,6 +253,7 @@ def _describe(app: AppState, served: ServedModel) -> ModelInfo:
         provider=served.serving.provider,
         precision=served.serving.precision,
         parity=served.serving.parity,
+        tolerance={entry.output: entry.tolerance for entry in manifest.parity},
         stability=served.serving.stability,
         sessions=app.models.open_sessions(served.name, served.version),
     )

@@ -150,11 +150,16 @@ class EmbeddedStore:
         return self._folder.write(work)
 
     async def _maintain(self) -> None:
+        failed = False
         while True:
             await asyncio.sleep(_PERIOD)
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._look_after)
+                if failed:  # what else failed is noted by the next exchange
+                    self._exchanges.note(None)
+                failed = False
             except Exception as reason:  # noqa: BLE001 without it nothing would be synced any more
+                failed = True
                 if not isinstance(reason, (lmdb.Error, OSError)):
                     _log.error("unexpected error of the store", exc_info=reason)
                 self._exchanges.note(reason)

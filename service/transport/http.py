@@ -45,7 +45,7 @@ from unroll.service.transport.head import (
 
 def http_protocol(app: AppState) -> type[HttpToolsProtocol]:
     """The protocol class for `uvicorn.Config(http=...)`."""
-    return type("HttpProtocol", (HttpProtocol,), {"unroll": app})
+    return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), {"unroll": app})
 
 
 class Exchange(Request):
@@ -216,7 +216,7 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
         self.cycle = exchange
         try:
-            exchange.tenant = self.unroll.gate.admit(headers, INFER)
+            exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
             check_headers(self.headers, headers, limit)
             exchange.headers = headers
         except UnrollError as error:
@@ -378,6 +378,13 @@ class HttpProtocol(HttpToolsProtocol):
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         self._exchange.cancel()
+
+
+class CrossOriginProtocol(HttpProtocol):
+    """Leaves what pages send to the application, which tells their browsers whether they may read the answer."""
+
+    def _find_route(self) -> Route | None:
+        return None if any(name == b"origin" for name, _ in self.headers) else super()._find_route()
 
 
 _NO_HEADERS: Headers = {}

@@ -42,7 +42,7 @@ COMMAND = """
 import sys
 import torch
 import unroll.cli
-import unroll.export.__main__ as command
+import unroll.export.command as command
 
 def export(module, example, **options):
     print("ran", tuple(module(**example).shape), flush=True)

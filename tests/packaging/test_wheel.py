@@ -23,6 +23,7 @@ DATA = (
     "models/checkpoints/*",
     "service/doctor/tiny/1/*",
     "service/engine/cuda/*.cu",
+    "service/page/*",
 )
 
 

@@ -1,0 +1,37 @@
+// The page: one view at a time, chosen by the address behind #, such as #playground/co2.
+
+import { Client } from "./unroll.mjs";
+import { explain, h } from "./dom.mjs";
+import { LatticeView } from "./lattice.mjs";
+import { LiveView } from "./live.mjs";
+import { ModelsView } from "./models.mjs";
+import { PlaygroundView } from "./playground.mjs";
+
+const VIEWS = { models: ModelsView, playground: PlaygroundView, live: LiveView, lattice: LatticeView };
+const base = new URL(".", document.baseURI);
+const client = new Client(base, { retryFor: 5000 });
+const views = {};
+
+async function show() {
+  const [name, model] = decodeURIComponent(location.hash.slice(1)).split("/");
+  const chosen = name in VIEWS ? name : "models";
+  for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== chosen;
+  for (const link of document.querySelectorAll("header nav a[href^='#']")) {
+    const here = link.getAttribute("href") === `#${chosen}`;
+    here ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+  }
+  for (const [other, view] of Object.entries(views)) if (other !== chosen) view.hide?.();
+  const section = document.getElementById(chosen);
+  document.title = `${section.id[0].toUpperCase()}${section.id.slice(1)} – Unroll`;
+  try {
+    views[chosen] ??= new VIEWS[chosen](section, client);
+    await views[chosen].show(model);
+  } catch (error) {
+    delete views[chosen];
+    const again = h("a", { href: location.hash, onclick: (event) => (event.preventDefault(), show()) }, "Try again");
+    section.replaceChildren(h("p", { class: "notice error", role: "alert" }, explain(error), " ", again));
+  }
+}
+
+addEventListener("hashchange", show);
+show();

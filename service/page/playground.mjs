@@ -1,0 +1,9 @@
+export class PlaygroundView {
+  constructor(section) {
+    this.section = section;
+  }
+
+  show() {
+    this.section.replaceChildren();
+  }
+}
