@@ -45,7 +45,9 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
     served = app.models.resolve(name, version)
     _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, parsed))
-    return served.loop.submit_sequences(_batch(served, parsed), _timeout(app, parsed), settled)
+    batch = _batch(served, parsed)
+    app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
+    return served.loop.submit_sequences(batch, _timeout(app, parsed), settled)
 
 
 def _timeout(app: AppState, parsed: InferRequest) -> float:
@@ -96,7 +98,9 @@ def _sequence_steps(
             app.sessions.directory.check_closing_chunk(name, sequence.id, chunk)
         if not sequence.start:
             raise served.scheduler.sessions.closed.error(sequence.id, now)
+        app.refuse_another_session(request.tenant)
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
+    app.meter.take(request.tenant, len(batch[0][0]))
     accepted = served.loop.submit(chunk, timeout, settled)
     return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 

@@ -40,13 +40,16 @@ class Connection:
         ModelUnknown: there is no such model.
         NotStreamable: it serves whole sequences only.
         Draining: the server is about to end.
+        QuotaExceeded: the tenant has as many streams as it may.
     """
 
     def __init__(self, app: AppState, tenant: str, model: str, link: Link, call_soon: CallSoon) -> None:
         app.refuse_if_draining()
+        app.refuse_another_stream(tenant)
         name, version = split_reference(model)
         served = app.models.resolve(name, version)
         require_streamable(served)
+        self.tenant = tenant
         self._app = app
         self._model = model
         self._max_frame_bytes = app.limits.max_body_bytes
@@ -98,11 +101,21 @@ class Connection:
             return
         if isinstance(frame, SingleEntryFrame):
             flow.acquire(1, frame.steps)
-            self._submitter.submit(frame, codec.fault(frame.inputs))
+            self._submitter.submit(frame, codec.fault(frame.inputs) or self._over_quota(frame.steps))
         else:
             flow.acquire(len(frame.entries), frame.total)
-            self._submitter.submit_frame(frame, codec.faults(frame))
+            faults = codec.faults(frame)
+            if (refused := self._over_quota(frame.total)) is not None:
+                faults = dict.fromkeys(range(len(frame.entries)), refused) | faults
+            self._submitter.submit_frame(frame, faults)
         flow.update()
+
+    def _over_quota(self, steps: int) -> UnrollError | None:
+        try:
+            self._app.meter.take(self.tenant, steps)
+        except UnrollError as error:
+            return error
+        return None
 
     def on_writable(self, writable: bool) -> None:
         """The client reads again, or what it does not read piles up."""
