@@ -427,7 +427,9 @@ def test_the_number_of_sessions_of_a_tenant(limited: Limited) -> None:
     made = wire.body({"x": X[np.newaxis]}, sequence_id=9, sequence_start=True)
     headers = {"X-API-Key": clients["acme"].headers["x-api-key"]}
     with connect(running.url.replace("http", "ws") + "/v1/models/gru/stream", additional_headers=headers) as stream:
-        stream.send(json.dumps({"op": "open", "sessions": [{"handle": 1}, {"handle": 2, "session_id": "s0"}]}))
+        stream.send(
+            json.dumps({"op": "open", "sessions": [{"handle": 1}, {"handle": 2, "session_id": "s0", "mode": "resume"}]})
+        )
         opened = json.loads(stream.recv())["sessions"]
         assert opened[0]["error"]["code"] == "quota_exceeded"
         assert opened[1]["position"] == 0
