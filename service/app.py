@@ -23,6 +23,7 @@ from unroll.service.api import (
     open_inference_routes,
     page_routes,
     repository_routes,
+    rollout_routes,
     statistics_routes,
     ticket_routes,
 )
@@ -198,6 +199,7 @@ def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> F
     app.add_middleware(HeadAsGet)
     app.add_middleware(EncodedSlashes)
     app.include_router(native_routes.router(state))
+    app.include_router(rollout_routes.router(state))
     app.include_router(endpoint.router(state))
     app.include_router(ticket_routes.router(state))
     app.include_router(statistics_routes.router(state))
@@ -247,6 +249,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         for model in native_routes.DOCUMENTED:
-            schemas.setdefault(model.__name__, model.model_json_schema())
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            for name, part in {model.__name__: schema, **schema.pop("$defs", {})}.items():
+                schemas.setdefault(name, part)
         app.openapi_schema = document
     return app.openapi_schema

@@ -182,6 +182,9 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[PositiveInt, Field(description="maximum request body, in bytes")] = 16 * 2**20
     max_json_bytes: Annotated[PositiveInt, Field(description="maximum JSON in a request, in bytes")] = 2 * 2**20
     max_steps: Annotated[PositiveInt, Field(description="maximum time steps per request")] = 65_536
+    max_rollout_steps: Annotated[
+        PositiveInt, Field(description="maximum time steps per rollout whose inputs are fed back")
+    ] = 4096
     max_sequences: Annotated[PositiveInt, Field(description="maximum whole sequences per request")] = 1024
     drain_delay: Annotated[
         float, Field(ge=0, description="seconds between SIGTERM and the end of listening, for load balancers to notice")
@@ -324,7 +327,7 @@ class Settings(BaseSettings):
         return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
 
     def api_limits(self) -> ApiLimits:
-        return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
+        return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes, self.max_rollout_steps)
 
 
 def _is_loopback(host: str) -> bool:

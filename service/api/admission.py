@@ -11,7 +11,7 @@ from unroll.service.access import keys
 from unroll.service.access.gate import TICKET_PROTOCOL
 from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
-from unroll.service.api.error_responses import open_inference_error, problem, problems
+from unroll.service.api.error_responses import open_inference_error, problem, problem_responses
 from unroll.service.api.request import TENANT, Headers
 from unroll.service.core.errors import UnrollError
 from unroll.service.core.session_ids import owned
@@ -40,7 +40,7 @@ def refusals(path: str) -> dict[str, Any]:
         403: f"forbidden: the key has not the scope {scope}; or host_refused, origin_refused",
     }
     if not path.startswith("/v2"):
-        known = problems(meanings)
+        known = problem_responses(meanings)
         return {str(status): {"description": a["description"], "content": a["content"]} for status, a in known.items()}
     error = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
     content = {"application/json": {"schema": error}}

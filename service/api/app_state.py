@@ -21,6 +21,7 @@ class ApiLimits:
     request_timeout: float = 30.0
     max_body_bytes: int = 16 * 2**20
     max_json_bytes: int = 2 * 2**20
+    max_rollout_steps: int = 4096
 
 
 class Drainable(Protocol):

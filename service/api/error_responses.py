@@ -23,6 +23,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.NonFiniteInput: 422,
     e.OutOfRange: 422,
     e.SnapshotInvalid: 422,
+    e.MapInvalid: 422,
     e.NotStreamable: 422,
     e.DurabilityUnavailable: 422,
     e.ModelUnknown: 404,
@@ -60,7 +61,7 @@ def problem(error: e.UnrollError) -> Answer:
     return answer
 
 
-def problems(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+def problem_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
     """The problems that a route may answer with, by status, for the OpenAPI document."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {

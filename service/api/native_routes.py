@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from unroll.service.api import inference_routes, session_operations
 from unroll.service.api.admission import OwnId, tenant_of
@@ -27,21 +27,22 @@ from unroll.service.api.bodies import (
     Tensor,
     first_fault,
 )
-from unroll.service.api.error_responses import problems
+from unroll.service.api.error_responses import problem_responses
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
+from unroll.service.api.rollout import RolloutRequest
 from unroll.service.api.sealed_steps import base64_text
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from unroll.service.models.served_model import ServedModel
 
-Body = TypeVar("Body", OpenSession, ForkSession)
+Body = TypeVar("Body", bound=BaseModel)
 
 _RAW_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route, for the OpenAPI document."""
-    return problems({status: _MEANING[status] for status in statuses})
+    return problem_responses({status: _MEANING[status] for status in statuses})
 
 
 _MEANING = {
@@ -52,7 +53,7 @@ _MEANING = {
     413: "body_too_large",
     415: "unsupported_media_type",
     422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid, "
-    "durability_unavailable or not_streamable; the state is unchanged",
+    "map_invalid, durability_unavailable or not_streamable; the state is unchanged",
     429: "quota_exceeded: retry after Retry-After seconds",
     500: "engine_failed; the state is unchanged",
     503: "model_unavailable: its bundle is refused; or queue_full, deadline_unreachable, capacity_exhausted, "
@@ -95,7 +96,7 @@ def _add_models(api: APIRouter, app: AppState) -> None:
     async def models() -> list[ModelInfo]:
         return [_describe(app, app.models.resolve(name)) for name in app.models.names() if app.models.has_current(name)]
 
-    @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404, 503))
+    @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=problems(404, 503))
     async def model(model: str) -> ModelInfo:
         return _describe(app, app.models.resolve(*split_reference(model)))
 
@@ -110,7 +111,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sequences",
         summary="Whole sequences, each from the initial state",
         response_model=SequencesReply,
-        responses=_problems(400, 404, 413, 415, 422, 429, 500, 503, 504),
+        responses=problems(400, 404, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={**_bodies("Sequences"), "parameters": [_STEPS, _TIMEOUT]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
@@ -120,7 +121,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions/{session_id:segment}/steps",
         summary="The next T >= 1 time steps of a session",
         response_model=StepsReply,
-        responses=_problems(400, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504),
+        responses=problems(400, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _STEPS, _TIMEOUT]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
@@ -134,7 +135,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions",
         summary="Open a session; a raw body is a snapshot to begin from",
         status_code=201,
-        responses=_problems(400, 404, 409, 413, 415, 422, 429, 503),
+        responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
         openapi_extra=_bodies("OpenSession"),
     )
     async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
@@ -142,7 +143,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         if request.media_type == RAW:
             body = OpenSession.model_construct(snapshot=request.body)
         else:
-            body = _body(OpenSession, request, limits.max_json_bytes)
+            body = parse_body(OpenSession, request, limits.max_json_bytes)
         start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)
         tenant = tenant_of(http)
         if body.durability == "client":
@@ -154,7 +155,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
     @api.get(
         "/models/{model}/sessions/{session_id:segment}",
         summary="A session and its position",
-        responses=_problems(404, 409, 410, 503),
+        responses=problems(404, 409, 410, 503),
     )
     async def session(model: str, own_id: OwnId) -> SessionInfo:
         return _info(*await app.sessions.find(*split_reference(model), own_id))
@@ -162,7 +163,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
     @api.delete(
         "/models/{model}/sessions/{session_id:segment}",
         summary="Close a session; running steps finish, waiting steps fail",
-        responses=_problems(404, 409, 410, 503),
+        responses=problems(404, 409, 410, 503),
     )
     async def close(model: str, own_id: OwnId) -> SessionInfo:
         return SessionInfo(**await session_operations.close_session(app, model, own_id))
@@ -171,13 +172,13 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions/{session_id:segment}/fork",
         summary="A second session that continues from the same state",
         status_code=201,
-        responses=_problems(400, 404, 409, 410, 413, 415, 429, 503),
+        responses=problems(400, 404, 409, 410, 413, 415, 429, 503),
         openapi_extra={
             "requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ForkSession"}}}}
         },
     )
     async def fork(model: str, own_id: OwnId, http: HttpRequest) -> SessionInfo:
-        body = _body(
+        body = parse_body(
             ForkSession, await read_request(http.scope, http.receive, limits.max_body_bytes), limits.max_json_bytes
         )
         return _info(*await session_operations.fork(app, tenant_of(http), model, own_id, body.session_id))
@@ -188,7 +189,7 @@ def _add_states(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions/{session_id:segment}/state",
         summary="A snapshot: versioned, bound to the model, checksummed",
         response_class=Response,
-        responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410, 503)},
+        responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **problems(404, 409, 410, 503)},
     )
     async def save(model: str, own_id: OwnId) -> Response:
         snapshot = await app.sessions.save(*split_reference(model), own_id)
@@ -198,7 +199,7 @@ def _add_states(api: APIRouter, app: AppState) -> None:
     @api.put(
         "/models/{model}/sessions/{session_id:segment}/state",
         summary="Return a session to the state of a snapshot",
-        responses=_problems(404, 409, 410, 413, 415, 422, 503),
+        responses=problems(404, 409, 410, 413, 415, 422, 503),
         openapi_extra=_bodies(None),
     )
     async def restore(model: str, own_id: OwnId, http: HttpRequest) -> SessionInfo:
@@ -209,10 +210,10 @@ def _add_states(api: APIRouter, app: AppState) -> None:
 
 
 #: Bodies that only the OpenAPI document refers to.
-DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, Problem)
+DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, RolloutRequest, Problem)
 
 
-def _body(kind: type[Body], request: Request, limit: int) -> Body:
+def parse_body(kind: type[Body], request: Request, limit: int) -> Body:
     """A JSON body, or the defaults if there is none."""
     if len(request.body) > limit:
         raise BodyTooLarge(f"the JSON body has {len(request.body)} bytes, and the limit is {limit}")

@@ -5,7 +5,7 @@ from pydantic import BaseModel
 
 from unroll.service.access.gate import TICKET_SECONDS
 from unroll.service.api.app_state import AppState
-from unroll.service.api.error_responses import problems
+from unroll.service.api.error_responses import problem_responses
 
 
 class Ticket(BaseModel):
@@ -22,7 +22,7 @@ def router(app: AppState) -> APIRouter:
         "/tickets",
         summary="A ticket that opens streams in place of the API key, for a short time",
         description="Connect with the protocols `unroll.v1` and `unroll.ticket.` followed by the ticket.",
-        responses=problems({404: "not_found: this server has no keys, and streams need no ticket"}),
+        responses=problem_responses({404: "not_found: this server has no keys, and streams need no ticket"}),
     )
     async def ticket(http: Request) -> Ticket:
         if not app.gate.has_keys:

@@ -24,6 +24,7 @@ from unroll.service.settings import Settings
 
 X = np.random.default_rng(3).standard_normal((6, 3)).astype(np.float32)
 
+MAP = {"kind": "columns", "columns": [{"future": [0.5]}] * 3}
 PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 #: Every other route needs `infer`.
 OTHER_SCOPES = {"/metrics": "metrics", "/v1/admin/sessions": "sessions:admin"}
@@ -34,6 +35,7 @@ SESSION_ROUTES = {
     ("post", "/v1/models/{model}/sessions/{session_id}/fork"),
     ("post", "/v1/models/{model}/sessions/{session_id}/steps"),
     ("get", "/v1/models/{model}/sessions/{session_id}/state"),
+    ("post", "/v1/models/{model}/sessions/{session_id}/rollout"),
     ("put", "/v1/models/{model}/sessions/{session_id}/state"),
 }
 #: Routes that name no session in the path.
@@ -131,6 +133,8 @@ def send(client: httpx.Client, method: str, template: str, session_id: str = "no
     if (method, template[-6:]) == ("put", "/state"):
         content, headers = b"no snapshot", {"Content-Type": "application/octet-stream"}
         return client.request(method, path, content=content, headers=headers)
+    if template.endswith("/rollout"):
+        return client.request(method, path, json={"steps": 1, "map": MAP, "inputs": {"x": X[:1].tolist()}})
     return client.request(method, path)
 
 
