@@ -2,18 +2,20 @@
 
 import { Client } from "./unroll.mjs";
 import { explain, h } from "./dom.mjs";
-import { LatticeView } from "./lattice.mjs";
-import { LiveView } from "./live.mjs";
-import { ModelsView } from "./models.mjs";
-import { PlaygroundView } from "./playground.mjs";
 
-const VIEWS = { models: ModelsView, playground: PlaygroundView, live: LiveView, lattice: LatticeView };
+const VIEWS = {
+  models: async () => (await import("./models.mjs")).ModelsView,
+  playground: async () => (await import("./playground.mjs")).PlaygroundView,
+  live: async () => (await import("./live.mjs")).LiveView,
+  lattice: async () => (await import("./lattice.mjs")).LatticeView,
+};
 const base = new URL(".", document.baseURI);
 const client = new Client(base, { retryFor: 5000 });
 const views = {};
 
 async function show() {
-  const [name, model] = decodeURIComponent(location.hash.slice(1)).split("/");
+  const asked = location.hash;
+  const [name, model] = decodeURIComponent(asked.slice(1)).split("/");
   const chosen = name in VIEWS ? name : "models";
   for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== chosen;
   for (const link of document.querySelectorAll("header nav a[href^='#']")) {
@@ -24,7 +26,9 @@ async function show() {
   const section = document.getElementById(chosen);
   document.title = `${section.id[0].toUpperCase()}${section.id.slice(1)} – Unroll`;
   try {
-    views[chosen] ??= new VIEWS[chosen](section, client);
+    const View = await VIEWS[chosen]();
+    if (location.hash !== asked) return; // another was chosen meanwhile
+    views[chosen] ??= new View(section, client);
     await views[chosen].show(model);
   } catch (error) {
     delete views[chosen];

@@ -39,7 +39,7 @@ export class Inputs {
   constructor(model, onSource, messages) {
     Object.assign(this, { model, onSource, messages });
     const found = offers(model);
-    this.choice = h("select", { onchange: () => this.choose(found[this.choice.value]) }, Object.keys(found).map((name) => h("option", {}, name)));
+    this.choice = h("select", { "aria-label": "Input", onchange: () => this.choose(found[this.choice.value]) }, Object.keys(found).map((name) => h("option", {}, name)));
     this.panel = h("div", { class: "panel" });
     this.element = h("div", {}, h("label", {}, "Input", this.choice), this.panel);
     this.first = found[this.choice.value];

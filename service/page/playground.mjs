@@ -63,8 +63,10 @@ export class PlaygroundView {
         h("div", { class: "asked" }, this.transport(), this.experiments()),
       ),
     );
-    await this.inputs.begin();
-    await this.restart();
+    await this.alone(async () => {
+      await this.inputs.begin();
+      await this.restart();
+    });
   }
 
   transport() {
@@ -76,7 +78,7 @@ export class PlaygroundView {
   }
 
   experiments() {
-    const ask = (task) => () => this.messages.attempt(() => this.alone(task));
+    const ask = (task) => () => this.messages.attempt(() => this.alone(() => (this.required(), task())));
     this.offset = h("input", { type: "number", step: "any", value: this.model.name === "co2" ? 1 : 0.5, "aria-label": "What is added to the fork's input" });
     this.horizon = h("input", { type: "number", min: 1, max: 400, value: 52, "aria-label": "Steps of the forecast" });
     this.rewindButton = button("Rewind", ask(() => this.rewind()), { disabled: true });
@@ -97,10 +99,16 @@ export class PlaygroundView {
   // ── the session ────────────────────────────────────────────────────────────────────────────────
 
   async restart() {
+    const stream = await this.client.stream(`${this.model.name}:${this.model.version}`);
+    let main;
+    try {
+      main = await Trace.open(stream, { durability: this.durability.value || undefined, static: zeros(this.model.static) });
+    } catch (error) {
+      stream.disconnect();
+      throw error;
+    }
     await this.end();
-    this.stream = await this.client.stream(`${this.model.name}:${this.model.version}`);
-    const durability = this.durability.value || undefined;
-    this.main = await Trace.open(this.stream, { durability, static: zeros(this.model.static) });
+    Object.assign(this, { stream, main });
     this.marks = [];
     this.saved = undefined;
     this.rewindButton.disabled = true;
@@ -152,7 +160,7 @@ export class PlaygroundView {
   // Apply the next steps. Returns false at the end of the source.
   advance(count) {
     return this.alone(async () => {
-      const main = this.main, steps = [];
+      const main = this.required(), steps = [];
       while (steps.length < count) {
         const inputs = await this.inputsAt(main.position + steps.length);
         if (inputs === null) break;
@@ -169,6 +177,11 @@ export class PlaygroundView {
       this.paint();
       return true;
     });
+  }
+
+  required() {
+    if (!this.main) throw new Error("There is no session: open a new one.");
+    return this.main;
   }
 
   // One thing after another, for all buttons.
@@ -304,6 +317,7 @@ export class PlaygroundView {
       Input: this.inputs.source?.name ?? "–",
       Id: h("code", {}, this.main.session.id),
     };
+    this.section.dataset.position = this.main.position;
     this.facts.replaceChildren(...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
   }
 }

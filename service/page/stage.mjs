@@ -16,7 +16,7 @@ export class Stage {
     this.legend = h("ul", { class: "legend" });
     this.heats = model.state.filter(({ kind }) => kind !== "static").map((slot) => ({ slot, canvas: h("canvas", { role: "img", "aria-label": `state, ${slotName(slot, model.state)}` }) }));
     this.scale = h("p", { class: "scale soft" }, h("i", { class: "ramp" }), h("span", {}, "negative to positive; layers above one another, a column per step"));
-    this.text = this.kind === "bytes" ? h("div", { class: "text", "aria-label": "the text, shaded by surprise" }) : null;
+    this.text = this.kind === "bytes" ? h("div", { class: "text", role: "region", tabindex: 0, "aria-label": "the text, shaded by surprise" }) : null;
     this.next = this.kind === "bytes" ? h("div", { class: "next" }) : null;
     this.element = h(
       "div",
