@@ -210,7 +210,7 @@ export class Client {
         failure.repeated = retries.count > 0;
         const after = Number(answer.headers.get("retry-after") ?? Number.NaN);
         retryAfter = Number.isNaN(after) ? undefined : after;
-        if (![502, 503, 504].includes(answer.status) || failure.code === "model_unavailable") throw failure;
+        if (![429, 502, 503, 504].includes(answer.status) || failure.code === "model_unavailable") throw failure;
       } catch (error) {
         if (error instanceof ServerError) throw error;
         failure = new ConnectionFailed(`${this.url} did not answer: ${error.message}`, { cause: error });
@@ -464,7 +464,8 @@ export class Stream {
     // Browsers send no headers with a WebSocket; Node does.
     const { headers } = this.client;
     const withHeaders = globalThis.process?.versions?.node && Object.keys(headers).length;
-    const socket = withHeaders ? new this.client.WebSocket(this.url, { headers }) : new this.client.WebSocket(this.url);
+    const options = withHeaders ? { headers } : await this.protocols();
+    const socket = new this.client.WebSocket(this.url, options);
     socket.binaryType = "arraybuffer";
     socket.waiting = new Set();
     this.controls = [];
@@ -491,6 +492,13 @@ export class Stream {
       throw error;
     }
     return socket;
+  }
+
+  // With an API key, a browser offers a ticket in place of the header.
+  async protocols() {
+    if (!this.client.headers.authorization) return [];
+    const { json } = await this.client.ask("POST", "/v1/tickets");
+    return ["unroll.v1", `unroll.ticket.${json.ticket}`];
   }
 
   async resume(socket) {

@@ -194,7 +194,7 @@ class Settings(BaseSettings):
     ] = 10.0
     admin: Annotated[
         CliToggleFlag[bool],
-        Field(description="list sessions at /v1/admin/sessions, to any client: there is no authentication"),
+        Field(description="list sessions at /v1/admin/sessions; without --keys to any client"),
     ] = False
     log_requests: Annotated[
         LogRequests, Field(description="requests that leave a line in the log, at most 100 a second: none, errors, all")

@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": ("service.doctor.__main__", "check this machine and its installation, and suggest fixes"),
     "store": ("service.commands.store", "check the store of durable sessions"),
     "sessions": ("service.commands.sessions", "list, show, close, export and import the sessions of a store"),
+    "keys": ("service.commands.keys", "make API keys for a server that strangers can reach"),
     "demo": ("examples.demo", "stream a real time series through a running server"),
 }
 

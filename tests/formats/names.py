@@ -19,7 +19,7 @@ from unroll.service.telemetry.metrics import Collector, StoreFigures
 
 _OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
 _ACTION = re.compile(r"^    ([a-z]+)  ", re.MULTILINE)
-_WITH_ACTIONS = {"store", "sessions"}
+_WITH_ACTIONS = {"store", "sessions", "keys"}
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
