@@ -30,6 +30,7 @@ from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.tensors import Codec, numbers
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.rollout import Rollout
+from unroll.service.scheduler.session import Session
 from unroll.service.sessions.attempts import Attempts
 from unroll.service.state.snapshot import Snapshot
 
@@ -68,7 +69,11 @@ class RolloutRequest(RolloutSpec):
 
 
 class Sink(Protocol):
-    """Gets what a rollout brings; called by the scheduler, and never raises."""
+    """Gets what a rollout brings; called by the scheduler, and never raises, except for `check`."""
+
+    def check(self, session: Session) -> None:
+        """Raises UnrollError if this is not the session that is meant."""
+        ...
 
     def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
         """Time steps that have run, as of a chunk. position: reached."""
@@ -162,7 +167,7 @@ class RolloutCall:
         name, version, session_id = self._where
         sealed = self._wanted.snapshot if isinstance(self._wanted, RolloutRequest) else None
         if sealed is None:
-            return await self._app.sessions.copy(name, version, session_id)
+            return await self._app.sessions.copy(name, version, session_id, self._sink.check)
         content = keys_of(self._app).open(session_id, sealed)
         served = self._app.models.of_snapshot(name, version, Snapshot.model_of(content))
         return served, served.read_snapshot(content), None
@@ -182,6 +187,7 @@ class RolloutCall:
                 )
             if session is None:
                 raise served.scheduler.sessions.closed.error(self._where[2], served.loop.clock.now())
+            self._sink.check(session)
             position = session.expected if self._wanted.position is None else self._wanted.position
             self._submit(served, self._rollout_of(served, position, None, session=session))
         except UnrollError as error:

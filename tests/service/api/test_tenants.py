@@ -461,7 +461,7 @@ def test_the_number_of_streams_of_a_tenant(limited: Limited) -> None:
 
 
 def test_the_steps_of_a_tenant(limited: Limited) -> None:
-    clients = limited("\n[tenants.acme]\nsteps_per_second = 0.01\n")[1]
+    running, clients = limited("\n[tenants.acme]\nsteps_per_second = 0.01\n")
     path = clients["acme"].post("/v1/models/gru/sessions").json()["session_id"]
     steps = {"content": X[:1].tobytes(), "headers": raw_steps(X[:1])}
     url = f"/v1/models/gru/sessions/{path}/steps"
@@ -473,5 +473,13 @@ def test_the_steps_of_a_tenant(limited: Limited) -> None:
         clients["acme"].post("/v2/models/gru/infer", content=made.content, headers=made.headers),
     ):
         assert code(answer) == (429, "quota_exceeded")
+    headers = {"X-API-Key": clients["acme"].headers["x-api-key"]}
+    with connect(running.url.replace("http", "ws") + "/v1/models/gru/stream", additional_headers=headers) as stream:
+        stream.send(json.dumps({"op": "open", "sessions": [{"handle": 1, "session_id": path, "mode": "resume"}]}))
+        stream.recv()
+        stream.send(json.dumps({"op": "steps", "handle": 1, "inputs": {"x": X[:1].tolist()}}))
+        assert json.loads(stream.recv())["code"] == "quota_exceeded"
+    mapped = {"steps": 1, "map": MAP, "inputs": {"x": X[:1].tolist()}}
+    assert code(clients["acme"].post(url.replace("/steps", "/rollout"), json=mapped)) == (429, "quota_exceeded")
     assert clients["acme"].get(url.removesuffix("/steps")).json()["position"] == 1
     assert clients["other"].post("/v1/models/gru/sequences", **steps).status_code == 200
