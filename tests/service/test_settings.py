@@ -1,7 +1,10 @@
 """Flags and `UNROLL_*` variables: whatever is wrong with one ends the start with a line about it."""
 
+from pathlib import Path
+
 import pytest
 
+from unroll import cli
 from unroll.service.serve import main
 from unroll.service.settings import Settings, SettingsRefused
 
@@ -129,3 +132,21 @@ def test_a_secret_is_not_printed(name: str, value: str, monkeypatch: pytest.Monk
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "--repository: give it, or set UNROLL_REPOSITORY (bundle repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "models.example"])
+def test_a_server_that_others_can_reach_needs_keys_or_a_word(host: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsRefused, match=r"--keys FILE.*--auth none"):
+        Settings.from_arguments([*FLAGS, "--host", host])
+    assert Settings.from_arguments([*FLAGS, "--host", host, "--auth", "none"]).gate().has_keys is False
+    path = tmp_path / "keys.toml"
+    assert cli.main(["keys", "new", str(path), "--tenant", "acme"]) == 0
+    assert Settings.from_arguments([*FLAGS, "--host", host, "--keys", str(path)]).gate().has_keys is True
+
+
+def test_keys_and_their_absence_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(SettingsRefused, match="contradict"):
+        Settings.from_arguments([*FLAGS, "--auth", "none", "--keys", "keys.toml"])
+    with pytest.raises(SettingsRefused, match="--auth keys needs a file"):
+        Settings.from_arguments([*FLAGS, "--auth", "keys"])
+    assert main([*FLAGS, "--keys", str(tmp_path / "none.toml")]) == 1
