@@ -20,6 +20,7 @@ import hashlib
 import hmac
 import secrets
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,12 +111,12 @@ class KeyRing:
         return None if key.is_over() else key
 
 
-def new_key(name: str, tenant: str, scopes: list[str]) -> tuple[str, str]:
+def new_key(name: str, tenant: str, scopes: Sequence[str]) -> tuple[str, str]:
     """A new key, and its entry for the file. Raises KeysRefused."""
     secret = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     digest = hashlib.sha256(secret.encode()).hexdigest()
     try:
-        key = Key.model_validate({"name": name, "tenant": tenant, "scopes": scopes, "sha256": digest})
+        key = Key.model_validate({"name": name, "tenant": tenant, "scopes": [*scopes], "sha256": digest})
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         raise KeysRefused(f"{fault['loc'][0]}: {fault['msg']}") from None
