@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 import structlog
 import torch
@@ -22,6 +23,10 @@ from conformance import onnx_registry
 #: The fixture `made_once`.
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
+# What Hypothesis draws is the same in every run; the long versions of tests draw anew.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+if "UNROLL_TEST_EXAMPLES" not in os.environ:
+    hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 onnx_registry.cache_registry()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
