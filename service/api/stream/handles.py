@@ -135,18 +135,21 @@ class Handles:
 
         Raises UnrollError.
         """
+        close = partial(self._close_if_memory, handle)
         try:
-            served, session = self.resolve(handle)
+            session = close()
         except NeedsStoreLookup as needed:
-            served, session = await self._sessions.verified(
-                self._name, needed.session_id, partial(self.resolve, handle)
-            )
+            session = await self._sessions.verified(self._name, needed.session_id, close)
+        return session.position if session.durable is None else await self._close_durable(session)
+
+    def _close_if_memory(self, handle: int) -> Session:
+        """Free the handle. A memory session is closed at once: a moment later it may have lost its row again."""
+        served, session = self.resolve(handle)
         self.unbind(handle)
-        if session.durable is not None:
-            return await self._close_durable(session)
-        check_present(served, session)
-        served.scheduler.close(session, served.loop.clock.now())
-        return session.position
+        if session.durable is None:
+            check_present(served, session)
+            served.scheduler.close(session, served.loop.clock.now())
+        return session
 
     def unbind(self, handle: int) -> None:
         """Free the handle; the session lives on."""
