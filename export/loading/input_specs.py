@@ -1,8 +1,8 @@
-"""What the command line says of the arguments of forward: `NAME:DTYPE:SHAPE`. Needs no torch."""
+"""What the command line says of arguments: of forward, `NAME:DTYPE:SHAPE`; of a factory, `NAME=VALUE`. No torch."""
 
-import argparse
+import ast
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 from unroll.bundle.manifest import Dtype
 
@@ -27,7 +27,7 @@ class InputSpec:
                 raise ValueError
             return cls(name, _DTYPES[dtype], sizes)
         except (ValueError, KeyError):
-            raise argparse.ArgumentTypeError(
+            raise ValueError(
                 f"{text!r} is not NAME:DTYPE:SHAPE (DTYPE: {', '.join(_DTYPES)}; SHAPE such as 64, 8x3 or empty)"
             ) from None
 
@@ -44,5 +44,16 @@ class StateSpec:
         """`NAME:DTYPE:SHAPE=OUTPUT`, such as `cache:float32:2x64=y1`."""
         spec, equals, output = text.partition("=")
         if not equals or not output:
-            raise argparse.ArgumentTypeError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
+            raise ValueError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
         return cls(InputSpec.parse(spec), output)
+
+
+def factory_argument(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE`, such as `hidden=128`, `sizes=(3, 4)` or `cell=gru`: what is no literal of Python is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"{text!r} is not NAME=VALUE, as in hidden=128")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -12,9 +12,11 @@ import socket
 import sys
 import traceback
 
-from unroll.service import serve
+from unroll import cli
 from unroll.service.core import failpoints
 
+for name in ("unroll.commands.program", "unroll.service.serve"):
+    importlib.import_module(name)  # what the command itself imports late
 link = socket.socket(fileno=int(sys.argv[1]))
 while True:
     request, [*logs], _, _ = socket.recv_fds(link, 65_536, 1)
@@ -34,7 +36,7 @@ while True:
         status: object = 1
         try:
             sys.argv[1:] = arguments
-            status = exec(script, {"__name__": "__main__"}) if script else serve.main(arguments)
+            status = exec(script, {"__name__": "__main__"}) if script else cli.main(["serve", *arguments])
         except SystemExit as ended:
             status = ended.code
         except Exception:  # noqa: BLE001 the log tells it, as at the end of any program

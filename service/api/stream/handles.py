@@ -135,15 +135,15 @@ class Handles:
 
         Raises UnrollError.
         """
-        close = partial(self._close_if_memory, handle)
         try:
-            session = close()
-        except NeedsStoreLookup as needed:
-            session = await self._sessions.verified(self._name, needed.session_id, close)
-        return session.position if session.durable is None else await self._close_durable(session)
+            closed = self._unbind_and_close(handle)
+        except NeedsStoreLookup as needed:  # in the same turn: a moment later the session may have lost its row again
+            close = partial(self._unbind_and_close, handle)
+            closed = await self._sessions.verified(self._name, needed.session_id, close)
+        return await self._close_durable(closed) if closed.durable is not None else closed.position
 
-    def _close_if_memory(self, handle: int) -> Session:
-        """Free the handle. A memory session is closed at once: a moment later it may have lost its row again."""
+    def _unbind_and_close(self, handle: int) -> Session:
+        """A durable session stays open."""
         served, session = self.resolve(handle)
         self.unbind(handle)
         if session.durable is None:
