@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format docs kinds-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format docs long-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -50,8 +50,8 @@ machine-test: install ## random event sequences over two replicas and in the sch
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
 
-kinds-test: install ## export every kind of module, of which `make test` leaves out some (minutes)
-	UNROLL_TEST_KINDS=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/export/test_kinds.py tests/served_models
+long-test: install ## run the tests that `make test` leaves out: export of every kind of module, and a benchmark (minutes)
+	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/ruff format --check .
@@ -61,7 +61,7 @@ check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/typos
 
 docs: .venv/.installed-docs ## build the pages as a site in site/; broken links are errors
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: install ## reformat the files so that `make check` passes
 	$(BIN)/ruff check --fix .

@@ -68,7 +68,8 @@ def ramp(bench: Bench) -> list[Outcome]:
         streaming = [subject.client(number) for number in range(_STREAMING)]
         busy = servers.load_turn(subject, port, streaming)
         busy.check()
-        measured, worst = [], []
+        measured: list[tuple[Measurement, Measurement]] = []
+        worst = []
         for repeat in range(bench.repeats):
             first = _STREAMING + repeat * _ARRIVING
             arriving = [subject.client(number) for number in range(first, first + _ARRIVING)]
@@ -79,10 +80,10 @@ def ramp(bench: Bench) -> list[Outcome]:
             measured.append((streams, Measurement(len(waits) / max(waits), float(p50), float(p99))))
             worst.append(max(waits))
         busy.compare()
-    streams, arrivals = zip(*measured, strict=True)
+    streaming_runs, arriving_runs = zip(*measured, strict=True)
     rows = [
-        Row("streaming", f"{_STREAMING} clients, one step a request, all the time", streams),
-        Row("arriving", f"{_ARRIVING} clients: from connecting to the first step's answer; clients/s", arrivals),
+        Row("streaming", f"{_STREAMING} clients, one step a request, all the time", streaming_runs),
+        Row("arriving", f"{_ARRIVING} clients: from connecting to the first step's answer; clients/s", arriving_runs),
     ]
     says = f"{_ARRIVING} clients arrive while {_STREAMING} stream: the slowest first answer"
     verdict = Verdict(10, says, 1.0, max(worst), min(worst), max(worst), at_least=False, unit=" s", judged=bench.judged)

@@ -30,7 +30,9 @@ def _sequences(bench: Bench, name: str, of_triton: float, *, all_cores: bool) ->
     with bench.servers(bench.cores if all_cores else None) as servers:
         turns = [] if all_cores else [servers.raw(reference, batch, _LENGTH) for batch in _BATCHES]
         turns.append(servers.turn(subjects.raw_sequences(bench.unroll(), reference, _LENGTH), _CLIENTS))
-        peers = bench.peer_subjects(servers, lambda *peer: subjects.peer_sequences(*peer, reference, _LENGTH))
+        peers = bench.peer_subjects(
+            servers, lambda peer, launch: subjects.peer_sequences(peer, launch, reference, _LENGTH)
+        )
         turns += [servers.turn(subject, _CLIENTS) for subject in peers]
         rows = bench.alternate(turns)
     named, judged = by_name(rows), bench.judged

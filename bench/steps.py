@@ -2,6 +2,7 @@
 
 from bench import subjects
 from bench.http_client import post
+from bench.load import Measurement
 from bench.outcomes import Outcome, Row, Verdict, fastest, ratio
 from bench.reference import Reference
 from bench.turns import Bench, Servers, Turn, by_name
@@ -146,7 +147,7 @@ def latency(bench: Bench) -> list[Outcome]:
     return [Outcome("latency", "One client, one step at a time, LSTM 2×64", "steps/s", rows, [verdict])]
 
 
-def _above(ours: Row, echo: Row, raw: Row) -> float:
+def _above(ours: Row | Measurement, echo: Row | Measurement, raw: Row | Measurement) -> float:
     """Microseconds of median latency above echo plus model, of rows or of single turns."""
     return (ours.p50 - echo.p50 - raw.p50) * 1e3
 

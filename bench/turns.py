@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -31,8 +32,8 @@ class Turn:
     name: str
     what: str
     measure: Callable[[float], Measurement]
-    check: Callable[[], None] = lambda: None
-    compare: Callable[[], None] = lambda: None
+    check: Callable[[], object] = lambda: None
+    compare: Callable[[], object] = lambda: None
     at: float | None = None
     optional: bool = False
 
@@ -164,7 +165,7 @@ class Bench:
         for peer, python in self.peers.values():
             launch = peer_launch(peer, python, models)
             subject = make(peer, launch)
-            if subject is not None and self._succeeds(peer.name, lambda launch=launch: servers.server(launch)):
+            if subject is not None and self._succeeds(peer.name, partial(servers.server, launch)):
                 yield subject
 
     def alternate(self, turns: Sequence[Turn], repeats: int | None = None) -> list[Row]:
@@ -175,7 +176,7 @@ class Bench:
             for turn in [*measured]:
                 if not turn.optional:
                     step(turn)
-                elif not self._succeeds(turn.name, lambda turn=turn: step(turn)):
+                elif not self._succeeds(turn.name, partial(step, turn)):
                     del measured[turn]
 
         each(lambda turn: turn.check())

@@ -45,7 +45,7 @@ def opening_message(prefix: str, sessions: Sequence[int]) -> bytes:
     return frame(json.dumps({"op": "open", "sessions": sessions_to_open}).encode(), _TEXT)
 
 
-def steps_frame(handles: Sequence[int], values: np.ndarray) -> bytes:
+def steps_frame(handles: Sequence[int] | np.ndarray, values: np.ndarray) -> bytes:
     """One step of each handle. values: (handles, features) float32."""
     entries = np.zeros(len(handles), ENTRY)
     entries["handle"], entries["steps"], entries["position"] = handles, 1, NO_POSITION

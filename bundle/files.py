@@ -27,12 +27,14 @@ class Bundle:
     Attributes:
         path: Its folder.
         identity: SHA-256 of `manifest.json`, which holds those of the other files: it changes with any of them.
+        nbytes: Of its files together.
     """
 
     path: Path
     manifest: Manifest
     golden: Golden
     identity: str
+    nbytes: int
 
     @property
     def model_path(self) -> Path:
@@ -92,12 +94,15 @@ def read(path: Path) -> Bundle:
             raise ValueError(f"the manifest belongs to {manifest.name}/{manifest.version}")
         if set(manifest.files) != {MODEL, GOLDEN}:
             raise ValueError(f"the manifest must list exactly {MODEL} and {GOLDEN}")
+        nbytes = len(description)
         for name, digest in manifest.files.items():
-            if (path / name).is_symlink() or _sha256(_content(path / name)) != digest:
+            content = _content(path / name)
+            if (path / name).is_symlink() or _sha256(content) != digest:
                 raise ValueError(f"{name} is not the file that the manifest describes (SHA-256 differs)")
+            nbytes += len(content)
         golden = Golden.from_bytes(_content(path / GOLDEN))
         golden.check(manifest)
-        return Bundle(path, manifest, golden, _sha256(description))
+        return Bundle(path, manifest, golden, _sha256(description), nbytes)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: {error}") from error
 

@@ -4,6 +4,7 @@ from unroll.client import errors
 from unroll.client.async_client import AsyncClient, AsyncSession
 from unroll.client.async_stream import AsyncStream, AsyncStreamSession
 from unroll.client.client import Client, Session
+from unroll.client.rollout_calls import RolledStep
 from unroll.client.stream import Stream, StreamSession
 from unroll.client.tensors import Model, PrecisionWarning, Tensor
 
@@ -15,6 +16,7 @@ __all__ = [
     "Client",
     "Model",
     "PrecisionWarning",
+    "RolledStep",
     "Session",
     "Stream",
     "StreamSession",

@@ -4,6 +4,8 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from http import HTTPStatus
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -11,9 +13,10 @@ from yarl import URL
 
 from unroll.client import model_calls
 from unroll.client.async_stream import AsyncStream, as_async
-from unroll.client.errors import ConnectionFailed, UnrollError
+from unroll.client.errors import ConnectionFailed, ServerError, UnrollError
 from unroll.client.exchange import Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, retry_after
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.tensors import ArrayLike, Arrays, Model
@@ -121,6 +124,29 @@ class AsyncClient:
         """As `Client.stream`; to be entered with `async with`."""
         return AsyncStream(self._address, model, lambda: self.model(model), self._timeout, self._policy)
 
+    async def roll_out(self, call: RolloutCall) -> AsyncIterator[RolledStep]:
+        """Receive a rollout, and send it again after a broken connection."""
+        retries = Retries(self._policy)
+        while not call.complete:
+            try:
+                async with self._request(call.begin(), aiohttp.ClientTimeout(None, sock_read=self._timeout)) as answer:
+                    if answer.status != HTTPStatus.OK:
+                        raise Response(answer.status, _headers(answer), await answer.read()).refusal()
+                    async for content in answer.content.iter_any():
+                        for step in call.receive(content):
+                            retries = Retries(self._policy)
+                            yield step
+                if call.complete:
+                    return
+                raise ConnectionResetError("the answer was cut off")
+            except ServerError as error:
+                if (pause := retries.pause(retry_after(error))) is None:
+                    raise
+            except _BROKEN as error:
+                if (pause := retries.pause()) is None:
+                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            await asyncio.sleep(pause)
+
     async def run(self, exchange: Exchange[T]) -> T:
         """Send what the operation asks for, until it has its result."""
         response = None
@@ -150,19 +176,27 @@ class AsyncClient:
         return response
 
     async def _attempt(self, request: Request) -> Response:
+        async with self._request(request, aiohttp.ClientTimeout(self._timeout)) as answer:
+            return Response(answer.status, _headers(answer), await answer.read())
+
+    def _request(
+        self, request: Request, timeout: aiohttp.ClientTimeout
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         if self._http is None:
             self._http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._connections, ssl=self._address.tls or True),
                 headers=self._address.headers,
-                timeout=aiohttp.ClientTimeout(self._timeout),
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
             )
         url = URL(self._address.url + request.path, encoded=True)
-        async with self._http.request(
-            request.method, url, data=request.body or None, headers=request.headers, allow_redirects=False
-        ) as answer:
-            body = await answer.read()
-            return Response(answer.status, {name.lower(): value for name, value in answer.headers.items()}, body)
+        body = request.body or None
+        return self._http.request(
+            request.method, url, data=body, headers=request.headers, timeout=timeout, allow_redirects=False
+        )
+
+
+def _headers(answer: aiohttp.ClientResponse) -> dict[str, str]:
+    return {name.lower(): value for name, value in answer.headers.items()}
 
 
 class AsyncSession(SessionFacts):
@@ -182,8 +216,8 @@ class AsyncSession(SessionFacts):
 
     async def __aenter__(self) -> Self:
         async with self._lock:
-            if not hasattr(self, "_calls"):
-                self._calls = await self._client.run(self._opening())
+            if self._opened is None:
+                self._opened = await self._client.run(self._opening())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -206,6 +240,21 @@ class AsyncSession(SessionFacts):
         async for values in as_async(inputs):
             yield await self.step(values)
 
+    async def rollout(
+        self,
+        steps: int,
+        *,
+        map: Map,
+        on: On = "fork",
+        inputs: ArrayLike | None = None,
+        outputs: ArrayLike | None = None,
+    ) -> AsyncIterator[RolledStep]:
+        """As `Session.rollout`."""
+        async with self._lock:
+            call = RolloutCall(self._calls, steps, map, on, inputs, outputs)
+        async for step in self._client.roll_out(call):
+            yield step
+
     async def refresh(self) -> int:
         """As `Session.refresh`."""
         return await self._run(self._calls.refresh())
@@ -213,7 +262,7 @@ class AsyncSession(SessionFacts):
     async def fork(self, session_id: str | None = None) -> "AsyncSession":
         """As `Session.fork`."""
         forked = AsyncSession(self._client, self._opening)
-        forked._calls = await self._run(self._calls.fork(session_id))
+        forked._opened = await self._run(self._calls.fork(session_id))
         return forked
 
     async def snapshot(self) -> bytes:

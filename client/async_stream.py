@@ -2,16 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from typing import Literal, Self, TypeVar
+from weakref import WeakSet
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from unroll.client.errors import ConnectionFailed
+from unroll.client.errors import ConnectionFailed, InvalidInput
 from unroll.client.retries import Retries, RetryPolicy
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode
-from unroll.client.stream import BROKEN, final, websocket_options
+from unroll.client.stream import BROKEN, asked_to_wait, final, websocket_options
 from unroll.client.stream_calls import ControlCall, Place, PlaceFacts, StepsCall, StreamCalls
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
@@ -37,6 +39,7 @@ class AsyncStream:
     """
 
     model: Model
+    _opened: StreamCalls | None = None
 
     def __init__(
         self,
@@ -54,13 +57,21 @@ class AsyncStream:
         self._link: _Link | None = None
         self._connecting = asyncio.Lock()
         self._sessions: dict[int, AsyncStreamSession] = {}
+        self._outliving: set[asyncio.Task[None]] = set()
+
+    @property
+    def _calls(self) -> StreamCalls:
+        """Raises InvalidInput if the stream is not open yet."""
+        if self._opened is None:
+            raise InvalidInput("the stream is not open yet: write `async with client.stream(…) as stream`")
+        return self._opened
 
     def __repr__(self) -> str:
         return f"<AsyncStream {self._url} with {len(self._sessions)} sessions>"
 
     async def __aenter__(self) -> Self:
         self.model = await self._describe()
-        self._calls = StreamCalls(self.model)
+        self._opened = StreamCalls(self.model)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -122,24 +133,35 @@ class AsyncStream:
     async def _apply(
         self, sessions: "Sequence[AsyncStreamSession]", inputs: ArrayLike, *, chunk: bool, several: bool
     ) -> Arrays:
-        locks = [session.lock for session in sorted(sessions, key=lambda session: session.place.handle)]
-        held = []
-        try:
-            for lock in dict.fromkeys(locks):
-                await lock.acquire()
-                held.append(lock)
+        locks = dict.fromkeys(session.lock for session in sorted(sessions, key=lambda session: session.place.handle))
+        async with AsyncExitStack() as held:
+            for lock in locks:
+                await held.enter_async_context(lock)
             places = [session.place for session in sessions]
             call = self._calls.steps(places, inputs, chunk=chunk, several=several)
+            held.callback(call.end)
             try:
                 await self._exchange(call)
-            finally:
-                call.end()
-                if not call.settled:  # its late answers must not be taken for those of the next call
-                    await self.disconnect()
+            except asyncio.CancelledError:
+                if self._link is not None and self._link.will_answer(call):
+                    self._outlive(self._link, call, held.pop_all())
+                raise
             return call.result(chunk=chunk, several=several)
-        finally:
-            for lock in held:
-                lock.release()
+
+    def _outlive(self, link: "_Link", call: StepsCall, held: AsyncExitStack) -> None:
+        """A call was cancelled. Its late answers must not be taken for those of the next, which wait for them."""
+
+        async def wait() -> None:
+            async with held:
+                try:
+                    await link.wait(call, self._timeout)
+                except BROKEN:
+                    if link is self._link:
+                        await self.disconnect()
+
+        task = asyncio.create_task(wait())
+        self._outliving.add(task)
+        task.add_done_callback(self._outliving.discard)
 
     async def _exchange(self, call: ControlCall | StepsCall) -> None:
         """Send, receive until all is answered, and send again what is refused for now or was cut off."""
@@ -162,7 +184,7 @@ class AsyncStream:
                     await self.disconnect()
                 if (refused := final(error)) is not None:
                     raise refused from error
-                if (pause := retries.pause()) is None:
+                if (pause := retries.pause(asked_to_wait(error))) is None:
                     raise ConnectionFailed(self._address.failed(error, retries.count)) from error
             await asyncio.sleep(pause)
 
@@ -192,6 +214,7 @@ class _Link:
         self._calls = calls
         self._waiting: set[asyncio.Future[None]] = set()
         self._outbox: list[StepsCall] = []
+        self._sent: WeakSet[StepsCall] = WeakSet()
         self._sender: asyncio.Task[None] | None = None
         self._closed = False
         self._reader = asyncio.create_task(self._read())
@@ -201,22 +224,36 @@ class _Link:
         """Send the call and wait until it is settled. Raises what broke the connection, or TimeoutError."""
         if self.broken is not None:
             raise self.broken
+        if call.settled:
+            return
+        if isinstance(call, ControlCall):
+            for message in self._calls.controls(call):
+                await self._socket.send(message)
+        else:
+            self._post(call)
+        await self.wait(call, timeout)
+
+    async def wait(self, call: ControlCall | StepsCall, timeout: float) -> None:
+        """Wait until the call, which was sent, is settled; as `ask`."""
+        if call.settled:
+            return
+        if self.broken is not None:
+            raise self.broken
         settled = asyncio.get_running_loop().create_future()
         call.on_settled = lambda: None if settled.done() else settled.set_result(None)
         self._waiting.add(settled)
         try:
-            if call.settled:
-                return
-            if isinstance(call, ControlCall):
-                for message in self._calls.controls(call):
-                    await self._socket.send(message)
-            else:
-                self._post(call)
             async with asyncio.timeout(timeout):
                 await settled
         finally:
             self._waiting.discard(settled)
             call.on_settled = None
+
+    def will_answer(self, call: StepsCall) -> bool:
+        """Were the steps sent, and not answered? If they were not sent, they never will be."""
+        if call in self._outbox:
+            self._outbox.remove(call)
+        return call in self._sent and not call.settled and self.broken is None
 
     async def close(self) -> None:
         """From now on nothing is received: late answers belong to calls that have been sent again."""
@@ -234,6 +271,7 @@ class _Link:
         try:
             while self._outbox:
                 calls, self._outbox = self._outbox, []
+                self._sent.update(calls)
                 for frame in self._calls.frames(calls):
                     await self._socket.send(frame)
         except ConnectionClosed:

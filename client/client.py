@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from typing import Self, TypeVar
 
 from unroll.client import model_calls
-from unroll.client.errors import ConnectionFailed
+from unroll.client.errors import ConnectionFailed, ServerError
 from unroll.client.exchange import Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, retry_after
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.stream import Stream
@@ -23,6 +25,8 @@ T = TypeVar("T")
 _CONCURRENT = 16
 #: Errors of a connection, after which the request is sent again on a new one.
 _BROKEN = (OSError, http.client.HTTPException)
+#: Most bytes of an answer that are taken at a time while it comes.
+_PART_BYTES = 65_536
 
 
 class Client:
@@ -154,6 +158,40 @@ class Client:
         """One WebSocket for the steps of many sessions at once. See `Stream`."""
         return Stream(self._address, model, self.model(model), self._timeout, self._policy)
 
+    def roll_out(self, call: RolloutCall) -> Iterator[RolledStep]:
+        """Receive a rollout, and send it again after a broken connection."""
+        retries = Retries(self._policy)
+        while not call.complete:
+            try:
+                for content in self._receive(call.begin()):
+                    for step in call.receive(content):
+                        retries = Retries(self._policy)
+                        yield step
+                if call.complete:
+                    return
+                raise ConnectionResetError("the answer was cut off")
+            except ServerError as error:
+                if (pause := retries.pause(retry_after(error))) is None:
+                    raise
+            except _BROKEN as error:
+                if (pause := retries.pause()) is None:
+                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            time.sleep(pause)
+
+    def _receive(self, request: Request) -> Iterator[bytes]:
+        """The parts of the body as they come. Raises ServerError if the request is refused."""
+        connection = self._address.connection(self._timeout)
+        try:
+            connection.send(self._head(request) + request.body)
+            with http.client.HTTPResponse(connection.sock, method=request.method) as answer:
+                answer.begin()
+                if answer.status != HTTPStatus.OK:
+                    raise Response(answer.status, _headers(answer), answer.read()).refusal()
+                while content := answer.read1(_PART_BYTES):
+                    yield content
+        finally:
+            connection.close()
+
     def _run(self, exchange: Exchange[T]) -> T:
         """Send what the operation asks for, until it has its result."""
         response = None
@@ -198,13 +236,8 @@ class Client:
         return response
 
     def _ask(self, connection: http.client.HTTPConnection, request: Request) -> Response:
-        lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-        head = (
-            f"{request.method} {self._address.path}{request.path} HTTP/1.1\r\n{self._address.head}{lines}"
-            f"Content-Length: {len(request.body)}\r\n\r\n"
-        )
         try:
-            connection.send(head.encode("latin-1") + request.body)  # in one piece, which `request` would not do
+            connection.send(self._head(request) + request.body)  # in one piece, which `request` would not do
             with http.client.HTTPResponse(connection.sock, method=request.method) as answer:
                 answer.begin()
                 body = answer.read()
@@ -217,7 +250,19 @@ class Client:
             connection.close()
         else:
             self._idle.append(connection)
-        return Response(answer.status, {name.lower(): value for name, value in answer.getheaders()}, body)
+        return Response(answer.status, _headers(answer), body)
+
+    def _head(self, request: Request) -> bytes:
+        lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head = (
+            f"{request.method} {self._address.path}{request.path} HTTP/1.1\r\n{self._address.head}{lines}"
+            f"Content-Length: {len(request.body)}\r\n\r\n"
+        )
+        return head.encode("latin-1")
+
+
+def _headers(answer: http.client.HTTPResponse) -> dict[str, str]:
+    return {name.lower(): value for name, value in answer.getheaders()}
 
 
 class Session(SessionFacts):
@@ -228,7 +273,7 @@ class Session(SessionFacts):
 
     def __init__(self, client: Client, calls: SessionCalls) -> None:
         self._client = client
-        self._calls = calls
+        self._opened = calls
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -269,6 +314,37 @@ class Session(SessionFacts):
         """Apply one time step for each item, and yield its outputs before the next item is asked for."""
         for values in inputs:
             yield self.step(values)
+
+    def rollout(
+        self,
+        steps: int,
+        *,
+        map: Map,
+        on: On = "fork",
+        inputs: ArrayLike | None = None,
+        outputs: ArrayLike | None = None,
+    ) -> Iterator[RolledStep]:
+        """Feed outputs back as inputs on the server, and yield each time step as it comes.
+
+        Args:
+            steps: Time steps to feed back.
+            map: How inputs are made of outputs: `identity`, `argmax`, or an object such as
+                `{"kind": "sample", "temperature": 0.8, "seed": 7}`, see docs/rollout.md; a dict of these for a model
+                with several inputs.
+            on: fork: on a copy of the state, and the session stays as it is. session: on the session, as a whole when
+                the last step was yielded; whoever stops earlier must `refresh`.
+            inputs: Given time steps that come first, (T, *shape). The last of them is yielded, too.
+            outputs: In place of `inputs`, outputs of the last time step; default: those that this session got, or that
+                the server has kept.
+
+        Raises:
+            MapInvalid: The map does not fit the model.
+            PositionError: The session is elsewhere by now.
+            InvalidInput, ServerError, ConnectionFailed: As for `step`.
+        """
+        with self._lock:
+            call = RolloutCall(self._calls, steps, map, on, inputs, outputs)
+        return self._client.roll_out(call)
 
     def refresh(self) -> int:
         """Ask the server for the session's position, and continue from there. Returns it."""

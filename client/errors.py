@@ -135,6 +135,12 @@ class InputOutOfRange(InvalidRequest):
     code = "input_out_of_range"
 
 
+class MapInvalid(InvalidRequest):
+    """The map of a rollout does not make the model's inputs of its outputs."""
+
+    code = "map_invalid"
+
+
 class SnapshotInvalid(InvalidRequest):
     """The snapshot is damaged, or of another model."""
 

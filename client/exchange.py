@@ -85,6 +85,10 @@ class Response:
             members = {**members, "retry_after": self.retry_after}
         return ServerError.of(code, detail, self.status, members)
 
+    def refusal(self) -> ServerError:
+        """`error` of a response that is none of those expected."""
+        return self.error() or self.foreign()
+
     def checked(self) -> "Response":
         """Raises ServerError."""
         if (error := self.error()) is not None:

@@ -2,9 +2,12 @@
 
 import base64
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack
+
+import numpy as np
 
 from unroll.client.errors import InvalidInput, SessionClosed, SessionExists, SessionGone, SessionUnknown
 from unroll.client.exchange import RAW, Exchange, Request, Response, json_request, model_path, session_path
@@ -37,6 +40,8 @@ class SessionCalls:
         model: The version that it runs on, for its whole life.
         position: Time steps that it has consumed, as far as this client knows.
         durability: memory, stored or client.
+        path: Of its routes.
+        sealed: The state, if this client holds it.
     """
 
     def __init__(self, catalogue: Catalogue, model: Model, info: Mapping[str, Any], sealed: bytes | None) -> None:
@@ -45,8 +50,9 @@ class SessionCalls:
         self.position: int = info["position"]
         self.durability: str = info["durability"]
         self._catalogue = catalogue
-        self._path = session_path(f"{model.name}:{model.version}", self.id)
-        self._sealed = sealed  # the state, if this client holds it
+        self.path = session_path(f"{model.name}:{model.version}", self.id)
+        self.sealed = sealed
+        self._last: Callable[[], list[np.ndarray]] | None = None  # the outputs of the last chunk, if they are known
 
     @classmethod
     def start(
@@ -121,16 +127,17 @@ class SessionCalls:
         """chunk: its time steps; None for a single step."""
         begin, steps = self.position if position is None else position, chunk or 1
         headers = {"Content-Type": RAW, "Unroll-Position": str(begin), "Unroll-Steps": str(steps)}
-        if self._sealed is not None:
-            headers["Unroll-Snapshot-Length"] = str(len(self._sealed))
-            content = self._sealed + content
-        response = yield Request("POST", f"{self._path}/steps", content, headers)
+        if self.sealed is not None:
+            headers["Unroll-Snapshot-Length"] = str(len(self.sealed))
+            content = self.sealed + content
+        response = yield Request("POST", f"{self.path}/steps", content, headers)
         body = memoryview(response.checked().body)
-        length = 0 if self._sealed is None else response.number("unroll-snapshot-length")
-        outputs = split_outputs(self.model, response, body[length:], steps)
+        length = 0 if self.sealed is None else response.number("unroll-snapshot-length")
+        self._last = partial(split_outputs, self.model, response, body[length:], steps)
+        outputs = self._last()
         self.position = response.number("unroll-position")
-        if self._sealed is not None:
-            self._sealed = bytes(body[:length])
+        if self.sealed is not None:
+            self.sealed = bytes(body[:length])
         if chunk is None:
             specs = self.model.outputs
             outputs = [array[0] if spec.time else array for spec, array in zip(specs, outputs, strict=True)]
@@ -138,17 +145,40 @@ class SessionCalls:
 
     def refresh(self) -> Exchange[int]:
         """Ask the server where the session is, and continue from there."""
-        if self._sealed is None:
-            response = yield Request("GET", self._path)
-            self.position = response.checked().json()["position"]
+        if self.sealed is None:
+            response = yield Request("GET", self.path)
+            self._move(response.checked().json()["position"])
         return self.position
+
+    def last_outputs(self) -> list[np.ndarray] | None:
+        """The outputs of the last time step, each (*shape), if they are known."""
+        if self._last is None:
+            return None
+        return [array[-1] if spec.time else array for spec, array in zip(self.model.outputs, self._last(), strict=True)]
+
+    def rolled_out(self, position: int, outputs: list[np.ndarray]) -> None:
+        """A rollout on the session has ended at the position; outputs: of its last time step, as of a chunk."""
+        self.position = position
+        self._last = lambda: outputs
+
+    def _move(self, position: int) -> None:
+        """The session is found elsewhere than where the last known outputs were."""
+        if position != self.position:
+            self._last = None
+        self.position = position
 
     def fork(self, session_id: str | None = None) -> Exchange[Self]:
         """A second session in the same state."""
-        if self._sealed is not None:
-            return (yield from self._reopen(session_id, _unsealed(self._sealed)))
+        last = self._last
+        forked = yield from self._forked(session_id)
+        forked._last = last
+        return forked
+
+    def _forked(self, session_id: str | None = None) -> Exchange[Self]:
+        if self.sealed is not None:
+            return (yield from self._reopen(session_id, _unsealed(self.sealed)))
         fork_id = session_id or secrets.token_urlsafe(16)
-        response = yield json_request("POST", f"{self._path}/fork", {"session_id": fork_id})
+        response = yield json_request("POST", f"{self.path}/fork", {"session_id": fork_id})
         error = response.error()
         if isinstance(error, SessionExists) and response.repeated and error.members.get("position") == self.position:
             return (yield from self.attach(self._catalogue, self.model.name, fork_id))
@@ -156,20 +186,20 @@ class SessionCalls:
 
     def snapshot(self) -> Exchange[bytes]:
         """The session's state and position, bound to its model."""
-        if self._sealed is not None:
-            return _unsealed(self._sealed)
-        response = yield Request("GET", f"{self._path}/state")
+        if self.sealed is not None:
+            return _unsealed(self.sealed)
+        response = yield Request("GET", f"{self.path}/state")
         return response.checked().body
 
     def rewind(self, snapshot: Snapshot) -> Exchange[int]:
         """Return to the state of a snapshot. Returns the position."""
         content = read_snapshot(snapshot)
-        if self._sealed is not None:
+        if self.sealed is not None:
             earlier = yield from self._reopen(self.id, content)
-            self._sealed, self.position = earlier._sealed, earlier.position
+            self.sealed, self.position, self._last = earlier.sealed, earlier.position, None
             return self.position
-        response = yield Request("PUT", f"{self._path}/state", content, _STATE)
-        self.position = response.checked().json()["position"]
+        response = yield Request("PUT", f"{self.path}/state", content, _STATE)
+        self.position, self._last = response.checked().json()["position"], None
         return self.position
 
     def _reopen(self, session_id: str | None, snapshot: bytes) -> Exchange[Self]:
@@ -179,8 +209,8 @@ class SessionCalls:
 
     def close(self) -> Exchange[None]:
         """End the session. One that is closed already is no error."""
-        if self._sealed is None:
-            response = yield Request("DELETE", self._path)
+        if self.sealed is None:
+            response = yield Request("DELETE", self.path)
             error = response.error()
             if isinstance(error, SessionClosed) or (
                 response.repeated and isinstance(error, SessionGone | SessionUnknown)
@@ -192,10 +222,20 @@ class SessionCalls:
 class SessionFacts:
     """What a session says of itself, in both clients."""
 
-    _calls: SessionCalls
+    _opened: SessionCalls | None = None
+
+    @property
+    def _calls(self) -> SessionCalls:
+        """Raises InvalidInput if the session is not open yet."""
+        if self._opened is None:
+            raise InvalidInput(
+                "the session is not open yet: write `session = await client.session(…)`, or "
+                "`async with client.session(…) as session`"
+            )
+        return self._opened
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_calls"):
+        if self._opened is None:
             return f"<{type(self).__name__}, not open>"
         return f"<{type(self).__name__} {self.id!r} of {self.model.name}:{self.model.version} at {self.position}>"
 

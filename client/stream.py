@@ -39,12 +39,23 @@ def final(error: Exception) -> ServerError | None:
         return BodyTooLarge("the steps of one session exceed the server's --max-body-bytes: send fewer at a time")
     if not isinstance(error, InvalidStatus):
         return None
-    answer = error.response
-    headers = {name.lower(): value for name, value in answer.headers.raw_items()}
-    response = Response(answer.status_code, headers, bytes(answer.body or b""))
+    response = _response(error)
     if response.may_succeed_later:
         return None
     return response.error() or ServerError(f"HTTP status {response.status} in place of a stream", "no_stream")
+
+
+def asked_to_wait(error: Exception) -> float | None:
+    """Seconds that the server has said with the refusal of a connection, or of sessions that were to be resumed."""
+    if isinstance(error, InvalidStatus):
+        return _response(error).retry_after
+    return error.retry_after if isinstance(error, Overloaded) else None
+
+
+def _response(error: InvalidStatus) -> Response:
+    answer = error.response
+    headers = {name.lower(): value for name, value in answer.headers.raw_items()}
+    return Response(answer.status_code, headers, bytes(answer.body or b""))
 
 
 class Stream:
@@ -183,7 +194,7 @@ class Stream:
                 self.disconnect()
                 if (refused := final(error)) is not None:
                     raise refused from error
-                if (pause := retries.pause()) is None:
+                if (pause := retries.pause(asked_to_wait(error))) is None:
                     raise ConnectionFailed(self._address.failed(error, retries.count)) from error
             time.sleep(pause)
 

@@ -136,6 +136,26 @@ class Model:
             return arrays[0]
         return {spec.name: array for spec, array in zip(self.outputs, arrays, strict=True)}
 
+    def named_inputs(self, arrays: Sequence[np.ndarray]) -> Arrays:
+        """One array, or a dict of several."""
+        return (
+            arrays[0] if len(self.inputs) == 1 else dict(zip([spec.name for spec in self.inputs], arrays, strict=True))
+        )
+
+    def given_outputs(self, values: ArrayLike) -> list[np.ndarray]:
+        """The outputs of a time step, which a caller gives as it got them. Raises InvalidInput."""
+        names = [spec.name for spec in self.outputs]
+        values = values if isinstance(values, Mapping) else {names[0]: values}
+        if values.keys() != set(names):
+            raise InvalidInput(f"outputs {sorted(map(str, values))} were given, and {self.name!r} has {names}")
+        arrays = [self._converted(spec, values[spec.name]) for spec in self.outputs]
+        for spec, array in zip(self.outputs, arrays, strict=True):
+            if array.shape != spec.shape:
+                raise InvalidInput(
+                    f"output {spec.name!r} has the shape {array.shape}, and {self.name!r} gives {spec.shape}"
+                )
+        return arrays
+
     def _by_name(self, values: ArrayLike) -> list[ArrayLike]:
         names = [spec.name for spec in self.inputs]
         if isinstance(values, Mapping):

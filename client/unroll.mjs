@@ -10,6 +10,8 @@
 
 const RAW = "application/octet-stream";
 const STEPS = 1, OUTPUTS = 2;
+// Close code of a stream that pages of this origin may not open.
+const FORBIDDEN = 4403;
 const HEADER_BYTES = 8, ENTRY_BYTES = 16;
 // Most entries and bytes of a frame.
 const MOST_ENTRIES = 2048, MOST_BYTES = 4 * 2 ** 20;
@@ -49,6 +51,9 @@ export class SomeFailed extends Error {
     Object.assign(this, { errors, outputs });
   }
 }
+
+// Something else than a server of ours has answered.
+const foreign = (status) => new ServerError({ code: "unexpected_answer", detail: "this is no answer of Unroll" }, status);
 
 // The pauses between the repetitions of one request, in milliseconds.
 class Retries {
@@ -183,6 +188,7 @@ export class Client {
     const json = body !== undefined && !(body instanceof Uint8Array);
     const options = {
       method,
+      redirect: "manual",
       body: json ? JSON.stringify(body) : body,
       headers: { ...this.headers, ...(json ? { "content-type": "application/json" } : {}), ...headers },
     };
@@ -190,10 +196,14 @@ export class Client {
       let failure, retryAfter;
       try {
         const answer = await this.fetch(this.url + path, { ...options, signal: AbortSignal.timeout(this.timeout) });
+        if (answer.type === "opaqueredirect" || (answer.status >= 300 && answer.status < 400)) {
+          const where = answer.headers.get("location") ?? "another URL";
+          throw new ServerError({ code: `http_${answer.status || 308}`, detail: `redirected to ${where}: use that URL` }, answer.status);
+        }
         const bytes = new Uint8Array(await answer.arrayBuffer());
         const document = answer.headers.get("content-type")?.includes("json") ? parse(bytes) : undefined;
         if (answer.ok && !document && answer.headers.get("content-type") !== RAW) {
-          throw new ServerError({ code: "unexpected_answer", detail: "this is no answer of Unroll" }, answer.status);
+          throw foreign(answer.status);
         }
         if (answer.ok) return { bytes, json: document, headers: answer.headers, repeated: retries.count > 0 };
         failure = new ServerError(document ?? { code: `http_${answer.status}` }, answer.status);
@@ -306,10 +316,11 @@ export class Session {
     if (this.sealed) headers["unroll-snapshot-length"] = this.sealed.length;
     const content = join(this.sealed ? [this.sealed, ...arrays] : arrays);
     const answer = await this.client.ask("POST", `${this.path}/steps`, content, headers);
-    const begin = this.sealed ? Number(answer.headers.get("unroll-snapshot-length")) : 0;
+    const begin = this.sealed ? number(answer, "unroll-snapshot-length") : 0;
+    const end = number(answer, "unroll-position");
     const outputs = named(splitOutputs(this.model, answer.bytes, begin, steps), this.model.outputs);
     if (this.sealed) this.sealed = answer.bytes.slice(0, begin);
-    this.position = Number(answer.headers.get("unroll-position"));
+    this.position = end;
     return outputs;
   }
 }
@@ -443,7 +454,7 @@ export class Stream {
       } catch (error) {
         if (!(error instanceof ConnectionFailed)) throw error;
         if (socket === undefined || (await this.socket?.catch(() => undefined)) === socket) this.disconnect();
-        if (!(await retries.pause())) throw error;
+        if (!(await retries.pause(error.retryAfter))) throw error;
       }
     }
   }
@@ -463,8 +474,11 @@ export class Stream {
       socket.onopen = () => (clearTimeout(late), resolve());
       socket.onerror = socket.onclose = () => (clearTimeout(late), failed());
     });
-    socket.onerror = socket.onclose = () => {
-      socket.broken = new ConnectionFailed(`the connection to ${this.url} broke`);
+    socket.onerror = socket.onclose = ({ code, reason }) => {
+      socket.broken =
+        code === FORBIDDEN
+          ? new ServerError({ code: "forbidden", detail: reason }, 403)
+          : new ConnectionFailed(`the connection to ${this.url} broke`);
       for (const reject of [...socket.waiting]) reject(socket.broken);
     };
     socket.onmessage = ({ data }) => this.receive(data);
@@ -484,7 +498,10 @@ export class Stream {
     const specs = living.map(({ handle, id }) => ({ handle, session_id: id, mode: "resume" }));
     const call = new ControlCall("open", specs);
     await this.send(socket, call);
-    if (call.again.size) throw new ConnectionFailed("the server asks to come again");
+    if (call.again.size) {
+      const asked = { retryAfter: call.retryAfter };
+      throw Object.assign(new ConnectionFailed("the server asks to come again"), asked);
+    }
     for (const [handle, { error }] of call.items) if (error) this.places.get(handle)?.lose(new ServerError(error));
   }
 
@@ -516,7 +533,8 @@ export class Stream {
     const place = this.places.get(message.handle);
     if ("position" in message) return place?.call?.fail(place, message);
     const [call, handles] = this.controls.shift() ?? [];
-    call?.receive(handles.map((handle) => ({ handle, error: message })));
+    if (call) return call.receive(handles.map((handle) => ({ handle, error: message })));
+    for (const each of this.places.values()) each.call?.fail(each, message); // about a frame, none of which was applied
   }
 
   receiveOutputs(buffer) {
@@ -816,12 +834,21 @@ function read(buffer, begin, spec, rows) {
 }
 
 function splitOutputs(model, bytes, begin, steps) {
+  const sizes = model.outputs.map((spec) => (spec.time ? steps : 1) * sizeOf(spec) * ARRAYS[spec.dtype].BYTES_PER_ELEMENT);
+  if (bytes.byteLength !== sizes.reduce((sum, size) => sum + size, begin)) throw foreign(200);
   const buffer = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
   return model.outputs.map((spec) => {
     const array = read(buffer, begin, spec, spec.time ? steps : 1);
     begin += array.byteLength;
     return array;
   });
+}
+
+// A header of an answer. Raises ServerError if it is missing.
+function number({ headers }, name) {
+  const value = headers.get(name);
+  if (!/^\d+$/.test(value)) throw foreign(200);
+  return Number(value);
 }
 
 // One array, or {output: array} of several.

@@ -45,7 +45,7 @@ class Node:
         self.slots = range(ALL_SLOTS * index // len(NODES), ALL_SLOTS * (index + 1) // len(NODES))
         self._client = Redis(HOST, self.port, retry=Retry(ConstantBackoff(0.02), 500))
 
-    def __call__(self, *words: str | int) -> Any:
+    def __call__(self, *words: str | int | bytes) -> Any:
         return self._client.execute_command(*words, NEVER_DECODE=True)
 
     @property

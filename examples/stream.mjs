@@ -20,7 +20,7 @@ export class Session {
     head.setUint32(12, steps, true);
     head.setBigUint64(16, BigInt(this.position), true);
     new Float32Array(frame, 24).set(values);
-    const reply = await this.exchange(frame);
+    const reply = await this.exchange(frame, this.position + steps);
     if (typeof reply === "string") throw new Error(reply);
     this.position = Number(new DataView(reply).getBigUint64(16, true));
     return new Float32Array(reply, 24);
@@ -32,10 +32,10 @@ export class Session {
   }
 
   // Send and wait for the reply; resend if the connection breaks: the position shows whether it was applied.
-  async exchange(message) {
+  async exchange(message, end) {
     for (;;) {
       if (this.socket?.readyState === WebSocket.OPEN) {
-        const reply = await this.ask(message);
+        const reply = await this.ask(message, end);
         if (reply !== null) return reply;
       } else {
         await this.connect();
@@ -57,13 +57,18 @@ export class Session {
     if (error) throw new Error(JSON.stringify(error));
   }
 
-  // The next message; null if the connection broke, for example after a server's closing message.
-  ask(message) {
-    return new Promise((resolve) => {
+  // The reply: outputs up to the position `end`, or text; null if the connection broke, as after a `closing` message.
+  ask(message, end) {
+    return new Promise((resolve, reject) => {
       this.socket.onmessage = ({ data }) => {
-        if (typeof data !== "string" || JSON.parse(data).op !== "closing") resolve(data);
+        const isReply =
+          typeof data === "string"
+            ? ["error", "opened", "closed"].includes(JSON.parse(data).op)
+            : Number(new DataView(data).getBigUint64(16, true)) === end;
+        if (isReply) resolve(data);
       };
-      this.socket.onerror = this.socket.onclose = () => resolve(null);
+      this.socket.onclose = ({ code }) => (code === 1009 ? reject(new Error("the message is too large")) : resolve(null));
+      this.socket.onerror = () => resolve(null);
       this.socket.send(message);
     });
   }

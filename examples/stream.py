@@ -28,7 +28,7 @@ class Session:
     def steps(self, values: np.ndarray) -> np.ndarray:
         """values: (steps, features). Returns (steps, outputs). Raises RuntimeError with the server's code."""
         frame = _FRAME.pack(1, 0, 0, 1, 0, len(values), self.position) + values.astype("<f4").tobytes()
-        reply = self._exchange(frame)
+        reply = self._exchange(frame, self.position + len(values))
         if isinstance(reply, str):
             raise RuntimeError(reply)
         *_, self.position = _FRAME.unpack_from(reply)
@@ -38,16 +38,18 @@ class Session:
         """End the session."""
         self._exchange(json.dumps({"op": "close", "handles": [0]}))
 
-    def _exchange(self, message: str | bytes) -> str | bytes:
+    def _exchange(self, message: str | bytes, end: int = 0) -> str | bytes:
         """Send and wait for the reply; resend if the connection breaks: the position shows whether it was applied."""
         while True:
             try:
                 self._socket = self._socket or self._connect()
                 self._socket.send(message)
-                while _is_farewell(reply := self._socket.recv()):
+                while not _is_reply(reply := self._socket.recv(), end):
                     pass
                 return reply
-            except ConnectionClosed:
+            except ConnectionClosed as closed:
+                if closed.rcvd is not None and closed.rcvd.code == 1009:  # the message is too large
+                    raise
                 self._socket = None
             except InvalidStatus as refused:
                 if refused.response.status_code != 503:
@@ -66,6 +68,8 @@ class Session:
         return socket
 
 
-def _is_farewell(message: str | bytes) -> bool:
-    """A server that shuts down sends it before it closes the connection."""
-    return isinstance(message, str) and json.loads(message)["op"] == "closing"
+def _is_reply(message: str | bytes, end: int) -> bool:
+    """Outputs up to this position, or a refusal; not the `closing` of a server that shuts down, for example."""
+    if isinstance(message, bytes):
+        return _FRAME.unpack_from(message)[-1] == end
+    return json.loads(message)["op"] in {"error", "closed"}

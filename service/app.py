@@ -17,10 +17,13 @@ from unroll import __version__
 from unroll.service.api import (
     absent_routes,
     admin_routes,
+    cross_origin,
     health_routes,
     native_routes,
     open_inference_routes,
+    page_routes,
     repository_routes,
+    rollout_routes,
     statistics_routes,
 )
 from unroll.service.api.answer_log import ERROR, LogAnswers
@@ -100,6 +103,7 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         settings.api_limits(),
         settings.default_durability,
         SnapshotKeys(keys) if keys else None,
+        settings.allowed_origins,
         shared_port,
         RequestLog(settings.log_requests),
     )
@@ -108,6 +112,10 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
         workers = WorkerMetrics(settings.host, ports)
     app = _fastapi(state, workers, lambda _: _lifespan(state, state_file, settings.store_timeout))
+    if settings.shows_page:
+        app.include_router(page_routes.router())
+    if settings.allowed_origins:
+        cross_origin.allow(app, settings.allowed_origins)
     if settings.admin:
         idle_timeout = settings.idle_timeout or None
         pages: dict[str, Pages] = {MEMORY: MemoryPages(sessions.directory, clock, idle_timeout)}
@@ -130,7 +138,7 @@ def _load(
     engine_threads = [(device, ThreadPoolExecutor(1, thread_name_prefix=f"engine {device}")) for device in devices]
     loader = ModelLoader(options, clock, engine_threads, store, spilled.take_in, sessions.is_verified)
     serve = {name: str(version) for name, version in settings.serve.items()}
-    repository = ModelRepository(settings.repository, models, loader, clock, crash, serve, strict=settings.strict)
+    repository = ModelRepository(settings.repository, models, loader, spilled.has, crash, serve, strict=settings.strict)
     repository.load_all()
     return repository, models, sessions
 
@@ -187,6 +195,7 @@ def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> F
     app.add_middleware(HeadAsGet)
     app.add_middleware(EncodedSlashes)
     app.include_router(native_routes.router(state))
+    app.include_router(rollout_routes.router(state))
     app.include_router(endpoint.router(state))
     app.include_router(statistics_routes.router(state))
     app.include_router(repository_routes.router(state))
@@ -234,6 +243,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         for model in native_routes.DOCUMENTED:
-            schemas.setdefault(model.__name__, model.model_json_schema())
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            for name, part in {model.__name__: schema, **schema.pop("$defs", {})}.items():
+                schemas.setdefault(name, part)
         app.openapi_schema = document
     return app.openapi_schema

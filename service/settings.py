@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -19,7 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, CliToggleFlag, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliDualFlag, CliToggleFlag, SettingsConfigDict, SettingsError
 
 from unroll.service.api.app_state import ApiLimits
 from unroll.service.engine.backend import Cells, EngineOptions, Precision
@@ -40,6 +41,8 @@ _PREFIX = "UNROLL_"
 _NO_SETTING = re.compile(
     r"UNROLL_(WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
 )
+#: As browsers send it: without a path, and in lower case.
+_ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 #: Settings whose values are secret, or may hold a password.
 _SECRET = frozenset({"snapshot_keys", "store"})
 
@@ -75,6 +78,17 @@ class Settings(BaseSettings):
         int | None,
         Field(ge=1, le=65535, description="first per-worker port: worker N also listens on this port + N - 1"),
     ] = None
+    page: Annotated[
+        CliDualFlag[bool],
+        Field(description="answer / with a page of the models; by default only on a loopback address"),
+    ] = True
+    allowed_origins: Annotated[
+        tuple[Annotated[str, Field(pattern=_ORIGIN)], ...],
+        Field(
+            description="origins of the other pages that may use this server from a browser, "
+            'such as ["https://app.example"], or ["*"] for all; to pages of its own origin it always answers'
+        ),
+    ] = ()
     device: Annotated[
         str, Field(description="cpu, cuda:N, a list such as cuda:0,cuda:1, or auto: a GPU if there is one")
     ] = "auto"
@@ -149,6 +163,9 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[PositiveInt, Field(description="maximum request body, in bytes")] = 16 * 2**20
     max_json_bytes: Annotated[PositiveInt, Field(description="maximum JSON in a request, in bytes")] = 2 * 2**20
     max_steps: Annotated[PositiveInt, Field(description="maximum time steps per request")] = 65_536
+    max_rollout_steps: Annotated[
+        PositiveInt, Field(description="maximum time steps per rollout whose inputs are fed back")
+    ] = 4096
     max_sequences: Annotated[PositiveInt, Field(description="maximum whole sequences per request")] = 1024
     drain_delay: Annotated[
         float, Field(ge=0, description="seconds between SIGTERM and the end of listening, for load balancers to notice")
@@ -269,8 +286,19 @@ class Settings(BaseSettings):
             return EmbeddedStoreConfig(folder, self.store_sync, *times)
         return RedisStoreConfig(self.store, *times, self.store_prefix)
 
+    @property
+    def shows_page(self) -> bool:
+        return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
+
     def api_limits(self) -> ApiLimits:
-        return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes)
+        return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes, self.max_rollout_steps)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def store_config_of(url: str, *flags: str) -> StoreConfig:

@@ -26,7 +26,7 @@ from bench import inputs
 from bench.load import Client, Load, Measurement
 from bench.reference import Reference
 from bench.servers import Server, ServerFailed, on_cores, running_server
-from bench.subjects import Subject, WrongAnswer, infer_steps, json_steps, raw_steps, stream_steps, unroll
+from bench.subjects import Launch, Subject, WrongAnswer, infer_steps, json_steps, raw_steps, stream_steps, unroll
 
 #: py-spy reads symbols before its first sample.
 _PY_SPY_STARTS_SECONDS = 3.0
@@ -118,7 +118,7 @@ def table(folded: Counter[tuple[str, str]], run: Run, functions: int = 0) -> str
 
 # ── the server under load ────────────────────────────────────────────────────────────────────────
 
-_SUBJECTS = {
+_SUBJECTS: dict[str, Callable[[Launch, Reference], Subject]] = {
     "raw": raw_steps,
     "json": json_steps,
     "infer": infer_steps,

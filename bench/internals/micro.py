@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -76,7 +77,8 @@ def measure(part: Part, seconds: float, now: Callable[[], float] = perf_counter)
     calls = 1
     while (took := min(_run(part.call, calls, now) for _ in range(3))) < _RUN_SECONDS:
         calls = calls * 2 if took <= 0 else max(calls + 1, min(calls * 10, round(calls * _RUN_SECONDS * 1.2 / took)))
-    started, runs = now(), []
+    started = now()
+    runs: list[float] = []
     while len(runs) < _LEAST_RUNS or now() - started < seconds:
         runs.append(_run(part.call, calls, now) / calls / part.steps * 1e9)
     return Figure(part.name, part.steps, min(runs), median(runs), len(runs))
@@ -101,8 +103,8 @@ def arena() -> Iterator[Part]:
             slots = np.random.default_rng(rows).permutation(4096)[:rows]
             out = np.empty((rows, size), np.float32)
             where = f"{rows} rows of {size * 4 // 1024} KiB"
-            yield Part(f"arena: gather {where}", rows, lambda a=arena, s=slots, o=out: a.gather(s, out=o))
-            yield Part(f"arena: scatter {where}", rows, lambda a=arena, s=slots, o=out: a.scatter(s, o))
+            yield Part(f"arena: gather {where}", rows, partial(arena.gather, slots, out=out))
+            yield Part(f"arena: scatter {where}", rows, partial(arena.scatter, slots, out))
 
 
 # ── protocol ─────────────────────────────────────────────────────────────────────────────────────
@@ -155,7 +157,7 @@ def protocol() -> Iterator[Part]:
     frames = FrameCodec((_SPEC_IN,), 65_536)
     for entries in (1, 64, 256):
         frame = steps_frame(entries)
-        yield Part(f"protocol: read frame of {entries}", entries, lambda f=frame: _read_frame(frames, f))
+        yield Part(f"protocol: read frame of {entries}", entries, partial(_read_frame, frames, frame))
     yield Part("protocol: write frame of 1", 1, lambda: encode_single(0, 1, 8, outputs))
     for entries in (64, 256):
         asked = pack_entries(range(entries), [1] * entries, [7] * entries)
@@ -163,7 +165,7 @@ def protocol() -> Iterator[Part]:
         yield Part(
             f"protocol: write frame of {entries}",
             entries,
-            lambda a=asked, p=positions, v=values: encode(with_positions(a, p), [v.data]),
+            partial(_write_frame, asked, positions, values),
         )
 
 
@@ -198,6 +200,10 @@ def _read_frame(codec: FrameCodec, content: bytes) -> None:
     frame = codec.decode_single(content) or codec.decode(content)
     if codec.fault(frame.inputs) if isinstance(frame, SingleEntryFrame) else codec.faults(frame):
         raise ValueError("the frame is sound")
+
+
+def _write_frame(asked: np.ndarray, positions: np.ndarray, values: np.ndarray) -> bytes:
+    return encode(with_positions(asked, positions), [values.data])
 
 
 # ── scheduler ────────────────────────────────────────────────────────────────────────────────────
@@ -282,11 +288,11 @@ def engine(found: Bundle) -> Iterator[Part]:
         yield Part(
             f"{about.name}: runner, {rows} rows",
             rows,
-            lambda i=by_name, s=state, n=lens: runner(i, s, n),
+            partial(runner, by_name, state, lens),
         )
         slots = [int(slot) for slot in np.random.default_rng(rows).permutation(4094)[:rows] + 2]
         batch = PlainRows(tuple(by_name.values()), [1] * rows, slots, slots)
-        yield Part(f"{about.name}: engine, {rows} rows", rows, lambda b=batch: engine.run(b))
+        yield Part(f"{about.name}: engine, {rows} rows", rows, partial(engine.run, batch))
 
 
 def parts(repository: Path) -> Iterator[Part]:

@@ -26,7 +26,9 @@ async def _websocket(receive: ASGIReceiveCallable, send: ASGISendCallable) -> No
     await receive()
     await send({"type": "websocket.accept", "subprotocol": None, "headers": []})
     while (message := await receive())["type"] == "websocket.receive":
-        await send({"type": "websocket.send", "bytes": message["bytes"], "text": None})
+        content = message["bytes"]
+        assert content is not None
+        await send({"type": "websocket.send", "bytes": content, "text": None})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The session is a tensor like x: parameters of requests in the same batch would o
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ class MLServer(Peer):
         return np.array(json.loads(body)["outputs"][0]["data"], np.float32)
 
 
-def _infer(model: str, x: np.ndarray, *others: dict[str, object]) -> bytes:
+def _infer(model: str, x: np.ndarray, *others: Mapping[str, object]) -> bytes:
     """x: (time, features)."""
     values = {"name": "x", "datatype": "FP32", "shape": [1, *x.shape], "data": x.ravel().tolist()}
     return post(f"/v2/models/{model}/infer", json.dumps({"inputs": [values, *others]}).encode(), JSON)

@@ -50,4 +50,4 @@ def app(settings: dict[str, Any]) -> Application:
         raise ValueError(
             "replicas without a shared store would each know only their own sessions: set store=redis://..."
         )
-    return Unroll.bind(settings)
+    return Unroll.bind(settings)  # type: ignore[attr-defined]  # the decorator adds it

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from unroll.export.errors import ExportError
-from unroll.export.loading.example_inputs import Example, InputSpec, token_example
+from unroll.export.loading.example_inputs import Example, example, token_example
+from unroll.export.loading.input_specs import InputSpec
 from unroll.models.checkpoint import CheckpointError
 from unroll.models.stacked_rnn import StackedRNN
 
@@ -24,4 +24,4 @@ def from_checkpoint(stem: str) -> tuple[nn.Module, Example]:
         raise ExportError("checkpoint", str(error)) from error
     if model.config.vocabulary is not None:
         return model, {"x": token_example(model.config.vocabulary)}
-    return model, {"x": InputSpec("x", torch.float32, (model.config.input_size or 1,)).example()}
+    return model, {"x": example(InputSpec("x", "float32", (model.config.input_size or 1,)))}

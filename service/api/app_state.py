@@ -1,5 +1,6 @@
 """What every route needs: models, sessions, limits, figures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,7 @@ class ApiLimits:
     request_timeout: float = 30.0
     max_body_bytes: int = 16 * 2**20
     max_json_bytes: int = 2 * 2**20
+    max_rollout_steps: int = 4096
 
 
 class Drainable(Protocol):
@@ -38,6 +40,7 @@ class AppState:
         limits: Of requests.
         durability: The default of new sessions.
         snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
+        allowed_origins: Of pages on other hosts that may open streams; `*`: all.
         shared_port: The port that other worker processes listen on, too; None: there is one process only.
         request_log: Of the requests that fail, or of all.
         requests: Figures by inference route.
@@ -54,6 +57,7 @@ class AppState:
     limits: ApiLimits
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
+    allowed_origins: Sequence[str] = ()
     shared_port: int | None = None
     request_log: RequestLog = field(default_factory=RequestLog)
     requests: dict[str, RequestFigures] = field(default_factory=dict)

@@ -92,6 +92,7 @@ class Tensor(BaseModel):
     dtype: str
     shape: list[int] = Field(description="of one time step")
     time: bool = Field(description="one value per time step; false: only the last")
+    limit: int | None = Field(None, description="values of an integer input are from 0 to limit - 1; null: any")
 
 
 class StaticTensor(BaseModel):
@@ -100,14 +101,30 @@ class StaticTensor(BaseModel):
     shape: list[int]
 
 
+class StateSlot(BaseModel):
+    """A piece of the state row, `row[offset : offset + size]`."""
+
+    module: str = Field(description="path of the module that it belongs to")
+    call: int = Field(description="which call of the module within one forward pass")
+    layer: int
+    direction: str = Field(description="forward or reverse")
+    kind: str = Field(description="h, c, carry, past, count or static")
+    offset: int
+    size: int
+
+
 class ModelInfo(BaseModel):
     name: str
     version: str
+    versions: list[str] = Field(description="that take new sessions, oldest first")
+    current_version: str | None = Field(description="the one that requests without a version get")
     digest: str
     inputs: list[Tensor]
     outputs: list[Tensor]
     static: list[StaticTensor] = Field(description="given once, when a session opens or a sequence begins")
     state_size: int = Field(description="float32 values in a session's state row")
+    state: list[StateSlot] = Field(description="what the values of the state row are")
+    bundle_bytes: int = Field(description="size of the bundle's files together")
     streamable: bool
     not_streamable_because: str | None
     bit_exact: bool = Field(description="chunking and batching do not change a bit on the CPU")
@@ -117,6 +134,7 @@ class ModelInfo(BaseModel):
     parity: dict[str, float] = Field(
         description="largest absolute difference from PyTorch in float64, by output and state_out, measured at load"
     )
+    tolerance: dict[str, float] = Field(description="the largest parity with which the bundle would be served")
     stability: float = Field(
         description="largest absolute difference of a row's results between batches of different sizes and rows, "
         "measured at load; 0: bit-identical"

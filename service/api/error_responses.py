@@ -16,6 +16,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.NonFiniteInput: 422,
     e.OutOfRange: 422,
     e.SnapshotInvalid: 422,
+    e.MapInvalid: 422,
     e.NotStreamable: 422,
     e.DurabilityUnavailable: 422,
     e.ModelUnknown: 404,

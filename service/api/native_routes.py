@@ -1,10 +1,11 @@
 """The native API, v1, as FastAPI routes. The transport answers most steps and sequences before they come here."""
 
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from unroll.service.api import inference_routes, session_operations
 from unroll.service.api.answer_log import ERROR
@@ -18,6 +19,7 @@ from unroll.service.api.bodies import (
     Sequences,
     SequencesReply,
     SessionInfo,
+    StateSlot,
     StaticTensor,
     Steps,
     StepsReply,
@@ -26,16 +28,17 @@ from unroll.service.api.bodies import (
 )
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
+from unroll.service.api.rollout import RolloutRequest
 from unroll.service.api.sealed_steps import base64_text
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 from unroll.service.models.served_model import ServedModel
 
-Body = TypeVar("Body", OpenSession, ForkSession)
+Body = TypeVar("Body", bound=BaseModel)
 
 _RAW_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route, for the OpenAPI document."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": _MEANING[status], "content": content, "model": Problem} for status in statuses}
@@ -49,7 +52,7 @@ _MEANING = {
     413: "body_too_large",
     415: "unsupported_media_type",
     422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid, "
-    "durability_unavailable or not_streamable; the state is unchanged",
+    "map_invalid, durability_unavailable or not_streamable; the state is unchanged",
     500: "engine_failed; the state is unchanged",
     503: "model_unavailable: its bundle is refused; or queue_full, deadline_unreachable, capacity_exhausted, "
     "version_unavailable, store_unavailable, session_contended or draining: retry after Retry-After seconds",
@@ -91,7 +94,7 @@ def _add_models(api: APIRouter, app: AppState) -> None:
     async def models() -> list[ModelInfo]:
         return [_describe(app, app.models.resolve(name)) for name in app.models.names() if app.models.has_current(name)]
 
-    @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=_problems(404, 503))
+    @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=problems(404, 503))
     async def model(model: str) -> ModelInfo:
         return _describe(app, app.models.resolve(*split_reference(model)))
 
@@ -106,7 +109,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sequences",
         summary="Whole sequences, each from the initial state",
         response_model=SequencesReply,
-        responses=_problems(400, 404, 413, 415, 422, 500, 503, 504),
+        responses=problems(400, 404, 413, 415, 422, 500, 503, 504),
         openapi_extra={**_bodies("Sequences"), "parameters": [_STEPS, _TIMEOUT]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
@@ -116,7 +119,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions/{session_id:segment}/steps",
         summary="The next T >= 1 time steps of a session",
         response_model=StepsReply,
-        responses=_problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
+        responses=problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
         openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _STEPS, _TIMEOUT]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
@@ -130,7 +133,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions",
         summary="Open a session; a raw body is a snapshot to begin from",
         status_code=201,
-        responses=_problems(400, 404, 409, 413, 415, 422, 503),
+        responses=problems(400, 404, 409, 413, 415, 422, 503),
         openapi_extra=_bodies("OpenSession"),
     )
     async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
@@ -138,7 +141,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         if request.media_type == RAW:
             body = OpenSession.model_construct(snapshot=request.body)
         else:
-            body = _body(OpenSession, request, limits.max_json_bytes)
+            body = parse_body(OpenSession, request, limits.max_json_bytes)
         start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)
         if body.durability == "client":
             described, sealed = session_operations.open_sealed(app, model, body.session_id, **start)
@@ -149,7 +152,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
     @api.get(
         "/models/{model}/sessions/{session_id:segment}",
         summary="A session and its position",
-        responses=_problems(404, 409, 410, 503),
+        responses=problems(404, 409, 410, 503),
     )
     async def session(model: str, session_id: str) -> SessionInfo:
         return _info(*await app.sessions.find(*split_reference(model), session_id))
@@ -157,7 +160,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
     @api.delete(
         "/models/{model}/sessions/{session_id:segment}",
         summary="Close a session; running steps finish, waiting steps fail",
-        responses=_problems(404, 409, 410, 503),
+        responses=problems(404, 409, 410, 503),
     )
     async def close(model: str, session_id: str) -> SessionInfo:
         return SessionInfo(**await session_operations.close_session(app, model, session_id))
@@ -166,13 +169,13 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions/{session_id:segment}/fork",
         summary="A second session that continues from the same state",
         status_code=201,
-        responses=_problems(400, 404, 409, 410, 413, 415, 503),
+        responses=problems(400, 404, 409, 410, 413, 415, 503),
         openapi_extra={
             "requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ForkSession"}}}}
         },
     )
     async def fork(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
-        body = _body(
+        body = parse_body(
             ForkSession, await read_request(http.scope, http.receive, limits.max_body_bytes), limits.max_json_bytes
         )
         return _info(*await session_operations.fork(app, model, session_id, body.session_id))
@@ -183,7 +186,7 @@ def _add_states(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions/{session_id:segment}/state",
         summary="A snapshot: versioned, bound to the model, checksummed",
         response_class=Response,
-        responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **_problems(404, 409, 410, 503)},
+        responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **problems(404, 409, 410, 503)},
     )
     async def save(model: str, session_id: str) -> Response:
         snapshot = await app.sessions.save(*split_reference(model), session_id)
@@ -193,7 +196,7 @@ def _add_states(api: APIRouter, app: AppState) -> None:
     @api.put(
         "/models/{model}/sessions/{session_id:segment}/state",
         summary="Return a session to the state of a snapshot",
-        responses=_problems(404, 409, 410, 413, 415, 422, 503),
+        responses=problems(404, 409, 410, 413, 415, 422, 503),
         openapi_extra=_bodies(None),
     )
     async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
@@ -204,10 +207,10 @@ def _add_states(api: APIRouter, app: AppState) -> None:
 
 
 #: Bodies that only the OpenAPI document refers to.
-DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, Problem)
+DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, RolloutRequest, Problem)
 
 
-def _body(kind: type[Body], request: Request, limit: int) -> Body:
+def parse_body(kind: type[Body], request: Request, limit: int) -> Body:
     """A JSON body, or the defaults if there is none."""
     if len(request.body) > limit:
         raise BodyTooLarge(f"the JSON body has {len(request.body)} bytes, and the limit is {limit}")
@@ -226,17 +229,21 @@ def _info(served: ServedModel, session: Any) -> SessionInfo:
 def _describe(app: AppState, served: ServedModel) -> ModelInfo:
     manifest = served.manifest
     tensors = [
-        [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time) for t in group]
+        [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time, limit=t.limit) for t in group]
         for group in (manifest.inputs, manifest.outputs)
     ]
     return ModelInfo(
         name=manifest.name,
         version=manifest.version,
+        versions=[model.version for model in app.models.available(served.name)],
+        current_version=app.models.current.get(served.name),
         digest=manifest.digest,
         inputs=tensors[0],
         outputs=tensors[1],
         static=[StaticTensor(name=s.name, dtype=s.dtype, shape=list(s.shape)) for s in manifest.static],
         state_size=manifest.state_size,
+        state=[StateSlot(**asdict(slot)) for slot in manifest.state],
+        bundle_bytes=served.bundle.nbytes,
         streamable=manifest.streamable,
         not_streamable_because=manifest.not_streamable_because,
         bit_exact=manifest.bit_exact,
@@ -244,6 +251,7 @@ def _describe(app: AppState, served: ServedModel) -> ModelInfo:
         provider=served.serving.provider,
         precision=served.serving.precision,
         parity=served.serving.parity,
+        tolerance={entry.output: entry.tolerance for entry in manifest.parity},
         stability=served.serving.stability,
         sessions=app.models.open_sessions(served.name, served.version),
     )

@@ -151,7 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_filters(action)
     action.add_argument("file", type=Path, metavar="FILE", help="must not exist")
     action = _add(actions, "import", _import, "read the sessions of a file of `export` or of --state-file")
-    action.add_argument("--replace", action="store_true", help="replace sessions that are open; else they stay")
+    action.add_argument(
+        "--replace",
+        action="store_true",
+        help="also sessions that are open, or have ended; else they stay so",
+    )
     action.add_argument("file", type=Path, metavar="FILE")
     return parser
 

@@ -1,8 +1,9 @@
 """Sessions from a store to a file, and back. The file is a state file, as in `state_file.py`."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from unroll.service.core.errors import SessionContended, SnapshotInvalid
 from unroll.service.sessions.selection import Selection, every
 from unroll.service.store import state_file
 from unroll.service.store.interface import Commit, Key, Store, Tokens
-from unroll.service.store.record import STORED, Record
+from unroll.service.store.record import STORED, Gone, Record
 
-IMPORTED, REPLACED, EXISTS = "imported", "replaced", "open, not imported"
+IMPORTED, REPLACED, EXISTS, ENDED = "imported", "replaced", "open, not imported", "ended, not imported"
 _AT_ONCE = 100
 #: Attempts to replace a session that servers change meanwhile.
 _ATTEMPTS = 8
@@ -56,6 +57,11 @@ async def export(store: Store, selection: Selection, path: Path) -> tuple[int, l
 async def import_file(store: Store, path: Path, *, replace: bool) -> AsyncIterator[tuple[Key, str]]:
     """Yield each session of a file, and what became of it. Its idle time begins anew.
 
+    Args:
+        store: Takes the sessions.
+        path: The file.
+        replace: Also import those that are open in the store, or that the store knows to have ended.
+
     Raises:
         SnapshotInvalid: The file is damaged; nothing was imported.
         OSError: It cannot be read.
@@ -64,6 +70,12 @@ async def import_file(store: Store, path: Path, *, replace: bool) -> AsyncIterat
     sessions, tokens = state_file.read(path), Tokens()
     for begin in range(0, len(sessions), _AT_ONCE):
         some = sessions[begin : begin + _AT_ONCE]
+        if not replace:
+            known = await asyncio.gather(*(_has_ended(store, key) for key, _, _ in some))
+            for (key, _, _), ended in zip(some, known, strict=True):
+                if ended:
+                    yield key, ENDED
+            some = [session for session, ended in zip(some, known, strict=True) if not ended]
         errors = await store.commit([_commit(key, b"", tokens.next(), record) for key, record, _ in some])
         for (key, record, _), error in zip(some, errors, strict=True):
             if error is None:
@@ -72,6 +84,12 @@ async def import_file(store: Store, path: Path, *, replace: bool) -> AsyncIterat
                 raise error
             else:
                 yield key, await _replace(store, key, record, tokens) if replace else EXISTS
+
+
+async def _has_ended(store: Store, key: Key) -> bool:
+    with suppress(SnapshotInvalid):  # one that is damaged counts as open
+        return isinstance(await store.load(key), Gone)
+    return False
 
 
 async def _replace(store: Store, key: Key, record: Record, tokens: Tokens) -> str:

@@ -60,6 +60,12 @@ class OutOfRange(InvalidRequest):
     code = "input_out_of_range"
 
 
+class MapInvalid(InvalidRequest):
+    """The map of a rollout does not make the model's inputs of its outputs."""
+
+    code = "map_invalid"
+
+
 class SnapshotInvalid(InvalidRequest):
     code = "snapshot_invalid"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import structlog
 
 from unroll.bundle import stated_digest
-from unroll.service.core.clock import Clock
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import POINTER, Contents, RepositoryError, read_contents
 from unroll.service.models.loading import ModelLoader, ModelRefused
@@ -27,7 +26,7 @@ class ModelRepository:
         path: The folder of bundles.
         versions: The index that it keeps up to date.
         loader: Loads a bundle.
-        clock: The clock of the sessions.
+        has_spilled: Whether sessions without a row are on the version with this digest.
         on_crash: Called when a model's loop ends with an error.
         serve: The version of a model that new sessions begin on, by name; stands above the model's own pointer.
         strict: Refuse to start with a bundle that cannot be served.
@@ -38,7 +37,7 @@ class ModelRepository:
         path: Path,
         versions: ModelVersions,
         loader: ModelLoader,
-        clock: Clock,
+        has_spilled: Callable[[str], bool],
         on_crash: Callable[[], None],
         serve: dict[str, str],
         *,
@@ -47,7 +46,7 @@ class ModelRepository:
         self.path = path
         self._versions = versions
         self._loader = loader
-        self._clock = clock
+        self._has_spilled = has_spilled
         self._on_crash = on_crash
         self._serve = serve
         self._strict = strict
@@ -187,8 +186,8 @@ class ModelRepository:
     async def _drop_retired(self) -> None:
         """Drop retired versions whose last session ended."""
         for model in [m for m in self._versions if m.retired]:
-            model.scheduler.sessions.expire(self._clock.now())
-            if not len(model.scheduler.sessions) and not model.scheduler.in_flight:
+            model.scheduler.sessions.expire(model.loop.clock.now())
+            if not len(model.scheduler.sessions) and not model.scheduler.in_flight and not self._awaits_spilled(model):
                 self._versions.remove(model)
                 self._versions.retired.add((model.name, model.manifest.digest))
                 for heir in self._versions.of(model.name)[:1]:
@@ -196,6 +195,11 @@ class ModelRepository:
                 await model.stop()
                 model.engine.close()
                 _log.info("model dropped", model=model.name, version=model.version)
+
+    def _awaits_spilled(self, model: ServedModel) -> bool:
+        """Whether sessions without a row would return to it, and to no other."""
+        digest = model.manifest.digest
+        return self._versions.with_digest(model.name, digest) is model and self._has_spilled(digest)
 
     def _start(self, model: ServedModel) -> None:
         model.start().add_done_callback(self.watch)

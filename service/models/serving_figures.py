@@ -45,6 +45,7 @@ class ServingFigures:
                 "unroll_session_capacity": scheduler.sessions.limits.capacity,
                 "unroll_chunks_in_flight": scheduler.in_flight,
                 "unroll_estimated_wait_seconds": scheduler.estimated_wait(),
+                "unroll_rollouts": len(scheduler.rollouts),
             },
             counters={
                 "unroll_steps": counters.steps,
@@ -56,6 +57,7 @@ class ServingFigures:
                 "unroll_sessions_opened": counters.opened,
                 "unroll_sessions_adopted": counters.adopted,
                 "unroll_sessions_restarted": counters.restarted,
+                "unroll_rollout_steps": counters.rollout_steps,
             },
             labelled={
                 ("unroll_failed", "code"): counters.failed,

@@ -5,6 +5,7 @@ or a value out of range is an error that names the tensor and the expected type,
 """
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -163,9 +164,11 @@ class Codec:
 
     def to_json(self, outputs: Tensors) -> object:
         """The value of `"outputs"`: the array, or `{name: array}` for a model with several outputs."""
-        if len(outputs) == 1:
-            return outputs[0]
-        return {spec.name: array for spec, array in zip(self.outputs, outputs, strict=True)}
+        return outputs[0] if len(outputs) == 1 else _named(self.outputs, outputs)
+
+    def inputs_to_json(self, inputs: Tensors) -> object:
+        """The value of `"inputs"`, likewise."""
+        return inputs[0] if len(inputs) == 1 else _named(self.inputs, inputs)
 
     def sequences_to_json(self, sequences: list[Tensors]) -> object:
         if len(self.outputs) == 1:
@@ -209,6 +212,10 @@ class Codec:
         if len(self.inputs) > 1:
             raise InvalidShape(f"'inputs' must name the model's inputs: {[spec.name for spec in self.inputs]}")
         return [value]
+
+
+def _named(specs: Sequence[TensorSpec], arrays: Tensors) -> dict[str, np.ndarray]:
+    return {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
 
 
 def all_finite(array: np.ndarray) -> bool:

@@ -34,14 +34,17 @@ class Chunk(Work):
     state_row: (state_size,), the state a stateless sequence begins with, None for the initial state; afterwards the
     state it led to.
     deadline: when it must have begun. done: steps that have run, of a chunk that runs in pieces. pieces: their outputs.
-    workspace: the arena row of its state between pieces. running: a batch has it now, or the store. abandoned: the
-    error it fails with unless that completes it. listeners: called with the outcome; they must not raise.
+    keeps_workspace: it needs an arena row of its own from its first batch on, because it brings its state or runs in
+    pieces among short chunks. workspace: the arena row of its state between pieces. running: a batch has it now, or the
+    store. abandoned: the error it fails with unless that completes it. listeners: called with the outcome; they must
+    not raise.
     """
 
     # Defaults stay in the class, because a chunk is created for every request and most never change them.
     deadline = math.inf
     opening: Opening | None = None
     done = 0
+    keeps_workspace = False
     workspace: int | None = None
     state_row: np.ndarray | None = None
     pieces: list[Tensors] | None = None
@@ -72,6 +75,11 @@ class Chunk(Work):
             self.opening = opening
         if state_row is not None:
             self.state_row = state_row
+            self.keeps_workspace = True
+
+    def prepare_next(self) -> UnrollError | None:
+        """A piece of the chunk has run, and more are to come. Returns the error that ends it instead."""
+        return None
 
     def answer(self, outcome: Outcome) -> None:
         self.outcome = outcome

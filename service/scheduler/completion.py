@@ -84,7 +84,7 @@ class Completion:
             assert progress is not None  # what has work is in no cohort
             progress.position = reply.position
             session.source = session.slot
-            if session.applied is not None or chunk.length > 1 or chunk.final:
+            if session.applied is not None or len(chunk.inputs[0]) > 1 or chunk.final:
                 reply.kept = self._replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         self._answer(chunk, reply, now)
         if chunk.final and session is not None and session.life is OPEN:
@@ -159,10 +159,11 @@ class Completion:
                 self._answer(chunk, gap, now)
 
     def _continue(self, chunk: Chunk, now: float) -> None:
-        """Let a long chunk wait for its next piece."""
+        """Let a chunk that runs in pieces wait for its next one."""
+        error = chunk.abandoned or chunk.prepare_next()
         self._admission.waiting_steps += self._lanes.next_steps(chunk)
-        if chunk.abandoned is not None:
-            self.fail(chunk, chunk.abandoned, now)
+        if error is not None:
+            self.fail(chunk, error, now)
         else:
             self._lanes.put(chunk, now)
 

@@ -7,7 +7,10 @@ from unroll.service.core.errors import SessionGone, UnrollError
 
 @dataclass(slots=True)
 class Counters:
-    """failed: chunks, by the code of their error. gone: sessions, by the error code of the cause."""
+    """failed: chunks, by the code of their error. gone: sessions, by the error code of the cause.
+
+    rollout_steps: steps of rollouts that ran, also of those that were cancelled.
+    """
 
     steps: int = 0
     chunks: int = 0
@@ -18,6 +21,7 @@ class Counters:
     opened: int = 0
     adopted: int = 0
     restarted: int = 0
+    rollout_steps: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     gone: dict[str, int] = field(default_factory=dict)
 

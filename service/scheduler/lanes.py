@@ -15,6 +15,7 @@ from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.batch import Batch, Indices
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
+from unroll.service.scheduler.rollout import Rollout
 from unroll.service.state.slots import INITIAL, SCRATCH, Slots
 
 #: The lane of the chunks that run in pieces.
@@ -70,6 +71,8 @@ class Lanes:
 
     def next_steps(self, work: Chunk | Group) -> int:
         """Steps of each row that run next, about."""
+        if isinstance(work, Rollout):
+            return min(work.steps_ready, self._longest)
         if work.length <= self._longest or isinstance(work, Group):
             return work.length
         return min(work.length - work.done, self._longest)
@@ -78,7 +81,7 @@ class Lanes:
         self._order += 1
         work.ready_at = now
         work.order = self._order
-        length = self._length_class(work.length)
+        length = self._length_class(self.next_steps(work) if isinstance(work, Rollout) else work.length)
         lane = self._lanes.get(length)
         if lane is None:
             lane = self._lanes[length] = deque()
@@ -124,22 +127,27 @@ class Lanes:
             if isinstance(work, Group):
                 block = tuple([array.reshape(-1, *array.shape[2:]) for array in work.inputs])
                 batch.add(work, block, work.length, *_rows_of(work))
+            elif isinstance(work, Rollout):
+                steps = self.next_steps(work)
+                _add_piece(batch, work, work.take_inputs(steps), steps)
             else:
                 work.running = True
                 _add(batch, work, work.inputs, work.length, *_begin_and_end(work))
         return batch
 
     def _has_room(self, work: Chunk | Group, batch: Batch) -> bool:
-        """Give a chunk that brings its state an arena row; without a free one, it waits for one."""
-        if isinstance(work, Group) or work.state_row is None:
+        """Give a chunk that needs one an arena row, with the state that it brings; without a free one, it waits."""
+        if isinstance(work, Group) or not work.keeps_workspace:
             return True
         if work.workspace is None:
             work.workspace = self._workspaces.take()
             if work.workspace is None:
                 self._starved.append(work)
                 return False
-            batch.uploads.append((work.workspace, work.state_row))
-        batch.readback.append(work)
+            if work.state_row is not None:
+                batch.uploads.append((work.workspace, work.state_row))
+        if not isinstance(work, Rollout):
+            batch.readback.append(work)
         return True
 
     def _fill_long(self, now: float) -> Batch:
@@ -162,7 +170,8 @@ class Lanes:
             remaining = min(chunk.length - chunk.done for chunk in chunks)
             steps = min(self._pace.piece(len(chunks), now), remaining)
             for chunk in chunks:
-                _add_piece(batch, chunk, steps)
+                end = chunk.done + steps
+                _add_piece(batch, chunk, tuple([array[chunk.done : end] for array in chunk.inputs]), steps)
         return batch
 
     def _feed_starved(self, now: float) -> None:
@@ -181,7 +190,7 @@ class Lanes:
                 self._starved.append(chunk)
 
 
-def _add_piece(batch: Batch, chunk: Chunk, steps: int) -> None:
+def _add_piece(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int) -> None:
     """The next `steps` steps of a chunk that has a workspace."""
     assert chunk.workspace is not None
     chunk.running = True
@@ -190,7 +199,7 @@ def _add_piece(batch: Batch, chunk: Chunk, steps: int) -> None:
     source = chunk.workspace if chunk.done else begin
     if end < chunk.length:
         target = chunk.workspace
-    _add(batch, chunk, tuple([array[chunk.done : end] for array in chunk.inputs]), steps, source, target)
+    _add(batch, chunk, inputs, steps, source, target)
 
 
 def _add(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int, source: int, target: int) -> None:

@@ -134,6 +134,12 @@ class ReplayCache:
         reply = Reply(self._steps.outputs(session.slot), session.position)
         return (AppliedChunk(session.position - 1, payload_digest(self._steps.inputs(session.slot)), reply),)
 
+    def last_outputs(self, session: Session) -> Tensors | None:
+        """A copy of the outputs of the session's last chunk; None if they are not kept."""
+        applied = self.applied_chunks(session)
+        reply = applied[-1].reply if applied else None
+        return reply.copy().outputs if reply is not None and reply.position == session.position else None
+
     def _reply_to(self, session: Session, chunk: Chunk) -> Reply | None:
         position = chunk.start
         if session.applied is None:
@@ -226,6 +232,8 @@ def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
 
 
 def _same(one: Tensors, other: Tensors) -> bool:
+    if len(one) != len(other):  # one of them is a rollout
+        return False
     return all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
 
 

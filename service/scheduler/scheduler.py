@@ -41,6 +41,7 @@ from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import Reply, payload_digest
+from unroll.service.scheduler.rollout import Rollouts
 from unroll.service.scheduler.session import Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
@@ -71,6 +72,7 @@ class Scheduler:
         self._is_verified = is_verified
         self.limits = limits
         self.counters = Counters()
+        self.rollouts = Rollouts(limits, self.counters)
         #: Arena rows of chunks that run in pieces, after those of the sessions.
         self.workspaces = Slots(limits.max_batch, first=FIRST + sessions.capacity)
         self.replay = ReplayCache(traits, self.rows, sessions.reply_bytes)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TypeVar
 
 from unroll.service.core.errors import ModelChanged, UnrollError
+from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.directory import SessionDirectory
@@ -127,6 +128,22 @@ class MemorySessions:
 
         def begin() -> Awaitable[Snapshot]:
             return self._read(*self.directory.find(name, version, session_id))
+
+        return await (await self.verified(name, session_id, begin))
+
+    async def copy(
+        self, name: str, version: str | None, session_id: str
+    ) -> tuple[ServedModel, Snapshot, Tensors | None]:
+        """The state after the work accepted so far, and the outputs of the last chunk, if they are kept."""
+
+        def begin() -> Awaitable[tuple[ServedModel, Snapshot, Tensors | None]]:
+            served, session = self.directory.find(name, version, session_id)
+
+            def read(session: Session) -> tuple[ServedModel, Snapshot, Tensors | None]:
+                snapshot = Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))
+                return served, snapshot, served.scheduler.replay.last_outputs(session)
+
+            return served.loop.act(session, read)
 
         return await (await self.verified(name, session_id, begin))
 

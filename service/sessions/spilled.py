@@ -58,6 +58,11 @@ class SpilledSessions:
         yield from self._spill
         yield from ((key, record, used) for key, (record, used) in self._parking.items())
 
+    def has(self, digest: str) -> bool:
+        """Whether a session is on the version with this digest."""
+        self.expire()
+        return any(record.origin.model == digest for _, record, _ in self)
+
     # ── out of the arena and back ────────────────────────────────────────────────────────────────
 
     def take_in(self, model: ServedModel, session: Session) -> bool:

@@ -9,7 +9,6 @@ its next transaction: in order, each for itself.
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import lmdb
 import structlog
 
 from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
+from unroll.service.store.daemon_thread import DaemonThread
 from unroll.service.store.embedded_entry import (
     CLOCK,
     CLOSED,
@@ -45,6 +45,8 @@ _log = structlog.get_logger(__name__)
 
 #: Seconds between syncs, and between looks at old entries; entries per look.
 _PERIOD, _SWEPT = 1.0, 2000
+#: Seconds for which the end of a server waits for the thread, which waits for the other processes.
+_PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class EmbeddedStore:
         self._config = config
         self._folder = LmdbFolder(config.folder, config.sync)
         self._offset = self._folder.write(agreed_offset)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._thread = DaemonThread("store")
         self._tokens = Tokens()
         # One transaction at a time. A late one cannot be cancelled: another process may have stopped within its own.
         self._exchanges = Exchanges(self._transact, (lmdb.Error, OSError), config.timeout, most=1, cancels=False)
@@ -96,9 +98,15 @@ class EmbeddedStore:
         if self._maintenance is not None:
             self._maintenance.cancel()
             await asyncio.wait([self._maintenance])
-        await self._exchanges.finish()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._folder.close)
-        self._thread.shutdown()
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await self._exchanges.finish()
+                await self._thread.call(bool)  # its turn has come
+        except TimeoutError:
+            _log.error("store not closed", store=str(self._config.folder), reason="another process has it")
+            return
+        await self._thread.call(self._folder.close)
+        self._thread.end()
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         calls = [_Call(partial(self._commit, commit), "ends" if commit.ends else "writes") for commit in commits]
@@ -126,7 +134,7 @@ class EmbeddedStore:
     # ── the thread ───────────────────────────────────────────────────────────────────────────────
 
     async def _transact(self, calls: list[_Call]) -> list[Any]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, calls)
+        return await self._thread.call(partial(self._run, calls))
 
     def _run(self, calls: list[_Call]) -> list[Any]:
         """In the thread: all calls in one transaction; while the disk is full, only those that end sessions."""
@@ -150,11 +158,16 @@ class EmbeddedStore:
         return self._folder.write(work)
 
     async def _maintain(self) -> None:
+        failed = False
         while True:
             await asyncio.sleep(_PERIOD)
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._look_after)
+                await self._thread.call(self._look_after)
+                if failed:  # what else failed is noted by the next exchange
+                    self._exchanges.note(None)
+                failed = False
             except Exception as reason:  # noqa: BLE001 without it nothing would be synced any more
+                failed = True
                 if not isinstance(reason, (lmdb.Error, OSError)):
                     _log.error("unexpected error of the store", exc_info=reason)
                 self._exchanges.note(reason)

@@ -13,7 +13,12 @@ from redis.asyncio import Connection, Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
+from redis.asyncio.sentinel import (
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 from redis.backoff import NoBackoff
 from redis.connection import HiredisRespSerializer
 from redis.exceptions import (
@@ -42,14 +47,16 @@ SCHEMES = {
     "redis+cluster": "redis",
     "rediss+cluster": "rediss",
     "redis+sentinel": "redis",
+    "rediss+sentinel": "rediss",
 }
 #: What redis-py raises without a reply.
 FAILURES = (RedisError, RedisClusterException, OSError)
-_SENTINEL = "redis+sentinel"
 _SENTINEL_PORT = 26379
 #: Options that name files.
 _FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
+#: Of a Redis that is about to get the password that this server has, as in an upgrade of the Helm chart.
+_NO_PASSWORD_YET = "called without any password"
 _RIGHTS = "its user needs EVALSHA, EVAL, SET, GET, GETRANGE, DEL, PTTL and PEXPIRE on the keys of --store-prefix"
 #: Errors that no waiting heals, with what to do. By class, or by words of the message.
 _REFUSALS: tuple[tuple[type[Exception] | str, str], ...] = (
@@ -87,7 +94,8 @@ def connect(url: str, timeout: float) -> Any:
     """A client; it connects when it is used.
 
     Args:
-        url: See `SCHEMES`; of Sentinels `redis+sentinel://[user:password@]host:port,host:port/service[/db]`.
+        url: See `SCHEMES`; of Sentinels `redis+sentinel://[user:password@]host:port,host:port/service[/db]`, or
+            `rediss+sentinel://...` for TLS to the Sentinels and to the servers that they name.
         timeout: Seconds for a new connection.
 
     Raises:
@@ -100,8 +108,8 @@ def connect(url: str, timeout: float) -> Any:
     scheme, _, rest = url.partition("://")
     try:
         _check_files(url)
-        if scheme == _SENTINEL:
-            client = _at_sentinels(rest, timeout, options)
+        if scheme.endswith("+sentinel"):
+            client = _at_sentinels(SCHEMES[scheme], rest, timeout, options)
         elif scheme.endswith("+cluster"):
             return RedisCluster.from_url(f"{SCHEMES[scheme]}://{rest}", **options)
         else:
@@ -139,6 +147,8 @@ def refusal(client: Any, reason: BaseException) -> str | None:
     if isinstance(client, RedisCluster) and isinstance(reason, MovedError):
         return None  # it is moving its slots
     for error in _causes(reason):
+        if _NO_PASSWORD_YET in str(error):
+            return None
         for kind, remedy in _REFUSALS:
             if kind in str(error) if isinstance(kind, str) else isinstance(error, kind):
                 return f"{str(error).rstrip('.')}; {remedy}"
@@ -163,26 +173,29 @@ def _check_database(url: str, scheme: str) -> None:
         raise ValueError("the path is the number of a database; write / in a password as %2F")
 
 
-def _at_sentinels(rest: str, timeout: float, options: dict[str, Any]) -> Redis:
+def _at_sentinels(scheme: str, rest: str, timeout: float, options: dict[str, Any]) -> Redis:
     """A client of the primary that they name; they are asked for each new connection."""
     authority, _, path = rest.partition("?")[0].partition("/")
     user, at, hosts = authority.rpartition("@")
     service, _, database = path.strip("/").partition("/")
     if not service:
-        raise ValueError("write redis+sentinel://host:port,host:port/SERVICE")
+        raise ValueError(f"write {scheme}+sentinel://host:port,host:port/SERVICE")
     sentinels = [_address(host) for host in hosts.split(",")]
-    redis_url = f"redis://{user}{at}host/{database}?{rest.partition('?')[2]}"
-    _check_database(redis_url, "redis")
+    redis_url = f"{scheme}://{user}{at}host/{database}?{rest.partition('?')[2]}"
+    _check_database(redis_url, scheme)
     own: dict[str, Any] = dict(parse_url(redis_url))
     del own["host"]
+    over_tls = own.pop("connection_class", None) is not None
     # Each gets a part of the time, so that the last is still asked if the others are silent.
     share = timeout / (len(sentinels) + 1)
-    asking = {"socket_connect_timeout": share, "socket_timeout": share, "retry": Retry(NoBackoff(), 0)}
+    asking = {"socket_connect_timeout": share, "socket_timeout": share, "retry": Retry(NoBackoff(), 0), "ssl": over_tls}
+    asking |= {name: value for name, value in own.items() if name.startswith("ssl_")}
     for name in ("username", "password"):
         if (value := own.pop(f"sentinel_{name}", None)) is not None:
             asking[name] = value
     manager = Sentinel(sentinels, sentinel_kwargs=asking)
-    return manager.master_for(service, connection_class=_SentinelConnection, **options, **own)
+    kind = SentinelManagedSSLConnection if over_tls else _SentinelConnection
+    return manager.master_for(service, connection_class=kind, **options, **own)
 
 
 def _address(host: str) -> tuple[str, int]:

@@ -84,6 +84,8 @@ HELP = {
     "unroll_session_capacity": "Sessions that fit at once.",
     "unroll_chunks_in_flight": "Requests accepted and not yet answered.",
     "unroll_estimated_wait_seconds": "Time until work accepted now would begin.",
+    "unroll_rollouts": "Rollouts under way.",
+    "unroll_rollout_steps": "Time steps run by rollouts, also by those that were cancelled.",
     "unroll_steps": "Time steps applied.",
     "unroll_chunks": "Requests applied.",
     "unroll_batches": "Calls of the model.",

@@ -44,7 +44,7 @@ from unroll.service.transport.head import (
 
 def http_protocol(app: AppState) -> type[HttpToolsProtocol]:
     """The protocol class for `uvicorn.Config(http=...)`."""
-    return type("HttpProtocol", (HttpProtocol,), {"unroll": app})
+    return type("HttpProtocol", (CrossOriginProtocol if app.allowed_origins else HttpProtocol,), {"unroll": app})
 
 
 class Exchange(Request):
@@ -376,6 +376,13 @@ class HttpProtocol(HttpToolsProtocol):
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         self._exchange.cancel()
+
+
+class CrossOriginProtocol(HttpProtocol):
+    """Leaves what pages send to the application, which tells their browsers whether they may read the answer."""
+
+    def _find_route(self) -> Route | None:
+        return None if any(name == b"origin" for name, _ in self.headers) else super()._find_route()
 
 
 _NO_HEADERS: Headers = {}

@@ -44,11 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in COMMANDS:
         module, _ = COMMANDS[argv[0]]
         try:
-            command = import_module(f"unroll.{module}").main
+            return import_module(f"unroll.{module}").main(argv[1:])
         except ImportError as error:
             print(f"unroll {argv[0]}: {_remedy(error)}; `unroll doctor` checks the installation", file=sys.stderr)
             return 1
-        return command(argv[1:])
     if argv == ["--version"]:
         print(f"unroll {__version__}")
         return 0

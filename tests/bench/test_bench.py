@@ -17,6 +17,7 @@ from bench.subjects import infer_request
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_quick_run_has_figures_and_no_errors(models: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     words = f"-m bench --quick --peers none --only websocket,start --models {models} --json {file}"

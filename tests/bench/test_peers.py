@@ -26,6 +26,7 @@ CLIENTS, STEPS, LENGTH = 3, 5, 128
 TOLERANCE = 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
 def test_peer_is_correct_and_leaves_no_process(peer: Peer, models: Path, tmp_path: Path) -> None:
     paths = {name: models / name / "1" / "model.onnx" for name in MODELS}

@@ -1,6 +1,8 @@
 """A server for all tests of the client, and both clients behind one interface."""
 
 import asyncio
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from blocking import Blocking
 from serving import Oracle, Running
 from torch import Tensor, nn
+from waiting import PATIENCE
 
 import unroll
 from unroll.client import AsyncClient, Client
@@ -73,6 +76,20 @@ def make_client(request: pytest.FixtureRequest) -> Iterator[MakeClient]:
 @pytest.fixture
 def client(make_client: MakeClient, server: Running) -> Any:
     return make_client(server.url)
+
+
+@pytest.fixture(scope="session")
+def node() -> list[str]:
+    """The command of a Node with WebSockets."""
+    command = shutil.which("node")
+    if command is None:
+        pytest.skip("node is not installed")
+    flags = ["--no-warnings", "--experimental-websocket"]
+    probe = [command, *flags, "-e", "new WebSocket"]
+    found = subprocess.run(probe, capture_output=True, text=True, timeout=PATIENCE).stderr
+    if "ReferenceError" in found or "bad option" in found:
+        pytest.skip("this node has no WebSocket")
+    return [command, *flags]
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -32,21 +31,14 @@ def given() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def play(given: dict[str, np.ndarray]) -> Play:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed")
-    flags = ["--experimental-websocket"]
-    probe = subprocess.run([node, *flags, "-e", "new WebSocket"], capture_output=True, text=True, timeout=PATIENCE)
-    if "ReferenceError" in probe.stderr or "bad option" in probe.stderr:
-        pytest.skip("this node has no WebSocket")
+def play(given: dict[str, np.ndarray], node: list[str]) -> Play:
     values: dict[str, object] = {name: array.tolist() for name, array in given.items()}
     values["voice"] = {"x": values["voice"], "static": STATIC}
 
     def run(url: str, *only: str, retry_for: int = 60_000) -> Any:
         arguments = json.dumps({**values, "retryFor": retry_for, "only": only})
         ran = subprocess.run(
-            [node, *flags, "--no-warnings", Path(__file__).with_name("scenario.mjs"), MODULE, url, arguments],
+            [*node, Path(__file__).with_name("scenario.mjs"), MODULE, url, arguments],
             capture_output=True,
             text=True,
             timeout=PATIENCE,

@@ -167,6 +167,30 @@ def test_a_cancelled_step_is_not_taken_for_the_next(server: Running, oracle: Ora
     asyncio.run(run())
 
 
+def test_a_cancelled_step_leaves_the_others_their_connection(
+    server: Running, oracle: Oracles, rng: np.random.Generator
+) -> None:
+    """Also without retries: the other tasks' steps, sent on the same connection, get their outputs."""
+    x = rng.standard_normal((2, 3)).astype(np.float32)
+    right = oracle("lstm")(x)
+
+    async def run() -> None:
+        async with AsyncClient(server.url, retry_for=0) as client, client.stream("lstm") as stream:
+            one, other = await stream.open(2)
+            with server.holding("lstm") as held:
+                cancelled, task = asyncio.create_task(one.step(x[0])), asyncio.create_task(other.step(x[0]))
+                await asyncio.to_thread(held.reached.wait)
+                cancelled.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await cancelled
+                following = asyncio.create_task(one.step(x[0]))
+            assert np.array_equal(await task, right[0])
+            assert np.array_equal(await following, right[0])
+            assert np.array_equal(await other.step(x[1]), right[1])
+
+    asyncio.run(run())
+
+
 def test_a_stream_is_for_whom_opened_it(server: Running) -> None:
     with Client(server.url) as client, client.stream("lstm") as stream:
         (session,) = stream.open()

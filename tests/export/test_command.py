@@ -1,5 +1,6 @@
 """The command line: what it leaves on disk, what it prints, and its exit code."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from waiting import PATIENCE
 
 from unroll import bundle, cli
-from unroll.export.loading.example_inputs import InputSpec, examples
+from unroll.export.loading.example_inputs import examples
+from unroll.export.loading.input_specs import InputSpec
 from unroll.export.loading.user_code import from_factory, importable
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
@@ -160,6 +163,13 @@ def test_a_fault_of_export_says_so(folder: Path, capsys, monkeypatch: pytest.Mon
 def test_help(capsys) -> None:
     assert run("--help") == 0
     assert "MODULE:FACTORY" in capsys.readouterr().out
+
+
+def test_wrong_arguments_do_not_wait_for_torch() -> None:
+    arguments = "['export', 'net:Net', '--input', 'x:float16:3', '--repository', 'out']"
+    source = f"import sys; from unroll import cli; print(cli.main({arguments}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout == "2 False\n"
 
 
 def test_a_factory_may_be_the_module_itself(folder: Path) -> None:

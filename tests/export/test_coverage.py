@@ -37,7 +37,10 @@ class Handwritten(nn.Module):
         return torch.stack(outs, 1)
 
 
-@pytest.mark.parametrize(("limit", "node", "kinds"), [(None, "LSTM", ["h", "c"]), (50.0, "Scan", ["carry", "carry"])])
+@pytest.mark.parametrize(
+    ("limit", "node", "kinds"),
+    [(None, "LSTM", ["h", "c"]), pytest.param(50.0, "Scan", ["carry", "carry"], marks=pytest.mark.long)],
+)
 def test_a_cell_is_recognised_by_its_numbers(tmp_path: Path, limit, node: str, kinds: list[str]) -> None:
     report = export(Handwritten(limit), {"x": torch.randn(2, 6, 4)}, name="m", repository=tmp_path)
     nodes = Counter(each.op_type for each in onnx.load(report.path / "model.onnx").graph.node)
@@ -123,7 +126,7 @@ class Rarely(nn.Module):
         return self.rnn(x, h)[0]
 
 
-@pytest.mark.parametrize("which", ["count", "past", "has begun"])
+@pytest.mark.parametrize("which", [pytest.param("count", marks=pytest.mark.long), "past", "has begun"])
 def test_what_makes_a_difference_late_or_seldom_is_kept(tmp_path: Path, which: str) -> None:
     manifest = export(Rarely(which), {"token": torch.randint(0, 500, (2, 9))}, name="m", repository=tmp_path).manifest
     assert manifest.streamable
@@ -163,7 +166,7 @@ def test_a_program_of_torch_export(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "can run code" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.long)])
 def test_models_of_other_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     report = export(Net().to(dtype), {"x": torch.randn(2, 7, 4, dtype=dtype)}, name="m", repository=tmp_path)
     assert report.manifest.inputs[0].dtype == "float32"

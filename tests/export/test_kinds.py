@@ -1,10 +1,9 @@
 """Every kind of module is either exported, equal to PyTorch, or refused with its reason. Never a third thing.
 
-`make test` leaves out kinds that go through export as another one does; `make kinds-test` exports all.
+`make test` leaves out kinds that go through export as another one does; `make long-test` exports them.
 """
 
 import copy
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,39 +19,45 @@ from unroll import bundle
 from unroll.export import ExportError, export
 from unroll.export.signature.outputs import leaves
 
-#: Those that `make test` leaves out.
-# fmt: off
-LIKE_ANOTHER = {
-    "lstm", "gru", "rnn tanh", "no bias", "dropout, in training mode", "a bare nn.LSTM", "time first inside",
-    "time first outside", "last step by out", "last step by h_n", "only the state itself", "zeros passed",
-    "state left out", "two inputs", "tuple of outputs", "named outputs", "matrices as steps", "batch norm",
-    "1x1 convolution", "one-hot integers", "spectral norm by hook", "weights flattened in forward",
-    "names the exporter uses itself", "an input that is an output", "an attribute written for inspection",
-    "proj_size, state given", "packed, all of one length", "a packed sequence in and out", "loop over a layer",
-    "loops of modules of their own", "causal convolution", "causal convolution in a module of its own",
-    "cumulative norm by position", "position among convolutions and norms", "initial state from a static input",
-    "state in a module within", "a cache in the module, beside h", "a loop over self.h", "delay",
-    "attention over a window that it takes and returns", "difference from the step before", "torch.diff",
-    "bidirectional proj_size", "bidirectional GRU", "bidirectional RNN", "mean over time", "centred convolution",
-    "centred convolution, far", "attention over time", "look-ahead", "flipped in time",
-    "a table of positions, looked up", "loop from the end", "cumulative norm", "a loop that starts from a static input",
-    "rnn relu", "several outputs in a dict", "a subclass of nn.GRU", "a cell on PyTorch's base class",
-    "embedding, LSTM, norm, GRU", "loop in the open, last step, tokens", "a looping layer without a state",
-    "a causal convolution, then a loop", "a list of states changed in place", "maximum over time",
-    "convolutions that are cut to the length", "the token before", "encoder and decoder",
-    "one of two states kept", "calls counted in a dict", "calls counted by a list", "calls counted in an array",
-    "calls counted in the class", "a loop that skips every 168th step", "a loop that returns nothing before step 30",
-    "a loop that ends after a million steps",
-    "a loop over the first 64 steps", "a loop with a table that changes by day", "a loop in windows of 50",
+#: Those of the exported kinds that `make test` exports: one for each way through export.
+SHORT = {
+    "time first throughout",
+    "learned initial state",
+    "proj_size",
+    "packed with lengths, last valid step",
+    "one sequence without a batch",
+    "a GRU as a function, with a mask on its weights",
+    "a convolution, a layer and two loops in one forward",
+    "arguments changed in place",
+    "position in the sequence",
+    "state in self.h",
+    "a cache that forward takes and returns",
+    "bidirectional LSTM",
+    "causal attention",
 }
-# fmt: on
-ALL = os.environ.get("UNROLL_TEST_KINDS") == "all"
-KINDS = [kind for kind in TESTED if ALL or kind.name not in LIKE_ANOTHER]
-EXPORTED = [kind for kind in KINDS if kind.refused is None]
-REFUSED = [kind for kind in KINDS if kind.refused is not None]
+#: Those of the refused kinds that `make test` leaves out: they are refused as another one is, and take seconds.
+LONG = {
+    "one of two states kept",
+    "a loop that skips every 168th step",
+    "a loop that returns nothing before step 30",
+    "a loop with a table that changes by day",
+    "a loop that ends after a million steps",
+    "a loop that begins again every 5000 steps",
+    "a loop that grows until step 5000",
+    "a loop over the first 64 steps",
+    "a loop in windows of 50",
+}
 
 
-@pytest.mark.parametrize("kind", EXPORTED, ids=lambda kind: kind.name)
+def _parameter(kind: Kind, *, long: bool) -> object:
+    return pytest.param(kind, id=kind.name, marks=[pytest.mark.long] if long else [])
+
+
+EXPORTED = [_parameter(kind, long=kind.name not in SHORT) for kind in TESTED if kind.refused is None]
+REFUSED = [_parameter(kind, long=kind.name in LONG) for kind in TESTED if kind.refused is not None]
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_exported(kind: Kind, tmp_path: Path) -> None:
     module, example = kind.build(), kind.example()
     given = copy.deepcopy(example)
@@ -123,7 +128,7 @@ def _orders(tensor: torch.Tensor) -> list[tuple[int, ...]]:
     return [(a, b, *(i for i in rest if i not in {a, b})) for a in rest for b in rest if a != b]
 
 
-@pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", REFUSED)
 def test_refused(kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(ExportError) as refusal:
         export(kind.build(), kind.example(), name="m", repository=tmp_path, **kind.options)
@@ -133,8 +138,10 @@ def test_refused(kind: Kind, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_left_out_exists() -> None:
-    assert {kind.name for kind in TESTED} > LIKE_ANOTHER
+def test_the_kinds_that_are_named_here_exist() -> None:
+    refused = {kind.name for kind in TESTED if kind.refused is not None}
+    assert refused > LONG
+    assert {kind.name for kind in TESTED} - refused > SHORT
 
 
 def test_one_node_per_layer(tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def two_loops(s: Any, x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.long
 def test_the_step_is_found_in_the_second_of_two_loops(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"step 49 \(counted from 0\) does not do what"):
         export(made(two_loops, cell=nn.GRUCell(4, 4)), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
@@ -234,6 +235,7 @@ def test_what_stands_before_a_condition_is_no_part_of_it(iterates: Any) -> None:
     assert count_undecided(LoopBlock(Loop("GRUCell", 4, 6, iterates))) == 0
 
 
+@pytest.mark.long
 def test_a_chaotic_loop_is_exported(tmp_path: Path) -> None:
     """Rounding alone makes it another sequence after a few hundred steps."""
     torch.manual_seed(0)

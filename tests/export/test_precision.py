@@ -56,8 +56,10 @@ def test_float32_is_as_it_was(reports) -> None:
     assert "LSTM" in counted(reports("LSTM", "float32"))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("LSTM", "float16"), ("LSTM", "int8"), ("GRU", "int8"), pytest.param("GRU", "float16", marks=pytest.mark.long)],
+)
 def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision: str) -> None:
     report = reports(kind, precision)
     manifest = report.manifest

@@ -1,8 +1,10 @@
 """A user's own code may have any name, and is exported from the command line, from a script and from a notebook.
 
-In processes of their own, since what they import stays imported; each tries many names, since importing torch is slow.
+In processes of their own, since what they import stays imported. Importing torch is slow: one process forks others,
+each of which tries many names.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,20 +39,24 @@ class Net(nn.Module):
         return self.rnn(x)[0]
 """
 
-#: The command, with an export that calls the model and no more: all that is asked is whether its code is found.
+#: The command in each folder, in a process of its own that has imported no code of the folder; with an export that
+#: calls the model and no more: all that is asked is whether its code is found.
 COMMAND = """
-import sys
+import json, os, sys
 import torch
 import unroll.cli
-import unroll.export.__main__ as command
+import unroll.export.command as command
 
 def export(module, example, **options):
-    print("ran", tuple(module(**example).shape), flush=True)
+    print("ran", os.path.basename(os.getcwd()), tuple(module(**example).shape), flush=True)
 
 command.export = export
-for target in sys.argv[1:]:
-    options = ["--input", "x:float32:3", "--name", "n", "--repository", "out", "--random-weights"]
-    assert unroll.cli.main(["export", target, *options]) == 0
+options = ["--input", "x:float32:3", "--name", "n", "--repository", "out", "--random-weights"]
+for folder, targets in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:
+        os.chdir(folder)
+        os._exit(any(unroll.cli.main(["export", target, *options]) for target in targets))
+    assert os.wait()[1] == 0, folder
 """
 
 
@@ -70,45 +76,44 @@ def write(folder: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-@pytest.mark.parametrize(
-    ("files", "target"),
-    [
-        # A module in the current directory, next to the one that it imports.
-        (("{name}.py", "{name}_block.py", "from {name}_block import block"), "{name}:Net"),
-        # A package that imports by its own name.
-        (("{name}/net.py", "{name}/block.py", "from {name}.block import block"), "{name}.net:Net"),
-        # A file in a folder, as for `python path/to/{name}.py`.
-        (("path/to/{name}.py", "path/to/{name}_block.py", "from {name}_block import block"), "path/to/{name}.py:Net"),
-    ],
-    ids=["module", "package", "file"],
-)
-def test_code_of_any_name_from_the_command_line(tmp_path: Path, files: tuple[str, str, str], target: str) -> None:
-    # A package that the standard library has already cannot be imported under its name in any program.
-    names = NAMES if "." not in target.partition(":")[0] or ".py" in target else NAMES[:7]
-    for name in names:
-        net, block, sibling = (text.format(name=name) for text in files)
-        write(tmp_path, {net: NET.format(sibling=sibling), block: BLOCK})
-    printed = run(tmp_path, "-P", "-c", COMMAND, *(target.format(name=name) for name in names))
-    assert printed.split("\n").count("ran (2, 16, 4)") == len(names)
+#: By layout: the model's file, the file that it imports and how, and the target.
+LAYOUTS = {
+    # A module in the current directory, next to the one that it imports.
+    "module": ("{name}.py", "{name}_block.py", "from {name}_block import block", "{name}:Net"),
+    # A package that imports by its own name.
+    "package": ("{name}/net.py", "{name}/block.py", "from {name}.block import block", "{name}.net:Net"),
+    # A file in a folder, as for `python path/to/{name}.py`.
+    "file": (
+        "path/to/{name}.py",
+        "path/to/{name}_block.py",
+        "from {name}_block import block",
+        "path/to/{name}.py:Net",
+    ),
+    # A file in a package that imports relative to it, and one that imports from its own folder.
+    "relative": ("{name}/inner/net.py", "{name}/block.py", "from ..block import block", "{name}/inner/net.py:Net"),
+    "beside": (
+        "{name}/inner/net.py",
+        "{name}/inner/{name}_block.py",
+        "from {name}_block import block",
+        "{name}/inner/net.py:Net",
+    ),
+}
 
 
-def test_a_file_in_a_package_imports_relative_to_it_and_from_its_folder(tmp_path: Path) -> None:
-    names = ("models", "service", "tests")
-    for name in names:
-        write(
-            tmp_path / "project" / name,
-            {
-                "__init__.py": "",
-                "inner/__init__.py": "",
-                "block.py": BLOCK,
-                f"inner/{name}_block.py": BLOCK,
-                "inner/net.py": NET.format(sibling="from ..block import block"),
-                "inner/beside.py": NET.format(sibling=f"from {name}_block import block"),
-            },
-        )
-    targets = [f"project/{name}/inner/{file}.py:Net" for name in names for file in ("net", "beside")]
-    printed = run(tmp_path, "-P", "-c", COMMAND, *targets)
-    assert printed.split("\n").count("ran (2, 16, 4)") == len(targets)
+def test_code_of_any_name_from_the_command_line(tmp_path: Path) -> None:
+    targets = {}
+    for layout, texts in LAYOUTS.items():
+        # A package that the standard library has already cannot be imported under its name in any program.
+        names = NAMES if layout in {"module", "file"} else NAMES[:7]
+        targets[layout] = [texts[3].format(name=name) for name in names]
+        for name in names:
+            net, block, sibling, _ = (text.format(name=name) for text in texts)
+            write(tmp_path / layout, {net: NET.format(sibling=sibling), block: BLOCK})
+            if layout in {"relative", "beside"}:
+                write(tmp_path / layout / name, {"__init__.py": "", "inner/__init__.py": ""})
+    printed = run(tmp_path, "-P", "-c", COMMAND, json.dumps(targets)).split("\n")
+    for layout, asked in targets.items():
+        assert printed.count(f"ran {layout} (2, 16, 4)") == len(asked), layout
 
 
 #: A user's script: its own packages, and the public API.

@@ -71,7 +71,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exported:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     fake = Exported()
-    monkeypatch.setattr("unroll.export.__main__.export", fake)
+    monkeypatch.setattr("unroll.export.command.export", fake)
     return fake
 
 

@@ -6,11 +6,11 @@ import sys
 import pytest
 from waiting import PATIENCE
 
-#: Runs the command as if the package were not installed.
+#: Runs the command as if the packages were not installed.
 COMMAND = """
 import sys
-package, *arguments = sys.argv[1:]
-sys.modules[package] = None
+packages, *arguments = sys.argv[1:]
+sys.modules.update(dict.fromkeys(packages.split(",")))
 from unroll import cli
 sys.exit(cli.main(arguments))
 """
@@ -18,8 +18,8 @@ sys.exit(cli.main(arguments))
 EXPORT = ("export", "net:Net", "--input", "x:float32:3", "--repository", "none")
 
 
-def run(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", COMMAND, package, *arguments]
+def run(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", COMMAND, packages, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
@@ -31,7 +31,7 @@ def run(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("onnxruntime", EXPORT, "pip install onnxruntime (with an NVIDIA GPU"),
         ("torch", EXPORT, "pip install torch onnx onnxscript"),
         ("onnx", EXPORT, "pip install torch onnx onnxscript"),
-        ("onnxscript", EXPORT, "pip install torch onnx onnxscript"),
+        pytest.param("onnxscript", EXPORT, "pip install torch onnx onnxscript", marks=pytest.mark.long),
         ("redis", ("serve", "--repository", "none"), "pip install 'unroll-serve[cpu]'"),
         ("pydantic", ("inspect", "none"), "pip install 'unroll-serve[cpu]'"),
         ("safetensors", ("demo",), "pip install 'unroll-serve[cpu]'"),
@@ -45,15 +45,13 @@ def test_a_missing_package_is_named(package: str, arguments: tuple[str, ...], in
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("package", ["torch", "onnxruntime", "uvicorn"])
-def test_a_command_needs_only_its_own_packages(package: str) -> None:
-    done = run(package, "inspect", "none")
-    assert "manifest.json" in done.stderr
-    assert run(package, "doctor").returncode in {0, 1}
+def test_a_command_needs_only_its_own_packages() -> None:
+    assert "manifest.json" in run("torch,onnxruntime,uvicorn", "inspect", "none").stderr
+    assert run("onnxruntime", "doctor").returncode in {0, 1}
 
 
 def test_the_doctor_needs_the_packages_of_the_server_only_for_a_store() -> None:
-    done = run("redis", "doctor", "--device", "cpu", "--store", "file:///none")
+    done = run("torch,uvicorn,redis", "doctor", "--device", "cpu", "--store", "file:///none")
     assert (done.returncode, done.stderr) == (1, "")
     assert "LSTM on cpu" in done.stdout
     assert "→ pip install 'unroll-serve[cpu]'" in done.stdout

@@ -1,6 +1,5 @@
-"""The bundles that tests serve are what export writes today. `make kinds-test` exports all of them."""
+"""The bundles that tests serve are what export writes today. `make long-test` exports all of them."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,9 @@ from unroll.service.engine.runner import Runner
 FEW = ["gru/2", "voices/1"]
 
 
-@pytest.mark.parametrize("folder", models.MODELS if os.environ.get("UNROLL_TEST_KINDS") == "all" else FEW)
+@pytest.mark.parametrize(
+    "folder", [name if name in FEW else pytest.param(name, marks=pytest.mark.long) for name in models.MODELS]
+)
 def test_exported_afresh_it_gives_the_same_numbers(folder: str, tmp_path: Path) -> None:
     models.export(folder, tmp_path)
     committed, fresh = bundle.read(models.BUNDLES / folder), bundle.read(tmp_path / folder)

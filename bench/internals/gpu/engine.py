@@ -12,7 +12,7 @@ from bench.internals.gpu.shapes import FEATURES
 from unroll import bundle
 from unroll.service.engine.backend import Cells, CudaBackend, EngineOptions, Precision, open_cuda
 from unroll.service.engine.cuda.driver import CapturedGraph
-from unroll.service.engine.engine import MAX_LAUNCHED, PlainRows, Result
+from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, PlainRows
 from unroll.service.state.slots import INITIAL, SCRATCH
 
 DEVICE = "cuda:0"
@@ -44,7 +44,7 @@ class MeasuredEngine:
     def seconds_per_step(self, batches: Sequence[PlainRows], count: int) -> float:
         """From host memory to host memory, cycling through the batches; launches ahead as the server does."""
         began = perf_counter()
-        waiting: list[Callable[[], Result]] = []
+        waiting: list[Callable[[], BatchResult]] = []
         for i in range(count):
             launched = self.engine.launch(batches[i % len(batches)])
             assert launched is not None

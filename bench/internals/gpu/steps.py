@@ -1,6 +1,6 @@
 """Single steps: the engine's graphs, compared with the lower bound and with PyTorch's graph, measured alternately."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -77,15 +77,15 @@ def measure(
                 for answer in answers:
                     difference = np.abs(answer - torch_steps.answer()).max()
                     assert difference < _TOLERANCE[precision], f"{shape.title}, {size} rows: {difference} off PyTorch"
-            launches = [
-                (fused.graph(size, transfers=False), fused.stream),
-                (fused.graph(size), fused.stream),
-                (plain.graph(size, transfers=False), plain.stream),
-                (torch_steps, None),
+            launches: list[tuple[Callable[[], object], int | None]] = [
+                (fused.graph(size, transfers=False).launch, fused.stream),
+                (fused.graph(size).launch, fused.stream),
+                (plain.graph(size, transfers=False).launch, plain.stream),
+                (torch_steps.launch, None),
             ]
             each = [
                 [
-                    *(pytorch.seconds_per_launch(graph.launch, count, stream) for graph, stream in launches),
+                    *(pytorch.seconds_per_launch(launch, count, stream) for launch, stream in launches),
                     fused.seconds_per_step([rows], count),
                 ]
                 for _ in range(turns)

@@ -7,6 +7,7 @@ from the request itself, which costs less than control tensors.
 import json
 import os
 import sys
+from typing import Any
 
 sys.path.insert(0, os.environ["BENCH_SITE_PACKAGES"])
 
@@ -48,7 +49,7 @@ class TritonPythonModel:
             self._end(requests, slots)
         return [triton.InferenceResponse([triton.Tensor("y", row[None])]) for row in y]
 
-    def _slot(self, request: object) -> int:
+    def _slot(self, request: Any) -> int:
         if self._has_places and not triton.get_input_tensor_by_name(request, "READY").as_numpy()[0, 0]:
             return _NO_ONE
         sequence = request.correlation_id()

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 
 from unroll.service.api.answer_log import log_answer, log_error
 from unroll.service.api.app_state import AppState
+from unroll.service.api.cross_origin import may_connect
 from unroll.service.api.error_responses import problem, problem_of, reason
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import Answer
@@ -28,9 +29,9 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
 
     @api.websocket("/v1/models/{model}/stream")
     async def stream(websocket: WebSocket, model: str) -> None:
-        if not _is_same_origin(websocket):
+        if not may_connect(websocket.headers, server.allowed_origins):
             log_answer(server.request_log, "v1/stream", 403, None, model=split_reference(model)[0])
-            await _deny(websocket, problem_of(403, reason(403), "pages of another origin may not open a stream here"))
+            await _refuse_page(websocket)
             return
         extensions = websocket.scope.get("extensions") or {}
         link: Link = extensions.get("unroll.stream") or AsgiLink(websocket)
@@ -57,10 +58,14 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
     return api
 
 
-def _is_same_origin(websocket: WebSocket) -> bool:
-    """Browsers let any page connect to any host and send the page's origin; other clients send none."""
-    origin = websocket.headers.get("origin")
-    return origin is None or origin.partition("://")[2] == websocket.headers.get("host")
+async def _refuse_page(websocket: WebSocket) -> None:
+    """A browser hides the HTTP status of a refusal from the page; a close code with a reason it hands over."""
+    if websocket.headers.get("user-agent", "").startswith("Mozilla/"):  # as every browser's does
+        await websocket.accept()
+        await websocket.close(4403, "pages of this origin may not open streams here; see --allowed-origins")
+    else:
+        detail = f"pages of {websocket.headers['origin']} may not open a stream here; see --allowed-origins"
+        await _deny(websocket, problem_of(403, reason(403), detail))
 
 
 async def _deny(websocket: WebSocket, answer: Answer) -> None:

@@ -16,6 +16,7 @@ from unroll.service.api import (
     native_routes,
     open_inference_routes,
     repository_routes,
+    rollout_routes,
     statistics_routes,
 )
 from unroll.service.core import errors as core
@@ -159,6 +160,7 @@ def test_every_route_of_the_app_is_documented(server: Running, document: dict) -
     state = server.server
     routers = [
         native_routes.router(state),
+        rollout_routes.router(state),
         statistics_routes.router(state),
         open_inference_routes.router(state, "0"),
         repository_routes.router(state),

@@ -64,6 +64,7 @@ MET = {
     "model_unavailable": "test_refused_bundles.test_who_asks_for_a_refused_version_is_told_why",
     "session_unknown": "test_native_inputs.test_paths",
     "snapshot_invalid": "test_native_sessions.test_a_damaged_snapshot_is_refused_and_changes_nothing",
+    "map_invalid": "test_session_rollout.test_a_map_that_does_not_fit_the_model",
     "not_streamable": "test_native_sessions.test_a_model_that_needs_whole_sequences",
     "model_changed": "test_native_sessions.test_a_session_is_found_by_its_models_name_alone",
     "session_closed": "test_native_sessions.test_close_and_open_anew",

@@ -137,6 +137,22 @@ async def test_a_version_is_removed(
     await rescanned(running, [("2", False)])
 
 
+async def test_a_removed_version_stays_while_a_session_without_a_row_is_on_it(
+    serve: Serve, shelf: Path, repository: Path, oracle: Oracles
+) -> None:
+    add(repository, shelf, "2")
+    running = serve(repository=shelf, session_capacity=1)
+    async with httpx.AsyncClient(base_url=running.url) as http:
+        session = await opened(http, "gru:1")
+        first = await step(http, session, X[:3])
+        await http.delete(await opened(http, "gru:1"))  # took the row
+        shutil.rmtree(shelf / "gru" / "1")
+        await rescanned(running, [("1", True), ("2", False)])
+        assert np.array_equal(np.concatenate([first, await step(http, session, X[3:5])]), oracle("gru", "1")(X[:5]))
+        await http.delete(session)
+        await rescanned(running, [("2", False)])
+
+
 async def test_a_whole_model_is_removed(running: Running, http: httpx.AsyncClient, shelf: Path) -> None:
     session = await opened(http)
     shutil.rmtree(shelf / "gru")

@@ -66,8 +66,10 @@ def test_sessions_are_listed_closed_and_carried_on_from_a_file(
 
         assert run(capsys, "import", file, *named) == (
             1,
-            "open, not imported: gru b\n1 imported, 1 open, not imported\n",
+            "ended, not imported: gru a\nopen, not imported: gru b\n1 ended, not imported, 1 open, not imported\n",
         )
+        assert step(client, "a", x[5:6], 5).json()["code"] == "session_closed", "nobody opens it by mistake"
+        assert run(capsys, "import", file, *named, "--replace") == (0, "1 imported, 1 replaced\n")
         answer = step(client, "a", x[5:], 5)
         assert np.array_equal(np.frombuffer(answer.content, "<f4").reshape(-1, 2), oracle("gru", "1")(x)[5:])
         assert run(capsys, "import", file, *named, "--replace") == (0, "2 replaced\n")

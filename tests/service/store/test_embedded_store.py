@@ -11,6 +11,7 @@ from pathlib import Path
 import lmdb
 import pytest
 from test_stores import KEPT, KEY, ORIGIN, commit, put
+from waiting import reached
 
 from unroll.service.core.errors import SnapshotInvalid, StoreUnavailable
 from unroll.service.store import embedded_entry, embedded_store, lmdb_folder
@@ -206,6 +207,22 @@ def test_without_a_sync_nothing_is_left_after_a_crash(tmp_path: Path, machine: M
     assert content(found) == {}
     assert list(copy.glob("data.lost-*"))
     found.close()
+
+
+async def test_a_sync_that_failed_is_over_with_the_next_one_of_an_idle_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
+) -> None:
+    monkeypatch.setattr(embedded_store, "_PERIOD", 0.01)
+    store = opened(tmp_path / "store")
+    await put(store, commit(tokens.next()))
+    synced = tmp_path / "store" / "synced"
+    synced.unlink()
+    synced.mkdir()  # nothing can be written there
+    await store.start()
+    await reached(lambda: not store.figures.up, "a sync that failed")
+    synced.rmdir()
+    await reached(lambda: store.figures.up, "one that did not")
+    await store.stop()
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 import redis
 from faults.proxy import FaultProxy
-from redis.exceptions import MovedError
+from redis.exceptions import AuthenticationError, MovedError
 from redis_server import RedisServer, free_port
 from test_stores import KEY, commit, put
 from waiting import PATIENCE, reached, until
@@ -153,6 +154,13 @@ async def test_what_a_store_is_started_with(guarded: RedisServer, url: str) -> N
     await store.stop()
 
 
+async def test_a_server_that_has_no_password_yet_is_awaited() -> None:
+    client = connect("redis://:later@localhost", 1.0)
+    error = AuthenticationError("AUTH <password> called without any password configured for the default user.")
+    assert refusal(client, error) is None
+    await disconnect(client)
+
+
 @pytest.mark.parametrize(
     ("url", "why"),
     [
@@ -181,6 +189,7 @@ async def test_a_server_that_can_never_be_used_is_refused(guarded: RedisServer, 
         ("redis+sentinel://localhost/main/first", "the number of a database"),
         ("rediss://localhost/0?ssl_ca_certs=/none", "ssl_ca_certs: there is no file '/none'"),
         ("redis+sentinel://localhost:26379", "host:port,host:port/SERVICE"),
+        ("rediss+sentinel://localhost/main?ssl_ca_certs=/none", "ssl_ca_certs: there is no file '/none'"),
         ("redis+sentinel://localhost:26379,/main", "a Sentinel has no host"),
     ],
 )
@@ -202,19 +211,57 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return made, key
 
 
+def tls_files(certificate: tuple[Path, Path]) -> dict[str, str]:
+    named, key = map(str, certificate)
+    return {"tls-cert-file": named, "tls-key-file": key, "tls-ca-cert-file": named, "tls-auth-clients": "no"}
+
+
+def has_started_or_ended(process: "subprocess.Popen[bytes]", log: Path) -> bool:
+    return process.poll() is not None or (log.exists() and "Running mode" in log.read_text())
+
+
+@pytest.fixture
+def tls_sentinel(certificate: tuple[Path, Path], tmp_path: Path) -> Iterator[int]:
+    """The port of a Sentinel of `main`. Neither it nor the primary takes a connection without TLS."""
+    ports = free_port(), free_port()
+    with ExitStack() as ending:
+        for name, port in zip(("primary", "sentinel"), ports, strict=True):
+            (folder := tmp_path / name).mkdir()
+            lines = {"port": "0", "tls-port": str(port), "tls-replication": "yes", "dir": str(folder)}
+            lines |= {**tls_files(certificate), "logfile": str(folder / "log")}
+            if name == "sentinel":
+                lines["sentinel"] = f"monitor main 127.0.0.1 {ports[0]} 1"
+            settings = folder / "redis.conf"
+            settings.write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
+            words = ["--sentinel"] if name == "sentinel" else []
+            process = subprocess.Popen([local_redis.server_path(), str(settings), *words], stdin=subprocess.DEVNULL)
+            ending.callback(process.wait, PATIENCE)
+            ending.callback(process.kill)
+            until(partial(has_started_or_ended, process, folder / "log"), f"the {name}")
+            if process.poll() is not None:
+                pytest.skip("this Redis is built without TLS")
+        yield ports[1]
+
+
+async def test_sentinels_over_tls(tls_sentinel: int, certificate: tuple[Path, Path], tokens: Tokens) -> None:
+    url = f"rediss+sentinel://127.0.0.1:{tls_sentinel}/main/0?ssl_ca_certs={certificate[0]}"
+    store = RedisStore(RedisStoreConfig(url, timeout=5.0))
+    await store.start()
+    assert await put(store, commit(tokens.next())) == [None]
+    await store.stop()
+
+
 async def test_tls(certificate: tuple[Path, Path], tmp_path: Path, tokens: Tokens) -> None:
     """Of a single server and of a cluster; a certificate that cannot be verified is refused."""
-    certificate_file, key_file = map(str, certificate)
-    files = {"tls-cert-file": certificate_file, "tls-key-file": key_file, "tls-ca-cert-file": certificate_file}
+    certificate_file = str(certificate[0])
     for url, cluster in (("valkeys://", "no"), ("rediss+cluster://", "yes")):
         tls_port = free_port()
         options = {
             "tls-port": str(tls_port),
-            "tls-auth-clients": "no",
             "cluster-enabled": cluster,
             "tls-cluster": cluster,
         }
-        server = RedisServer(tmp_path / cluster, **files, **options)
+        server = RedisServer(tmp_path / cluster, **tls_files(certificate), **options)
         try:
             server.start()
         except AssertionError as error:

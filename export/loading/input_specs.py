@@ -1,0 +1,48 @@
+"""What the command line says of the arguments of forward: `NAME:DTYPE:SHAPE`. Needs no torch."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Self, get_args
+
+from unroll.bundle.manifest import Dtype
+
+_DTYPES: dict[str, Dtype] = {name: name for name in get_args(Dtype)}
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One `--input`: an argument of forward, and what one time step of it holds."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`NAME:DTYPE:SHAPE`, such as `x:float32:64`, `grid:float32:8x3` or `token:int64:`."""
+        try:
+            name, dtype, shape = text.split(":")
+            sizes = tuple(int(size) for size in shape.split("x")) if shape else ()
+            if not name.isidentifier() or any(size < 1 for size in sizes):
+                raise ValueError
+            return cls(name, _DTYPES[dtype], sizes)
+        except (ValueError, KeyError):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not NAME:DTYPE:SHAPE (DTYPE: {', '.join(_DTYPES)}; SHAPE such as 64, 8x3 or empty)"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One `--state`: an argument that forward hands on itself, what a row of it holds, and the output it becomes."""
+
+    input: InputSpec
+    output: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`NAME:DTYPE:SHAPE=OUTPUT`, such as `cache:float32:2x64=y1`."""
+        spec, equals, output = text.partition("=")
+        if not equals or not output:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
+        return cls(InputSpec.parse(spec), output)

@@ -1,0 +1,323 @@
+"""Rollouts: from a request to the outputs of each step. Both HTTP and streams use it.
+
+A rollout on a fork runs on a copy of the session's state that nobody else can see. A rollout on the session is one
+chunk of it: applied as a whole at its end, once, and a retry gets the same outputs.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+
+from unroll.bundle import TensorSpec
+from unroll.service.api.app_state import AppState
+from unroll.service.api.feedback import Feedback, FeedbackSpec
+from unroll.service.api.parameters import require_streamable
+from unroll.service.api.sealed_steps import keys_of
+from unroll.service.core.errors import (
+    InvalidRequest,
+    InvalidShape,
+    PositionGap,
+    PositionTooOld,
+    SessionContended,
+    UnrollError,
+)
+from unroll.service.engine.engine import Tensors
+from unroll.service.models.served_model import ServedModel
+from unroll.service.protocol.tensors import Codec, numbers
+from unroll.service.scheduler.reply import Outcome, Reply
+from unroll.service.scheduler.rollout import Rollout
+from unroll.service.sessions.attempts import Attempts
+from unroll.service.state.snapshot import Snapshot
+
+#: What is sent of each step: the inputs, which the map made, or the outputs.
+Send = Literal["both", "inputs", "outputs"]
+
+
+class RolloutSpec(BaseModel):
+    """A rollout, as HTTP and streams ask for it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    steps: int = Field(ge=1, description="time steps whose inputs are made of the outputs before them")
+    map: FeedbackSpec = Field(description="how; of a model with several inputs, {input: how}")
+    on: Literal["fork", "session"] = Field(
+        "fork",
+        description="fork: on a copy of the session, which stays as it is; session: on the session, as one chunk",
+    )
+    inputs: list[Any] | dict[str, list[Any]] | None = Field(
+        None, description="[step, ...] as of steps: given time steps that come first, before those that are fed back"
+    )
+    outputs: Any = Field(
+        None,
+        description="without inputs: the outputs of the session's last time step, of which the first inputs are made; "
+        "on a fork, they may be left out if the server has kept them",
+    )
+    position: int | None = Field(None, ge=0, description="the position that the client expects the session at")
+    steps_per_event: int = Field(1, ge=1, description="time steps that are sent together")
+    send: Send = "both"
+
+
+class RolloutRequest(RolloutSpec):
+    snapshot: Base64Bytes | None = Field(
+        None, description="with durability client: the latest snapshot of the session, Base64"
+    )
+
+
+class Sink(Protocol):
+    """Gets what a rollout brings; called by the scheduler, and never raises."""
+
+    def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
+        """Time steps that have run, as of a chunk. position: reached."""
+        ...
+
+    def on_end(self, position: int, kept: bool) -> None:
+        """All have run; kept: as of a reply."""
+        ...
+
+    def on_error(self, error: UnrollError) -> None: ...
+
+
+class RolloutCall:
+    """One rollout, from its request to its end.
+
+    Args:
+        app: the state of the app.
+        name, version, session_id: whose session it begins from.
+        wanted: the request.
+        timeout: seconds until it must have begun.
+        sink: gets the outputs, and the end or an error.
+    """
+
+    def __init__(
+        self,
+        app: AppState,
+        name: str,
+        version: str | None,
+        session_id: str,
+        wanted: RolloutSpec,
+        timeout: float,
+        sink: Sink,
+    ) -> None:
+        self._app = app
+        self._where = name, version, session_id
+        self._wanted = wanted
+        self._timeout = timeout
+        self._sink = sink
+        self._then: Callable[[Outcome], None] = self._finish  # one object, by which it can be left
+        self._follower = self._on_piece
+        self._attempts = Attempts(app.sessions, name, self._begin_on_session, self._fail)
+        self._served: ServedModel | None = None
+        self._rollout: Rollout | None = None  # what was asked for
+        self._running: Rollout | None = None  # what runs: the same, or that of an earlier request
+        self._waiting: list[tuple[Tensors, Tensors]] = []  # steps that will be sent together
+        self._sent = 0
+        self._over = False
+
+    async def begin(self) -> None:
+        """Begin; what is wrong reaches the sink."""
+        try:
+            self._check()
+            if self._wanted.on == "session":
+                self._attempts.run()
+            else:
+                await self._begin_on_fork()
+        except UnrollError as error:
+            self._fail(error)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more. It ends within a step, and a session is as before."""
+        self._over = True
+        if self._running is not None and self._served is not None:
+            if self._follower in self._running.followers:
+                self._running.followers.remove(self._follower)
+            self._served.loop.leave(self._running, self._then)
+
+    # ── beginning ────────────────────────────────────────────────────────────────────────────────
+
+    def _check(self) -> None:
+        wanted, most = self._wanted, self._app.limits.max_rollout_steps
+        if wanted.steps > most:
+            raise InvalidShape(f"{wanted.steps} steps in one rollout; at most {most} are allowed (--max-rollout-steps)")
+        if wanted.inputs is not None and wanted.outputs is not None:
+            raise InvalidRequest("a rollout begins with given inputs or from outputs, not from both")
+        if wanted.on == "session" and wanted.inputs is None and wanted.outputs is None:
+            raise InvalidRequest(
+                "a rollout on the session needs 'inputs', or 'outputs' of its last step: a retry must say the same"
+            )
+
+    async def _begin_on_fork(self) -> None:
+        self._app.refuse_if_draining()
+        served, snapshot, last = await self._copied()
+        require_streamable(served)
+        _check_position(self._wanted.position, snapshot.position)
+        rollout = self._rollout_of(served, snapshot.position, last, state_row=snapshot.row)
+        if not self._over:
+            self._submit(served, rollout)
+
+    async def _copied(self) -> tuple[ServedModel, Snapshot, Tensors | None]:
+        name, version, session_id = self._where
+        sealed = self._wanted.snapshot if isinstance(self._wanted, RolloutRequest) else None
+        if sealed is None:
+            return await self._app.sessions.copy(name, version, session_id)
+        content = keys_of(self._app).open(session_id, sealed)
+        served = self._app.models.of_snapshot(name, version, Snapshot.model_of(content))
+        return served, served.read_snapshot(content), None
+
+    def _begin_on_session(self) -> None:
+        """Raises NeedsStoreLookup. Any other error is the answer."""
+        if self._over:
+            return
+        self._running = None
+        try:
+            served, session = self._app.sessions.owner(*self._where)
+            require_streamable(served)
+            if any(not spec.time for spec in served.manifest.outputs):
+                raise InvalidRequest(
+                    "an output has no time axis, so a retry could not be answered: roll out on a fork, and send the "
+                    "steps that are to stay"
+                )
+            if session is None:
+                raise served.scheduler.sessions.closed.error(self._where[2], served.loop.clock.now())
+            position = session.expected if self._wanted.position is None else self._wanted.position
+            self._submit(served, self._rollout_of(served, position, None, session=session))
+        except UnrollError as error:
+            self._fail(error)
+
+    def _rollout_of(self, served: ServedModel, position: int, last: Tensors | None, **where: Any) -> Rollout:
+        wanted, codec = self._wanted, served.codec
+        if wanted.steps_per_event > 1 and not all(spec.time for spec in served.manifest.outputs):
+            raise InvalidRequest("an output has no time axis, so 'steps_per_event' must be 1")
+        given = () if wanted.inputs is None else codec.from_json(wanted.inputs)
+        begin = position + (len(given[0]) if given else 0)
+        feed = Feedback(wanted.map, codec, served.manifest, wanted.steps, begin)
+        if wanted.outputs is not None:
+            last = _outputs_of(codec, wanted.outputs)
+        if not given and last is None:
+            raise InvalidRequest(
+                "the server has not kept the outputs of the session's last step: send them as 'outputs', or the next "
+                "time step as 'inputs'"
+            )
+        first = given or feed(last or (), position)
+        length = wanted.steps + (len(given[0]) if given else 0)
+        digest = _digest(wanted, given, () if last is None else last)
+        return Rollout(digest, first, length, feed, position, **where)
+
+    def _submit(self, served: ServedModel, rollout: Rollout) -> None:
+        served.scheduler.rollouts.check_room()
+        self._served, self._rollout = served, rollout
+        accepted = served.loop.submit(rollout, self._timeout, self._then)
+        if accepted is rollout:
+            served.scheduler.rollouts.add(rollout)
+        elif not isinstance(accepted, Rollout):
+            return  # the reply of an earlier request was sent
+        else:
+            for inputs, outputs in zip(accepted.fed, accepted.pieces or (), strict=False):
+                self._on_piece(inputs, outputs)
+        self._running = accepted
+        accepted.followers.append(self._follower)
+
+    # ── what it brings ───────────────────────────────────────────────────────────────────────────
+
+    def _on_piece(self, inputs: Tensors, outputs: Tensors) -> None:
+        self._waiting.append((inputs, outputs))
+        if sum(len(each[0]) for each, _ in self._waiting) >= self._wanted.steps_per_event:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        assert self._served is not None
+        assert self._rollout is not None
+        columns = [zip(*tensors, strict=True) for tensors in zip(*self._waiting, strict=True)]
+        self._waiting = []
+        inputs, outputs = [
+            tuple([parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in column]) for column in columns
+        ]
+        self._sent += len(inputs[0])
+        self._sink.on_steps(self._served.codec, self._rollout.start + self._sent, inputs, outputs)
+
+    def _finish(self, outcome: Outcome) -> None:
+        if self._over:
+            return
+        if isinstance(outcome, UnrollError):
+            is_new = not (self._sent or self._waiting)
+            if is_new and isinstance(outcome, SessionContended) and self._attempts.again(self._where[2]):
+                return
+            self._fail(outcome)
+            return
+        if self._running is not None:
+            inputs = self._running.fed[-1]
+            steps = len(inputs[0])
+            self._on_piece(inputs, self._last_of(outcome, steps))
+        else:
+            self._replay(outcome)
+        self._flush()
+        self._over = True
+        self._sink.on_end(outcome.position, outcome.kept)
+
+    def _last_of(self, reply: Reply, steps: int) -> Tensors:
+        assert self._served is not None
+        specs = self._served.manifest.outputs
+        return tuple([array[-steps:] if spec.time else array for spec, array in zip(specs, reply.outputs, strict=True)])
+
+    def _replay(self, reply: Reply) -> None:
+        """An earlier request was applied: the inputs are made again of its outputs."""
+        assert self._rollout is not None
+        rollout = self._rollout
+        inputs, done = rollout.take_inputs(rollout.steps_ready), 0
+        while True:
+            end = done + len(inputs[0])
+            outputs = tuple([array[done:end] for array in reply.outputs])
+            self._on_piece(inputs, outputs)
+            if end == rollout.length:
+                return
+            done, inputs = end, rollout.feed(outputs, rollout.start + end)
+
+    def _fail(self, error: UnrollError) -> None:
+        if not self._over:
+            self._flush()
+            self._over = True
+            self._sink.on_error(error)
+
+
+def step_members(codec: Codec, send: Send, position: int, inputs: Tensors, outputs: Tensors) -> dict[str, Any]:
+    """Time steps of a rollout as members of a JSON object."""
+    members: dict[str, Any] = {"position": position}
+    if send != "outputs":
+        members["inputs"] = codec.inputs_to_json(inputs)
+    if send != "inputs":
+        members["outputs"] = codec.to_json(outputs)
+    return members
+
+
+def _check_position(wanted: int | None, position: int) -> None:
+    if wanted is not None and wanted != position:
+        kind = PositionGap if wanted > position else PositionTooOld
+        raise kind(f"the session is at {position}, the rollout begins at {wanted}", expected=position)
+
+
+def _outputs_of(codec: Codec, value: Any) -> Tensors:
+    """One time step of each output, as a chunk of one step has them. Raises InvalidRequest."""
+    specs = codec.outputs
+    values = value if isinstance(value, dict) else {specs[0].name: value}
+    if values.keys() != {spec.name for spec in specs} or (len(specs) > 1 and not isinstance(value, dict)):
+        raise InvalidShape(f"'outputs' must have one time step of each output: {[spec.name for spec in specs]}")
+    arrays = []
+    for spec in specs:
+        array = numbers(TensorSpec(spec.name, spec.dtype, spec.shape, True), [values[spec.name]])
+        if array.shape != (1, *spec.shape):
+            raise InvalidShape(f"{spec.name!r} in 'outputs' must have the shape {spec.shape}, not {array.shape[1:]}")
+        arrays.append(array if spec.time else array[0])
+    return tuple(arrays)
+
+
+def _digest(wanted: RolloutSpec, inputs: Tensors, outputs: Tensors) -> np.ndarray:
+    """What identifies a rollout on a session, (16,) uint8: the same for every form in which a client can send it."""
+    asked = wanted.model_dump_json(include={"steps", "map"}, by_alias=True)
+    digest = hashlib.blake2b(asked.encode(), digest_size=16)
+    for array in (*inputs, *outputs):
+        digest.update(array.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)

@@ -1,0 +1,103 @@
+"""Rollouts over HTTP, as server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from time import perf_counter
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.responses import StreamingResponse
+
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import STATUS, problem
+from unroll.service.api.native_routes import parse_body, problems
+from unroll.service.api.parameters import split_reference, timeout_of
+from unroll.service.api.request import read_request
+from unroll.service.api.rollout import RolloutCall, RolloutRequest, Send, step_members
+from unroll.service.core.errors import Cancelled, UnrollError
+from unroll.service.engine.engine import Tensors
+from unroll.service.protocol import json
+from unroll.service.protocol.tensors import Codec
+
+_ROUTE = "v1/rollout"
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter: nginx passes each event on at once
+_EVENTS = {
+    "description": "events `steps` (position, inputs, outputs), then `end` (position, reply_kept) or `error` (Problem)",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
+def router(app: AppState) -> APIRouter:
+    api = APIRouter(prefix="/v1", tags=["native v1"])
+
+    @api.post(
+        "/models/{model}/sessions/{session_id:segment}/rollout",
+        summary="Time steps whose inputs are made of the outputs before them, as server-sent events",
+        response_class=StreamingResponse,
+        responses={200: _EVENTS, **problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504)},
+        openapi_extra={
+            "requestBody": {
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RolloutRequest"}}},
+                "required": True,
+            }
+        },
+    )
+    async def rollout(model: str, session_id: str, http: HttpRequest) -> StreamingResponse:
+        started = perf_counter()
+        try:
+            request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+            wanted = parse_body(RolloutRequest, request, app.limits.max_json_bytes)
+            events = _Events(wanted.send)
+            call = RolloutCall(app, *split_reference(model), session_id, wanted, timeout_of(app, request), events)
+            await call.begin()
+            first = await events.queue.get()
+            if isinstance(first, UnrollError):  # nothing was sent: it has a status of its own
+                raise first
+        except UnrollError as error:
+            app.count(_ROUTE, STATUS[type(error)], perf_counter() - started)
+            raise
+        content = _content(app, call, events, first, started)
+        return StreamingResponse(content, headers=_HEADERS, media_type="text/event-stream")
+
+    return api
+
+
+class _Events:
+    """The events of one rollout: encoded, an error that ends them, or None at the end."""
+
+    def __init__(self, send: Send) -> None:
+        self.queue: asyncio.Queue[bytes | UnrollError | None] = asyncio.Queue()
+        self._send: Send = send
+
+    def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
+        self.queue.put_nowait(_event(b"steps", json.dump(step_members(codec, self._send, position, inputs, outputs))))
+
+    def on_end(self, position: int, kept: bool) -> None:
+        self.queue.put_nowait(_event(b"end", json.dump({"position": position, "reply_kept": kept})))
+        self.queue.put_nowait(None)
+
+    def on_error(self, error: UnrollError) -> None:
+        self.queue.put_nowait(error)
+
+
+async def _content(
+    app: AppState, call: RolloutCall, events: _Events, first: bytes | UnrollError | None, started: float
+) -> AsyncIterator[bytes]:
+    """The body; it is closed when the client disconnects, which cancels the rollout."""
+    status, item = STATUS[Cancelled], first  # of a client that disconnects
+    try:
+        while item is not None:
+            if isinstance(item, UnrollError):
+                status = STATUS[type(item)]
+                yield _event(b"error", problem(item).body)
+                return
+            yield item
+            item = await events.queue.get()
+        status = 200
+    finally:
+        call.cancel()
+        app.count(_ROUTE, status, perf_counter() - started)
+
+
+def _event(name: bytes, data: bytes) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name, data)

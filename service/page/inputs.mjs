@@ -1,0 +1,164 @@
+// The choice of a source, and what each needs: a file, a curve, a text.
+
+import { button, colour, h } from "./dom.mjs";
+import { fresh } from "./plot.mjs";
+import { co2, fromCsv, fromText, kindOf, listed, microphone, signal } from "./sources.mjs";
+
+const TEXT = `import os
+
+def main(path):
+    with open(path) as file:
+        return [line.strip() for line in file if line]
+
+if __name__ == "__main__":
+    print(main(os.environ["HOME"]))
+`;
+const SHAPES = {
+  "a sine": (t) => Math.sin(6 * Math.PI * t),
+  "a step": (t) => (t < 0.5 ? -0.6 : 0.6),
+  "a pulse": (t) => 1.8 * Math.exp(-(((t - 0.5) / 0.05) ** 2)) - 0.8,
+  "a saw": (t) => 2 * ((4 * t) % 1) - 1,
+};
+// Points of a drawn curve, each a step.
+const POINTS = 200;
+
+// The sources that fit a model: label -> panel.
+function offers(model) {
+  const kind = kindOf(model), found = {};
+  if (model.name === "co2" && kind === 1) found["CO₂ at Mauna Loa"] = Example;
+  if (kind === "bytes") found.Text = Text;
+  if (kind >= 32) found.Microphone = Microphone;
+  found["A generated signal"] = Signal;
+  if (typeof kind === "number") found["A CSV file"] = File;
+  if (typeof kind === "number" && kind < 32) found["A drawn curve"] = Curve;
+  return found;
+}
+
+// Calls onSource(source) whenever there is another one.
+export class Inputs {
+  constructor(model, onSource, messages) {
+    Object.assign(this, { model, onSource, messages });
+    const found = offers(model);
+    this.choice = h("select", { "aria-label": "Input", onchange: () => this.choose(found[this.choice.value]) }, Object.keys(found).map((name) => h("option", {}, name)));
+    this.panel = h("div", { class: "panel" });
+    this.element = h("div", {}, h("label", {}, "Input", this.choice), this.panel);
+    this.first = found[this.choice.value];
+  }
+
+  begin() {
+    return this.choose(this.first);
+  }
+
+  choose(Panel) {
+    this.source?.stop?.();
+    const panel = new Panel(this);
+    this.panel.replaceChildren(...(panel.element ? [panel.element] : []));
+    return this.messages.attempt(() => panel.begin?.());
+  }
+
+  use(source) {
+    this.source?.stop?.();
+    this.source = source;
+    this.onSource(source);
+  }
+
+  // A file that was dropped on the page.
+  async drop(file) {
+    await this.messages.attempt(async () => {
+      const kind = kindOf(this.model), text = await file.text();
+      if (kind === "bytes") return this.use({ ...fromText(text), name: file.name });
+      if (typeof kind !== "number") throw new Error("A file can be played for models with one input of numbers only.");
+      this.use(fromCsv(file.name, text, kind));
+      this.messages.say(`${file.name}: ${this.source.length} steps.`);
+    });
+  }
+}
+
+class Example {
+  constructor(inputs) {
+    this.begin = async () => inputs.use(await co2());
+  }
+}
+
+class Signal {
+  constructor(inputs) {
+    this.begin = () => inputs.use(signal(inputs.model));
+  }
+}
+
+class Text {
+  constructor(inputs) {
+    const area = h("textarea", { "aria-label": "Text to read, byte by byte", spellcheck: "false" });
+    area.value = TEXT;
+    area.addEventListener("input", () => inputs.use(fromText(area.value)));
+    this.element = area;
+    this.begin = () => inputs.use(fromText(area.value));
+  }
+}
+
+class File {
+  constructor(inputs) {
+    const chosen = h("input", { type: "file", accept: ".csv,.tsv,.txt,text/csv", onchange: () => chosen.files[0] && inputs.drop(chosen.files[0]) });
+    this.element = h("label", { class: "drop" }, "Choose a file, or drop one anywhere on this page.", chosen);
+  }
+}
+
+class Microphone {
+  constructor(inputs) {
+    this.element = button("Listen", () => inputs.messages.attempt(async () => inputs.use(await microphone(kindOf(inputs.model)))));
+  }
+}
+
+class Curve {
+  constructor(inputs) {
+    this.inputs = inputs;
+    const range = inputs.model.name === "co2" ? [320, 360] : [-1, 1];
+    this.canvas = h("canvas", { class: "drawing", role: "img", "aria-label": "A curve: draw it with the pointer, or fill it with a shape" });
+    const value = (label, start) => h("input", { type: "number", step: "any", value: start, "aria-label": label, onchange: () => this.changed() });
+    [this.low, this.high] = [value("lowest value", range[0]), value("highest value", range[1])];
+    const shapes = h("select", { "aria-label": "Fill the curve with", onchange: () => this.fill(SHAPES[shapes.value]) }, Object.keys(SHAPES).map((name) => h("option", {}, name)));
+    this.element = h("div", {}, this.canvas, h("div", { class: "controls" }, shapes, h("label", {}, "from", this.low), h("label", {}, "to", this.high)));
+    this.canvas.addEventListener("pointerdown", (event) => {
+      this.canvas.setPointerCapture(event.pointerId);
+      this.last = null;
+      this.draw(event);
+    });
+    this.canvas.addEventListener("pointermove", (event) => event.buttons && this.draw(event));
+    this.canvas.addEventListener("pointerup", () => this.changed());
+    this.begin = () => this.fill(SHAPES["a sine"]);
+  }
+
+  fill(shape) {
+    this.values = Array.from({ length: POINTS }, (_, i) => shape(i / POINTS));
+    this.changed();
+  }
+
+  draw(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const at = Math.max(0, Math.min(POINTS - 1, Math.floor(((event.clientX - box.left) / box.width) * POINTS)));
+    const value = Math.max(-1, Math.min(1, 1 - (2 * (event.clientY - box.top)) / box.height));
+    const [from, before] = this.last ?? [at, value];
+    for (let i = Math.min(from, at); i <= Math.max(from, at); i++) {
+      this.values[i] = at === from ? value : before + ((value - before) * (i - from)) / (at - from);
+    }
+    this.last = [at, value];
+    this.paint();
+  }
+
+  paint() {
+    const area = fresh(this.canvas, 120);
+    if (!area) return;
+    area.context.strokeStyle = colour("accent");
+    area.context.lineWidth = 2;
+    area.context.beginPath();
+    this.values.forEach((value, i) => area.context.lineTo((i / (POINTS - 1)) * area.width, (1 - value) * 58 + 2));
+    area.context.stroke();
+  }
+
+  changed() {
+    this.paint();
+    const low = Number(this.low.value), high = Number(this.high.value), width = kindOf(this.inputs.model);
+    const steps = this.values.map((value) => Array(width).fill(low + ((value + 1) / 2) * (high - low)));
+    this.inputs.use(listed("a drawn curve", steps));
+  }
+}

@@ -1,0 +1,105 @@
+// The models: what each takes, returns and remembers, and how well it was proved.
+
+import { h, number, shape, size, slotName } from "./dom.mjs";
+
+export class ModelsView {
+  constructor(section, client) {
+    this.section = section;
+    this.client = client;
+  }
+
+  async show() {
+    const models = await this.client.models();
+    const many = models.length === 1 ? "one model" : `${models.length} models`;
+    this.section.replaceChildren(
+      h("h1", {}, "Models"),
+      h("p", { class: "lead" }, `This server has ${many}. Each was compared with PyTorch when it was loaded.`),
+      ...models.map(card),
+    );
+  }
+}
+
+function card(model) {
+  const at = encodeURIComponent(model.name);
+  return h(
+    "article",
+    { class: "card", "aria-labelledby": `model-${model.name}` },
+    h(
+      "div",
+      { class: "card-head" },
+      h("h2", { id: `model-${model.name}` }, model.name),
+      h("span", { class: "tag" }, `version ${model.version}`),
+      model.streamable ? h("span", { class: "tag good" }, "streams") : h("span", { class: "tag warn" }, "sequences only"),
+      model.streamable ? h("a", { class: "button primary", href: `#playground/${at}` }, "Play") : null,
+      h("a", { class: "button", href: `#lattice/${at}` }, "Lattice"),
+    ),
+    model.streamable ? null : h("p", { class: "notice" }, model.not_streamable_because),
+    h(
+      "div",
+      { class: "columns" },
+      h("div", {}, h("h3", {}, "Inputs and outputs"), tensors(model)),
+      h("div", {}, h("h3", {}, `State: ${number(model.state_size)} values`), layout(model)),
+      h("div", {}, h("h3", {}, "Parity with PyTorch float64"), parity(model)),
+    ),
+    facts(model),
+  );
+}
+
+function tensors(model) {
+  const row = (kind, tensor, note) =>
+    h("tr", {}, h("td", { class: "soft" }, kind), h("td", {}, h("code", {}, tensor.name)), h("td", {}, shape(tensor), note));
+  const note = ({ time, limit }) => (time === false ? ", of the last step" : limit ? `, below ${limit}` : "");
+  return h(
+    "table",
+    {},
+    h("tbody", {}, [
+      ...model.inputs.map((tensor) => row("in", tensor, note(tensor))),
+      ...model.static.map((tensor) => row("in, once", tensor, "")),
+      ...model.outputs.map((tensor) => row("out", tensor, note(tensor))),
+    ]),
+  );
+}
+
+// The state row as a bar, each piece as wide as its share.
+function layout(model) {
+  const bar = h("div", { class: "row-bar", role: "img", "aria-label": "the pieces of the state row" });
+  for (const slot of model.state) {
+    const piece = h("span", { class: `kind-${slot.kind}`, title: `${slotName(slot, model.state)}, ${slot.size} values` });
+    piece.style.flexGrow = slot.size;
+    bar.append(piece);
+  }
+  const rows = model.state.map((slot) =>
+    h(
+      "tr",
+      {},
+      h("td", {}, h("i", { class: `swatch kind-${slot.kind}` }), slotName(slot, model.state)),
+      h("td", { class: "figure" }, `${slot.offset} … ${slot.offset + slot.size - 1}`),
+    ),
+  );
+  return h("div", {}, bar, h("div", { class: "scrolls" }, h("table", {}, h("tbody", {}, rows))));
+}
+
+// Each output's difference as a share of what is allowed.
+function parity(model) {
+  const rows = Object.entries(model.parity).map(([output, difference]) => {
+    const allowed = model.tolerance[output];
+    const meter = h("meter", { min: 0, max: 1, high: 0.8, value: difference / allowed, "aria-label": `${output}: share of what is allowed` });
+    return h("tr", {}, h("td", {}, h("code", {}, output)), h("td", { class: "figure" }, number(difference)), h("td", {}, meter), h("td", { class: "figure soft" }, `of ${number(allowed)}`));
+  });
+  const exact = model.bit_exact ? "On the CPU, chunking and batching change no bit." : "";
+  const stable =
+    model.stability === 0 ? "Batches of any company gave identical bits." : `In other batches, results differed by at most ${number(model.stability)}.`;
+  return h("div", {}, h("table", {}, h("tbody", {}, rows)), h("p", { class: "soft" }, `${exact} ${stable}`));
+}
+
+function facts(model) {
+  const versions = model.versions.map((version) => (version === model.current_version ? `${version} (current)` : version));
+  const list = {
+    Versions: versions.join(", "),
+    Bundle: size(model.bundle_bytes),
+    Runs: `${model.device}, ${model.precision}`,
+    "Sessions open": number(model.sessions),
+    Digest: h("code", { title: model.digest }, model.digest.slice(0, 12)),
+  };
+  return h("dl", { class: "facts" }, Object.entries(list).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+}

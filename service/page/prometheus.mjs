@@ -1,0 +1,76 @@
+// Figures of the server, from the text that Prometheus reads.
+
+const SAMPLE = /^([a-z_:][\w:]*)(?:\{(.*)\})? (\S+)/i;
+const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
+const ESCAPED = { n: "\n", '"': '"', "\\": "\\" };
+
+// [{name, labels, value}], in the order of the text.
+export function parse(text) {
+  const samples = [];
+  for (const row of text.split("\n")) {
+    const found = SAMPLE.exec(row);
+    if (!found) continue;
+    const labels = {};
+    for (const [, name, value] of (found[2] ?? "").matchAll(LABEL)) labels[name] = value.replace(/\\(.)/g, (_, c) => ESCAPED[c] ?? c);
+    samples.push({ name: found[1], labels, value: found[3] === "+Inf" ? Infinity : Number(found[3]) });
+  }
+  return samples;
+}
+
+export class Scrape {
+  constructor(text, at) {
+    this.at = at;
+    this.samples = parse(text);
+  }
+
+  select(name, labels = {}) {
+    return this.samples.filter((sample) => sample.name === name && Object.entries(labels).every(([key, value]) => sample.labels[key] === value));
+  }
+
+  sum(name, labels) {
+    return this.select(name, labels).reduce((total, { value }) => total + value, 0);
+  }
+
+  // By the value of one label: Map of sums.
+  by(name, label) {
+    const sums = new Map();
+    for (const sample of this.select(name)) sums.set(sample.labels[label], (sums.get(sample.labels[label]) ?? 0) + sample.value);
+    return sums;
+  }
+
+  // Counts of a histogram, not cumulated: [[upper bound, count], …].
+  counts(name, labels) {
+    const sums = new Map();
+    for (const { labels: own, value } of this.select(`${name}_bucket`, labels)) {
+      const bound = own.le === "+Inf" ? Infinity : Number(own.le);
+      sums.set(bound, (sums.get(bound) ?? 0) + value);
+    }
+    let below = 0;
+    return [...sums].sort(([a], [b]) => a - b).map(([bound, total]) => [bound, total - below, (below = total)]).map(([bound, count]) => [bound, count]);
+  }
+}
+
+// What was counted between two scrapes; all of it if there is no earlier one.
+export function since(earlier, later, name, labels) {
+  const before = new Map(earlier?.counts(name, labels));
+  return later.counts(name, labels).map(([bound, count]) => [bound, count - (before.get(bound) ?? 0)]);
+}
+
+// The value below which a share of a histogram's counts are, from within its bucket; NaN if it is empty.
+export function quantile(counts, share) {
+  const total = counts.reduce((sum, [, count]) => sum + count, 0);
+  if (!total) return NaN;
+  let rest = share * total, lower = 0;
+  for (const [bound, count] of counts) {
+    if (rest <= count && count) return bound === Infinity ? lower : lower + ((bound - lower) * rest) / count;
+    rest -= count;
+    lower = bound;
+  }
+  return lower;
+}
+
+export async function scrape() {
+  const answer = await fetch("metrics");
+  if (!answer.ok) throw new Error((await answer.json()).detail);
+  return new Scrape(await answer.text(), performance.now() / 1000);
+}

@@ -1,0 +1,99 @@
+// One session on the stream, and what it has shown so far: inputs, outputs, and the state after each step.
+
+// Of a snapshot: where its position and its row are.
+const POSITION_AT = 40, ROW_AT = 52;
+
+export function readSnapshot(bytes) {
+  const position = Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(POSITION_AT, true));
+  return { position, row: new Float32Array(bytes.buffer.slice(bytes.byteOffset + ROW_AT, bytes.byteOffset + bytes.length - 16)) };
+}
+
+export class Trace {
+  // session: on the stream; same: the same session over HTTP, for what streams do not offer.
+  constructor(stream, session, same) {
+    Object.assign(this, { stream, session, same });
+    this.start = session.position;
+    this.inputs = new Map(); // by the position before the step
+    this.outputs = new Map(); // by the position after it
+    this.columns = []; // [position before, position after, state row]
+    this.seconds = [];
+  }
+
+  static async open(stream, options) {
+    const [session] = await stream.open(1, options);
+    return Trace.of(stream, session);
+  }
+
+  static async of(stream, session) {
+    const reference = `${stream.model.name}:${stream.model.version}`;
+    return new Trace(stream, session, await stream.client.session(reference, { mode: "resume", id: session.id }));
+  }
+
+  get position() {
+    return this.session.position;
+  }
+
+  // Apply steps, and read the state that they lead to. Returns how many outputs differ from those of an earlier pass.
+  async apply(steps) {
+    const before = this.position, started = performance.now();
+    const several = steps.length > 1;
+    const joined = several ? joinSteps(this.stream.model, steps) : steps[0];
+    const outputs = await (several ? this.session.steps(joined) : this.session.step(joined));
+    this.seconds.push((performance.now() - started) / 1000);
+    if (this.seconds.length > 200) this.seconds.shift();
+    const rows = splitOutputs(this.stream.model, outputs, steps.length);
+    let same = 0;
+    steps.forEach((inputs, i) => {
+      const known = this.outputs.get(before + i + 1);
+      same += known !== undefined && rows[i].every((value, j) => value === known[j]);
+      this.inputs.set(before + i, inputs);
+      this.outputs.set(before + i + 1, rows[i]);
+    });
+    const { position, row } = readSnapshot(await this.same.snapshot());
+    if (position === this.position) this.columns.push([before, position, row]);
+    return same;
+  }
+
+  // Send the last step once more, as after a lost answer.
+  async repeat() {
+    const position = this.position, given = this.inputs.get(position - 1);
+    this.session.position = position - 1; // what a client knows that got no answer
+    try {
+      const outputs = await this.session.step(given);
+      const known = this.outputs.get(position);
+      return {
+        same: splitOutputs(this.stream.model, outputs, 1)[0].every((value, j) => value === known[j]),
+        position: await this.same.refresh(),
+      };
+    } finally {
+      this.session.position = position;
+    }
+  }
+
+  async rewind(snapshot) {
+    this.session.position = await this.same.rewind(snapshot);
+    this.columns = this.columns.filter(([, last]) => last <= this.position);
+  }
+
+  async fork() {
+    const { id } = await this.same.fork();
+    const [session] = await this.stream.open([id], { mode: "resume" });
+    return Trace.of(this.stream, session);
+  }
+}
+
+function joinSteps(model, steps) {
+  if (model.inputs.length === 1) return steps.map((step) => step);
+  return Object.fromEntries(model.inputs.map(({ name }) => [name, steps.map((step) => step[name])]));
+}
+
+// The outputs of each step, all tensors of a step in one array; an output of the last step only stands with that one.
+function splitOutputs(model, outputs, steps) {
+  const tensors = model.outputs.length === 1 ? [outputs] : model.outputs.map(({ name }) => outputs[name]);
+  return Array.from({ length: steps }, (_, i) =>
+    model.outputs.flatMap(({ time }, tensor) => {
+      const values = tensors[tensor], size = time ? values.length / steps : values.length;
+      return Array.from(time ? values.subarray(i * size, (i + 1) * size) : values, Number);
+    }),
+  );
+}

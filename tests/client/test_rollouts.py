@@ -1,0 +1,171 @@
+"""Rollouts through both clients and in JavaScript, against the same steps one by one."""
+
+import asyncio
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from faults.proxy import Fault, FaultProxy
+from rollouts import sample
+from serving import Running, SlowEngine
+from waiting import reached
+
+from unroll.client import AsyncClient, Client, errors
+
+SCALED = {
+    "kind": "columns",
+    "columns": [{"from": 1}, {"from": 0, "scale": -0.7, "offset": 0.1}, {"future": [0.5, 1.5, 2.5, 3.5]}],
+}
+
+
+def scaled(y: np.ndarray, step: int) -> np.ndarray:
+    return np.array([y[1], float(y[0]) * -0.7 + 0.1, 0.5 + step]).astype(np.float32)
+
+
+def by_hand(session: Any, y: np.ndarray, steps: int = 4) -> list[tuple[np.ndarray, np.ndarray]]:
+    found = []
+    for i in range(steps):
+        x = scaled(y, i)
+        y = session.step(x)
+        found.append((x, y))
+    return found
+
+
+def same(rolled: list[Any], right: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    return len(rolled) == len(right) and all(
+        np.array_equal(step.inputs, x) and np.array_equal(step.outputs, y)
+        for step, (x, y) in zip(rolled, right, strict=True)
+    )
+
+
+@pytest.fixture
+def x(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((5, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("durability", ["memory", "stored", "client"])
+def test_a_rollout_is_the_steps_one_by_one(client: Any, x: np.ndarray, durability: str) -> None:
+    with client.session("lstm", durability=durability) as session:
+        y = session.steps(x)[-1]
+        rolled = list(session.rollout(4, map=SCALED))
+        assert [step.position for step in rolled] == [6, 7, 8, 9]
+        assert session.position == session.refresh() == 5
+        copy = session.fork()
+        assert same(list(copy.rollout(4, map=SCALED)), by_hand(session, y))
+        assert same(rolled, by_hand(copy, y))
+
+
+def test_on_the_session_it_is_applied_once(client: Any, x: np.ndarray) -> None:
+    with client.session("lstm") as session:
+        y = session.steps(x)[-1]
+        copy = session.fork()
+        right = by_hand(copy, y)
+        assert same(list(session.rollout(4, map=SCALED, on="session")), right)
+        assert session.position == session.refresh() == 9
+        right = by_hand(copy, right[-1][1])  # and so on, from the outputs that this client had last
+        assert same(list(session.rollout(4, map=SCALED, on="session")), right)
+        assert np.array_equal(session.step(x[0]), copy.step(x[0]))
+
+
+def test_given_time_steps_and_outputs(client: Any, x: np.ndarray) -> None:
+    with client.session("lstm") as session, client.session("lstm") as other:
+        y = session.steps(x)[-1]
+        right = by_hand(session, y)
+        first, *rest = other.rollout(4, map=SCALED, inputs=x)
+        assert (first.position, other.position) == (5, 0)
+        assert np.array_equal(first.inputs, x[-1])
+        assert np.array_equal(first.outputs, y)
+        assert same(rest, right)
+        other.rewind(other.snapshot())
+        with pytest.raises(errors.InvalidRequest, match="has not kept the outputs"):
+            list(other.rollout(4, map=SCALED))
+        other.steps(x)
+        other.rewind(other.snapshot())
+        assert same(list(other.rollout(4, map=SCALED, outputs=y)), right)
+
+
+def test_tokens_several_inputs_and_outputs_without_time(client: Any, x: np.ndarray) -> None:
+    with client.session("tokens") as session:
+        logits = session.step(3)
+        for step in session.rollout(6, map={"kind": "sample", "seed": 8, "top_k": 4}):
+            assert step.inputs == sample(logits, step.position - 1, seed=8, top_k=4)
+            logits = session.step(step.inputs)
+            assert np.array_equal(step.outputs, logits)
+    slope = {"kind": "identity", "output": "slope"}
+    given = {"a": np.ones((2, 2), np.float32), "b": np.ones((2, 3), np.float32)}
+    with client.session("two") as session:
+        b = {"kind": "columns", "output": "level", "columns": [{"from": 0}] * 3}
+        rolled = list(session.rollout(2, map={"a": slope, "b": b}, inputs=given))
+        assert [step.position for step in rolled] == [2, 3, 4]
+        assert np.array_equal(rolled[1].inputs["a"], rolled[0].outputs["slope"])
+        outputs = session.steps(given)
+        assert np.array_equal(rolled[0].outputs["level"], outputs["level"][-1])
+    with client.session("last") as session:
+        y = session.steps(x)
+        first, *rest = client.session("last").rollout(4, map=SCALED, inputs=x)
+        assert np.array_equal(first.outputs, y)
+        assert same(rest, by_hand(session, y))
+
+
+def test_refusals_of_rollouts(client: Any, x: np.ndarray) -> None:
+    with client.session("lstm") as session:
+        session.steps(x)
+        with pytest.raises(errors.MapInvalid, match="shape"):
+            list(session.rollout(4, map="identity"))
+        with pytest.raises(errors.InvalidInput, match="'x' has the shape"):
+            list(session.rollout(4, map=SCALED, inputs=x[:, :2]))
+        with pytest.raises(errors.InvalidInput, match="'y' has the shape"):
+            list(session.rollout(4, map=SCALED, outputs=x[0]))
+        client.session("lstm", session.id, mode="resume").step(x[0])
+        with pytest.raises(errors.PositionTooOld):
+            list(session.rollout(4, map=SCALED))
+    with client.session("lstm", durability="client") as session, pytest.raises(errors.InvalidInput, match="on a fork"):
+        list(session.rollout(4, map=SCALED, on="session", inputs=x))
+
+
+@pytest.mark.parametrize("on", ["fork", "session"])
+async def test_a_rollout_goes_on_over_broken_connections(
+    server: Running, x: np.ndarray, on: Literal["fork", "session"]
+) -> None:
+    faults = iter([Fault.NONE, Fault.CUT_REPLY, Fault.LOSE_REPLY, Fault.CUT_REQUEST])
+    with Client(server.url) as direct, direct.session("lstm") as session:
+        y = session.steps(x)[-1]
+        right = by_hand(session.fork(), y)
+        async with FaultProxy(server.port, lambda: next(faults, Fault.NONE)) as proxy:
+            url = f"http://127.0.0.1:{proxy.port}"
+
+            def roll() -> list[Any]:
+                with Client(url) as client:
+                    mine = client.session("lstm", session.id, mode="resume")
+                    return list(mine.rollout(4, map=SCALED, on=on, outputs=y))
+
+            assert same(await asyncio.to_thread(roll), right)
+        assert session.refresh() == (5 if on == "fork" else 9)
+
+
+async def test_whoever_stops_early_ends_the_rollout(server: Running, x: np.ndarray) -> None:
+    loop, growing = server.model("lstm").loop, {"kind": "columns", "columns": [{"from": 0}] * 3}
+    async with AsyncClient(server.url) as client, client.session("lstm") as session:
+        await session.steps(x)
+        with SlowEngine(loop, 0.005):
+            rolling = session.rollout(4096, map=growing, on="session")
+            assert (await anext(rolling)).position == 6
+            await rolling.aclose()  # type: ignore[attr-defined]
+            await reached(lambda: not len(loop.scheduler.rollouts))
+        assert await session.refresh() == 5
+
+
+def test_a_session_that_is_not_open_yet_says_so(server: Running) -> None:
+    async def use() -> None:
+        async with AsyncClient(server.url) as client:
+            session = client.session("lstm")
+            for call in (session.step([1, 2, 3]), session.refresh(), session.snapshot(), session.close()):
+                with pytest.raises(errors.InvalidInput, match="the session is not open yet: write `session = await"):
+                    await call
+            with pytest.raises(errors.InvalidInput, match="not open yet"):
+                _ = session.position
+            assert repr(session) == "<AsyncSession, not open>"
+            with pytest.raises(errors.InvalidInput, match="the stream is not open yet: write `async with"):
+                await client.stream("lstm").open()
+
+    asyncio.run(use())

@@ -1,0 +1,83 @@
+"""Servers on one folder: any of them takes any step, and one that is stopped while it writes holds up the others."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults.conftest import Replicas, start
+from faults.crowd import Crowd
+from faults.replica import Replica
+from faults.wires import Wires
+from oracle import Oracle
+from waiting import PATIENCE, reached
+
+_X = np.ones((1, 2), np.float32)
+
+#: Writes to the store in a folder, and stops itself within the transaction.
+_STOPS = """
+import os, pathlib, signal, sys
+from unroll.service.store.lmdb_folder import LmdbFolder
+
+folder = LmdbFolder(pathlib.Path(sys.argv[1]), "everysec")
+folder.write(lambda transaction: os.kill(os.getpid(), signal.SIGSTOP))
+folder.close()
+"""
+
+
+async def test_a_session_goes_to_either_of_two_servers(tmp_path: Path, replicas: Replicas, oracle: Oracle) -> None:
+    cluster = replicas(2, "--store", f"file://{tmp_path}/store", "--session-capacity", "8")
+    await start(cluster)
+    async with Crowd([replica.port for replica in cluster], 12, 16, pause=0.01) as crowd:
+        async with crowd.stepping():
+            await crowd.acknowledged(300)
+        verdict = await crowd.verdict(oracle)
+    assert verdict.good, verdict.findings
+
+
+@pytest.fixture
+async def server(tmp_path: Path, replicas: Replicas, wires: Wires) -> Replica:
+    """With a session `s` in the folder `store`."""
+    (server,) = replicas(1, "--store", f"file://{tmp_path}/store")
+    await server.start()
+    assert (await wires.call("POST", server.port, "/sessions", {"session_id": "s"})).status == 201
+    return server
+
+
+@pytest.fixture
+def stopped(server: Replica, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that has stopped within a transaction on that folder."""
+    process = subprocess.Popen([sys.executable, "-c", _STOPS, str(tmp_path / "store")])
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    yield process
+    process.kill()
+    process.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("then", [signal.SIGCONT, signal.SIGKILL])
+async def test_a_process_that_stops_within_a_transaction_delays_the_others(
+    then: signal.Signals, server: Replica, stopped: "subprocess.Popen[bytes]", wires: Wires, oracle: Oracle
+) -> None:
+    """They answer that the store is unavailable, and continue as soon as it goes on or is killed."""
+    for _ in range(2):
+        reply = await wires.send("raw", server.port, "s", _X, 0)
+        assert (reply.status, reply.code) == (503, "store_unavailable")
+    stopped.send_signal(then)
+
+    async def is_answered() -> bool:
+        reply = await wires.send("raw", server.port, "s", _X, 0)
+        assert reply.status == 200 or reply.code == "store_unavailable", reply
+        return (reply.position, reply.outputs) == (1, oracle(_X).tobytes())
+
+    await reached(is_answered, "a step")
+
+
+async def test_a_server_can_be_ended_while_another_process_stops_within_a_transaction(
+    server: Replica, stopped: "subprocess.Popen[bytes]", wires: Wires
+) -> None:
+    assert (await wires.send("raw", server.port, "s", _X, 0)).code == "store_unavailable"
+    assert await server.terminate() == 0

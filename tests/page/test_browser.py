@@ -1,0 +1,284 @@
+"""The page at `/` in a browser: every view and every button, what it loads, and whom it asks."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from chromium import chromium
+from playwright.sync_api import Browser, Page, expect
+from served_models import models
+from serving import Running
+from waiting import PATIENCE
+
+from unroll.service.settings import Settings
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "repository"
+#: All that a view loads, the client and the example's measurements included, without compression.
+MOST_BYTES = {"models": 70_000, "playground": 180_000}
+
+#: Opens a view, such as "playground/co2".
+Visit = Callable[..., Page]
+
+expect.set_options(timeout=PATIENCE * 1000)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The examples, a model that does not stream, one with two inputs, and one of frames."""
+    repository = models.link(tmp_path_factory.mktemp("repository"), "whole", "two")
+    for example in EXAMPLES.iterdir():
+        (repository / example.name).symlink_to(example)
+    running = Running(Settings(repository=repository))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(server: Running, browser: Browser) -> Iterator[Visit]:
+    """A page that must ask no other host and log no error."""
+    faults: list[str] = []
+    contexts = []
+
+    def check(url: str) -> None:
+        if urlsplit(url).scheme in ("http", "https", "ws", "wss") and urlsplit(url).netloc != server.address:
+            faults.append(f"asked {url}")
+
+    def open_page(view: str, *, scheme: str = "light", width: int = 1280) -> Page:
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})  # type: ignore[arg-type]
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE * 1000)
+        page = context.new_page()
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: check(request.url))
+        page.on("websocket", lambda socket: check(socket.url))
+        page.goto(f"{server.url}/#{view}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+def shades(page: Page, selector: str) -> int:
+    """Of how many colours a canvas is: 1 if nothing is drawn."""
+    return page.locator(selector).evaluate(
+        """canvas => new Set(new Uint32Array(
+            canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size"""
+    )
+
+
+def press(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def position(page: Page) -> int:
+    return int(page.locator("#playground").get_attribute("data-position") or -1)
+
+
+def wait_for_position(page: Page, least: int) -> None:
+    page.wait_for_function(
+        "least => Number(document.getElementById('playground').dataset.position) >= least", arg=least
+    )
+
+
+def says(page: Page, text: str) -> None:
+    expect(page.locator(".messages li", has_text=text).first).to_be_visible()
+
+
+def play_to(page: Page, least: int) -> None:
+    page.get_by_label("Speed").select_option("60 steps a second")
+    press(page, "Play")
+    wait_for_position(page, least)
+    press(page, "Pause")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_view_has_a_serious_fault_of_accessibility(visit: Visit, scheme: str) -> None:
+    page = visit("models", scheme=scheme)
+    shown = {
+        "models": "article",
+        "playground/bytes": ".stage canvas",
+        "playground/co2": ".stage canvas",
+        "live": "dl.facts dd",
+        "lattice": "svg",
+    }
+    for view, selector in shown.items():
+        page.evaluate("view => (location.hash = view)", view)
+        page.locator(f"#{view.split('/')[0]} {selector}").first.wait_for()
+        found = Axe().run(page).response["violations"]
+        serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
+        assert not serious, (view, [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in serious])
+
+
+def test_models_are_described_and_one_that_does_not_stream_says_why(visit: Visit, server: Running) -> None:
+    page = visit("models")
+    co2 = page.get_by_role("article", name="co2")
+    expect(co2).to_contain_text("layer 1 · h")
+    expect(co2).to_contain_text("streams")
+    whole = page.get_by_role("article", name="whole")
+    expect(whole).to_contain_text(server.model("whole").manifest.not_streamable_because or "?")
+    expect(whole.get_by_role("link", name="Play")).to_have_count(0)
+    expect(page.get_by_role("link", name="API")).to_have_attribute("href", "docs")
+    co2.get_by_role("link", name="Play").click()
+    expect(page).to_have_url(f"{server.url}/#playground/co2")
+
+
+def test_a_session_is_played_forked_rewound_retried_and_rolled_out(visit: Visit, server: Running) -> None:
+    page = visit("playground/co2")
+    press(page, "Step")
+    wait_for_position(page, 1)
+    play_to(page, 20)
+    assert shades(page, ".stage canvas >> nth=0") > 10
+    assert shades(page, ".stage canvas >> nth=1") > 10  # layer 0, h
+    assert shades(page, ".stage canvas >> nth=2") > 10
+    press(page, "Snapshot")
+    says(page, "Snapshot at position")
+    kept = position(page)
+    press(page, "Fork")
+    says(page, "Forked at position")
+    play_to(page, kept + 10)
+    expect(page.locator(".legend")).to_contain_text("fork: y")
+    before = server.model("co2").scheduler.counters.replayed
+    press(page, "Send the last step again")
+    says(page, "the same answer, bit for bit; the session is still at position")
+    assert server.model("co2").scheduler.counters.replayed == before + 1
+    page.get_by_label("Steps of the forecast").fill("12")
+    press(page, "Forecast")
+    says(page, "12 steps ahead of position")
+    expect(page.locator(".legend")).to_contain_text("forecast: y")
+    end = position(page)
+    press(page, "Rewind")
+    says(page, f"Back at position {kept}, from {end}")
+    play_to(page, end)
+    says(page, f"{end - kept} of {end - kept} repeated steps gave the same outputs, bit for bit")
+    expect(page.locator(".badge")).to_contain_text("lost when the process ends")
+    page.get_by_label("kept in").select_option("stored")
+    press(page, "New session")
+    says(page, "durability_unavailable")
+
+
+def test_files_curves_and_signals_are_inputs(visit: Visit) -> None:
+    page = visit("playground/co2")
+    expect(page.locator(".facts")).to_contain_text("CO₂ at Mauna Loa")
+    page.get_by_label("Input", exact=True).select_option("A CSV file")
+    rows = "week,ppm\n" + "".join(f"{week},{330 + week % 9}\n" for week in range(30))
+    file = {"name": "weeks.csv", "mimeType": "text/csv", "buffer": rows.encode()}
+    page.locator("input[type=file]").set_input_files(files=[file])  # type: ignore[list-item]
+    says(page, "weeks.csv: 30 steps")
+    play = page.get_by_label("Speed")
+    play.select_option("chunks of 16 steps")
+    press(page, "Play")
+    says(page, "The input has ended")
+    assert position(page) == 30
+    page.locator("input[type=file]").set_input_files(files=[{**file, "buffer": b"a,b\nx,y\n"}])  # type: ignore[list-item]
+    says(page, "needs as many columns of numbers")
+    page.get_by_label("Input", exact=True).select_option("A drawn curve")
+    box = page.locator(".drawing").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 5, box["y"] + 90, steps=4)
+    page.mouse.up()
+    page.get_by_label("Fill the curve with").select_option("a step")
+    play_to(page, 40)
+    page.get_by_label("Input", exact=True).select_option("A generated signal")
+    play_to(page, 50)
+    page.evaluate("location.hash = 'playground/two'")
+    expect(page.get_by_label("Model")).to_have_value("two")
+    play_to(page, 5)
+    assert shades(page, ".stage canvas >> nth=1") > 10
+
+
+def test_text_is_read_byte_by_byte_and_continued(visit: Visit) -> None:
+    page = visit("playground/bytes", scheme="dark", width=390)
+    page.get_by_label("Text to read, byte by byte").fill("import os\n\ndef f(self):\n    return self.")
+    play_to(page, 30)
+    expect(page.locator(".text")).to_contain_text("def f(self):")
+    expect(page.locator(".next code")).to_have_count(5)
+    press(page, "Fork")
+    says(page, "Forked at position")
+    press(page, "Step")
+    page.get_by_label("Steps of the forecast").fill("8")
+    press(page, "Forecast")
+    says(page, "8 steps ahead of position")
+    expect(page.locator(".text .forecast")).to_have_count(8)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_live_figures_follow_the_metrics(visit: Visit) -> None:
+    page = visit("live")
+    expect(page.locator("#live .facts")).to_contain_text("Sessions opened")
+    expect(page.locator("#live")).to_contain_text("Call of the model")
+    expect(page.locator("#live .charts b").first).not_to_have_text("–")  # a rate, so a second scrape
+    assert all(shades(page, f"#live canvas >> nth={i}") > 2 for i in range(4))
+
+
+def test_both_orders_of_the_lattice_compute_the_same_cells_and_numbers(visit: Visit) -> None:
+    page = visit("lattice/co2")
+    page.locator("#lattice svg").first.wait_for()
+    press(page, "One cell")
+    page.get_by_label("Cells computed").fill("16")
+    expect(page.locator("#lattice .cell.done")).to_have_count(32)
+    press(page, "Run both on this server")
+    expect(page.locator(".verdict")).to_have_text("Equal, bit for bit: all 8 numbers of y.")
+    page.get_by_label("Model").select_option("whole")
+    expect(page.locator("#lattice")).to_contain_text("This model runs whole sequences only")
+    press(page, "Play")
+
+
+def test_the_page_is_small(visit: Visit) -> None:
+    for view, most in MOST_BYTES.items():
+        page = visit(view)
+        page.locator("article, .facts dd").first.wait_for()
+        sizes = page.evaluate(
+            """performance.getEntries().filter(({ decodedBodySize }) => decodedBodySize)
+                .map(({ name, decodedBodySize }) => [new URL(name).pathname, decodedBodySize])"""
+        )
+        assert {"/", "/page/app.mjs", "/page/unroll.mjs", "/page/style.css"} <= {path for path, _ in sizes}
+        assert sum(size for _, size in sizes) < most, sizes
+
+
+def test_a_page_of_another_origin_sees_why_its_stream_was_closed(server: Running, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(f"http://localhost:{server.port}/livez")  # a page of this server under another name
+    closed = page.evaluate(
+        """async url => {
+            const { Client, Stream } = await import("/page/unroll.mjs");
+            const model = await new Client(location.origin).model("co2");
+            try { await new Stream(new Client(url), "co2", model).open(1) }
+            catch (error) { return [error.code, error.detail] }
+        }""",
+        server.url,
+    )
+    page.close()
+    assert closed == ["forbidden", "pages of this origin may not open streams here; see --allowed-origins"]
+
+
+def test_figures_and_files_are_read_correctly(visit: Visit) -> None:
+    page = visit("models")
+    text = (
+        'a_bucket{le="1",m="x\\"y"} 2\na_bucket{le="2",m="x\\"y"} 6\na_bucket{le="+Inf",m="x\\"y"} 8\n# HELP a\nb 1e3\n'
+    )
+    read = page.evaluate(
+        """async text => {
+            const { Scrape, quantile } = await import("/page/prometheus.mjs");
+            const { columnsOf } = await import("/page/sources.mjs");
+            const scrape = new Scrape(text, 0), counts = scrape.counts("a", { m: 'x"y' });
+            return [counts.map(([, count]) => count), quantile(counts, 0.5), quantile(counts, 0.99), scrape.sum("b"),
+                    columnsOf("# c\\nwhen;v\\nmon;1.5\\ntue;-2\\n"), columnsOf("1,2\\n3,4")];
+        }""",
+        text,
+    )
+    assert read[:4] == [[2, 4, 2], 1.5, 2, 1000]
+    assert read[4] == [{"name": "v", "values": [1.5, -2]}]
+    assert read[5] == [{"name": "column 1", "values": [1, 3]}, {"name": "column 2", "values": [2, 4]}]

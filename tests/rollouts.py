@@ -1,0 +1,70 @@
+"""What a client does that rolls a model out by itself: the same steps one by one, and the same draws."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+
+#: Makes the next inputs, each (*shape), of the outputs of a step, each (*shape), and the next position.
+Feed = Callable[[list[np.ndarray], int], list[np.ndarray]]
+
+
+def split_mix(seed: int, position: int) -> float:
+    """SplitMix64 as its authors wrote it, up to the number at the position."""
+    state, mixed = seed, 0
+    for _ in range(position + 1):
+        state = mixed = (state + 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        mixed ^= mixed >> 31
+    return (mixed >> 11) / 2**53
+
+
+def sample(logits: np.ndarray, position: int, *, seed: int, temperature: float = 1.0, top_k: int | None = None) -> int:
+    logits = logits.astype(np.float64)
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    chosen = set(order[:top_k])
+    weights = [np.exp((logits[i] - logits.max()) / temperature) if i in chosen else 0.0 for i in range(len(logits))]
+    bound, total = split_mix(seed, position) * sum(weights), 0.0
+    for i, weight in enumerate(weights):
+        total += weight
+        if total > bound:
+            return i
+    raise AssertionError
+
+
+def events(lines: Iterator[str]) -> Iterator[tuple[str, dict]]:
+    """The server-sent events of a body."""
+    name = ""
+    for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+def roll(client: httpx.Client, session: str, **body: Any) -> tuple[list[dict], dict]:
+    """The steps of a rollout, and its end."""
+    with client.stream("POST", f"{session}/rollout", json=body) as answer:
+        if answer.status_code != 200:
+            answer.read()
+            raise AssertionError(answer.text)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *steps, (name, end) = events(answer.iter_lines())
+    assert name == "end", end
+    assert {kind for kind, _ in steps} <= {"steps"}
+    return [step for _, step in steps], end
+
+
+def by_hand(client: httpx.Client, session: str, feed: Feed, outputs: Any, position: int, count: int) -> list[Any]:
+    """The outputs of `count` steps that are sent one by one, each made of the outputs before it."""
+    found = []
+    for i in range(count):
+        inputs = feed(outputs, position + i)
+        answer = client.post(f"{session}/steps", json={"inputs": [inputs], "position": position + i})
+        assert answer.status_code == 200, answer.text
+        (outputs,) = answer.json()["outputs"]
+        found.append((inputs, outputs))
+    return found
