@@ -16,7 +16,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN /opt/unroll/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = project['optional-dependencies']; \
-print(*project['dependencies'], *extras['serve'], *extras['$RUNTIME'][1:], sep='\n')" > requirements.txt \
+print(*project['dependencies'], *extras['cli'], *extras['serve'][1:], *extras['$RUNTIME'][1:], sep='\n')" > requirements.txt \
  && if [ "$RUNTIME" = gpu ]; then echo 'onnxruntime-gpu[cuda,cudnn]' >> requirements.txt; fi
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/unroll/bin/pip install -c constraints.txt -r requirements.txt

@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format docs long-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format docs long-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -95,6 +95,9 @@ profile: install ## profile a step by layer and function; writes .bench/profile.
 	@mkdir -p .bench
 	$(BIN)/python -m bench.internals.budget --functions 5 --flamegraph .bench/profile.svg
 	$(BIN)/python -m bench.internals.micro
+
+screenshots: install ## write the pictures of the page in docs/ (needs chromium)
+	PYTHONPATH=tests $(BIN)/python -m page.screenshots
 
 figures: ## write docs/benchmarks.md and its plots from the results of `make bench`
 	$(BIN)/python -m bench --write-docs .bench/results.json

@@ -1,32 +1,12 @@
-"""`unroll inspect BUNDLE`: prints a bundle's inputs, outputs, state, operators and measured parity."""
+"""What `unroll inspect` shows: a bundle's inputs, outputs, state, operators and measured parity."""
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from unroll.bundle.files import GOLDEN, MODEL, Bundle, BundleError, read
+from unroll.bundle.files import GOLDEN, MODEL, Bundle
 from unroll.bundle.manifest import StateSlot, TensorSpec
 from unroll.bundle.operators import operators
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "unroll inspect", description="Print a bundle's inputs, outputs, state, operators and measured parity."
-    )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder REPOSITORY/NAME/VERSION")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    options = parser.parse_args(argv)
-    try:
-        found = describe(read(options.bundle.resolve()))
-    except (BundleError, ValueError) as error:
-        print(f"unroll inspect: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(found, indent=2)) if options.json else print(*lines(found), sep="\n")
-    return 0
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -82,7 +62,3 @@ def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -1,13 +1,5 @@
-"""`unroll stream`: send the rows of a file or of stdin through one session, a time step each, and print the outputs.
+"""What `unroll stream` does: sends rows through a session, and writes the outputs."""
 
-CSV: one row per time step; a first row without numbers names the columns. JSONL: one line per time step, an array, or
-an object with one array per input. raw: little-endian values without anything between.
-
-The steps are applied once, whatever happens to the server meanwhile. With --session, the session is kept: a second run
-with the same id skips as many rows as the session has had, so give it all rows from the first one on.
-"""
-
-import argparse
 import csv
 import json
 import os
@@ -16,14 +8,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
-from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from unroll.client.client import Client, Session
 from unroll.client.errors import InvalidInput, UnrollError
 from unroll.client.tensors import Model, Tensor
+
+if TYPE_CHECKING:
+    from unroll.commands.stream import Stream
 
 #: Time steps per request of a file without --rate. Rows of a pipe are sent as they come.
 _CHUNK = 64
@@ -36,12 +30,8 @@ _PARSERS: dict[str, Callable[[str], object]] = {"f": float, "i": int, "b": _BOOL
 Row = tuple[np.ndarray, ...]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Returns 0, or 1 with the reason on stderr; 2 for wrong arguments."""
-    try:
-        options = _parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+def run(options: "Stream") -> int:
+    """Returns 0, or 1 with the reason on stderr."""
     try:
         steps = _run(options)
     except BrokenPipeError:  # `| head` has seen enough
@@ -50,35 +40,16 @@ def main(argv: Sequence[str]) -> int:
     except (UnrollError, OSError, UnicodeDecodeError, csv.Error) as error:
         print(f"unroll stream: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     print(f"{steps} steps", file=sys.stderr)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unroll stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", metavar="MODEL", help="a model of the server: NAME or NAME:VERSION")
-    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="rows to send (default: stdin)")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the server (default: %(default)s)")
-    parser.add_argument("--format", choices=[*_READERS], help="of input and output (default: by FILE's name, else csv)")
-    parser.add_argument("--columns", metavar="A,B", help="CSV: the columns that are the input, in this order")
-    parser.add_argument("--session", metavar="ID", help="id of the session, which is kept; continues it if it is open")
-    parser.add_argument("--durability", choices=["memory", "stored"], help="of a new session (default: the server's)")
-    parser.add_argument(
-        "--rate", type=_positive, metavar="N", help="time steps per second (default: as fast as possible)"
-    )
-    return parser
-
-
-def _run(options: argparse.Namespace) -> int:
+def _run(options: "Stream") -> int:
     """Returns the number of steps that were sent."""
     kind = options.format or (options.file and options.file.suffix.lstrip(".").lower())
     kind = kind if kind in _READERS else "csv"
     with ExitStack() as stack:
-        client = stack.enter_context(Client(options.url, api_key=os.environ.get("UNROLL_API_KEY")))
+        client = stack.enter_context(Client(options.url, api_key=options.api_key))
         if options.session is None:
             session = stack.enter_context(client.session(options.model, durability=options.durability))
         else:
@@ -174,13 +145,6 @@ def _parsed(spec: Tensor, cells: Sequence[str], where: str) -> np.ndarray:
         return np.array([read(cell.strip().lower()) for cell in cells], spec.numpy).reshape(spec.shape)
     except (ValueError, OverflowError, KeyError) as error:
         raise InvalidInput(f"{where}: {spec.name!r} takes {spec.dtype}: {error}") from None
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise ValueError
-    return number
 
 
 def _is_number(text: str) -> bool:

@@ -52,6 +52,38 @@ export interface SessionOptions {
   snapshot?: Uint8Array;
 }
 
+/** How the values of one input are made of an output, see docs/rollout.md. */
+export type InputMap =
+  | { kind: "identity" | "argmax"; output?: string }
+  | { kind: "sample"; output?: string; seed: number; temperature?: number; top_k?: number }
+  | {
+      kind: "columns";
+      output?: string;
+      columns: (
+        | { from: number; scale?: number; offset?: number }
+        | { constant: number | boolean }
+        | { future: (number | boolean)[] }
+      )[];
+    };
+
+export interface RolloutOptions {
+  /** Of a model with several inputs, one by name. */
+  map: "identity" | "argmax" | InputMap | Record<string, InputMap>;
+  /** fork: on a copy of the state, the default. session: on the session, applied as a whole at the end. */
+  on?: "fork" | "session";
+  /** Given time steps that come first. */
+  inputs?: Inputs;
+  /** Outputs of the last time step, in place of inputs. */
+  outputs?: Inputs;
+}
+
+/** A time step of a rollout. */
+export interface RolledStep {
+  position: number;
+  inputs: Outputs;
+  outputs: Outputs;
+}
+
 /** A client of one server, or of several behind one address. */
 export class Client {
   constructor(url: string | URL, options?: ClientOptions);
@@ -74,6 +106,8 @@ export class Session {
   step(values: Inputs): Promise<Outputs>;
   steps(values: Inputs): Promise<Outputs>;
   stream(items: Iterable<Inputs> | AsyncIterable<Inputs>): AsyncGenerator<Outputs>;
+  /** Feed outputs back as inputs on the server. Whoever stops early ends it there. */
+  rollout(steps: number, options: RolloutOptions): AsyncGenerator<RolledStep>;
   refresh(): Promise<number>;
   fork(id?: string): Promise<Session>;
   snapshot(): Promise<Uint8Array>;

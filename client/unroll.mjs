@@ -131,8 +131,7 @@ export class Client {
     for (const values of inputs) {
       const { arrays, steps } = flatInputs(served, values, null);
       served.inputs.forEach((spec, i) => {
-        const array = spec.dtype === "bool" ? Array.from(arrays[i], Boolean) : arrays[i];
-        lists[spec.name].push(nested(array, [steps, ...spec.shape]));
+        lists[spec.name].push(listOf(arrays[i], spec, [steps]));
       });
     }
     const statics = Object.fromEntries(served.static.map(({ name }) => [name, (fixed ?? []).map((one) => one[name])]));
@@ -206,11 +205,10 @@ export class Client {
           throw foreign(answer.status);
         }
         if (answer.ok) return { bytes, json: document, headers: answer.headers, repeated: retries.count > 0 };
-        failure = new ServerError(document ?? { code: `http_${answer.status}` }, answer.status);
+        failure = refusalOf(answer, document);
         failure.repeated = retries.count > 0;
-        const after = Number(answer.headers.get("retry-after") ?? Number.NaN);
-        retryAfter = Number.isNaN(after) ? undefined : after;
-        if (![502, 503, 504].includes(answer.status) || failure.code === "model_unavailable") throw failure;
+        retryAfter = failure.retryAfter;
+        if (!mayComeAgain(failure)) throw failure;
       } catch (error) {
         if (error instanceof ServerError) throw error;
         failure = new ConnectionFailed(`${this.url} did not answer: ${error.message}`, { cause: error });
@@ -218,7 +216,49 @@ export class Client {
       if (!(await retries.pause(retryAfter))) throw failure;
     }
   }
+
+  // The server-sent events of a POST as they come: [name, document]. Raises ServerError or ConnectionFailed.
+  async *events(path, body) {
+    const stop = new AbortController();
+    const within = async (promise) => {
+      const late = setTimeout(() => stop.abort(new Error("no answer in time")), this.timeout);
+      return promise.finally(() => clearTimeout(late));
+    };
+    try {
+      const headers = { ...this.headers, "content-type": "application/json" };
+      const options = { method: "POST", body: JSON.stringify(body), headers, signal: stop.signal };
+      const answer = await within(this.fetch(this.url + path, options));
+      if (!answer.headers.get("content-type")?.startsWith("text/event-stream")) {
+        throw refusalOf(answer, await within(answer.json().catch(() => undefined)));
+      }
+      const reader = answer.body.getReader(), decoder = new TextDecoder();
+      let text = "", part;
+      while (!(part = await within(reader.read())).done) {
+        const events = (text + decoder.decode(part.value, { stream: true })).split("\n\n");
+        text = events.pop();
+        for (const event of events) {
+          const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(event);
+          yield [name, JSON.parse(data)];
+        }
+      }
+      throw new Error("the answer was cut off");
+    } catch (error) {
+      if (error instanceof ServerError) throw error;
+      throw new ConnectionFailed(`${this.url} did not answer: ${error.message}`, { cause: error });
+    } finally {
+      stop.abort(); // whoever stops early ends it on the server
+    }
+  }
 }
+
+function refusalOf(answer, document) {
+  const refusal = new ServerError(document ?? { code: `http_${answer.status}` }, answer.status);
+  const after = Number(answer.headers.get("retry-after") ?? Number.NaN);
+  if (!Number.isNaN(after)) refusal.retryAfter = after;
+  return refusal;
+}
+
+const mayComeAgain = ({ status, code }) => [502, 503, 504].includes(status) && code !== "model_unavailable";
 
 // One session. Its steps are applied once and in order, whatever breaks between; calls wait for each other.
 export class Session {
@@ -231,6 +271,7 @@ export class Session {
     this.path = sessionPath(`${model.name}:${model.version}`, this.id);
     this.sealed = sealed; // the state, if this client holds it
     this.queue = new Queue();
+    this.last = undefined; // makes the outputs of the last time step, if they are known
   }
 
   // One time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
@@ -248,25 +289,95 @@ export class Session {
     for await (const values of items) yield await this.step(values);
   }
 
+  // Feed outputs back as inputs on the server: yields {position, inputs, outputs} for each time step, see
+  // docs/rollout.md. on: fork, a copy of the state, or session. inputs: time steps that come first; the last of them is
+  // yielded, too. outputs: those of the last time step, in place of inputs; else those that the session gave last.
+  async *rollout(steps, { map, on = "fork", inputs, outputs } = {}) {
+    if (on === "session" && this.sealed) throw new InvalidInput("a state that the client holds is rolled out on a fork");
+    const given = inputs === undefined ? undefined : flatInputs(this.model, inputs, null);
+    const body = await this.queue.run(async () => this.rolloutBody(steps, map, on, given, outputs));
+    const all = this.model.outputs.every(({ time }) => time);
+    let yielded = body.position + (given ? given.steps - 1 : 0);
+    let retries = new Retries(this.client.retryFor);
+    for (;;) {
+      let reached = body.position;
+      let last;
+      try {
+        for await (const [name, data] of this.client.events(`${this.path}/rollout`, body)) {
+          if (name === "error") throw new ServerError(data, data.status);
+          if (name === "end") {
+            if (on === "session") [this.position, this.last] = [data.position, last];
+            return;
+          }
+          const begin = reached;
+          reached = data.position;
+          const fed = tensorsOf(data.inputs, this.model.inputs);
+          const made = tensorsOf(data.outputs, this.model.outputs);
+          last = () => this.model.outputs.map((spec, i) => rowOf(made[i], spec, spec.time ? reached - begin - 1 : 0));
+          for (let position = all ? Math.max(begin, yielded) + 1 : reached; position <= reached; position++) {
+            if (position <= yielded) continue;
+            [yielded, retries] = [position, new Retries(this.client.retryFor)];
+            const row = position - begin - 1;
+            yield {
+              position,
+              inputs: named(this.model.inputs.map((spec, i) => rowOf(fed[i], spec, row)), this.model.inputs),
+              outputs: named(
+                this.model.outputs.map((spec, i) => rowOf(made[i], spec, spec.time ? row : 0)),
+                this.model.outputs,
+              ),
+            };
+          }
+        }
+      } catch (error) {
+        if (error instanceof ServerError && !mayComeAgain(error)) throw error;
+        if (!(await retries.pause(error.retryAfter))) throw error;
+      }
+    }
+  }
+
+  rolloutBody(steps, map, on, given, outputs) {
+    const { inputs, outputs: made } = this.model;
+    const last = outputs === undefined ? this.last?.() : tensorsOf(outputs, made);
+    const lists = (arrays, specs, leading) =>
+      named(arrays.map((array, i) => listOf(array, specs[i], leading)), specs);
+    return {
+      steps,
+      map: typeof map === "string" ? { kind: map } : map,
+      on,
+      position: this.position,
+      inputs: given && lists(given.arrays, inputs, [given.steps]),
+      outputs: given || !last ? undefined : lists(last, made, []),
+      snapshot: this.sealed && base64(this.sealed),
+    };
+  }
+
   // Ask the server for the position, and continue from there.
   refresh() {
     return this.queue.run(async () => {
-      if (!this.sealed) this.position = (await this.client.ask("GET", this.path)).json.position;
-      return this.position;
+      if (this.sealed) return this.position;
+      const { position } = (await this.client.ask("GET", this.path)).json;
+      if (position !== this.position) this.last = undefined;
+      return (this.position = position);
     });
   }
 
   // A second session in the same state.
   fork(id = randomId()) {
     return this.queue.run(async () => {
-      if (this.sealed) return this.reopen(id, unsealed(this.sealed));
-      try {
-        return await this.client.sessionOf((await this.client.ask("POST", `${this.path}/fork`, { session_id: id })).json);
-      } catch (error) {
-        if (!(error.code === "session_exists" && error.repeated && error.position === this.position)) throw error;
-        return this.client.attach(this.model.name, id);
-      }
+      const forked = await this.copy(id);
+      forked.last = this.last;
+      return forked;
     });
+  }
+
+  async copy(id) {
+    if (this.sealed) return this.reopen(id, unsealed(this.sealed));
+    try {
+      return await this.client.sessionOf((await this.client.ask("POST", `${this.path}/fork`, { session_id: id })).json);
+    } catch (error) {
+      if (!(error.code === "session_exists" && error.repeated && error.position === this.position)) throw error;
+      return this.client.attach(this.model.name, id);
+    }
   }
 
   // The state and position, as a Uint8Array.
@@ -286,6 +397,7 @@ export class Session {
         const answer = await this.client.ask("PUT", `${this.path}/state`, snapshot, { "content-type": RAW });
         this.position = answer.json.position;
       }
+      this.last = undefined;
       return this.position;
     });
   }
@@ -319,6 +431,10 @@ export class Session {
     const begin = this.sealed ? number(answer, "unroll-snapshot-length") : 0;
     const end = number(answer, "unroll-position");
     const outputs = named(splitOutputs(this.model, answer.bytes, begin, steps), this.model.outputs);
+    this.last = () => {
+      const arrays = splitOutputs(this.model, answer.bytes, begin, steps);
+      return this.model.outputs.map((spec, i) => rowOf(arrays[i], spec, spec.time ? steps - 1 : 0));
+    };
     if (this.sealed) this.sealed = answer.bytes.slice(0, begin);
     this.position = end;
     return outputs;
@@ -813,7 +929,19 @@ function flat(values, spec) {
   return Kind.from(spec.dtype === "int64" ? list.map(BigInt) : list);
 }
 
+// The tensors of a JSON value, flat: one value, or {name: value}.
+const tensorsOf = (value, specs) => specs.map((spec) => flat(specs.length === 1 ? value : value[spec.name], spec));
+
+// One time step of a flat tensor.
+const rowOf = (array, spec, row) => array.slice(row * sizeOf(spec), (row + 1) * sizeOf(spec));
+
+// A flat tensor as JSON has it. leading: the axes before its shape.
+function listOf(array, spec, leading) {
+  return nested(spec.dtype === "bool" ? Array.from(array, Boolean) : array, [...leading, ...spec.shape]);
+}
+
 function nested(array, shape) {
+  if (shape.length === 0) return plain(array[0]);
   if (shape.length <= 1) return Array.from(array, plain);
   const size = array.length / shape[0];
   return Array.from({ length: shape[0] }, (_, i) => nested(array.slice(i * size, (i + 1) * size), shape.slice(1)));

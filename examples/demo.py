@@ -3,7 +3,6 @@
 Needs no torch: `expected.safetensors` holds PyTorch's forecasts for the measurements.
 """
 
-import argparse
 import io
 import secrets
 import sys
@@ -99,24 +98,25 @@ class Streamed:
     seconds: float
 
 
-def main(argv: list[str], server: Server | None = None) -> int:
+def run(url: str, example: Path = EXAMPLE, server: Server | None = None, *, quick: bool = False) -> int:
     """Returns 0 if the served forecasts equal PyTorch's; else prints the reason and returns 1.
 
     Args:
-        argv: See `--help`.
-        server: The server at `--url`, which is then killed half way and started again.
+        url: The server.
+        example: The folder with co2.csv and expected.safetensors.
+        server: The server at `url`, which is then killed half way and started again.
+        quick: Send only the last weeks one by one.
     """
-    options = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for the bars
     try:
-        example = Example.read(options.example)
-        with Client(options.url, retry_for=_PATIENCE if server else 2.0) as client:
+        known = Example.read(example)
+        with Client(url, retry_for=_PATIENCE if server else 2.0) as client:
             exact = _check_server(client)
             with client.session(MODEL) as session:
-                streamed = stream(session, example, server, quick=options.quick)
-                _retry(session, example.series.ppm, streamed.forecasts)
-            series = example.series.ppm[:, np.newaxis]
+                streamed = stream(session, known, server, quick=quick)
+                _retry(session, known.series.ppm, streamed.forecasts)
+            series = known.series.ppm[:, np.newaxis]
             same = {"Streamed = whole": client.sequences(MODEL, [series])[0]}
             if server:
                 with client.session(MODEL) as uninterrupted:
@@ -124,7 +124,7 @@ def main(argv: list[str], server: Server | None = None) -> int:
     except (DemoFailed, errors.UnrollError) as error:
         print(f"unroll demo: {error}", file=sys.stderr)
         return 1
-    faults = report(example, streamed, {name: outputs[:, 0] for name, outputs in same.items()}, exact=exact)
+    faults = report(known, streamed, {name: outputs[:, 0] for name, outputs in same.items()}, exact=exact)
     for fault in faults:
         print(f"unroll demo: {fault}", file=sys.stderr)
     if not faults:
@@ -132,18 +132,8 @@ def main(argv: list[str], server: Server | None = None) -> int:
 To try it by hand: open a session, send two weeks, read its position; send the same weeks as a whole sequence; save
 the session's state to a file and open a new session from it; read the model's Open Inference metadata.
 
-{commands(options.url)}""")
+{commands(url)}""")
     return 1 if faults else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="unroll demo", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the server (default: %(default)s)")
-    parser.add_argument(
-        "--example", type=Path, default=EXAMPLE, metavar="DIR", help="folder with co2.csv and expected.safetensors"
-    )
-    parser.add_argument("--quick", action="store_true", help=f"send only the last {QUICK_WEEKS} weeks one by one")
-    return parser
 
 
 def _check_server(client: Client) -> bool:

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     server = Server(options.repository, options.port, options.store)
     try:
         server.start()
-        status = demo.main(["--url", server.url], server)
+        status = demo.run(server.url, server=server)
         print(f"\nServing on {server.url}: {server.url}/docs is the API, {server.url}/metrics the metrics. Log: {LOG}.")
         if options.detach:
             print(f"Process {server.pid}; `make stop` stops it.")

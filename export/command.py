@@ -1,24 +1,31 @@
-"""What `unroll export` does once its arguments are known. `__main__.py` parses them, without torch."""
+"""What `unroll export` does once its arguments are known."""
 
-import argparse
+import json
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unroll.export.errors import ExportError
 from unroll.export.exporter import export
 from unroll.export.loading import programs
 from unroll.export.loading.checkpoints import from_checkpoint
 from unroll.export.loading.example_inputs import examples
+from unroll.export.loading.input_specs import InputSpec, StateSpec
 from unroll.export.loading.user_code import check_not_random, from_factory, importable
 from unroll.export.loading.weight_files import check_script
 from unroll.export.report import Report
+
+if TYPE_CHECKING:
+    from unroll.commands.export import Export
 
 #: Names of files that are no stem of a checkpoint, even where there is no such file.
 _PROGRAMS = {".pt", ".pth", ".ts", ".jit", ".pt2", ".ckpt", ".bin"}
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: "Export") -> int:
     """Export, and print the report.
 
     Returns:
@@ -30,11 +37,15 @@ def run(options: argparse.Namespace) -> int:
     except ExportError as error:
         print(f"unroll export: {error.code}: {error}", file=sys.stderr)
         return 1
-    print(f"\n{report}")
+    if options.json:
+        document = {"path": str(report.path), "notes": report.notes, "manifest": asdict(report.manifest)}
+        print(json.dumps(document, indent=2))
+    else:
+        print(f"\n{report}")
     return 0
 
 
-def _export(options: argparse.Namespace) -> Report:
+def _export(options: "Export") -> Report:
     module, example = _load(options)
     return export(
         module,
@@ -47,18 +58,24 @@ def _export(options: argparse.Namespace) -> Report:
         precision=options.precision,
         max_error=options.max_error,
         output_names=options.outputs.split(",") if options.outputs else None,
-        static=[spec.name for spec in options.static],
-        state={spec.input.name: spec.output for spec in options.state},
-        progress=lambda stage: print(f"{stage} ...", flush=True),
+        static=[InputSpec.parse(word).name for word in options.static or ()],
+        state={spec.input.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
+        progress=lambda stage: _said(options)(f"{stage} ..."),
     )
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _said(options: "Export") -> Callable[[str], None]:
+    """Where progress is printed: stdout is the document's, if one is asked for."""
+    return partial(print, flush=True, file=sys.stderr if options.json else sys.stdout)
+
+
+def _load(options: "Export") -> tuple[Any, dict[str, Any]]:
     """The module that MODEL names, and example inputs for it."""
-    described = options.input, options.static, options.state
+    inputs, static = ([InputSpec.parse(word) for word in words or ()] for words in (options.input, options.static))
+    described = inputs, static, [StateSpec.parse(word) for word in options.state or ()]
     if ":" in options.model:
         example = examples(*described)
-        module = from_factory(options.model, options.weights, say=print)
+        module = from_factory(options.model, options.weights, say=_said(options))
         if not options.random_weights:
             check_not_random(options.model, options.weights, module)
         return module, example

@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from functools import partial
 from threading import Event
+from typing import Any
 
 import structlog
 
@@ -15,7 +17,8 @@ from unroll.service import app
 from unroll.service.core.errors import StoreUnavailable, UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import RepositoryError
-from unroll.service.settings import Settings, SettingsRefused
+from unroll.service.settings import Settings
+from unroll.service.sources import SettingsRefused, gather
 from unroll.service.store.description import where_sessions_are
 from unroll.service.store.interface import StoreRefused
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
@@ -25,11 +28,19 @@ from unroll.service.transport.uvicorn_config import uvicorn_config
 from unroll.service.workers import Worker, supervise
 
 
-def main(argv: list[str]) -> int:
+def main(flags: Mapping[str, Any]) -> int:
+    """Serve until a signal ends it.
+
+    Args:
+        flags: As for `sources.gather`.
+
+    Returns:
+        0 after an orderly end, 1 if it cannot start or has failed, 2 if a setting is not allowed.
+    """
     _open_standard_descriptors()
     worker = Worker.inherited()
     try:
-        settings = Settings.from_arguments(argv)
+        settings = gather(flags).settings
     except SettingsRefused as refused:
         for line in str(refused).splitlines():
             print(f"unroll serve: {line}", file=sys.stderr)
@@ -122,7 +133,3 @@ def _catch_signals() -> Event:
         signal.signal(number, end)
     signal.signal(signal.SIGHUP, lambda *_: rescan.set())
     return rescan
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

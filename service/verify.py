@@ -4,13 +4,9 @@ It needs no torch: the golden vectors hold PyTorch's answers in float64. It also
 change nothing, with inputs that are drawn from the golden ones.
 """
 
-import argparse
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
@@ -25,6 +21,10 @@ from unroll.service.state.slots import FIRST
 
 #: Sequences that are cut at random, and rows of the largest batch.
 _ROUNDS, _ROWS = 8, 17
+
+
+class CannotVerify(Exception):
+    """A bundle cannot be verified; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +48,18 @@ class Check:
         return self.difference <= self.allowed
 
 
-def main(argv: list[str]) -> int:
-    """Return 0 if every check passes on every device, else 1."""
-    options = _parser().parse_args(argv)
+def report(path: Path, devices: str, precision: Precision, seed: int) -> tuple[Bundle, dict[str, list[Check]]]:
+    """Check a bundle on each of these devices.
+
+    Raises:
+        CannotVerify: The bundle cannot be read, or cannot run there.
+    """
     try:
-        found = bundles.read(options.bundle.resolve())
-        devices, _ = resolve_devices(options.device)
-        engine = EngineOptions(precision=options.precision)
-        results = {device: list(verify(found, device, engine, options.seed)) for device in devices}
+        found = bundles.read(path.resolve())
+        engine = EngineOptions(precision=precision)
+        return found, {device: list(verify(found, device, engine, seed)) for device in resolve_devices(devices)[0]}
     except (BundleError, DeviceFailed, DeviceUnavailable, GoldenMismatch, InsufficientMemory, ValueError) as error:
-        print(f"unroll verify: {error}", file=sys.stderr)
-        return 1
-    print(f"{found.manifest.name} version {found.manifest.version}: {found.path}")
-    for device, checks in results.items():
-        print("", *lines(device, checks), sep="\n")
-    return 0 if all(check.holds for checks in results.values() for check in checks) else 1
+        raise CannotVerify(str(error)) from error
 
 
 def verify(bundle: Bundle, device: str, options: EngineOptions, seed: int = 0) -> Iterator[Check]:
@@ -152,29 +149,3 @@ def _resample(golden: Golden, batch: int, rng: np.random.Generator) -> tuple[Arr
     rows, time = len(golden.state), golden.time
     which = rng.integers(0, rows, (batch, time)), rng.integers(0, time, (batch, time))
     return {name: array[which] for name, array in golden.inputs.items()}, golden.state[rng.integers(0, rows, batch)]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "unroll verify", description="Run a bundle on a device and compare it with PyTorch's answers and with itself."
-    )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder REPOSITORY/NAME/VERSION")
-    parser.add_argument(
-        "--device",
-        default=os.environ.get("UNROLL_DEVICE", "cpu"),
-        help="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if there is one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="float32",
-        help="precision of matrix products on a GPU (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the random chunks and batches (default: %(default)s)"
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -1,6 +1,5 @@
 """What the command line says of the arguments of forward: `NAME:DTYPE:SHAPE`. Needs no torch."""
 
-import argparse
 from dataclasses import dataclass
 from typing import Self, get_args
 
@@ -27,7 +26,7 @@ class InputSpec:
                 raise ValueError
             return cls(name, _DTYPES[dtype], sizes)
         except (ValueError, KeyError):
-            raise argparse.ArgumentTypeError(
+            raise ValueError(
                 f"{text!r} is not NAME:DTYPE:SHAPE (DTYPE: {', '.join(_DTYPES)}; SHAPE such as 64, 8x3 or empty)"
             ) from None
 
@@ -44,5 +43,5 @@ class StateSpec:
         """`NAME:DTYPE:SHAPE=OUTPUT`, such as `cache:float32:2x64=y1`."""
         spec, equals, output = text.partition("=")
         if not equals or not output:
-            raise argparse.ArgumentTypeError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
+            raise ValueError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
         return cls(InputSpec.parse(spec), output)

@@ -4,11 +4,13 @@ A rollout on a fork runs on a copy of the session's state that nobody else can s
 chunk of it: applied as a whole at its end, once, and a retry gets the same outputs.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import structlog
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
 from unroll.bundle import TensorSpec
@@ -17,6 +19,7 @@ from unroll.service.api.feedback import Feedback, FeedbackSpec
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.sealed_steps import keys_of
 from unroll.service.core.errors import (
+    EngineFailed,
     InvalidRequest,
     InvalidShape,
     PositionGap,
@@ -29,8 +32,11 @@ from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.tensors import Codec, numbers
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.rollout import Rollout
+from unroll.service.scheduler.session import Session
 from unroll.service.sessions.attempts import Attempts
 from unroll.service.state.snapshot import Snapshot
+
+_log = structlog.get_logger(__name__)
 
 #: What is sent of each step: the inputs, which the map made, or the outputs.
 Send = Literal["both", "inputs", "outputs"]
@@ -67,7 +73,11 @@ class RolloutRequest(RolloutSpec):
 
 
 class Sink(Protocol):
-    """Gets what a rollout brings; called by the scheduler, and never raises."""
+    """Gets what a rollout brings; called by the scheduler, and never raises, except for `check`."""
+
+    def check(self, session: Session) -> None:
+        """Raises UnrollError if this is not the session that is meant."""
+        ...
 
     def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
         """Time steps that have run, as of a chunk. position: reached."""
@@ -161,7 +171,7 @@ class RolloutCall:
         name, version, session_id = self._where
         sealed = self._wanted.snapshot if isinstance(self._wanted, RolloutRequest) else None
         if sealed is None:
-            return await self._app.sessions.copy(name, version, session_id)
+            return await self._app.sessions.copy(name, version, session_id, self._sink.check)
         content = keys_of(self._app).open(session_id, sealed)
         served = self._app.models.of_snapshot(name, version, Snapshot.model_of(content))
         return served, served.read_snapshot(content), None
@@ -181,6 +191,7 @@ class RolloutCall:
                 )
             if session is None:
                 raise served.scheduler.sessions.closed.error(self._where[2], served.loop.clock.now())
+            self._sink.check(session)
             position = session.expected if self._wanted.position is None else self._wanted.position
             self._submit(served, self._rollout_of(served, position, None, session=session))
         except UnrollError as error:
@@ -237,7 +248,12 @@ class RolloutCall:
             tuple([parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in column]) for column in columns
         ]
         self._sent += len(inputs[0])
-        self._sink.on_steps(self._served.codec, self._rollout.start + self._sent, inputs, outputs)
+        try:
+            self._sink.on_steps(self._served.codec, self._rollout.start + self._sent, inputs, outputs)
+        except Exception as error:  # noqa: BLE001 the loop that calls this serves all clients
+            _log.error("rollout not encoded", exc_info=error)
+            self._fail(EngineFailed("the outputs could not be encoded; the server's log has the reason"))
+            asyncio.get_running_loop().call_soon(self.cancel)
 
     def _finish(self, outcome: Outcome) -> None:
         if self._over:
@@ -255,6 +271,8 @@ class RolloutCall:
         else:
             self._replay(outcome)
         self._flush()
+        if self._over:  # they could not be encoded
+            return
         self._over = True
         self._sink.on_end(outcome.position, outcome.kept)
 

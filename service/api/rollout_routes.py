@@ -18,6 +18,7 @@ from unroll.service.core.errors import Cancelled, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.session import Session
 
 _ROUTE = "v1/rollout"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter: nginx passes each event on at once
@@ -68,6 +69,8 @@ class _Events:
     def __init__(self, send: Send) -> None:
         self.queue: asyncio.Queue[bytes | UnrollError | None] = asyncio.Queue()
         self._send: Send = send
+
+    def check(self, session: Session) -> None: ...
 
     def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
         self.queue.put_nowait(_event(b"steps", json.dump(step_members(codec, self._send, position, inputs, outputs))))

@@ -1,19 +1,16 @@
-"""`unroll sessions`: lists, shows, closes, exports and imports the sessions of a store."""
+"""What `unroll sessions` does: lists, shows, closes, exports and imports the sessions of a store."""
 
-import argparse
 import asyncio
 import json
-import os
 import struct
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unroll.service.commands import transfer
 from unroll.service.core.errors import UnrollError
 from unroll.service.sessions.selection import Selection, describe, select
-from unroll.service.settings import SettingsRefused, store_config_of
+from unroll.service.sources import SettingsRefused, store_config_of
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.interface import Store, StoreRefused
 from unroll.service.store.lmdb_folder import is_store
@@ -21,48 +18,38 @@ from unroll.service.store.opening import StoreConfig, open_store
 from unroll.service.store.record import Gone, Record
 from unroll.service.telemetry import logs
 
-_EPILOG = """\
-exit status: 0  done
-             1  not for all of the sessions that were named; the output says for which
-             2  the store cannot be used, or an option is wrong
-
-Servers may use the store at the same time. Idle times are those of servers with the same --idle-timeout."""
-
-_Work = Callable[[Store, StoreConfig, argparse.Namespace], Awaitable[int]]
+if TYPE_CHECKING:
+    from unroll.commands import sessions as commands
 
 
-def main(argv: list[str]) -> int:
-    """Return the exit status that the help describes."""
-    options = _parser().parse_args(argv)
-    if options.store is None:
-        print("unroll sessions: give --store URL, or set UNROLL_STORE", file=sys.stderr)
-        return 2
+class StoreUnusable(Exception):
+    """The store cannot be used as it is set; the message says why."""
+
+
+def run(options: "commands.OnStore", url: str) -> int:
+    """Do what one of the commands is asked to; returns its exit status. Raises StoreUnusable."""
     logs.configure_embedded()  # on stderr
     try:
-        return asyncio.run(_run(options))
+        return asyncio.run(_run(options, url))
     except UnrollError as error:
-        problem = error.message
+        raise StoreUnusable(error.message) from error
     except (SettingsRefused, StoreRefused, OSError) as error:
-        problem = str(error)
-    print(f"unroll sessions: {problem}", file=sys.stderr)
-    return 2
+        raise StoreUnusable(str(error)) from error
 
 
-async def _run(options: argparse.Namespace) -> int:
-    given = {"--idle-timeout": options.idle_timeout, "--store-prefix": options.store_prefix}
-    flags = [f"{flag}={value}" for flag, value in given.items() if value is not None]
-    config = store_config_of(options.store, *flags)
-    if isinstance(config, EmbeddedStoreConfig) and options.work is not _import and not is_store(config.folder):
+async def _run(options: "commands.OnStore", url: str) -> int:
+    config = store_config_of(url, idle_timeout=options.idle_timeout, store_prefix=options.store_prefix)
+    work = _WORK[type(options).__name__]
+    if isinstance(config, EmbeddedStoreConfig) and work is not _import and not is_store(config.folder):
         raise OSError(f"there is no store in {config.folder}")
     store = open_store(config)
     try:
-        work: _Work = options.work
         return await work(store, config, options)
     finally:
         await store.stop()
 
 
-async def _list(store: Store, config: StoreConfig, options: argparse.Namespace) -> int:
+async def _list(store: Store, config: StoreConfig, options: "commands.List") -> int:
     found, after = await select(store, _selection(options, config), options.after, options.limit)
     if options.json:
         print(json.dumps(found.document(after), indent=2))
@@ -75,7 +62,7 @@ async def _list(store: Store, config: StoreConfig, options: argparse.Namespace) 
     return 0
 
 
-async def _show(store: Store, config: StoreConfig, options: argparse.Namespace) -> int:
+async def _show(store: Store, config: StoreConfig, options: "commands.Show") -> int:
     known = await store.load((options.model, options.session))
     if known is None:
         print("unknown", file=sys.stderr)
@@ -96,7 +83,7 @@ async def _show(store: Store, config: StoreConfig, options: argparse.Namespace) 
     return int(isinstance(known, Gone))
 
 
-async def _close(store: Store, config: StoreConfig, options: argparse.Namespace) -> int:
+async def _close(store: Store, config: StoreConfig, options: "commands.Close") -> int:
     missing = 0
     for session in options.session:
         position = await store.close((options.model, session))
@@ -105,7 +92,7 @@ async def _close(store: Store, config: StoreConfig, options: argparse.Namespace)
     return int(missing > 0)
 
 
-async def _export(store: Store, config: StoreConfig, options: argparse.Namespace) -> int:
+async def _export(store: Store, config: StoreConfig, options: "commands.Export") -> int:
     count, damaged = await transfer.export(store, _selection(options, config), options.file)
     print(f"{count} sessions written to {options.file}")
     for model, session_id in damaged:
@@ -113,7 +100,7 @@ async def _export(store: Store, config: StoreConfig, options: argparse.Namespace
     return int(bool(damaged))
 
 
-async def _import(store: Store, config: StoreConfig, options: argparse.Namespace) -> int:
+async def _import(store: Store, config: StoreConfig, options: "commands.Import") -> int:
     outcomes: dict[str, int] = {}
     async for (model, session_id), outcome in transfer.import_file(store, options.file, replace=options.replace):
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
@@ -127,80 +114,15 @@ def _floats(record: Record) -> list[float]:
     return [value for (value,) in struct.iter_unpack("<f", record.row)]
 
 
-def _selection(options: argparse.Namespace, config: StoreConfig) -> Selection:
+def _selection(options: "commands.Filtered", config: StoreConfig) -> Selection:
     return Selection(options.model, options.min_idle, options.min_position, options.max_position, config.idle_timeout)
 
 
-# ── options ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("unroll sessions", description="Look after the sessions of a store.")
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    action = _add(actions, "list", _list, "list open sessions, a page at a time; never their states")
-    _add_filters(action)
-    action.add_argument("--limit", type=_positive, default=100, help="maximum sessions of a page (default: 100)")
-    action.add_argument("--after", default="", metavar="PAGE", help="continue where the page before ended, as it says")
-    action.add_argument("--json", action="store_true", help="print one JSON document")
-    action = _add(actions, "show", _show, "show one session, and what is known of one that has ended")
-    _add_names(action, None)
-    action.add_argument("--state", action="store_true", help="also its state, as numbers")
-    action.add_argument("--json", action="store_true", help="print one JSON document")
-    _add_names(_add(actions, "close", _close, "close sessions; their next request gets 410 session_closed"), "+")
-    action = _add(actions, "export", _export, "write open sessions to a file, with their states; they stay open")
-    _add_filters(action)
-    action.add_argument("file", type=Path, metavar="FILE", help="must not exist")
-    action = _add(actions, "import", _import, "read the sessions of a file of `export` or of --state-file")
-    action.add_argument(
-        "--replace",
-        action="store_true",
-        help="also sessions that are open, or have ended; else they stay so",
-    )
-    action.add_argument("file", type=Path, metavar="FILE")
-    return parser
-
-
-def _add(actions: Any, name: str, work: _Work, about: str) -> argparse.ArgumentParser:
-    action: argparse.ArgumentParser = actions.add_parser(
-        name,
-        help=about,
-        description=about[0].upper() + about[1:] + ".",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    action.set_defaults(work=work)
-    action.add_argument(
-        "--store",
-        metavar="URL",
-        default=os.environ.get("UNROLL_STORE"),
-        help="as for `unroll serve` (default: $UNROLL_STORE)",
-    )
-    action.add_argument(
-        "--store-prefix", metavar="PREFIX", help="of keys in Redis, as of the servers (default: theirs)"
-    )
-    action.add_argument(
-        "--idle-timeout", metavar="SECONDS", help="as of the servers (default: $UNROLL_IDLE_TIMEOUT, or theirs)"
-    )
-    return action
-
-
-def _add_filters(action: argparse.ArgumentParser) -> None:
-    action.add_argument("--model", help="only sessions of this model")
-    action.add_argument("--min-idle", type=float, metavar="SECONDS", help="only sessions idle for so long")
-    action.add_argument("--min-position", type=int, default=0, metavar="N", help="only sessions from this position on")
-    action.add_argument("--max-position", type=int, metavar="N", help="only sessions up to this position")
-
-
-def _add_names(action: argparse.ArgumentParser, count: str | None) -> None:
-    action.add_argument("model", metavar="MODEL")
-    action.add_argument("session", metavar="SESSION", nargs=count)
-
-
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError("give a number above 0")
-    return int(word)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+#: By the name of the command's options.
+_WORK: dict[str, Callable[[Store, StoreConfig, Any], Awaitable[int]]] = {
+    "List": _list,
+    "Show": _show,
+    "Close": _close,
+    "Export": _export,
+    "Import": _import,
+}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from unroll.service.core.errors import UnrollError
-from unroll.service.settings import SettingsRefused, store_config_of
+from unroll.service.sources import SettingsRefused, store_config_of
 from unroll.service.store.description import Description, describe
 from unroll.service.store.embedded_check import Report, check
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
@@ -67,7 +67,7 @@ def examine(url: str) -> StoreFacts:
     logs.configure_embedded()  # on stderr
     facts = StoreFacts()
     try:
-        config = store_config_of(url, "--idle-timeout", _IDLE_SECONDS)
+        config = store_config_of(url, idle_timeout=_IDLE_SECONDS)
         facts.description = asyncio.run(describe(config))
         if isinstance(config, EmbeddedStoreConfig):
             facts.folder = _folder(config)

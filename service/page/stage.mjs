@@ -43,7 +43,7 @@ export class Stage {
     const lines = this.lines(main, fork, forecast);
     const at = this.hovered;
     drawLines(this.plot, { lines, span: this.span, marks, at });
-    this.describe(lines, at ?? main.position);
+    this.describe(lines);
     for (const { slot, canvas } of this.heats) {
       const columns = main.columns.filter(([first, last]) => last > this.span[0] && first < this.span[1]);
       const scale = slot.kind === "h" ? 1 : largest(columns, slot);
@@ -82,9 +82,9 @@ export class Stage {
     return [...values].filter(([x]) => x >= this.span[0] - 1 && x <= this.span[1] + 1).sort(([a], [b]) => a - b);
   }
 
-  describe(lines, at) {
+  describe(lines) {
     const items = lines.map(({ name, colour: shade, points, dash }) => {
-      const value = points.find(([x]) => x === at) ?? (this.hovered === undefined ? points.at(-1) : undefined);
+      const value = this.hovered === undefined ? points.at(-1) : points.find(([x]) => x === this.hovered);
       const swatch = h("i", { class: dash ? "dashed" : "" });
       swatch.style.color = shade;
       return h("li", {}, swatch, name, h("b", {}, value ? number(value[1], 5) : "–"));

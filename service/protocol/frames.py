@@ -1,7 +1,7 @@
 """The stream's binary frames: chunks of many sessions in one message, and their outputs in another.
 
 offset   size  field (little-endian)
-0        1     type: 1 steps (from the client), 2 outputs (from the server)
+0        1     type: 1 steps (from the client), 2 outputs, 3 steps of a rollout (from the server)
 1        1     flags: 0; of outputs 1 if the server did not keep the reply to one of the chunks for a retry
 2        2     reserved, 0
 4        4     N >= 1: entries
@@ -25,7 +25,7 @@ from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteIn
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import all_finite, dtype_hint
 
-STEPS, OUTPUTS = 1, 2
+STEPS, OUTPUTS, ROLLED = 1, 2, 3
 #: A flag of outputs.
 NOT_KEPT = 1
 
@@ -39,6 +39,7 @@ _ENTRY = np.dtype([("handle", "<u4"), ("steps", "<u4"), ("position", "<u8")])
 _SINGLE_ENTRY = struct.Struct("<8sIIQ")  # the header and the only entry
 _SINGLE_STEPS = _HEADER.pack(STEPS, 0, 0, 1)
 _SINGLE_OUTPUTS = _HEADER.pack(OUTPUTS, 0, 0, 1)
+_SINGLE_ROLLED = _HEADER.pack(ROLLED, 0, 0, 1)
 _SINGLE_NOT_KEPT = _HEADER.pack(OUTPUTS, NOT_KEPT, 0, 1)
 
 
@@ -251,6 +252,12 @@ def encode_single(handle: int, steps: int, position: int, outputs: Tensors, *, k
     if len(outputs) == 1:
         return head + outputs[0].tobytes()
     return b"".join((head, *[output.tobytes() for output in outputs]))
+
+
+def encode_rolled(handle: int, steps: int, position: int, tensors: Tensors) -> bytes:
+    """The frame of some steps of a rollout: of their inputs, their outputs, or both, as they were asked for."""
+    head = _SINGLE_ENTRY.pack(_SINGLE_ROLLED, handle, steps, position)
+    return b"".join((head, *[tensor.tobytes() for tensor in tensors]))
 
 
 def _values(frame: bytes, dtype: np.dtype, count: int, offset: int) -> np.ndarray:

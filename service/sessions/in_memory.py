@@ -132,12 +132,17 @@ class MemorySessions:
         return await (await self.verified(name, session_id, begin))
 
     async def copy(
-        self, name: str, version: str | None, session_id: str
+        self, name: str, version: str | None, session_id: str, check: Callable[[Session], None]
     ) -> tuple[ServedModel, Snapshot, Tensors | None]:
-        """The state after the work accepted so far, and the outputs of the last chunk, if they are kept."""
+        """The state after the work accepted so far, and the outputs of the last chunk, if they are kept.
+
+        check: Raises if the session that is found is not the one that is meant.
+        """
 
         def begin() -> Awaitable[tuple[ServedModel, Snapshot, Tensors | None]]:
             served, session = self.directory.find(name, version, session_id)
+
+            check(session)
 
             def read(session: Session) -> tuple[ServedModel, Snapshot, Tensors | None]:
                 snapshot = Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))

@@ -85,7 +85,7 @@ class LmdbFolder:
         """What `work` returns for a transaction, which is committed. Raises lmdb.Error; then nothing was written."""
         while True:
             try:
-                with self._environment.begin(write=True) as transaction:
+                with self._environment.begin(write=True, buffers=True) as transaction:
                     return work(transaction)
             except lmdb.MapResizedError:  # by another process
                 self._resize(0)

@@ -79,6 +79,35 @@ const scenarios = {
     await stream.close();
     return { lives, together: together.map((y) => Array.from(y)), positions, after: Array.from(after) };
   },
+  async rollouts() {
+    const plain = ({ position, inputs, outputs }) => [position, Array.from(inputs, Number), Array.from(outputs)];
+    const roll = async (session, steps, options) => {
+      const found = [];
+      for await (const step of session.rollout(steps, options)) found.push(plain(step));
+      return found;
+    };
+    const map = { kind: "columns", columns: [{ from: 1 }, { from: 0, scale: -0.7, offset: 0.1 }, { constant: 0.5 }] };
+    const forks = [];
+    for (const durability of ["memory", "client"]) {
+      const session = await client.session("lstm", { durability });
+      await session.steps(x);
+      const copy = await session.fork();
+      forks.push(await roll(session, 4, { map }), await roll(copy, 4, { map }));
+      forks.push((await roll(await client.session("lstm", { durability }), 4, { map, inputs: x })).slice(1));
+    }
+    const session = await client.session("lstm");
+    await session.steps(x);
+    const applied = [...(await roll(session, 2, { map, on: "session" })), ...(await roll(session, 2, { map, on: "session" }))];
+    const tokens = await client.session("tokens");
+    await tokens.step(3);
+    const drawn = await roll(tokens, 5, { map: { kind: "sample", seed: 6, temperature: 1.5 } });
+    for await (const step of tokens.rollout(4096, { map: "argmax" })) if (step.position > 0) break;
+    const refused = [
+      await refusal(() => roll(session, 3, { map: "identity" })),
+      await refusal(() => roll(session, 3, { map, inputs: [1] })),
+    ];
+    return { forks, applied, position: applied.at(-1)[0], drawn, refused };
+  },
   async refusals() {
     const session = await client.session("lstm", { id: "a/b ö" });
     const stream = await client.stream("lstm");

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from faults.proxy import Fault, FaultProxy
+from rollouts import sample
 from serving import Oracle, Running
 from waiting import PATIENCE
 
@@ -80,6 +81,27 @@ def test_it_gets_the_same_bits(server: Running, oracle: Oracles, given: dict[str
     assert all(same(outputs, longer[8]) for outputs in streamed["together"])
     assert set(streamed["positions"]) == {9}
     assert same(streamed["after"], longer[9])
+
+
+def test_it_rolls_sessions_out(server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play) -> None:
+    found = play(server.url, "rollouts")["rollouts"]
+    x = given["x"]
+    y = oracle("lstm")(x)
+    right = []
+    for position in range(9, 13):
+        inputs = np.array([y[-1][1], float(y[-1][0]) * -0.7 + 0.1, 0.5]).astype(np.float32)
+        x = np.concatenate([x, inputs[np.newaxis]])
+        y = oracle("lstm")(x)
+        right.append([position, inputs.tolist(), y[-1].tolist()])
+    assert found["forks"] == [right] * 6
+    assert found["applied"] == right
+    tokens = [3]
+    for position, (token,), logits in found["drawn"]:
+        right = oracle("tokens")(np.array(tokens))
+        assert token == sample(right[-1], position - 1, seed=6, temperature=1.5)
+        tokens.append(token)
+        assert same(logits, oracle("tokens")(np.array(tokens))[-1])
+    assert found["refused"] == ["map_invalid", "InvalidInput"]
 
 
 def test_refusals_have_their_codes(server: Running, play: Play) -> None:

@@ -104,10 +104,3 @@ def test_what_is_wrong_is_told(run: Run, arguments: tuple[str, ...], stdin: byte
     assert status == 1
     assert err.startswith("unroll stream: ")
     assert says in err
-
-
-def test_commands_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["steam"]) == 2
-    assert "did you mean 'stream'?" in capsys.readouterr().err
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("unroll 0.")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from unroll import Client
+from unroll import Client, cli
 from unroll.examples import demo
 from unroll.examples.display import Live, bars
 
@@ -23,7 +23,7 @@ def example() -> demo.Example:
 
 
 def test_every_week_through_one_session_equals_pytorch(server: str, capsys: pytest.CaptureFixture[str]):
-    assert demo.main(["--url", server]) == 0
+    assert cli.main(["demo", "--url", server]) == 0
     out = capsys.readouterr().out
     assert "2284 weeks through one session, 2284 of them one request each" in out
     assert "yes, bit for bit" in out
@@ -31,7 +31,7 @@ def test_every_week_through_one_session_equals_pytorch(server: str, capsys: pyte
 
 
 def test_quick_sends_the_first_weeks_at_once(server: str, capsys: pytest.CaptureFixture[str]):
-    assert demo.main(["--url", server, "--quick"]) == 0
+    assert cli.main(["demo", "--url", server, "--quick"]) == 0
     out = capsys.readouterr().out
     assert "2284 weeks through one session, 520 of them one request each" in out
     assert "yes, bit for bit" in out
@@ -40,7 +40,7 @@ def test_quick_sends_the_first_weeks_at_once(server: str, capsys: pytest.Capture
 def test_it_leaves_no_session_behind(server: str):
     with Client(server) as client:
         before = client.models()[-1].description["sessions"]
-        assert demo.main(["--url", server, "--quick"]) == 0
+        assert cli.main(["demo", "--url", server, "--quick"]) == 0
         assert client.models()[-1].description["sessions"] == before
 
 
@@ -60,12 +60,12 @@ def test_the_printed_commands_work_as_pasted(server: str):
 def test_no_server(capsys: pytest.CaptureFixture[str]):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # taken, and not listening
-        assert demo.main(["--url", f"http://127.0.0.1:{unused.getsockname()[1]}"]) == 1
+        assert cli.main(["demo", "--url", f"http://127.0.0.1:{unused.getsockname()[1]}"]) == 1
     assert "make run" in capsys.readouterr().err
 
 
 def test_no_address(capsys: pytest.CaptureFixture[str]):
-    assert demo.main(["--url", "localhost:8000"]) == 1
+    assert cli.main(["demo", "--url", "localhost:8000"]) == 1
     assert "is not the URL of a server" in capsys.readouterr().err
 
 
@@ -75,12 +75,12 @@ def test_forecasts_that_are_not_pytorchs_are_a_failure(server: str, tmp_path: Pa
     expected["float32"] += np.float32(0.001)
     shutil.copy(demo.EXAMPLE / "co2.csv", tmp_path)
     (tmp_path / "expected.safetensors").write_bytes(save(expected))
-    assert demo.main(["--url", server, "--quick", "--example", str(tmp_path)]) == 1
+    assert cli.main(["demo", "--url", server, "--quick", "--example", str(tmp_path)]) == 1
     assert "differ from PyTorch by 1.0e-03 ppm" in capsys.readouterr().err
 
 
 def test_an_incomplete_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert demo.main(["--example", str(tmp_path)]) == 1
+    assert cli.main(["demo", "--example", str(tmp_path)]) == 1
     assert "is not a folder of the example" in capsys.readouterr().err
 
 
@@ -89,7 +89,7 @@ def test_an_example_of_other_measurements(tmp_path: Path, capsys: pytest.Capture
     expected["input"][7] += 1
     shutil.copy(demo.EXAMPLE / "co2.csv", tmp_path)
     (tmp_path / "expected.safetensors").write_bytes(save(expected))
-    assert demo.main(["--example", str(tmp_path)]) == 1
+    assert cli.main(["demo", "--example", str(tmp_path)]) == 1
     assert "does not match co2.csv" in capsys.readouterr().err
 
 

@@ -49,7 +49,7 @@ def test_every_block_is_run_or_says_why_not():
     for page in PAGES:
         for block in blocks(page):
             if not block.is_program:
-                assert block.language in {"", "text", "json", "yaml", "nginx"}, (
+                assert block.language in {"", "text", "json", "yaml", "toml", "nginx"}, (
                     f"{name(page)}: a block of {block.language}"
                 )
                 counts["shown"] += 1

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from waiting import PATIENCE
 from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
 from unroll.examples import demo
@@ -27,6 +28,8 @@ from unroll.examples.stream import Session
 ROOT = Path(__file__).parents[2]
 JAVASCRIPT = ROOT / "examples" / "stream.mjs"
 PAGE = ROOT / "docs" / "protocol.md"
+
+_NUMBER = re.compile(r"\d+\.\d+")
 
 #: Steps of each chunk.
 CHUNKS = [1, 1, 2, 5, 1, 3, 1, 70, 1, 1] * 8
@@ -239,3 +242,20 @@ def test_the_page_shows_the_clients_to_the_letter(language: str, path: str):
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", PAGE.read_text()))
 def test_links_lead_somewhere(target: str):
     assert (PAGE.parent / target).is_file()
+
+
+def test_what_the_page_types_into_wscat(server: str) -> None:
+    """Line by line; only numbers may differ in their last digits, as processors do."""
+    transcript = re.search(r"```text\n\$ wscat -c ws://127.0.0.1:8000(\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert transcript is not None
+    path, lines = transcript.groups()
+    with connect(f"ws{server.removeprefix('http')}{path}") as connection:
+        for line in lines.splitlines():
+            if line.startswith("> "):
+                connection.send(line[2:])
+            else:
+                received = connection.recv(PATIENCE)
+                assert isinstance(received, str)
+                assert _NUMBER.sub("n", received) == _NUMBER.sub("n", line.removeprefix("< "))
+                numbers = [[float(number) for number in _NUMBER.findall(text)] for text in (received, line)]
+                assert numbers[0] == pytest.approx(numbers[1], abs=0.01)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE
 
-from unroll import bundle
+from unroll import bundle, cli
 
 #: The names of our own folders, two of the standard library that export has imported, and a usual one.
 NAMES = ("models", "service", "export", "bundle", "examples", "tests", "conformance", "types", "copy", "net")
@@ -157,13 +157,14 @@ def test_from_a_notebook(tmp_path: Path) -> None:
 
 
 def test_what_is_said_where_the_code_is_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from unroll.export.__main__ import main
-
     (tmp_path / "net.py").write_text("nothing = 0\n")
     for target, words in (
         (f"{tmp_path}/other.py:Net", "there is no file"),
         (f"{tmp_path}/net.py:Net", "has no attribute 'Net'"),
         (f"{tmp_path}/net.py", "net.py:FACTORY"),
     ):
-        assert main([target, "--input", "x:float32:3", "--name", "n", "--repository", str(tmp_path / "out")]) == 1
+        assert (
+            cli.main(["export", target, "--input", "x:float32:3", "--name", "n", "--repository", str(tmp_path / "out")])
+            == 1
+        )
         assert words in capsys.readouterr().err

@@ -12,9 +12,11 @@ import socket
 import sys
 import traceback
 
-from unroll.service import serve
+from unroll import cli
 from unroll.service.core import failpoints
 
+for name in ("unroll.commands.program", "unroll.service.serve"):
+    importlib.import_module(name)  # what the command itself imports late
 link = socket.socket(fileno=int(sys.argv[1]))
 while True:
     request, [*logs], _, _ = socket.recv_fds(link, 65_536, 1)
@@ -33,7 +35,7 @@ while True:
         importlib.reload(failpoints)  # armed by the environment
         status: object = 1
         try:
-            status = serve.main(arguments)
+            status = cli.main(["serve", *arguments])
         except SystemExit as ended:
             status = ended.code
         except Exception:  # noqa: BLE001 the log tells it, as at the end of any program

@@ -4,8 +4,6 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
-from importlib import import_module
-from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,31 +12,30 @@ from unroll import cli
 from unroll.service.api.error_responses import STATUS
 from unroll.service.api.worker_metrics import merge
 from unroll.service.core.errors import UnrollError
-from unroll.service.settings import Settings
+from unroll.service.settings import PREFIX, Settings
+from unroll.service.sources import CONFIG
 from unroll.service.telemetry.metrics import Collector, StoreFigures
 
 _OPTIONS = re.compile(r"^ {1,4}(-\S.*?)(?:  |$)", re.MULTILINE)
-_ACTION = re.compile(r"^    ([a-z]+)  ", re.MULTILINE)
-_WITH_ACTIONS = {"store", "sessions"}
+_COMMAND = re.compile(r"^  ([a-z]+)  ", re.MULTILINE)
 _FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
 
 
 def flags() -> dict[str, list[str]]:
     """Of every command, as its help lists them."""
     found = {}
-    for command, (module, _) in cli.COMMANDS.items():
-        main = import_module(f"unroll.{module}").main
-        actions = _ACTION.findall(_help(main)) if command in _WITH_ACTIONS else []
-        found |= {f"{command} {action}": _flags(_help(main, action)) for action in actions} or {
-            command: _flags(_help(main))
+    for command in _COMMAND.findall(_help()):
+        actions = _COMMAND.findall(_help(command)) if "COMMAND ..." in _help(command) else []
+        found |= {f"{command} {action}": _flags(_help(command, action)) for action in actions} or {
+            command: _flags(_help(command))
         }
     return found
 
 
-def _help(main: Any, *action: str) -> str:
+def _help(*command: str) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        main([*action, "--help"])
+        cli.main([*command, "--help"])
     return text.getvalue()
 
 
@@ -47,7 +44,7 @@ def _flags(text: str) -> list[str]:
 
 
 def settings() -> list[str]:
-    return sorted(f"{Settings.model_config['env_prefix']}{name.upper()}" for name in Settings.model_fields)
+    return sorted([CONFIG, *(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)])
 
 
 def codes() -> dict[str, int]:

@@ -45,6 +45,13 @@ def test_a_missing_package_is_named(package: str, arguments: tuple[str, ...], in
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_a_client_alone_has_no_commands_and_says_what_to_install(package: str) -> None:
+    done = run(package, "--help")
+    said = f"unroll: the package {package} is not installed; pip install 'unroll-serve[cli]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
 def test_a_command_needs_only_its_own_packages() -> None:
     assert "manifest.json" in run("torch,onnxruntime,uvicorn", "inspect", "none").stderr
     assert run("onnxruntime", "doctor").returncode in {0, 1}

@@ -63,7 +63,8 @@ def test_there_is_one_package_at_the_top_level(wheel: Path, names: set[str]) -> 
 
 def test_every_module_is_inside_and_no_test(names: set[str]) -> None:
     modules = {f"unroll/{path.relative_to(ROOT)}" for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
-    modules |= {f"unroll/{path.name}" for path in (ROOT / "src" / "unroll").glob("*.py")}
+    own = [path for pattern in ("*.py", "commands/*.py") for path in (ROOT / "src" / "unroll").glob(pattern)]
+    modules |= {str(path.relative_to(ROOT / "src")) for path in own}
     assert {name for name in names if name.endswith(".py")} == modules
     assert not [name for name in names if "test" in name or name.startswith("conformance") or "bench" in name]
 

@@ -1,11 +1,21 @@
-"""Flags and `UNROLL_*` variables: whatever is wrong with one ends the start with a line about it."""
+"""Flags, `UNROLL_*` variables and the file of settings: what is wrong with one ends the start with a line about it."""
+
+import json
+from pathlib import Path
 
 import pytest
 
-from unroll.service.serve import main
-from unroll.service.settings import Settings, SettingsRefused
+from unroll import cli
+from unroll.service.descriptions import SETTINGS
+from unroll.service.settings import Settings
+from unroll.service.sources import SettingsRefused, gather
 
 FLAGS = ["--repository", "bundles"]
+GIVEN = {"repository": "bundles"}
+
+
+def main(flags: list[str]) -> int:
+    return cli.main(["serve", *flags])
 
 
 @pytest.mark.parametrize(
@@ -44,7 +54,7 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert Settings.from_arguments(FLAGS).max_batch == (7 if variable == "unroll_max_batch" else 256)
+    assert gather(GIVEN).settings.max_batch == (7 if variable == "unroll_max_batch" else 256)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +114,10 @@ def test_a_prefix_is_of_a_redis(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_versions_by_flag_and_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--serve", "co2=1", "--serve", "gru=12"]
-    assert Settings.from_arguments([*FLAGS, *flags]).serve == {"co2": 1, "gru": 12}
+    for words in (["co2=1", "gru=12"], ["co2=1,gru=12"], ['{"co2": 1, "gru": 12}']):
+        assert gather(GIVEN | {"serve": words}).settings.serve == {"co2": 1, "gru": 12}
     monkeypatch.setenv("UNROLL_SERVE", '{"co2": 2}')
-    assert Settings.from_arguments(FLAGS).serve == {"co2": 2}
+    assert gather(GIVEN).settings.serve == {"co2": 2}
 
 
 @pytest.mark.parametrize(
@@ -122,10 +132,69 @@ def test_versions_by_flag_and_by_variable(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_secret_is_not_printed(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"UNROLL_{name}", value)
     with pytest.raises(SettingsRefused) as refused:
-        Settings.from_arguments(FLAGS)
+        gather(GIVEN)
     assert "hunter2" not in str(refused.value)
 
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "--repository: give it, or set UNROLL_REPOSITORY (bundle repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["[1,64]"], ["1,64"], ["1", "64"]])
+def test_a_list_is_json_or_words(words: list[str]) -> None:
+    assert gather(GIVEN | {"buckets": words}).settings.buckets == (1, 64)
+
+
+def test_a_flag_comes_before_a_variable_before_the_file_before_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "unroll.toml"
+    file.write_text('repository = "bundles"\nmax_batch = 1\nport = 1\nthreads = 1\nserve = {co2 = 3}\n')
+    monkeypatch.setenv("UNROLL_CONFIG", str(file))
+    monkeypatch.setenv("UNROLL_MAX_BATCH", "2")
+    monkeypatch.setenv("UNROLL_PORT", "2")
+    monkeypatch.setenv("UNROLL_SNAPSHOT_KEYS", '["a key of the tests"]')
+    monkeypatch.setenv("UNROLL_STORE", "redis://user:hunter2@host")
+    assert cli.main(["config", "show", "--max-batch", "3", "--json"]) == 0
+    printed = capsys.readouterr().out
+    shown = json.loads(printed)
+    assert shown["max_batch"] == {"value": 3, "origin": "--max-batch"}
+    assert shown["port"] == {"value": 2, "origin": "UNROLL_PORT"}
+    assert shown["serve"] == {"value": {"co2": 3}, "origin": f"{file}: serve"}
+    assert shown["host"] == {"value": "127.0.0.1", "origin": "default"}
+    assert shown["store"] == {"value": "redis://***@host", "origin": "UNROLL_STORE"}
+    assert "a key" not in printed
+    assert cli.main(["config", "show", "--config", str(file)]) == 0
+    assert f"  1  ({file}: threads)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("max_bathc = 1", "there is no setting 'max_bathc'; did you mean max_batch?"),
+        ("max-batch = 1", "there is no setting 'max-batch'; did you mean max_batch?"),
+        ('max_batch = "many"', "max_batch 'many': Input should be a valid integer"),
+        ("max_batch", "cannot be read as a file of settings"),
+        (None, "cannot be read as a file of settings"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_setting(
+    content: str | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "unroll.toml"
+    if content is not None:
+        file.write_text(content)
+    assert main([*FLAGS, "--config", str(file)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"unroll serve: {file}")
+    assert says in line
+
+
+def test_each_setting_is_described_with_its_default() -> None:
+    assert SETTINGS.keys() == Settings.model_fields.keys()
+    for name, field in Settings.model_fields.items():
+        if stated := SETTINGS[name].default:
+            assert type(field.default)(stated) == field.default, name
+        else:  # `page` depends on the address
+            assert field.is_required() or not field.default or name == "page", name

@@ -17,8 +17,10 @@ from unroll.service.api.parameters import require_streamable, split_reference
 from unroll.service.api.stream.control import Control, Goodbyes
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.handles import Handles
+from unroll.service.api.stream.json_steps import JsonSteps
 from unroll.service.api.stream.link import Link
 from unroll.service.api.stream.replies import CallSoon, Replies
+from unroll.service.api.stream.rollouts import StreamRollouts
 from unroll.service.api.stream.submission import FrameSubmitter, RecurringFrames
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
@@ -55,7 +57,13 @@ class Connection:
         recurring = RecurringFrames()
         self._handles = Handles(app, model, served, recurring.clear)
         self._submitter = FrameSubmitter(app, name, self._handles, recurring, self._replies)
-        self._control = Control(self._handles, self._replies, self._flow, call_soon, app.limits.max_json_bytes)
+        self._rollouts = StreamRollouts(app, name, self._handles, self._replies, self._flow)
+        steps = JsonSteps(served.codec, self._submitter, self._replies, self._flow)
+        self._control = Control(
+            *(self._handles, (steps, self._rollouts), self._replies, self._flow),
+            call_soon,
+            app.limits.max_json_bytes,
+        )
         self._goodbyes = Goodbyes(self._handles, self._replies, link, call_soon)
         app.streams.add(self)
 
@@ -117,6 +125,7 @@ class Connection:
         self._app.streams.discard(self)
         self._replies.close()
         self._submitter.close()
+        self._rollouts.close()
         self._control.close()
         self._flow.clear()
 

@@ -12,9 +12,18 @@ import structlog
 from unroll.service.api.session_operations import durability_of
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.handles import Handles
+from unroll.service.api.stream.json_steps import JsonSteps
 from unroll.service.api.stream.link import Link
-from unroll.service.api.stream.messages import OpenRequest, OpenSpec, parse_request
+from unroll.service.api.stream.messages import (
+    OpenRequest,
+    OpenSpec,
+    RolloutRequest,
+    StepsRequest,
+    StopRequest,
+    parse_request,
+)
 from unroll.service.api.stream.replies import CallSoon, Replies, error_members
+from unroll.service.api.stream.rollouts import StreamRollouts
 from unroll.service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, UnrollError
 
 _log = structlog.get_logger(__name__)
@@ -34,6 +43,7 @@ class Control:
 
     Args:
         handles: the connection's sessions.
+        work: takes steps in JSON, and rollouts.
         replies: where the answers go.
         flow: pauses reading while a request runs.
         call_soon: calls a function in the next turn of the event loop.
@@ -44,9 +54,16 @@ class Control:
     """
 
     def __init__(
-        self, handles: Handles, replies: Replies, flow: FlowControl, call_soon: CallSoon, max_bytes: int
+        self,
+        handles: Handles,
+        work: tuple[JsonSteps, StreamRollouts],
+        replies: Replies,
+        flow: FlowControl,
+        call_soon: CallSoon,
+        max_bytes: int,
     ) -> None:
         self._handles = handles
+        self._steps, self._rollouts = work
         self._replies = replies
         self._flow = flow
         self._call_soon = call_soon
@@ -73,6 +90,13 @@ class Control:
         request = parse_request(message)
         if isinstance(request, OpenRequest):
             self._run("opened", request.sessions, self._open)
+        elif isinstance(request, StepsRequest):
+            self._steps.submit(request)
+        elif isinstance(request, RolloutRequest):
+            self._roll_out(request)
+        elif isinstance(request, StopRequest):
+            self._rollouts.stop(request.handle)
+            self._replies.send({"op": "stopped", "handle": request.handle})
         elif request.op == "close":
             self._run("closed", request.handles, self._close)
         else:
@@ -101,6 +125,7 @@ class Control:
         }
 
     async def _close(self, handle: int) -> dict[str, Any]:
+        self._rollouts.stop(handle)
         try:
             position = await self._handles.close(handle)
         except UnrollError as error:
@@ -112,8 +137,19 @@ class Control:
         if unknown := [handle for handle in handles if handle not in self._handles]:
             raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
         for handle in handles:
+            self._rollouts.stop(handle)
             self._handles.unbind(handle)
         self._replies.send({"op": "detached", "handles": handles})
+
+    def _roll_out(self, request: RolloutRequest) -> None:
+        """Begin a rollout. Later messages wait until it is known what it begins from."""
+
+        async def begin() -> None:
+            await self._rollouts.begin(request)
+            self.running = False
+
+        self.running = self._flow.busy = True
+        self._task = asyncio.ensure_future(self._complete(begin()))
 
     # ── slices ───────────────────────────────────────────────────────────────────────────────────
 

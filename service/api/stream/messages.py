@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from unroll.service.api.bodies import first_fault
+from unroll.service.api.rollout import RolloutSpec
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.store.record import current_durability
 
@@ -41,12 +42,35 @@ class HandlesRequest(_Strict):
     handles: Annotated[list[Handle], Field(min_length=1, max_length=MAX_HANDLES, fail_fast=True)]
 
 
-_REQUEST: TypeAdapter[OpenRequest | HandlesRequest] = TypeAdapter(
-    Annotated[OpenRequest | HandlesRequest, Field(discriminator="op")]
-)
+class StepsRequest(_Strict):
+    """One chunk of a session, in JSON instead of a frame."""
+
+    op: Literal["steps"]
+    handle: Handle
+    inputs: Any
+    position: Annotated[int | None, Field(ge=0, lt=2**63)] = None
 
 
-def parse_request(message: bytes) -> OpenRequest | HandlesRequest:
+class RolloutRequest(RolloutSpec):
+    """values: what the steps are sent in."""
+
+    op: Literal["rollout"]
+    handle: Handle
+    values: Literal["frames", "json"] = "frames"
+
+
+class StopRequest(_Strict):
+    """Stop the rollout of the handle."""
+
+    op: Literal["stop"]
+    handle: Handle
+
+
+Request = OpenRequest | HandlesRequest | StepsRequest | RolloutRequest | StopRequest
+_REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="op")])
+
+
+def parse_request(message: bytes) -> Request:
     """Raises InvalidRequest, which names the first member that is wrong."""
     try:
         return _REQUEST.validate_json(message)

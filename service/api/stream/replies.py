@@ -53,6 +53,10 @@ class Replies:
         """The answer to a control message, or a message of the server's own."""
         self._send_text(json.dump(document))
 
+    def send_frame(self, frame: bytes) -> None:
+        """A frame that answers no entry."""
+        self._send_binary(frame)
+
     def send_error(self, error: UnrollError) -> None:
         """The answer to a message that was refused as a whole."""
         self.on_refused(error, None, None, None)
@@ -63,6 +67,12 @@ class Replies:
         if self._coalesced:
             self.flush()  # an earlier chunk of the session may be among them
         self._send_binary(encode_single(entry.handle, entry.steps, reply.position, reply.outputs, kept=reply.kept))
+        self._release(1, entry.steps)
+
+    def answer_text(self, entry: SingleEntryFrame, document: dict[str, Any]) -> None:
+        """In a text message."""
+        self.flush()
+        self.send(document)
         self._release(1, entry.steps)
 
     def coalesce(self, entry: SingleEntryFrame, reply: Reply) -> None:

@@ -1,5 +1,6 @@
 """From the frames of a client to the work of the scheduler: as cohorts, as a group, or chunk by chunk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,7 +12,7 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.frames import NO_POSITION, Frame, SingleEntryFrame
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
-from unroll.service.scheduler.reply import Outcome
+from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import Cohort, Life, Session
 from unroll.service.sessions.attempts import Attempts
 
@@ -57,14 +58,14 @@ class PendingChunk:
 
     Attributes:
         entry: the chunk as the client sent it.
-        coalesced: it is answered in one frame with others.
+        answer: sends its reply.
         served, session, chunk: what it was submitted to and as.
         attempts: looks its session up in the store and submits it again; None as long as that was not needed.
     """
 
     submitter: "FrameSubmitter"
     entry: SingleEntryFrame
-    coalesced: bool
+    answer: Callable[[SingleEntryFrame, Reply], None]
     served: ServedModel | None = None
     session: Session | None = None
     chunk: Chunk | None = None
@@ -123,7 +124,7 @@ class FrameSubmitter:
         if len(taken) < len(frame.entries):
             for i, entry in enumerate(zip(frame.handles, frame.steps, frame.positions, strict=True)):
                 if i not in taken:
-                    self.submit(SingleEntryFrame(*entry, frame.chunk(i)), faults.get(i), coalesced=True)
+                    self.submit(SingleEntryFrame(*entry, frame.chunk(i)), faults.get(i), self._replies.coalesce)
 
     def _submit_cohorts(self, frame: Frame, inputs: Tensors, recurring: RecurringFrame) -> bool:
         """False if the frame's sessions are no cohorts, or cannot take this step as such."""
@@ -162,18 +163,23 @@ class FrameSubmitter:
         others = set(declined)
         return [i for row, i in enumerate(rows) if row not in others]
 
-    def submit(self, entry: SingleEntryFrame, fault: UnrollError | None, *, coalesced: bool = False) -> None:
+    def submit(
+        self,
+        entry: SingleEntryFrame,
+        fault: UnrollError | None,
+        answer: Callable[[SingleEntryFrame, Reply], None] | None = None,
+    ) -> None:
         """Submit one chunk, or refuse it.
 
         Args:
             entry: the chunk.
             fault: the error in its values.
-            coalesced: answer it in one frame with others.
+            answer: sends its reply; by default in a frame of its own.
         """
         if fault is not None:
             self._replies.refuse(entry.handle, entry.steps, entry.position, fault)
             return
-        pending = PendingChunk(self, entry, coalesced)
+        pending = PendingChunk(self, entry, answer or self._replies.answer)
         try:
             self._begin(pending)
         except NeedsStoreLookup as needed:
@@ -218,10 +224,8 @@ class FrameSubmitter:
             moved = pending.session if isinstance(outcome, SessionContended) else None
             if moved is None or not self._retry(pending, moved.id):
                 self._fail(pending, outcome)
-        elif pending.coalesced:
-            self._replies.coalesce(pending.entry, outcome)
         else:
-            self._replies.answer(pending.entry, outcome)
+            pending.answer(pending.entry, outcome)
 
     def _complete_group(
         self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply

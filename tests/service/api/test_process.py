@@ -95,14 +95,14 @@ def test_a_drain(start_process: StartProcess) -> None:
 #: The server, whose loop fails on its first batch.
 CRASHING = """
 import sys
-from unroll.service.serve import main
+from unroll.cli import main
 from unroll.service.scheduler.loop import Loop
 
 async def crash(self, batch):
     raise RuntimeError("a crash")
 
 Loop._begin = crash
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
 
@@ -118,13 +118,13 @@ def test_a_crash(start_process: StartProcess) -> None:
 UNSTOPPABLE = """
 import sys
 from unroll.service.models.repository import ModelRepository
-from unroll.service.serve import main
+from unroll.cli import main
 
 def fail(self):
     raise RuntimeError("a failure at the end")
 
 ModelRepository.shut_down = fail
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
 
@@ -163,10 +163,10 @@ def test_a_system_other_than_linux(start_process: StartProcess) -> None:
 #: Starts with each of several lists of flags, in one process; its exit statuses are lines on stderr, as its log is.
 STARTS = """
 import json, sys
-from unroll.service.serve import main
+from unroll.cli import main
 for flags in json.loads(sys.argv[1]):
     try:
-        status = main(flags)
+        status = main(["serve", *flags])
     except SystemExit as end:
         status = end.code
     print("ended", status, file=sys.stderr, flush=True)
@@ -235,6 +235,7 @@ def test_a_port_that_is_taken_is_noticed_before_the_models_are_loaded(shelf: Pat
 #: The server without standard descriptors, and what becomes of them.
 DETACHED = """
 import os, sys
+from unroll import cli
 from unroll.service import serve
 
 build, log = serve.app.build, os.dup(2)
@@ -245,7 +246,7 @@ def told(*arguments, **options):
     raise SystemExit(0)
 
 serve.app.build = told
-serve.main(sys.argv[1:])
+cli.main(["serve", *sys.argv[1:]])
 """
 
 

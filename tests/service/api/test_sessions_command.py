@@ -11,7 +11,7 @@ from processes import StartProcess
 from redis_server import RedisServer
 from serving import Oracle, raw_steps
 
-from unroll.service.commands import sessions
+from unroll import cli
 
 Capture = pytest.CaptureFixture[str]
 
@@ -25,7 +25,7 @@ def served(request: pytest.FixtureRequest, start_process: StartProcess, tmp_path
 
 
 def run(capsys: Capture, *words: str) -> tuple[int, str]:
-    status = sessions.main(list(words))
+    status = cli.main(["sessions", *words])
     printed = capsys.readouterr()
     return status, printed.out + printed.err
 

@@ -18,7 +18,7 @@ from serving import Serve
 from structlog.testing import capture_logs
 from waiting import PATIENCE
 
-from unroll.service.commands import sessions
+from unroll import cli
 from unroll.service.state.envelope import checksum
 
 SESSIONS = "/v1/models/gru/sessions"
@@ -118,7 +118,7 @@ def test_sessions_that_cannot_be_written_are_counted(start: Callable[..., Proces
 #: The server, which sends itself a signal after a method of its state file, and another one at its end.
 INTERRUPTED = """
 import atexit, signal, sys
-from unroll.service.serve import main
+from unroll.cli import main
 from unroll.service.store.state_file import StateFile
 
 method, number = sys.argv[1:3]
@@ -131,7 +131,7 @@ def interrupted(self, *arguments):
 
 setattr(StateFile, method, interrupted)
 atexit.register(signal.raise_signal, signal.SIGTERM)
-sys.exit(main(sys.argv[3:]))
+sys.exit(main(["serve", *sys.argv[3:]]))
 """
 
 
@@ -241,7 +241,7 @@ def test_beside_a_store_each_keeps_its_own_sessions(
 
 def test_a_state_file_can_be_imported_into_a_store(written: Path, start_process: StartProcess, tmp_path: Path) -> None:
     store = ("--store", f"file://{tmp_path}/store")
-    assert sessions.main(["import", str(written), *store]) == 0
+    assert cli.main(["sessions", "import", str(written), *store]) == 0
     process = start_process(*store)
     assert httpx.get(f"{process.url}{SESSIONS}/a").json()["durability"] == "stored"
     assert [step(process.url, name) for name in NAMES] == [2, 2, 2]

@@ -21,8 +21,8 @@ from redis_server import RedisServer, free_port
 from serving import RAW, Oracle, metric
 from waiting import PATIENCE, reached, until
 
+from unroll.cli import main
 from unroll.service import workers
-from unroll.service.serve import main
 
 NUMBER = 2
 MODEL = "/v1/models/gru"
@@ -162,7 +162,7 @@ def test_a_port_that_others_share(capfd: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_what_does_not_go_together(flags: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--repository", ".", *flags]) == 2
+    assert main(["serve", "--repository", ".", *flags]) == 2
     assert why in capsys.readouterr().err
 
 

@@ -10,8 +10,9 @@ import pytest
 from machines import CPU, GPU
 from waiting import PATIENCE
 
-from unroll.service.doctor import __main__ as doctor
+from unroll import cli
 from unroll.service.doctor import ask
+from unroll.service.doctor import report as doctor
 from unroll.service.doctor.findings import Finding, Status
 from unroll.service.engine.runner import resolve_devices
 
@@ -58,9 +59,7 @@ def test_a_broken_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:0,cpu"])
 def test_a_device_that_is_none(device: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as ended:
-        doctor.main(["--device", device])
-    assert ended.value.code == 2
+    assert cli.main(["doctor", "--device", device]) == 2
     assert "use cpu, auto, or GPUs" in capsys.readouterr().err
 
 
@@ -68,16 +67,16 @@ def test_the_device_of_the_environment_is_asked_for(monkeypatch: pytest.MonkeyPa
     asked: list[str] = []
     monkeypatch.setenv("UNROLL_DEVICE", "cuda:0")
     monkeypatch.setattr(doctor, "examine", lambda device: asked.append(device) or GPU)
-    assert doctor.main([]) == 0
+    assert cli.main(["doctor"]) == 0
     assert asked == ["cuda:0"]
 
 
 @pytest.mark.parametrize(("facts", "device", "status"), [(GPU, "auto", 0), (CPU, "auto", 0), (CPU, "cuda:0", 1)])
 def test_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], facts, device, status):
     monkeypatch.setattr(doctor, "examine", lambda _: facts)
-    assert doctor.main(["--device", device]) == status
+    assert cli.main(["doctor", "--device", device]) == status
     capsys.readouterr()
-    assert doctor.main(["--device", device, "--json"]) == status
+    assert cli.main(["doctor", "--device", device, "--json"]) == status
     assert json.loads(capsys.readouterr().out)["works"] == (status == 0)
 
 

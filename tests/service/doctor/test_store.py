@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis_server import RedisServer
 
-from unroll.service.doctor import __main__ as doctor
+from unroll import cli
 from unroll.service.doctor import ask
 from unroll.service.doctor.facts import Runtime
 from unroll.service.store.lmdb_folder import LmdbFolder
@@ -31,7 +31,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 def examined(capsys: pytest.CaptureFixture[str], store: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """The exit status, and the findings by name."""
-    status = doctor.main(["--device", "cpu", "--json", "--store", store])
+    status = cli.main(["doctor", "--device", "cpu", "--json", "--store", store])
     return status, {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
 
 

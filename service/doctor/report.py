@@ -1,10 +1,6 @@
-"""`unroll doctor`: collects the facts, prints the findings, and exits with 0 if the requested device and store work."""
+"""What `unroll doctor` finds: the facts of this machine, and a finding with its remedy for each."""
 
-import argparse
-import json
-import os
 import platform
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,19 +14,16 @@ from unroll.service.doctor.facts import Driver, Facts, Runtime
 from unroll.service.doctor.findings import Finding, Status, devices, judge
 
 
-def main(argv: list[str]) -> int:
-    """Return 0 if the requested device and store work, else 1."""
-    options = _parser().parse_args(argv)
-    facts = examine(options.device)
-    stored, about_store = _examine_store(options.store) if options.store else (None, [])
-    findings = [*judge(facts, options.device), *about_store]
-    works = not any(finding.fault for finding in findings)
-    if options.json:
-        report = {"works": works, "device": options.device, "findings": list(map(asdict, findings))}
-        print(json.dumps(report | {"facts": asdict(facts) | {"store": stored}}, indent=2))
-    else:
-        print(*lines(findings), sep="\n")
-    return 0 if works else 1
+def report(device: str, store: str | None) -> tuple[list[Finding], dict[str, Any]]:
+    """Examine this machine; return the findings and the facts behind them.
+
+    Args:
+        device: The device that must work: cpu, auto, cuda:N or several of these.
+        store: The URL of a store that must work.
+    """
+    facts = examine(device)
+    stored, about_store = _examine_store(store) if store else (None, [])
+    return [*judge(facts, device), *about_store], asdict(facts) | {"store": stored}
 
 
 def examine(device: str) -> Facts:
@@ -85,33 +78,3 @@ def _to_try(device: str, found: Driver | None, runtime: Runtime | None) -> list[
     cuda = "CUDAExecutionProvider" in runtime.providers
     there = [f"cuda:{index}" for index in range(len(found.gpus) if found and cuda else 0)]
     return list(dict.fromkeys(["cpu", *there, *devices(device, runtime)]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "unroll doctor", description="Report what this machine can serve models with, and how to fix the rest."
-    )
-    parser.add_argument(
-        "--device",
-        type=_device,
-        default=os.environ.get("UNROLL_DEVICE", "auto"),
-        help="device that must work: cpu, cuda:N, several as in cuda:0,cuda:1, or auto (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--store",
-        metavar="URL",
-        default=os.environ.get("UNROLL_STORE"),
-        help="store that must work, as for `unroll serve`: what it is, what it survives, and how long a commit takes",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    return parser
-
-
-def _device(word: str) -> str:
-    if not re.fullmatch(r"cpu|auto|cuda:\d+(,cuda:\d+)*", word):
-        raise argparse.ArgumentTypeError("use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
-    return word
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""Steps in JSON: what a person can type, one chunk in a text message, with the positions and errors of frames."""
+
+from typing import Any
+
+from unroll.service.api.stream.flow import FlowControl
+from unroll.service.api.stream.messages import StepsRequest
+from unroll.service.api.stream.replies import Replies
+from unroll.service.api.stream.submission import FrameSubmitter
+from unroll.service.core.errors import UnrollError
+from unroll.service.protocol.frames import SingleEntryFrame
+from unroll.service.protocol.tensors import Codec
+from unroll.service.scheduler.reply import Reply
+
+
+class JsonSteps:
+    """Decodes and submits them.
+
+    Args:
+        codec: of the connection's model.
+        submitter: submits the chunks.
+        replies: where the answers go.
+        flow: where they are counted.
+    """
+
+    def __init__(self, codec: Codec, submitter: FrameSubmitter, replies: Replies, flow: FlowControl) -> None:
+        self._codec = codec
+        self._submitter = submitter
+        self._replies = replies
+        self._flow = flow
+
+    def submit(self, request: StepsRequest) -> None:
+        try:
+            inputs = self._codec.from_json(request.inputs)
+        except UnrollError as error:
+            self._flow.acquire(1, 0)
+            self._replies.refuse(request.handle, 0, request.position, error)
+            return
+        entry = SingleEntryFrame(request.handle, len(inputs[0]), request.position, inputs)
+        self._flow.acquire(1, entry.steps)
+        self._submitter.submit(entry, None, self._answer)
+        self._flow.update()
+
+    def _answer(self, entry: SingleEntryFrame, reply: Reply) -> None:
+        members: dict[str, Any] = {"position": reply.position, "outputs": self._codec.to_json(reply.outputs)}
+        self._replies.answer_text(entry, {"op": "outputs", "handle": entry.handle, **members, "reply_kept": reply.kept})

@@ -1,0 +1,135 @@
+"""What each setting means, for the help of `unroll serve`, for messages and for `unroll config show`.
+
+The values, their types and their limits are those of `settings.py`; this file imports nothing, so that help is quick.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """One setting.
+
+    Attributes:
+        metavar: What its value is; empty if it is a switch, and `no` if it is one that --no-… turns off.
+        about: What it decides.
+        default: Its default, as help shows it; empty if `about` says it or there is none.
+        several: Its flag may be given several times.
+    """
+
+    metavar: str
+    about: str
+    default: str = ""
+    several: bool = False
+
+
+#: By group and by name, in the order of the help.
+GROUPS = {
+    "network": {
+        "host": Description("ADDRESS", "address to listen on", "127.0.0.1"),
+        "port": Description("PORT", "port to listen on", "8000"),
+        "workers": Description("N", "number of processes that share the port; more than one needs --store", "1"),
+        "worker_port": Description("PORT", "first per-worker port: worker N also listens on this port + N - 1"),
+        "page": Description("no", "answer / with a page of the models; by default only on a loopback address"),
+        "allowed_origins": Description(
+            "ORIGINS",
+            "origins of the other pages that may use this server from a browser, "
+            'such as ["https://app.example"], or ["*"] for all; to pages of its own origin it always answers',
+            several=True,
+        ),
+        "drain_delay": Description(
+            "SECONDS", "seconds between SIGTERM and the end of listening, for load balancers to notice", "0"
+        ),
+        "drain_timeout": Description(
+            "SECONDS", "seconds for connected clients to receive their answers at shutdown", "10"
+        ),
+    },
+    "models": {
+        "repository": Description("DIR", "bundle repository: a folder of <name>/<version>/"),
+        "serve": Description(
+            "NAME=VERSION",
+            "version that new sessions of a model begin on, such as co2=1; "
+            "otherwise what the file <name>/serve says, else the highest",
+            several=True,
+        ),
+        "strict": Description("", "do not start if any bundle cannot be served; else serve the others"),
+    },
+    "device": {
+        "device": Description(
+            "DEVICE", "cpu, cuda:N, a list such as cuda:0,cuda:1, or auto: a GPU if there is one", "auto"
+        ),
+        "threads": Description("N", "onnxruntime threads per model call on a CPU", "1"),
+        "precision": Description("float32|tf32|float16", "precision of matrix products on a GPU", "float32"),
+        "cells": Description("fused|onnxruntime", "kernels for LSTM and GRU layers in single steps on a GPU", "fused"),
+        "buckets": Description("N,N", "batch sizes of single steps on a GPU, such as [1,64,256]", several=True),
+    },
+    "sessions": {
+        "session_capacity": Description(
+            "N|auto",
+            "maximum open sessions per model version and device; auto: as many as fit in memory_share",
+            "65536",
+        ),
+        "memory_share": Description(
+            "SHARE", "fraction of the free memory that auto may use for a model's sessions", "0.5"
+        ),
+        "idle_timeout": Description("SECONDS", "seconds until an idle session expires; 0: never", "900"),
+        "tombstone_life": Description("SECONDS", "seconds for which the server remembers why a session ended", "3600"),
+        "spill_bytes": Description(
+            "BYTES", "host memory for idle sessions that do not fit in session_capacity, in bytes", "268435456"
+        ),
+        "reply_bytes": Description(
+            "BYTES", "memory per model for replies that are kept for retries, in bytes", "268435456"
+        ),
+        "state_file": Description(
+            "FILE", "file for memory sessions, also beside a store: written at shutdown, read at startup"
+        ),
+        "snapshot_keys": Description(
+            "KEYS",
+            'secrets that sign client-held snapshots: ["new","old"]; the first signs, all verify',
+            several=True,
+        ),
+    },
+    "store": {
+        "store": Description(
+            "URL",
+            "store of durable sessions: file:///folder (for the processes of one machine), "
+            "redis://host:port/db, redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ...",
+        ),
+        "store_prefix": Description(
+            "PREFIX", "prefix of all keys in Redis; deployments that share a Redis need different ones", "unroll"
+        ),
+        "store_sync": Description(
+            "always|everysec|never",
+            "when file:/// is synced to the disk: after every commit, every second, or at the end",
+            "everysec",
+        ),
+        "store_timeout": Description(
+            "SECONDS", "seconds without an answer after which the store counts as down", "0.5"
+        ),
+        "durability": Description(
+            "memory|stored", "default durability of new sessions (stored if --store is set, otherwise memory)"
+        ),
+    },
+    "limits": {
+        "max_batch": Description("N", "maximum rows per model call", "256"),
+        "max_batch_steps": Description("N", "maximum rows x time steps per model call", "2048"),
+        "piece_steps": Description("N", "time steps of a long request per model call", "64"),
+        "max_queue": Description("N", "maximum waiting requests per model", "8192"),
+        "request_timeout": Description("SECONDS", "seconds within which the work on a request must start", "30"),
+        "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
+        "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),
+        "max_steps": Description("N", "maximum time steps per request", "65536"),
+        "max_rollout_steps": Description("N", "maximum time steps per rollout whose inputs are fed back", "4096"),
+        "max_sequences": Description("N", "maximum whole sequences per request", "1024"),
+    },
+    "operation": {
+        "admin": Description("", "list sessions at /v1/admin/sessions, to any client: there is no authentication"),
+        "log_requests": Description(
+            "none|errors|all",
+            "requests that leave a line in the log, at most 100 a second: none, errors, all",
+            "errors",
+        ),
+        "log_level": Description("debug|info|warning|error", "minimum severity of log lines", "info"),
+    },
+}
+SETTINGS = {name: description for group in GROUPS.values() for name, description in group.items()}

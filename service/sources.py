@@ -1,0 +1,164 @@
+"""Where settings come from: a flag, else a variable `UNROLL_*`, else the file of `--config`, else the default."""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+from unroll.service.descriptions import SETTINGS
+from unroll.service.settings import PREFIX, Settings
+from unroll.service.store.embedded_store import EmbeddedStoreConfig
+from unroll.service.store.lmdb_folder import last_host
+from unroll.service.store.opening import StoreConfig
+
+#: The variable that names the file, as `--config` does.
+CONFIG = f"{PREFIX}CONFIG"
+#: Variables that are no settings: those of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
+_NO_SETTING = re.compile(
+    r"UNROLL_(CONFIG|WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
+)
+#: Settings whose values are secret, or may hold a password.
+SECRET = frozenset({"snapshot_keys", "store"})
+_OBJECT = 'JSON such as {"co2": 1}, or co2=1 in a flag'
+
+
+class SettingsRefused(Exception):
+    """Flags, variables or the file are wrong; the message has a line about each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The settings, and where each that is not its default was set: its flag, its variable, or its file."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def gather(flags: Mapping[str, Any]) -> Gathered:
+    """Read the settings from everywhere.
+
+    Args:
+        flags: What flags say, by setting: a word, True, or the words of a flag that may be given several times; and
+            the file, as `config`.
+
+    Raises:
+        SettingsRefused: A value is not allowed, or there is no such setting.
+    """
+    if unknown := [_about_unknown(name) for name in _unknown_variables(os.environ)]:
+        raise SettingsRefused("\n".join(unknown))
+    given = {name: _decoded(name, value) for name, value in flags.items() if name != "config"}
+    path = flags.get("config", os.environ.get(CONFIG))
+    in_file = {} if path is None else _read(path)
+    variables = {name: f"{PREFIX}{name.upper()}" for name in _settings_of(os.environ)}
+    origins = {name: f"{path}: {name}" for name in in_file} | variables | {name: _flag(name) for name in given}
+    try:
+        return Gathered(Settings(**({n: v for n, v in in_file.items() if n not in variables} | given)), origins)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        lines = [_about_value(str((*problem["loc"], "")[0]), problem, origins) for problem in problems]
+        raise SettingsRefused("\n".join(lines)) from None
+    except SettingsError as error:  # of a list or an object, which has to be JSON in a variable
+        found = re.search(r'(?:field "|encountered for )(\w+)', str(error))
+        name = found[1] if found else ""
+        problem = {"msg": _not_json(name), "input": os.environ.get(variables.get(name, ""), "")}
+        raise SettingsRefused(_about_value(name, problem, origins)) from None
+
+
+def store_config_of(url: str, **flags: str | None) -> StoreConfig:
+    """The config of a store for a tool: as of a server with this `--store`, these flags and this environment.
+
+    Raises:
+        SettingsRefused: A value is not allowed.
+        StoreUnavailable: The folder's description of itself is damaged.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = gather({"repository": ".", "store": url, "store_timeout": "5"} | given).settings.store_config()
+    assert config is not None
+    if isinstance(config, EmbeddedStoreConfig) and (last := last_host(config.folder)) is not None:
+        return replace(config, sync=last["sync"])
+    return config
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The settings in the file. Raises SettingsRefused."""
+    if path == "":
+        raise SettingsRefused(f"{CONFIG}: it is empty; remove it or give it a value")
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsRefused(f"{path} cannot be read as a file of settings: {error}") from None
+    if unknown := [name for name in found if name not in SETTINGS]:
+        raise SettingsRefused("\n".join(f"{path}: {_no_setting(name)}" for name in unknown))
+    return found
+
+
+def _decoded(name: str, value: Any) -> Any:
+    """What a flag says. Lists and objects are JSON, or their items as words. Raises SettingsRefused."""
+    if not isinstance(value, list):
+        return value
+    items: list[Any] = []
+    for word in value:
+        try:
+            found = json.loads(word) if word.startswith(("[", "{")) else word.split(",")
+        except ValueError:
+            raise SettingsRefused(_about_value(name, {"msg": _not_json(name)}, {name: _flag(name)})) from None
+        items += found.items() if isinstance(found, dict) else found
+    if name != "serve":
+        return items
+    return dict(item.partition("=")[::2] if isinstance(item, str) else item for item in items)
+
+
+def _settings_of(environment: Mapping[str, str]) -> list[str]:
+    names = [name.upper().removeprefix(PREFIX).lower() for name in environment if name.upper().startswith(PREFIX)]
+    return [name for name in names if name in Settings.model_fields]
+
+
+def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    known = {name.upper() for name in Settings.model_fields}
+    return [
+        name
+        for name, value in environment.items()
+        if name.upper().startswith(PREFIX)
+        and name.upper().removeprefix(PREFIX) not in known
+        and not _NO_SETTING.fullmatch(name.upper())
+        and not (name.endswith("_PORT") and "://" in value)
+    ]
+
+
+def _about_unknown(name: str) -> str:
+    known = [field.upper() for field in Settings.model_fields]
+    nearest = get_close_matches(name.upper().removeprefix(PREFIX), known, n=1)
+    return f"{name}: there is no such setting" + "".join(f"; did you mean {PREFIX}{other}?" for other in nearest)
+
+
+def _no_setting(name: str) -> str:
+    nearest = get_close_matches(name.replace("-", "_"), SETTINGS, n=1)
+    return f"there is no setting {name!r}" + "".join(f"; did you mean {other}?" for other in nearest)
+
+
+def _about_value(name: str, problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """A line about one wrong value: where it was set, the value unless it is secret, and what is allowed."""
+    reason = problem["msg"].removeprefix("Value error, ")
+    if name not in Settings.model_fields:
+        return reason
+    about = SETTINGS[name].about
+    if problem.get("type") == "missing":
+        return f"{_flag(name)}: give it, or set {PREFIX}{name.upper()} ({about})"
+    value = "" if name in SECRET or "input" not in problem else f" {problem['input']!r:.80}"
+    return f"{origins.get(name, name)}{value}: {reason} ({about})"
+
+
+def _not_json(name: str) -> str:
+    return f"it is not {_OBJECT if name == 'serve' else 'a JSON list'}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

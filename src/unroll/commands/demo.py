@@ -1,0 +1,28 @@
+"""`unroll demo`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from unroll.commands.options import LOCAL, Url, flag, option
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Stream a real time series through a running server.
+
+    43 years of weekly CO₂ measurements go through one session, one request each, and are compared with PyTorch's
+    forecasts. It needs the model `co2` of the examples.
+    """
+
+    url: Url = LOCAL
+    example: Annotated[
+        Path | None,
+        option("--example", "DIR", "folder with co2.csv and expected.safetensors (default: that of the package)"),
+    ] = None
+    quick: Annotated[bool, flag("--quick", "send only the last 520 weeks one by one")] = False
+
+    def run(self) -> int:
+        from unroll.examples import demo
+
+        return demo.run(self.url, self.example or demo.EXAMPLE, quick=self.quick)

@@ -1,0 +1,108 @@
+"""`unroll export`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from unroll.commands.options import Json, argument, flag, option, positive
+
+
+def _spec(kind: str) -> Callable[[list[str] | None], None]:
+    """Reads what an option says of an argument of forward, as `InputSpec` or `StateSpec` does."""
+
+    def check(words: list[str] | None) -> None:
+        if words:
+            from unroll.export.loading import input_specs
+
+            for word in words:
+                getattr(input_specs, kind).parse(word)
+
+    return check
+
+
+@dataclass(frozen=True)
+class Export:
+    """Convert a PyTorch model to a bundle that is proven equal to it.
+
+      unroll export MODULE:FACTORY [--weights FILE] --input ... --name NAME --repository DIR
+      unroll export FILE.py:FACTORY [--weights FILE] --input ... --name NAME --repository DIR
+      unroll export SCRIPT.pt --input ... --repository DIR [--name NAME]
+      unroll export CHECKPOINT --repository DIR [--name NAME]
+
+    Unless the exit status is 0, nothing was written.
+    """
+
+    model: Annotated[
+        str,
+        argument(
+            "MODEL",
+            "MODULE:FACTORY or FILE.py:FACTORY (a class, or a function that returns the model, in your own code), "
+            "a TorchScript file, or the stem of a checkpoint NAME.safetensors + NAME.json",
+        ),
+    ]
+    repository: Annotated[Path, option("--repository", "DIR", "folder that holds the bundles")]
+    weights: Annotated[Path | None, option("--weights", "FILE", "weights: safetensors, or a file of torch.save")] = None
+    random_weights: Annotated[
+        bool,
+        flag(
+            "--random-weights",
+            "export a model whose weights are random numbers, for a trial; without this it is refused",
+        ),
+    ] = False
+    input: Annotated[
+        list[str] | None,
+        option(
+            "--input",
+            "NAME:DTYPE:SHAPE",
+            "an argument of forward, (batch, time, *SHAPE); SHAPE is one time step: 64, 8x3, or empty for a token id",
+            _spec("InputSpec"),
+        ),
+    ] = None
+    static: Annotated[
+        list[str] | None,
+        option(
+            "--static",
+            "NAME:DTYPE:SHAPE",
+            "an argument of forward without time, (batch, *SHAPE), given once when a sequence begins",
+            _spec("InputSpec"),
+        ),
+    ] = None
+    state: Annotated[
+        list[str] | None,
+        option(
+            "--state",
+            "NAME:DTYPE:SHAPE=OUTPUT",
+            "an argument of forward, (batch, *SHAPE), that starts as zeros and is this output of the call before; "
+            "not needed for the state of a recurrent layer",
+            _spec("StateSpec"),
+        ),
+    ] = None
+    name: Annotated[
+        str | None, option("--name", "NAME", "the model's name in the repository (default: the file name of MODEL)")
+    ] = None
+    version: Annotated[str, option("--version", "VERSION", "version, in digits")] = "1"
+    replace: Annotated[bool, flag("--replace", "overwrite an existing bundle")] = False
+    time_first: Annotated[bool, flag("--time-first", "forward takes (time, batch, ...)")] = False
+    outputs: Annotated[
+        str | None, option("--outputs", "A,B", "names of the outputs, in the order forward returns them")
+    ] = None
+    precision: Annotated[
+        Literal["float32", "float16", "int8"],
+        option("--precision", "float32|float16|int8", "precision of the graph: float16 for a GPU, int8 for the CPU"),
+    ] = "float32"
+    max_error: Annotated[
+        float | None,
+        option(
+            "--max-error",
+            "E",
+            "refuse a model of which an output differs from PyTorch in float64 by more than E",
+            positive,
+        ),
+    ] = None
+    json: Json = False
+
+    def run(self) -> int:
+        from unroll.export.command import run
+
+        return run(self)

@@ -1,0 +1,53 @@
+"""`unroll serve`: an option for each setting of the server."""
+
+from dataclasses import fields, make_dataclass
+from typing import Annotated, Any
+
+import typer
+
+from unroll.service.descriptions import GROUPS, Description
+
+_ABOUT = """Serve a repository of bundles.
+
+A setting is a flag; else a variable of the environment, UNROLL_ and its name, such as UNROLL_MAX_BATCH; else a line of
+the file of --config, such as max_batch = 64. `unroll config show` prints each, and where it was set.
+"""
+
+
+def _setting(name: str, description: Description, group: str) -> tuple[str, Any, Any]:
+    """The field of an option: its words, as `unroll.service.sources` reads them."""
+    word = name.replace("_", "-")
+    default = f" (default: {description.default})" if description.default else ""
+    about: dict[str, Any] = {
+        "help": description.about + default,
+        "rich_help_panel": group or None,
+        "show_default": False,
+    }
+    if description.metavar in {"", "no"}:
+        names = f"--{word}/--no-{word}" if description.metavar else f"--{word}"
+        return name, Annotated[bool | None, typer.Option(names, **about)], None
+    kind: Any = list[str] if description.several else str
+    return name, Annotated[kind | None, typer.Option(f"--{word}", metavar=description.metavar, **about)], None
+
+
+SETTINGS = [_setting(name, one, group) for group, settings in GROUPS.items() for name, one in settings.items()]
+CONFIG = Description("FILE", "file of settings, in TOML (or $UNROLL_CONFIG)")
+
+
+class _Settings:
+    """The flags that were given."""
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What was given, by setting."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in given.items() if value is not None}
+
+    def run(self) -> int:
+        from unroll.service.serve import main
+
+        return main(self.flags)
+
+
+Serve = make_dataclass("Serve", [_setting("config", CONFIG, ""), *SETTINGS], bases=(_Settings,))
+Serve.__doc__ = _ABOUT

@@ -1,0 +1,51 @@
+"""`unroll verify`."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from unroll.commands.options import Failed, Json, argument, option
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Run a bundle on a device of this machine, and compare it with PyTorch's outputs and with itself.
+
+    It needs no PyTorch: the bundle holds PyTorch's outputs in float64.
+    """
+
+    bundle: Annotated[Path, argument("BUNDLE", "the folder REPOSITORY/NAME/VERSION")]
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            envvar="UNROLL_DEVICE",
+            help="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if there is one",
+        ),
+    ] = "cpu"
+    precision: Annotated[
+        Literal["float32", "tf32", "float16"],
+        option("--precision", "float32|tf32|float16", "precision of matrix products on a GPU"),
+    ] = "float32"
+    seed: Annotated[int, option("--seed", "N", "seed of the random chunks and batches")] = 0
+    json: Json = False
+
+    def run(self) -> int:
+        from unroll.service import verify
+
+        try:
+            found, results = verify.report(self.bundle, self.device, self.precision, self.seed)
+        except verify.CannotVerify as error:
+            raise Failed(str(error)) from error
+        holds = all(check.holds for checks in results.values() for check in checks)
+        if self.json:
+            devices = {device: [asdict(check) for check in checks] for device, checks in results.items()}
+            print(json.dumps({"bundle": str(found.path), "holds": holds, "devices": devices}, indent=2))
+            return int(not holds)
+        print(f"{found.manifest.name} version {found.manifest.version}: {found.path}")
+        for device, checks in results.items():
+            print("", *verify.lines(device, checks), sep="\n")
+        return int(not holds)
