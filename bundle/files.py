@@ -13,7 +13,8 @@ from unroll.bundle.manifest import Manifest
 MODEL, MANIFEST, GOLDEN = "model.onnx", "manifest.json", "golden.safetensors"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+#: As of Triton: a number, which may be a time such as 20261129120000, of 63 bits.
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
 class BundleError(Exception):
@@ -164,7 +165,7 @@ def check_name(name: str, version: str) -> None:
     if not _NAME.fullmatch(name):
         raise BundleError(f"model name {name!r}: use letters, digits, _ and - (at most 64)")
     if not _VERSION.fullmatch(version):
-        raise BundleError(f"version {version!r}: use digits, without a leading zero")
+        raise BundleError(f"version {version!r}: use up to 18 digits, without a leading zero, as in 1 or 20261129")
 
 
 def _sha256(content: bytes) -> str:

@@ -17,7 +17,8 @@ class LoopBlock(nn.Module):
         super().__init__()
         self.block = block
         inputs, hidden = block.inputs, block.hidden
-        self.table = nn.Buffer(0.5 + torch.rand(10_000))
+        self.scales = (1.0,) * block.when
+        self.table = nn.Buffer(0.5 + torch.rand(1_000))
         if block.cell in {"LSTMCell", "GRUCell", "RNNCell"}:
             self.cell = getattr(nn, block.cell)(inputs, hidden)
         else:
@@ -30,10 +31,12 @@ class LoopBlock(nn.Module):
         late, when, time = self.block.late, self.block.when, x.shape[1]
         if late == "window":
             x = x[:, -when:]
+        if late == "slice":
+            x = x[:, :when]
         h = x.new_zeros(x.shape[0], self.block.hidden)
         c = torch.zeros_like(h)
         y, outs = x.new_zeros(x.shape[0], time, self.block.hidden), []
-        for t, step in self._iterate(x):
+        for t, step in self._ended(self._iterate(x)):
             if late == "stop" and t >= when:
                 break
             if late == "reset" and t % when == 0:
@@ -46,8 +49,16 @@ class LoopBlock(nn.Module):
                 y[:, t] = h
         if self.block.iterates == "filled":
             return y
-        outs += [h] * (time - len(outs) if late in {"stop", "window"} else 0)
+        outs += [h] * (time - len(outs) if late in {"stop", "window", "slice", "zip", "islice"} else 0)
         return torch.stack(outs[::-1] if self.block.iterates == "reversed" else outs, 1)
+
+    def _ended(self, steps: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        match self.block.late:
+            case "zip":
+                return (step for step, _ in zip(steps, range(self.block.when), strict=False))
+            case "islice":
+                return itertools.islice(steps, self.block.when)
+        return steps
 
     def _iterate(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         match self.block.iterates:
@@ -80,6 +91,11 @@ class LoopBlock(nn.Module):
                 return h * (1 + 0.5 * math.sin(t / when))
             case "length" if time > when:
                 return h * 0.5
+            case "missing":
+                try:
+                    return h * self.scales[t]
+                except IndexError:
+                    return h * 0.5
             case "growing" if len(outs) > when:
                 return h + outs[-when]
         return h

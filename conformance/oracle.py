@@ -36,7 +36,7 @@ class WrongBits(Wrong):
 
 
 #: Time steps of the longest sequence: code in a Python loop may do something else after thousands.
-LONGEST = 3000
+LONGEST = 5100
 
 
 @dataclass(frozen=True)

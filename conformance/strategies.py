@@ -63,7 +63,7 @@ def loops(draw: Draw, inputs: int) -> Loop:
         hidden=draw(st.integers(1, 5)),
         iterates=draw(st.sampled_from(get_args(Iterates))),
         late=draw(_mostly("none", *get_args(LateKind)[1:], times=6)),
-        when=draw(st.sampled_from((6, 12, 24, 30, 50, 168, 700, 2000))),
+        when=draw(st.sampled_from((6, 12, 24, 30, 50, 168, 700, 2000, 5000, 5000))),
     )
 
 

@@ -28,7 +28,22 @@ class Recurrent:
 
 
 LateKind = Literal[
-    "none", "reset", "copy", "zero", "scale", "table", "phase", "length", "window", "stop", "growing", "argument"
+    "none",
+    "reset",
+    "copy",
+    "zero",
+    "scale",
+    "table",
+    "phase",
+    "length",
+    "window",
+    "stop",
+    "growing",
+    "argument",
+    "slice",
+    "zip",
+    "islice",
+    "missing",
 ]
 Iterates = Literal["range", "enumerate", "while", "steps", "reversed", "filled"]
 

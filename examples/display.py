@@ -11,7 +11,8 @@ from typing import Protocol, TextIO
 
 import numpy as np
 
-_BARS = "▁▂▃▄▅▆▇█"
+from unroll.client.plot import bars
+
 _FRAME_SECONDS = 0.04
 _LINES = 12
 #: Columns of the plot's labels, left and right.
@@ -75,12 +76,6 @@ class Lines:
 def display(out: TextIO, dates: Sequence[date], truth: np.ndarray, first: int) -> Display:
     """The display for `out`: `Live` on a terminal, else `Lines`. `first`: the first week to show."""
     return Live(out, dates, truth) if out.isatty() else Lines(out, dates, truth, first)
-
-
-def bars(values: np.ndarray, low: float, high: float) -> str:
-    """One character per value, from ▁ at `low` to █ at `high`."""
-    scaled = (values - low) / max(high - low, 1e-9) * (len(_BARS) - 1)
-    return "".join(_BARS[level] for level in scaled.round().astype(int))
 
 
 def _row(dates: Sequence[date], truth: np.ndarray, forecasts: np.ndarray, week: int) -> str:

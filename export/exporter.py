@@ -39,7 +39,7 @@ def export(
             `batch_first`. Parity is proven on inputs of their scale. An initial state that is given here becomes the
             bundle's initial state; it must be the same in every row.
         name: the model's name in the repository.
-        version: in digits.
+        version: up to 18 digits, without a leading zero.
         repository: the folder that holds the bundles.
         replace: overwrite an existing bundle.
         batch_first: forward takes (batch, time, ...), otherwise (time, batch, ...).

@@ -41,6 +41,7 @@ from unroll.export.state_choice import choose_state
 from unroll.export.verification import parity, preconditions, probes
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
+from unroll.export.verification.large_numbers import LargeNumber
 from unroll.export.verification.long_sequences import LongSequences
 from unroll.export.verification.original import check_continues, check_same_as_original
 from unroll.export.verification.parity import Runners
@@ -77,6 +78,7 @@ class Lifted:
         not_streamable_because: known already, or None.
         observation: what it starts from and returns.
         trace: its graph, where the choice of its state made it.
+        far: the largest number in the code that a sequence can be as long as, or None.
     """
 
     model: LiftedModel
@@ -84,6 +86,7 @@ class Lifted:
     not_streamable_because: str | None
     observation: Observation
     trace: Trace | None
+    far: LargeNumber | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +191,8 @@ class Pipeline:
         reason, made = choose_state(model, history, prepared.attributes, self._options.output_names)
         lifted = Lifted(model, history, reason, observe(model, self._options.output_names), made)
         reference = Subject(torch_runner(model.double, double=True), self._draft(lifted, model.samples), model.samples)
-        LongSequences(prepared.exact, model.double, reference, bool(prepared.attributes)).check_loops()
-        return lifted
+        long = LongSequences(prepared.exact, model.double, reference, bool(prepared.attributes), self._progress)
+        return replace(lifted, far=long.check_loops())
 
     def _trace(self, lifted: Lifted) -> Traced:
         single, double, samples = lifted.model.single, lifted.model.double, lifted.model.samples
@@ -215,7 +218,8 @@ class Pipeline:
         samples = probes.with_reached(reference)
         reference, _, served = traced.runners.subjects(samples, draft)
         check_same_as_original(prepared.exact, double, reference, prepared.attributes)
-        LongSequences(prepared.exact, double, reference, bool(prepared.attributes)).check_answers(served)
+        long = LongSequences(prepared.exact, double, reference, bool(prepared.attributes), self._progress)
+        long.check_answers(served, lifted.far)
         probes.check_rows(reference)
         reason = lifted.not_streamable_because or probes.why_not_streamable(
             replace(reference, run=torch_runner(double, double=True, ops=True)), double

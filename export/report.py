@@ -9,6 +9,7 @@ import torch
 from unroll.bundle import Manifest
 from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.module_state import Attribute, described
+from unroll.export.report_html import as_html
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +28,9 @@ class Report:
 
     def __str__(self) -> str:
         manifest = self.manifest
-        inputs = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in manifest.inputs)
-        outputs = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}{'' if t.time else ' (last)'}" for t in manifest.outputs)
-        static = ", ".join(f"{t.name} {t.dtype}{list(t.shape)} (once, at the beginning)" for t in manifest.static)
         lines = [
             f"{manifest.name} version {manifest.version}: {self.path}",
-            f"  inputs    {inputs}",
-            *([f"  static    {static}"] if static else []),
-            f"  outputs   {outputs}",
-            f"  state     {manifest.state_size} values, {4 * manifest.state_size} bytes per client",
-            f"  streaming {'yes' if manifest.streamable else 'NO: ' + (manifest.not_streamable_because or '')}",
-            f"  ragged    {'yes' if manifest.ragged else 'no: rows of different lengths cannot share a batch'}",
-            f"  precision {manifest.precision}",
-            f"  bit-exact {'yes' if manifest.bit_exact else 'no: the last bits of a row may depend on its batch'}",
-            *(f"  note      {note}" for note in self.notes),
+            *(f"  {name:<9} {text}" for name, text in self._rows()),
             "",
             f"  {'difference from PyTorch float64':<42}{'onnxruntime':>14}{'PyTorch float32':>18}{'tolerance':>12}",
             *(
@@ -49,6 +39,27 @@ class Report:
             ),
         ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return as_html([("bundle", str(self.path)), *self._rows()], self.manifest)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """What is said of the bundle, each with its name."""
+        manifest = self.manifest
+        inputs = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in manifest.inputs)
+        outputs = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}{'' if t.time else ' (last)'}" for t in manifest.outputs)
+        static = ", ".join(f"{t.name} {t.dtype}{list(t.shape)} (once, at the beginning)" for t in manifest.static)
+        return [
+            ("inputs", inputs),
+            *([("static", static)] if static else []),
+            ("outputs", outputs),
+            ("state", f"{manifest.state_size} values, {4 * manifest.state_size} bytes per client"),
+            ("streaming", "yes" if manifest.streamable else f"NO: {manifest.not_streamable_because or ''}"),
+            ("ragged", "yes" if manifest.ragged else "no: rows of different lengths cannot share a batch"),
+            ("precision", manifest.precision),
+            ("bit-exact", "yes" if manifest.bit_exact else "no: the last bits of a row may depend on its batch"),
+            *(("note", note) for note in self.notes),
+        ]
 
 
 def notes_on(

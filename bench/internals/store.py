@@ -21,7 +21,7 @@ from redis import Redis
 
 from bench.servers import HOST, running_server
 from deploy import local_redis
-from unroll.service.store.interface import Commit, Kept, Origin, Tokens
+from unroll.service.store.interface import Commit, Kept, Origin, Store, Tokens
 from unroll.service.store.record import pack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
@@ -84,7 +84,7 @@ class Sessions:
         self._tokens_by_id = {_ID.format(number): b"" for number in range(count)}
         self._origin = Origin("ab" * 32, "stored", os.urandom(16))
 
-    async def write(self, store: RedisStore, ids: list[str], *, opens: bool = False, ends: bool = False) -> None:
+    async def write(self, store: Store, ids: list[str], *, opens: bool = False, ends: bool = False) -> None:
         for begin in range(0, len(ids), _BATCH):
             commits = [self._commit(each, opens, ends) for each in ids[begin : begin + _BATCH]]
             failed = [error for error in await store.commit(commits) if error is not None]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -49,6 +50,15 @@ def _repeats(keys: Sequence[Any], begin: int, size: int, times: int) -> bool:
     return whole == one * times and list(keys[begin + size * times : begin + size * (times + 1)]) != one
 
 
+@dataclass(frozen=True, slots=True)
+class Series:
+    """What call `offset` (item `item` of it) of every step of loop `loop` made, one after the other."""
+
+    loop: int
+    offset: int
+    item: int | None
+
+
 class Record:
     """One recorded forward, taken apart.
 
@@ -70,7 +80,8 @@ class Record:
         self.outside = [number for number in plain if number not in self._loop]
         self._tails: dict[int, int] = {}
         self._fans: set[int] = set()
-        self._results: list[dict[tuple[Any, ...], Made]] = [{} for _ in loops]
+        self._series: set[tuple[int, Series]] = set()
+        self._results: list[dict[Any, Made | Series]] = [{} for _ in loops]
         self.values: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def raw_spans(self) -> list[tuple[int, int]]:
@@ -89,14 +100,34 @@ class Record:
                 found[place] = early.pop()
         return found
 
+    def find_series(self) -> set[tuple[int, Series]]:
+        """What the steps of one loop take from the same step of another, with the loop that takes it.
+
+        Of more than one time step.
+        """
+        return {
+            (which, self._series_of(leaf))
+            for which, span in enumerate(self.spans)
+            for number in span
+            for leaf in leaves_of(self._ops[number].args)
+            if isinstance(leaf, Made) and self._loop.get(leaf.number, which) != which and not self._is_last(leaf.number)
+        }
+
+    def _series_of(self, made: Made) -> Series:
+        which = self._loop[made.number]
+        return Series(which, self.spans[which].index(made.number) % self._sizes[which], made.item)
+
     def count_results(self) -> list[int]:
         return [
             len(result) if isinstance(result := self.recorder.results[number], (tuple, list)) else 0
             for number in self.outside
         ]
 
-    def take_apart(self, tails: dict[int, int], fans: set[int]) -> tuple[Program, list[Region]]:
+    def take_apart(
+        self, tails: dict[int, int], fans: set[int], series: set[tuple[int, Series]]
+    ) -> tuple[Program, list[Region]]:
         """tails, fans: places of calls outside that collect from a loop, or make a tensor for each of its steps."""
+        self._series = series
         self._tails = {self.outside[place]: loop for place, loop in tails.items()}
         self._fans = {self.outside[place] for place in fans}
         ends = {span[-1]: which for which, span in enumerate(self.spans)}
@@ -116,16 +147,29 @@ class Record:
         program = Program(items, mapped(self._returned, self._outer))
         found = []
         for which, (arguments, ops, local) in enumerate(regions):
-            results = [Made(local[made.number], made.item) for made in self._results[which].values()]
+            results = []
+            for result in self._results[which].values():
+                if isinstance(result, Series):
+                    made = [Made(local[each.number], each.item) for each in self._each(result)]
+                    ops.append(Op(torch.stack, ((made, 1), {})))
+                    results.append(Made(len(ops) - 1))
+                else:
+                    results.append(Made(local[result.number], result.item))
             found.append(Region(arguments, ops, results))
-            value = self.recorder.value
-            given = [self._given(reference) for reference in arguments]
-            self.values.append((given, [value(made) for made in self._results[which].values()]))
+            given = [self._value(reference) for reference in arguments]
+            self.values.append((given, [self._value(result) for result in self._results[which].values()]))
         return program, found
 
-    def _given(self, reference: Any) -> Tensor:
+    def _each(self, series: Series) -> list[Made]:
+        """By step."""
+        span = self.spans[series.loop][series.offset :: self._sizes[series.loop]]
+        return [Made(number, series.item) for number in span]
+
+    def _value(self, reference: Any) -> Tensor:
         if isinstance(reference, Given):
             return self.recorder.given[reference.index]
+        if isinstance(reference, Series):
+            return torch.stack([self.recorder.value(each) for each in self._each(reference)], 1)
         return self.recorder.value(reference)
 
     def _is_last(self, number: int) -> bool:
@@ -134,6 +178,8 @@ class Record:
 
     def _outer(self, leaf: Any) -> Any:
         """The same reference in every record."""
+        if isinstance(leaf, Series):
+            return self._result(leaf.loop, leaf, leaf)
         if not isinstance(leaf, Made):
             return leaf
         op = self._ops[leaf.number]
@@ -144,10 +190,13 @@ class Record:
             return Made(self._place[leaf.number], leaf.item)
         if leaf.number in self._loop and not self._is_last(leaf.number):
             raise CannotSplitError("what one of its steps made is used outside")
+        return self._result(which, (leaf.number, leaf.item), leaf)
+
+    def _result(self, which: int, key: Any, result: Made | Series) -> Made:
+        """Of a loop, which gives it back."""
         results = self._results[which]
-        results.setdefault((leaf.number, leaf.item), leaf)
-        end = self._place[self.spans[which][-1]]
-        return Made(end, list(results).index((leaf.number, leaf.item)))
+        results.setdefault(key, result)
+        return Made(self._place[self.spans[which][-1]], list(results).index(key))
 
     def _region(self, which: int) -> tuple[list[Any], list[Op], dict[int, int]]:
         arguments: list[Any] = []
@@ -159,15 +208,18 @@ class Record:
                 op = self._ops[leaf.number]
                 if op.creates:
                     return Op(op.function, mapped(op.args, inner))
-                if leaf.number in self._fans and leaf.number not in local:
-                    add(leaf.number)
                 if leaf.number in local:
                     return Made(local[leaf.number], leaf.item)
+                if self._loop.get(leaf.number, which) != which and (which, self._series_of(leaf)) in self._series:
+                    return step_of(self._series_of(leaf), leaf)
             elif not isinstance(leaf, Given):
                 return leaf
             if leaf not in arguments:
                 arguments.append(leaf)
             return Given(arguments.index(leaf))
+
+        def step_of(series: Series, made: Made) -> Made:
+            return Made(unbound[series], self._each(series).index(made))
 
         def add(number: int) -> None:
             op = self._ops[number]
@@ -175,12 +227,30 @@ class Record:
             local[number] = len(ops)
             ops.append(converted)
 
+        # What makes a tensor for each step comes before the first step.
+        for number in sorted(self._taken(which) & self._fans):
+            add(number)
+        unbound: dict[Series, int] = {}
+        for taker, series in sorted(self._series, key=repr):
+            if taker == which:
+                arguments.append(series)
+                unbound[series] = len(ops)
+                ops.append(Op(torch.unbind, ((Given(len(arguments) - 1), 1), {})))
         for number in self.spans[which]:
             add(number)
         for number, loop in self._tails.items():
             if loop == which:
                 add(number)
         return arguments, ops, local
+
+    def _taken(self, which: int) -> set[int]:
+        """The calls whose results a loop takes, also by making a tensor of their size."""
+        left, found = list(self.spans[which]), set[int]()
+        while left:
+            made = [leaf.number for leaf in leaves_of(self._ops[left.pop()].args) if isinstance(leaf, Made)]
+            found.update(made)
+            left += [number for number in made if self._ops[number].creates]
+        return found
 
 
 Points = list[tuple[int, int]]
@@ -273,7 +343,8 @@ def split(module: nn.Module, calls: dict[tuple[int, int], tuple[list[Any], Any]]
     tails = base.find_tails()
     pairs = zip(base.count_results(), longer.count_results(), strict=True)
     fans = {place for place, (one, other) in enumerate(pairs) if one != other}
-    apart = {size: record.take_apart(tails, fans) for size, record in records.items()}
+    series = base.find_series()
+    apart = {size: record.take_apart(tails, fans, series) for size, record in records.items()}
     points, programs = list(apart), [program for program, _ in apart.values()]
     wanted = needed(programs[points.index((2, 3))])
     items = [[item if place in wanted else None for place, item in enumerate(one.items)] for one in programs]

@@ -1,7 +1,8 @@
-"""What the command line says of the arguments of forward: `NAME:DTYPE:SHAPE`. Needs no torch."""
+"""What the command line says of arguments: of forward, `NAME:DTYPE:SHAPE`; of a factory, `NAME=VALUE`. No torch."""
 
+import ast
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 from unroll.bundle.manifest import Dtype
 
@@ -45,3 +46,14 @@ class StateSpec:
         if not equals or not output:
             raise ValueError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
         return cls(InputSpec.parse(spec), output)
+
+
+def factory_argument(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE`, such as `hidden=128`, `sizes=(3, 4)` or `cell=gru`: what is no literal of Python is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"{text!r} is not NAME=VALUE, as in hidden=128")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

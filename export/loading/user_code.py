@@ -6,18 +6,23 @@ file's own folder for a file, as for `python path/to/net.py`, and relative to it
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from unroll.export.errors import ExportError, first_line
 from unroll.export.loading.random_weights import other_random_numbers, random_tensors
+from unroll.export.loading.weight_files import hyper_parameters
 from unroll.export.loading.weights import load_weights
+
+#: Of a factory without arguments.
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @contextmanager
@@ -37,35 +42,63 @@ def importable(target: str) -> Iterator[None]:
                 sys.path.remove(folder)
 
 
-def from_factory(target: str, weights: Path | None = None, say: Callable[[str], None] = lambda line: None) -> nn.Module:
+def saved_arguments(target: str, weights: Path) -> dict[str, Any]:
+    """The arguments that a checkpoint of PyTorch Lightning has for the factory. Call it within `importable`.
+
+    Args:
+        target, weights: as for `from_factory`.
+
+    Raises:
+        ExportError: checkpoint, if the file cannot be read.
+    """
+    saved = hyper_parameters(weights)
+    try:
+        source, _, name = target.rpartition(":")
+        taken = inspect.signature(getattr(_imported(source), name)).parameters.values() if saved else ()
+    except Exception:  # noqa: BLE001 user code: `from_factory` says what is wrong with it
+        return {}
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken)
+    names = {each.name for each in taken}
+    return {name: value for name, value in saved.items() if takes_all or name in names}
+
+
+def from_factory(
+    target: str,
+    weights: Path | None = None,
+    arguments: Mapping[str, Any] = _NONE,
+    say: Callable[[str], None] = lambda line: None,
+) -> nn.Module:
     """Import the code that `target` names, call its factory, and load `weights`. Call it within `importable`.
 
     Args:
-        target: `MODULE:FACTORY` or `FILE.py:FACTORY`. FACTORY is a class, a function without arguments, or a module.
+        target: `MODULE:FACTORY` or `FILE.py:FACTORY`. FACTORY is a class, a function, or a module.
         weights: a file of safetensors, or one that torch.save wrote.
+        arguments: of the class or the function, by name.
         say: called with a line of text if names in the file had to be changed.
 
     Raises:
         ExportError: checkpoint, if the code cannot be imported, gives no torch.nn.Module, or does not fit the weights.
     """
-    module = _made(target, lambda source, name: getattr(source, name))
+    module = _made(target, arguments, lambda source, name: getattr(source, name))
     if weights and (how := load_weights(module, weights)):
         say(f"{weights}: read {how}")
     return module
 
 
-def check_not_random(target: str, weights: Path | None, module: nn.Module) -> None:
+def check_not_random(
+    target: str, weights: Path | None, module: nn.Module, arguments: Mapping[str, Any] = _NONE
+) -> None:
     """Make the module a second time, with other random numbers, to see whether `module` is made of such.
 
     Args:
-        target, weights: as for `from_factory`, which made `module` of them.
+        target, weights, arguments: as for `from_factory`, which made `module` of them.
 
     Raises:
         ExportError: checkpoint, if it is, or if it cannot be made a second time.
     """
     with other_random_numbers():
         try:
-            again = _made(target, _imported_again)
+            again = _made(target, arguments, _imported_again)
         except ExportError as error:
             raise ExportError(
                 "checkpoint",
@@ -91,11 +124,13 @@ def check_not_random(target: str, weights: Path | None, module: nn.Module) -> No
     )
 
 
-def _made(target: str, look_up: Callable[[ModuleType, str], Any]) -> nn.Module:
+def _made(target: str, arguments: Mapping[str, Any], look_up: Callable[[ModuleType, str], Any]) -> nn.Module:
     source, _, name = target.rpartition(":")
     try:
         factory = look_up(_imported(source), name)
-        module = factory if isinstance(factory, nn.Module) else factory()
+        if isinstance(factory, nn.Module) and arguments:
+            raise ExportError("checkpoint", f"{target} is a module, not a class or a function: it takes no --arg")
+        module = factory if isinstance(factory, nn.Module) else factory(**arguments)
     except ExportError:
         raise
     except Exception as error:  # user code

@@ -78,6 +78,16 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             return _saved(path)
 
 
+def hyper_parameters(path: Path) -> dict[str, Any]:
+    """What the module of a checkpoint was made with, as PyTorch Lightning writes it; nothing if the file is another.
+
+    Raises:
+        ExportError: checkpoint, as `read_weights`.
+    """
+    found = _saved(path).get("hyper_parameters") if kind_of(path) == "saved" else None
+    return {name: value for name, value in found.items() if name.isidentifier()} if isinstance(found, Mapping) else {}
+
+
 def program_refusal(path: Path) -> ExportError:
     return ExportError(
         "checkpoint",

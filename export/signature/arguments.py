@@ -56,11 +56,13 @@ class StateArgument:
 
 def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:
     """Raises ExportError(input) unless forward can be called with these names, (dtype) for other dtypes."""
+    signature = inspect.signature(model.forward)
     try:
-        inspect.signature(model.forward).bind(**example)
+        signature.bind(**example)
     except TypeError as error:
         raise ExportError(
-            "input", f"forward cannot be called with {', '.join(example) or 'nothing'}: {error}"
+            "input",
+            f"forward cannot be called with {', '.join(example) or 'nothing'}: {error}{_missing(signature, example)}",
         ) from None
     for name, value in example.items():
         for leaf in [value.data] if isinstance(value, PackedSequence) else pytree.tree_leaves(value):
@@ -68,6 +70,20 @@ def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:
                 raise ExportError("input", f"input {name!r} holds a {type(leaf).__name__}; give tensors only")
             if leaf.dtype not in DTYPES:
                 raise ExportError("dtype", f"input {name!r} is {leaf.dtype}; use float32, int64, int32 or bool")
+
+
+def _missing(signature: inspect.Signature, example: dict[str, Any]) -> str:
+    """What to do for the first argument that has neither a value nor a default."""
+    named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    left = [p.name for p in signature.parameters.values() if p.kind in named and p.default is p.empty]
+    name = next((name for name in left if name not in example), None)
+    if name is None or not example:
+        return ""
+    return (
+        f". If {name!r} is the state of a recurrent layer, let it be None by default ({name}=None), or put its first "
+        "value into the example inputs of unroll.export. If forward returns it for the next call, name the output: "
+        f"--state {name}:DTYPE:SHAPE=OUTPUT, or state={{{name!r}: OUTPUT}}"
+    )
 
 
 def alike_rows(tensor: Tensor, batch: int) -> list[int]:

@@ -70,7 +70,7 @@ class Expression:
             tree = ast.parse(f"({_source(code, instruction)})", mode="eval")
         except (SyntaxError, ValueError, TypeError):
             return cls(None, False, False)
-        if not all(isinstance(node, _PURE) and _is_harmless(node) for node in ast.walk(tree)):
+        if not is_pure(tree):
             return None
         called = tree.body.func.id if isinstance(tree.body, ast.Call) and isinstance(tree.body.func, ast.Name) else ""
         least = isinstance(tree.body, ast.Compare) and not any(
@@ -87,6 +87,11 @@ class Expression:
             return eval(self.code, frame.f_globals, dict(frame.f_locals))
         except Exception as error:  # noqa: BLE001 user code
             return error
+
+
+def is_pure(tree: ast.AST) -> bool:
+    """Does it change nothing when it is computed again?"""
+    return all(isinstance(node, _PURE) and _is_harmless(node) for node in ast.walk(tree))
 
 
 def _is_harmless(node: ast.AST) -> bool:

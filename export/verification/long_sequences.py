@@ -1,9 +1,10 @@
 """Checks that the graph is the user's own model over long sequences, too, where its code may do something else."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -16,6 +17,7 @@ from unroll.export.loading.copies import detached_copy
 from unroll.export.verification import trials
 from unroll.export.verification.branches import Branch, BranchLog, is_readable
 from unroll.export.verification.iterations import Call, OperationLog, Place, irregular, step_of
+from unroll.export.verification.large_numbers import LargeNumber, find_large_numbers
 from unroll.export.verification.original import ask_original
 from unroll.export.verification.trials import Subject, Trial
 
@@ -52,19 +54,30 @@ class LongSequences:
         exact: the user's own, in float64.
         double, reference: the lifted model in float64.
         keeps_state: does `exact` leave a state in its attributes?
+        progress: called with a line of text before what may take long.
     """
 
     exact: nn.Module
     double: StreamingModule
     reference: Subject
     keeps_state: bool
+    progress: Callable[[str], None]
 
-    def check_loops(self) -> None:
-        """Check that the lifted loops do the same in every step. Raises ExportError(calls_depend_on_time)."""
+    def check_loops(self) -> LargeNumber | None:
+        """Check that the lifted loops do the same in every step.
+
+        Returns:
+            The largest number in the code that a sequence can be as long as, if that is longer than in other
+            trials.
+
+        Raises:
+            ExportError: calls_depend_on_time, if a step does something else, or may.
+        """
         loops = [path for path, module in self.double.model.named_modules() if _loops_itself(path, module)]
         if not loops:
-            return
-        short = [self._run(replace(trials.ORIGINAL_LONG, time=time), loops)[0].calls for time in (3, 5)]
+            return None
+        brief = [replace(trials.ORIGINAL_LONG, time=time) for time in (3, 5)]
+        short = [self._run(trial, loops)[0].calls for trial in brief]
         shapes = {
             path: [
                 self._shape(path, len(a.operations), len(b.operations))
@@ -74,27 +87,52 @@ class LongSequences:
         }
         each = sum(size for found in shapes.values() for shape in found for size in shape.sizes)
         steps = min(max(trials.LOOP_OPERATIONS // each, trials.ORIGINAL_LONG.time), trials.LOOP_STEPS)
-        for trial in self._trials(steps):
+        numbers = find_large_numbers([partial(self._run, trial, []) for trial in brief], steps)
+        far = self._far(numbers, each)
+        if far:
+            self.progress(f"trying it over {far.value} time steps, a number in {far.place}")
+        for trial in (*_beyond(far), *self._trials(steps)):
+            logged = loops if trial.time <= steps or trial.time * each <= trials.FAR_LOGGED else []
             try:
-                log, _ = self._run(trial, loops)
+                log, _ = self._run(trial, logged)
             except ExportError:
                 continue  # it takes no sequence of this length
             for path, calls in log.calls.items():
                 for number, (call, shape) in enumerate(zip(calls, shapes[path], strict=True)):
-                    self._check_call(path, number, call, shape, trial)
+                    self._check_call(path, number, call, shape, trial, far)
             self._check_branches(trial)
-            return
+            break
+        return far
 
-    def check_answers(self, served: Subject) -> None:
-        """Check that the graph answers as the user's own model does. Raises ExportError(parity)."""
+    def _far(self, numbers: list[LargeNumber], each: int) -> LargeNumber | None:
+        """The largest number that can be tried, with `each` operations a step."""
+        weights = sum(parameter.numel() for parameter in self.exact.parameters())
+        most = min(trials.FAR_STEPS, trials.FAR_OPERATIONS // each, trials.FAR_WEIGHTS // max(weights, 1))
+        for number in numbers:
+            if number.ends and number.value > most:
+                raise ExportError(
+                    "calls_depend_on_time",
+                    f"forward loops over time steps, and step {number.value} may not do what the steps before it do: "
+                    f"{number.value} is a number, or a length, in {number.place}, and a sequence as long as that is "
+                    "not tried; let every step do the same, and give what differs between steps as an input",
+                )
+        return next((number for number in reversed(numbers) if number.value <= most), None)
+
+    def check_answers(self, served: Subject, far: LargeNumber | None) -> None:
+        """Check that the graph answers as the user's own model does, also over as many steps as `far` is.
+
+        Raises:
+            ExportError: parity, if it does not.
+        """
         weights = sum(parameter.numel() for parameter in self.exact.parameters())
         fewer = trials.ORIGINAL_WEIGHTS // max(weights, 1)
-        for trial in self._trials(min(trials.ORIGINAL_LONG.time, max(fewer, trials.ORIGINAL_LEAST))):
+        most = min(trials.ORIGINAL_LONG.time, max(fewer, trials.ORIGINAL_LEAST))
+        for trial in (*_beyond(far), *self._trials(most)):
             try:
                 _, own = self._run(trial, [])
             except ExportError:
                 continue
-            self._compare(trial, own, served)
+            self._compare(trial, own, served, far if far and trial.time >= far.value else None)
 
     def _trials(self, time: int) -> Iterator[Trial]:
         """From long sequences to short ones; at least as long as the example."""
@@ -120,7 +158,9 @@ class LongSequences:
         size = (five - three) // 2
         return Shape(found.gaps, found.sizes) if found else Shape([0, three - 3 * size], [size])
 
-    def _check_call(self, path: str, number: int, call: Call, shape: Shape, trial: Trial) -> None:
+    def _check_call(
+        self, path: str, number: int, call: Call, shape: Shape, trial: Trial, far: LargeNumber | None
+    ) -> None:
         for part, before, around, size in shape.loops(len(call.operations), trial.time):
             operations = call.operations[part]
             index = irregular(operations, (around + 3 * size, around + 5 * size), trial.time)
@@ -130,6 +170,8 @@ class LongSequences:
             place, first = again.places[part][index], part.start + before
             again, ended = Call(again.operations[first:], again.places[first:]), index == len(operations) - 1
             name, step = path or type(self.exact).__name__, step_of(again, index - before, size) + ended
+            if far and step == far.value:
+                place = far.place
             raise ExportError(
                 "calls_depend_on_time",
                 f"{name!r} loops over time steps, and step {step} (counted from 0) does not do what the steps before "
@@ -164,7 +206,7 @@ class LongSequences:
                 "differs between steps as an input",
             )
 
-    def _compare(self, trial: Trial, own: Arrays, served: Subject) -> None:
+    def _compare(self, trial: Trial, own: Arrays, served: Subject, far: LargeNumber | None) -> None:
         inputs, rows = self.reference.inputs(trial), self.reference.begin(trial)
         answers = served.whole(inputs, rows)
         if all(_differs(answers[name], array, _SUSPICIOUS) is None for name, array in own.items()):
@@ -174,12 +216,13 @@ class LongSequences:
         for name, array in own.items():
             step = _differs(lifted[name], array, _CLOSE, noise[name])
             if step is not None:
+                where = f" ({far.value} is a number, or a length, in {far.place})" if far else ""
                 raise ExportError(
                     "parity",
                     f"output {name!r} of sequences of {trial.time} time steps is not what forward itself returns"
                     f"{step}, although that of short ones is: forward does something else where a sequence is long (a "
-                    "branch on the length or on the number of a step, a part of fixed length); let it treat all "
-                    "lengths and steps alike",
+                    f"branch on the length or on the number of a step, a part of fixed length){where}; let it treat "
+                    "all lengths and steps alike",
                 )
 
     def _nudged(self, inputs: Arrays, rows: np.ndarray) -> tuple[Arrays, np.ndarray]:
@@ -191,6 +234,12 @@ class LongSequences:
             name: array.astype(np.float64) * (1 + _NUDGE) if array.dtype.kind == "f" else array
             for name, array in inputs.items()
         }, rows
+
+
+def _beyond(far: LargeNumber | None) -> Iterator[Trial]:
+    """More steps than the number, and as many: a table may end there."""
+    for more in (trials.FAR_AFTER, 0) if far else ():
+        yield replace(trials.ORIGINAL_LONG, batch=1, time=far.value + more)  # type: ignore[union-attr]
 
 
 def _loops_itself(path: str, module: nn.Module) -> bool:

@@ -95,6 +95,13 @@ ORIGINAL_WEIGHTS, ORIGINAL_LEAST = 2**30, 128
 #: Do all steps of a loop do the same? So many, unless that takes more operations, and at least as many as above.
 LOOP_STEPS, LOOP_OPERATIONS = 4096, 40_000
 
+#: And where the code has larger numbers? So many steps after the number, if it is not more than so many steps,
+#: operations, and steps times weights in all.
+FAR_AFTER, FAR_STEPS, FAR_OPERATIONS, FAR_WEIGHTS = 5, 2**17, 2**21, 2**35
+
+#: The most operations of which a log is kept.
+FAR_LOGGED = 2**18
+
 #: Which numbers in its conditions grow? Over so many steps.
 BRANCHES = (1, 2, 12, 17)
 

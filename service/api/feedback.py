@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from unroll.bundle import Manifest, TensorSpec
-from unroll.service.core.errors import InvalidShape, MapInvalid
+from unroll.service.core.errors import EngineFailed, InvalidShape, MapInvalid, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import Codec, numbers
 
@@ -139,15 +139,21 @@ class Feedback:
 
         Raises:
             NonFiniteInput, OutOfRange: a value is none that the model takes.
+            EngineFailed: another error, which must not reach the scheduler.
         """
-        last = [array[-1] if spec.time else array for spec, array in zip(self._outputs, outputs, strict=True)]
-        inputs = []
-        for bound in self._bound:
-            values = bound.fill(last[bound.output].reshape(-1), position, position - self._begin)
-            with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity, and is refused
-                array = np.asarray(values).astype(bound.spec.numpy).reshape(1, *bound.spec.shape)
-            inputs.append(self._codec.checked(bound.spec, array))
-        return tuple(inputs)
+        try:
+            last = [array[-1] if spec.time else array for spec, array in zip(self._outputs, outputs, strict=True)]
+            return tuple([self._fill(bound, last[bound.output], position) for bound in self._bound])
+        except UnrollError:
+            raise
+        except Exception as error:
+            raise EngineFailed(f"the map of the rollout failed: {error}") from error
+
+    def _fill(self, bound: _Bound, output: np.ndarray, position: int) -> np.ndarray:
+        values = bound.fill(output.reshape(-1), position, position - self._begin)
+        with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity, and is refused
+            array = np.asarray(values).astype(bound.spec.numpy).reshape(1, *bound.spec.shape)
+        return self._codec.checked(bound.spec, array)
 
 
 def _bind(source: Any, spec: TensorSpec, outputs: tuple[TensorSpec, ...], steps: int) -> _Bound:

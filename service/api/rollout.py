@@ -4,11 +4,13 @@ A rollout on a fork runs on a copy of the session's state that nobody else can s
 chunk of it: applied as a whole at its end, once, and a retry gets the same outputs.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import structlog
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
 from unroll.bundle import TensorSpec
@@ -17,6 +19,7 @@ from unroll.service.api.feedback import Feedback, FeedbackSpec
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.sealed_steps import keys_of
 from unroll.service.core.errors import (
+    EngineFailed,
     InvalidRequest,
     InvalidShape,
     PositionGap,
@@ -32,6 +35,8 @@ from unroll.service.scheduler.rollout import Rollout
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.attempts import Attempts
 from unroll.service.state.snapshot import Snapshot
+
+_log = structlog.get_logger(__name__)
 
 #: What is sent of each step: the inputs, which the map made, or the outputs.
 Send = Literal["both", "inputs", "outputs"]
@@ -208,7 +213,7 @@ class RolloutCall:
             )
         first = given or feed(last or (), position)
         length = wanted.steps + (len(given[0]) if given else 0)
-        digest = _digest(wanted, given, () if last is None else last)
+        digest = _digest(wanted, length, given or last or ())
         return Rollout(digest, first, length, feed, position, **where)
 
     def _submit(self, served: ServedModel, rollout: Rollout) -> None:
@@ -243,7 +248,12 @@ class RolloutCall:
             tuple([parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in column]) for column in columns
         ]
         self._sent += len(inputs[0])
-        self._sink.on_steps(self._served.codec, self._rollout.start + self._sent, inputs, outputs)
+        try:
+            self._sink.on_steps(self._served.codec, self._rollout.start + self._sent, inputs, outputs)
+        except Exception as error:  # noqa: BLE001 the loop that calls this serves all clients
+            _log.error("rollout not encoded", exc_info=error)
+            self._fail(EngineFailed("the outputs could not be encoded; the server's log has the reason"))
+            asyncio.get_running_loop().call_soon(self.cancel)
 
     def _finish(self, outcome: Outcome) -> None:
         if self._over:
@@ -261,6 +271,8 @@ class RolloutCall:
         else:
             self._replay(outcome)
         self._flush()
+        if self._over:  # they could not be encoded
+            return
         self._over = True
         self._sink.on_end(outcome.position, outcome.kept)
 
@@ -320,10 +332,13 @@ def _outputs_of(codec: Codec, value: Any) -> Tensors:
     return tuple(arrays)
 
 
-def _digest(wanted: RolloutSpec, inputs: Tensors, outputs: Tensors) -> np.ndarray:
-    """What identifies a rollout on a session, (16,) uint8: the same for every form in which a client can send it."""
+def _digest(wanted: RolloutSpec, length: int, begin: Tensors) -> np.ndarray:
+    """What identifies a rollout on a session, (16,) uint8: the same for every form in which a client can send it.
+
+    length: time steps in all. begin: the given inputs, or the outputs that it begins from.
+    """
     asked = wanted.model_dump_json(include={"steps", "map"}, by_alias=True)
-    digest = hashlib.blake2b(asked.encode(), digest_size=16)
-    for array in (*inputs, *outputs):
+    digest = hashlib.blake2b(f"{length} {asked}".encode(), digest_size=16)
+    for array in begin:
         digest.update(array.tobytes())
     return np.frombuffer(digest.digest(), np.uint8)

@@ -173,7 +173,7 @@ class CapacityExhausted(Overloaded):
 
 
 class VersionUnavailable(Overloaded):
-    """The version that the session began on is not here; another replica may have it, or this one soon."""
+    """The version of the session, or an announced one that is asked for, is not here; another replica may have it."""
 
     code = "version_unavailable"
 

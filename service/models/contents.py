@@ -1,5 +1,6 @@
 """What the repository's folder holds: bundles, marks of retired versions, and the version that each model points to."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from unroll.bundle import discover, stated_digest
 POINTER = "serve"
 #: A file in a version's folder: the version is retired. Its manifest must stay, so that its sessions are recognised.
 MARK = "retired"
+
+_VERSION = re.compile("[1-9][0-9]*")
 
 
 class RepositoryError(Exception):
@@ -23,11 +26,13 @@ class Contents:
         bundles: By name and version; the version is empty if a folder `<name>` cannot be listed.
         pointers: What each model's pointer says, by name; any text.
         retired: Name and digest of the versions with a mark.
+        announced: Name and version of what has no bundle yet: the folder `<name>/<version>`, or a pointer to it.
     """
 
     bundles: dict[tuple[str, str], Path]
     pointers: dict[str, str]
     retired: set[tuple[str, str]]
+    announced: set[tuple[str, str]]
 
 
 def read_contents(repository: Path) -> Contents:
@@ -36,9 +41,12 @@ def read_contents(repository: Path) -> Contents:
         paths = discover(repository)
     except OSError as error:
         raise RepositoryError(f"the repository cannot be read: {error}") from error
-    contents = Contents({}, {}, set())
+    folders = [path for path in repository.glob("*/*") if _VERSION.fullmatch(path.name) and path.is_dir()]
+    announced = {(path.parent.name, path.name) for path in folders}
+    contents = Contents({}, {}, set(), announced)
     for path in paths:
         name, version = (*path.relative_to(repository).parts, "")[:2]
+        announced.discard((name, version))
         if _is_there(path / MARK) and (digest := stated_digest(path)) is not None:
             contents.retired.add((name, digest))
         else:
@@ -48,6 +56,8 @@ def read_contents(repository: Path) -> Contents:
     for name in {name for name, _ in contents.bundles}:
         if (pointer := _read_pointer(repository / name / POINTER)) is not None:
             contents.pointers[name] = pointer
+            if _VERSION.fullmatch(pointer):
+                announced.add((name, pointer))
     return contents
 
 

@@ -81,6 +81,7 @@ class ModelRepository:
         versions = self._versions
         versions.retired |= contents.retired
         pointers = contents.pointers | self._serve
+        versions.announced = contents.announced | {*self._serve.items()}
         before, versions.current, versions.misdirected = versions.current, {}, {}
         for name in {*versions.names(), *self._serve}:
             served = [model.version for model in versions.of(name) if not model.retired]
@@ -157,7 +158,7 @@ class ModelRepository:
         await self._drop_retired()
 
     async def _look_for_missing(self) -> None:
-        """Rescan if a version that sessions asked for in vain is in the repository by now."""
+        """Rescan if a version that was asked for in vain is in the repository by now."""
         if missing := self._versions.missing:
             self._versions.missing = set()
             if await asyncio.to_thread(self._has_come, missing):
@@ -174,7 +175,7 @@ class ModelRepository:
             name in names
             and (name, version) not in self._versions.refused
             and (digest := stated_digest(path)) is not None
-            and (name, digest) in missing
+            and {(name, digest), (name, version)} & missing
             and self._versions.with_digest(name, digest) is None
             for (name, version), path in bundles.items()
         )

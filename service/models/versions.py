@@ -23,7 +23,9 @@ class ModelVersions:
         current: The version of each model that requests without a version get.
         misdirected: Models whose pointer names no version that is served here: why. They keep their current version.
         retired: Name and digest of versions that the operator retired.
-        missing: Name and digest of versions that sessions asked for in vain since the last look at the repository.
+        announced: Name and version of versions that are to come, as the repository or the operator says.
+        missing: Name, and digest or version, of versions that may come and were asked for since the last look at the
+            repository.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class ModelVersions:
         self.current: dict[str, str] = {}
         self.misdirected: dict[str, str] = {}
         self.retired: set[tuple[str, str]] = set()
+        self.announced: set[tuple[str, str]] = set()
         self.missing: set[tuple[str, str]] = set()
 
     def __iter__(self) -> Iterator[ServedModel]:
@@ -97,8 +100,13 @@ class ModelVersions:
         Raises:
             ModelUnknown: There is no such model or version.
             ModelUnavailable: Its bundle is refused, or the model has no current version.
+            VersionUnavailable: The version is announced, and not here.
         """
-        available = self.available(name)
+        try:
+            available = self.available(name)
+        except ModelUnknown:
+            self._raise_if_announced(name, version)
+            raise
         wanted = self.current.get(name) if version is None else version
         for model in available:
             if model.version == wanted:
@@ -107,6 +115,7 @@ class ModelVersions:
             why = self.misdirected.get(name, "its bundles are being loaded")
             raise ModelUnavailable(f"model {name!r} has no current version: {why}")
         self._raise_if_refused(name, version)
+        self._raise_if_announced(name, version)
         raise ModelUnknown(f"model {name!r} has versions {[model.version for model in available]}, not {version!r}")
 
     def with_digest(self, name: str, digest: str) -> ServedModel | None:
@@ -135,8 +144,7 @@ class ModelVersions:
             raise ModelChanged(f"{what} another model than {name!r}")
         if not self.of(name):
             self._raise_if_refused(name)
-        if len(self.missing) < _MOST_MISSING:
-            self.missing.add((name, digest))
+        self._note_missing(name, digest)
         refusals = [
             f"; version {key[1] or '?'} is refused: {why}" for key, why in self.refused.items() if key[0] == name
         ]
@@ -166,6 +174,16 @@ class ModelVersions:
         for (refused, its_version), why in self.refused.items():
             if refused == name and (not its_version or version in (None, its_version)):
                 raise ModelUnavailable(f"version {its_version or '?'} of model {name!r} is not served: {why}")
+
+    def _raise_if_announced(self, name: str, version: str | None) -> None:
+        if version is not None and (name, version) in self.announced:
+            self._note_missing(name, version)
+            what = f"version {version} of model {name!r} is announced, and this server does not have it yet"
+            raise VersionUnavailable(f"{what}; retry, another replica may have it", _RETRY_SECONDS)
+
+    def _note_missing(self, name: str, which: str) -> None:
+        if len(self.missing) < _MOST_MISSING:
+            self.missing.add((name, which))
 
     def successor(self, name: str, digest: str) -> ServedModel | None:
         """Who remembers sessions of the version with this digest: itself, else the newest version."""

@@ -28,6 +28,7 @@ SESSION, CLOSED, EXPIRED = range(3)
 
 _ENTRY = struct.Struct("<d16sH")
 _ENVELOPE = Envelope(b"UNRE", 1, "a session of the store", _ENTRY.size, tags=3)
+_HEADERS = tuple(map(_ENVELOPE.header, (SESSION, CLOSED, EXPIRED)))
 _NAME = HEADER_BYTES + _ENTRY.size
 _TAG = 6
 
@@ -97,7 +98,15 @@ class Entry:
 
 
 def pack_entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes) -> bytes:
-    return _ENVELOPE.seal(_ENVELOPE.header(kind) + _ENTRY.pack(expires, token, len(name)) + name + body)
+    return _ENVELOPE.seal(b"".join((_HEADERS[kind], _ENTRY.pack(expires, token, len(name)), name, body)))
+
+
+def token_of(content: Any, now: float) -> tuple[bytes, bool]:
+    """The token of an entry, and whether it is that of a session that lives; without a copy of the content."""
+    if len(content) < _NAME:
+        return bytes(16), True
+    expires, token, _ = _ENTRY.unpack_from(content, HEADER_BYTES)
+    return token, expires > now and content[_TAG] == SESSION
 
 
 def expiry(content: Any) -> float:

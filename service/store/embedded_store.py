@@ -8,6 +8,7 @@ its next transaction: in order, each for itself.
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import lmdb
 import structlog
 
+from unroll.service.core.choices import Sync
 from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
 from unroll.service.store.daemon_thread import DaemonThread
 from unroll.service.store.embedded_entry import (
@@ -35,21 +37,26 @@ from unroll.service.store.embedded_entry import (
     place_of,
     since_boot,
     this_boot,
+    token_of,
 )
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
-from unroll.service.store.lmdb_folder import LmdbFolder, Sync
+from unroll.service.store.lmdb_folder import LmdbFolder
 from unroll.service.store.record import Gone, Record, pack, pack_last
 
 _log = structlog.get_logger(__name__)
 
-#: Seconds between syncs, and between looks at old entries; entries per look.
-_PERIOD, _SWEPT = 1.0, 2000
+#: Seconds between syncs, and between looks for ended entries.
+_PERIOD = 1.0
+#: Entries that a look or a page reads at most, and ended entries that a look removes at most: commits wait meanwhile.
+_LOOKED, _REMOVED = 2000, 500
+#: Ended entries after which another look follows at once, and seconds of a period for such looks.
+_MANY, _LOOKING_SECONDS = 200, 0.1
 #: Seconds for which the end of a server waits for the thread, which waits for the other processes.
 _PATIENCE = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     """work: within a transaction, at the store's time.
 
@@ -87,6 +94,7 @@ class EmbeddedStore:
         self._maintenance: asyncio.Task[None] | None = None
         self._full: StoreUnavailable | None = None  # the answer to calls that need space
         self._swept = b""  # entries up to here were looked at
+        self._many_ended = False  # among those that were looked at last
 
     def __repr__(self) -> str:
         return f"<EmbeddedStore {self._config.folder}, {self._exchanges!r}>"
@@ -163,6 +171,9 @@ class EmbeddedStore:
             await asyncio.sleep(_PERIOD)
             try:
                 await self._thread.call(self._look_after)
+                begun = time.monotonic()
+                while self._many_ended and time.monotonic() - begun < _LOOKING_SECONDS:
+                    await self._thread.call(self._sweep)
                 if failed:  # what else failed is noted by the next exchange
                     self._exchanges.note(None)
                 failed = False
@@ -173,18 +184,26 @@ class EmbeddedStore:
                 self._exchanges.note(reason)
 
     def _look_after(self) -> None:
-        """In the thread: remove traces that are old enough, note the time, and sync."""
+        """In the thread: remove what has ended, note the time, and sync."""
         self.figures.bytes = self._folder.sizes()
         if self._full is not None:
             if not self._folder.reserve():
                 return
             self._full = None
+        self._sweep()
+        if self._folder.has_changed():
+            clock = TIME.pack(this_boot(), self._offset, self._now())
+            self._folder.write(lambda transaction: transaction.put(CLOCK, clock))
+            self._folder.mark()
+
+    def _sweep(self) -> None:
+        """In the thread: reduce expired sessions to traces, and remove traces that are old enough, some at a time."""
         now = self._now()
         with self._folder.read() as transaction:
             ended, self._swept = _ended(transaction, self._swept, now)
-        if ended or self._folder.has_changed():
+        self._many_ended = len(ended) >= _MANY
+        if ended:
             self._folder.write(partial(self._clean, ended, now))
-            self._folder.mark()
 
     def _clean(self, ended: list[bytes], now: float, transaction: Any) -> None:
         for place in ended:
@@ -196,7 +215,6 @@ class EmbeddedStore:
                 transaction.delete(place)
             else:
                 transaction.put(place, pack_entry(found.name, EXPIRED, life, found.token, trace))
-        transaction.put(CLOCK, TIME.pack(this_boot(), self._offset, now))
 
     def _now(self) -> float:
         return self._offset + since_boot()
@@ -206,11 +224,11 @@ class EmbeddedStore:
     def _commit(self, commit: Commit, transaction: Any, now: float) -> UnrollError | None:
         name = name_of(commit.key)
         place = place_of(name)
-        held = Entry.at(transaction, place)
-        if held is not None and held.token == commit.token:
+        content = transaction.get(place)
+        token, is_living = (b"", False) if content is None else token_of(content, now)
+        if token == commit.token:
             return None
-        living = held.token if held is not None and held.is_living(now) else b""
-        if living != commit.expected:
+        if (token if is_living else b"") != commit.expected:
             return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
         if commit.ends:
             kind, life = CLOSED, self._config.tombstone_life
@@ -266,7 +284,7 @@ def _page(after: bytes, limit: int, transaction: Any, now: float) -> Page:
                 page.sessions.append(Listed(key_of(entry.name), *about, expires_in, len(entry.content)))
             except SnapshotInvalid:
                 page.damaged.append(key_of(place))
-        if len(page.sessions) == limit or looked == _SWEPT:
+        if len(page.sessions) == limit or looked == _LOOKED:
             return replace(page, after=place.hex())
     return page
 
@@ -279,7 +297,7 @@ def _ended(transaction: Any, after: bytes, now: float) -> tuple[list[bytes], byt
     if not cursor.set_range(after + b"\0"):
         return [], b""
     for looked, (key, value) in enumerate(cursor):
-        if looked == _SWEPT:
+        if looked == _LOOKED or len(found) == _REMOVED:
             return found, place
         place = bytes(key)
         if place != CLOCK and expiry(value) <= now:

@@ -213,6 +213,14 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
         self._direct.end()
 
+    def keepalive_timeout(self) -> None:
+        """No pong came in time: the client is gone, unless its pong waits behind what this side does not read yet."""
+        if self.transport.is_reading():
+            super().keepalive_timeout()
+        else:
+            self.pong_timer = self.pending_ping_payload = None
+            self.schedule_ping()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._direct.on_writable(False)

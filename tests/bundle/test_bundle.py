@@ -121,7 +121,7 @@ def test_bad_name(name: str) -> None:
         check_name(name, "1")
 
 
-@pytest.mark.parametrize("version", ["", "0", "01", "-1", "1.0", "v1", "1" * 10, "1\n", "١"])
+@pytest.mark.parametrize("version", ["", "0", "01", "-1", "1.0", "v1", "1" * 19, "1\n", "١"])
 def test_bad_version(version: str) -> None:
     with pytest.raises(BundleError, match="version"):
         check_name("a", version)

@@ -1,9 +1,10 @@
-"""`unroll stream` against a real server: formats, wrong rows, sessions that continue."""
+"""`unroll stream` and `unroll rollout` against a real server: formats, wrong rows, sessions that continue."""
 
 import io
 import json
 import re
 import sys
+import wave
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from serving import Oracle, Running
 
-from unroll import cli
+from unroll import Client, cli
 
 Oracles = Callable[[str], Oracle]
 #: Runs the command with these arguments and stdin; returns status, stdout and stderr.
@@ -20,9 +21,9 @@ Run = Callable[..., tuple[int, bytes, str]]
 
 @pytest.fixture
 def run(server: Running, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]) -> Run:
-    def call(*arguments: object, stdin: bytes = b"") -> tuple[int, bytes, str]:
+    def call(*arguments: object, stdin: bytes = b"", command: str = "stream") -> tuple[int, bytes, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = cli.main(["stream", *map(str, arguments), "--url", server.url])
+        status = cli.main([command, *map(str, arguments), "--url", server.url])
         out, err = capsysbinary.readouterr()
         return status, re.sub(rb"(?m)^\d{4}-\d\d-\d\d .*\n", b"", out), err.decode()  # without the server's log
 
@@ -36,6 +37,15 @@ def x(rng: np.random.Generator) -> np.ndarray:
 
 def as_csv(x: np.ndarray, names: str = "") -> bytes:
     return f"{names}\n".lstrip().encode() + "\n".join(",".join(map(str, row)) for row in x).encode()
+
+
+def as_wav(x: np.ndarray, rate: int) -> bytes:
+    """Samples of 16 bits in one channel."""
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((x.ravel() * 2**15).astype("<i2").tobytes())
+    return content.getvalue()
 
 
 def from_csv(out: bytes) -> np.ndarray:
@@ -93,6 +103,10 @@ def test_a_second_run_continues_the_session(run: Run, oracle: Oracles, x: np.nda
         (("lstm",), b"1,2,nan\n", "non_finite_input"),
         (("lstm", "--format", "jsonl"), b"[1,2,3]\n[1,2\n", "line 2 is not JSON"),
         (("lstm", "--format", "jsonl"), b"[1,2]\n", "line 1: 'x' has the shape (2,)"),
+        (("lstm", "--format", "wav"), b"RIFF", "no WAV file"),
+        (("lstm", "--format", "wav"), as_wav(np.zeros(3), 8_000), "no whole number of samples a second: add --to csv"),
+        (("lstm", "--to", "wav"), b"1,2,3\n", "--to wav needs a WAV file to read"),
+        (("lstm", "--format", "lines"), b"a", "no model of bytes"),
         (("lstm", "--format", "raw"), bytes(13), "the last time step has 1 of 12 bytes"),
         (("last",), b"1,2,3\n", "output without a time axis"),
         (("nothing",), b"", "model_unknown"),
@@ -103,4 +117,79 @@ def test_what_is_wrong_is_told(run: Run, arguments: tuple[str, ...], stdin: byte
     status, _, err = run(*arguments, stdin=stdin)
     assert status == 1
     assert err.startswith("unroll stream: ")
+    assert says in err
+
+
+def test_wav_in_and_out(run: Run, oracle: Oracles) -> None:
+    x = np.random.default_rng(2).integers(-(2**15), 2**15, (40, 3)).astype(np.float32) / 2**15
+    right = oracle("lstm")(x)
+    status, out, err = run("lstm", "--format", "wav", "--to", "raw", stdin=as_wav(x, 24_000))
+    assert (status, out, err) == (0, right.tobytes(), "40 steps\n")
+    status, out, _ = run("lstm", "--format", "wav", stdin=as_wav(x, 24_000))
+    assert status == 0
+    with wave.open(io.BytesIO(out)) as file:
+        assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (16_000, 80, 1)
+        samples = np.frombuffer(file.readframes(80), "<i2").reshape(40, 2)
+    assert np.abs(samples / 2**15 - right.clip(-1, 1)).max() <= 2**-15
+
+
+def test_a_wav_that_ends_within_a_time_step_is_filled_with_zeros(run: Run, oracle: Oracles) -> None:
+    x = np.array([0.5, 0.25, -0.5, 0.125], np.float32)
+    _, out, err = run("lstm", "--format", "wav", "--to", "raw", stdin=as_wav(x, 8_000))
+    assert out == oracle("lstm")(np.pad(x, (0, 2)).reshape(2, 3)).tobytes()
+    assert err == "the last time step is filled with 2 zeros\n2 steps\n"
+
+
+def test_bytes_of_text_and_those_that_follow(run: Run, oracle: Oracles) -> None:
+    text = bytes([1, 5, 10, 3])  # \n is one of them
+    status, out, _ = run("tokens", "--format", "lines", stdin=text)
+    logits = oracle("tokens")(np.array(list(text), np.int64))
+    assert (status, out) == (0, bytes(logits.argmax(-1).tolist()))
+
+
+def test_a_plot_is_drawn_once_where_there_is_no_terminal(run: Run, x: np.ndarray) -> None:
+    _, out, err = run("lstm", "--plot", stdin=as_csv(x))
+    plotted = err.splitlines()
+    assert len(out.splitlines()) == 151
+    assert [line.split()[0] for line in plotted] == ["y_0", "y_1", "150"]
+    assert all(set("▁█") <= set(line) for line in plotted[:2])
+
+
+@pytest.fixture
+def roll(run: Run) -> Run:
+    return lambda *arguments, stdin=b"": run(*arguments, stdin=stdin, command="rollout")
+
+
+def test_a_rollout_continues_the_rows(roll: Run, server: Running, x: np.ndarray) -> None:
+    mapped = {"kind": "columns", "columns": [{"from": 0}, {"from": 1}, {"constant": 0.5}]}
+    status, out, err = roll("lstm", "--steps", "4", "--map", json.dumps(mapped), stdin=as_csv(x))
+    with Client(server.url) as client, client.session("lstm") as session:
+        rolled = [step.outputs for step in session.rollout(4, map=mapped, inputs=x)]
+    assert (status, err) == (0, "4 steps\n")
+    assert np.array_equal(from_csv(out), np.array(rolled))
+
+
+def test_a_rollout_draws_bytes_and_leaves_the_session_as_it_is(roll: Run, server: Running) -> None:
+    with Client(server.url) as client, client.session("tokens") as session:
+        session.steps([1, 5, 3])
+        drawn = [step.inputs for step in session.rollout(6, map={"kind": "sample", "seed": 3, "top_k": 4})]
+        words = ("--format", "lines", "--map", "sample", "--seed", "3", "--top-k", "4", "--session", session.id)
+        status, out, _ = roll("tokens", "--steps", "6", *words)
+        assert (status, out) == (0, bytes(int(one) for one in drawn))
+        assert session.refresh() == 3
+        assert roll("tokens", "--steps", "6", *words, stdin=b"")[1] == out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["--map", "{"], 2, "--map is not JSON"),
+        (["--seed", "3"], 2, "are for --map sample"),
+        (["--map", "identity"], 1, "map_invalid"),
+    ],
+)
+def test_a_map_that_does_not_fit(roll: Run, words: list[str], status: int, says: str) -> None:
+    found, _, err = roll("lstm", "--steps", "2", *words, stdin=b"1,2,3\n")
+    assert found == status
+    assert err.startswith("unroll rollout: ")
     assert says in err

@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import load, save
 
 from unroll import Client, cli
+from unroll.client.plot import bars
 from unroll.examples import demo
-from unroll.examples.display import Live, bars
+from unroll.examples.display import Live
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,10 @@
 The kinds of `conformance/kinds/late.py` are the same through `export`.
 """
 
+import itertools
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from conformance.looping import LoopBlock
 from conformance.trees import Loop
 from unroll.export import ExportError, export
 from unroll.export.lifting.kept_values import kept_values
-from unroll.export.verification import branches
+from unroll.export.verification import branches, trials
 from unroll.export.verification.branches import BranchLog
 from unroll.export.verification.iterations import OperationLog, irregular, step_of
-from unroll.export.verification.trials import BRANCHES
+from unroll.export.verification.trials import BRANCHES, Trial
 
 CELL = nn.GRUCell(4, 6)
 
@@ -199,6 +200,91 @@ def two_loops(s: Any, x: Tensor) -> Tensor:
 def test_the_step_is_found_in_the_second_of_two_loops(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"step 49 \(counted from 0\) does not do what"):
         export(made(two_loops, cell=nn.GRUCell(4, 4)), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+
+
+def loop(s: Any, steps: Iterable[Tensor], size: int) -> Tensor:
+    """(batch, size, 6), zeros after the last step."""
+    h, outs = torch.zeros(1, 6), []
+    for step in steps:
+        h = s.cell(step, h.expand(step.shape[0], 6).to(step.dtype))
+        outs.append(h)
+    return torch.stack(outs + [torch.zeros_like(h)] * (size - len(outs)), 1)
+
+
+def by_table(s: Any, x: Tensor) -> Iterator[Tensor]:
+    for t, step in enumerate(x.unbind(1)):
+        try:
+            scale = s.table[t]
+        except IndexError:
+            scale = 0.5
+        yield step * scale
+
+
+def by_iterator(s: Any, x: Tensor) -> Iterator[Tensor]:
+    scales = iter(s.table)
+    for step in x.unbind(1):
+        yield step * next(scales, 0.5)
+
+
+BY_LENGTH = {
+    "slice": (lambda s, x: loop(s, x[:, :100].unbind(1), x.shape[1]), {}),
+    "window": (lambda s, x: loop(s, x[:, -s.most :].unbind(1), x.shape[1]), {}),
+    "product": (lambda s, x: loop(s, x[:, -2 * s.half :].unbind(1), x.shape[1]), {"half": 50}),
+    "zip": (lambda s, x: loop(s, (step for step, _ in zip(x.unbind(1), range(100), strict=False)), x.shape[1]), {}),
+    "islice": (lambda s, x: loop(s, itertools.islice(x.unbind(1), s.most), x.shape[1]), {}),
+    "IndexError": (lambda s, x: loop(s, by_table(s, x), x.shape[1]), {"table": [1.0] * 100}),
+    "iterator": (lambda s, x: loop(s, by_iterator(s, x), x.shape[1]), {"table": (1.0,) * 100}),
+    "a mask after the loop": (
+        lambda s, x: loop(s, x.unbind(1), x.shape[1]) * (torch.arange(x.shape[1]) < s.most)[:, None],
+        {},
+    ),
+    "a late row of a table": (
+        lambda s, x: loop(s, (step * s.table[t] for t, step in enumerate(x.unbind(1))), x.shape[1]),
+        {"table": nn.Buffer((torch.arange(120) < 100).float())},
+    ),
+    "too long to try": (lambda s, x: loop(s, itertools.islice(x.unbind(1), 10**6), x.shape[1]), {}),
+}
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops are run over 64 steps where no number says otherwise."""
+    monkeypatch.setattr(trials, "LOOP_STEPS", 64)
+    monkeypatch.setattr(trials, "ORIGINAL_LONG", Trial(2, 64, 29, 30))
+
+
+#: Found as "slice", or refused as "zip" is.
+LIKE_ANOTHER = {"window", "product", "islice", "iterator"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LIKE_ANOTHER else []) for name in BY_LENGTH]
+)
+def test_a_number_in_the_code_is_a_length_to_try(name: str, few_steps: None, tmp_path: Path) -> None:
+    forward, parts = BY_LENGTH[name]
+    with pytest.raises(ExportError, match=r"test_long_sequences\.py:\d+") as refusal:
+        export(made(forward, cell=CELL, most=100, **parts), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+    assert refusal.value.code in {"calls_depend_on_time", "parity", "not_exportable"}
+
+
+def rarely_looks(s: Any, t: int, x: Tensor, h: Tensor) -> Tensor:
+    """Every branch is rare, and none makes a difference."""
+    if t % 100 == 99:
+        s.seen = h
+    if t < 80:
+        h = s.cell(x, h)
+    else:
+        h = s.cell(x, h)
+    return h
+
+
+def test_rare_branches_without_a_difference_are_exported(few_steps: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    report = export(
+        looping(rarely_looks), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path, progress=said.append
+    )
+    assert report.manifest.streamable
+    assert any(line.startswith("trying it over 100 time steps") for line in said)
 
 
 def test_unknown_bytecode_refuses_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from unroll import __version__
+from unroll.commands.bench import Bench
 from unroll.commands.config import Show
 from unroll.commands.demo import Demo
 from unroll.commands.doctor import Doctor
@@ -14,6 +15,7 @@ from unroll.commands.export import Export
 from unroll.commands.help import Command, Group, usage
 from unroll.commands.inspect import Inspect
 from unroll.commands.options import Failed as Failed
+from unroll.commands.rollout import Rollout
 from unroll.commands.serve import Serve
 from unroll.commands.sessions import SESSIONS
 from unroll.commands.store import Check
@@ -63,6 +65,8 @@ def application() -> typer.Typer:
             "verify": Verify,
             "serve": Serve,
             "stream": Stream,
+            "rollout": Rollout,
+            "bench": Bench,
             "doctor": Doctor,
             "demo": Demo,
         },

@@ -338,6 +338,32 @@ def test_a_version_that_has_come_is_loaded_when_a_session_asks_for_it(
     assert np.array_equal(outputs(late.step(session, X[1:5], 1)), oracle("gru", "2")(X[:5])[1:])
 
 
+def test_a_version_that_is_announced_is_said_to_come_and_loaded_when_it_is_asked_for(
+    early: Replica, late: Replica, oracle: Oracles
+) -> None:
+    """By an empty folder, or by a pointer."""
+
+    def asked(version: str) -> list[httpx.Response]:
+        return [
+            late.http.get(f"/v1/models/gru:{version}"),
+            late.http.post(f"/v1/models/gru:{version}/sessions"),
+            late.http.post(f"/v1/models/gru:{version}/sequences", content=X.tobytes(), headers=raw_steps(X)),
+            wire.infer(late.http, f"gru/versions/{version}", X),
+        ]
+
+    (late.shelf / "gru" / "2").mkdir()
+    late.point("3")
+    for answer in (*asked("2"), *asked("3")):
+        assert problem(answer) == NOT_HERE
+        assert answer.headers["retry-after"] == "1"
+    assert {problem(answer) for answer in asked("4")} == {(404, "model_unknown")}
+    late.add(early.shelf, "2")
+    until(lambda: asked("2")[1].status_code == 201, "version 2")
+    assert late.opened("gru:2")[1] == "2"
+    late.point(None)
+    assert {problem(answer) for answer in asked("3")} == {(404, "model_unknown")}
+
+
 def test_a_session_of_a_retired_version_is_told_so(early: Replica, late: Replica) -> None:
     """A version is retired where its folder was removed, or bears the mark."""
     session, _ = early.opened()

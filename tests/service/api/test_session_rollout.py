@@ -230,6 +230,20 @@ def test_a_retry_gets_the_same_and_applies_nothing(store_client: httpx.Client, d
     assert client.post(f"{session}/rollout", json=body).json()["code"] == "position_too_old"
 
 
+def test_the_next_server_knows_a_rollout_that_was_committed(serve: Serve, tmp_path: Path) -> None:
+    running = serve(store=tmp_path.as_uri())
+    with httpx.Client(base_url=running.url) as client:
+        session, last = opened(client, "lstm", X)
+        body = {"steps": 6, "map": COLUMNS, "on": "session", "outputs": last, "position": 2}
+        first = roll(client, session, **body)
+    running.stop()
+    with httpx.Client(base_url=serve(store=tmp_path.as_uri()).url) as client:
+        assert roll(client, session, **body) == first
+        steps, _ = roll(client, session, steps=2, map=COLUMNS)
+        assert pairs(steps)[0][0] == columns(first[0][-1]["outputs"][0], 8)
+        assert position_of(client, session) == 8
+
+
 def test_a_rollout_of_one_step_is_retried_as_such(client: httpx.Client) -> None:
     session, last = opened(client, "lstm", X)
     body = {"steps": 1, "map": COLUMNS, "on": "session", "outputs": last, "position": 2}

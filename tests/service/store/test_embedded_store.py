@@ -1,6 +1,7 @@
 """The store in a folder: time, what it refuses, and what is left of it after a crash of the machine."""
 
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -68,6 +69,21 @@ async def test_sessions_expire_and_are_forgotten(tmp_path: Path, machine: Machin
     store._look_after()
     with store._folder.read() as transaction:
         assert [bytes(key) for key, _ in transaction.cursor()] == [b"\0clock"]
+    await store.stop()
+
+
+async def test_many_sessions_that_expire_together_do_not_wait_for_a_look_a_second(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, tokens: Tokens
+) -> None:
+    monkeypatch.setattr(embedded_store, "_LOOKING_SECONDS", math.inf)
+    store = opened(tmp_path)
+    await put(store, *[commit(tokens.next(), key=("lstm", f"{number}")) for number in range(1500)])
+    machine.seconds += 20.0
+    looks: list[int] = []
+    monkeypatch.setattr(store, "_look_after", lambda: looks.append(EmbeddedStore._look_after(store)))  # type: ignore
+    await store.start()
+    await reached(lambda: store._folder._environment.stat()["entries"] == 1, "an empty store")
+    assert len(looks) == 1
     await store.stop()
 
 

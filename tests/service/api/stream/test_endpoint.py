@@ -1,5 +1,6 @@
 """Who may connect, and the end of a client that does not read."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from waiting import PATIENCE, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from unroll.service.api.stream import endpoint
+from unroll.service.api.stream.flow import WINDOW
 from unroll.service.settings import Settings
+from unroll.service.transport.websocket import StreamProtocol
 
 Background = Callable[..., Future]
 
@@ -126,3 +129,25 @@ def hang_up(connection: socket.socket) -> None:
     """Also for who waits to write to it."""
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_pong_that_the_server_does_not_read_is_not_missed(dial: Dial, server: Running, x: np.ndarray) -> None:
+    """The server stops reading when too much is unanswered; that may take longer than a client has for its pong."""
+    client = dial()
+    client.bind(*range(WINDOW + 1))
+    (protocol,) = server.uvicorn.server_state.connections
+    assert isinstance(protocol, StreamProtocol)
+
+    def in_loop(call: Callable[[], None]) -> None:
+        async def run() -> None:
+            call()
+
+        asyncio.run_coroutine_threadsafe(run(), server.uvicorn.loop).result(PATIENCE)
+
+    with server.holding("lstm"):
+        client.socket.send(frame(*[(handle, 0, x[:1]) for handle in range(WINDOW + 1)]))
+        until(lambda: not protocol.transport.is_reading(), "a full window")
+        in_loop(protocol.send_keepalive_ping)
+        in_loop(protocol.keepalive_timeout)
+    good, bad = client.receive(WINDOW + 1)
+    assert (len(good), bad) == (WINDOW + 1, [])

@@ -1,0 +1,65 @@
+"""`unroll rollout`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from unroll.commands.options import LOCAL, Url, WrongOption, argument, flag, option, positive
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Feed a model's outputs back as its inputs on the server, and print each time step.
+
+    The rows of FILE or of stdin come first: a forecast goes on where they end. Or --session continues a session, and
+    needs no rows. By default the rollout runs on a copy of the session, which stays as it is.
+
+    The output has the format of the rows: CSV, JSONL or raw values of the outputs; with lines, the bytes themselves.
+    """
+
+    model: Annotated[str, argument("MODEL", "a model of the server: NAME or NAME:VERSION")]
+    steps: Annotated[int, option("--steps", "N", "time steps to feed back")]
+    file: Annotated[Path | None, argument("FILE", "rows that come first (default: stdin, or none with --session)")] = (
+        None
+    )
+    url: Url = LOCAL
+    api_key: Annotated[str | None, typer.Option(envvar="UNROLL_API_KEY", hidden=True)] = None
+    map: Annotated[
+        str,
+        option("--map", "MAP", "how an input is made of an output: identity, argmax, sample, or the JSON of a map"),
+    ] = "identity"
+    temperature: Annotated[float | None, option("--temperature", "T", "of --map sample", positive)] = None
+    top_k: Annotated[int | None, option("--top-k", "K", "of --map sample")] = None
+    seed: Annotated[int | None, option("--seed", "N", "of --map sample")] = None
+    format: Annotated[
+        str | None,
+        option("--format", "csv|jsonl|raw|lines", "of input and output (default: by FILE's name, else csv)"),
+    ] = None
+    session: Annotated[str | None, option("--session", "ID", "id of an open session to begin from")] = None
+    on: Annotated[
+        Literal["fork", "session"],
+        option("--on", "fork|session", "a copy of the session, or the session itself, which then has had the steps"),
+    ] = "fork"
+    plot: Annotated[bool, flag("--plot", "draw the outputs on stderr")] = False
+
+    def run(self) -> int:
+        from unroll.client import stream_command
+
+        return stream_command.roll_out(self)
+
+    @property
+    def mapped(self) -> Any:
+        """The map as the server takes it. Raises WrongOption."""
+        if self.map.startswith("{"):
+            try:
+                return json.loads(self.map)
+            except ValueError as error:
+                raise WrongOption(f"--map is not JSON: {error}") from error
+        drawn = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
+        given = {name: value for name, value in drawn.items() if value is not None}
+        if given and self.map != "sample":
+            raise WrongOption("--temperature, --top-k and --seed are for --map sample")
+        return {"kind": self.map} | given

@@ -1,0 +1,106 @@
+"""nginx with our configuration in front of scripted servers, and of a real one."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redis_server import free_port
+from serving import Oracle, Running
+from test_haproxy import Proxy, Replica, steps
+from waiting import until
+
+import unroll
+from unroll.service.settings import Settings
+
+CONFIGURATION = Path(__file__).parents[2] / "deploy" / "nginx.conf"
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+
+pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is missing")
+
+_AROUND = """\
+daemon off;
+master_process off;
+pid nginx.pid;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path body;
+  proxy_temp_path proxy;
+  {}
+}}
+"""
+
+
+@contextmanager
+def nginx(folder: Path, ports: list[int]) -> Iterator[int]:
+    """nginx in front of servers on these ports; its own port."""
+    port = free_port()
+    text, listens = re.subn(r"listen 8000;", f"listen 127.0.0.1:{port};", CONFIGURATION.read_text())
+    text, servers = re.subn(
+        r"server unroll-1:8000 (.*)\n.*", "".join(rf"server 127.0.0.1:{p} \1\n" for p in ports), text
+    )
+    assert (listens, servers) == (1, 1), "deploy/nginx.conf has changed"
+    (folder / "nginx.conf").write_text(_AROUND.format(text))
+    where = ("-p", str(folder), "-c", "nginx.conf", "-e", "stderr")
+    process = subprocess.Popen([str(NGINX), *where])
+    try:
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Proxy]:
+    replicas = [Replica("a"), Replica("b")]
+    try:
+        with nginx(tmp_path, [each.server_port for each in replicas]) as port:
+            proxy = Proxy(port, replicas)
+            proxy.wait_for({"a", "b"})
+            yield proxy
+    finally:
+        for replica in replicas:
+            replica.shutdown()
+            replica.server_close()
+
+
+def test_a_session_stays_at_one_replica_and_sessions_are_shared_out(proxy: Proxy) -> None:
+    places = {session: proxy.ask(steps(session))[1] for session in map(str, range(40))}
+    assert set(places.values()) == {"a", "b"}
+    for session, place in places.items():
+        assert proxy.ask(steps(session))[1] == place
+        assert proxy.ask(f"/v1/models/co2/sessions/{session}", "GET")[1] == place
+        assert proxy.ask("/v2/models/co2/infer", X_Session_Id=session)[1] == place
+        escaped = "".join(f"%{ord(character):02x}" for character in session)
+        assert proxy.ask(steps(escaped))[1] == place
+    assert {proxy.ask("/v1/models/co2/sequences")[1] for _ in range(20)} == {"a", "b"}
+
+
+def test_a_step_is_never_sent_twice_unless_it_never_arrived(proxy: Proxy) -> None:
+    proxy.replicas[0].deadly = True
+    assert {proxy.ask(steps(str(session)))[0] for session in range(20)} == {200, 502}
+    proxy.replicas[0].shutdown()
+    proxy.replicas[0].server_close()
+    until(lambda: {proxy.ask(steps(str(session))) for session in range(20)} == {(200, "b")}, "answers of b alone")
+
+
+def test_sessions_and_streams_of_a_real_server(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "lstm").symlink_to(repository / "lstm")
+    running = Running(Settings(repository=tmp_path / "models"))
+    x = np.random.default_rng(1).standard_normal((4, 3)).astype("<f4")
+    expected = Oracle(repository, "lstm")(x)
+    try:
+        with nginx(tmp_path, [running.port]) as port, unroll.Client(f"http://127.0.0.1:{port}") as client:
+            session = client.session("lstm")
+            assert np.array_equal(np.stack([session.step(row) for row in x]), expected)
+            with client.stream("lstm") as stream:
+                (handle,) = stream.open(1)
+                assert np.array_equal(np.stack([stream.step([handle], row[None])[0] for row in x]), expected)
+    finally:
+        running.stop()
