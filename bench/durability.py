@@ -199,10 +199,12 @@ def _routing(bench: Bench, store: tuple[str, str]) -> Outcome:
         turns = [
             _routed_turn(servers, "sticky", "each session at one of two replicas", launches[0], reference, ports),
             _routed_turn(servers, "random", "each step at either of two replicas", launches[0], reference, ports),
+            _routed_turn(servers, "positions", "the same, with positions", launches[0], reference, ports),
         ]
-        sticky, random_routing = rows = bench.alternate(turns)
+        sticky, random_routing, positions = rows = bench.alternate(turns)
     title = f"Two replicas on one core, {CLIENTS} HTTP clients, sessions in Redis, LSTM 2×64"
-    remark = f"random routing has {random_routing.rate / sticky.rate:.2f} of the rate of sticky routing"
+    shares = (random_routing.rate / sticky.rate, positions.rate / sticky.rate)
+    remark = "random routing has {:.2f} of the rate of sticky routing, and {:.2f} with positions".format(*shares)
     return Outcome("durability-routing", title, "steps/s", rows, remarks=[remark])
 
 
@@ -213,10 +215,19 @@ def _routed_turn(
     chance = random.Random(0)
 
     def client(n: int) -> Client:
-        requests = [post(f"{sessions}/{name}-{n}/steps", row.tobytes()) for row in reference.rows[n]]
+        path, rows = f"{sessions}/{name}-{n}/steps", [row.tobytes() for row in reference.rows[n]]
         opening = [post(sessions, {"session_id": f"{name}-{n}"})]
         use_other = (lambda: n % 2 == 1) if name == "sticky" else (lambda: chance.random() < 0.5)
-        return roaming_client(requests, n, opening, ports[1], use_other)
+        made = roaming_client([post(path, row) for row in rows], n, opening, ports[1], use_other)
+
+        def next_request() -> bytes:
+            if not made.answered:
+                return opening[0]
+            return post(path, rows[made.steps % len(rows)], {"Unroll-Position": str(made.steps)})
+
+        if name == "positions":
+            made.next_request = next_request
+        return made
 
     check = check_steps(name, reference, lambda body: np.frombuffer(body, np.float32))
     subject = Subject(name, f"Unroll, raw bytes, {what}", launch, client, check)

@@ -13,7 +13,7 @@ import tempfile
 from os import sched_getaffinity
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 from bench.internals.store import MODELS, Sessions
 from bench.servers import ROOT, running_server
@@ -29,17 +29,17 @@ async def measure(folder: Path, count: int) -> None:
     config = EmbeddedStoreConfig(folder, "everysec", _PATIENCE_SECONDS, _LIFE_SECONDS, _LIFE_SECONDS)
     store, sessions = EmbeddedStore(config), Sessions(MODELS[0], count)
     await store.start()
-    began = perf_counter()
+    watch = _Stopwatch()
     await sessions.write(store, sessions.ids, opens=True)
-    _say(f"{MODELS[0].name}, {count:,} sessions opened", count / (perf_counter() - began), "a second")
+    _say(f"{MODELS[0].name}, {count:,} sessions opened", *watch.rate(count))
     await store.stop()
     _say("bytes of a session", _size(folder) / count, f"in a file of {_size(folder):,}")
     store = EmbeddedStore(config)
     await store.start()
     some = random.sample(sessions.ids, min(count, _STEPS))
-    began = perf_counter()
+    watch = _Stopwatch()
     await sessions.write(store, some)
-    _say(f"{len(some):,} steps of random ones", len(some) / (perf_counter() - began), "a second")
+    _say(f"{len(some):,} steps of random ones", *watch.rate(len(some)))
     await store.stop()
     _say("the same", _size(folder) / count, "bytes of the file a session")
 
@@ -60,15 +60,23 @@ async def measure_sweep(folder: Path, count: int) -> None:
     store = EmbeddedStore(EmbeddedStoreConfig(folder, tombstone_life=_LIFE_SECONDS))
     for what in ("expired sessions reduced to their trace", "traces removed"):
         store._offset += 1.5 * _LIFE_SECONDS
-        seconds: list[float] = []
-        while not seconds or store._swept:
-            began = perf_counter()
+        watch = _Stopwatch()
+        store._sweep()
+        while store._swept:
             store._sweep()
-            seconds.append(perf_counter() - began)
-        about = f"a second of work; {len(seconds)} looks, the longest took {max(seconds) * 1e3:.0f} ms"
-        _say(what, count / sum(seconds), about)
+        _say(what, *watch.rate(count))
+    _say("bytes in use then", store._folder.sizes()["used"], f"in a file of {_size(folder):,}")
     await store.stop()
-    _say("bytes in use then", store.figures.bytes["used"], f"in a file of {_size(folder):,}")
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self._began, self._processor = perf_counter(), process_time()
+
+    def rate(self, count: int) -> tuple[float, str]:
+        """Of so many, and its unit with the processor time of one, which other load on the machine changes little."""
+        processor = (process_time() - self._processor) / count * 1e6
+        return count / (perf_counter() - self._began), f"a second, {processor:.0f} µs of processor time each"
 
 
 def _size(folder: Path) -> int:

@@ -136,17 +136,20 @@ class Handles:
         Raises UnrollError.
         """
         try:
-            served, session = self.resolve(handle)
-        except NeedsStoreLookup as needed:
-            served, session = await self._sessions.verified(
-                self._name, needed.session_id, partial(self.resolve, handle)
-            )
+            closed = self._unbind_and_close(handle)
+        except NeedsStoreLookup as needed:  # in the same turn: a moment later the session may have lost its row again
+            close = partial(self._unbind_and_close, handle)
+            closed = await self._sessions.verified(self._name, needed.session_id, close)
+        return await self._close_durable(closed) if closed.durable is not None else closed.position
+
+    def _unbind_and_close(self, handle: int) -> Session:
+        """A durable session stays open."""
+        served, session = self.resolve(handle)
         self.unbind(handle)
-        if session.durable is not None:
-            return await self._close_durable(session)
-        check_present(served, session)
-        served.scheduler.close(session, served.loop.clock.now())
-        return session.position
+        if session.durable is None:
+            check_present(served, session)
+            served.scheduler.close(session, served.loop.clock.now())
+        return session
 
     def unbind(self, handle: int) -> None:
         """Free the handle; the session lives on."""

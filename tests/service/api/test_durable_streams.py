@@ -246,3 +246,16 @@ def test_memory_sessions_that_were_spilled_to_the_store(
     running.uvicorn.should_exit = True
     goodbye = json.loads(client.socket.recv())
     assert [(item["handle"], item["position"]) for item in goodbye["sessions"]] == [(5, 3)]
+
+
+def test_sessions_that_take_each_others_row_are_closed_together(
+    serve: Serve, redis_server: RedisServer, dial: Dial, x: np.ndarray
+) -> None:
+    """Each is brought back from the store to be closed, and may lose its row again at once."""
+    client = dial(serve(store=redis_server.url, session_capacity=1, spill_bytes=0))
+    client.open(*({"handle": handle, "durability": "memory"} for handle in range(16)))
+    for handle in range(16):
+        client.step((handle, 0, x[handle % 6, :1]))
+    client.socket.send(json.dumps({"op": "close", "handles": [*range(16)]}))
+    closed = json.loads(client.socket.recv())
+    assert closed["sessions"] == [{"handle": handle, "position": 1} for handle in range(16)]

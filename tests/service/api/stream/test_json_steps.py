@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving import Oracle, Running, SlowEngine
-from streams import Client, Dial, frame
+from serving import Oracle, Running, Serve, SlowEngine
+from streams import Client, Dial, frame, last_messages
 from waiting import PATIENCE, until
 
 Oracles = Callable[..., Oracle]
@@ -210,6 +210,21 @@ def test_a_rollout_ends_with_its_handle(dial: Dial, server: Running, x: np.ndarr
                 pass
             assert received["op"] in {"closed", "detached"}
         until(lambda: not len(scheduler.rollouts))
+
+
+def test_a_server_that_ends_finishes_its_rollouts_first(serve: Serve, dial: Dial, x: np.ndarray) -> None:
+    running = serve()
+    client = dial(running=running)
+    client.bind(0)
+    rollout = {"op": "rollout", "handle": 0, "steps": 40, "map": COLUMNS, "inputs": x.tolist()}
+    with SlowEngine(running.model("lstm").loop, 0.002):
+        client.socket.send(json.dumps(rollout))
+        assert isinstance(message(client), bytes)
+        running.uvicorn.should_exit = True
+        *frames, rolled, closing = last_messages(client)
+    assert [struct.unpack_from("<Q", each, 16)[0] for each in frames] == list(range(13, 53))  # type: ignore[arg-type]
+    assert json.loads(rolled) == {"op": "rolled", "handle": 0, "position": 52, "reply_kept": True}
+    assert json.loads(closing)["op"] == "closing"
 
 
 def test_refusals_of_rollouts_name_their_handle(dial: Dial, server: Running, x: np.ndarray) -> None:
