@@ -1,13 +1,18 @@
-"""The settings of a server, with their types, limits and defaults; each layer gets its part as its own config."""
+"""The settings of a server, with their types, limits and defaults; each layer gets its part as its own config.
+
+The layers are imported where their configs are made, so that a wrong setting is answered without them.
+"""
 
 import re
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -15,32 +20,27 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from unroll.service.api.app_state import ApiLimits
-from unroll.service.engine.backend import Cells, EngineOptions, Precision
-from unroll.service.models.loading import ModelOptions
-from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
-from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
-from unroll.service.store.embedded_store import EmbeddedStoreConfig
-from unroll.service.store.lmdb_folder import Sync
-from unroll.service.store.opening import StoreConfig
+from unroll.service.core.choices import SCHEMES, Cells, LogRequests, Precision, Sync
 from unroll.service.store.record import MEMORY, STORED, current_durability
-from unroll.service.store.redis_client import SCHEMES
-from unroll.service.store.redis_store import RedisStoreConfig
-from unroll.service.telemetry.request_log import LogRequests
+
+if TYPE_CHECKING:
+    from unroll.service.api.app_state import ApiLimits
+    from unroll.service.models.loading import ModelOptions
+    from unroll.service.store.opening import StoreConfig
 
 _FOLDER = "file://"
+_LEAST_KEY_BYTES = 16
 #: Of the variables in the environment.
 PREFIX = "UNROLL_"
 #: As browsers send it: without a path, and in lower case.
 _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """The settings that `descriptions.py` describes; `sources.py` reads them."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     repository: Path
     strict: bool = False
@@ -116,8 +116,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 "--store-prefix is of a Redis: give each deployment its own folder, or add --store redis://…"
             )
-        if any(len(key.get_secret_value().encode()) < LEAST_KEY_BYTES for key in self.snapshot_keys):
-            raise ValueError(f"a snapshot key needs at least {LEAST_KEY_BYTES} bytes")
+        if any(len(key.get_secret_value().encode()) < _LEAST_KEY_BYTES for key in self.snapshot_keys):
+            raise ValueError(f"a snapshot key needs at least {_LEAST_KEY_BYTES} bytes")
         if self.workers > 1 and (self.store is None or self.durability == "memory"):
             raise ValueError(
                 f"{self.workers} workers need a store, because any worker may receive a session's next request: "
@@ -131,7 +131,11 @@ class Settings(BaseSettings):
             raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
 
-    def model_options(self) -> ModelOptions:
+    def model_options(self) -> "ModelOptions":
+        from unroll.service.engine.backend import EngineOptions
+        from unroll.service.models.loading import ModelOptions
+        from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
+
         fill_memory = self.session_capacity == "auto"
         return ModelOptions(
             fill_memory=fill_memory,
@@ -158,7 +162,10 @@ class Settings(BaseSettings):
         """Of new sessions."""
         return self.durability or (MEMORY if self.store is None else STORED)
 
-    def store_config(self) -> StoreConfig | None:
+    def store_config(self) -> "StoreConfig | None":
+        from unroll.service.store.embedded_store import EmbeddedStoreConfig
+        from unroll.service.store.redis_store import RedisStoreConfig
+
         if self.store is None:
             return None
         times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
@@ -170,7 +177,9 @@ class Settings(BaseSettings):
     def shows_page(self) -> bool:
         return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
 
-    def api_limits(self) -> ApiLimits:
+    def api_limits(self) -> "ApiLimits":
+        from unroll.service.api.app_state import ApiLimits
+
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes, self.max_rollout_steps)
 
 

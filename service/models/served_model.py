@@ -8,8 +8,8 @@ import numpy as np
 
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, Manifest
+from unroll.service.core.choices import Precision
 from unroll.service.core.errors import SessionClosed, SessionEvicted, SessionExpired, SessionGone, SnapshotInvalid
-from unroll.service.engine.backend import Precision
 from unroll.service.engine.engine import Engine
 from unroll.service.models.serving_figures import ServingFigures
 from unroll.service.protocol.tensors import Codec
