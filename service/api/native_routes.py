@@ -71,8 +71,8 @@ def _header(name: str, description: str) -> dict[str, Any]:
     return {"name": name, "in": "header", "required": False, "schema": {"type": "integer"}, "description": description}
 
 
-_TIMEOUT = _header("Unroll-Timeout-Ms", "milliseconds within which the work must start")
-_POSITION = _header(
+TIMEOUT_HEADER = _header("Unroll-Timeout-Ms", "milliseconds within which the work must start")
+POSITION_HEADER = _header(
     "Unroll-Position", "the position that the client expects the session at; JSON bodies may have it as `position`"
 )
 _STEPS = _header(
@@ -110,7 +110,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         summary="Whole sequences, each from the initial state",
         response_model=SequencesReply,
         responses=problems(400, 404, 413, 415, 422, 500, 503, 504),
-        openapi_extra={**_bodies("Sequences"), "parameters": [_STEPS, _TIMEOUT]},
+        openapi_extra={**_bodies("Sequences"), "parameters": [_STEPS, TIMEOUT_HEADER]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
         return await respond(http)
@@ -120,7 +120,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         summary="The next T >= 1 time steps of a session",
         response_model=StepsReply,
         responses=problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
-        openapi_extra={**_bodies("Steps"), "parameters": [_POSITION, _STEPS, _TIMEOUT]},
+        openapi_extra={**_bodies("Steps"), "parameters": [POSITION_HEADER, _STEPS, TIMEOUT_HEADER]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
         return await respond(http)

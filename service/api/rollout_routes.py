@@ -10,8 +10,8 @@ from starlette.responses import StreamingResponse
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import STATUS, problem
-from unroll.service.api.native_routes import parse_body, problems
-from unroll.service.api.parameters import split_reference, timeout_of
+from unroll.service.api.native_routes import POSITION_HEADER, TIMEOUT_HEADER, parse_body, problems
+from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
 from unroll.service.api.request import read_request
 from unroll.service.api.rollout import RolloutCall, RolloutRequest, Send, step_members
 from unroll.service.core.errors import Cancelled, UnrollError
@@ -40,7 +40,8 @@ def router(app: AppState) -> APIRouter:
             "requestBody": {
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RolloutRequest"}}},
                 "required": True,
-            }
+            },
+            "parameters": [POSITION_HEADER, TIMEOUT_HEADER],
         },
     )
     async def rollout(model: str, session_id: str, http: HttpRequest) -> StreamingResponse:
@@ -48,6 +49,7 @@ def router(app: AppState) -> APIRouter:
         try:
             request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
             wanted = parse_body(RolloutRequest, request, app.limits.max_json_bytes)
+            wanted.position = position_of({"position": wanted.position}, request.whole_number(POSITION))
             events = _Events(wanted.send)
             call = RolloutCall(app, *split_reference(model), session_id, wanted, timeout_of(app, request), events)
             await call.begin()

@@ -284,4 +284,6 @@ class SessionTable:
             if isinstance(entry, Session):
                 assert entry.cohort is None
                 assert not entry.own_progress.pending or entry.active is not None, entry
+                accepted = sum(work.length for work in entry.own_progress.queue())
+                assert entry.expected == entry.position + accepted, entry
         self.cohorts.check_invariants()

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from redis_server import free_port
 from serving import Running
 from waiting import PATIENCE, until
 
@@ -102,9 +103,7 @@ class Proxy:
 @contextmanager
 def haproxy(folder: Path, servers: dict[str, int]) -> Iterator[int]:
     """HAProxy with our configuration in front of these ports; its own port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     lines = CONFIGURATION.read_text().replace("bind :8000", f"bind 127.0.0.1:{port}").splitlines()
     [template] = [line for line in lines if "server-template" in line]
     at = lines.index(template)
