@@ -32,7 +32,10 @@ def test_nothing_is_silently_wrong(tree: Tree) -> None:
             marks=pytest.mark.long,
         ),
         pytest.param(Tree("tokens", 2, (Recurrent("GRU", 2, 3),), "kept"), "streams", "", marks=pytest.mark.long),
-        (Tree("tokens", 2, (Recurrent("GRU", 2, 3), Recurrent("GRU", 3, 3)), "kept"), "refused", "keeps_state"),
+        pytest.param(
+            *(Tree("tokens", 2, (Recurrent("GRU", 2, 3), Recurrent("GRU", 3, 3)), "kept"), "refused", "keeps_state"),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
