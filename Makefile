@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format long-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test machine-test crowd-test check format docs long-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -48,7 +48,7 @@ machine-test: install ## random event sequences over two replicas and in the sch
 	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py tests/service/scheduler
 
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
-	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
+	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 -m '' tests/service/api/test_interleaving.py
 
 long-test: install ## run the tests that `make test` leaves out: export of every kind of module, and a benchmark (minutes)
 	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
@@ -59,6 +59,9 @@ check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/typos
+
+docs: .venv/.installed-docs ## build the pages as a site in site/; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: install ## reformat the files so that `make check` passes
 	$(BIN)/ruff check --fix .
@@ -119,13 +122,17 @@ deploy-tools: install ## install the tools of check-deploy, helm and the Kuberne
 	@test -n "$$(command -v tsc)" || npm install --silent --no-audit --no-fund --prefix .tools typescript
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-serve .run .bench .coverage* .fuzz htmlcov .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-serve .run site .bench .coverage* .fuzz htmlcov .tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
 	@echo 'Installing everything into .venv, once (minutes if PyTorch must be downloaded) ...'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),export,train,test]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 .tools/ray/.installed: pyproject.toml constraints.txt

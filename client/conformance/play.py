@@ -19,7 +19,7 @@ from unroll.client.conformance.toy_models import MODELS, ToyModel
 from unroll.client.conformance.toy_sessions import ToySession, ToySessions
 
 #: Members of a command that are not for the client: what its outcome must be.
-_EXPECTATIONS = ("fails", "position", "errors", "id")
+_EXPECTATIONS = ("fails", "position", "errors")
 
 
 class Wrong(Exception):
@@ -85,7 +85,6 @@ class _Player:
         sent = {name: value for name, value in command.items() if name not in _EXPECTATIONS}
         if sent["do"] == "open":
             sent = {"over": self._conversation.over, "model": "toy", "mode": "new", **sent}
-            sent |= {"id": command["id"]} if "id" in command else {}
         if "snapshot" in sent:
             sent["snapshot"] = self._saved[sent["snapshot"]][0]
         return sent

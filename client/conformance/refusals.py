@@ -3,7 +3,7 @@
 from typing import Any
 
 STATUS = {
-    **dict.fromkeys(("malformed_request",), 400),
+    "malformed_request": 400,
     **dict.fromkeys(("model_unknown", "session_unknown"), 404),
     **dict.fromkeys(("session_exists", "position_gap", "position_too_old", "payload_mismatch", "model_changed"), 409),
     **dict.fromkeys(("session_closed", "session_expired", "session_evicted"), 410),

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,8 @@ class ScriptedServer:
         self.sessions = ToySessions()
         self.port = 0
         self._connections: set[asyncio.Transport] = set()
+        self._streams: set[asyncio.Transport] = set()
+        self._reserved = socket.socket()
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -71,18 +74,22 @@ class ScriptedServer:
             app.router.add_route(method, f"/v1/models{path}", self._handler(kind))
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._reserved.bind((_HOST, 0))  # nobody else gets the port while a restart lasts
+        self.port = self._reserved.getsockname()[1]
         await self._listen()
 
     async def stop(self) -> None:
         assert self._runner
-        self._cut_all()
+        self._cut(self._connections | self._streams)
         if self._starting is not None:
             await self._starting
         await self._runner.cleanup()
+        self._reserved.close()
 
     async def begin(self, rules: Sequence[Rule], given: Mapping[str, int]) -> None:
         """A new conversation: no session is open but those given, by id and position."""
-        self._cut_all()
+        self._cut(self._streams)
         if self._starting is not None:
             await self._starting
         self.script, self.sessions = Script(rules), ToySessions()
@@ -91,10 +98,8 @@ class ScriptedServer:
 
     async def _listen(self) -> None:
         assert self._runner
-        self._site = web.TCPSite(self._runner, _HOST, self.port, reuse_address=True)
+        self._site = web.TCPSite(self._runner, _HOST, self.port, reuse_port=True)
         await self._site.start()
-        if not self.port:
-            self.port = self._runner.addresses[0][1]
 
     async def restart(self, rule: Rule) -> None:
         """As if the process were killed, and started again after some seconds."""
@@ -103,15 +108,17 @@ class ScriptedServer:
         if rule.seconds:
             await self._site.stop()
             self._starting = asyncio.create_task(self._listen_after(rule.seconds))
-        self._cut_all()
+        self._cut(self._connections | self._streams)
 
     async def _listen_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
         await self._listen()
 
-    def _cut_all(self) -> None:
-        while self._connections:
-            self._connections.pop().abort()
+    def _cut(self, connections: set[asyncio.Transport]) -> None:
+        for transport in connections:
+            transport.abort()
+        self._connections -= connections
+        self._streams -= connections
 
     # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -119,7 +126,7 @@ class ScriptedServer:
         async def handle(request: web.Request) -> web.StreamResponse:
             transport = request.transport
             assert transport
-            self._connections.add(transport)
+            (self._streams if kind == "upgrade" else self._connections).add(transport)
             body = await request.read()
             self.script.comes(kind, request.match_info.get("id", ""))
             rules = {rule.does: rule for rule in self.script.meets(kind)}

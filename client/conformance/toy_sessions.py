@@ -116,9 +116,6 @@ class ToySessions:
     def __len__(self) -> int:
         return len(self._open)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(list(self._open.values()))
-
     def get(self, session_id: str) -> ToySession | None:
         return self._open.get(session_id)
 

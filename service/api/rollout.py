@@ -27,6 +27,7 @@ from unroll.service.core.errors import (
     SessionContended,
     UnrollError,
 )
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.tensors import Codec, numbers
@@ -213,11 +214,12 @@ class RolloutCall:
             )
         first = given or feed(last or (), position)
         length = wanted.steps + (len(given[0]) if given else 0)
-        digest = _digest(wanted, given, () if last is None else last)
+        digest = _digest(wanted, length, given or last or ())
         return Rollout(digest, first, length, feed, position, **where)
 
     def _submit(self, served: ServedModel, rollout: Rollout) -> None:
         served.scheduler.rollouts.check_room()
+        self._app.meter.take(tenant_of(self._where[2]), rollout.length)
         self._served, self._rollout = served, rollout
         accepted = served.loop.submit(rollout, self._timeout, self._then)
         if accepted is rollout:
@@ -332,10 +334,13 @@ def _outputs_of(codec: Codec, value: Any) -> Tensors:
     return tuple(arrays)
 
 
-def _digest(wanted: RolloutSpec, inputs: Tensors, outputs: Tensors) -> np.ndarray:
-    """What identifies a rollout on a session, (16,) uint8: the same for every form in which a client can send it."""
+def _digest(wanted: RolloutSpec, length: int, begin: Tensors) -> np.ndarray:
+    """What identifies a rollout on a session, (16,) uint8: the same for every form in which a client can send it.
+
+    length: time steps in all. begin: the given inputs, or the outputs that it begins from.
+    """
     asked = wanted.model_dump_json(include={"steps", "map"}, by_alias=True)
-    digest = hashlib.blake2b(asked.encode(), digest_size=16)
-    for array in (*inputs, *outputs):
+    digest = hashlib.blake2b(f"{length} {asked}".encode(), digest_size=16)
+    for array in begin:
         digest.update(array.tobytes())
     return np.frombuffer(digest.digest(), np.uint8)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ CAUGHT = {
     "never_retries": (["rest-retry-after", "stream-outputs-lost", "stream-closing"], ["rest-steps-and-chunks"]),
     "retries_without_position": (["rest-answer-lost", "rest-steps-and-chunks"], ["stream-outputs-lost"]),
     "applies_twice": (["rest-answers-lost-thrice", "rest-answer-cut-in-half"], ["rest-request-lost", "rest-gap"]),
-    "ignores_retry_after": (["rest-retry-after", "stream-retry-after"], ["rest-several-refusals-for-now"]),
+    "ignores_retry_after": (["rest-gives-up", "stream-gives-up"], ["rest-several-refusals-for-now"]),
     "drops_a_chunk_at_reconnect": (["stream-frame-lost", "stream-outputs-of-some-lost"], ["rest-answer-lost"]),
     "takes_any_outputs": (["stream-outputs-twice"], ["stream-outputs-lost"]),
     "begins_anew": (["rest-restarted-without-its-sessions", "rest-expired"], ["rest-resume"]),
@@ -137,6 +138,19 @@ def test_a_file_of_conversations_that_is_wrong(
     path.write_text(text)
     assert suite.main(["--client", "true", str(path)]) == 2
     assert capsys.readouterr().err == f"{says}\n"
+
+
+def test_without_its_package_it_says_what_to_install() -> None:
+    program = (
+        "import runpy, sys; sys.modules['yaml'] = None; runpy.run_module('unroll.client.conformance', alter_sys=True)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "--list"], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (
+        1,
+        "the package yaml is not installed; pip install 'unroll-serve[conformance]'\n",
+    )
 
 
 def test_the_page_explains_every_word_of_the_files() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving import Oracle, Running, SlowEngine
-from streams import Client, Dial, frame
+from serving import Oracle, Running, Serve, SlowEngine
+from streams import Client, Dial, frame, last_messages
 from waiting import PATIENCE, until
 
 Oracles = Callable[..., Oracle]
@@ -168,7 +168,7 @@ def test_steps_of_others_go_on_between_and_stop_ends_it(dial: Dial, server: Runn
     client, scheduler = dial(), server.model("lstm").scheduler
     client.bind(0, 1)
     run = scheduler.counters.rollout_steps
-    with SlowEngine(server.model("lstm").loop, 0.002):
+    with SlowEngine(server.model("lstm").loop, 0.005):
         client.control("steps", handle=0, inputs=x.tolist())
         client.socket.send(
             json.dumps(
@@ -197,7 +197,7 @@ def test_steps_of_others_go_on_between_and_stop_ends_it(dial: Dial, server: Runn
 def test_a_rollout_ends_with_its_handle(dial: Dial, server: Running, x: np.ndarray, how: str) -> None:
     client, scheduler = dial(), server.model("lstm").scheduler
     client.bind(0)
-    with SlowEngine(server.model("lstm").loop, 0.002):
+    with SlowEngine(server.model("lstm").loop, 0.005):
         client.socket.send(
             json.dumps({"op": "rollout", "handle": 0, "steps": 4096, "map": COLUMNS, "inputs": x.tolist()})
         )
@@ -210,6 +210,21 @@ def test_a_rollout_ends_with_its_handle(dial: Dial, server: Running, x: np.ndarr
                 pass
             assert received["op"] in {"closed", "detached"}
         until(lambda: not len(scheduler.rollouts))
+
+
+def test_a_server_that_ends_finishes_its_rollouts_first(serve: Serve, dial: Dial, x: np.ndarray) -> None:
+    running = serve()
+    client = dial(running=running)
+    client.bind(0)
+    rollout = {"op": "rollout", "handle": 0, "steps": 40, "map": COLUMNS, "inputs": x.tolist()}
+    with SlowEngine(running.model("lstm").loop, 0.002):
+        client.socket.send(json.dumps(rollout))
+        assert isinstance(message(client), bytes)
+        running.uvicorn.should_exit = True
+        *frames, rolled, closing = last_messages(client)
+    assert [struct.unpack_from("<Q", each, 16)[0] for each in frames] == list(range(13, 53))  # type: ignore[arg-type]
+    assert json.loads(rolled) == {"op": "rolled", "handle": 0, "position": 52, "reply_kept": True}
+    assert json.loads(closing)["op"] == "closing"
 
 
 def test_refusals_of_rollouts_name_their_handle(dial: Dial, server: Running, x: np.ndarray) -> None:
