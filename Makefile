@@ -48,7 +48,7 @@ machine-test: install ## random event sequences over two replicas and in the sch
 	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py tests/service/scheduler
 
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
-	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/service/api/test_interleaving.py
+	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 -m '' tests/service/api/test_interleaving.py
 
 long-test: install ## run the tests that `make test` leaves out: export of every kind of module, and a benchmark (minutes)
 	$(BIN)/python -m pytest -m long -n 2 --dist worksteal

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, SecurityError
 from websockets.sync.client import ClientConnection, connect
 
 from unroll.client.errors import BodyTooLarge, ConnectionFailed, Overloaded, ServerError
@@ -18,7 +18,7 @@ from unroll.client.tensors import ArrayLike, Arrays, Model
 #: Close code of a server that does not take a message of this size.
 _TOO_LARGE = 1009
 #: Errors of a connection, after which the sessions are resumed on a new one.
-BROKEN = (OSError, ConnectionClosed, InvalidHandshake, Overloaded)
+BROKEN = (OSError, ConnectionClosed, InvalidHandshake, InvalidURI, Overloaded)
 
 
 def websocket_options(address: ServerAddress, timeout: float) -> dict[str, Any]:
@@ -33,10 +33,12 @@ def websocket_options(address: ServerAddress, timeout: float) -> dict[str, Any]:
     }
 
 
-def final(error: Exception) -> ServerError | None:
+def final(error: BaseException | None) -> ServerError | None:
     """What the error means if it would only come again: why there is no WebSocket, or that a message was too large."""
     if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code == _TOO_LARGE:
         return BodyTooLarge("the steps of one session exceed the server's --max-body-bytes: send fewer at a time")
+    if isinstance(error, InvalidURI | SecurityError):  # where it was redirected to
+        error = error.__context__
     if not isinstance(error, InvalidStatus):
         return None
     response = _response(error)

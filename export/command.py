@@ -2,9 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +11,11 @@ from unroll.export.exporter import export
 from unroll.export.loading import programs
 from unroll.export.loading.checkpoints import from_checkpoint
 from unroll.export.loading.example_inputs import examples
-from unroll.export.loading.input_specs import InputSpec, StateSpec
-from unroll.export.loading.user_code import check_not_random, from_factory, importable
+from unroll.export.loading.input_specs import InputSpec, StateSpec, factory_argument
+from unroll.export.loading.user_code import check_not_random, from_factory, importable, saved_arguments
 from unroll.export.loading.weight_files import check_script
 from unroll.export.report import Report
+from unroll.export.stages import stages
 
 if TYPE_CHECKING:
     from unroll.commands.export import Export
@@ -46,49 +45,61 @@ def run(options: "Export") -> int:
 
 
 def _export(options: "Export") -> Report:
-    module, example = _load(options)
-    return export(
-        module,
-        example,
-        name=options.name or Path(options.model).name.partition(".")[0],
-        version=options.version,
-        repository=options.repository,
-        replace=options.replace,
-        batch_first=not options.time_first,
-        precision=options.precision,
-        max_error=options.max_error,
-        output_names=options.outputs.split(",") if options.outputs else None,
-        static=[InputSpec.parse(word).name for word in options.static or ()],
-        state={spec.input.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
-        progress=lambda stage: _said(options)(f"{stage} ..."),
-    )
+    module, example, notes = _load(options)
+    with stages() as progress:
+        report = export(
+            module,
+            example,
+            name=options.name or Path(options.model).name.partition(".")[0],
+            version=options.version,
+            repository=options.repository,
+            replace=options.replace,
+            batch_first=not options.time_first,
+            precision=options.precision,
+            max_error=options.max_error,
+            output_names=options.outputs.split(",") if options.outputs else None,
+            static=[InputSpec.parse(word).name for word in options.static or ()],
+            state={spec.input.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
+            progress=progress,
+        )
+    return replace(report, notes=(*notes, *report.notes)) if notes else report
 
 
-def _said(options: "Export") -> Callable[[str], None]:
-    """Where progress is printed: stdout is the document's, if one is asked for."""
-    return partial(print, flush=True, file=sys.stderr if options.json else sys.stdout)
-
-
-def _load(options: "Export") -> tuple[Any, dict[str, Any]]:
-    """The module that MODEL names, and example inputs for it."""
+def _load(options: "Export") -> tuple[Any, dict[str, Any], list[str]]:
+    """The module that MODEL names, example inputs for it, and notes on what it was made of."""
     inputs, static = ([InputSpec.parse(word) for word in words or ()] for words in (options.input, options.static))
     described = inputs, static, [StateSpec.parse(word) for word in options.state or ()]
     if ":" in options.model:
         example = examples(*described)
-        module = from_factory(options.model, options.weights, say=_said(options))
-        if not options.random_weights:
-            check_not_random(options.model, options.weights, module)
-        return module, example
+        module, notes = _make(options)
+        return module, example, notes
     path = Path(options.model)
     if path.suffix == ".py":
         raise ExportError("checkpoint", f"{path}: name the class or function to call, as {path}:FACTORY")
+    if options.weights or options.arg:
+        raise ExportError("checkpoint", "--weights and --arg are for MODULE:FACTORY: name the class or function")
     is_checkpoint = path.suffix in {"", ".safetensors"} and path.with_suffix(".json").is_file()
     if not is_checkpoint and (path.is_file() or path.suffix in _PROGRAMS):
         check_script(path)
-        return programs.load(path), examples(*described)
-    if options.weights or any(described):
+        return programs.load(path), examples(*described), []
+    if any(described):
         raise ExportError(
             "checkpoint",
-            "--weights, --input, --static and --state are for MODULE:FACTORY; a checkpoint describes both itself",
+            "--input, --static and --state are for other models; a checkpoint describes its inputs itself",
         )
-    return from_checkpoint(options.model)
+    return *from_checkpoint(options.model), []
+
+
+def _make(options: "Export") -> tuple[Any, list[str]]:
+    """What FACTORY makes, with the weights, and notes on both."""
+    given = dict(map(factory_argument, options.arg or ()))
+    saved = saved_arguments(options.model, options.weights, given) if options.weights else {}
+    arguments = saved | given
+    notes: list[str] = []
+    if saved:
+        words = ", ".join(f"{name}={value!r}" for name, value in saved.items())
+        notes.append(f"made with {words}: hyper_parameters in {options.weights}")
+    module = from_factory(options.model, options.weights, arguments, say=notes.append)
+    if not options.random_weights:
+        check_not_random(options.model, options.weights, module, arguments)
+    return module, notes

@@ -5,11 +5,8 @@ import gc
 import os
 import signal
 import socket
-import sys
-from collections.abc import Mapping
 from functools import partial
 from threading import Event
-from typing import Any
 
 import structlog
 
@@ -18,7 +15,6 @@ from unroll.service.core.errors import StoreUnavailable, UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings
-from unroll.service.sources import SettingsRefused, gather
 from unroll.service.store.description import where_sessions_are
 from unroll.service.store.interface import StoreRefused
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
@@ -28,23 +24,14 @@ from unroll.service.transport.uvicorn_config import uvicorn_config
 from unroll.service.workers import Worker, supervise
 
 
-def main(flags: Mapping[str, Any]) -> int:
+def main(settings: Settings) -> int:
     """Serve until a signal ends it.
 
-    Args:
-        flags: As for `sources.gather`.
-
     Returns:
-        0 after an orderly end, 1 if it cannot start or has failed, 2 if a setting is not allowed.
+        0 after an orderly end, 1 if it cannot start or has failed.
     """
     _open_standard_descriptors()
     worker = Worker.inherited()
-    try:
-        settings = gather(flags).settings
-    except SettingsRefused as refused:
-        for line in str(refused).splitlines():
-            print(f"unroll serve: {line}", file=sys.stderr)
-        return 2
     rescan = _catch_signals()
     logs.configure(settings.log_level, **({} if worker is None else {"worker": worker.number}))
     log = structlog.get_logger(__name__)
@@ -72,7 +59,12 @@ def main(flags: Mapping[str, Any]) -> int:
     draining = DrainingServer(config, state, settings.drain_delay, settings.drain_timeout, on_started)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, draining.handle_exit)
-    signal.signal(signal.SIGHUP, lambda *_: state.repository.request_rescan())
+
+    def read_again(*_: object) -> None:
+        state.gate.reload()
+        state.repository.request_rescan()
+
+    signal.signal(signal.SIGHUP, read_again)
     if rescan.is_set():
         state.repository.request_rescan()
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))

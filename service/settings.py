@@ -1,13 +1,18 @@
-"""The settings of a server, with their types, limits and defaults; each layer gets its part as its own config."""
+"""The settings of a server, with their types, limits and defaults; each layer gets its part as its own config.
+
+The layers are imported where their configs are made, so that a wrong setting is answered without them.
+"""
 
 import re
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -15,37 +20,37 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from unroll.service.api.app_state import ApiLimits
-from unroll.service.engine.backend import Cells, EngineOptions, Precision
-from unroll.service.models.loading import ModelOptions
-from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
-from unroll.service.state.sealed_snapshot import LEAST_KEY_BYTES
-from unroll.service.store.embedded_store import EmbeddedStoreConfig
-from unroll.service.store.lmdb_folder import Sync
-from unroll.service.store.opening import StoreConfig
+from unroll.service.core.choices import SCHEMES, Cells, LogRequests, Precision, Sync
 from unroll.service.store.record import MEMORY, STORED, current_durability
-from unroll.service.store.redis_client import SCHEMES
-from unroll.service.store.redis_store import RedisStoreConfig
-from unroll.service.telemetry.request_log import LogRequests
+
+if TYPE_CHECKING:
+    from unroll.service.access.gate import Gate
+    from unroll.service.api.app_state import ApiLimits
+    from unroll.service.models.loading import ModelOptions
+    from unroll.service.store.opening import StoreConfig
 
 _FOLDER = "file://"
+_LOCAL = frozenset({"localhost"})
+_LEAST_KEY_BYTES = 16
 #: Of the variables in the environment.
 PREFIX = "UNROLL_"
 #: As browsers send it: without a path, and in lower case.
 _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """The settings that `descriptions.py` describes; `sources.py` reads them."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     repository: Path
     strict: bool = False
     serve: dict[str, PositiveInt] = {}
     host: str = "127.0.0.1"
+    auth: Literal["keys", "none"] | None = None
+    keys: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: PositiveInt = 1
     worker_port: Annotated[int | None, Field(ge=1, le=65535)] = None
@@ -89,7 +94,7 @@ class Settings(BaseSettings):
     log_requests: LogRequests = "errors"
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
 
-    @field_validator("repository", "host", "device", "state_file", mode="before")
+    @field_validator("repository", "host", "device", "state_file", "keys", mode="before")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value == "":
@@ -116,8 +121,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 "--store-prefix is of a Redis: give each deployment its own folder, or add --store redis://…"
             )
-        if any(len(key.get_secret_value().encode()) < LEAST_KEY_BYTES for key in self.snapshot_keys):
-            raise ValueError(f"a snapshot key needs at least {LEAST_KEY_BYTES} bytes")
+        if any(len(key.get_secret_value().encode()) < _LEAST_KEY_BYTES for key in self.snapshot_keys):
+            raise ValueError(f"a snapshot key needs at least {_LEAST_KEY_BYTES} bytes")
         if self.workers > 1 and (self.store is None or self.durability == "memory"):
             raise ValueError(
                 f"{self.workers} workers need a store, because any worker may receive a session's next request: "
@@ -127,11 +132,24 @@ class Settings(BaseSettings):
             raise ValueError(
                 "a state file holds memory sessions, which several workers do not offer: remove --state-file"
             )
+        if self.auth == "none" and self.keys is not None:
+            raise ValueError("--auth none and --keys contradict each other: remove one of them")
+        if self.auth == "keys" and self.keys is None:
+            raise ValueError("--auth keys needs a file of keys: add --keys FILE; `unroll keys new` writes an entry")
+        if self.auth is None and self.keys is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"anybody who reaches {self.host} could use the models and end the sessions of others: add --keys FILE "
+                "(`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
+            )
         if self.workers == 1 and self.worker_port is not None:
             raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
 
-    def model_options(self) -> ModelOptions:
+    def model_options(self) -> "ModelOptions":
+        from unroll.service.engine.backend import EngineOptions
+        from unroll.service.models.loading import ModelOptions
+        from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
+
         fill_memory = self.session_capacity == "auto"
         return ModelOptions(
             fill_memory=fill_memory,
@@ -158,7 +176,10 @@ class Settings(BaseSettings):
         """Of new sessions."""
         return self.durability or (MEMORY if self.store is None else STORED)
 
-    def store_config(self) -> StoreConfig | None:
+    def store_config(self) -> "StoreConfig | None":
+        from unroll.service.store.embedded_store import EmbeddedStoreConfig
+        from unroll.service.store.redis_store import RedisStoreConfig
+
         if self.store is None:
             return None
         times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
@@ -170,7 +191,19 @@ class Settings(BaseSettings):
     def shows_page(self) -> bool:
         return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
 
-    def api_limits(self) -> ApiLimits:
+    def gate(self) -> "Gate":
+        """Raises KeysRefused."""
+        from unroll.service.access.gate import Gate
+
+        hosts = frozenset(name.lower() for name in self.allowed_hosts)
+        if not hosts and self.auth is None and self.keys is None:
+            hosts = _LOCAL
+        secret = self.snapshot_keys[0].get_secret_value().encode() if self.snapshot_keys else None
+        return Gate(self.keys, hosts or None, self.allowed_origins, secret)
+
+    def api_limits(self) -> "ApiLimits":
+        from unroll.service.api.app_state import ApiLimits
+
         return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes, self.max_rollout_steps)
 
 
@@ -178,7 +211,7 @@ def _is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() in _LOCAL
 
 
 def store_folder(url: str) -> Path | None:

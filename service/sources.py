@@ -8,22 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
 from unroll.service.descriptions import SETTINGS
 from unroll.service.settings import PREFIX, Settings
-from unroll.service.store.embedded_store import EmbeddedStoreConfig
-from unroll.service.store.lmdb_folder import last_host
-from unroll.service.store.opening import StoreConfig
+
+if TYPE_CHECKING:
+    from unroll.service.store.opening import StoreConfig
 
 #: The variable that names the file, as `--config` does.
 CONFIG = f"{PREFIX}CONFIG"
 #: Variables that are no settings: those of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
 _NO_SETTING = re.compile(
-    r"UNROLL_(CONFIG|WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
+    r"UNROLL_(API_KEY|CONFIG|WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
 )
 #: Settings whose values are secret, or may hold a password.
 SECRET = frozenset({"snapshot_keys", "store"})
@@ -54,31 +53,32 @@ def gather(flags: Mapping[str, Any]) -> Gathered:
     """
     if unknown := [_about_unknown(name) for name in _unknown_variables(os.environ)]:
         raise SettingsRefused("\n".join(unknown))
-    given = {name: _decoded(name, value) for name, value in flags.items() if name != "config"}
     path = flags.get("config", os.environ.get(CONFIG))
     in_file = {} if path is None else _read(path)
-    variables = {name: f"{PREFIX}{name.upper()}" for name in _settings_of(os.environ)}
-    origins = {name: f"{path}: {name}" for name in in_file} | variables | {name: _flag(name) for name in given}
+    variables = _variables(os.environ)
+    by_flag = {name: value for name, value in flags.items() if name != "config"}
+    origins = {name: f"{path}: {name}" for name in in_file}
+    origins |= {name: f"{PREFIX}{name.upper()}" for name in variables} | {name: _flag(name) for name in by_flag}
+    values = in_file | {name: _of_variable(name, word) for name, word in variables.items() if name not in by_flag}
+    values |= {name: _of_flag(name, value) for name, value in by_flag.items()}
     try:
-        return Gathered(Settings(**({n: v for n, v in in_file.items() if n not in variables} | given)), origins)
+        return Gathered(Settings(**values), origins)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         lines = [_about_value(str((*problem["loc"], "")[0]), problem, origins) for problem in problems]
         raise SettingsRefused("\n".join(lines)) from None
-    except SettingsError as error:  # of a list or an object, which has to be JSON in a variable
-        found = re.search(r'(?:field "|encountered for )(\w+)', str(error))
-        name = found[1] if found else ""
-        problem = {"msg": _not_json(name), "input": os.environ.get(variables.get(name, ""), "")}
-        raise SettingsRefused(_about_value(name, problem, origins)) from None
 
 
-def store_config_of(url: str, **flags: str | None) -> StoreConfig:
+def store_config_of(url: str, **flags: str | None) -> "StoreConfig":
     """The config of a store for a tool: as of a server with this `--store`, these flags and this environment.
 
     Raises:
         SettingsRefused: A value is not allowed.
         StoreUnavailable: The folder's description of itself is damaged.
     """
+    from unroll.service.store.embedded_store import EmbeddedStoreConfig
+    from unroll.service.store.lmdb_folder import last_host
+
     given = {name: value for name, value in flags.items() if value is not None}
     config = gather({"repository": ".", "store": url, "store_timeout": "5"} | given).settings.store_config()
     assert config is not None
@@ -100,25 +100,40 @@ def _read(path: str) -> dict[str, Any]:
     return found
 
 
-def _decoded(name: str, value: Any) -> Any:
+def _of_variable(name: str, word: str) -> Any:
+    """What a variable says; a list or an object is JSON. Raises SettingsRefused."""
+    return _json(name, word, {"input": word}, f"{PREFIX}{name.upper()}") if SETTINGS[name].several else word
+
+
+def _of_flag(name: str, value: Any) -> Any:
     """What a flag says. Lists and objects are JSON, or their items as words. Raises SettingsRefused."""
     if not isinstance(value, list):
         return value
     items: list[Any] = []
     for word in value:
-        try:
-            found = json.loads(word) if word.startswith(("[", "{")) else word.split(",")
-        except ValueError:
-            raise SettingsRefused(_about_value(name, {"msg": _not_json(name)}, {name: _flag(name)})) from None
+        found = _json(name, word, {}, _flag(name)) if word.startswith(("[", "{")) else word.split(",")
         items += found.items() if isinstance(found, dict) else found
     if name != "serve":
         return items
     return dict(item.partition("=")[::2] if isinstance(item, str) else item for item in items)
 
 
-def _settings_of(environment: Mapping[str, str]) -> list[str]:
-    names = [name.upper().removeprefix(PREFIX).lower() for name in environment if name.upper().startswith(PREFIX)]
-    return [name for name in names if name in Settings.model_fields]
+def _json(name: str, word: str, problem: Mapping[str, Any], origin: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        form = _OBJECT if name == "serve" else "a JSON list"
+        raise SettingsRefused(_about_value(name, {"msg": f"it is not {form}", **problem}, {name: origin})) from None
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The settings that the environment has, by name."""
+    found = {
+        name.upper().removeprefix(PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.upper().startswith(PREFIX)
+    }
+    return {name: value for name, value in found.items() if name in Settings.model_fields}
 
 
 def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
@@ -154,10 +169,6 @@ def _about_value(name: str, problem: Mapping[str, Any], origins: Mapping[str, st
         return f"{_flag(name)}: give it, or set {PREFIX}{name.upper()} ({about})"
     value = "" if name in SECRET or "input" not in problem else f" {problem['input']!r:.80}"
     return f"{origins.get(name, name)}{value}: {reason} ({about})"
-
-
-def _not_json(name: str) -> str:
-    return f"it is not {_OBJECT if name == 'serve' else 'a JSON list'}"
 
 
 def _flag(name: str) -> str:

@@ -14,7 +14,8 @@ from unroll import bundle as bundles
 from unroll.bundle import Bundle, BundleError, Golden, GoldenMismatch, Manifest, Verifier
 from unroll.bundle.golden import Arrays
 from unroll.bundle.verification import Differences, differences, largest, random_chunks, select_rows
-from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, Precision, open_backend
+from unroll.service.core.choices import Precision
+from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, open_backend
 from unroll.service.engine.engine import DeviceFailed
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
 from unroll.service.state.slots import FIRST

@@ -2,11 +2,13 @@
 
 import fcntl
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 import structlog
 import torch
@@ -22,6 +24,10 @@ from conformance import onnx_registry
 #: The fixture `made_once`.
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
+# What Hypothesis draws is the same in every run; the long versions of tests draw anew.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+if "UNROLL_TEST_EXAMPLES" not in os.environ:
+    hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 onnx_registry.cache_registry()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
@@ -47,12 +53,24 @@ def _httpx_is_quick_and_patient() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _loggers_are_not_cached() -> Iterator[None]:
+    """A logger that is first used while a command has configured the log would keep that configuration for good."""
+    configure = structlog.configure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structlog, "configure", lambda **of: configure(**{**of, "cache_logger_on_first_use": False}))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
     """A command that a test runs in this process configures the log for all that follow."""
-    before = structlog.get_config()
+    before, root = structlog.get_config(), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     yield
     structlog.configure(**before)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

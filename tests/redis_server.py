@@ -3,9 +3,11 @@
 It can also be treated badly: killed, stopped, left without memory; and started again on the same port from its files.
 """
 
+import secrets
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,15 @@ from deploy import local_redis
 
 
 def free_port() -> int:
-    """Of the loopback. A Redis Cluster also listens 10,000 ports above its own."""
+    """Of the loopback, below those that connections get: none takes it before its server starts, or between two starts.
+
+    A Redis Cluster also listens 10,000 ports above its own.
+    """
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-            if port + 10_000 < 2**16:
-                return port
+        port = 10_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class RedisServer:

@@ -68,10 +68,6 @@ class Running:
     def model(self, name: str, version: str | None = None) -> ServedModel:
         return self.server.models.resolve(name, version)
 
-    def rescan(self) -> None:
-        """Do the same as SIGHUP. Returns immediately, before the rescan completes."""
-        self.uvicorn.loop.call_soon_threadsafe(self.server.repository.request_rescan)
-
     def rescan_now(self) -> None:
         """Return when a whole rescan is complete."""
         rescan = self.server.repository.rescan()

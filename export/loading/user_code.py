@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -18,7 +18,7 @@ from torch import nn
 
 from unroll.export.errors import ExportError, first_line
 from unroll.export.loading.random_weights import other_random_numbers, random_tensors
-from unroll.export.loading.weight_files import hyper_parameters
+from unroll.export.loading.weight_files import hyper_parameters, is_plain
 from unroll.export.loading.weights import load_weights
 
 #: Of a factory without arguments.
@@ -42,14 +42,15 @@ def importable(target: str) -> Iterator[None]:
                 sys.path.remove(folder)
 
 
-def saved_arguments(target: str, weights: Path) -> dict[str, Any]:
+def saved_arguments(target: str, weights: Path, given: Collection[str]) -> dict[str, Any]:
     """The arguments that a checkpoint of PyTorch Lightning has for the factory. Call it within `importable`.
 
     Args:
         target, weights: as for `from_factory`.
+        given: the names of those that are known already.
 
     Raises:
-        ExportError: checkpoint, if the file cannot be read.
+        ExportError: checkpoint, if the file cannot be read, or one of them only by code of its own.
     """
     saved = hyper_parameters(weights)
     try:
@@ -59,7 +60,15 @@ def saved_arguments(target: str, weights: Path) -> dict[str, Any]:
         return {}
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken)
     names = {each.name for each in taken}
-    return {name: value for name, value in saved.items() if takes_all or name in names}
+    found = {name: value for name, value in saved.items() if (takes_all or name in names) and name not in given}
+    for name, value in found.items():
+        if not is_plain(value):
+            raise ExportError(
+                "checkpoint",
+                f"{weights} holds the hyper-parameter {name!r} as an object that only code of its own can read; give "
+                f"--arg {name}=VALUE, or name a function that makes the model without it",
+            )
+    return found
 
 
 def from_factory(

@@ -88,6 +88,13 @@ def hyper_parameters(path: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name.isidentifier()} if isinstance(found, Mapping) else {}
 
 
+def is_plain(value: Any) -> bool:
+    """Is it, and all that it holds, what was saved, and nothing that stands in for another object?"""
+    if isinstance(value, Mapping):
+        return not isinstance(value, OrderedDict) and all(map(is_plain, value.values()))
+    return not isinstance(value, (list, tuple, set)) or all(map(is_plain, value))
+
+
 def program_refusal(path: Path) -> ExportError:
     return ExportError(
         "checkpoint",

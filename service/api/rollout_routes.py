@@ -8,10 +8,11 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import StreamingResponse
 
+from unroll.service.api.admission import OwnId
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import STATUS, problem
-from unroll.service.api.native_routes import parse_body, problems
-from unroll.service.api.parameters import split_reference, timeout_of
+from unroll.service.api.native_routes import POSITION_HEADER, TIMEOUT_HEADER, parse_body, problems
+from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
 from unroll.service.api.request import read_request
 from unroll.service.api.rollout import RolloutCall, RolloutRequest, Send, step_members
 from unroll.service.core.errors import Cancelled, UnrollError
@@ -35,21 +36,23 @@ def router(app: AppState) -> APIRouter:
         "/models/{model}/sessions/{session_id:segment}/rollout",
         summary="Time steps whose inputs are made of the outputs before them, as server-sent events",
         response_class=StreamingResponse,
-        responses={200: _EVENTS, **problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504)},
+        responses={200: _EVENTS, **problems(400, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504)},
         openapi_extra={
             "requestBody": {
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RolloutRequest"}}},
                 "required": True,
-            }
+            },
+            "parameters": [POSITION_HEADER, TIMEOUT_HEADER],
         },
     )
-    async def rollout(model: str, session_id: str, http: HttpRequest) -> StreamingResponse:
+    async def rollout(model: str, own_id: OwnId, http: HttpRequest) -> StreamingResponse:
         started = perf_counter()
         try:
             request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
             wanted = parse_body(RolloutRequest, request, app.limits.max_json_bytes)
+            wanted.position = position_of({"position": wanted.position}, request.whole_number(POSITION))
             events = _Events(wanted.send)
-            call = RolloutCall(app, *split_reference(model), session_id, wanted, timeout_of(app, request), events)
+            call = RolloutCall(app, *split_reference(model), own_id, wanted, timeout_of(app, request), events)
             await call.begin()
             first = await events.queue.get()
             if isinstance(first, UnrollError):  # nothing was sent: it has a status of its own

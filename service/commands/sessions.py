@@ -84,16 +84,20 @@ async def _show(store: Store, config: StoreConfig, options: "commands.Show") -> 
 
 
 async def _close(store: Store, config: StoreConfig, options: "commands.Close") -> int:
-    missing = 0
-    for session in options.session:
-        position = await store.close((options.model, session))
-        missing += position is None
-        print(f"{describe(session)}: {'not open' if position is None else f'closed at position {position}'}")
-    return int(missing > 0)
+    positions = {session: await store.close((options.model, session)) for session in options.session}
+    if options.json:
+        print(json.dumps({"closed": positions}, indent=2))
+    else:
+        for session, position in positions.items():
+            print(f"{describe(session)}: {'not open' if position is None else f'closed at position {position}'}")
+    return int(None in positions.values())
 
 
 async def _export(store: Store, config: StoreConfig, options: "commands.Export") -> int:
     count, damaged = await transfer.export(store, _selection(options, config), options.file)
+    if options.json:
+        print(json.dumps({"written": count, "file": str(options.file), "damaged": damaged}, indent=2))
+        return int(bool(damaged))
     print(f"{count} sessions written to {options.file}")
     for model, session_id in damaged:
         print(f"damaged, not written: {describe(model)} {describe(session_id)}")
@@ -102,12 +106,18 @@ async def _export(store: Store, config: StoreConfig, options: "commands.Export")
 
 async def _import(store: Store, config: StoreConfig, options: "commands.Import") -> int:
     outcomes: dict[str, int] = {}
+    left: list[dict[str, str]] = []
     async for (model, session_id), outcome in transfer.import_file(store, options.file, replace=options.replace):
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         if outcome not in (transfer.IMPORTED, transfer.REPLACED):
-            print(f"{outcome}: {describe(model)} {describe(session_id)}")
+            left.append({"model": model, "session_id": session_id, "outcome": outcome})
+    if options.json:
+        print(json.dumps({"outcomes": outcomes, "left": left}, indent=2))
+        return int(bool(left))
+    for one in left:
+        print(f"{one['outcome']}: {describe(one['model'])} {describe(one['session_id'])}")
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "no sessions in the file")
-    return int(not outcomes.keys() <= {transfer.IMPORTED, transfer.REPLACED})
+    return int(bool(left))
 
 
 def _floats(record: Record) -> list[float]:

@@ -1,11 +1,12 @@
 """A device that serves models: the host or a GPU. Chooses the engine and proves it before it serves."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import structlog
 
 from unroll.bundle import Bundle, GoldenMismatch
+from unroll.service.core.choices import Cells, Precision
 from unroll.service.core.resources import host_memory
 from unroll.service.engine.cuda.cuda_engine import CudaEngine
 from unroll.service.engine.cuda.device import CompilationFailed, Device, OutOfDeviceMemory
@@ -18,9 +19,6 @@ from unroll.service.engine.proof import Proof, prove_steps
 from unroll.service.engine.runner import DeviceUnavailable, Runner, to_float16
 
 _log = structlog.get_logger(__name__)
-
-Cells = Literal["fused", "onnxruntime"]
-Precision = Literal["float32", "tf32", "float16"]
 
 #: Bits of mantissa fewer than float32 has: a difference from PyTorch may be larger by that factor.
 _BITS_LOST: dict[Precision, int] = {"float32": 0, "tf32": 13, "float16": 13}

@@ -24,7 +24,8 @@ const POINTS = 200;
 
 // The sources that fit a model: label -> panel.
 function offers(model) {
-  const kind = kindOf(model), found = {};
+  const kind = kindOf(model),
+    found = {};
   if (model.name === "co2" && kind === 1) found["CO₂ at Mauna Loa"] = Example;
   if (kind === "bytes") found.Text = Text;
   if (kind >= 32) found.Microphone = Microphone;
@@ -39,7 +40,11 @@ export class Inputs {
   constructor(model, onSource, messages) {
     Object.assign(this, { model, onSource, messages });
     const found = offers(model);
-    this.choice = h("select", { "aria-label": "Input", onchange: () => this.choose(found[this.choice.value]) }, Object.keys(found).map((name) => h("option", {}, name)));
+    this.choice = h(
+      "select",
+      { "aria-label": "Input", onchange: () => this.choose(found[this.choice.value]) },
+      Object.keys(found).map((name) => h("option", {}, name)),
+    );
     this.panel = h("div", { class: "panel" });
     this.element = h("div", {}, h("label", {}, "Input", this.choice), this.panel);
     this.first = found[this.choice.value];
@@ -65,7 +70,8 @@ export class Inputs {
   // A file that was dropped on the page.
   async drop(file) {
     await this.messages.attempt(async () => {
-      const kind = kindOf(this.model), text = await file.text();
+      const kind = kindOf(this.model),
+        text = await file.text();
       if (kind === "bytes") return this.use({ ...fromText(text), name: file.name });
       if (typeof kind !== "number") throw new Error("A file can be played for models with one input of numbers only.");
       this.use(fromCsv(file.name, text, kind));
@@ -98,14 +104,20 @@ class Text {
 
 class File {
   constructor(inputs) {
-    const chosen = h("input", { type: "file", accept: ".csv,.tsv,.txt,text/csv", onchange: () => chosen.files[0] && inputs.drop(chosen.files[0]) });
+    const chosen = h("input", {
+      type: "file",
+      accept: ".csv,.tsv,.txt,text/csv",
+      onchange: () => chosen.files[0] && inputs.drop(chosen.files[0]),
+    });
     this.element = h("label", { class: "drop" }, "Choose a file, or drop one anywhere on this page.", chosen);
   }
 }
 
 class Microphone {
   constructor(inputs) {
-    this.element = button("Listen", () => inputs.messages.attempt(async () => inputs.use(await microphone(kindOf(inputs.model)))));
+    this.element = button("Listen", () =>
+      inputs.messages.attempt(async () => inputs.use(await microphone(kindOf(inputs.model)))),
+    );
   }
 }
 
@@ -113,11 +125,25 @@ class Curve {
   constructor(inputs) {
     this.inputs = inputs;
     const range = inputs.model.name === "co2" ? [320, 360] : [-1, 1];
-    this.canvas = h("canvas", { class: "drawing", role: "img", "aria-label": "A curve: draw it with the pointer, or fill it with a shape" });
-    const value = (label, start) => h("input", { type: "number", step: "any", value: start, "aria-label": label, onchange: () => this.changed() });
+    this.canvas = h("canvas", {
+      class: "drawing",
+      role: "img",
+      "aria-label": "A curve: draw it with the pointer, or fill it with a shape",
+    });
+    const value = (label, start) =>
+      h("input", { type: "number", step: "any", value: start, "aria-label": label, onchange: () => this.changed() });
     [this.low, this.high] = [value("lowest value", range[0]), value("highest value", range[1])];
-    const shapes = h("select", { "aria-label": "Fill the curve with", onchange: () => this.fill(SHAPES[shapes.value]) }, Object.keys(SHAPES).map((name) => h("option", {}, name)));
-    this.element = h("div", {}, this.canvas, h("div", { class: "controls" }, shapes, h("label", {}, "from", this.low), h("label", {}, "to", this.high)));
+    const shapes = h(
+      "select",
+      { "aria-label": "Fill the curve with", onchange: () => this.fill(SHAPES[shapes.value]) },
+      Object.keys(SHAPES).map((name) => h("option", {}, name)),
+    );
+    this.element = h(
+      "div",
+      {},
+      this.canvas,
+      h("div", { class: "controls" }, shapes, h("label", {}, "from", this.low), h("label", {}, "to", this.high)),
+    );
     this.canvas.addEventListener("pointerdown", (event) => {
       this.canvas.setPointerCapture(event.pointerId);
       this.last = null;
@@ -157,7 +183,9 @@ class Curve {
 
   changed() {
     this.paint();
-    const low = Number(this.low.value), high = Number(this.high.value), width = kindOf(this.inputs.model);
+    const low = Number(this.low.value),
+      high = Number(this.high.value),
+      width = kindOf(this.inputs.model);
     const steps = this.values.map((value) => Array(width).fill(low + ((value + 1) / 2) * (high - low)));
     this.inputs.use(listed("a drawn curve", steps));
   }

@@ -45,7 +45,13 @@ export class LiveView {
     this.problem = h("div");
     this.section.replaceChildren(
       h("h1", {}, "Live"),
-      h("p", { class: "lead" }, "This server now, from its own ", h("a", { href: "metrics" }, "metrics"), ", once a second while you look."),
+      h(
+        "p",
+        { class: "lead" },
+        "This server now, from its own ",
+        h("a", { href: "metrics" }, "metrics"),
+        ", once a second while you look.",
+      ),
       this.problem,
       h(
         "div",
@@ -58,7 +64,28 @@ export class LiveView {
       h(
         "div",
         { class: "charts" },
-        h("div", { class: "card" }, h("h2", {}, "Time by phase"), h("table", {}, h("thead", {}, h("tr", {}, ["Phase", "a second", "p50", "p99"].map((name, i) => h("th", { scope: "col", class: i ? "figure" : null }, name)))), this.phases), h("p", { class: "soft" }, `Of the last ${WINDOW} seconds, from histograms: exact to a bucket.`)),
+        h(
+          "div",
+          { class: "card" },
+          h("h2", {}, "Time by phase"),
+          h(
+            "table",
+            {},
+            h(
+              "thead",
+              {},
+              h(
+                "tr",
+                {},
+                ["Phase", "a second", "p50", "p99"].map((name, i) =>
+                  h("th", { scope: "col", class: i ? "figure" : null }, name),
+                ),
+              ),
+            ),
+            this.phases,
+          ),
+          h("p", { class: "soft" }, `Of the last ${WINDOW} seconds, from histograms: exact to a bucket.`),
+        ),
         h("div", { class: "card" }, h("h2", {}, "Since the start"), this.numbers),
         h("div", { class: "card" }, h("h2", {}, "Errors by code"), this.errors),
         h("div", { class: "card" }, h("h2", {}, "Store"), this.store),
@@ -84,7 +111,8 @@ export class LiveView {
     const before = this.scrapes.at(-1);
     this.scrapes = [...this.scrapes.filter(({ at }) => at > now.at - WINDOW), now];
     const x = now.at;
-    const rate = (name) => (before ? Math.max(0, (now.sum(name) - before.sum(name)) / (now.at - before.at)) : undefined);
+    const rate = (name) =>
+      before ? Math.max(0, (now.sum(name) - before.sum(name)) / (now.at - before.at)) : undefined;
     const put = (key, value) => {
       if (value === undefined) return;
       this.points[key] = [...this.points[key].filter(([at]) => at > x - SECONDS), [x, value]];
@@ -99,26 +127,44 @@ export class LiveView {
     const span = [-SECONDS, 0];
     const chart = ({ canvas, value }, points, text) => {
       const shifted = points.map(([at, y]) => [at - now.at, y]);
-      drawLines(canvas, { lines: [{ points: shifted, colour: colour("accent"), width: 2 }], span, height: 150, zero: true });
+      drawLines(canvas, {
+        lines: [{ points: shifted, colour: colour("accent"), width: 2 }],
+        span,
+        height: 150,
+        zero: true,
+      });
       value.textContent = points.length ? text(points.at(-1)[1]) : "–";
     };
     chart(this.throughput, this.points.steps, (value) => number(Math.round(value)));
     chart(this.sessions, this.points.sessions, (value) => number(value));
     chart(this.queue, this.points.queue, (value) => number(value));
     const rows = since(this.scrapes.length > 1 ? this.scrapes[0] : undefined, now, "unroll_batch_rows");
-    this.batches.value.textContent = Number.isFinite(quantile(rows, 0.5)) ? `${Math.ceil(quantile(rows, 0.5))} (median)` : "–";
+    this.batches.value.textContent = Number.isFinite(quantile(rows, 0.5))
+      ? `${Math.ceil(quantile(rows, 0.5))} (median)`
+      : "–";
     drawBars(this.batches.canvas, rows);
     this.list(now);
   }
 
   list(now) {
-    const first = this.scrapes[0], seconds = now.at - first.at;
+    const first = this.scrapes[0],
+      seconds = now.at - first.at;
     const rows = Object.entries(PHASES).filter(([name]) => now.select(`${name}_bucket`).length);
     this.phases.replaceChildren(
       ...rows.map(([name, title]) => {
-        const counts = since(first, now, name), total = counts.reduce((sum, [, count]) => sum + count, 0);
-        const figures = [seconds ? number(total / seconds, 3) : "–", duration(quantile(counts, 0.5)), duration(quantile(counts, 0.99))];
-        return h("tr", {}, h("td", {}, title), figures.map((figure) => h("td", { class: "figure" }, figure)));
+        const counts = since(first, now, name),
+          total = counts.reduce((sum, [, count]) => sum + count, 0);
+        const figures = [
+          seconds ? number(total / seconds, 3) : "–",
+          duration(quantile(counts, 0.5)),
+          duration(quantile(counts, 0.99)),
+        ];
+        return h(
+          "tr",
+          {},
+          h("td", {}, title),
+          figures.map((figure) => h("td", { class: "figure" }, figure)),
+        );
       }),
     );
     const facts = {
@@ -130,9 +176,12 @@ export class LiveView {
       "Sessions spilled": now.sum("unroll_sessions_spilled"),
     };
     for (const [code, count] of now.by("unroll_sessions_gone_total", "code")) facts[code.replace("_", " ")] = count;
-    this.numbers.replaceChildren(...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, number(value, 9)))));
+    this.numbers.replaceChildren(
+      ...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, number(value, 9)))),
+    );
     const failed = [...now.by("unroll_failed_total", "code")].filter(([, count]) => count);
-    for (const [status, count] of now.by("unroll_requests_total", "status")) if (status >= "400") failed.push([`HTTP ${status}`, count]);
+    for (const [status, count] of now.by("unroll_requests_total", "status"))
+      if (status >= "400") failed.push([`HTTP ${status}`, count]);
     this.errors.replaceChildren(table(failed, "None so far."));
     this.store.replaceChildren(storeOf(now));
   }
@@ -140,13 +189,30 @@ export class LiveView {
 
 function table(rows, nothing) {
   if (!rows.length) return h("p", { class: "soft" }, nothing);
-  return h("table", {}, h("tbody", {}, rows.map(([name, value]) => h("tr", {}, h("td", {}, h("code", {}, name)), h("td", { class: "figure" }, typeof value === "number" ? number(value, 9) : value)))));
+  return h(
+    "table",
+    {},
+    h(
+      "tbody",
+      {},
+      rows.map(([name, value]) =>
+        h(
+          "tr",
+          {},
+          h("td", {}, h("code", {}, name)),
+          h("td", { class: "figure" }, typeof value === "number" ? number(value, 9) : value),
+        ),
+      ),
+    ),
+  );
 }
 
 function storeOf(now) {
-  if (!now.select("unroll_store_up").length) return h("p", { class: "soft" }, "None: sessions are lost when the process ends.");
+  if (!now.select("unroll_store_up").length)
+    return h("p", { class: "soft" }, "None: sessions are lost when the process ends.");
   const rows = [["answers", now.sum("unroll_store_up") ? "yes" : "no"]];
-  for (const [outcome, count] of now.by("unroll_store_commits_total", "outcome")) rows.push([`commits ${outcome}`, count]);
+  for (const [outcome, count] of now.by("unroll_store_commits_total", "outcome"))
+    rows.push([`commits ${outcome}`, count]);
   for (const [kind, bytes] of now.by("unroll_store_bytes", "kind")) rows.push([kind, size(bytes)]);
   return table(rows, "");
 }
@@ -155,11 +221,14 @@ function storeOf(now) {
 function drawBars(canvas, counts) {
   const area = fresh(canvas, 150);
   if (!area) return;
-  const { context, left, right, height } = area, most = Math.max(1, ...counts.map(([, count]) => count));
-  const width = (right - left) / Math.max(1, counts.length), bottom = height - 24;
+  const { context, left, right, height } = area,
+    most = Math.max(1, ...counts.map(([, count]) => count));
+  const width = (right - left) / Math.max(1, counts.length),
+    bottom = height - 24;
   context.textAlign = "center";
   counts.forEach(([bound, count], i) => {
-    const tall = (count / most) * (bottom - 14), x = left + i * width;
+    const tall = (count / most) * (bottom - 14),
+      x = left + i * width;
     context.fillStyle = colour(count ? "accent" : "line");
     context.fillRect(x + 1.5, bottom - Math.max(tall, 1), width - 3, Math.max(tall, 1));
     context.fillStyle = colour("soft");

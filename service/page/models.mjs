@@ -10,12 +10,22 @@ export class ModelsView {
 
   async show() {
     const models = await this.client.models();
+    const refused = (await this.bundles()).filter(({ state, reason }) => state !== "READY" && reason);
     const many = models.length === 1 ? "one model" : `${models.length} models`;
     this.section.replaceChildren(
       h("h1", {}, "Models"),
       h("p", { class: "lead" }, `This server has ${many}. Each was compared with PyTorch when it was loaded.`),
+      ...refused.map(({ name, version, reason }) =>
+        h("p", { class: "notice" }, h("b", {}, name), version && ` version ${version} is not served`, `: ${reason}`),
+      ),
       ...models.map(card),
     );
+  }
+
+  // All versions in the repository, also those that are not served.
+  async bundles() {
+    const answer = await fetch("v2/repository/index", { method: "POST" });
+    return answer.ok ? answer.json() : [];
   }
 }
 
@@ -29,7 +39,9 @@ function card(model) {
       { class: "card-head" },
       h("h2", { id: `model-${model.name}` }, model.name),
       h("span", { class: "tag" }, `version ${model.version}`),
-      model.streamable ? h("span", { class: "tag good" }, "streams") : h("span", { class: "tag warn" }, "sequences only"),
+      model.streamable
+        ? h("span", { class: "tag good" }, "streams")
+        : h("span", { class: "tag warn" }, "sequences only"),
       model.streamable ? h("a", { class: "button primary", href: `#playground/${at}` }, "Play") : null,
       h("a", { class: "button", href: `#lattice/${at}` }, "Lattice"),
     ),
@@ -47,7 +59,13 @@ function card(model) {
 
 function tensors(model) {
   const row = (kind, tensor, note) =>
-    h("tr", {}, h("td", { class: "soft" }, kind), h("td", {}, h("code", {}, tensor.name)), h("td", {}, shape(tensor), note));
+    h(
+      "tr",
+      {},
+      h("td", { class: "soft" }, kind),
+      h("td", {}, h("code", {}, tensor.name)),
+      h("td", {}, shape(tensor), note),
+    );
   const note = ({ time, limit }) => (time === false ? ", of the last step" : limit ? `, below ${limit}` : "");
   return h(
     "table",
@@ -64,7 +82,10 @@ function tensors(model) {
 function layout(model) {
   const bar = h("div", { class: "row-bar", role: "img", "aria-label": "the pieces of the state row" });
   for (const slot of model.state) {
-    const piece = h("span", { class: `kind-${slot.kind}`, title: `${slotName(slot, model.state)}, ${slot.size} values` });
+    const piece = h("span", {
+      class: `kind-${slot.kind}`,
+      title: `${slotName(slot, model.state)}, ${slot.size} values`,
+    });
     piece.style.flexGrow = slot.size;
     bar.append(piece);
   }
@@ -83,17 +104,34 @@ function layout(model) {
 function parity(model) {
   const rows = Object.entries(model.parity).map(([output, difference]) => {
     const allowed = model.tolerance[output];
-    const meter = h("meter", { min: 0, max: 1, high: 0.8, value: difference / allowed, "aria-label": `${output}: share of what is allowed` });
-    return h("tr", {}, h("td", {}, h("code", {}, output)), h("td", { class: "figure" }, number(difference)), h("td", {}, meter), h("td", { class: "figure soft" }, `of ${number(allowed)}`));
+    const meter = h("meter", {
+      min: 0,
+      max: 1,
+      high: 0.8,
+      value: difference / allowed,
+      "aria-label": `${output}: share of what is allowed`,
+    });
+    return h(
+      "tr",
+      {},
+      h("td", {}, h("code", {}, output)),
+      h("td", { class: "figure" }, number(difference)),
+      h("td", {}, meter),
+      h("td", { class: "figure soft" }, `of ${number(allowed)}`),
+    );
   });
   const exact = model.bit_exact ? "On the CPU, chunking and batching change no bit." : "";
   const stable =
-    model.stability === 0 ? "Batches of any company gave identical bits." : `In other batches, results differed by at most ${number(model.stability)}.`;
+    model.stability === 0
+      ? "Batches of any company gave identical bits."
+      : `In other batches, results differed by at most ${number(model.stability)}.`;
   return h("div", {}, h("table", {}, h("tbody", {}, rows)), h("p", { class: "soft" }, `${exact} ${stable}`));
 }
 
 function facts(model) {
-  const versions = model.versions.map((version) => (version === model.current_version ? `${version} (current)` : version));
+  const versions = model.versions.map((version) =>
+    version === model.current_version ? `${version} (current)` : version,
+  );
   const list = {
     Versions: versions.join(", "),
     Bundle: size(model.bundle_bytes),
@@ -101,5 +139,9 @@ function facts(model) {
     "Sessions open": number(model.sessions),
     Digest: h("code", { title: model.digest }, model.digest.slice(0, 12)),
   };
-  return h("dl", { class: "facts" }, Object.entries(list).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+  return h(
+    "dl",
+    { class: "facts" },
+    Object.entries(list).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+  );
 }

@@ -8,7 +8,8 @@ const RIGHT = 8;
 
 // The context of a canvas at the screen's own resolution, cleared. Null while the canvas is not shown.
 export function fresh(canvas, height) {
-  const width = canvas.clientWidth, ratio = devicePixelRatio || 1;
+  const width = canvas.clientWidth,
+    ratio = devicePixelRatio || 1;
   if (!width) return null;
   canvas.style.height = `${height}px`;
   if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
@@ -34,9 +35,12 @@ export function ticks(low, high, count) {
 export function drawLines(canvas, { lines, span, marks = [], height = 230, zero = false, format = number, at }) {
   const area = fresh(canvas, height);
   if (!area) return;
-  const { context, left, right } = area, top = 12, bottom = height - 24;
+  const { context, left, right } = area,
+    top = 12,
+    bottom = height - 24;
   const visible = lines.map(({ points }) => points.filter(([x]) => x >= span[0] - 1 && x <= span[1] + 1));
-  let low = zero ? 0 : Infinity, high = zero ? 0 : -Infinity;
+  let low = zero ? 0 : Infinity,
+    high = zero ? 0 : -Infinity;
   for (const points of visible) for (const [, y] of points) [low, high] = [Math.min(low, y), Math.max(high, y)];
   if (!(low <= high)) [low, high] = [0, 1];
   const pad = (high - low) * 0.07 || Math.abs(high) * 0.01 || 0.5;
@@ -49,17 +53,24 @@ export function drawLines(canvas, { lines, span, marks = [], height = 230, zero 
   context.textAlign = "right";
   context.textBaseline = "middle";
   for (const value of ticks(low, high, 4)) {
-    line(context, [[left, y(value)], [right, y(value)]]);
+    line(context, [
+      [left, y(value)],
+      [right, y(value)],
+    ]);
     context.fillText(format(value, 6), left - 8, y(value));
   }
   context.textAlign = "center";
   context.textBaseline = "top";
-  for (const value of ticks(span[0], span[1], 6)) if (Number.isInteger(value)) context.fillText(String(value), x(value), bottom + 8);
+  for (const value of ticks(span[0], span[1], 6))
+    if (Number.isInteger(value)) context.fillText(String(value), x(value), bottom + 8);
   for (const { x: where, label } of marks) {
     if (where < span[0] || where > span[1]) continue;
     context.strokeStyle = context.fillStyle = colour("third");
     context.setLineDash([4, 4]);
-    line(context, [[x(where), top], [x(where), bottom]]);
+    line(context, [
+      [x(where), top],
+      [x(where), bottom],
+    ]);
     context.setLineDash([]);
     context.textAlign = x(where) > (left + right) / 2 ? "right" : "left";
     context.fillText(label, x(where) + (context.textAlign === "left" ? 5 : -5), top);
@@ -72,7 +83,10 @@ export function drawLines(canvas, { lines, span, marks = [], height = 230, zero 
     context.strokeStyle = series.colour;
     context.lineWidth = series.width ?? 1.75;
     context.setLineDash(series.dash ?? []);
-    line(context, visible[i].map(([a, b]) => [x(a), y(b)]));
+    line(
+      context,
+      visible[i].map(([a, b]) => [x(a), y(b)]),
+    );
   });
   context.restore();
   context.setLineDash([]);
@@ -90,7 +104,10 @@ function line(context, points) {
 function crosshair({ context }, x, top, bottom) {
   context.strokeStyle = colour("soft");
   context.lineWidth = 1;
-  line(context, [[x, top], [x, bottom]]);
+  line(context, [
+    [x, top],
+    [x, bottom],
+  ]);
 }
 
 // The position under the pointer.
@@ -104,7 +121,9 @@ export function positionAt(canvas, event, span) {
 function shades() {
   const [cold, none, warm] = ["cold", "card", "warm"].map((name) => rgb(colour(name)));
   return Array.from({ length: 256 }, (_, i) => {
-    const value = i / 127.5 - 1, end = value < 0 ? cold : warm, share = Math.abs(value) ** 0.8;
+    const value = i / 127.5 - 1,
+      end = value < 0 ? cold : warm,
+      share = Math.abs(value) ** 0.8;
     return none.map((channel, j) => Math.round(channel + (end[j] - channel) * share));
   });
 }
@@ -118,7 +137,8 @@ export function drawHeat(canvas, { columns, slot, span, scale, label, at }) {
   const area = fresh(canvas, Math.max(28, slot.size * unit));
   if (!area) return;
   const { context, left, right, height } = area;
-  const count = Math.max(1, Math.ceil(span[1] - span[0])), table = shades();
+  const count = Math.max(1, Math.ceil(span[1] - span[0])),
+    table = shades();
   const image = new ImageData(count, slot.size);
   for (const [first, last, row] of columns) {
     for (let position = Math.max(first + 1, span[0] + 1); position <= Math.min(last, span[1]); position++) {

@@ -11,7 +11,8 @@ export function parse(text) {
     const found = SAMPLE.exec(row);
     if (!found) continue;
     const labels = {};
-    for (const [, name, value] of (found[2] ?? "").matchAll(LABEL)) labels[name] = value.replace(/\\(.)/g, (_, c) => ESCAPED[c] ?? c);
+    for (const [, name, value] of (found[2] ?? "").matchAll(LABEL))
+      labels[name] = value.replace(/\\(.)/g, (_, c) => ESCAPED[c] ?? c);
     samples.push({ name: found[1], labels, value: found[3] === "+Inf" ? Infinity : Number(found[3]) });
   }
   return samples;
@@ -24,7 +25,9 @@ export class Scrape {
   }
 
   select(name, labels = {}) {
-    return this.samples.filter((sample) => sample.name === name && Object.entries(labels).every(([key, value]) => sample.labels[key] === value));
+    return this.samples.filter(
+      (sample) => sample.name === name && Object.entries(labels).every(([key, value]) => sample.labels[key] === value),
+    );
   }
 
   sum(name, labels) {
@@ -34,7 +37,8 @@ export class Scrape {
   // By the value of one label: Map of sums.
   by(name, label) {
     const sums = new Map();
-    for (const sample of this.select(name)) sums.set(sample.labels[label], (sums.get(sample.labels[label]) ?? 0) + sample.value);
+    for (const sample of this.select(name))
+      sums.set(sample.labels[label], (sums.get(sample.labels[label]) ?? 0) + sample.value);
     return sums;
   }
 
@@ -46,7 +50,10 @@ export class Scrape {
       sums.set(bound, (sums.get(bound) ?? 0) + value);
     }
     let below = 0;
-    return [...sums].sort(([a], [b]) => a - b).map(([bound, total]) => [bound, total - below, (below = total)]).map(([bound, count]) => [bound, count]);
+    return [...sums]
+      .sort(([a], [b]) => a - b)
+      .map(([bound, total]) => [bound, total - below, (below = total)])
+      .map(([bound, count]) => [bound, count]);
   }
 }
 
@@ -60,7 +67,8 @@ export function since(earlier, later, name, labels) {
 export function quantile(counts, share) {
   const total = counts.reduce((sum, [, count]) => sum + count, 0);
   if (!total) return NaN;
-  let rest = share * total, lower = 0;
+  let rest = share * total,
+    lower = 0;
   for (const [bound, count] of counts) {
     if (rest <= count && count) return bound === Infinity ? lower : lower + ((bound - lower) * rest) / count;
     rest -= count;

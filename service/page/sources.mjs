@@ -30,17 +30,26 @@ export function signal(model) {
   return {
     name: "a generated signal",
     length: Infinity,
-    next: (i) => (model.inputs.length === 1 ? tensor(model.inputs[0], i) : Object.fromEntries(model.inputs.map((spec) => [spec.name, tensor(spec, i)]))),
+    next: (i) =>
+      model.inputs.length === 1
+        ? tensor(model.inputs[0], i)
+        : Object.fromEntries(model.inputs.map((spec) => [spec.name, tensor(spec, i)])),
   };
 }
 
 // The columns of a CSV file that are numbers in every row: [{name, values}]. Lines that begin with # are comments.
 export function columnsOf(text) {
-  const rows = text.split(/\r?\n/).filter((row) => row.trim() && !row.startsWith("#")).map((row) => row.split(/[,;\t]/));
+  const rows = text
+    .split(/\r?\n/)
+    .filter((row) => row.trim() && !row.startsWith("#"))
+    .map((row) => row.split(/[,;\t]/));
   if (!rows.length) throw new Error("The file has no rows.");
   const headed = rows[0].some((cell) => cell.trim() !== "" && Number.isNaN(Number(cell)));
   const names = headed ? rows.shift() : rows[0].map((_, i) => `column ${i + 1}`);
-  const columns = names.map((name, i) => ({ name: name.trim(), values: rows.map((row) => (row[i]?.trim() ? Number(row[i]) : NaN)) }));
+  const columns = names.map((name, i) => ({
+    name: name.trim(),
+    values: rows.map((row) => (row[i]?.trim() ? Number(row[i]) : NaN)),
+  }));
   return columns.filter(({ values }) => values.length && values.every(Number.isFinite));
 }
 
@@ -50,7 +59,9 @@ export function fromCsv(name, text, width, chosen) {
   const used = chosen ? columns.filter((column) => chosen.includes(column.name)) : columns.slice(0, width);
   if (used.length < width) {
     const has = columns.length ? `it has ${columns.map((column) => column.name).join(", ")}` : "it has none";
-    throw new Error(`The model takes ${width} value${width > 1 ? "s" : ""} a step, so the file needs as many columns of numbers; ${has}.`);
+    throw new Error(
+      `The model takes ${width} value${width > 1 ? "s" : ""} a step, so the file needs as many columns of numbers; ${has}.`,
+    );
   }
   const steps = used[0].values.map((_, i) => used.map(({ values }) => values[i]));
   return listed(`${name}: ${used.map((column) => column.name).join(", ")}`, steps);
@@ -59,22 +70,31 @@ export function fromCsv(name, text, width, chosen) {
 export async function co2() {
   const answer = await fetch("page/co2.csv");
   if (!answer.ok) throw new Error("The example's measurements are not installed with this server.");
-  return { ...fromCsv("CO₂ at Mauna Loa, weekly", await answer.text(), 1, ["ppm"]), name: "CO₂ at Mauna Loa, weekly, ppm" };
+  return {
+    ...fromCsv("CO₂ at Mauna Loa, weekly", await answer.text(), 1, ["ppm"]),
+    name: "CO₂ at Mauna Loa, weekly, ppm",
+  };
 }
 
 export function fromText(text) {
   const bytes = new TextEncoder().encode(text);
-  return listed("text", Array.from(bytes, (byte) => byte), bytes);
+  return listed(
+    "text",
+    Array.from(bytes, (byte) => byte),
+    bytes,
+  );
 }
 
 // Frames of the microphone, `width` samples each.
 export async function microphone(width) {
-  if (!navigator.mediaDevices) throw new Error("Browsers offer the microphone to pages over https, or of this machine, only.");
+  if (!navigator.mediaDevices)
+    throw new Error("Browsers offer the microphone to pages over https, or of this machine, only.");
   const media = await navigator.mediaDevices.getUserMedia({ audio: true });
   const audio = new AudioContext({ sampleRate: 16000 });
   await audio.audioWorklet.addModule("page/frames.mjs");
   const node = new AudioWorkletNode(audio, "frames", { processorOptions: { width } });
-  const frames = [], waiting = [];
+  const frames = [],
+    waiting = [];
   node.port.onmessage = ({ data }) => {
     if (waiting.length) waiting.shift()(data);
     else if (frames.push(data) > 50) frames.shift(); // a second behind is enough

@@ -5,7 +5,9 @@ import { drawHeat, drawLines, positionAt } from "./plot.mjs";
 import { kindOf } from "./sources.mjs";
 
 // Positions that are visible at once, and lines of one kind.
-const WIDE = 240, NARROW = 120, MOST_LINES = 4;
+const WIDE = 240,
+  NARROW = 120,
+  MOST_LINES = 4;
 const CHARACTERS = 400;
 
 export class Stage {
@@ -14,9 +16,22 @@ export class Stage {
     this.kind = kindOf(model);
     this.plot = h("canvas", { role: "img", "aria-label": "inputs and outputs by position" });
     this.legend = h("ul", { class: "legend" });
-    this.heats = model.state.filter(({ kind }) => kind !== "static").map((slot) => ({ slot, canvas: h("canvas", { role: "img", "aria-label": `state, ${slotName(slot, model.state)}` }) }));
-    this.scale = h("p", { class: "scale soft" }, h("i", { class: "ramp" }), h("span", {}, "negative to positive; layers above one another, a column per step"));
-    this.text = this.kind === "bytes" ? h("div", { class: "text", role: "region", tabindex: 0, "aria-label": "the text, shaded by surprise" }) : null;
+    this.heats = model.state
+      .filter(({ kind }) => kind !== "static")
+      .map((slot) => ({
+        slot,
+        canvas: h("canvas", { role: "img", "aria-label": `state, ${slotName(slot, model.state)}` }),
+      }));
+    this.scale = h(
+      "p",
+      { class: "scale soft" },
+      h("i", { class: "ramp" }),
+      h("span", {}, "negative to positive; layers above one another, a column per step"),
+    );
+    this.text =
+      this.kind === "bytes"
+        ? h("div", { class: "text", role: "region", tabindex: 0, "aria-label": "the text, shaded by surprise" })
+        : null;
     this.next = this.kind === "bytes" ? h("div", { class: "next" }) : null;
     this.element = h(
       "div",
@@ -38,7 +53,8 @@ export class Stage {
   // traces: {main, fork?, forecast?}; marks: [{x, label}].
   draw({ main, fork, forecast }, marks) {
     const ends = [main, fork, forecast].filter(Boolean).map(({ position }) => position);
-    const end = Math.max(...ends), wide = this.plot.clientWidth < 560 ? NARROW : WIDE;
+    const end = Math.max(...ends),
+      wide = this.plot.clientWidth < 560 ? NARROW : WIDE;
     this.span = [Math.max(main.start, end - wide), Math.max(end, main.start + wide / 4)];
     const lines = this.lines(main, fork, forecast);
     const at = this.hovered;
@@ -54,7 +70,13 @@ export class Stage {
 
   lines(main, fork, forecast) {
     if (this.kind === "bytes") {
-      const surprise = (trace, name, style) => ({ name, ...style, points: this.near(trace.inputs).filter(([x]) => x < trace.position).flatMap(([x, byte]) => bits(trace.outputs.get(x), byte).map((y) => [x, y])) });
+      const surprise = (trace, name, style) => ({
+        name,
+        ...style,
+        points: this.near(trace.inputs)
+          .filter(([x]) => x < trace.position)
+          .flatMap(([x, byte]) => bits(trace.outputs.get(x), byte).map((y) => [x, y])),
+      });
       return [
         surprise(main, "surprise, bits", { colour: colour("accent") }),
         ...(fork ? [surprise(fork, "fork", { colour: colour("second") })] : []),
@@ -64,11 +86,17 @@ export class Stage {
       name,
       colour: colour("soft"),
       width: i ? 0.8 : 1.25,
-      points: this.near(main.inputs).filter(([x]) => x < main.position).map(([x, values]) => [x, read(values)]),
+      points: this.near(main.inputs)
+        .filter(([x]) => x < main.position)
+        .map(([x, values]) => [x, read(values)]),
     }));
     const outputs = (trace, prefix, style) => {
       const known = this.near(trace.outputs).filter(([x]) => x <= trace.position);
-      return outputNames(this.model).map((name, i) => ({ name: `${prefix}${name}`, ...style, points: known.map(([x, values]) => [x, values[i]]) }));
+      return outputNames(this.model).map((name, i) => ({
+        name: `${prefix}${name}`,
+        ...style,
+        points: known.map(([x, values]) => [x, values[i]]),
+      }));
     };
     return [
       ...inputs,
@@ -89,32 +117,68 @@ export class Stage {
       swatch.style.color = shade;
       return h("li", {}, swatch, name, h("b", {}, value ? number(value[1], 5) : "–"));
     });
-    this.legend.replaceChildren(...items, h("li", { class: "soft" }, this.hovered === undefined ? "" : `position ${this.hovered}`));
+    this.legend.replaceChildren(
+      ...items,
+      h("li", { class: "soft" }, this.hovered === undefined ? "" : `position ${this.hovered}`),
+    );
   }
 
   write(main, fork, forecast) {
     const spans = (trace, from, kind) => {
-      const known = [...trace.inputs].filter(([x]) => x >= from && x < trace.position).sort(([a], [b]) => a - b).slice(-CHARACTERS);
+      const known = [...trace.inputs]
+        .filter(([x]) => x >= from && x < trace.position)
+        .sort(([a], [b]) => a - b)
+        .slice(-CHARACTERS);
       return known.map(([x, byte]) => {
-        const span = h("span", { class: kind, title: bits(trace.outputs.get(x), byte).map((value) => `${number(value, 2)} bits`).join() || null }, character(byte));
-        if (!kind) span.style.setProperty("--surprise", `${Math.min(100, 9 * (bits(trace.outputs.get(x), byte)[0] ?? 0))}%`);
+        const span = h(
+          "span",
+          {
+            class: kind,
+            title:
+              bits(trace.outputs.get(x), byte)
+                .map((value) => `${number(value, 2)} bits`)
+                .join() || null,
+          },
+          character(byte),
+        );
+        if (!kind)
+          span.style.setProperty("--surprise", `${Math.min(100, 9 * (bits(trace.outputs.get(x), byte)[0] ?? 0))}%`);
         return span;
       });
     };
     const other = forecast ?? fork;
-    this.text.replaceChildren(...spans(main, main.start, ""), h("i", { class: "caret" }), ...(other ? spans(other, other.start, forecast ? "forecast" : "fork") : []));
+    this.text.replaceChildren(
+      ...spans(main, main.start, ""),
+      h("i", { class: "caret" }),
+      ...(other ? spans(other, other.start, forecast ? "forecast" : "fork") : []),
+    );
     this.text.scrollTop = this.text.scrollHeight;
-    const likely = [...probabilities(main.outputs.get(main.position) ?? [])].map((p, byte) => [p, byte]).sort(([a], [b]) => b - a).slice(0, 5);
-    this.next.replaceChildren(h("span", { class: "soft" }, "next byte"), ...likely.map(([p, byte]) => h("span", {}, h("code", {}, visible(byte)), ` ${Math.round(100 * p)} %`)));
+    const likely = [...probabilities(main.outputs.get(main.position) ?? [])]
+      .map((p, byte) => [p, byte])
+      .sort(([a], [b]) => b - a)
+      .slice(0, 5);
+    this.next.replaceChildren(
+      h("span", { class: "soft" }, "next byte"),
+      ...likely.map(([p, byte]) => h("span", {}, h("code", {}, visible(byte)), ` ${Math.round(100 * p)} %`)),
+    );
   }
 }
 
 // What is drawn of the inputs: each a name and how to read it.
 function features(inputs, kind) {
-  if (kind >= 32) return [[`${inputs[0].name}, level`, (frame) => Math.sqrt(frame.reduce((sum, value) => sum + value * value, 0) / frame.length)]];
+  if (kind >= 32)
+    return [
+      [
+        `${inputs[0].name}, level`,
+        (frame) => Math.sqrt(frame.reduce((sum, value) => sum + value * value, 0) / frame.length),
+      ],
+    ];
   if (typeof kind !== "number") return [];
   const count = Math.min(kind, MOST_LINES);
-  return Array.from({ length: count }, (_, i) => [kind > 1 ? `${inputs[0].name} ${i}` : inputs[0].name, (values) => values[i]]);
+  return Array.from({ length: count }, (_, i) => [
+    kind > 1 ? `${inputs[0].name} ${i}` : inputs[0].name,
+    (values) => values[i],
+  ]);
 }
 
 function outputNames(model) {
@@ -127,7 +191,8 @@ function outputNames(model) {
 
 function largest(columns, slot) {
   let scale = 1e-6;
-  for (const [, , row] of columns) for (let i = 0; i < slot.size; i++) scale = Math.max(scale, Math.abs(row[slot.offset + i]));
+  for (const [, , row] of columns)
+    for (let i = 0; i < slot.size; i++) scale = Math.max(scale, Math.abs(row[slot.offset + i]));
   return scale;
 }
 
@@ -139,7 +204,8 @@ export function probabilities(logits) {
 }
 
 function softmaxOf(logits) {
-  const most = Math.max(...logits), weights = logits.map((value) => Math.exp(value - most));
+  const most = Math.max(...logits),
+    weights = logits.map((value) => Math.exp(value - most));
   const sum = weights.reduce((total, weight) => total + weight, 0);
   return weights.map((weight) => weight / sum);
 }

@@ -1,11 +1,15 @@
 // One session on the stream, and what it has shown so far: inputs, outputs, and the state after each step.
 
 // Of a snapshot: where its position and its row are.
-const POSITION_AT = 40, ROW_AT = 52;
+const POSITION_AT = 40,
+  ROW_AT = 52;
 
 export function readSnapshot(bytes) {
   const position = Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(POSITION_AT, true));
-  return { position, row: new Float32Array(bytes.buffer.slice(bytes.byteOffset + ROW_AT, bytes.byteOffset + bytes.length - 16)) };
+  return {
+    position,
+    row: new Float32Array(bytes.buffer.slice(bytes.byteOffset + ROW_AT, bytes.byteOffset + bytes.length - 16)),
+  };
 }
 
 export class Trace {
@@ -33,30 +37,35 @@ export class Trace {
     return this.session.position;
   }
 
-  // Apply steps, and read the state that they lead to. Returns how many outputs differ from those of an earlier pass.
+  // Apply steps, and read the state that they lead to. Returns how many steps were applied before, in an earlier pass,
+  // and how many of those gave the same outputs.
   async apply(steps) {
-    const before = this.position, started = performance.now();
+    const before = this.position,
+      started = performance.now();
     const several = steps.length > 1;
     const joined = several ? joinSteps(this.stream.model, steps) : steps[0];
     const outputs = await (several ? this.session.steps(joined) : this.session.step(joined));
     this.seconds.push((performance.now() - started) / 1000);
     if (this.seconds.length > 200) this.seconds.shift();
     const rows = splitOutputs(this.stream.model, outputs, steps.length);
-    let same = 0;
+    const seen = { steps: 0, same: 0 };
     steps.forEach((inputs, i) => {
-      const known = this.outputs.get(before + i + 1);
-      same += known !== undefined && rows[i].every((value, j) => value === known[j]);
       this.inputs.set(before + i, inputs);
+      if (!rows[i]) return;
+      const known = this.outputs.get(before + i + 1);
+      seen.steps += known !== undefined;
+      seen.same += known !== undefined && rows[i].every((value, j) => value === known[j]);
       this.outputs.set(before + i + 1, rows[i]);
     });
     const { position, row } = readSnapshot(await this.same.snapshot());
     if (position === this.position) this.columns.push([before, position, row]);
-    return same;
+    return seen;
   }
 
   // Send the last step once more, as after a lost answer.
   async repeat() {
-    const position = this.position, given = this.inputs.get(position - 1);
+    const position = this.position,
+      given = this.inputs.get(position - 1);
     this.session.position = position - 1; // what a client knows that got no answer
     try {
       const outputs = await this.session.step(given);
@@ -87,13 +96,18 @@ function joinSteps(model, steps) {
   return Object.fromEntries(model.inputs.map(({ name }) => [name, steps.map((step) => step[name])]));
 }
 
-// The outputs of each step, all tensors of a step in one array; an output of the last step only stands with that one.
+// The outputs of each step, all tensors of a step in one array. If one of them is of the last step only, the steps before
+// that have none.
 function splitOutputs(model, outputs, steps) {
   const tensors = model.outputs.length === 1 ? [outputs] : model.outputs.map(({ name }) => outputs[name]);
+  const all = model.outputs.every(({ time }) => time);
   return Array.from({ length: steps }, (_, i) =>
-    model.outputs.flatMap(({ time }, tensor) => {
-      const values = tensors[tensor], size = time ? values.length / steps : values.length;
-      return Array.from(time ? values.subarray(i * size, (i + 1) * size) : values, Number);
-    }),
+    !all && i < steps - 1
+      ? undefined
+      : model.outputs.flatMap(({ time }, tensor) => {
+          const values = tensors[tensor],
+            size = time ? values.length / steps : values.length;
+          return Array.from(time ? values.subarray(i * size, (i + 1) * size) : values, Number);
+        }),
   );
 }

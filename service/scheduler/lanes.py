@@ -101,6 +101,11 @@ class Lanes:
                 return batch.seal(now)
         return Batch()
 
+    def check_invariants(self) -> None:
+        """Raises AssertionError if a workspace belongs to no waiting chunk. Meant for a moment when no batch runs."""
+        waiting = [work for work in self if isinstance(work, Chunk) and work.outcome is None]
+        assert len({chunk.workspace for chunk in waiting} - {None}) == self._workspaces.taken, "a workspace is lost"
+
     def _length_class(self, steps: int) -> int:
         """Steps a row of the lane is padded to at most."""
         if steps > self._longest:

@@ -42,7 +42,7 @@ from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, Sessio
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import Reply, payload_digest
 from unroll.service.scheduler.rollout import Rollouts
-from unroll.service.scheduler.session import Session
+from unroll.service.scheduler.session import Session, Work
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import FIRST, INITIAL, Slots
@@ -66,7 +66,7 @@ class Scheduler:
         sessions: SessionLimits,
         limits: SchedulerLimits,
         is_verified: Callable[[str], bool] = lambda session_id: False,
-        spill: Callable[[Session], bool] = lambda session: False,
+        spill: Callable[[Session, bool], bool] = lambda session, at_cost: False,
     ) -> None:
         self.traits = traits
         self._is_verified = is_verified
@@ -331,25 +331,15 @@ class Scheduler:
         """Raises AssertionError if the records contradict each other. Meant for a moment when no batch runs."""
         self.sessions.check_invariants()
         self.replay.check_invariants(self.sessions.everyone)
+        self._lanes.check_invariants()
         waiting = [work for work in self._lanes if work.outcome is None]
-        chunks = [work for work in waiting if isinstance(work, Chunk)]
+        owned: dict[int, Work] = {id(work): work for work in waiting}
         for cohort in self.sessions.cohorts:
             assert cohort.active is None or cohort.active in waiting, cohort
             assert cohort.active is None or (isinstance(cohort.active, Group) and cohort.active.cohort is cohort)
         for session in (session for session in self.sessions if session.cohort is None):
-            ready = [work for work in waiting if work is session.active]
-            assert len(ready) <= 1, f"{session!r} has two pieces of work ready"
-            accepted = sum(work.length for work in session.own_progress.queue())
-            assert session.expected == session.position + accepted, session
-        workspaces = {chunk.workspace for chunk in chunks} - {None}
-        assert len(workspaces) == self.workspaces.taken, "a workspace is lost"
-        owned = {
-            id(work): work
-            for session in self.sessions
-            if session.cohort is None
-            for work in session.own_progress.queue()
-        }
-        owned |= {id(work): work for work in waiting}
+            assert sum(work is session.active for work in waiting) <= 1, f"{session!r} has two pieces of work ready"
+            owned |= {id(work): work for work in session.own_progress.queue()}
         rows = [len(work.sessions) if isinstance(work, Group) else 1 for work in owned.values() if work.length]
         assert sum(rows) == self.in_flight, f"{self.in_flight - sum(rows)} chunks are in flight without an owner"
         if self.idle:

@@ -16,9 +16,6 @@ from unroll.service.core.errors import InvalidRequest, SnapshotInvalid
 from unroll.service.state.envelope import HEADER_BYTES, Envelope
 from unroll.service.state.snapshot import Snapshot
 
-#: Least bytes of a key.
-LEAST_KEY_BYTES = 16
-
 _KEY_ID = 4
 _ENVELOPE = Envelope(b"UNRH", 1, "a sealed snapshot", _KEY_ID, tags=256)
 _NAME = HEADER_BYTES + _KEY_ID

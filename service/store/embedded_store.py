@@ -18,6 +18,7 @@ from typing import Any, Literal
 import lmdb
 import structlog
 
+from unroll.service.core.choices import Sync
 from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
 from unroll.service.store.daemon_thread import DaemonThread
 from unroll.service.store.embedded_entry import (
@@ -40,7 +41,7 @@ from unroll.service.store.embedded_entry import (
 )
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
-from unroll.service.store.lmdb_folder import LmdbFolder, Sync
+from unroll.service.store.lmdb_folder import LmdbFolder
 from unroll.service.store.record import Gone, Record, pack, pack_last
 
 _log = structlog.get_logger(__name__)

@@ -21,15 +21,15 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import lmdb
 import structlog
 
+from unroll.service.core.choices import Sync
 from unroll.service.core.errors import StoreUnavailable
 
 T = TypeVar("T")
-Sync = Literal["always", "everysec", "never"]
 
 _log = structlog.get_logger(__name__)
 

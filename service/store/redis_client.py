@@ -35,20 +35,9 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from unroll.service.core.choices import SCHEMES
 from unroll.service.store.interface import StoreRefused
 
-#: Schemes of URLs, with that of redis-py.
-SCHEMES = {
-    "redis": "redis",
-    "rediss": "rediss",
-    "unix": "unix",
-    "valkey": "redis",
-    "valkeys": "rediss",
-    "redis+cluster": "redis",
-    "rediss+cluster": "rediss",
-    "redis+sentinel": "redis",
-    "rediss+sentinel": "rediss",
-}
 #: What redis-py raises without a reply.
 FAILURES = (RedisError, RedisClusterException, OSError)
 _SENTINEL_PORT = 26379

@@ -6,13 +6,12 @@ The id of a session is the client's business, so a line has its digest: `printf 
 import hashlib
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import structlog
 
-_log = structlog.get_logger(__name__)
+from unroll.service.core.choices import LogRequests
 
-LogRequests = Literal["none", "errors", "all"]
+_log = structlog.get_logger(__name__)
 
 #: A flood of bad requests must not become a flood of lines.
 LINES_PER_SECOND = 100

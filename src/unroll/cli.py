@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 #: The packages of the server, and what to install for a package that not every installation has.
-_SERVER = {"fastapi", "lmdb", "orjson", "prometheus_client", "pydantic", "pydantic_settings", "redis", "safetensors"}
+_SERVER = {"fastapi", "lmdb", "orjson", "prometheus_client", "pydantic", "redis", "safetensors"}
 _SERVER |= {"starlette", "structlog", "uvicorn"}
 _INSTALL = (
     {"onnxruntime": "onnxruntime"}

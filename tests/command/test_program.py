@@ -16,7 +16,7 @@ from unroll.commands.reference import commands
 REFERENCE = Path(__file__).parents[2] / "docs" / "command-line.md"
 
 #: Slow to import, or not installed everywhere.
-HEAVY = ("aiohttp", "fastapi", "lmdb", "numpy", "onnx", "onnxruntime", "onnxscript", "pydantic_settings", "redis")
+HEAVY = ("aiohttp", "fastapi", "lmdb", "numpy", "onnx", "onnxruntime", "onnxscript", "redis")
 HEAVY += ("safetensors", "starlette", "torch", "uvicorn", "websockets")
 
 #: Runs each of several command lines, and prints their statuses and which modules have been imported after each.
@@ -34,6 +34,7 @@ print(json.dumps(found))
 
 def test_help_and_wrong_arguments_wait_for_no_heavy_import() -> None:
     lines = [[*command, flag] for command in commands() for flag in ("--help", "--no-such-option")]
+    lines += [["serve", "--repository", "none", "--max-batch", "abc"], ["config", "show", "--store", "no-url"]]
     run = [sys.executable, "-c", LINES, json.dumps(lines), *HEAVY]
     done = subprocess.run(run, capture_output=True, text=True, timeout=PATIENCE, check=True)
     for words, (status, heavy) in zip(lines, json.loads(done.stdout), strict=True):

@@ -45,7 +45,7 @@ def test_every_other_part_was_measured() -> None:
     assert re.search(r"^ +0 silently wrong$", PAGE, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["bidirectional GRU", "two speeds"])
+@pytest.mark.parametrize("name", ["bidirectional GRU", pytest.param("two speeds", marks=pytest.mark.long)])
 def test_a_row_is_as_the_document_says(name: str) -> None:
     found = matrix.measure_export(name)
     assert found.outcome == OUTCOMES[name]
@@ -102,6 +102,7 @@ def test_plain_export_loses_a_state_that_the_module_keeps() -> None:
     assert "second chunk" in verdict.says
 
 
+@pytest.mark.long
 def test_plain_export_that_fails_says_where() -> None:
     verdict = judged(made(lambda s, x: s.rnn(x.cummax(1).values)[0], rnn=gru()), dynamo=True)
     assert verdict.outcome == "fails"
@@ -127,6 +128,7 @@ def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         documents.replace("random", [], page)
 
 
+@pytest.mark.long
 def test_an_architecture_streams() -> None:
     found = measure(next(each for each in ARCHITECTURES if each.name == "forecaster"))
     assert found.streams

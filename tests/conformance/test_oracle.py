@@ -58,24 +58,28 @@ def test_other_weights(write) -> None:
         ask(write(GOOD), replace(GOOD, seed=1))
 
 
+@pytest.mark.long
 def test_said_to_stream(write) -> None:
     tree = Tree("floats", 3, (replace(GRU, bidirectional=True),), "steps")
     with pytest.raises(Wrong, match="in chunks"):
         ask(write(tree, streamable=True, not_streamable_because=None), tree)
 
 
+@pytest.mark.long
 def test_said_to_be_ragged(write) -> None:
     tree = replace(GOOD, end="last")
     with pytest.raises(Wrong, match="padded to"):
         ask(write(tree, ragged=True), tree)
 
 
+@pytest.mark.long
 def test_another_initial_state(write) -> None:
     tree = replace(GOOD, blocks=(replace(GRU, start="learned"), Dense(4, 3)))
     with pytest.raises(Wrong, match="is off"):
         ask(write(tree, initial_state=None), tree)
 
 
+@pytest.mark.long
 def test_said_to_be_exact(write) -> None:
     tree = replace(GOOD, blocks=(Conv(3, 3, 1), GRU))
     path = write(tree, bit_exact=True)

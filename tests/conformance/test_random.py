@@ -13,6 +13,7 @@ from conformance.strategies import trees
 from conformance.trees import Along, Conv, Dense, Elementwise, Loop, Recurrent, Residual, Tree
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 @settings(max_examples=1, derandomize=True, deadline=None, database=None)
 @given(trees())
@@ -26,9 +27,15 @@ def test_nothing_is_silently_wrong(tree: Tree) -> None:
     [
         (Tree("both", 3, (Residual((Recurrent("GRU", 3, 3, 2),), 3), Dense(3, 2)), "steps and last"), "streams", ""),
         (Tree("floats", 2, (Recurrent("LSTM", 2, 3, axes="wrong"),), "steps"), "refused", "layer_axes"),
-        (Tree("floats", 2, (Along("flip", 2), Recurrent("RNN", 2, 3)), "steps"), "whole only", "later time steps"),
-        (Tree("tokens", 2, (Recurrent("GRU", 2, 3),), "kept"), "streams", ""),
-        (Tree("tokens", 2, (Recurrent("GRU", 2, 3), Recurrent("GRU", 3, 3)), "kept"), "refused", "keeps_state"),
+        pytest.param(
+            *(Tree("floats", 2, (Along("flip", 2), Recurrent("RNN", 2, 3)), "steps"), "whole only", "later time steps"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(Tree("tokens", 2, (Recurrent("GRU", 2, 3),), "kept"), "streams", "", marks=pytest.mark.long),
+        pytest.param(
+            *(Tree("tokens", 2, (Recurrent("GRU", 2, 3), Recurrent("GRU", 3, 3)), "kept"), "refused", "keeps_state"),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

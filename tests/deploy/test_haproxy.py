@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from redis_server import free_port
 from serving import Running
 from waiting import PATIENCE, until
 
@@ -102,9 +103,7 @@ class Proxy:
 @contextmanager
 def haproxy(folder: Path, servers: dict[str, int]) -> Iterator[int]:
     """HAProxy with our configuration in front of these ports; its own port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     lines = CONFIGURATION.read_text().replace("bind :8000", f"bind 127.0.0.1:{port}").splitlines()
     [template] = [line for line in lines if "server-template" in line]
     at = lines.index(template)
@@ -182,7 +181,7 @@ def test_what_never_arrived_is_sent_to_another(proxy: Proxy):
 def test_a_websocket_passes(proxy: Proxy):
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as connection:
         connection.sendall(
-            b"GET /v1/models/co2/stream HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET /v1/models/co2/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         )
         answer = connection.makefile("rb")

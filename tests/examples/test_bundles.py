@@ -16,6 +16,7 @@ def afresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repository
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["co2", "bytes", "sound", "tiny"])
 def test_exported_afresh_it_gives_the_same_numbers(afresh: Path, name: str) -> None:
     folder = bundles.DOCTOR if name == "tiny" else bundles.REPOSITORY

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from redis_server import free_port
 from waiting import PATIENCE
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -37,9 +38,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int, tmp_path: Path):

@@ -29,6 +29,10 @@ class Net(nn.Module):
     def forward(self, token):
         return self.rnn(self.embed(token))[0]
 
+class Stateful(Net):
+    def forward(self, token, hc):
+        return self.rnn(self.embed(token), hc)
+
 def both_ways():
     return Net(bidirectional=True)
 
@@ -62,10 +66,10 @@ def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
     manifest = bundle.read(folder / "models/small/1").manifest
     assert [(spec.name, spec.shape) for spec in manifest.inputs] == [("x", (4,))]
-    printed = capsys.readouterr().out
-    assert "finding out whether it streams ..." in printed
-    assert "streaming yes" in printed
-    assert "tolerance" in printed
+    printed = capsys.readouterr()
+    assert "\nfinding out whether it streams ..." in printed.err
+    assert "streaming yes" in printed.out
+    assert "tolerance" in printed.out
 
     before = (folder / "models/small/1/manifest.json").read_bytes()
     assert run("small", "--repository", "models") == 1
@@ -102,7 +106,7 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
 
 
 def test_not_streamable_is_exported_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("usermodel:both_ways", *TOKEN, "--name", "b", "--repository", "out") == 0
+    assert run("usermodel:Net", "--arg", "bidirectional=True", *TOKEN, "--name", "b", "--repository", "out") == 0
     assert "streaming NO: layer 'rnn' is bidirectional" in capsys.readouterr().out
 
 
@@ -121,6 +125,9 @@ TOKEN = ("--input", "token:int64:", "--random-weights")
         (("usermodel:Net", *TOKEN, "--name", "n", "--version", "01"), 1, "bundle: "),
         (("usermodel:Other", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("usermodel:broken", *TOKEN, "--name", "n"), 1, "no such file"),
+        (("usermodel:Net", *TOKEN, "--name", "n", "--arg", "both=True"), 1, "unexpected keyword argument 'both'"),
+        (("usermodel:Net", *TOKEN, "--name", "n", "--arg", "bidirectional"), 2, "NAME=VALUE"),
+        (("usermodel:Stateful", *TOKEN, "--name", "n"), 1, "--state hc:DTYPE:SHAPE=OUTPUT"),
         (("usermodel:nothing", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("nowhere:Net", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("usermodel:imaginary", "--input", "input:float32:4", "--random-weights", "--name", "n"), 1, "dtype: "),

@@ -43,6 +43,7 @@ LONG = {
     "a loop that returns nothing before step 30",
     "a loop with a table that changes by day",
     "a loop that ends after a million steps",
+    "a loop that begins again every 24 steps",
     "a loop that begins again every 5000 steps",
     "a loop that grows until step 5000",
     "a loop over the first 64 steps",

@@ -87,6 +87,7 @@ def test_the_report_says_what_became_of_the_state(tmp_path: Path) -> None:
     assert {"torch", "onnx", "onnxruntime", "unroll", "opset"} <= report.manifest.tools.keys()
 
 
+@pytest.mark.long
 def test_wide_outputs_make_a_short_golden(tmp_path: Path) -> None:
     module = nn.GRU(2, 600, batch_first=True)
     report = export(module, {"input": torch.randn(2, 5, 2)}, name="wide", repository=tmp_path)

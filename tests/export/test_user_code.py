@@ -149,6 +149,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.long
 def test_from_a_notebook(tmp_path: Path) -> None:
     write(tmp_path, {"models.py": BLOCK})
     kernel = f"import sys; sys.path.insert(0, '')\nfor cell in {CELLS!r}:\n    exec(compile(cell, '<cell>', 'exec'))\n"

@@ -13,7 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tests.bundle.sum_model import MANIFEST
 from unroll import cli
+from unroll.export import Report
 
 SOURCE = """
 import argparse
@@ -59,9 +61,9 @@ class Exported:
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
 
-    def __call__(self, module: nn.Module, example: dict[str, Tensor], **options: Any) -> str:
+    def __call__(self, module: nn.Module, example: dict[str, Tensor], **options: Any) -> Report:
         self.modules.append(module)
-        return "the report"
+        return Report(Path("out"), MANIFEST, ())
 
 
 @pytest.fixture
@@ -135,7 +137,41 @@ def test_weights_under_usual_keys_and_prefixes(
     assert run("mynet:Net", "--weights", "weights.pt", *INPUT) == 0
     loaded = exported.modules[0].state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in net.state_dict().items())
-    assert capsys.readouterr().out.startswith(f"weights.pt: read {says}\n" if says else "\nthe report")
+    printed = capsys.readouterr().out
+    assert f"  note      weights.pt: read {says}\n" in printed if says else "note" not in printed
+
+
+class Sized(nn.Module):
+    """What a checkpoint of Lightning says how to make."""
+
+    def __init__(self, width: int, kind: str = "GRU", settings: Any = None) -> None:
+        super().__init__()
+        self.rnn, self.settings = getattr(nn, kind)(3, width, batch_first=True), settings
+
+    def forward(self, x: Tensor) -> Any:
+        return self.rnn(x)[0]
+
+
+def test_a_module_is_made_with_the_hyper_parameters_of_its_checkpoint(
+    exported: Exported, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mynet
+
+    monkeypatch.setattr(mynet, "Sized", Sized, raising=False)
+    content = {"state_dict": Sized(5, "RNN").state_dict(), "hyper_parameters": {"width": 5, "kind": "LSTM", "lr": 0.1}}
+    torch.save(content, "l.ckpt")
+    assert run("mynet:Sized", "--weights", "l.ckpt", "--arg", "kind=RNN", *INPUT) == 0
+    assert "  note      made with width=5: hyper_parameters in l.ckpt\n" in capsys.readouterr().out
+    made = exported.modules[0]
+    assert isinstance(made, Sized)
+    assert (type(made.rnn), made.rnn.hidden_size) == (nn.RNN, 5)
+
+    content["hyper_parameters"]["settings"] = mynet.Settings(depth=2)
+    torch.save(content, "l.ckpt")
+    assert run("mynet:Sized", "--weights", "l.ckpt", "--arg", "kind=RNN", *INPUT) == 1
+    assert "--arg settings=VALUE" in capsys.readouterr().err
+    assert run("mynet:Sized", "--weights", "l.ckpt", "--arg", "kind=RNN", "--arg", "settings=(1, 2)", *INPUT) == 0
+    assert exported.modules[1].settings == (1, 2)
 
 
 def damaged(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Forks an `unroll serve` for each request on a link, until that is closed; see `preloaded.py`.
 
-A request has the arguments and the environment, and the file for what it prints; the replies are the process's id, and
-a word once it has lost its parent.
+A request has the arguments, the environment, and a script to run instead or nothing, and the file for what it prints;
+the replies are the process's id, and a word once it has lost its parent.
 """
 
 import atexit
@@ -27,7 +27,7 @@ while True:
             link.send(str(pid).encode())
             os._exit(0)
         link.close()
-        arguments, environment = json.loads(request)
+        arguments, environment, script = json.loads(request)
         for descriptor in (1, 2):
             os.dup2(logs[0], descriptor)
         os.environ.clear()
@@ -35,7 +35,8 @@ while True:
         importlib.reload(failpoints)  # armed by the environment
         status: object = 1
         try:
-            status = cli.main(["serve", *arguments])
+            sys.argv[1:] = arguments
+            status = exec(script, {"__name__": "__main__"}) if script else cli.main(["serve", *arguments])
         except SystemExit as ended:
             status = ended.code
         except Exception:  # noqa: BLE001 the log tells it, as at the end of any program

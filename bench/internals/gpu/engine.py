@@ -10,7 +10,8 @@ import numpy as np
 
 from bench.internals.gpu.shapes import FEATURES
 from unroll import bundle
-from unroll.service.engine.backend import Cells, CudaBackend, EngineOptions, Precision, open_cuda
+from unroll.service.core.choices import Cells, Precision
+from unroll.service.engine.backend import CudaBackend, EngineOptions, open_cuda
 from unroll.service.engine.cuda.driver import CapturedGraph
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, PlainRows
 from unroll.service.state.slots import INITIAL, SCRATCH

@@ -10,7 +10,7 @@ import numpy as np
 from bench.internals.gpu import pytorch
 from bench.internals.gpu.engine import inputs, open_engine, some_slots, steps_of
 from bench.internals.gpu.shapes import Shape, bundle_of, model
-from unroll.service.engine.backend import Precision
+from unroll.service.core.choices import Precision
 
 _ARENA = 20_000
 _MANY, _FEW = 1_000_000, 1_000

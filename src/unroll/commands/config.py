@@ -5,7 +5,7 @@ import re
 from dataclasses import make_dataclass
 from typing import Any
 
-from unroll.commands.options import Failed, Json
+from unroll.commands.options import Json, WrongOption
 from unroll.commands.serve import Serve
 
 _ABOUT = """Show each setting of a server, and where it was set: a flag, a variable, a file, or its default.
@@ -25,7 +25,7 @@ class _Show:
         try:
             gathered = gather(flags)
         except SettingsRefused as refused:
-            raise Failed(str(refused)) from refused
+            raise WrongOption(str(refused)) from refused
         values = gathered.settings.model_dump(mode="json")
         found = {
             name: {"value": _masked(name, value), "origin": gathered.origins.get(name, "default")}

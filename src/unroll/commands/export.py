@@ -2,21 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
 from unroll.commands.options import Json, argument, flag, option, positive
 
 
-def _spec(kind: str) -> Callable[[list[str] | None], None]:
-    """Reads what an option says of an argument of forward, as `InputSpec` or `StateSpec` does."""
+def _spec(parse: str) -> Callable[[list[str] | None], None]:
+    """Reads what an option says of an argument, as this function of `input_specs` does."""
 
     def check(words: list[str] | None) -> None:
         if words:
             from unroll.export.loading import input_specs
 
             for word in words:
-                getattr(input_specs, kind).parse(word)
+                attrgetter(parse)(input_specs)(word)
 
     return check
 
@@ -50,13 +51,23 @@ class Export:
             "export a model whose weights are random numbers, for a trial; without this it is refused",
         ),
     ] = False
+    arg: Annotated[
+        list[str] | None,
+        option(
+            "--arg",
+            "NAME=VALUE",
+            "an argument of FACTORY, as hidden=128 or cell=gru; what a checkpoint of PyTorch Lightning holds is used "
+            "without it",
+            _spec("factory_argument"),
+        ),
+    ] = None
     input: Annotated[
         list[str] | None,
         option(
             "--input",
             "NAME:DTYPE:SHAPE",
             "an argument of forward, (batch, time, *SHAPE); SHAPE is one time step: 64, 8x3, or empty for a token id",
-            _spec("InputSpec"),
+            _spec("InputSpec.parse"),
         ),
     ] = None
     static: Annotated[
@@ -65,7 +76,7 @@ class Export:
             "--static",
             "NAME:DTYPE:SHAPE",
             "an argument of forward without time, (batch, *SHAPE), given once when a sequence begins",
-            _spec("InputSpec"),
+            _spec("InputSpec.parse"),
         ),
     ] = None
     state: Annotated[
@@ -75,13 +86,13 @@ class Export:
             "NAME:DTYPE:SHAPE=OUTPUT",
             "an argument of forward, (batch, *SHAPE), that starts as zeros and is this output of the call before; "
             "not needed for the state of a recurrent layer",
-            _spec("StateSpec"),
+            _spec("StateSpec.parse"),
         ),
     ] = None
     name: Annotated[
         str | None, option("--name", "NAME", "the model's name in the repository (default: the file name of MODEL)")
     ] = None
-    version: Annotated[str, option("--version", "VERSION", "version, in digits")] = "1"
+    version: Annotated[str, option("--version", "VERSION", "version: up to 18 digits, without a leading zero")] = "1"
     replace: Annotated[bool, flag("--replace", "overwrite an existing bundle")] = False
     time_first: Annotated[bool, flag("--time-first", "forward takes (time, batch, ...)")] = False
     outputs: Annotated[

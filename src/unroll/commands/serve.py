@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unroll.commands.options import WrongOption
 from unroll.service.descriptions import GROUPS, Description
 
 _ABOUT = """Serve a repository of bundles.
@@ -44,9 +45,15 @@ class _Settings:
         return {name: value for name, value in given.items() if value is not None}
 
     def run(self) -> int:
-        from unroll.service.serve import main
+        from unroll.service.sources import SettingsRefused, gather
 
-        return main(self.flags)
+        try:
+            settings = gather(self.flags).settings
+        except SettingsRefused as refused:
+            raise WrongOption(str(refused)) from refused
+        from unroll.service.serve import main  # takes seconds: wrong settings are answered before
+
+        return main(settings)
 
 
 Serve = make_dataclass("Serve", [_setting("config", CONFIG, ""), *SETTINGS], bases=(_Settings,))

@@ -80,6 +80,7 @@ class Close(OnStore):
 
     model: Annotated[str, argument("MODEL", "name of their model")]
     session: Annotated[list[str], argument("SESSION", "ids of the sessions")]
+    json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class Export(Filtered):
     __doc__ = "Write open sessions to a file, with their states; they stay open.\n" + _EPILOG
 
     file: Annotated[Path, argument("FILE", "must not exist")]
+    json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class Import(OnStore):
 
     file: Annotated[Path, argument("FILE", "written by `unroll sessions export`, or by a server's --state-file")]
     replace: Annotated[bool, flag("--replace", "also sessions that are open, or have ended; else they stay so")] = False
+    json: Json = False
 
 
 SESSIONS: dict[str, type[OnStore]] = {"list": List, "show": Show, "close": Close, "export": Export, "import": Import}

@@ -1,9 +1,10 @@
 """Servers for the tests of the API: one shared by those that need nothing special, more on request."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -91,10 +92,10 @@ def shelf(repository: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start_process(shelf: Path) -> Iterator[StartProcess]:
-    """`start_process(*flags, program=…)`"""
+    """`start_process(*flags, start=…, script=…)`"""
     started: list[Process] = []
 
-    def call(*flags: str, **options: Sequence[str]) -> Process:
+    def call(*flags: str, **options: Any) -> Process:
         started.append(Process(shelf, *flags, **options))
         return started[-1]
 

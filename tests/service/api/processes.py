@@ -1,29 +1,75 @@
 """`unroll serve` as a process of its own."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
+from faults.preloaded import Served
 from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[3]
 
 
-def launch(*arguments: str, program: Sequence[str] = ("-m", "unroll", "serve")) -> subprocess.Popen[str]:
+class Launched(Served):
+    """`unroll serve`, or a script that calls it, forked from a process that has imported it: quick to start.
+
+    stderr: what it prints.
+    """
+
+    def __init__(self, *arguments: str, script: str = "") -> None:
+        reading, writing = os.pipe()
+        try:
+            super().__init__(arguments, writing, os.environ, script)
+        finally:
+            os.close(writing)
+        self.stderr = os.fdopen(reading)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
+        """Wait for the end; nothing, and what was printed since the last line that was read."""
+        with self:
+            return "", self.stderr.read()
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stderr.close()
+        self.wait()
+
+
+def spawn(*arguments: str, script: str = "") -> subprocess.Popen[str]:
+    """The same by a new interpreter, as a user starts it."""
+    program = ["-c", script] if script else ["-m", "unroll", "serve"]
     command = [sys.executable, *program, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 class Process:
-    """A server as its own process. `log`: its lines on stderr, each a JSON document."""
+    """A server as its own process. `log`: its lines on stderr, each a JSON document.
 
-    def __init__(self, repository: Path, *flags: str, **options: Sequence[str]) -> None:
-        self.popen = launch("--repository", str(repository), "--port", "0", "--device", "cpu", *flags, **options)
+    start: `Launched` or `spawn`.
+    """
+
+    def __init__(self, repository: Path, *flags: str, start: Callable[..., Any] = Launched, script: str = "") -> None:
+        usual = ("--repository", str(repository), "--port", "0", "--device", "cpu")
+        self.popen = start(*usual, *flags, script=script)
         self.log: list[dict] = []
-        assert self.popen.stderr is not None
         for line in self.popen.stderr:
             self.log.append(json.loads(line))
             if found := re.search(r"running on (http://\S+:\d+)", self.log[-1]["event"]):
@@ -38,5 +84,5 @@ class Process:
         return self.popen.returncode
 
 
-#: The fixture `start_process`: flags, and `program=…`.
+#: The fixture `start_process`: flags, and `start=…`, `script=…`.
 StartProcess = Callable[..., Process]

@@ -35,7 +35,7 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(params=["cpu", "two GPUs"])
+@pytest.fixture(params=["cpu", pytest.param("two GPUs", marks=pytest.mark.long)])
 def settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """The GPUs are in host memory, and onnxruntime runs the layers on the CPU: so there, too, it is bit for bit."""
     if request.param == "cpu":

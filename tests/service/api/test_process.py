@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import wire
-from processes import Process, StartProcess, launch
+from processes import Launched, Process, StartProcess, spawn
 from serving import Oracle, metric, raw_steps
 from waiting import PATIENCE, until
 from websockets.exceptions import ConnectionClosed
@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 @pytest.fixture
 def process(start_process: StartProcess) -> Process:
-    return start_process()
+    return start_process(start=spawn)
 
 
 def test_signals(
@@ -107,7 +107,7 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 
 
 def test_a_crash(start_process: StartProcess) -> None:
-    process = start_process(program=("-c", CRASHING))
+    process = start_process(script=CRASHING)
     with pytest.raises(httpx.RemoteProtocolError):
         httpx.post(f"{process.url}/v1/models/gru/sequences", json={"inputs": [[[1.0, 2.0, 3.0]]]})
     assert process.end() == 1
@@ -129,7 +129,7 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 
 
 def test_a_stop_that_fails_is_no_success(start_process: StartProcess) -> None:
-    process = start_process(program=("-c", UNSTOPPABLE))
+    process = start_process(script=UNSTOPPABLE)
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 1
     assert "a failure at the end" in str(process.log)
@@ -153,7 +153,7 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 
 
 def test_a_system_other_than_linux(start_process: StartProcess) -> None:
-    process = start_process(program=("-c", NOT_LINUX))
+    process = start_process(start=spawn, script=NOT_LINUX)
     reply = httpx.post(f"{process.url}/v1/models/gru/sequences", json={"inputs": [[[1.0, 2.0, 3.0]]]})
     assert reply.status_code == 200, reply.text
     process.popen.send_signal(signal.SIGTERM)
@@ -179,8 +179,8 @@ FAILING = {
     ("--repository", "README.md"): "the repository cannot be read: [Errno 20] Not a directory",
     ("--device", "tpu"): "use cpu, auto, or GPUs",
     ("--device", "cuda:99"): "cuda:99 was requested, but",
-    ("--host", "203.0.113.1"): "cannot listen at 203.0.113.1, port 0: ",
-    ("--host", "no.such.host.invalid"): "cannot listen at no.such.host.invalid, port 0: ",
+    ("--auth", "none", "--host", "203.0.113.1"): "cannot listen at 203.0.113.1, port 0: ",
+    ("--auth", "none", "--host", "no.such.host.invalid"): "cannot listen at no.such.host.invalid, port 0: ",
 }
 
 
@@ -193,7 +193,7 @@ def failed_starts(few: Path) -> dict[tuple[str, ...], tuple[int, list[str]]]:
     """By flags: the exit status, and what came on stderr."""
     usual = ("--repository", str(few), "--port", "0", "--device", "cpu")
     starts = {flags: usual + flags for flags in FAILING} | {flags: flags for flags in WRONG}
-    process = launch(json.dumps([*starts.values()]), program=("-c", STARTS))
+    process = Launched(json.dumps([*starts.values()]), script=STARTS)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     parts = re.split(r"^ended (\d)\n", said, flags=re.MULTILINE)
@@ -225,7 +225,7 @@ def test_flags_that_are_wrong_end_with_a_line_each(
 def test_a_port_that_is_taken_is_noticed_before_the_models_are_loaded(shelf: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        refused = launch("--repository", str(shelf), "--port", str(port), "--device", "cpu")
+        refused = Launched("--repository", str(shelf), "--port", str(port), "--device", "cpu")
         _, log = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 1
     [line] = [json.loads(line) for line in log.splitlines()]
@@ -252,6 +252,6 @@ cli.main(["serve", *sys.argv[1:]])
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_closed_standard_descriptors_are_not_taken_by_sockets_or_files(shelf: Path) -> None:
-    process = launch("--repository", str(shelf), "--port", "0", program=("-c", DETACHED))
+    process = Launched("--repository", str(shelf), "--port", "0", script=DETACHED)
     _, log = process.communicate(timeout=PATIENCE)
     assert log == str(["/dev/null"] * 3)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import wire
 from damage import DAMAGES, MANIFEST, describe, vectors
-from processes import StartProcess, launch
+from processes import Launched, StartProcess
 from serving import Running, metric
 from waiting import PATIENCE, until
 
@@ -148,7 +148,7 @@ def test_a_start_with_a_broken_bundle_serves_the_others(start_process: StartProc
             until(lambda: http.get("/v2/models/lstm/ready").status_code == 200, "the repaired bundle")
             assert http.post("/v1/models/lstm/sessions").status_code == 201
         describe(broken, name="other")
-        refused = launch("--repository", str(shelf), "--port", "0", "--device", "cpu", "--strict")
+        refused = Launched("--repository", str(shelf), "--port", "0", "--device", "cpu", "--strict")
         _, log = refused.communicate(timeout=PATIENCE)
         assert refused.returncode == 1
         assert "the manifest belongs to other/1" in log
@@ -160,7 +160,7 @@ def test_a_start_with_a_broken_bundle_serves_the_others(start_process: StartProc
 def test_a_start_with_nothing_but_broken_bundles_fails(repository: Path, tmp_path: Path) -> None:
     shutil.copytree(repository / "gru" / "1", tmp_path / "gru" / "1")
     vectors("chunking.0", lambda a: np.array(9))(tmp_path / "gru" / "1")
-    refused = launch("--repository", str(tmp_path), "--port", "0", "--device", "cpu")
+    refused = Launched("--repository", str(tmp_path), "--port", "0", "--device", "cpu")
     _, log = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 1
     lines = [json.loads(line) for line in log.splitlines()]

@@ -214,9 +214,8 @@ async def test_a_bundle_that_is_refused_changes_nothing(
         after = hashlib.sha256(graph.read_bytes()).hexdigest()
         manifest.write_text(manifest.read_text().replace(before, after))
     shutil.copytree(repository / "hot", shelf / "hot")
-    running.rescan()
-    await asyncio.to_thread(until, lambda: "hot" in running.server.models.names())
-    assert versions(running) == [("1", False)]
+    await rescanned(running, [("1", False)])
+    assert "hot" in running.server.models.names()
     await step(http, await opened(http), X[:1])
 
 
@@ -229,7 +228,7 @@ async def test_what_became_of_a_session_outlives_its_version(
     shutil.rmtree(shelf / "gru" / "1")
     await asyncio.to_thread(running.rescan_now)
     assert ("2", False) in versions(running)
-    running.rescan()
+    await asyncio.to_thread(running.rescan_now)
     answer = await http.get(session)
     assert (answer.status_code, answer.json()["code"]) == (410, "session_closed")
 

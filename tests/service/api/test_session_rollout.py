@@ -45,7 +45,7 @@ def position_of(client: httpx.Client, session: str) -> int:
 
 def raw_rollout(session: str, **body: Any) -> bytes:
     content = json.dumps(body).encode()
-    head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     return f"POST {session}/rollout HTTP/1.1\r\n{head}".encode() + content
 
 
@@ -193,18 +193,24 @@ def test_an_output_without_a_time_axis(client: httpx.Client) -> None:
 def test_rollouts_share_batches_with_each_other_and_with_steps(
     serve: Serve, background: Callable[..., Future], name: str
 ) -> None:
-    """Twelve rollouts and twelve clients that step: everyone gets what it would get alone."""
+    """Eight rollouts and eight clients that step: everyone gets what it gets alone."""
     running = serve()
     with httpx.Client(base_url=running.url, timeout=60) as client:
-        sessions = [opened(client, name, [[i / 7, 1.0, -0.5]]) for i in range(12)]
+        sessions = [opened(client, name, [[i / 7, 1.0, -0.5]]) for i in range(8)]
+        twins = [opened(client, name, [[i / 7, 1.0, -0.5]])[0] for i in range(8)]
         alone = [roll(client, session, steps=20, map=COLUMNS)[0] for session, _ in sessions]
-        with running.holding(name) as held:  # all of them are ready when the first batch ends
+        scheduler = running.model(name).scheduler
+        batches = scheduler.counters.batches
+        with running.holding(name):  # all of them are ready when the first batch ends
             stepping = [background(by_hand, client, session, columns, last, 1, 20) for session, last in sessions]
-            held.wait()
-            rolling = [background(roll, client, session, steps=20, map=COLUMNS) for session, _ in sessions[:4]]
-        together = [future.result()[0] for future in rolling]
+            rolling = [
+                background(roll, client, twin, steps=20, map=COLUMNS, on="session", outputs=last)
+                for twin, (_, last) in zip(twins, sessions, strict=True)
+            ]
+            until(lambda: scheduler.in_flight == 16)
+        assert [future.result()[0] for future in rolling] == alone
         assert [future.result() for future in stepping] == [pairs(steps) for steps in alone]
-        assert all(len(steps) == 20 for steps in together)
+    assert scheduler.counters.batches - batches < 16 * 20
 
 
 # ── on the session: once, as a whole ─────────────────────────────────────────────────────────────
@@ -294,7 +300,8 @@ def test_a_client_that_goes_away_ends_its_rollout(server: Running, client: httpx
 def test_closing_the_session_ends_its_rollout(server: Running, client: httpx.Client) -> None:
     session, last = opened(client, "lstm", X)
     body = {"steps": 4096, "map": COLUMNS, "on": "session", "outputs": last}
-    with client.stream("POST", f"{session}/rollout", json=body) as answer:
+    slow = SlowEngine(server.model("lstm").loop, 0.005)
+    with slow, client.stream("POST", f"{session}/rollout", json=body) as answer:
         found = events(answer.iter_lines())
         assert next(found)[0] == "steps"
         assert httpx.delete(f"{server.url}{session}").status_code == 200
@@ -386,6 +393,21 @@ def test_the_limits_of_a_rollout(serve: Serve) -> None:
         waiting.close()
         until(lambda: not len(running.model("lstm").scheduler.rollouts))
     assert running.model("lstm").scheduler.counters.rollout_steps >= 1
+
+
+def test_the_position_may_be_a_header(client: httpx.Client) -> None:
+    session, _ = opened(client, "lstm", X)
+    body = {"steps": 2, "map": COLUMNS}
+    for header, position, code in (
+        ("1", None, "position_too_old"),
+        ("2", 3, "malformed_request"),
+        ("x", 2, "malformed_request"),
+    ):
+        answer = client.post(
+            f"{session}/rollout", json={**body, "position": position}, headers={"Unroll-Position": header}
+        )
+        assert answer.json()["code"] == code
+    assert client.post(f"{session}/rollout", json=body, headers={"Unroll-Position": "2"}).status_code == 200
 
 
 def test_a_session_that_is_not_here(client: httpx.Client) -> None:

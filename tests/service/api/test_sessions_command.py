@@ -73,6 +73,12 @@ def test_sessions_are_listed_closed_and_carried_on_from_a_file(
         answer = step(client, "a", x[5:], 5)
         assert np.array_equal(np.frombuffer(answer.content, "<f4").reshape(-1, 2), oracle("gru", "1")(x)[5:])
         assert run(capsys, "import", file, *named, "--replace") == (0, "2 replaced\n")
+
+        left = json.loads(run(capsys, "import", file, *named, "--json")[1])
+        assert left["outcomes"] == {"open, not imported": 2}
+        assert [one["session_id"] for one in left["left"]] == ["a", "b"]
+        assert json.loads(run(capsys, "export", f"{file}-2", *named, "--json")[1])["written"] == 2
+        assert json.loads(run(capsys, "close", "gru", "b", *named, "--json")[1]) == {"closed": {"b": 0}}
         assert step(client, "a", x[5:], 8).json()["code"] == "position_gap"
         assert step(client, "a", x[5:], 5).content == answer.content
 

@@ -5,7 +5,6 @@ import resource
 import shutil
 import signal
 import stat
-import subprocess
 from collections.abc import Callable
 from itertools import islice, product
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from damage import describe
-from processes import Process, StartProcess, launch
+from processes import Launched, Process, StartProcess
 from serving import Serve
 from structlog.testing import capture_logs
 from waiting import PATIENCE
@@ -46,8 +45,7 @@ def end(process: Process) -> int:
     return process.end()
 
 
-def wait_for_lines(process: subprocess.Popen[str], text: str, count: int = 1) -> None:
-    assert process.stderr is not None
+def wait_for_lines(process: Launched, text: str, count: int = 1) -> None:
     lines = (line for line in process.stderr if text in line)
     assert len([*islice(lines, count)]) == count
 
@@ -88,7 +86,7 @@ def positions(serve: Serve, shelf: Path) -> Callable[[Path], list[int]]:
 
 @pytest.mark.parametrize(("place", "reason"), [("nowhere/sessions", "No such file"), (".", "not a file")])
 def test_a_place_that_cannot_be_written_stops_the_start(shelf: Path, place: str, reason: str) -> None:
-    refused = launch(
+    refused = Launched(
         *("--repository", str(shelf), "--port", "0", "--device", "cpu"), "--state-file", str(shelf / place)
     )
     _, log = refused.communicate(timeout=PATIENCE)
@@ -146,7 +144,7 @@ def test_a_signal_at_any_moment_of_a_start_loses_nothing(
     written: Path, positions: Callable[[Path], list[int]], shelf: Path, method: str, number: int
 ) -> None:
     flags = ("--repository", str(shelf), "--port", "0", "--device", "cpu", "--state-file", str(written))
-    process = launch(method, str(number), *flags, program=("-c", INTERRUPTED))
+    process = Launched(method, str(number), *flags, script=INTERRUPTED)
     if method == "write":
         wait_for_lines(process, "running on")
         process.send_signal(signal.SIGTERM)
@@ -163,7 +161,7 @@ def test_a_rescan_that_is_asked_for_during_a_start_follows_it(path: Path, shelf:
     (shelf / "gru" / "2").mkdir()
     (shelf / "gru" / "2" / "manifest.json").touch()
     flags = ("--repository", str(shelf), "--port", "0", "--device", "cpu", "--state-file", str(path))
-    process = launch("read", str(signal.SIGHUP.value), *flags, program=("-c", INTERRUPTED))
+    process = Launched("read", str(signal.SIGHUP.value), *flags, script=INTERRUPTED)
     wait_for_lines(process, "bundle refused", 2)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE)
@@ -198,7 +196,7 @@ def test_two_servers_do_not_share_a_file(
     written: Path, serve: Serve, positions: Callable[[Path], list[int]], shelf: Path
 ) -> None:
     first = serve(repository=shelf, state_file=written)
-    second = launch(*("--repository", str(shelf), "--port", "0", "--device", "cpu"), "--state-file", str(written))
+    second = Launched(*("--repository", str(shelf), "--port", "0", "--device", "cpu"), "--state-file", str(written))
     _, log = second.communicate(timeout=PATIENCE)
     assert second.returncode == 1
     assert "another server uses the state file" in json.loads(log.splitlines()[-1])["reason"]

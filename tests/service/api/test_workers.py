@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from processes import Process, StartProcess, launch
+from processes import Process, StartProcess, spawn
 from redis_server import RedisServer, free_port
 from serving import RAW, Oracle, metric
 from waiting import PATIENCE, reached, until
@@ -46,7 +46,8 @@ def ports() -> list[int]:
 
 @pytest.fixture
 def started(start_process: StartProcess, redis_server: RedisServer, ports: list[int]) -> Process:
-    return start_process("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", redis_server.url)
+    flags = ("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", redis_server.url)
+    return start_process(*flags, start=spawn)  # which starts the workers with its own command
 
 
 def ids(started: Process) -> list[int]:
@@ -137,7 +138,7 @@ def test_the_workers_end_with_their_supervisor(started: Process, ports: list[int
 
 def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: RedisServer) -> None:
     flags = ("--repository", str(tmp_path), "--port", "0", "--device", "cpu", "--store", redis_server.url)
-    refused = launch(*flags, "--workers", "2")
+    refused = spawn(*flags, "--workers", "2")
     _, log = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 1
     assert log.count("holds no bundle") == 1

@@ -14,11 +14,11 @@ import pytest
 from test_stores import commit, put
 
 from unroll import cli
+from unroll.service.core.choices import Sync
 from unroll.service.core.errors import SnapshotInvalid
 from unroll.service.store import embedded_check, lmdb_folder
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Tokens
-from unroll.service.store.lmdb_folder import Sync
 from unroll.service.store.record import Record
 
 #: Of the random damage; printed with a failure.

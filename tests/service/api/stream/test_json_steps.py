@@ -168,7 +168,7 @@ def test_steps_of_others_go_on_between_and_stop_ends_it(dial: Dial, server: Runn
     client, scheduler = dial(), server.model("lstm").scheduler
     client.bind(0, 1)
     run = scheduler.counters.rollout_steps
-    with SlowEngine(server.model("lstm").loop, 0.002):
+    with SlowEngine(server.model("lstm").loop, 0.005):
         client.control("steps", handle=0, inputs=x.tolist())
         client.socket.send(
             json.dumps(
@@ -197,7 +197,7 @@ def test_steps_of_others_go_on_between_and_stop_ends_it(dial: Dial, server: Runn
 def test_a_rollout_ends_with_its_handle(dial: Dial, server: Running, x: np.ndarray, how: str) -> None:
     client, scheduler = dial(), server.model("lstm").scheduler
     client.bind(0)
-    with SlowEngine(server.model("lstm").loop, 0.002):
+    with SlowEngine(server.model("lstm").loop, 0.005):
         client.socket.send(
             json.dumps({"op": "rollout", "handle": 0, "steps": 4096, "map": COLUMNS, "inputs": x.tolist()})
         )
