@@ -24,6 +24,9 @@ from unroll.export.verification.iterations import Place, is_foreign
 #: Functions that end something after so many steps.
 _ENDING = {"range", "islice", "deque", "zip", "repeat", "narrow", "split", "chunk", "unfold"}
 
+#: Methods that pick from a table.
+_PICKING = {"select", "narrow", "index_select", "gather", "take"}
+
 #: No sequence is longer: such a number stands for the end.
 _LONGEST = 2**46
 
@@ -143,8 +146,11 @@ def _pure_expressions(file: str) -> list[tuple[ast.expr, bool, bool]]:
         if isinstance(node, ast.Subscript):
             tables.add(id(node.value))
             ends |= {id(each) for each in ast.walk(node.slice)}
-        elif isinstance(node, ast.Call) and _called(node) in _ENDING:
-            ends |= {id(each) for argument in (*node.args, *node.keywords) for each in ast.walk(argument)}
+        elif isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Attribute) and node.func.attr in _PICKING:
+                tables.add(id(node.func.value))
+            if _called(node) in _ENDING:
+                ends |= {id(each) for argument in (*node.args, *node.keywords) for each in ast.walk(argument)}
     return [
         (node, id(node) in tables, id(node) in ends)
         for node in ast.walk(tree)

@@ -10,12 +10,22 @@ export class ModelsView {
 
   async show() {
     const models = await this.client.models();
+    const refused = (await this.bundles()).filter(({ state, reason }) => state !== "READY" && reason);
     const many = models.length === 1 ? "one model" : `${models.length} models`;
     this.section.replaceChildren(
       h("h1", {}, "Models"),
       h("p", { class: "lead" }, `This server has ${many}. Each was compared with PyTorch when it was loaded.`),
+      ...refused.map(({ name, version, reason }) =>
+        h("p", { class: "notice" }, h("b", {}, name), version && ` version ${version} is not served`, `: ${reason}`),
+      ),
       ...models.map(card),
     );
+  }
+
+  // All versions in the repository, also those that are not served.
+  async bundles() {
+    const answer = await fetch("v2/repository/index", { method: "POST" });
+    return answer.ok ? answer.json() : [];
   }
 }
 

@@ -15,8 +15,8 @@ const SPEEDS = {
   "chunks of 16 steps": [16, 30],
 };
 const DURABILITY = {
-  memory: "in the memory of this server: lost when the process ends, and then reported as unknown",
-  stored: "in the store: it survives a restart, and another server with the same store can continue it",
+  memory: "It is in the memory of this server: lost when the process ends, and then reported as unknown.",
+  stored: "It is in the store: it survives a restart, and another server with the same store can continue it.",
 };
 
 export class PlaygroundView {
@@ -144,10 +144,8 @@ export class PlaygroundView {
     await this.end();
     Object.assign(this, { stream, main });
     this.setSource(this.inputs.source);
-    this.badge.replaceChildren(
-      h("b", {}, this.main.session.durability),
-      ` ${DURABILITY[this.main.session.durability] ?? ""}`,
-    );
+    const { durability } = this.main.session;
+    this.badge.replaceChildren(DURABILITY[durability] ?? `Its durability is ${durability}.`);
     this.paint();
   }
 

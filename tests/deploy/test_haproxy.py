@@ -183,7 +183,7 @@ def test_what_never_arrived_is_sent_to_another(proxy: Proxy):
 def test_a_websocket_passes(proxy: Proxy):
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE) as connection:
         connection.sendall(
-            b"GET /v1/models/co2/stream HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET /v1/models/co2/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         )
         answer = connection.makefile("rb")

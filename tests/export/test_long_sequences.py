@@ -242,6 +242,10 @@ BY_LENGTH = {
         lambda s, x: loop(s, (step * s.table[t] for t, step in enumerate(x.unbind(1))), x.shape[1]),
         {"table": nn.Buffer((torch.arange(120) < 100).float())},
     ),
+    "a late row of a table, picked by select": (
+        lambda s, x: loop(s, (step * s.table.select(0, t) for t, step in enumerate(x.unbind(1))), x.shape[1]),
+        {"table": nn.Buffer((torch.arange(120) < 100).float())},
+    ),
     "too long to try": (lambda s, x: loop(s, itertools.islice(x.unbind(1), 10**6), x.shape[1]), {}),
 }
 
@@ -254,7 +258,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 #: Found as "slice", or refused as "zip" is.
-LIKE_ANOTHER = {"window", "product", "islice", "iterator"}
+LIKE_ANOTHER = {"window", "product", "islice", "iterator", "a late row of a table, picked by select"}
 
 
 @pytest.mark.parametrize(

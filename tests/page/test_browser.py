@@ -27,10 +27,12 @@ expect.set_options(timeout=PATIENCE * 1000)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The examples, a model that does not stream, one with two inputs, and one of frames."""
+    """The examples, a model that does not stream, one with two inputs, and one whose bundle is refused."""
     repository = models.link(tmp_path_factory.mktemp("repository"), "whole", "two")
     for example in EXAMPLES.iterdir():
         (repository / example.name).symlink_to(example)
+    (repository / "broken" / "1").mkdir(parents=True)
+    (repository / "broken" / "1" / "manifest.json").write_text("{}")
     running = Running(Settings(repository=repository))
     yield running
     running.stop()
@@ -129,6 +131,7 @@ def test_models_are_described_and_one_that_does_not_stream_says_why(visit: Visit
     whole = page.get_by_role("article", name="whole")
     expect(whole).to_contain_text(server.model("whole").manifest.not_streamable_because or "?")
     expect(whole.get_by_role("link", name="Play")).to_have_count(0)
+    expect(page.locator("#models .notice").first).to_contain_text("broken version 1 is not served: ")
     expect(page.get_by_role("link", name="API")).to_have_attribute("href", "docs")
     co2.get_by_role("link", name="Play").click()
     expect(page).to_have_url(f"{server.url}/#playground/co2")
