@@ -104,7 +104,9 @@ class Proxy:
 def haproxy(folder: Path, servers: dict[str, int]) -> Iterator[int]:
     """HAProxy with our configuration in front of these ports; its own port."""
     port = free_port()
-    lines = CONFIGURATION.read_text().replace("bind :8000", f"bind 127.0.0.1:{port}").splitlines()
+    text = CONFIGURATION.read_text().replace("bind :8000", f"bind 127.0.0.1:{port}")
+    # A server that gets no processor for a second is not down.
+    lines = text.replace("timeout connect 1s", f"timeout connect 1s\n  timeout check {PATIENCE:.0f}s").splitlines()
     [template] = [line for line in lines if "server-template" in line]
     at = lines.index(template)
     lines[at : at + 1] = [f"  server {name} 127.0.0.1:{number}" for name, number in servers.items()]
