@@ -35,8 +35,8 @@ class Client:
     with Client("http://127.0.0.1:8000") as client, client.session("co2") as session:
         forecast = session.step([371.2])
 
-    Requests that may succeed later are repeated: after a broken connection, and after 502, 503 and 504. Steps carry
-    their position, so the server applies each once, however often it is sent.
+    Requests that may succeed later are repeated: after a broken connection, and after 429, 502, 503 and 504. Steps
+    carry their position, so the server applies each once, however often it is sent.
 
     Args:
         url: http:// or https://, with a path if the server is behind one.

@@ -78,6 +78,30 @@ class ServerError(UnrollError):
         return ServerError._classes.get(code, ServerError)(detail, code, status, members)
 
 
+class Unauthenticated(ServerError):
+    """The server has API keys, and the client sent none, or one that is unknown or has expired."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(ServerError):
+    """The client's API key does not permit this."""
+
+    code = "forbidden"
+
+
+class HostRefused(ServerError):
+    """The server is not known by the host name in the URL; see its `--allowed-hosts`."""
+
+    code = "host_refused"
+
+
+class OriginRefused(ServerError):
+    """Pages of this origin may not use the server; see its `--allowed-origins`."""
+
+    code = "origin_refused"
+
+
 class ModelUnknown(ServerError):
     """The server has no model of this name or version."""
 
@@ -259,6 +283,12 @@ class CapacityExhausted(Overloaded):
     """No further session fits."""
 
     code = "capacity_exhausted"
+
+
+class QuotaExceeded(Overloaded):
+    """The tenant of the API key has used up what it may."""
+
+    code = "quota_exceeded"
 
 
 class Draining(Overloaded):

@@ -258,7 +258,7 @@ function refusalOf(answer, document) {
   return refusal;
 }
 
-const mayComeAgain = ({ status, code }) => [502, 503, 504].includes(status) && code !== "model_unavailable";
+const mayComeAgain = ({ status, code }) => [429, 502, 503, 504].includes(status) && code !== "model_unavailable";
 
 // One session. Its steps are applied once and in order, whatever breaks between; calls wait for each other.
 export class Session {
@@ -580,7 +580,8 @@ export class Stream {
     // Browsers send no headers with a WebSocket; Node does.
     const { headers } = this.client;
     const withHeaders = globalThis.process?.versions?.node && Object.keys(headers).length;
-    const socket = withHeaders ? new this.client.WebSocket(this.url, { headers }) : new this.client.WebSocket(this.url);
+    const options = withHeaders ? { headers } : await this.protocols();
+    const socket = new this.client.WebSocket(this.url, options);
     socket.binaryType = "arraybuffer";
     socket.waiting = new Set();
     this.controls = [];
@@ -607,6 +608,13 @@ export class Stream {
       throw error;
     }
     return socket;
+  }
+
+  // With an API key, a browser offers a ticket in place of the header.
+  async protocols() {
+    if (!this.client.headers.authorization) return [];
+    const { json } = await this.client.ask("POST", "/v1/tickets");
+    return ["unroll.v1", `unroll.ticket.${json.ticket}`];
   }
 
   async resume(socket) {

@@ -25,7 +25,9 @@ from unroll.service.api import (
     repository_routes,
     rollout_routes,
     statistics_routes,
+    ticket_routes,
 )
+from unroll.service.api.admission import Admission, refusals
 from unroll.service.api.answer_log import ERROR, LogAnswers
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import http_error, open_inference_error, problem
@@ -67,8 +69,9 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
     Raises:
         RepositoryError: See `ModelRepository.load_all`.
         DeviceUnavailable: The requested device cannot be used.
-        ValueError: It does not have the requested precision.
+        ValueError: It does not have the requested precision, or the file of keys cannot be used.
     """
+    gate = settings.gate()
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
     clock = clock or MonotonicClock()
@@ -103,8 +106,8 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         settings.api_limits(),
         settings.default_durability,
         SnapshotKeys(keys) if keys else None,
-        settings.allowed_origins,
         shared_port,
+        gate,
         RequestLog(settings.log_requests),
     )
     workers = None
@@ -191,12 +194,14 @@ def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> F
         redirect_slashes=False,  # a redirect would repeat the client's Host header
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.add_middleware(Admission, state=state)
     app.add_middleware(LogAnswers, state=state)
     app.add_middleware(HeadAsGet)
     app.add_middleware(EncodedSlashes)
     app.include_router(native_routes.router(state))
     app.include_router(rollout_routes.router(state))
     app.include_router(endpoint.router(state))
+    app.include_router(ticket_routes.router(state))
     app.include_router(statistics_routes.router(state))
     app.include_router(repository_routes.router(state))
     app.include_router(open_inference_routes.router(state, __version__))
@@ -236,9 +241,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document, with the bodies that the hot routes read without FastAPI."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for operation in (operation for path in document["paths"].values() for operation in path.values()):
+        for path, operation in ((path, o) for path, found in document["paths"].items() for o in found.values()):
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]  # FastAPI's default, which a path of two strings cannot cause
+            operation["responses"] |= refusals(path)
         schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)

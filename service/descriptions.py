@@ -30,6 +30,18 @@ GROUPS = {
         "port": Description("PORT", "port to listen on", "8000"),
         "workers": Description("N", "number of processes that share the port; more than one needs --store", "1"),
         "worker_port": Description("PORT", "first per-worker port: worker N also listens on this port + N - 1"),
+        "auth": Description(
+            "keys|none",
+            "who may connect: keys (of --keys), or none: anybody who can reach the address, which is allowed only by "
+            "this word unless the address is of this machine alone",
+        ),
+        "keys": Description("FILE", "file of API keys, which `unroll keys new` writes; read again at SIGHUP"),
+        "allowed_hosts": Description(
+            "NAMES",
+            'names that clients use for this server, such as ["models.example.com"]; addresses are always allowed '
+            "(default: any with keys or --auth none, and localhost without)",
+            several=True,
+        ),
         "page": Description("no", "answer / with a page of the models; by default only on a loopback address"),
         "allowed_origins": Description(
             "ORIGINS",
@@ -123,7 +135,7 @@ GROUPS = {
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),
     },
     "operation": {
-        "admin": Description("", "list sessions at /v1/admin/sessions, to any client: there is no authentication"),
+        "admin": Description("", "list sessions at /v1/admin/sessions; without --keys to any client"),
         "log_requests": Description(
             "none|errors|all",
             "requests that leave a line in the log, at most 100 a second: none, errors, all",

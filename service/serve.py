@@ -59,7 +59,12 @@ def main(settings: Settings) -> int:
     draining = DrainingServer(config, state, settings.drain_delay, settings.drain_timeout, on_started)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, draining.handle_exit)
-    signal.signal(signal.SIGHUP, lambda *_: state.repository.request_rescan())
+
+    def read_again(*_: object) -> None:
+        state.gate.reload()
+        state.repository.request_rescan()
+
+    signal.signal(signal.SIGHUP, read_again)
     if rescan.is_set():
         state.repository.request_rescan()
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))

@@ -25,11 +25,13 @@ from unroll.service.core.choices import SCHEMES, Cells, LogRequests, Precision, 
 from unroll.service.store.record import MEMORY, STORED, current_durability
 
 if TYPE_CHECKING:
+    from unroll.service.access.gate import Gate
     from unroll.service.api.app_state import ApiLimits
     from unroll.service.models.loading import ModelOptions
     from unroll.service.store.opening import StoreConfig
 
 _FOLDER = "file://"
+_LOCAL = frozenset({"localhost"})
 _LEAST_KEY_BYTES = 16
 #: Of the variables in the environment.
 PREFIX = "UNROLL_"
@@ -46,6 +48,9 @@ class Settings(BaseModel):
     strict: bool = False
     serve: dict[str, PositiveInt] = {}
     host: str = "127.0.0.1"
+    auth: Literal["keys", "none"] | None = None
+    keys: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: PositiveInt = 1
     worker_port: Annotated[int | None, Field(ge=1, le=65535)] = None
@@ -89,7 +94,7 @@ class Settings(BaseModel):
     log_requests: LogRequests = "errors"
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
 
-    @field_validator("repository", "host", "device", "state_file", mode="before")
+    @field_validator("repository", "host", "device", "state_file", "keys", mode="before")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value == "":
@@ -126,6 +131,15 @@ class Settings(BaseModel):
         if self.workers > 1 and self.state_file is not None:
             raise ValueError(
                 "a state file holds memory sessions, which several workers do not offer: remove --state-file"
+            )
+        if self.auth == "none" and self.keys is not None:
+            raise ValueError("--auth none and --keys contradict each other: remove one of them")
+        if self.auth == "keys" and self.keys is None:
+            raise ValueError("--auth keys needs a file of keys: add --keys FILE; `unroll keys new` writes an entry")
+        if self.auth is None and self.keys is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"anybody who reaches {self.host} could use the models and end the sessions of others: add --keys FILE "
+                "(`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
             )
         if self.workers == 1 and self.worker_port is not None:
             raise ValueError("--worker-port needs more than one worker: add --workers")
@@ -177,6 +191,16 @@ class Settings(BaseModel):
     def shows_page(self) -> bool:
         return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
 
+    def gate(self) -> "Gate":
+        """Raises KeysRefused."""
+        from unroll.service.access.gate import Gate
+
+        hosts = frozenset(name.lower() for name in self.allowed_hosts)
+        if not hosts and self.auth is None and self.keys is None:
+            hosts = _LOCAL
+        secret = self.snapshot_keys[0].get_secret_value().encode() if self.snapshot_keys else None
+        return Gate(self.keys, hosts or None, self.allowed_origins, secret)
+
     def api_limits(self) -> "ApiLimits":
         from unroll.service.api.app_state import ApiLimits
 
@@ -187,7 +211,7 @@ def _is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() in _LOCAL
 
 
 def store_folder(url: str) -> Path | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONFIG = f"{PREFIX}CONFIG"
 #: Variables that are no settings: those of tests, of workers, and those that Kubernetes sets for a Service `unroll…`.
 _NO_SETTING = re.compile(
-    r"UNROLL_(CONFIG|WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
+    r"UNROLL_(API_KEY|CONFIG|WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
 )
 #: Settings whose values are secret, or may hold a password.
 SECRET = frozenset({"snapshot_keys", "store"})

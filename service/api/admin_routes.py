@@ -1,10 +1,11 @@
-"""The sessions of a server, for its operators. Off by default: there is no authentication yet."""
+"""The sessions of a server, for its operators: with keys, those of the tenant of the key. Off by default."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
 
+from unroll.service.api.admission import tenant_of
 from unroll.service.api.app_state import AppState
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.sessions.selection import Selection, select
@@ -39,6 +40,7 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
             asked.get("min_position", 0),
             asked.get("max_position"),
             idle_timeout,
+            tenant_of(http),
         )
         limit, after = asked.get("limit", 100), asked.get("after", "")
         if not 1 <= limit <= _MOST:

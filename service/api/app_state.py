@@ -1,10 +1,11 @@
 """What every route needs: models, sessions, limits, figures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from unroll.service.core.errors import Draining, DurabilityUnavailable
+from unroll.service.access.gate import Gate
+from unroll.service.access.quotas import Meter
+from unroll.service.core.errors import Draining, DurabilityUnavailable, QuotaExceeded
 from unroll.service.models.repository import ModelRepository
 from unroll.service.models.versions import ModelVersions
 from unroll.service.sessions.in_memory import MemorySessions
@@ -24,6 +25,8 @@ class ApiLimits:
 
 
 class Drainable(Protocol):
+    tenant: str
+
     def drain(self) -> None:
         """End in order."""
         ...
@@ -40,8 +43,9 @@ class AppState:
         limits: Of requests.
         durability: The default of new sessions.
         snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
-        allowed_origins: Of pages on other hosts that may open streams; `*`: all.
         shared_port: The port that other worker processes listen on, too; None: there is one process only.
+        gate: Lets requests in, or not.
+        meter: Of the steps of tenants.
         request_log: Of the requests that fail, or of all.
         requests: Figures by inference route.
         streams: The open ones.
@@ -57,8 +61,9 @@ class AppState:
     limits: ApiLimits
     durability: str = "memory"
     snapshot_keys: SnapshotKeys | None = None
-    allowed_origins: Sequence[str] = ()
     shared_port: int | None = None
+    gate: Gate = field(default_factory=Gate)
+    meter: Meter = field(init=False)
     request_log: RequestLog = field(default_factory=RequestLog)
     requests: dict[str, RequestFigures] = field(default_factory=dict)
     streams: set[Drainable] = field(default_factory=set)
@@ -66,6 +71,9 @@ class AppState:
     draining: bool = False
     crashed: bool = False
     failed: bool = False
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.gate.quota)
 
     @property
     def in_flight(self) -> int:
@@ -80,6 +88,24 @@ class AppState:
         """Raises Draining: sessions are opened, forked and resumed on another server, or here after a restart."""
         if self.draining:
             raise Draining("the server is shutting down; retry, and another server will answer")
+
+    def refuse_another_session(self, tenant: str) -> None:
+        """Raises QuotaExceeded if the tenant has as many sessions in this process as it may."""
+        quota = self.gate.quota(tenant)
+        if quota is None or quota.sessions is None:
+            return
+        tables = [model.scheduler.sessions.of_tenants for model in self.models]
+        count = sum(table[tenant] for table in (*tables, self.sessions.directory.spilled.of_tenants))
+        if count >= quota.sessions:
+            raise QuotaExceeded(f"the tenant {tenant!r} may have {quota.sessions} sessions here: close some")
+
+    def refuse_another_stream(self, tenant: str) -> None:
+        """Raises QuotaExceeded if the tenant has as many streams as it may."""
+        quota = self.gate.quota(tenant)
+        if quota is not None and quota.streams is not None:
+            count = sum(stream.tenant == tenant for stream in self.streams)
+            if count >= quota.streams:
+                raise QuotaExceeded(f"the tenant {tenant!r} may have {quota.streams} streams here: close some")
 
     def durability_of(self, requested: str | None) -> str:
         """The durability of a new session. Raises DurabilityUnavailable."""

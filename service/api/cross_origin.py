@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 
 #: Headers of answers that scripts may read.
@@ -13,7 +12,7 @@ _PREFLIGHT_SECONDS = 600
 
 
 def allow(application: FastAPI, origins: Sequence[str]) -> None:
-    """Answer pages of these origins, on every route but streams; see `may_connect`."""
+    """Answer pages of these origins, and tell their browsers so."""
     application.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -22,11 +21,3 @@ def allow(application: FastAPI, origins: Sequence[str]) -> None:
         expose_headers=_EXPOSED,
         max_age=_PREFLIGHT_SECONDS,
     )
-
-
-def may_connect(headers: Headers, origins: Sequence[str]) -> bool:
-    """Browsers let any page open a WebSocket to any host and send the page's origin; other clients send none."""
-    origin = headers.get("origin")
-    if origin is None or origin.partition("://")[2] == headers.get("host"):
-        return True
-    return origin in origins or "*" in origins

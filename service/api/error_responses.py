@@ -1,13 +1,20 @@
 """The HTTP status of every error. `_MEANING` in `native_routes.py` repeats them for the OpenAPI document."""
 
 import math
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
+from unroll.service.api.bodies import Problem
 from unroll.service.api.request import JSON, Answer
 from unroll.service.core import errors as e
 from unroll.service.protocol import json
 
 STATUS: dict[type[e.UnrollError], int] = {
+    e.Unauthenticated: 401,
+    e.Forbidden: 403,
+    e.HostRefused: 403,
+    e.OriginRefused: 403,
     e.InvalidRequest: 400,
     e.BodyTooLarge: 413,
     e.UnsupportedMediaType: 415,
@@ -34,6 +41,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.QueueFull: 503,
     e.DeadlineUnreachable: 503,
     e.CapacityExhausted: 503,
+    e.QuotaExceeded: 429,
     e.VersionUnavailable: 503,
     e.StoreUnavailable: 503,
     e.SessionContended: 503,
@@ -51,6 +59,14 @@ def problem(error: e.UnrollError) -> Answer:
     answer = problem_of(STATUS[type(error)], error.code, error.message, error.details, _fields(error))
     answer.error = error
     return answer
+
+
+def problem_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """The problems that a route may answer with, by status, for the OpenAPI document."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"description": meaning, "content": content, "model": Problem} for status, meaning in meanings.items()
+    }
 
 
 def problem_of(status: int, code: str, detail: str, members: dict | None = None, fields: bytes = b"") -> Answer:
@@ -76,6 +92,8 @@ def open_inference_error(error: e.UnrollError) -> Answer:
 
 
 def _fields(error: e.UnrollError) -> bytes:
+    if isinstance(error, e.Unauthenticated):
+        return b"www-authenticate: Bearer\r\n"
     return b"retry-after: %d\r\n" % math.ceil(error.retry_after) if isinstance(error, e.Overloaded) else b""
 
 

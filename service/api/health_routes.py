@@ -53,7 +53,9 @@ def router(app: AppState, workers: WorkerMetrics | None = None) -> APIRouter:
         if app.shared_port is not None and request.scope["server"][1] == app.shared_port:
             if workers is None:
                 raise HTTPException(404, "several workers share this port: add --worker-port, and it has those of all")
-            return Response(await workers.exposition(), media_type=_TEXT)
+            names = (b"authorization", b"x-api-key")
+            keys = [b"%b: %b\r\n" % header for header in request.scope["headers"] if header[0] in names]
+            return Response(await workers.exposition(b"".join(keys)), media_type=_TEXT)
         return Response(collector.exposition(), media_type=_TEXT)
 
     return api

@@ -3,6 +3,7 @@
 A sequence of the protocol is a session. Its `sequence_id` is the session id, an integer as its decimal digits.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from unroll.service.api.infer_reply import ReplyPlan
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.request import NOT_KEPT, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
 from unroll.service.core.errors import InvalidRequest, InvalidShape
+from unroll.service.core.session_ids import check_id, shown
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import open_inference
@@ -21,7 +23,6 @@ from unroll.service.protocol.open_inference import InferRequest, SequenceParamet
 from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import Session
-from unroll.service.sessions.directory import check_id
 
 HEADER_LENGTH = b"inference-header-content-length"
 
@@ -44,7 +45,9 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
     served = app.models.resolve(name, version)
     _refuse_static(served)
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, parsed))
-    return served.loop.submit_sequences(_batch(served, parsed), _timeout(app, parsed), settled)
+    batch = _batch(served, parsed)
+    app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
+    return served.loop.submit_sequences(batch, _timeout(app, parsed), settled)
 
 
 def _timeout(app: AppState, parsed: InferRequest) -> float:
@@ -73,6 +76,8 @@ def _sequence_steps(
     respond: Respond,
 ) -> Cancel:
     request.session, request.position = sequence.id, sequence.position
+    if (own := request.own(sequence.id)) != sequence.id:
+        sequence = replace(sequence, id=own)
     timeout, again = _timeout(app, parsed), request.again_with(sequence.id)
     served, session = _find(app, name, version, sequence, parsed)
     require_streamable(served)
@@ -93,7 +98,9 @@ def _sequence_steps(
             app.sessions.directory.check_closing_chunk(name, sequence.id, chunk)
         if not sequence.start:
             raise served.scheduler.sessions.closed.error(sequence.id, now)
+        app.refuse_another_session(request.tenant)
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
+    app.meter.take(request.tenant, len(batch[0][0]))
     accepted = served.loop.submit(chunk, timeout, settled)
     return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 
@@ -153,17 +160,17 @@ def _opening_after_restart(
         now = old.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, row=True)  # a refused request must not close the old session
         old.scheduler.restart(session, now)
-        _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=session.position)
+        _log.warning("sequence restarted", model=name, sequence_id=shown(sequence.id), position=session.position)
         if session.durable is not None and session.origin is not None:
             durability, token = session.origin.durability, session.durable.token
     elif sequence.position is None and (record := app.sessions.directory.find_stranded(name, sequence.id)) is not None:
         if record.token and record.origin.durability == "memory":  # another replica's, which alone can take it back
-            app.models.home(name, record.origin.model, f"sequence {sequence.id!r} runs on")
+            app.models.home(name, record.origin.model, f"sequence {shown(sequence.id)!r} runs on")
         now = served.loop.clock.now()
         served.scheduler.check_room(now, now + timeout, row=True)
         app.sessions.directory.spilled.close_stranded(name, sequence.id)
         served.scheduler.counters.restarted += 1
-        _log.warning("sequence restarted", model=name, sequence_id=sequence.id, position=record.position)
+        _log.warning("sequence restarted", model=name, sequence_id=shown(sequence.id), position=record.position)
         if record.token:
             durability, token = record.origin.durability, record.token
     return Opening(sequence.id, None if durability == "memory" else served.origin(durability), token)

@@ -71,7 +71,8 @@ class _DurableCall:
         self._over = False
         self._attempts = Attempts(app.sessions, split_reference(path[3])[0], self._begin, self._fail)
         self._original = request
-        self._request = Request(request.headers, request.body)  # the transport uses its own for the next request
+        # The transport uses its own for the next request.
+        self._request = Request(request.headers, request.body, request.tenant)
         self._request.again = self._attempts.again
 
     def run(self) -> Cancel:

@@ -8,6 +8,7 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ValidationError
 
 from unroll.service.api import inference_routes, session_operations
+from unroll.service.api.admission import OwnId, tenant_of
 from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
 from unroll.service.api.bodies import (
@@ -26,6 +27,7 @@ from unroll.service.api.bodies import (
     Tensor,
     first_fault,
 )
+from unroll.service.api.error_responses import problem_responses
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
 from unroll.service.api.rollout import RolloutRequest
@@ -40,8 +42,7 @@ _RAW_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route, for the OpenAPI document."""
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": _MEANING[status], "content": content, "model": Problem} for status in statuses}
+    return problem_responses({status: _MEANING[status] for status in statuses})
 
 
 _MEANING = {
@@ -53,6 +54,7 @@ _MEANING = {
     415: "unsupported_media_type",
     422: "invalid_shape, invalid_dtype, non_finite_input, input_out_of_range, non_finite_output, snapshot_invalid, "
     "map_invalid, durability_unavailable or not_streamable; the state is unchanged",
+    429: "quota_exceeded: retry after Retry-After seconds",
     500: "engine_failed; the state is unchanged",
     503: "model_unavailable: its bundle is refused; or queue_full, deadline_unreachable, capacity_exhausted, "
     "version_unavailable, store_unavailable, session_contended or draining: retry after Retry-After seconds",
@@ -109,7 +111,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sequences",
         summary="Whole sequences, each from the initial state",
         response_model=SequencesReply,
-        responses=problems(400, 404, 413, 415, 422, 500, 503, 504),
+        responses=problems(400, 404, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={**_bodies("Sequences"), "parameters": [_STEPS, TIMEOUT_HEADER]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
@@ -119,7 +121,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions/{session_id:segment}/steps",
         summary="The next T >= 1 time steps of a session",
         response_model=StepsReply,
-        responses=problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504),
+        responses=problems(400, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={**_bodies("Steps"), "parameters": [POSITION_HEADER, _STEPS, TIMEOUT_HEADER]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
@@ -133,7 +135,7 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         "/models/{model}/sessions",
         summary="Open a session; a raw body is a snapshot to begin from",
         status_code=201,
-        responses=problems(400, 404, 409, 413, 415, 422, 503),
+        responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
         openapi_extra=_bodies("OpenSession"),
     )
     async def open_session(model: str, http: HttpRequest) -> SessionInfo | HeldSession:
@@ -143,42 +145,43 @@ def _add_sessions(api: APIRouter, app: AppState) -> None:
         else:
             body = parse_body(OpenSession, request, limits.max_json_bytes)
         start = session_operations.Start(state=body.state, snapshot=body.snapshot, static=body.static)
+        tenant = tenant_of(http)
         if body.durability == "client":
-            described, sealed = session_operations.open_sealed(app, model, body.session_id, **start)
+            described, sealed = session_operations.open_sealed(app, tenant, model, body.session_id, **start)
             return HeldSession(**described, snapshot=base64_text(sealed))
-        opened = session_operations.open_session(app, model, body.session_id, durability=body.durability, **start)
-        return _info(*await opened)
+        ids = tenant, model, body.session_id
+        return _info(*await session_operations.open_session(app, *ids, durability=body.durability, **start))
 
     @api.get(
         "/models/{model}/sessions/{session_id:segment}",
         summary="A session and its position",
         responses=problems(404, 409, 410, 503),
     )
-    async def session(model: str, session_id: str) -> SessionInfo:
-        return _info(*await app.sessions.find(*split_reference(model), session_id))
+    async def session(model: str, own_id: OwnId) -> SessionInfo:
+        return _info(*await app.sessions.find(*split_reference(model), own_id))
 
     @api.delete(
         "/models/{model}/sessions/{session_id:segment}",
         summary="Close a session; running steps finish, waiting steps fail",
         responses=problems(404, 409, 410, 503),
     )
-    async def close(model: str, session_id: str) -> SessionInfo:
-        return SessionInfo(**await session_operations.close_session(app, model, session_id))
+    async def close(model: str, own_id: OwnId) -> SessionInfo:
+        return SessionInfo(**await session_operations.close_session(app, model, own_id))
 
     @api.post(
         "/models/{model}/sessions/{session_id:segment}/fork",
         summary="A second session that continues from the same state",
         status_code=201,
-        responses=problems(400, 404, 409, 410, 413, 415, 503),
+        responses=problems(400, 404, 409, 410, 413, 415, 429, 503),
         openapi_extra={
             "requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ForkSession"}}}}
         },
     )
-    async def fork(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
+    async def fork(model: str, own_id: OwnId, http: HttpRequest) -> SessionInfo:
         body = parse_body(
             ForkSession, await read_request(http.scope, http.receive, limits.max_body_bytes), limits.max_json_bytes
         )
-        return _info(*await session_operations.fork(app, model, session_id, body.session_id))
+        return _info(*await session_operations.fork(app, tenant_of(http), model, own_id, body.session_id))
 
 
 def _add_states(api: APIRouter, app: AppState) -> None:
@@ -188,8 +191,8 @@ def _add_states(api: APIRouter, app: AppState) -> None:
         response_class=Response,
         responses={200: {"content": {"application/octet-stream": _RAW_SCHEMA}}, **problems(404, 409, 410, 503)},
     )
-    async def save(model: str, session_id: str) -> Response:
-        snapshot = await app.sessions.save(*split_reference(model), session_id)
+    async def save(model: str, own_id: OwnId) -> Response:
+        snapshot = await app.sessions.save(*split_reference(model), own_id)
         headers = {"Unroll-Position": str(snapshot.position)}
         return Response(snapshot.to_bytes(), headers=headers, media_type=RAW.decode())
 
@@ -199,11 +202,11 @@ def _add_states(api: APIRouter, app: AppState) -> None:
         responses=problems(404, 409, 410, 413, 415, 422, 503),
         openapi_extra=_bodies(None),
     )
-    async def restore(model: str, session_id: str, http: HttpRequest) -> SessionInfo:
+    async def restore(model: str, own_id: OwnId, http: HttpRequest) -> SessionInfo:
         request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
         if request.media_type != RAW:
             raise UnsupportedMediaType("send the snapshot as application/octet-stream")
-        return _info(*await app.sessions.restore(*split_reference(model), session_id, request.body))
+        return _info(*await app.sessions.restore(*split_reference(model), own_id, request.body))
 
 
 #: Bodies that only the OpenAPI document refers to.

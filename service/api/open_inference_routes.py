@@ -26,6 +26,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         410: "the sequence ended, expired or was evicted",
         413: "too large",
         422: "a shape, type or value that the model does not accept; the state is unchanged",
+        429: "the tenant's quota is used up: retry after Retry-After seconds",
         500: "the model failed on this input; the state is unchanged",
         503: "the model's bundle is refused; or no room now: retry after Retry-After seconds",
         504: "the deadline passed before the work started",

@@ -17,6 +17,7 @@ from unroll.service.core.errors import (
     SessionContended,
     UnrollError,
 )
+from unroll.service.core.session_ids import owned
 
 _log = structlog.get_logger(__name__)
 
@@ -30,6 +31,8 @@ Headers = dict[bytes, bytes]
 JSON = b"application/json"
 RAW = b"application/octet-stream"
 CONTENT_ENCODING = b"content-encoding"
+#: Member of an ASGI scope: the tenant of a request that was let in.
+TENANT = "unroll.tenant"
 
 #: The header line of a reply that was too large to keep: a retry of its chunk is refused.
 NOT_KEPT = b"unroll-reply-kept: false\r\n"
@@ -48,18 +51,24 @@ class Request:
     Attributes:
         headers: By lower-case name.
         body: As received.
+        tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
         again: Looks a session up in the store and handles the request again; None without a store.
     """
 
-    __slots__ = ("again", "body", "headers", "position", "session")
+    __slots__ = ("again", "body", "headers", "position", "session", "tenant")
 
-    def __init__(self, headers: Headers, body: bytes) -> None:
+    def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
+        self.tenant = tenant
         self.again: Callable[[str], bool] | None = None
         self.session: str | None = None
         self.position: int | None = None
+
+    def own(self, session_id: str) -> str:
+        """The id inside the server of a session that the client names. Raises InvalidRequest."""
+        return owned(self.tenant, session_id)
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:
         return None if self.again is None else partial(self.again, session_id)
@@ -214,4 +223,4 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
         raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
     if (coding := headers.get(CONTENT_ENCODING)) is not None:
         body = decoded(body, coding, limit)
-    return Request(headers, body)
+    return Request(headers, body, scope.get(TENANT, ""))

@@ -27,6 +27,7 @@ from unroll.service.core.errors import (
     SessionContended,
     UnrollError,
 )
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.tensors import Codec, numbers
@@ -218,6 +219,7 @@ class RolloutCall:
 
     def _submit(self, served: ServedModel, rollout: Rollout) -> None:
         served.scheduler.rollouts.check_room()
+        self._app.meter.take(tenant_of(self._where[2]), rollout.length)
         self._served, self._rollout = served, rollout
         accepted = served.loop.submit(rollout, self._timeout, self._then)
         if accepted is rollout:

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import StreamingResponse
 
+from unroll.service.api.admission import OwnId
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import STATUS, problem
 from unroll.service.api.native_routes import POSITION_HEADER, TIMEOUT_HEADER, parse_body, problems
@@ -35,7 +36,7 @@ def router(app: AppState) -> APIRouter:
         "/models/{model}/sessions/{session_id:segment}/rollout",
         summary="Time steps whose inputs are made of the outputs before them, as server-sent events",
         response_class=StreamingResponse,
-        responses={200: _EVENTS, **problems(400, 404, 409, 410, 413, 415, 422, 500, 503, 504)},
+        responses={200: _EVENTS, **problems(400, 404, 409, 410, 413, 415, 422, 429, 500, 503, 504)},
         openapi_extra={
             "requestBody": {
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RolloutRequest"}}},
@@ -44,14 +45,14 @@ def router(app: AppState) -> APIRouter:
             "parameters": [POSITION_HEADER, TIMEOUT_HEADER],
         },
     )
-    async def rollout(model: str, session_id: str, http: HttpRequest) -> StreamingResponse:
+    async def rollout(model: str, own_id: OwnId, http: HttpRequest) -> StreamingResponse:
         started = perf_counter()
         try:
             request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
             wanted = parse_body(RolloutRequest, request, app.limits.max_json_bytes)
             wanted.position = position_of({"position": wanted.position}, request.whole_number(POSITION))
             events = _Events(wanted.send)
-            call = RolloutCall(app, *split_reference(model), session_id, wanted, timeout_of(app, request), events)
+            call = RolloutCall(app, *split_reference(model), own_id, wanted, timeout_of(app, request), events)
             await call.begin()
             first = await events.queue.get()
             if isinstance(first, UnrollError):  # nothing was sent: it has a status of its own

@@ -54,6 +54,7 @@ def sealed_steps(
     chunk = Chunk(inputs, position=snapshot.position, state_row=snapshot.row)
     pending = _PendingReply(keys_of(app), served, session_id, chunk, document is None)
     settled = Answering(respond, problem, _PendingReply.encode, pending)
+    app.meter.take(request.tenant, len(inputs[0]))
     served.loop.submit(chunk, timeout_of(app, request), settled)
     return partial(served.loop.leave, chunk, settled)
 

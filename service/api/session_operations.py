@@ -8,9 +8,9 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
 from unroll.service.api.sealed_steps import keys_of
 from unroll.service.core.errors import InvalidRequest, InvalidShape, ModelChanged, NonFiniteInput
+from unroll.service.core.session_ids import new_id, shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
-from unroll.service.sessions.directory import check_id, random_id
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.record import Record
 
@@ -36,7 +36,7 @@ def _description(
     served: ServedModel, session_id: str, position: int, durability: str, idle_timeout: float | None
 ) -> dict:
     return {
-        "session_id": session_id,
+        "session_id": shown(session_id),
         "position": position,
         "model": served.name,
         "model_version": served.version,
@@ -59,31 +59,42 @@ async def close_session(app: AppState, model: str, session_id: str) -> dict:
 
 
 async def open_session(
-    app: AppState, model: str, session_id: str | None, *, durability: str | None = None, **start: Unpack[Start]
+    app: AppState,
+    tenant: str,
+    model: str,
+    session_id: str | None,
+    *,
+    durability: str | None = None,
+    **start: Unpack[Start],
 ) -> tuple[ServedModel, Session]:
     """A new session that the server keeps."""
     served = _version_of(app, model, **start)
     require_streamable(served)
     app.refuse_if_draining()
+    app.refuse_another_session(tenant)
     first = start_of(served, **start)
-    return served, await app.sessions.create(served, session_id, first, app.durability_of(durability))
+    return served, await app.sessions.create(served, new_id(tenant, session_id), first, app.durability_of(durability))
 
 
-async def fork(app: AppState, model: str, session_id: str, fork_id: str | None) -> tuple[ServedModel, Session]:
+async def fork(
+    app: AppState, tenant: str, model: str, session_id: str, fork_id: str | None
+) -> tuple[ServedModel, Session]:
+    """session_id: inside the server. fork_id: as the client has it."""
     app.refuse_if_draining()
-    return await app.sessions.fork(*split_reference(model), session_id, fork_id)
+    app.refuse_another_session(tenant)
+    return await app.sessions.fork(*split_reference(model), session_id, new_id(tenant, fork_id))
 
 
-def open_sealed(app: AppState, model: str, session_id: str | None, **start: Unpack[Start]) -> tuple[dict, bytes]:
+def open_sealed(
+    app: AppState, tenant: str, model: str, session_id: str | None, **start: Unpack[Start]
+) -> tuple[dict, bytes]:
     """A session that its client keeps: its description, and the sealed snapshot to begin with."""
     keys = keys_of(app)
     app.refuse_if_draining()
     served = _version_of(app, model, **start)
     require_streamable(served)
     first = start_of(served, **start) or Snapshot(served.manifest.digest, 0, served.manifest.initial_row())
-    if session_id is not None:
-        check_id(session_id)
-    session_id = session_id or random_id()
+    session_id = new_id(tenant, session_id).id
     return _description(served, session_id, first.position, "client", None), keys.seal(session_id, first)
 
 

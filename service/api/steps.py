@@ -33,6 +33,7 @@ from unroll.service.scheduler.reply import Reply
 
 def steps(app: AppState, model: str, session_id: str, request: Request, respond: Respond) -> Cancel:
     """T >= 1 time steps of a session; the reply's outputs are one per time step."""
+    session_id = request.own(session_id)
     if LENGTH in request.headers:
         return sealed_steps(app, model, session_id, request, respond)
     timeout = timeout_of(app, request)
@@ -51,6 +52,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     settled = Answering(respond, problem, encode, served.codec, request.again_with(session_id))
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
+    app.meter.take(request.tenant, len(inputs[0]))
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 
@@ -81,6 +83,7 @@ def sequences(app: AppState, model: str, request: Request, respond: Respond) -> 
         batch, encode = served.codec.sequences_from_json(document["inputs"]), _json_sequences
         static = document.get("static")
     rows = served.codec.initial_rows(static, len(batch))
+    app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
     return served.loop.submit_sequences(batch, timeout, Answering(respond, problem, encode, served.codec), rows)
 
 

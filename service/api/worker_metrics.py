@@ -11,6 +11,7 @@ _SAMPLE = re.compile(r"(\w+)(\{?)")
 _PATIENCE = 2.0
 _UP = "# HELP unroll_worker_up 1 if the worker answers.\n# TYPE unroll_worker_up gauge\n"
 #: Where to reach a server that listens on all addresses.
+_HOST = b"127.0.0.1"
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -21,16 +22,16 @@ class WorkerMetrics:
         self._host = _LOOPBACK.get(host, host)
         self._ports = ports
 
-    async def exposition(self) -> bytes:
-        """The text of a scrape."""
-        texts = await asyncio.gather(*[self._ask(port) for port in self._ports])
+    async def exposition(self, key: bytes) -> bytes:
+        """The text of a scrape. key: the header line of the API key that asked for it, which asks the workers, too."""
+        texts = await asyncio.gather(*[self._ask(port, key) for port in self._ports])
         return merge(dict(enumerate(texts, 1))).encode()
 
-    async def _ask(self, port: int) -> str | None:
+    async def _ask(self, port: int, key: bytes) -> str | None:
         try:
             async with asyncio.timeout(_PATIENCE):
                 reader, writer = await asyncio.open_connection(self._host, port)
-                writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                writer.write(b"GET /metrics HTTP/1.1\r\nHost: %b\r\n%bConnection: close\r\n\r\n" % (_HOST, key))
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
                 writer.close()
         except OSError:

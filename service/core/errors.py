@@ -29,6 +29,37 @@ class UnrollError(Exception):
         self.details = details
 
 
+# ── the request may not come in; nothing of it was decoded ───────────────────────────────────────
+
+
+class Refused(UnrollError):
+    pass
+
+
+class Unauthenticated(Refused):
+    """It has no API key, or one that is unknown or has expired."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(Refused):
+    """Its key does not permit it."""
+
+    code = "forbidden"
+
+
+class HostRefused(Refused):
+    """It is for a host name that this server is not known by."""
+
+    code = "host_refused"
+
+
+class OriginRefused(Refused):
+    """A web page of another origin sent it."""
+
+    code = "origin_refused"
+
+
 # ── the request is wrong; nothing was queued ─────────────────────────────────────────────────────
 
 
@@ -170,6 +201,12 @@ class DeadlineUnreachable(Overloaded):
 
 class CapacityExhausted(Overloaded):
     code = "capacity_exhausted"
+
+
+class QuotaExceeded(Overloaded):
+    """The tenant has used up what it may; others are served."""
+
+    code = "quota_exceeded"
 
 
 class VersionUnavailable(Overloaded):

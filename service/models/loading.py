@@ -91,7 +91,7 @@ class ModelLoader:
         clock: Clock,
         devices: Sequence[tuple[str, Executor]],
         store: Store | None = None,
-        spill: Callable[[ServedModel, Session], bool] = lambda model, session: False,
+        spill: Callable[[ServedModel, Session, bool], bool] = lambda model, session, at_cost: False,
         is_verified: Callable[[str, str], bool] = lambda name, session_id: True,
     ) -> None:
         self._options = options
@@ -137,8 +137,8 @@ class ModelLoader:
         options = self._options
         manifest = bundle.manifest
 
-        def spill(session: Session) -> bool:
-            return self._spill(model, session)
+        def spill(session: Session, at_cost: bool) -> bool:
+            return self._spill(model, session, at_cost)
 
         backend = open_backend(bundle, device, options.engine)
         parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)

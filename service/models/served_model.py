@@ -10,6 +10,7 @@ from unroll import bundle as bundles
 from unroll.bundle import Bundle, Manifest
 from unroll.service.core.choices import Precision
 from unroll.service.core.errors import SessionClosed, SessionEvicted, SessionExpired, SessionGone, SnapshotInvalid
+from unroll.service.core.session_ids import shown
 from unroll.service.engine.engine import Engine
 from unroll.service.models.serving_figures import ServingFigures
 from unroll.service.protocol.tensors import Codec
@@ -133,7 +134,7 @@ class ServedModel:
             SnapshotInvalid: The record is not of this model.
         """
         if len(record.row) not in (0, 4 * self.manifest.state_size):
-            raise SnapshotInvalid(f"the stored state of session {session_id!r} does not fit model {self.name!r}")
+            raise SnapshotInvalid(f"the stored state of session {shown(session_id)!r} does not fit model {self.name!r}")
         session = self.scheduler.adopt(session_id, record, self.loop.clock.now())
         if record.row:
             self.engine.write(session.slot, np.frombuffer(record.row, "<f4"))

@@ -12,6 +12,7 @@ from unroll.service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
+from unroll.service.core.session_ids import shown
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
@@ -83,8 +84,8 @@ class ClosedSessions:
         """The error that says what became of a session that is not here."""
         tombstone = self.get(session_id, now)
         if tombstone is None:
-            return SessionUnknown(f"no session {session_id!r}: it was never opened here, or its state is lost")
-        return tombstone.cause(f"session {session_id!r} {_REASONS[tombstone.cause]}")
+            return SessionUnknown(f"no session {shown(session_id)!r}: it was never opened here, or its state is lost")
+        return tombstone.cause(f"session {shown(session_id)!r} {_REASONS[tombstone.cause]}")
 
     def reply_to(self, session_id: str, position: int, inputs: Tensors, now: float) -> Reply | None:
         """The reply to the chunk that closed the session, if this is that chunk again."""

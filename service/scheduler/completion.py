@@ -8,6 +8,7 @@ has it: what has run is handed over as a `PendingCommit` before.
 import numpy as np
 
 from unroll.service.core.errors import SessionClosed, UnrollError
+from unroll.service.core.session_ids import shown
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission
 from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit
@@ -146,7 +147,7 @@ class Completion:
         if session.life is Life.GONE:
             progress.active = None
         for work in accepted:
-            error = SessionClosed(f"session {session.id!r} was closed")
+            error = SessionClosed(f"session {shown(session.id)!r} was closed")
             if isinstance(work, Chunk):
                 self.cancel(work, error, now)
             elif isinstance(work, Action):

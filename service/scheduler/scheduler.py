@@ -66,7 +66,7 @@ class Scheduler:
         sessions: SessionLimits,
         limits: SchedulerLimits,
         is_verified: Callable[[str], bool] = lambda session_id: False,
-        spill: Callable[[Session], bool] = lambda session: False,
+        spill: Callable[[Session, bool], bool] = lambda session, at_cost: False,
     ) -> None:
         self.traits = traits
         self._is_verified = is_verified

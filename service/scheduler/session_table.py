@@ -14,7 +14,9 @@ A transition that is not in the table raises and changes nothing.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from unroll.service.core.errors import (
     CapacityExhausted,
@@ -24,6 +26,7 @@ from unroll.service.core.errors import (
     SessionExpired,
     SessionGone,
 )
+from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.scheduler.closed_sessions import ClosedSessions
 from unroll.service.scheduler.cohorts import Cohorts
 from unroll.service.scheduler.limits import SessionLimits
@@ -32,6 +35,9 @@ from unroll.service.scheduler.reply import AppliedChunk
 from unroll.service.scheduler.session import OPEN, Cohort, Durable, Life, Progress, Session
 from unroll.service.state.slots import INITIAL, Slots
 from unroll.service.store.record import Origin
+
+#: Sessions that are looked at to find one that can give up its row.
+_MOST_LOOKED_AT = 1000
 
 TRANSITIONS = {
     (Life.OPEN, "expire"): Life.GONE,
@@ -50,8 +56,12 @@ class SessionTable:
         limits: of sessions.
         on_gone: called with the cause for each session that expires or is evicted.
         on_dissolved: called with each cohort that is dissolved.
-        spill: called with each memory session that is about to be evicted; true if it keeps the session elsewhere.
+        spill: called with each memory session that is about to be evicted, and whether room may be made for it at the
+            cost of its tenant's other sessions; true if it keeps the session elsewhere.
         on_end: called with each session that is gone.
+
+    Attributes:
+        of_tenants: the number of open sessions of each.
     """
 
     def __init__(
@@ -59,7 +69,7 @@ class SessionTable:
         limits: SessionLimits,
         on_gone: Callable[[type[SessionGone]], None] = lambda cause: None,
         on_dissolved: Callable[[Cohort], None] = lambda cohort: None,
-        spill: Callable[[Session], bool] = lambda session: False,
+        spill: Callable[[Session, bool], bool] = lambda session, at_cost: False,
         on_end: Callable[[Session], None] = lambda session: None,
     ) -> None:
         self.limits = limits
@@ -73,6 +83,7 @@ class SessionTable:
         self._leaving: set[Session] = set()
         self.cohorts = Cohorts(self._recency, on_dissolved)
         self.closed = ClosedSessions(limits)
+        self.of_tenants: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._live)
@@ -106,16 +117,17 @@ class SessionTable:
         """
         self.expire(now)
         if (living := self._live.get(session_id)) is not None:
-            raise SessionExists(f"session {session_id!r} is open", position=self.cohorts.detach(living).position)
+            raise SessionExists(f"session {shown(session_id)!r} is open", position=self.cohorts.detach(living).position)
         slot = self.slots.take()
         if slot is None:
-            self._evict_one(now)
+            self._evict_one(tenant_of(session_id), now)
             slot = self.slots.take()
             assert slot is not None
         session = Session(session_id, slot, INITIAL, Progress(position, position, now), origin=origin)
         if origin is not None and origin.durability != "memory":
             session.durable = Durable(origin.to_bytes(), token)
         self._live[session_id] = session
+        self.of_tenants[tenant_of(session_id)] += 1
         self._recency.add(session)
         self.closed.forget(session_id)
         return session
@@ -164,7 +176,7 @@ class SessionTable:
             return progress
         self.expire(now)
         if session.id in self._live:
-            raise SessionClosed(f"session {session.id!r} was closed; another of that id was opened since")
+            raise SessionClosed(f"session {shown(session.id)!r} was closed; another of that id was opened since")
         raise self.closed.error(session.id, now)
 
     def detach_from_cohort(self, session: Session) -> Session:
@@ -241,27 +253,35 @@ class SessionTable:
     def drop(self, session: Session) -> None:
         """Remove a session that is somewhere else now, without a tombstone."""
         self.advance(session, "drop")
-        del self._live[session.id]
+        self._forget(session)
         self._recency.remove(session)
         self.slots.give_back(session.slot)
 
-    def _evict_one(self, now: float) -> None:
-        for entry in self._recency:
-            if entry.active is None:
-                session = self.detach_from_cohort(entry.sessions[0]) if isinstance(entry, Cohort) else entry
-                if session.durable is not None or self._spill(session):
-                    self.drop(session)
-                else:
-                    self._remove(session, "evict", SessionEvicted, now)
-                    self._on_gone(SessionEvicted)
+    def _evict_one(self, tenant: str, now: float) -> None:
+        """Take a row from the least recently used idle session. One of another tenant loses nothing but its row."""
+        others_fit = True
+        for entry in islice(self._recency, _MOST_LOOKED_AT):
+            first = entry.sessions[0] if isinstance(entry, Cohort) else entry
+            is_own = tenant_of(first.id) == tenant
+            if entry.active is not None or not (is_own or others_fit or first.durable is not None):
+                continue
+            session = self.detach_from_cohort(first)
+            if session.durable is not None or self._spill(session, is_own):
+                self.drop(session)
                 return
-        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress")
+            if is_own:
+                self._remove(session, "evict", SessionEvicted, now)
+                self._on_gone(SessionEvicted)
+                return
+            others_fit = False
+        whose = " or are of other tenants" if tenant else ""
+        raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{whose}")
 
     def _remove(
         self, session: Session, event: str, cause: type[SessionGone], now: float, last: AppliedChunk | None = None
     ) -> None:
         self.advance(session, event)
-        del self._live[session.id]
+        self._forget(session)
         self._recency.remove(session)
         if session.life is Life.LEAVING:
             self._leaving.add(session)
@@ -269,12 +289,20 @@ class SessionTable:
             self.slots.give_back(session.slot)
         self.closed.add(session.id, cause, now, session.opened_with, last)
 
+    def _forget(self, session: Session) -> None:
+        del self._live[session.id]
+        tenant = tenant_of(session.id)
+        self.of_tenants[tenant] -= 1
+        if not self.of_tenants[tenant]:
+            del self.of_tenants[tenant]
+
     def check_invariants(self) -> None:
         """Raises AssertionError if the table contradicts itself."""
         everyone = self.everyone
         assert len({session.slot for session in everyone}) == len(everyone), "two sessions share a row"
         assert self.slots.taken == len(everyone), "a row is lost"
         assert all(session.id == key for key, session in self._live.items())
+        assert self.of_tenants == Counter(map(tenant_of, self._live))
         assert all(session.life is Life.LEAVING for session in self._leaving)
         assert sorted(session.id for session in self) == sorted(self._live), "a session has no place, or two"
         for entry in self._recency:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from unroll.service.core.errors import NeedsStoreLookup, SessionContended, UnrollError
+from unroll.service.core.session_ids import shown
 from unroll.service.sessions.in_memory import MemorySessions
 
 #: Lookups of a session for one call before the call fails with `session_contended`.
@@ -53,4 +54,5 @@ class Attempts:
 
 
 def contended(session_id: str) -> SessionContended:
-    return SessionContended(f"session {session_id!r} is being updated concurrently by other replicas; retry", 0.1)
+    session = f"session {shown(session_id)!r}"
+    return SessionContended(f"{session} is being updated concurrently by other replicas; retry", 0.1)

@@ -1,9 +1,8 @@
 """Finds the version that a session lives on, or the one to ask about a session that ended."""
 
-import secrets
-
 from unroll.service.core.clock import Clock
-from unroll.service.core.errors import InvalidRequest, ModelChanged, SessionExists
+from unroll.service.core.errors import ModelChanged, SessionExists
+from unroll.service.core.session_ids import shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
 from unroll.service.scheduler.chunk import Chunk
@@ -11,22 +10,6 @@ from unroll.service.scheduler.reply import payload_digest
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.spilled import SpilledSessions
 from unroll.service.store.record import Gone, Record
-
-#: Characters of a session id.
-_MOST_CHARACTERS = 128
-
-#: Random bytes in a generated session id: 128 bits.
-_ID_BYTES = 16
-
-
-def check_id(session_id: str) -> None:
-    """Raises InvalidRequest for what cannot be a session id."""
-    if not 1 <= len(session_id) <= _MOST_CHARACTERS:
-        raise InvalidRequest(f"a session id has 1 to {_MOST_CHARACTERS} characters, this one has {len(session_id)}")
-
-
-def random_id() -> str:
-    return secrets.token_urlsafe(_ID_BYTES)
 
 
 class SessionDirectory:
@@ -58,7 +41,7 @@ class SessionDirectory:
             return
         last = gone.kept[-1]
         if (last.start, last.digest) == (chunk.start, payload_digest(chunk.inputs)):
-            self.versions.home(name, gone.origin.model, f"session {session_id!r} ran on")
+            self.versions.home(name, gone.origin.model, f"session {shown(session_id)!r} ran on")
 
     def _stranded(self, name: str, session_id: str) -> Record | Gone | None:
         if self.stranded is None or self.stranded[:2] != (name, session_id):
@@ -91,10 +74,10 @@ class SessionDirectory:
         if living is not None:
             served = living[0]
             if version not in (None, served.version):
-                raise ModelChanged(f"session {session_id!r} runs on version {served.version}, not {version}")
+                raise ModelChanged(f"session {shown(session_id)!r} runs on version {served.version}, not {version}")
             return living
         if (stranded := self.find_stranded(name, session_id)) is not None:
-            return self.versions.home(name, stranded.origin.model, f"session {session_id!r} runs on"), None
+            return self.versions.home(name, stranded.origin.model, f"session {shown(session_id)!r} runs on"), None
         now = self._clock.now()
         ended: tuple[float, ServedModel] | None = None
         for model in self.versions.of(name):
@@ -116,18 +99,9 @@ class SessionDirectory:
             raise served.scheduler.sessions.closed.error(session_id, self._clock.now())
         return served, session
 
-    def new_id(self, name: str, session_id: str | None) -> str:
-        """The requested id, or a random one.
-
-        Raises:
-            InvalidRequest: The id has other characters than ids may have.
-            SessionExists: A session of that id is open.
-        """
-        if session_id is None:
-            return random_id()
-        check_id(session_id)
+    def check_free(self, name: str, session_id: str) -> None:
+        """Raises SessionExists if a session of that id is open."""
         if (living := self.living(name, session_id)) is not None:
-            raise SessionExists(f"session {session_id!r} is open", position=living[1].position)
+            raise SessionExists(f"session {shown(session_id)!r} is open", position=living[1].position)
         if (stranded := self.find_stranded(name, session_id)) is not None:
-            raise SessionExists(f"session {session_id!r} is open", position=stranded.position)
-        return session_id
+            raise SessionExists(f"session {shown(session_id)!r} is open", position=stranded.position)

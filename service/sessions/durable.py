@@ -20,6 +20,7 @@ from unroll.service.core.errors import (
     SnapshotInvalid,
     UnrollError,
 )
+from unroll.service.core.session_ids import NewId, shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.attempts import ATTEMPTS, contended
@@ -163,7 +164,7 @@ class DurableSessions(MemorySessions):
         if found is not None and found[0].manifest.digest != record.origin.model:
             found[0].scheduler.sessions.drop(found[1])  # closed elsewhere, and opened again on another version
             found = None
-        what = f"session {session_id!r} runs on"
+        what = f"session {shown(session_id)!r} runs on"
         model = self.directory.versions.home(name, record.origin.model, what) if found is None else found[0]
         model.adopt(session_id, record)
         model.scheduler.counters.adopted += 1
@@ -185,26 +186,23 @@ class DurableSessions(MemorySessions):
 
     # ── operations other than steps ──────────────────────────────────────────────────────────────
 
-    async def create(
-        self, served: ServedModel, session_id: str | None, start: Snapshot | None, durability: str
-    ) -> Session:
+    async def create(self, served: ServedModel, new: NewId, start: Snapshot | None, durability: str) -> Session:
         if durability == MEMORY:
-            return await super().create(served, session_id, start, durability)
-        name = served.name
-        new_id = await self.verified(name, session_id, lambda: self.directory.new_id(name, session_id))
+            return await super().create(served, new, start, durability)
+        key = served.name, new.id
+        await self.verified(served.name, new.requested, lambda: self.directory.check_free(*key))
         served.scheduler.sessions.check_room()
         position, row = (start.position, _bytes(start)) if start is not None else (0, b"")
         record = Record(served.origin(durability), position, row, token=self._tokens.next())
-        key = name, new_id
         commit = Commit(key, b"", record.token, record.origin.to_bytes(), position, row, record.last, begins=True)
         (error,) = await self._store.commit([commit])
         if isinstance(error, SessionContended):
-            await self.verified(*key, lambda: self.directory.new_id(*key))  # raises SessionExists with the position
-            raise SessionExists(f"session {new_id!r} is open")
+            await self.verified(*key, lambda: self.directory.check_free(*key))  # raises SessionExists with the position
+            raise SessionExists(f"session {shown(new.id)!r} is open")
         if error is not None:
             raise error
         served.scheduler.counters.opened += 1
-        return served.adopt(new_id, record)
+        return served.adopt(new.id, record)
 
     async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
         def close_if_memory() -> tuple[ServedModel, Session] | Record:
@@ -234,13 +232,13 @@ class DurableSessions(MemorySessions):
             raise contended(session_id)  # another was opened under its id since
         return position
 
-    def _fork(self, served: ServedModel, session: Session, fork_id: str | None) -> Awaitable[Session]:
+    def _fork(self, served: ServedModel, session: Session, new: NewId) -> Awaitable[Session]:
         if session.durable is None:
-            return super()._fork(served, session, fork_id)
-        return self._create_from(served, fork_id, self._read(served, session))
+            return super()._fork(served, session, new)
+        return self._create_from(served, new, self._read(served, session))
 
-    async def _create_from(self, served: ServedModel, session_id: str | None, reading: Awaitable[Snapshot]) -> Session:
-        return await self.create(served, session_id, await reading, STORED)
+    async def _create_from(self, served: ServedModel, new: NewId, reading: Awaitable[Snapshot]) -> Session:
+        return await self.create(served, new, await reading, STORED)
 
     def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
         if session.durable is None:

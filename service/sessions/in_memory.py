@@ -6,6 +6,7 @@ from functools import partial
 from typing import TypeVar
 
 from unroll.service.core.errors import ModelChanged, UnrollError
+from unroll.service.core.session_ids import NewId, shown
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
@@ -90,14 +91,12 @@ class MemorySessions:
 
         return await self.verified(name, session_id, look)
 
-    async def create(
-        self, served: ServedModel, session_id: str | None, start: Snapshot | None, durability: str
-    ) -> Session:
+    async def create(self, served: ServedModel, new: NewId, start: Snapshot | None, durability: str) -> Session:
         """A new session.
 
         Args:
             served: The version that it will live on.
-            session_id: The requested id, or None.
+            new: Its id.
             start: The state to begin from; None for the model's initial state.
             durability: One of `durabilities`.
 
@@ -106,19 +105,19 @@ class MemorySessions:
             CapacityExhausted: There is no row for it.
             StoreUnavailable: The store could not be reached.
         """
-        return await self.verified(
-            *(served.name, session_id),
-            lambda: served.open(self.directory.new_id(served.name, session_id), start),
-        )
 
-    async def fork(
-        self, name: str, version: str | None, session_id: str, fork_id: str | None
-    ) -> tuple[ServedModel, Session]:
+        def open_here() -> Session:
+            self.directory.check_free(served.name, new.id)
+            return served.open(new.id, start)
+
+        return await self.verified(served.name, new.requested, open_here)
+
+    async def fork(self, name: str, version: str | None, session_id: str, new: NewId) -> tuple[ServedModel, Session]:
         """A second session that continues from the state after the work accepted so far."""
 
         def begin() -> tuple[ServedModel, Awaitable[Session]]:
             served, session = self.directory.find(name, version, session_id)
-            return served, self._fork(served, session, fork_id)
+            return served, self._fork(served, session, new)
 
         served, forking = await self.verified(name, session_id, begin)
         return served, await forking
@@ -183,14 +182,14 @@ class MemorySessions:
         if stranded is None or not others:
             return None
         if version in others:
-            raise ModelChanged(f"session {session_id!r} runs on another version of {name!r} than {version}")
+            raise ModelChanged(f"session {shown(session_id)!r} runs on another version of {name!r} than {version}")
         self.directory.spilled.close_stranded(name, session_id)
         return stranded
 
-    def _fork(self, served: ServedModel, session: Session, fork_id: str | None) -> Awaitable[Session]:
+    def _fork(self, served: ServedModel, session: Session, new: NewId) -> Awaitable[Session]:
         def copy(session: Session) -> Session:
-            now = served.loop.clock.now()
-            forked = served.scheduler.open(self.directory.new_id(served.name, fork_id), now, position=session.position)
+            self.directory.check_free(served.name, new.id)
+            forked = served.scheduler.open(new.id, served.loop.clock.now(), position=session.position)
             if session.source != INITIAL:
                 served.engine.copy(session.source, forked.slot)
                 forked.source = forked.slot

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unroll.service.core.errors import InvalidRequest
+from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.store.interface import Key, Listed, Pages
 
 _PAGE = 500
@@ -16,7 +17,7 @@ _MOST_PAGES = 20
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Sessions of a model (None: of any), by seconds of idleness and by position.
+    """Sessions of a model and a tenant (None: of any), by seconds of idleness and by position.
 
     idle_timeout: of the servers, from which the idleness of a session is known.
     """
@@ -26,6 +27,7 @@ class Selection:
     min_position: int = 0
     max_position: int | None = None
     idle_timeout: float | None = None
+    tenant: str | None = None
 
     def __post_init__(self) -> None:
         if self.min_idle is not None and self.idle_timeout is None:
@@ -33,7 +35,7 @@ class Selection:
 
     def of(self, session: Listed) -> "Selected | None":
         selected = Selected(session, _idle(session, self.idle_timeout))
-        if self.model is not None and session.key[0] != self.model:
+        if not self.has(session.key):
             return None
         if session.position < self.min_position:
             return None
@@ -42,6 +44,10 @@ class Selection:
         if self.min_idle is not None and (selected.idle is None or selected.idle < self.min_idle):
             return None
         return selected
+
+    def has(self, key: Key) -> bool:
+        """Whether a session of this key can be selected."""
+        return self.model in (None, key[0]) and self.tenant in (None, tenant_of(key[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +60,7 @@ class Selected:
     def document(self) -> dict[str, Any]:
         model, session_id = self.session.key
         return {
-            "model": model,
-            "session_id": session_id,
+            **_named((model, session_id)),
             "position": self.session.position,
             "durability": self.session.durability,
             "digest": self.session.digest,
@@ -67,7 +72,9 @@ class Selected:
     def line(self) -> str:
         model, session_id = self.session.key
         idle = "never expires" if self.idle is None else f"idle {self.idle:.0f} s"
-        return f"{model}  {describe(session_id)}  position {self.session.position}  {idle}  {self.session.bytes} bytes"
+        tenant = f"{found}  " if (found := tenant_of(session_id)) else ""
+        name = f"{model}  {tenant}{describe(shown(session_id))}"
+        return f"{name}  position {self.session.position}  {idle}  {self.session.bytes} bytes"
 
 
 @dataclass(slots=True)
@@ -79,7 +86,7 @@ class Found:
         """after: names the next page; empty: there is none."""
         return {
             "sessions": [selected.document() for selected in self.sessions],
-            "damaged": [{"model": model, "session_id": session_id} for model, session_id in self.damaged],
+            "damaged": [_named(key) for key in self.damaged],
             "after": after or None,
         }
 
@@ -101,7 +108,7 @@ async def select(pages: Pages, selection: Selection, after: str, limit: int) -> 
             if listed.key not in seen and (selected := selection.of(listed)) is not None:
                 found.sessions.append(selected)
             seen.add(listed.key)
-        found.damaged += [key for key in page.damaged if selection.model in (None, key[0])]
+        found.damaged += [key for key in page.damaged if selection.has(key)]
         after = page.after
         if not after or len(found.sessions) >= limit:
             break
@@ -121,6 +128,12 @@ async def every(pages: Pages, selection: Selection) -> AsyncIterator[Found]:
 def describe(text: str) -> str:
     """A text of a client, on one line."""
     return text if text.isprintable() and " " not in text else json.dumps(text)
+
+
+def _named(key: Key) -> dict[str, Any]:
+    model, session_id = key
+    tenant = {"tenant": tenant_of(session_id)} if tenant_of(session_id) else {}
+    return {"model": model, **tenant, "session_id": shown(session_id)}
 
 
 def _idle(session: Listed, idle_timeout: float | None) -> float | None:

@@ -4,6 +4,7 @@ A session is in one place at a time: taking a record removes it. A session witho
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import structlog
 
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import SessionClosed, SessionEvicted, SessionExpired, SessionGone, UnrollError
+from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
 from unroll.service.scheduler.session import Session
@@ -53,6 +55,11 @@ class SpilledSessions:
         """Sessions in host memory."""
         return len(self._spill) + len(self._parking)
 
+    @property
+    def of_tenants(self) -> Counter[str]:
+        """The number of sessions of each tenant in host memory."""
+        return self._spill.of_tenants
+
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
         """Key, record, and when it was last used."""
         yield from self._spill
@@ -65,18 +72,27 @@ class SpilledSessions:
 
     # ── out of the arena and back ────────────────────────────────────────────────────────────────
 
-    def take_in(self, model: ServedModel, session: Session) -> bool:
-        """Keep an idle session that is about to lose its row. Returns False if there is no place for it."""
-        if not self._spill.limit and self._store is None:
+    def take_in(self, model: ServedModel, session: Session, at_cost: bool) -> bool:
+        """Keep an idle session that is about to lose its row.
+
+        Args:
+            model: The version it lives on.
+            session: It.
+            at_cost: Whether others of its tenant, or it itself, may be evicted for it.
+
+        Returns:
+            False if there is no place for it.
+        """
+        if self._store is None and not (self._spill.limit if at_cost else self._spill.has_room(model.record(session))):
             return False
         self._spill.put((model.name, session.id), model.record(session), session.last_used)
-        self._make_room()
+        self._make_room(tenant_of(session.id))
         return True
 
     def put(self, key: Key, record: Record) -> None:
         """Keep a session that was taken from the store, where it is no more, and finds no row."""
         self._spill.put(key, replace(record, token=b""), self._clock.now())
-        self._make_room()
+        self._make_room(tenant_of(key[1]))
 
     def bring_back(self, name: str, session_id: str) -> tuple[ServedModel, Session] | None:
         """Give the session a row again; None if it is not here, expired, or stranded.
@@ -95,7 +111,7 @@ class SpilledSessions:
             self._add_closed(key, record, SessionExpired)
             return None
         try:
-            model = self._versions.home(name, record.origin.model, f"session {session_id!r} runs on")
+            model = self._versions.home(name, record.origin.model, f"session {shown(session_id)!r} runs on")
             session = model.adopt(session_id, record)
             model.scheduler.counters.adopted += 1
         except UnrollError:
@@ -128,8 +144,9 @@ class SpilledSessions:
     def _is_expired(self, used: float) -> bool:
         return self._idle_timeout is not None and self._clock.now() - used >= self._idle_timeout
 
-    def _make_room(self) -> None:
-        while (oldest := self._spill.overflow()) is not None:
+    def _make_room(self, tenant: str) -> None:
+        """tenant: whose sessions may be evicted, if there is no store for them."""
+        while (oldest := self._spill.overflow(tenant)) is not None:
             key, record, used = oldest
             if self._store is None:
                 self._add_closed(key, record, SessionEvicted)

@@ -1,20 +1,29 @@
 """Sessions without a row in the arena, as bytes in host memory, oldest first."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from itertools import islice
 
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.store.interface import Key
 from unroll.service.store.record import Record
 
 #: Bytes that a record takes besides its row and its replies, about.
 _RECORD_BYTES = 512
+#: Records that are looked at to find one of a tenant.
+_MOST_LOOKED_AT = 1000
 
 
 class Spill:
-    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`."""
+    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`.
+
+    Attributes:
+        of_tenants: The number of records of each tenant.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.of_tenants: Counter[str] = Counter()
         self._records: OrderedDict[Key, tuple[Record, float]] = OrderedDict()
         self._bytes = 0
 
@@ -38,26 +47,33 @@ class Spill:
         self.take(key)
         self._records[key] = record, used
         self._bytes += _size(record)
+        self.of_tenants[tenant_of(key[1])] += 1
 
     def take(self, key: Key) -> tuple[Record, float] | None:
         """Remove a record. Returns it, and when it was last used."""
         found = self._records.pop(key, None)
         if found is not None:
             self._bytes -= _size(found[0])
+            self.of_tenants -= Counter((tenant_of(key[1]),))
         return found
 
-    def overflow(self) -> tuple[Key, Record, float] | None:
-        """Remove the oldest record while the limit is exceeded."""
-        return self._first() if self._bytes > self.limit else None
+    def has_room(self, record: Record) -> bool:
+        return self._bytes + _size(record) <= self.limit
+
+    def overflow(self, tenant: str) -> tuple[Key, Record, float] | None:
+        """Remove the oldest record of the tenant while the limit is exceeded; the newest is one of its."""
+        if self._bytes <= self.limit:
+            return None
+        oldest = (key for key in islice(self._records, _MOST_LOOKED_AT) if tenant_of(key[1]) == tenant)
+        return self._remove(next(oldest, next(reversed(self._records))))
 
     def expired(self, before: float) -> tuple[Key, Record, float] | None:
         """Remove the oldest record if it was last used at the time `before` or earlier."""
         for _, used in self._records.values():
-            return self._first() if used <= before else None
+            return self._remove(next(iter(self._records))) if used <= before else None
         return None
 
-    def _first(self) -> tuple[Key, Record, float]:
-        key = next(iter(self._records))
+    def _remove(self, key: Key) -> tuple[Key, Record, float]:
         found = self.take(key)
         assert found is not None
         return key, *found

@@ -13,6 +13,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from unroll.service.access.keys import INFER
 from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
@@ -44,7 +45,7 @@ from unroll.service.transport.head import (
 
 def http_protocol(app: AppState) -> type[HttpToolsProtocol]:
     """The protocol class for `uvicorn.Config(http=...)`."""
-    return type("HttpProtocol", (CrossOriginProtocol if app.allowed_origins else HttpProtocol,), {"unroll": app})
+    return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), {"unroll": app})
 
 
 class Exchange(Request):
@@ -215,6 +216,7 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
         self.cycle = exchange
         try:
+            exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
             check_headers(self.headers, headers, limit)
             exchange.headers = headers
         except UnrollError as error:

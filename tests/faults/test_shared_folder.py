@@ -52,7 +52,7 @@ async def server(tmp_path: Path, replicas: Replicas, wires: Wires) -> Replica:
 def stopped(server: Replica, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that has stopped within a transaction on that folder."""
     process = subprocess.Popen([sys.executable, "-c", _STOPS, str(tmp_path / "store")])
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     yield process
     process.kill()
     process.wait(PATIENCE)

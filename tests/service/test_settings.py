@@ -198,3 +198,21 @@ def test_each_setting_is_described_with_its_default() -> None:
             assert type(field.default)(stated) == field.default, name
         else:  # `page` depends on the address
             assert field.is_required() or not field.default or name == "page", name
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "models.example"])
+def test_a_server_that_others_can_reach_needs_keys_or_a_word(host: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsRefused, match=r"--keys FILE.*--auth none"):
+        gather(GIVEN | {"host": host})
+    assert gather(GIVEN | {"host": host, "auth": "none"}).settings.gate().has_keys is False
+    path = tmp_path / "keys.toml"
+    assert cli.main(["keys", "new", str(path), "--tenant", "acme"]) == 0
+    assert gather(GIVEN | {"host": host, "keys": str(path)}).settings.gate().has_keys is True
+
+
+def test_keys_and_their_absence_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(SettingsRefused, match="contradict"):
+        gather(GIVEN | {"auth": "none", "keys": "keys.toml"})
+    with pytest.raises(SettingsRefused, match="--auth keys needs a file"):
+        gather(GIVEN | {"auth": "keys"})
+    assert main([*FLAGS, "--keys", str(tmp_path / "none.toml")]) == 1

@@ -24,6 +24,7 @@ from unroll.service.api.stream.rollouts import StreamRollouts
 from unroll.service.api.stream.submission import FrameSubmitter, RecurringFrames
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
+from unroll.service.core.session_ids import shown
 from unroll.service.protocol.frames import FrameCodec, SingleEntryFrame
 
 
@@ -32,6 +33,7 @@ class Connection:
 
     Args:
         app: the state of the app.
+        tenant: whose it is; empty without keys.
         model: the model's, `name` or `name:version`.
         link: the connection, which need not be accepted yet.
         call_soon: calls a function in the next turn of the event loop.
@@ -40,13 +42,16 @@ class Connection:
         ModelUnknown: there is no such model.
         NotStreamable: it serves whole sequences only.
         Draining: the server is about to end.
+        QuotaExceeded: the tenant has as many streams as it may.
     """
 
-    def __init__(self, app: AppState, model: str, link: Link, call_soon: CallSoon) -> None:
+    def __init__(self, app: AppState, tenant: str, model: str, link: Link, call_soon: CallSoon) -> None:
         app.refuse_if_draining()
+        app.refuse_another_stream(tenant)
         name, version = split_reference(model)
         served = app.models.resolve(name, version)
         require_streamable(served)
+        self.tenant = tenant
         self._app = app
         self._model = model
         self._max_frame_bytes = app.limits.max_body_bytes
@@ -55,10 +60,10 @@ class Connection:
         self._flow = FlowControl(step_bytes, link.pause, link.resume, self._on_drained)
         self._replies = Replies(link, self._flow, call_soon, self._log)
         recurring = RecurringFrames()
-        self._handles = Handles(app, model, served, recurring.clear)
+        self._handles = Handles(app, tenant, model, served, recurring.clear)
         self._submitter = FrameSubmitter(app, name, self._handles, recurring, self._replies)
         self._rollouts = StreamRollouts(app, name, self._handles, self._replies, self._flow)
-        steps = JsonSteps(served.codec, self._submitter, self._replies, self._flow)
+        steps = JsonSteps(served.codec, self._submitter, self._replies, self._flow, self._over_quota)
         self._control = Control(
             *(self._handles, (steps, self._rollouts), self._replies, self._flow),
             call_soon,
@@ -104,11 +109,21 @@ class Connection:
             return
         if isinstance(frame, SingleEntryFrame):
             flow.acquire(1, frame.steps)
-            self._submitter.submit(frame, codec.fault(frame.inputs))
+            self._submitter.submit(frame, codec.fault(frame.inputs) or self._over_quota(frame.steps))
         else:
             flow.acquire(len(frame.entries), frame.total)
-            self._submitter.submit_frame(frame, codec.faults(frame))
+            faults = codec.faults(frame)
+            if (refused := self._over_quota(frame.total)) is not None:
+                faults = dict.fromkeys(range(len(frame.entries)), refused) | faults
+            self._submitter.submit_frame(frame, faults)
         flow.update()
+
+    def _over_quota(self, steps: int) -> UnrollError | None:
+        try:
+            self._app.meter.take(self.tenant, steps)
+        except UnrollError as error:
+            return error
+        return None
 
     def on_writable(self, writable: bool) -> None:
         """The client reads again, or what it does not read piles up."""
@@ -132,7 +147,7 @@ class Connection:
     def _log(self, error: UnrollError, handle: int | None, position: int | None, session_id: str | None) -> None:
         """An entry or a session of a message, or the whole message, was refused."""
         found = None if handle is None else self._handles.find(handle)
-        session = session_id if found is None else found[1].id
+        session = session_id if found is None else shown(found[1].id)
         name = split_reference(self._model)[0]
         log_error(self._app.request_log, "v1/stream", error, model=name, session=session, position=position)
 

@@ -25,6 +25,7 @@ from unroll.service.api.stream.messages import (
 from unroll.service.api.stream.replies import CallSoon, Replies, error_members
 from unroll.service.api.stream.rollouts import StreamRollouts
 from unroll.service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, UnrollError
+from unroll.service.core.session_ids import shown
 
 _log = structlog.get_logger(__name__)
 
@@ -118,7 +119,7 @@ class Control:
             return {"handle": spec.handle, "error": error_members(error)}
         return {
             "handle": spec.handle,
-            "session_id": session.id,
+            "session_id": shown(session.id),
             "position": session.position,
             "model_version": served.version,
             "durability": durability_of(session),

@@ -7,9 +7,9 @@ import structlog
 from fastapi import APIRouter, WebSocket
 from starlette.exceptions import HTTPException
 
+from unroll.service.api.admission import admit_stream
 from unroll.service.api.answer_log import log_answer, log_error
 from unroll.service.api.app_state import AppState
-from unroll.service.api.cross_origin import may_connect
 from unroll.service.api.error_responses import problem, problem_of, reason
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import Answer
@@ -19,6 +19,8 @@ from unroll.service.core.errors import UnrollError
 
 _log = structlog.get_logger(__name__)
 
+#: The name of the protocol, for clients that offer some.
+PROTOCOL = "unroll.v1"
 #: Seconds after which a client that does not read is cut off.
 STALLED_SECONDS = 30.0
 
@@ -29,21 +31,23 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
 
     @api.websocket("/v1/models/{model}/stream")
     async def stream(websocket: WebSocket, model: str) -> None:
-        if not may_connect(websocket.headers, server.allowed_origins):
+        if not server.gate.accepts_page(dict(websocket.scope["headers"])):
             log_answer(server.request_log, "v1/stream", 403, None, model=split_reference(model)[0])
             await _refuse_page(websocket)
             return
         extensions = websocket.scope.get("extensions") or {}
         link: Link = extensions.get("unroll.stream") or AsgiLink(websocket)
         try:
-            connection = Connection(server, model, link, asyncio.get_running_loop().call_soon)
+            connection = Connection(
+                server, admit_stream(server, websocket), model, link, asyncio.get_running_loop().call_soon
+            )
         except UnrollError as error:
             log_error(server.request_log, "v1/stream", error, model=split_reference(model)[0])
             await _deny(websocket, problem(error))
             return
         slow_reader = SlowReaderTimer(link, connection.on_writable, stalled_seconds)
         try:
-            await websocket.accept()
+            await websocket.accept(PROTOCOL if PROTOCOL in websocket.scope["subprotocols"] else None)
             link.attach(connection.on_text, connection.on_binary, slow_reader.on_writable)
             await link.closed
         finally:

@@ -19,9 +19,9 @@ from unroll.service.core.errors import (
     SessionClosed,
     SessionUnknown,
 )
+from unroll.service.core.session_ids import check_id, new_id, owned, shown
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Life, Session
-from unroll.service.sessions.directory import check_id
 from unroll.service.store.record import Record
 
 
@@ -30,6 +30,7 @@ class Handles:
 
     Args:
         app: the state of the app.
+        tenant: the connection's.
         model: the connection's, `name` or `name:version`.
         served: the version the connection began with; sessions of another must have the same inputs and outputs.
         on_unbind: called when a handle is free again.
@@ -39,8 +40,11 @@ class Handles:
         has_store: opening and closing a session may suspend.
     """
 
-    def __init__(self, app: AppState, model: str, served: ServedModel, on_unbind: Callable[[], None]) -> None:
+    def __init__(
+        self, app: AppState, tenant: str, model: str, served: ServedModel, on_unbind: Callable[[], None]
+    ) -> None:
         self._app = app
+        self._tenant = tenant
         self._sessions = app.sessions
         self.has_store = app.sessions.has_store
         self._model = model
@@ -121,9 +125,10 @@ class Handles:
             else:
                 served = self._app.models.resolve(self._name, self._version)
                 self._check_tensors(served)
+                self._app.refuse_another_session(self._tenant)
                 start = start_of_static(served, spec.static)
                 durability = self._app.durability_of(spec.durability)
-                session = await self._sessions.create(served, spec.session_id, start, durability)
+                session = await self._sessions.create(served, new_id(self._tenant, spec.session_id), start, durability)
         finally:
             self._opening.remove(handle)
         served.scheduler.set_retry_depth(session, spec.depth)
@@ -166,7 +171,7 @@ class Handles:
                 check_present(served, session)
         except NeedsStoreLookup:
             _, session = self._bound(handle)
-        return {"handle": handle, "session_id": session.id, "position": session.position}
+        return {"handle": handle, "session_id": shown(session.id), "position": session.position}
 
     def _bound(self, handle: int) -> tuple[ServedModel, Session]:
         """`find`. Raises InvalidRequest."""
@@ -189,9 +194,10 @@ class Handles:
     async def _find_existing(self, spec: OpenSpec) -> tuple[ServedModel, Session] | None:
         """The session to resume; None if there is none, and a new one may be opened instead."""
         assert spec.session_id is not None
-        check_id(spec.session_id)
+        session_id = owned(self._tenant, spec.session_id)
+        check_id(session_id)
         try:
-            return await self._sessions.find(self._name, self._version, spec.session_id)
+            return await self._sessions.find(self._name, self._version, session_id)
         except SessionUnknown:
             if spec.mode == "resume":
                 raise
@@ -224,4 +230,4 @@ def check_present(served: ServedModel, session: Session) -> None:
 
 def replaced(session: Session) -> SessionClosed:
     """The error of a session whose id belongs to another by now."""
-    return SessionClosed(f"session {session.id!r} was closed, and another was opened under its id since")
+    return SessionClosed(f"session {shown(session.id)!r} was closed, and another was opened under its id since")

@@ -1,5 +1,6 @@
 """Steps in JSON: what a person can type, one chunk in a text message, with the positions and errors of frames."""
 
+from collections.abc import Callable
 from typing import Any
 
 from unroll.service.api.stream.flow import FlowControl
@@ -20,13 +21,22 @@ class JsonSteps:
         submitter: submits the chunks.
         replies: where the answers go.
         flow: where they are counted.
+        over_quota: the error of a tenant that may not take so many steps now.
     """
 
-    def __init__(self, codec: Codec, submitter: FrameSubmitter, replies: Replies, flow: FlowControl) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        submitter: FrameSubmitter,
+        replies: Replies,
+        flow: FlowControl,
+        over_quota: Callable[[int], UnrollError | None],
+    ) -> None:
         self._codec = codec
         self._submitter = submitter
         self._replies = replies
         self._flow = flow
+        self._over_quota = over_quota
 
     def submit(self, request: StepsRequest) -> None:
         try:
@@ -37,7 +47,7 @@ class JsonSteps:
             return
         entry = SingleEntryFrame(request.handle, len(inputs[0]), request.position, inputs)
         self._flow.acquire(1, entry.steps)
-        self._submitter.submit(entry, None, self._answer)
+        self._submitter.submit(entry, self._over_quota(entry.steps), self._answer)
         self._flow.update()
 
     def _answer(self, entry: SingleEntryFrame, reply: Reply) -> None:

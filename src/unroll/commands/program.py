@@ -7,6 +7,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from unroll import __version__
+from unroll.commands import keys
 from unroll.commands.bench import Bench
 from unroll.commands.config import Show
 from unroll.commands.demo import Demo
@@ -74,6 +75,7 @@ def application() -> typer.Typer:
     for name, about, commands in (
         ("config", "Show the settings of a server.", {"show": Show}),
         ("store", "Examine the store of durable sessions.", {"check": Check}),
+        ("keys", "Make API keys for a server that others can reach.", {"new": keys.New, "check": keys.Check}),
         ("sessions", "Look after the sessions of a store.", SESSIONS),
     ):
         group = _group(about)

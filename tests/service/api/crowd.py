@@ -137,7 +137,7 @@ class Wires:
 
     async def abandon(self, track: Track, x: np.ndarray, position: int) -> None:
         """Send a chunk and go away without reading the reply."""
-        head = f"POST {track.path}/steps HTTP/1.1\r\nHost: test\r\nContent-Type: application/octet-stream\r\n"
+        head = f"POST {track.path}/steps HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
         head += f"Unroll-Position: {position}\r\nUnroll-Steps: {len(x)}\r\nContent-Length: {x.nbytes}\r\n\r\n"
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(head.encode() + x.tobytes())

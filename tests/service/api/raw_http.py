@@ -58,7 +58,7 @@ class Wire:
 
 
 def request(path: str, body: bytes = STEP.tobytes(), *headers: str, version: str = "1.1", steps: int = 1) -> bytes:
-    lines = [f"POST {path} HTTP/{version}", "Host: test", "Content-Type: application/octet-stream"]
+    lines = [f"POST {path} HTTP/{version}", "Host: localhost", "Content-Type: application/octet-stream"]
     lines += [f"Unroll-Steps: {steps}", *headers]
     if not any(header.lower().startswith("transfer-encoding") for header in headers):
         lines.append(f"Content-Length: {len(body)}")

@@ -317,7 +317,7 @@ def test_a_chunked_body_too_large(small: httpx.Client, piece: int) -> None:
 
 def test_a_chunked_body_too_large_that_arrives_at_once(serve: Serve) -> None:
     running = serve(max_body_bytes=1_000)
-    head = "POST /v1/models/lstm/sequences HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
+    head = "POST /v1/models/lstm/sequences HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += "Content-Type: application/octet-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     with socket.create_connection(("127.0.0.1", running.port)) as connection:
         connection.sendall(head.encode() + b"4b0\r\n" + bytes(1_200) + b"\r\n0\r\n\r\n")

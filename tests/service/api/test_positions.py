@@ -244,7 +244,7 @@ def test_a_retry_of_a_chunk_whose_client_went_away(
     stream = opened("raw", client)
     x = np.tile(np.float32([[0.1, -0.2, 0.3]]), (2000, 1))  # several pieces; large enough to be cancelled
     scheduler = running.model("lstm").scheduler
-    head = f"POST {stream.path}/steps HTTP/1.1\r\nHost: test\r\nContent-Type: application/octet-stream\r\n"
+    head = f"POST {stream.path}/steps HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
     head += f"Unroll-Position: 0\r\nUnroll-Steps: 2000\r\nContent-Length: {x.nbytes}\r\n\r\n"
     with running.holding("lstm") as held:
         with socket.create_connection(("127.0.0.1", running.port)) as leaving:

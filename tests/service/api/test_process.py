@@ -179,8 +179,8 @@ FAILING = {
     ("--repository", "README.md"): "the repository cannot be read: [Errno 20] Not a directory",
     ("--device", "tpu"): "use cpu, auto, or GPUs",
     ("--device", "cuda:99"): "cuda:99 was requested, but",
-    ("--host", "203.0.113.1"): "cannot listen at 203.0.113.1, port 0: ",
-    ("--host", "no.such.host.invalid"): "cannot listen at no.such.host.invalid, port 0: ",
+    ("--auth", "none", "--host", "203.0.113.1"): "cannot listen at 203.0.113.1, port 0: ",
+    ("--auth", "none", "--host", "no.such.host.invalid"): "cannot listen at no.such.host.invalid, port 0: ",
 }
 
 

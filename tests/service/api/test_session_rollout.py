@@ -45,7 +45,7 @@ def position_of(client: httpx.Client, session: str) -> int:
 
 def raw_rollout(session: str, **body: Any) -> bytes:
     content = json.dumps(body).encode()
-    head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     return f"POST {session}/rollout HTTP/1.1\r\n{head}".encode() + content
 
 

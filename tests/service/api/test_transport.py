@@ -44,7 +44,7 @@ def test_requests_that_do_not_wait_for_answers_are_answered_in_order(
     wire: Wire, path: str, client: httpx.Client
 ) -> None:
     """The first goes the short way, those behind it through FastAPI: the answers must not overtake each other."""
-    get = f"GET {path.removesuffix('/steps')} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
+    get = f"GET {path.removesuffix('/steps')} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     wire.send(request(path) + request(path) + get + request(path))
     assert reached(wire.answer()) == 1
     assert reached(wire.answer()) == 2

@@ -61,7 +61,7 @@ async def wire(repository: Path, tmp_path: Path) -> AsyncIterator[Wire]:
     (model,) = server.models
     running = asyncio.create_task(server.repository.run())
     link = FakeLink()
-    connection = Connection(server, "lstm", link, asyncio.get_running_loop().call_soon)
+    connection = Connection(server, "", "lstm", link, asyncio.get_running_loop().call_soon)
     assert server.streams == {connection}
     with HeldEngine(model.loop) as engine:
         yield Wire(connection, server, model.manifest, link.sent, link.flow, engine)

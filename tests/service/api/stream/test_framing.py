@@ -37,7 +37,7 @@ class RawStream:
         self._wire = Wire(running.port)
         self._other = Wire(running.port)
         self._wire.send(
-            b"GET /v1/models/lstm/stream HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET /v1/models/lstm/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         )
         assert self._wire.head()[0] == 101
@@ -48,7 +48,7 @@ class RawStream:
         """The server has read each before the next is sent: it answers another connection in between, in a task."""
         self._wire.send(first)
         for segment in segments:
-            self._other.send(b"GET /livez HTTP/1.1\r\nHost: test\r\n\r\n")
+            self._other.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
             self._other.answer()
             self._wire.send(segment)
 

@@ -1,0 +1,125 @@
+"""The file of API keys: whose each is, what it permits, and how much each tenant may use.
+
+    [[keys]]
+    name = "edge"                    # appears in the log
+    tenant = "acme"
+    scopes = ["infer"]
+    sha256 = "9f86d0818…"            # of the key; the key itself is nowhere
+    expires = 2027-06-30T00:00:00Z   # optional
+
+    [tenants.acme]                   # optional; per server process
+    sessions = 1000
+    streams = 10
+    steps_per_second = 5000
+
+A key is 32 random bytes, so that its plain SHA-256 cannot be reversed by guessing. A slow hash is for passwords, which
+people choose.
+"""
+
+import hashlib
+import hmac
+import secrets
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+Scope = Literal["infer", "metrics", "sessions:admin"]
+
+#: What a key may permit.
+INFER: Scope = "infer"
+METRICS: Scope = "metrics"
+SESSIONS_ADMIN: Scope = "sessions:admin"
+SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN)
+
+_PREFIX = "unroll_"
+_KEY_BYTES = 32
+_Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,32}$")]
+
+
+class KeysRefused(ValueError):
+    """The file of keys cannot be used; the message says why."""
+
+
+class Key(BaseModel):
+    """One key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    tenant: _Tenant
+    scopes: Annotated[frozenset[Scope], Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    expires: AwareDatetime | None = None
+
+    def is_over(self) -> bool:
+        return self.expires is not None and self.expires <= datetime.now(UTC)
+
+
+class Quota(BaseModel):
+    """What a tenant may use of one server process; None: no limit of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sessions: PositiveInt | None = None
+    streams: PositiveInt | None = None
+    steps_per_second: PositiveFloat | None = None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keys: Annotated[list[Key], Field(min_length=1)]
+    tenants: dict[_Tenant, Quota] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRing:
+    """The keys by their digest, and the quotas by tenant."""
+
+    keys: dict[bytes, Key]
+    quotas: dict[str, Quota]
+
+    @classmethod
+    def read(cls, path: Path) -> "KeyRing":
+        """Raises KeysRefused."""
+        try:
+            file = _File.model_validate(tomllib.loads(path.read_text("utf-8")))
+        except ValidationError as error:
+            faults = error.errors(include_url=False, include_input=False)
+            lines = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults[:3]]
+            raise KeysRefused(f"{path}: {'; '.join(lines)}") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise KeysRefused(f"{path}: {error}") from None
+        keys = {bytes.fromhex(key.sha256): key for key in file.keys}
+        if len(keys) < len(file.keys):
+            raise KeysRefused(f"{path}: two keys have the same sha256")
+        if strangers := file.tenants.keys() - {key.tenant for key in file.keys}:
+            raise KeysRefused(f"{path}: no key is of the tenant {sorted(strangers)[0]!r}")
+        return cls(keys, file.tenants)
+
+    def find(self, secret: bytes) -> Key | None:
+        """The key, unless it is unknown or has expired. It is found by its digest: time tells nothing of other keys."""
+        digest = hashlib.sha256(secret).digest()
+        key = self.keys.get(digest)
+        if key is None or not hmac.compare_digest(bytes.fromhex(key.sha256), digest):
+            return None
+        return None if key.is_over() else key
+
+
+def new_key(name: str, tenant: str, scopes: Sequence[str]) -> tuple[str, str]:
+    """A new key, and its entry for the file. Raises KeysRefused."""
+    secret = _PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    try:
+        key = Key.model_validate({"name": name, "tenant": tenant, "scopes": [*scopes], "sha256": digest})
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        raise KeysRefused(f"{fault['loc'][0]}: {fault['msg']}") from None
+    listed = ", ".join(f'"{scope}"' for scope in SCOPES if scope in key.scopes)
+    quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+    return secret, f'[[keys]]\nname = "{quoted}"\ntenant = "{tenant}"\nscopes = [{listed}]\nsha256 = "{digest}"\n'

@@ -1,0 +1,100 @@
+"""Lets requests in that FastAPI routes. Those that the transport answers itself ask the gate there."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends
+from fastapi import Request as HttpRequest
+from fastapi.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from unroll.service.access import keys
+from unroll.service.access.gate import TICKET_PROTOCOL
+from unroll.service.api.answer_log import ERROR
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import open_inference_error, problem, problem_responses
+from unroll.service.api.request import TENANT, Headers
+from unroll.service.core.errors import UnrollError
+from unroll.service.core.session_ids import owned
+
+#: What anybody may ask: whether the server runs, and how its API looks.
+_PUBLIC = ("/", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs", "/redoc")
+_PUBLIC_FOLDERS = ("/docs/", "/page/")
+#: Methods that change nothing.
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_SCOPES = {"/metrics": keys.METRICS, "/v1/admin/sessions": keys.SESSIONS_ADMIN}
+
+
+def scope_of(path: str) -> keys.Scope | None:
+    """What a key must permit for a request to this path; None: it needs no key."""
+    if path in _PUBLIC or path.startswith(_PUBLIC_FOLDERS):
+        return None
+    return _SCOPES.get(path, keys.INFER)
+
+
+def refusals(path: str) -> dict[str, Any]:
+    """The answers of a path to what may not come in, for the OpenAPI document."""
+    if (scope := scope_of(path)) is None:
+        return {}
+    meanings = {
+        401: "unauthenticated: the server has keys, and the request has none of them",
+        403: f"forbidden: the key has not the scope {scope}; or host_refused, origin_refused",
+    }
+    if not path.startswith("/v2"):
+        known = problem_responses(meanings)
+        return {str(status): {"description": a["description"], "content": a["content"]} for status, a in known.items()}
+    error = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
+    content = {"application/json": {"schema": error}}
+    return {str(status): {"description": meaning, "content": content} for status, meaning in meanings.items()}
+
+
+class Admission:
+    """Middleware for HTTP; a stream asks `admit_stream`."""
+
+    def __init__(self, app: ASGIApp, state: AppState) -> None:
+        self._app = app
+        self._gate = state.gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers: Headers = dict(scope["headers"])
+            try:
+                needed = scope_of(scope["path"])
+                if needed is None:
+                    self._gate.check_host(headers)
+                else:
+                    scope[TENANT] = self._gate.admit(headers, needed, changes=scope["method"] not in _SAFE)
+            except UnrollError as error:
+                scope[ERROR] = error
+                is_v2 = scope["path"].startswith("/v2")
+                answer = (open_inference_error if is_v2 else problem)(error)
+                await answer.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def admit_stream(app: AppState, connection: HTTPConnection) -> str:
+    """The tenant of a stream, by its key or by a ticket among the protocols that it offers.
+
+    Raises:
+        HostRefused, Unauthenticated, Forbidden: See `Gate.admit`.
+    """
+    headers: Headers = dict(connection.scope["headers"])
+    for protocol in connection.scope.get("subprotocols", ()):
+        if protocol.startswith(TICKET_PROTOCOL):
+            app.gate.check_host(headers)
+            return app.gate.admit_ticket(protocol.removeprefix(TICKET_PROTOCOL), keys.INFER)
+    return app.gate.admit(headers, keys.INFER, changes=True)
+
+
+def tenant_of(http: HttpRequest) -> str:
+    """The tenant of a request that was let in; empty without keys."""
+    tenant: str = http.scope.get(TENANT, "")
+    return tenant
+
+
+def _own_id(http: HttpRequest, session_id: str) -> str:
+    return owned(tenant_of(http), session_id)
+
+
+#: The session in the path of a route, by its id inside the server.
+OwnId = Annotated[str, Depends(_own_id)]

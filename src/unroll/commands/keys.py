@@ -1,0 +1,53 @@
+"""`unroll keys new|check`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from unroll.commands.options import Failed, argument, option
+
+_FILE = argument("FILE", "file of keys, as for `unroll serve --keys`")
+
+
+@dataclass(frozen=True)
+class New:
+    """Make an API key, and add its entry to a file of keys, which is made if it is not there.
+
+    The key is printed once and is nowhere else: the file has its SHA-256. Servers read the file again at SIGHUP. The
+    exit status is 1 if the file cannot be used; it is then as before.
+    """
+
+    file: Annotated[Path, _FILE]
+    tenant: Annotated[str, option("--tenant", "TENANT", "whose sessions the key reaches: letters, digits, . _ -")]
+    name: Annotated[str | None, option("--name", "NAME", "of the key, in messages (default: the tenant)")] = None
+    scope: Annotated[
+        list[str] | None,
+        option("--scope", "SCOPE", "infer, metrics or sessions:admin; may be repeated (default: infer)"),
+    ] = None
+
+    def run(self) -> int:
+        from unroll.service.access.keys import KeysRefused
+        from unroll.service.commands import keys
+
+        try:
+            print(keys.add(self.file, self.name or self.tenant, self.tenant, self.scope or ["infer"]))
+        except (KeysRefused, OSError) as error:
+            raise Failed(str(error)) from error
+        return 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read a file of keys, and list them. The exit status is 1 if it cannot be used."""
+
+    file: Annotated[Path, _FILE]
+
+    def run(self) -> int:
+        from unroll.service.access.keys import KeyRing, KeysRefused
+        from unroll.service.commands import keys
+
+        try:
+            print(*keys.lines(KeyRing.read(self.file)), sep="\n")
+        except KeysRefused as error:
+            raise Failed(str(error)) from error
+        return 0

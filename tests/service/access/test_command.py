@@ -1,0 +1,56 @@
+"""`unroll keys`: the file it writes is one that a server takes."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from unroll import cli
+from unroll.service.access.gate import Gate
+
+
+def keys(*words: str) -> int:
+    return cli.main(["keys", *words])
+
+
+def test_keys_are_added_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.toml"
+    assert keys("new", str(path), "--tenant", "acme") == 0
+    first = capsys.readouterr().out.strip()
+    path.write_text(path.read_text() + "\n[tenants.acme]\nsessions = 7\n")
+    path.chmod(0o640)
+    assert keys("new", str(path), "--tenant", "acme", "--name", "scraper", "--scope", "metrics") == 0
+    second = capsys.readouterr().out.strip()
+    gate = Gate(path)
+    assert gate.admit({b"x-api-key": first.encode()}, "infer", changes=True) == "acme"
+    assert gate.admit({b"x-api-key": second.encode()}, "metrics", changes=True) == "acme"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert first not in path.read_text()
+    assert [each.name for each in tmp_path.iterdir()] == ["keys.toml"]
+    assert keys("check", str(path)) == 0
+    shown = capsys.readouterr().out
+    assert "scraper  tenant acme  metrics" in shown
+    assert "tenant acme: sessions 7" in shown
+
+
+def test_a_new_file_is_its_owners(tmp_path: Path) -> None:
+    assert keys("new", str(tmp_path / "keys.toml"), "--tenant", "acme") == 0
+    assert stat.S_IMODE((tmp_path / "keys.toml").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("content", ["keys = [", "[[keys]]\nname = 'x'\n"])
+def test_a_file_that_cannot_be_used_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(content)
+    assert keys("new", str(path), "--tenant", "acme") == 1
+    assert keys("check", str(path)) == 1
+    assert str(path) in capsys.readouterr().err
+    assert path.read_text() == content
+
+
+def test_a_tenant_that_cannot_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert keys("new", str(tmp_path / "keys.toml"), "--tenant", "a/b") == 1
+    assert "tenant" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

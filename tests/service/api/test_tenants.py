@@ -1,0 +1,485 @@
+"""Who may do what: every route of the OpenAPI document, every scope, two tenants, every transport.
+
+A route that is added without a rule here fails `test_every_route_has_a_rule`.
+"""
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import wire
+from serving import Running, raw_steps
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from unroll.service.access.keys import new_key
+from unroll.service.settings import Settings
+
+X = np.random.default_rng(3).standard_normal((6, 3)).astype(np.float32)
+
+MAP = {"kind": "columns", "columns": [{"future": [0.5]}] * 3}
+PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
+#: Every other route needs `infer`.
+OTHER_SCOPES = {"/metrics": "metrics", "/v1/admin/sessions": "sessions:admin"}
+#: Routes of one session, with a request that changes something if the route can.
+SESSION_ROUTES = {
+    ("get", "/v1/models/{model}/sessions/{session_id}"),
+    ("delete", "/v1/models/{model}/sessions/{session_id}"),
+    ("post", "/v1/models/{model}/sessions/{session_id}/fork"),
+    ("post", "/v1/models/{model}/sessions/{session_id}/steps"),
+    ("get", "/v1/models/{model}/sessions/{session_id}/state"),
+    ("post", "/v1/models/{model}/sessions/{session_id}/rollout"),
+    ("put", "/v1/models/{model}/sessions/{session_id}/state"),
+}
+#: Routes that name no session in the path.
+OTHER_ROUTES = {
+    ("get", "/livez"),
+    ("get", "/readyz"),
+    ("get", "/metrics"),
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model}"),
+    ("post", "/v1/models/{model}/sequences"),
+    ("post", "/v1/models/{model}/sessions"),
+    ("post", "/v1/tickets"),
+    ("get", "/v1/admin/sessions"),
+    ("get", "/v2"),
+    ("get", "/v2/health/live"),
+    ("get", "/v2/health/ready"),
+    ("get", "/v2/models/{model}"),
+    ("get", "/v2/models/{model}/config"),
+    ("get", "/v2/models/{model}/ready"),
+    ("get", "/v2/models/{model}/stats"),
+    ("get", "/v2/models/{model}/versions/{version}"),
+    ("get", "/v2/models/{model}/versions/{version}/config"),
+    ("get", "/v2/models/{model}/versions/{version}/ready"),
+    ("get", "/v2/models/{model}/versions/{version}/stats"),
+    ("get", "/v2/models/stats"),
+    ("post", "/v2/models/{model}/infer"),
+    ("post", "/v2/models/{model}/versions/{version}/infer"),
+    ("post", "/v2/repository/index"),
+}
+#: Their answers do not depend on the key, once it is good.
+NO_SECRETS = {("get", "/openapi.json")}
+
+
+class Keyed:
+    """A server with the tenants `acme` and `other`, and a key of `acme` for each scope."""
+
+    def __init__(self, repository: Path, folder: Path) -> None:
+        self.secrets: dict[str, str] = {}
+        entries = []
+        for name, tenant, scope in [
+            ("acme", "acme", "infer"),
+            ("other", "other", "infer"),
+            ("metrics", "acme", "metrics"),
+            ("admin", "acme", "sessions:admin"),
+            ("admin of other", "other", "sessions:admin"),
+        ]:
+            self.secrets[name], entry = new_key(name, tenant, [scope])
+            entries.append(entry)
+        path = folder / "keys.toml"
+        path.write_text("\n".join(entries))
+        settings = {"repository": repository, "keys": path, "admin": True, "snapshot_keys": ["k" * 16]}
+        self.running = Running(Settings.model_validate(settings))
+        self.clients = {name: self.client({"Authorization": f"Bearer {key}"}) for name, key in self.secrets.items()}
+        self.nobody = self.client({})
+
+    def client(self, headers: dict[str, str]) -> httpx.Client:
+        return httpx.Client(base_url=self.running.url, headers=headers)
+
+    def open(self, tenant: str, session_id: str) -> str:
+        opened = self.clients[tenant].post("/v1/models/gru/sessions", json={"session_id": session_id})
+        assert opened.status_code == 201, opened.text
+        assert opened.json()["session_id"] == session_id
+        return f"/v1/models/gru/sessions/{session_id}"
+
+    def step(self, tenant: str, path: str, x: np.ndarray) -> bytes:
+        answer = self.clients[tenant].post(f"{path}/steps", content=x.tobytes(), headers=raw_steps(x))
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
+    def stream(self, name: str | None) -> ClientConnection:
+        headers = {} if name is None else {"X-API-Key": self.secrets[name]}
+        return connect(self.running.url.replace("http", "ws") + "/v1/models/gru/stream", additional_headers=headers)
+
+    def stop(self) -> None:
+        for client in (*self.clients.values(), self.nobody):
+            client.close()
+        self.running.stop()
+
+
+@pytest.fixture(scope="module")
+def keyed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
+    keyed = Keyed(few, tmp_path_factory.mktemp("keys"))
+    yield keyed
+    keyed.stop()
+
+
+def send(client: httpx.Client, method: str, template: str, session_id: str = "none") -> httpx.Response:
+    """A request of a route that would succeed, if the session is there and the key is good."""
+    path = template.format(model="gru", version="1", session_id=session_id)
+    if template.endswith(("/steps", "/sequences")):
+        return client.request(method, path, content=X[:1].tobytes(), headers=raw_steps(X[:1]))
+    if template.endswith("/infer"):
+        made = wire.body({"x": X[np.newaxis, :1]}, sequence_id=session_id, sequence_start=True)
+        return client.request(method, path, content=made.content, headers=made.headers)
+    if (method, template[-6:]) == ("put", "/state"):
+        content, headers = b"no snapshot", {"Content-Type": "application/octet-stream"}
+        return client.request(method, path, content=content, headers=headers)
+    if template.endswith("/rollout"):
+        return client.request(method, path, json={"steps": 1, "map": MAP, "inputs": {"x": X[:1].tolist()}})
+    return client.request(method, path)
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json().get("code", "")
+
+
+def test_every_route_has_a_rule(keyed: Keyed) -> None:
+    document = keyed.nobody.get("/openapi.json").json()
+    routes = {(method, path) for path, operations in document["paths"].items() for method in operations}
+    assert routes == SESSION_ROUTES | OTHER_ROUTES
+
+
+@pytest.mark.parametrize(("method", "template"), sorted(SESSION_ROUTES | OTHER_ROUTES))
+def test_the_scope_of_every_route(keyed: Keyed, method: str, template: str) -> None:
+    if template in PUBLIC:
+        assert send(keyed.nobody, method, template).status_code == 200
+        return
+    answer = send(keyed.nobody, method, template)
+    assert code(answer) == (401, "unauthenticated")
+    assert answer.headers["www-authenticate"] == "Bearer"
+    with keyed.client({"Authorization": f"Bearer {keyed.secrets['acme']}x"}) as stranger:
+        assert code(send(stranger, method, template)) == (401, "unauthenticated")
+    needed = OTHER_SCOPES.get(template, "infer")
+    for name, scope in {"acme": "infer", "metrics": "metrics", "admin": "sessions:admin"}.items():
+        answer = send(keyed.clients[name], method, template)
+        if scope == needed:
+            assert answer.status_code not in (401, 403), answer.text
+        else:
+            assert code(answer) == (403, "forbidden")
+    if template.endswith("/infer"):
+        keyed.clients["acme"].delete("/v1/models/gru/sessions/none").raise_for_status()
+
+
+def test_paths_that_do_not_exist_need_a_key_too(keyed: Keyed) -> None:
+    for path in ("/v1/none", "/v2/none", "/livez/none", "/v1/models/"):
+        assert keyed.nobody.get(path).status_code == 401, path
+        assert keyed.clients["acme"].get(path).status_code in (404, 405), path
+    for page in ("/", "/docs", "/openapi.json"):
+        assert keyed.nobody.get(page).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "template"), sorted(SESSION_ROUTES))
+def test_the_session_of_another_tenant_is_as_one_that_never_was(keyed: Keyed, method: str, template: str) -> None:
+    path = keyed.open("acme", "secret")
+    try:
+        keyed.step("acme", path, X[:3])
+        found = send(keyed.clients["other"], method, template, "secret")
+        never = send(keyed.clients["other"], method, template, "always")
+        assert code(found) == (404, "session_unknown")
+        assert found.text.replace("secret", "always") == never.text
+        assert found.headers.keys() == never.headers.keys()
+        assert keyed.clients["acme"].get(path).json()["position"] == 3
+    finally:
+        keyed.clients["acme"].delete(path)
+    if method != "post" or not template.endswith("/fork"):  # also after its end
+        assert code(send(keyed.clients["other"], method, template, "secret")) == (404, "session_unknown")
+
+
+def test_sessions_of_one_id_are_two(keyed: Keyed) -> None:
+    mine, theirs = keyed.open("acme", "same"), keyed.open("other", "same")
+    whole = keyed.clients["acme"].post("/v1/models/gru/sequences", content=X.tobytes(), headers=raw_steps(X)).content
+    backwards = X[::-1].copy()
+    outputs, others = [], []
+    for i in range(len(X)):
+        outputs.append(keyed.step("acme", mine, X[i : i + 1]))
+        others.append(keyed.step("other", theirs, backwards[i : i + 1]))
+    assert b"".join(outputs) == whole
+    assert b"".join(others) != whole
+    keyed.clients["other"].delete(theirs).raise_for_status()
+    assert keyed.clients["acme"].get(mine).json()["position"] == len(X)
+    assert code(keyed.clients["other"].get(theirs)) == (410, "session_closed")
+    keyed.clients["acme"].delete(mine).raise_for_status()
+
+
+def test_sequences_of_the_open_inference_protocol_are_a_tenants(keyed: Keyed) -> None:
+    def infer(tenant: str, x: np.ndarray, **parameters: object) -> httpx.Response:
+        made = wire.body({"x": x[np.newaxis]}, sequence_id=7, **parameters)
+        return keyed.clients[tenant].post("/v2/models/gru/infer", content=made.content, headers=made.headers)
+
+    first = wire.outputs(infer("acme", X[:2], sequence_start=True))[1]["y"]
+    refused = infer("other", X[2:4])
+    assert refused.status_code == 400
+    assert "sequence" in refused.json()["error"]
+    assert "acme" not in refused.text
+    wire.outputs(infer("other", X[2:4], sequence_start=True, sequence_end=True))
+    rest = wire.outputs(infer("acme", X[2:], sequence_end=True))[1]["y"]
+    whole = keyed.clients["acme"].post("/v1/models/gru/sequences", content=X.tobytes(), headers=raw_steps(X)).content
+    assert np.concatenate([first[0], rest[0]]).tobytes() == whole
+
+
+def test_a_fork_and_a_random_id_are_the_tenants(keyed: Keyed) -> None:
+    path = keyed.open("acme", "origin")
+    for body in ({}, {"session_id": "copy"}):
+        forked = keyed.clients["acme"].post(f"{path}/fork", json=body).json()["session_id"]
+        assert "\x1d" not in forked
+        assert keyed.clients["other"].get(f"/v1/models/gru/sessions/{forked}").status_code == 404
+        keyed.clients["acme"].delete(f"/v1/models/gru/sessions/{forked}").raise_for_status()
+    opened = keyed.clients["acme"].post("/v1/models/gru/sessions").json()["session_id"]
+    assert keyed.clients["other"].get(f"/v1/models/gru/sessions/{opened}").status_code == 404
+    assert keyed.clients["acme"].delete(f"/v1/models/gru/sessions/{opened}").status_code == 200
+    keyed.clients["acme"].delete(path)
+
+
+def test_a_state_that_a_client_holds_is_the_tenants(keyed: Keyed) -> None:
+    held = keyed.clients["acme"].post("/v1/models/gru/sessions", json={"session_id": "held", "durability": "client"})
+    snapshot = held.json()["snapshot"]
+    assert held.json()["session_id"] == "held"
+    body = {"inputs": {"x": X[:1].tolist()}, "snapshot": snapshot}
+    answer = keyed.clients["other"].post("/v1/models/gru/sessions/held/steps", json=body)
+    assert code(answer) == (422, "snapshot_invalid")
+    answer = keyed.clients["acme"].post("/v1/models/gru/sessions/held/steps", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+def test_an_id_that_looks_like_a_tenants_is_refused(keyed: Keyed) -> None:
+    keyed.open("acme", "target")
+    for tenant in ("other", "acme"):
+        for path in ("%1Dacme%1Dtarget", "%1D%1Dtarget", "%1D"):
+            answer = keyed.clients[tenant].get(f"/v1/models/gru/sessions/{path}")
+            assert code(answer) == (400, "malformed_request")
+    answer = keyed.clients["other"].post("/v1/models/gru/sessions", json={"session_id": "\x1dacme\x1dtarget"})
+    assert code(answer) == (400, "malformed_request")
+    keyed.clients["acme"].delete("/v1/models/gru/sessions/target").raise_for_status()
+
+
+def test_streams(keyed: Keyed) -> None:
+    for name, status in ((None, 401), ("metrics", 403)):
+        with pytest.raises(InvalidStatus) as refused:
+            keyed.stream(name)
+        assert refused.value.response.status_code == status
+    path = keyed.open("acme", "streamed")
+    with keyed.stream("acme") as mine, keyed.stream("other") as theirs:
+        resume = json.dumps({"op": "open", "sessions": [{"handle": 1, "session_id": "streamed", "mode": "resume"}]})
+        mine.send(resume)
+        (opened,) = json.loads(mine.recv())["sessions"]
+        assert (opened["session_id"], opened["position"]) == ("streamed", 0)
+        theirs.send(resume)
+        (refused_entry,) = json.loads(theirs.recv())["sessions"]
+        assert refused_entry["error"]["code"] == "session_unknown"
+        assert "acme" not in str(refused_entry)
+        theirs.send(json.dumps({"op": "open", "sessions": [{"handle": 1, "session_id": "streamed"}, {"handle": 2}]}))
+        opened = json.loads(theirs.recv())["sessions"]
+        assert opened[0]["session_id"] == "streamed"
+        assert "\x1d" not in opened[1]["session_id"]
+        theirs.send(json.dumps({"op": "close", "handles": [1, 2]}))
+        json.loads(theirs.recv())
+    assert keyed.clients["acme"].delete(path).status_code == 200
+
+
+def test_a_ticket_opens_a_stream_in_place_of_the_key(keyed: Keyed) -> None:
+    url = keyed.running.url.replace("http", "ws") + "/v1/models/gru/stream"
+    ticket = keyed.clients["acme"].post("/v1/tickets").json()
+    assert ticket["seconds"] == 30
+    with connect(url, subprotocols=["unroll.v1", f"unroll.ticket.{ticket['ticket']}"]) as stream:  # type: ignore[list-item]
+        assert stream.subprotocol == "unroll.v1"
+        stream.send(json.dumps({"op": "open", "sessions": [{"handle": 1, "session_id": "by ticket"}]}))
+        stream.recv()
+    assert keyed.clients["acme"].delete("/v1/models/gru/sessions/by%20ticket").status_code == 200
+    for protocol in ("unroll.ticket.", "unroll.ticket.AAAA", "unroll.v1"):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(url, subprotocols=[protocol])  # type: ignore[list-item]
+        assert refused.value.response.status_code == 401
+    assert code(keyed.nobody.post("/v1/tickets")) == (401, "unauthenticated")
+
+
+def test_an_operator_sees_its_tenant_only(keyed: Keyed) -> None:
+    mine, theirs = keyed.open("acme", "listed"), keyed.open("other", "unlisted")
+    for name, expected in (("admin", "listed"), ("admin of other", "unlisted")):
+        listed = keyed.clients[name].get("/v1/admin/sessions", params={"limit": 1000}).json()["sessions"]
+        assert expected in {found["session_id"] for found in listed}
+        assert {"listed", "unlisted"} & {found["session_id"] for found in listed} == {expected}
+        assert "\x1d" not in str(listed)
+    keyed.clients["acme"].delete(mine)
+    keyed.clients["other"].delete(theirs)
+
+
+def test_without_keys_a_ticket_is_not_needed(client: httpx.Client) -> None:
+    assert client.post("/v1/tickets").status_code == 404
+
+
+def test_a_page_of_another_origin_can_change_nothing(server: Running, client: httpx.Client) -> None:
+    opened = client.post("/v1/models/gru/sessions").json()["session_id"]
+    path = f"/v1/models/gru/sessions/{opened}"
+    made = wire.body({"x": X[np.newaxis]}, binary=False, sequence_id=5, sequence_start=True)
+    evil = {"Origin": "https://evil.example"}
+    for answer in (
+        client.post("/v1/models/gru/sessions", headers=evil),
+        client.post(f"{path}/fork", headers=evil),
+        client.post(f"{path}/steps", content=X[:1].tobytes(), headers=raw_steps(X[:1]) | evil),
+        client.post("/v2/models/gru/infer", content=made.content, headers={"Content-Type": "text/plain"} | evil),
+        client.post("/v2/models/gru/infer", content=made.content, headers={"Origin": "null"}),
+    ):
+        assert code(answer) == (403, "origin_refused")
+    own = {"Origin": server.url}
+    assert client.post(f"{path}/steps", content=X[:1].tobytes(), headers=raw_steps(X[:1]) | own).status_code == 200
+    assert client.delete(path, headers=own).json()["position"] == 1
+
+
+def test_a_name_that_points_here_is_refused(server: Running, client: httpx.Client) -> None:
+    """The page's origin is then the server's own: only the name gives it away."""
+    evil = {"Host": f"evil.example:{server.port}", "Origin": f"http://evil.example:{server.port}"}
+    for answer in (
+        client.post("/v1/models/gru/sessions", headers=evil),
+        client.post("/v1/models/gru/sequences", content=X.tobytes(), headers=raw_steps(X) | evil),
+        client.get("/v1/models", headers=evil),
+        client.get("/readyz", headers=evil),
+    ):
+        assert code(answer) == (403, "host_refused")
+    with pytest.raises(InvalidStatus) as refused:
+        connect(
+            f"ws://evil.example:{server.port}/v1/models/gru/stream",
+            sock=socket.create_connection(("127.0.0.1", server.port)),
+            origin=f"http://evil.example:{server.port}",  # type: ignore[arg-type]
+        )
+    assert refused.value.response.status_code == 403
+
+
+async def test_concurrent_clients_of_two_tenants_never_mix(keyed: Keyed) -> None:
+    """Twenty sessions of each tenant, with the same ids."""
+    rng = np.random.default_rng(5)
+    inputs = {(t, i): rng.standard_normal((8, 3)).astype(np.float32) for t in ("acme", "other") for i in range(20)}
+    oracle = {
+        who: keyed.clients["acme"].post("/v1/models/gru/sequences", content=x.tobytes(), headers=raw_steps(x)).content
+        for who, x in inputs.items()
+    }
+
+    async def run(tenant: str, i: int) -> bytes:
+        async with httpx.AsyncClient(
+            base_url=keyed.running.url, headers={"X-API-Key": keyed.secrets[tenant]}
+        ) as client:
+            path, parts = f"/v1/models/gru/sessions/crowd-{i}", []
+            await client.post("/v1/models/gru/sessions", json={"session_id": f"crowd-{i}"})
+            for x in inputs[tenant, i]:
+                answer = await client.post(f"{path}/steps", content=x.tobytes(), headers=raw_steps(x[np.newaxis]))
+                parts.append(answer.content)
+            await client.delete(path)
+        return b"".join(parts)
+
+    found = await asyncio.gather(*(run(*who) for who in inputs))
+    assert dict(zip(inputs, found, strict=True)) == oracle
+
+
+Limited = Callable[..., tuple[Running, dict[str, httpx.Client]]]
+
+
+@pytest.fixture
+def limited(few: Path, tmp_path: Path) -> Iterator[Limited]:
+    """`limited(quotas, **settings)`: a server with these quotas, and a client of each tenant."""
+    with ExitStack() as at_end:
+        yield partial(_limited, few, tmp_path, at_end)
+
+
+def _limited(
+    few: Path, folder: Path, at_end: ExitStack, text: str, **settings: object
+) -> tuple[Running, dict[str, httpx.Client]]:
+    keys = {tenant: new_key(tenant, tenant, ["infer"]) for tenant in ("acme", "other")}
+    path = folder / "keys.toml"
+    path.write_text("\n".join(entry for _, entry in keys.values()) + text)
+    running = Running(Settings.model_validate({"repository": few, "keys": path, **settings}))
+    at_end.callback(running.stop)
+    clients = {
+        tenant: at_end.enter_context(httpx.Client(base_url=running.url, headers={"X-API-Key": secret}))
+        for tenant, (secret, _) in keys.items()
+    }
+    return running, clients
+
+
+@pytest.mark.parametrize("spill_bytes", [0, 2000])
+def test_no_tenant_evicts_the_session_of_another(limited: Limited, spill_bytes: int) -> None:
+    clients = limited("", session_capacity=4, spill_bytes=spill_bytes)[1]
+    whole = clients["acme"].post("/v1/models/gru/sequences", content=X.tobytes(), headers=raw_steps(X)).content
+    path = "/v1/models/gru/sessions/calm"
+    clients["acme"].post("/v1/models/gru/sessions", json={"session_id": "calm"}).raise_for_status()
+    parts = [clients["acme"].post(f"{path}/steps", content=X[:3].tobytes(), headers=raw_steps(X[:3])).content]
+    for i in range(100):
+        opened = clients["other"].post("/v1/models/gru/sessions", json={"session_id": f"flood-{i}"})
+        assert opened.status_code == 201, opened.text
+    parts.append(clients["acme"].post(f"{path}/steps", content=X[3:].tobytes(), headers=raw_steps(X[3:])).content)
+    assert b"".join(parts) == whole
+    assert code(clients["other"].get("/v1/models/gru/sessions/flood-0")) == (410, "session_evicted")
+    for i in range(4):  # a tenant's own sessions make room for each other
+        assert clients["acme"].post("/v1/models/gru/sessions", json={"session_id": f"own-{i}"}).status_code in (
+            201,
+            503,
+        )
+
+
+def test_the_number_of_sessions_of_a_tenant(limited: Limited) -> None:
+    quota = "\n[tenants.acme]\nsessions = 3\n"
+    running, clients = limited(quota, session_capacity=2)
+    for i in range(3):  # one is in host memory
+        clients["acme"].post("/v1/models/gru/sessions", json={"session_id": f"s{i}"}).raise_for_status()
+    made = wire.body({"x": X[np.newaxis]}, sequence_id=9, sequence_start=True)
+    headers = {"X-API-Key": clients["acme"].headers["x-api-key"]}
+    with connect(running.url.replace("http", "ws") + "/v1/models/gru/stream", additional_headers=headers) as stream:
+        stream.send(
+            json.dumps({"op": "open", "sessions": [{"handle": 1}, {"handle": 2, "session_id": "s0", "mode": "resume"}]})
+        )
+        opened = json.loads(stream.recv())["sessions"]
+        assert opened[0]["error"]["code"] == "quota_exceeded"
+        assert opened[1]["position"] == 0
+    for answer in (
+        clients["acme"].post("/v1/models/gru/sessions"),
+        clients["acme"].post("/v1/models/lstm/sessions"),
+        clients["acme"].post("/v1/models/gru/sessions/s1/fork"),
+        clients["acme"].post("/v2/models/gru/infer", content=made.content, headers=made.headers),
+    ):
+        assert code(answer) == (429, "quota_exceeded"), answer.text
+        assert answer.headers["retry-after"] == "1"
+    clients["other"].post("/v1/models/gru/sessions").raise_for_status()
+    clients["acme"].delete("/v1/models/gru/sessions/s0").raise_for_status()
+    clients["acme"].post("/v1/models/gru/sessions").raise_for_status()
+
+
+def test_the_number_of_streams_of_a_tenant(limited: Limited) -> None:
+    running, clients = limited("\n[tenants.acme]\nstreams = 1\n")
+    url = running.url.replace("http", "ws") + "/v1/models/gru/stream"
+    headers = {tenant: {"X-API-Key": client.headers["x-api-key"]} for tenant, client in clients.items()}
+    with connect(url, additional_headers=headers["acme"]), connect(url, additional_headers=headers["other"]):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(url, additional_headers=headers["acme"])
+        assert refused.value.response.status_code == 429
+
+
+def test_the_steps_of_a_tenant(limited: Limited) -> None:
+    running, clients = limited("\n[tenants.acme]\nsteps_per_second = 0.01\n")
+    path = clients["acme"].post("/v1/models/gru/sessions").json()["session_id"]
+    steps = {"content": X[:1].tobytes(), "headers": raw_steps(X[:1])}
+    url = f"/v1/models/gru/sessions/{path}/steps"
+    assert clients["acme"].post(url, **steps).status_code == 200
+    made = wire.body({"x": X[np.newaxis]}, sequence_id=9, sequence_start=True)
+    for answer in (
+        clients["acme"].post(url, **steps),
+        clients["acme"].post("/v1/models/gru/sequences", **steps),
+        clients["acme"].post("/v2/models/gru/infer", content=made.content, headers=made.headers),
+    ):
+        assert code(answer) == (429, "quota_exceeded")
+    headers = {"X-API-Key": clients["acme"].headers["x-api-key"]}
+    with connect(running.url.replace("http", "ws") + "/v1/models/gru/stream", additional_headers=headers) as stream:
+        stream.send(json.dumps({"op": "open", "sessions": [{"handle": 1, "session_id": path, "mode": "resume"}]}))
+        stream.recv()
+        stream.send(json.dumps({"op": "steps", "handle": 1, "inputs": {"x": X[:1].tolist()}}))
+        assert json.loads(stream.recv())["code"] == "quota_exceeded"
+    mapped = {"steps": 1, "map": MAP, "inputs": {"x": X[:1].tolist()}}
+    assert code(clients["acme"].post(url.replace("/steps", "/rollout"), json=mapped)) == (429, "quota_exceeded")
+    assert clients["acme"].get(url.removesuffix("/steps")).json()["position"] == 1
+    assert clients["other"].post("/v1/models/gru/sequences", **steps).status_code == 200
