@@ -75,10 +75,11 @@ conformance: install ## write docs/conformance.md: kinds of modules through expo
 fuzz-export: install ## export 2,000 random models; none may be silently wrong (one hour; a restart continues)
 	$(BIN)/python -m conformance --write-docs fuzz
 
-train: install ## retrain the two example models (minutes)
+train: install ## retrain the example models (minutes)
 	$(BIN)/python -m unroll.models.training.co2
 	$(BIN)/python -m unroll.models.training.co2 --write-expected
 	$(BIN)/python -m unroll.models.training.bytes
+	$(BIN)/python -m unroll.models.training.sound
 
 bundles: install ## export the trained examples into examples/repository
 	$(BIN)/python -m unroll.examples.bundles

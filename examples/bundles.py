@@ -1,4 +1,4 @@
-"""Export the two trained examples into `examples/repository`, and the model of `unroll doctor`: `make bundles`.
+"""Export the trained examples into `examples/repository`, and the model of `unroll doctor`: `make bundles`.
 
 Needs torch. Equivalent to `unroll export` on the command line, with example inputs of realistic size: parity with
 PyTorch is proven on inputs like the example's.
@@ -6,11 +6,12 @@ PyTorch is proven on inputs like the example's.
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import unroll
 from unroll.models import bytes as next_byte
-from unroll.models import co2, mauna_loa
+from unroll.models import co2, mauna_loa, sound, synthesis
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 REPOSITORY = Path(__file__).parent / "repository"
@@ -23,6 +24,8 @@ def main(repository: Path = REPOSITORY, doctor: Path = DOCTOR) -> None:
     print(unroll.export(co2.load(), {"ppm": ppm}, name="co2", repository=repository, replace=True))
     model = StackedRNN.load(next_byte.CHECKPOINT)
     print(unroll.export(model, {"x": text}, name="bytes", repository=repository, replace=True))
+    frames = torch.from_numpy(synthesis.clip(np.random.default_rng(0)).samples[:48]).reshape(2, 24, -1)
+    print(unroll.export(sound.load(), {"samples": frames}, name="sound", repository=repository, replace=True))
     print(unroll.export(tiny(), {"x": torch.randn(2, 4, 2)}, name="tiny", repository=doctor, replace=True))
 
 

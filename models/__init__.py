@@ -1,1 +1,1 @@
-"""Models to export and serve: the stacked RNN, its cells by hand, and two trained examples."""
+"""Models to export and serve: the stacked RNN, its cells by hand, and trained examples."""

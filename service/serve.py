@@ -61,7 +61,7 @@ def main(settings: Settings) -> int:
         signal.signal(number, draining.handle_exit)
 
     def read_again(*_: object) -> None:
-        state.gate.reload()
+        state.gate.request_reload()
         state.repository.request_rescan()
 
     signal.signal(signal.SIGHUP, read_again)

@@ -1,7 +1,6 @@
 """Modules that do something else later: after many steps, in long sequences, or after many calls. All are refused."""
 
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,27 +38,6 @@ def only_the_first(s: Any, x: Tensor) -> Tensor:
         h = s.cell(x[:, t], h)
         y[:, t] = h
     return y
-
-
-def with_numbers(s: Any, x: Tensor) -> Tensor:
-    """The numbers end after 5000 steps."""
-    h, outs = x.new_zeros(x.shape[0], 6), []
-    for t, step in enumerate(x.unbind(1)):
-        try:
-            scale = s.scales[t]
-        except IndexError:
-            scale = 0.5
-        h = s.cell(step, h) * scale
-        outs.append(h)
-    return torch.stack(outs, 1)
-
-
-def to_the_end(s: Any, steps: Iterable[Tensor]) -> Tensor:
-    h = None
-    for step in steps:
-        h = s.cell(step, h)
-    assert h is not None
-    return h
 
 
 def after_warm_up(s: Any, x: Tensor) -> Tensor:
@@ -182,21 +160,6 @@ LATE = [
             lambda s, t, x, h: s.cell(x, h) + s.table[min(t, 5000) // 5000], table=nn.Buffer(torch.rand(2))
         ),
         "min(t, 5000)",
-    ),
-    _late(
-        "a loop over the first 5000 steps",
-        lambda: made(lambda s, x: to_the_end(s, islice(x.unbind(1), 5000)), cell=nn.GRUCell(4, 6)),
-        "step 5000 ",
-    ),
-    _late(
-        "a loop over the last 5000 steps",
-        lambda: made(lambda s, x: to_the_end(s, x[:, -s.most :].unbind(1)), cell=nn.GRUCell(4, 6), most=5000),
-        "step 5000 ",
-    ),
-    _late(
-        "a loop with 5000 numbers",
-        lambda: made(with_numbers, cell=nn.GRUCell(4, 6), scales=[1.0] * 5000),
-        "step 5000 ",
     ),
     _late("a loop over the last hundred steps", lambda: made(only_the_last, cell=nn.GRUCell(4, 6)), "step 100 "),
     _late("a loop over the first 64 steps", lambda: made(only_the_first, cell=nn.GRUCell(4, 6)), "step 64 "),

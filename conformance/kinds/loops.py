@@ -1,6 +1,5 @@
 """Python loops over time: all of them stream."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,19 +70,6 @@ def stack_of_layers(s: Any, x: Tensor) -> Tensor:
     return y.transpose(0, 1)
 
 
-def collected(s: Any, steps: Iterable[Tensor]) -> list[Tensor]:
-    h, outs = torch.zeros(1, 4), []
-    for step in steps:
-        h = torch.tanh(step + h * s.r)
-        outs.append(h)
-    return outs
-
-
-def one_after_another(s: Any, x: Tensor) -> Tensor:
-    """Each loop takes the steps of the one before from a list."""
-    return torch.stack([s.head(h) for h in collected(s, collected(s, x.unbind(1)))], 1)
-
-
 LOOPS = [
     Kind("loop over a layer", lambda: made(loop, rnn=gru())),
     Kind("loop over cells", lambda: made(cells, first=nn.LSTMCell(4, 6), second=nn.GRUCell(6, 5), head=head(5))),
@@ -91,10 +77,6 @@ LOOPS = [
         "loop in the open, last step, tokens",
         lambda: made(minimal, embed=nn.Embedding(9, 4), f=nn.Linear(10, 6), g=nn.Linear(10, 6)),
         lambda: {"x": torch.randint(0, 9, (2, 7))},
-    ),
-    Kind(
-        "loops over what the loop before has collected",
-        lambda: made(one_after_another, r=nn.Parameter(torch.rand(4) / 2), head=head(4)),
     ),
     Kind("loops of modules of their own", lambda: made(stack_of_layers, a=Layer(4, 6), b=Layer(6, 6, nn.Dropout(0.5)))),
 ]

@@ -1,5 +1,6 @@
 """Decides whether a request may come in, from its headers, before anything of it is decoded."""
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -8,7 +9,7 @@ import re
 import secrets
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -62,23 +63,42 @@ class Gate:
         self._good_origins = {origin.encode() for origin in origins}
         self._good_hosts: set[bytes] = set()
         self._good_keys: dict[bytes, Key] = {}
+        self._asked = asyncio.Event()
         self._ticket_secret = ticket_secret or secrets.token_bytes(32)
 
     @property
     def has_keys(self) -> bool:
         return self._ring is not None
 
-    def reload(self) -> None:
-        """Read the file of keys again. One that cannot be used changes nothing."""
-        if self._path is None:
-            return
+    def request_reload(self) -> None:
+        """Read the file of keys again soon."""
+        self._asked.set()
+
+    async def run(self, on_removed: Callable[[], None]) -> None:
+        """Read the file whenever that is asked for, until cancelled.
+
+        Args:
+            on_removed: Called if a key permits less than before, or nothing.
+        """
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            if self.reload():
+                on_removed()
+
+    def reload(self) -> bool:
+        """Read the file of keys again. One that cannot be used changes nothing. True if a key permits less now."""
+        if self._path is None or self._ring is None:
+            return False
+        before = self._ring.keys
         try:
             self._ring = KeyRing.read(self._path)
         except KeysRefused as error:
             _log.error("keys not read, the earlier ones stay", reason=str(error))
-            return
+            return False
         self._good_keys.clear()
         _log.info("keys read", keys=len(self._ring.keys))
+        return any(self._ring.keys.get(digest) != key for digest, key in before.items())
 
     def quota(self, tenant: str) -> Quota | None:
         return None if self._ring is None else self._ring.quotas.get(tenant)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from unroll.service.commands import transfer
 from unroll.service.core.errors import UnrollError
-from unroll.service.sessions.selection import Selection, describe, select
+from unroll.service.core.session_ids import owned
+from unroll.service.sessions.selection import Selection, describe, named, select
 from unroll.service.sources import SettingsRefused, store_config_of
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
-from unroll.service.store.interface import Store, StoreRefused
+from unroll.service.store.interface import Key, Store, StoreRefused
 from unroll.service.store.lmdb_folder import is_store
 from unroll.service.store.opening import StoreConfig, open_store
 from unroll.service.store.record import Gone, Record
@@ -56,18 +57,19 @@ async def _list(store: Store, config: StoreConfig, options: "commands.List") -> 
         return 0
     for session in found.sessions:
         print(session.line())
-    for model, session_id in found.damaged:
-        print(f"damaged: {describe(model)} {describe(session_id)}")
+    for key in found.damaged:
+        print(f"damaged: {_words(key)}")
     print(f"{len(found.sessions)} sessions" + (f"; more: --after {after}" if after else ""))
     return 0
 
 
 async def _show(store: Store, config: StoreConfig, options: "commands.Show") -> int:
-    known = await store.load((options.model, options.session))
+    key = options.model, owned(options.tenant, options.session)
+    known = await store.load(key)
     if known is None:
         print("unknown", file=sys.stderr)
         return 1
-    document: dict[str, Any] = {"model": options.model, "session_id": options.session, "digest": known.origin.model}
+    document: dict[str, Any] = {**named(key), "digest": known.origin.model}
     document |= {"durability": known.origin.durability, "replies": [[one.start, one.steps] for one in known.kept]}
     if isinstance(known, Gone):
         document |= {"ended": known.cause}
@@ -84,7 +86,8 @@ async def _show(store: Store, config: StoreConfig, options: "commands.Show") -> 
 
 
 async def _close(store: Store, config: StoreConfig, options: "commands.Close") -> int:
-    positions = {session: await store.close((options.model, session)) for session in options.session}
+    keys = {session: (options.model, owned(options.tenant, session)) for session in options.session}
+    positions = {session: await store.close(key) for session, key in keys.items()}
     if options.json:
         print(json.dumps({"closed": positions}, indent=2))
     else:
@@ -96,26 +99,27 @@ async def _close(store: Store, config: StoreConfig, options: "commands.Close") -
 async def _export(store: Store, config: StoreConfig, options: "commands.Export") -> int:
     count, damaged = await transfer.export(store, _selection(options, config), options.file)
     if options.json:
-        print(json.dumps({"written": count, "file": str(options.file), "damaged": damaged}, indent=2))
+        print(json.dumps({"written": count, "file": str(options.file), "damaged": [*map(named, damaged)]}, indent=2))
         return int(bool(damaged))
     print(f"{count} sessions written to {options.file}")
-    for model, session_id in damaged:
-        print(f"damaged, not written: {describe(model)} {describe(session_id)}")
+    for key in damaged:
+        print(f"damaged, not written: {_words(key)}")
     return int(bool(damaged))
 
 
 async def _import(store: Store, config: StoreConfig, options: "commands.Import") -> int:
     outcomes: dict[str, int] = {}
-    left: list[dict[str, str]] = []
-    async for (model, session_id), outcome in transfer.import_file(store, options.file, replace=options.replace):
+    left: list[tuple[Key, str]] = []
+    async for key, outcome in transfer.import_file(store, options.file, replace=options.replace):
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         if outcome not in (transfer.IMPORTED, transfer.REPLACED):
-            left.append({"model": model, "session_id": session_id, "outcome": outcome})
+            left.append((key, outcome))
     if options.json:
-        print(json.dumps({"outcomes": outcomes, "left": left}, indent=2))
+        documents = [named(key) | {"outcome": outcome} for key, outcome in left]
+        print(json.dumps({"outcomes": outcomes, "left": documents}, indent=2))
         return int(bool(left))
-    for one in left:
-        print(f"{one['outcome']}: {describe(one['model'])} {describe(one['session_id'])}")
+    for key, outcome in left:
+        print(f"{outcome}: {_words(key)}")
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "no sessions in the file")
     return int(bool(left))
 
@@ -125,7 +129,12 @@ def _floats(record: Record) -> list[float]:
 
 
 def _selection(options: "commands.Filtered", config: StoreConfig) -> Selection:
-    return Selection(options.model, options.min_idle, options.min_position, options.max_position, config.idle_timeout)
+    positions = options.min_position, options.max_position
+    return Selection(options.model, options.min_idle, *positions, config.idle_timeout, options.tenant or None)
+
+
+def _words(key: Key) -> str:
+    return " ".join(describe(value) for value in named(key).values())
 
 
 #: By the name of the command's options.

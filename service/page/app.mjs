@@ -10,7 +10,8 @@ const VIEWS = {
   lattice: async () => (await import("./lattice.mjs")).LatticeView,
 };
 const base = new URL(".", document.baseURI);
-const client = new Client(base, { retryFor: 5000 });
+const KEY = "unroll.key";
+const client = new Client(base, { retryFor: 5000, apiKey: sessionStorage.getItem(KEY) ?? undefined });
 const views = {};
 
 async function show() {
@@ -32,9 +33,29 @@ async function show() {
     await views[chosen].show(model);
   } catch (error) {
     delete views[chosen];
+    if (error.code === "unauthenticated") return section.replaceChildren(keyForm(error));
     const again = h("a", { href: location.hash, onclick: (event) => (event.preventDefault(), show()) }, "Try again");
     section.replaceChildren(h("p", { class: "notice error", role: "alert" }, explain(error), " ", again));
   }
+}
+
+// Asks for the API key of a server that has keys; it is kept as long as this tab is open.
+function keyForm(error) {
+  const field = h("input", { id: "key", type: "password", autocomplete: "off", required: true });
+  const use = (event) => {
+    event.preventDefault();
+    sessionStorage.setItem(KEY, field.value);
+    client.headers.authorization = `Bearer ${field.value}`;
+    show();
+  };
+  return h(
+    "form",
+    { class: "card", onsubmit: use },
+    h("p", { role: "alert" }, explain(error)),
+    h("label", { for: "key" }, "API key "),
+    field,
+    h("button", {}, "Use this key"),
+  );
 }
 
 addEventListener("hashchange", show);

@@ -14,8 +14,9 @@ const PHASES = {
 };
 
 export class LiveView {
-  constructor(section) {
+  constructor(section, client) {
     this.section = section;
+    this.client = client;
     this.scrapes = [];
     this.points = { steps: [], requests: [], sessions: [], queue: [] };
     document.addEventListener("visibilitychange", () => this.poll());
@@ -98,7 +99,7 @@ export class LiveView {
     if (!this.visible || document.hidden) return;
     const began = performance.now();
     try {
-      this.add(await scrape());
+      this.add(await scrape(this.client.headers));
       this.problem.replaceChildren();
     } catch (error) {
       this.problem.replaceChildren(h("p", { class: "notice error", role: "alert" }, explain(error)));

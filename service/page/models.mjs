@@ -24,7 +24,7 @@ export class ModelsView {
 
   // All versions in the repository, also those that are not served.
   async bundles() {
-    const answer = await fetch("v2/repository/index", { method: "POST" });
+    const answer = await fetch("v2/repository/index", { method: "POST", headers: this.client.headers });
     return answer.ok ? answer.json() : [];
   }
 }

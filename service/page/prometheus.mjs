@@ -77,8 +77,8 @@ export function quantile(counts, share) {
   return lower;
 }
 
-export async function scrape() {
-  const answer = await fetch("metrics");
+export async function scrape(headers) {
+  const answer = await fetch("metrics", { headers });
   if (!answer.ok) throw new Error((await answer.json()).detail);
   return new Scrape(await answer.text(), performance.now() / 1000);
 }

@@ -60,7 +60,7 @@ class Selected:
     def document(self) -> dict[str, Any]:
         model, session_id = self.session.key
         return {
-            **_named((model, session_id)),
+            **named((model, session_id)),
             "position": self.session.position,
             "durability": self.session.durability,
             "digest": self.session.digest,
@@ -86,7 +86,7 @@ class Found:
         """after: names the next page; empty: there is none."""
         return {
             "sessions": [selected.document() for selected in self.sessions],
-            "damaged": [_named(key) for key in self.damaged],
+            "damaged": [named(key) for key in self.damaged],
             "after": after or None,
         }
 
@@ -130,7 +130,8 @@ def describe(text: str) -> str:
     return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
-def _named(key: Key) -> dict[str, Any]:
+def named(key: Key) -> dict[str, Any]:
+    """Whose session it is, as members of a document."""
     model, session_id = key
     tenant = {"tenant": tenant_of(session_id)} if tenant_of(session_id) else {}
     return {"model": model, **tenant, "session_id": shown(session_id)}

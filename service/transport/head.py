@@ -65,7 +65,7 @@ def check_head(version: str, url: bytes, fields: Fields) -> Headers:
 
 def _check_repeated(fields: Fields) -> None:
     names = [name for name, _ in fields]
-    for name in (b"host", b"transfer-encoding", b"expect"):
+    for name in (b"host", b"transfer-encoding", b"expect", b"authorization", b"x-api-key", b"origin"):
         if names.count(name) > 1:
             raise Refused(400, f"the header {name.decode().title()} was sent twice")
 

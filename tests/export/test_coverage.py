@@ -1,7 +1,9 @@
 """What the exporter makes of a model: which nodes, which inputs; and where the model may come from."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from conformance.kinds.kind import made
 from unroll import cli
 from unroll.bundle import Manifest
 from unroll.export import ExportError, export
@@ -48,6 +51,26 @@ def test_a_cell_is_recognised_by_its_numbers(tmp_path: Path, limit, node: str, k
     assert sorted(slot.kind for slot in report.manifest.state) == sorted(kinds)
     assert report.manifest.streamable
     assert report.manifest.bit_exact
+
+
+def collected(s: Any, steps: Iterable[Tensor]) -> list[Tensor]:
+    h, outs = torch.zeros(1, 4), []
+    for step in steps:
+        h = torch.tanh(step + h * s.r)
+        outs.append(h)
+    return outs
+
+
+def one_after_another(s: Any, x: Tensor) -> Tensor:
+    """Each loop takes the steps of the one before from a list."""
+    return torch.stack([s.head(h) for h in collected(s, collected(s, x.unbind(1)))], 1)
+
+
+def test_loops_over_what_the_loop_before_has_collected_stream(tmp_path: Path) -> None:
+    module = made(one_after_another, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 3))
+    report = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+    assert report.manifest.streamable
+    assert report.manifest.ragged
 
 
 class Forecast(nn.Module):

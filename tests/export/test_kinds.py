@@ -28,7 +28,6 @@ SHORT = {
     "one sequence without a batch",
     "a GRU as a function, with a mask on its weights",
     "a convolution, a layer and two loops in one forward",
-    "loops over what the loop before has collected",
     "arguments changed in place",
     "position in the sequence",
     "state in self.h",
@@ -48,9 +47,6 @@ LONG = {
     "a loop that grows until step 5000",
     "a loop over the first 64 steps",
     "a loop in windows of 50",
-    "a loop over the first 5000 steps",
-    "a loop over the last 5000 steps",
-    "a loop with 5000 numbers",
 }
 
 

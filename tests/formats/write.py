@@ -257,7 +257,7 @@ def _http(manifest: Manifest) -> list[dict[str, Any]]:
         post(
             "/v2/models/steps/infer", {"inputs": [{"name": "x", "shape": [1, 1, 3], "datatype": "INT8", "data": [1]}]}
         ),
-        get("/v2/models/steps/stats", ignored=["ns", "last_inference", "warm_up"]),
+        get("/v2/models/steps/stats", ignored=["ns", "last_inference", "warm_up", "best_batch_size"]),
         get("/v1/nowhere"),
         get("/v2/nowhere"),
     ]

@@ -66,7 +66,7 @@ def test_every_module_is_inside_and_no_test(names: set[str]) -> None:
     own = [path for pattern in ("*.py", "commands/*.py") for path in (ROOT / "src" / "unroll").glob(pattern)]
     modules |= {str(path.relative_to(ROOT / "src")) for path in own}
     assert {name for name in names if name.endswith(".py")} == modules
-    assert not [name for name in names if "test" in name or name.startswith("conformance") or "bench" in name]
+    assert not [name for name in names if "test" in name or name.startswith(("conformance", "bench"))]
 
 
 def test_the_data_are_inside(names: set[str]) -> None:

@@ -13,6 +13,7 @@ from served_models import models
 from serving import Running
 from waiting import PATIENCE
 
+from unroll.service.access.keys import new_key
 from unroll.service.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "repository"
@@ -308,3 +309,24 @@ def test_figures_and_files_are_read_correctly(visit: Visit) -> None:
     assert read[:4] == [[2, 4, 2], 1.5, 2, 1000]
     assert read[4] == [{"name": "v", "values": [1.5, -2]}]
     assert read[5] == [{"name": "column 1", "values": [1, 3]}, {"name": "column 2", "values": [2, 4]}]
+
+
+def test_a_server_with_keys_asks_for_one(browser: Browser, tmp_path: Path) -> None:
+    secret, entry = new_key("page", "acme", ["infer"])
+    (tmp_path / "keys.toml").write_text(entry)
+    running = Running(
+        Settings.model_validate({"repository": models.link(tmp_path, "gru"), "keys": tmp_path / "keys.toml"})
+    )
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    page.goto(f"{running.url}/#playground/gru")
+    for key in ("wrong", secret):
+        page.get_by_label("API key").fill(key)
+        press(page, "Use this key")
+    press(page, "Step")  # over a WebSocket, which a ticket has opened
+    wait_for_position(page, 1)
+    page.reload()
+    press(page, "Step")
+    wait_for_position(page, 1)
+    page.close()
+    running.stop()

@@ -34,6 +34,10 @@ class OnStore:
         option("--idle-timeout", "SECONDS", "as of the servers (default: $UNROLL_IDLE_TIMEOUT, or theirs)"),
     ] = None
 
+    tenant: Annotated[
+        str, option("--tenant", "TENANT", "whose sessions, of servers with keys (default: of list and export, all)")
+    ] = ""
+
     def run(self) -> int:
         from unroll.service.commands import sessions
 

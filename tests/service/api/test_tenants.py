@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import wire
 from serving import Running, raw_steps
-from websockets.exceptions import InvalidStatus
+from waiting import PATIENCE
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from unroll.service.access.keys import new_key
@@ -299,6 +300,27 @@ def test_a_ticket_opens_a_stream_in_place_of_the_key(keyed: Keyed) -> None:
             connect(url, subprotocols=[protocol])  # type: ignore[list-item]
         assert refused.value.response.status_code == 401
     assert code(keyed.nobody.post("/v1/tickets")) == (401, "unauthenticated")
+
+
+def test_a_stream_ends_with_its_key(few: Path, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    (leaked, first), (kept, second) = new_key("leaked", "acme", ["infer"]), new_key("kept", "acme", ["infer"])
+    path.write_text(first + second)
+    running = Running(Settings.model_validate({"repository": few, "keys": path}))
+    url = running.url.replace("http", "ws") + "/v1/models/gru/stream"
+    with connect(url, additional_headers={"X-API-Key": leaked}) as stream:
+        path.write_text(second)
+        running.uvicorn.loop.call_soon_threadsafe(running.server.gate.request_reload)
+        with pytest.raises(ConnectionClosed) as closed:
+            stream.recv(PATIENCE)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+    with pytest.raises(InvalidStatus) as refused:
+        connect(url, additional_headers={"X-API-Key": leaked})
+    assert refused.value.response.status_code == 401
+    with connect(url, additional_headers={"X-API-Key": kept}):
+        pass
+    running.stop()
 
 
 def test_an_operator_sees_its_tenant_only(keyed: Keyed) -> None:

@@ -1,0 +1,38 @@
+"""The sound detector, on synthesised sound that it was not trained on."""
+
+import numpy as np
+import pytest
+import torch
+
+from unroll.models import synthesis
+from unroll.models.sound import EVENTS, SoundDetector, load
+from unroll.models.training import sound
+
+
+@pytest.fixture(scope="module")
+def model() -> SoundDetector:
+    return load()
+
+
+def test_it_finds_the_events_and_raises_few_false_alarms(model: SoundDetector) -> None:
+    scores = sound.evaluate(model, clips=40)
+    assert set(scores) == set(EVENTS)
+    for name, score in scores.items():
+        assert score.found > 0.85, name
+        assert score.false < 0.03, name
+
+
+@torch.inference_mode()
+def test_one_clap_is_no_event_and_the_second_is(model: SoundDetector) -> None:
+    """Both frames sound alike: only the state tells them apart."""
+    highest = {}
+    for kind in ("clap", "claps"):
+        clips = [synthesis.single(kind, np.random.default_rng(seed)).samples for seed in range(20)]
+        highest[kind] = model(torch.from_numpy(np.stack(clips)))[..., 1].amax(1)
+    assert (highest["claps"] > sound.THRESHOLD).float().mean() > 0.8
+    assert (highest["clap"] > sound.THRESHOLD).float().mean() < 0.2
+
+
+@torch.inference_mode()
+def test_silence_is_nothing(model: SoundDetector) -> None:
+    assert model(torch.zeros(1, 500, synthesis.FRAME)).max() < sound.THRESHOLD
