@@ -157,7 +157,8 @@ def test_models_are_described(client: httpx.Client, oracle: Oracles) -> None:
     assert listed["gru"]["version"] == "2"
     token = {"name": "token", "dtype": "int64", "shape": [], "time": True, "limit": 11}
     assert listed["tokens"]["inputs"] == [token]
-    assert listed["last"]["outputs"] == [{"name": "y", "dtype": "float32", "shape": [2], "time": False}]
+    y = {"name": "y", "dtype": "float32", "shape": [2], "time": False, "limit": None}
+    assert listed["last"]["outputs"] == [y]
     assert not listed["whole"]["streamable"]
     assert listed["lstm"]["state_size"] == oracle("lstm").manifest.state_size
 
