@@ -155,7 +155,8 @@ def test_models_are_described(client: httpx.Client, oracle: Oracles) -> None:
     listed = {model["name"]: model for model in client.get("/v1/models").json()}
     assert {"lstm", "gru", "last", "whole", "tokens", "two", "hot"} == listed.keys()
     assert listed["gru"]["version"] == "2"
-    assert listed["tokens"]["inputs"] == [{"name": "token", "dtype": "int64", "shape": [], "time": True}]
+    token = {"name": "token", "dtype": "int64", "shape": [], "time": True, "limit": 11}
+    assert listed["tokens"]["inputs"] == [token]
     assert listed["last"]["outputs"] == [{"name": "y", "dtype": "float32", "shape": [2], "time": False}]
     assert not listed["whole"]["streamable"]
     assert listed["lstm"]["state_size"] == oracle("lstm").manifest.state_size
