@@ -58,20 +58,26 @@ from unroll.service.telemetry.request_log import RequestLog
 _log = structlog.get_logger(__name__)
 
 
-def build(settings: Settings, clock: Clock | None = None, shared_port: int | None = None) -> tuple[FastAPI, AppState]:
+def build(
+    settings: Settings,
+    clock: Clock | None = None,
+    shared_port: int | None = None,
+    ticket_secret: bytes | None = None,
+) -> tuple[FastAPI, AppState]:
     """Load every bundle, and make the application and the state that the transport shares with it.
 
     Args:
         settings: What to serve, and how.
         clock: The clock of sessions and loops.
         shared_port: The port that other worker processes listen on, too.
+        ticket_secret: Of all workers.
 
     Raises:
         RepositoryError: See `ModelRepository.load_all`.
         DeviceUnavailable: The requested device cannot be used.
         ValueError: It does not have the requested precision, or the file of keys cannot be used.
     """
-    gate = settings.gate()
+    gate = settings.gate(ticket_secret)
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
     clock = clock or MonotonicClock()
