@@ -22,7 +22,12 @@ def owned(tenant: str, session_id: str) -> str:
     """The id inside the server. Raises InvalidRequest for an id that looks like a tenant's."""
     if session_id.startswith(_MARK):
         raise InvalidRequest("a session id must not begin with the control character U+001D")
-    return f"{_MARK}{tenant}{_MARK}{session_id}" if tenant else session_id
+    return mark(tenant) + session_id if tenant else session_id
+
+
+def mark(tenant: str) -> str:
+    """What the ids of its sessions begin with."""
+    return f"{_MARK}{tenant}{_MARK}"
 
 
 @dataclass(frozen=True, slots=True)

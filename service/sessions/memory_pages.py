@@ -5,6 +5,7 @@ from functools import partial
 from heapq import nsmallest
 
 from unroll.service.core.clock import Clock
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.models.served_model import ServedModel
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.directory import SessionDirectory
@@ -26,20 +27,21 @@ class MemoryPages:
         self._clock = clock
         self._idle_timeout = idle_timeout
 
-    async def page(self, after: str, limit: int) -> Page:
+    async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         """See `Store.page`. A page is named by the last session of the one before."""
-        later = ((key, read) for key, read in self._all() if "/".join(key) > after)
+        later = ((key, read) for key, read in self._all(tenant) if "/".join(key) > after)
         chosen = nsmallest(limit + 1, later, key=lambda entry: "/".join(entry[0]))
         more = "/".join(chosen[limit - 1][0]) if len(chosen) > limit else ""
         return Page([read() for _, read in chosen[:limit]], [], more)
 
-    def _all(self) -> Iterator[tuple[Key, Callable[[], Listed]]]:
+    def _all(self, tenant: str | None) -> Iterator[tuple[Key, Callable[[], Listed]]]:
         for model in self._directory.versions:
             for session in model.scheduler.sessions:
-                if session.durable is None:
+                if session.durable is None and tenant in (None, tenant_of(session.id)):
                     yield (model.name, session.id), partial(self._resident, model, session)
         for key, record, used in self._directory.spilled:
-            yield key, partial(self._spilled, key, record, used)
+            if tenant in (None, tenant_of(key[1])):
+                yield key, partial(self._spilled, key, record, used)
 
     def _resident(self, model: ServedModel, session: Session) -> Listed:
         if (cohort := session.cohort) is not None:

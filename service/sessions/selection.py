@@ -102,7 +102,7 @@ async def select(pages: Pages, selection: Selection, after: str, limit: int) -> 
     """
     found, seen = Found(), set[Key]()
     for _ in range(_MOST_PAGES):
-        page = await pages.page(after, limit - len(found.sessions))
+        page = await pages.page(after, limit - len(found.sessions), selection.tenant)
         await asyncio.sleep(0)
         for listed in page.sessions:
             if listed.key not in seen and (selected := selection.of(listed)) is not None:

@@ -9,7 +9,7 @@ its next transaction: in order, each for itself.
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import structlog
 
 from unroll.service.core.choices import Sync
 from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
+from unroll.service.core.session_ids import mark
 from unroll.service.store.daemon_thread import DaemonThread
 from unroll.service.store.embedded_entry import (
     CLOCK,
@@ -132,12 +133,14 @@ class EmbeddedStore:
     async def take(self, key: Key, token: bytes) -> bool:
         return await self._exchanges.ask_one(_Call(partial(_take, name_of(key), token), "ends"))
 
-    async def page(self, after: str, limit: int) -> Page:
+    async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:
             place = bytes.fromhex(after)
         except ValueError:
             raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said") from None
-        return await self._exchanges.ask_one(_Call(partial(_page, place, limit), "reads"))
+        return await self._exchanges.ask_one(
+            _Call(partial(_page, place, limit, mark(tenant).encode() if tenant else b""), "reads")
+        )
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────
 
@@ -269,13 +272,10 @@ def _take(name: bytes, token: bytes, transaction: Any, now: float) -> bool:
     return held is not None and held.is_living(now) and held.token == token and transaction.delete(place)
 
 
-def _page(after: bytes, limit: int, transaction: Any, now: float) -> Page:
+def _page(after: bytes, limit: int, own: bytes, transaction: Any, now: float) -> Page:
+    """own: what the ids of the sessions begin with."""
     page = Page([], [], "")
-    cursor = transaction.cursor()
-    if not cursor.set_range(after + b"\0"):
-        return page
-    for looked, (key, value) in enumerate(cursor, 1):
-        place = bytes(key)
+    for looked, (place, value) in enumerate(_following(transaction.cursor(), after, own), 1):
         if place != CLOCK and (entry := Entry.read(bytes(value))).is_living(now):
             try:
                 record = entry.record()
@@ -287,6 +287,19 @@ def _page(after: bytes, limit: int, transaction: Any, now: float) -> Page:
         if len(page.sessions) == limit or looked == _LOOKED:
             return replace(page, after=place.hex())
     return page
+
+
+def _following(cursor: Any, after: bytes, own: bytes) -> Iterator[tuple[bytes, Any]]:
+    """The entries behind a place whose ids begin with `own`; the others are jumped over."""
+    found = cursor.set_range(after + b"\0")
+    while found:
+        place = bytes(cursor.key())
+        model, slash, session_id = place.partition(b"/")
+        if slash and not session_id.startswith(own):
+            found = cursor.set_range(model + (b"/" + own if session_id < own else b"0"))  # 0 follows / in ASCII
+        else:
+            yield place, cursor.value()
+            found = cursor.next()
 
 
 def _ended(transaction: Any, after: bytes, now: float) -> tuple[list[bytes], bytes]:

@@ -81,13 +81,14 @@ class Page:
 
 
 class Pages(Protocol):
-    async def page(self, after: str, limit: int) -> Page:
+    async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         """The page that `after` names; empty: the first. Every session that is open all the time is on one, or on
         several.
 
         Args:
             after: Of the page before.
             limit: Maximum sessions.
+            tenant: Only its sessions, and no page is named by another's; None: all. Empty: may be all.
 
         Raises:
             StoreUnavailable: The store does not answer.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from unroll.service.core.errors import SessionContended, UnrollError
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.store.interface import Commit, Key, Listed, Page
 from unroll.service.store.record import Gone, Origin, Record, unpack_last
 from unroll.service.telemetry.metrics import StoreFigures
@@ -39,8 +40,8 @@ class MemoryStore:
         del self._records[key]
         return True
 
-    async def page(self, after: str, limit: int) -> Page:
-        names = sorted("/".join(key) for key in self._records)
+    async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
+        names = sorted("/".join(key) for key in self._records if tenant in (None, tenant_of(key[1])))
         chosen = [name for name in names if name > after][:limit]
         keys: list[Key] = [(name.partition("/")[0], name.partition("/")[2]) for name in chosen]
         records = [self._records[key] for key in keys]

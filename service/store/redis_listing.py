@@ -9,6 +9,7 @@ from typing import Any
 from redis.asyncio.cluster import RedisCluster
 
 from unroll.service.core.errors import InvalidRequest, SnapshotInvalid
+from unroll.service.core.session_ids import mark
 from unroll.service.store.interface import Key, Listed, Page
 from unroll.service.store.record import ORIGIN_BYTES, Origin
 
@@ -20,7 +21,7 @@ _HEAD = _TOKEN + ORIGIN_BYTES + _WHOLE.size
 _COUNT = 500
 
 
-async def read_page(client: Any, prefix: str, after: str, limit: int) -> Page:
+async def read_page(client: Any, prefix: str, after: str, limit: int, tenant: str | None) -> Page:
     """See `Store.page`. Raises RedisError, OSError, InvalidRequest."""
     nodes: list[Any] = [None]
     if isinstance(client, RedisCluster):
@@ -28,7 +29,7 @@ async def read_page(client: Any, prefix: str, after: str, limit: int) -> Page:
         nodes = sorted(client.get_primaries(), key=lambda node: node.name)
     number, cursor, last = _parse(after, len(nodes))
     where = {} if nodes[number] is None else {"target_nodes": nodes[number]}
-    pattern = f"{prefix}:{{*}}"
+    pattern = f"{prefix}:{{*/{mark(tenant)}*}}" if tenant else f"{prefix}:{{*}}"
     following, found = await client.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", _COUNT, **where)
     if where:
         following = following[nodes[number].name]

@@ -227,10 +227,10 @@ class RedisStore:
         record = pack(commit.origin, commit.position, commit.row, commit.last)
         return self._call(*who, record, b"", commit.origin if commit.begins else b"")
 
-    async def page(self, after: str, limit: int) -> Page:
+    async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:
             async with asyncio.timeout(self._config.timeout):
-                return await read_page(self._client, self._config.prefix, after, limit)
+                return await read_page(self._client, self._config.prefix, after, limit, tenant)
         except FAILURES as error:
             raise unavailable(error) from error
 

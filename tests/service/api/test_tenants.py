@@ -334,6 +334,20 @@ def test_an_operator_sees_its_tenant_only(keyed: Keyed) -> None:
     keyed.clients["other"].delete(theirs)
 
 
+def test_the_pages_of_an_operator_say_nothing_of_other_tenants(keyed: Keyed) -> None:
+    paths = [(tenant, keyed.open(tenant, f"page-{i}")) for tenant in ("acme", "other") for i in range(3)]
+    found, after = set(), ""
+    while after is not None:
+        params = {"limit": 1, "after": after}
+        page = keyed.clients["admin of other"].get("/v1/admin/sessions", params=params).json()
+        assert "acme" not in str(page)
+        found |= {session["session_id"] for session in page["sessions"]}
+        after = page["after"]
+    assert found == {"page-0", "page-1", "page-2"}
+    for tenant, path in paths:
+        keyed.clients[tenant].delete(path).raise_for_status()
+
+
 def test_without_keys_a_ticket_is_not_needed(client: httpx.Client) -> None:
     assert client.post("/v1/tickets").status_code == 404
 

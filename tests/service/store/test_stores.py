@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from structlog.testing import capture_logs
 from waiting import until
 
 from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable
+from unroll.service.core.session_ids import owned
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Commit, Key, Store, Tokens
 from unroll.service.store.memory_store import MemoryStore
@@ -318,6 +320,23 @@ async def test_all_open_sessions_are_listed_page_by_page(store: Store, tokens: T
     assert {(one.digest, one.durability, one.position) for one in found} == {(ORIGIN.model, "stored", 4)}
     assert all(session.expires_in is None or 890 < session.expires_in <= 900 for session in found)
     assert all(session.bytes > 30 for session in found)
+
+
+async def test_the_pages_of_a_tenant_say_nothing_of_others(store: Store, tokens: Tokens):
+    tenants = ("a", "acme", "acme2", "z", "")
+    keys = {t: {(m, owned(t, f"s{i}")) for m in ("gru", "gru-2", "lstm") for i in range(5)} for t in tenants}
+    await put(store, *[commit(tokens.next(), key=key) for own in keys.values() for key in own])
+    found, after = [], ""
+    while True:
+        page = await store.page(after, 2, "acme")
+        found += page.sessions
+        named = after = page.after
+        with suppress(ValueError):  # hexadecimal, in most stores
+            named = bytes.fromhex(after.rpartition(".")[2]).decode()
+        assert "\x1d" not in named or "\x1dacme\x1d" in named
+        if not after:
+            break
+    assert sorted(session.key for session in found) == sorted(keys["acme"])
 
 
 async def test_a_page_that_no_page_named_is_refused(store: Store):
