@@ -121,17 +121,24 @@ def build(
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
         workers = WorkerMetrics(settings.host, ports)
     app = _fastapi(state, workers, lambda _: _lifespan(state, state_file, settings.store_timeout))
+    _add_what_is_asked_for(app, settings, state, store, clock)
+    return app, state
+
+
+def _add_what_is_asked_for(
+    app: FastAPI, settings: Settings, state: AppState, store: Store | None, clock: Clock
+) -> None:
+    """The routes that not every server has."""
     if settings.shows_page:
         app.include_router(page_routes.router())
     if settings.allowed_origins:
         cross_origin.allow(app, settings.allowed_origins)
     if settings.admin:
         idle_timeout = settings.idle_timeout or None
-        pages: dict[str, Pages] = {MEMORY: MemoryPages(sessions.directory, clock, idle_timeout)}
+        pages: dict[str, Pages] = {MEMORY: MemoryPages(state.sessions.directory, clock, idle_timeout)}
         if store is not None:
             pages[STORED] = store
         app.include_router(admin_routes.router(state, pages, idle_timeout))
-    return app, state
 
 
 def _load(

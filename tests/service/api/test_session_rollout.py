@@ -341,6 +341,7 @@ def test_a_value_that_no_input_takes_ends_it(client: httpx.Client) -> None:
         ),
         ("lstm", {"kind": "columns", "columns": [{"from": 2}] * 3}, "map_invalid", "column 0 cannot be value 2"),
         ("lstm", {"kind": "columns", "columns": [{"future": [1]}] * 3}, "invalid_shape", "1 future values for 2 steps"),
+        ("lstm", {"kind": "columns", "columns": [{"constant": 10**400}] * 3}, "non_finite_input", "too large"),
         ("lstm", {"a": {"kind": "identity"}}, "map_invalid", "the map is for ['a']; the model's inputs are ['x']"),
         ("two", {"kind": "identity", "output": "slope"}, "map_invalid", "the model's inputs are ['a', 'b']"),
         ("tokens", {"kind": "identity"}, "map_invalid", "(11,) of float32, and the input 'token' takes () of int64"),
