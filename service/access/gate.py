@@ -10,6 +10,7 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import structlog
@@ -57,6 +58,7 @@ class Gate:
         ticket_secret: bytes | None = None,
     ) -> None:
         self._path = keys
+        self._looked = datetime.now(UTC)  # when it was last seen whether keys expire
         self._ring = None if keys is None else KeyRing.read(keys)
         self._hosts = hosts
         self.origins = origins
@@ -64,7 +66,7 @@ class Gate:
         self._good_hosts: set[bytes] = set()
         self._good_keys: dict[bytes, Key] = {}
         self._asked = asyncio.Event()
-        self._ticket_secret = ticket_secret or secrets.token_bytes(32)
+        self._ticket_secret = hmac.digest(ticket_secret or secrets.token_bytes(32), b"tickets", "sha256")
 
     @property
     def has_keys(self) -> bool:
@@ -78,13 +80,25 @@ class Gate:
         """Read the file whenever that is asked for, until cancelled.
 
         Args:
-            on_removed: Called if a key permits less than before, or nothing.
+            on_removed: Called if a key permits less than before, or nothing; also when one expires.
         """
         while True:
-            await self._asked.wait()
+            try:
+                async with asyncio.timeout(self._next_expiry()):
+                    await self._asked.wait()
+            except TimeoutError:
+                self._looked = datetime.now(UTC)
+                on_removed()
+                continue
             self._asked.clear()
             if self.reload():
                 on_removed()
+
+    def _next_expiry(self) -> float | None:
+        """Seconds until a key expires; None: none will."""
+        keys = () if self._ring is None else self._ring.keys.values()
+        ends = [key.expires for key in keys if key.expires is not None and key.expires > self._looked]
+        return (min(ends) - datetime.now(UTC)).total_seconds() if ends else None
 
     def reload(self) -> bool:
         """Read the file of keys again. One that cannot be used changes nothing. True if a key permits less now."""
