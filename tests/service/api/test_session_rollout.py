@@ -297,6 +297,18 @@ def test_a_client_that_goes_away_ends_its_rollout(server: Running, client: httpx
     until(lambda: metric(client.get("/metrics").text, "unroll_requests_total", route="v1/rollout", status="499"))
 
 
+def test_a_client_that_goes_away_before_the_first_event_ends_its_rollout(server: Running, client: httpx.Client) -> None:
+    session, last = opened(client, "lstm", X)
+    scheduler = server.model("lstm").scheduler
+    with SlowEngine(server.model("lstm").loop, 0.005):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            members: dict[str, Any] = {"map": COLUMNS, "on": "session", "outputs": last, "steps_per_event": 400}
+            connection.sendall(raw_rollout(session, steps=400, **members))
+            until(lambda: len(scheduler.rollouts))
+        until(lambda: not len(scheduler.rollouts))
+    assert position_of(client, session) == 2
+
+
 def test_closing_the_session_ends_its_rollout(server: Running, client: httpx.Client) -> None:
     session, last = opened(client, "lstm", X)
     body = {"steps": 4096, "map": COLUMNS, "on": "session", "outputs": last}
