@@ -58,20 +58,26 @@ from unroll.service.telemetry.request_log import RequestLog
 _log = structlog.get_logger(__name__)
 
 
-def build(settings: Settings, clock: Clock | None = None, shared_port: int | None = None) -> tuple[FastAPI, AppState]:
+def build(
+    settings: Settings,
+    clock: Clock | None = None,
+    shared_port: int | None = None,
+    ticket_secret: bytes | None = None,
+) -> tuple[FastAPI, AppState]:
     """Load every bundle, and make the application and the state that the transport shares with it.
 
     Args:
         settings: What to serve, and how.
         clock: The clock of sessions and loops.
         shared_port: The port that other worker processes listen on, too.
+        ticket_secret: Of all workers.
 
     Raises:
         RepositoryError: See `ModelRepository.load_all`.
         DeviceUnavailable: The requested device cannot be used.
         ValueError: It does not have the requested precision, or the file of keys cannot be used.
     """
-    gate = settings.gate()
+    gate = settings.gate(ticket_secret)
     devices, why = resolve_devices(settings.device)
     _log.info("device", devices=devices, why=why)
     clock = clock or MonotonicClock()
@@ -115,17 +121,24 @@ def build(settings: Settings, clock: Clock | None = None, shared_port: int | Non
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
         workers = WorkerMetrics(settings.host, ports)
     app = _fastapi(state, workers, lambda _: _lifespan(state, state_file, settings.store_timeout))
+    _add_what_is_asked_for(app, settings, state, store, clock)
+    return app, state
+
+
+def _add_what_is_asked_for(
+    app: FastAPI, settings: Settings, state: AppState, store: Store | None, clock: Clock
+) -> None:
+    """The routes that not every server has."""
     if settings.shows_page:
         app.include_router(page_routes.router())
     if settings.allowed_origins:
         cross_origin.allow(app, settings.allowed_origins)
     if settings.admin:
         idle_timeout = settings.idle_timeout or None
-        pages: dict[str, Pages] = {MEMORY: MemoryPages(sessions.directory, clock, idle_timeout)}
+        pages: dict[str, Pages] = {MEMORY: MemoryPages(state.sessions.directory, clock, idle_timeout)}
         if store is not None:
             pages[STORED] = store
         app.include_router(admin_routes.router(state, pages, idle_timeout))
-    return app, state
 
 
 def _load(

@@ -44,7 +44,8 @@ def main(settings: Settings) -> int:
         if worker is None or worker.number == 1:
             where = where_sessions_are(settings.store_config(), settings.state_file)
             log.info("sessions", durability=settings.default_durability, **asyncio.run(where))
-        application, state = app.build(settings, shared_port=None if worker is None else worker.shared_port)
+        shared = () if worker is None else (worker.shared_port, worker.ticket_secret)
+        application, state = app.build(settings, None, *shared)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
@@ -66,7 +67,7 @@ def main(settings: Settings) -> int:
 
     signal.signal(signal.SIGHUP, read_again)
     if rescan.is_set():
-        state.repository.request_rescan()
+        read_again()
     log.info("serving", host=settings.host, port=settings.port, repository=str(settings.repository))
     draining.run(listeners)
     _ignore_late_signals()

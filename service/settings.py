@@ -191,15 +191,16 @@ class Settings(BaseModel):
     def shows_page(self) -> bool:
         return self.page and ("page" in self.model_fields_set or _is_loopback(self.host))
 
-    def gate(self) -> "Gate":
-        """Raises KeysRefused."""
+    def gate(self, ticket_secret: bytes | None = None) -> "Gate":
+        """ticket_secret: Used without `snapshot_keys`. Raises KeysRefused."""
         from unroll.service.access.gate import Gate
 
         hosts = frozenset(name.lower() for name in self.allowed_hosts)
         if not hosts and self.auth is None and self.keys is None:
             hosts = _LOCAL
-        secret = self.snapshot_keys[0].get_secret_value().encode() if self.snapshot_keys else None
-        return Gate(self.keys, hosts or None, self.allowed_origins, secret)
+        if self.snapshot_keys:
+            ticket_secret = self.snapshot_keys[0].get_secret_value().encode()
+        return Gate(self.keys, hosts or None, self.allowed_origins, ticket_secret)
 
     def api_limits(self) -> "ApiLimits":
         from unroll.service.api.app_state import ApiLimits

@@ -115,6 +115,10 @@ def _of_flag(name: str, value: Any) -> Any:
         items += found.items() if isinstance(found, dict) else found
     if name != "serve":
         return items
+    if wrong := [item for item in items if not isinstance(item, str | tuple)]:
+        raise SettingsRefused(
+            _about_value(name, {"msg": f"it is not {_OBJECT}", "input": wrong[0]}, {name: _flag(name)})
+        )
     return dict(item.partition("=")[::2] if isinstance(item, str) else item for item in items)
 
 

@@ -8,6 +8,7 @@ supervisor.
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -34,11 +35,15 @@ _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The number and sockets that a worker inherits from its supervisor."""
+    """What a worker inherits from its supervisor.
+
+    ticket_secret: Of all workers, so that they take each other's tickets.
+    """
 
     number: int
     listener: socket.socket
     link: socket.socket
+    ticket_secret: bytes
 
     @classmethod
     def inherited(cls) -> Self | None:
@@ -46,8 +51,9 @@ class Worker:
         said = os.environ.pop(_VARIABLE, None)
         if said is None:
             return None
-        number, listener, link = map(int, said.split())
-        return cls(number, socket.socket(fileno=listener), socket.socket(fileno=link))
+        *numbers, secret = said.split()
+        number, listener, link = map(int, numbers)
+        return cls(number, socket.socket(fileno=listener), socket.socket(fileno=link), bytes.fromhex(secret))
 
     @property
     def shared_port(self) -> int:
@@ -111,6 +117,7 @@ class _Supervisor:
     def __init__(self, host: str, port: int, listeners: list[socket.socket]) -> None:
         self._host, self._port = host, port
         self._listeners = listeners
+        self._ticket_secret = secrets.token_hex(32)
         self._running: set[Process] = set()
         self._serving: set[Process] = set()
         self._served: set[int] = set()  # workers that have served at least once
@@ -202,7 +209,10 @@ class _Supervisor:
             on_error.enter_context(ours)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *sys.orig_argv[1:]),
-                env={**os.environ, _VARIABLE: f"{index + 1} {listener.fileno()} {theirs.fileno()}"},
+                env={
+                    **os.environ,
+                    _VARIABLE: f"{index + 1} {listener.fileno()} {theirs.fileno()} {self._ticket_secret}",
+                },
                 pass_fds=[listener.fileno(), theirs.fileno()],
                 process_group=0,  # Ctrl-C reaches only the supervisor, which forwards it
             )

@@ -10,6 +10,7 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import structlog
@@ -57,14 +58,15 @@ class Gate:
         ticket_secret: bytes | None = None,
     ) -> None:
         self._path = keys
+        self._looked = datetime.now(UTC)  # when it was last seen whether keys expire
         self._ring = None if keys is None else KeyRing.read(keys)
         self._hosts = hosts
         self.origins = origins
         self._good_origins = {origin.encode() for origin in origins}
         self._good_hosts: set[bytes] = set()
-        self._good_keys: dict[bytes, Key] = {}
+        self._good_keys: dict[tuple[bytes, bytes], Key] = {}  # by the header that they came in
         self._asked = asyncio.Event()
-        self._ticket_secret = ticket_secret or secrets.token_bytes(32)
+        self._ticket_secret = hmac.digest(ticket_secret or secrets.token_bytes(32), b"tickets", "sha256")
 
     @property
     def has_keys(self) -> bool:
@@ -78,13 +80,25 @@ class Gate:
         """Read the file whenever that is asked for, until cancelled.
 
         Args:
-            on_removed: Called if a key permits less than before, or nothing.
+            on_removed: Called if a key permits less than before, or nothing; also when one expires.
         """
         while True:
-            await self._asked.wait()
+            try:
+                async with asyncio.timeout(self._next_expiry()):
+                    await self._asked.wait()
+            except TimeoutError:
+                self._looked = datetime.now(UTC)
+                on_removed()
+                continue
             self._asked.clear()
             if self.reload():
                 on_removed()
+
+    def _next_expiry(self) -> float | None:
+        """Seconds until a key expires; None: none will."""
+        keys = () if self._ring is None else self._ring.keys.values()
+        ends = [key.expires for key in keys if key.expires is not None and key.expires > self._looked]
+        return (min(ends) - datetime.now(UTC)).total_seconds() if ends else None
 
     def reload(self) -> bool:
         """Read the file of keys again. One that cannot be used changes nothing. True if a key permits less now."""
@@ -117,8 +131,9 @@ class Gate:
             Unauthenticated: It has no key, or one that is unknown or has expired.
             Forbidden: Its key has another scope.
         """
-        self.check_host(headers)
-        if changes and not self.accepts_page(headers):
+        if self._hosts is not None:
+            self.check_host(headers)
+        if changes and b"origin" in headers and not self.accepts_page(headers):
             origin = headers[b"origin"].decode("latin-1")
             raise OriginRefused(f"pages of {origin} may not use this server; see --allowed-origins")
         return "" if self._ring is None else self._permitted(self.key_of(headers), scope)
@@ -151,19 +166,15 @@ class Gate:
     def key_of(self, headers: Headers) -> Key:
         """The key of a request. Raises Unauthenticated."""
         assert self._ring is not None
-        secret = headers.get(b"x-api-key")
-        if secret is None:
-            secret = headers.get(b"authorization", b"")
-            if secret[: len(_BEARER)].lower() != _BEARER:
-                raise Unauthenticated("this server needs an API key: send it as Authorization: Bearer, or as X-API-Key")
-            secret = secret[len(_BEARER) :].strip()
-        key = self._good_keys.get(secret)
+        name = b"x-api-key" if b"x-api-key" in headers else b"authorization"
+        sent = name, headers.get(name, b"")
+        key = self._good_keys.get(sent)
         if key is None or key.expires is not None:
-            key = self._ring.find(secret)
+            key = self._ring.find(_secret(*sent))
             if key is None:
                 raise Unauthenticated("the API key is unknown, or has expired")
             if len(self._good_keys) < _MOST_REMEMBERED:
-                self._good_keys[secret] = key
+                self._good_keys[sent] = key
         return key
 
     def ticket(self, key: Key) -> str:
@@ -194,6 +205,15 @@ class Gate:
         if scope not in key.scopes:
             raise Forbidden(f"the API key {key.name!r} has not the scope {scope!r}, which this needs")
         return key.tenant
+
+
+def _secret(name: bytes, value: bytes) -> bytes:
+    """The key in a header. Raises Unauthenticated."""
+    if name == b"x-api-key":
+        return value
+    if value[: len(_BEARER)].lower() != _BEARER:
+        raise Unauthenticated("this server needs an API key: send it as Authorization: Bearer, or as X-API-Key")
+    return value[len(_BEARER) :].strip()
 
 
 def host_name(host: str) -> str:

@@ -93,7 +93,7 @@ class KeyRing:
             faults = error.errors(include_url=False, include_input=False)
             lines = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults[:3]]
             raise KeysRefused(f"{path}: {'; '.join(lines)}") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise KeysRefused(f"{path}: {error}") from None
         keys = {bytes.fromhex(key.sha256): key for key in file.keys}
         if len(keys) < len(file.keys):

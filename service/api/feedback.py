@@ -176,8 +176,8 @@ def _bind(source: Any, spec: TensorSpec, outputs: tuple[TensorSpec, ...], steps:
             )
         return _Bound(spec, index, choose)
     if spec.dtype == "float32" and spec.shape == output.shape:
-        one_hot = np.eye(count, dtype=np.float32)
-        return _Bound(spec, index, lambda values, position, step: one_hot[choose(values, position, step)])
+        places = np.arange(count)
+        return _Bound(spec, index, lambda values, position, step: places == choose(values, position, step))
     raise _misfit(spec, output, f"{source.kind} needs an input of one integer, or of the output's shape of float32")
 
 

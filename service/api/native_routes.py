@@ -93,12 +93,13 @@ def router(app: AppState) -> APIRouter:
 
 def _add_models(api: APIRouter, app: AppState) -> None:
     @api.get("/models", summary="The models, current version of each")
-    async def models() -> list[ModelInfo]:
-        return [_describe(app, app.models.resolve(name)) for name in app.models.names() if app.models.has_current(name)]
+    async def models(http: HttpRequest) -> list[ModelInfo]:
+        current = [app.models.resolve(name) for name in app.models.names() if app.models.has_current(name)]
+        return [_describe(app, served, tenant_of(http)) for served in current]
 
     @api.get("/models/{model}", summary="One model: `name` or `name:version`", responses=problems(404, 503))
-    async def model(model: str) -> ModelInfo:
-        return _describe(app, app.models.resolve(*split_reference(model)))
+    async def model(model: str, http: HttpRequest) -> ModelInfo:
+        return _describe(app, app.models.resolve(*split_reference(model)), tenant_of(http))
 
 
 def _add_inference(api: APIRouter, app: AppState) -> None:
@@ -229,7 +230,7 @@ def _info(served: ServedModel, session: Any) -> SessionInfo:
     return SessionInfo(**session_operations.describe(served, session))
 
 
-def _describe(app: AppState, served: ServedModel) -> ModelInfo:
+def _describe(app: AppState, served: ServedModel, tenant: str) -> ModelInfo:
     manifest = served.manifest
     tensors = [
         [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time, limit=t.limit) for t in group]
@@ -256,5 +257,5 @@ def _describe(app: AppState, served: ServedModel) -> ModelInfo:
         parity=served.serving.parity,
         tolerance={entry.output: entry.tolerance for entry in manifest.parity},
         stability=served.serving.stability,
-        sessions=app.models.open_sessions(served.name, served.version),
+        sessions=app.models.open_sessions(served.name, served.version, tenant),
     )

@@ -62,7 +62,9 @@ class RolloutSpec(BaseModel):
         description="without inputs: the outputs of the session's last time step, of which the first inputs are made; "
         "on a fork, they may be left out if the server has kept them",
     )
-    position: int | None = Field(None, ge=0, description="the position that the client expects the session at")
+    position: int | None = Field(
+        None, ge=0, lt=2**63, description="the position that the client expects the session at"
+    )
     steps_per_event: int = Field(1, ge=1, description="time steps that are sent together")
     send: Send = "both"
 

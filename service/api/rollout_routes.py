@@ -13,7 +13,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import STATUS, problem
 from unroll.service.api.native_routes import POSITION_HEADER, TIMEOUT_HEADER, parse_body, problems
 from unroll.service.api.parameters import POSITION, position_of, split_reference, timeout_of
-from unroll.service.api.request import read_request
+from unroll.service.api.request import Receive, read_request
 from unroll.service.api.rollout import RolloutCall, RolloutRequest, Send, step_members
 from unroll.service.core.errors import Cancelled, UnrollError
 from unroll.service.engine.engine import Tensors
@@ -54,7 +54,7 @@ def router(app: AppState) -> APIRouter:
             events = _Events(wanted.send)
             call = RolloutCall(app, *split_reference(model), own_id, wanted, timeout_of(app, request), events)
             await call.begin()
-            first = await events.queue.get()
+            first = await _first(call, events, http.receive)
             if isinstance(first, UnrollError):  # nothing was sent: it has a status of its own
                 raise first
         except UnrollError as error:
@@ -84,6 +84,22 @@ class _Events:
 
     def on_error(self, error: UnrollError) -> None:
         self.queue.put_nowait(error)
+
+
+async def _first(call: RolloutCall, events: _Events, receive: Receive) -> bytes | UnrollError | None:
+    """The first event. If the client goes away before, the rollout ends: raises Cancelled."""
+    arrival, departure = asyncio.ensure_future(events.queue.get()), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((arrival, departure), return_when=asyncio.FIRST_COMPLETED)
+        if departure.done():
+            raise Cancelled("the client went away")
+        return arrival.result()
+    except BaseException:
+        call.cancel()
+        raise
+    finally:
+        arrival.cancel()
+        departure.cancel()
 
 
 async def _content(

@@ -69,9 +69,9 @@ class ModelVersions:
         """All versions of a model on all devices, newest first, retired ones included."""
         return self._by_name.get(name, ())
 
-    def open_sessions(self, name: str, version: str) -> int:
-        """Open sessions of a version on all devices."""
-        return sum(len(model.scheduler.sessions) for model in self.of(name) if model.version == version)
+    def open_sessions(self, name: str, version: str, tenant: str) -> int:
+        """Open sessions of a tenant and a version on all devices."""
+        return sum(model.scheduler.sessions.of_tenants[tenant] for model in self.of(name) if model.version == version)
 
     def available(self, name: str) -> list[ServedModel]:
         """The versions that take new sessions, newest last, each on its least loaded device.

@@ -256,11 +256,14 @@ def _flat(spec: TensorSpec, value: Any) -> tuple[list[Any], list[int]]:
 
 
 def _floats(spec: TensorSpec, values: list[float]) -> np.ndarray:
-    array = np.array(values)
-    if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
-        return array.astype(spec.numpy)
-    with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
-        converted = array.astype(spec.numpy)
+    try:
+        array = np.array(values)
+        if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
+            return array.astype(spec.numpy)
+        with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
+            converted = array.astype(spec.numpy)
+    except OverflowError:  # a whole number larger than any float
+        raise _non_finite(spec) from None
     if not np.isfinite(converted).all():
         raise _non_finite(spec)
     return converted

@@ -108,6 +108,28 @@ def test_a_flag_that_is_not_json_is_named(flag: str, reason: str, capsys: pytest
     assert f"unroll serve: {flag}: {reason}" in capsys.readouterr().err
 
 
+def test_a_list_is_no_version_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLAGS, "--serve", '[["co2", 1]]']) == 2
+    assert "unroll serve: --serve ['co2', 1]: it is not JSON such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("store", "shown"),
+    [
+        ("redis://user:a@hunter2@host:1/0", "redis://***@host:1/0"),
+        (
+            "redis+sentinel://h:1,h:2/main?sentinel_password=hunter2&db=1",
+            "redis+sentinel://h:1,h:2/main?sentinel_password=***&db=1",
+        ),
+        ("unix:///run/redis.sock?password=hunter2", "unix:///run/redis.sock?password=***"),
+        ("file:///sessions@home", "file:///sessions@home"),
+    ],
+)
+def test_config_shows_a_store_without_its_passwords(store: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "show", *FLAGS, "--store", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["store"]["value"] == shown
+
+
 def test_a_prefix_is_of_a_redis(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLAGS, "--store", "file:///sessions", "--store-prefix", "b"]) == 2
     assert "give each deployment its own folder" in capsys.readouterr().err

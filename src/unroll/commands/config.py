@@ -43,7 +43,9 @@ class _Show:
 def _masked(name: str, value: Any) -> Any:
     if name == "snapshot_keys":
         return ["***" for _ in value]
-    return re.sub(r"//[^@/]*@", "//***@", value) if name == "store" and value else value
+    if name != "store" or not value or value.startswith("file:"):
+        return value
+    return re.sub(r"(password=)[^&#]*", r"\1***", re.sub(r"//.*@", "//***@", value))
 
 
 Show = make_dataclass("Show", [("json", Json, False)], bases=(_Show, Serve))

@@ -1,10 +1,12 @@
 """The file of keys, and what the gate makes of headers."""
 
+import asyncio
 import hashlib
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from unroll.service.access.gate import Gate
 from unroll.service.access.keys import KeyRing, KeysRefused, new_key
@@ -98,6 +100,8 @@ def test_a_key_expires(tmp_path: Path) -> None:
         (ENTRY.format(DIGEST) * 2, "two keys have the same sha256"),
         (ENTRY.format(DIGEST) + "[tenants.other]\nsessions = 3\n", "no key is of the tenant 'other'"),
         (ENTRY.format(DIGEST) + "[tenants.acme]\nsessions = 0\n", "tenants.acme.sessions"),
+        ("keys = " + "[" * 100_000, "keys.toml"),
+        ("keys = " + "9" * 5_000, "keys.toml"),
     ],
 )
 def test_a_file_that_is_refused_says_where(tmp_path: Path, text: str, reason: str) -> None:
@@ -110,6 +114,21 @@ def test_a_file_that_is_refused_says_where(tmp_path: Path, text: str, reason: st
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(KeysRefused, match="No such file"):
         KeyRing.read(tmp_path / "none.toml")
+
+
+async def test_the_end_of_a_key_is_told_when_it_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Now(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return NOW
+
+    monkeypatch.setattr("unroll.service.access.gate.datetime", Now)
+    told = asyncio.Event()
+    gate = Gate(written(tmp_path, ENTRY.format(DIGEST) + f"expires = {NOW + timedelta(milliseconds=20)}\n"))
+    running = asyncio.create_task(gate.run(told.set))
+    async with asyncio.timeout(PATIENCE):
+        await told.wait()
+    running.cancel()
 
 
 def test_keys_are_read_again_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from waiting import PATIENCE, until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from unroll.service.access.keys import new_key
+
 
 @pytest.fixture
 def process(start_process: StartProcess) -> Process:
@@ -89,6 +91,39 @@ def test_a_drain(start_process: StartProcess) -> None:
             stream.recv()
         assert closed.value.rcvd
         assert closed.value.rcvd.code == 1012
+    assert process.end() == 0
+
+
+#: The server, whose keys are replaced, with a SIGHUP, after they were read and before it serves.
+REVOKING = """
+import os, signal, sys
+from unroll.cli import main
+from unroll.service import app
+
+build = app.build
+
+def build_slowly(*arguments):
+    built = build(*arguments)
+    keys = sys.argv[sys.argv.index("--keys") + 1]
+    os.replace(keys + ".new", keys)
+    os.kill(os.getpid(), signal.SIGHUP)
+    return built
+
+app.build = build_slowly
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_key_that_is_removed_during_the_start_is_refused(start_process: StartProcess, tmp_path: Path) -> None:
+    (leaked, first), (kept, second) = new_key("leaked", "acme", ["infer"]), new_key("kept", "acme", ["infer"])
+    keys = tmp_path / "keys.toml"
+    keys.write_text(first + second)
+    keys.with_suffix(".toml.new").write_text(second)
+    process = start_process("--keys", str(keys), script=REVOKING)
+    with httpx.Client(base_url=process.url) as client:
+        until(lambda: client.get("/v1/models", headers={"X-API-Key": leaked}).status_code == 401, "the key is refused")
+        assert client.get("/v1/models", headers={"X-API-Key": kept}).status_code == 200
+    process.popen.terminate()
     assert process.end() == 0
 
 

@@ -297,6 +297,18 @@ def test_a_client_that_goes_away_ends_its_rollout(server: Running, client: httpx
     until(lambda: metric(client.get("/metrics").text, "unroll_requests_total", route="v1/rollout", status="499"))
 
 
+def test_a_client_that_goes_away_before_the_first_event_ends_its_rollout(server: Running, client: httpx.Client) -> None:
+    session, last = opened(client, "lstm", X)
+    scheduler = server.model("lstm").scheduler
+    with SlowEngine(server.model("lstm").loop, 0.005):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            members: dict[str, Any] = {"map": COLUMNS, "on": "session", "outputs": last, "steps_per_event": 400}
+            connection.sendall(raw_rollout(session, steps=400, **members))
+            until(lambda: len(scheduler.rollouts))
+        until(lambda: not len(scheduler.rollouts))
+    assert position_of(client, session) == 2
+
+
 def test_closing_the_session_ends_its_rollout(server: Running, client: httpx.Client) -> None:
     session, last = opened(client, "lstm", X)
     body = {"steps": 4096, "map": COLUMNS, "on": "session", "outputs": last}
@@ -341,6 +353,7 @@ def test_a_value_that_no_input_takes_ends_it(client: httpx.Client) -> None:
         ),
         ("lstm", {"kind": "columns", "columns": [{"from": 2}] * 3}, "map_invalid", "column 0 cannot be value 2"),
         ("lstm", {"kind": "columns", "columns": [{"future": [1]}] * 3}, "invalid_shape", "1 future values for 2 steps"),
+        ("lstm", {"kind": "columns", "columns": [{"constant": 10**400}] * 3}, "non_finite_input", "too large"),
         ("lstm", {"a": {"kind": "identity"}}, "map_invalid", "the map is for ['a']; the model's inputs are ['x']"),
         ("two", {"kind": "identity", "output": "slope"}, "map_invalid", "the model's inputs are ['a', 'b']"),
         ("tokens", {"kind": "identity"}, "map_invalid", "(11,) of float32, and the input 'token' takes () of int64"),

@@ -195,6 +195,20 @@ def test_the_session_of_another_tenant_is_as_one_that_never_was(keyed: Keyed, me
         assert code(send(keyed.clients["other"], method, template, "secret")) == (404, "session_unknown")
 
 
+def test_the_number_of_sessions_is_that_of_the_tenants_own(keyed: Keyed) -> None:
+    def counts(tenant: str) -> tuple[int, int]:
+        listed = {model["name"]: model for model in keyed.clients[tenant].get("/v1/models").json()}
+        return keyed.clients[tenant].get("/v1/models/gru").json()["sessions"], listed["gru"]["sessions"]
+
+    before = counts("other")
+    path = keyed.open("acme", "uncounted")
+    assert counts("other") == before
+    mine = counts("acme")
+    assert min(mine) > 0
+    keyed.clients["acme"].delete(path).raise_for_status()
+    assert counts("acme") == (mine[0] - 1, mine[1] - 1)
+
+
 def test_sessions_of_one_id_are_two(keyed: Keyed) -> None:
     mine, theirs = keyed.open("acme", "same"), keyed.open("other", "same")
     whole = keyed.clients["acme"].post("/v1/models/gru/sequences", content=X.tobytes(), headers=raw_steps(X)).content
@@ -335,7 +349,7 @@ def test_an_operator_sees_its_tenant_only(keyed: Keyed) -> None:
 
 
 def test_the_pages_of_an_operator_say_nothing_of_other_tenants(keyed: Keyed) -> None:
-    paths = [(tenant, keyed.open(tenant, f"page-{i}")) for tenant in ("acme", "other") for i in range(3)]
+    paths = [(tenant, keyed.open(tenant, f"page-{i}")) for tenant in ("acme", "other") for i in range(25)]
     found, after = set(), ""
     while after is not None:
         params = {"limit": 1, "after": after}
@@ -343,7 +357,7 @@ def test_the_pages_of_an_operator_say_nothing_of_other_tenants(keyed: Keyed) -> 
         assert "acme" not in str(page)
         found |= {session["session_id"] for session in page["sessions"]}
         after = page["after"]
-    assert found == {"page-0", "page-1", "page-2"}
+    assert found == {f"page-{i}" for i in range(25)}
     for tenant, path in paths:
         keyed.clients[tenant].delete(path).raise_for_status()
 

@@ -20,9 +20,12 @@ from processes import Process, StartProcess, spawn
 from redis_server import RedisServer, free_port
 from serving import RAW, Oracle, metric
 from waiting import PATIENCE, reached, until
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 from unroll.cli import main
 from unroll.service import workers
+from unroll.service.access.keys import new_key
 
 NUMBER = 2
 MODEL = "/v1/models/gru"
@@ -171,7 +174,7 @@ def test_what_does_not_go_together(flags: tuple[str, ...], why: str, capsys: pyt
 #: end by a status or a signal, or stay. Each start is a line in a file.
 PLANNED = """
 import os, signal, socket, sys
-number, listener, link = os.environ["UNROLL_WORKER"].split()
+number, listener, link, _ = os.environ["UNROLL_WORKER"].split()
 with open(sys.argv[1], "a+") as starts:
     print(number, socket.socket(fileno=int(listener)).getsockname()[1], file=starts, flush=True)
     starts.seek(0)
@@ -277,3 +280,33 @@ async def test_a_worker_that_cannot_be_started(
     monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
     assert await planned.run() == (0 if served else 1)
     assert capfd.readouterr().out.count("Resource temporarily unavailable") == (2 if served else 1)
+
+
+def test_keys_and_tickets_are_the_same_to_every_worker(
+    start_process: StartProcess, ports: list[int], tmp_path: Path
+) -> None:
+    (leaked, first), (kept, second) = (new_key(name, "acme", ["infer", "metrics"]) for name in ("leaked", "kept"))
+    keys = tmp_path / "keys.toml"
+    keys.write_text(first + second)
+    flags = ("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", f"file://{tmp_path}/store")
+    started = start_process(*flags, "--keys", str(keys), start=spawn)
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    ticket = httpx.post(f"{urls[0]}/v1/tickets", headers={"X-API-Key": kept}).json()["ticket"]
+    for url in urls:
+        protocols = [Subprotocol("unroll.v1"), Subprotocol(f"unroll.ticket.{ticket}")]
+        with connect(url.replace("http", "ws") + f"{MODEL}/stream", subprotocols=protocols):
+            pass
+    assert httpx.get(f"{started.url}/metrics").status_code == 401
+    text = httpx.get(f"{started.url}/metrics", headers={"Authorization": f"Bearer {kept}"}).text
+    assert [metric(text, "unroll_worker_up", worker=worker) for worker in ("1", "2")] == [1, 1]
+
+    def statuses(key: str) -> list[int]:
+        return [httpx.get(f"{url}/v1/models", headers={"X-API-Key": key}).status_code for url in urls]
+
+    assert statuses(leaked) == [200, 200]
+    keys.write_text(second)
+    started.popen.send_signal(signal.SIGHUP)
+    until(lambda: statuses(leaked) == [401, 401], "the key is removed in every worker")
+    assert statuses(kept) == [200, 200]
+    started.popen.send_signal(signal.SIGTERM)
+    assert started.end() == 0

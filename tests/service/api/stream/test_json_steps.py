@@ -85,6 +85,7 @@ def test_what_is_wrong_with_steps_in_json(dial: Dial, x: np.ndarray) -> None:
         ({"inputs": [[1, 2]]}, "invalid_shape"),
         ({"inputs": []}, "invalid_shape"),
         ({"inputs": [["1", 2, 3]]}, "invalid_dtype"),
+        ({"inputs": [[1, 2, 10**400]]}, "non_finite_input"),
         ({"inputs": x[:1].tolist(), "position": 7}, "position_gap"),
         ({"inputs": x[:1].tolist(), "handle": 5}, "malformed_request"),
     ):
@@ -241,6 +242,7 @@ def test_refusals_of_rollouts_name_their_handle(dial: Dial, server: Running, x: 
         assert not found
         assert (error["op"], error["code"], error["handle"]) == ("error", code, members.get("handle", 0))
         assert error["position"] == members.get("position")
+    assert roll(client, steps=2, inputs=x.tolist(), position=2**64)[1]["code"] == "malformed_request"
     httpx.delete(f"{server.url}/v1/models/lstm/sessions/{session_id}")
     httpx.post(f"{server.url}/v1/models/lstm/sessions", json={"session_id": session_id})
     for on in ("fork", "session"):
