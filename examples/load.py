@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
                     alarms += 1
                     print(f"reading {number}: {alarm}", flush=True)
                 watch.forecast = float(session.step([reading])[0])
+        if number == 0:
+            raise ValueError("there was no reading; give a file with rows, or more --seconds")
         print(f"{number} readings, {alarms} alarms")
     except KeyboardInterrupt:
         return 0
@@ -55,9 +57,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise ValueError(text)
-    return float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 class Watch:
