@@ -64,7 +64,7 @@ class Gate:
         self.origins = origins
         self._good_origins = {origin.encode() for origin in origins}
         self._good_hosts: set[bytes] = set()
-        self._good_keys: dict[bytes, Key] = {}
+        self._good_keys: dict[tuple[bytes, bytes], Key] = {}  # by the header that they came in
         self._asked = asyncio.Event()
         self._ticket_secret = hmac.digest(ticket_secret or secrets.token_bytes(32), b"tickets", "sha256")
 
@@ -131,8 +131,9 @@ class Gate:
             Unauthenticated: It has no key, or one that is unknown or has expired.
             Forbidden: Its key has another scope.
         """
-        self.check_host(headers)
-        if changes and not self.accepts_page(headers):
+        if self._hosts is not None:
+            self.check_host(headers)
+        if changes and b"origin" in headers and not self.accepts_page(headers):
             origin = headers[b"origin"].decode("latin-1")
             raise OriginRefused(f"pages of {origin} may not use this server; see --allowed-origins")
         return "" if self._ring is None else self._permitted(self.key_of(headers), scope)
@@ -165,19 +166,15 @@ class Gate:
     def key_of(self, headers: Headers) -> Key:
         """The key of a request. Raises Unauthenticated."""
         assert self._ring is not None
-        secret = headers.get(b"x-api-key")
-        if secret is None:
-            secret = headers.get(b"authorization", b"")
-            if secret[: len(_BEARER)].lower() != _BEARER:
-                raise Unauthenticated("this server needs an API key: send it as Authorization: Bearer, or as X-API-Key")
-            secret = secret[len(_BEARER) :].strip()
-        key = self._good_keys.get(secret)
+        name = b"x-api-key" if b"x-api-key" in headers else b"authorization"
+        sent = name, headers.get(name, b"")
+        key = self._good_keys.get(sent)
         if key is None or key.expires is not None:
-            key = self._ring.find(secret)
+            key = self._ring.find(_secret(*sent))
             if key is None:
                 raise Unauthenticated("the API key is unknown, or has expired")
             if len(self._good_keys) < _MOST_REMEMBERED:
-                self._good_keys[secret] = key
+                self._good_keys[sent] = key
         return key
 
     def ticket(self, key: Key) -> str:
@@ -208,6 +205,15 @@ class Gate:
         if scope not in key.scopes:
             raise Forbidden(f"the API key {key.name!r} has not the scope {scope!r}, which this needs")
         return key.tenant
+
+
+def _secret(name: bytes, value: bytes) -> bytes:
+    """The key in a header. Raises Unauthenticated."""
+    if name == b"x-api-key":
+        return value
+    if value[: len(_BEARER)].lower() != _BEARER:
+        raise Unauthenticated("this server needs an API key: send it as Authorization: Bearer, or as X-API-Key")
+    return value[len(_BEARER) :].strip()
 
 
 def host_name(host: str) -> str:
