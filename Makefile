@@ -80,6 +80,8 @@ train: install ## retrain the example models (minutes)
 	$(BIN)/python -m unroll.models.training.co2 --write-expected
 	$(BIN)/python -m unroll.models.training.bytes
 	$(BIN)/python -m unroll.models.training.sound
+	$(BIN)/python -m unroll.models.training.load
+	$(BIN)/python -m unroll.models.training.policy
 
 bundles: install ## export the trained examples into examples/repository
 	$(BIN)/python -m unroll.examples.bundles

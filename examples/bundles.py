@@ -11,7 +11,7 @@ import torch
 
 import unroll
 from unroll.models import bytes as next_byte
-from unroll.models import co2, mauna_loa, sound, synthesis
+from unroll.models import co2, load, mauna_loa, maze, sound, synthesis
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 REPOSITORY = Path(__file__).parent / "repository"
@@ -26,6 +26,13 @@ def main(repository: Path = REPOSITORY, doctor: Path = DOCTOR) -> None:
     print(unroll.export(model, {"x": text}, name="bytes", repository=repository, replace=True))
     frames = torch.from_numpy(synthesis.clip(np.random.default_rng(0)).samples[:48]).reshape(2, 24, -1)
     print(unroll.export(sound.load(), {"samples": frames}, name="sound", repository=repository, replace=True))
+    generator = np.random.default_rng(0)
+    curves = torch.from_numpy(np.stack([load.curve(generator, 48) for _ in range(2)]))[..., None]
+    model = StackedRNN.load(load.CHECKPOINT)
+    print(unroll.export(model, {"x": curves}, name="load", repository=repository, replace=True))
+    seen = torch.from_numpy(maze.Maze(generator).observations())[None]
+    model = StackedRNN.load(maze.CHECKPOINT)
+    print(unroll.export(model, {"x": seen}, name="policy", repository=repository, replace=True))
     print(unroll.export(tiny(), {"x": torch.randn(2, 4, 2)}, name="tiny", repository=doctor, replace=True))
 
 

@@ -17,7 +17,7 @@ def afresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["co2", "bytes", "sound", "tiny"])
+@pytest.mark.parametrize("name", ["co2", "bytes", "sound", "load", "policy", "tiny"])
 def test_exported_afresh_it_gives_the_same_numbers(afresh: Path, name: str) -> None:
     folder = bundles.DOCTOR if name == "tiny" else bundles.REPOSITORY
     committed, fresh = bundle.read(folder / name / "1"), bundle.read(afresh / name / "1")
@@ -27,6 +27,6 @@ def test_exported_afresh_it_gives_the_same_numbers(afresh: Path, name: str) -> N
         bundle.Verifier(Runner(model.model_path, model.manifest), golden.manifest).replay(golden.golden)
 
 
-@pytest.mark.parametrize("name", ["co2", "bytes", "sound"])
+@pytest.mark.parametrize("name", ["co2", "bytes", "sound", "load", "policy"])
 def test_it_is_small(name: str) -> None:
     assert sum(file.stat().st_size for file in (bundles.REPOSITORY / name / "1").iterdir()) <= 1_000_000

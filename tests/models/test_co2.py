@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> Non
         load(tmp_path / "co2")
 
 
-@pytest.mark.parametrize("name", ["bytes", "co2", "sound"])
+@pytest.mark.parametrize("name", ["bytes", "co2", "load", "policy", "sound"])
 def test_checkpoints_stay_small(name: str) -> None:
     stem = CHECKPOINT.with_name(name)
     assert sum(stem.with_suffix(suffix).stat().st_size for suffix in (".json", ".safetensors")) < 1_000_000

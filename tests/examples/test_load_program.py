@@ -1,0 +1,54 @@
+"""The example program of processor load, at a real server."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from unroll.examples import load
+from unroll.models.load import calm_then_burst
+
+BURST = range(181, 201)  # readings, counted from 1
+
+
+def test_a_burst_raises_an_alarm_when_it_begins_and_the_calm_before_it_none(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "load.csv"
+    file.write_text("load\n" + "".join(f"{reading}\n" for reading in calm_then_burst()))
+    assert load.main([str(file), "--url", server]) == 0
+    *alarms, summary = capsys.readouterr().out.splitlines()
+    numbers = [int(re.match(r"reading (\d+): load \d+%, forecast \d+%, threshold \d+%$", line)[1]) for line in alarms]
+    assert numbers[0] == BURST[0]
+    assert all(number in BURST or number <= BURST[-1] + 3 for number in numbers), "the calm after it"
+    assert summary == f"240 readings, {len(alarms)} alarms"
+
+
+def test_a_file_that_has_no_readings_is_refused_with_its_line(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "load.csv"
+    for text, reason in (
+        ("load\n0.5\n95\n", "line 3: load is '95'; give a number from 0 to 1"),
+        ("a\n1\n", "no column"),
+    ):
+        file.write_text(text)
+        assert load.main([str(file), "--url", server]) == 1
+        assert reason in capsys.readouterr().err
+
+
+def test_it_reads_the_counters_of_this_machine(server: str, capsys: pytest.CaptureFixture[str]):
+    if not load.PROC_STAT.exists():
+        pytest.skip("only Linux has /proc/stat")
+    assert load.main(["--seconds", "0.4", "--rate", "5", "--url", server]) == 0
+    assert capsys.readouterr().out == "2 readings, 0 alarms\n"
+
+
+def test_where_there_are_no_counters_it_asks_for_a_recording(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(load, "PROC_STAT", tmp_path / "stat")
+    assert load.main(["--url", server]) == 1
+    assert "Give a recording, FILE.csv, instead." in capsys.readouterr().err
+    (tmp_path / "stat").write_text("cpu  10 1 4 80 5 0 0 0 0 0\ncpu0 1 1 1 1\n")
+    assert load.processor_time() == (15, 100)

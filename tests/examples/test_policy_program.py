@@ -1,0 +1,24 @@
+"""The example program of the maze, at a real server."""
+
+import re
+
+import pytest
+
+from unroll.examples import policy
+
+
+def left(server: str, capsys: pytest.CaptureFixture[str], *flags: str) -> int:
+    """How many of 32 mazes the policy leaves."""
+    assert policy.main(["--episodes", "32", "--url", server, *flags]) == 0
+    printed = re.fullmatch(r"(\d+) of 32 mazes left, in \d+ steps\n", capsys.readouterr().out)
+    assert printed
+    return int(printed[1])
+
+
+def test_the_policy_leaves_every_maze_with_its_state_and_few_without(server: str, capsys: pytest.CaptureFixture[str]):
+    assert left(server, capsys) == 32
+    assert left(server, capsys, "--forget") <= 16  # one of the four ways, on average 8
+
+
+def test_how_many_episodes_play_at_once_changes_nothing(server: str, capsys: pytest.CaptureFixture[str]):
+    assert left(server, capsys, "--at-once", "32") == 32

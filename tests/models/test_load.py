@@ -1,0 +1,10 @@
+"""The forecaster of processor load, on synthesised curves that it was not trained on."""
+
+from unroll.models.load import CHECKPOINT
+from unroll.models.stacked_rnn import StackedRNN
+from unroll.models.training import load
+
+
+def test_its_forecast_is_better_than_the_last_reading() -> None:
+    error, naive = load.evaluate(StackedRNN.load(CHECKPOINT), curves=100)
+    assert error < 0.75 * naive
