@@ -148,10 +148,15 @@ def _line(out: BinaryIO, text: str) -> None:
     out.write(f"{text}\n".encode())
 
 
-def _read_lines(model: Model, source: BinaryIO, columns: str | None) -> Iterator[Row]:
-    """Yield a time step for each byte, also for those that end a line."""
+def check_takes_bytes(model: Model) -> None:
+    """Raises InvalidInput."""
     if len(model.inputs) != 1 or model.inputs[0].shape or model.inputs[0].numpy.kind != "i":
         raise InvalidInput(f"{model.name!r} is no model of bytes: lines need one integer as input")
+
+
+def _read_lines(model: Model, source: BinaryIO, columns: str | None) -> Iterator[Row]:
+    """Yield a time step for each byte, also for those that end a line."""
+    check_takes_bytes(model)
     for line in source:
         for byte in line:
             yield (np.array(byte, model.inputs[0].numpy),)

@@ -16,7 +16,7 @@ from unroll.client import wav
 from unroll.client.client import Client, Session
 from unroll.client.errors import InvalidInput, UnrollError
 from unroll.client.plot import Plot
-from unroll.client.rows import READERS, WRITERS, Row, Write, columns_of
+from unroll.client.rows import READERS, WRITERS, Row, Write, check_takes_bytes, columns_of
 from unroll.client.tensors import Model, Tensor
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def _roll_out(options: "Rollout") -> int:
         else:
             session = client.session(options.model, options.session, mode="resume")
         model = session.model
+        if kind == "lines":
+            check_takes_bytes(model)
         given: list[Row] = []
         if options.file is not None or options.session is None:
             given = list(READERS[kind](model, _source(options.file, stack), None))

@@ -20,7 +20,7 @@ import structlog
 
 from unroll.service.core.choices import Sync
 from unroll.service.core.errors import InvalidRequest, SessionContended, SnapshotInvalid, StoreUnavailable, UnrollError
-from unroll.service.core.session_ids import mark
+from unroll.service.core.session_ids import mark, shown
 from unroll.service.store.daemon_thread import DaemonThread
 from unroll.service.store.embedded_entry import (
     CLOCK,
@@ -232,7 +232,7 @@ class EmbeddedStore:
         if token == commit.token:
             return None
         if (token if is_living else b"") != commit.expected:
-            return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
+            return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
         if commit.ends:
             kind, life = CLOSED, self._config.tombstone_life
             body = POSITION.pack(commit.position) + commit.origin + commit.last

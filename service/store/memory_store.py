@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from unroll.service.core.errors import SessionContended, UnrollError
-from unroll.service.core.session_ids import tenant_of
+from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.store.interface import Commit, Key, Listed, Page
 from unroll.service.store.record import Gone, Origin, Record, unpack_last
 from unroll.service.telemetry.metrics import StoreFigures
@@ -54,7 +54,7 @@ class MemoryStore:
         if commit.token in (held, self._gone.get(commit.key, (None, b""))[1]):
             return None
         if held != commit.expected:
-            return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
+            return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
         kept, depth = unpack_last(commit.last)
         origin = Origin.from_bytes(commit.origin)
         if commit.ends:

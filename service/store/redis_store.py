@@ -25,6 +25,7 @@ from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
 
 from unroll.service.core.errors import SessionClosed, SessionContended, SessionExpired, StoreUnavailable, UnrollError
+from unroll.service.core.session_ids import shown
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens
 from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
@@ -300,7 +301,7 @@ def _verdict(commit: Commit, reply: Any) -> UnrollError | None:
     if isinstance(reply, RedisError):
         return unavailable(reply)
     if reply is None or reply == 0:
-        return SessionContended(f"session {commit.key[1]!r} was updated by another replica; retry", 0.1)
+        return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
     return None
 
 

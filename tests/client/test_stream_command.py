@@ -185,6 +185,7 @@ def test_a_rollout_draws_bytes_and_leaves_the_session_as_it_is(roll: Run, server
     [
         (["--map", "{"], 2, "--map is not JSON"),
         (["--seed", "3"], 2, "are for --map sample"),
+        (["--map", '{"kind": "sample"}', "--seed", "3"], 2, "are for --map sample"),
         (["--map", "identity"], 1, "map_invalid"),
     ],
 )
@@ -193,3 +194,13 @@ def test_a_map_that_does_not_fit(roll: Run, words: list[str], status: int, says:
     assert found == status
     assert err.startswith("unroll rollout: ")
     assert says in err
+
+
+def test_a_rollout_writes_bytes_of_a_model_that_takes_bytes_only(roll: Run, server: Running, x: np.ndarray) -> None:
+    with Client(server.url) as client, client.session("lstm") as session:
+        session.steps(x)
+        mapped = '{"kind": "columns", "columns": [{"from": 0}, {"from": 0}, {"from": 0}]}'
+        words = ("--format", "lines", "--map", mapped, "--session", session.id)
+        status, out, err = roll("lstm", "--steps", "2", *words)
+    assert (status, out) == (1, b"")
+    assert "'lstm' is no model of bytes" in err

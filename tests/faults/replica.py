@@ -108,7 +108,7 @@ async def is_ready(port: int) -> bool:
     except OSError:
         return False
     try:
-        writer.write(b"GET /readyz HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
+        writer.write(b"GET /readyz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         return (await asyncio.wait_for(reader.read(), 1.0)).startswith(b"HTTP/1.1 200")
     except (OSError, TimeoutError):
         return False

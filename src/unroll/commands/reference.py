@@ -38,7 +38,7 @@ def sections() -> str:
 
 
 def main(path: Path) -> None:
-    """Write the sections anew."""
+    """Rewrite the sections."""
     head, _, _ = path.read_text(encoding="utf-8").partition(MARK)
     path.write_text(head + MARK + sections(), encoding="utf-8")
 

@@ -53,13 +53,13 @@ class Rollout:
     @property
     def mapped(self) -> Any:
         """The map as the server takes it. Raises WrongOption."""
+        drawn = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
+        given = {name: value for name, value in drawn.items() if value is not None}
+        if given and self.map != "sample":
+            raise WrongOption("--temperature, --top-k and --seed are for --map sample")
         if self.map.startswith("{"):
             try:
                 return json.loads(self.map)
             except ValueError as error:
                 raise WrongOption(f"--map is not JSON: {error}") from error
-        drawn = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
-        given = {name: value for name, value in drawn.items() if value is not None}
-        if given and self.map != "sample":
-            raise WrongOption("--temperature, --top-k and --seed are for --map sample")
         return {"kind": self.map} | given

@@ -71,7 +71,7 @@ def test_while_load_balancers_notice(serve: Serve, monkeypatch: pytest.MonkeyPat
 def test_idle_connections_are_closed_and_busy_ones_answered(serve: Serve, background: Background) -> None:
     running = serve()
     idle = socket.create_connection(("127.0.0.1", running.port), 20)
-    idle.sendall(b"POST /v1/models/lstm/sessions HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n")
+    idle.sendall(b"POST /v1/models/lstm/sessions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
     session_id = json.loads(idle.recv(65536).partition(b"\r\n\r\n")[2])["session_id"]
     with httpx.Client(base_url=running.url) as client:
         with running.holding("lstm") as held:
@@ -96,7 +96,7 @@ def test_work_that_nobody_waits_for_is_finished(serve: Serve) -> None:
     scheduler = running.model("lstm").scheduler
     with running.holding("lstm") as held:
         with socket.create_connection(("127.0.0.1", running.port)) as gone:
-            head = f"POST {path}/steps HTTP/1.1\r\nhost: here\r\ncontent-type: application/octet-stream\r\n"
+            head = f"POST {path}/steps HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\n"
             gone.sendall(f"{head}unroll-steps: {len(X)}\r\ncontent-length: {X.nbytes}\r\n\r\n".encode() + X.tobytes())
             held.wait()
         until(lambda: not running.uvicorn.server_state.connections)
@@ -110,7 +110,7 @@ def test_work_that_nobody_waits_for_is_finished(serve: Serve) -> None:
 def test_a_client_that_is_too_slow_is_cut_off(serve: Serve) -> None:
     running = serve(drain_timeout=0.1)
     with socket.create_connection(("127.0.0.1", running.port), 20) as slow:
-        slow.sendall(b"POST /v1/models/lstm/sequences HTTP/1.1\r\nhost: here\r\ncontent-length: 24\r\n\r\n1234")
+        slow.sendall(b"POST /v1/models/lstm/sequences HTTP/1.1\r\nhost: localhost\r\ncontent-length: 24\r\n\r\n1234")
         until(lambda: any(each.cycle for each in running.uvicorn.server_state.connections))
         running.stop()
         assert slow.recv(65536) == b""

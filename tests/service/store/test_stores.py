@@ -344,3 +344,11 @@ async def test_a_page_that_no_page_named_is_refused(store: Store):
         pytest.skip("any text names one of its pages")
     with pytest.raises(InvalidRequest, match="use what the page before said"):
         await store.page("?", 1)
+
+
+async def test_a_contended_session_is_named_as_its_client_knows_it(store: Store, tokens: Tokens):
+    key = ("lstm", owned("acme", "mine"))
+    await put(store, commit(tokens.next(), key=key))
+    (error,) = await store.commit([commit(tokens.next(), expected=tokens.next(), key=key)])
+    assert isinstance(error, SessionContended)
+    assert "session 'mine' was updated" in error.message
