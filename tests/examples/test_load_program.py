@@ -30,7 +30,8 @@ def test_a_file_that_has_no_readings_is_refused_with_its_line(
     file = tmp_path / "load.csv"
     for text, reason in (
         ("load\n0.5\n95\n", "line 3: load is '95'; give a number from 0 to 1"),
-        ("a\n1\n", "no column"),
+        ("a\n1\n", "no column 'load'"),
+        ("load\n", "there was no reading"),
     ):
         file.write_text(text)
         assert load.main([str(file), "--url", server]) == 1
