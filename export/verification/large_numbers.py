@@ -142,8 +142,11 @@ def _pure_expressions(file: str) -> list[tuple[ast.expr, bool, bool]]:
         return []
     ends: set[int] = set()
     tables: set[int] = set()
+    shown: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Subscript):
+        if isinstance(node, ast.If) and _prints_only(node):
+            shown |= {id(each) for each in ast.walk(node)}
+        elif isinstance(node, ast.Subscript):
             tables.add(id(node.value))
             ends |= {id(each) for each in ast.walk(node.slice)}
         elif isinstance(node, ast.Call):
@@ -155,8 +158,16 @@ def _pure_expressions(file: str) -> list[tuple[ast.expr, bool, bool]]:
         (node, id(node) in tables, id(node) in ends)
         for node in ast.walk(tree)
         if isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
-        if not isinstance(node, ast.Slice) and is_pure(node)
+        if not isinstance(node, ast.Slice) and id(node) not in shown and is_pure(node)
     ]
+
+
+def _prints_only(branch: ast.If) -> bool:
+    """Then its numbers decide nothing else. Whether that `print` is Python's is checked with all branches."""
+    return not branch.orelse and all(
+        isinstance(each, ast.Expr) and isinstance(each.value, ast.Call) and _called(each.value) == "print"
+        for each in branch.body
+    )
 
 
 def _called(node: ast.Call) -> str:
