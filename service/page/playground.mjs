@@ -152,10 +152,11 @@ export class PlaygroundView {
   // Close what is open here; a stream that cannot be closed is left to its idle timeout.
   async end() {
     this.pause();
-    const stream = this.stream;
+    const { stream, main } = this;
     this.main = this.stream = undefined;
     delete this.section.dataset.position;
     this.experiments?.reset();
+    await main?.applied?.catch(() => {}); // the state is still being read
     await stream?.close().catch(() => {});
   }
 

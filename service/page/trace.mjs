@@ -39,7 +39,11 @@ export class Trace {
 
   // Apply steps, and read the state that they lead to. Returns how many steps were applied before, in an earlier pass,
   // and how many of those gave the same outputs.
-  async apply(steps) {
+  apply(steps) {
+    return (this.applied = this.run(steps));
+  }
+
+  async run(steps) {
     const before = this.position,
       started = performance.now();
     const several = steps.length > 1;
