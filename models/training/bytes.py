@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from unroll.models.bytes import CHECKPOINT, next_byte
 from unroll.models.stacked_rnn import StackedRNN
+from unroll.models.training.descent import descend
 from unroll.models.training.ngram import NGram
 
 SEED = 1
@@ -61,11 +62,7 @@ def train(files: Sequence[np.ndarray]) -> StackedRNN:
     for step, window in zip(range(1, STEPS + 1), _windows(files), strict=False):
         logits, (h, c) = model.advance(window[:, :-1], state)
         loss = cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(model, loss, optimizer, schedule)
         # Truncated back-propagation: the next window continues from this state, without its gradient.
         kept = torch.rand(1, BATCH, 1) >= RESTART
         state = (h.detach() * kept, c.detach() * kept)

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from unroll.models import checkpoint, mauna_loa
 from unroll.models.co2 import CHECKPOINT, CO2Forecaster, forecaster, load
 from unroll.models.mauna_loa import Series
+from unroll.models.training.descent import descend
 
 #: What a served model is compared with where PyTorch is not installed.
 EXPECTED = mauna_loa.PATH.with_name("expected.safetensors")
@@ -53,11 +54,7 @@ def train(series: Series) -> CO2Forecaster:
     for step, (window, mask) in zip(range(1, STEPS + 1), _windows(ppm, measured), strict=False):
         error = (model(window[:, :-1]) - window[:, 1:])[mask[:, 1:]] / model.change
         loss = error.square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(model, loss, optimizer, schedule)
         if step % 100 == 0:
             print(f"{step}/{STEPS}: {loss.sqrt() * model.change:.3f} ppm", flush=True)
     return model.eval()

@@ -12,6 +12,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from unroll.models import load
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
+from unroll.models.training.descent import descend
 
 SEED, HELD_OUT_SEED = 1, 2
 STEPS, BATCH, READINGS = 700, 32, 64
@@ -31,11 +32,7 @@ def train() -> StackedRNN:
     for step in range(1, STEPS + 1):
         x = batch(generator, BATCH)
         loss = smooth_l1_loss(model(x[:, :-1]), x[:, 1:], beta=0.02)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(model, loss, optimizer, schedule)
         if step % 100 == 0:
             print(f"{step}/{STEPS}: loss {loss.item():.5f}", flush=True)
     return model.eval()

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from unroll.models.maze import CHECKPOINT, LONGEST, Maze
 from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
+from unroll.models.training.descent import descend
 
 SEED, HELD_OUT_SEED = 1, 2
 STEPS, BATCH = 400, 32
@@ -34,11 +35,7 @@ def train() -> StackedRNN:
         observations, actions = batch(generator, BATCH)
         logits = model(observations)
         loss = cross_entropy(logits.flatten(0, 1), actions.flatten(), weight, ignore_index=ENDED)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(model, loss, optimizer, schedule)
         if step % 100 == 0:
             print(f"{step}/{STEPS}: cross entropy {loss.item():.5f}", flush=True)
     return model.eval()

@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy
 
 from unroll.models import checkpoint, synthesis
 from unroll.models.sound import CHECKPOINT, EVENTS, SoundDetector, load
+from unroll.models.training.descent import descend
 
 SEED, HELD_OUT_SEED = 1, 2
 STEPS, BATCH = 500, 16
@@ -42,11 +43,7 @@ def train() -> SoundDetector:
     for step in range(1, STEPS + 1):
         samples, present, judged = batch(generator, BATCH)
         loss = binary_cross_entropy(model(samples), present, judged * (1 + present * (WEIGHTS - 1)))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(model, loss, optimizer, schedule)
         total += loss.item()
         if step % 100 == 0:
             print(f"{step}/{STEPS}: cross entropy {total / 100:.4f}", flush=True)

@@ -98,7 +98,7 @@ def _sequence_steps(
             app.sessions.directory.check_closing_chunk(name, sequence.id, chunk)
         if not sequence.start:
             raise served.scheduler.sessions.closed.error(sequence.id, now)
-        if app.sessions.directory.living(name, sequence.id) is None:  # else it takes the place of that
+        if request.tenant and app.sessions.directory.living(name, sequence.id) is None:  # else it takes its place
             app.refuse_another_session(request.tenant)
         chunk.opening = _opening_after_restart(app, name, served, sequence, timeout)
     app.meter.take(request.tenant, len(batch[0][0]))

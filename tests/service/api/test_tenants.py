@@ -66,8 +66,6 @@ OTHER_ROUTES = {
     ("post", "/v2/models/{model}/versions/{version}/infer"),
     ("post", "/v2/repository/index"),
 }
-#: Their answers do not depend on the key, once it is good.
-NO_SECRETS = {("get", "/openapi.json")}
 
 
 class Keyed:
