@@ -50,7 +50,7 @@ def main(settings: Settings) -> int:
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
-    config = uvicorn_config(application, state, settings.host, settings.port)
+    config = uvicorn_config(application, state, settings.host, settings.port, settings.connection_limits())
     # The objects built so far stay, and reference counting frees those of a step: the collector can skip both.
     gc.collect()
     gc.freeze()

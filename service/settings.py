@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from unroll.service.api.app_state import ApiLimits
     from unroll.service.models.loading import ModelOptions
     from unroll.service.store.opening import StoreConfig
+    from unroll.service.transport.connections import ConnectionLimits
 
 _FOLDER = "file://"
 _LOCAL = frozenset({"localhost"})
@@ -83,6 +84,13 @@ class Settings(BaseModel):
     max_queue: PositiveInt = 8192
 
     request_timeout: PositiveFloat = 30.0
+    max_connections: PositiveInt | Literal["auto"] = "auto"
+    max_connections_per_address: PositiveInt | None = None
+    head_timeout: PositiveFloat = 20.0
+    keep_alive: PositiveFloat = 75.0
+    min_rate: PositiveInt = 1024
+    max_url_bytes: PositiveInt = 8192
+    max_header_bytes: PositiveInt = 65_536
     max_body_bytes: PositiveInt = 16 * 2**20
     max_json_bytes: PositiveInt = 2 * 2**20
     max_steps: PositiveInt = 65_536
@@ -201,6 +209,19 @@ class Settings(BaseModel):
         if self.snapshot_keys:
             ticket_secret = self.snapshot_keys[0].get_secret_value().encode()
         return Gate(self.keys, hosts or None, self.allowed_origins, ticket_secret)
+
+    def connection_limits(self) -> "ConnectionLimits":
+        from unroll.service.transport.connections import ConnectionLimits
+
+        return ConnectionLimits(
+            None if self.max_connections == "auto" else self.max_connections,
+            self.max_connections_per_address,
+            self.head_timeout,
+            self.keep_alive,
+            self.min_rate,
+            self.max_url_bytes,
+            self.max_header_bytes,
+        )
 
     def api_limits(self) -> "ApiLimits":
         from unroll.service.api.app_state import ApiLimits

@@ -54,8 +54,9 @@ class Running:
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         application, self.server = app.build(settings, clock)
-        config = uvicorn_config(application, self.server, "127.0.0.1", 0)
-        config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds its connection open
+        config = uvicorn_config(application, self.server, "127.0.0.1", 0, settings.connection_limits())
+        if "keep_alive" not in settings.model_fields_set:
+            config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds it open
         self.uvicorn = _Announcing(config, self.server, settings.drain_delay, settings.drain_timeout)
         self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)
         self._thread.start()

@@ -4,19 +4,19 @@ import uvicorn
 from fastapi import FastAPI
 
 from unroll.service.api.app_state import AppState
+from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.http import http_protocol
 from unroll.service.transport.websocket import StreamProtocol
 
-#: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
-_KEEP_ALIVE_SECONDS = 75
 
-
-def uvicorn_config(application: FastAPI, app: AppState, host: str, port: int) -> uvicorn.Config:
+def uvicorn_config(
+    application: FastAPI, app: AppState, host: str, port: int, limits: ConnectionLimits
+) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         host=host,
         port=port,
-        http=http_protocol(app),
+        http=http_protocol(app, limits),
         ws=StreamProtocol,
         ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
@@ -24,5 +24,5 @@ def uvicorn_config(application: FastAPI, app: AppState, host: str, port: int) ->
         log_config=None,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]  # any number will do
     )
