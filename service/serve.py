@@ -47,10 +47,10 @@ def main(settings: Settings) -> int:
         shared = () if worker is None else (worker.shared_port, worker.ticket_secret)
         application, state = app.build(settings, None, *shared)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
+        config = uvicorn_config(application, state, settings.host, settings.port, settings.connection_limits())
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
-    config = uvicorn_config(application, state, settings.host, settings.port, settings.connection_limits())
     # The objects built so far stay, and reference counting frees those of a step: the collector can skip both.
     gc.collect()
     gc.freeze()

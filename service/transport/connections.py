@@ -10,6 +10,7 @@ import resource
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from itertools import islice
 from typing import Protocol
 
@@ -29,7 +30,7 @@ _ASKED = 32
 class ConnectionLimits:
     """Attributes:
     connections: At a time; None: as many as there are descriptors for.
-    per_address: Of one client address; None for any number.
+    per_address: Of one client address, or network /64; None for any number.
     head_timeout: Seconds for a TLS handshake, and for the head of a request.
     keep_alive: Seconds without a request after which a connection is closed.
     min_rate: Bytes a second that a body, or an answer, must move at after its first `head_timeout`.
@@ -64,7 +65,13 @@ class Connections:
     """All connections of a process, streams included; a stream looks after itself, and is only counted."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
-        self._most = limits.connections or _affordable()
+        """Raises ValueError if there are not enough descriptors."""
+        affordable = _affordable()
+        self._most = limits.connections or affordable
+        if self._most > affordable:
+            raise ValueError(
+                f"--max-connections {self._most}: the limit of open files allows {affordable}; raise it (ulimit -n)"
+            )
         self._most_of_one = limits.per_address
         self._watched: OrderedDict[Connection, str] = OrderedDict()
         self._probes: OrderedDict[Connection, str] = OrderedDict()
@@ -78,6 +85,7 @@ class Connections:
 
     def enter(self, connection: Connection, address: str) -> bool:
         """A new connection. False: there are too many, and it may only ask for the server's health."""
+        address = _network(address)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._look)
         if self._has_room(address):
@@ -158,6 +166,14 @@ class UnreadAnswer:
                 self._since = None
                 return self._taken >= limits.min_rate * seconds
         return True
+
+
+def _network(address: str) -> str:
+    """Of IPv6, what one client may have all addresses of."""
+    if ":" not in address:
+        return address
+    parsed = IPv6Address(address)
+    return str(parsed.ipv4_mapped or parsed.packed[:8].hex())
 
 
 def _affordable() -> int:
