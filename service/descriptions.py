@@ -5,6 +5,9 @@ The values, their types and their limits are those of `settings.py`; this file i
 
 from dataclasses import dataclass
 
+#: Of the variables in the environment.
+PREFIX = "UNROLL_"
+
 
 @dataclass(frozen=True, slots=True)
 class Description:

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 _FOLDER = "file://"
 _LOCAL = frozenset({"localhost"})
 _LEAST_KEY_BYTES = 16
-#: Of the variables in the environment.
-PREFIX = "UNROLL_"
 #: As browsers send it: without a path, and in lower case.
 _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 
@@ -42,7 +40,7 @@ _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 class Settings(BaseModel):
     """The settings that `descriptions.py` describes; `sources.py` reads them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     repository: Path
     strict: bool = False

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 Scope = Literal["infer", "metrics", "sessions:admin"]
 
@@ -67,7 +67,7 @@ class Quota(BaseModel):
 
     sessions: PositiveInt | None = None
     streams: PositiveInt | None = None
-    steps_per_second: PositiveFloat | None = None
+    steps_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class _File(BaseModel):
