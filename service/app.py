@@ -165,7 +165,7 @@ async def _lifespan(state: AppState, state_file: StateFile | None, store_timeout
         asyncio.create_task(_become_ready(state), name="start of the store"),
         asyncio.create_task(state.repository.run(), name="repository"),
         asyncio.create_task(state.sessions.run(), name="sessions"),
-        asyncio.create_task(state.gate.run(state.end_streams), name="keys"),
+        asyncio.create_task(state.gate.run(), name="keys"),
     ]
     for task in running:
         task.add_done_callback(state.repository.watch)

@@ -39,6 +39,17 @@ GROUPS = {
             "this word unless the address is of this machine alone",
         ),
         "keys": Description("FILE", "file of API keys, which `unroll keys new` writes; read again at SIGHUP"),
+        "jwt_keys": Description(
+            "FILE|URL",
+            "JWK set of an identity provider, whose JWTs are taken as keys are; a file is read again at SIGHUP, a URL "
+            "(https, or http of this machine) every five minutes; needs the package extra jwt",
+        ),
+        "jwt_issuer": Description("ISSUER", "what JWTs say in iss; needed with --jwt-keys"),
+        "jwt_audience": Description("AUDIENCE", "what JWTs for this server say in aud; needed with --jwt-keys"),
+        "jwt_tenant_claim": Description("CLAIM", "claim that has the tenant", "tenant"),
+        "jwt_scope_claim": Description(
+            "CLAIM", "claim that has the scopes, as words in a string or as a list", "scope"
+        ),
         "allowed_hosts": Description(
             "NAMES",
             'names that clients use for this server, such as ["models.example.com"]; addresses are always allowed '

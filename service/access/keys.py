@@ -60,6 +60,12 @@ class Key(BaseModel):
         return self.expires is not None and self.expires <= datetime.now(UTC)
 
 
+class JwtKey(Key):
+    """What a JWT permits. signed_by: names the key in the JWK set."""
+
+    signed_by: str
+
+
 class Quota(BaseModel):
     """What a tenant may use of one server process; None: no limit of its own."""
 
@@ -77,6 +83,10 @@ class _File(BaseModel):
     tenants: dict[_Tenant, Quota] = {}
 
 
+class _FileBesideJwts(_File):
+    keys: list[Key] = []
+
+
 @dataclass(frozen=True, slots=True)
 class KeyRing:
     """The keys by their digest, and the quotas by tenant."""
@@ -85,10 +95,11 @@ class KeyRing:
     quotas: dict[str, Quota]
 
     @classmethod
-    def read(cls, path: Path) -> "KeyRing":
-        """Raises KeysRefused."""
+    def read(cls, path: Path, *, only_keys: bool = True) -> "KeyRing":
+        """only_keys: Nobody comes in by JWTs; else the file may have nothing but quotas. Raises KeysRefused."""
+        kind = _File if only_keys else _FileBesideJwts
         try:
-            file = _File.model_validate(tomllib.loads(path.read_text("utf-8")))
+            file = kind.model_validate(tomllib.loads(path.read_text("utf-8")))
         except ValidationError as error:
             faults = error.errors(include_url=False, include_input=False)
             lines = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults[:3]]
@@ -98,7 +109,8 @@ class KeyRing:
         keys = {bytes.fromhex(key.sha256): key for key in file.keys}
         if len(keys) < len(file.keys):
             raise KeysRefused(f"{path}: two keys have the same sha256")
-        if strangers := file.tenants.keys() - {key.tenant for key in file.keys}:
+        strangers = file.tenants.keys() - {key.tenant for key in file.keys}
+        if only_keys and strangers:
             raise KeysRefused(f"{path}: no key is of the tenant {sorted(strangers)[0]!r}")
         return cls(keys, file.tenants)
 

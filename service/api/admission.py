@@ -8,7 +8,8 @@ from fastapi.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unroll.service.access import keys
-from unroll.service.access.gate import TICKET_PROTOCOL
+from unroll.service.access.keys import Key
+from unroll.service.access.tickets import TICKET_PROTOCOL
 from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem, problem_responses
@@ -72,8 +73,8 @@ class Admission:
         await self._app(scope, receive, send)
 
 
-def admit_stream(app: AppState, connection: HTTPConnection) -> str:
-    """The tenant of a stream, by its key or by a ticket among the protocols that it offers.
+def admit_stream(app: AppState, connection: HTTPConnection) -> Key | None:
+    """The key of a stream, or that of a ticket among the protocols that it offers; None without keys.
 
     Raises:
         HostRefused, Unauthenticated, Forbidden: See `Gate.admit`.
@@ -83,7 +84,8 @@ def admit_stream(app: AppState, connection: HTTPConnection) -> str:
         if protocol.startswith(TICKET_PROTOCOL):
             app.gate.check_host(headers)
             return app.gate.admit_ticket(protocol.removeprefix(TICKET_PROTOCOL), keys.INFER)
-    return app.gate.admit(headers, keys.INFER, changes=True)
+    app.gate.admit(headers, keys.INFER, changes=True)
+    return app.gate.key_of(headers) if app.gate.has_keys else None
 
 
 def tenant_of(http: HttpRequest) -> str:
