@@ -26,7 +26,7 @@ def test_long_stages_have_their_time_and_on_a_terminal_a_mark_once_done(
         if error:
             raise ValueError("no model")
     if kind is Terminal:
-        *_, first, last, end = out.getvalue().split("\n")
+        *_, first, last, _end = out.getvalue().split("\n")
         assert "✓ tracing" in first
         assert first.endswith("0.0 s\x1b[0m")
         assert ("✓" in last) is not error
