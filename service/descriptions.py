@@ -5,6 +5,9 @@ The values, their types and their limits are those of `settings.py`; this file i
 
 from dataclasses import dataclass
 
+#: Of the variables in the environment.
+PREFIX = "UNROLL_"
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
@@ -164,7 +167,15 @@ GROUPS = {
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),
     },
     "operation": {
-        "admin": Description("", "list sessions at /v1/admin/sessions; without --keys to any client"),
+        "admin": Description(
+            "",
+            "list sessions at /v1/admin/sessions; with keys or --admin-port also load and unload models, drain the "
+            "server and set its log level",
+        ),
+        "admin_port": Description(
+            "PORT", "port of its own for /metrics, and with --admin for /v1/admin and the loading of models"
+        ),
+        "admin_host": Description("ADDRESS", "address that the --admin-port listens on", "127.0.0.1"),
         "log_requests": Description(
             "none|errors|all",
             "requests that leave a line in the log, at most 100 a second: none, errors, all",

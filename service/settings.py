@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 _FOLDER = "file://"
 _LOCAL = frozenset({"localhost"})
 _LEAST_KEY_BYTES = 16
-#: Of the variables in the environment.
-PREFIX = "UNROLL_"
 #: As browsers send it: without a path, and in lower case.
 _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 
@@ -44,7 +42,7 @@ _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 class Settings(BaseModel):
     """The settings that `descriptions.py` describes; `sources.py` reads them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     repository: Path
     strict: bool = False
@@ -105,11 +103,13 @@ class Settings(BaseModel):
     drain_delay: Annotated[float, Field(ge=0)] = 0.0
     drain_timeout: PositiveFloat = 10.0
     admin: bool = False
+    admin_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    admin_host: str = "127.0.0.1"
     log_requests: LogRequests = "errors"
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
 
     @field_validator(
-        *("repository", "host", "device", "state_file", "keys"),
+        *("repository", "host", "admin_host", "device", "state_file", "keys"),
         *("jwt_keys", "jwt_issuer", "jwt_audience", "jwt_tenant_claim", "jwt_scope_claim"),
         mode="before",
     )
@@ -161,9 +161,21 @@ class Settings(BaseModel):
                 "a state file holds memory sessions, which several workers do not offer: remove --state-file"
             )
         self._check_access()
+        if self.admin_port is None and "admin_host" in self.model_fields_set:
+            raise ValueError("--admin-host needs a port: add --admin-port")
+        if self.workers > 1 and self.admin_port is not None:
+            raise ValueError(
+                "--admin-port is of one process, and would reach one worker: remove it, and add --worker-port, whose "
+                "/metrics has those of all workers"
+            )
         if self.workers == 1 and self.worker_port is not None:
             raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
+
+    @property
+    def offers_operations(self) -> bool:
+        """Whether what changes the server is offered: to those who have a key for it, or come by a port of its own."""
+        return self.admin and (self.admin_port is not None or self.keys is not None or self.jwt_keys is not None)
 
     def _check_access(self) -> None:
         """Raises ValueError."""
@@ -179,10 +191,12 @@ class Settings(BaseModel):
             raise ValueError(f"--auth none and {flag} contradict each other: remove one of them")
         if self.auth == "keys" and not has_keys:
             raise ValueError("--auth keys needs a file of keys: add --keys FILE; `unroll keys new` writes an entry")
-        if self.auth is None and not has_keys and not _is_loopback(self.host):
+        hosts = [self.host] if self.admin_port is None else [self.host, self.admin_host]
+        open_hosts = [host for host in hosts if not _is_loopback(host)]
+        if self.auth is None and not has_keys and open_hosts:
             raise ValueError(
-                f"anybody who reaches {self.host} could use the models and end the sessions of others: add --keys FILE "
-                "(`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
+                f"anybody who reaches {open_hosts[0]} could use the models and end the sessions of others: add --keys "
+                "FILE (`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
             )
 
     def model_options(self) -> "ModelOptions":

@@ -26,15 +26,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-Scope = Literal["infer", "metrics", "sessions:admin"]
+Scope = Literal["infer", "metrics", "sessions:admin", "models:admin", "server:admin"]
 
 #: What a key may permit.
 INFER: Scope = "infer"
 METRICS: Scope = "metrics"
 SESSIONS_ADMIN: Scope = "sessions:admin"
-SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN)
+MODELS_ADMIN: Scope = "models:admin"
+SERVER_ADMIN: Scope = "server:admin"
+SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN, MODELS_ADMIN, SERVER_ADMIN)
 
 _PREFIX = "unroll_"
 _KEY_BYTES = 32
@@ -73,7 +75,7 @@ class Quota(BaseModel):
 
     sessions: PositiveInt | None = None
     streams: PositiveInt | None = None
-    steps_per_second: PositiveFloat | None = None
+    steps_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class _File(BaseModel):

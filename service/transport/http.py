@@ -6,6 +6,7 @@ its end writes the reply in one piece. A lost connection cancels its work immedi
 
 import functools
 import socket
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -47,6 +48,13 @@ def http_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProt
     """The protocol class for `uvicorn.Config(http=...)`."""
     members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
     return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), members)
+
+
+def operator_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
+    """The same for the operator's port, where there are no inference routes, and few connections."""
+    limits = replace(limits, connections=_OPERATORS, per_address=None)
+    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
+    return type("OperatorProtocol", (OperatorProtocol,), members)
 
 
 class Exchange(Request):
@@ -363,7 +371,14 @@ class CrossOriginProtocol(HttpProtocol):
         return None if any(name == b"origin" for name, _ in self.headers) else super()._find_route()
 
 
+class OperatorProtocol(HttpProtocol):
+    def _find_route(self) -> Route | None:
+        return None
+
+
 _NO_HEADERS: Headers = {}
+#: Connections to the operator's port.
+_OPERATORS = 32
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
 #: For a refused client to stop sending.

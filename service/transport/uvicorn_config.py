@@ -1,11 +1,13 @@
 """How uvicorn runs the application: with our protocols, and without what a step does not need."""
 
+import copy
+
 import uvicorn
 from fastapi import FastAPI
 
 from unroll.service.api.app_state import AppState
 from unroll.service.transport.connections import ConnectionLimits
-from unroll.service.transport.http import http_protocol
+from unroll.service.transport.http import http_protocol, operator_protocol
 from unroll.service.transport.websocket import StreamProtocol
 
 
@@ -26,3 +28,12 @@ def uvicorn_config(
         date_header=False,
         timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]  # any number will do
     )
+
+
+def operator_config(
+    main: uvicorn.Config, application: FastAPI, app: AppState, limits: ConnectionLimits
+) -> uvicorn.Config:
+    """Of the operator's port, which is otherwise as the main one. `main` must not be loaded yet."""
+    config = copy.copy(main)
+    config.app, config.http = application, operator_protocol(app, limits)
+    return config
