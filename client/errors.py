@@ -297,6 +297,12 @@ class Draining(Overloaded):
     code = "draining"
 
 
+class KeysUnavailable(Overloaded):
+    """The server could not verify the JWT that was sent as the API key: its identity provider has not answered."""
+
+    code = "keys_unavailable"
+
+
 class VersionUnavailable(Overloaded):
     """The session runs on a version that the server does not have yet, and no other one answered."""
 

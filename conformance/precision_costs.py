@@ -43,7 +43,7 @@ class Cost:
 class Layers(nn.Module):
     """Two recurrent layers and a head."""
 
-    def __init__(self, kind: type[nn.RNNBase], hidden: int) -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU], hidden: int) -> None:
         super().__init__()
         self.rnn = kind(16, hidden, 2, batch_first=True)
         self.head = nn.Linear(hidden, 16)
@@ -52,7 +52,7 @@ class Layers(nn.Module):
         return self.head(self.rnn(x)[0])
 
 
-def _layers(kind: type[nn.RNNBase], hidden: int) -> Callable[[], Made]:
+def _layers(kind: type[nn.LSTM | nn.GRU], hidden: int) -> Callable[[], Made]:
     return lambda: (Layers(kind, hidden).eval(), {"x": torch.randn(2, 16, 16)})
 
 

@@ -5,6 +5,9 @@ The values, their types and their limits are those of `settings.py`; this file i
 
 from dataclasses import dataclass
 
+#: Of the variables in the environment.
+PREFIX = "UNROLL_"
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
@@ -36,6 +39,17 @@ GROUPS = {
             "this word unless the address is of this machine alone",
         ),
         "keys": Description("FILE", "file of API keys, which `unroll keys new` writes; read again at SIGHUP"),
+        "jwt_keys": Description(
+            "FILE|URL",
+            "JWK set of an identity provider, whose JWTs are taken as keys are; a file is read again at SIGHUP, a URL "
+            "(https, or http of this machine) every five minutes; needs the package extra jwt",
+        ),
+        "jwt_issuer": Description("ISSUER", "what JWTs say in iss; needed with --jwt-keys"),
+        "jwt_audience": Description("AUDIENCE", "what JWTs for this server say in aud; needed with --jwt-keys"),
+        "jwt_tenant_claim": Description("CLAIM", "claim that has the tenant", "tenant"),
+        "jwt_scope_claim": Description(
+            "CLAIM", "claim that has the scopes, as words in a string or as a list", "scope"
+        ),
         "allowed_hosts": Description(
             "NAMES",
             'names that clients use for this server, such as ["models.example.com"]; addresses are always allowed '
@@ -146,7 +160,15 @@ GROUPS = {
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),
     },
     "operation": {
-        "admin": Description("", "list sessions at /v1/admin/sessions; without --keys to any client"),
+        "admin": Description(
+            "",
+            "list sessions at /v1/admin/sessions; with keys or --admin-port also load and unload models, drain the "
+            "server and set its log level",
+        ),
+        "admin_port": Description(
+            "PORT", "port of its own for /metrics, and with --admin for /v1/admin and the loading of models"
+        ),
+        "admin_host": Description("ADDRESS", "address that the --admin-port listens on", "127.0.0.1"),
         "log_requests": Description(
             "none|errors|all",
             "requests that leave a line in the log, at most 100 a second: none, errors, all",

@@ -21,7 +21,8 @@ from unroll.service.models.trial import TrialProcess, Trials
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
 from unroll.service.transport.server import DrainingServer
-from unroll.service.transport.uvicorn_config import uvicorn_config
+from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
+from unroll.service.workers import bind
 
 # For a few models, 0.15 s each is most of the time of a start; a rougher curve is as good for tests.
 loading.measure = partial(measure, budget_seconds=0.02)  # type: ignore[assignment]
@@ -66,7 +67,13 @@ class Running:
         application, self.server = app.build(settings, clock)
         config = uvicorn_config(application, self.server, "127.0.0.1", 0)
         config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds its connection open
-        self.uvicorn = _Announcing(config, self.server, settings.drain_delay, settings.drain_timeout)
+        operator = None
+        if settings.admin_port is not None:
+            listener = bind(settings.admin_host, settings.admin_port)
+            operator = operator_config(config, application.state.operator, self.server), listener
+            self.operator_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        times = settings.drain_delay, settings.drain_timeout
+        self.uvicorn = _Announcing(config, self.server, *times, operator=operator)
         self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)
         self._thread.start()
         assert self.uvicorn.announced.wait(PATIENCE)

@@ -42,6 +42,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.DeadlineUnreachable: 503,
     e.CapacityExhausted: 503,
     e.QuotaExceeded: 429,
+    e.KeysUnavailable: 503,
     e.VersionUnavailable: 503,
     e.StoreUnavailable: 503,
     e.SessionContended: 503,

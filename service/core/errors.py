@@ -209,6 +209,12 @@ class QuotaExceeded(Overloaded):
     code = "quota_exceeded"
 
 
+class KeysUnavailable(Overloaded):
+    """The key that signed a JWT is not known yet; the identity provider is being asked."""
+
+    code = "keys_unavailable"
+
+
 class VersionUnavailable(Overloaded):
     """The version of the session, or an announced one that is asked for, is not here; another replica may have it."""
 

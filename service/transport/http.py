@@ -48,6 +48,11 @@ def http_protocol(app: AppState) -> type[HttpToolsProtocol]:
     return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), {"unroll": app})
 
 
+def operator_protocol(app: AppState) -> type[HttpToolsProtocol]:
+    """The same for the operator's port, where there are no inference routes."""
+    return type("OperatorProtocol", (OperatorProtocol,), {"unroll": app})
+
+
 class Exchange(Request):
     """The inference request of a connection, in place of uvicorn's own request record.
 
@@ -385,6 +390,11 @@ class CrossOriginProtocol(HttpProtocol):
 
     def _find_route(self) -> Route | None:
         return None if any(name == b"origin" for name, _ in self.headers) else super()._find_route()
+
+
+class OperatorProtocol(HttpProtocol):
+    def _find_route(self) -> Route | None:
+        return None
 
 
 _NO_HEADERS: Headers = {}

@@ -1,10 +1,12 @@
 """How uvicorn runs the application: with our protocols, and without what a step does not need."""
 
+import copy
+
 import uvicorn
 from fastapi import FastAPI
 
 from unroll.service.api.app_state import AppState
-from unroll.service.transport.http import http_protocol
+from unroll.service.transport.http import http_protocol, operator_protocol
 from unroll.service.transport.websocket import StreamProtocol
 
 #: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
@@ -26,3 +28,10 @@ def uvicorn_config(application: FastAPI, app: AppState, host: str, port: int) ->
         date_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
     )
+
+
+def operator_config(main: uvicorn.Config, application: FastAPI, app: AppState) -> uvicorn.Config:
+    """Of the operator's port, which is otherwise as the main one. `main` must not be loaded yet."""
+    config = copy.copy(main)
+    config.app, config.http = application, operator_protocol(app)
+    return config

@@ -13,7 +13,8 @@ from unroll.bundle.errors import REMEDIES
 from unroll.service.api.error_responses import STATUS
 from unroll.service.api.worker_metrics import merge
 from unroll.service.core.errors import UnrollError
-from unroll.service.settings import PREFIX, Settings
+from unroll.service.descriptions import PREFIX
+from unroll.service.settings import Settings
 from unroll.service.sources import CONFIG
 from unroll.service.telemetry.metrics import Collector, StoreFigures
 

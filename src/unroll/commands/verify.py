@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from unroll.commands.options import Failed, Json, argument, option, positive
 
 
@@ -20,10 +18,11 @@ class Verify:
     bundle: Annotated[Path, argument("BUNDLE", "the folder REPOSITORY/NAME/VERSION")]
     device: Annotated[
         str,
-        typer.Option(
-            metavar="DEVICE",
+        option(
+            "--device",
+            "DEVICE",
+            "cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if there is one",
             envvar="UNROLL_DEVICE",
-            help="cpu, cuda:N, several as in cuda:0,cuda:1, or auto: a GPU if there is one",
         ),
     ] = "cpu"
     precision: Annotated[

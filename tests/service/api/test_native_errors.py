@@ -80,6 +80,7 @@ MET = {
     "session_expired": "test_native_errors.test_idle_expiry",
     "session_evicted": "test_native_errors.test_eviction",
     "capacity_exhausted": "test_native_errors.test_capacity",
+    "keys_unavailable": "test_jwts.test_a_provider_that_does_not_answer_yet",
     "version_unavailable": "test_rollout.test_a_session_of_a_version_that_is_not_here_yet_is_told_to_retry",
     "draining": "test_drain.test_while_load_balancers_notice",
     "queue_full": "test_native_errors.test_queue_full",
