@@ -79,6 +79,17 @@ GROUPS = {
             several=True,
         ),
         "strict": Description("", "do not start if any bundle cannot be served; else serve the others"),
+        "bundle_memory": Description(
+            "BYTES", "memory that a bundle may take when it is tried before it is served, in bytes", "4294967296"
+        ),
+        "bundle_time": Description(
+            "SECONDS", "processor time that a bundle may take when it is tried before it is served", "30"
+        ),
+        "allow_operators": Description(
+            "OPERATORS",
+            'operators that graphs may have besides those that export writes, such as ["RandomNormal"]',
+            several=True,
+        ),
     },
     "device": {
         "device": Description(

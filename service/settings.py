@@ -46,6 +46,9 @@ class Settings(BaseModel):
 
     repository: Path
     strict: bool = False
+    bundle_memory: PositiveInt = 4 * 2**30
+    bundle_time: PositiveFloat = 30.0
+    allow_operators: tuple[str, ...] = ()
     serve: dict[str, PositiveInt] = {}
     host: str = "127.0.0.1"
     auth: Literal["keys", "none"] | None = None
@@ -202,12 +205,14 @@ class Settings(BaseModel):
     def model_options(self) -> "ModelOptions":
         from unroll.service.engine.backend import EngineOptions
         from unroll.service.models.loading import ModelOptions
+        from unroll.service.models.trial import TrialLimits
         from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 
         fill_memory = self.session_capacity == "auto"
         return ModelOptions(
             fill_memory=fill_memory,
             spill_bytes=self.spill_bytes,
+            trial=TrialLimits(self.bundle_memory, self.bundle_time, self.allow_operators),
             engine=EngineOptions(self.threads, self.precision, self.buckets, self.cells, self.memory_share),
             max_steps=self.max_steps,
             max_sequences=self.max_sequences,

@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 
 from unroll.bundle import stated_digest
+from unroll.bundle.errors import printable
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import POINTER, Contents, RepositoryError, read_contents
 from unroll.service.models.loading import ModelLoader, ModelRefused
@@ -71,6 +72,7 @@ class ModelRepository:
                 self._versions.add(self._loader.load(path))
             except ModelRefused as refusal:
                 self._refuse(self._versions.refused, key, path, refusal)
+        self._loader.end_trial()
         refused = len(self._versions.refused)
         if refused and (self._strict or refused == len(contents.bundles)):
             raise RepositoryError(
@@ -105,8 +107,10 @@ class ModelRepository:
 
     @staticmethod
     def _refuse(refused: Refusals, key: tuple[str, str], path: Path, error: Exception) -> None:
-        refused[key] = str(error)
-        _log.error("bundle refused", model=key[0], version=key[1], path=str(path), reason=str(error))
+        refusal = error if isinstance(error, ModelRefused) else ModelRefused("bundle_unusable", str(error))
+        where = {"model": key[0], "version": key[1], "path": printable(str(path))}
+        _log.error("bundle refused", **where, code=refusal.code, reason=str(refusal))
+        refused[key] = str(refusal)
 
     def shut_down(self) -> None:
         """End the engine threads; `run` must have ended."""
@@ -132,6 +136,7 @@ class ModelRepository:
                     self._rescan.clear()
                     await self.rescan()
         finally:
+            self._loader.end_trial()  # a thread may wait for it
             for model in self._versions:
                 await model.stop()
 
@@ -184,6 +189,7 @@ class ModelRepository:
             self._versions.add(loaded)
             for model in loaded:
                 self._start(model)
+        await asyncio.to_thread(self._loader.end_trial)
         self._versions.refused = refused
         for model in self._versions:
             if not model.retired and not {(model.name, model.version), (model.name, "")} & contents.bundles.keys():
