@@ -19,6 +19,7 @@ from unroll.service.store.description import where_sessions_are
 from unroll.service.store.interface import StoreRefused
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 from unroll.service.telemetry import logs
+from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
 from unroll.service.workers import Worker, bind, supervise
@@ -37,7 +38,7 @@ def main(settings: Settings) -> int:
     log = structlog.get_logger(__name__)
     if settings.workers > 1 and worker is None:
         return supervise(settings.host, settings.port, settings.workers)
-    limits = settings.connection_limits()
+    limits = ConnectionLimits.of(settings)
     try:
         if worker is None:
             _check_address(settings.host, settings.port)

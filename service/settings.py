@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from unroll.service.api.app_state import ApiLimits
     from unroll.service.models.loading import ModelOptions
     from unroll.service.store.opening import StoreConfig
-    from unroll.service.transport.connections import ConnectionLimits
 
 _FOLDER = "file://"
 _LOCAL = frozenset({"localhost"})
@@ -268,19 +267,6 @@ class Settings(BaseModel):
             return None
         claims = self.jwt_tenant_claim, self.jwt_scope_claim
         return JwtConfig(self.jwt_keys, self.jwt_issuer, self.jwt_audience, *claims)
-
-    def connection_limits(self) -> "ConnectionLimits":
-        from unroll.service.transport.connections import ConnectionLimits
-
-        return ConnectionLimits(
-            None if self.max_connections == "auto" else self.max_connections,
-            self.max_connections_per_address,
-            self.head_timeout,
-            self.keep_alive,
-            self.min_rate,
-            self.max_url_bytes,
-            self.max_header_bytes,
-        )
 
     def api_limits(self) -> "ApiLimits":
         from unroll.service.api.app_state import ApiLimits

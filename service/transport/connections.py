@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, Self
+
+from unroll.service.settings import Settings
 
 #: Connections beyond the limit that may ask for the server's health.
 PROBES = 32
@@ -38,13 +40,26 @@ class ConnectionLimits:
     header_bytes: Of a request: all names and values.
     """
 
-    connections: int | None = None
-    per_address: int | None = None
-    head_timeout: float = 20.0
-    keep_alive: float = 75.0
-    min_rate: int = 1024
-    url_bytes: int = 8192
-    header_bytes: int = 65_536
+    connections: int | None
+    per_address: int | None
+    head_timeout: float
+    keep_alive: float
+    min_rate: int
+    url_bytes: int
+    header_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        most = settings.max_connections
+        return cls(
+            None if most == "auto" else most,
+            settings.max_connections_per_address,
+            settings.head_timeout,
+            settings.keep_alive,
+            settings.min_rate,
+            settings.max_url_bytes,
+            settings.max_header_bytes,
+        )
 
 
 class Connection(Protocol):
