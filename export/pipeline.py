@@ -262,6 +262,7 @@ class Pipeline:
                 candidate.content,
                 candidate.golden,
                 replace_existing=self._options.replace,
+                sign=self._options.signer and self._options.signer.sign,
             )
             manifest = bundle.read(path).manifest
         except BundleError as error:

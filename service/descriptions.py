@@ -85,6 +85,11 @@ GROUPS = {
         "bundle_time": Description(
             "SECONDS", "processor time that a bundle may take when it is tried before it is served", "30"
         ),
+        "trusted_keys": Description(
+            "PATH",
+            "public key, or folder of them (*.pem), as `unroll keys pair` makes them; "
+            "a bundle that none of them has signed is refused",
+        ),
         "allow_operators": Description(
             "OPERATORS",
             'operators that graphs may have besides those that export writes, such as ["RandomNormal"]',
