@@ -158,6 +158,24 @@ GROUPS = {
         "piece_steps": Description("N", "time steps of a long request per model call", "64"),
         "max_queue": Description("N", "maximum waiting requests per model", "8192"),
         "request_timeout": Description("SECONDS", "seconds within which the work on a request must start", "30"),
+        "max_connections": Description(
+            "N|auto",
+            "connections of a process at a time; beyond, idle ones are closed, then only probes and metrics answered; "
+            "auto: as many as the limit of open files allows",
+            "auto",
+        ),
+        "max_connections_per_address": Description(
+            "N", "connections of a process from one client address; a proxy is one address (default: any number)"
+        ),
+        "head_timeout": Description("SECONDS", "seconds for a TLS handshake, and for the head of a request", "20"),
+        "keep_alive": Description("SECONDS", "seconds after which a connection without requests is closed", "75"),
+        "min_rate": Description(
+            "BYTES",
+            "bytes a second at which a body must arrive, and an answer be read, once head_timeout has passed",
+            "1024",
+        ),
+        "max_url_bytes": Description("BYTES", "maximum URL of a request, in bytes", "8192"),
+        "max_header_bytes": Description("BYTES", "maximum headers of a request, in bytes", "65536"),
         "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
         "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),
         "max_steps": Description("N", "maximum time steps per request", "65536"),

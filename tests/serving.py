@@ -20,6 +20,7 @@ from unroll.service.models.served_model import ServedModel
 from unroll.service.models.trial import TrialProcess, Trials
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
+from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
 from unroll.service.workers import bind
@@ -65,12 +66,16 @@ class Running:
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         application, self.server = app.build(settings, clock)
-        config = uvicorn_config(application, self.server, "127.0.0.1", 0)
-        config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds its connection open
+        config = uvicorn_config(application, self.server, "127.0.0.1", 0, ConnectionLimits.of(settings))
+        if "keep_alive" not in settings.model_fields_set:
+            config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds it open
         operator = None
         if settings.admin_port is not None:
             listener = bind(settings.admin_host, settings.admin_port)
-            operator = operator_config(config, application.state.operator, self.server), listener
+            operator = (
+                operator_config(config, application.state.operator, self.server, ConnectionLimits.of(settings)),
+                listener,
+            )
             self.operator_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         times = settings.drain_delay, settings.drain_timeout
         self.uvicorn = _Announcing(config, self.server, *times, operator=operator)
