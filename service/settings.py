@@ -81,6 +81,7 @@ class Settings(BaseModel):
     max_batch_steps: PositiveInt = 2048
     piece_steps: PositiveInt = 64
     max_queue: PositiveInt = 8192
+    overload_wait: Annotated[float, Field(ge=0)] = 0.02
 
     request_timeout: PositiveFloat = 30.0
     max_body_bytes: PositiveInt = 16 * 2**20
@@ -168,6 +169,7 @@ class Settings(BaseModel):
                 max_batch_steps=self.max_batch_steps,
                 piece_steps=self.piece_steps,
                 max_queue=self.max_queue,
+                overload_wait=self.overload_wait,
             ),
         )
 
