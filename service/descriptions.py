@@ -157,6 +157,9 @@ GROUPS = {
         "max_batch_steps": Description("N", "maximum rows x time steps per model call", "2048"),
         "piece_steps": Description("N", "time steps of a long request per model call", "64"),
         "max_queue": Description("N", "maximum waiting requests per model", "8192"),
+        "overload_wait": Description(
+            "SECONDS", "seconds a new request may wait while more work arrives than runs (0: no limit)", "0.02"
+        ),
         "request_timeout": Description("SECONDS", "seconds within which the work on a request must start", "30"),
         "max_connections": Description(
             "N|auto",

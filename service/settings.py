@@ -89,6 +89,7 @@ class Settings(BaseModel):
     max_batch_steps: PositiveInt = 2048
     piece_steps: PositiveInt = 64
     max_queue: PositiveInt = 8192
+    overload_wait: Annotated[float, Field(ge=0)] = 0.02
 
     request_timeout: PositiveFloat = 30.0
     max_connections: PositiveInt | Literal["auto"] = "auto"
@@ -229,6 +230,7 @@ class Settings(BaseModel):
                 max_batch_steps=self.max_batch_steps,
                 piece_steps=self.piece_steps,
                 max_queue=self.max_queue,
+                overload_wait=self.overload_wait,
             ),
         )
 

@@ -177,6 +177,7 @@ class ModelLoader:
         serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
         curve = _warm_up(engine, bundle, options.scheduler)
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
+        scheduler.overload.efficient_seconds = curve.seconds(curve.best_rows())
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
         thread = EngineThread(engine, executor, curve.seconds)
         loop = Loop(manifest.name, scheduler, thread, self._store, self._clock, figures.observe)
