@@ -86,6 +86,11 @@ GROUPS = {
         "bundle_time": Description(
             "SECONDS", "processor time that a bundle may take when it is tried before it is served", "30"
         ),
+        "trusted_keys": Description(
+            "PATH",
+            "public key, or folder of them (*.pem), as `unroll keys pair` makes them; "
+            "a bundle that none of them has signed is refused",
+        ),
         "allow_operators": Description(
             "OPERATORS",
             'operators that graphs may have besides those that export writes, such as ["RandomNormal"]',
@@ -131,8 +136,8 @@ GROUPS = {
     "store": {
         "store": Description(
             "URL",
-            "store of durable sessions: file:///folder (for the processes of one machine), "
-            "redis://host:port/db, redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ... or @FILE",
+            "store of durable sessions: file:///folder (for the processes of one machine), redis://host:port/db, "
+            "redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ..., or @FILE",
         ),
         "store_prefix": Description(
             "PREFIX", "prefix of all keys in Redis; deployments that share a Redis need different ones", "unroll"
@@ -154,6 +159,9 @@ GROUPS = {
         "max_batch_steps": Description("N", "maximum rows x time steps per model call", "2048"),
         "piece_steps": Description("N", "time steps of a long request per model call", "64"),
         "max_queue": Description("N", "maximum waiting requests per model", "8192"),
+        "overload_wait": Description(
+            "SECONDS", "seconds a new request may wait while more work arrives than runs (0: no limit)", "0.02"
+        ),
         "request_timeout": Description("SECONDS", "seconds within which the work on a request must start", "30"),
         "max_connections": Description(
             "N|auto",
