@@ -135,7 +135,10 @@ class Pipeline:
         self._progress("reading the model")
         prepared = self._prepare(module, example_inputs)
         self._progress("running it as it is")
-        prepared = self._find_state(prepared)
+        try:
+            prepared = self._find_state(prepared)
+        except ExportError as error:
+            raise preconditions.in_its_own_precision(error, prepared.dtype) from error
         lifted = self._lift(prepared)
         self._progress("tracing it into ONNX")
         traced = self._trace(lifted)
@@ -156,6 +159,7 @@ class Pipeline:
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
         check_arguments(model, example)
+        preconditions.check_example(example)
         declared = self._options.arguments
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(

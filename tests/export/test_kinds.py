@@ -31,6 +31,7 @@ SHORT = {
     "arguments changed in place",
     "position in the sequence",
     "state in self.h",
+    "layers over the bands and over time",
     "a cache that forward takes and returns",
     "bidirectional LSTM",
     "causal attention",
