@@ -128,6 +128,7 @@ SHIPPED = [
         "the end of a chunk of sound, kept for the next",
         Detector,
         lambda: {"x": torch.randn(2, 7, 16)},
+        ragged=False,
         bit_exact=False,
     ),
     Kind(

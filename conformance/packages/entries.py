@@ -143,4 +143,4 @@ def norse_recurrent() -> nn.Module:
 def xlstm_slstm() -> nn.Module:
     from xlstm import sLSTMLayer, sLSTMLayerConfig
 
-    return sLSTMLayer(sLSTMLayerConfig(embedding_dim=8, num_heads=2, backend="vanilla", context_length=16))
+    return sLSTMLayer(sLSTMLayerConfig(embedding_dim=8, num_heads=2, backend="vanilla", dtype="float32"))

@@ -86,7 +86,7 @@ def lift_layers(model: nn.Module, tape: Tape) -> None:
             bases = (lifted,) if type(module) in _LIFTED else (type(module), lifted)
             module.__class__ = type(type(module).__name__, bases, {})
             module.unroll_tape = tape
-            module.unroll_rows = 1  # type: ignore[assignment]
+            module.unroll_rows = 1
             module.unroll_path = path.removesuffix("unroll_layer").removesuffix(".") or type(module).__name__
 
 
@@ -112,7 +112,7 @@ def split_time_steps(model: nn.Module, tape: Tape, run: Callable[[tuple[int, int
     if any(rows != 0 for rows in found.values()):
         for module in model.modules():
             if isinstance(module, LAYERS):
-                module.unroll_rows = found.get(str(module.unroll_path), 1)  # type: ignore[assignment]
+                module.unroll_rows = found.get(str(module.unroll_path), 1)
 
 
 def _rows(calls: list[list[tuple[int, int]]], sizes: tuple[tuple[int, int], ...]) -> int:
