@@ -1,6 +1,10 @@
-"""Where settings come from: a flag, else a variable `UNROLL_*`, else the file of `--config`, else the default."""
+"""Where settings come from: a flag, else a variable `UNROLL_*`, else the file of `--config`, else the default.
+
+What is wrong as a word is answered here, so that a mistyped value does not wait for the import of pydantic.
+"""
 
 import json
+import math
 import os
 import re
 import tomllib
@@ -10,12 +14,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from unroll.service.descriptions import SETTINGS
-from unroll.service.settings import PREFIX, Settings
+from unroll.service.descriptions import PREFIX, SETTINGS
 
 if TYPE_CHECKING:
+    from unroll.service.settings import Settings
     from unroll.service.store.opening import StoreConfig
 
 #: The variable that names the file, as `--config` does.
@@ -26,6 +28,16 @@ _NO_SETTING = re.compile(
 )
 #: Settings whose values are secret, or may hold a password.
 SECRET = frozenset({"snapshot_keys", "store"})
+#: The least value of each form of a number in `descriptions.py`, and what such a number is.
+_NUMBERS = {
+    "N": (1, "a whole number above 0"),
+    "PORT": (0, "a port: a whole number from 0 to 65535"),
+    "BYTES": (0, "a whole number of bytes"),
+    "SECONDS": (0, "a finite number of seconds, 0 or more"),
+    "SHARE": (0, "a number above 0, at most 1"),
+}
+#: Settings that accept other words than their form in help shows.
+_OTHER_WORDS = {"durability", "max_connections", "session_capacity"}
 _OBJECT = 'JSON such as {"co2": 1}, or co2=1 in a flag'
 
 
@@ -37,7 +49,7 @@ class SettingsRefused(Exception):
 class Gathered:
     """The settings, and where each that is not its default was set: its flag, its variable, or its file."""
 
-    settings: Settings
+    settings: "Settings"
     origins: Mapping[str, str]
 
 
@@ -61,6 +73,16 @@ def gather(flags: Mapping[str, Any]) -> Gathered:
     origins |= {name: f"{PREFIX}{name.upper()}" for name in variables} | {name: _flag(name) for name in by_flag}
     values = in_file | {name: _of_variable(name, word) for name, word in variables.items() if name not in by_flag}
     values |= {name: _of_flag(name, value) for name, value in by_flag.items()}
+    misfits = {name: reason for name, value in values.items() if (reason := _misfit(name, value))}
+    lines = [_about_value(name, {"msg": reason, "input": values[name]}, origins) for name, reason in misfits.items()]
+    if "repository" not in values:
+        lines.append(_about_value("repository", {"msg": "", "type": "missing"}, origins))
+    if lines:
+        raise SettingsRefused("\n".join(lines))
+    from pydantic import ValidationError
+
+    from unroll.service.settings import Settings
+
     try:
         return Gathered(Settings(**values), origins)
     except ValidationError as error:
@@ -137,11 +159,11 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name.upper().startswith(PREFIX)
     }
-    return {name: value for name, value in found.items() if name in Settings.model_fields}
+    return {name: value for name, value in found.items() if name in SETTINGS}
 
 
 def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    known = {name.upper() for name in Settings.model_fields}
+    known = {name.upper() for name in SETTINGS}
     return [
         name
         for name, value in environment.items()
@@ -153,7 +175,7 @@ def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def _about_unknown(name: str) -> str:
-    known = [field.upper() for field in Settings.model_fields]
+    known = [field.upper() for field in SETTINGS]
     nearest = get_close_matches(name.upper().removeprefix(PREFIX), known, n=1)
     return f"{name}: there is no such setting" + "".join(f"; did you mean {PREFIX}{other}?" for other in nearest)
 
@@ -163,10 +185,27 @@ def _no_setting(name: str) -> str:
     return f"there is no setting {name!r}" + "".join(f"; did you mean {other}?" for other in nearest)
 
 
+def _misfit(name: str, value: Any) -> str | None:
+    """What is wrong with the value, as far as the form shows that help has; `settings.py` knows the limits."""
+    form = SETTINGS[name].metavar
+    if form in _NUMBERS and isinstance(value, str | int | float):
+        least, what = _NUMBERS[form]
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        whole = "whole" not in what or number.is_integer()
+        return None if math.isfinite(number) and number >= least and whole else f"it is not {what}"
+    allowed = form.split("|")
+    if len(allowed) > 1 and name not in _OTHER_WORDS and isinstance(value, str) and value not in allowed:
+        return f"it is none of {', '.join(allowed)}"
+    return None
+
+
 def _about_value(name: str, problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """A line about one wrong value: where it was set, the value unless it is secret, and what is allowed."""
     reason = problem["msg"].removeprefix("Value error, ")
-    if name not in Settings.model_fields:
+    if name not in SETTINGS:
         return reason
     about = SETTINGS[name].about
     if problem.get("type") == "missing":

@@ -63,6 +63,11 @@ class Replica:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, f"{self.name} is not running"
+        return self._process.pid
+
     def kill(self) -> None:
         """Send SIGKILL; nothing completes."""
         if self._process is not None:

@@ -1,0 +1,127 @@
+"""What `make overload` does to a server: `python -m faults.attacks NAME PORT SECONDS` prints what the attackers got.
+
+An attack is a coroutine function of a port and of seconds, bounded in time and bytes. It talks to loopback only.
+"""
+
+import asyncio
+import json
+import struct
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+
+Attack = Callable[[int, float], Awaitable[str]]
+
+MODEL, FEATURES = "tiny", 2
+TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
+_BLOCK_BYTES, _BLOCKS_PER_SECOND = 2**16, 40
+_UPGRADE = (
+    f"GET /v1/models/{MODEL}/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+).encode()
+
+
+def masked(first: int, payload: bytes) -> bytes:
+    """A client's frame, with a mask of zeros. first: its first byte, FIN and the opcode."""
+    size = len(payload)
+    if size < 126:
+        head = struct.pack("!BB", first, 0x80 | size)
+    elif size < 1 << 16:
+        head = struct.pack("!BBH", first, 0x80 | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, 0x80 | 127, size)
+    return head + bytes(4) + payload
+
+
+def control(op: str, **members: object) -> bytes:
+    return masked(TEXT, json.dumps({"op": op, **members}).encode())
+
+
+def said(tail: bytes) -> str:
+    """What the end of what a server sent on a stream says, if it closed it."""
+    at = tail.rfind(b"\x88")
+    payload = tail[at + 2 :]
+    if at < 0 or len(payload) != tail[at + 1]:
+        return "nothing"
+    return f"{int.from_bytes(payload[:2])} {payload[2:].decode()}"
+
+
+async def flood(messages: bytes, port: int, end: float, got: Counter[str]) -> None:
+    """Send the same messages again and again, as fast as 2.5 MB/s, and connect again if the server closes it."""
+    loop, block = asyncio.get_running_loop(), messages * max(1, _BLOCK_BYTES // len(messages))
+    while loop.time() < end:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(_UPGRADE)
+        await reader.readuntil(b"\r\n\r\n")
+        tail = bytearray()
+
+        async def read(reader: asyncio.StreamReader = reader, tail: bytearray = tail) -> None:
+            while data := await reader.read(2**18):
+                tail[:] = (tail + data)[-256:]
+
+        reading = asyncio.ensure_future(read())
+        while loop.time() < end and not reading.done():
+            writer.write(block)
+            await asyncio.wait([reading], timeout=1 / _BLOCKS_PER_SECOND)
+            try:
+                await asyncio.wait_for(writer.drain(), max(0.1, end - loop.time()))
+            except (OSError, TimeoutError):
+                break
+        await asyncio.wait([reading], timeout=0.1)
+        got[said(bytes(tail))] += 1
+        writer.transport.abort()
+        await asyncio.wait([reading])
+        reading.exception()
+
+
+async def floods(messages: bytes, connections: int, port: int, seconds: float) -> str:
+    got: Counter[str] = Counter()
+    end = asyncio.get_running_loop().time() + seconds
+    await asyncio.gather(*(flood(messages, port, end, got) for _ in range(connections)))
+    return ", ".join(f"{count} × {what}" for what, count in got.most_common(3))
+
+
+_PAIRS = b"".join(
+    control("open", sessions=[{"handle": handle}]) + control("close", handles=[handle]) for handle in range(256)
+)
+_BAD_ENTRY = masked(BINARY, struct.pack("<BBHIIIQ", 1, 0, 0, 1, 7, 1, 2**64 - 1) + bytes(4 * FEATURES))
+_BAD_ENTRIES = masked(
+    BINARY,
+    struct.pack("<BBHI", 1, 0, 0, 4096) + struct.pack("<IIQ", 7, 1, 2**64 - 1) * 4096 + bytes(4 * FEATURES * 4096),
+)
+_FLOODS = {
+    "pings": masked(PING, b""),
+    "pongs": masked(PONG, b""),
+    "bad text": masked(TEXT, b"x"),
+    "bad frames": masked(BINARY, b"x"),
+    "unbound handles": _BAD_ENTRY,
+    "frames of unbound handles": _BAD_ENTRIES,
+    "open and close": _PAIRS,
+}
+_LARGE_OPEN = control("open", sessions=[{"handle": handle} for handle in range(65_536)])
+_LARGE_CLOSE = control("close", handles=[*range(65_536)])
+
+
+def _named() -> Iterable[tuple[str, Attack]]:
+    for name, messages in _FLOODS.items():
+        for connections in (1, 8):
+            yield f"{name}, {connections} streams", partial(floods, messages, connections)
+    yield "opens of 1.8 MB", partial(floods, _LARGE_OPEN + _LARGE_CLOSE, 1)
+
+
+ATTACKS: dict[str, Attack] = dict(_named())
+
+
+async def _attack(attack: Attack, port: int, seconds: float) -> None:
+    print("begun", flush=True)
+    print(await attack(port, seconds), flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    asyncio.run(_attack(ATTACKS[argv[0]], int(argv[1]), float(argv[2])))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
