@@ -46,17 +46,16 @@ class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rnn, self.batch = lstm(), 1
-        raw = self.rnn.weight_hh_l0
+        self.raw = nn.Parameter(self.rnn.get_parameter("weight_hh_l0").data)
         del self.rnn.weight_hh_l0
-        self.raw = nn.Parameter(raw.data)
         self.reset()
 
     def reset(self) -> None:
         self.hidden = [(torch.zeros(1, self.batch, 6), torch.zeros(1, self.batch, 6))]
-        self.rnn.weight_hh_l0 = self.raw.clone()  # type: ignore[assignment]
+        self.rnn.weight_hh_l0 = self.raw.clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.rnn.weight_hh_l0 = functional.dropout(self.raw.clone(), 0.5, self.training)  # type: ignore[assignment]
+        self.rnn.weight_hh_l0 = functional.dropout(self.raw.clone(), 0.5, self.training)
         if x.shape[0] != self.batch:
             self.batch = x.shape[0]
             self.reset()
@@ -129,6 +128,17 @@ SHIPPED = [
         Detector,
         lambda: {"x": torch.randn(2, 7, 16)},
         ragged=False,
+        bit_exact=False,
+    ),
+    Kind(
+        "time last",
+        lambda: made(
+            lambda s, x: s.rnn(s.conv(functional.pad(x, (2, 0))).transpose(1, 2))[0].transpose(1, 2),
+            conv=nn.Conv1d(4, 4, 3),
+            rnn=gru(),
+        ),
+        lambda: {"x": torch.randn(2, 4, 7)},
+        options={"time_last": True},
         bit_exact=False,
     ),
     Kind(

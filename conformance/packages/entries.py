@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from conformance.packages.entry import ENTRIES, entry
 
@@ -123,6 +124,96 @@ def snntorch_leaky() -> nn.Module:
     import snntorch
 
     return Leaky(snntorch.Leaky)
+
+
+@entry("snntorch", "SLSTM", "x:float32:4")
+def snntorch_slstm() -> nn.Module:
+    import snntorch
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = snntorch.SLSTM(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            synaptic, potential = self.lstm.init_slstm()
+            potentials = []
+            for step in x.unbind(1):
+                _, synaptic, potential = self.lstm(step, synaptic, potential)
+                potentials.append(potential)
+            return torch.stack(potentials, 1)
+
+    return Loop()
+
+
+@entry("fastai", "AWD_LSTM, 2 layers", "inp:int64:")
+def fastai_awd() -> nn.Module:
+    from fastai.text.models.awdlstm import AWD_LSTM
+
+    return AWD_LSTM(20, 8, 12, 2)
+
+
+@entry("sb3-contrib", "the LSTM of RecurrentPPO", "x:float32:4", "starts:float32:")
+def sb3_policy() -> nn.Module:
+    from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 8)
+
+        def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+            state = x.new_zeros(1, x.shape[0], 8), x.new_zeros(1, x.shape[0], 8)
+            run = RecurrentActorCriticPolicy._process_sequence
+            return run(x.flatten(0, 1), state, starts.flatten(), self.lstm)[0].view(*x.shape[:2], 8)
+
+    return Policy()
+
+
+def _silero_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    from silero_vad import load_silero_vad
+
+    script = load_silero_vad()
+    return torch.cat([script(step, 16000) for step in inputs["x"].unbind(1)])
+
+
+@entry("silero-vad", "the detector's weights in a class", "x:float32:512", trained=True, own=_silero_steps)
+def silero() -> nn.Module:
+    from importlib.resources import files
+
+    from safetensors.torch import load_file
+
+    model = Silero()
+    model.load_state_dict(load_file(str(files("silero_vad.data") / "silero_vad_16k.safetensors")))
+    return model
+
+
+class Silero(nn.Module):
+    """The detector at 16 kHz. A time step is 32 ms, with the last 4 ms of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stft_conv = nn.Conv1d(1, 258, 256, stride=128, bias=False)
+        self.conv1 = nn.Conv1d(129, 128, 3, padding=1)
+        self.conv2 = nn.Conv1d(128, 64, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv1d(64, 64, 3, stride=2, padding=1)
+        self.conv4 = nn.Conv1d(64, 128, 3, padding=1)
+        self.lstm_cell, self.final_conv = nn.LSTMCell(128, 128), nn.Conv1d(128, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, _ = x.shape
+        context = functional.pad(x[..., -64:][:, :-1], (0, 0, 1, 0))
+        y = torch.cat([context, x], 2).flatten(0, 1)
+        y = self.stft_conv(functional.pad(y, (0, 64), "reflect").unsqueeze(1))
+        y = (y[:, :129].square() + y[:, 129:].square()).sqrt()
+        for convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
+            y = convolution(y).relu()
+        h = c = x.new_zeros(batch, 128)
+        outputs = []
+        for step in y.reshape(batch, time, 128).unbind(1):
+            h, c = self.lstm_cell(step, (h, c))
+            outputs.append(self.final_conv(h.relu().unsqueeze(2)).sigmoid().squeeze(2))
+        return torch.stack(outputs, 1)
 
 
 @entry("norse", "LIF between linear layers", "x:float32:4")
