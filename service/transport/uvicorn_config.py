@@ -5,7 +5,7 @@ from fastapi import FastAPI
 
 from unroll.service.api.app_state import AppState
 from unroll.service.transport.http import http_protocol
-from unroll.service.transport.websocket import StreamProtocol
+from unroll.service.transport.websocket import stream_protocol
 
 #: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
 _KEEP_ALIVE_SECONDS = 75
@@ -17,7 +17,7 @@ def uvicorn_config(application: FastAPI, app: AppState, host: str, port: int) ->
         host=host,
         port=port,
         http=http_protocol(app),
-        ws=StreamProtocol,
+        ws=stream_protocol(app.turns),
         ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
         access_log=False,
