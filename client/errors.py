@@ -279,6 +279,12 @@ class DeadlineUnreachable(Overloaded):
     code = "deadline_unreachable"
 
 
+class TooManyConnections(Overloaded):
+    """The server, or the client's address, has as many connections as it may."""
+
+    code = "too_many_connections"
+
+
 class CapacityExhausted(Overloaded):
     """No further session fits."""
 
@@ -295,6 +301,12 @@ class Draining(Overloaded):
     """The server shuts down, and no other one answered."""
 
     code = "draining"
+
+
+class KeysUnavailable(Overloaded):
+    """The server could not verify the JWT that was sent as the API key: its identity provider has not answered."""
+
+    code = "keys_unavailable"
 
 
 class VersionUnavailable(Overloaded):

@@ -33,9 +33,9 @@ def run(options: "Stream") -> int:
     return _told("stream", lambda: _stream(options))
 
 
-def roll_out(options: "Rollout") -> int:
-    """Returns 0, or 1 with the reason on stderr."""
-    return _told("rollout", lambda: _roll_out(options))
+def roll_out(options: "Rollout", mapped: Any) -> int:
+    """mapped: The map, as the server takes it. Returns 0, or 1 with the reason on stderr."""
+    return _told("rollout", lambda: _roll_out(options, mapped))
 
 
 def _told(command: str, work: Callable[[], int]) -> int:
@@ -80,7 +80,7 @@ def _stream(options: "Stream") -> int:
         return _send(session, _paced(rows, options.rate), write, plot, 1 if live else _CHUNK)
 
 
-def _roll_out(options: "Rollout") -> int:
+def _roll_out(options: "Rollout", mapped: Any) -> int:
     """Returns the number of steps that were fed back."""
     kind = _kind(options.format, options.file, list(READERS))
     with ExitStack() as stack:
@@ -99,7 +99,7 @@ def _roll_out(options: "Rollout") -> int:
         write = WRITERS[kind](model, sys.stdout.buffer)
         plot = Plot(sys.stderr, _names(model)) if options.plot else None
         fed_from = session.position + len(given)
-        for step in session.rollout(options.steps, map=options.mapped, on=options.on, inputs=inputs):
+        for step in session.rollout(options.steps, map=mapped, on=options.on, inputs=inputs):
             outputs = [np.asarray(output) for output in _listed(model.outputs, step.outputs)]
             if kind != "lines":
                 write(outputs)

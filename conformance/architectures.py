@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from conformance import draws
 from conformance.oracle import Arrays, Graph, examine
 from unroll import bundle
 from unroll.examples.architectures import denoiser, forecaster, keywords, voice
 from unroll.export import export
-from unroll.export.signature.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,7 @@ def measure(architecture: Architecture) -> Measured:
         manifest, graph = found.manifest, Graph(found)
         arrays = {name: tensor.numpy() for name, tensor in example.items()}
         static = {name: arrays.pop(name) for name in architecture.static}
-        limits = {spec.name: spec.limit for spec in (*manifest.inputs, *manifest.static) if spec.limit is not None}
-        samples = Samples(arrays, limits, static=static)
-
-        def draw(batch: int, time: int, rng: np.random.Generator) -> Arrays:
-            series = samples.draw(batch, time, int(rng.integers(2**31)))
-            return series | {name: array[rng.integers(0, len(array), batch)] for name, array in static.items()}
+        draw = draws.like(arrays, static, manifest)
 
         def answer(inputs: Arrays, wide: bool) -> Arrays:
             tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}

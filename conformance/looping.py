@@ -35,7 +35,8 @@ class LoopBlock(nn.Module):
             x = x[:, :when]
         h = x.new_zeros(x.shape[0], self.block.hidden)
         c = torch.zeros_like(h)
-        y, outs = x.new_zeros(x.shape[0], time, self.block.hidden), []
+        y = x.new_zeros(x.shape[0], time, self.block.hidden)
+        outs: list[Tensor] = []
         for t, step in self._ended(self._iterate(x)):
             if late == "stop" and t >= when:
                 break

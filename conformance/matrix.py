@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from conformance import children, plain_export
-from conformance.kinds import Kind, kinds
+from conformance import children, draws, plain_export
+from conformance.kinds import kinds
+from conformance.kinds.kind import Kind
 from conformance.oracle import Arrays, Graph, Wrong, examine
 from unroll import bundle
-from unroll.bundle.operators import operators
+from unroll.bundle.graph import operators
 from unroll.export import ExportError, export
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.signature.outputs import leaves
-from unroll.export.signature.samples import Samples
 
 #: Operators that move values without computing any.
 PLUMBING = {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Range"} | {
@@ -140,16 +140,9 @@ class _OwnModule:
         if self._unbatched:
             arrays = {name: array[None] for name, array in arrays.items()}
         static = {spec.name: self._example[spec.name].numpy() for spec in found.manifest.static}
-        limits = {spec.name: spec.limit for spec in (*specs, *found.manifest.static) if spec.limit is not None}
-        self._samples = Samples(arrays, limits, static=static)
+        self.draw = draws.like(arrays, static, found.manifest)
         self._manifest = found.manifest
         self._places: dict[str, tuple[int, tuple[int, ...]]] | None = None
-
-    def draw(self, batch: int, time: int, rng: np.random.Generator) -> Arrays:
-        series = self._samples.draw(batch, time, int(rng.integers(2**31)))
-        return series | {
-            name: array[rng.integers(0, len(array), batch)] for name, array in self._samples.static.items()
-        }
 
     def answer(self, inputs: Arrays, double: bool) -> Arrays:
         if self._unbatched:

@@ -7,7 +7,7 @@ from torch.export import decomp_utils, exported_program
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 _read = cache(ONNXRegistry.from_torchlib)
-_list = cache(exported_program._collect_all_valid_cia_ops)
+_list = cache(exported_program._collect_all_valid_cia_ops)  # type: ignore[attr-defined]
 
 
 def _from_torchlib(**options: int) -> ONNXRegistry:
@@ -19,4 +19,5 @@ def _from_torchlib(**options: int) -> ONNXRegistry:
 def cache_registry() -> None:
     """Parse the source of the ONNX operators, and list those with a decomposition, once per process."""
     ONNXRegistry.from_torchlib = staticmethod(_from_torchlib)  # type: ignore[method-assign, assignment]
-    exported_program._collect_all_valid_cia_ops = decomp_utils._collect_all_valid_cia_ops = _list
+    for module in (exported_program, decomp_utils):
+        module._collect_all_valid_cia_ops = _list  # type: ignore[attr-defined]

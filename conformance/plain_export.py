@@ -69,7 +69,8 @@ def _judge(module: nn.Module, example: dict[str, Any], batch_first: bool, dynamo
         except _Failed as failure:
             return Verdict("fails", str(failure))
         state = graph.takes_state(module, example, axes)
-        failures, wrong = [], []
+        failures: list[str] = []
+        wrong: list[str] = []
         for what, batch, time in axes.sizes():
             try:
                 wrong += _differs(graph, module, axes.resized(example, batch, time), what)

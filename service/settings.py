@@ -26,6 +26,7 @@ from unroll.service.store.record import MEMORY, STORED, current_durability
 
 if TYPE_CHECKING:
     from unroll.service.access.gate import Gate
+    from unroll.service.access.jwt_config import JwtConfig
     from unroll.service.api.app_state import ApiLimits
     from unroll.service.models.loading import ModelOptions
     from unroll.service.store.opening import StoreConfig
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 _FOLDER = "file://"
 _LOCAL = frozenset({"localhost"})
 _LEAST_KEY_BYTES = 16
-#: Of the variables in the environment.
-PREFIX = "UNROLL_"
 #: As browsers send it: without a path, and in lower case.
 _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 
@@ -42,14 +41,23 @@ _ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+)$"
 class Settings(BaseModel):
     """The settings that `descriptions.py` describes; `sources.py` reads them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     repository: Path
     strict: bool = False
+    bundle_memory: PositiveInt = 4 * 2**30
+    bundle_time: PositiveFloat = 30.0
+    allow_operators: tuple[str, ...] = ()
+    trusted_keys: Path | None = None
     serve: dict[str, PositiveInt] = {}
     host: str = "127.0.0.1"
     auth: Literal["keys", "none"] | None = None
     keys: Path | None = None
+    jwt_keys: str | None = None
+    jwt_issuer: str | None = None
+    jwt_audience: str | None = None
+    jwt_tenant_claim: str = "tenant"
+    jwt_scope_claim: str = "scope"
     allowed_hosts: tuple[str, ...] = ()
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: PositiveInt = 1
@@ -81,8 +89,16 @@ class Settings(BaseModel):
     max_batch_steps: PositiveInt = 2048
     piece_steps: PositiveInt = 64
     max_queue: PositiveInt = 8192
+    overload_wait: Annotated[float, Field(ge=0)] = 0.02
 
     request_timeout: PositiveFloat = 30.0
+    max_connections: PositiveInt | Literal["auto"] = "auto"
+    max_connections_per_address: PositiveInt | None = None
+    head_timeout: PositiveFloat = 20.0
+    keep_alive: PositiveFloat = 75.0
+    min_rate: PositiveInt = 1024
+    max_url_bytes: PositiveInt = 8192
+    max_header_bytes: PositiveInt = 65_536
     max_body_bytes: PositiveInt = 16 * 2**20
     max_json_bytes: PositiveInt = 2 * 2**20
     max_steps: PositiveInt = 65_536
@@ -91,15 +107,31 @@ class Settings(BaseModel):
     drain_delay: Annotated[float, Field(ge=0)] = 0.0
     drain_timeout: PositiveFloat = 10.0
     admin: bool = False
+    admin_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    admin_host: str = "127.0.0.1"
     log_requests: LogRequests = "errors"
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
 
-    @field_validator("repository", "host", "device", "state_file", "keys", mode="before")
+    @field_validator(
+        *("repository", "host", "admin_host", "device", "state_file", "keys"),
+        *("jwt_keys", "jwt_issuer", "jwt_audience", "jwt_tenant_claim", "jwt_scope_claim"),
+        mode="before",
+    )
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value == "":
             raise ValueError("it is empty; remove it or give it a value")
         return value
+
+    @field_validator("jwt_keys")
+    @classmethod
+    def _is_safe(cls, place: str | None) -> str | None:
+        url = urlsplit(place or "")
+        if url.scheme in ("http", "https") and "@" in url.netloc:
+            raise ValueError("a URL with a password is not taken: a JWK set is public")
+        if url.scheme == "http" and not _is_loopback(url.hostname or ""):
+            raise ValueError("whoever is between could give it other keys: use https://, or a file")
+        return place
 
     @field_validator("store")
     @classmethod
@@ -132,28 +164,58 @@ class Settings(BaseModel):
             raise ValueError(
                 "a state file holds memory sessions, which several workers do not offer: remove --state-file"
             )
-        if self.auth == "none" and self.keys is not None:
-            raise ValueError("--auth none and --keys contradict each other: remove one of them")
-        if self.auth == "keys" and self.keys is None:
-            raise ValueError("--auth keys needs a file of keys: add --keys FILE; `unroll keys new` writes an entry")
-        if self.auth is None and self.keys is None and not _is_loopback(self.host):
+        self._check_access()
+        if self.admin_port is None and "admin_host" in self.model_fields_set:
+            raise ValueError("--admin-host needs a port: add --admin-port")
+        if self.workers > 1 and self.admin_port is not None:
             raise ValueError(
-                f"anybody who reaches {self.host} could use the models and end the sessions of others: add --keys FILE "
-                "(`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
+                "--admin-port is of one process, and would reach one worker: remove it, and add --worker-port, whose "
+                "/metrics has those of all workers"
             )
         if self.workers == 1 and self.worker_port is not None:
             raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
 
+    @property
+    def offers_operations(self) -> bool:
+        """Whether what changes the server is offered: to those who have a key for it, or come by a port of its own."""
+        return self.admin and (self.admin_port is not None or self.keys is not None or self.jwt_keys is not None)
+
+    def _check_access(self) -> None:
+        """Raises ValueError."""
+        if self.jwt_keys is not None and (self.jwt_issuer is None or self.jwt_audience is None):
+            raise ValueError(
+                "--jwt-keys needs --jwt-issuer and --jwt-audience: the provider's other JWTs must not open this server"
+            )
+        if self.jwt_keys is None and (self.jwt_issuer is not None or self.jwt_audience is not None):
+            raise ValueError("--jwt-issuer and --jwt-audience need the provider's JWK set: add --jwt-keys")
+        has_keys = self.keys is not None or self.jwt_keys is not None
+        if self.auth == "none" and has_keys:
+            flag = "--jwt-keys" if self.keys is None else "--keys"
+            raise ValueError(f"--auth none and {flag} contradict each other: remove one of them")
+        if self.auth == "keys" and not has_keys:
+            raise ValueError("--auth keys needs a file of keys: add --keys FILE; `unroll keys new` writes an entry")
+        hosts = [self.host] if self.admin_port is None else [self.host, self.admin_host]
+        open_hosts = [host for host in hosts if not _is_loopback(host)]
+        if self.auth is None and not has_keys and open_hosts:
+            raise ValueError(
+                f"anybody who reaches {open_hosts[0]} could use the models and end the sessions of others: add --keys "
+                "FILE (`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
+            )
+
     def model_options(self) -> "ModelOptions":
+        from unroll.bundle.signature import TrustedKeys
         from unroll.service.engine.backend import EngineOptions
         from unroll.service.models.loading import ModelOptions
+        from unroll.service.models.trial import TrialLimits
         from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 
         fill_memory = self.session_capacity == "auto"
         return ModelOptions(
             fill_memory=fill_memory,
             spill_bytes=self.spill_bytes,
+            trusted_keys=None if self.trusted_keys is None else TrustedKeys.read(self.trusted_keys),
+            trial=TrialLimits(self.bundle_memory, self.bundle_time, self.allow_operators),
             engine=EngineOptions(self.threads, self.precision, self.buckets, self.cells, self.memory_share),
             max_steps=self.max_steps,
             max_sequences=self.max_sequences,
@@ -168,6 +230,7 @@ class Settings(BaseModel):
                 max_batch_steps=self.max_batch_steps,
                 piece_steps=self.piece_steps,
                 max_queue=self.max_queue,
+                overload_wait=self.overload_wait,
             ),
         )
 
@@ -196,11 +259,19 @@ class Settings(BaseModel):
         from unroll.service.access.gate import Gate
 
         hosts = frozenset(name.lower() for name in self.allowed_hosts)
-        if not hosts and self.auth is None and self.keys is None:
+        if not hosts and self.auth is None and self.keys is None and self.jwt_keys is None:
             hosts = _LOCAL
         if self.snapshot_keys:
             ticket_secret = self.snapshot_keys[0].get_secret_value().encode()
-        return Gate(self.keys, hosts or None, self.allowed_origins, ticket_secret)
+        return Gate(self.keys, hosts or None, self.allowed_origins, ticket_secret, self._jwt_config())
+
+    def _jwt_config(self) -> "JwtConfig | None":
+        from unroll.service.access.jwt_config import JwtConfig
+
+        if self.jwt_keys is None or self.jwt_issuer is None or self.jwt_audience is None:
+            return None
+        claims = self.jwt_tenant_claim, self.jwt_scope_claim
+        return JwtConfig(self.jwt_keys, self.jwt_issuer, self.jwt_audience, *claims)
 
     def api_limits(self) -> "ApiLimits":
         from unroll.service.api.app_state import ApiLimits

@@ -1,6 +1,10 @@
-"""Where settings come from: a flag, else a variable `UNROLL_*`, else the file of `--config`, else the default."""
+"""Where settings come from: a flag, else a variable `UNROLL_*`, else the file of `--config`, else the default.
+
+What is wrong as a word is answered here, so that a mistyped value does not wait for the import of pydantic.
+"""
 
 import json
+import math
 import os
 import re
 import tomllib
@@ -10,12 +14,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from unroll.service.descriptions import SETTINGS
-from unroll.service.settings import PREFIX, Settings
+from unroll.service.descriptions import PREFIX, SETTINGS
 
 if TYPE_CHECKING:
+    from unroll.service.settings import Settings
     from unroll.service.store.opening import StoreConfig
 
 #: The variable that names the file, as `--config` does.
@@ -24,8 +26,18 @@ CONFIG = f"{PREFIX}CONFIG"
 _NO_SETTING = re.compile(
     r"UNROLL_(API_KEY|CONFIG|WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
 )
-#: Settings whose values are secret, or may hold a password.
+#: Settings whose values are secret, or may hold a password. `@FILE` stands for the lines of a file.
 SECRET = frozenset({"snapshot_keys", "store"})
+#: The least value of each form of a number in `descriptions.py`, and what such a number is.
+_NUMBERS = {
+    "N": (1, "a whole number above 0"),
+    "PORT": (0, "a port: a whole number from 0 to 65535"),
+    "BYTES": (0, "a whole number of bytes"),
+    "SECONDS": (0, "a finite number of seconds, 0 or more"),
+    "SHARE": (0, "a number above 0, at most 1"),
+}
+#: Settings that accept other words than their form in help shows.
+_OTHER_WORDS = {"durability", "max_connections", "session_capacity"}
 _OBJECT = 'JSON such as {"co2": 1}, or co2=1 in a flag'
 
 
@@ -37,7 +49,7 @@ class SettingsRefused(Exception):
 class Gathered:
     """The settings, and where each that is not its default was set: its flag, its variable, or its file."""
 
-    settings: Settings
+    settings: "Settings"
     origins: Mapping[str, str]
 
 
@@ -61,12 +73,60 @@ def gather(flags: Mapping[str, Any]) -> Gathered:
     origins |= {name: f"{PREFIX}{name.upper()}" for name in variables} | {name: _flag(name) for name in by_flag}
     values = in_file | {name: _of_variable(name, word) for name, word in variables.items() if name not in by_flag}
     values |= {name: _of_flag(name, value) for name, value in by_flag.items()}
+    values |= {name: _from_files(values[name], origins[name]) for name in SECRET & values.keys()}
+    misfits = {name: reason for name, value in values.items() if (reason := _misfit(name, value))}
+    lines = [_about_value(name, {"msg": reason, "input": values[name]}, origins) for name, reason in misfits.items()]
+    if "repository" not in values:
+        lines.append(_about_value("repository", {"msg": "", "type": "missing"}, origins))
+    if lines:
+        raise SettingsRefused("\n".join(lines))
+    from pydantic import ValidationError
+
+    from unroll.service.settings import Settings
+
     try:
         return Gathered(Settings(**values), origins)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         lines = [_about_value(str((*problem["loc"], "")[0]), problem, origins) for problem in problems]
         raise SettingsRefused("\n".join(lines)) from None
+
+
+def exposed(flags: Mapping[str, Any]) -> list[str]:
+    """The flags with a secret in them, which every user of the machine sees in the list of processes."""
+    words = {name: [value] if isinstance(value, str) else value for name, value in flags.items() if name in SECRET}
+    return [
+        _flag(name)
+        for name, given in words.items()
+        if not all(word.startswith("@") for word in given) and (name != "store" or _has_password(given[0]))
+    ]
+
+
+def _has_password(url: str) -> bool:
+    return "@" in url.partition("://")[2] or "password=" in url
+
+
+def _from_files(value: Any, origin: str) -> Any:
+    """A secret, or a list of them, with each `@FILE` replaced by what the file says. Raises SettingsRefused."""
+    if isinstance(value, str):
+        return _lines(value, origin)[0] if value.startswith("@") else value
+    if not isinstance(value, list):
+        return value
+    parts = [_lines(item, origin) if str(item).startswith("@") else [item] for item in value]
+    return [secret for part in parts for secret in part]
+
+
+def _lines(word: str, origin: str) -> list[str]:
+    """Raises SettingsRefused."""
+    path = Path(word[1:])
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsRefused(f"{origin}: the file behind @ cannot be read: {reason}") from None
+    if not lines:
+        raise SettingsRefused(f"{origin}: the file {path} is empty")
+    return lines
 
 
 def store_config_of(url: str, **flags: str | None) -> "StoreConfig":
@@ -137,11 +197,11 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name.upper().startswith(PREFIX)
     }
-    return {name: value for name, value in found.items() if name in Settings.model_fields}
+    return {name: value for name, value in found.items() if name in SETTINGS}
 
 
 def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    known = {name.upper() for name in Settings.model_fields}
+    known = {name.upper() for name in SETTINGS}
     return [
         name
         for name, value in environment.items()
@@ -153,7 +213,7 @@ def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def _about_unknown(name: str) -> str:
-    known = [field.upper() for field in Settings.model_fields]
+    known = [field.upper() for field in SETTINGS]
     nearest = get_close_matches(name.upper().removeprefix(PREFIX), known, n=1)
     return f"{name}: there is no such setting" + "".join(f"; did you mean {PREFIX}{other}?" for other in nearest)
 
@@ -163,10 +223,27 @@ def _no_setting(name: str) -> str:
     return f"there is no setting {name!r}" + "".join(f"; did you mean {other}?" for other in nearest)
 
 
+def _misfit(name: str, value: Any) -> str | None:
+    """What is wrong with the value, as far as the form shows that help has; `settings.py` knows the limits."""
+    form = SETTINGS[name].metavar
+    if form in _NUMBERS and isinstance(value, str | int | float):
+        least, what = _NUMBERS[form]
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        whole = "whole" not in what or number.is_integer()
+        return None if math.isfinite(number) and number >= least and whole else f"it is not {what}"
+    allowed = form.split("|")
+    if len(allowed) > 1 and name not in _OTHER_WORDS and isinstance(value, str) and value not in allowed:
+        return f"it is none of {', '.join(allowed)}"
+    return None
+
+
 def _about_value(name: str, problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """A line about one wrong value: where it was set, the value unless it is secret, and what is allowed."""
     reason = problem["msg"].removeprefix("Value error, ")
-    if name not in Settings.model_fields:
+    if name not in SETTINGS:
         return reason
     about = SETTINGS[name].about
     if problem.get("type") == "missing":

@@ -1,26 +1,24 @@
 """More kinds of modules, as they occur in models for streams. What export makes of them is measured, not expected."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from conformance.kinds.kind import Kind, gru, head, lstm, made, rnn
+from conformance.kinds.kind import Kind, Parts, gru, head, lstm, made, rnn
 
 
-class Step(nn.Module):
+class Step(Parts):
     """A Python loop over time around `step(x, states) -> states`; the first state is the output."""
 
-    def __init__(self, hidden: int, states: int = 1, **parts: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, hidden: int, states: int = 1, **parts: Any) -> None:
+        super().__init__(**parts)
         self.hidden, self.states = hidden, states
-        for name, part in parts.items():
-            setattr(self, name, part)
 
-    def step(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+    step: Callable[..., tuple[Tensor, ...]]
 
     def forward(self, x: Tensor) -> Tensor:
         states = tuple(x.new_zeros(x.shape[0], self.hidden) for _ in range(self.states))
@@ -34,12 +32,17 @@ class Step(nn.Module):
 class IndRNN(Step):
     """Each unit sees itself alone."""
 
+    wx: nn.Linear
+    u: nn.Parameter
+
     def step(self, x: Tensor, h: Tensor) -> tuple[Tensor]:
         return (torch.relu(self.wx(x) + self.u * h),)
 
 
 class SRU(Step):
     """A simple recurrent unit: nothing but an elementwise recurrence depends on the step before."""
+
+    wx: nn.Linear
 
     def step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         candidate, f, r = self.wx(x).chunk(3, 1)
@@ -49,6 +52,9 @@ class SRU(Step):
 
 class Nested(Step):
     """Two cells a step, the second on the first's state, as in stacked hand-written LSTMs."""
+
+    low: nn.LSTMCell
+    high: nn.GRUCell
 
     def step(self, x: Tensor, h: Tensor, c: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h, c = self.low(x, (h, c))
@@ -215,7 +221,7 @@ APPLICATIONS = [
         lambda: nn.Sequential(ExponentialMean(4), made(lambda s, x: s.rnn(x)[0], rnn=gru())),
         lambda: {"input": torch.randn(2, 7, 4)},
     ),
-    Kind("compiled", lambda: torch.compile(made(lambda s, x: s.rnn(x)[0], rnn=gru()))),
+    Kind("compiled", lambda: cast(nn.Module, torch.compile(made(lambda s, x: s.rnn(x)[0], rnn=gru())))),
     Kind("hidden size 1", lambda: made(lambda s, x: s.rnn(x)[0], rnn=lstm(4, 1))),
     Kind(
         "clipped and rounded inputs", lambda: made(lambda s, x: s.rnn((x.clamp(-1, 1) * 8).round() / 8)[0], rnn=gru())

@@ -50,7 +50,8 @@ class OutputOnly(nn.RNNBase):
 
     def forward(self, x: Tensor) -> Tensor:
         zeros = x.new_zeros(1, x.shape[0], self.hidden_size)
-        y, *_ = torch._VF.lstm(x, (zeros, zeros), self._flat_weights, True, 1, 0.0, self.training, False, True)
+        weights: Any = self._flat_weights
+        y, *_ = torch._VF.lstm(x, (zeros, zeros), weights, True, 1, 0.0, self.training, False, True)
         return y
 
 
@@ -62,12 +63,17 @@ class OwnLSTM(nn.RNNBase):
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:
         zeros = x.new_zeros(1, x.shape[0], self.hidden_size)
-        y, h, c = torch._VF.lstm(x, hx or (zeros, zeros), self._flat_weights, True, 1, 0.0, self.training, False, True)
+        weights: Any = self._flat_weights
+        y, h, c = torch._VF.lstm(x, hx or (zeros, zeros), weights, True, 1, 0.0, self.training, False, True)
         return y, (h, c)
 
 
 class OwnCell(nn.RNNBase):
     """A cell that PyTorch does not have, with the parameters of one that it has."""
+
+    weight_ih_l0: nn.Parameter
+    weight_hh_l0: nn.Parameter
+    bias_ih_l0: nn.Parameter
 
     def __init__(self) -> None:
         super().__init__("RNN_TANH", 4, 6, batch_first=True)

@@ -31,7 +31,7 @@ class Residual(nn.Module):
 class Custom(nn.GRU):
     """A user's own subclass of a recurrent layer."""
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         out, h = super().forward(input * 2, hx)
         return out + 1, h
 

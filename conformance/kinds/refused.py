@@ -46,7 +46,8 @@ def packed_by_values(s: Any, x: Tensor) -> Tensor:
 
 
 def growing(s: Any, x: Tensor) -> Tensor:
-    h, seen = torch.zeros(x.shape[0], 6), []
+    h = torch.zeros(x.shape[0], 6)
+    seen: list[Tensor] = []
     for t in range(x.shape[1]):
         h = s.cell(x[:, t], torch.stack([h, *seen]).mean(0))
         seen.append(h)

@@ -2,11 +2,13 @@
 
 import ast
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
-from unroll.bundle.manifest import Dtype
+if TYPE_CHECKING:
+    from unroll.bundle.manifest import Dtype
 
-_DTYPES: dict[str, Dtype] = {name: name for name in get_args(Dtype)}
+#: Those of the manifest, which takes long to import.
+_DTYPES: "dict[str, Dtype]" = {"float32": "float32", "int64": "int64", "int32": "int32", "bool": "bool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,7 @@ class InputSpec:
     """One `--input`: an argument of forward, and what one time step of it holds."""
 
     name: str
-    dtype: Dtype
+    dtype: "Dtype"
     shape: tuple[int, ...]
 
     @classmethod

@@ -1,34 +1,27 @@
 """Decides whether a request may come in, from its headers, before anything of it is decoded."""
 
 import asyncio
-import base64
-import binascii
-import hmac
 import ipaddress
 import re
-import secrets
-import struct
-import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
-from unroll.service.access.keys import Key, KeyRing, KeysRefused, Quota, Scope
+from unroll.service.access.jwt_config import JwtConfig
+from unroll.service.access.keys import JwtKey, Key, KeyRing, KeysRefused, Quota, Scope
+from unroll.service.access.tickets import Tickets
+from unroll.service.access.watch import KeyWatch
 from unroll.service.core.errors import Forbidden, HostRefused, OriginRefused, Unauthenticated
+
+if TYPE_CHECKING:
+    from unroll.service.access.jwts import Jwts
 
 _log = structlog.get_logger(__name__)
 
 Headers = Mapping[bytes, bytes]
-
-#: A browser cannot send a header with a WebSocket: it offers this protocol, followed by a ticket.
-TICKET_PROTOCOL = "unroll.ticket."
-TICKET_SECONDS = 30.0
-#: Digest of the key (its first bytes), nonce, expiry in Unix time; then the signature.
-_TICKET = struct.Struct("<16s8sd")
-_SIGNATURE = 16
-_DIGEST = 16
 
 _BRACKETED = re.compile(r"\[([0-9A-Fa-f:.]+)\](:\d*)?")
 _BEARER = b"bearer "
@@ -45,9 +38,10 @@ class Gate:
             be made to point here by whoever owns it, and the pages of that name would then be of the same origin.
         origins: Of the pages on other hosts that may use this server; `*`: of all.
         ticket_secret: Signs tickets. Servers that take each other's tickets have the same; None for a random one.
+        jwts: Of which provider JWTs are taken, as keys are; None: of none.
 
     Raises:
-        KeysRefused: The file cannot be used.
+        KeysRefused: A file cannot be used, or JWTs cannot be verified here.
     """
 
     def __init__(
@@ -56,63 +50,82 @@ class Gate:
         hosts: frozenset[str] | None = None,
         origins: Sequence[str] = (),
         ticket_secret: bytes | None = None,
+        jwts: JwtConfig | None = None,
     ) -> None:
         self._path = keys
-        self._looked = datetime.now(UTC)  # when it was last seen whether keys expire
-        self._ring = None if keys is None else KeyRing.read(keys)
+        self._jwts = None if jwts is None else _verifier(jwts)
+        self._ring = self._read() if keys is not None else None if jwts is None else KeyRing({}, {})
         self._hosts = hosts
         self.origins = origins
         self._good_origins = {origin.encode() for origin in origins}
         self._good_hosts: set[bytes] = set()
         self._good_keys: dict[tuple[bytes, bytes], Key] = {}  # by the header that they came in
         self._asked = asyncio.Event()
-        self._ticket_secret = hmac.digest(ticket_secret or secrets.token_bytes(32), b"tickets", "sha256")
+        self._tickets = Tickets(ticket_secret)
+        self._watches: set[KeyWatch] = set()
 
     @property
     def has_keys(self) -> bool:
         return self._ring is not None
 
     def request_reload(self) -> None:
-        """Read the file of keys again soon."""
+        """Read the file of keys, and the JWK set, again soon."""
         self._asked.set()
 
-    async def run(self, on_removed: Callable[[], None]) -> None:
-        """Read the file whenever that is asked for, until cancelled.
+    async def run(self) -> None:
+        """Read them whenever that is asked for, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            if self._jwts is not None:
+                tasks.create_task(self._jwts.run(self._look_again))
+            while True:
+                await self._asked.wait()
+                self._asked.clear()
+                self.reload()
 
-        Args:
-            on_removed: Called if a key permits less than before, or nothing; also when one expires.
-        """
-        while True:
+    def reload(self) -> None:
+        """Read the files again. One that cannot be used changes nothing."""
+        if self._path is not None:
             try:
-                async with asyncio.timeout(self._next_expiry()):
-                    await self._asked.wait()
-            except TimeoutError:
-                self._looked = datetime.now(UTC)
-                on_removed()
-                continue
-            self._asked.clear()
-            if self.reload():
-                on_removed()
+                self._ring = self._read()
+            except KeysRefused as error:
+                _log.error("keys not read, the earlier ones stay", reason=str(error))
+            else:
+                _log.info("keys read", keys=len(self._ring.keys))
+        if self._jwts is not None:
+            self._jwts.reload()
+        self._look_again()
 
-    def _next_expiry(self) -> float | None:
-        """Seconds until a key expires; None: none will."""
-        keys = () if self._ring is None else self._ring.keys.values()
-        ends = [key.expires for key in keys if key.expires is not None and key.expires > self._looked]
-        return (min(ends) - datetime.now(UTC)).total_seconds() if ends else None
+    def _read(self) -> KeyRing:
+        assert self._path is not None
+        return KeyRing.read(self._path, only_keys=self._jwts is None)
 
-    def reload(self) -> bool:
-        """Read the file of keys again. One that cannot be used changes nothing. True if a key permits less now."""
-        if self._path is None or self._ring is None:
-            return False
-        before = self._ring.keys
-        try:
-            self._ring = KeyRing.read(self._path)
-        except KeysRefused as error:
-            _log.error("keys not read, the earlier ones stay", reason=str(error))
-            return False
+    def _look_again(self) -> None:
+        """What was good may be good no longer."""
         self._good_keys.clear()
-        _log.info("keys read", keys=len(self._ring.keys))
-        return any(self._ring.keys.get(digest) != key for digest, key in before.items())
+        for watch in [*self._watches]:
+            watch.check()
+
+    @contextmanager
+    def watching(self, key: Key | None, on_end: Callable[[], None]) -> Iterator[None]:
+        """Inside the block, call `on_end` once the key is good no longer, or permits less than before."""
+        if key is None:
+            yield
+            return
+        watch = KeyWatch(key, self._current, on_end)
+        self._watches.add(watch)
+        try:
+            yield
+        finally:
+            watch.stop()
+            self._watches.discard(watch)
+
+    def _current(self, key: Key) -> Key | None:
+        if isinstance(key, JwtKey):
+            return key if self._jwts is not None and self._jwts.is_good(key) and not key.is_over() else None
+        found = None if self._ring is None else self._ring.keys.get(bytes.fromhex(key.sha256))
+        if found is None or found.is_over() or found.tenant != key.tenant or not found.scopes >= key.scopes:
+            return None
+        return found
 
     def quota(self, tenant: str) -> Quota | None:
         return None if self._ring is None else self._ring.quotas.get(tenant)
@@ -138,9 +151,13 @@ class Gate:
             raise OriginRefused(f"pages of {origin} may not use this server; see --allowed-origins")
         return "" if self._ring is None else self._permitted(self.key_of(headers), scope)
 
-    def admit_ticket(self, ticket: str, scope: Scope) -> str:
-        """`admit` for a ticket, of a request whose host was checked. Raises Unauthenticated, Forbidden."""
-        return "" if self._ring is None else self._permitted(self._key_of_ticket(self._ring, ticket), scope)
+    def admit_ticket(self, ticket: str, scope: Scope) -> Key | None:
+        """The key of a ticket, of a request whose host was checked. Raises Unauthenticated, Forbidden."""
+        if self._ring is None:
+            return None
+        key = self._key_of_ticket(self._ring, ticket)
+        self._permitted(key, scope)
+        return key
 
     def check_host(self, headers: Headers) -> None:
         """Raises HostRefused."""
@@ -169,42 +186,46 @@ class Gate:
         name = b"x-api-key" if b"x-api-key" in headers else b"authorization"
         sent = name, headers.get(name, b"")
         key = self._good_keys.get(sent)
-        if key is None or key.expires is not None:
-            key = self._ring.find(_secret(*sent))
-            if key is None:
-                raise Unauthenticated("the API key is unknown, or has expired")
-            if len(self._good_keys) < _MOST_REMEMBERED:
-                self._good_keys[sent] = key
+        if key is None or (key.expires is not None and key.is_over()):
+            key = self._find(self._ring, _secret(*sent))
+            if len(self._good_keys) >= _MOST_REMEMBERED:  # JWTs come and go
+                del self._good_keys[next(iter(self._good_keys))]
+            self._good_keys[sent] = key
         return key
 
-    def ticket(self, key: Key) -> str:
-        """Lets its bearer open streams with this key for `TICKET_SECONDS`."""
-        digest = bytes.fromhex(key.sha256)[:_DIGEST]
-        body = _TICKET.pack(digest, secrets.token_bytes(8), time.time() + TICKET_SECONDS)
-        return base64.urlsafe_b64encode(body + self._signature(body)).decode().rstrip("=")
+    def _find(self, ring: KeyRing, secret: bytes) -> Key:
+        key = ring.find(secret)
+        if key is None and self._jwts is not None and secret.count(b".") == 2:
+            return self._jwts.find(secret)
+        if key is None:
+            raise Unauthenticated("the API key is unknown, or has expired")
+        return key
+
+    def ticket(self, key: Key) -> tuple[str, float]:
+        """Lets its bearer open streams with this key, for so many seconds."""
+        return self._tickets.issue(key)
 
     def _key_of_ticket(self, ring: KeyRing, ticket: str) -> Key:
-        try:
-            content = base64.urlsafe_b64decode(ticket + "=" * (-len(ticket) % 4))
-            body, signature = content[: _TICKET.size], content[_TICKET.size :]
-            digest, _, expires = _TICKET.unpack(body)
-        except (binascii.Error, ValueError, struct.error):
-            raise Unauthenticated("the ticket is damaged") from None
-        if not hmac.compare_digest(signature, self._signature(body)) or expires <= time.time():
-            raise Unauthenticated("the ticket is unknown, or has expired: get another with POST /v1/tickets")
-        for key in ring.keys.values():
-            if bytes.fromhex(key.sha256)[:_DIGEST] == digest and not key.is_over():
+        digest, of_jwt = self._tickets.open(ticket)
+        for key in ring.keys.values() if of_jwt is None else (of_jwt,):
+            if bytes.fromhex(key.sha256).startswith(digest) and self._current(key) is not None:
                 return key
         raise Unauthenticated("the ticket's API key is unknown by now, or has expired")
-
-    def _signature(self, body: bytes) -> bytes:
-        return hmac.digest(self._ticket_secret, body, "sha256")[:_SIGNATURE]
 
     @staticmethod
     def _permitted(key: Key, scope: Scope) -> str:
         if scope not in key.scopes:
             raise Forbidden(f"the API key {key.name!r} has not the scope {scope!r}, which this needs")
         return key.tenant
+
+
+def _verifier(config: JwtConfig) -> "Jwts":
+    """Raises KeysRefused."""
+    try:
+        from unroll.service.access.jwts import Jwts
+    except ModuleNotFoundError as error:
+        raise KeysRefused(f"--jwt-keys needs {error.name}: pip install 'unroll-serve[jwt]'") from None
+    return Jwts(config)
 
 
 def _secret(name: bytes, value: bytes) -> bytes:

@@ -26,15 +26,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-Scope = Literal["infer", "metrics", "sessions:admin"]
+Scope = Literal["infer", "metrics", "sessions:admin", "models:admin", "server:admin"]
 
 #: What a key may permit.
 INFER: Scope = "infer"
 METRICS: Scope = "metrics"
 SESSIONS_ADMIN: Scope = "sessions:admin"
-SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN)
+MODELS_ADMIN: Scope = "models:admin"
+SERVER_ADMIN: Scope = "server:admin"
+SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN, MODELS_ADMIN, SERVER_ADMIN)
 
 _PREFIX = "unroll_"
 _KEY_BYTES = 32
@@ -60,6 +62,12 @@ class Key(BaseModel):
         return self.expires is not None and self.expires <= datetime.now(UTC)
 
 
+class JwtKey(Key):
+    """What a JWT permits. signed_by: names the key in the JWK set."""
+
+    signed_by: str
+
+
 class Quota(BaseModel):
     """What a tenant may use of one server process; None: no limit of its own."""
 
@@ -67,7 +75,7 @@ class Quota(BaseModel):
 
     sessions: PositiveInt | None = None
     streams: PositiveInt | None = None
-    steps_per_second: PositiveFloat | None = None
+    steps_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class _File(BaseModel):
@@ -75,6 +83,10 @@ class _File(BaseModel):
 
     keys: Annotated[list[Key], Field(min_length=1)]
     tenants: dict[_Tenant, Quota] = {}
+
+
+class _FileBesideJwts(_File):
+    keys: list[Key] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +97,11 @@ class KeyRing:
     quotas: dict[str, Quota]
 
     @classmethod
-    def read(cls, path: Path) -> "KeyRing":
-        """Raises KeysRefused."""
+    def read(cls, path: Path, *, only_keys: bool = True) -> "KeyRing":
+        """only_keys: Nobody comes in by JWTs; else the file may have nothing but quotas. Raises KeysRefused."""
+        kind = _File if only_keys else _FileBesideJwts
         try:
-            file = _File.model_validate(tomllib.loads(path.read_text("utf-8")))
+            file = kind.model_validate(tomllib.loads(path.read_text("utf-8")))
         except ValidationError as error:
             faults = error.errors(include_url=False, include_input=False)
             lines = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults[:3]]
@@ -98,7 +111,8 @@ class KeyRing:
         keys = {bytes.fromhex(key.sha256): key for key in file.keys}
         if len(keys) < len(file.keys):
             raise KeysRefused(f"{path}: two keys have the same sha256")
-        if strangers := file.tenants.keys() - {key.tenant for key in file.keys}:
+        strangers = file.tenants.keys() - {key.tenant for key in file.keys}
+        if only_keys and strangers:
             raise KeysRefused(f"{path}: no key is of the tenant {sorted(strangers)[0]!r}")
         return cls(keys, file.tenants)
 

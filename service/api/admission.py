@@ -8,7 +8,8 @@ from fastapi.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unroll.service.access import keys
-from unroll.service.access.gate import TICKET_PROTOCOL
+from unroll.service.access.keys import Key
+from unroll.service.access.tickets import TICKET_PROTOCOL
 from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem, problem_responses
@@ -22,13 +23,16 @@ _PUBLIC_FOLDERS = ("/docs/", "/page/")
 #: Methods that change nothing.
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _SCOPES = {"/metrics": keys.METRICS, "/v1/admin/sessions": keys.SESSIONS_ADMIN}
+_SCOPES_OF_FOLDERS = {"/v2/repository/models/": keys.MODELS_ADMIN, "/v1/admin/": keys.SERVER_ADMIN}
 
 
 def scope_of(path: str) -> keys.Scope | None:
     """What a key must permit for a request to this path; None: it needs no key."""
     if path in _PUBLIC or path.startswith(_PUBLIC_FOLDERS):
         return None
-    return _SCOPES.get(path, keys.INFER)
+    if path in _SCOPES:
+        return _SCOPES[path]
+    return next((scope for folder, scope in _SCOPES_OF_FOLDERS.items() if path.startswith(folder)), keys.INFER)
 
 
 def refusals(path: str) -> dict[str, Any]:
@@ -72,8 +76,8 @@ class Admission:
         await self._app(scope, receive, send)
 
 
-def admit_stream(app: AppState, connection: HTTPConnection) -> str:
-    """The tenant of a stream, by its key or by a ticket among the protocols that it offers.
+def admit_stream(app: AppState, connection: HTTPConnection) -> Key | None:
+    """The key of a stream, or that of a ticket among the protocols that it offers; None without keys.
 
     Raises:
         HostRefused, Unauthenticated, Forbidden: See `Gate.admit`.
@@ -83,7 +87,8 @@ def admit_stream(app: AppState, connection: HTTPConnection) -> str:
         if protocol.startswith(TICKET_PROTOCOL):
             app.gate.check_host(headers)
             return app.gate.admit_ticket(protocol.removeprefix(TICKET_PROTOCOL), keys.INFER)
-    return app.gate.admit(headers, keys.INFER, changes=True)
+    app.gate.admit(headers, keys.INFER, changes=True)
+    return app.gate.key_of(headers) if app.gate.has_keys else None
 
 
 def tenant_of(http: HttpRequest) -> str:

@@ -87,11 +87,6 @@ class AppState:
         """Not ready any more, and nothing new from now on."""
         self.ready, self.draining = False, True
 
-    def end_streams(self) -> None:
-        """Ask their clients to connect again, which they can if their keys are still good."""
-        for stream in [*self.streams]:
-            stream.drain()
-
     def refuse_if_draining(self) -> None:
         """Raises Draining: sessions are opened, forked and resumed on another server, or here after a restart."""
         if self.draining:

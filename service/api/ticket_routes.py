@@ -3,7 +3,6 @@
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel
 
-from unroll.service.access.gate import TICKET_SECONDS
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem_responses
 
@@ -27,7 +26,7 @@ def router(app: AppState) -> APIRouter:
     async def ticket(http: Request) -> Ticket:
         if not app.gate.has_keys:
             raise HTTPException(404, "this server has no keys: streams need no ticket")
-        key = app.gate.key_of(dict(http.scope["headers"]))
-        return Ticket(ticket=app.gate.ticket(key), seconds=TICKET_SECONDS)
+        ticket, seconds = app.gate.ticket(app.gate.key_of(dict(http.scope["headers"])))
+        return Ticket(ticket=ticket, seconds=seconds)
 
     return api

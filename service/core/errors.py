@@ -191,6 +191,12 @@ class Draining(Overloaded):
     code = "draining"
 
 
+class TooManyConnections(Overloaded):
+    """The process, or the client's address, has as many connections as it may."""
+
+    code = "too_many_connections"
+
+
 class QueueFull(Overloaded):
     code = "queue_full"
 
@@ -207,6 +213,12 @@ class QuotaExceeded(Overloaded):
     """The tenant has used up what it may; others are served."""
 
     code = "quota_exceeded"
+
+
+class KeysUnavailable(Overloaded):
+    """The key that signed a JWT is not known yet; the identity provider is being asked."""
+
+    code = "keys_unavailable"
 
 
 class VersionUnavailable(Overloaded):

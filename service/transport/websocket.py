@@ -106,6 +106,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._waits = self._lined_up = False  # for another turn
         self._cut_off = False
         self._pings = Allowance(*PINGS)
+        self.on_lost: Callable[[], None] = lambda: None
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -273,6 +274,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._rest = b""
+        self.on_lost()
         self._direct.end()
 
     def keepalive_timeout(self) -> None:

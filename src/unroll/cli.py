@@ -9,7 +9,7 @@ _SERVER |= {"starlette", "structlog", "uvicorn"}
 _INSTALL = (
     {"onnxruntime": "onnxruntime"}
     | dict.fromkeys(("torch", "onnx", "onnxscript"), "torch onnx onnxscript")
-    | dict.fromkeys(("typer", "rich"), "'unroll-serve[cli]'")
+    | dict.fromkeys(("click", "rich"), "'unroll-serve[cli]'")
     | dict.fromkeys(_SERVER, "'unroll-serve[cpu]'")
 )
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     name = f"unroll {argv[0]}" if argv and argv[0].isalpha() else "unroll"
     try:
-        program = import_module("unroll.commands.program")  # needs typer, which a client alone lacks
+        program = import_module("unroll.commands.program")  # needs click, which a client alone lacks
         try:
             command = program.parse(argv or ["--help"])
             if isinstance(command, int):
@@ -55,5 +55,5 @@ def _remedy(error: ImportError) -> str:
     install = f"pip install {_INSTALL.get(package, package.replace('_', '-'))}"
     if package == "onnxruntime":
         install += " (with an NVIDIA GPU: pip install 'onnxruntime-gpu[cuda,cudnn]')"
-    checks = "" if package in {"typer", "rich"} else "; `unroll doctor` checks the installation"
+    checks = "" if package in {"click", "rich"} else "; `unroll doctor` checks the installation"
     return f"the package {package} is not installed; {install}{checks}"

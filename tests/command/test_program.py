@@ -5,19 +5,53 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from waiting import PATIENCE
 
 from unroll import cli
-from unroll.commands import reference
+from unroll.bundle.manifest import Dtype
+from unroll.commands import keys, reference
 from unroll.commands.reference import commands
+from unroll.export.loading import input_specs
+from unroll.service.access.keys import SCOPES
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "command-line.md"
 
 #: Slow to import, or not installed everywhere.
 HEAVY = ("aiohttp", "fastapi", "lmdb", "numpy", "onnx", "onnxruntime", "onnxscript", "redis")
-HEAVY += ("safetensors", "starlette", "torch", "uvicorn", "websockets")
+HEAVY += ("pydantic", "safetensors", "starlette", "torch", "uvicorn", "websockets")
+#: Imported by help only.
+FOR_HELP = "rich"
+#: Wrong options and values of every kind: unknown, missing, of another type, not allowed, and not with another one.
+WRONG = """
+serve
+serve --repository none --max-batch abc
+serve --repository none --idle-timeout nan
+serve --repository none --log-level loud
+serve --repository none --config none
+config show --port -1
+export m:f --repository none --input x
+export m:f --repository none --precision int4
+export m:f
+verify none --precision int8
+stream m --rate inf
+stream m --durability disk
+rollout m --steps 0
+rollout m --steps 3 --seed 3
+rollout m --steps 3 --map {
+bench m --clients 0
+bench m --clients 1 --processes 2
+bench m --seconds nan
+doctor --device tpu
+store check redis://host
+sessions list
+sessions list --store file:///none --limit x
+sessions list --store file:///none --min-idle nan
+keys new none --tenant a --scope all
+steam
+"""
 
 #: Runs each of several command lines, and prints their statuses and which modules have been imported after each.
 LINES = """
@@ -28,17 +62,21 @@ for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         status = cli.main(words)
     found.append([status, sorted(set(sys.argv[2:]) & set(sys.modules))])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        del sys.modules[name]
 print(json.dumps(found))
 """
 
 
 def test_help_and_wrong_arguments_wait_for_no_heavy_import() -> None:
-    lines = [[*command, flag] for command in commands() for flag in ("--help", "--no-such-option")]
-    lines += [["serve", "--repository", "none", "--max-batch", "abc"], ["config", "show", "--store", "no-url"]]
-    run = [sys.executable, "-c", LINES, json.dumps(lines), *HEAVY]
+    wrong = [line.split() for line in WRONG.split("\n") if line]
+    wrong += [[*command, "--no-such-option"] for command in commands()]
+    shown = [["--version"], ["--help"], *([*command, "--help"] for command in commands())]
+    run = [sys.executable, "-c", LINES, json.dumps([*wrong, *shown]), *HEAVY, FOR_HELP]
     done = subprocess.run(run, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    for words, (status, heavy) in zip(lines, json.loads(done.stdout), strict=True):
-        assert (status, heavy) == (0 if words[-1] == "--help" else 2, []), words
+    found = json.loads(done.stdout)
+    for words, got in zip([*wrong, *shown], found, strict=True):
+        assert got == ([0, [FOR_HELP] * ("--help" in words)] if words in shown else [2, []]), words
 
 
 @pytest.mark.parametrize(
@@ -90,10 +128,25 @@ def test_help_says_nothing_in_the_words_of_python(capsys: pytest.CaptureFixture[
 
 def test_a_shell_completes_commands_and_options() -> None:
     for words, completed in (("unroll st", ["stream", "store"]), ("unroll serve --max-b", ["--max-batch"])):
-        environment = {"_UNROLL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        environment = {"_UNROLL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         run = [sys.executable, "-m", "unroll"]
         done = subprocess.run(run, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE)
-        assert set(completed) <= set(done.stdout.split()), done
+        assert {f"plain,{one}" for one in completed} <= set(done.stdout.split()), done
+
+
+def test_completion_is_installed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", "/usr/bin/bash")
+    (tmp_path / ".bashrc").write_text("alias ll='ls -l'")
+    line = 'eval "$(_UNROLL_COMPLETE=bash_source unroll)"\n'
+    assert [cli.main([f"--{what}-completion"]) for what in ("show", "install", "install")] == [0, 0, 0]
+    assert capsys.readouterr().out.startswith(line)
+    assert (tmp_path / ".bashrc").read_text() == f"alias ll='ls -l'\n{line}"
+    monkeypatch.setenv("SHELL", "/bin/tcsh")
+    assert cli.main(["--show-completion"]) == 1
+    assert "$SHELL is none of bash, zsh, fish" in capsys.readouterr().err
 
 
 def test_the_reference_is_the_help() -> None:
@@ -101,3 +154,8 @@ def test_the_reference_is_the_help() -> None:
     head, _, written = REFERENCE.read_text(encoding="utf-8").partition(reference.MARK)
     assert head
     assert written == reference.sections()
+
+
+def test_words_that_are_checked_without_an_import_are_those_of_what_is_called() -> None:
+    assert set(get_args(Dtype)) == set(input_specs._DTYPES)
+    assert set(keys._SCOPES) == set(SCOPES)

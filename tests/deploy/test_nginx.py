@@ -5,13 +5,14 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from redis_server import free_port
+from scripted_replicas import Proxy, behind, check_routing, steps
 from serving import Oracle, Running
-from test_haproxy import Proxy, Replica, steps
 from waiting import until
 
 import unroll
@@ -37,14 +38,14 @@ http {{
 
 
 @contextmanager
-def nginx(folder: Path, ports: list[int]) -> Iterator[int]:
+def nginx(folder: Path, servers: dict[str, int]) -> Iterator[int]:
     """nginx in front of servers on these ports; its own port."""
     port = free_port()
     text, listens = re.subn(r"listen 8000;", f"listen 127.0.0.1:{port};", CONFIGURATION.read_text())
-    text, servers = re.subn(
-        r"server unroll-1:8000 (.*)\n.*", "".join(rf"server 127.0.0.1:{p} \1\n" for p in ports), text
+    text, upstreams = re.subn(
+        r"server unroll-1:8000 (.*)\n.*", "".join(rf"server 127.0.0.1:{p} \1\n" for p in servers.values()), text
     )
-    assert (listens, servers) == (1, 1), "deploy/nginx.conf has changed"
+    assert (listens, upstreams) == (1, 1), "deploy/nginx.conf has changed"
     (folder / "nginx.conf").write_text(_AROUND.format(text))
     where = ("-p", str(folder), "-c", "nginx.conf", "-e", "stderr")
     process = subprocess.Popen([str(NGINX), *where])
@@ -57,28 +58,12 @@ def nginx(folder: Path, ports: list[int]) -> Iterator[int]:
 
 @pytest.fixture
 def proxy(tmp_path: Path) -> Iterator[Proxy]:
-    replicas = [Replica("a"), Replica("b")]
-    try:
-        with nginx(tmp_path, [each.server_port for each in replicas]) as port:
-            proxy = Proxy(port, replicas)
-            proxy.wait_for({"a", "b"})
-            yield proxy
-    finally:
-        for replica in replicas:
-            replica.shutdown()
-            replica.server_close()
+    with behind(partial(nginx, tmp_path)) as proxy:
+        yield proxy
 
 
 def test_a_session_stays_at_one_replica_and_sessions_are_shared_out(proxy: Proxy) -> None:
-    places = {session: proxy.ask(steps(session))[1] for session in map(str, range(40))}
-    assert set(places.values()) == {"a", "b"}
-    for session, place in places.items():
-        assert proxy.ask(steps(session))[1] == place
-        assert proxy.ask(f"/v1/models/co2/sessions/{session}", "GET")[1] == place
-        assert proxy.ask("/v2/models/co2/infer", X_Session_Id=session)[1] == place
-        escaped = "".join(f"%{ord(character):02x}" for character in session)
-        assert proxy.ask(steps(escaped))[1] == place
-    assert {proxy.ask("/v1/models/co2/sequences")[1] for _ in range(20)} == {"a", "b"}
+    check_routing(proxy)
 
 
 def test_a_step_is_never_sent_twice_unless_it_never_arrived(proxy: Proxy) -> None:
@@ -96,7 +81,7 @@ def test_sessions_and_streams_of_a_real_server(repository: Path, tmp_path: Path)
     x = np.random.default_rng(1).standard_normal((4, 3)).astype("<f4")
     expected = Oracle(repository, "lstm")(x)
     try:
-        with nginx(tmp_path, [running.port]) as port, unroll.Client(f"http://127.0.0.1:{port}") as client:
+        with nginx(tmp_path, {"unroll": running.port}) as port, unroll.Client(f"http://127.0.0.1:{port}") as client:
             session = client.session("lstm")
             assert np.array_equal(np.stack([session.step(row) for row in x]), expected)
             with client.stream("lstm") as stream:

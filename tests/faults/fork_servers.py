@@ -15,7 +15,7 @@ import traceback
 from unroll import cli
 from unroll.service.core import failpoints
 
-for name in ("unroll.commands.program", "unroll.service.serve"):
+for name in ("unroll.commands.serve", "unroll.commands.program", "unroll.service.serve"):
     importlib.import_module(name)  # what the command itself imports late
 link = socket.socket(fileno=int(sys.argv[1]))
 while True:

@@ -8,10 +8,11 @@ import pytest
 from unroll import cli
 from unroll.service.descriptions import SETTINGS
 from unroll.service.settings import Settings
-from unroll.service.sources import SettingsRefused, gather
+from unroll.service.sources import SettingsRefused, exposed, gather
 
 FLAGS = ["--repository", "bundles"]
 GIVEN = {"repository": "bundles"}
+FRACTIONS = [name.upper() for name, setting in SETTINGS.items() if setting.metavar in {"SECONDS", "SHARE"}]
 
 
 def main(flags: list[str]) -> int:
@@ -60,14 +61,19 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("MAX_BATCH", "abc", "'abc': Input should be a valid integer"),
-        ("MAX_BATCH", "", "'': Input should be a valid integer"),
-        ("MAX_BATCH", "-1", "'-1': Input should be greater than 0"),
-        ("MAX_BATCH", "1.5", "'1.5': Input should be a valid integer"),
+        ("MAX_BATCH", "abc", "'abc': it is not a whole number above 0 (maximum rows per model call)"),
+        ("MAX_BATCH", "", "'': it is not a whole number"),
+        ("MAX_BATCH", "-1", "'-1': it is not a whole number above 0"),
+        ("MAX_BATCH", "0", "'0': it is not a whole number above 0"),
+        ("MAX_BATCH", "1.5", "'1.5': it is not a whole number"),
         ("MAX_BATCH", "9" * 5000, "maximum rows per model call"),
         ("PORT", "70000", "less than or equal to 65535"),
-        ("IDLE_TIMEOUT", "nan", "greater than or equal to 0"),
-        ("DRAIN_TIMEOUT", "soon", "valid number"),
+        ("PORT", "eighty", "a whole number from 0 to 65535"),
+        ("DRAIN_TIMEOUT", "soon", "it is not a finite number of seconds, 0 or more"),
+        ("DRAIN_TIMEOUT", "0", "greater than 0"),
+        ("SPILL_BYTES", "1GB", "it is not a whole number of bytes"),
+        ("MEMORY_SHARE", "2", "less than or equal to 1"),
+        *((name, value, "it is not a") for name in FRACTIONS for value in ("nan", "inf", "-inf", "1e999")),
         ("HOST", "", "it is empty"),
         ("REPOSITORY", "", "it is empty"),
         ("STATE_FILE", "", "it is empty"),
@@ -83,7 +89,7 @@ def test_variables_of_tests_and_of_kubernetes_are_none_of_its_business(
         ("BUCKETS", "[0]", "greater than 0"),
         ("SERVE", "co2=1", """'co2=1': it is not JSON such as {"co2": 1}, or co2=1 in a flag"""),
         ("SERVE", '{"co2": 0}', "greater than 0"),
-        ("LOG_LEVEL", "LOUD", "debug|info|warning|error"),
+        ("LOG_LEVEL", "LOUD", "it is none of debug, info, warning, error"),
     ],
 )
 def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(
@@ -99,7 +105,7 @@ def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(
 @pytest.mark.parametrize("flag", [["--max-batch", "abc"], ["--max-batch=abc"]])
 def test_a_wrong_flag_is_named_as_a_flag(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FLAGS, *flag]) == 2
-    assert "unroll serve: --max-batch 'abc': Input should be" in capsys.readouterr().err
+    assert "unroll serve: --max-batch 'abc': it is not a whole number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flag", "reason"), [("--serve", "it is not JSON"), ("--buckets", "it is not a JSON list")])
@@ -158,6 +164,38 @@ def test_a_secret_is_not_printed(name: str, value: str, monkeypatch: pytest.Monk
     assert "hunter2" not in str(refused.value)
 
 
+def test_a_secret_is_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("the first of the two\nthe second of the two\n")
+    (tmp_path / "store").write_text("redis://:hunter2@host:1/0\n")
+    by_flag = {"snapshot_keys": [f"@{tmp_path}/keys"], "store": f"@{tmp_path}/store"}
+    settings = gather(GIVEN | by_flag).settings
+    assert [key.get_secret_value() for key in settings.snapshot_keys] == [
+        "the first of the two",
+        "the second of the two",
+    ]
+    assert settings.store == "redis://:hunter2@host:1/0"
+    assert exposed(by_flag) == []
+    (tmp_path / "keys").write_text("\n")
+    for wrong, reason in ((f"@{tmp_path}/none", "No such file"), (f"@{tmp_path}/keys", "is empty")):
+        with pytest.raises(SettingsRefused, match=f"--snapshot-keys: .*{reason}"):
+            gather(GIVEN | {"snapshot_keys": [wrong]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({"snapshot_keys": ["hunter2hunter2hunter2"]}, ["--snapshot-keys"]),
+        ({"store": "redis://:hunter2@host:1/0"}, ["--store"]),
+        ({"store": "redis+sentinel://h:1/main?sentinel_password=hunter2"}, ["--store"]),
+        ({"store": "redis://host:1/0"}, []),
+        ({"store": "file:///sessions"}, []),
+        ({}, []),
+    ],
+)
+def test_a_secret_in_a_flag_is_noticed(flags: dict, found: list[str]) -> None:
+    assert exposed(flags) == found
+
+
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "--repository: give it, or set UNROLL_REPOSITORY (bundle repository" in capsys.readouterr().err
@@ -196,7 +234,9 @@ def test_a_flag_comes_before_a_variable_before_the_file_before_the_default(
     [
         ("max_bathc = 1", "there is no setting 'max_bathc'; did you mean max_batch?"),
         ("max-batch = 1", "there is no setting 'max-batch'; did you mean max_batch?"),
-        ('max_batch = "many"', "max_batch 'many': Input should be a valid integer"),
+        ('max_batch = "many"', "max_batch 'many': it is not a whole number above 0"),
+        ("idle_timeout = inf", "idle_timeout inf: it is not a finite number of seconds"),
+        ("memory_share = nan", "memory_share nan: it is not a number above 0, at most 1"),
         ("max_batch", "cannot be read as a file of settings"),
         (None, "cannot be read as a file of settings"),
     ],

@@ -38,9 +38,9 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
         extensions = websocket.scope.get("extensions") or {}
         link: Link = extensions.get("unroll.stream") or AsgiLink(websocket)
         try:
-            connection = Connection(
-                server, admit_stream(server, websocket), model, link, asyncio.get_running_loop().call_soon
-            )
+            key = admit_stream(server, websocket)
+            tenant = "" if key is None else key.tenant
+            connection = Connection(server, tenant, model, link, asyncio.get_running_loop().call_soon)
         except UnrollError as error:
             log_error(server.request_log, "v1/stream", error, model=split_reference(model)[0])
             await _deny(websocket, problem(error))
@@ -49,7 +49,8 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
         try:
             await websocket.accept(PROTOCOL if PROTOCOL in websocket.scope["subprotocols"] else None)
             link.attach(connection.on_text, connection.on_binary, slow_reader.on_writable)
-            await link.closed
+            with server.gate.watching(key, connection.drain):
+                await link.closed
         finally:
             slow_reader.stop()
             connection.close()

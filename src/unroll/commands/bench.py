@@ -3,16 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import typer
-
-from unroll.commands.options import LOCAL, Failed, Json, Url, WrongOption, argument, option, positive
+from unroll.commands.options import LOCAL, ApiKey, Failed, Json, Url, WrongOption, argument, option, positive
 
 _MOST_SECONDS = 600.0
-
-
-def _at_least_one(value: int) -> None:
-    if value < 1:
-        raise ValueError("give a number above 0")
 
 
 def _lengths(words: str) -> None:
@@ -39,8 +32,8 @@ class Bench:
 
     model: Annotated[str, argument("MODEL", "a model of the server: NAME or NAME:VERSION")]
     url: Url = LOCAL
-    api_key: Annotated[str | None, typer.Option(envvar="UNROLL_API_KEY", hidden=True)] = None
-    clients: Annotated[int, option("--clients", "N", "clients, each with a session", _at_least_one)] = 16
+    api_key: ApiKey = None
+    clients: Annotated[int, option("--clients", "N", "clients, each with a session", positive)] = 16
     rate: Annotated[
         float | None, option("--rate", "N", "open loop: requests per second of all clients together", positive)
     ] = None
@@ -51,16 +44,16 @@ class Bench:
         Literal["http", "stream"], option("--over", "http|stream", "one request each, or frames of a WebSocket")
     ] = "http"
     seconds: Annotated[float, option("--seconds", "S", "how long to measure, at most 600", _bounded)] = 10.0
-    processes: Annotated[int, option("--processes", "N", "processes of the load generator", _at_least_one)] = 1
+    processes: Annotated[int, option("--processes", "N", "processes of the load generator", positive)] = 1
     seed: Annotated[int, option("--seed", "N", "seed of the inputs and of the times of an open loop")] = 0
     json: Json = False
 
     def run(self) -> int:
+        if self.processes > self.clients:
+            raise WrongOption(f"{self.processes} processes need as many clients: add --clients {self.processes}")
         from unroll.client import load
         from unroll.client.errors import UnrollError
 
-        if self.processes > self.clients:
-            raise WrongOption(f"{self.processes} processes need as many clients: add --clients {self.processes}")
         plan = load.Plan(
             url=self.url,
             api_key=self.api_key,

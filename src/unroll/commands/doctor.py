@@ -5,15 +5,12 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-import typer
-
-from unroll.commands.options import Json
+from unroll.commands.options import Json, option
 
 
-def _device(word: str) -> str:
+def _device(word: str) -> None:
     if not re.fullmatch(r"cpu|auto|cuda:\d+(,cuda:\d+)*", word):
-        raise typer.BadParameter("use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
-    return word
+        raise ValueError("use cpu, auto, or GPUs as in cuda:0 or cuda:0,cuda:1")
 
 
 @dataclass(frozen=True)
@@ -25,20 +22,21 @@ class Doctor:
 
     device: Annotated[
         str,
-        typer.Option(
-            metavar="DEVICE",
+        option(
+            "--device",
+            "DEVICE",
+            "device that must work: cpu, cuda:N, several as in cuda:0,cuda:1, or auto",
+            _device,
             envvar="UNROLL_DEVICE",
-            callback=_device,
-            help="device that must work: cpu, cuda:N, several as in cuda:0,cuda:1, or auto",
         ),
     ] = "auto"
     store: Annotated[
         str | None,
-        typer.Option(
-            metavar="URL",
+        option(
+            "--store",
+            "URL",
+            "store that must work, as for `unroll serve`: what it is, what it survives, and how long a commit takes",
             envvar="UNROLL_STORE",
-            help="store that must work, as for `unroll serve`: what it is, what it survives, and how long a commit "
-            "takes",
         ),
     ] = None
     json: Json = False

@@ -7,28 +7,27 @@ from collections.abc import Iterable, Iterator
 from inspect import cleandoc
 from typing import Any
 
-from typer import Context
-from typer.core import TyperCommand, TyperGroup
+import click
 
 _WIDEST = 100
 _OPTIONS = "options"
 
 
-class Command(TyperCommand):
+class Command(click.Command):
     """A command that prints its help in this form."""
 
-    def get_help(self, ctx: Any) -> str:
+    def get_help(self, ctx: click.Context) -> str:
         return text(ctx)
 
 
-class Group(TyperGroup):
+class Group(click.Group):
     """A command with commands of its own."""
 
-    def get_help(self, ctx: Any) -> str:
+    def get_help(self, ctx: click.Context) -> str:
         return text(ctx)
 
 
-def usage(ctx: Context) -> str:
+def usage(ctx: click.Context) -> str:
     """The line that shows how a command is called."""
     command: Any = ctx.command
     words = [ctx.command_path, "[OPTIONS]"]
@@ -38,12 +37,12 @@ def usage(ctx: Context) -> str:
             words.append(name if param.required else f"[{name}]")
         elif param.required:
             words.append(f"{param.opts[0]} {param.metavar}")
-    if isinstance(command, TyperGroup):
+    if isinstance(command, click.Group):
         words += ["COMMAND", "..."]
     return f"usage: {' '.join(words)}"
 
 
-def text(ctx: Context) -> str:
+def text(ctx: click.Context) -> str:
     """The help of a command, as wide as the terminal, at most 100 columns."""
     from rich.console import Console
     from rich.markup import escape
@@ -70,17 +69,18 @@ def text(ctx: Context) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
-def _sections(ctx: Context) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _sections(ctx: click.Context) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yield the title of each group, and the names in it with what they mean."""
     command: Any = ctx.command
-    if isinstance(command, TyperGroup):
-        yield "commands", [(name, (one.help or "").split("\n")[0]) for name, one in command.commands.items()]
+    if isinstance(command, click.Group):
+        commands = {name: command.get_command(ctx, name) for name in command.list_commands(ctx)}
+        yield "commands", [(name, (one.help or "").split("\n")[0]) for name, one in commands.items() if one]
     groups: dict[str, list[tuple[str, str]]] = {}
     for param in command.get_params(ctx):
         if param.param_type_name == "argument":
             groups.setdefault("arguments", []).append((param.metavar, param.help or ""))
         elif not param.hidden:
-            groups.setdefault(param.rich_help_panel or _OPTIONS, []).append(_option(param))
+            groups.setdefault(getattr(param, "group", None) or _OPTIONS, []).append(_option(param))
     yield from sorted(groups.items(), key=lambda group: group[0] == _OPTIONS)
 
 
@@ -88,7 +88,7 @@ def _option(param: Any) -> tuple[str, str]:
     short_first: Iterable[str] = sorted(param.opts, key=len)
     value = "" if param.is_flag else f" {param.metavar}"
     about = "show this help and exit" if "--help" in param.opts else (param.help or "")
-    shown = param.show_default and param.default not in (None, "") and not param.is_flag and not callable(param.default)
+    shown = param.show_default and not param.required and param.default not in (None, "") and not param.is_flag
     facts = [f"default: {param.default}"] * bool(shown) + [f"or ${param.envvar}"] * bool(param.envvar)
     names = ", ".join(short_first) + "".join(f"/{other}" for other in param.secondary_opts)
     return names + value, about + (f" ({'; '.join(facts)})" if facts else "")

@@ -1,14 +1,15 @@
 """How commands declare their options, and what they raise for a wrong one."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from dataclasses import MISSING, dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
-import typer
+import click
 
-#: The URL of the server, of every command that is a client.
-Url = Annotated[str, typer.Option("--url", metavar="URL", help="URL of the server")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 LOCAL = "http://127.0.0.1:8000"
+_CLICK = {str: click.STRING, int: click.INT, float: click.FLOAT, Path: click.Path(path_type=Path)}
 
 
 class Failed(Exception):
@@ -23,24 +24,67 @@ class WrongOption(Failed):
     status = 2
 
 
-def argument(metavar: str, help: str, **more: Any) -> Any:
-    return typer.Argument(metavar=metavar, help=help, show_default=False, **more)
+class Runnable(Protocol):
+    """A command with the values of its options."""
+
+    def run(self) -> int:
+        """Returns the exit status."""
 
 
-def option(flag: str, metavar: str, help: str, check: Callable[[Any], Any] | None = None, **more: Any) -> Any:
-    """An option with a value.
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the annotation of a command's field says of its option or argument.
 
-    Args:
-        metavar: What the value is; words with | between them are all that is allowed.
+    Attributes:
+        flags: Such as `--json` or `--page/--no-page`; empty for an argument.
+        metavar: What the value is, in help; words with | between them are all that is allowed. Empty for a switch.
+        help: What it decides.
         check: Gets the value, and raises ValueError with the reason if it is not allowed.
-        **more: Other arguments of `typer.Option`; its `rich_help_panel` is the heading below which help lists it.
+        envvar: The variable that it is taken from if it is not given.
+        group: The heading below which help lists it.
+        hidden: Help does not list it.
+        show_default: Help adds its default.
     """
-    check = check or (_one_of(metavar.split("|")) if "|" in metavar else None)
-    return typer.Option(flag, metavar=metavar, help=help, callback=_checked(check), **more)
+
+    flags: str
+    metavar: str
+    help: str
+    check: Callable[[Any], Any] | None = None
+    envvar: str | None = None
+    group: str | None = None
+    hidden: bool = False
+    show_default: bool = True
 
 
-def flag(name: str, help: str, **more: Any) -> Any:
-    return typer.Option(name, help=help, **more)
+class Option(click.Option):
+    """An option that help lists below a heading."""
+
+    group: str | None = None
+
+
+class Argument(click.Argument):
+    """An argument that has help."""
+
+    help = ""
+
+
+def argument(metavar: str, help: str, check: Callable[[Any], Any] | None = None) -> Declared:
+    return Declared("", metavar, help, check)
+
+
+def option(flag: str, metavar: str, help: str, check: Callable[[Any], Any] | None = None, **more: Any) -> Declared:
+    """An option with a value; `more` as in `Declared`."""
+    return Declared(flag, metavar, help, check or (_one_of(metavar.split("|")) if "|" in metavar else None), **more)
+
+
+def flag(name: str, help: str) -> Declared:
+    return Declared(name, "", help)
+
+
+#: The URL of the server, and the key for it, of every command that is a client.
+Url = Annotated[str, option("--url", "URL", "URL of the server")]
+ApiKey = Annotated[str | None, option("--api-key", "KEY", "", envvar="UNROLL_API_KEY", hidden=True)]
+Json = Annotated[bool, flag("--json", "print one JSON document")]
 
 
 def _one_of(allowed: list[str]) -> Callable[[str | None], None]:
@@ -52,20 +96,60 @@ def _one_of(allowed: list[str]) -> Callable[[str | None], None]:
 
 
 def positive(value: float | None) -> None:
-    """A number that is finite and above 0."""
-    if value is not None and not 0 < value < float("inf"):
+    """A number above 0."""
+    if value is not None and not value > 0:
         raise ValueError(f"{value} is not a number above 0")
 
 
-def _checked(check: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
-    if check is None:
-        return None
+def not_negative(value: float | None) -> None:
+    """A number of at least 0."""
+    if value is not None and not value >= 0:
+        raise ValueError(f"{value} is below 0")
 
-    def callback(value: Any) -> Any:
+
+def parameters(command: type[Runnable]) -> list[click.Parameter]:
+    """The options and arguments that the fields of a dataclass declare."""
+    hints = get_type_hints(command, include_extras=True)
+    return [_parameter(one.name, hints[one.name], one.default) for one in fields(command)]  # type: ignore[arg-type]
+
+
+def called(command: type[Runnable], values: dict[str, Any]) -> Runnable:
+    """The command with these values; of an option that may be repeated, a list, or None if it was not given."""
+    return command(**{name: list(one) or None if isinstance(one, tuple) else one for name, one in values.items()})
+
+
+def _parameter(name: str, hint: Any, default: Any) -> click.Parameter:
+    declared: Declared
+    kind, declared = get_args(hint)
+    several = False
+    while members := [member for member in get_args(kind) if member is not type(None)]:  # str | None, list[str]
+        several |= get_origin(kind) is list
+        kind = type(members[0]) if get_origin(kind) is Literal else members[0]
+    given: dict[str, Any] = {"required": True} if default is MISSING else {"default": default}
+    given |= {
+        "callback": _checked(declared.check),
+        "envvar": declared.envvar,
+        "metavar": declared.metavar,
+    }
+    if not declared.flags:
+        argument = Argument([name], type=_CLICK[kind], nargs=-1 if several else 1, **given)
+        argument.help = declared.help
+        return argument
+    given |= {"is_flag": True} if kind is bool else {"type": _CLICK[kind], "multiple": several}
+    found = Option([declared.flags, name], help=declared.help, hidden=declared.hidden, **given)
+    found.group, found.show_default = declared.group, declared.show_default
+    return found
+
+
+def _checked(check: Callable[[Any], Any] | None) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         try:
-            check(value)
+            if isinstance(value, float) and not isfinite(value):
+                raise ValueError(f"{value} is not a finite number")
+            if check is not None:
+                check(value)
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+            raise click.BadParameter(str(error)) from error
         return value
 
     return callback

@@ -1,42 +1,76 @@
-"""The program: every command, and what a wrong argument is answered with."""
+"""The program: every command, and what a wrong argument is answered with.
 
-from collections.abc import Mapping
+A command is imported when it is named, or when help lists it.
+"""
+
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Protocol
+from importlib import import_module
+from inspect import cleandoc
+from typing import Any
 
-import typer
+import click
 
 from unroll import __version__
-from unroll.commands import keys
-from unroll.commands.bench import Bench
-from unroll.commands.config import Show
-from unroll.commands.demo import Demo
-from unroll.commands.doctor import Doctor
-from unroll.commands.export import Export
+from unroll.commands import completion
 from unroll.commands.help import Command, Group, usage
-from unroll.commands.inspect import Inspect
 from unroll.commands.options import Failed as Failed
-from unroll.commands.rollout import Rollout
-from unroll.commands.serve import Serve
-from unroll.commands.sessions import SESSIONS
-from unroll.commands.store import Check
-from unroll.commands.stream import Stream
-from unroll.commands.verify import Verify
+from unroll.commands.options import Option, Runnable, called, parameters
 
-#: What typer raises for wrong arguments; it exports only the errors derived from it.
-_UsageError: Any = typer.BadParameter.__bases__[0]
 _HELP = {"help_option_names": ["-h", "--help"]}
 
-
-class Runnable(Protocol):
-    """A command with the values of its options."""
-
-    def run(self) -> int:
-        """Returns the exit status."""
+#: Where each command is, below `unroll.commands`; of a group, what it is about and its commands.
+_COMMANDS: dict[str, str | tuple[str, dict[str, str]]] = {
+    "export": "export:Export",
+    "inspect": "inspect:Inspect",
+    "verify": "verify:Verify",
+    "serve": "serve:Serve",
+    "stream": "stream:Stream",
+    "rollout": "rollout:Rollout",
+    "bench": "bench:Bench",
+    "doctor": "doctor:Doctor",
+    "demo": "demo:Demo",
+    "config": ("Show the settings of a server.", {"show": "config:Show"}),
+    "store": ("Examine the store of durable sessions.", {"check": "store:Check"}),
+    "keys": (
+        "Make API keys for a server that others can reach, and keys that sign bundles.",
+        {"new": "keys:New", "check": "keys:Check", "pair": "keys:Pair"},
+    ),
+    "sessions": (
+        "Look after the sessions of a store.",
+        {name: f"sessions:{name.capitalize()}" for name in ("list", "show", "close", "export", "import")},
+    ),
+}
 
 
 class UsageError(Exception):
     """The arguments are wrong; the message is what the user reads."""
+
+
+class _Program(Group):
+    """Commands that are imported when they are named."""
+
+    def __init__(self, about: str, places: Mapping[str, str | tuple[str, dict[str, str]]]) -> None:
+        super().__init__(help=about, context_settings=_HELP, no_args_is_help=False)
+        self._places = places
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._places)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        place = self._places.get(cmd_name)
+        if isinstance(place, tuple):
+            return _Program(*place)
+        return _command(cmd_name, place) if place else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self._places and not name.startswith("-"):
+            meant = get_close_matches(name, self._places, 1)
+            ctx.fail(f"no such command {name!r}{f'; did you mean {meant[0]!r}?' if meant else ''}")
+        return super().resolve_command(ctx, args)
 
 
 def parse(argv: list[str]) -> Runnable | int:
@@ -49,73 +83,59 @@ def parse(argv: list[str]) -> Runnable | int:
         UsageError: There is no such command or option, or a value is not allowed.
     """
     try:
-        found = typer.main.get_command(application())(argv, prog_name="unroll", standalone_mode=False)
-    except _UsageError as error:
+        found: Runnable | int | None = application().main(argv, prog_name="unroll", standalone_mode=False)
+    except click.UsageError as error:
         raise UsageError(_explained(error)) from None
     return found or 0
 
 
-def application() -> typer.Typer:
-    app = _group("Serve stacked GRU and LSTM models trained in PyTorch.", add_completion=True)
-    app.callback()(_version)
-    _add(
-        app,
-        {
-            "export": Export,
-            "inspect": Inspect,
-            "verify": Verify,
-            "serve": Serve,
-            "stream": Stream,
-            "rollout": Rollout,
-            "bench": Bench,
-            "doctor": Doctor,
-            "demo": Demo,
-        },
+def application() -> click.Group:
+    program = _Program("Serve stacked GRU and LSTM models trained in PyTorch.", _COMMANDS)
+    program.params += [
+        _asked("--version", "print the version and exit", lambda: f"unroll {__version__}"),
+        _asked("--install-completion", "let this shell complete commands and options", completion.install),
+        _asked("--show-completion", "print the script that lets this shell complete them", completion.script),
+    ]
+    return program
+
+
+def _asked(flag: str, about: str, answer: Callable[[], str]) -> click.Option:
+    """An option that prints its answer, and ends the program."""
+
+    def callback(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
+        if asked:
+            print(answer())
+            ctx.exit()
+
+    return Option([flag], is_flag=True, is_eager=True, expose_value=False, help=about, callback=callback)
+
+
+def _command(name: str, place: str) -> click.Command:
+    module, _, kind = place.partition(":")
+    command: type[Runnable] = getattr(import_module(f"unroll.commands.{module}"), kind)
+
+    def callback(**values: Any) -> Runnable:
+        return called(command, values)
+
+    return Command(
+        name,
+        params=parameters(command),
+        help=cleandoc(command.__doc__ or ""),
+        context_settings=_HELP,
+        callback=callback,
     )
-    for name, about, commands in (
-        ("config", "Show the settings of a server.", {"show": Show}),
-        ("store", "Examine the store of durable sessions.", {"check": Check}),
-        ("keys", "Make API keys for a server that others can reach.", {"new": keys.New, "check": keys.Check}),
-        ("sessions", "Look after the sessions of a store.", SESSIONS),
-    ):
-        group = _group(about)
-        _add(group, commands)
-        app.add_typer(group, name=name)
-    return app
 
 
-def _add(app: typer.Typer, commands: Mapping[str, type[Runnable]]) -> None:
-    for name, command in commands.items():
-        app.command(name, cls=Command)(command)
-
-
-def _group(about: str, *, add_completion: bool = False) -> typer.Typer:
-    return typer.Typer(cls=Group, help=about, context_settings=_HELP, add_completion=add_completion)
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(f"unroll {__version__}")
-        raise typer.Exit
-
-
-def _version(
-    version: Annotated[
-        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Serve stacked GRU and LSTM models trained in PyTorch."""
-
-
-def _explained(error: Any) -> str:
+def _explained(error: click.UsageError) -> str:
     """What is wrong, and how the command is called."""
     ctx = error.ctx
-    if hasattr(error, "possibilities"):
+    assert ctx is not None
+    if isinstance(error, click.NoSuchOption):
         names = [name for param in ctx.command.get_params(ctx) for name in param.opts if name.startswith("--")]
         meant = get_close_matches(error.option_name, names, 1)
         what = f"there is no option {error.option_name!r}{f'; did you mean {meant[0]!r}?' if meant else ''}"
     else:
-        message = error.format_message().rstrip(".").replace(". Did you", "; did you").replace("Value error, ", "")
+        message = error.format_message().rstrip(".")
         what = message[:1].lower() + message[1:]
-    lists = "commands" if isinstance(ctx.command, Group) else "options"
+    lists = "commands" if isinstance(ctx.command, click.Group) else "options"
     return f"{ctx.command_path}: {what}\n{usage(ctx)}   ({ctx.command_path} --help lists the {lists})"

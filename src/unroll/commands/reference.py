@@ -6,10 +6,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
-from typer.main import get_command
+import click
 
 from unroll import cli
 from unroll.commands.program import application
@@ -20,10 +19,12 @@ MARK = "<!-- from here on: the help of every command, written by `python -m unro
 
 def commands() -> Iterator[list[str]]:
     """Yield the words of every command, such as `sessions list`."""
-    program: Any = get_command(application())
-    for name, command in program.commands.items():
-        actions = getattr(command, "commands", None)
-        yield from [[name]] if actions is None else [[name, action] for action in actions]
+    program = application()
+    ctx = click.Context(program)
+    for name in program.list_commands(ctx):
+        command = program.get_command(ctx, name)
+        actions = command.list_commands(ctx) if isinstance(command, click.Group) else []
+        yield from [[name, action] for action in actions] or [[name]]
 
 
 def sections() -> str:

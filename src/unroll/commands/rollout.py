@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-
-from unroll.commands.options import LOCAL, Url, WrongOption, argument, flag, option, positive
+from unroll.commands.options import LOCAL, ApiKey, Url, WrongOption, argument, flag, option, positive
 
 
 @dataclass(frozen=True)
@@ -21,18 +19,18 @@ class Rollout:
     """
 
     model: Annotated[str, argument("MODEL", "a model of the server: NAME or NAME:VERSION")]
-    steps: Annotated[int, option("--steps", "N", "time steps to feed back")]
+    steps: Annotated[int, option("--steps", "N", "time steps to feed back", positive)]
     file: Annotated[Path | None, argument("FILE", "rows that come first (default: stdin, or none with --session)")] = (
         None
     )
     url: Url = LOCAL
-    api_key: Annotated[str | None, typer.Option(envvar="UNROLL_API_KEY", hidden=True)] = None
+    api_key: ApiKey = None
     map: Annotated[
         str,
         option("--map", "MAP", "how an input is made of an output: identity, argmax, sample, or the JSON of a map"),
     ] = "identity"
     temperature: Annotated[float | None, option("--temperature", "T", "of --map sample", positive)] = None
-    top_k: Annotated[int | None, option("--top-k", "K", "of --map sample")] = None
+    top_k: Annotated[int | None, option("--top-k", "K", "of --map sample", positive)] = None
     seed: Annotated[int | None, option("--seed", "N", "of --map sample")] = None
     format: Annotated[
         str | None,
@@ -46,12 +44,12 @@ class Rollout:
     plot: Annotated[bool, flag("--plot", "draw the outputs on stderr")] = False
 
     def run(self) -> int:
+        mapped = self._mapped()
         from unroll.client import stream_command
 
-        return stream_command.roll_out(self)
+        return stream_command.roll_out(self, mapped)
 
-    @property
-    def mapped(self) -> Any:
+    def _mapped(self) -> Any:
         """The map as the server takes it. Raises WrongOption."""
         drawn = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
         given = {name: value for name, value in drawn.items() if value is not None}

@@ -3,9 +3,7 @@
 from dataclasses import fields, make_dataclass
 from typing import Annotated, Any
 
-import typer
-
-from unroll.commands.options import WrongOption
+from unroll.commands.options import Declared, WrongOption
 from unroll.service.descriptions import GROUPS, Description
 
 _ABOUT = """Serve a repository of bundles.
@@ -19,16 +17,16 @@ def _setting(name: str, description: Description, group: str) -> tuple[str, Any,
     """The field of an option: its words, as `unroll.service.sources` reads them."""
     word = name.replace("_", "-")
     default = f" (default: {description.default})" if description.default else ""
-    about: dict[str, Any] = {
-        "help": description.about + default,
-        "rich_help_panel": group or None,
-        "show_default": False,
-    }
-    if description.metavar in {"", "no"}:
-        names = f"--{word}/--no-{word}" if description.metavar else f"--{word}"
-        return name, Annotated[bool | None, typer.Option(names, **about)], None
-    kind: Any = list[str] if description.several else str
-    return name, Annotated[kind | None, typer.Option(f"--{word}", metavar=description.metavar, **about)], None
+    switch = description.metavar in {"", "no"}
+    kind: Any = bool if switch else list[str] if description.several else str
+    declared = Declared(
+        f"--{word}/--no-{word}" if description.metavar == "no" else f"--{word}",
+        "" if switch else description.metavar,
+        description.about + default,
+        group=group or None,
+        show_default=False,
+    )
+    return name, Annotated[kind | None, declared], None
 
 
 SETTINGS = [_setting(name, one, group) for group, settings in GROUPS.items() for name, one in settings.items()]
@@ -45,7 +43,7 @@ class _Settings:
         return {name: value for name, value in given.items() if value is not None}
 
     def run(self) -> int:
-        from unroll.service.sources import SettingsRefused, gather
+        from unroll.service.sources import SettingsRefused, exposed, gather
 
         try:
             settings = gather(self.flags).settings
@@ -53,7 +51,7 @@ class _Settings:
             raise WrongOption(str(refused)) from refused
         from unroll.service.serve import main  # takes seconds: wrong settings are answered before
 
-        return main(settings)
+        return main(settings, exposed(self.flags))
 
 
 Serve = make_dataclass("Serve", [_setting("config", CONFIG, ""), *SETTINGS], bases=(_Settings,))

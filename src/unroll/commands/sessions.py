@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from unroll.commands.options import Json, WrongOption, argument, flag, option
+from unroll.commands.options import Json, WrongOption, argument, flag, not_negative, option, positive
 
 _EPILOG = """
     Servers may use the store at the same time. Idle times are those of servers with the same --idle-timeout. The exit
@@ -14,17 +12,12 @@ _EPILOG = """
 """
 
 
-def _at_least_one(count: int) -> None:
-    if count < 1:
-        raise ValueError("give a number above 0")
-
-
 @dataclass(frozen=True, kw_only=True)
 class OnStore:
     """The store that a command works on."""
 
     store: Annotated[
-        str | None, typer.Option(metavar="URL", envvar="UNROLL_STORE", help="the store, as for `unroll serve`")
+        str | None, option("--store", "URL", "the store, as for `unroll serve`", envvar="UNROLL_STORE")
     ] = None
     store_prefix: Annotated[
         str | None, option("--store-prefix", "PREFIX", "of keys in Redis, as of the servers (default: theirs)")
@@ -39,10 +32,10 @@ class OnStore:
     ] = ""
 
     def run(self) -> int:
-        from unroll.service.commands import sessions
-
         if self.store is None:
             raise WrongOption("give --store URL, or set UNROLL_STORE")
+        from unroll.service.commands import sessions
+
         try:
             return sessions.run(self, self.store)
         except sessions.StoreUnusable as error:
@@ -54,7 +47,9 @@ class Filtered(OnStore):
     """Which sessions are meant."""
 
     model: Annotated[str | None, option("--model", "MODEL", "only sessions of this model")] = None
-    min_idle: Annotated[float | None, option("--min-idle", "SECONDS", "only sessions idle for so long")] = None
+    min_idle: Annotated[
+        float | None, option("--min-idle", "SECONDS", "only sessions idle for so long", not_negative)
+    ] = None
     min_position: Annotated[int, option("--min-position", "N", "only sessions from this position on")] = 0
     max_position: Annotated[int | None, option("--max-position", "N", "only sessions up to this position")] = None
 
@@ -63,7 +58,7 @@ class Filtered(OnStore):
 class List(Filtered):
     __doc__ = "List open sessions, a page at a time; never their states.\n" + _EPILOG
 
-    limit: Annotated[int, option("--limit", "N", "maximum sessions of a page", check=_at_least_one)] = 100
+    limit: Annotated[int, option("--limit", "N", "maximum sessions of a page", check=positive)] = 100
     after: Annotated[str, option("--after", "PAGE", "continue where the page before ended, as it says")] = ""
     json: Json = False
 

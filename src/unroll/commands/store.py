@@ -4,7 +4,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from unroll.commands.options import Json, WrongOption, argument, flag
+from unroll.commands.options import Json, argument, flag
+
+
+def _folder(url: str) -> None:
+    if not url.startswith("file:///"):
+        raise ValueError("give a folder, such as file:///var/lib/unroll; Redis examines its own files")
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,7 @@ class Check:
     1 if entries are damaged, and 2 if the store cannot be opened or its file as a whole is damaged.
     """
 
-    store: Annotated[str, argument("URL", "the store, such as file:///var/lib/unroll")]
+    store: Annotated[str, argument("URL", "the store, such as file:///var/lib/unroll", _folder)]
     repair: Annotated[bool, flag("--repair", "remove the damaged entries, and nothing else")] = False
     json: Json = False
 
@@ -24,8 +29,8 @@ class Check:
         from unroll.service.settings import store_folder
         from unroll.service.store.embedded_check import check
 
-        if (folder := store_folder(self.store)) is None:
-            raise WrongOption("give a folder, such as file:///var/lib/unroll; Redis examines its own files")
+        folder = store_folder(self.store)
+        assert folder is not None
         report = check(folder, repair=self.repair)
         print(json.dumps(asdict(report), indent=2)) if self.json else print(*store.lines(report), sep="\n")
         return store.status(report)

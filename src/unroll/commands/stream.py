@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
-from unroll.commands.options import LOCAL, Url, argument, flag, option, positive
+from unroll.commands.options import LOCAL, ApiKey, Url, argument, flag, option, positive
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Stream:
     model: Annotated[str, argument("MODEL", "a model of the server: NAME or NAME:VERSION")]
     file: Annotated[Path | None, argument("FILE", "rows to send (default: stdin)")] = None
     url: Url = LOCAL
-    api_key: Annotated[str | None, typer.Option(envvar="UNROLL_API_KEY", hidden=True)] = None
+    api_key: ApiKey = None
     format: Annotated[
         str | None,
         option("--format", "csv|jsonl|raw|wav|lines", "of input and output (default: by FILE's name, else csv)"),

@@ -117,18 +117,27 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 async def test_the_end_of_a_key_is_told_when_it_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Now(datetime):
+    told, other = asyncio.Event(), asyncio.Event()
+    later = NOW + timedelta(hours=1)
+    entries = ENTRY.format(DIGEST) + f"expires = {later}\n" + ENTRY.format(hashlib.sha256(b"other").hexdigest())
+    gate = Gate(written(tmp_path, entries))
+    keys = [gate.key_of(bearer(secret)) for secret in ("secret", "other")]
+    monkeypatch.setattr("unroll.service.access.watch.datetime", _clock_at(later - timedelta(milliseconds=20)))
+    with gate.watching(keys[0], told.set), gate.watching(keys[1], other.set):
+        monkeypatch.setattr("unroll.service.access.keys.datetime", _clock_at(later))
+        async with asyncio.timeout(PATIENCE):
+            await told.wait()
+        gate.reload()
+    assert not other.is_set()
+
+
+def _clock_at(time: datetime) -> type[datetime]:
+    class Clock(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> datetime:
-            return NOW
+            return time
 
-    monkeypatch.setattr("unroll.service.access.gate.datetime", Now)
-    told = asyncio.Event()
-    gate = Gate(written(tmp_path, ENTRY.format(DIGEST) + f"expires = {NOW + timedelta(milliseconds=20)}\n"))
-    running = asyncio.create_task(gate.run(told.set))
-    async with asyncio.timeout(PATIENCE):
-        await told.wait()
-    running.cancel()
+    return Clock
 
 
 def test_keys_are_read_again_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
@@ -148,8 +157,10 @@ def test_keys_are_read_again_and_a_bad_file_changes_nothing(tmp_path: Path) -> N
 def test_tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, ENTRY.format(DIGEST))
     gate, twin, stranger = Gate(path, None, (), b"s" * 32), Gate(path, None, (), b"s" * 32), Gate(path)
-    ticket = gate.ticket(gate.key_of(bearer("secret")))
-    assert gate.admit_ticket(ticket, "infer") == twin.admit_ticket(ticket, "infer") == "acme"
+    key = gate.key_of(bearer("secret"))
+    ticket, seconds = gate.ticket(key)
+    assert seconds == 30
+    assert gate.admit_ticket(ticket, "infer") == twin.admit_ticket(ticket, "infer") == key
     with pytest.raises(Forbidden):
         gate.admit_ticket(ticket, "metrics")
     with pytest.raises(Unauthenticated):

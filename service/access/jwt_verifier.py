@@ -1,0 +1,165 @@
+"""JWTs of an identity provider in place of API keys: what one permits, and whether to believe it (RFC 8725, RFC 9068).
+
+    header   alg: that of the key, an asymmetric one;  kid: names the key in the provider's set; nothing else is used
+    claims   iss and aud as the server is set;  exp;  nbf and iat, if there;  the tenant;  the scopes
+
+Only the set of `--jwt-keys` is trusted: whatever a token says of where its key may be had (jku, x5u, jwk) is not read.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import jwt
+from pydantic import ValidationError
+
+from unroll.service.access.jwt_config import JwtConfig
+from unroll.service.access.keys import SCOPES, JwtKey, KeysRefused
+from unroll.service.core.errors import Forbidden, KeysUnavailable, Unauthenticated
+
+_ALGORITHMS = frozenset(
+    {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"}
+)
+_LEAST_RSA_BITS = 2048
+#: Of a token; a header field may have more.
+_MOST_BYTES = 8192
+#: By which the clocks of the provider and of this machine may differ.
+_LEEWAY = timedelta(seconds=30)
+_MOST_KEYS = 100
+
+
+class KeySet(dict[str, jwt.PyJWK]):
+    """The provider's public keys by `kid`; a set of one key may leave it out."""
+
+    @classmethod
+    def read(cls, content: bytes) -> "KeySet":
+        """Parse a JWK set (RFC 7517). Keys for other uses than signing are left out. Raises KeysRefused."""
+        try:
+            entries = json.loads(content)["keys"]
+            found = [entry for entry in entries if entry.get("use", "sig") == "sig" and "kty" in entry]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise KeysRefused('it is not a JWK set: {"keys": [...]}') from None
+        if not 1 <= len(found) <= _MOST_KEYS:
+            raise KeysRefused(f"a JWK set has 1 to {_MOST_KEYS} keys for signatures, this one has {len(found)}")
+        if len(found) > 1 and not all(isinstance(entry.get("kid"), str) for entry in found):
+            raise KeysRefused("it has several keys, and one is without a kid")
+        keys = cls({str(entry.get("kid", "")): _public_key(entry) for entry in found})
+        if len(keys) < len(found):
+            raise KeysRefused("two of its keys have the same kid")
+        return keys
+
+
+def _public_key(entry: Mapping[str, Any]) -> jwt.PyJWK:
+    """Raises KeysRefused."""
+    name = f"its key {str(entry.get('kid', ''))[:80]!r}"
+    if entry["kty"] == "oct" or "d" in entry:
+        raise KeysRefused(f"{name} is secret: publish the public key of an asymmetric pair only")
+    try:
+        key = jwt.PyJWK.from_dict(dict(entry))
+    except (jwt.PyJWTError, ValueError, TypeError, LookupError, NotImplementedError) as error:
+        raise KeysRefused(f"{name} cannot be used: {type(error).__name__}") from None
+    if key.algorithm_name not in _ALGORITHMS:
+        raise KeysRefused(f"{name} is for {key.algorithm_name}; allowed are {', '.join(sorted(_ALGORITHMS))}")
+    if entry["kty"] == "RSA" and key.key.key_size < _LEAST_RSA_BITS:
+        raise KeysRefused(f"{name} has {key.key.key_size} bits; an RSA key needs {_LEAST_RSA_BITS}")
+    return key
+
+
+class UnknownKid(Exception):
+    """The set has not the key that signed the token; a newer set may have it."""
+
+
+class JwtVerifier:
+    """Verifies tokens with the newest set.
+
+    Attributes:
+        keys: None until a set has been read.
+    """
+
+    def __init__(self, config: JwtConfig) -> None:
+        self._config = config
+        self._jwt = jwt.PyJWT()
+        self.keys: KeySet | None = None
+
+    def verify(self, token: bytes) -> JwtKey:
+        """What the token permits.
+
+        Raises:
+            Unauthenticated: It cannot be believed, has expired, or has not the claims; the message never quotes it.
+            UnknownKid: See there.
+            Forbidden: It has no scope of this server.
+            KeysUnavailable: No set has been read yet.
+        """
+        if len(token) > _MOST_BYTES:
+            raise Unauthenticated(f"a JWT may have {_MOST_BYTES} bytes, this one has {len(token)}")
+        if self.keys is None:
+            raise KeysUnavailable("the JWK set of --jwt-keys has not been read yet; the log says why")
+        try:
+            kid = jwt.get_unverified_header(token).get("kid", "")
+            key = self._key(kid, self.keys)
+            claims = self._jwt.decode(
+                token,
+                key,
+                algorithms=[key.algorithm_name],
+                audience=self._config.audience,
+                issuer=self._config.issuer,
+                leeway=_LEEWAY,
+                options={"require": ["exp", "iss", "aud"], "verify_sub": False, "verify_jti": False},
+            )
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise Unauthenticated(f"the JWT is not accepted: {_reason(error)}") from None
+        return self._permission(claims, token, kid)
+
+    @staticmethod
+    def _key(kid: str, keys: KeySet) -> jwt.PyJWK:
+        if not kid and len(keys) == 1:
+            return next(iter(keys.values()))
+        if not kid:
+            raise Unauthenticated("the JWT is not accepted: it does not say by kid which key has signed it")
+        if (key := keys.get(kid)) is None:
+            raise UnknownKid(kid)
+        return key
+
+    def _permission(self, claims: Mapping[str, Any], token: bytes, kid: str) -> JwtKey:
+        scopes = claims.get(self._config.scope)
+        words = scopes.split() if isinstance(scopes, str) else scopes
+        if not isinstance(words, list):
+            raise Unauthenticated(
+                f"the JWT is not accepted: its claim {self._config.scope!r} is neither words nor a list"
+            )
+        try:
+            return JwtKey(
+                name=str(claims.get("sub") or "JWT")[:64],
+                tenant=claims.get(self._config.tenant),
+                scopes=frozenset(SCOPES).intersection(word for word in words if isinstance(word, str)),
+                sha256=hashlib.sha256(token).hexdigest(),
+                expires=datetime.fromtimestamp(int(claims["exp"]), UTC) + _LEEWAY,
+                signed_by=kid or next(iter(self.keys or {""})),
+            )
+        except ValidationError as error:
+            if error.errors()[0]["loc"] == ("scopes",):
+                raise Forbidden(f"the JWT has none of the scopes {', '.join(SCOPES)}") from None
+            claim = self._config.tenant
+            raise Unauthenticated(
+                f"the JWT is not accepted: its claim {claim!r} is no tenant: 1 to 32 letters, digits, . _ -"
+            ) from None
+        except (ValueError, OverflowError, OSError):
+            raise Unauthenticated("the JWT is not accepted: its exp is no time") from None
+
+
+_REASONS: dict[type[Exception], str] = {
+    jwt.ExpiredSignatureError: "it has expired",
+    jwt.ImmatureSignatureError: "it is not valid yet",
+    jwt.InvalidAudienceError: "its audience is another",
+    jwt.InvalidIssuerError: "its issuer is another",
+    jwt.InvalidSignatureError: "its signature is wrong",
+    jwt.InvalidAlgorithmError: "its algorithm is not that of its key",
+}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, jwt.MissingRequiredClaimError):
+        return f"it has no claim {error.claim!r}"
+    return _REASONS.get(type(error), "it is damaged")
