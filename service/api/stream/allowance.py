@@ -3,8 +3,8 @@
 from time import monotonic
 
 #: Of one connection: a second, and at once after a pause.
-PINGS = 50.0, 200
-ERRORS = 50.0, 200
+PINGS = 50.0, 1000
+ERRORS = 50.0, 1000
 CONTROLS = 500.0, 2000
 #: Entries of frames that are wrong in themselves, of which as many count as one wrong message.
 ENTRIES_PER_ERROR = 32
