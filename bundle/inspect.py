@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from unroll.bundle.files import GOLDEN, MODEL, Bundle
+from unroll.bundle.graph import operators
 from unroll.bundle.manifest import StateSlot, TensorSpec
-from unroll.bundle.operators import operators
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -14,9 +14,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     return asdict(manifest) | {
         "path": str(bundle.path),
-        "operators": operators(bundle.model_path.read_bytes()),
-        "bytes": {name: (bundle.path / name).stat().st_size for name in (MODEL, GOLDEN)}
-        | {"state": 4 * manifest.state_size},
+        "operators": operators(bundle.model),
+        "bytes": {MODEL: len(bundle.model), GOLDEN: bundle.golden_bytes, "state": 4 * manifest.state_size},
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unroll.bundle import BundleError, Precision
-from unroll.bundle.files import check_name
+from unroll.bundle.manifest import check_name
 from unroll.export.errors import ExportError
 from unroll.export.signature.arguments import DeclaredArguments
 
@@ -31,7 +31,7 @@ class ExportOptions:
         try:
             check_name(self.name, self.version)
         except BundleError as error:
-            raise ExportError("bundle", str(error)) from None
+            raise ExportError("bundle", error.message) from None
         path = self.repository / self.name / self.version
         if path.exists() and not self.replace:
             raise ExportError("bundle", f"{path} exists; choose another version, or replace it")

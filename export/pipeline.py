@@ -264,7 +264,9 @@ class Pipeline:
                 replace_existing=self._options.replace,
             )
             manifest = bundle.read(path).manifest
-        except (BundleError, OSError) as error:
+        except BundleError as error:
+            raise ExportError("bundle", error.message) from error
+        except OSError as error:
             raise ExportError("bundle", str(error)) from error
         notes = notes_on(
             replace(lifted.model, samples=judged.samples),

@@ -79,6 +79,17 @@ GROUPS = {
             several=True,
         ),
         "strict": Description("", "do not start if any bundle cannot be served; else serve the others"),
+        "bundle_memory": Description(
+            "BYTES", "memory that a bundle may take when it is tried before it is served, in bytes", "4294967296"
+        ),
+        "bundle_time": Description(
+            "SECONDS", "processor time that a bundle may take when it is tried before it is served", "30"
+        ),
+        "allow_operators": Description(
+            "OPERATORS",
+            'operators that graphs may have besides those that export writes, such as ["RandomNormal"]',
+            several=True,
+        ),
     },
     "device": {
         "device": Description(
@@ -142,6 +153,24 @@ GROUPS = {
         "piece_steps": Description("N", "time steps of a long request per model call", "64"),
         "max_queue": Description("N", "maximum waiting requests per model", "8192"),
         "request_timeout": Description("SECONDS", "seconds within which the work on a request must start", "30"),
+        "max_connections": Description(
+            "N|auto",
+            "connections of a process at a time; beyond, idle ones are closed, then only probes and metrics answered; "
+            "auto: as many as the limit of open files allows",
+            "auto",
+        ),
+        "max_connections_per_address": Description(
+            "N", "connections of a process from one client address; a proxy is one address (default: any number)"
+        ),
+        "head_timeout": Description("SECONDS", "seconds for a TLS handshake, and for the head of a request", "20"),
+        "keep_alive": Description("SECONDS", "seconds after which a connection without requests is closed", "75"),
+        "min_rate": Description(
+            "BYTES",
+            "bytes a second at which a body must arrive, and an answer be read, once head_timeout has passed",
+            "1024",
+        ),
+        "max_url_bytes": Description("BYTES", "maximum URL of a request, in bytes", "8192"),
+        "max_header_bytes": Description("BYTES", "maximum headers of a request, in bytes", "65536"),
         "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
         "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),
         "max_steps": Description("N", "maximum time steps per request", "65536"),
@@ -149,7 +178,15 @@ GROUPS = {
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),
     },
     "operation": {
-        "admin": Description("", "list sessions at /v1/admin/sessions; without --keys to any client"),
+        "admin": Description(
+            "",
+            "list sessions at /v1/admin/sessions; with keys or --admin-port also load and unload models, drain the "
+            "server and set its log level",
+        ),
+        "admin_port": Description(
+            "PORT", "port of its own for /metrics, and with --admin for /v1/admin and the loading of models"
+        ),
+        "admin_host": Description("ADDRESS", "address that the --admin-port listens on", "127.0.0.1"),
         "log_requests": Description(
             "none|errors|all",
             "requests that leave a line in the log, at most 100 a second: none, errors, all",

@@ -37,7 +37,7 @@ _NUMBERS = {
     "SHARE": (0, "a number above 0, at most 1"),
 }
 #: Settings that accept other words than their form in help shows.
-_OTHER_WORDS = {"durability", "session_capacity"}
+_OTHER_WORDS = {"durability", "max_connections", "session_capacity"}
 _OBJECT = 'JSON such as {"co2": 1}, or co2=1 in a flag'
 
 

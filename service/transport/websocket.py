@@ -105,6 +105,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self.conn = _Parser(max_size=self.config.ws_max_size, logger=self.logger)
         self.conn.debug = False  # else it logs the headers
         self._direct = DirectLink(self)
+        self.on_lost: Callable[[], None] = lambda: None
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -211,6 +212,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.on_lost()
         self._direct.end()
 
     def keepalive_timeout(self) -> None:

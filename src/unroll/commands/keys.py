@@ -30,7 +30,12 @@ class New:
     name: Annotated[str | None, option("--name", "NAME", "of the key, in messages (default: the tenant)")] = None
     scope: Annotated[
         list[str] | None,
-        option("--scope", "SCOPE", "infer, metrics or sessions:admin; may be repeated (default: infer)", _scopes),
+        option(
+            "--scope",
+            "SCOPE",
+            "infer, metrics, sessions:admin, models:admin or server:admin; may be repeated (default: infer)",
+            _scopes,
+        ),
     ] = None
 
     def run(self) -> int:
