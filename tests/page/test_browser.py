@@ -32,7 +32,7 @@ expect.set_options(timeout=PATIENCE * 1000)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The examples, a model that does not stream, one with two inputs, one with static inputs, and one whose bundle is refused."""
+    """The examples, models that do not stream, with two inputs, with static inputs, and one that is refused."""
     repository = models.link(tmp_path_factory.mktemp("repository"), "whole", "two", "voices")
     for example in EXAMPLES.iterdir():
         (repository / example.name).symlink_to(example)
