@@ -60,6 +60,7 @@ def _export(options: "Export") -> Report:
             output_names=options.outputs.split(",") if options.outputs else None,
             static=[InputSpec.parse(word).name for word in options.static or ()],
             state={spec.input.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
+            sign=options.sign,
             progress=progress,
         )
     return replace(report, notes=(*notes, *report.notes)) if notes else report

@@ -9,6 +9,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from unroll.bundle import Precision
+from unroll.bundle.signature import KeyUnusable, Signer
+from unroll.export.errors import ExportError
 from unroll.export.options import ExportOptions, Progress
 from unroll.export.pipeline import Pipeline
 from unroll.export.report import Report
@@ -29,6 +31,7 @@ def export(
     max_error: float | None = None,
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
+    sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
 ) -> Report:
     """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
@@ -49,6 +52,7 @@ def export(
         static: the arguments without time, (batch, ...), which are given once when a sequence begins.
         state: the arguments that forward returns for its next call, as a cache is, each with the name of that output:
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
+        sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
         progress: called with a line of text at the beginning of each stage.
 
     Returns:
@@ -76,5 +80,13 @@ def export(
         output_names=output_names,
         precision=precision,
         max_error=max_error,
+        signer=_signer(sign),
     )
     return Pipeline(options, progress).run(module, example_inputs)
+
+
+def _signer(path: Path | str | None) -> Signer | None:
+    try:
+        return None if path is None else Signer.read(Path(path))
+    except KeyUnusable as error:
+        raise ExportError("bundle", str(error)) from None

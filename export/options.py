@@ -6,6 +6,7 @@ from pathlib import Path
 
 from unroll.bundle import BundleError, Precision
 from unroll.bundle.manifest import check_name
+from unroll.bundle.signature import Signer
 from unroll.export.errors import ExportError
 from unroll.export.signature.arguments import DeclaredArguments
 
@@ -25,6 +26,7 @@ class ExportOptions:
     output_names: list[str] | None
     precision: Precision
     max_error: float | None
+    signer: Signer | None = None
 
     def check_target(self) -> None:
         """Raises ExportError(bundle) if the bundle cannot be written there."""

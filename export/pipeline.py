@@ -255,6 +255,7 @@ class Pipeline:
         return replace(candidate, manifest=limit(candidate.manifest, self._options.max_error))
 
     def _write(self, candidate: Candidate, prepared: Prepared, lifted: Lifted, judged: Judged) -> Report:
+        signer = self._options.signer
         try:
             path = bundle.write(
                 self._options.repository,
@@ -262,6 +263,7 @@ class Pipeline:
                 candidate.content,
                 candidate.golden,
                 replace_existing=self._options.replace,
+                sign=None if signer is None else signer.sign,
             )
             manifest = bundle.read(path).manifest
         except BundleError as error:

@@ -198,7 +198,9 @@ class FrameSubmitter:
                 check_present(served, session)
                 _check_depth(session, entry.position)
             pending.served, pending.session = served, session
-            pending.chunk = served.loop.submit(Chunk(entry.inputs, session, entry.position), self._timeout, pending)
+            chunk = Chunk(entry.inputs, session, entry.position)
+            chunk.patient = True  # flow control holds the client back
+            pending.chunk = served.loop.submit(chunk, self._timeout, pending)
             if pending.chunk is not None:
                 self._pending[pending] = None
         except UnrollError as error:

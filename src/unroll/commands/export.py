@@ -111,6 +111,10 @@ class Export:
             positive,
         ),
     ] = None
+    sign: Annotated[
+        Path | None,
+        option("--sign", "FILE", "sign the bundle with this private key, as `unroll keys pair` makes one"),
+    ] = None
     json: Json = False
 
     def run(self) -> int:
