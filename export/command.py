@@ -46,6 +46,9 @@ def run(options: "Export") -> int:
 
 def _export(options: "Export") -> Report:
     module, example, notes = _load(options)
+    if options.time_last:
+        names = {InputSpec.parse(word).name for word in options.input or ()}
+        example = {name: tensor.movedim(1, -1) if name in names else tensor for name, tensor in example.items()}
     with stages() as progress:
         report = export(
             module,
@@ -55,11 +58,13 @@ def _export(options: "Export") -> Report:
             repository=options.repository,
             replace=options.replace,
             batch_first=not options.time_first,
+            time_last=options.time_last,
             precision=options.precision,
             max_error=options.max_error,
             output_names=options.outputs.split(",") if options.outputs else None,
             static=[InputSpec.parse(word).name for word in options.static or ()],
             state={spec.input.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
+            sign=options.sign,
             progress=progress,
         )
     return replace(report, notes=(*notes, *report.notes)) if notes else report

@@ -28,7 +28,7 @@ from unroll.export.lifting.module_state import (
 from unroll.export.lifting.observe import Observation, find_history, keep_squeezes, observe
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
-from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments
+from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments, move_time
 from unroll.export.onnx.graph import Trace, to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
@@ -135,7 +135,10 @@ class Pipeline:
         self._progress("reading the model")
         prepared = self._prepare(module, example_inputs)
         self._progress("running it as it is")
-        prepared = self._find_state(prepared)
+        try:
+            prepared = self._find_state(prepared)
+        except ExportError as error:
+            raise preconditions.in_its_own_precision(error, prepared.dtype) from error
         lifted = self._lift(prepared)
         self._progress("tracing it into ONNX")
         traced = self._trace(lifted)
@@ -151,12 +154,15 @@ class Pipeline:
         plain = programs.as_module(module, example_inputs)
         preconditions.check_modules(plain)
         model, example = detached_copy(plain), detached_example(example_inputs)
+        declared = self._options.arguments
+        if self._options.time_last:
+            example = move_time(model, example, {*declared.static, *declared.state})
         keep_arguments(model, example)
         exact, dtype = converted(model, torch.float64), preconditions.precision(model)
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
         check_arguments(model, example)
-        declared = self._options.arguments
+        preconditions.check_example(example)
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(
                 "input", f"{', '.join(sorted(missing))} is in `static` or `state`, and not in the example inputs"
@@ -255,6 +261,7 @@ class Pipeline:
         return replace(candidate, manifest=limit(candidate.manifest, self._options.max_error))
 
     def _write(self, candidate: Candidate, prepared: Prepared, lifted: Lifted, judged: Judged) -> Report:
+        signer = self._options.signer
         try:
             path = bundle.write(
                 self._options.repository,
@@ -262,6 +269,7 @@ class Pipeline:
                 candidate.content,
                 candidate.golden,
                 replace_existing=self._options.replace,
+                sign=None if signer is None else signer.sign,
             )
             manifest = bundle.read(path).manifest
         except BundleError as error:

@@ -48,6 +48,7 @@ class Settings(BaseModel):
     bundle_memory: PositiveInt = 4 * 2**30
     bundle_time: PositiveFloat = 30.0
     allow_operators: tuple[str, ...] = ()
+    trusted_keys: Path | None = None
     serve: dict[str, PositiveInt] = {}
     host: str = "127.0.0.1"
     auth: Literal["keys", "none"] | None = None
@@ -203,6 +204,7 @@ class Settings(BaseModel):
             )
 
     def model_options(self) -> "ModelOptions":
+        from unroll.bundle.signature import TrustedKeys
         from unroll.service.engine.backend import EngineOptions
         from unroll.service.models.loading import ModelOptions
         from unroll.service.models.trial import TrialLimits
@@ -212,6 +214,7 @@ class Settings(BaseModel):
         return ModelOptions(
             fill_memory=fill_memory,
             spill_bytes=self.spill_bytes,
+            trusted_keys=None if self.trusted_keys is None else TrustedKeys.read(self.trusted_keys),
             trial=TrialLimits(self.bundle_memory, self.bundle_time, self.allow_operators),
             engine=EngineOptions(self.threads, self.precision, self.buckets, self.cells, self.memory_share),
             max_steps=self.max_steps,

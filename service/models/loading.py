@@ -13,6 +13,7 @@ import structlog
 
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, BundleError, Manifest
+from unroll.bundle.signature import TrustedKeys
 from unroll.bundle.verification import Differences
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import NonFiniteOutput
@@ -46,6 +47,7 @@ class ModelOptions:
         max_steps: Time steps per request.
         max_sequences: Whole sequences per request.
         spill_bytes: Host memory for idle sessions that lost their row.
+        trusted_keys: Who must have signed a bundle, if anybody.
         trial: What a bundle may take and hold; its `calls` and `slack` are those of the server.
         fill_memory: Ignore `sessions.capacity` and allow as many sessions as fit in `engine.memory_share`, per device.
     """
@@ -54,6 +56,7 @@ class ModelOptions:
     max_sequences: int = 1024
     spill_bytes: int = 256 * 2**20
     fill_memory: bool = False
+    trusted_keys: TrustedKeys | None = None
     trial: TrialLimits = field(default_factory=TrialLimits)
     engine: EngineOptions = field(default_factory=EngineOptions)
     sessions: SessionLimits = field(default_factory=SessionLimits)
@@ -125,6 +128,8 @@ class ModelLoader:
             if content.identity in known:
                 bundles.check_digests(content)
                 return []
+            if self._options.trusted_keys is not None:
+                self._options.trusted_keys.check(content)
             parity = self._trials.prove(content)
             bundle = bundles.parse(content, self._trials.limits.allowed_operators)
             for device, executor in self._devices:
