@@ -26,6 +26,7 @@ def export(
     repository: Path | str,
     replace: bool = False,
     batch_first: bool = True,
+    time_last: bool = False,
     output_names: list[str] | None = None,
     precision: Precision = "float32",
     max_error: float | None = None,
@@ -46,6 +47,7 @@ def export(
         repository: the folder that holds the bundles.
         replace: overwrite an existing bundle.
         batch_first: forward takes (batch, time, ...), otherwise (time, batch, ...).
+        time_last: forward takes (batch, ..., time), as convolutions do. The bundle takes (batch, time, ...).
         output_names: names for the outputs, in the order in which forward returns them.
         precision: of the graph: float16 for a GPU, int8 for the CPU. Inputs, outputs and state stay float32.
         max_error: the largest absolute difference from PyTorch in float64 that an output may have.
@@ -77,6 +79,7 @@ def export(
         repository=Path(repository),
         replace=replace,
         arguments=arguments,
+        time_last=time_last,
         output_names=output_names,
         precision=precision,
         max_error=max_error,

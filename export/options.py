@@ -23,6 +23,7 @@ class ExportOptions:
     repository: Path
     replace: bool
     arguments: DeclaredArguments
+    time_last: bool
     output_names: list[str] | None
     precision: Precision
     max_error: float | None
@@ -34,6 +35,8 @@ class ExportOptions:
             check_name(self.name, self.version)
         except BundleError as error:
             raise ExportError("bundle", error.message) from None
+        if self.time_last and not self.arguments.batch_first:
+            raise ExportError("input", "the time of the inputs is either first or last: give one of the two")
         path = self.repository / self.name / self.version
         if path.exists() and not self.replace:
             raise ExportError("bundle", f"{path} exists; choose another version, or replace it")

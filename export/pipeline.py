@@ -28,7 +28,7 @@ from unroll.export.lifting.module_state import (
 from unroll.export.lifting.observe import Observation, find_history, keep_squeezes, observe
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
-from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments
+from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments, move_time
 from unroll.export.onnx.graph import Trace, to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
@@ -124,7 +124,8 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """All stages. Raises ExportError, and has then written nothing."""
         try:
-            return self._run(module, example_inputs)
+            with torch.random.fork_rng(devices=[]):  # the caller's random numbers continue as if nothing had been
+                return self._run(module, example_inputs)
         except ExportError:
             raise
         except Exception as error:
@@ -135,7 +136,10 @@ class Pipeline:
         self._progress("reading the model")
         prepared = self._prepare(module, example_inputs)
         self._progress("running it as it is")
-        prepared = self._find_state(prepared)
+        try:
+            prepared = self._find_state(prepared)
+        except ExportError as error:
+            raise preconditions.in_its_own_precision(error, prepared.dtype) from error
         lifted = self._lift(prepared)
         self._progress("tracing it into ONNX")
         traced = self._trace(lifted)
@@ -151,12 +155,15 @@ class Pipeline:
         plain = programs.as_module(module, example_inputs)
         preconditions.check_modules(plain)
         model, example = detached_copy(plain), detached_example(example_inputs)
+        declared = self._options.arguments
+        if self._options.time_last:
+            example = move_time(model, example, {*declared.static, *declared.state})
         keep_arguments(model, example)
         exact, dtype = converted(model, torch.float64), preconditions.precision(model)
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
         check_arguments(model, example)
-        declared = self._options.arguments
+        preconditions.check_example(example)
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(
                 "input", f"{', '.join(sorted(missing))} is in `static` or `state`, and not in the example inputs"

@@ -40,8 +40,9 @@ GROUPS = {
         ),
         "keys": Description("FILE", "file of API keys, which `unroll keys new` writes; read again at SIGHUP"),
         "jwt_keys": Description(
-            "FILE|URL",
-            "JWK set of an identity provider, whose JWTs are taken as keys are; a file is read again at SIGHUP, a URL "
+            "FILE",
+            "JWK set of an identity provider, a file or a URL, whose JWTs are taken as keys are; a file is read again "
+            "at SIGHUP, a URL "
             "(https, or http of this machine) every five minutes; needs the package extra jwt",
         ),
         "jwt_issuer": Description("ISSUER", "what JWTs say in iss; needed with --jwt-keys"),
@@ -127,15 +128,16 @@ GROUPS = {
         ),
         "snapshot_keys": Description(
             "KEYS",
-            'secrets that sign client-held snapshots: ["new","old"]; the first signs, all verify',
+            'secrets that sign client-held snapshots: @FILE with one a line, or ["new","old"]; '
+            "the first signs, all verify",
             several=True,
         ),
     },
     "store": {
         "store": Description(
             "URL",
-            "store of durable sessions: file:///folder (for the processes of one machine), "
-            "redis://host:port/db, redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ...",
+            "store of durable sessions: file:///folder (for the processes of one machine), redis://host:port/db, "
+            "redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ..., or @FILE",
         ),
         "store_prefix": Description(
             "PREFIX", "prefix of all keys in Redis; deployments that share a Redis need different ones", "unroll"

@@ -173,8 +173,12 @@ class Action(Work):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingCommit:
-    """A durable session's chunk that has run. It counts as applied only once the store has it."""
+    """A durable session's chunk that has run. It counts as applied only once the store has it.
+
+    batch_rows: of the batch that it ran in.
+    """
 
     chunk: Chunk
     session: Session
     outputs: Tensors
+    batch_rows: int

@@ -99,6 +99,11 @@ class Scheduler:
         return self.workspaces.end
 
     @property
+    def answered_rows(self) -> int:
+        """Rows of the batch whose work is being answered, for listeners; 0 in between."""
+        return self._completion.batch_rows
+
+    @property
     def in_flight(self) -> int:
         """Chunks accepted and not yet answered."""
         return self._admission.in_flight
@@ -250,6 +255,7 @@ class Scheduler:
             What must be put into the store, each to be followed by `complete_commit`; until then its session is busy.
         """
         steps, longest = batch.steps, batch.longest
+        self._completion.batch_rows = len(batch)
         self.counters.batches += 1
         self.counters.padded_steps += len(batch) * longest - steps
         if seconds is not None:
@@ -272,6 +278,7 @@ class Scheduler:
             else:
                 take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
             row += 1
+        self._completion.batch_rows = 0
         if self._admission.begins_overload(len(batch), now):
             self._shed(now)
         return self._completion.take_commits() if self._completion.commits else []
