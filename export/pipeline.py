@@ -124,7 +124,8 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """All stages. Raises ExportError, and has then written nothing."""
         try:
-            return self._run(module, example_inputs)
+            with torch.random.fork_rng(devices=[]):  # the caller's random numbers continue as if nothing had been
+                return self._run(module, example_inputs)
         except ExportError:
             raise
         except Exception as error:

@@ -64,7 +64,7 @@ def test_exported(kind: Kind, tmp_path: Path) -> None:
     module, example = kind.build(), kind.example()
     given = copy.deepcopy(example)
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    training = module.training
+    training, random_state = module.training, torch.get_rng_state()
 
     report = export(module, example, name="m", repository=tmp_path, **kind.options)
 
@@ -78,6 +78,7 @@ def test_exported(kind: Kind, tmp_path: Path) -> None:
     assert bundle.read(report.path).manifest == manifest
     assert b".py" not in (report.path / "model.onnx").read_bytes()  # no stack traces of this machine
     assert module.training == training
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(map(torch.equal, _tensors(given), _tensors(example))), "the caller's example was changed"
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
     _answers_like_torch(kind, module, example, report)
