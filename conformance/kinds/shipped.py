@@ -32,6 +32,33 @@ class Spiking(nn.Module):
         return torch.stack(outs, 1)
 
 
+class Potential(nn.Module):
+    """A neuron, whose potential is an argument, and also a buffer that is made when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mem", torch.zeros(0), persistent=False)
+
+    def reset(self) -> Tensor:
+        self.mem = torch.zeros_like(self.mem)
+        return self.mem
+
+    def forward(self, x: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
+        self.mem = mem
+        if self.mem.shape != x.shape:
+            self.mem = torch.zeros_like(x)
+        self.mem = 0.9 * self.mem + x - (self.mem > 1.0).to(x.dtype)
+        return (self.mem > 1.0).to(x.dtype), self.mem
+
+
+def potentials(s: Any, x: Tensor) -> Tensor:
+    mem, outs = s.neuron.reset(), []
+    for step in x.unbind(1):
+        spikes, mem = s.neuron(s.fc(step), mem)
+        outs.append(s.head(spikes) + mem[:, :3])
+    return torch.stack(outs, 1)
+
+
 def two_paths(s: Any, x: Tensor) -> Tensor:
     """Over the bands of each time step in both directions, then over time for each band, as denoisers do."""
     batch, time, bands = x.shape
@@ -119,6 +146,10 @@ def largest(s: Any, x: Tensor) -> Tensor:
 
 SHIPPED = [
     Kind("constants in a named tuple", Spiking),
+    Kind(
+        "neurons with a buffer that begins empty",
+        lambda: made(potentials, fc=nn.Linear(4, 6), neuron=Potential(), head=head()),
+    ),
     Kind(
         "layers over the bands and over time",
         lambda: made(
