@@ -1,4 +1,4 @@
-"""Shapes of modules that public packages ship."""
+"""Shapes of modules that public packages ship, for export's tests; docs/packages.md has the modules themselves."""
 
 from typing import Any, NamedTuple
 
