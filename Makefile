@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload machine-test crowd-test check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload machine-test crowd-test api-fuzz check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ machine-test: install ## random event sequences over two replicas and in the sch
 
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 -m '' tests/service/api/test_interleaving.py
+
+api-fuzz: install .tools/schemathesis/.installed ## send requests made of the OpenAPI document; none may fail or have an undocumented answer (SECONDS=, SEED=)
+	PYTHONPATH=tests $(BIN)/python -m api_fuzz --schemathesis .tools/schemathesis/bin/schemathesis --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 long-test: install ## run the tests that `make test` leaves out: export of every kind of module, and a benchmark (minutes)
 	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
@@ -142,6 +145,12 @@ clean: ## remove environments, caches and build outputs
 
 .venv/.installed-docs: .venv/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# Apart from .venv: it is a plugin of pytest, too, and would slow every run of the tests.
+.tools/schemathesis/.installed:
+	$(PYTHON) -m venv .tools/schemathesis
+	.tools/schemathesis/bin/pip install -q --disable-pip-version-check 'schemathesis>=4,<5'
 	@touch $@
 
 .tools/ray/.installed: pyproject.toml constraints.txt
