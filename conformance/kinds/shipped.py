@@ -35,6 +35,8 @@ class Spiking(nn.Module):
 class Potential(nn.Module):
     """A neuron, whose potential is an argument, and also a buffer that is made when it is first called."""
 
+    mem: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mem", torch.zeros(0), persistent=False)
