@@ -300,13 +300,17 @@ class Manifest:
 
 def check_name(name: str, version: str) -> None:
     """Check that name and version are safe as a folder and in a URL. Raises BundleError (`bundle_name`)."""
-    if not _MODEL_NAME.fullmatch(name):
+    if not is_name(name):
         raise BundleError("bundle_name", f"model name {name[:80]!a}: use letters, digits, _ and - (at most 64)")
     if not is_version(version):
         raise BundleError(
             "bundle_name",
             f"version {version[:80]!a}: use up to 18 digits, without a leading zero, as in 1 or 20261129",
         )
+
+
+def is_name(text: str) -> bool:
+    return _MODEL_NAME.fullmatch(text) is not None
 
 
 def is_version(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ def run(options: "Export") -> int:
             report = _export(options)
     except ExportError as error:
         print(f"unroll export: {error.code}: {error}", file=sys.stderr)
+        if options.verbose and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         return 1
     if options.json:
         document = {"path": str(report.path), "notes": report.notes, "manifest": asdict(report.manifest)}

@@ -72,7 +72,13 @@ def _bodies(json_model: str | None) -> dict[str, Any]:
 
 
 def _header(name: str, description: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": False, "schema": {"type": "integer"}, "description": description}
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "schema": {"type": "integer", "minimum": 0},
+        "description": description,
+    }
 
 
 TIMEOUT_HEADER = _header("Unroll-Timeout-Ms", "milliseconds within which the work must start")

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from unroll.service.api.app_state import AppState
 from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.http import http_protocol, operator_protocol
-from unroll.service.transport.websocket import StreamProtocol
+from unroll.service.transport.websocket import stream_protocol
 
 
 def uvicorn_config(
@@ -19,7 +19,7 @@ def uvicorn_config(
         host=host,
         port=port,
         http=http_protocol(app, limits),
-        ws=StreamProtocol,
+        ws=stream_protocol(app.turns),
         ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
         access_log=False,

@@ -140,6 +140,12 @@ def test_discover_sorts_versions_as_numbers(tmp_path: Path) -> None:
     assert found == ["a/9", "a/10", "b/1"]
 
 
+def test_a_folder_of_the_disk_that_cannot_be_listed_is_no_bundle(tmp_path: Path) -> None:
+    for name in ("lost+found", "model"):
+        (tmp_path / name).symlink_to("nowhere")
+    assert bundle.discover(tmp_path) == [tmp_path / "model"]
+
+
 @pytest.mark.parametrize("damage", [b"", b"\0" * 40, b"not a file"])
 def test_damaged_vectors(damage: bytes) -> None:
     with pytest.raises(ValueError, match="golden vectors"):

@@ -218,7 +218,11 @@ def test_a_state_that_forward_hands_on(folder: Path, capsys: pytest.CaptureFixtu
     assert run(*delay, "--state", "cache:float32:2x3") == 2
     assert "NAME:DTYPE:SHAPE=OUTPUT" in capsys.readouterr().err
     assert run(*delay, "--state", "cache:float32:3x3=y1") == 1
-    assert "forward fails on the example" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "forward fails on the example" in printed
+    assert "Traceback" not in printed
+    assert run(*delay, "--state", "cache:float32:3x3=y1", "--verbose") == 1
+    assert "Traceback" in capsys.readouterr().err
     assert run(*delay, "--state", "cache:float32:2x3=y1") == 0
     manifest = bundle.read(folder / "out/delay/1").manifest
     assert manifest.streamable
@@ -242,3 +246,28 @@ def test_weights_that_would_run_code_are_refused(folder: Path, capsys: pytest.Ca
     assert "checkpoint: " in capsys.readouterr().err
     assert not (folder / "canary").exists()
     assert not (folder / "out").exists()
+
+
+TIME_LAST = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x.transpose(1, 2))[0].transpose(1, 2)
+"""
+
+
+def test_the_time_may_be_last(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "channels.py").write_text(TIME_LAST)
+    net = ("channels:Net", "--input", "x:float32:3", "--random-weights", "--repository", "out", "--name", "net")
+    assert run(*net, "--time-last", "--time-first") == 1
+    assert "either first or last" in capsys.readouterr().err
+    assert run(*net, "--time-last") == 0
+    manifest = bundle.read(folder / "out/net/1").manifest
+    assert manifest.streamable
+    assert [spec.shape for spec in manifest.inputs + manifest.outputs] == [(3,), (4,)]

@@ -126,6 +126,7 @@ class Export:
         Path | None,
         option("--sign", "FILE", "sign the bundle with this private key, as `unroll keys pair` makes one"),
     ] = None
+    verbose: Annotated[bool, flag("--verbose", "below a refusal, also print what PyTorch said, in full")] = False
     json: Json = False
 
     def run(self) -> int:
