@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload machine-test crowd-test api-fuzz fuzz check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload soak machine-test crowd-test api-fuzz fuzz check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ rollout-test: install ## roll versions of a model out over three replicas while 
 
 overload: install ## attack a server from another process; print what a calm client notices and the attackers get (minutes; SECONDS=)
 	PYTHONPATH=tests $(BIN)/python -m faults.overload $(if $(SECONDS),--seconds $(SECONDS))
+
+soak: install ## open and close a million sessions in every way; what is held must not grow (an hour; CYCLES=)
+	PYTHONPATH=tests $(BIN)/python -m faults.soak $(if $(CYCLES),--cycles $(CYCLES))
 
 machine-test: install ## random event sequences over two replicas and in the scheduler, longer than in `make test` (minutes; EXAMPLES=)
 	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py tests/service/scheduler
