@@ -120,7 +120,8 @@ def build(
     workers = None
     if settings.worker_port is not None:
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
-        workers = WorkerMetrics(settings.host, ports)
+        tls = settings.tls_files()
+        workers = WorkerMetrics(settings.host, ports, None if tls is None else tls.client_context)
     app = _fastapi(state, lambda _: _lifespan(state, state_file, settings.store_timeout))
     _add_inference(app, state)
     if settings.shows_page:

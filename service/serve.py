@@ -11,6 +11,7 @@ from threading import Event
 import structlog
 
 from unroll.service import app
+from unroll.service.access.certificate import Tls
 from unroll.service.core.errors import StoreUnavailable, UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import RepositoryError
@@ -37,9 +38,12 @@ def main(settings: Settings) -> int:
     logs.configure(settings.log_level, **({} if worker is None else {"worker": worker.number}))
     log = structlog.get_logger(__name__)
     if settings.workers > 1 and worker is None:
-        return supervise(settings.host, settings.port, settings.workers)
+        scheme = "http" if settings.tls_cert is None else "https"
+        return supervise(settings.host, settings.port, settings.workers, scheme)
     limits = ConnectionLimits.of(settings)
     try:
+        files = settings.tls_files()
+        tls = None if files is None else Tls(files)
         if worker is None:
             _check_address(settings.host, settings.port)
         asyncio.run(_check_store(settings))
@@ -53,7 +57,7 @@ def main(settings: Settings) -> int:
             operator_listener = bind(settings.admin_host, settings.admin_port)
             log.info("operator's port", host=settings.admin_host, port=operator_listener.getsockname()[1])
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
-        config = uvicorn_config(application, state, settings.host, settings.port, limits)
+        config = uvicorn_config(application, state, settings.host, settings.port, limits, tls)
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
@@ -73,6 +77,8 @@ def main(settings: Settings) -> int:
     def read_again(*_: object) -> None:
         state.gate.request_reload()
         state.repository.request_rescan()
+        if tls is not None:
+            tls.request_reload()
 
     signal.signal(signal.SIGHUP, read_again)
     if rescan.is_set():

@@ -34,6 +34,7 @@ CASES = {
     "bundles": ["repository.persistentVolumeClaim.claimName=bundles", "args={--max-batch,64}", "env[0].name=A"],
     "monitored": ["serviceMonitor.enabled=true", "serviceMonitor.labels.release=prometheus", "podAnnotations.a=b"],
     "keys": ["auth.keysSecret=keys", "auth.metricsKeySecret=scrape", "serviceMonitor.enabled=true"],
+    "tls": ["tls.secret=certificate", "serviceMonitor.enabled=true"],
     "alerts": ["prometheusRule.enabled=true", "prometheusRule.labels.release=prometheus"],
     "embedded": [*SMALL, "store.embedded.storageClass=fast", "args={--workers,4}", "prometheusRule.enabled=true"],
     "own-password": ["redis.passwordSecret=redis"],

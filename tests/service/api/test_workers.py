@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from processes import Process, StartProcess, spawn
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer
 from serving import RAW, Oracle, metric
 from waiting import PATIENCE, reached, until
 from websockets.sync.client import connect
@@ -31,20 +30,6 @@ NUMBER = 2
 MODEL = "/v1/models/gru"
 
 Background = Callable[..., Future]
-
-
-@pytest.fixture
-def ports() -> list[int]:
-    """Free ones in a row, for the workers' own."""
-    while True:
-        first = free_port()
-        ports = [first + i for i in range(NUMBER)]
-        try:
-            for port in ports:
-                socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return ports
 
 
 @pytest.fixture
