@@ -9,21 +9,22 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unroll.bundle.errors import BundleError
 from unroll.bundle.golden import Golden
 from unroll.bundle.graph import check_operators, operators
-from unroll.bundle.manifest import Manifest, check_name, is_version
+from unroll.bundle.manifest import Manifest, check_name, is_name, is_version
 
 MODEL, MANIFEST, GOLDEN = "model.onnx", "manifest.json", "golden.safetensors"
+#: Of a bundle that was signed; see `signature.py`.
+SIGNATURE = "signature.json"
 
 #: Bytes of each file at most. A message of protobuf ends at 2 GiB.
 _MOST_BYTES = {MANIFEST: 32 * 2**20, MODEL: 2**31 - 1, GOLDEN: 64 * 2**20}
-#: As long as a name of a file can be.
-_LONGEST_NAME = 255
+_MOST_SIGNATURE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,14 @@ class Content:
     Attributes:
         path: Its folder.
         manifest, model, golden: Content of its files.
+        signature: Content of `signature.json`, if there is one.
     """
 
     path: Path
     manifest: bytes
     model: bytes
     golden: bytes
+    signature: bytes | None = None
 
     @property
     def identity(self) -> str:
@@ -82,7 +85,7 @@ def discover(repository: Path) -> list[Path]:
         except NotADirectoryError:
             continue
         except OSError:
-            found += [folder] if not folder.name.startswith(".") else []
+            found += [folder] if is_name(folder.name) else []  # not lost+found, which is of the disk
         else:
             found += sorted(versions, key=lambda path: int(path.name))
     return found
@@ -128,12 +131,14 @@ def read_content(path: Path) -> Content:
         BundleError: `bundle_file`, `bundle_too_large`.
     """
     content = {}
-    for name, most in _MOST_BYTES.items():
+    for name, most in {**_MOST_BYTES, SIGNATURE: _MOST_SIGNATURE_BYTES}.items():
         try:
             content[name] = read_regular(path / name, most, follow=False)
         except OSError as error:
+            if name == SIGNATURE and isinstance(error, FileNotFoundError):
+                continue
             raise BundleError("bundle_file", f"{name} cannot be read: {error.strerror or error}") from error
-    return Content(path, *(content[name] for name in (MANIFEST, MODEL, GOLDEN)))
+    return Content(path, content[MANIFEST], content[MODEL], content[GOLDEN], content.get(SIGNATURE))
 
 
 def read_regular(path: Path, most: int, *, follow: bool) -> bytes:
@@ -204,7 +209,13 @@ def check_digests(content: Content) -> Manifest:
 
 
 def write(
-    repository: Path, manifest: Manifest, model: bytes, golden: Golden, *, replace_existing: bool = False
+    repository: Path,
+    manifest: Manifest,
+    model: bytes,
+    golden: Golden,
+    *,
+    replace_existing: bool = False,
+    sign: Callable[[bytes], bytes] | None = None,
 ) -> Path:
     """Write the folder `<repository>/<name>/<version>/` in one rename.
 
@@ -214,6 +225,7 @@ def write(
         model: Content of `model.onnx`.
         golden: The golden vectors.
         replace_existing: Replace a folder that exists.
+        sign: Makes a signature of the manifest, as `signature.Signer` does.
 
     Returns:
         The bundle's folder.
@@ -238,6 +250,8 @@ def write(
         (temporary / MODEL).write_bytes(model)
         (temporary / GOLDEN).write_bytes(vectors)
         (temporary / MANIFEST).write_bytes(description)
+        if sign is not None:
+            (temporary / SIGNATURE).write_bytes(sign(description))
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)

@@ -40,8 +40,9 @@ GROUPS = {
         ),
         "keys": Description("FILE", "file of API keys, which `unroll keys new` writes; read again at SIGHUP"),
         "jwt_keys": Description(
-            "FILE|URL",
-            "JWK set of an identity provider, whose JWTs are taken as keys are; a file is read again at SIGHUP, a URL "
+            "FILE",
+            "JWK set of an identity provider, a file or a URL, whose JWTs are taken as keys are; a file is read again "
+            "at SIGHUP, a URL "
             "(https, or http of this machine) every five minutes; needs the package extra jwt",
         ),
         "jwt_issuer": Description("ISSUER", "what JWTs say in iss; needed with --jwt-keys"),
@@ -91,6 +92,11 @@ GROUPS = {
         "bundle_time": Description(
             "SECONDS", "processor time that a bundle may take when it is tried before it is served", "30"
         ),
+        "trusted_keys": Description(
+            "PATH",
+            "public key, or folder of them (*.pem), as `unroll keys pair` makes them; "
+            "a bundle that none of them has signed is refused",
+        ),
         "allow_operators": Description(
             "OPERATORS",
             'operators that graphs may have besides those that export writes, such as ["RandomNormal"]',
@@ -128,15 +134,16 @@ GROUPS = {
         ),
         "snapshot_keys": Description(
             "KEYS",
-            'secrets that sign client-held snapshots: ["new","old"]; the first signs, all verify',
+            'secrets that sign client-held snapshots: @FILE with one a line, or ["new","old"]; '
+            "the first signs, all verify",
             several=True,
         ),
     },
     "store": {
         "store": Description(
             "URL",
-            "store of durable sessions: file:///folder (for the processes of one machine), "
-            "redis://host:port/db, redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ...",
+            "store of durable sessions: file:///folder (for the processes of one machine), redis://host:port/db, "
+            "redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ..., or @FILE",
         ),
         "store_prefix": Description(
             "PREFIX", "prefix of all keys in Redis; deployments that share a Redis need different ones", "unroll"
@@ -158,6 +165,9 @@ GROUPS = {
         "max_batch_steps": Description("N", "maximum rows x time steps per model call", "2048"),
         "piece_steps": Description("N", "time steps of a long request per model call", "64"),
         "max_queue": Description("N", "maximum waiting requests per model", "8192"),
+        "overload_wait": Description(
+            "SECONDS", "seconds a new request may wait while more work arrives than runs (0: no limit)", "0.02"
+        ),
         "request_timeout": Description("SECONDS", "seconds within which the work on a request must start", "30"),
         "max_connections": Description(
             "N|auto",

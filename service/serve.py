@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from functools import partial
 from threading import Event
 
@@ -25,9 +26,18 @@ from unroll.service.transport.server import DrainingServer
 from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
 from unroll.service.workers import Worker, bind, supervise
 
+_EXPOSED = (
+    "every user of this machine can read it in the list of processes: give it as @FILE, in the environment, or in the "
+    "file of --config"
+)
 
-def main(settings: Settings) -> int:
+
+def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     """Serve until a signal ends it.
+
+    Args:
+        settings: What to serve, and how.
+        exposed: Flags that have secrets in them.
 
     Returns:
         0 after an orderly end, 1 if it cannot start or has failed.
@@ -37,6 +47,9 @@ def main(settings: Settings) -> int:
     rescan = _catch_signals()
     logs.configure(settings.log_level, **({} if worker is None else {"worker": worker.number}))
     log = structlog.get_logger(__name__)
+    if worker is None:
+        for flag in exposed:
+            log.warning("secret in a flag", flag=flag, reason=_EXPOSED)
     if settings.workers > 1 and worker is None:
         scheme = "http" if settings.tls_cert is None else "https"
         return supervise(settings.host, settings.port, settings.workers, scheme)

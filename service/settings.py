@@ -49,6 +49,7 @@ class Settings(BaseModel):
     bundle_memory: PositiveInt = 4 * 2**30
     bundle_time: PositiveFloat = 30.0
     allow_operators: tuple[str, ...] = ()
+    trusted_keys: Path | None = None
     serve: dict[str, PositiveInt] = {}
     host: str = "127.0.0.1"
     auth: Literal["keys", "none"] | None = None
@@ -93,6 +94,7 @@ class Settings(BaseModel):
     max_batch_steps: PositiveInt = 2048
     piece_steps: PositiveInt = 64
     max_queue: PositiveInt = 8192
+    overload_wait: Annotated[float, Field(ge=0)] = 0.02
 
     request_timeout: PositiveFloat = 30.0
     max_connections: PositiveInt | Literal["auto"] = "auto"
@@ -209,6 +211,7 @@ class Settings(BaseModel):
             )
 
     def model_options(self) -> "ModelOptions":
+        from unroll.bundle.signature import TrustedKeys
         from unroll.service.engine.backend import EngineOptions
         from unroll.service.models.loading import ModelOptions
         from unroll.service.models.trial import TrialLimits
@@ -218,6 +221,7 @@ class Settings(BaseModel):
         return ModelOptions(
             fill_memory=fill_memory,
             spill_bytes=self.spill_bytes,
+            trusted_keys=None if self.trusted_keys is None else TrustedKeys.read(self.trusted_keys),
             trial=TrialLimits(self.bundle_memory, self.bundle_time, self.allow_operators),
             engine=EngineOptions(self.threads, self.precision, self.buckets, self.cells, self.memory_share),
             max_steps=self.max_steps,
@@ -233,6 +237,7 @@ class Settings(BaseModel):
                 max_batch_steps=self.max_batch_steps,
                 piece_steps=self.piece_steps,
                 max_queue=self.max_queue,
+                overload_wait=self.overload_wait,
             ),
         )
 

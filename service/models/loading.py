@@ -13,6 +13,7 @@ import structlog
 
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, BundleError, Manifest
+from unroll.bundle.signature import TrustedKeys
 from unroll.bundle.verification import Differences
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import NonFiniteOutput
@@ -46,6 +47,7 @@ class ModelOptions:
         max_steps: Time steps per request.
         max_sequences: Whole sequences per request.
         spill_bytes: Host memory for idle sessions that lost their row.
+        trusted_keys: Who must have signed a bundle, if anybody.
         trial: What a bundle may take and hold; its `calls` and `slack` are those of the server.
         fill_memory: Ignore `sessions.capacity` and allow as many sessions as fit in `engine.memory_share`, per device.
     """
@@ -54,6 +56,7 @@ class ModelOptions:
     max_sequences: int = 1024
     spill_bytes: int = 256 * 2**20
     fill_memory: bool = False
+    trusted_keys: TrustedKeys | None = None
     trial: TrialLimits = field(default_factory=TrialLimits)
     engine: EngineOptions = field(default_factory=EngineOptions)
     sessions: SessionLimits = field(default_factory=SessionLimits)
@@ -108,12 +111,13 @@ class ModelLoader:
         self._spill = spill
         self._is_verified = is_verified
 
-    def load(self, path: Path, known: Container[str] = ()) -> list[ServedModel]:
+    def load(self, path: Path, known: Container[str] = (), seconds: float | None = None) -> list[ServedModel]:
         """The version on every device; all share their statistics.
 
         Args:
             path: The bundle's folder.
             known: Identities of bundles that are not to be loaded; the result is empty for them.
+            seconds: Processor time for its trial, if less than a bundle may take.
 
         Raises:
             ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit there.
@@ -125,7 +129,9 @@ class ModelLoader:
             if content.identity in known:
                 bundles.check_digests(content)
                 return []
-            parity = self._trials.prove(content)
+            if self._options.trusted_keys is not None:
+                self._options.trusted_keys.check(content)
+            parity = self._trials.prove(content, seconds)
             bundle = bundles.parse(content, self._trials.limits.allowed_operators)
             for device, executor in self._devices:
                 statistics = models[0].figures.statistics if models else None
@@ -138,9 +144,9 @@ class ModelLoader:
         for _, executor in self._devices:
             executor.shutdown()
 
-    def end_trial(self) -> None:
-        """End the process that tries bundles. The next bundle starts another."""
-        self._trials.close()
+    def end_trial(self, *, for_good: bool = False) -> None:
+        """End the process that tries bundles. The next bundle starts another, unless it is for good."""
+        self._trials.close(for_good=for_good)
 
     def _load(
         self,
@@ -172,6 +178,7 @@ class ModelLoader:
         serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
         curve = _warm_up(engine, bundle, options.scheduler)
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
+        scheduler.overload.efficient_seconds = curve.seconds(curve.best_rows())
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
         thread = EngineThread(engine, executor, curve.seconds)
         loop = Loop(manifest.name, scheduler, thread, self._store, self._clock, figures.observe)

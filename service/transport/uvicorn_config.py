@@ -9,7 +9,7 @@ from unroll.service.access.certificate import Tls
 from unroll.service.api.app_state import AppState
 from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.http import http_protocol, operator_protocol
-from unroll.service.transport.websocket import StreamProtocol
+from unroll.service.transport.websocket import stream_protocol
 
 
 def uvicorn_config(
@@ -20,7 +20,7 @@ def uvicorn_config(
         host=host,
         port=port,
         http=http_protocol(app, limits, tls),
-        ws=StreamProtocol,
+        ws=stream_protocol(app.turns),
         ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
         access_log=False,

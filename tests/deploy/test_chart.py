@@ -185,6 +185,14 @@ def test_what_a_user_adds_is_in_the_pod():
     assert pod(manifests)["terminationGracePeriodSeconds"] == 40
 
 
+def test_with_a_certificate_probes_and_scrapes_use_tls():
+    manifests = render("tls")
+    probes = [container(manifests)[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
+    [endpoint] = of_kind(manifests, "ServiceMonitor")[0]["spec"]["endpoints"]
+    assert endpoint["scheme"] == "https"
+
+
 def test_replicas_are_spread_by_their_own_labels():
     labels = workload(render("default"))["spec"]["selector"]
     constraints = pod(render("default"))["topologySpreadConstraints"]

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils import _pytree as pytree
 
 from conformance.kinds import TESTED, Kind
+from conformance.kinds.shipped import SHIPPED
 from unroll import bundle
 from unroll.export import ExportError, export
 from unroll.export.signature.outputs import leaves
@@ -31,6 +32,7 @@ SHORT = {
     "arguments changed in place",
     "position in the sequence",
     "state in self.h",
+    "layers over the bands and over time",
     "a cache that forward takes and returns",
     "bidirectional LSTM",
     "causal attention",
@@ -50,12 +52,15 @@ LONG = {
 }
 
 
+ALL = [*TESTED, *SHIPPED]
+
+
 def _parameter(kind: Kind, *, long: bool) -> object:
     return pytest.param(kind, id=kind.name, marks=[pytest.mark.long] if long else [])
 
 
-EXPORTED = [_parameter(kind, long=kind.name not in SHORT) for kind in TESTED if kind.refused is None]
-REFUSED = [_parameter(kind, long=kind.name in LONG) for kind in TESTED if kind.refused is not None]
+EXPORTED = [_parameter(kind, long=kind.name not in SHORT) for kind in ALL if kind.refused is None]
+REFUSED = [_parameter(kind, long=kind.name in LONG) for kind in ALL if kind.refused is not None]
 
 
 @pytest.mark.parametrize("kind", EXPORTED)
@@ -63,7 +68,7 @@ def test_exported(kind: Kind, tmp_path: Path) -> None:
     module, example = kind.build(), kind.example()
     given = copy.deepcopy(example)
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    training = module.training
+    training, random_state = module.training, torch.get_rng_state()
 
     report = export(module, example, name="m", repository=tmp_path, **kind.options)
 
@@ -77,6 +82,7 @@ def test_exported(kind: Kind, tmp_path: Path) -> None:
     assert bundle.read(report.path).manifest == manifest
     assert b".py" not in (report.path / "model.onnx").read_bytes()  # no stack traces of this machine
     assert module.training == training
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(map(torch.equal, _tensors(given), _tensors(example))), "the caller's example was changed"
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
     _answers_like_torch(kind, module, example, report)
@@ -89,15 +95,17 @@ def _tensors(example: dict) -> list[torch.Tensor]:
 def _answers_like_torch(kind, module, example, report) -> None:
     """The bundle from its initial state against the user's own, untouched module, on inputs of another size."""
     first, unbatched = kind.options.get("batch_first", True), "without a batch" in kind.name
+    last = kind.options.get("time_last", False)
     inputs, given = {}, {}
     for name, value in example.items():
         packed = isinstance(value, PackedSequence)
         tensor = pad_packed_sequence(value, batch_first=True)[0] if packed else value[None] if unbatched else value
         if name in {spec.name for spec in report.manifest.inputs}:
+            tensor = tensor.movedim(-1, 1) if last else tensor
             major = tensor if first else tensor.transpose(0, 1)
             rows = major[torch.randint(0, len(major), (2,))][:, torch.randint(0, major.shape[1], (11,))]
             inputs[name] = rows
-            given[name] = rows if first else rows.transpose(0, 1)
+            given[name] = rows.movedim(1, -1) if last else rows if first else rows.transpose(0, 1)
             if packed:
                 given[name] = pack_padded_sequence(rows, torch.tensor([11, 11]), batch_first=True)
         else:
@@ -140,9 +148,9 @@ def test_refused(kind: Kind, tmp_path: Path) -> None:
 
 
 def test_the_kinds_that_are_named_here_exist() -> None:
-    refused = {kind.name for kind in TESTED if kind.refused is not None}
+    refused = {kind.name for kind in ALL if kind.refused is not None}
     assert refused > LONG
-    assert {kind.name for kind in TESTED} - refused > SHORT
+    assert {kind.name for kind in ALL} - refused > SHORT
 
 
 def test_one_node_per_layer(tmp_path: Path) -> None:

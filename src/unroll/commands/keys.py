@@ -64,3 +64,23 @@ class Check:
         except KeysRefused as error:
             raise Failed(str(error)) from error
         return 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Make a pair of keys that sign bundles.
+
+    FILE gets the private key, which `unroll export --sign` uses; keep it secret. The public key, for `unroll serve
+    --trusted-keys`, is written beside it. No file is replaced.
+    """
+
+    file: Annotated[Path, argument("FILE", "file of the private key, such as key.pem")]
+
+    def run(self) -> int:
+        from unroll.bundle.signature import KeyUnusable, make_pair
+
+        try:
+            print(make_pair(self.file))
+        except (KeyUnusable, OSError) as error:
+            raise Failed(str(error)) from error
+        return 0
