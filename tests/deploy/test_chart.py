@@ -189,7 +189,7 @@ def test_with_a_certificate_probes_and_scrapes_use_tls():
     manifests = render("tls")
     probes = [container(manifests)[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
     assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
-    [endpoint] = of_kind(manifests, "ServiceMonitor")[0]["spec"]["endpoints"]
+    [endpoint] = of_kind(manifests, "ServiceMonitor")["spec"]["endpoints"]
     assert endpoint["scheme"] == "https"
 
 
