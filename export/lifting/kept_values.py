@@ -144,7 +144,7 @@ class _Walk:
 
     def _add(self, *values: Any) -> None:
         for value in values:
-            value = value.__self__ if isinstance(value, MethodType) else value  # noqa: PLW2901 what it is bound to
+            value = value.__self__ if isinstance(value, MethodType) else value
             if value is None or isinstance(value, (bool, int, str, bytes)):
                 self._leaves.append(value)
             elif id(value) not in self._seen and not isinstance(value, (ModuleType, type, nn.Module, FunctionType)):
