@@ -115,10 +115,32 @@ class HttpProtocol(LimitedProtocol):
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
         self._sends_no_more = False
+        self._is_chunked = False
+        self._rest = b""  # of a chunked body, not yet parsed
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
+        if self._rest:
+            self._rest += data
+        elif self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # each chunk costs as much as many bytes
+            self._rest = data
+            self.flow.pause_reading()
+            self.unroll.turns.call(self._feed_slice)
+        else:
+            self._feed(data)
+
+    def _feed_slice(self) -> None:
+        data, self._rest = self._rest[:_TURN_BYTES], self._rest[_TURN_BYTES:]
+        self._feed(data)
+        if self._last_words or self.transport.is_closing():
+            self._rest = b""
+        if self._rest:
+            self.unroll.turns.call(self._feed_slice)
+        elif not self.pipeline and not self.flow.write_paused:
+            self.flow.resume_reading()
+
+    def _feed(self, data: bytes) -> None:
         if self._last_words:
             return
         self._segment = len(data)
@@ -200,6 +222,7 @@ class HttpProtocol(LimitedProtocol):
         if self.parser.should_upgrade():
             self._consider_offer(version, headers)
             return
+        self._is_chunked = b"transfer-encoding" in headers
         route = self._find_route()
         if route is None:
             self._begin_for_uvicorn()
@@ -383,7 +406,7 @@ class HttpProtocol(LimitedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._exchange.cancel()
-        self._exchange.body = b""
+        self._exchange.body = self._rest = b""
         self._parts.clear()
 
 
@@ -404,6 +427,8 @@ _NO_HEADERS: Headers = {}
 _OPERATORS = 32
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
+#: Of a chunked body that arrived at once: what is parsed before others get their turn.
+_TURN_BYTES = 8192
 #: For a refused client to stop sending.
 _LINGER_SECONDS = 2.0
 
