@@ -1,6 +1,6 @@
 """Extensions of Triton that are not offered say so: a 404 would read as if the model were missing."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
@@ -29,9 +29,12 @@ _ABSENT = {
 }
 
 
-def router() -> APIRouter:
+def router(offered: Collection[str]) -> APIRouter:
+    """offered: the paths that there are."""
     api = APIRouter(prefix="/v2", include_in_schema=False)
     for path, why in _ABSENT.items():
+        if f"/v2{path}" in offered:
+            continue
         api.add_api_route(path, _refusal(why), methods=["GET", "POST"])
     return api
 

@@ -30,6 +30,9 @@ PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 #: Every other route needs `infer`.
 OTHER_SCOPES = {
     "/metrics": "metrics",
+    "/v2/models/stats": "metrics",
+    "/v2/models/{model}/stats": "metrics",
+    "/v2/models/{model}/versions/{version}/stats": "metrics",
     "/v1/admin/sessions": "sessions:admin",
     "/v1/admin/drain": "server:admin",
     "/v1/admin/log-level": "server:admin",
