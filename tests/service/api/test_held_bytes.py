@@ -11,7 +11,7 @@ import httpx
 import pytest
 from raw_http import STEP, Wire, request
 from serving import Running, metric
-from waiting import PATIENCE, until
+from waiting import until
 
 from unroll.service.access.held_bytes import KINDS, SMALL, HeldBytes, Holding
 from unroll.service.access.keys import Quota
@@ -106,27 +106,31 @@ def test_messages_of_streams_that_are_half_sent(small: Running, dial: Callable[[
     assert b"try again" in reason or b"--max-held-bytes" in reason
 
 
-def test_answers_that_are_not_read(small: Running, dial: Callable[[], Wire]) -> None:
-    steps = 20_000
+def deaf(running: Running, dial: Callable[[], Wire]) -> Wire:
+    """A connection whose client does not read, and for which the kernel keeps next to nothing."""
     wire = dial()
     wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    for _ in range(100):
-        wire.send(request(_ROUTES["sequences"], bytes(steps * STEP.nbytes), steps=steps))
-        if held(small, "answers"):
-            break
-        try:
-            wire.socket.settimeout(0.05)
-            wire.socket.recv(1, socket.MSG_PEEK)
-        except TimeoutError:
-            pass
-        finally:
-            wire.socket.settimeout(PATIENCE)
+    wire.send(request(_ROUTES["steps"]))
+    assert wire.answer()[0] == 200
+    address = wire.socket.getsockname()
+    (sends,) = [
+        connection.transport.get_extra_info("socket")
+        for connection in [*running.uvicorn.server_state.connections]
+        if connection.client == address
+    ]
+    with socket.fromfd(sends.fileno(), socket.AF_INET, socket.SOCK_STREAM) as copy:
+        copy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return wire
+
+
+def test_answers_that_are_not_read(small: Running, dial: Callable[[], Wire]) -> None:
+    steps = 40_000
+    deaf(small, dial).send(request(_ROUTES["sequences"], bytes(steps * STEP.nbytes), steps=steps))
     until(lambda: held(small, "answers") > 0, "an answer that is not read")
 
 
 def test_events_of_a_rollout_that_are_not_read(small: Running, dial: Callable[[], Wire]) -> None:
-    wire = dial()
-    wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    wire = deaf(small, dial)
     columns = [{"from": 0}, {"from": 1}, {"constant": 0.5}]
     body = json.dumps({"steps": 4096, "map": {"kind": "columns", "columns": columns}, "inputs": [[0.1, 0.2, 0.3]]})
     fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
