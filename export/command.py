@@ -12,7 +12,7 @@ from unroll.export.exporter import export
 from unroll.export.loading import programs
 from unroll.export.loading.checkpoints import from_checkpoint
 from unroll.export.loading.example_inputs import examples
-from unroll.export.loading.input_specs import InputSpec, StateSpec, factory_argument
+from unroll.export.loading.input_specs import InputSpec, StateSpec, factory_argument, input_rate
 from unroll.export.loading.user_code import check_not_random, from_factory, importable, saved_arguments
 from unroll.export.loading.weight_files import check_script
 from unroll.export.report import Report
@@ -68,6 +68,7 @@ def _export(options: "Export") -> Report:
             static=[InputSpec.parse(word).name for word in options.static or ()],
             state={spec.input.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
             sign=options.sign,
+            rates=dict(map(input_rate, options.input_rate or ())),
             progress=progress,
         )
     return replace(report, notes=(*notes, *report.notes)) if notes else report

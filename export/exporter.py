@@ -32,6 +32,7 @@ def export(
     max_error: float | None = None,
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
+    rates: Mapping[str, float] = MappingProxyType({}),
     sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
 ) -> Report:
@@ -54,6 +55,8 @@ def export(
         static: the arguments without time, (batch, ...), which are given once when a sequence begins.
         state: the arguments that forward returns for its next call, as a cache is, each with the name of that output:
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
+        rates: values per second of inputs whose time steps are consecutive pieces of a signal, such as sound. No number
+            depends on them: `unroll stream` checks recordings by them, and the page listens to a microphone at them.
         sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
         progress: called with a line of text at the beginning of each stage.
 
@@ -84,6 +87,7 @@ def export(
         precision=precision,
         max_error=max_error,
         signer=_signer(sign),
+        rates=dict(rates),
     )
     return Pipeline(options, progress).run(module, example_inputs)
 

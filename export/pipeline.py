@@ -170,6 +170,7 @@ class Pipeline:
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
         check_arguments(model, example)
+        self._options.check_rates(example)
         preconditions.check_example(example)
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(
@@ -223,7 +224,8 @@ class Pipeline:
 
     def _draft(self, lifted: Lifted, samples: Samples) -> Manifest:
         model = replace(lifted.model, samples=samples)
-        return draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
+        draft = draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
+        return replace(draft, rates=dict(self._options.rates))
 
     def _judge(self, prepared: Prepared, lifted: Lifted, traced: Traced) -> Judged:
         """Whether it is still the user's model, keeps its rows apart, and streams."""

@@ -99,6 +99,9 @@ class Tensor(BaseModel):
     shape: list[int] = Field(description="of one time step")
     time: bool = Field(description="one value per time step; false: only the last")
     limit: int | None = Field(None, description="values of an integer input are from 0 to limit - 1; null: any")
+    rate: float | None = Field(
+        None, description="values per second of an input whose time steps are pieces of a signal; null: not declared"
+    )
 
 
 class StaticTensor(BaseModel):

@@ -240,8 +240,12 @@ def _info(served: ServedModel, session: Any) -> SessionInfo:
 
 def _describe(app: AppState, served: ServedModel, tenant: str) -> ModelInfo:
     manifest = served.manifest
+    rates = manifest.rates
     tensors = [
-        [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time, limit=t.limit) for t in group]
+        [
+            Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time, limit=t.limit, rate=rates.get(t.name))
+            for t in group
+        ]
         for group in (manifest.inputs, manifest.outputs)
     ]
     return ModelInfo(

@@ -79,6 +79,8 @@ def test_moved_bundle_is_refused(path: Path) -> None:
         {"state_size": "3"},
         {"streamable": False},
         {"initial_state": [1.0]},
+        {"rates": {"z": 8000.0}},
+        {"rates": {"x": 0.0}},
         {"inputs": []},
         {"parity": []},
         *({"parity": [{**asdict(each), "tolerance": value} for each in MANIFEST.parity]} for value in UNUSABLE),

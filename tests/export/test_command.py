@@ -95,6 +95,7 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
     code = run(
         "usermodel:both_ways" if suffix == ".pt" else "usermodel:Net",
         *("--weights", str(path), "--input", "token:int64:", "--name", "net", "--version", "3", "--repository", "out"),
+        *("--input-rate", "token=50"),
     )
 
     printed = capsys.readouterr()
@@ -105,7 +106,7 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
     else:
         assert code == 0
         manifest = bundle.read(folder / "out/net/3").manifest
-        assert (manifest.inputs[0].limit, manifest.inputs[0].shape) == (17, ())
+        assert (manifest.inputs[0].limit, manifest.inputs[0].shape, manifest.rates) == (17, (), {"token": 50.0})
         onnx_bytes = (folder / "out/net/3/model.onnx").read_bytes()
         assert weights["embed.weight"].numpy().tobytes() in onnx_bytes
 
@@ -132,6 +133,8 @@ TOKEN = ("--input", "token:int64:", "--random-weights")
         (("usermodel:broken", *TOKEN, "--name", "n"), 1, "no such file"),
         (("usermodel:Net", *TOKEN, "--name", "n", "--arg", "both=True"), 1, "unexpected keyword argument 'both'"),
         (("usermodel:Net", *TOKEN, "--name", "n", "--arg", "bidirectional"), 2, "NAME=VALUE"),
+        (("usermodel:Net", *TOKEN, "--name", "n", "--input-rate", "token=0"), 2, "NAME=RATE"),
+        (("usermodel:Net", *TOKEN, "--name", "n", "--input-rate", "x=8000"), 1, "a rate is given for 'x', which is no"),
         (("usermodel:Stateful", *TOKEN, "--name", "n"), 1, "--state hc:DTYPE:SHAPE=OUTPUT"),
         (("usermodel:nothing", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("nowhere:Net", *TOKEN, "--name", "n"), 1, "checkpoint: "),
