@@ -32,10 +32,13 @@ def serve() -> Serve:
         process = Process(repository, *flags)
         rest = threading.Thread(target=process.log.extend, args=[process.popen.stderr])  # so that the pipe never fills
         rest.start()
-        yield process.url
-        process.popen.terminate()
-        rest.join()
-        assert process.popen.wait() == 0, process.log
+        with process.popen:
+            try:
+                yield process.url
+            finally:
+                process.popen.terminate()
+                rest.join()
+        assert process.popen.returncode == 0, process.log
 
     return running
 
