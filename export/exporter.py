@@ -9,6 +9,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from unroll.bundle import Precision
+from unroll.bundle.signature import KeyUnusable, Signer
+from unroll.export.errors import ExportError
 from unroll.export.options import ExportOptions, Progress
 from unroll.export.pipeline import Pipeline
 from unroll.export.report import Report
@@ -24,11 +26,14 @@ def export(
     repository: Path | str,
     replace: bool = False,
     batch_first: bool = True,
+    time_last: bool = False,
     output_names: list[str] | None = None,
     precision: Precision = "float32",
     max_error: float | None = None,
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
+    rates: Mapping[str, float] = MappingProxyType({}),
+    sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
 ) -> Report:
     """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
@@ -43,12 +48,16 @@ def export(
         repository: the folder that holds the bundles.
         replace: overwrite an existing bundle.
         batch_first: forward takes (batch, time, ...), otherwise (time, batch, ...).
+        time_last: forward takes (batch, ..., time), as convolutions do. The bundle takes (batch, time, ...).
         output_names: names for the outputs, in the order in which forward returns them.
         precision: of the graph: float16 for a GPU, int8 for the CPU. Inputs, outputs and state stay float32.
         max_error: the largest absolute difference from PyTorch in float64 that an output may have.
         static: the arguments without time, (batch, ...), which are given once when a sequence begins.
         state: the arguments that forward returns for its next call, as a cache is, each with the name of that output:
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
+        rates: values per second of inputs whose time steps are consecutive pieces of a signal, such as sound. No number
+            depends on them: `unroll stream` checks recordings by them, and the page listens to a microphone at them.
+        sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
         progress: called with a line of text at the beginning of each stage.
 
     Returns:
@@ -65,8 +74,18 @@ def export(
         repository=Path(repository),
         replace=replace,
         arguments=arguments,
+        time_last=time_last,
         output_names=output_names,
         precision=precision,
         max_error=max_error,
+        signer=_signer(sign),
+        rates=dict(rates),
     )
     return Pipeline(options, progress).run(module, example_inputs)
+
+
+def _signer(path: Path | str | None) -> Signer | None:
+    try:
+        return None if path is None else Signer.read(Path(path))
+    except KeyUnusable as error:
+        raise ExportError("bundle", str(error)) from None

@@ -1,11 +1,13 @@
 """What the caller of `unroll.export` asks for."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from unroll.bundle import BundleError, Precision
-from unroll.bundle.files import check_name
+from unroll.bundle.manifest import check_name
+from unroll.bundle.signature import Signer
 from unroll.export.errors import ExportError
 from unroll.export.signature.arguments import DeclaredArguments
 
@@ -22,16 +24,29 @@ class ExportOptions:
     repository: Path
     replace: bool
     arguments: DeclaredArguments
+    time_last: bool
     output_names: list[str] | None
     precision: Precision
     max_error: float | None
+    signer: Signer | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def check_rates(self, example: Mapping[str, object]) -> None:
+        """Raises ExportError(input) for a rate that is none, or of no input with time."""
+        for name, rate in self.rates.items():
+            if name not in example or name in self.arguments.static or name in self.arguments.state:
+                raise ExportError("input", f"a rate is given for {name!r}, which is no input with time")
+            if not 0 < rate < inf:
+                raise ExportError("input", f"the rate of {name!r} is {rate}: give a finite number above 0")
 
     def check_target(self) -> None:
         """Raises ExportError(bundle) if the bundle cannot be written there."""
         try:
             check_name(self.name, self.version)
         except BundleError as error:
-            raise ExportError("bundle", str(error)) from None
+            raise ExportError("bundle", error.message) from None
+        if self.time_last and not self.arguments.batch_first:
+            raise ExportError("input", "the time of the inputs is either first or last: give one of the two")
         path = self.repository / self.name / self.version
         if path.exists() and not self.replace:
             raise ExportError("bundle", f"{path} exists; choose another version, or replace it")

@@ -1,7 +1,7 @@
 """The stages from a trained module to a proven bundle. Each takes and returns records; only the last one writes."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from unroll.export.lifting.module_state import (
 from unroll.export.lifting.observe import Observation, find_history, keep_squeezes, observe
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
-from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments
+from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments, move_time
 from unroll.export.onnx.graph import Trace, to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
@@ -59,6 +59,7 @@ class Prepared:
         example: the arguments of forward.
         dtype: of the user's parameters.
         attributes: those in which forward leaves a state for its next call.
+        fitted: those that it fits to the batch size or the length.
     """
 
     model: nn.Module
@@ -66,6 +67,12 @@ class Prepared:
     example: dict[str, Any]
     dtype: torch.dtype
     attributes: list[Attribute]
+    fitted: list[Attribute] = field(default_factory=list)
+
+    @property
+    def is_changed(self) -> bool:
+        """Does a call of forward change the module?"""
+        return bool(self.attributes or self.fitted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +131,8 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """All stages. Raises ExportError, and has then written nothing."""
         try:
-            return self._run(module, example_inputs)
+            with torch.random.fork_rng(devices=[]):  # the caller's random numbers continue as if nothing had been
+                return self._run(module, example_inputs)
         except ExportError:
             raise
         except Exception as error:
@@ -135,7 +143,10 @@ class Pipeline:
         self._progress("reading the model")
         prepared = self._prepare(module, example_inputs)
         self._progress("running it as it is")
-        prepared = self._find_state(prepared)
+        try:
+            prepared = self._find_state(prepared)
+        except ExportError as error:
+            raise preconditions.in_its_own_precision(error, prepared.dtype) from error
         lifted = self._lift(prepared)
         self._progress("tracing it into ONNX")
         traced = self._trace(lifted)
@@ -151,12 +162,16 @@ class Pipeline:
         plain = programs.as_module(module, example_inputs)
         preconditions.check_modules(plain)
         model, example = detached_copy(plain), detached_example(example_inputs)
+        declared = self._options.arguments
+        if self._options.time_last:
+            example = move_time(model, example, {*declared.static, *declared.state})
         keep_arguments(model, example)
         exact, dtype = converted(model, torch.float64), preconditions.precision(model)
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
         check_arguments(model, example)
-        declared = self._options.arguments
+        self._options.check_rates(example)
+        preconditions.check_example(example)
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(
                 "input", f"{', '.join(sorted(missing))} is in `static` or `state`, and not in the example inputs"
@@ -167,11 +182,12 @@ class Pipeline:
         """With the attributes in which forward leaves a state; the model is as it was after every call."""
         model, example = prepared.model, prepared.example
         attributes = attempt("the example", partial(find_module_state, model, example, self._options.arguments.static))
-        RestoreAttributes(model, sorted({*attributes, *self._fitted(model, example)}))
+        fitted = self._fitted(model, example)
+        RestoreAttributes(model, sorted({*attributes, *fitted}))
         tried = copy.deepcopy(model)
         returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), attributes))
         preconditions.check_finite(leaves(returned))
-        return replace(prepared, attributes=attributes)
+        return replace(prepared, attributes=attributes, fitted=fitted)
 
     def _fitted(self, model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
         arguments = self._options.arguments
@@ -191,7 +207,7 @@ class Pipeline:
         reason, made = choose_state(model, history, prepared.attributes, self._options.output_names)
         lifted = Lifted(model, history, reason, observe(model, self._options.output_names), made)
         reference = Subject(torch_runner(model.double, double=True), self._draft(lifted, model.samples), model.samples)
-        long = LongSequences(prepared.exact, model.double, reference, bool(prepared.attributes), self._progress)
+        long = LongSequences(prepared.exact, model.double, reference, prepared.is_changed, self._progress)
         return replace(lifted, far=long.check_loops())
 
     def _trace(self, lifted: Lifted) -> Traced:
@@ -208,7 +224,8 @@ class Pipeline:
 
     def _draft(self, lifted: Lifted, samples: Samples) -> Manifest:
         model = replace(lifted.model, samples=samples)
-        return draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
+        draft = draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
+        return replace(draft, rates=dict(self._options.rates))
 
     def _judge(self, prepared: Prepared, lifted: Lifted, traced: Traced) -> Judged:
         """Whether it is still the user's model, keeps its rows apart, and streams."""
@@ -218,7 +235,7 @@ class Pipeline:
         samples = probes.with_reached(reference)
         reference, _, served = traced.runners.subjects(samples, draft)
         check_same_as_original(prepared.exact, double, reference, prepared.attributes)
-        long = LongSequences(prepared.exact, double, reference, bool(prepared.attributes), self._progress)
+        long = LongSequences(prepared.exact, double, reference, prepared.is_changed, self._progress)
         long.check_answers(served, lifted.far)
         probes.check_rows(reference)
         reason = lifted.not_streamable_because or probes.why_not_streamable(
@@ -255,6 +272,7 @@ class Pipeline:
         return replace(candidate, manifest=limit(candidate.manifest, self._options.max_error))
 
     def _write(self, candidate: Candidate, prepared: Prepared, lifted: Lifted, judged: Judged) -> Report:
+        signer = self._options.signer
         try:
             path = bundle.write(
                 self._options.repository,
@@ -262,9 +280,12 @@ class Pipeline:
                 candidate.content,
                 candidate.golden,
                 replace_existing=self._options.replace,
+                sign=None if signer is None else signer.sign,
             )
             manifest = bundle.read(path).manifest
-        except (BundleError, OSError) as error:
+        except BundleError as error:
+            raise ExportError("bundle", error.message) from error
+        except OSError as error:
             raise ExportError("bundle", str(error)) from error
         notes = notes_on(
             replace(lifted.model, samples=judged.samples),

@@ -21,6 +21,7 @@ from unroll.service.api import (
     health_routes,
     native_routes,
     open_inference_routes,
+    operator_routes,
     page_routes,
     repository_routes,
     rollout_routes,
@@ -112,19 +113,35 @@ def build(
     if settings.worker_port is not None:
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
         workers = WorkerMetrics(settings.host, ports)
-    app = _fastapi(state, workers, lambda _: _lifespan(state, state_file, settings.store_timeout))
-    _add_what_is_asked_for(app, settings, state, store, clock)
-    return app, state
-
-
-def _add_what_is_asked_for(
-    app: FastAPI, settings: Settings, state: AppState, store: Store | None, clock: Clock
-) -> None:
-    """The routes that not every server has."""
+    app = _fastapi(state, lambda _: _lifespan(state, state_file, settings.store_timeout))
+    _add_inference(app, state)
     if settings.shows_page:
         app.include_router(page_routes.router())
     if settings.allowed_origins:
         cross_origin.allow(app, settings.allowed_origins)
+    operator = app
+    if settings.admin_port is not None:
+        operator = app.state.operator = _fastapi(state, None)
+    operator.include_router(health_routes.metrics_router(state, workers))
+    _add_administration(operator, settings, state, store, clock)
+    loads = settings.offers_operations and operator is app
+    app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
+    return app, state
+
+
+def _add_inference(app: FastAPI, state: AppState) -> None:
+    app.include_router(native_routes.router(state))
+    app.include_router(rollout_routes.router(state))
+    app.include_router(endpoint.router(state))
+    app.include_router(ticket_routes.router(state))
+    app.include_router(statistics_routes.router(state))
+    app.include_router(repository_routes.router(state))
+    app.include_router(open_inference_routes.router(state, __version__))
+
+
+def _add_administration(app: FastAPI, settings: Settings, state: AppState, store: Store | None, clock: Clock) -> None:
+    if settings.offers_operations:
+        app.include_router(operator_routes.router(state))
     if settings.admin:
         idle_timeout = settings.idle_timeout or None
         pages: dict[str, Pages] = {MEMORY: MemoryPages(state.sessions.directory, clock, idle_timeout)}
@@ -206,7 +223,8 @@ async def _become_ready(state: AppState) -> None:
         state.ready = not state.draining
 
 
-def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> FastAPI:
+def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
+    """An application with probes, and with the answers to what may not come in or fails."""
     app = FastAPIOffline(  # /docs and /redoc load their scripts from this server
         static_url="/docs/assets",
         title="Unroll",
@@ -220,15 +238,7 @@ def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> F
     app.add_middleware(LogAnswers, state=state)
     app.add_middleware(HeadAsGet)
     app.add_middleware(EncodedSlashes)
-    app.include_router(native_routes.router(state))
-    app.include_router(rollout_routes.router(state))
-    app.include_router(endpoint.router(state))
-    app.include_router(ticket_routes.router(state))
-    app.include_router(statistics_routes.router(state))
-    app.include_router(repository_routes.router(state))
-    app.include_router(open_inference_routes.router(state, __version__))
-    app.include_router(health_routes.router(state, workers))
-    app.include_router(absent_routes.router())
+    app.include_router(health_routes.router(state))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
     @app.exception_handler(UnrollError)
@@ -266,7 +276,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for path, operation in ((path, o) for path, found in document["paths"].items() for o in found.values()):
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]  # FastAPI's default, which a path of two strings cannot cause
-            operation["responses"] |= refusals(path)
+            operation["responses"] = refusals(path) | operation["responses"]
+        _link_sessions(document["paths"])
         schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
@@ -276,3 +287,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 schemas.setdefault(name, part)
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _link_sessions(paths: dict[str, Any]) -> None:
+    """Say which operations take the id of a session that was opened."""
+    ids = {"model": "$request.path.model", "session_id": "$response.body#/session_id"}
+    found = [operation for path, one in paths.items() if "{session_id}" in path for operation in one.values()]
+    if found:
+        links = {one["operationId"]: {"operationId": one["operationId"], "parameters": ids} for one in found}
+        paths["/v1/models/{model}/sessions"]["post"]["responses"]["201"]["links"] = links

@@ -11,6 +11,7 @@
     sessions = 1000
     streams = 10
     steps_per_second = 5000
+    bytes = 100_000_000
 
 A key is 32 random bytes, so that its plain SHA-256 cannot be reversed by guessing. A slow hash is for passwords, which
 people choose.
@@ -28,13 +29,15 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-Scope = Literal["infer", "metrics", "sessions:admin"]
+Scope = Literal["infer", "metrics", "sessions:admin", "models:admin", "server:admin"]
 
 #: What a key may permit.
 INFER: Scope = "infer"
 METRICS: Scope = "metrics"
 SESSIONS_ADMIN: Scope = "sessions:admin"
-SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN)
+MODELS_ADMIN: Scope = "models:admin"
+SERVER_ADMIN: Scope = "server:admin"
+SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN, MODELS_ADMIN, SERVER_ADMIN)
 
 _PREFIX = "unroll_"
 _KEY_BYTES = 32
@@ -74,6 +77,7 @@ class Quota(BaseModel):
     sessions: PositiveInt | None = None
     streams: PositiveInt | None = None
     steps_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    bytes: PositiveInt | None = None
 
 
 class _File(BaseModel):

@@ -1,23 +1,25 @@
 """Extensions of Triton that are not offered say so: a 404 would read as if the model were missing."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
 _SHARED = "shared memory is not offered, since clients are on other machines; send and receive tensors in the body"
 _LOADING = (
-    "loading by request is not offered; put the bundle in the repository, or remove it, and send the server SIGHUP"
+    "loading by request is not offered here; put the bundle in the repository, or remove it, and send the server "
+    "SIGHUP; see --admin and --admin-port"
 )
 _GENERATE = "generate is not offered; use infer with a sequence_id, or a stream: /v1/models/{model}/stream"
 _TRACE = "traces are not offered; /metrics and /v2/models/{model}/stats have times by stage"
-_LOGGING = "log settings cannot be changed by request; start the server with --log-level and --log-requests"
+_LOGGING = "log settings are not offered here; start the server with --log-level and --log-requests"
+#: Of models, which an operator may have; see `operator_routes.py`.
+LOADING = ("/repository/models/{model}/load", "/repository/models/{model}/unload")
 #: Extensions that are not offered, by path below /v2.
 _ABSENT = {
     "/systemsharedmemory/{rest:path}": _SHARED,
     "/cudasharedmemory/{rest:path}": _SHARED,
-    "/repository/models/{model}/load": _LOADING,
-    "/repository/models/{model}/unload": _LOADING,
+    **dict.fromkeys(LOADING, _LOADING),
     **{
         f"/models/{{model}}{version}/{name}": why
         for version in ("", "/versions/{version}")
@@ -28,9 +30,12 @@ _ABSENT = {
 }
 
 
-def router() -> APIRouter:
+def router(offered: Collection[str]) -> APIRouter:
+    """offered: those that there are, by path below /v2."""
     api = APIRouter(prefix="/v2", include_in_schema=False)
     for path, why in _ABSENT.items():
+        if path in offered:
+            continue
         api.add_api_route(path, _refusal(why), methods=["GET", "POST"])
     return api
 

@@ -38,6 +38,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.PayloadMismatch: 409,
     e.ModelChanged: 409,
     e.Draining: 503,
+    e.TooManyConnections: 503,
     e.QueueFull: 503,
     e.DeadlineUnreachable: 503,
     e.CapacityExhausted: 503,
@@ -96,6 +97,13 @@ def _fields(error: e.UnrollError) -> bytes:
     if isinstance(error, e.Unauthenticated):
         return b"www-authenticate: Bearer\r\n"
     return b"retry-after: %d\r\n" % math.ceil(error.retry_after) if isinstance(error, e.Overloaded) else b""
+
+
+def open_inference_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """`problem_responses` in the form of the Open Inference Protocol."""
+    error = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
+    content = {"application/json": {"schema": error}}
+    return {status: {"description": meaning, "content": content} for status, meaning in meanings.items()}
 
 
 def http_error(status: int, detail: str, is_v2: bool) -> Answer:

@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 
 from unroll.bundle import stated_digest
+from unroll.bundle.errors import printable
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import POINTER, Contents, RepositoryError, read_contents
 from unroll.service.models.loading import ModelLoader, ModelRefused
@@ -17,6 +18,8 @@ _log = structlog.get_logger(__name__)
 
 #: Also the least time between two looks for versions that sessions asked for in vain.
 _HOUSEKEEPING_SECONDS = 1.0
+#: Processor time of a trial for which the other new bundles wait.
+_PATIENCE_SECONDS = 2.0
 
 
 class ModelRepository:
@@ -30,6 +33,9 @@ class ModelRepository:
         on_crash: Called when a model's loop ends with an error.
         serve: The version of a model that new sessions begin on, by name; stands above the model's own pointer.
         strict: Refuse to start with a bundle that cannot be served.
+
+    Attributes:
+        unloaded: Models that the operator has unloaded; what the folder has of them is not looked at.
     """
 
     def __init__(
@@ -51,6 +57,8 @@ class ModelRepository:
         self._serve = serve
         self._strict = strict
         self._rescan = asyncio.Event()
+        self._one_rescan = asyncio.Lock()
+        self.unloaded: set[str] = set()
 
     def load_all(self) -> None:
         """Load every bundle.
@@ -61,11 +69,14 @@ class ModelRepository:
             DeviceUnavailable: The requested device cannot be used.
         """
         contents = read_contents(self.path)
-        for key, path in contents.bundles.items():
-            try:
-                self._versions.add(self._loader.load(path))
-            except ModelRefused as refusal:
-                self._refuse(self._versions.refused, key, path, refusal)
+        try:
+            for key, path in contents.bundles.items():
+                try:
+                    self._versions.add(self._loader.load(path))
+                except ModelRefused as refusal:
+                    self._refuse(self._versions.refused, key, path, refusal)
+        finally:
+            self._loader.end_trial()
         refused = len(self._versions.refused)
         if refused and (self._strict or refused == len(contents.bundles)):
             raise RepositoryError(
@@ -83,7 +94,7 @@ class ModelRepository:
         pointers = contents.pointers | self._serve
         versions.announced = contents.announced | {*self._serve.items()}
         before, versions.current, versions.misdirected = versions.current, {}, {}
-        for name in {*versions.names(), *self._serve}:
+        for name in {*versions.names(), *self._serve} - self.unloaded:
             served = [model.version for model in versions.of(name) if not model.retired]
             wanted = pointers.get(name, max(served, key=int, default=""))
             if wanted in served:
@@ -100,8 +111,10 @@ class ModelRepository:
 
     @staticmethod
     def _refuse(refused: Refusals, key: tuple[str, str], path: Path, error: Exception) -> None:
-        refused[key] = str(error)
-        _log.error("bundle refused", model=key[0], version=key[1], path=str(path), reason=str(error))
+        refusal = error if isinstance(error, ModelRefused) else ModelRefused("bundle_unusable", str(error))
+        where = {"model": key[0], "version": key[1], "path": printable(str(path))}
+        _log.error("bundle refused", **where, code=refusal.code, reason=str(refusal))
+        refused[key] = str(refusal)
 
     def shut_down(self) -> None:
         """End the engine threads; `run` must have ended."""
@@ -127,35 +140,91 @@ class ModelRepository:
                     self._rescan.clear()
                     await self.rescan()
         finally:
+            self._loader.end_trial(for_good=True)  # a thread may wait for it
             for model in self._versions:
                 await model.stop()
 
+    async def load(self, name: str) -> None:
+        """Serve what the folder has of a model, and return when that is done.
+
+        Raises:
+            ModelUnknown: The folder has no such model.
+            ModelUnavailable: Its bundles are refused, or none is current.
+        """
+        self.unloaded.discard(name)
+        await self.rescan()
+        self._versions.resolve(name)
+
+    async def unload(self, name: str) -> None:
+        """Retire all versions of a model until it is loaded, or the process ends. Raises ModelUnknown."""
+        if not self._versions.of(name):
+            self._versions.available(name)
+        self.unloaded.add(name)
+        await self.rescan()
+
     async def rescan(self) -> None:
         """Serve new bundles, retire removed and changed ones. A refused bundle leaves what is served as it is."""
+        async with self._one_rescan:
+            await self._do_rescan()
+
+    def _read_contents(self) -> Contents:
+        """Raises RepositoryError."""
+        contents = read_contents(self.path)
+        for key in [key for key in contents.bundles if key[0] in self.unloaded]:
+            del contents.bundles[key]
+        return contents
+
+    async def _do_rescan(self) -> None:
         try:
-            contents = await asyncio.to_thread(read_contents, self.path)
+            contents = await asyncio.to_thread(self._read_contents)
         except RepositoryError as error:  # unmounted, most likely; to take the last model away, stop the server
             _log.error("repository not read", reason=str(error))
             return
         refused: Refusals = {}
-        for (name, version), path in contents.bundles.items():
-            present = [m for m in self._versions.of(name) if m.version == version and not m.retired]
-            try:
-                loaded = await asyncio.to_thread(self._loader.load, path, {m.bundle.identity for m in present})
-            except (ModelRefused, DeviceUnavailable) as refusal:
-                self._refuse(refused, (name, version), path, refusal)
-                continue
-            for model in present if loaded else ():
-                self._retire(model)
-            self._versions.add(loaded)
-            for model in loaded:
-                self._start(model)
+        slow = [key for key in contents.bundles if not await self._reload(key, contents, refused, _PATIENCE_SECONDS)]
+        if slow:
+            self._follow(contents)
+        for key in slow:
+            await self._reload(key, contents, refused)
+        await asyncio.to_thread(self._loader.end_trial)
         self._versions.refused = refused
         for model in self._versions:
             if not model.retired and not {(model.name, model.version), (model.name, "")} & contents.bundles.keys():
                 self._retire(model)
         self._follow(contents)
         await self._drop_retired()
+
+    async def _reload(
+        self, key: tuple[str, str], contents: Contents, refused: Refusals, seconds: float | None = None
+    ) -> bool:
+        """Serve a bundle, unless it is served already.
+
+        Args:
+            key: Its name and version.
+            contents: The repository.
+            refused: Gets why it is refused.
+            seconds: Processor time for its trial; None for as much as a bundle may take.
+
+        Returns:
+            Whether that was enough: otherwise it is to be tried again, after the others.
+        """
+        name, version = key
+        path = contents.bundles[key]
+        present = [m for m in self._versions.of(name) if m.version == version and not m.retired]
+        known = {m.bundle.identity for m in present}
+        try:
+            loaded = await asyncio.to_thread(self._loader.load, path, known, seconds)
+        except (ModelRefused, DeviceUnavailable) as refusal:
+            if seconds is not None and isinstance(refusal, ModelRefused) and refusal.code == "bundle_time":
+                return False
+            self._refuse(refused, key, path, refusal)
+            return True
+        for model in present if loaded else ():
+            self._retire(model)
+        self._versions.add(loaded)
+        for model in loaded:
+            self._start(model)
+        return True
 
     async def _look_for_missing(self) -> None:
         """Rescan if a version that was asked for in vain is in the repository by now."""
@@ -167,7 +236,7 @@ class ModelRepository:
     def _has_come(self, missing: set[tuple[str, str]]) -> bool:
         """Whether there is a bundle of such a version that is neither served nor refused."""
         try:
-            bundles = read_contents(self.path).bundles
+            bundles = self._read_contents().bundles
         except RepositoryError:
             return False
         names = {name for name, _ in missing}

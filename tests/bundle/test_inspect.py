@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from unroll import cli
-from unroll.bundle.operators import operators
+from unroll.bundle import BundleError
+from unroll.bundle.graph import operators
 
 BUNDLE = Path(__file__).parents[2] / "examples" / "repository" / "bytes" / "1"
 
@@ -25,6 +26,11 @@ def test_the_table_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("bytes version 1", "streaming  yes", "2 LSTM", "0 <= value < 256", "(time, 256)", "1792 bytes"):
         assert words in printed
     assert printed.count("forward    h") == 2
+
+
+def test_a_declared_rate_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(BUNDLE.parents[1] / "sound" / "1") == 0
+    assert "samples: 16000 values per second" in capsys.readouterr().out
 
 
 def test_json_is_the_manifest_and_what_the_files_hold(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +60,7 @@ def test_operators_of_subgraphs_and_other_domains_count() -> None:
 
 @pytest.mark.parametrize("content", [b"\x3a\xff\xff\xff\xff\x0fgraph", b"\x3b", b"\x3a" + b"\x80" * 12, b"\x3a\x80"])
 def test_other_bytes_are_no_model(content: bytes) -> None:
-    with pytest.raises(ValueError, match="not an ONNX model"):
+    with pytest.raises(BundleError, match="not an ONNX model"):
         operators(content)
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils import _pytree as pytree
 
 from conformance.kinds import TESTED, Kind
+from conformance.kinds.shipped import SHIPPED
 from unroll import bundle
 from unroll.export import ExportError, export
 from unroll.export.signature.outputs import leaves
@@ -33,6 +34,7 @@ SHORT = {
     "arguments changed in place",
     "position in the sequence",
     "state in self.h",
+    "layers over the bands and over time",
     "a cache that forward takes and returns",
     "bidirectional LSTM",
     "causal attention",
@@ -53,12 +55,13 @@ LONG = {
 }
 
 
+ALL = [*TESTED, *SHIPPED]
+EXPORTED = [kind for kind in ALL if kind.refused is None]
+REFUSED = [kind for kind in ALL if kind.refused is not None]
+
+
 def _named(kinds: Iterable[Kind]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name) for kind in kinds])
-
-
-EXPORTED = [kind for kind in TESTED if kind.refused is None]
-REFUSED = [kind for kind in TESTED if kind.refused is not None]
 
 
 @_named(kind for kind in EXPORTED if kind.name in SHORT)
@@ -76,7 +79,7 @@ def _export(kind: Kind, repository: Path) -> None:
     module, example = kind.build(), kind.example()
     given = copy.deepcopy(example)
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    training = module.training
+    training, random_state = module.training, torch.get_rng_state()
 
     report = export(module, example, name="m", repository=repository, **kind.options)
 
@@ -90,6 +93,7 @@ def _export(kind: Kind, repository: Path) -> None:
     assert bundle.read(report.path).manifest == manifest
     assert b".py" not in (report.path / "model.onnx").read_bytes()  # no stack traces of this machine
     assert module.training == training
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(map(torch.equal, _tensors(given), _tensors(example))), "the caller's example was changed"
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
     _answers_like_torch(kind, module, example, report)
@@ -102,15 +106,17 @@ def _tensors(example: dict) -> list[torch.Tensor]:
 def _answers_like_torch(kind, module, example, report) -> None:
     """The bundle from its initial state against the user's own, untouched module, on inputs of another size."""
     first, unbatched = kind.options.get("batch_first", True), "without a batch" in kind.name
+    last = kind.options.get("time_last", False)
     inputs, given = {}, {}
     for name, value in example.items():
         packed = isinstance(value, PackedSequence)
         tensor = pad_packed_sequence(value, batch_first=True)[0] if packed else value[None] if unbatched else value
         if name in {spec.name for spec in report.manifest.inputs}:
+            tensor = tensor.movedim(-1, 1) if last else tensor
             major = tensor if first else tensor.transpose(0, 1)
             rows = major[torch.randint(0, len(major), (2,))][:, torch.randint(0, major.shape[1], (11,))]
             inputs[name] = rows
-            given[name] = rows if first else rows.transpose(0, 1)
+            given[name] = rows.movedim(1, -1) if last else rows if first else rows.transpose(0, 1)
             if packed:
                 given[name] = pack_padded_sequence(rows, torch.tensor([11, 11]), batch_first=True)
         else:

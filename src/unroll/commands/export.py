@@ -70,6 +70,16 @@ class Export:
             _spec("InputSpec.parse"),
         ),
     ] = None
+    input_rate: Annotated[
+        list[str] | None,
+        option(
+            "--input-rate",
+            "NAME=RATE",
+            "values per second of an input whose time steps are consecutive pieces of a signal, such as sound: "
+            "the page listens to a microphone at it",
+            _spec("input_rate"),
+        ),
+    ] = None
     static: Annotated[
         list[str] | None,
         option(
@@ -95,6 +105,7 @@ class Export:
     version: Annotated[str, option("--version", "VERSION", "version: up to 18 digits, without a leading zero")] = "1"
     replace: Annotated[bool, flag("--replace", "overwrite an existing bundle")] = False
     time_first: Annotated[bool, flag("--time-first", "forward takes (time, batch, ...)")] = False
+    time_last: Annotated[bool, flag("--time-last", "forward takes (batch, ..., time), as convolutions do")] = False
     outputs: Annotated[
         str | None, option("--outputs", "A,B", "names of the outputs, in the order forward returns them")
     ] = None
@@ -111,6 +122,11 @@ class Export:
             positive,
         ),
     ] = None
+    sign: Annotated[
+        Path | None,
+        option("--sign", "FILE", "sign the bundle with this private key, as `unroll keys pair` makes one"),
+    ] = None
+    verbose: Annotated[bool, flag("--verbose", "below a refusal, also print what PyTorch said, in full")] = False
     json: Json = False
 
     def run(self) -> int:
