@@ -176,7 +176,7 @@ def test_the_kinds_that_are_named_here_exist() -> None:
 def test_one_node_per_layer() -> None:
     """Of the bundle that an export afresh must be equal to; see tests/served_models."""
     found = bundle.read(BUNDLES / "embedding-LSTM-norm-GRU" / "1")
-    nodes = [node.op_type for node in onnx.load(found.model_path).graph.node]
+    nodes = [node.op_type for node in onnx.ModelProto.FromString(found.model).graph.node]
     assert nodes.count("LSTM") == 2
     assert nodes.count("GRU") == 1
     assert found.manifest.inputs[0].limit == 11

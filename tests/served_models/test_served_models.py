@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from served_models import models
+from unroll.bundle.operators import operators
 
 from unroll import bundle
-from unroll.bundle.operators import operators
 from unroll.service.engine.runner import Runner
 
 #: With layers of two kinds, and with what no layer keeps.
@@ -24,6 +24,6 @@ def test_exported_afresh_it_gives_the_same_numbers(folder: str, tmp_path: Path) 
         committed.manifest.state,
         committed.manifest.streamable,
     )
-    assert operators(fresh.model_path.read_bytes()) == operators(committed.model_path.read_bytes())
+    assert operators(fresh.model) == operators(committed.model)
     for golden, model in ((committed, fresh), (fresh, committed)):
         bundle.Verifier(Runner(model.model, model.manifest), golden.manifest).replay(golden.golden)
