@@ -29,6 +29,7 @@ def export(
     max_error: float | None = None,
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
+    step: bool = False,
     progress: Progress = lambda stage: None,
 ) -> Report:
     """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
@@ -49,6 +50,8 @@ def export(
         static: the arguments without time, (batch, ...), which are given once when a sequence begins.
         state: the arguments that forward returns for its next call, as a cache is, each with the name of that output:
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
+        step: forward makes one time step: its inputs are (batch, ...), and `state` names the states that it takes and
+            returns, of any shape; one that forward can do without (`state=None`) may be left out of the example.
         progress: called with a line of text at the beginning of each stage.
 
     Returns:
@@ -73,6 +76,7 @@ def export(
         repository=Path(repository),
         replace=replace,
         arguments=arguments,
+        step=step,
         output_names=output_names,
         precision=precision,
         max_error=max_error,

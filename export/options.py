@@ -22,6 +22,7 @@ class ExportOptions:
     repository: Path
     replace: bool
     arguments: DeclaredArguments
+    step: bool
     output_names: list[str] | None
     precision: Precision
     max_error: float | None

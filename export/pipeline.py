@@ -38,6 +38,7 @@ from unroll.export.signature.arguments import check_arguments, resized
 from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
+from unroll.export.step_form import over_time
 from unroll.export.verification import parity, preconditions, probes
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
@@ -133,6 +134,8 @@ class Pipeline:
     def _run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         self._options.check_target()
         self._progress("reading the model")
+        if self._options.step:
+            module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
         self._progress("running it as it is")
         prepared = self._find_state(prepared)
@@ -146,6 +149,17 @@ class Pipeline:
         candidate = self._reduce(candidate, lifted, traced, judged)
         self._progress("writing the bundle")
         return self._write(candidate, prepared, lifted, judged)
+
+    def _over_time(
+        self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """A module of one time step as one over sequences, which has no states among its arguments."""
+        declared = self._options.arguments
+        if not declared.batch_first:
+            raise ExportError("input", "a module of one time step has no time axis: leave out --time-first")
+        step = programs.as_module(module, example_inputs)
+        self._options = replace(self._options, arguments=replace(declared, state={}))
+        return over_time(step, example_inputs, declared)
 
     def _prepare(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Prepared:
         plain = programs.as_module(module, example_inputs)
