@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload machine-test crowd-test check format docs long-test conformance fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload machine-test crowd-test check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,9 @@ conformance: install ## write docs/conformance.md: kinds of modules through expo
 	$(BIN)/python -m conformance --write-docs models
 	$(BIN)/python -m conformance --write-docs precision
 	$(BIN)/python -m conformance --write-docs matrix
+
+packages: install ## write docs/packages.md: modules of public packages through export and a server (half an hour)
+	$(BIN)/python -m conformance.packages --write-docs
 
 fuzz-export: install ## export 2,000 random models; none may be silently wrong (one hour; a restart continues)
 	$(BIN)/python -m conformance --write-docs fuzz

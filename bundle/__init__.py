@@ -4,7 +4,18 @@ A bundle is the folder `<repository>/<name>/<version>/` with `model.onnx`, `mani
 This package needs NumPy, but neither torch nor onnxruntime.
 """
 
-from unroll.bundle.files import Bundle, BundleError, discover, read, stated_digest, write
+from unroll.bundle.errors import BundleError
+from unroll.bundle.files import (
+    Bundle,
+    Content,
+    check_digests,
+    discover,
+    parse,
+    read,
+    read_content,
+    stated_digest,
+    write,
+)
 from unroll.bundle.golden import Golden, RunFunction
 from unroll.bundle.manifest import CRASHING_OPTIMIZERS, Manifest, Parity, Precision, StateSlot, StaticInput, TensorSpec
 from unroll.bundle.verification import GoldenMismatch, Verifier
@@ -13,6 +24,7 @@ __all__ = [
     "CRASHING_OPTIMIZERS",
     "Bundle",
     "BundleError",
+    "Content",
     "Golden",
     "GoldenMismatch",
     "Manifest",
@@ -23,8 +35,11 @@ __all__ = [
     "StaticInput",
     "TensorSpec",
     "Verifier",
+    "check_digests",
     "discover",
+    "parse",
     "read",
+    "read_content",
     "stated_digest",
     "write",
 ]

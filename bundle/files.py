@@ -1,24 +1,51 @@
-"""A bundle on disk: written completely or not at all, and read only if every digest matches."""
+"""A bundle on disk: written completely or not at all, and read only if every digest matches.
 
+Whoever can write to the repository may be anybody: each file is read once, as bytes, and everything else works on them.
+"""
+
+import errno
 import hashlib
-import re
+import os
 import shutil
+import stat
 import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from unroll.bundle.errors import BundleError
 from unroll.bundle.golden import Golden
-from unroll.bundle.manifest import Manifest
+from unroll.bundle.graph import check_operators, operators
+from unroll.bundle.manifest import Manifest, check_name, is_version
 
 MODEL, MANIFEST, GOLDEN = "model.onnx", "manifest.json", "golden.safetensors"
+#: Of a bundle that was signed; see `signature.py`.
+SIGNATURE = "signature.json"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-#: As of Triton: a number, which may be a time such as 20261129120000, of 63 bits.
-_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+#: Bytes of each file at most. A message of protobuf ends at 2 GiB.
+_MOST_BYTES = {MANIFEST: 32 * 2**20, MODEL: 2**31 - 1, GOLDEN: 64 * 2**20}
+_MOST_SIGNATURE_BYTES = 4096
 
 
-class BundleError(Exception):
-    """A bundle cannot be used; the message says why."""
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The bytes of a bundle's files, read once.
+
+    Attributes:
+        path: Its folder.
+        manifest, model, golden: Content of its files.
+        signature: Content of `signature.json`, if there is one.
+    """
+
+    path: Path
+    manifest: bytes
+    model: bytes
+    golden: bytes
+    signature: bytes | None = None
+
+    @property
+    def identity(self) -> str:
+        return _sha256(self.manifest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +54,19 @@ class Bundle:
 
     Attributes:
         path: Its folder.
+        model: Content of `model.onnx`; empty once it is loaded.
         identity: SHA-256 of `manifest.json`, which holds those of the other files: it changes with any of them.
         nbytes: Of its files together.
+        golden_bytes: Of `golden.safetensors`.
     """
 
     path: Path
     manifest: Manifest
     golden: Golden
+    model: bytes
     identity: str
     nbytes: int
-
-    @property
-    def model_path(self) -> Path:
-        return self.path / MODEL
+    golden_bytes: int
 
 
 def discover(repository: Path) -> list[Path]:
@@ -54,11 +81,11 @@ def discover(repository: Path) -> list[Path]:
     found: list[Path] = []
     for folder in sorted(repository.iterdir()):
         try:
-            versions = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name) and _may_be_bundle(path)]
+            versions = [path for path in folder.iterdir() if is_version(path.name) and _may_be_bundle(path)]
         except NotADirectoryError:
             continue
         except OSError:
-            found += [folder] if _NAME.fullmatch(folder.name) else []
+            found += [folder] if not folder.name.startswith(".") else []
         else:
             found += sorted(versions, key=lambda path: int(path.name))
     return found
@@ -67,8 +94,8 @@ def discover(repository: Path) -> list[Path]:
 def stated_digest(path: Path) -> str | None:
     """Return the digest that the manifest of the bundle at `path` states, unchecked; None if it cannot be read."""
     try:
-        return Manifest.from_json(_content(path / MANIFEST)).digest
-    except (OSError, ValueError, KeyError):
+        return Manifest.from_json(read_regular(path / MANIFEST, _MOST_BYTES[MANIFEST], follow=False)).digest
+    except (BundleError, OSError, ValueError, KeyError):
         return None
 
 
@@ -79,43 +106,116 @@ def _may_be_bundle(path: Path) -> bool:
         return not isinstance(error, NotADirectoryError)
 
 
-def read(path: Path) -> Bundle:
-    """Read a bundle.
+def read(path: Path, allowed_operators: Collection[str] | None = ()) -> Bundle:
+    """Read a bundle, and check it without running it.
 
     Args:
         path: Its folder, `<repository>/<name>/<version>`.
+        allowed_operators: Operators that its graph may have besides those of the allow-list; None for any.
 
     Raises:
-        BundleError: A file is missing, damaged, or contradicts the manifest.
+        BundleError: A file is missing, damaged, or contradicts the manifest; or the graph must not be run.
+    """
+    return parse(read_content(path), allowed_operators)
+
+
+def read_content(path: Path) -> Content:
+    """Read the bytes of a bundle's files.
+
+    Links that lead to the folder are the operator's; in it must be the files themselves.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        BundleError: `bundle_file`, `bundle_too_large`.
+    """
+    content = {}
+    for name, most in {**_MOST_BYTES, SIGNATURE: _MOST_SIGNATURE_BYTES}.items():
+        try:
+            content[name] = read_regular(path / name, most, follow=False)
+        except OSError as error:
+            if name == SIGNATURE and isinstance(error, FileNotFoundError):
+                continue
+            raise BundleError("bundle_file", f"{name} cannot be read: {error.strerror or error}") from error
+    return Content(path, content[MANIFEST], content[MODEL], content[GOLDEN], content.get(SIGNATURE))
+
+
+def read_regular(path: Path, most: int, *, follow: bool) -> bytes:
+    """Read a file that may have been made to harm: reading ends, and no device is touched.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+        follow: It may be a symbolic link.
+
+    Raises:
+        BundleError: It is no file (`bundle_file`), or too large.
+        OSError: It cannot be read.
     """
     try:
-        description = _content(path / MANIFEST)
-        manifest = Manifest.from_json(description)
-        if (manifest.name, manifest.version) != (path.parent.name, path.name):
-            raise ValueError(f"the manifest belongs to {manifest.name}/{manifest.version}")
-        if set(manifest.files) != {MODEL, GOLDEN}:
-            raise ValueError(f"the manifest must list exactly {MODEL} and {GOLDEN}")
-        nbytes = len(description)
-        for name, digest in manifest.files.items():
-            content = _content(path / name)
-            if (path / name).is_symlink() or _sha256(content) != digest:
-                raise ValueError(f"{name} is not the file that the manifest describes (SHA-256 differs)")
-            nbytes += len(content)
-        golden = Golden.from_bytes(_content(path / GOLDEN))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket
+            raise BundleError("bundle_file", f"{path.name} is not a file") from error
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise BundleError("bundle_file", f"{path.name} is not a file")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(most + 1) if found.st_size <= most else None
+    finally:
+        os.close(descriptor)
+    if content is None or len(content) > most:
+        raise BundleError("bundle_too_large", f"{path.name} has more than {most} bytes")
+    return content
+
+
+def parse(content: Content, allowed_operators: Collection[str] | None = ()) -> Bundle:
+    """Check the content of a bundle, as `read` does."""
+    path = content.path
+    check_name(path.parent.name, path.name)
+    manifest = check_digests(content)
+    if (manifest.name, manifest.version) != (path.parent.name, path.name):
+        raise BundleError("bundle_name", f"the manifest belongs to {manifest.name}/{manifest.version}")
+    found = operators(content.model)
+    if allowed_operators is not None:
+        check_operators(found, allowed_operators)
+    try:
+        golden = Golden.from_bytes(content.golden)
         golden.check(manifest)
-        return Bundle(path, manifest, golden, _sha256(description), nbytes)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise BundleError("bundle_golden", str(error)) from error
+    nbytes = len(content.manifest) + len(content.model) + len(content.golden)
+    return Bundle(path, manifest, golden, content.model, content.identity, nbytes, len(content.golden))
 
 
-def _content(path: Path) -> bytes:
-    if path.exists() and not path.is_file():  # reading a pipe would not end
-        raise ValueError(f"{path.name} is not a file")
-    return path.read_bytes()
+def check_digests(content: Content) -> Manifest:
+    """Return the manifest, which describes the other files. Raises BundleError."""
+    found = {MODEL: content.model, GOLDEN: content.golden}
+    try:
+        manifest = Manifest.from_json(content.manifest)
+        if set(manifest.files) != set(found):
+            raise ValueError(f"it must list exactly {MODEL} and {GOLDEN}")
+    except ValueError as error:
+        raise BundleError(
+            "bundle_manifest", f"{MANIFEST}: {ascii(' '.join(str(error).split()))[1:-1][:1000]}"
+        ) from error
+    for name, digest in manifest.files.items():
+        if _sha256(found[name]) != digest:
+            raise BundleError("bundle_digest", f"{name} is not the file that the manifest describes (SHA-256 differs)")
+    return manifest
 
 
 def write(
-    repository: Path, manifest: Manifest, model: bytes, golden: Golden, *, replace_existing: bool = False
+    repository: Path,
+    manifest: Manifest,
+    model: bytes,
+    golden: Golden,
+    *,
+    replace_existing: bool = False,
+    sign: Callable[[bytes], bytes] | None = None,
 ) -> Path:
     """Write the folder `<repository>/<name>/<version>/` in one rename.
 
@@ -125,24 +225,23 @@ def write(
         model: Content of `model.onnx`.
         golden: The golden vectors.
         replace_existing: Replace a folder that exists.
+        sign: Makes a signature of the manifest, as `signature.Signer` does.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        BundleError: The name, the version or the manifest is invalid, or the folder exists.
+        BundleError: The bundle could not be read again.
+        FileExistsError: The folder exists.
     """
     check_name(manifest.name, manifest.version)
     target = repository / manifest.name / manifest.version
     if target.exists() and not replace_existing:
-        raise BundleError(f"{target} exists; choose another version, or replace it")
+        raise FileExistsError(f"{target} exists; choose another version, or replace it")
     vectors = golden.to_bytes()
     manifest = replace(manifest, files={MODEL: _sha256(model), GOLDEN: _sha256(vectors)})
     description = manifest.to_json()
-    try:
-        Manifest.from_json(description)
-    except ValueError as error:
-        raise BundleError(f"{target}: {error}") from error
+    parse(Content(target, description, model, vectors), allowed_operators=None)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
     replaced = temporary.with_name(temporary.name + "-replaced")
@@ -151,6 +250,8 @@ def write(
         (temporary / MODEL).write_bytes(model)
         (temporary / GOLDEN).write_bytes(vectors)
         (temporary / MANIFEST).write_bytes(description)
+        if sign is not None:
+            (temporary / SIGNATURE).write_bytes(sign(description))
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
@@ -158,14 +259,6 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     return target
-
-
-def check_name(name: str, version: str) -> None:
-    """Check that name and version are safe as a folder and in a URL. Raises BundleError."""
-    if not _NAME.fullmatch(name):
-        raise BundleError(f"model name {name!r}: use letters, digits, _ and - (at most 64)")
-    if not _VERSION.fullmatch(version):
-        raise BundleError(f"version {version!r}: use up to 18 digits, without a leading zero, as in 1 or 20261129")
 
 
 def _sha256(content: bytes) -> str:

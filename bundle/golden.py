@@ -8,12 +8,20 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from unroll.bundle.errors import BundleError
 from unroll.bundle.manifest import Manifest
 
 Arrays = dict[str, np.ndarray]
 
 #: `run(inputs, state, sequence_lens) -> outputs, state_out`: one call of the bundle's graph.
 RunFunction = Callable[[Arrays, np.ndarray, np.ndarray], tuple[Arrays, np.ndarray]]
+
+
+#: Calls of a replay. Export writes four chunkings of at most 24 time steps.
+_MOST_CHUNKS = 4096
+#: Share of the largest value of an output that a tolerance may be. Export wrote at most 0.012, and 1.4 for a graph or
+#: an output of integers. Outputs near zero may differ by the second number.
+_SHARE, _SHARE_OF_INTEGERS, _LEAST_TOLERANCE = 0.1, 4.0, 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,10 @@ class Golden:
         try:
             tensors = load(content)
             count = sum(name.startswith("chunking.") for name in tensors)
+            if sum(tensors[f"chunking.{i}"].size for i in range(count)) > _MOST_CHUNKS:
+                raise BundleError(
+                    "bundle_too_large", f"its golden vectors are cut into more than {_MOST_CHUNKS} chunks"
+                )
             return cls(
                 inputs={n.removeprefix("input."): a for n, a in tensors.items() if n.startswith("input.")},
                 state=tensors["state"],
@@ -101,9 +113,23 @@ class Golden:
             raise ValueError(f"golden.safetensors: {infinite[0]} holds a value that is not finite")
         if not batch or not time or (manifest.streamable and not self.chunkings):
             raise ValueError("golden.safetensors holds no sequence, or no way to cut it into chunks")
+        self._check_tolerances(manifest)
         for chunks in self.chunkings:
             if min(chunks, default=0) < 1 or sum(chunks) != time:
                 raise ValueError(f"golden.safetensors: the chunks {chunks} do not add up to {time} time steps")
+
+    def _check_tolerances(self, manifest: Manifest) -> None:
+        """Without a bound, any answer could count as PyTorch's."""
+        for entry in manifest.parity:
+            expected = self.expected[entry.output]
+            exact = manifest.precision == "float32" and expected.dtype.kind == "f"
+            largest = (_SHARE if exact else _SHARE_OF_INTEGERS) * float(np.max(np.abs(expected.astype(np.float64))))
+            if entry.tolerance > largest + _LEAST_TOLERANCE:
+                raise BundleError(
+                    "bundle_tolerance",
+                    f"{entry.output} may differ from PyTorch by {entry.tolerance:.3g}, and "
+                    f"{largest + _LEAST_TOLERANCE:.3g} is the most that its values allow",
+                )
 
     def _tensors(self) -> Arrays:
         """By name in the file, without the chunkings."""

@@ -5,18 +5,23 @@ from dataclasses import asdict
 from typing import Any
 
 from unroll.bundle.files import GOLDEN, MODEL, Bundle
+from unroll.bundle.graph import operators
 from unroll.bundle.manifest import StateSlot, TensorSpec
-from unroll.bundle.operators import operators
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
-    """Return the manifest's fields, and `path`, `operators`, and `bytes` of each file and of a client's `state`."""
+def describe(bundle: Bundle, signed_by: str | None) -> dict[str, Any]:
+    """Return the manifest's fields, and `path`, `operators`, and `bytes` of each file and of a client's `state`.
+
+    Args:
+        bundle: What was read.
+        signed_by: Who signed it, or None.
+    """
     manifest = bundle.manifest
     return asdict(manifest) | {
         "path": str(bundle.path),
-        "operators": operators(bundle.model_path.read_bytes()),
-        "bytes": {name: (bundle.path / name).stat().st_size for name in (MODEL, GOLDEN)}
-        | {"state": 4 * manifest.state_size},
+        "signed_by": signed_by,
+        "operators": operators(bundle.model),
+        "bytes": {MODEL: len(bundle.model), GOLDEN: bundle.golden_bytes, "state": 4 * manifest.state_size},
     }
 
 
@@ -29,6 +34,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  bit-exact  {'yes' if found['bit_exact'] else 'no: the last bits of a row may depend on its batch'}"
     yield f"  precision  {found['precision']}; inputs, outputs and state are float32"
     yield f"  operators  {', '.join(f'{count} {name}' for name, count in found['operators'].items())}"
+    yield f"  signed by  {found['signed_by'] or 'nobody'}"
     yield f"  written by {', '.join(f'{name} {version}' for name, version in found['tools'].items())}"
     for title in ("inputs", "outputs"):
         yield ""

@@ -3,13 +3,17 @@
 It is read strictly: an unknown field, a wrong type or an inconsistent layout is an error.
 """
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf, isfinite, prod
 from typing import Literal, Self, get_args
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
+
+from unroll.bundle.errors import BundleError
 
 FORMAT = 1
 
@@ -33,6 +37,15 @@ _LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in get_args(Dt
 
 #: float32 has every integer up to here.
 _EXACT = 2**24
+
+# Bounds of what is read. Export writes much less: a state row of 8,000 values is a large one.
+_MOST_TENSORS, _MOST_SLOTS, _MOST_STATE = 1024, 65_536, 2**20
+_MOST_DIMENSIONS, _MOST_VALUES, _MOST_LIMIT = 16, 2**24, 2**53
+_LONGEST_NAME, _LONGEST_TEXT = 256, 4096
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+#: As of Triton: a number, which may be a time such as 20261129120000, of 63 bits.
+_MODEL_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -142,7 +155,7 @@ class Manifest:
 
     __pydantic_config__ = _STRICT
 
-    format: Literal[1]
+    format: int
     name: str
     version: str
     inputs: tuple[TensorSpec, ...]
@@ -211,17 +224,20 @@ class Manifest:
     def from_json(cls, text: bytes) -> Self:
         """Read a manifest. Raises ValueError if it is invalid or inconsistent."""
         manifest = _ADAPTER.validate_json(text)
+        json.loads(text, object_pairs_hook=_without_repetition)
         manifest._check()
         return manifest  # type: ignore[return-value]
 
     def _check(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format {self.format} is not one that this release reads")
+        check_name(self.name, self.version)
+        self._check_bounds()
         names = [tensor.name for tensor in self.inputs + self.outputs] + [spec.name for spec in self.static]
         if not self.inputs or not self.outputs:
             raise ValueError("a model needs at least one input and one output")
         if len(set(names)) != len(names) or RESERVED_NAMES & set(names):
             raise ValueError(f"tensor names repeat or are reserved: {names}")
-        if any(size < 1 for tensor in self.inputs + self.outputs for size in tensor.shape):
-            raise ValueError("a tensor's feature shape holds a size below 1")
         if not all(tensor.time for tensor in self.inputs):
             raise ValueError("an input has no time axis")
         offset = 0
@@ -238,10 +254,63 @@ class Manifest:
             raise ValueError("initial_state does not have state_size values")
         if {entry.output for entry in self.parity} != {tensor.name for tensor in self.outputs} | {"state_out"}:
             raise ValueError("parity must cover every output and state_out")
-        if not all(0 <= value < inf for each in self.parity for value in (each.onnxruntime, each.tolerance)):
-            raise ValueError("parity holds a value that is negative or not finite")
         if self.streamable != (self.not_streamable_because is None):
             raise ValueError("streamable and not_streamable_because contradict each other")
+
+    def _check_bounds(self) -> None:
+        """Nothing is larger than the server can hold, no number is infinite, and no text would move a terminal."""
+        tensors: tuple[TensorSpec | StaticInput, ...] = (*self.inputs, *self.outputs, *self.static)
+        if len(tensors) > _MOST_TENSORS or len(self.state) > _MOST_SLOTS or not 0 < self.state_size <= _MOST_STATE:
+            raise ValueError(
+                f"it has more than {_MOST_TENSORS} tensors, {_MOST_SLOTS} pieces of state, or a state_size that is not "
+                f"from 1 to {_MOST_STATE}"
+            )
+        for tensor in tensors:
+            if len(tensor.shape) > _MOST_DIMENSIONS or min(tensor.shape, default=1) < 1 or tensor.size > _MOST_VALUES:
+                raise ValueError(
+                    f"a tensor's feature shape holds a size below 1, or has more than {_MOST_DIMENSIONS} dimensions or "
+                    f"{_MOST_VALUES} values"
+                )
+            if tensor.limit is not None and not 0 < tensor.limit <= _MOST_LIMIT:
+                raise ValueError(f"the limit of {tensor.name[:80]!a} is not from 1 to {_MOST_LIMIT}")
+            if not 0 < len(tensor.name) <= _LONGEST_NAME:
+                raise ValueError(f"a tensor's name has no or more than {_LONGEST_NAME} characters")
+        for text in self._texts():
+            if len(text) > _LONGEST_TEXT or not text.replace("\n", "").isprintable():
+                raise ValueError(f"a text is too long or cannot be printed: {text[:80]!a}")
+        if not all(0 <= value < inf for each in self.parity for value in (each.onnxruntime, each.tolerance)):
+            raise ValueError("parity holds a value that is negative or not finite")
+        if not all(map(isfinite, np.array(self.initial_state or (), np.float32))):
+            raise ValueError("initial_state holds a value that is not finite")
+
+    def _texts(self) -> Iterator[str]:
+        yield from (tensor.name.replace("\n", "\0") for tensor in self.inputs + self.outputs)
+        yield from (tensor.name.replace("\n", "\0") for tensor in self.static)
+        yield from (slot.module for slot in self.state)
+        yield from (text for pair in (*self.tools.items(), *self.files.items()) for text in pair)
+        yield self.not_streamable_because or ""
+
+
+def check_name(name: str, version: str) -> None:
+    """Check that name and version are safe as a folder and in a URL. Raises BundleError (`bundle_name`)."""
+    if not _MODEL_NAME.fullmatch(name):
+        raise BundleError("bundle_name", f"model name {name[:80]!a}: use letters, digits, _ and - (at most 64)")
+    if not is_version(version):
+        raise BundleError(
+            "bundle_name",
+            f"version {version[:80]!a}: use up to 18 digits, without a leading zero, as in 1 or 20261129",
+        )
+
+
+def is_version(text: str) -> bool:
+    return _MODEL_VERSION.fullmatch(text) is not None
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a member stands in it twice")
+    return found
 
 
 _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)

@@ -279,6 +279,12 @@ class DeadlineUnreachable(Overloaded):
     code = "deadline_unreachable"
 
 
+class TooManyConnections(Overloaded):
+    """The server, or the client's address, has as many connections as it may."""
+
+    code = "too_many_connections"
+
+
 class CapacityExhausted(Overloaded):
     """No further session fits."""
 

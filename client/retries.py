@@ -46,7 +46,7 @@ class Retries:
         now = self._policy.clock()
         if self._deadline is None:
             self._deadline = now + self._policy.retry_for
-        backoff = min(_FIRST * 2**self.count, _LONGEST) * random.uniform(0.5, 1.0)
+        backoff = min(_FIRST * 2**self.count, _LONGEST) * random.uniform(0.5, 1.0)  # noqa: S311 no secret
         seconds = backoff if retry_after is None else max(retry_after, 0.0) + backoff * 0.1
         self.count += 1
         return seconds if now + seconds <= self._deadline else None

@@ -120,7 +120,13 @@ export class Stream {
   readonly model: Model;
   open(
     sessions?: number | string[],
-    options?: { mode?: Mode; durability?: "memory" | "stored"; static?: Record<string, unknown> },
+    options?: {
+      mode?: Mode;
+      durability?: "memory" | "stored";
+      static?: Record<string, unknown>;
+      /** Their `batchRows` says in how large a batch the last steps ran. Their steps then go in JSON. */
+      batchRows?: boolean;
+    },
   ): Promise<StreamSession[]>;
   /** One time step for each session, in one message. Raises SomeFailed. */
   step(sessions: StreamSession[], inputs: Inputs[]): Promise<Outputs[]>;
@@ -137,6 +143,8 @@ export class StreamSession {
   readonly id: string;
   readonly durability: "memory" | "stored";
   readonly position: number;
+  /** Rows of the batch of the last steps, if it was asked for; null: their answer was kept from before. */
+  readonly batchRows?: number | null;
   step(values: Inputs): Promise<Outputs>;
   steps(values: Inputs): Promise<Outputs>;
   stream(items: Iterable<Inputs> | AsyncIterable<Inputs>): AsyncGenerator<Outputs>;

@@ -338,15 +338,13 @@ export class Session {
   rolloutBody(steps, map, on, given, outputs) {
     const { inputs, outputs: made } = this.model;
     const last = outputs === undefined ? this.last?.() : tensorsOf(outputs, made);
-    const lists = (arrays, specs, leading) =>
-      named(arrays.map((array, i) => listOf(array, specs[i], leading)), specs);
     return {
       steps,
       map: typeof map === "string" ? { kind: map } : map,
       on,
       position: this.position,
-      inputs: given && lists(given.arrays, inputs, [given.steps]),
-      outputs: given || !last ? undefined : lists(last, made, []),
+      inputs: given && listsOf(given.arrays, inputs, [given.steps]),
+      outputs: given || !last ? undefined : listsOf(last, made, []),
       snapshot: this.sealed && base64(this.sealed),
     };
   }
@@ -454,8 +452,9 @@ export class Stream {
     this.nextHandle = 0;
   }
 
-  // Open sessions, or attach to open ones: how many, or their ids. Raises the first refusal.
-  async open(sessions = 1, { mode = "new", durability, static: fixed } = {}) {
+  // Open sessions, or attach to open ones: how many, or their ids. Raises the first refusal. batchRows: their `batchRows`
+  // says in how large a batch their last steps ran; these then go in JSON.
+  async open(sessions = 1, { mode = "new", durability, static: fixed, batchRows = false } = {}) {
     const ids = typeof sessions === "number" ? Array.from({ length: sessions }, randomId) : sessions;
     const specs = ids.map((id) => ({ handle: this.nextHandle++, session_id: id, mode, durability, static: fixed }));
     const call = new ControlCall("open", specs);
@@ -475,7 +474,7 @@ export class Stream {
         refused ??= new ServerError(item.error);
         continue;
       }
-      const session = new StreamSession(this, item);
+      const session = new StreamSession(this, item, batchRows);
       this.places.set(handle, session);
       const foreign = mode === "new" && item.position; // the message was repeated, and found it
       (foreign ? others : opened).push(session);
@@ -653,8 +652,12 @@ export class Stream {
       const [call, handles] = this.controls.shift() ?? [];
       call?.receive(message.sessions ?? handles.map((handle) => ({ handle })));
     }
-    if (message.op !== "error") return;
     const place = this.places.get(message.handle);
+    if (message.op === "outputs") {
+      if (place) place.batchRows = message.batch_rows;
+      place?.call?.receive(message.handle, message.position, tensorsOf(message.outputs, this.model.outputs));
+    }
+    if (message.op !== "error") return;
     if ("position" in message) return place?.call?.fail(place, message);
     const [call, handles] = this.controls.shift() ?? [];
     if (call) return call.receive(handles.map((handle) => ({ handle, error: message })));
@@ -684,9 +687,10 @@ export class Stream {
 
 // A session on a stream.
 export class StreamSession {
-  constructor(stream, { handle, session_id, position, durability }) {
+  constructor(stream, { handle, session_id, position, durability }, inJson) {
     Object.assign(this, { handle, position, durability, id: session_id });
     this.streamOf = stream;
+    this.inJson = inJson;
     this.last = Promise.resolve(); // its call before
   }
 
@@ -831,10 +835,14 @@ class StepsCall extends Call {
     }
   }
 
-  // Frames of the steps that have no outputs yet.
+  // The steps that have no outputs yet, in frames or in JSON.
   *messages() {
     let rows = [], size = 0;
     for (const row of [...this.unanswered]) {
+      if (this.sessions[row].inJson) {
+        yield [this.text(row)];
+        continue;
+      }
       const bytes = this.given[row].arrays.reduce((sum, array) => sum + array.byteLength, 0);
       if (rows.length === MOST_ENTRIES || (rows.length && size + bytes > MOST_BYTES)) {
         yield [this.frame(rows)];
@@ -844,6 +852,13 @@ class StepsCall extends Call {
       size += bytes;
     }
     if (rows.length) yield [this.frame(rows)];
+  }
+
+  text(row) {
+    const { arrays, steps } = this.given[row];
+    const inputs = listsOf(arrays, this.model.inputs, [steps]);
+    const { handle } = this.sessions[row];
+    return JSON.stringify({ op: "steps", handle, position: this.positions[row], inputs, batch_rows: true });
   }
 
   frame(rows) {
@@ -947,6 +962,9 @@ const rowOf = (array, spec, row) => array.slice(row * sizeOf(spec), (row + 1) * 
 function listOf(array, spec, leading) {
   return nested(spec.dtype === "bool" ? Array.from(array, Boolean) : array, [...leading, ...spec.shape]);
 }
+
+// Tensors as JSON has them: one value, or {name: value}.
+const listsOf = (arrays, specs, leading) => named(arrays.map((array, i) => listOf(array, specs[i], leading)), specs);
 
 function nested(array, shape) {
   if (shape.length === 0) return plain(array[0]);

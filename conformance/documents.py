@@ -14,7 +14,7 @@ from conformance.precision_costs import Cost
 
 PAGE = Path(__file__).parents[1] / "docs" / "conformance.md"
 
-Block = Literal["kinds", "random", "models", "precision"]
+Block = Literal["kinds", "random", "models", "precision", "packages"]
 
 _BITS = {True: "yes", False: "no", None: ""}
 

@@ -18,7 +18,7 @@ from conformance.kinds import kinds
 from conformance.kinds.kind import Kind
 from conformance.oracle import Arrays, Graph, Wrong, examine
 from unroll import bundle
-from unroll.bundle.operators import operators
+from unroll.bundle.graph import operators
 from unroll.export import ExportError, export
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.signature.outputs import leaves

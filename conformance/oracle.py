@@ -79,7 +79,7 @@ class Graph:
         options.intra_op_num_threads = 1
         options.log_severity_level = 4
         self.session = onnxruntime.InferenceSession(
-            found.model_path,
+            found.model,
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=bundle.CRASHING_OPTIMIZERS,

@@ -13,7 +13,7 @@ from conformance.matrix import PLUMBING
 from conformance.oracle import Graph
 from unroll import bundle
 from unroll.bundle import Precision
-from unroll.bundle.operators import operators
+from unroll.bundle.graph import operators
 from unroll.examples.architectures import denoiser, voice
 from unroll.export import ExportError, export
 from unroll.export.signature.samples import Samples
@@ -84,7 +84,7 @@ def _cost(name: str, precision: Precision, module: nn.Module, example: dict[str,
         graph = Graph(found)
         outputs = [entry for entry in found.manifest.parity if entry.output != "state_out"]
         [state] = [entry for entry in found.manifest.parity if entry.output == "state_out"]
-        counted = operators(found.model_path.read_bytes())
+        counted = operators(found.model)
         counted = {op: count for op, count in counted.items() if op not in PLUMBING | {"DynamicQuantizeLinear"}}
         integer = {op: count for op, count in counted.items() if any(mark in op for mark in _INTEGER_MARKS)}
         return Cost(
@@ -93,7 +93,7 @@ def _cost(name: str, precision: Precision, module: nn.Module, example: dict[str,
             error=max(entry.onnxruntime for entry in outputs),
             bound=max(entry.tolerance for entry in outputs),
             state=state.onnxruntime,
-            model_bytes=found.model_path.stat().st_size,
+            model_bytes=len(found.model),
             one=_seconds(graph, example, 1),
             many=_seconds(graph, example, 32),
             integers=_list(integer),

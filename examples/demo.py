@@ -3,13 +3,15 @@
 Needs no torch: `expected.safetensors` holds PyTorch's forecasts for the measurements.
 """
 
+import contextlib
 import io
+import json
 import secrets
 import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -98,7 +100,33 @@ class Streamed:
     seconds: float
 
 
-def run(url: str, example: Path = EXAMPLE, server: Server | None = None, *, quick: bool = False) -> int:
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the forecasts were compared with. Errors and differences are in ppm.
+
+    Attributes:
+        judged_weeks: How many weeks the errors are of: measured ones, none of them trained on.
+        persistence_error: The error of saying "as this week".
+        differences: The largest to what the streamed forecasts must equal, by name; 0: equal in every bit.
+        faults: What is wrong.
+    """
+
+    weeks: int
+    single_steps: int
+    seconds: float
+    judged_weeks: int
+    mean_absolute_error: float
+    persistence_error: float
+    float64_difference: float
+    float32_difference: float
+    tolerance: float
+    differences: dict[str, float]
+    faults: list[str]
+
+
+def run(
+    url: str, example: Path = EXAMPLE, server: Server | None = None, *, quick: bool = False, as_json: bool = False
+) -> int:
     """Returns 0 if the served forecasts equal PyTorch's; else prints the reason and returns 1.
 
     Args:
@@ -106,34 +134,44 @@ def run(url: str, example: Path = EXAMPLE, server: Server | None = None, *, quic
         example: The folder with co2.csv and expected.safetensors.
         server: The server at `url`, which is then killed half way and started again.
         quick: Send only the last weeks one by one.
+        as_json: Print one JSON document, and everything else on stderr.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for the bars
     try:
-        known = Example.read(example)
-        with Client(url, retry_for=_PATIENCE if server else 2.0) as client:
-            exact = _check_server(client)
-            with client.session(MODEL) as session:
-                streamed = stream(session, known, server, quick=quick)
-                _retry(session, known.series.ppm, streamed.forecasts)
-            series = known.series.ppm[:, np.newaxis]
-            same = {"Streamed = whole": client.sequences(MODEL, [series])[0]}
-            if server:
-                with client.session(MODEL) as uninterrupted:
-                    same["Killed = never killed"] = uninterrupted.steps(series)
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            known = Example.read(example)
+            found = _measure(url, known, server, quick=quick)
+            print(report(known, found))
     except (DemoFailed, errors.UnrollError) as error:
         print(f"unroll demo: {error}", file=sys.stderr)
         return 1
-    faults = report(known, streamed, {name: outputs[:, 0] for name, outputs in same.items()}, exact=exact)
-    for fault in faults:
+    for fault in found.faults:
         print(f"unroll demo: {fault}", file=sys.stderr)
-    if not faults:
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    elif not found.faults:
         print(f"""
 To try it by hand: open a session, send two weeks, read its position; send the same weeks as a whole sequence; save
 the session's state to a file and open a new session from it; read the model's Open Inference metadata.
 
 {commands(url)}""")
-    return 1 if faults else 0
+    return 1 if found.faults else 0
+
+
+def _measure(url: str, example: Example, server: Server | None, *, quick: bool) -> Findings:
+    """Raises DemoFailed, UnrollError."""
+    with Client(url, retry_for=_PATIENCE if server else 2.0) as client:
+        exact = _check_server(client)
+        with client.session(MODEL) as session:
+            streamed = stream(session, example, server, quick=quick)
+            _retry(session, example.series.ppm, streamed.forecasts)
+        series = example.series.ppm[:, np.newaxis]
+        same = {"Streamed = whole": client.sequences(MODEL, [series])[0]}
+        if server:
+            with client.session(MODEL) as uninterrupted:
+                same["Killed = never killed"] = uninterrupted.steps(series)
+    return compare(example, streamed, {name: outputs[:, 0] for name, outputs in same.items()}, exact=exact)
 
 
 def _check_server(client: Client) -> bool:
@@ -197,37 +235,55 @@ def _retry(session: Session, ppm: np.ndarray, forecasts: np.ndarray) -> None:
         raise DemoFailed(f"a retried step got another reply than the first time (position {session.position})")
 
 
-def report(example: Example, streamed: Streamed, same: Mapping[str, np.ndarray], *, exact: bool) -> list[str]:
-    """Print the figures and return the failures.
+def compare(example: Example, streamed: Streamed, same: Mapping[str, np.ndarray], *, exact: bool) -> Findings:
+    """Compare the forecasts with measurements, with PyTorch's, and with each other.
 
     Args:
         same: What the streamed forecasts must equal, by the name of that equation.
         exact: In every bit, else within the tolerance.
     """
     ppm, served, judged = example.series.ppm.astype(np.float64), streamed.forecasts, example.judged()
-    error = np.abs(served[judged - 1] - ppm[judged]).mean()
-    persistence = np.abs(ppm[judged - 1] - ppm[judged]).mean()
     single, double = (float(np.abs(served - torch).max()) for torch in (example.float32, example.float64))
-    print(f"""
-{len(ppm)} weeks through one session, {streamed.singles} of them one request each: {streamed.seconds:.2f} s, \
-{streamed.singles / streamed.seconds:.0f} steps/s on one connection
-
-Forecast one week ahead, {len(judged)} measured weeks after {LAST_TRAINING_YEAR}, none of them trained on
-  mean absolute error     {error:.3f} ppm; saying "as this week" {persistence:.3f} ppm
-Against PyTorch, all {len(ppm)} weeks
-  max |served - float64|  {double:.1e} ppm; tolerance {example.tolerance:.1e}: 4 x PyTorch float32's own \
-{example.rounding:.1e}, and one float32 unit {example.unit:.1e}
-  max |served - float32|  {single:.1e} ppm
-Last step sent twice      same answer, applied once""")
-    faults = []
-    for name, others in same.items():
-        equal, apart = np.array_equal(served, others), np.abs(served - others).max()
-        print(f"{name:26}{'yes, bit for bit' if equal else f'differs by {apart:.1e} ppm'}")
-        if not equal and (exact or not apart <= example.tolerance):
-            faults.append(f"{name}: the forecasts differ by {apart:.1e} ppm")
+    apart = {name: float(np.abs(served - others).max()) for name, others in same.items()}
+    faults = [
+        f"{name}: the forecasts differ by {difference:.1e} ppm"
+        for name, difference in apart.items()
+        if not difference <= (0 if exact else example.tolerance)
+    ]
     if not double <= example.tolerance:
         faults.append(f"the served forecasts differ from PyTorch by {double:.1e} ppm, beyond {example.tolerance:.1e}")
-    return faults
+    return Findings(
+        weeks=len(ppm),
+        single_steps=streamed.singles,
+        seconds=streamed.seconds,
+        judged_weeks=len(judged),
+        mean_absolute_error=float(np.abs(served[judged - 1] - ppm[judged]).mean()),
+        persistence_error=float(np.abs(ppm[judged - 1] - ppm[judged]).mean()),
+        float64_difference=double,
+        float32_difference=single,
+        tolerance=example.tolerance,
+        differences=apart,
+        faults=faults,
+    )
+
+
+def report(example: Example, found: Findings) -> str:
+    equal = [
+        f"{name:26}{f'differs by {apart:.1e} ppm' if apart else 'yes, bit for bit'}"
+        for name, apart in found.differences.items()
+    ]
+    return f"""
+{found.weeks} weeks through one session, {found.single_steps} of them one request each: {found.seconds:.2f} s, \
+{found.single_steps / found.seconds:.0f} steps/s on one connection
+
+Forecast one week ahead, {found.judged_weeks} measured weeks after {LAST_TRAINING_YEAR}, none of them trained on
+  mean absolute error     {found.mean_absolute_error:.3f} ppm; saying "as this week" {found.persistence_error:.3f} ppm
+Against PyTorch, all {found.weeks} weeks
+  max |served - float64|  {found.float64_difference:.1e} ppm; tolerance {found.tolerance:.1e}: \
+4 x PyTorch float32's own {example.rounding:.1e}, and one float32 unit {example.unit:.1e}
+  max |served - float32|  {found.float32_difference:.1e} ppm
+Last step sent twice      same answer, applied once
+""" + "\n".join(equal)
 
 
 def commands(url: str) -> str:

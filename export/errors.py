@@ -16,7 +16,7 @@ Code = Literal[
     "checkpoint",  # a model or its weights cannot be loaded
     "dtype",  # parameters of one float type; float32, int64, int32 and bool tensors
     "forward_failed",  # forward raises on the example, or for another batch size or length
-    "initial_state",  # an initial state in the example that differs between rows
+    "initial_state",  # an initial state that differs between the rows of the example, or is not finite
     "internal",  # a fault of export itself
     "input",  # the example inputs do not fit forward
     "keeps_state",  # forward leaves a value for its next call, and that call does not continue the stream
@@ -50,6 +50,9 @@ class ExportError(Exception):
 #: What a terminal takes for a colour.
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
+#: An operator without a translation.
+_NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='aten\.(\w+)'")
+
 #: Characters of another error's message: whole sentences, and at least one.
 _MESSAGE = 200
 
@@ -66,6 +69,24 @@ def first_line(error: BaseException) -> str:
             break
         first = f"{first} {sentence}"
     return f"{type(error).__name__}: {first}{place}" if first else f"{type(error).__name__}{place}"
+
+
+def untraceable(what: str, error: Exception) -> ExportError:
+    """The refusal for `what` torch.export or its translation to ONNX cannot follow."""
+    text = str(error)
+    if "data-dependent" in text:
+        return ExportError(
+            "not_exportable",
+            f"{what} decides by the value of a tensor, as `if x.sum() > 0` or int(x) does{source_line(error)}; a graph "
+            "runs the same operations for every input: choose with torch.where(condition, a, b)",
+        )
+    if unknown := _NO_OPERATOR.search(text):
+        return ExportError(
+            "not_exportable",
+            f"{what} calls torch.{unknown[1]}, which ONNX has no operator for; write it with other operators, or one "
+            "time step after another in a Python loop",
+        )
+    return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 
 
 def internal(error: Exception) -> ExportError:

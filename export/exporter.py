@@ -9,6 +9,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from unroll.bundle import Precision
+from unroll.bundle.signature import KeyUnusable, Signer
+from unroll.export.errors import ExportError
 from unroll.export.options import ExportOptions, Progress
 from unroll.export.pipeline import Pipeline
 from unroll.export.report import Report
@@ -24,12 +26,14 @@ def export(
     repository: Path | str,
     replace: bool = False,
     batch_first: bool = True,
+    time_last: bool = False,
     output_names: list[str] | None = None,
     precision: Precision = "float32",
     max_error: float | None = None,
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
     step: bool = False,
+    sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
 ) -> Report:
     """Write `module` as the bundle `<repository>/<name>/<version>`, proven equal to PyTorch.
@@ -44,6 +48,7 @@ def export(
         repository: the folder that holds the bundles.
         replace: overwrite an existing bundle.
         batch_first: forward takes (batch, time, ...), otherwise (time, batch, ...).
+        time_last: forward takes (batch, ..., time), as convolutions do. The bundle takes (batch, time, ...).
         output_names: names for the outputs, in the order in which forward returns them.
         precision: of the graph: float16 for a GPU, int8 for the CPU. Inputs, outputs and state stay float32.
         max_error: the largest absolute difference from PyTorch in float64 that an output may have.
@@ -52,6 +57,7 @@ def export(
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
         step: forward makes one time step: its inputs are (batch, ...), and `state` names the states that it takes and
             returns, of any shape; one that forward can do without (`state=None`) may be left out of the example.
+        sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
         progress: called with a line of text at the beginning of each stage.
 
     Returns:
@@ -77,8 +83,17 @@ def export(
         replace=replace,
         arguments=arguments,
         step=step,
+        time_last=time_last,
         output_names=output_names,
         precision=precision,
         max_error=max_error,
+        signer=_signer(sign),
     )
     return Pipeline(options, progress).run(module, example_inputs)
+
+
+def _signer(path: Path | str | None) -> Signer | None:
+    try:
+        return None if path is None else Signer.read(Path(path))
+    except KeyUnusable as error:
+        raise ExportError("bundle", str(error)) from None

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unroll.bundle import BundleError, Precision
-from unroll.bundle.files import check_name
+from unroll.bundle.manifest import check_name
+from unroll.bundle.signature import Signer
 from unroll.export.errors import ExportError
 from unroll.export.signature.arguments import DeclaredArguments
 
@@ -23,16 +24,22 @@ class ExportOptions:
     replace: bool
     arguments: DeclaredArguments
     step: bool
+    time_last: bool
     output_names: list[str] | None
     precision: Precision
     max_error: float | None
+    signer: Signer | None = None
 
     def check_target(self) -> None:
         """Raises ExportError(bundle) if the bundle cannot be written there."""
         try:
             check_name(self.name, self.version)
         except BundleError as error:
-            raise ExportError("bundle", str(error)) from None
+            raise ExportError("bundle", error.message) from None
+        if self.time_last and not self.arguments.batch_first:
+            raise ExportError("input", "the time of the inputs is either first or last: give one of the two")
+        if self.step and (self.time_last or not self.arguments.batch_first):
+            raise ExportError("input", "the inputs of a single step have no time: leave out where it is")
         path = self.repository / self.name / self.version
         if path.exists() and not self.replace:
             raise ExportError("bundle", f"{path} exists; choose another version, or replace it")

@@ -1,6 +1,8 @@
 """The stages from a trained module to a proven bundle. Each takes and returns records; only the last one writes."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +30,7 @@ from unroll.export.lifting.module_state import (
 from unroll.export.lifting.observe import Observation, find_history, keep_squeezes, observe
 from unroll.export.lifting.streaming import torch_runner
 from unroll.export.loading import programs
-from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments
+from unroll.export.loading.copies import as_float32, detached_copy, detached_example, keep_arguments, move_time
 from unroll.export.onnx.graph import Trace, to_onnx
 from unroll.export.onnx.runtime import onnx_runner
 from unroll.export.onnx.tracing import Suspects
@@ -48,6 +50,21 @@ from unroll.export.verification.original import check_continues, check_same_as_o
 from unroll.export.verification.parity import Runners
 from unroll.export.verification.reduced import Candidate, limit, reduce
 from unroll.export.verification.trials import Subject
+
+#: Parameters below which more threads than one take longer, as they wait for each other busily.
+_SMALL = 2**20
+
+
+@contextmanager
+def _few_threads(module: nn.Module | ExportedProgram) -> Iterator[None]:
+    """Runs a small model on one thread."""
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in module.parameters()) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +142,8 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """All stages. Raises ExportError, and has then written nothing."""
         try:
-            return self._run(module, example_inputs)
+            with _few_threads(module):
+                return self._run(module, example_inputs)
         except ExportError:
             raise
         except Exception as error:
@@ -138,7 +156,10 @@ class Pipeline:
             module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
         self._progress("running it as it is")
-        prepared = self._find_state(prepared)
+        try:
+            prepared = self._find_state(prepared)
+        except ExportError as error:
+            raise preconditions.in_its_own_precision(error, prepared.dtype) from error
         lifted = self._lift(prepared)
         self._progress("tracing it into ONNX")
         traced = self._trace(lifted)
@@ -155,22 +176,22 @@ class Pipeline:
     ) -> tuple[nn.Module, dict[str, Any]]:
         """A module of one time step as one over sequences, which has no states among its arguments."""
         declared = self._options.arguments
-        if not declared.batch_first:
-            raise ExportError("input", "a module of one time step has no time axis: leave out --time-first")
-        step = programs.as_module(module, example_inputs)
         self._options = replace(self._options, arguments=replace(declared, state={}))
-        return over_time(step, example_inputs, declared)
+        return over_time(programs.as_module(module, example_inputs), example_inputs, declared)
 
     def _prepare(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Prepared:
         plain = programs.as_module(module, example_inputs)
         preconditions.check_modules(plain)
         model, example = detached_copy(plain), detached_example(example_inputs)
+        declared = self._options.arguments
+        if self._options.time_last:
+            example = move_time(model, example, {*declared.static, *declared.state})
         keep_arguments(model, example)
         exact, dtype = converted(model, torch.float64), preconditions.precision(model)
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
         check_arguments(model, example)
-        declared = self._options.arguments
+        preconditions.check_example(example)
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(
                 "input", f"{', '.join(sorted(missing))} is in `static` or `state`, and not in the example inputs"
@@ -269,6 +290,7 @@ class Pipeline:
         return replace(candidate, manifest=limit(candidate.manifest, self._options.max_error))
 
     def _write(self, candidate: Candidate, prepared: Prepared, lifted: Lifted, judged: Judged) -> Report:
+        signer = self._options.signer
         try:
             path = bundle.write(
                 self._options.repository,
@@ -276,9 +298,12 @@ class Pipeline:
                 candidate.content,
                 candidate.golden,
                 replace_existing=self._options.replace,
+                sign=None if signer is None else signer.sign,
             )
             manifest = bundle.read(path).manifest
-        except (BundleError, OSError) as error:
+        except BundleError as error:
+            raise ExportError("bundle", error.message) from error
+        except OSError as error:
             raise ExportError("bundle", str(error)) from error
         notes = notes_on(
             replace(lifted.model, samples=judged.samples),

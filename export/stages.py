@@ -1,9 +1,13 @@
-"""Says on stderr what export is doing, and how long it took."""
+"""Says on stderr what export is doing, and how long it took: drawn in place on a terminal, else a line each."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, Task, TextColumn
+from rich.text import Text
 
 #: Seconds below which the time of a stage is not said.
 _SHORT = 1.0
@@ -11,7 +15,39 @@ _SHORT = 1.0
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """Gives a function to call with each stage as it begins: a line each, with its seconds if it took more than one."""
+    """Gives a function to call with each stage as it begins."""
+    with (_drawn if sys.stderr.isatty() else _printed)() as begin:
+        yield begin
+
+
+@contextmanager
+def _drawn() -> Iterator[Callable[[str], None]]:
+    columns = SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), _Seconds()
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as progress:
+
+        def end() -> None:
+            for task in progress.task_ids:
+                progress.update(task, total=1, completed=1)
+
+        def begin(stage: str) -> None:
+            end()
+            progress.add_task(stage, total=None)
+
+        yield begin
+        end()
+
+
+class _Seconds(TextColumn):
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        seconds = (task.finished_time if task.finished else task.elapsed) or 0.0
+        return Text(f"{seconds:.1f} s" if seconds >= _SHORT else "", style="progress.elapsed")
+
+
+@contextmanager
+def _printed() -> Iterator[Callable[[str], None]]:
     begun: list[float] = []
 
     def end() -> None:

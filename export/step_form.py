@@ -109,6 +109,12 @@ def over_time(
     one = {name: value[:1] for name, value in given.items()}
     state = handed_on(detached_copy(step), example, outputs, lambda: one, batch) if outputs else {}
     kept = _kept(step, example, batch, one | {name: argument.expand(1) for name, argument in state.items()})
+    if not state and not kept:
+        raise ExportError(
+            "input",
+            "a step without a state: the module keeps none, and none is named; name the arguments that are states, with "
+            "the outputs that continue them, as in --state h:float32:64=y1 or state={'h': 'y1'}",
+        )
     rows = torch.arange(_BATCH * _TIME) % batch
     sequences = {
         name: value[rows[:_BATCH]] if name in declared.static else value[rows].unflatten(0, (_BATCH, _TIME))
@@ -138,8 +144,8 @@ def _started(step: nn.Module, example: dict[str, Any], name: str, output: str) -
     if value is None or first_difference(without, _called(detached_copy(step), example | {name: zeros})) is not None:
         raise ExportError(
             "input",
-            f"state {name!r} is not in the example inputs, and without it forward does not start from zeros like output "
-            f"{output!r}: give its first value",
+            f"state {name!r} is not in the example inputs, and without it forward does not start from zeros like output"
+            f" {output!r}: give its first value",
         )
     return zeros
 

@@ -21,6 +21,7 @@ from unroll.service.api import (
     health_routes,
     native_routes,
     open_inference_routes,
+    operator_routes,
     page_routes,
     repository_routes,
     rollout_routes,
@@ -120,19 +121,34 @@ def build(
     if settings.worker_port is not None:
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
         workers = WorkerMetrics(settings.host, ports)
-    app = _fastapi(state, workers, lambda _: _lifespan(state, state_file, settings.store_timeout))
-    _add_what_is_asked_for(app, settings, state, store, clock)
-    return app, state
-
-
-def _add_what_is_asked_for(
-    app: FastAPI, settings: Settings, state: AppState, store: Store | None, clock: Clock
-) -> None:
-    """The routes that not every server has."""
+    app = _fastapi(state, lambda _: _lifespan(state, state_file, settings.store_timeout))
+    _add_inference(app, state)
     if settings.shows_page:
         app.include_router(page_routes.router())
     if settings.allowed_origins:
         cross_origin.allow(app, settings.allowed_origins)
+    operator = app
+    if settings.admin_port is not None:
+        operator = app.state.operator = _fastapi(state, None)
+    operator.include_router(health_routes.metrics_router(state, workers))
+    _add_administration(operator, settings, state, store, clock)
+    app.include_router(absent_routes.router())  # after what is offered
+    return app, state
+
+
+def _add_inference(app: FastAPI, state: AppState) -> None:
+    app.include_router(native_routes.router(state))
+    app.include_router(rollout_routes.router(state))
+    app.include_router(endpoint.router(state))
+    app.include_router(ticket_routes.router(state))
+    app.include_router(statistics_routes.router(state))
+    app.include_router(repository_routes.router(state))
+    app.include_router(open_inference_routes.router(state, __version__))
+
+
+def _add_administration(app: FastAPI, settings: Settings, state: AppState, store: Store | None, clock: Clock) -> None:
+    if settings.offers_operations:
+        app.include_router(operator_routes.router(state))
     if settings.admin:
         idle_timeout = settings.idle_timeout or None
         pages: dict[str, Pages] = {MEMORY: MemoryPages(state.sessions.directory, clock, idle_timeout)}
@@ -198,7 +214,8 @@ async def _become_ready(state: AppState) -> None:
         state.ready = not state.draining
 
 
-def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> FastAPI:
+def _fastapi(state: AppState, lifespan: Any) -> FastAPI:
+    """An application with probes, and with the answers to what may not come in or fails."""
     app = FastAPIOffline(  # /docs and /redoc load their scripts from this server
         static_url="/docs/assets",
         title="Unroll",
@@ -212,15 +229,7 @@ def _fastapi(state: AppState, workers: WorkerMetrics | None, lifespan: Any) -> F
     app.add_middleware(LogAnswers, state=state)
     app.add_middleware(HeadAsGet)
     app.add_middleware(EncodedSlashes)
-    app.include_router(native_routes.router(state))
-    app.include_router(rollout_routes.router(state))
-    app.include_router(endpoint.router(state))
-    app.include_router(ticket_routes.router(state))
-    app.include_router(statistics_routes.router(state))
-    app.include_router(repository_routes.router(state))
-    app.include_router(open_inference_routes.router(state, __version__))
-    app.include_router(health_routes.router(state, workers))
-    app.include_router(absent_routes.router())
+    app.include_router(health_routes.router(state))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
     @app.exception_handler(UnrollError)

@@ -40,8 +40,9 @@ GROUPS = {
         ),
         "keys": Description("FILE", "file of API keys, which `unroll keys new` writes; read again at SIGHUP"),
         "jwt_keys": Description(
-            "FILE|URL",
-            "JWK set of an identity provider, whose JWTs are taken as keys are; a file is read again at SIGHUP, a URL "
+            "FILE",
+            "JWK set of an identity provider, a file or a URL, whose JWTs are taken as keys are; a file is read again "
+            "at SIGHUP, a URL "
             "(https, or http of this machine) every five minutes; needs the package extra jwt",
         ),
         "jwt_issuer": Description("ISSUER", "what JWTs say in iss; needed with --jwt-keys"),
@@ -79,6 +80,22 @@ GROUPS = {
             several=True,
         ),
         "strict": Description("", "do not start if any bundle cannot be served; else serve the others"),
+        "bundle_memory": Description(
+            "BYTES", "memory that a bundle may take when it is tried before it is served, in bytes", "4294967296"
+        ),
+        "bundle_time": Description(
+            "SECONDS", "processor time that a bundle may take when it is tried before it is served", "30"
+        ),
+        "trusted_keys": Description(
+            "PATH",
+            "public key, or folder of them (*.pem), as `unroll keys pair` makes them; "
+            "a bundle that none of them has signed is refused",
+        ),
+        "allow_operators": Description(
+            "OPERATORS",
+            'operators that graphs may have besides those that export writes, such as ["RandomNormal"]',
+            several=True,
+        ),
     },
     "device": {
         "device": Description(
@@ -111,15 +128,16 @@ GROUPS = {
         ),
         "snapshot_keys": Description(
             "KEYS",
-            'secrets that sign client-held snapshots: ["new","old"]; the first signs, all verify',
+            'secrets that sign client-held snapshots: @FILE with one a line, or ["new","old"]; '
+            "the first signs, all verify",
             several=True,
         ),
     },
     "store": {
         "store": Description(
             "URL",
-            "store of durable sessions: file:///folder (for the processes of one machine), "
-            "redis://host:port/db, redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ...",
+            "store of durable sessions: file:///folder (for the processes of one machine), redis://host:port/db, "
+            "redis+sentinel://host:port,host:port/service, redis+cluster://host:port, ..., or @FILE",
         ),
         "store_prefix": Description(
             "PREFIX", "prefix of all keys in Redis; deployments that share a Redis need different ones", "unroll"
@@ -141,7 +159,28 @@ GROUPS = {
         "max_batch_steps": Description("N", "maximum rows x time steps per model call", "2048"),
         "piece_steps": Description("N", "time steps of a long request per model call", "64"),
         "max_queue": Description("N", "maximum waiting requests per model", "8192"),
+        "overload_wait": Description(
+            "SECONDS", "seconds a new request may wait while more work arrives than runs (0: no limit)", "0.02"
+        ),
         "request_timeout": Description("SECONDS", "seconds within which the work on a request must start", "30"),
+        "max_connections": Description(
+            "N|auto",
+            "connections of a process at a time; beyond, idle ones are closed, then only probes and metrics answered; "
+            "auto: as many as the limit of open files allows",
+            "auto",
+        ),
+        "max_connections_per_address": Description(
+            "N", "connections of a process from one client address; a proxy is one address (default: any number)"
+        ),
+        "head_timeout": Description("SECONDS", "seconds for a TLS handshake, and for the head of a request", "20"),
+        "keep_alive": Description("SECONDS", "seconds after which a connection without requests is closed", "75"),
+        "min_rate": Description(
+            "BYTES",
+            "bytes a second at which a body must arrive, and an answer be read, once head_timeout has passed",
+            "1024",
+        ),
+        "max_url_bytes": Description("BYTES", "maximum URL of a request, in bytes", "8192"),
+        "max_header_bytes": Description("BYTES", "maximum headers of a request, in bytes", "65536"),
         "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
         "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),
         "max_steps": Description("N", "maximum time steps per request", "65536"),
@@ -149,7 +188,15 @@ GROUPS = {
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),
     },
     "operation": {
-        "admin": Description("", "list sessions at /v1/admin/sessions; without --keys to any client"),
+        "admin": Description(
+            "",
+            "list sessions at /v1/admin/sessions; with keys or --admin-port also load and unload models, drain the "
+            "server and set its log level",
+        ),
+        "admin_port": Description(
+            "PORT", "port of its own for /metrics, and with --admin for /v1/admin and the loading of models"
+        ),
+        "admin_host": Description("ADDRESS", "address that the --admin-port listens on", "127.0.0.1"),
         "log_requests": Description(
             "none|errors|all",
             "requests that leave a line in the log, at most 100 a second: none, errors, all",

@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from functools import partial
 from threading import Event
 
@@ -19,13 +20,23 @@ from unroll.service.store.description import where_sessions_are
 from unroll.service.store.interface import StoreRefused
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 from unroll.service.telemetry import logs
+from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.server import DrainingServer
-from unroll.service.transport.uvicorn_config import uvicorn_config
-from unroll.service.workers import Worker, supervise
+from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
+from unroll.service.workers import Worker, bind, supervise
+
+_EXPOSED = (
+    "every user of this machine can read it in the list of processes: give it as @FILE, in the environment, or in the "
+    "file of --config"
+)
 
 
-def main(settings: Settings) -> int:
+def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     """Serve until a signal ends it.
+
+    Args:
+        settings: What to serve, and how.
+        exposed: Flags that have secrets in them.
 
     Returns:
         0 after an orderly end, 1 if it cannot start or has failed.
@@ -35,8 +46,12 @@ def main(settings: Settings) -> int:
     rescan = _catch_signals()
     logs.configure(settings.log_level, **({} if worker is None else {"worker": worker.number}))
     log = structlog.get_logger(__name__)
+    if worker is None:
+        for flag in exposed:
+            log.warning("secret in a flag", flag=flag, reason=_EXPOSED)
     if settings.workers > 1 and worker is None:
         return supervise(settings.host, settings.port, settings.workers)
+    limits = ConnectionLimits.of(settings)
     try:
         if worker is None:
             _check_address(settings.host, settings.port)
@@ -46,18 +61,25 @@ def main(settings: Settings) -> int:
             log.info("sessions", durability=settings.default_durability, **asyncio.run(where))
         shared = () if worker is None else (worker.shared_port, worker.ticket_secret)
         application, state = app.build(settings, None, *shared)
+        operator_listener = None
+        if settings.admin_port is not None:
+            operator_listener = bind(settings.admin_host, settings.admin_port)
+            log.info("operator's port", host=settings.admin_host, port=operator_listener.getsockname()[1])
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
+        config = uvicorn_config(application, state, settings.host, settings.port, limits)
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
-    config = uvicorn_config(application, state, settings.host, settings.port)
+    operator = None
+    if operator_listener is not None:
+        operator = operator_config(config, application.state.operator, state, limits), operator_listener
     # The objects built so far stay, and reference counting frees those of a step: the collector can skip both.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     terminate = partial(signal.raise_signal, signal.SIGTERM)
     on_started = None if worker is None else partial(worker.serving, terminate)
-    draining = DrainingServer(config, state, settings.drain_delay, settings.drain_timeout, on_started)
+    draining = DrainingServer(config, state, settings.drain_delay, settings.drain_timeout, on_started, operator)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, draining.handle_exit)
 

@@ -45,6 +45,10 @@ class Settings(BaseModel):
 
     repository: Path
     strict: bool = False
+    bundle_memory: PositiveInt = 4 * 2**30
+    bundle_time: PositiveFloat = 30.0
+    allow_operators: tuple[str, ...] = ()
+    trusted_keys: Path | None = None
     serve: dict[str, PositiveInt] = {}
     host: str = "127.0.0.1"
     auth: Literal["keys", "none"] | None = None
@@ -85,8 +89,16 @@ class Settings(BaseModel):
     max_batch_steps: PositiveInt = 2048
     piece_steps: PositiveInt = 64
     max_queue: PositiveInt = 8192
+    overload_wait: Annotated[float, Field(ge=0)] = 0.02
 
     request_timeout: PositiveFloat = 30.0
+    max_connections: PositiveInt | Literal["auto"] = "auto"
+    max_connections_per_address: PositiveInt | None = None
+    head_timeout: PositiveFloat = 20.0
+    keep_alive: PositiveFloat = 75.0
+    min_rate: PositiveInt = 1024
+    max_url_bytes: PositiveInt = 8192
+    max_header_bytes: PositiveInt = 65_536
     max_body_bytes: PositiveInt = 16 * 2**20
     max_json_bytes: PositiveInt = 2 * 2**20
     max_steps: PositiveInt = 65_536
@@ -95,11 +107,13 @@ class Settings(BaseModel):
     drain_delay: Annotated[float, Field(ge=0)] = 0.0
     drain_timeout: PositiveFloat = 10.0
     admin: bool = False
+    admin_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    admin_host: str = "127.0.0.1"
     log_requests: LogRequests = "errors"
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
 
     @field_validator(
-        *("repository", "host", "device", "state_file", "keys"),
+        *("repository", "host", "admin_host", "device", "state_file", "keys"),
         *("jwt_keys", "jwt_issuer", "jwt_audience", "jwt_tenant_claim", "jwt_scope_claim"),
         mode="before",
     )
@@ -151,9 +165,21 @@ class Settings(BaseModel):
                 "a state file holds memory sessions, which several workers do not offer: remove --state-file"
             )
         self._check_access()
+        if self.admin_port is None and "admin_host" in self.model_fields_set:
+            raise ValueError("--admin-host needs a port: add --admin-port")
+        if self.workers > 1 and self.admin_port is not None:
+            raise ValueError(
+                "--admin-port is of one process, and would reach one worker: remove it, and add --worker-port, whose "
+                "/metrics has those of all workers"
+            )
         if self.workers == 1 and self.worker_port is not None:
             raise ValueError("--worker-port needs more than one worker: add --workers")
         return self
+
+    @property
+    def offers_operations(self) -> bool:
+        """Whether what changes the server is offered: to those who have a key for it, or come by a port of its own."""
+        return self.admin and (self.admin_port is not None or self.keys is not None or self.jwt_keys is not None)
 
     def _check_access(self) -> None:
         """Raises ValueError."""
@@ -169,21 +195,27 @@ class Settings(BaseModel):
             raise ValueError(f"--auth none and {flag} contradict each other: remove one of them")
         if self.auth == "keys" and not has_keys:
             raise ValueError("--auth keys needs a file of keys: add --keys FILE; `unroll keys new` writes an entry")
-        if self.auth is None and not has_keys and not _is_loopback(self.host):
+        hosts = [self.host] if self.admin_port is None else [self.host, self.admin_host]
+        open_hosts = [host for host in hosts if not _is_loopback(host)]
+        if self.auth is None and not has_keys and open_hosts:
             raise ValueError(
-                f"anybody who reaches {self.host} could use the models and end the sessions of others: add --keys FILE "
-                "(`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
+                f"anybody who reaches {open_hosts[0]} could use the models and end the sessions of others: add --keys "
+                "FILE (`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
             )
 
     def model_options(self) -> "ModelOptions":
+        from unroll.bundle.signature import TrustedKeys
         from unroll.service.engine.backend import EngineOptions
         from unroll.service.models.loading import ModelOptions
+        from unroll.service.models.trial import TrialLimits
         from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 
         fill_memory = self.session_capacity == "auto"
         return ModelOptions(
             fill_memory=fill_memory,
             spill_bytes=self.spill_bytes,
+            trusted_keys=None if self.trusted_keys is None else TrustedKeys.read(self.trusted_keys),
+            trial=TrialLimits(self.bundle_memory, self.bundle_time, self.allow_operators),
             engine=EngineOptions(self.threads, self.precision, self.buckets, self.cells, self.memory_share),
             max_steps=self.max_steps,
             max_sequences=self.max_sequences,
@@ -198,6 +230,7 @@ class Settings(BaseModel):
                 max_batch_steps=self.max_batch_steps,
                 piece_steps=self.piece_steps,
                 max_queue=self.max_queue,
+                overload_wait=self.overload_wait,
             ),
         )
 

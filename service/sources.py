@@ -26,7 +26,7 @@ CONFIG = f"{PREFIX}CONFIG"
 _NO_SETTING = re.compile(
     r"UNROLL_(API_KEY|CONFIG|WORKER|FAILPOINTS|CRDS|TEST_\w+|(\w+_)?SERVICE_(HOST|PORT\w*)|(\w+_)?PORT_\d+_(TCP|UDP|SCTP)\w*)"
 )
-#: Settings whose values are secret, or may hold a password.
+#: Settings whose values are secret, or may hold a password. `@FILE` stands for the lines of a file.
 SECRET = frozenset({"snapshot_keys", "store"})
 #: The least value of each form of a number in `descriptions.py`, and what such a number is.
 _NUMBERS = {
@@ -37,7 +37,7 @@ _NUMBERS = {
     "SHARE": (0, "a number above 0, at most 1"),
 }
 #: Settings that accept other words than their form in help shows.
-_OTHER_WORDS = {"durability", "session_capacity"}
+_OTHER_WORDS = {"durability", "max_connections", "session_capacity"}
 _OBJECT = 'JSON such as {"co2": 1}, or co2=1 in a flag'
 
 
@@ -73,6 +73,7 @@ def gather(flags: Mapping[str, Any]) -> Gathered:
     origins |= {name: f"{PREFIX}{name.upper()}" for name in variables} | {name: _flag(name) for name in by_flag}
     values = in_file | {name: _of_variable(name, word) for name, word in variables.items() if name not in by_flag}
     values |= {name: _of_flag(name, value) for name, value in by_flag.items()}
+    values |= {name: _from_files(values[name], origins[name]) for name in SECRET & values.keys()}
     misfits = {name: reason for name, value in values.items() if (reason := _misfit(name, value))}
     lines = [_about_value(name, {"msg": reason, "input": values[name]}, origins) for name, reason in misfits.items()]
     if "repository" not in values:
@@ -89,6 +90,43 @@ def gather(flags: Mapping[str, Any]) -> Gathered:
         problems = error.errors(include_url=False)
         lines = [_about_value(str((*problem["loc"], "")[0]), problem, origins) for problem in problems]
         raise SettingsRefused("\n".join(lines)) from None
+
+
+def exposed(flags: Mapping[str, Any]) -> list[str]:
+    """The flags with a secret in them, which every user of the machine sees in the list of processes."""
+    words = {name: [value] if isinstance(value, str) else value for name, value in flags.items() if name in SECRET}
+    return [
+        _flag(name)
+        for name, given in words.items()
+        if not all(word.startswith("@") for word in given) and (name != "store" or _has_password(given[0]))
+    ]
+
+
+def _has_password(url: str) -> bool:
+    return "@" in url.partition("://")[2] or "password=" in url
+
+
+def _from_files(value: Any, origin: str) -> Any:
+    """A secret, or a list of them, with each `@FILE` replaced by what the file says. Raises SettingsRefused."""
+    if isinstance(value, str):
+        return _lines(value, origin)[0] if value.startswith("@") else value
+    if not isinstance(value, list):
+        return value
+    parts = [_lines(item, origin) if str(item).startswith("@") else [item] for item in value]
+    return [secret for part in parts for secret in part]
+
+
+def _lines(word: str, origin: str) -> list[str]:
+    """Raises SettingsRefused."""
+    path = Path(word[1:])
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsRefused(f"{origin}: the file behind @ cannot be read: {reason}") from None
+    if not lines:
+        raise SettingsRefused(f"{origin}: the file {path} is empty")
+    return lines
 
 
 def store_config_of(url: str, **flags: str | None) -> "StoreConfig":

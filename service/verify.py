@@ -18,6 +18,7 @@ from unroll.service.core.choices import Precision
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, open_backend
 from unroll.service.engine.engine import DeviceFailed
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
+from unroll.service.models.trial import TrialLimits, Trials
 from unroll.service.state.slots import FIRST
 
 #: Sequences that are cut at random, and rows of the largest batch.
@@ -49,18 +50,27 @@ class Check:
         return self.difference <= self.allowed
 
 
-def report(path: Path, devices: str, precision: Precision, seed: int) -> tuple[Bundle, dict[str, list[Check]]]:
-    """Check a bundle on each of these devices.
+def report(
+    path: Path, devices: str, precision: Precision, seed: int, limits: TrialLimits
+) -> tuple[Bundle, dict[str, list[Check]]]:
+    """Check a bundle on each of these devices, once it has been tried in another process.
 
     Raises:
         CannotVerify: The bundle cannot be read, or cannot run there.
     """
+    trials = Trials(limits)
     try:
-        found = bundles.read(path.resolve())
+        content = bundles.read_content(path.resolve())
+        trials.prove(content)
+        found = bundles.parse(content, limits.allowed_operators)
         engine = EngineOptions(precision=precision)
         return found, {device: list(verify(found, device, engine, seed)) for device in resolve_devices(devices)[0]}
-    except (BundleError, DeviceFailed, DeviceUnavailable, GoldenMismatch, InsufficientMemory, ValueError) as error:
+    except BundleError as error:
+        raise CannotVerify(f"{path}: {error}") from error
+    except (DeviceFailed, DeviceUnavailable, GoldenMismatch, InsufficientMemory, ValueError) as error:
         raise CannotVerify(str(error)) from error
+    finally:
+        trials.close()
 
 
 def verify(bundle: Bundle, device: str, options: EngineOptions, seed: int = 0) -> Iterator[Check]:

@@ -62,7 +62,7 @@ class Worker:
 
     def listeners(self, host: str, first_own_port: int | None) -> list[socket.socket]:
         """Its listening sockets: the shared port, and its own port if `first_own_port` is set. Raises OSError."""
-        own = [] if first_own_port is None else [_bind(host, first_own_port + self.number - 1)]
+        own = [] if first_own_port is None else [bind(host, first_own_port + self.number - 1)]
         return [self.listener, *own]
 
     def serving(self, orphaned: Callable[[], object]) -> None:
@@ -104,9 +104,9 @@ class _End:
 def supervise(host: str, port: int, workers: int) -> int:
     """Run until a signal, or until a worker cannot start. Returns the exit status."""
     try:
-        with _bind(host, port) as alone:  # detects another server on the port, which SO_REUSEPORT would not
+        with bind(host, port) as alone:  # detects another server on the port, which SO_REUSEPORT would not
             port = alone.getsockname()[1]
-        listeners = [_bind(host, port, shared=True) for _ in range(workers)]
+        listeners = [bind(host, port, shared=True) for _ in range(workers)]
     except OSError as error:
         _log.error("not started", reason=str(error))
         return 1
@@ -183,7 +183,7 @@ class _Supervisor:
                 if self._stopping.is_set():
                     return _End(0)
                 if self._listeners[index].fileno() < 0:
-                    self._listeners[index] = _bind(self._host, self._port, shared=True)
+                    self._listeners[index] = bind(self._host, self._port, shared=True)
                 rescans = self._rescans
                 process, link = await self._start(index)
                 if await loop.sock_recv(link, 1):
@@ -244,7 +244,7 @@ def _send(process: Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def _bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """shared: with SO_REUSEPORT."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket; shared: with SO_REUSEPORT. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from oracle import Oracle as Oracle
@@ -17,13 +17,25 @@ from unroll.service.engine.curve import measure
 from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.models import loading
 from unroll.service.models.served_model import ServedModel
+from unroll.service.models.trial import TrialProcess, Trials
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
+from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.server import DrainingServer
-from unroll.service.transport.uvicorn_config import uvicorn_config
+from unroll.service.transport.uvicorn_config import operator_config, uvicorn_config
+from unroll.service.workers import bind
 
 # For a few models, 0.15 s each is most of the time of a start; a rougher curve is as good for tests.
 loading.measure = partial(measure, budget_seconds=0.02)  # type: ignore[assignment]
+
+
+class _SharedTrialProcess(TrialProcess):
+    """Tries the bundles of all servers of this process: to start it takes longer than the rest of their start."""
+
+    def close(self) -> None: ...
+
+
+loading.Trials = partial(Trials, start=cache(_SharedTrialProcess))  # type: ignore[assignment, misc]
 
 RAW = {"Content-Type": "application/octet-stream"}
 
@@ -54,9 +66,19 @@ class Running:
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         application, self.server = app.build(settings, clock)
-        config = uvicorn_config(application, self.server, "127.0.0.1", 0)
-        config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds its connection open
-        self.uvicorn = _Announcing(config, self.server, settings.drain_delay, settings.drain_timeout)
+        config = uvicorn_config(application, self.server, "127.0.0.1", 0, ConnectionLimits.of(settings))
+        if "keep_alive" not in settings.model_fields_set:
+            config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds it open
+        operator = None
+        if settings.admin_port is not None:
+            listener = bind(settings.admin_host, settings.admin_port)
+            operator = (
+                operator_config(config, application.state.operator, self.server, ConnectionLimits.of(settings)),
+                listener,
+            )
+            self.operator_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        times = settings.drain_delay, settings.drain_timeout
+        self.uvicorn = _Announcing(config, self.server, *times, operator=operator)
         self._thread = threading.Thread(target=self.uvicorn.run, name="server", daemon=True)
         self._thread.start()
         assert self.uvicorn.announced.wait(PATIENCE)

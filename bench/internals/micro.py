@@ -280,7 +280,7 @@ class Turns:
 def engine(found: Bundle) -> Iterator[Part]:
     """Single steps of a model: onnxruntime alone, and with gather and scatter of the state."""
     about = found.manifest
-    runner = Runner(found.model_path, about)
+    runner = Runner(found.model, about)
     engine = HostEngine(runner, about, 4096)
     for rows in _ROWS:
         by_name = {spec.name: np.zeros((rows, 1, *spec.shape), spec.numpy) for spec in about.inputs}

@@ -276,6 +276,7 @@ REFUSED = [
         "a branch on values",
         lambda: made(lambda s, x: s.rnn(x)[0] * (2 if x.sum() > 0 else 3), rnn=gru()),
         refused="not_exportable",
+        says="torch.where",
     ),
     Kind(
         "a longest length",

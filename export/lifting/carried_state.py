@@ -58,7 +58,8 @@ class Carried:
             return None
         begin = [axes.flat(torch.zeros(axes.with_batch(1), dtype=axes.dtype)) for axes in known]
         given = pytree.tree_leaves(first)
-        if given and all(isinstance(tensor, Tensor) for tensor in given):
+        # A tensor without elements, as torch.zeros(0), stands for nothing.
+        if given and all(isinstance(tensor, Tensor) and tensor.numel() for tensor in given):
             if [t.dim() for t in given] != [len(axes.shape) for axes in known]:
                 return None
             begin = [axes.flat(t.narrow(axes.batch or 0, 0, 1)) for axes, t in zip(known, given, strict=True)]

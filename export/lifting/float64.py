@@ -3,24 +3,36 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from unroll.export.lifting.kept_values import NOT_OWN
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def converted(model: Module, dtype: torch.dtype) -> Module:
-    """A copy that computes in `dtype`, including tensors that are plain attributes."""
+    """A copy that computes in `dtype`, including tensors that are plain attributes, alone or in tuples and the like."""
     copied = copy.deepcopy(model)
     copied.to(dtype)  # a module of the user's own may not return itself
     for module in copied.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                setattr(module, name, value.detach().to(dtype))
+            if name not in NOT_OWN and any(_is_other(leaf, dtype) for leaf in pytree.tree_leaves(value)):
+                setattr(module, name, pytree.tree_map(partial(_in, dtype), value))
     return copied
+
+
+def _is_other(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
+
+
+def _in(dtype: torch.dtype, value: Any) -> Any:
+    return value.detach().to(dtype) if _is_other(value, dtype) else value
 
 
 class _Float32IsDouble(TorchFunctionMode):

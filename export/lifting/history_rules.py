@@ -61,6 +61,8 @@ class HistoryCalls:
 
     def find(self, func: Any, args: Any, kwargs: Any) -> HistoryCall | None:
         """The call, before it runs, as one that may need the past."""
+        if func is functional.pad and (delay := self._padded_delay(*args, **kwargs)):
+            return delay
         if rule := RULES.get(func):
             sequence = args[0] if args else kwargs["input"]
             return HistoryCall(sequence, lambda time: rule(args, kwargs, time))
@@ -90,6 +92,22 @@ class HistoryCalls:
         ):
             return None
         memory = Memory(whole, frames, lambda joined: joined.narrow(axis, 0, whole.shape[axis]))
+        return HistoryCall(whole, lambda time: memory if time == axis else None)
+
+    def _padded_delay(
+        self, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None
+    ) -> HistoryCall | None:
+        """Constants put before a sequence that has lost as many steps at its end."""
+        frames = list(pad)
+        axes = [input.dim() - 1 - place // 2 for place, count in enumerate(frames) if count]
+        if id(input) not in self._cuts or mode != "constant" or len(axes) != 1:
+            return None
+        _, whole = self._cuts[id(input)]
+        (axis,), count = axes, sum(frames)
+        if frames[2 * (input.dim() - 1 - axis)] != count or whole.shape[axis] - input.shape[axis] != count:
+            return None
+        before = _full(whole, axis, count, value or 0.0)
+        memory = Memory(whole, before, lambda joined: joined.narrow(axis, 0, whole.shape[axis]))
         return HistoryCall(whole, lambda time: memory if time == axis else None)
 
 

@@ -66,7 +66,7 @@ def recognise_layers(model: nn.Module) -> None:
 
 def _alike(module: nn.RNNBase, layer: nn.RNNBase) -> bool:
     """Do both give the same answers, in float64 or whatever their precision is?"""
-    dtype = next(module.parameters()).dtype
+    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
     x = torch.randn(5, 7, module.input_size, generator=torch.Generator().manual_seed(17)).to(dtype)
     try:
         with torch.no_grad():
@@ -86,7 +86,45 @@ def lift_layers(model: nn.Module, tape: Tape) -> None:
             bases = (lifted,) if type(module) in _LIFTED else (type(module), lifted)
             module.__class__ = type(type(module).__name__, bases, {})
             module.unroll_tape = tape
+            module.unroll_rows = 1
             module.unroll_path = path.removesuffix("unroll_layer").removesuffix(".") or type(module).__name__
+
+
+def split_time_steps(model: nn.Module, tape: Tape, run: Callable[[tuple[int, int]], Any]) -> None:
+    """Recognise the layers that run over parts of a time step, such as the bands of a spectrum, or next to each other.
+
+    Sets `unroll_rows`: how many of its sequences a layer has for each of the input's; or 0 if it runs within each time
+    step, so that nothing of it is left for the next one. Whether a row's own sequences are next to each other is found
+    out later: otherwise rows are mixed.
+
+    Args:
+        run: calls forward with a batch size and a length.
+    """
+    seen: dict[str, list[list[tuple[int, int]]]] = {}
+    sizes = ((2, 3), (3, 3), (2, 5))
+    for number, size in enumerate(sizes):
+        tape.start(None, None)
+        run(size)
+        for call in tape.calls:
+            seen.setdefault(call.module, [[], [], []])[number].append((call.batch, call.time))
+    tape.start(None, None)
+    found = {path: _rows(calls, sizes) for path, calls in seen.items()}
+    if any(rows != 0 for rows in found.values()):
+        for module in model.modules():
+            if isinstance(module, LAYERS):
+                module.unroll_rows = found.get(str(module.unroll_path), 1)
+
+
+def _rows(calls: list[list[tuple[int, int]]], sizes: tuple[tuple[int, int], ...]) -> int:
+    """calls: the batch and the time of each, for each of the sizes. 1 also for what is neither."""
+    if len({len(each) for each in calls}) > 1:
+        return 1
+    pairs = [(seen, size) for each, size in zip(calls, sizes, strict=True) for seen in each]
+    if len({time for (_, time), _ in pairs}) == 1 and len({b / (batch * t) for (b, _), (batch, t) in pairs}) == 1:
+        return 0
+    ratios = {b / batch for (b, _), (batch, _) in pairs}
+    ratio = ratios.pop()
+    return int(ratio) if not ratios and ratio.is_integer() and all(time == t for (_, time), (_, t) in pairs) else 1
 
 
 def take_weights(model: nn.Module, source: nn.Module) -> None:
@@ -121,20 +159,17 @@ def _play(module: nn.RNNBase, native: Native, x: Any, hx: Any) -> Any:
 
 def _play_batch(module: nn.RNNBase, native: Native, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
     tape: Tape = module.unroll_tape  # type: ignore[assignment]
-    path, kind = str(module.unroll_path), _kind(module)
+    path, kind, rows = str(module.unroll_path), _kind(module), int(module.unroll_rows)  # type: ignore[arg-type]
     batch, time = (x.shape[0], x.shape[1]) if module.batch_first else (x.shape[1], x.shape[0])
-    index, start = tape.begin(path, lambda: _asked(module, kind, x, hx, batch))
-    layers = _layers(module, kind, start)
-    if tape.lens is None and not module.proj_size:
-        joined = tuple(torch.cat(pieces) for pieces in zip(*layers, strict=True))
-        out, hidden = native(x, joined if kind == "LSTM" else joined[0])
-        returned = hidden if kind == "LSTM" else (hidden,)
-        final = _by_layer(module, returned)
-    else:
-        lens = tape.lens if tape.lens is not None else torch.full((batch,), time, dtype=torch.int32)
-        out, final = _run_ops(module, kind, x, lens, layers)
-        shown = [_projected(module, layer, state) for layer, state in enumerate(final)]
-        returned = tuple(torch.cat(pieces) for pieces in zip(*shown, strict=True))
+    lens = tape.lens
+    if rows == 0:
+        lens = None if lens is None else torch.full((batch,), time, dtype=torch.int32)
+        out, _, returned = _run(module, native, x, _layers(module, kind, _asked(module, kind, x, hx, batch)), lens)
+        return out, returned if kind == "LSTM" else returned[0]
+    index, start = tape.begin(path, lambda: _joined_rows(_asked(module, kind, x, hx, batch), rows))
+    if lens is not None and rows > 1:
+        lens = lens.repeat_interleave(rows)
+    out, final, returned = _run(module, native, x, _layers(module, kind, _split_rows(start, rows)), lens)
     parts = tuple(
         Part(which, layer, direction)  # type: ignore[arg-type]
         for layer in range(module.num_layers)
@@ -142,8 +177,37 @@ def _play_batch(module: nn.RNNBase, native: Native, x: Tensor, hx: Any) -> tuple
         for direction in ("forward", "reverse")[: 1 + module.bidirectional]
     )
     asked = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
-    tape.calls.append(Call(path, index, parts, batch, time, start, _pieces(final), asked, returned))
+    left = _joined_rows(_pieces(final), rows)
+    tape.calls.append(Call(path, index, parts, batch // rows, time, start, left, asked, returned))
     return out, returned if kind == "LSTM" else returned[0]
+
+
+def _run(
+    module: nn.RNNBase, native: Native, x: Tensor, start: Layers, lens: Tensor | None
+) -> tuple[Tensor, Layers, tuple[Tensor, ...]]:
+    """The output, the final states, and these as PyTorch returns them. lens: None for PyTorch's own layer."""
+    kind = _kind(module)
+    if lens is None and not module.proj_size:
+        joined = tuple(torch.cat(pieces) for pieces in zip(*start, strict=True))
+        out, hidden = native(x, joined if kind == "LSTM" else joined[0])
+        returned = hidden if kind == "LSTM" else (hidden,)
+        return out, _by_layer(module, returned), returned
+    if lens is None:
+        batch, time = (x.shape[0], x.shape[1]) if module.batch_first else (x.shape[1], x.shape[0])
+        lens = torch.full((batch,), time, dtype=torch.int32)
+    out, final = _run_ops(module, kind, x, lens, start)
+    shown = [_projected(module, layer, state) for layer, state in enumerate(final)]
+    return out, final, tuple(torch.cat(pieces) for pieces in zip(*shown, strict=True))
+
+
+def _joined_rows(pieces: list[Tensor], rows: int) -> list[Tensor]:
+    """(batch * rows, size) -> (batch, rows * size): as a state row has them."""
+    return pieces if rows == 1 else [piece.reshape(-1, rows * piece.shape[1]) for piece in pieces]
+
+
+def _split_rows(pieces: list[Tensor], rows: int) -> list[Tensor]:
+    """The inverse of `_joined_rows`."""
+    return pieces if rows == 1 else [piece.reshape(-1, piece.shape[1] // rows) for piece in pieces]
 
 
 def _run_ops(module: nn.RNNBase, kind: str, x: Tensor, lens: Tensor, start: Layers) -> tuple[Tensor, Layers]:

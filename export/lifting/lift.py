@@ -1,5 +1,6 @@
 """Lifts a model: sorts the arguments of forward, and makes of it a function of the state row, also in float64."""
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from unroll.export.lifting import module_state, packed
 from unroll.export.lifting.carried_state import Carried, handed_on
 from unroll.export.lifting.float64 import converted, double_precision
 from unroll.export.lifting.functional_layers import lift_functions
-from unroll.export.lifting.layers import lift_layers, recognise_layers, take_weights
+from unroll.export.lifting.layers import lift_layers, recognise_layers, split_time_steps, take_weights
 from unroll.export.lifting.lifted_model import LiftedModel
 from unroll.export.lifting.loops import lift_loops, refill
 from unroll.export.lifting.recurrent_arguments import length_arguments, state_arguments
@@ -62,6 +63,9 @@ class _Lifter:
             self._lift_loops(handed)
         lift_layers(self._model, self._tape)
         take_weights(self._model, self._model)
+        if not self._packings:
+            with suppress(ExportError):  # a later check has a clearer message
+                split_time_steps(self._model, self._tape, partial(self._run, handed))
         self._record({})
         arguments, samples = self._sorted(handed, self._tape.unbatched)
         return StreamingModule(self._model, self._tape, arguments), samples
@@ -86,11 +90,12 @@ class _Lifter:
     def _resized(self, size: tuple[int, int]) -> dict[str, Any]:
         return resized(self._without_state(), size, self._declared.static, self._declared.batch_first)
 
-    def _lift_loops(self, handed: dict[str, StateArgument]) -> None:
-        def run(size: tuple[int, int]) -> Any:
-            now = {name: argument.expand(size[0]) for name, argument in handed.items()}
-            return attempt("the example", lambda: self._model(**self._resized(size), **now))
+    def _run(self, handed: dict[str, StateArgument], size: tuple[int, int]) -> Any:
+        now = {name: argument.expand(size[0]) for name, argument in handed.items()}
+        return attempt("the example", lambda: self._model(**self._resized(size), **now))
 
+    def _lift_loops(self, handed: dict[str, StateArgument]) -> None:
+        run = partial(self._run, handed)
         example = partial(attempt, "the example", lambda: self._model(**self._original))
         lift_functions(self._model, [example, *[partial(run, size) for size in ((2, 3), (3, 5))]])
         lift_loops(self._model, self._tape, run)
@@ -101,7 +106,10 @@ class _Lifter:
         self._call(values)
         if not self._tape.calls and not self._declared.state:
             raise ExportError(
-                "no_recurrent_layer", "forward calls no recurrent layer (nn.LSTM, nn.GRU, nn.RNN, or a loop over time)"
+                "no_recurrent_layer",
+                "forward calls no recurrent layer: neither nn.LSTM, nn.GRU, nn.RNN nor a Python loop over time that "
+                "hands a state on. If forward computes all time steps at once, as with cumsum or fft, write it as a "
+                "loop over them",
             )
         return self._tape
 

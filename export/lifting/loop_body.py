@@ -34,6 +34,9 @@ _COPIES = {
 #: Parts of a tensor. The part of a single step may be the whole, and is then not picked.
 _PICKED = {operator.getitem, torch.ops.aten.select.int, torch.ops.aten.slice.Tensor}
 
+#: What code computes with a number and a tensor.
+_ARITHMETIC = {getattr(torch.ops.aten, name) for name in ("add", "sub", "rsub", "mul", "div", "pow", "where")}
+
 #: The origin of a tensor, comparable between iterations.
 Origin = tuple[Any, ...]
 
@@ -96,6 +99,35 @@ def find_bodies(one: fx.GraphModule, three: fx.GraphModule) -> Iterator[LoopBody
             states = triple.states(first, size)
             if states is not None:
                 yield _cut(one, states, first)
+
+
+def differing_numbers(one: fx.GraphModule, three: fx.GraphModule) -> str:
+    """Numbers that a loop's operations are given, another one in each time step; empty if there are none."""
+    single, triple = _Trace(one.graph), _Trace(three.graph)
+    size, odd = divmod(len(triple.operations) - len(single.operations), 2)
+    if odd or size < 1:
+        return ""
+    for first in range(len(single.operations) - size + 1):
+        if triple.names[first : first + size] * 2 != triple.names[first + size : first + 3 * size]:
+            continue
+        for index in range(first, first + size):
+            turns = [triple.operations[index + turn * size] for turn in range(3)]
+            if getattr(turns[0].target, "overloadpacket", None) not in _ARITHMETIC:
+                continue
+            for numbers in zip(*map(_numbers, turns), strict=False):
+                if len(set(numbers)) == len(numbers):
+                    shown = ", ".join(f"{number:g}" for number in numbers)
+                    name = str(turns[0].target).removeprefix("aten.").partition(".")[0]
+                    return (
+                        f"another number in each time step ({shown} in {name}); count in a tensor that is handed on, "
+                        "as n = zeros(batch, 1) before the loop and n = n + 1 in it, and compute with n"
+                    )
+    return ""
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    leaves = pytree.tree_leaves((list(node.args), dict(node.kwargs)))
+    return [leaf for leaf in leaves if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)]
 
 
 class _Trace:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from unroll.export.errors import ExportError, attempt, first_line
+from unroll.export.errors import ExportError, attempt, untraceable
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.layers import LAYERS
-from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced
+from unroll.export.lifting.loop_body import LoopBody, differing_numbers, find_bodies, traced
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import replayed
 from unroll.export.lifting.scan import Axes, Scan
@@ -225,22 +225,30 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
     try:
         one, three = (traced(flat, tensors, [axes.batch for axes in inputs]) for tensors in (first, whole))
     except Exception as error:
-        raise ExportError("not_exportable", f"torch.export cannot follow {name!r}: {first_line(error)}") from error
+        raise untraceable(repr(name), error) from error
     for step in find_bodies(one, three):
-        states = _states(step, first, inputs)
+        states = _states(step, name, first, inputs)
         if states is None:
             continue
         for backwards in (False, True):
             scan = Scan(step, inputs, outputs, states, backwards)
             if all(_is_same(scan, seen) for seen in (wide, long)):
                 return scan
+    if numbers := differing_numbers(one, three):
+        raise ExportError("calls_depend_on_time", f"{name!r} computes with {numbers}")
     raise _refusal(name, "its state, or its step from one time step to the next, cannot be identified")
 
 
-def _states(step: LoopBody, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:
+def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:
     """The axes of the states, from two batch sizes; None if a row has no state of its own."""
     fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
     after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
+    if any(tensor.is_complex() for tensor in after[0]):
+        raise ExportError(
+            "dtype",
+            f"the loop of {name!r} hands on complex numbers, which ONNX does not have; hand on their real and "
+            "imaginary parts as two tensors",
+        )
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
     known = [each for each in axes if each is not None and each.batch is not None]
     return known if len(known) == len(axes) else None

@@ -76,7 +76,7 @@ def find_fitted(model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]]) ->
                 run(tried)
         except ExportError as error:
             raise ExportError(error.code, f"{error}{source_line(error)}") from error
-        except Exception:  # noqa: BLE001 user code: a later check has a clearer message
+        except Exception:  # noqa: BLE001, S112 user code: a later check has a clearer message
             continue
         sizes = {(path, name, key): tuple(t.shape) or t.item() for path, name, key, t in _tensors(tried)}
         seen.append(set(sizes.items()))

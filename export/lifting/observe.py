@@ -186,6 +186,12 @@ def _initial_row(lifted: LiftedModel) -> np.ndarray:
     for slot in double.layout.slots:
         if slot.kind == "static" or (slot.module, slot.call) in double.tape.computed:
             row[slot.offset : slot.offset + slot.size] = 0.0
+        if not torch.isfinite(row[slot.offset : slot.offset + slot.size]).all():
+            raise ExportError(
+                "initial_state",
+                f"the state of {slot.module!r} begins with infinity or NaN, which no state of a client may hold; begin "
+                "with a large number instead, as -1e30 for -inf",
+            )
     return row.numpy().astype(np.float32)
 
 

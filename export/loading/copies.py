@@ -2,6 +2,7 @@
 
 import copy
 import operator
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -40,6 +41,23 @@ def detached_example(example: dict[str, Any]) -> dict[str, Any]:
     """The inputs that are given, on the CPU and without gradients. Forward may change them in place."""
     given = {name: value for name, value in example.items() if value is not None}
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), given)
+
+
+def move_time(model: nn.Module, example: dict[str, Any], others: Collection[str]) -> dict[str, Any]:
+    """The example with its time second. From now on, forward gets what it is given with the time last.
+
+    Args:
+        others: the arguments without time.
+    """
+
+    def moved(values: dict[str, Any], time: int, to: int) -> dict[str, Any]:
+        return {
+            name: value.movedim(time, to) if isinstance(value, Tensor) and name not in others else value
+            for name, value in values.items()
+        }
+
+    model.register_forward_pre_hook(lambda _, args, kwargs: (args, moved(kwargs, 1, -1)), with_kwargs=True)
+    return moved(example, -1, 1)
 
 
 def keep_arguments(model: nn.Module, example: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import onnx
 import torch
 
 from unroll.bundle.golden import Arrays
-from unroll.export.errors import ExportError, first_line
+from unroll.export.errors import ExportError, untraceable
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.log_filter import quiet
 from unroll.export.onnx.tracing import Suspects, trace
@@ -47,7 +47,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
             raise
         except Exception as error:
             _leave_vmap()
-            raise ExportError("not_exportable", f"torch.export cannot follow forward: {first_line(error)}") from error
+            raise untraceable("forward", error) from error
     assert program is not None
     model = program.model_proto
     _rename(model.graph)

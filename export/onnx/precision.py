@@ -9,8 +9,8 @@ import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from unroll.bundle.graph import operators
 from unroll.bundle.manifest import Precision
-from unroll.bundle.operators import operators
 from unroll.export.errors import ExportError
 from unroll.export.log_filter import quiet
 

@@ -86,6 +86,6 @@ def _broken(symbol: str, guard: str) -> list[int] | None:
         return None
     names = {"__builtins__": {}, "min": min, "max": max, "Min": min, "Max": max}
     try:
-        return [size for size in _SIZES if not eval(expression, names, {"size": size})]
+        return [n for n in _SIZES if not eval(expression, names, {"size": n})]  # noqa: S307 made by torch, no names
     except (SyntaxError, TypeError, ArithmeticError):
         return None

@@ -160,7 +160,7 @@ def check_inputs(example: dict[str, Tensor], batch_first: bool, unbatched: bool)
             raise ExportError(
                 "batch_time",
                 f"every input must be {layout} with the same batch and time: {shapes}; list in `static` those that are "
-                "given once, when a sequence begins",
+                "given once, when a sequence begins, and give --time-last (time_last=True) if the time is last",
             )
         if min(example[name].shape) < 1:
             raise ExportError("input", f"input {name!r} is empty: {tuple(example[name].shape)}")

@@ -228,7 +228,7 @@ class BranchLog:
 def is_readable() -> bool:
     """Is the bytecode of this Python what is expected here? Tried on a loop whose branch may go the other way."""
     names: dict[str, Any] = {}
-    exec(compile("def loop(n):\n for t in range(n):\n  if t > 99: n = 0\n", "<loop>", "exec"), names)
+    exec(compile("def loop(n):\n for t in range(n):\n  if t > 99: n = 0\n", "<loop>", "exec"), names)  # noqa: S102 a constant
     log = BranchLog()
     try:
         for steps in (2, 3):

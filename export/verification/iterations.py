@@ -64,7 +64,9 @@ class OperationLog(TorchFunctionMode):
     def __init__(self, model: nn.Module, paths: list[str], *, places: bool = False) -> None:
         super().__init__()
         self._model, self._paths, self._with_places = model, paths, places
-        self._own = {id(t): n for n, t in enumerate([*model.parameters(), *model.buffers()])}
+        # Held here, so that no other tensor gets the identity of a buffer that forward replaces.
+        self._owned = [*model.parameters(), *model.buffers()]
+        self._own = {id(tensor): number for number, tensor in enumerate(self._owned)}
         self._made: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
         self._call: Call | None = None
         self._forward: Any = None
@@ -99,7 +101,7 @@ class OperationLog(TorchFunctionMode):
             return func(*args, **kwargs)
         key, integers = [getattr(func, "__name__", repr(func))], list[int]()
         # A number that becomes a tensor is a constant of its step; others are indices and sizes, which may grow.
-        self._describe((args, kwargs), key, key if func in _FILLING else integers)
+        self._describe((args, kwargs), key, integers, key if func in _FILLING else integers)
         result = func(*args, **kwargs)
         number = len(call.operations)
         for which, tensor in enumerate(result if isinstance(result, (tuple, list)) else (result,)):
@@ -110,24 +112,24 @@ class OperationLog(TorchFunctionMode):
             call.places.append(_place(sys._getframe(1), self._forward))
         return result
 
-    def _describe(self, value: Any, key: list[Any], integers: list[Any]) -> None:
-        """Append what an argument is to the key, and its integers."""
+    def _describe(self, value: Any, key: list[Any], origins: list[Any], integers: list[Any]) -> None:
+        """Append what an argument is to the key, where its tensors come from, and its integers."""
         if isinstance(value, Tensor):
             made = self._made.get(id(value))
             key += (tuple(value.shape), self._own.get(id(value)), made is not None and made[0]() is value)
             if made is not None and made[0]() is value:
-                integers += made[1:]
+                origins += made[1:]
         elif isinstance(value, int) and not isinstance(value, bool):
             integers.append(value)
         elif isinstance(value, slice):
-            self._describe((value.start, value.stop, value.step), key, integers)
+            self._describe((value.start, value.stop, value.step), key, origins, integers)
         elif isinstance(value, (tuple, list)):
             key.append(len(value))
             for item in value:
-                self._describe(item, key, integers)
+                self._describe(item, key, origins, integers)
         elif isinstance(value, dict):
             key.append(tuple(value))
-            self._describe(tuple(value.values()), key, integers)
+            self._describe(tuple(value.values()), key, origins, integers)
         else:
             key.append(value.tobytes() if isinstance(value, np.ndarray) else repr(value))
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
 from unroll.export.lifting.module_state import Attribute, refusal
 from unroll.export.signature.outputs import first_difference
+from unroll.export.source_lines import source_line
 
 #: A bundle's graph is one protobuf message, of less than 2 GiB.
 _LARGEST = 2**31 - 2**24
@@ -37,6 +39,29 @@ def precision(model: nn.Module) -> torch.dtype:
     if len(dtypes) > 1:
         raise ExportError("dtype", f"the parameters have {len(dtypes)} dtypes; convert the model with model.float()")
     return dtypes.pop()
+
+
+def in_its_own_precision(error: ExportError, dtype: torch.dtype) -> ExportError:
+    """`error`, or what to change if forward fails only because it is run in float32."""
+    if error.code != "forward_failed" or dtype == torch.float32:
+        return error
+    return ExportError(
+        "forward_failed",
+        f"the parameters are {dtype}, and forward fails with parameters and inputs of float32, in which a bundle "
+        "computes; let forward convert to its parameters' own type, as x.to(self.weight.dtype), or not at all"
+        f"{source_line(error)}",
+    )
+
+
+def check_example(example: dict[str, Any]) -> None:
+    """Raises ExportError(not_finite) for an input that holds NaN or infinity: a server refuses such values."""
+    for name, value in example.items():
+        if any(isinstance(leaf, Tensor) and not torch.isfinite(leaf).all() for leaf in pytree.tree_leaves(value)):
+            raise ExportError(
+                "not_finite",
+                f"input {name!r} of the example holds NaN or infinity, which a server refuses. Give missing values as "
+                "numbers, and say which they are in an input of their own: torch.isnan(x).float()",
+            )
 
 
 def check_steady(forward: Callable[[], Any], state: list[Attribute]) -> Any:

@@ -28,13 +28,15 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-Scope = Literal["infer", "metrics", "sessions:admin"]
+Scope = Literal["infer", "metrics", "sessions:admin", "models:admin", "server:admin"]
 
 #: What a key may permit.
 INFER: Scope = "infer"
 METRICS: Scope = "metrics"
 SESSIONS_ADMIN: Scope = "sessions:admin"
-SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN)
+MODELS_ADMIN: Scope = "models:admin"
+SERVER_ADMIN: Scope = "server:admin"
+SCOPES: tuple[Scope, ...] = (INFER, METRICS, SESSIONS_ADMIN, MODELS_ADMIN, SERVER_ADMIN)
 
 _PREFIX = "unroll_"
 _KEY_BYTES = 32

@@ -7,11 +7,12 @@ from starlette.exceptions import HTTPException
 
 _SHARED = "shared memory is not offered, since clients are on other machines; send and receive tensors in the body"
 _LOADING = (
-    "loading by request is not offered; put the bundle in the repository, or remove it, and send the server SIGHUP"
+    "loading by request is not offered here; put the bundle in the repository, or remove it, and send the server "
+    "SIGHUP; see --admin and --admin-port"
 )
 _GENERATE = "generate is not offered; use infer with a sequence_id, or a stream: /v1/models/{model}/stream"
 _TRACE = "traces are not offered; /metrics and /v2/models/{model}/stats have times by stage"
-_LOGGING = "log settings cannot be changed by request; start the server with --log-level and --log-requests"
+_LOGGING = "log settings are not offered here; start the server with --log-level and --log-requests"
 #: Extensions that are not offered, by path below /v2.
 _ABSENT = {
     "/systemsharedmemory/{rest:path}": _SHARED,

@@ -23,13 +23,16 @@ _PUBLIC_FOLDERS = ("/docs/", "/page/")
 #: Methods that change nothing.
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _SCOPES = {"/metrics": keys.METRICS, "/v1/admin/sessions": keys.SESSIONS_ADMIN}
+_SCOPES_OF_FOLDERS = {"/v2/repository/models/": keys.MODELS_ADMIN, "/v1/admin/": keys.SERVER_ADMIN}
 
 
 def scope_of(path: str) -> keys.Scope | None:
     """What a key must permit for a request to this path; None: it needs no key."""
     if path in _PUBLIC or path.startswith(_PUBLIC_FOLDERS):
         return None
-    return _SCOPES.get(path, keys.INFER)
+    if path in _SCOPES:
+        return _SCOPES[path]
+    return next((scope for folder, scope in _SCOPES_OF_FOLDERS.items() if path.startswith(folder)), keys.INFER)
 
 
 def refusals(path: str) -> dict[str, Any]:

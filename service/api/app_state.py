@@ -6,6 +6,7 @@ from typing import Protocol
 from unroll.service.access.gate import Gate
 from unroll.service.access.quotas import Meter
 from unroll.service.core.errors import Draining, DurabilityUnavailable, QuotaExceeded
+from unroll.service.core.turns import Turns
 from unroll.service.models.repository import ModelRepository
 from unroll.service.models.versions import ModelVersions
 from unroll.service.sessions.in_memory import MemorySessions
@@ -47,6 +48,7 @@ class AppState:
         gate: Lets requests in, or not.
         meter: Of the steps of tenants.
         request_log: Of the requests that fail, or of all.
+        turns: For long work in slices.
         requests: Figures by inference route.
         streams: The open ones.
         ready: Every model is loaded, its loop runs, and the store, if any, has answered once.
@@ -65,6 +67,7 @@ class AppState:
     gate: Gate = field(default_factory=Gate)
     meter: Meter = field(init=False)
     request_log: RequestLog = field(default_factory=RequestLog)
+    turns: Turns = field(default_factory=Turns)
     requests: dict[str, RequestFigures] = field(default_factory=dict)
     streams: set[Drainable] = field(default_factory=set)
     ready: bool = False

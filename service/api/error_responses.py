@@ -38,6 +38,7 @@ STATUS: dict[type[e.UnrollError], int] = {
     e.PayloadMismatch: 409,
     e.ModelChanged: 409,
     e.Draining: 503,
+    e.TooManyConnections: 503,
     e.QueueFull: 503,
     e.DeadlineUnreachable: 503,
     e.CapacityExhausted: 503,

@@ -1,4 +1,4 @@
-"""Liveness, readiness and metrics."""
+"""Liveness, readiness, and metrics in a router of their own."""
 
 from typing import Any
 
@@ -15,17 +15,8 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "not ready: 
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def router(app: AppState, workers: WorkerMetrics | None = None) -> APIRouter:
-    """workers: all of them, if each has a port of its own."""
+def router(app: AppState) -> APIRouter:
     api = APIRouter(tags=["health"])
-    collector = Collector(
-        lambda: [model.current_figures() for model in app.models],
-        app.requests,
-        app.streams,
-        app.sessions.directory.spilled,
-        app.models.problems,
-        app.sessions.store_figures,
-    )
 
     async def live() -> dict[str, bool]:
         return {"live": True}
@@ -39,6 +30,21 @@ def router(app: AppState, workers: WorkerMetrics | None = None) -> APIRouter:
     loaded = "Every model is loaded, its loop runs, and the store has answered"
     add_probe(api, "/readyz", ready, summary=loaded, responses=_NOT_READY)
     add_probe(api, "/v2/health/ready", ready, summary=f"{loaded} (Open Inference Protocol)", responses=_NOT_READY)
+
+    return api
+
+
+def metrics_router(app: AppState, workers: WorkerMetrics | None) -> APIRouter:
+    """workers: all of them, if each has a port of its own."""
+    api = APIRouter(tags=["health"])
+    collector = Collector(
+        lambda: [model.current_figures() for model in app.models],
+        app.requests,
+        app.streams,
+        app.sessions.directory.spilled,
+        app.models.problems,
+        app.sessions.store_figures,
+    )
 
     @api.get(
         "/metrics",

@@ -47,7 +47,7 @@ def infer(app: AppState, name: str, version: str | None, request: Request, respo
     settled = Answering(respond, open_inference_error, _answer_sequences, _plan(served, name, parsed))
     batch = _batch(served, parsed)
     app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
-    return served.loop.submit_sequences(batch, _timeout(app, parsed), settled)
+    return served.loop.submit_sequences(batch, _timeout(app, parsed), settled, tenant=request.tenant)
 
 
 def _timeout(app: AppState, parsed: InferRequest) -> float:
@@ -159,7 +159,7 @@ def _opening_after_restart(
     if sequence.position is None and (found := app.sessions.directory.living(name, sequence.id)) is not None:
         old, session = found
         now = old.loop.clock.now()
-        served.scheduler.check_room(now, now + timeout, row=True)  # a refused request must not close the old session
+        served.scheduler.check_room(now, now + timeout, sequence.id)  # a refused request must not close the old session
         old.scheduler.restart(session, now)
         _log.warning("sequence restarted", model=name, sequence_id=shown(sequence.id), position=session.position)
         if session.durable is not None and session.origin is not None:
@@ -168,7 +168,7 @@ def _opening_after_restart(
         if record.token and record.origin.durability == "memory":  # another replica's, which alone can take it back
             app.models.home(name, record.origin.model, f"sequence {shown(sequence.id)!r} runs on")
         now = served.loop.clock.now()
-        served.scheduler.check_room(now, now + timeout, row=True)
+        served.scheduler.check_room(now, now + timeout, sequence.id)
         app.sessions.directory.spilled.close_stranded(name, sequence.id)
         served.scheduler.counters.restarted += 1
         _log.warning("sequence restarted", model=name, sequence_id=shown(sequence.id), position=record.position)

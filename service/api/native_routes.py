@@ -57,6 +57,7 @@ _MEANING = {
     429: "quota_exceeded: retry after Retry-After seconds",
     500: "engine_failed; the state is unchanged",
     503: "model_unavailable: its bundle is refused; or queue_full, deadline_unreachable, capacity_exhausted, "
+    "too_many_connections, "
     "keys_unavailable, version_unavailable, store_unavailable, session_contended or draining: retry after "
     "Retry-After seconds",
     504: "deadline_exceeded: nothing was run",

@@ -44,7 +44,11 @@ def router(app: AppState) -> APIRouter:
             for (name, version), why in app.models.problems().items()
             if (name, version) not in served
         ]
-        return ready if only_ready else ready + refused
+        unloaded = [
+            {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded by request"}
+            for name in sorted(app.repository.unloaded)
+        ]
+        return ready if only_ready else ready + refused + unloaded
 
     return api
 

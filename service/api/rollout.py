@@ -222,6 +222,7 @@ class RolloutCall:
     def _submit(self, served: ServedModel, rollout: Rollout) -> None:
         served.scheduler.rollouts.check_room()
         self._app.meter.take(tenant_of(self._where[2]), rollout.length)
+        rollout.tenant = tenant_of(self._where[2])
         self._served, self._rollout = served, rollout
         accepted = served.loop.submit(rollout, self._timeout, self._then)
         if accepted is rollout:

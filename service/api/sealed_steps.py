@@ -52,6 +52,7 @@ def sealed_steps(
             f"the snapshot is at {snapshot.position}, the chunk begins at {position}", expected=snapshot.position
         )
     chunk = Chunk(inputs, position=snapshot.position, state_row=snapshot.row)
+    chunk.tenant = request.tenant
     pending = _PendingReply(keys_of(app), served, session_id, chunk, document is None)
     settled = Answering(respond, problem, _PendingReply.encode, pending)
     app.meter.take(request.tenant, len(inputs[0]))

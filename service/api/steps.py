@@ -84,7 +84,8 @@ def sequences(app: AppState, model: str, request: Request, respond: Respond) -> 
         static = document.get("static")
     rows = served.codec.initial_rows(static, len(batch))
     app.meter.take(request.tenant, sum(len(inputs[0]) for inputs in batch))
-    return served.loop.submit_sequences(batch, timeout, Answering(respond, problem, encode, served.codec), rows)
+    settled = Answering(respond, problem, encode, served.codec)
+    return served.loop.submit_sequences(batch, timeout, settled, rows, request.tenant)
 
 
 def _raw_sequence(codec: Codec, replies: list[Reply]) -> Answer:

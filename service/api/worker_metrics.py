@@ -12,7 +12,7 @@ _PATIENCE = 2.0
 _UP = "# HELP unroll_worker_up 1 if the worker answers.\n# TYPE unroll_worker_up gauge\n"
 #: Where to reach a server that listens on all addresses.
 _HOST = b"127.0.0.1"
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 nothing is bound
 
 
 class WorkerMetrics:

@@ -191,6 +191,12 @@ class Draining(Overloaded):
     code = "draining"
 
 
+class TooManyConnections(Overloaded):
+    """The process, or the client's address, has as many connections as it may."""
+
+    code = "too_many_connections"
+
+
 class QueueFull(Overloaded):
     code = "queue_full"
 

@@ -92,7 +92,7 @@ class HostBackend:
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
-        self.runner = Runner(bundle.model_path, bundle.manifest, threads=options.threads)
+        self.runner = Runner(bundle.model, bundle.manifest, threads=options.threads)
 
     def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
         return int(self._options.memory_share * host_memory()[1] / (row_bytes + host_bytes))
@@ -109,7 +109,7 @@ class CudaBackend:
         self.device = device
         self.slack = 2.0 ** _BITS_LOST[options.precision]
         self._tf32 = options.precision == "tf32"
-        model = to_float16(bundle.model_path) if options.precision == "float16" else bundle.model_path
+        model = to_float16(bundle.model) if options.precision == "float16" else bundle.model
         self.runner = Runner(model, self._manifest, device.name, stream=device.stream, tf32=self._tf32)
 
     def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
@@ -147,7 +147,7 @@ class CudaBackend:
         try:
             from unroll.service.engine.cuda.step_graph import take_apart  # needs `onnx`
 
-            return take_apart(self._bundle.model_path, self._manifest)
+            return take_apart(self._bundle.model, self._manifest)
         except (ImportError, NotSeparable) as error:
             self._fall_back(str(error))
             return []

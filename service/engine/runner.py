@@ -4,7 +4,6 @@ import ctypes
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -61,7 +60,7 @@ class Runner:
     """A bundle's graph in onnxruntime: `runner(inputs, state, sequence_lens)` calls it.
 
     Args:
-        model: The graph, as a file or as bytes.
+        model: The graph, as bytes: onnxruntime opens no file for it.
         manifest: The model's tensors.
         device: `cpu` or `cuda:N`.
         threads: onnxruntime's threads for one call, on the CPU.
@@ -71,7 +70,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Path | bytes,
+        model: bytes,
         manifest: Manifest,
         device: str = "cpu",
         threads: int = 1,
@@ -179,7 +178,7 @@ def _without_waiting() -> ort.RunOptions:
     return options
 
 
-def _open(model: Path | bytes, device: str, threads: int, stream: int | None, tf32: bool) -> ort.InferenceSession:
+def _open(model: bytes, device: str, threads: int, stream: int | None, tf32: bool) -> ort.InferenceSession:
     """Open a graph. Raises ValueError if onnxruntime cannot load it, DeviceUnavailable if it chooses another device."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -195,9 +194,8 @@ def _open(model: Path | bytes, device: str, threads: int, stream: int | None, tf
             cuda["user_compute_stream"] = str(stream)
         wanted = "CUDAExecutionProvider"
         providers = [(wanted, cuda)]
-    content = model if isinstance(model, bytes) else str(model)
     try:
-        session = ort.InferenceSession(content, options, providers=providers, disabled_optimizers=CRASHING_OPTIMIZERS)
+        session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=CRASHING_OPTIMIZERS)
     except Exception as error:  # its exceptions have no base class of their own
         raise ValueError(f"onnxruntime cannot load it: {error}") from error
     provider = session.get_providers()[0]
@@ -209,17 +207,18 @@ def _open(model: Path | bytes, device: str, threads: int, stream: int | None, tf
     return session
 
 
-def to_float16(model: Path) -> bytes:
+def to_float16(model: bytes) -> bytes:
     """Return the graph with weights and arithmetic in float16; inputs, outputs and state stay float32.
 
     Raises:
         DeviceUnavailable: The package `onnx` is missing.
     """
     try:
+        import onnx
         from onnxruntime.transformers.float16 import convert_float_to_float16
     except ImportError as error:
         raise DeviceUnavailable(f"float16 needs the package onnx (pip install onnx): {error}") from error
-    return convert_float_to_float16(str(model), keep_io_types=True).SerializeToString()
+    return convert_float_to_float16(onnx.load_from_string(model), keep_io_types=True).SerializeToString()
 
 
 def _check_names(what: str, found: Iterable, model: list[str], *own: str) -> None:

@@ -1,17 +1,20 @@
 """What the repository's folder holds: bundles, marks of retired versions, and the version that each model points to."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from unroll.bundle import discover, stated_digest
+from unroll.bundle import BundleError, discover, stated_digest
+from unroll.bundle.errors import printable
+from unroll.bundle.files import read_regular
+from unroll.bundle.manifest import is_version
 
 #: A file in a model's folder: the number of the version that new sessions begin on.
 POINTER = "serve"
 #: A file in a version's folder: the version is retired. Its manifest must stay, so that its sessions are recognised.
 MARK = "retired"
 
-_VERSION = re.compile("[1-9][0-9]*")
+#: Of that file, more than enough.
+_MOST_BYTES = 4096
 
 
 class RepositoryError(Exception):
@@ -41,11 +44,12 @@ def read_contents(repository: Path) -> Contents:
         paths = discover(repository)
     except OSError as error:
         raise RepositoryError(f"the repository cannot be read: {error}") from error
-    folders = [path for path in repository.glob("*/*") if _VERSION.fullmatch(path.name) and path.is_dir()]
-    announced = {(path.parent.name, path.name) for path in folders}
+    folders = [path for path in repository.glob("*/*") if is_version(path.name) and path.is_dir()]
+    announced = {(printable(path.parent.name), path.name) for path in folders}
     contents = Contents({}, {}, set(), announced)
     for path in paths:
         name, version = (*path.relative_to(repository).parts, "")[:2]
+        name = printable(name)
         announced.discard((name, version))
         if _is_there(path / MARK) and (digest := stated_digest(path)) is not None:
             contents.retired.add((name, digest))
@@ -56,7 +60,7 @@ def read_contents(repository: Path) -> Contents:
     for name in {name for name, _ in contents.bundles}:
         if (pointer := _read_pointer(repository / name / POINTER)) is not None:
             contents.pointers[name] = pointer
-            if _VERSION.fullmatch(pointer):
+            if is_version(pointer):
                 announced.add((name, pointer))
     return contents
 
@@ -71,11 +75,11 @@ def _is_there(path: Path) -> bool:
 
 def _read_pointer(path: Path) -> str | None:
     """What the file says; if it cannot be read, why, which no version is called."""
-    if _is_there(path) and not path.is_file():  # reading a pipe would not end
-        return f"{path.name} is not a file"
     try:
-        return path.read_text(errors="replace").strip()[:80]
+        return read_regular(path, _MOST_BYTES, follow=True).decode(errors="replace").strip()[:80]
     except FileNotFoundError:
         return None
+    except BundleError as error:
+        return error.message
     except OSError as error:
         return str(error)

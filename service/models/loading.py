@@ -1,6 +1,6 @@
 """Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost there."""
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,9 @@ import numpy as np
 import structlog
 
 from unroll import bundle as bundles
-from unroll.bundle import Bundle, Manifest
+from unroll.bundle import Bundle, BundleError, Manifest
+from unroll.bundle.signature import TrustedKeys
+from unroll.bundle.verification import Differences
 from unroll.service.core.clock import Clock
 from unroll.service.core.errors import NonFiniteOutput
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, open_backend
@@ -21,6 +23,7 @@ from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.served_model import ServedModel, Serving
 from unroll.service.models.serving_figures import ServingFigures
+from unroll.service.models.trial import ANY, TrialLimits, Trials
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import EngineThread, Loop
@@ -44,6 +47,8 @@ class ModelOptions:
         max_steps: Time steps per request.
         max_sequences: Whole sequences per request.
         spill_bytes: Host memory for idle sessions that lost their row.
+        trusted_keys: Who must have signed a bundle, if anybody.
+        trial: What a bundle may take and hold; its `calls` and `slack` are those of the server.
         fill_memory: Ignore `sessions.capacity` and allow as many sessions as fit in `engine.memory_share`, per device.
     """
 
@@ -51,26 +56,30 @@ class ModelOptions:
     max_sequences: int = 1024
     spill_bytes: int = 256 * 2**20
     fill_memory: bool = False
+    trusted_keys: TrustedKeys | None = None
+    trial: TrialLimits = field(default_factory=TrialLimits)
     engine: EngineOptions = field(default_factory=EngineOptions)
     sessions: SessionLimits = field(default_factory=SessionLimits)
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
 
 
-class ModelRefused(Exception):
-    """A bundle that must not be served, with the reason."""
+class ModelRefused(BundleError):
+    """A bundle that must not be served."""
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside the block is the refusal of the bundle at `path`: it must not stop the others."""
+def _refusing() -> Iterator[None]:
+    """Whatever goes wrong inside the block is the refusal of a bundle: it must not stop the others."""
     try:
         yield
     except (ModelRefused, DeviceUnavailable):
         raise
-    except (bundles.BundleError, bundles.GoldenMismatch) as error:
-        raise ModelRefused(f"{str(error).removeprefix(f'{path}: ')}") from error
+    except BundleError as error:
+        raise ModelRefused(error.code, error.message) from error
+    except bundles.GoldenMismatch as error:
+        raise ModelRefused("bundle_mismatch", str(error)) from error
     except Exception as error:
-        raise ModelRefused(f"{type(error).__name__}: {error}") from error
+        raise ModelRefused("bundle_unusable", f"{type(error).__name__}: {error}") from error
 
 
 class ModelLoader:
@@ -97,6 +106,7 @@ class ModelLoader:
         self._options = options
         self._clock = clock
         self._devices = devices
+        self._trials = Trials(_trial_limits(options, [device for device, _ in devices]))
         self._store = store
         self._spill = spill
         self._is_verified = is_verified
@@ -113,15 +123,18 @@ class ModelLoader:
             DeviceUnavailable: A device cannot be used.
         """
         models: list[ServedModel] = []
-        with _refusing(path), ExitStack() as on_error:
-            bundle = bundles.read(path)
-            if bundle.identity in known:
+        with _refusing(), ExitStack() as on_error:
+            content = bundles.read_content(path)
+            if content.identity in known:
+                bundles.check_digests(content)
                 return []
+            if self._options.trusted_keys is not None:
+                self._options.trusted_keys.check(content)
+            parity = self._trials.prove(content)
+            bundle = bundles.parse(content, self._trials.limits.allowed_operators)
             for device, executor in self._devices:
                 statistics = models[0].figures.statistics if models else None
-                models.append(self._load(bundle, device, executor, statistics, on_error))
-            if bundles.read(path).identity != bundle.identity:
-                raise ModelRefused("its files changed while it was loaded; send SIGHUP when all are in place")
+                models.append(self._load(bundle, parity, device, executor, statistics, on_error))
             on_error.pop_all()
         return models
 
@@ -130,8 +143,18 @@ class ModelLoader:
         for _, executor in self._devices:
             executor.shutdown()
 
+    def end_trial(self) -> None:
+        """End the process that tries bundles. The next bundle starts another."""
+        self._trials.close()
+
     def _load(
-        self, bundle: Bundle, device: str, executor: Executor, statistics: Statistics | None, on_error: ExitStack
+        self,
+        bundle: Bundle,
+        parity: Differences,
+        device: str,
+        executor: Executor,
+        statistics: Statistics | None,
+        on_error: ExitStack,
     ) -> ServedModel:
         started = perf_counter()
         options = self._options
@@ -141,25 +164,36 @@ class ModelLoader:
             return self._spill(model, session, at_cost)
 
         backend = open_backend(bundle, device, options.engine)
-        parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
+        if device != "cpu":  # on the CPU, the trial has just done it
+            parity = bundles.Verifier(backend.runner, manifest).replay(bundle.golden, backend.slack)
         traits = ModelTraits(manifest.inputs, manifest.outputs, manifest.streamable, manifest.ragged)
         limits = _session_limits(backend, manifest, options)
         is_verified = partial(self._is_verified, manifest.name)
         scheduler = Scheduler(traits, limits, options.scheduler, is_verified, spill)
         engine, proof = backend.create_engine(scheduler.rows, options.scheduler.max_batch)
         on_error.callback(engine.close)
-        parity |= {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
+        parity = parity | {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
         precision = options.engine.precision if manifest.precision == "float32" else manifest.precision
         serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
         curve = _warm_up(engine, bundle, options.scheduler)
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
+        scheduler.overload.efficient_seconds = curve.seconds(curve.best_rows())
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
         thread = EngineThread(engine, executor, curve.seconds)
         loop = Loop(manifest.name, scheduler, thread, self._store, self._clock, figures.observe)
         codec = Codec(manifest, options.max_steps, min(options.max_sequences, options.scheduler.max_queue))
-        model = ServedModel(bundle, engine, loop, codec, serving, figures)
+        model = ServedModel(replace(bundle, model=b""), engine, loop, codec, serving, figures)
         _log_loaded(model, curve, perf_counter() - started)
         return model
+
+
+def _trial_limits(options: ModelOptions, devices: Collection[str]) -> TrialLimits:
+    """A GPU is judged by its own answers, not by those of the CPU."""
+    limits = options.scheduler
+    long_rows = min(limits.max_batch, max(1, limits.max_batch_steps // limits.piece_steps))
+    calls = ((limits.max_batch, 1), (long_rows, limits.piece_steps))
+    slack = 1.0 if {*devices} == {"cpu"} else ANY
+    return replace(options.trial, calls=calls, slack=slack)
 
 
 def _log_loaded(model: ServedModel, curve: Curve, seconds: float) -> None:
@@ -195,6 +229,6 @@ def _warm_up(engine: Engine, bundle: Bundle, limits: SchedulerLimits) -> Curve:
         inputs = tuple(np.resize(array[:1], (rows, steps, *array.shape[2:])) for array in golden)
         _, failed = engine.run(PlainRows(inputs, [steps] * rows, [INITIAL] * rows, [SCRATCH] * rows))
         if failures := [error for error in failed.values() if not isinstance(error, NonFiniteOutput)]:
-            raise ModelRefused(f"it cannot run a batch of {rows}: {failures[0].message}")
+            raise ModelRefused("bundle_unusable", f"it cannot run a batch of {rows}: {failures[0].message}")
 
     return measure(run, limits.max_batch, limits.piece_steps, limits.max_batch_steps)

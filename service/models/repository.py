@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 
 from unroll.bundle import stated_digest
+from unroll.bundle.errors import printable
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import POINTER, Contents, RepositoryError, read_contents
 from unroll.service.models.loading import ModelLoader, ModelRefused
@@ -30,6 +31,9 @@ class ModelRepository:
         on_crash: Called when a model's loop ends with an error.
         serve: The version of a model that new sessions begin on, by name; stands above the model's own pointer.
         strict: Refuse to start with a bundle that cannot be served.
+
+    Attributes:
+        unloaded: Models that the operator has unloaded; what the folder has of them is not looked at.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class ModelRepository:
         self._serve = serve
         self._strict = strict
         self._rescan = asyncio.Event()
+        self._one_rescan = asyncio.Lock()
+        self.unloaded: set[str] = set()
 
     def load_all(self) -> None:
         """Load every bundle.
@@ -66,6 +72,7 @@ class ModelRepository:
                 self._versions.add(self._loader.load(path))
             except ModelRefused as refusal:
                 self._refuse(self._versions.refused, key, path, refusal)
+        self._loader.end_trial()
         refused = len(self._versions.refused)
         if refused and (self._strict or refused == len(contents.bundles)):
             raise RepositoryError(
@@ -83,7 +90,7 @@ class ModelRepository:
         pointers = contents.pointers | self._serve
         versions.announced = contents.announced | {*self._serve.items()}
         before, versions.current, versions.misdirected = versions.current, {}, {}
-        for name in {*versions.names(), *self._serve}:
+        for name in {*versions.names(), *self._serve} - self.unloaded:
             served = [model.version for model in versions.of(name) if not model.retired]
             wanted = pointers.get(name, max(served, key=int, default=""))
             if wanted in served:
@@ -100,8 +107,10 @@ class ModelRepository:
 
     @staticmethod
     def _refuse(refused: Refusals, key: tuple[str, str], path: Path, error: Exception) -> None:
-        refused[key] = str(error)
-        _log.error("bundle refused", model=key[0], version=key[1], path=str(path), reason=str(error))
+        refusal = error if isinstance(error, ModelRefused) else ModelRefused("bundle_unusable", str(error))
+        where = {"model": key[0], "version": key[1], "path": printable(str(path))}
+        _log.error("bundle refused", **where, code=refusal.code, reason=str(refusal))
+        refused[key] = str(refusal)
 
     def shut_down(self) -> None:
         """End the engine threads; `run` must have ended."""
@@ -127,13 +136,43 @@ class ModelRepository:
                     self._rescan.clear()
                     await self.rescan()
         finally:
+            self._loader.end_trial()  # a thread may wait for it
             for model in self._versions:
                 await model.stop()
 
+    async def load(self, name: str) -> None:
+        """Serve what the folder has of a model, and return when that is done.
+
+        Raises:
+            ModelUnknown: The folder has no such model.
+            ModelUnavailable: Its bundles are refused, or none is current.
+        """
+        self.unloaded.discard(name)
+        await self.rescan()
+        self._versions.resolve(name)
+
+    async def unload(self, name: str) -> None:
+        """Retire all versions of a model until it is loaded, or the process ends. Raises ModelUnknown."""
+        if not self._versions.of(name):
+            self._versions.available(name)
+        self.unloaded.add(name)
+        await self.rescan()
+
     async def rescan(self) -> None:
         """Serve new bundles, retire removed and changed ones. A refused bundle leaves what is served as it is."""
+        async with self._one_rescan:
+            await self._do_rescan()
+
+    def _read_contents(self) -> Contents:
+        """Raises RepositoryError."""
+        contents = read_contents(self.path)
+        for key in [key for key in contents.bundles if key[0] in self.unloaded]:
+            del contents.bundles[key]
+        return contents
+
+    async def _do_rescan(self) -> None:
         try:
-            contents = await asyncio.to_thread(read_contents, self.path)
+            contents = await asyncio.to_thread(self._read_contents)
         except RepositoryError as error:  # unmounted, most likely; to take the last model away, stop the server
             _log.error("repository not read", reason=str(error))
             return
@@ -150,6 +189,7 @@ class ModelRepository:
             self._versions.add(loaded)
             for model in loaded:
                 self._start(model)
+        await asyncio.to_thread(self._loader.end_trial)
         self._versions.refused = refused
         for model in self._versions:
             if not model.retired and not {(model.name, model.version), (model.name, "")} & contents.bundles.keys():
@@ -167,7 +207,7 @@ class ModelRepository:
     def _has_come(self, missing: set[tuple[str, str]]) -> bool:
         """Whether there is a bundle of such a version that is neither served nor refused."""
         try:
-            bundles = read_contents(self.path).bundles
+            bundles = self._read_contents().bundles
         except RepositoryError:
             return False
         names = {name for name, _ in missing}

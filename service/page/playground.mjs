@@ -3,8 +3,8 @@
 import { Messages, button, duration, h, number } from "./dom.mjs";
 import { Experiments } from "./experiments.mjs";
 import { Inputs } from "./inputs.mjs";
-import { quantile, scrape, since } from "./prometheus.mjs";
 import { Stage } from "./stage.mjs";
+import { Statics } from "./statics.mjs";
 import { Trace } from "./trace.mjs";
 
 // Steps of one message, and messages a second.
@@ -63,6 +63,7 @@ export class PlaygroundView {
     );
     this.stage = new Stage(model);
     this.experiments = new Experiments(this);
+    this.statics = new Statics(model.static, () => this.messages.attempt(() => this.alone(() => this.restart())));
     this.inputs = new Inputs(model, (source) => this.setSource(source), this.messages);
     this.durability = h(
       "select",
@@ -123,6 +124,7 @@ export class PlaygroundView {
       h("h2", {}, "Session"),
       this.facts,
       this.badge,
+      this.statics.element,
       h("div", { class: "controls" }, fresh, h("label", {}, "kept in", this.durability)),
     );
   }
@@ -135,7 +137,7 @@ export class PlaygroundView {
     try {
       main = await Trace.open(stream, {
         durability: this.durability.value || undefined,
-        static: zeros(this.model.static),
+        static: this.statics.values(),
       });
     } catch (error) {
       stream.disconnect();
@@ -249,16 +251,6 @@ export class PlaygroundView {
       }
       this.animate();
     });
-    if (performance.now() > (this.asked ?? 0) + 1000 && this.playing) this.askBatches();
-  }
-
-  // Rows in the calls of this model in the last second or so.
-  async askBatches() {
-    this.asked = performance.now();
-    const found = await scrape().catch(() => undefined);
-    const labels = { model: this.model.name, version: this.model.version };
-    if (found && this.scraped) this.rows = quantile(since(this.scraped, found, "unroll_batch_rows", labels), 0.5);
-    this.scraped = found;
   }
 
   describe() {
@@ -266,7 +258,7 @@ export class PlaygroundView {
     const facts = {
       Position: number(this.main.position, 9),
       "Answer within": sorted.length ? `${duration(sorted[sorted.length >> 1])} (median)` : "–",
-      "Rows in a batch": Number.isFinite(this.rows) ? number(Math.ceil(this.rows), 2) : "–",
+      "Rows in its batch": this.main.session.batchRows ?? "–",
       Input: this.inputs.source?.name ?? "–",
       Id: h("code", {}, this.main.session.id),
     };
@@ -275,12 +267,4 @@ export class PlaygroundView {
       ...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
     );
   }
-}
-
-function zeros(specs) {
-  const zero = (dtype, shape) =>
-    shape.length ? Array.from({ length: shape[0] }, () => zero(dtype, shape.slice(1))) : dtype === "bool" ? false : 0;
-  return specs.length
-    ? Object.fromEntries(specs.map(({ name, dtype, shape }) => [name, zero(dtype, shape)]))
-    : undefined;
 }

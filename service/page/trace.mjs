@@ -24,7 +24,7 @@ export class Trace {
   }
 
   static async open(stream, options) {
-    const [session] = await stream.open(1, options);
+    const [session] = await stream.open(1, { ...options, batchRows: true });
     return Trace.of(stream, session);
   }
 

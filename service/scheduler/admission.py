@@ -1,8 +1,13 @@
 """Admission: what is accepted and not yet answered, how fast work runs, and what is refused at once because of it."""
 
+from collections.abc import Callable
+
 from unroll.service.core.errors import DeadlineUnreachable, QueueFull
+from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.limits import SchedulerLimits
+from unroll.service.scheduler.overload import Overload
+from unroll.service.scheduler.session import Owner
 
 #: A piece of long work takes as long as all other work took since the last piece, within these bounds.
 _LEAST_SECONDS, _MOST_SECONDS = 0.001, 0.01
@@ -47,17 +52,56 @@ class Pace:
         return min(max(1, int(seconds / (self._in_pieces * rows))), most)
 
 
+class Shares:
+    """What owners add beyond the room that there is.
+
+    While several owners compete, each may add its part of half the rows that the last batch freed: the one that fills
+    the queue does not shut the others out, and the queue does not grow.
+    """
+
+    def __init__(self, waiting: Callable[[], set[Owner]]) -> None:
+        self._waiting = waiting
+        self._added: dict[Owner, int] = {}  # beyond the room, since the last batch
+        self._owners: set[Owner] = set()  # who competed before that
+        self._freed = 0
+
+    def renew(self, freed: int) -> None:
+        """A batch of so many rows has run."""
+        if self._added or self._owners:
+            self._owners, self._added = {*self._added}, {}
+        self._freed = freed
+
+    def has(self, owner: Owner) -> bool:
+        """May the owner add a chunk?"""
+        if not self._added:
+            self._owners |= self._waiting()
+        added = self._added.setdefault(owner, 0)
+        owners = len(self._owners | self._added.keys())
+        return owners > 1 and added < max(1, self._freed // (2 * owners))
+
+    def count(self, owner: Owner) -> None:
+        self._added[owner] = self._added.get(owner, 0) + 1
+
+
 class Admission:
-    """Refuses work that would wait in vain: beyond `max_queue` chunks, or beyond its deadline.
+    """Refuses work that would wait in vain: beyond `max_queue` chunks, beyond its deadline, or in an overload.
 
     in_flight: chunks accepted and not yet answered. waiting_steps: their steps that run before new work, about: all of
     a short chunk, the next piece of a long one.
+
+    Args:
+        limits, pace, counters: of the scheduler.
+        waiting: the owners whose work waits.
     """
 
-    def __init__(self, limits: SchedulerLimits, pace: Pace, counters: Counters) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, pace: Pace, counters: Counters, waiting: Callable[[], set[Owner]]
+    ) -> None:
         self._max_queue = limits.max_queue
         self._pace = pace
         self._counters = counters
+        self._shares = Shares(waiting)
+        self.overload = Overload(limits)
         self.in_flight = 0
         self.waiting_steps = 0
 
@@ -65,26 +109,50 @@ class Admission:
         """Seconds until work accepted now would begin, from the pace seen lately."""
         return self.waiting_steps * self._pace.seconds_per_step
 
-    def check(self, now: float, deadline: float) -> None:
+    def begins_overload(self, rows: int, now: float) -> bool:
+        """A batch of so many rows has run and is answered: is there an overload since?"""
+        self._shares.renew(rows)
+        return self.overload.begins(self.in_flight, self.estimated_wait(), now)
+
+    def most_waiting(self) -> float:
+        """Steps that may wait."""
+        return self.overload.most_wait / self._pace.seconds_per_step
+
+    def refusal(self) -> QueueFull:
+        """The error of a chunk that is refused for lack of room, which is counted."""
+        self._counters.refused += 1
+        return QueueFull(f"{self.in_flight} requests are waiting", retry_after=max(self.estimated_wait(), 0.1))
+
+    def check(self, now: float, deadline: float, owner: Owner, *, patient: bool = True) -> None:
         """Check that a chunk submitted now would be accepted.
 
+        Args:
+            now, deadline: the time, and when it must have begun.
+            owner: whose it is.
+            patient: an overload is no reason to refuse it, because its client is held back otherwise.
+
         Raises:
-            QueueFull: too many chunks wait.
+            QueueFull: too many chunks wait, or more arrive than run.
             DeadlineUnreachable: the chunk would begin after its deadline.
         """
         wait = self.waiting_steps * self._pace.seconds_per_step
-        if self.in_flight >= self._max_queue:
-            self._counters.refused += 1
-            raise QueueFull(f"{self.in_flight} requests are waiting", retry_after=max(wait, 0.1))
-        if now + wait > deadline:
-            self._counters.refused += 1
-            raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
+        is_full, is_late = self.in_flight >= self._max_queue, now + wait > deadline
+        if not (is_full or is_late or (not patient and self.overload.refuse(wait, now))):
+            return
+        if self.in_flight < self._max_queue + self._max_queue // 4 and self._shares.has(owner):
+            return
+        if is_full or not is_late:
+            raise self.refusal()
+        self._counters.refused += 1
+        raise DeadlineUnreachable(f"the wait is about {wait:.1f} s, longer than the deadline allows", wait)
 
-    def admit(self, steps: int, now: float, deadline: float) -> None:
+    def admit(self, chunk: Chunk, steps: int, now: float) -> None:
         """Accept a chunk of which so many steps wait. Raises what `check` raises."""
         wait = self.waiting_steps * self._pace.seconds_per_step
-        if self.in_flight >= self._max_queue or now + wait > deadline:
-            self.check(now, deadline)
+        if self.in_flight >= self._max_queue or now + wait > chunk.deadline or wait > self.overload.most_wait:
+            owner = chunk.owner
+            self.check(now, chunk.deadline, owner, patient=chunk.patient)
+            self._shares.count(owner)
         self.in_flight += 1
         self.waiting_steps += steps
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from unroll.service.core.errors import UnrollError
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.reply import Outcome
-from unroll.service.scheduler.session import Cohort, Session, Work
+from unroll.service.scheduler.session import Cohort, Owner, Session, Work
 from unroll.service.store.record import Origin
 
 
@@ -33,6 +34,7 @@ class Chunk(Work):
     opening: the session that begins with this chunk, and that ends if the chunk fails.
     state_row: (state_size,), the state a stateless sequence begins with, None for the initial state; afterwards the
     state it led to.
+    tenant: whose stateless sequence it is; empty without keys. patient: it is not refused because of an overload.
     deadline: when it must have begun. done: steps that have run, of a chunk that runs in pieces. pieces: their outputs.
     keeps_workspace: it needs an arena row of its own from its first batch on, because it brings its state or runs in
     pieces among short chunks. workspace: the arena row of its state between pieces. running: a batch has it now, or the
@@ -41,6 +43,8 @@ class Chunk(Work):
     """
 
     # Defaults stay in the class, because a chunk is created for every request and most never change them.
+    tenant = ""
+    patient = False
     deadline = math.inf
     opening: Opening | None = None
     done = 0
@@ -48,7 +52,6 @@ class Chunk(Work):
     workspace: int | None = None
     state_row: np.ndarray | None = None
     pieces: list[Tensors] | None = None
-    order = 0
     ready_at = 0.0
     running = False
     abandoned: UnrollError | None = None
@@ -76,6 +79,17 @@ class Chunk(Work):
         if state_row is not None:
             self.state_row = state_row
             self.keeps_workspace = True
+
+    @property
+    def is_new(self) -> bool:
+        """It waits, and nothing of it has run."""
+        return self.outcome is None and self.done == 0
+
+    @property
+    def owner(self) -> Owner:
+        if self.session is not None:
+            return self.session.owner
+        return (self.tenant if self.opening is None else tenant_of(self.opening.session_id)) or 0
 
     def prepare_next(self) -> UnrollError | None:
         """A piece of the chunk has run, and more are to come. Returns the error that ends it instead."""
@@ -123,11 +137,18 @@ class Group(Work):
     then: Callable[[GroupReply], None]
     cohort: Cohort | None = None
     again: bool = False
-    order: int = 0
     ready_at: float = 0.0
     followed: bool = False
     followers: list[tuple[int, Chunk]] = field(default_factory=list)
     outcome: GroupReply | None = None
+
+    @property
+    def owner(self) -> Owner:
+        return self.sessions[0].owner
+
+    @property
+    def row_count(self) -> int:
+        return len(self.sessions)
 
     def answer(self, reply: GroupReply) -> None:
         self.outcome = reply
@@ -152,8 +173,12 @@ class Action(Work):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingCommit:
-    """A durable session's chunk that has run. It counts as applied only once the store has it."""
+    """A durable session's chunk that has run. It counts as applied only once the store has it.
+
+    batch_rows: of the batch that it ran in.
+    """
 
     chunk: Chunk
     session: Session
     outputs: Tensors
+    batch_rows: int

@@ -26,6 +26,7 @@ class Completion:
     """Ends chunks with a reply or an error, and with them the sessions that end with a chunk.
 
     commits: what has run, must be put into the store, and was not yet handed over.
+    batch_rows: of the batch whose work is being answered; 0 in between.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Completion:
         self._replay = replay
         self._counters = counters
         self.commits: list[PendingCommit] = []
+        self.batch_rows = 0
 
     def take_in(self, chunk: Chunk, outputs: Tensors, steps: int, now: float) -> None:
         """A batch ran the next `steps` steps of the chunk; outputs: of these steps, as the model returns them."""
@@ -67,7 +69,7 @@ class Completion:
             self.complete(chunk, outputs, now)
         else:
             chunk.running = True
-            self.commits.append(PendingCommit(chunk, session, outputs))
+            self.commits.append(PendingCommit(chunk, session, outputs, self.batch_rows))
 
     def take_commits(self) -> list[PendingCommit]:
         """What must be put into the store; it is the caller's now, and ends with `complete_commit`."""
@@ -101,7 +103,9 @@ class Completion:
         chunk.running = False
         if error is None:
             session.durable.token = token
+            self.batch_rows = commit.batch_rows
             self.complete(chunk, commit.outputs, now)
+            self.batch_rows = 0
             return
         session.durable.stale = True
         progress = session.own_progress

@@ -75,7 +75,7 @@ class Groups:
         if self._lanes.is_long(steps):
             return list(range(len(sessions)))
         self._sessions.expire(now)
-        self._admission.check(now, deadline)
+        self._admission.check(now, deadline, sessions[0].owner)
         most = self._lanes.most_rows(steps)
         detach = self._sessions.cohorts.detach
         rejected: list[int] = []
@@ -136,7 +136,7 @@ class Groups:
             if not in_place or not cohort.formed or cohort.active is not None:
                 return False
             parts.append(part)
-        self._admission.check(now, deadline)
+        self._admission.check(now, deadline, cohorts[0].sessions[0].owner)
         for cohort, part in zip(cohorts, parts, strict=True):
             own = tuple([array[part] for array in inputs])
             cohort.active = group = Group(cohort.sessions, part, own, 1, deadline, then, cohort=cohort, again=True)

@@ -1,9 +1,9 @@
 """The work that is ready to run. Decides which of it forms the next batch.
 
 Work waits in one lane per length class, so that the rows of a batch are about equally long, and long chunks wait in a
-lane of their own. The lane whose head has waited longest goes first. A long chunk runs in pieces: after each piece it
-waits again, behind the others ("cellular batching": P. Gao et al., "Low latency RNN inference with cellular batching",
-EuroSys 2018).
+lane of their own. The lane whose head has waited longest goes first; one that had more than a batch waits again, behind
+the others, and its owners take turns. A long chunk runs in pieces: after each piece it waits again, behind the others
+("cellular batching": P. Gao et al., "Low latency RNN inference with cellular batching", EuroSys 2018).
 """
 
 import sys
@@ -14,9 +14,13 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Pace
 from unroll.service.scheduler.batch import Batch, Indices
 from unroll.service.scheduler.chunk import Chunk, Group
+from unroll.service.scheduler.fair_queue import FairQueue
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits
 from unroll.service.scheduler.rollout import Rollout
+from unroll.service.scheduler.session import Owner
 from unroll.service.state.slots import INITIAL, SCRATCH, Slots
+
+_Lane = deque[Chunk | Group] | FairQueue[Chunk | Group]
 
 #: The lane of the chunks that run in pieces.
 _LONG = sys.maxsize
@@ -47,9 +51,9 @@ class Lanes:
         self._pace = pace
         self._drop = drop
         self._longest = limits.piece_steps if traits.cuttable else sys.maxsize
-        self._lanes: dict[int, deque[Chunk | Group]] = {}
-        self._starved: deque[Chunk] = deque()  # they need a workspace, and all are taken
-        self._order = 0
+        #: By length class, in the order in which they take turns. With more than a batch, a lane is a fair queue.
+        self._lanes: dict[int, _Lane] = {}
+        self._starved: FairQueue[Chunk] = FairQueue()  # they need a workspace, and all are taken
 
     def __iter__(self) -> Iterator[Chunk | Group]:
         """All that waits."""
@@ -57,9 +61,16 @@ class Lanes:
             yield from lane
         yield from self._starved
 
+    def owners(self) -> set[Owner]:
+        """Whose work waits."""
+        found = self._starved.owners()
+        for lane in self._lanes.values():
+            found |= lane.owners() if isinstance(lane, FairQueue) else {work.owner for work in lane}
+        return found
+
     @property
     def idle(self) -> bool:
-        return not self._starved and not any(self._lanes.values())
+        return not self._starved and not self._lanes
 
     def is_long(self, steps: int) -> bool:
         """Would a chunk of so many steps run in pieces?"""
@@ -78,9 +89,7 @@ class Lanes:
         return min(work.length - work.done, self._longest)
 
     def put(self, work: Chunk | Group, now: float) -> None:
-        self._order += 1
         work.ready_at = now
-        work.order = self._order
         length = self._length_class(self.next_steps(work) if isinstance(work, Rollout) else work.length)
         lane = self._lanes.get(length)
         if lane is None:
@@ -96,8 +105,13 @@ class Lanes:
     def take(self, now: float) -> Batch:
         """The next batch; empty if nothing waits."""
         self._feed_starved(now)
-        while (length := self._oldest_lane()) is not None:
-            if batch := self._fill_long(now) if length == _LONG else self._fill(length, now):
+        while self._lanes:
+            length, lane = next(iter(self._lanes.items()))
+            batch = self._fill_long(lane, now) if length == _LONG else self._fill(lane, length, now)
+            del self._lanes[length]
+            if lane:
+                self._lanes[length] = FairQueue(lane) if isinstance(lane, deque) else lane
+            if batch:
                 return batch.seal(now)
         return Batch()
 
@@ -112,19 +126,12 @@ class Lanes:
             return _LONG
         return 1 << (steps - 1).bit_length() if self._traits.ragged else steps
 
-    def _oldest_lane(self) -> int | None:
-        for length in [length for length, lane in self._lanes.items() if not lane]:
-            del self._lanes[length]
-        return min(self._lanes, key=lambda length: self._lanes[length][0].order, default=None)
-
-    def _fill(self, length: int, now: float) -> Batch:
-        lane = self._lanes[length]
+    def _fill(self, lane: _Lane, length: int, now: float) -> Batch:
         most = self.most_rows(length)
         batch = Batch()
         while lane:
             work = lane[0]
-            rows = len(work.sessions) if isinstance(work, Group) else 1
-            if len(batch) and len(batch) + rows > most:
+            if len(batch) and len(batch) + work.row_count > most:
                 break
             lane.popleft()
             if self._drop(work, now) or not self._has_room(work, batch):
@@ -155,9 +162,8 @@ class Lanes:
             batch.readback.append(work)
         return True
 
-    def _fill_long(self, now: float) -> Batch:
+    def _fill_long(self, lane: _Lane, now: float) -> Batch:
         """One piece of each long chunk. All pieces end with the shortest chunk, so that nothing is padded."""
-        lane = self._lanes[_LONG]
         batch = Batch()
         chunks: list[Chunk] = []
         while lane and len(chunks) < self._limits.max_batch:
@@ -183,9 +189,10 @@ class Lanes:
         """Return as many starved chunks to the lanes as there are workspaces for."""
         if not self._starved:
             return
-        starved, self._starved = self._starved, deque()
+        starved, self._starved = self._starved, FairQueue()
         free = self._workspaces.count - self._workspaces.taken
-        for chunk in starved:
+        while starved:
+            chunk = starved.popleft()
             if self._drop(chunk, now):
                 continue
             if free > 0:

@@ -22,12 +22,14 @@ class ModelTraits:
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """max_batch: rows in a batch. max_batch_steps: rows times steps. piece_steps: a longer chunk runs in pieces.
-    max_queue: chunks accepted and not yet answered."""
+    max_queue: chunks accepted and not yet answered. overload_wait: seconds that new work may wait while more arrives
+    than runs; 0: as long as its deadline allows."""
 
     max_batch: int = 256
     max_batch_steps: int = 2048
     piece_steps: int = 64
     max_queue: int = 8192
+    overload_wait: float = 0.02
 
 
 @dataclass(frozen=True, slots=True)

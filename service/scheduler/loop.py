@@ -91,6 +91,7 @@ class Loop:
         timeout: float,
         then: Callable[[list[Reply] | UnrollError], None],
         rows: Sequence[np.ndarray | None] | None = None,
+        tenant: str = "",
     ) -> Callable[[], None]:
         """Queue whole sequences. Raises what `Scheduler.submit` raises; nothing is queued then.
 
@@ -99,6 +100,7 @@ class Loop:
             timeout: seconds until they must have begun.
             then: called once, with all replies, or with the first error; then the other sequences are cancelled.
             rows: the state that each begins with, None for the initial state.
+            tenant: whose they are; empty without keys.
 
         Returns:
             A function that cancels the sequences.
@@ -108,6 +110,7 @@ class Loop:
         try:
             for inputs, row in zip(batch, rows or [None] * len(batch), strict=True):
                 chunk = Chunk(inputs, state_row=row)
+                chunk.tenant, chunk.patient = tenant, bool(gathering.chunks)  # the first decides for all
                 self.scheduler.submit(chunk, now, now + timeout)
                 gathering.chunks.append(chunk)
         except UnrollError:

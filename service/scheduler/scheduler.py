@@ -20,6 +20,7 @@ Rules, and the files that hold them:
   stored reply needs a session that was just verified with the store, else it is `NeedsStoreLookup`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ from unroll.service.core.errors import (
     SessionError,
     UnrollError,
 )
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch
@@ -42,7 +44,7 @@ from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, Sessio
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import Reply, payload_digest
 from unroll.service.scheduler.rollout import Rollouts
-from unroll.service.scheduler.session import Session, Work
+from unroll.service.scheduler.session import Owner, Session, Work
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import FIRST, INITIAL, Slots
@@ -80,8 +82,9 @@ class Scheduler:
             sessions, self.counters.count_gone, self.replay.write_last_step, spill, self.replay.forget
         )
         self.pace = Pace(limits)
-        self._admission = Admission(limits, self.pace, self.counters)
         self._lanes = Lanes(traits, limits, self.workspaces, self.pace, self._is_over)
+        self._admission = Admission(limits, self.pace, self.counters, self._lanes.owners)
+        self.overload = self._admission.overload
         self._queues = SessionQueues(self._lanes, self.sessions)
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
@@ -94,6 +97,11 @@ class Scheduler:
     def rows(self) -> int:
         """Rows the arena must have."""
         return self.workspaces.end
+
+    @property
+    def answered_rows(self) -> int:
+        """Rows of the batch whose work is being answered, for listeners; 0 in between."""
+        return self._completion.batch_rows
 
     @property
     def in_flight(self) -> int:
@@ -132,7 +140,7 @@ class Scheduler:
         session = chunk.session
         if session is None:
             if chunk.opening is None:
-                self._admission.admit(self._lanes.next_steps(chunk), now, deadline)
+                self._admission.admit(chunk, self._lanes.next_steps(chunk), now)
                 self._lanes.put(chunk, now)
                 return chunk
             session = chunk.session = self._open_with(chunk, chunk.opening, now)
@@ -143,7 +151,7 @@ class Scheduler:
             chunk.start = progress.expected
         elif chunk.start != progress.expected:
             return self._recognise(session, chunk)
-        self._admission.admit(self._lanes.next_steps(chunk), now, deadline)
+        self._admission.admit(chunk, self._lanes.next_steps(chunk), now)
         progress.expected += chunk.length
         self._queues.add(progress, chunk, now)
         return chunk
@@ -247,6 +255,7 @@ class Scheduler:
             What must be put into the store, each to be followed by `complete_commit`; until then its session is busy.
         """
         steps, longest = batch.steps, batch.longest
+        self._completion.batch_rows = len(batch)
         self.counters.batches += 1
         self.counters.padded_steps += len(batch) * longest - steps
         if seconds is not None:
@@ -269,7 +278,20 @@ class Scheduler:
             else:
                 take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
             row += 1
+        self._completion.batch_rows = 0
+        if self._admission.begins_overload(len(batch), now):
+            self._shed(now)
         return self._completion.take_commits() if self._completion.commits else []
+
+    def _shed(self, now: float) -> None:
+        """An overload has begun: refuse what waits longer than new work may, of every owner what came last."""
+        waiting = [work for work in self._lanes if isinstance(work, Chunk) and work.is_new and not work.patient]
+        room = self._admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting}))
+        steps = Counter[Owner]()
+        for chunk in waiting:
+            steps[chunk.owner] += self._lanes.next_steps(chunk)
+            if steps[chunk.owner] > room:
+                self._completion.fail(chunk, self._admission.refusal(), now)
 
     def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
         """The store has what `complete` returned, as the commit of that token, or it may not have it."""
@@ -279,14 +301,13 @@ class Scheduler:
         """Seconds until work accepted now would begin, from the pace seen lately."""
         return self._admission.estimated_wait()
 
-    def check_room(self, now: float, deadline: float, *, row: bool = False) -> None:
-        """Raises QueueFull or DeadlineUnreachable if a chunk submitted now would be refused.
+    def check_room(self, now: float, deadline: float, session_id: str) -> None:
+        """Check that a chunk that opens a session of that id would be accepted now.
 
-        With `row`, also CapacityExhausted if there would be no row for a new session.
+        Raises QueueFull, DeadlineUnreachable or CapacityExhausted.
         """
-        if row:
-            self.sessions.check_room()
-        self._admission.check(now, deadline)
+        self.sessions.check_room()
+        self._admission.check(now, deadline, tenant_of(session_id) or 0, patient=False)
 
     def _open_with(self, chunk: Chunk, opening: Opening, now: float) -> Session:
         """Open the chunk's session; raises SessionGone for a late duplicate of a chunk that opened one."""
@@ -294,7 +315,7 @@ class Scheduler:
         digest = payload_digest(chunk.inputs) if chunk.pinned and chunk.start == 0 else b""
         if digest and self.sessions.closed.was_opened_with(session_id, digest, now):
             raise self.sessions.closed.error(session_id, now)
-        self.check_room(now, chunk.deadline, row=True)
+        self.check_room(now, chunk.deadline, session_id)
         if origin is not None:
             origin = replace(origin, opened_with=digest)
         session = self.open(session_id, now, origin=origin, token=opening.token)
@@ -323,7 +344,7 @@ class Scheduler:
         if isinstance(work, Group):
             if now >= work.deadline:
                 self.groups.fail(work, _late(), now)
-        elif work.outcome is None and work.done == 0 and now >= work.deadline:
+        elif work.is_new and now >= work.deadline:
             self._completion.fail(work, _late(), now)
         return work.outcome is not None
 

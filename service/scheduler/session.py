@@ -6,22 +6,36 @@ from typing import Final
 
 import numpy as np
 
+from unroll.service.core.session_ids import tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.recency import Used
 from unroll.service.scheduler.reply import AppliedChunk
 from unroll.service.store.record import Origin
 
+#: Whom work is for, where several compete: a tenant, without keys the number of a stream, or 0: HTTP without keys.
+Owner = str | int
+
 
 class Work:
     """What is accepted for a session, or for several of them: a chunk, a group or an action.
 
-    length: time steps of each session; 0 for an action. outcome: None until the work is done.
+    length: time steps of each session; 0 for an action. outcome: None until the work is done. owner: looked at only
+    where work must wait.
     """
 
     __slots__ = ()
 
     length: int
     outcome: object
+
+    @property
+    def owner(self) -> Owner:
+        raise NotImplementedError
+
+    @property
+    def row_count(self) -> int:
+        """Rows of a batch that it takes."""
+        return 1
 
 
 class Life(StrEnum):
@@ -80,6 +94,7 @@ class Session(Used):
     step in its table.
     opened_with: digest of the request that opened it at position 0, so that its late duplicate opens no other session.
     origin: the first part of its record, once it has one. durable: the link to the store; None: a memory session.
+    stream: the number of the stream that it was last bound to; 0: none yet.
     """
 
     id: str
@@ -93,6 +108,11 @@ class Session(Used):
     cohort: "Cohort | None" = None
     origin: Origin | None = None
     durable: Durable | None = None
+    stream: int = 0
+
+    @property
+    def owner(self) -> Owner:
+        return tenant_of(self.id) or self.stream
 
     @property
     def own_progress(self) -> Progress:

@@ -120,7 +120,7 @@ class DurableSessions(MemorySessions):
         except UnrollError as reason:
             error = reason
         except Exception as reason:  # noqa: BLE001 the waiting requests must get an answer
-            _log.error("session not loaded from the store", model=key[0], session=key[1], exc_info=reason)
+            _log.error("session not loaded from the store", model=key[0], session=shown(key[1]), exc_info=reason)
             error = SnapshotInvalid("the stored session cannot be read; the server's log has the reason")
         waiting = self._waiting.pop(key)
         self._verified = key  # true until the last `then` returns, because nothing can suspend this loop

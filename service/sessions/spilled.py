@@ -180,7 +180,7 @@ class SpilledSessions:
             return
         del self._parking[key]
         if error is not None:
-            _log.warning("session evicted", model=key[0], session=key[1], reason=error.message)
+            _log.warning("session evicted", model=key[0], session=shown(key[1]), reason=error.message)
             self._add_closed(key, record, SessionEvicted)
 
     def _add_closed(self, key: Key, record: Record, cause: type[SessionGone]) -> None:

@@ -45,7 +45,7 @@ _SENTINEL_PORT = 26379
 _FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 #: Of a Redis that is about to get the password that this server has, as in an upgrade of the Helm chart.
-_NO_PASSWORD_YET = "called without any password"
+_NO_PASSWORD_YET = "called without any password"  # noqa: S105 words of an error
 _RIGHTS = "its user needs EVALSHA, EVAL, SET, GET, GETRANGE, DEL, PTTL and PEXPIRE on the keys of --store-prefix"
 #: Errors that no waiting heals, with what to do. By class, or by words of the message.
 _REFUSALS: tuple[tuple[type[Exception] | str, str], ...] = (

@@ -135,7 +135,7 @@ class RedisStore:
         self._exchanges = Exchanges(self._execute, FAILURES, config.timeout, most=_EXCHANGES, cancels=True)
         self.figures = self._exchanges.figures
         self._script = _with_lives(config).encode()
-        self._digest = hashlib.sha1(self._script).hexdigest().encode()
+        self._digest = hashlib.sha1(self._script, usedforsecurity=False).hexdigest().encode()
 
     def __repr__(self) -> str:
         return f"<RedisStore {self._exchanges!r}>"

@@ -8,6 +8,7 @@ import httptools
 import structlog
 
 from unroll.service.api.request import Headers
+from unroll.service.core.errors import UnrollError
 
 _log = structlog.get_logger(__name__)
 
@@ -15,40 +16,33 @@ Fields = Sequence[tuple[bytes, bytes]]
 
 MAX_FIELDS = 100
 MAX_FIELD_BYTES = 16_384
-MAX_URL_BYTES = 8_192
-#: Of all fields, or all trailers, as far as they arrive in several pieces.
-MAX_HEAD_BYTES = 65_536
 
 #: RFC 3986: a name or an address, and a port.
 _HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)
 
 
 class Refused(Exception):
-    """The request is answered by this status, and the connection is closed."""
+    """The request is answered by this status, and the connection is closed. error: instead of the status's own code."""
 
-    def __init__(self, status: int, detail: str) -> None:
+    def __init__(self, status: int, detail: str, error: UnrollError | None = None) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
+        self.error = error
 
 
-def check_head(version: str, url: bytes, fields: Fields) -> Headers:
+def check_head(version: str, fields: Fields) -> Headers:
     """The header fields by name. Raises Refused.
 
     Args:
         version: As `1.1`.
-        url: The request's target.
         fields: Names are lower case.
     """
     headers: Headers = dict(fields)
     if version not in ("1.1", "1.0"):
         raise Refused(505, f"HTTP/{version} is not served here: send HTTP/1.1")
-    if len(fields) > MAX_FIELDS:
-        raise Refused(431, f"a request may have {MAX_FIELDS} header fields, this one has {len(fields)}")
     if len(headers) < len(fields):
         _check_repeated(fields)
-    if len(url) > MAX_URL_BYTES:
-        raise Refused(414, f"a URL may have {MAX_URL_BYTES} bytes, this one has {len(url)}")
     host = headers.get(b"host")
     if host is None:
         if version == "1.1":
@@ -61,6 +55,17 @@ def check_head(version: str, url: bytes, fields: Fields) -> Headers:
     if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
         raise Refused(417, "the only expectation that is met is 100-continue")
     return headers
+
+
+def check_size(fields: Fields, limit: int) -> None:
+    """Raises Refused if the names and values have more bytes in all."""
+    size = sum(len(name) + len(value) for name, value in fields)
+    if size > limit:
+        raise too_many_header_bytes(limit)
+
+
+def too_many_header_bytes(limit: int) -> Refused:
+    return Refused(431, f"the headers of a request may have {limit} bytes: see --max-header-bytes")
 
 
 def _check_repeated(fields: Fields) -> None:

@@ -4,9 +4,9 @@ A request of these routes costs no task and no ASGI messages: the work starts wh
 its end writes the reply in one piece. A lost connection cancels its work immediately.
 """
 
-import asyncio
 import functools
 import socket
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +18,7 @@ from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.content_coding import decoded
-from unroll.service.api.error_responses import http_error
+from unroll.service.api.error_responses import http_error, open_inference_error, problem
 from unroll.service.api.inference_routes import Route
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
@@ -32,20 +32,29 @@ from unroll.service.api.request import (
 )
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
+from unroll.service.transport.connections import ConnectionLimits, Connections
 from unroll.service.transport.head import (
-    MAX_FIELD_BYTES,
-    MAX_HEAD_BYTES,
     Refused,
     check_head,
+    check_size,
     offers_stream,
     refusal_of,
     without_offer,
 )
+from unroll.service.transport.limited import LimitedProtocol
 
 
-def http_protocol(app: AppState) -> type[HttpToolsProtocol]:
+def http_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
     """The protocol class for `uvicorn.Config(http=...)`."""
-    return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), {"unroll": app})
+    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
+    return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), members)
+
+
+def operator_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
+    """The same for the operator's port, where there are no inference routes, and few connections."""
+    limits = replace(limits, connections=_OPERATORS, per_address=None)
+    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
+    return type("OperatorProtocol", (OperatorProtocol,), members)
 
 
 class Exchange(Request):
@@ -91,8 +100,7 @@ class Exchange(Request):
         """See `message_event`: the protocol cancels by itself."""
 
 
-class HttpProtocol(HttpToolsProtocol):
-    unroll: AppState
+class HttpProtocol(LimitedProtocol):
     cycle: Any  # uvicorn's record of the request, or our `Exchange`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,21 +111,16 @@ class HttpProtocol(HttpToolsProtocol):
         self._route: Route | None = None
         self._path: inference_routes.Path = []
         self._route_url = b""
-        self.url = b""
-        self._in_head = self._in_body = False
-        self._held_bytes = 0  # of an open head or trailer, as far as they are known
+        self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
         self._sends_no_more = False
-        self._last_words = b""  # the answer behind which the connection is closed
-        self._idle_since: float | None = None
-        self._idle_timer: asyncio.TimerHandle | None = None
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         if self._last_words:
             return
+        self._segment = len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as end:
@@ -131,17 +134,11 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(refusal_of(error))
         if self._in_head or self._in_body:
-            self._limit_held(len(data))
+            self._limit_held()
 
     def _new_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-
-    def _limit_held(self, size: int) -> None:
-        """The parser holds an open head or trailer. The segment it began in may have much else, and is not counted."""
-        self._held_bytes = 1 if self._held_bytes == 0 else self._held_bytes + size
-        if self._held_bytes > MAX_HEAD_BYTES and not self._last_words:
-            self._refuse(Refused(431, f"the headers of a request may have {MAX_HEAD_BYTES} bytes"))
 
     def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
         """A client that sends no more may still read: what it asked is answered before the connection is closed."""
@@ -173,12 +170,13 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self.loop.call_later(_PROBE_SECONDS, self._probe, True)
 
-    def _busy(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
     def _version(self) -> str:
         version: str = self.parser.get_http_version()
         return version
+
+    def _body_bytes(self) -> int:
+        exchange = self._exchange
+        return self.unroll.limits.max_body_bytes - exchange.room if self.cycle is exchange else self._other_body_bytes
 
     # ── the parser's callbacks ───────────────────────────────────────────────────────────────────
 
@@ -187,20 +185,15 @@ class HttpProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self.headers = []
         self._in_head = True
-        self._held_bytes = 0
-        self._idle_since = None
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_head:
-            return  # behind the body: a trailer means nothing here
-        if len(value) > MAX_FIELD_BYTES:
-            raise Refused(431, f"a header field may have {MAX_FIELD_BYTES} bytes, this one has {len(value)}")
-        super().on_header(name, value)
+        self._held_bytes = self._received = 0
+        self._since = None
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         version = self._version()
-        headers = check_head(version, self.url, self.headers)
+        if self._segment + self._held_bytes > self.limits.header_bytes:
+            check_size(self.headers, self.limits.header_bytes)
+        headers = check_head(version, self.headers)
         if self.parser.should_upgrade():
             self._consider_offer(version, headers)
             return
@@ -226,6 +219,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._held_bytes = 0
         exchange = self._exchange
         if self.cycle is not exchange:
+            self._other_body_bytes += len(body)
             super().on_body(body)
         elif not exchange.response_complete:
             exchange.room -= len(body)
@@ -295,6 +289,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
         self.headers.extend(headers)
+        self._other_body_bytes = 0
         super().on_headers_complete()
         if self.unroll.draining and self.cycle is not None:
             self.cycle.keep_alive = False
@@ -319,8 +314,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, refused: Refused) -> None:
         """Answer a request that is not valid, behind those before it, and close the connection."""
-        answer = http_error(refused.status, refused.detail, self.url.startswith(b"/v2"))
-        log_answer(self.unroll.request_log, "invalid HTTP", refused.status, None)
+        is_v2 = self.url.startswith(b"/v2")
+        if refused.error is None:
+            answer = http_error(refused.status, refused.detail, is_v2)
+        else:
+            answer = (open_inference_error if is_v2 else problem)(refused.error)
+        log_answer(self.unroll.request_log, "invalid HTTP", refused.status, refused.error)
         self._last_words = _encoded(answer, keep_alive=False)
         cycle = self.cycle
         if not self._in_body:
@@ -349,34 +348,19 @@ class HttpProtocol(HttpToolsProtocol):
             self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
-        """As uvicorn's, but with one timer for the connection instead of one for each request."""
+        """As uvicorn's, but without a timer: see `check`."""
         if self._last_words and not self.pipeline:
             self._end()
             return
-        if self.pipeline or self.cycle is not self._exchange:
-            super().on_response_complete()
-            return
         self.server_state.total_requests += 1
-        self._idle_since = self.loop.time()
-        if self._idle_timer is None:
-            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
-
-    def _close_if_idle(self) -> None:
-        self._idle_timer = None
-        if self.transport.is_closing():
-            return
-        left = float(self.timeout_keep_alive)
-        if self._idle_since is not None:
-            left -= self.loop.time() - self._idle_since
-            if left <= 0:
-                self.transport.close()
-                return
-        self._idle_timer = self.loop.call_later(left, self._close_if_idle)
+        self._since = None
+        if self.flow.read_paused and not self.transport.is_closing() and not self.flow.write_paused:
+            self.flow.resume_reading()
+        if self.pipeline and not self.transport.is_closing():
+            self._start_asgi_task(*self.pipeline.pop())
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
         self._exchange.cancel()
 
 
@@ -387,7 +371,14 @@ class CrossOriginProtocol(HttpProtocol):
         return None if any(name == b"origin" for name, _ in self.headers) else super()._find_route()
 
 
+class OperatorProtocol(HttpProtocol):
+    def _find_route(self) -> Route | None:
+        return None
+
+
 _NO_HEADERS: Headers = {}
+#: Connections to the operator's port.
+_OPERATORS = 32
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
 #: For a refused client to stop sending.

@@ -11,6 +11,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import structlog
@@ -26,6 +27,10 @@ _ECHO_SECONDS = 0.5
 _LOOK_SECONDS = 0.02
 
 
+#: The config of the operator's port, and the socket that it listens on.
+OperatorPort = tuple[uvicorn.Config, socket.socket]
+
+
 class DrainingServer(uvicorn.Server):
     """delay, timeout: seconds, see above. A second signal ends both. `on_started` is called when it listens."""
 
@@ -36,8 +41,10 @@ class DrainingServer(uvicorn.Server):
         delay: float = 0.0,
         timeout: float = 10.0,
         on_started: Callable[[], None] | None = None,
+        operator: OperatorPort | None = None,
     ) -> None:
         super().__init__(config)
+        self._operator = operator
         self._on_started = on_started
         self._unroll = state
         self._delay = delay
@@ -55,8 +62,16 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._operator is not None:
+            self.servers.append(await self._listen_for_operator(*self._operator))
         if self._on_started is not None:
             self._on_started()
+
+    async def _listen_for_operator(self, config: uvicorn.Config, listener: socket.socket) -> asyncio.Server:
+        config.load()
+        loop = asyncio.get_running_loop()
+        of_all = {"config": config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        return await loop.create_server(partial(config.http_protocol_class, **of_all), sock=listener, ssl=config.ssl)
 
     async def main_loop(self) -> None:
         await super().main_loop()

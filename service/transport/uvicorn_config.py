@@ -1,28 +1,39 @@
 """How uvicorn runs the application: with our protocols, and without what a step does not need."""
 
+import copy
+
 import uvicorn
 from fastapi import FastAPI
 
 from unroll.service.api.app_state import AppState
-from unroll.service.transport.http import http_protocol
-from unroll.service.transport.websocket import StreamProtocol
-
-#: Longer than a sensor's pause between two readings, and than the idle time of most load balancers.
-_KEEP_ALIVE_SECONDS = 75
+from unroll.service.transport.connections import ConnectionLimits
+from unroll.service.transport.http import http_protocol, operator_protocol
+from unroll.service.transport.websocket import stream_protocol
 
 
-def uvicorn_config(application: FastAPI, app: AppState, host: str, port: int) -> uvicorn.Config:
+def uvicorn_config(
+    application: FastAPI, app: AppState, host: str, port: int, limits: ConnectionLimits
+) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         host=host,
         port=port,
-        http=http_protocol(app),
-        ws=StreamProtocol,
+        http=http_protocol(app, limits),
+        ws=stream_protocol(app.turns),
         ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
         access_log=False,
         log_config=None,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]  # any number will do
     )
+
+
+def operator_config(
+    main: uvicorn.Config, application: FastAPI, app: AppState, limits: ConnectionLimits
+) -> uvicorn.Config:
+    """Of the operator's port, which is otherwise as the main one. `main` must not be loaded yet."""
+    config = copy.copy(main)
+    config.app, config.http = application, operator_protocol(app, limits)
+    return config

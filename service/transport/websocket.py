@@ -2,22 +2,27 @@
 
 import asyncio
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame, apply_mask  # type: ignore[attr-defined]  # the compiled one, if it is there
+from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-defined]  # the compiled one, if it is there
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
-from websockets.streams import StreamReader
 
+from unroll.service.api.stream.allowance import MAX_FRAGMENTS, PINGS, TOO_MUCH, Allowance
 from unroll.service.core import failpoints
+from unroll.service.core.turns import Turns
 
-# RFC 6455, 5.2: the first byte of a complete message; the second byte's codes for the payload length.
+# RFC 6455, 5.2: the first byte of a complete message, and its parts; the second byte's codes for the payload length.
 _FIN_TEXT, _FIN_BINARY = 0x81, 0x82
+_FIN, _OPCODE, _CONTROL = 0x80, 0x0F, 0x08
 _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
-#: Bytes of a masked frame without payload.
-_MIN_MASKED_BYTES = 6
+#: Seconds after the first message, or bytes of one, after which what else was received waits for another turn.
+_TURN_SECONDS, _TURN_BYTES = 0.0005, 16_384
+#: Seconds in which a client that was cut off may read why.
+_LINGER_SECONDS = 1.0
 
 #: The extension in a connection's scope that holds its `DirectLink`.
 EXTENSION = "unroll.stream"
@@ -51,10 +56,10 @@ class DirectLink:
 
     def pause(self) -> None:
         """Stop reading until `resume`."""
-        self._protocol.transport.pause_reading()
+        self._protocol.hold(True)
 
     def resume(self) -> None:
-        self._protocol.transport.resume_reading()
+        self._protocol.hold(False)
 
     def unsent(self) -> int:
         """Bytes written that the client has not taken yet."""
@@ -74,37 +79,34 @@ class DirectLink:
             self.closed.set_result(None)
 
 
-class _Reader(StreamReader):
-    """between_frames: the library's parser waits for the first byte of a frame."""
-
-    between_frames = False
-
-    def at_eof(self) -> Generator[None, None, bool]:
-        """The parser asks this between frames, and nowhere else."""
-        self.between_frames = True
-        ended = yield from super().at_eof()
-        self.between_frames = False
-        return ended
-
-
-class _Parser(ServerProtocol):
-    reader: _Reader
-
-    def parse(self) -> Generator[None]:
-        self.reader = _Reader()
-        yield from super().parse()
+def stream_protocol(turns: Turns) -> type["StreamProtocol"]:
+    """The protocol class for `uvicorn.Config(ws=...)`."""
+    return type("StreamProtocol", (StreamProtocol,), {"turns": turns})
 
 
 class StreamProtocol(WebSocketsSansIOProtocol):
-    """Offers its connection as a `DirectLink`, and behaves as uvicorn's protocol until that is attached."""
+    """Offers its connection as a `DirectLink`, and behaves as uvicorn's protocol until that is attached.
 
-    conn: _Parser
+    What arrives is walked through frame by frame. Complete binary messages go to the stream; everything else to the
+    library, which parses in a generator, at several times the cost.
+    """
+
+    turns: Turns
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = _Parser(max_size=self.config.ws_max_size, logger=self.logger)
+        self.conn = ServerProtocol(max_size=self.config.ws_max_size, logger=self.logger)
         self.conn.debug = False  # else it logs the headers
         self._direct = DirectLink(self)
+        self._rest = b""  # what was received and not handled
+        self._missing = 0  # bytes of a frame whose begin was handled
+        self._fragments = 0  # frames of a message that is not complete
+        self._held = False  # by the stream
+        self._reads, self._in_turn = True, False
+        self._waits = self._lined_up = False  # for another turn
+        self._cut_off = False
+        self._pings = Allowance(*PINGS)
+        self.on_lost: Callable[[], None] = lambda: None
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -112,34 +114,93 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             self.scope["extensions"][EXTENSION] = self._direct  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        taken = self._deliver_whole_messages(data) if self._direct.on_binary is not None else 0
-        if taken < len(data):
-            super().data_received(data[taken:] if taken else data)
-            if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn looks at requests only
-                self.transport.write(b"".join(self.conn.data_to_send()))
-                self.transport.close()
+        if self.handshake_initiated:
+            if not self._cut_off:
+                self._take_turn(self._rest + data if self._rest else data)
+            return
+        super().data_received(data)
+        if self.conn.handshake_exc is not None:  # uvicorn looks at requests only
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.transport.close()
 
-    def _deliver_whole_messages(self, data: bytes) -> int:
-        """Deliver the complete binary messages at the front of the data; returns their size in bytes.
+    # ── turns ────────────────────────────────────────────────────────────────────────────────────
 
-        The library parses in a generator, byte by byte of the header, at several times the cost. It gets everything
-        else: only masked, unfragmented, complete binary messages are handled here.
+    def hold(self, held: bool) -> None:
+        """Handle nothing more, or go on."""
+        self._held = held
+        if not self._in_turn:
+            self._waits |= bool(self._rest)
+            self._end_turn(self._rest)
+
+    def _take_turn(self, data: bytes) -> None:
+        """Handle frames, as many as one turn has time for; what is left waits until others had theirs.
+
+        Complete binary messages go to the stream. The library gets everything else: it parses in a generator, byte by
+        byte of the header, at several times the cost.
         """
-        conn, taken = self.conn, 0
-        if not conn.reader.between_frames or conn.current_size is not None:  # inside a frame, or between fragments
-            return 0
-        while len(data) - taken >= _MIN_MASKED_BYTES and data[taken] == _FIN_BINARY and not self.close_sent:
-            size, begin = data[taken + 1] - _MASKED, taken + 6
-            if size == _TWO_BYTES:
-                size, begin = int.from_bytes(data[taken + 2 : taken + 4]), taken + 8
-            elif size == _EIGHT_BYTES:
-                size, begin = int.from_bytes(data[taken + 2 : taken + 10]), taken + 14
-            end = begin + size
-            if size < 0 or end > len(data) or size > self.config.ws_max_size:
+        self._in_turn = True
+        taken, size, until, most = 0, len(data), 0.0, self.config.ws_max_size
+        if self._missing:
+            taken = min(self._missing, size)
+            self._missing -= taken
+            super().data_received(data[:taken])
+        while size - taken > 1 and not self._held:
+            first, length, begin = data[taken], data[taken + 1] & ~_MASKED, taken + 2
+            if length == _TWO_BYTES:
+                length, begin = int.from_bytes(data[begin : begin + 2]), begin + 2
+            elif length == _EIGHT_BYTES:
+                length, begin = int.from_bytes(data[begin : begin + 8]), begin + 8
+            if masked := data[taken + 1] & _MASKED:
+                begin += 4
+            if begin > size:
                 break
-            taken = end
-            self._direct.on_binary(apply_mask(data[begin:end], data[begin - 4 : begin]))  # type: ignore[misc]
-        return taken
+            end = begin + length
+            whole = first == _FIN_BINARY and masked and end <= size and length <= most and not self._fragments
+            if whole and self._direct.on_binary is not None and not self.close_sent:
+                self._direct.on_binary(apply_mask(data[begin:end], data[begin - 4 : begin]))
+            else:
+                self._parse(first, data[taken:end])
+                self._missing = max(0, end - size)
+            if end >= size or self._cut_off or self.transport.is_closing():
+                taken = size
+                break
+            taken, now = end, perf_counter()
+            if length > _TURN_BYTES or now > (until := until or now + _TURN_SECONDS):
+                self._waits = True
+                break
+        self._in_turn = False
+        if taken < size or not self._reads:
+            self._end_turn(data[taken:])
+        elif self._rest:
+            self._rest = b""
+
+    def _parse(self, first: int, frame: bytes) -> None:
+        """Have the library parse a frame, or its begin."""
+        super().data_received(frame)
+        opcode = first & _OPCODE
+        if not opcode & _CONTROL:
+            self._fragments = 0 if first & _FIN else self._fragments + 1
+            if self._fragments > MAX_FRAGMENTS:
+                self.send_close(TOO_MUCH, f"too many fragments: a message may have {MAX_FRAGMENTS}")
+        elif opcode != Opcode.CLOSE and self._pings.take():
+            self.send_close(TOO_MUCH, f"too many pings and pongs: {PINGS[0]:g} a second are allowed")
+
+    def _end_turn(self, rest: bytes) -> None:
+        """Keep what is left. Read on, or, if it waits, handle it first when it is this connection's turn again."""
+        self._rest = b"" if self._cut_off or self.transport.is_closing() else rest
+        if self._waits and not (self._held or self._lined_up):
+            self._lined_up = True
+            self.turns.call(self._go_on)
+        self._reads = not (self._held or self._lined_up)
+        if self.transport.is_reading() != self._reads and not self.transport.is_closing():
+            (self.transport.resume_reading if self._reads else self.transport.pause_reading)()
+
+    def _go_on(self) -> None:
+        """It is this connection's turn again."""
+        self._lined_up = self._waits = False
+        self._take_turn(self._rest)
+
+    # ── messages ─────────────────────────────────────────────────────────────────────────────────
 
     def send_receive_event_to_app(self) -> None:
         direct = self._direct
@@ -164,9 +225,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
                 on_text(text.encode())
             elif event["type"] == "websocket.receive":
                 on_binary(event["bytes"])
-        if self.read_paused:
-            self.read_paused = False
-            self.transport.resume_reading()
+        self.read_paused = False
+        self._end_turn(self._rest)
 
     def send_message(self, message: bytes, *, text: bool) -> None:
         if self.close_sent or self.disconnected or self.transport.is_closing():
@@ -189,8 +249,10 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self.conn.send_close(code, reason)
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
-        self.transport.resume_reading()
-        self.close_timer = self.loop.call_later(self.close_timeout, self.transport.close)
+        self._cut_off = code == TOO_MUCH
+        self.hold(False)
+        linger = _LINGER_SECONDS if self._cut_off else self.close_timeout
+        self.close_timer = self.loop.call_later(linger, self.transport.close)
         self._direct.end()
 
     async def send(self, message: Any) -> None:
@@ -211,6 +273,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._rest = b""
+        self.on_lost()
         self._direct.end()
 
     def keepalive_timeout(self) -> None:

@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from unroll import cli
-from unroll.bundle.operators import operators
+from unroll.bundle import BundleError
+from unroll.bundle.graph import operators
 
 BUNDLE = Path(__file__).parents[2] / "examples" / "repository" / "bytes" / "1"
 
@@ -54,7 +55,7 @@ def test_operators_of_subgraphs_and_other_domains_count() -> None:
 
 @pytest.mark.parametrize("content", [b"\x3a\xff\xff\xff\xff\x0fgraph", b"\x3b", b"\x3a" + b"\x80" * 12, b"\x3a\x80"])
 def test_other_bytes_are_no_model(content: bytes) -> None:
-    with pytest.raises(ValueError, match="not an ONNX model"):
+    with pytest.raises(BundleError, match="not an ONNX model"):
         operators(content)
 
 

@@ -33,7 +33,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         found = exported(tree)
         manifest = replace(found.manifest, **claims)
         folder = tmp_path_factory.mktemp("claims")
-        return bundle.write(folder, manifest, found.model_path.read_bytes(), found.golden)
+        return bundle.write(folder, manifest, found.model, found.golden)
 
     return one
 

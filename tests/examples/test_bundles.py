@@ -24,7 +24,7 @@ def test_exported_afresh_it_gives_the_same_numbers(afresh: Path, name: str) -> N
     assert fresh.manifest.state == committed.manifest.state
     assert (fresh.manifest.streamable, fresh.manifest.bit_exact) == (True, True)
     for golden, model in ((committed, fresh), (fresh, committed)):
-        bundle.Verifier(Runner(model.model_path, model.manifest), golden.manifest).replay(golden.golden)
+        bundle.Verifier(Runner(model.model, model.manifest), golden.manifest).replay(golden.golden)
 
 
 @pytest.mark.parametrize("name", ["co2", "bytes", "sound", "load", "policy"])

@@ -31,11 +31,16 @@ def test_every_week_through_one_session_equals_pytorch(server: str, capsys: pyte
     assert "same answer, applied once" in out
 
 
-def test_quick_sends_the_first_weeks_at_once(server: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["demo", "--url", server, "--quick"]) == 0
-    out = capsys.readouterr().out
-    assert "2284 weeks through one session, 520 of them one request each" in out
-    assert "yes, bit for bit" in out
+def test_quick_sends_the_first_weeks_at_once_and_json_has_the_figures(server: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["demo", "--url", server, "--quick", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "2284 weeks through one session, 520 of them one request each" in err
+    assert "yes, bit for bit" in err
+    found = json.loads(out)
+    assert (found["weeks"], found["single_steps"], found["faults"]) == (2284, 520, [])
+    assert found["differences"] == {"Streamed = whole": 0.0}
+    assert found["float64_difference"] <= found["tolerance"]
+    assert found["mean_absolute_error"] < found["persistence_error"]
 
 
 def test_it_leaves_no_session_behind(server: str):
@@ -100,13 +105,14 @@ def test_streamed_and_whole_must_agree(example: demo.Example, exact: bool, last_
     whole = example.float32.copy()
     whole[-1] += last_bits * np.spacing(whole[-1])
     streamed = demo.Streamed(example.float32, singles=1, seconds=1.0)
-    assert len(demo.report(example, streamed, {"Streamed = whole": whole}, exact=exact)) == faults
+    assert len(demo.compare(example, streamed, {"Streamed = whole": whole}, exact=exact).faults) == faults
 
 
 def test_a_forecast_that_is_not_a_number_is_a_failure(example: demo.Example):
     broken = example.float32.copy()
     broken[0] = np.nan
-    assert len(demo.report(example, demo.Streamed(broken, 1, 1.0), {"Streamed = whole": broken}, exact=True)) == 2
+    found = demo.compare(example, demo.Streamed(broken, 1, 1.0), {"Streamed = whole": broken}, exact=True)
+    assert len(found.faults) == 2
 
 
 def test_judged_weeks_were_measured_and_so_was_the_week_before(example: demo.Example):

@@ -11,6 +11,7 @@ from torch import nn
 from waiting import PATIENCE
 
 from unroll import bundle, cli
+from unroll.bundle.signature import TrustedKeys, make_pair, signed_by
 from unroll.export.loading.example_inputs import examples
 from unroll.export.loading.input_specs import InputSpec
 from unroll.export.loading.user_code import from_factory, importable
@@ -75,7 +76,11 @@ def test_our_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("small", "--repository", "models") == 1
     assert "bundle: " in capsys.readouterr().err
     assert (folder / "models/small/1/manifest.json").read_bytes() == before
-    assert run("small", "--repository", "models", "--replace") == 0
+    make_pair(folder / "key.pem")
+    assert run("small", "--repository", "models", "--replace", "--sign", "key.pem") == 0
+    assert signed_by(bundle.read_content(folder / "models/small/1")) in TrustedKeys.read(folder / "key.pub.pem").keys
+    assert run("small", "--repository", "models", "--replace", "--sign", "key.pub.pem") == 1
+    assert "holds no private key" in capsys.readouterr().err
     # The same model gives the same bytes, so the digest that sessions are bound to stays.
     assert bundle.read(folder / "models/small/1").manifest.digest == manifest.digest
 

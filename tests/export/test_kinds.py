@@ -31,6 +31,7 @@ SHORT = {
     "arguments changed in place",
     "position in the sequence",
     "state in self.h",
+    "layers over the bands and over time",
     "a cache that forward takes and returns",
     "bidirectional LSTM",
     "causal attention",
@@ -89,15 +90,17 @@ def _tensors(example: dict) -> list[torch.Tensor]:
 def _answers_like_torch(kind, module, example, report) -> None:
     """The bundle from its initial state against the user's own, untouched module, on inputs of another size."""
     first, unbatched = kind.options.get("batch_first", True), "without a batch" in kind.name
+    last = kind.options.get("time_last", False)
     inputs, given = {}, {}
     for name, value in example.items():
         packed = isinstance(value, PackedSequence)
         tensor = pad_packed_sequence(value, batch_first=True)[0] if packed else value[None] if unbatched else value
         if name in {spec.name for spec in report.manifest.inputs}:
+            tensor = tensor.movedim(-1, 1) if last else tensor
             major = tensor if first else tensor.transpose(0, 1)
             rows = major[torch.randint(0, len(major), (2,))][:, torch.randint(0, major.shape[1], (11,))]
             inputs[name] = rows
-            given[name] = rows if first else rows.transpose(0, 1)
+            given[name] = rows.movedim(1, -1) if last else rows if first else rows.transpose(0, 1)
             if packed:
                 given[name] = pack_padded_sequence(rows, torch.tensor([11, 11]), batch_first=True)
         else:

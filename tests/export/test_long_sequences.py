@@ -97,9 +97,19 @@ def layers(s: Any, x: Tensor) -> Tensor:
     return torch.stack(outs, 1)
 
 
-@pytest.mark.parametrize("forward", [reversed_steps, filled, delayed, layers])
+def firing(s: Any, x: Tensor) -> Tensor:
+    """Asks for a constant as a tensor in each step, and keeps the state in a buffer."""
+    s.state, outs = x.new_zeros(x.shape[0], 6), []
+    for step in x.unbind(1):
+        s.state = s.cell(step, s.state) * torch.as_tensor(s.scale)
+        outs.append(s.state)
+    return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize("forward", [reversed_steps, filled, delayed, layers, firing])
 def test_loops_of_every_form_are_regular(forward: Callable[..., Tensor]) -> None:
-    assert first_irregular(made(forward, cell=CELL)) is None
+    parts = {"scale": torch.tensor(0.9), "state": nn.Buffer(torch.zeros(2, 6))}
+    assert first_irregular(made(forward, cell=CELL, **parts)) is None
 
 
 def branching(s: Any, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unroll import bundle, cli
 from unroll.bundle import GoldenMismatch
-from unroll.bundle.operators import operators
+from unroll.bundle.graph import operators
 from unroll.export import ExportError, Report, export
 from unroll.export.verification.reduced import limit
 from unroll.service.engine.backend import EngineOptions, open_backend
@@ -88,7 +88,7 @@ def test_the_server_takes_no_looser_bound(reports) -> None:
     """A model that is off by more than its own bound, though by less than another precision's, is refused."""
     coarse, fine = (bundle.read(reports("LSTM", precision).path) for precision in ("int8", "float16"))
     with pytest.raises(GoldenMismatch):
-        bundle.Verifier(Runner(coarse.model_path, coarse.manifest), fine.manifest).replay(fine.golden)
+        bundle.Verifier(Runner(coarse.model, coarse.manifest), fine.manifest).replay(fine.golden)
 
 
 def test_what_becomes_integer(reports, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from unroll import cli
+from unroll.bundle.errors import REMEDIES
 from unroll.service.api.error_responses import STATUS
 from unroll.service.api.worker_metrics import merge
 from unroll.service.core.errors import UnrollError
@@ -52,6 +53,11 @@ def codes() -> dict[str, int]:
     """Status by code."""
     kinds = [kind for kind in _below(UnrollError) if hasattr(kind, "code")]
     return {kind.code: STATUS[kind] for kind in sorted(kinds, key=lambda kind: kind.code)}
+
+
+def bundle_codes() -> list[str]:
+    """Why bundles are refused."""
+    return sorted(REMEDIES)
 
 
 def _below(kind: type[UnrollError]) -> Iterator[type[UnrollError]]:

@@ -43,7 +43,7 @@ def test_bundle(name: str, tmp_path: Path) -> None:
     assert read.golden.state.shape == read.golden.state_out.shape == (len(read.golden.state), read.manifest.state_size)
     assert all(array.shape[:2] == read.golden.inputs["x"].shape[:2] for array in read.golden.inputs.values())
 
-    written = bundle.write(tmp_path, read.manifest, read.model_path.read_bytes(), read.golden)
+    written = bundle.write(tmp_path, read.manifest, read.model, read.golden)
     for file in ("manifest.json", "model.onnx", "golden.safetensors"):
         assert (written / file).read_bytes() == (folder / file).read_bytes(), file
 
@@ -155,6 +155,6 @@ def test_streams() -> None:
 # ── names ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("what", ["flags", "settings", "codes", "store_metrics", "worker_metrics"])
+@pytest.mark.parametrize("what", ["flags", "settings", "codes", "bundle_codes", "store_metrics", "worker_metrics"])
 def test_names(what: str) -> None:
     assert getattr(names, what)() == known("names")[what]

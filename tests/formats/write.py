@@ -292,6 +292,7 @@ def main() -> None:
             "flags": names.flags(),
             "settings": names.settings(),
             "codes": names.codes(),
+            "bundle_codes": names.bundle_codes(),
             "routes": names.routes(client),
             "bodies": names.bodies(client),
             "metrics": names.metrics(client),

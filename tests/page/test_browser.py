@@ -2,17 +2,21 @@
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from chromium import chromium
 from playwright.sync_api import Browser, Page, expect
 from served_models import models
 from serving import Running
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
+from unroll.client import Client
 from unroll.service.access.keys import new_key
 from unroll.service.settings import Settings
 
@@ -28,8 +32,8 @@ expect.set_options(timeout=PATIENCE * 1000)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The examples, a model that does not stream, one with two inputs, and one whose bundle is refused."""
-    repository = models.link(tmp_path_factory.mktemp("repository"), "whole", "two")
+    """The examples, models that do not stream, with two inputs, with static inputs, and one that is refused."""
+    repository = models.link(tmp_path_factory.mktemp("repository"), "whole", "two", "voices")
     for example in EXAMPLES.iterdir():
         (repository / example.name).symlink_to(example)
     (repository / "broken" / "1").mkdir(parents=True)
@@ -201,6 +205,46 @@ def test_files_curves_and_signals_are_inputs(visit: Visit) -> None:
     expect(page.get_by_label("Model")).to_have_value("two")
     play_to(page, 5)
     assert shades(page, ".stage canvas >> nth=1") > 10
+
+
+def test_static_inputs_are_asked_for_and_sessions_begin_with_them(visit: Visit, server: Running) -> None:
+    page = visit("playground/voices")
+    fields = page.locator("fieldset label")
+    expect(fields).to_have_text(["speaker int64", "gain float32 [2]"])
+    expect(page.get_by_label("gain")).to_have_value("0, 0")
+    fields.nth(1).locator("input").fill("0.5, -2")
+    fields.nth(0).locator("input").fill("4")
+    fields.nth(0).locator("input").press("Tab")
+    press(page, "Step")
+    wait_for_position(page, 1)
+    session = page.locator(".facts code").inner_text()
+    row = np.frombuffer(httpx.get(f"{server.url}/v1/models/voices/sessions/{session}/state").content[52:-16], "<f4")
+    for spec in server.model("voices").manifest.static:
+        values = {"speaker": [4], "gain": [0.5, -2.0]}[spec.name]
+        assert row[spec.offset : spec.offset + spec.size].tolist() == values
+    page.get_by_label("gain").fill("1")
+    page.get_by_label("gain").press("Tab")
+    says(page, 'gain takes 2 values, each a number: not "1".')
+
+
+def test_the_rows_of_its_batch_are_shown(visit: Visit, server: Running) -> None:
+    page = visit("playground/two")
+    rows = page.locator(".facts div", has_text="Rows in its batch").locator("dd")
+    press(page, "Step")
+    expect(rows).to_have_text("1")
+    loop = server.model("two").loop
+    given = {name: np.ones((1, size), np.float32) for name, size in (("a", 2), ("b", 3))}
+    with Client(server.url) as client, ThreadPoolExecutor(4) as threads, server.holding("two") as held:
+        sessions = [client.session("two") for _ in range(4)]
+        waiting = [threads.submit(sessions[0].steps, given)]
+        held.wait()
+        waiting += [threads.submit(session.steps, given) for session in sessions[1:]]
+        press(page, "Step")
+        until(lambda: loop.scheduler.in_flight == 5)
+        held.release()
+        for one in waiting:
+            one.result(PATIENCE)
+    expect(rows).to_have_text("4")
 
 
 def test_text_is_read_byte_by_byte_and_continued(visit: Visit) -> None:

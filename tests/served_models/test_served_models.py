@@ -24,4 +24,4 @@ def test_exported_afresh_it_gives_the_same_numbers(folder: str, tmp_path: Path) 
         committed.manifest.streamable,
     )
     for golden, model in ((committed, fresh), (fresh, committed)):
-        bundle.Verifier(Runner(model.model_path, model.manifest), golden.manifest).replay(golden.golden)
+        bundle.Verifier(Runner(model.model, model.manifest), golden.manifest).replay(golden.golden)

@@ -42,7 +42,7 @@ def test_a_device_that_was_asked_for_does_not(repository: Path):
 def test_onnxruntime_does_not_fall_back_in_silence(repository: Path):
     found = bundle.read(repository / "lstm" / "1")
     with pytest.raises(DeviceUnavailable, match="onnxruntime runs on CPUExecutionProvider instead of cuda:0"):
-        Runner(found.model_path, found.manifest, "cuda:0")
+        Runner(found.model, found.manifest, "cuda:0")
 
 
 def test_a_precision_that_the_cpu_does_not_have_is_refused(repository: Path):

@@ -8,7 +8,7 @@ import pytest
 from unroll import cli
 from unroll.service.descriptions import SETTINGS
 from unroll.service.settings import Settings
-from unroll.service.sources import SettingsRefused, gather
+from unroll.service.sources import SettingsRefused, exposed, gather
 
 FLAGS = ["--repository", "bundles"]
 GIVEN = {"repository": "bundles"}
@@ -162,6 +162,38 @@ def test_a_secret_is_not_printed(name: str, value: str, monkeypatch: pytest.Monk
     with pytest.raises(SettingsRefused) as refused:
         gather(GIVEN)
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_secret_is_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("the first of the two\nthe second of the two\n")
+    (tmp_path / "store").write_text("redis://:hunter2@host:1/0\n")
+    by_flag = {"snapshot_keys": [f"@{tmp_path}/keys"], "store": f"@{tmp_path}/store"}
+    settings = gather(GIVEN | by_flag).settings
+    assert [key.get_secret_value() for key in settings.snapshot_keys] == [
+        "the first of the two",
+        "the second of the two",
+    ]
+    assert settings.store == "redis://:hunter2@host:1/0"
+    assert exposed(by_flag) == []
+    (tmp_path / "keys").write_text("\n")
+    for wrong, reason in ((f"@{tmp_path}/none", "No such file"), (f"@{tmp_path}/keys", "is empty")):
+        with pytest.raises(SettingsRefused, match=f"--snapshot-keys: .*{reason}"):
+            gather(GIVEN | {"snapshot_keys": [wrong]})
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({"snapshot_keys": ["hunter2hunter2hunter2"]}, ["--snapshot-keys"]),
+        ({"store": "redis://:hunter2@host:1/0"}, ["--store"]),
+        ({"store": "redis+sentinel://h:1/main?sentinel_password=hunter2"}, ["--store"]),
+        ({"store": "redis://host:1/0"}, []),
+        ({"store": "file:///sessions"}, []),
+        ({}, []),
+    ],
+)
+def test_a_secret_in_a_flag_is_noticed(flags: dict, found: list[str]) -> None:
+    assert exposed(flags) == found
 
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:

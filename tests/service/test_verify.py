@@ -31,7 +31,7 @@ def copied(repository: Path, name: str, to: Path, **changes: object) -> Bundle:
     """The bundle with another manifest, written as by export."""
     found = bundles.read(repository / name / "1")
     manifest = replace(found.manifest, **changes)
-    return bundles.read(bundles.write(to, manifest, found.model_path.read_bytes(), found.golden))
+    return bundles.read(bundles.write(to, manifest, found.model, found.golden))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "last", "tokens", "two"])
@@ -65,7 +65,7 @@ def test_said_to_be_ragged_and_is_not(repository: Path, tmp_path: Path) -> None:
 
 def test_other_weights_than_pytorchs(repository: Path, tmp_path: Path) -> None:
     one, other = (bundles.read(repository / "gru" / version) for version in "12")
-    path = bundles.write(tmp_path, one.manifest, other.model_path.read_bytes(), one.golden)
+    path = bundles.write(tmp_path, one.manifest, other.model, one.golden)
     broken = {c.what.partition(":")[0] for c in checks(bundles.read(path)) if not c.holds}
     assert broken == {"golden vectors = PyTorch float64", "stepped by the engine"}
 

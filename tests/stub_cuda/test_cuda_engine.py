@@ -25,7 +25,7 @@ from unroll.service.engine.runner import Runner
 
 found = bundle.read(Path(argv[1]))
 device = Cuda(0)
-runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
+runner = Runner(found.model, found.manifest, device.name, stream=device.stream)
 
 def rows(count, steps=1):
     inputs = tuple(np.zeros((count, steps, *spec.shape), spec.numpy) for spec in found.manifest.inputs)

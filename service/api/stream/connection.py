@@ -11,10 +11,13 @@ This package is the protocol. It gets messages and answers them through a `Link`
 server offers a connection, and `endpoint` is the route.
 """
 
+import asyncio
+
 from unroll.service.api.answer_log import log_error
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
-from unroll.service.api.stream.control import Control, Goodbyes
+from unroll.service.api.stream.allowance import ENTRIES_PER_ERROR, ERRORS, TOO_MUCH, Allowance
+from unroll.service.api.stream.control import SLICE, Control, Goodbyes
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.json_steps import JsonSteps
@@ -25,7 +28,7 @@ from unroll.service.api.stream.submission import FrameSubmitter, RecurringFrames
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
 from unroll.service.core.session_ids import shown
-from unroll.service.protocol.frames import FrameCodec, SingleEntryFrame
+from unroll.service.protocol.frames import Frame, FrameCodec, SingleEntryFrame
 
 
 class Connection:
@@ -54,6 +57,8 @@ class Connection:
         self.tenant = tenant
         self._app = app
         self._model = model
+        self._link = link
+        self._errors = Allowance(*ERRORS)
         self._max_frame_bytes = app.limits.max_body_bytes
         self._codec = FrameCodec(served.manifest.inputs, served.codec.max_steps)
         step_bytes = sum(spec.nbytes for spec in served.manifest.outputs)
@@ -63,10 +68,10 @@ class Connection:
         self._handles = Handles(app, tenant, model, served, recurring.clear)
         self._submitter = FrameSubmitter(app, name, self._handles, recurring, self._replies)
         self._rollouts = StreamRollouts(app, name, self._handles, self._replies, self._flow)
-        steps = JsonSteps(served.codec, self._submitter, self._replies, self._flow, self._over_quota)
+        steps = JsonSteps(served.codec, self._handles, self._submitter, self._replies, self._flow, self._over_quota)
         self._control = Control(
             *(self._handles, (steps, self._rollouts), self._replies, self._flow),
-            call_soon,
+            app.turns,
             app.limits.max_json_bytes,
         )
         self._goodbyes = Goodbyes(self._handles, self._replies, link, call_soon)
@@ -115,8 +120,18 @@ class Connection:
             faults = codec.faults(frame)
             if (refused := self._over_quota(frame.total)) is not None:
                 faults = dict.fromkeys(range(len(frame.entries)), refused) | faults
-            self._submitter.submit_frame(frame, faults)
+            apart = self._submitter.submit_frame(frame, faults)
+            if len(apart) > SLICE:
+                self._control.carry_out(self._submit_in_slices(frame, faults, apart))
+            else:
+                self._submitter.submit_apart(frame, faults, apart)
         flow.update()
+
+    async def _submit_in_slices(self, frame: Frame, faults: dict[int, UnrollError], entries: list[int]) -> None:
+        """Suspends after each slice."""
+        for begin in range(0, len(entries), SLICE):
+            self._submitter.submit_apart(frame, faults, entries[begin : begin + SLICE])
+            await asyncio.sleep(0)
 
     def _over_quota(self, steps: int) -> UnrollError | None:
         try:
@@ -150,6 +165,9 @@ class Connection:
         session = session_id if found is None else shown(found[1].id)
         name = split_reference(self._model)[0]
         log_error(self._app.request_log, "v1/stream", error, model=name, session=session, position=position)
+        wrong = type(error) is InvalidRequest or isinstance(error, BodyTooLarge)
+        if wrong and self._errors.take(1 if handle is None else 1 / ENTRIES_PER_ERROR):
+            self._link.close(TOO_MUCH, f"too many malformed messages: {ERRORS[0]:g} a second are allowed")
 
     def _on_drained(self) -> None:
         self._goodbyes.send_goodbyes()

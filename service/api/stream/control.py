@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import structlog
 
 from unroll.service.api.session_operations import durability_of
+from unroll.service.api.stream.allowance import CONTROLS, Allowance
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.json_steps import JsonSteps
@@ -26,13 +27,19 @@ from unroll.service.api.stream.replies import CallSoon, Replies, error_members
 from unroll.service.api.stream.rollouts import StreamRollouts
 from unroll.service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, UnrollError
 from unroll.service.core.session_ids import shown
+from unroll.service.core.turns import Turns
+from unroll.service.protocol import json
 
 _log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-#: Sessions that are opened, closed or described in one turn of the event loop.
-SLICE = 256
+#: Sessions, or chunks of a frame, that are handled in one turn of the event loop.
+SLICE = 64
+#: Sessions that a store is asked for at once.
+_STORE_SLICE = 256
+#: Seconds for which a client is not read that sends too many control messages.
+_LEAST_PAUSE = 0.02
 #: Close code of a stream whose server ends: RFC 6455's registry calls it Service Restart.
 RESTART = 1012
 
@@ -47,7 +54,7 @@ class Control:
         work: takes steps in JSON, and rollouts.
         replies: where the answers go.
         flow: pauses reading while a request runs.
-        call_soon: calls a function in the next turn of the event loop.
+        turns: run the slices.
         max_bytes: of one message.
 
     Attributes:
@@ -60,15 +67,16 @@ class Control:
         work: tuple[JsonSteps, StreamRollouts],
         replies: Replies,
         flow: FlowControl,
-        call_soon: CallSoon,
+        turns: Turns,
         max_bytes: int,
     ) -> None:
         self._handles = handles
         self._steps, self._rollouts = work
         self._replies = replies
         self._flow = flow
-        self._call_soon = call_soon
+        self._turns = turns
         self._max_bytes = max_bytes
+        self._allowance = Allowance(*CONTROLS)
         self._backlog: deque[tuple[Callable[[bytes], None], bytes]] = deque()
         self.running = False
         self._task: asyncio.Task[None] | None = None
@@ -89,10 +97,13 @@ class Control:
         if len(message) > self._max_bytes:
             raise BodyTooLarge(f"a text message may have {self._max_bytes} bytes, this one has {len(message)}")
         request = parse_request(message)
+        if isinstance(request, StepsRequest):
+            self._steps.submit(request)
+            return
+        if seconds := self._allowance.take():
+            self._throttle(seconds)
         if isinstance(request, OpenRequest):
             self._run("opened", request.sessions, self._open)
-        elif isinstance(request, StepsRequest):
-            self._steps.submit(request)
         elif isinstance(request, RolloutRequest):
             self._roll_out(request)
         elif isinstance(request, StopRequest):
@@ -102,6 +113,17 @@ class Control:
             self._run("closed", request.handles, self._close)
         else:
             self._detach(request.handles)
+
+    def _throttle(self, seconds: float) -> None:
+        """Read nothing more until the client has waited for its next message."""
+
+        def resume() -> None:
+            self._flow.throttled = False
+            self._flow.update()
+
+        self._flow.throttled = True
+        self._flow.update()
+        asyncio.get_running_loop().call_later(max(seconds, _LEAST_PAUSE), resume)
 
     def close(self) -> None:
         """The connection is gone: what it opens is dropped, what it closes is closed, and nothing is answered."""
@@ -162,6 +184,20 @@ class Control:
             self._opening = self._task if op == "opened" else None
         else:
             self._advance(slices)
+        self._say_busy()
+
+    def carry_out(self, slices: Coroutine[Any, Any, None]) -> None:
+        """Run what is no request, and suspends after each slice: later messages wait."""
+
+        async def run() -> None:
+            await slices
+            self.running = False
+
+        self.running = True
+        self._advance(run())
+        self._say_busy()
+
+    def _say_busy(self) -> None:
         if self.running:
             self._flow.busy = True
             self._flow.update()
@@ -170,18 +206,20 @@ class Control:
         self, op: str, items: Sequence[T], handle: Callable[[T], Coroutine[Any, Any, dict[str, Any]]]
     ) -> None:
         """Handle all items and send the results. Without a store it suspends after each full slice only."""
-        results: list[dict[str, Any]] = []
-        for begin in range(0, len(items), SLICE):
-            part = items[begin : begin + SLICE]
+        parts: list[bytes] = []
+        size = _STORE_SLICE if self._handles.has_store else SLICE
+        for begin in range(0, len(items), size):
+            part = items[begin : begin + size]
             if self._handles.has_store:
-                results += await asyncio.gather(*map(handle, part))
+                results = await asyncio.gather(*map(handle, part))
             else:
-                results += [await handle(item) for item in part]
-            if len(part) == SLICE:
+                results = [await handle(item) for item in part]
+            parts.append(json.dump(results)[1:-1])
+            if len(part) == size:
                 await asyncio.sleep(0)
         self.running = False
         if not self._replies.closed:
-            self._replies.send({"op": op, "sessions": results})
+            self._replies.send_text(b'{"op":"%b","sessions":[%b]}' % (op.encode(), b",".join(parts)))
 
     async def _complete(self, slices: Coroutine[Any, Any, None]) -> None:
         try:
@@ -195,12 +233,12 @@ class Control:
         self._drain_backlog()
 
     def _advance(self, slices: Coroutine[Any, Any, None]) -> None:
-        """Run one slice now, and the next in the next turn of the event loop."""
+        """Run one slice now, and the next in a later turn of the event loop."""
         try:
             slices.send(None)
         except StopIteration:
             return
-        self._call_soon(partial(self._resume, slices))
+        self._turns.call(partial(self._resume, slices))
 
     def _resume(self, slices: Coroutine[Any, Any, None]) -> None:
         if self._replies.closed:

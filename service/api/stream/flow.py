@@ -20,6 +20,7 @@ class FlowControl:
         entries: how many are unanswered.
         paused: nothing is read from the connection.
         busy: a control message, or what waits behind one, is being worked on.
+        throttled: the client has sent more control messages than it may, and waits.
         backlogged: messages wait behind a control message. Until then the connection is read, to notice its end.
         writable: the client reads what is sent to it.
         draining: nothing more is read; the connection ends when everything is answered.
@@ -38,6 +39,7 @@ class FlowControl:
         "draining",
         "entries",
         "paused",
+        "throttled",
         "writable",
     )
 
@@ -52,7 +54,7 @@ class FlowControl:
         self._pause, self._resume = pause, resume
         self._on_drained = on_drained
         self.entries = self._steps = 0
-        self.paused = self.busy = self.backlogged = False
+        self.paused = self.busy = self.backlogged = self.throttled = False
         self.writable = True
         self.draining = self.drained = False
 
@@ -64,6 +66,7 @@ class FlowControl:
         reasons = {
             "window": self._is_full(),
             "control": self.backlogged,
+            "rate": self.throttled,
             "client": not self.writable,
             "draining": self.draining,
         }
@@ -83,7 +86,7 @@ class FlowControl:
 
     def update(self) -> None:
         """Pause or resume reading, and notice the end of a drain."""
-        paused = self._is_full() or self.backlogged or self.draining or not self.writable
+        paused = self._is_full() or self.backlogged or self.throttled or self.draining or not self.writable
         if paused != self.paused:
             self.paused = paused
             (self._pause if paused else self._resume)()

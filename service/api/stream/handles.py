@@ -182,6 +182,7 @@ class Handles:
 
     def _bind(self, handle: int, served: ServedModel, session: Session) -> None:
         self.by_model.setdefault(served, {})[handle] = session
+        session.stream = id(self)
         self._count += 1
 
     def _check_allowed(self, spec: OpenSpec) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from unroll.service.api.stream.flow import FlowControl
+from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.messages import StepsRequest
 from unroll.service.api.stream.replies import Replies
 from unroll.service.api.stream.submission import FrameSubmitter
@@ -18,6 +19,7 @@ class JsonSteps:
 
     Args:
         codec: of the connection's model.
+        handles: its sessions.
         submitter: submits the chunks.
         replies: where the answers go.
         flow: where they are counted.
@@ -27,12 +29,14 @@ class JsonSteps:
     def __init__(
         self,
         codec: Codec,
+        handles: Handles,
         submitter: FrameSubmitter,
         replies: Replies,
         flow: FlowControl,
         over_quota: Callable[[int], UnrollError | None],
     ) -> None:
         self._codec = codec
+        self._handles = handles
         self._submitter = submitter
         self._replies = replies
         self._flow = flow
@@ -47,9 +51,19 @@ class JsonSteps:
             return
         entry = SingleEntryFrame(request.handle, len(inputs[0]), request.position, inputs)
         self._flow.acquire(1, entry.steps)
-        self._submitter.submit(entry, self._over_quota(entry.steps), self._answer)
+        answer = self._answer_with_rows if request.batch_rows else self._answer
+        self._submitter.submit(entry, self._over_quota(entry.steps), answer)
         self._flow.update()
 
     def _answer(self, entry: SingleEntryFrame, reply: Reply) -> None:
+        self._replies.answer_text(entry, self._outputs(entry, reply))
+
+    def _answer_with_rows(self, entry: SingleEntryFrame, reply: Reply) -> None:
+        """With the rows of the batch that it ran in; null for a reply that was kept."""
+        found = self._handles.find(entry.handle)
+        rows = None if found is None else found[0].scheduler.answered_rows or None
+        self._replies.answer_text(entry, {**self._outputs(entry, reply), "batch_rows": rows})
+
+    def _outputs(self, entry: SingleEntryFrame, reply: Reply) -> dict[str, Any]:
         members: dict[str, Any] = {"position": reply.position, "outputs": self._codec.to_json(reply.outputs)}
-        self._replies.answer_text(entry, {"op": "outputs", "handle": entry.handle, **members, "reply_kept": reply.kept})
+        return {"op": "outputs", "handle": entry.handle, **members, "reply_kept": reply.kept}

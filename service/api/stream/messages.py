@@ -43,12 +43,13 @@ class HandlesRequest(_Strict):
 
 
 class StepsRequest(_Strict):
-    """One chunk of a session, in JSON instead of a frame."""
+    """One chunk of a session, in JSON instead of a frame. batch_rows: the answer says in how large a batch it ran."""
 
     op: Literal["steps"]
     handle: Handle
     inputs: Any
     position: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    batch_rows: bool = False
 
 
 class RolloutRequest(RolloutSpec):

@@ -37,13 +37,14 @@ class Replies:
 
     Attributes:
         closed: the connection is gone; nothing is sent any more.
+        send_text: sends what is encoded already.
     """
 
-    __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "_send_text", "closed", "on_refused")
+    __slots__ = ("_call_soon", "_coalesced", "_release", "_send_binary", "closed", "on_refused", "send_text")
 
     def __init__(self, link: Link, flow: FlowControl, call_soon: CallSoon, on_refused: OnRefused) -> None:
         self.on_refused = on_refused
-        self._send_binary, self._send_text = link.send_binary, link.send_text
+        self._send_binary, self.send_text = link.send_binary, link.send_text
         self._release = flow.release
         self._call_soon = call_soon
         self._coalesced: list[tuple[int, int, int, list[bytes], bool]] = []  # handle, steps, position, outputs, kept
@@ -51,7 +52,7 @@ class Replies:
 
     def send(self, document: dict[str, Any]) -> None:
         """The answer to a control message, or a message of the server's own."""
-        self._send_text(json.dump(document))
+        self.send_text(json.dump(document))
 
     def send_frame(self, frame: bytes) -> None:
         """A frame that answers no entry."""

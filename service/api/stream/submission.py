@@ -1,6 +1,6 @@
 """From the frames of a client to the work of the scheduler: as cohorts, as a group, or chunk by chunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -105,26 +105,32 @@ class FrameSubmitter:
         self._pending.clear()
         self._recurring.clear()
 
-    def submit_frame(self, frame: Frame, faults: dict[int, UnrollError]) -> None:
-        """As cohorts if its sessions are, else as one group what can be, and the rest chunk by chunk.
+    def submit_frame(self, frame: Frame, faults: dict[int, UnrollError]) -> list[int]:
+        """Submit as cohorts if its sessions are, else as one group, what can be.
 
         Args:
             frame: of several entries.
             faults: the errors in their values, by the index of the entry.
+
+        Returns:
+            The indexes of the other entries, which `submit_apart` takes.
         """
         taken: set[int] = set()
         if frame.uniform_inputs is not None:
             recurring = self._recurring.recognise(frame)
             if not faults and self._submit_cohorts(frame, frame.uniform_inputs, recurring):
-                return
+                return []
             for served, bound in self._handles.by_model.items():
                 rows, members = _members(bound, frame.handles, faults)
                 if rows:
                     taken.update(self._submit_group(frame, served, rows, members, recurring))
-        if len(taken) < len(frame.entries):
-            for i, entry in enumerate(zip(frame.handles, frame.steps, frame.positions, strict=True)):
-                if i not in taken:
-                    self.submit(SingleEntryFrame(*entry, frame.chunk(i)), faults.get(i), self._replies.coalesce)
+        return [i for i in range(len(frame.entries)) if i not in taken] if len(taken) < len(frame.entries) else []
+
+    def submit_apart(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
+        """Submit entries of a frame chunk by chunk."""
+        for i in entries:
+            entry = SingleEntryFrame(frame.handles[i], frame.steps[i], frame.positions[i], frame.chunk(i))
+            self.submit(entry, faults.get(i), self._replies.coalesce)
 
     def _submit_cohorts(self, frame: Frame, inputs: Tensors, recurring: RecurringFrame) -> bool:
         """False if the frame's sessions are no cohorts, or cannot take this step as such."""
@@ -198,7 +204,9 @@ class FrameSubmitter:
                 check_present(served, session)
                 _check_depth(session, entry.position)
             pending.served, pending.session = served, session
-            pending.chunk = served.loop.submit(Chunk(entry.inputs, session, entry.position), self._timeout, pending)
+            chunk = Chunk(entry.inputs, session, entry.position)
+            chunk.patient = True  # flow control holds the client back
+            pending.chunk = served.loop.submit(chunk, self._timeout, pending)
             if pending.chunk is not None:
                 self._pending[pending] = None
         except UnrollError as error:

@@ -6,7 +6,6 @@ step, there is often only a change of shape between two layers.
 
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -24,9 +23,9 @@ _SUPPORTED = {
 }
 
 
-def take_apart(model: Path, manifest: Manifest) -> list[Layer | Segment]:
+def take_apart(model: bytes, manifest: Manifest) -> list[Layer | Segment]:
     """Return the parts in the order in which they run. Raises NotSeparable."""
-    return list(_Graph(shape_inference.infer_shapes(onnx.load(str(model))), manifest).parts())
+    return list(_Graph(shape_inference.infer_shapes(onnx.load_from_string(model)), manifest).parts())
 
 
 class _Graph:

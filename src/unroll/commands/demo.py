@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from unroll.commands.options import LOCAL, Url, flag, option
+from unroll.commands.options import LOCAL, Json, Url, flag, option
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Demo:
         option("--example", "DIR", "folder with co2.csv and expected.safetensors (default: that of the package)"),
     ] = None
     quick: Annotated[bool, flag("--quick", "send only the last 520 weeks one by one")] = False
+    json: Json = False
 
     def run(self) -> int:
         from unroll.examples import demo
 
-        return demo.run(self.url, self.example or demo.EXAMPLE, quick=self.quick)
+        return demo.run(self.url, self.example or demo.EXAMPLE, quick=self.quick, as_json=self.json)

@@ -84,17 +84,27 @@ class Export:
         option(
             "--state",
             "NAME:DTYPE:SHAPE=OUTPUT",
-            "an argument of forward, (batch, *SHAPE), that starts as zeros and is this output of the call before; "
-            "not needed for the state of a recurrent layer",
+            "an argument of forward, (batch, *SHAPE), that starts as zeros and is this output of the call before: "
+            "y1 is the second of a tuple; not needed for the state of a recurrent layer; B is where the batch is "
+            "if not first, as in 2xBx64; NAME=OUTPUT with --step if forward starts without it",
             _spec("StateSpec.parse"),
         ),
     ] = None
+    step: Annotated[
+        bool,
+        flag(
+            "--step",
+            "forward makes one time step: inputs are (batch, *SHAPE), states are those of --state or what the module "
+            "keeps in itself",
+        ),
+    ] = False
     name: Annotated[
         str | None, option("--name", "NAME", "the model's name in the repository (default: the file name of MODEL)")
     ] = None
     version: Annotated[str, option("--version", "VERSION", "version: up to 18 digits, without a leading zero")] = "1"
     replace: Annotated[bool, flag("--replace", "overwrite an existing bundle")] = False
     time_first: Annotated[bool, flag("--time-first", "forward takes (time, batch, ...)")] = False
+    time_last: Annotated[bool, flag("--time-last", "forward takes (batch, ..., time), as convolutions do")] = False
     outputs: Annotated[
         str | None, option("--outputs", "A,B", "names of the outputs, in the order forward returns them")
     ] = None
@@ -110,6 +120,10 @@ class Export:
             "refuse a model of which an output differs from PyTorch in float64 by more than E",
             positive,
         ),
+    ] = None
+    sign: Annotated[
+        Path | None,
+        option("--sign", "FILE", "sign the bundle with this private key, as `unroll keys pair` makes one"),
     ] = None
     json: Json = False
 

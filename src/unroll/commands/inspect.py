@@ -3,9 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from unroll.commands.options import Failed, Json, argument
+
+if TYPE_CHECKING:
+    from unroll.bundle import Content
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,22 @@ class Inspect:
     json: Json = False
 
     def run(self) -> int:
-        from unroll.bundle import BundleError, read
+        from unroll.bundle import BundleError, parse, read_content
         from unroll.bundle.inspect import describe, lines
 
         try:
-            found = describe(read(self.bundle.resolve()))
-        except (BundleError, ValueError) as error:
-            raise Failed(str(error)) from error
+            content = read_content(self.bundle.resolve())
+            found = describe(parse(content, allowed_operators=None), _signed_by(content))  # nothing of it runs here
+        except BundleError as error:
+            raise Failed(f"{self.bundle}: {error}") from error
         print(json.dumps(found, indent=2)) if self.json else print(*lines(found), sep="\n")
         return 0
+
+
+def _signed_by(content: "Content") -> str | None:
+    from unroll.bundle.signature import KeyUnusable, signed_by
+
+    try:
+        return signed_by(content)
+    except KeyUnusable as error:
+        return f"unknown: {error}"

@@ -30,7 +30,12 @@ class New:
     name: Annotated[str | None, option("--name", "NAME", "of the key, in messages (default: the tenant)")] = None
     scope: Annotated[
         list[str] | None,
-        option("--scope", "SCOPE", "infer, metrics or sessions:admin; may be repeated (default: infer)", _scopes),
+        option(
+            "--scope",
+            "SCOPE",
+            "infer, metrics, sessions:admin, models:admin or server:admin; may be repeated (default: infer)",
+            _scopes,
+        ),
     ] = None
 
     def run(self) -> int:
@@ -57,5 +62,25 @@ class Check:
         try:
             print(*keys.lines(KeyRing.read(self.file)), sep="\n")
         except KeysRefused as error:
+            raise Failed(str(error)) from error
+        return 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Make a pair of keys that sign bundles.
+
+    FILE gets the private key, which `unroll export --sign` uses; keep it secret. The public key, for `unroll serve
+    --trusted-keys`, is written beside it. No file is replaced.
+    """
+
+    file: Annotated[Path, argument("FILE", "file of the private key, such as key.pem")]
+
+    def run(self) -> int:
+        from unroll.bundle.signature import KeyUnusable, make_pair
+
+        try:
+            print(make_pair(self.file))
+        except (KeyUnusable, OSError) as error:
             raise Failed(str(error)) from error
         return 0

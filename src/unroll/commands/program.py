@@ -32,7 +32,10 @@ _COMMANDS: dict[str, str | tuple[str, dict[str, str]]] = {
     "demo": "demo:Demo",
     "config": ("Show the settings of a server.", {"show": "config:Show"}),
     "store": ("Examine the store of durable sessions.", {"check": "store:Check"}),
-    "keys": ("Make API keys for a server that others can reach.", {"new": "keys:New", "check": "keys:Check"}),
+    "keys": (
+        "Make API keys for a server that others can reach, and keys that sign bundles.",
+        {"new": "keys:New", "check": "keys:Check", "pair": "keys:Pair"},
+    ),
     "sessions": (
         "Look after the sessions of a store.",
         {name: f"sessions:{name.capitalize()}" for name in ("list", "show", "close", "export", "import")},

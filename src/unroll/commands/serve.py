@@ -43,7 +43,7 @@ class _Settings:
         return {name: value for name, value in given.items() if value is not None}
 
     def run(self) -> int:
-        from unroll.service.sources import SettingsRefused, gather
+        from unroll.service.sources import SettingsRefused, exposed, gather
 
         try:
             settings = gather(self.flags).settings
@@ -51,7 +51,7 @@ class _Settings:
             raise WrongOption(str(refused)) from refused
         from unroll.service.serve import main  # takes seconds: wrong settings are answered before
 
-        return main(settings)
+        return main(settings, exposed(self.flags))
 
 
 Serve = make_dataclass("Serve", [_setting("config", CONFIG, ""), *SETTINGS], bases=(_Settings,))

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from unroll.commands.options import Failed, Json, argument, option
+from unroll.commands.options import Failed, Json, argument, option, positive
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,26 @@ class Verify:
         option("--precision", "float32|tf32|float16", "precision of matrix products on a GPU"),
     ] = "float32"
     seed: Annotated[int, option("--seed", "N", "seed of the random chunks and batches")] = 0
+    bundle_memory: Annotated[
+        int, option("--bundle-memory", "BYTES", "memory that trying the bundle may take", positive)
+    ] = 4 * 2**30
+    bundle_time: Annotated[
+        float, option("--bundle-time", "SECONDS", "processor time that trying the bundle may take", positive)
+    ] = 30.0
+    allow_operators: Annotated[
+        list[str] | None,
+        option("--allow-operators", "OPERATOR", "operator that the graph may have; may be repeated"),
+    ] = None
     json: Json = False
 
     def run(self) -> int:
         from unroll.service import verify
+        from unroll.service.models.trial import ANY, TrialLimits
 
+        # Its answers are compared below, on each device.
+        limits = TrialLimits(self.bundle_memory, self.bundle_time, tuple(self.allow_operators or ()), slack=ANY)
         try:
-            found, results = verify.report(self.bundle, self.device, self.precision, self.seed)
+            found, results = verify.report(self.bundle, self.device, self.precision, self.seed, limits)
         except verify.CannotVerify as error:
             raise Failed(str(error)) from error
         holds = all(check.holds for checks in results.values() for check in checks)

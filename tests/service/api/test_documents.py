@@ -167,6 +167,7 @@ def test_every_route_of_the_app_is_documented(server: Running, document: dict) -
         repository_routes.router(state),
         ticket_routes.router(state),
         health_routes.router(state),
+        health_routes.metrics_router(state, None),
     ]
     routes = [r for router in routers for r in router.routes]
     served = {(method, r.path_format) for r in routes for method in r.methods if method != "OPTIONS"}  # type: ignore[attr-defined]

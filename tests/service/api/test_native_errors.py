@@ -84,6 +84,7 @@ MET = {
     "version_unavailable": "test_rollout.test_a_session_of_a_version_that_is_not_here_yet_is_told_to_retry",
     "draining": "test_drain.test_while_load_balancers_notice",
     "queue_full": "test_native_errors.test_queue_full",
+    "too_many_connections": "test_connection_limits.test_beyond_the_limit_probes_are_answered_and_others_refused",
     "deadline_unreachable": "test_native_errors.test_a_deadline_that_cannot_be_met",
     "deadline_exceeded": "test_native_errors.test_a_deadline_that_passes",
     "engine_failed": "test_native_errors.test_the_engine_fails",

@@ -70,26 +70,31 @@ def test_any_error_while_a_bundle_is_loaded_refuses_it(
     with monkeypatch.context() as patch:
         patch.setattr(loading, stage, fail)
         running.rescan_now()
-    assert running.server.models.refused == {("gru", "2"): f"{type(error).__name__}: {error}"}
+    [why] = running.server.models.refused.values()
+    assert why.startswith(f"bundle_unusable: {type(error).__name__}: {error}")
     assert versions(running) == ["1"]
     running.rescan_now()
     assert running.server.models.refused == {}
     assert versions(running) == ["1", "2"]
 
 
-def test_files_that_change_while_they_are_loaded(
+def test_what_is_served_was_read_before_its_files_changed(
     running: Running, second: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = loading.measure
+    open_backend = loading.open_backend
 
     def change(*arguments: object) -> object:
-        shutil.rmtree(second)
-        return measure(*arguments)
+        (second / "model.onnx").write_bytes(b"changed")
+        return open_backend(*arguments)
 
-    monkeypatch.setattr(loading, "measure", change)
+    digest = json.loads((second / MANIFEST).read_text())["files"]["model.onnx"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "open_backend", change)
+        running.rescan_now()
+    assert running.model("gru", "2").manifest.digest == digest
     running.rescan_now()
-    assert "manifest.json" in running.server.models.refused[("gru", "2")]
-    assert versions(running) == ["1"]
+    assert "bundle_digest" in running.server.models.refused[("gru", "2")]
+    assert versions(running) == ["1", "2"]
 
 
 def test_a_folder_that_cannot_be_listed_takes_nothing_away(running: Running, shelf: Path) -> None:

@@ -170,7 +170,7 @@ async def test_a_version_is_replaced_in_place(
     saved = (await http.get(f"{session}/state")).content
     other = bundle.read(repository / "gru" / "2")
     manifest = replace(other.manifest, version="1")
-    bundle.write(shelf, manifest, other.model_path.read_bytes(), other.golden, replace_existing=True)
+    bundle.write(shelf, manifest, other.model, other.golden, replace_existing=True)
     await rescanned(running, [("1", True), ("1", False)])
     assert np.array_equal(np.concatenate([first, await step(http, session, X[3:5])]), oracle("gru", "1")(X[:5]))
     assert np.array_equal(await step(http, await opened(http), X[:5]), oracle("gru", "2")(X[:5]))

@@ -28,7 +28,14 @@ X = np.random.default_rng(3).standard_normal((6, 3)).astype(np.float32)
 MAP = {"kind": "columns", "columns": [{"future": [0.5]}] * 3}
 PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 #: Every other route needs `infer`.
-OTHER_SCOPES = {"/metrics": "metrics", "/v1/admin/sessions": "sessions:admin"}
+OTHER_SCOPES = {
+    "/metrics": "metrics",
+    "/v1/admin/sessions": "sessions:admin",
+    "/v1/admin/drain": "server:admin",
+    "/v1/admin/log-level": "server:admin",
+    "/v2/repository/models/{model}/load": "models:admin",
+    "/v2/repository/models/{model}/unload": "models:admin",
+}
 #: Routes of one session, with a request that changes something if the route can.
 SESSION_ROUTES = {
     ("get", "/v1/models/{model}/sessions/{session_id}"),
@@ -50,6 +57,8 @@ OTHER_ROUTES = {
     ("post", "/v1/models/{model}/sessions"),
     ("post", "/v1/tickets"),
     ("get", "/v1/admin/sessions"),
+    ("post", "/v1/admin/drain"),
+    ("put", "/v1/admin/log-level"),
     ("get", "/v2"),
     ("get", "/v2/health/live"),
     ("get", "/v2/health/ready"),
@@ -65,6 +74,8 @@ OTHER_ROUTES = {
     ("post", "/v2/models/{model}/infer"),
     ("post", "/v2/models/{model}/versions/{version}/infer"),
     ("post", "/v2/repository/index"),
+    ("post", "/v2/repository/models/{model}/load"),
+    ("post", "/v2/repository/models/{model}/unload"),
 }
 
 
@@ -79,6 +90,8 @@ class Keyed:
             ("other", "other", "infer"),
             ("metrics", "acme", "metrics"),
             ("admin", "acme", "sessions:admin"),
+            ("models", "acme", "models:admin"),
+            ("server", "acme", "server:admin"),
             ("admin of other", "other", "sessions:admin"),
         ]:
             self.secrets[name], entry = new_key(name, tenant, [scope])
@@ -132,6 +145,8 @@ def send(client: httpx.Client, method: str, template: str, session_id: str = "no
     if (method, template[-6:]) == ("put", "/state"):
         content, headers = b"no snapshot", {"Content-Type": "application/octet-stream"}
         return client.request(method, path, content=content, headers=headers)
+    if template.endswith(("load", "/drain", "/log-level")):  # let in, and refused for what they would do
+        return client.request(method, path, json={"unknown": 1})
     if template.endswith("/rollout"):
         return client.request(method, path, json={"steps": 1, "map": MAP, "inputs": {"x": X[:1].tolist()}})
     return client.request(method, path)
@@ -158,7 +173,8 @@ def test_the_scope_of_every_route(keyed: Keyed, method: str, template: str) -> N
     with keyed.client({"Authorization": f"Bearer {keyed.secrets['acme']}x"}) as stranger:
         assert code(send(stranger, method, template)) == (401, "unauthenticated")
     needed = OTHER_SCOPES.get(template, "infer")
-    for name, scope in {"acme": "infer", "metrics": "metrics", "admin": "sessions:admin"}.items():
+    scopes = {"acme": "infer", "metrics": "metrics", "admin": "sessions:admin"}
+    for name, scope in (scopes | {"models": "models:admin", "server": "server:admin"}).items():
         answer = send(keyed.clients[name], method, template)
         if scope == needed:
             assert answer.status_code not in (401, 403), answer.text

@@ -56,8 +56,8 @@ def cells(request: pytest.FixtureRequest) -> str:
 
 
 def engine_of(found: bundle.Bundle, device: Device, cells: str, buckets: tuple[int, ...] = BUCKETS) -> CudaEngine:
-    runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
-    parts = take_apart(found.model_path, found.manifest) if cells == "fused" else []
+    runner = Runner(found.model, found.manifest, device.name, stream=device.stream)
+    parts = take_apart(found.model, found.manifest) if cells == "fused" else []
     return CudaEngine(device, runner, found.manifest, ROWS, buckets, parts)
 
 
@@ -329,7 +329,7 @@ def _on_device(device: Device, array: np.ndarray) -> TensorRef:
 
 def test_the_bidirectional_model_takes_whole_sequences(repository: Path, device: Device):
     found = bundle.read(repository / "whole" / "1")
-    runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
+    runner = Runner(found.model, found.manifest, device.name, stream=device.stream)
     bundle.Verifier(runner, found.manifest).replay(found.golden)
     engine = CudaEngine(device, runner, found.manifest, ROWS, ())
     inputs = tuple(a[None] for a in random_inputs(found.manifest, np.random.default_rng(6), 9))
@@ -350,7 +350,7 @@ def test_capacity_is_what_fits_or_is_refused(repository: Path, cuda: str):
 
 def test_memory_is_given_back(found: bundle.Bundle, cuda: str):
     device = open_cuda(cuda)
-    runner = Runner(found.model_path, found.manifest, device.name, stream=device.stream)
+    runner = Runner(found.model, found.manifest, device.name, stream=device.stream)
     before = device.free_bytes()
     engine = CudaEngine(device, runner, found.manifest, 10_000_000, BUCKETS)
     assert device.free_bytes() < before - 4 * 10_000_000 * found.manifest.state_size

@@ -58,7 +58,7 @@ def lstm(repository: Path) -> bundle.Bundle:
 
 def test_a_step_is_one_launch_and_moves_no_state(lstm: bundle.Bundle):
     device = FakeDevice()
-    engine = CudaEngine(device, Runner(lstm.model_path, lstm.manifest), lstm.manifest, 16, (4, 8))
+    engine = CudaEngine(device, Runner(lstm.model, lstm.manifest), lstm.manifest, 16, (4, 8))
     device.calls.clear()
     x = np.ones((3, 1, 3), np.float32)
     engine.run(PlainRows((x,), [1] * 3, [INITIAL] * 3, [2, 3, 4]))
@@ -66,7 +66,7 @@ def test_a_step_is_one_launch_and_moves_no_state(lstm: bundle.Bundle):
 
 
 def test_a_smaller_batch_leaves_the_rows_of_the_one_before_alone(lstm: bundle.Bundle):
-    engine = CudaEngine(FakeDevice(), Runner(lstm.model_path, lstm.manifest), lstm.manifest, 16, (8,))
+    engine = CudaEngine(FakeDevice(), Runner(lstm.model, lstm.manifest), lstm.manifest, 16, (8,))
     x = np.random.default_rng(0).standard_normal((5, 1, 3)).astype(np.float32)
     for _ in range(2):  # in both of the alternating calls
         engine.run(PlainRows((x,), [1] * 5, [INITIAL] * 5, [2, 3, 4, 5, 6]))
@@ -80,4 +80,4 @@ def test_a_smaller_batch_leaves_the_rows_of_the_one_before_alone(lstm: bundle.Bu
 
 def test_what_does_not_fit_says_so(lstm: bundle.Bundle):
     with pytest.raises(OutOfDeviceMemory, match="are free"):
-        CudaEngine(FakeDevice(1000), Runner(lstm.model_path, lstm.manifest), lstm.manifest, 10_000, (1,))
+        CudaEngine(FakeDevice(1000), Runner(lstm.model, lstm.manifest), lstm.manifest, 10_000, (1,))

@@ -53,8 +53,8 @@ def read(repository: Path, more: Path, name: str) -> bundle.Bundle:
 
 
 def engine_of(found: bundle.Bundle, *, tf32: bool = False) -> CudaEngine:
-    parts = take_apart(found.model_path, found.manifest)
-    runner = Runner(found.model_path, found.manifest)
+    parts = take_apart(found.model, found.manifest)
+    runner = Runner(found.model, found.manifest)
     return CudaEngine(FakeDevice(), runner, found.manifest, ROWS, (1, 4, 9), parts, tf32=tf32)
 
 
@@ -70,7 +70,7 @@ def kinds(parts: list[Layer | Segment]) -> list[str | list[str]]:
 def test_the_graph_is_cut_around_its_layers(repository: Path, more: Path):
     def parts(name: str) -> list[str | list[str]]:
         found = read(repository, more, name)
-        return kinds(take_apart(found.model_path, found.manifest))
+        return kinds(take_apart(found.model, found.manifest))
 
     assert parts("lstm") == ["LSTM", "LSTM", ["MatMul", "Add"]]
     assert parts("two") == [["Concat", "Transpose"], "GRU", ["MatMul", "Add", "MatMul", "Add"]]
@@ -85,14 +85,14 @@ def test_the_graph_is_cut_around_its_layers(repository: Path, more: Path):
 def test_what_cannot_be_cut_says_why(repository: Path, more: Path, name: str, why: str):
     found = read(repository, more, name)
     with pytest.raises(NotSeparable, match=why):
-        take_apart(found.model_path, found.manifest)
+        take_apart(found.model, found.manifest)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "residual", "bare"])
 def test_steps_and_sequences_answer_as_the_host_engine_does(repository: Path, more: Path, name: str):
     found = read(repository, more, name)
     manifest, rng = found.manifest, np.random.default_rng(0)
-    engine, host = engine_of(found), HostEngine(Runner(found.model_path, found.manifest), manifest, ROWS)
+    engine, host = engine_of(found), HostEngine(Runner(found.model, found.manifest), manifest, ROWS)
     begun: set[int] = set()
     for lens in ([1], [1, 1, 1], [5, 2, 1], [1] * 9, [3] * 4, [1, 7], [2] * 9):
         lens = lens if manifest.ragged else [max(lens)] * len(lens)
@@ -148,8 +148,8 @@ def test_a_chunk_that_fails_at_one_of_its_steps_changes_nothing(repository: Path
 def test_a_step_of_a_model_in_parts_is_one_launch(repository: Path, more: Path):
     found = read(repository, more, "lstm")
     device = FakeDevice()
-    parts = take_apart(found.model_path, found.manifest)
-    engine = CudaEngine(device, Runner(found.model_path, found.manifest), found.manifest, ROWS, (4,), parts)
+    parts = take_apart(found.model, found.manifest)
+    engine = CudaEngine(device, Runner(found.model, found.manifest), found.manifest, ROWS, (4,), parts)
     device.calls.clear()
     engine.run(PlainRows((np.ones((3, 1, 3), np.float32),), [1] * 3, [INITIAL] * 3, [2, 3, 4]))
     assert [name for name, _ in device.calls] == ["launch", "gather", "step", "step", "commit", "wait"]

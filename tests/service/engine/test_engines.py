@@ -58,7 +58,7 @@ def load(repository: Path):
     @cache
     def load(name: str):
         found = bundle.read(repository / name / "1")
-        return Runner(found.model_path, found.manifest), found.manifest
+        return Runner(found.model, found.manifest), found.manifest
 
     return load
 

@@ -63,6 +63,7 @@ def scheduler(
     max_batch_steps: int = 12,
     piece_steps: int = 4,
     max_queue: int = 50,
+    overload_wait: float = 0.02,
     reply_bytes: int = 2**20,
 ) -> Scheduler:
     return Scheduler(
@@ -73,7 +74,7 @@ def scheduler(
             ragged,
         ),
         SessionLimits(capacity, idle_timeout, tombstone_life, tombstones=20, reply_bytes=reply_bytes),
-        SchedulerLimits(max_batch, max_batch_steps, piece_steps, max_queue),
+        SchedulerLimits(max_batch, max_batch_steps, piece_steps, max_queue, overload_wait),
     )
 
 

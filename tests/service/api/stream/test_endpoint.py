@@ -117,7 +117,7 @@ def test_a_client_that_does_not_read(
         until(lambda: stalled not in running.server.streams, "the end of the deaf client")
         hang_up(deaf)
         flooding.result(PATIENCE)
-        (resumed,) = other.open({"handle": 1, "session_id": names[0], "mode": "resume"})
+        (resumed,) = other.open({"handle": 1, "session_id": names[0], "mode": "resume", "depth": 64})
         assert resumed["position"] > 0
         assert other.step((1, None, x))[1].steps == 12
     finally:

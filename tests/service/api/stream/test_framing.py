@@ -12,7 +12,7 @@ from raw_http import Wire
 from serving import Oracle, Running
 from streams import Reply, frame, replies
 
-TEXT, BINARY, CONTINUATION, PING, PONG = 0x81, 0x82, 0x80, 0x89, 0x8A
+TEXT, BINARY, CONTINUATION, CLOSE, PING, PONG = 0x81, 0x82, 0x80, 0x88, 0x89, 0x8A
 MASK = bytes.fromhex("37fa213d")
 
 
@@ -66,6 +66,13 @@ class RawStream:
         assert first == BINARY, payload
         (reply,) = replies(self._manifest, payload)
         return reply
+
+    def ending(self) -> tuple[int, str]:
+        """Read to the end of the connection; the code and the reason that the server closed it with."""
+        while True:
+            first, payload = self.message()
+            if first == CLOSE:
+                return int.from_bytes(payload[:2]), payload[2:].decode()
 
     def close(self) -> None:
         self._wire.socket.close()

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -76,6 +77,31 @@ def test_json_and_frames_of_one_session_keep_their_order(
     assert struct.unpack_from("<BBHI", received[0])[3] == 2
     assert np.array_equal(np.float32(received[1]["outputs"]), right[1:2])
     assert np.array_equal(np.frombuffer(received[2], "<f4", offset=24), right[2])
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_the_answer_has_the_rows_of_its_batch_if_asked_for(
+    serve: Serve, dial: Dial, server: Running, x: np.ndarray, tmp_path: Path, store: bool
+) -> None:
+    running = serve(store=tmp_path.as_uri()) if store else server
+    client, scheduler = dial(running=running), running.model("lstm").scheduler
+    client.bind(0, 1, 2, 3)
+
+    def send(handle: int) -> None:
+        steps = {"op": "steps", "handle": handle, "inputs": x[:1].tolist(), "position": 0, "batch_rows": handle != 3}
+        client.socket.send(json.dumps(steps))
+
+    with running.holding("lstm") as held:
+        send(0)
+        held.wait()
+        for handle in (1, 2, 3):
+            send(handle)
+        until(lambda: scheduler.in_flight == 4)
+    answers = {answer["handle"]: answer for answer in (message(client) for _ in range(4))}
+    assert [answers[handle]["batch_rows"] for handle in (0, 1, 2)] == [1, 3, 3]
+    assert "batch_rows" not in answers[3]
+    send(1)
+    assert message(client) == answers[1] | {"batch_rows": None}, "a reply that was kept"
 
 
 def test_what_is_wrong_with_steps_in_json(dial: Dial, x: np.ndarray) -> None:

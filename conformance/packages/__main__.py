@@ -1,0 +1,70 @@
+"""`python -m conformance.packages [ENTRY ...]`, as `make packages` runs it; --write-docs writes docs/packages.md."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import Counter
+
+from conformance import documents
+from conformance.packages import environments
+from conformance.packages.entries import ENTRIES
+from conformance.packages.entry import Entry
+from conformance.packages.trial import Result
+
+_PAGE = environments.ROOT / "docs" / "packages.md"
+_SECONDS = 1800
+
+
+def main(argv: list[str]) -> int:
+    """0 if nothing was wrong."""
+    parser = argparse.ArgumentParser(f"python -m {__package__}", description=__doc__)
+    parser.add_argument("--write-docs", action="store_true", help=f"write the results into {_PAGE.name}")
+    parser.add_argument("entries", nargs="*", metavar="ENTRY", help="; ".join(ENTRIES))
+    options = parser.parse_args(argv)
+    results = {}
+    for name in options.entries or ENTRIES:
+        results[name] = result = _measured(ENTRIES[name])
+        print(f"{name}: {result.outcome} {result.says}", flush=True)
+    if options.write_docs:
+        documents.replace("packages", _lines(results), _PAGE)
+    return 1 if any(result.outcome == "wrong" for result in results.values()) else 0
+
+
+def _measured(entry: Entry) -> Result:
+    try:
+        python = environments.python(entry.package)
+    except environments.NotInstalled as error:
+        return Result("", "not installed", str(error).splitlines()[-1])
+    command = [str(python), "-m", "conformance.packages.trial", entry.name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=environments.ROOT, timeout=_SECONDS)
+    if done.returncode:
+        return Result("", "failed", (done.stderr.strip().splitlines() or [""])[-1])
+    return Result(**json.loads(done.stdout))
+
+
+def _lines(results: dict[str, Result]) -> list[str]:
+    counts = Counter(result.outcome for result in results.values())
+    rows = [_row(ENTRIES[name], result) for name, result in results.items()]
+    packages = len({ENTRIES[name].package for name in results})
+    head = ["package", "module", "weights", "result", "seconds", "ms a step", "error", "error of its own steps"]
+    return [
+        documents.circumstances("make packages"),
+        "",
+        f"{len(results)} modules of {packages} packages: {', '.join(f'{n} {what}' for what, n in counts.items())}.",
+        "",
+        *documents.table(head, rows),
+        "",
+    ]
+
+
+def _row(entry: Entry, result: Result) -> list[str]:
+    says = f"{result.outcome}: {result.says}" if result.says else result.outcome
+    step = "" if result.step is None else f"{result.step:.1f}"
+    errors = ["" if error is None else f"{error:.1e}" for error in (result.error, result.own)]
+    weights = "of the wheel" if entry.trained else "random"
+    return [f"{entry.package} {result.version}", entry.module, weights, says, f"{result.seconds:.0f}", step, *errors]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

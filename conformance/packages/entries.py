@@ -1,0 +1,237 @@
+"""All rows. A package is imported only where its module is made, in an environment that has it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from conformance.packages.entry import ENTRIES, entry
+
+__all__ = ["ENTRIES"]
+
+
+class First(nn.Module):
+    """The first result of a module that returns more, called with `None` for its state."""
+
+    def __init__(self, module: nn.Module, *more: Any) -> None:
+        super().__init__()
+        self.module, self._more = module, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.module(x, *self._more)[0]
+        return result
+
+
+class TimeFirst(First):
+    """The same, of a module that takes (time, batch, ...)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.module(x.transpose(0, 1), *self._more)[0]
+        return result.transpose(0, 1)
+
+
+def with_state(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The package's module called for one time step after another, with the state that it returned."""
+    state, outputs = None, []
+    for step in inputs["x"].unbind(1):
+        y, state = model.module(step.unsqueeze(1), state)
+        outputs.append(y.squeeze(1))
+    return torch.cat(outputs)
+
+
+@entry("torchrl", "LSTM of cells, 2 layers", "x:float32:4", own=with_state)
+def torchrl_lstm() -> nn.Module:
+    from torchrl.modules import LSTM
+
+    return First(LSTM(4, 8, num_layers=2, batch_first=True))
+
+
+@entry("torchrl", "GRU of cells", "x:float32:4", own=with_state)
+def torchrl_gru() -> nn.Module:
+    from torchrl.modules import GRU
+
+    return First(GRU(4, 8, batch_first=True))
+
+
+@entry("ncps", "LTC", "x:float32:4", own=with_state)
+def ncps_ltc() -> nn.Module:
+    from ncps.torch import LTC
+    from ncps.wirings import AutoNCP
+
+    return First(LTC(4, AutoNCP(12, 3, seed=1), batch_first=True))
+
+
+@entry("ncps", "CfC", "x:float32:4", own=with_state)
+def ncps_cfc() -> nn.Module:
+    from ncps.torch import CfC
+
+    return First(CfC(4, 12, batch_first=True))
+
+
+def _mamba_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    config = model.config
+    cache = None, torch.zeros(1, config.d_inner, config.d_conv - 1)
+    outputs = []
+    for step in inputs["x"].unbind(1):
+        y, cache = model.step(step, cache)
+        outputs.append(y)
+    return torch.cat(outputs)
+
+
+@entry("mambapy", "MambaBlock, sequential scan", "x:float32:8", own=_mamba_steps)
+def mambapy_block() -> nn.Module:
+    from mambapy.mamba import MambaBlock, MambaConfig
+
+    return MambaBlock(MambaConfig(d_model=8, n_layers=1, d_state=4, pscan=False))
+
+
+def _min_gru_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    state, outputs = None, []
+    for step in inputs["x"].unbind(1):
+        y, state = model(step.unsqueeze(1), state, return_next_prev_hidden=True)
+        outputs.append(y.squeeze(1))
+    return torch.cat(outputs)
+
+
+@entry("minGRU-pytorch", "minGRU, in parallel", "x:float32:4", own=_min_gru_steps)
+def min_gru() -> nn.Module:
+    from minGRU_pytorch import minGRU
+
+    return minGRU(4)
+
+
+class Leaky(nn.Module):
+    """The loop of snntorch's first tutorials: two layers, whose membrane potentials begin anew."""
+
+    def __init__(self, neuron: Any, **options: Any) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.lif1, self.lif2 = neuron(beta=0.9, **options), neuron(beta=0.9, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.lif1.init_leaky(), self.lif2.init_leaky()
+        potentials = []
+        for step in range(x.size(1)):
+            spikes, first = self.lif1(self.fc1(x[:, step]), first)
+            _, second = self.lif2(self.fc2(spikes), second)
+            potentials.append(second)
+        return torch.stack(potentials, 1)
+
+
+@entry("snntorch", "Leaky, the loop of its tutorials", "x:float32:4")
+def snntorch_leaky() -> nn.Module:
+    import snntorch
+
+    return Leaky(snntorch.Leaky)
+
+
+@entry("snntorch", "SLSTM", "x:float32:4")
+def snntorch_slstm() -> nn.Module:
+    import snntorch
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = snntorch.SLSTM(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            synaptic, potential = self.lstm.init_slstm()
+            potentials = []
+            for step in x.unbind(1):
+                _, synaptic, potential = self.lstm(step, synaptic, potential)
+                potentials.append(potential)
+            return torch.stack(potentials, 1)
+
+    return Loop()
+
+
+@entry("fastai", "AWD_LSTM, 2 layers", "inp:int64:")
+def fastai_awd() -> nn.Module:
+    from fastai.text.models.awdlstm import AWD_LSTM
+
+    return AWD_LSTM(20, 8, 12, 2)
+
+
+@entry("sb3-contrib", "the LSTM of RecurrentPPO", "x:float32:4", "starts:float32:")
+def sb3_policy() -> nn.Module:
+    from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 8)
+
+        def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+            state = x.new_zeros(1, x.shape[0], 8), x.new_zeros(1, x.shape[0], 8)
+            run = RecurrentActorCriticPolicy._process_sequence
+            return run(x.flatten(0, 1), state, starts.flatten(), self.lstm)[0].view(*x.shape[:2], 8)
+
+    return Policy()
+
+
+def _silero_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    from silero_vad import load_silero_vad
+
+    script = load_silero_vad()
+    return torch.cat([script(step, 16000) for step in inputs["x"].unbind(1)])
+
+
+@entry("silero-vad", "the detector's weights in a class", "x:float32:512", trained=True, own=_silero_steps)
+def silero() -> nn.Module:
+    from importlib.resources import files
+
+    from safetensors.torch import load_file
+
+    model = Silero()
+    model.load_state_dict(load_file(str(files("silero_vad.data") / "silero_vad_16k.safetensors")))
+    return model
+
+
+class Silero(nn.Module):
+    """The detector at 16 kHz. A time step is 32 ms, with the last 4 ms of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stft_conv = nn.Conv1d(1, 258, 256, stride=128, bias=False)
+        self.conv1 = nn.Conv1d(129, 128, 3, padding=1)
+        self.conv2 = nn.Conv1d(128, 64, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv1d(64, 64, 3, stride=2, padding=1)
+        self.conv4 = nn.Conv1d(64, 128, 3, padding=1)
+        self.lstm_cell, self.final_conv = nn.LSTMCell(128, 128), nn.Conv1d(128, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, _ = x.shape
+        context = functional.pad(x[..., -64:][:, :-1], (0, 0, 1, 0))
+        y = torch.cat([context, x], 2).flatten(0, 1)
+        y = self.stft_conv(functional.pad(y, (0, 64), "reflect").unsqueeze(1))
+        y = (y[:, :129].square() + y[:, 129:].square()).sqrt()
+        for convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
+            y = convolution(y).relu()
+        h = c = x.new_zeros(batch, 128)
+        outputs = []
+        for step in y.reshape(batch, time, 128).unbind(1):
+            h, c = self.lstm_cell(step, (h, c))
+            outputs.append(self.final_conv(h.relu().unsqueeze(2)).sigmoid().squeeze(2))
+        return torch.stack(outputs, 1)
+
+
+@entry("norse", "LIF between linear layers", "x:float32:4")
+def norse_lif() -> nn.Module:
+    from norse.torch import LIF
+
+    return TimeFirst(LIF())
+
+
+@entry("norse", "LIFRecurrent", "x:float32:4")
+def norse_recurrent() -> nn.Module:
+    from norse.torch import LIFRecurrent
+
+    return TimeFirst(LIFRecurrent(4, 6))
+
+
+@entry("xlstm", "sLSTM layer", "x:float32:8")
+def xlstm_slstm() -> nn.Module:
+    from xlstm import sLSTMLayer, sLSTMLayerConfig
+
+    return sLSTMLayer(sLSTMLayerConfig(embedding_dim=8, num_heads=2, backend="vanilla", dtype="float32"))

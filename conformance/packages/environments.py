@@ -1,0 +1,39 @@
+"""One virtual environment per package, in .tools/packages. Each also sees the packages of the one that made it."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".tools" / "packages"
+_SECONDS = 900
+
+
+class NotInstalled(Exception):
+    """A package could not be installed; the message has the end of pip's output."""
+
+
+def python(package: str) -> Path:
+    """The interpreter that has `package`; installs it first. Raises NotInstalled."""
+    folder = FOLDER / package
+    found, done = folder / "bin" / "python", folder / "installed"
+    if not done.is_file():
+        _run(sys.executable, "-m", "venv", "--without-pip", str(folder))
+        site = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
+        # As a site folder, so that links to other folders in it count, too.
+        shared = sysconfig.get_path("purelib")
+        (site / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
+        pip = [sys.executable, "-m", "pip", "--python", str(found)]
+        _run(*pip, "install", "-q", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"), package)
+        done.touch()
+    return found
+
+
+def _run(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise NotInstalled(f"not done within {_SECONDS} s: {' '.join(command)}") from error
+    if done.returncode:
+        raise NotInstalled(done.stderr.strip()[-500:])

@@ -1,0 +1,183 @@
+"""Takes one module through `unroll export`, `unroll verify` and a server, and compares its sessions with the module.
+
+Runs in the package's own environment: `python -m conformance.packages.trial ENTRY` prints a Result as JSON.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bench.servers import running_server
+from conformance.packages import entries
+from conformance.packages.entries import ENTRIES
+from conformance.packages.entry import Entry
+from unroll import bundle
+from unroll.client import Client
+
+_STEPS, _SESSIONS, _SECONDS = 48, 3, 900
+
+#: Of the largest output: differences beyond this are no rounding in float32.
+_CLOSE = 1e-4
+
+
+@dataclass
+class Result:
+    """What became of one module.
+
+    Attributes:
+        outcome: streams, whole only, refused, wrong (another answer than the module's), or failed (no code).
+        says: the code and the reason.
+        seconds: of the export.
+        step: the median of a step over HTTP, in milliseconds.
+        error: the largest difference from the module's own answer for the whole sequence, of the largest output.
+        own: the same from the package's streaming call.
+    """
+
+    version: str
+    outcome: str = "failed"
+    says: str = ""
+    seconds: float = 0.0
+    step: float | None = None
+    error: float | None = None
+    own: float | None = None
+
+
+def measure(entry: Entry) -> Result:
+    result = Result(importlib.metadata.version(entry.package))
+    with tempfile.TemporaryDirectory() as name:
+        repository = Path(name)
+        begin = monotonic()
+        exported = _unroll("export", *_arguments(entry, repository))
+        result.seconds = monotonic() - begin
+        line = next((x for x in exported.stderr.splitlines() if x.startswith("unroll export: ")), "")
+        if exported.returncode:
+            result.outcome = "refused" if line else "failed"
+            result.says = line.removeprefix("unroll export: ") or exported.stderr.strip()[-200:]
+            return result
+        manifest = bundle.read(repository / "m" / "1").manifest
+        result.outcome = "streams" if manifest.streamable else "whole only"
+        result.says = manifest.not_streamable_because or ""
+        verified = _unroll("verify", str(repository / "m" / "1"))
+        if verified.returncode:
+            result.outcome, result.says = "failed", f"unroll verify: {verified.stderr.strip()[-200:]}"
+            return result
+        _compare(entry, manifest, repository, result)
+    if any(error is not None and not error <= _CLOSE for error in (result.error, result.own)):
+        result.outcome = "wrong"
+    return result
+
+
+def _arguments(entry: Entry, repository: Path) -> list[str]:
+    inputs = [word for spec in entry.inputs for word in ("--input", spec)]
+    random = [] if entry.trained else ["--random-weights"]
+    target = f"{entries.__name__}:{entry.name}"
+    return [target, *inputs, *random, *entry.options, "--name", "m", "--repository", str(repository)]
+
+
+def _unroll(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "unroll", *words], capture_output=True, text=True, timeout=_SECONDS)
+
+
+def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: Result) -> None:
+    rng = np.random.default_rng(5)
+    given = {spec.name: _drawn(spec, rng) for spec in manifest.inputs}
+    with torch.no_grad():
+        model = entry.build()
+        whole = _leaves(model(**{name: torch.from_numpy(array) for name, array in given.items()}))
+    command = [sys.executable, "-m", "unroll", "serve", "--repository", str(repository), "--port", "PORT"]
+    with (
+        running_server(command, os.sched_getaffinity(0), repository / "log", "/readyz") as server,
+        Client(f"http://127.0.0.1:{server.port}") as client,
+    ):
+        if manifest.streamable:
+            served, seconds = _sessions(client, given, rng)
+            result.step = 1e3 * median(seconds)
+        else:
+            rows = [{name: array[row] for name, array in given.items()} for row in range(_SESSIONS)]
+            served = [_by_name(answer) for answer in client.sequences("m", rows)]
+    errors = [_difference(np.stack([answer[name] for answer in served]), whole) for name in served[0]]
+    result.error = max(errors)
+    if entry.own and manifest.streamable:
+        result.own = max(_own_error(entry, given, row, served[row]) for row in range(_SESSIONS))
+
+
+def _drawn(spec: bundle.TensorSpec, rng: np.random.Generator) -> Any:
+    shape = (_SESSIONS, _STEPS, *spec.shape)
+    if np.issubdtype(spec.numpy, np.floating):
+        return rng.standard_normal(shape).astype(spec.numpy)
+    return rng.integers(0, spec.limit or 2, shape).astype(spec.numpy)
+
+
+def _sessions(
+    client: Client, given: dict[str, Any], rng: np.random.Generator
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Three sessions that take turns, each in chunks of its own; and how long single steps took."""
+    sessions = [client.session("m") for _ in range(_SESSIONS)]
+    at, pieces, seconds = [0] * _SESSIONS, [[] for _ in sessions], []  # type: ignore[var-annotated]
+    while min(at) < _STEPS:
+        row = int(rng.choice([row for row in range(_SESSIONS) if at[row] < _STEPS]))
+        end = min(_STEPS, at[row] + int(rng.integers(1, 7)))
+        begin = monotonic()
+        answer = _by_name(sessions[row].steps({name: array[row, at[row] : end] for name, array in given.items()}))
+        if end == at[row] + 1:
+            seconds.append(monotonic() - begin)
+        pieces[row].append(answer)
+        at[row] = end
+    for session in sessions:
+        session.close()
+    return [{name: np.concatenate([p[name] for p in row]) for name in row[0]} for row in pieces], seconds or [np.nan]
+
+
+def _by_name(answer: Any) -> dict[str, Any]:
+    return answer if isinstance(answer, dict) else {"y": answer}
+
+
+def _own_error(entry: Entry, given: dict[str, Any], row: int, served: dict[str, Any]) -> float:
+    """Of the package's streaming call, which has the row's sequence alone."""
+    assert entry.own is not None
+    with torch.no_grad():
+        stepped = entry.own(
+            entry.build(), {name: torch.from_numpy(array[row : row + 1]) for name, array in given.items()}
+        )
+    return min(_difference(array, [stepped.numpy()]) for array in served.values())
+
+
+def _leaves(returned: Any) -> list[Any]:
+    return [leaf.numpy() for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
+
+
+def _difference(found: Any, candidates: list[Any]) -> float:
+    """From the nearest of the module's results that has this shape, of its largest value."""
+    return min(
+        (
+            float(np.max(np.abs(found - one))) / max(1.0, float(np.max(np.abs(one))))
+            for one in candidates
+            if one.shape == found.shape
+        ),
+        default=float("inf"),
+    )
+
+
+def main(name: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):  # packages print
+        result = measure(ENTRIES[name])
+    print(json.dumps(asdict(result)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,105 @@
+"""What an operator may do to a running server: load and unload models, drain it, set what it logs. Off by default."""
+
+import logging
+from typing import Any, Literal
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import problem_responses
+from unroll.service.api.request import read_request
+from unroll.service.core.errors import InvalidRequest
+from unroll.service.protocol import json
+
+_MOST_BYTES = 2**16
+_WORKERS = {501: "not_implemented: several workers share the port, and this would reach one of them"}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "the body has more than the protocol's `unload_dependents`: models come from the repository"},
+    404: {"description": "model_unknown: the repository has no such model"},
+    503: {"description": "model_unavailable: its bundle is refused, for the reason given"},
+    501: {"description": _WORKERS[501]},
+}
+
+
+class LogLevel(BaseModel):
+    """level: The least of the lines that are written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    level: Literal["debug", "info", "warning", "error"]
+
+
+class Readiness(BaseModel):
+    """ready: What `/readyz` says."""
+
+    ready: bool
+
+
+def router(app: AppState) -> APIRouter:
+    api = APIRouter()
+
+    async def parameters(http: Request) -> dict[str, Any]:
+        """The members of the body, which may be missing."""
+        if app.shared_port is not None:
+            raise HTTPException(501, "several workers share this port: send their supervisor SIGHUP or SIGTERM instead")
+        body = (await read_request(http.scope, http.receive, _MOST_BYTES)).body
+        return json.parse_object(body, _MOST_BYTES) if body else {}
+
+    @api.post(
+        "/v2/repository/models/{model}/load",
+        tags=["Open Inference Protocol v2"],
+        summary="Look at the repository again, as at SIGHUP, and serve what it has of this model",
+        responses=_REFUSALS,
+    )
+    async def load(http: Request, model: str) -> Response:
+        _refuse_contents(await parameters(http))
+        await app.repository.load(model)
+        return Response()
+
+    @api.post(
+        "/v2/repository/models/{model}/unload",
+        tags=["Open Inference Protocol v2"],
+        summary="Take no new sessions of this model; open ones go on until they end",
+        responses=_REFUSALS,
+    )
+    async def unload(http: Request, model: str) -> Response:
+        _refuse_contents(await parameters(http))
+        await app.repository.unload(model)
+        return Response()
+
+    @api.post(
+        "/v1/admin/drain",
+        tags=["administration"],
+        summary="Not ready from now on, and no new sessions; those that are open go on until the process ends",
+        responses=problem_responses({400: "malformed_request: it takes no members"} | _WORKERS),
+    )
+    async def drain(http: Request) -> Readiness:
+        if await parameters(http):
+            raise InvalidRequest("a drain takes no members; it lasts until the process ends")
+        app.drain()
+        return Readiness(ready=app.ready)
+
+    @api.put(
+        "/v1/admin/log-level",
+        tags=["administration"],
+        summary="The least level of the lines in the log, until the process ends",
+        responses=problem_responses({400: "malformed_request: there is no such level"} | _WORKERS),
+        openapi_extra={"requestBody": {"content": {"application/json": {"schema": LogLevel.model_json_schema()}}}},
+    )
+    async def log_level(http: Request) -> LogLevel:
+        try:
+            asked = LogLevel.model_validate(await parameters(http))
+        except ValidationError:
+            raise InvalidRequest('the body is {"level": …}: debug, info, warning or error') from None
+        logging.getLogger().setLevel(asked.level.upper())
+        return asked
+
+    return api
+
+
+def _refuse_contents(body: dict[str, Any]) -> None:
+    """Raises InvalidRequest for what would make a model of a request, as Triton's clients can send it."""
+    given = body.get("parameters", {})
+    if body.keys() - {"parameters"} or not isinstance(given, dict) or given.keys() - {"unload_dependents"}:
+        raise InvalidRequest("models come from the repository alone: a request can bring neither files nor a config")

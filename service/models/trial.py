@@ -1,0 +1,156 @@
+"""Tries bundles in another process, before anything of them but their bytes is in this one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from signal import SIGKILL
+
+from unroll.bundle import BundleError, Content
+from unroll.bundle.verification import Differences
+from unroll.service.models import trial_process
+from unroll.service.models.trial_process import Job
+
+#: What is remembered of the bundles of a repository: it may change for as long as the server runs.
+_MOST_REMEMBERED = 1000
+#: Times the tolerance: more than any finite answer is off.
+ANY = 1e300
+#: Tries that end like this end so again, and may take long.
+_COSTLY = {"bundle_memory", "bundle_time", "bundle_crashed"}
+
+
+@dataclass(frozen=True, slots=True)
+class TrialLimits:
+    """What a bundle may take, and what it will be asked for.
+
+    Attributes:
+        memory: Bytes, besides those of the process.
+        seconds: Processor time.
+        allowed_operators: Operators that a graph may have besides those of the allow-list.
+        calls: Rows and time steps of the largest calls.
+        slack: How many times the manifest's tolerance an answer on the CPU may be off.
+    """
+
+    memory: int = 4 * 2**30
+    seconds: float = 30.0
+    allowed_operators: tuple[str, ...] = ()
+    calls: tuple[tuple[int, int], ...] = ()
+    slack: float = 1.0
+
+
+class TrialProcess:
+    """The process, as this one sees it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            if sys.platform == "linux" and threading.active_count() == 1:
+                self.pid = _fork(ours, theirs)
+                self._wait: Callable[[], object] = partial(os.waitpid, self.pid, 0)
+            else:
+                command = [sys.executable, "-P", "-m", trial_process.__name__, str(theirs.fileno())]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                started = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+                self.pid, self._wait = started.pid, started.wait
+        self._connection, self._answers = ours, ours.makefile("rb")
+        self._lock = threading.Lock()
+
+    def ask(self, job: Job, content: Content) -> dict[str, object] | None:
+        """Returns the answer, or None if the process has ended."""
+        with self._lock, suppress(OSError, ValueError):
+            for part in (job.head(), content.manifest, content.model, content.golden):
+                self._connection.sendall(part)
+            return json.loads(self._answers.readline())
+        return None
+
+    def close(self) -> None:
+        """End it, whatever it does. Who waits for its answer gets None."""
+        with suppress(OSError):
+            os.kill(self.pid, SIGKILL)
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        with suppress(ChildProcessError):
+            self._wait()
+        with self._lock:
+            self._answers.close()
+            self._connection.close()
+
+
+def _fork(ours: socket.socket, theirs: socket.socket) -> int:
+    """From a process without threads, which has imported all that is needed: that takes no time and no memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the threads of NumPy's libraries are made again
+        pid = os.fork()
+    if not pid:
+        try:
+            ours.close()
+            trial_process.serve(trial_process.quiet(theirs))
+        finally:
+            os._exit(0)
+    return pid
+
+
+class Trials:
+    """Tries bundles one after the other, and remembers what came of it.
+
+    Args:
+        limits: Of each.
+        start: Starts the process.
+    """
+
+    def __init__(self, limits: TrialLimits, start: Callable[[], TrialProcess] = TrialProcess) -> None:
+        self.limits = limits
+        self._start = start
+        self._process: TrialProcess | None = None
+        self._remembered: dict[str, Differences | BundleError] = {}
+
+    def prove(self, content: Content) -> Differences:
+        """Return the largest differences from PyTorch on the CPU.
+
+        Raises:
+            BundleError: It cannot be served, or trying it takes more than it may.
+        """
+        found = self._remembered.get(content.identity) or self._try(content)
+        if isinstance(found, BundleError):
+            raise found
+        return found
+
+    def _try(self, content: Content) -> Differences | BundleError:
+        limits = self.limits
+        sizes = [len(content.manifest), len(content.model), len(content.golden)]
+        path = str(Path(content.path.parent.name, content.path.name))
+        allowed, calls = list(limits.allowed_operators), list(limits.calls)
+        job = Job(path, sizes, allowed, limits.memory, limits.seconds, calls, limits.slack)
+        if self._process is None:
+            self._process = self._start()
+        answer = self._process.ask(job, content)
+        if answer is None:
+            self.close()
+            return BundleError("bundle_crashed", "the process that tried it has ended")
+        if "code" in answer:
+            error = BundleError(str(answer["code"]), str(answer["message"]))
+            if error.code in _COSTLY:
+                self._remember(content, error)
+            return error
+        parity: Differences = answer["parity"]  # type: ignore[assignment]
+        self._remember(content, parity)
+        return parity
+
+    def _remember(self, content: Content, found: Differences | BundleError) -> None:
+        if len(self._remembered) >= _MOST_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[content.identity] = found
+
+    def close(self) -> None:
+        """End the process, also in the middle of a trial. The next trial starts another."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()

@@ -1,0 +1,188 @@
+"""The process that tries bundles: each in a child of its own, with limits, before the server touches it.
+
+It is forked from a server that has no threads yet, else started anew; it has no threads itself, so that it may fork. It
+ends when its connection does.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from unroll import bundle as bundles
+from unroll.bundle import BundleError, Content, GoldenMismatch, Verifier
+from unroll.bundle.golden import Arrays
+from unroll.service.engine.runner import Runner
+
+#: What a child answers, at most.
+_MOST_ANSWER = 2**20
+#: A child that waits for others takes longer than its processor time.
+_WALL = 5
+_PR_SET_PDEATHSIG = 1
+_OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "bad allocation")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One bundle to try.
+
+    Attributes:
+        path: Its folder.
+        sizes: Bytes of manifest, graph and golden vectors, which follow.
+        allowed_operators: Operators that its graph may have besides those of the allow-list.
+        memory: Bytes that it may take.
+        seconds: Processor time that it may take.
+        calls: Rows and time steps of the largest calls that the server will make.
+        slack: How many times the manifest's tolerance an answer may be off.
+    """
+
+    path: str
+    sizes: list[int]
+    allowed_operators: list[str]
+    memory: int
+    seconds: float
+    calls: list[tuple[int, int]]
+    slack: float
+
+    def head(self) -> bytes:
+        content = json.dumps(asdict(self)).encode()
+        return len(content).to_bytes(4, "big") + content
+
+
+def serve(connection: socket.socket) -> None:
+    """Try one bundle after the other, and answer each with a line of JSON, until the connection ends."""
+    stream = connection.makefile("rb")
+    while head := stream.read(4):
+        job = Job(**json.loads(stream.read(int.from_bytes(head, "big"))))
+        parts = [stream.read(size) for size in job.sizes]
+        content = Content(Path(job.path), *parts)
+        answer = _in_child(lambda job=job, content=content: _try(job, content), job, connection)  # type: ignore[misc]
+        connection.sendall(answer + b"\n")
+
+
+def quiet(connection: socket.socket) -> socket.socket:
+    """Leave everything of the parent but the connection: its signals, files and locks."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    for descriptor in (1, 2):
+        os.dup2(0, descriptor)
+    os.dup2(connection.detach(), 3)
+    os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    return socket.socket(fileno=3)
+
+
+def _in_child(work: Callable[[], dict[str, Any]], job: Job, connection: socket.socket) -> bytes:
+    """What `work` returns in a child, as JSON; or why the child did not return."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(reading)
+            connection.close()
+            _limit(job)
+            answer = json.dumps(work()).encode()
+            while answer:
+                answer = answer[os.write(writing, answer) :]
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        found = _read(reading, connection, monotonic() + _WALL * job.seconds)
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        _, status, usage = os.wait4(child, 0)
+    why = _why(status, usage.ru_utime + usage.ru_stime, job, in_time=found is not None)
+    return found or json.dumps(why).encode()
+
+
+def _read(reading: int, connection: socket.socket, until: float) -> bytes | None:
+    """What the child answers; None if it does not in time. Ends this process if nobody waits for it any more."""
+    poll, answer = select.poll(), b""
+    poll.register(reading, select.POLLIN)
+    poll.register(connection, select.POLLHUP)
+    while (left := until - monotonic()) > 0 and len(answer) <= _MOST_ANSWER:
+        for descriptor, _ in poll.poll(left * 1000):
+            if descriptor != reading:
+                raise SystemExit(0)
+            if not (part := os.read(reading, 65_536)):
+                return answer
+            answer += part
+    return None
+
+
+def _why(status: int, seconds: float, job: Job, *, in_time: bool) -> dict[str, Any]:
+    """Why a child gave no answer."""
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if not in_time or number == signal.SIGXCPU or (number == signal.SIGKILL and seconds >= job.seconds):
+        return {"code": "bundle_time", "message": f"trying it takes more than {job.seconds:g} s"}
+    if number == signal.SIGKILL:
+        return {"code": "bundle_memory", "message": "the system has not the memory to try it"}
+    how = signal.Signals(number).name if number else f"status {os.waitstatus_to_exitcode(status)}"
+    return {"code": "bundle_crashed", "message": f"it ended the process that tried it ({how})"}
+
+
+def _limit(job: Job) -> None:
+    """This process, from now on."""
+    in_use = 0
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with suppress(OSError):  # the system takes memory from this process first
+            Path("/proc/self/oom_score_adj").write_text("1000")
+        with suppress(OSError):
+            in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    seconds = ceil(job.seconds)
+    for what, soft, hard in (
+        (resource.RLIMIT_CPU, seconds, seconds + 1),
+        (resource.RLIMIT_AS, in_use + job.memory, in_use + job.memory),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_FSIZE, 0, 0),
+    ):
+        most = resource.getrlimit(what)[1]
+        if most != resource.RLIM_INFINITY:
+            soft, hard = min(soft, most), min(hard, most)
+        resource.setrlimit(what, (soft, hard))
+
+
+def _try(job: Job, content: Content) -> dict[str, Any]:
+    """Load the bundle as the server would, and make the calls that the server makes before it serves."""
+    try:
+        bundle = bundles.parse(content, job.allowed_operators)
+        runner = Runner(bundle.model, bundle.manifest)
+        parity = Verifier(runner, bundle.manifest).replay(bundle.golden, job.slack)
+        for rows, steps in job.calls:
+            _call(runner, bundle.golden.inputs, bundle.golden.state, rows, steps)
+        return {"parity": parity}
+    except BundleError as error:
+        return {"code": error.code, "message": error.message}
+    except GoldenMismatch as error:
+        return {"code": "bundle_mismatch", "message": str(error)}
+    except Exception as error:  # noqa: BLE001 whatever it is, the bundle is refused for it
+        text = f"{type(error).__name__}: {error}"[:2000]
+        if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+            return {"code": "bundle_memory", "message": f"trying it takes more than {job.memory} bytes of memory"}
+        return {"code": "bundle_unusable", "message": text}
+
+
+def _call(runner: Runner, inputs: Arrays, state: np.ndarray, rows: int, steps: int) -> None:
+    resized = {name: np.resize(array[:1], (rows, steps, *array.shape[2:])) for name, array in inputs.items()}
+    runner(resized, np.resize(state[:1], (rows, state.shape[1])), np.full(rows, steps, np.int32))
+
+
+if __name__ == "__main__":
+    serve(quiet(socket.socket(fileno=int(sys.argv[1]))))

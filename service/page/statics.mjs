@@ -1,0 +1,44 @@
+// The static inputs of a model: a field for each, which a session begins with.
+
+import { h, shape } from "./dom.mjs";
+
+export class Statics {
+  // specs: the model's. onChange: called when a value was changed.
+  constructor(specs, onChange) {
+    this.fields = specs.map((spec) => [
+      spec,
+      h("input", { value: Array(sizeOf(spec)).fill(spec.dtype === "bool" ? "false" : "0").join(", "), onchange: onChange }),
+    ]);
+    const labels = this.fields.map(([spec, field]) =>
+      h("label", {}, h("code", {}, spec.name), ` ${shape(spec)} `, field),
+    );
+    const about = "Given once, when a session begins; a change opens a new session. Default: zeros.";
+    this.element = specs.length
+      ? h("fieldset", {}, h("legend", {}, "Static inputs"), h("p", { class: "soft" }, about), labels)
+      : null;
+  }
+
+  // As a session is opened with them; undefined if the model has none.
+  values() {
+    const read = this.fields.map(([spec, field]) => [spec.name, nested(numbers(spec, field.value), spec.shape)]);
+    return read.length ? Object.fromEntries(read) : undefined;
+  }
+}
+
+const sizeOf = ({ shape }) => shape.reduce((product, length) => product * length, 1);
+
+function numbers(spec, text) {
+  const words = text.split(/[\s,;[\]]+/).filter(Boolean);
+  const values = words.map((word) => (spec.dtype === "bool" ? { true: true, false: false }[word] : Number(word)));
+  if (values.length !== sizeOf(spec) || values.some((value) => value === undefined || Number.isNaN(value))) {
+    const kind = spec.dtype === "bool" ? "true or false" : "a number";
+    throw new Error(`${spec.name} takes ${sizeOf(spec)} value${sizeOf(spec) > 1 ? "s" : ""}, each ${kind}: not "${text}".`);
+  }
+  return values;
+}
+
+function nested(values, [length, ...rest]) {
+  if (length === undefined) return values[0];
+  const size = values.length / length;
+  return Array.from({ length }, (_, i) => nested(values.slice(i * size, (i + 1) * size), rest));
+}

@@ -1,0 +1,143 @@
+"""What a client may take of a connection: time, bytes and a place among the others."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from unroll.service.api.app_state import AppState
+from unroll.service.core.errors import TooManyConnections
+from unroll.service.transport.connections import ConnectionLimits, Connections, UnreadAnswer
+from unroll.service.transport.head import MAX_FIELD_BYTES, MAX_FIELDS, Refused, too_many_header_bytes
+
+#: What is answered when there are too many connections.
+PROBES = frozenset((b"/livez", b"/readyz", b"/metrics", b"/v2/health/live", b"/v2/health/ready"))
+#: Of the chunks of a body: lengths, extensions and line ends; as much, and so much more for each byte of the body.
+MAX_FRAMING_BYTES = 65_536
+MAX_FRAMING_FACTOR = 8
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol within limits; `HttpProtocol` is the rest of ours."""
+
+    unroll: AppState
+    limits: ConnectionLimits
+    all_connections: Connections
+    cycle: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.url = b""
+        self._in_head = self._in_body = False
+        self._segment = 0  # bytes that arrived last
+        self._held_bytes = 0  # of an open head or trailer, as far as they are known
+        self._received = 0  # of an open request, behind the segment it began in
+        self._other_body_bytes = 0  # of a request that uvicorn answers
+        self._last_words = b""  # the answer behind which the connection is closed
+        self._since: float | None = None  # when `check` first saw it waiting for what it still waits for
+        self._unread = UnreadAnswer()
+
+    def _refuse(self, refused: Refused) -> None:
+        raise NotImplementedError
+
+    def _new_parser(self) -> None:
+        raise NotImplementedError
+
+    def _body_bytes(self) -> int:
+        """Of the open request, as far as they have arrived."""
+        raise NotImplementedError
+
+    def _busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    # ── a place ──────────────────────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        if not self.all_connections.enter(self, self.client[0] if self.client else ""):
+            self.on_headers_complete = self._answer_probes_only  # type: ignore[method-assign]
+            self._new_parser()
+
+    def _answer_probes_only(self) -> None:
+        """In place of `on_headers_complete`, on a connection of more than there may be."""
+        asks = self.url in PROBES and self.parser.get_method() in (b"GET", b"HEAD")
+        if not asks or self.parser.should_upgrade():
+            raise Refused(503, "", TooManyConnections("the server has as many connections as it may; try again"))
+        type(self).on_headers_complete(self)
+        self.cycle.keep_alive = False
+
+    def is_idle(self) -> bool:
+        return not (self._in_head or self._in_body or self._busy() or self._last_words)
+
+    def close_for_another(self) -> None:
+        self.transport.close()
+
+    def handle_websocket_upgrade(self) -> None:
+        super().handle_websocket_upgrade()
+        stream: Any = self.transport.get_protocol()
+        stream.on_lost = self.all_connections.becomes_stream(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.all_connections.leave(self)
+        self.flow.read_paused = False  # there is nothing to resume
+        super().connection_lost(exc)
+
+    # ── bytes ────────────────────────────────────────────────────────────────────────────────────
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+        if len(self.url) > self.limits.url_bytes:
+            raise Refused(414, f"a URL may have {self.limits.url_bytes} bytes: see --max-url-bytes")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # behind the body: a trailer means nothing here
+        if len(value) > MAX_FIELD_BYTES:
+            raise Refused(431, f"a header field may have {MAX_FIELD_BYTES} bytes, this one has {len(value)}")
+        if len(self.headers) == MAX_FIELDS:
+            raise Refused(431, f"a request may have {MAX_FIELDS} header fields, this one has more")
+        super().on_header(name, value)
+
+    def _limit_held(self) -> None:
+        """The parser holds an open head or trailer. The segment it began in may have much else, and is not counted."""
+        self._held_bytes += self._segment if self._held_bytes else 1
+        self._received += self._segment if self._received else 1
+        if self._last_words:
+            return
+        if self._held_bytes > self.limits.header_bytes:
+            self._refuse(too_many_header_bytes(self.limits.header_bytes))
+        elif self._in_body and self._busy():
+            taken = self._body_bytes()
+            if self._received - taken > self.limits.header_bytes + MAX_FRAMING_BYTES + MAX_FRAMING_FACTOR * taken:
+                self._refuse(Refused(400, "the chunks of the body have far more bytes around them than in them"))
+
+    def pause_writing(self) -> None:
+        """A client that does not read gets no more done."""
+        super().pause_writing()
+        self.flow.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.pipeline:
+            self.flow.resume_reading()
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────────
+
+    def check(self, now: float) -> None:
+        """Close the connection if its client neither sends nor reads as it should."""
+        if not self._unread.check(now, self.transport.get_write_buffer_size(), self.limits):
+            self.transport.abort()
+        if self._last_words or self.transport.is_closing():
+            return
+        if self._since is None or not self.transport.is_reading():
+            self._since = now
+            return
+        seconds, limits = now - self._since, self.limits
+        if self._in_head:
+            if seconds > limits.head_timeout:
+                self._refuse(Refused(408, f"the head of the request did not come within {limits.head_timeout:g} s"))
+        elif self._in_body:
+            if seconds > limits.head_timeout + self._received / limits.min_rate:
+                self._refuse(Refused(408, f"the body came at less than {limits.min_rate} bytes a second"))
+        elif self.is_idle() and seconds > (limits.head_timeout if self.cycle is None else self.timeout_keep_alive):
+            self.transport.close()

@@ -1,0 +1,215 @@
+"""More work than capacity, on a simulated clock: who is refused, and how long the others wait."""
+
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from fold import scheduler
+
+from unroll.service.core.errors import Overloaded
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.reply import Reply
+from unroll.service.scheduler.scheduler import Scheduler
+
+
+@dataclass
+class Client:
+    """length: of its sequences. deadline: seconds. refused, waited: when, and for how long."""
+
+    tenant: str = ""
+    length: int = 1
+    patient: bool = False
+    deadline: float = 30.0
+    refused: list[float] = field(default_factory=list)
+    waited: list[tuple[float, float]] = field(default_factory=list)
+    retry_after: list[float] = field(default_factory=list)
+    on_answer: Callable[[float], None] = lambda now: None
+
+    def p99(self, since: float = 0.0) -> float:
+        return float(np.quantile([seconds for at, seconds in self.waited if at >= since], 0.99))
+
+
+class Machine:
+    """A scheduler whose batches take `call` seconds, and `row` seconds for each step of a row."""
+
+    def __init__(self, call: float, row: float, **limits: float) -> None:
+        sizes: dict[str, float] = {
+            "max_batch": 256,
+            "max_batch_steps": 2048,
+            "piece_steps": 64,
+            "max_queue": 8192,
+            "overload_wait": 0.02,
+        }
+        self.scheduler: Scheduler = scheduler(**(sizes | limits))  # type: ignore[arg-type]
+        self.call, self.row = call, row
+        full = call + 256 * row
+        self.capacity = 256 / full
+        self.scheduler.pace.seconds_per_step = full / 256
+        cheap = min(n for n in range(1, 257) if (call + n * row) / n <= 1.03 * full / 256)
+        self.scheduler.overload.efficient_seconds = call + cheap * row
+        self.now = 0.0
+        self.most_in_flight = 0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._number = itertools.count()
+
+    def at(self, when: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._number), do))
+
+    def send(self, client: Client) -> None:
+        chunk = Chunk((np.ones(client.length, np.int64),))
+        chunk.tenant, chunk.patient = client.tenant, client.patient
+        sent = self.now
+
+        def answered(outcome: object) -> None:
+            if isinstance(outcome, Reply):
+                client.waited.append((sent, self.now - sent))
+            client.on_answer(self.now)
+
+        try:
+            self.scheduler.submit(chunk, self.now, self.now + client.deadline)
+        except Overloaded as error:
+            client.refused.append(self.now)
+            client.retry_after.append(error.retry_after)
+            return
+        chunk.listeners = (answered,)
+        self.most_in_flight = max(self.most_in_flight, self.scheduler.in_flight)
+
+    def arrivals(self, client: Client, rate: float, start: float, end: float) -> None:
+        def arrive() -> None:
+            self.send(client)
+            later = self.now + random_.expovariate(rate)
+            if later < end:
+                self.at(later, arrive)
+
+        random_ = random.Random(7)
+        self.at(start, arrive)
+
+    def loop_of(self, clients: Iterable[Client], start: float = 0.0) -> None:
+        """Each sends its next request when it has the answer to the last."""
+        for client in clients:
+            client.on_answer = lambda now, client=client: self.at(now, lambda: self.send(client))  # type: ignore[misc]
+            self.at(start, lambda client=client: self.send(client))  # type: ignore[misc]
+
+    def run(self, until: float) -> None:
+        while self.now < until and (self._events or not self.scheduler.idle):
+            _, batch = self.scheduler.next_turn(self.now)
+            if not batch:
+                self._deliver(self._events[0][0])
+                continue
+            seconds = self.call + batch.steps * self.row
+            self._deliver(self.now + seconds)
+            rows = len(batch)
+            outputs = np.zeros((rows, batch.longest), np.int64), np.zeros(rows, np.int64)
+            self.scheduler.complete(batch, outputs, {}, self.now, seconds)
+            self._deliver(self.now)
+
+    def _deliver(self, until: float) -> None:
+        while self._events and self._events[0][0] <= until:
+            self.now, _, do = heapq.heappop(self._events)
+            do()
+        self.now = until
+
+
+#: Seconds that new work may wait in an overload.
+TARGET = 0.02
+#: (seconds of a call, seconds of a row): a call that costs about the same with any rows, one whose cost is its rows',
+#: and a slow one.
+MACHINES = [(1e-2, 8e-5), (4e-4, 4e-4), (5e-2, 1e-4)]
+machines = pytest.mark.parametrize("costs", MACHINES)
+
+
+@machines
+def test_at_five_times_the_capacity_what_is_accepted_waits_about_as_long_as_below_it(
+    costs: tuple[float, float],
+) -> None:
+    """From when it is noticed: that takes a queue of more than 256."""
+    clients = {0.8: Client(), 5.0: Client()}
+    for load, client in clients.items():
+        machine = Machine(*costs)
+        machine.arrivals(client, load * machine.capacity, 0.0, 1.0)
+        machine.run(10.0)
+    calm, busy = clients[0.8], clients[5.0]
+    assert not calm.refused
+    assert busy.p99(0.4) <= 2 * calm.p99() + TARGET
+    assert len(busy.waited) >= 0.9 * machine.capacity, "work was refused that could have run"
+
+
+@machines
+@pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["at once", "one after another"])
+def test_clients_that_wait_for_their_answers_are_not_refused_however_long_the_queue(
+    costs: tuple[float, float], seconds: float
+) -> None:
+    machine, clients = Machine(*costs), [Client() for _ in range(1000)]
+    for number, client in enumerate(clients):
+        machine.loop_of([client], start=seconds * number / len(clients))
+    machine.run(0.8)
+    assert not any(client.refused for client in clients)
+    assert machine.scheduler.estimated_wait() > TARGET
+
+
+def test_when_the_load_ends_nobody_is_refused_any_more() -> None:
+    machine, flood, late = Machine(4e-4, 4e-4), Client(), [Client() for _ in range(300)]
+    machine.arrivals(flood, 5 * machine.capacity, 0.0, 0.5)
+    machine.loop_of(late, start=0.8)
+    machine.run(1.5)
+    assert flood.refused
+    assert not any(client.refused for client in late)
+
+
+def test_a_client_that_tries_again_when_it_is_told_to_gets_through() -> None:
+    machine = Machine(2e-3, 2e-3)
+    machine.arrivals(Client(), 2 * machine.capacity, 0.0, 8.0)
+    obedient = [Client() for _ in range(20)]
+
+    def attempt(client: Client) -> None:
+        refused = len(client.refused)
+        machine.send(client)
+        if len(client.refused) > refused:
+            machine.at(machine.now + math.ceil(client.retry_after[-1]), lambda: attempt(client))
+
+    for number, client in enumerate(obedient):
+        machine.at(1.0 + number / 1000, lambda client=client: attempt(client))  # type: ignore[misc]
+    machine.run(9.0)
+    assert all(len(client.waited) == 1 for client in obedient)
+
+
+def test_without_a_limit_of_the_wait_the_queue_and_the_deadlines_decide() -> None:
+    machine, client = Machine(4e-4, 4e-4, overload_wait=0.0), Client()
+    machine.arrivals(client, 2 * machine.capacity, 0.0, 0.5)
+    machine.run(5.0)
+    assert not client.refused
+
+
+def test_a_stream_is_not_refused_in_an_overload() -> None:
+    machine, stream = Machine(4e-4, 4e-4), Client(patient=True)
+    machine.arrivals(Client(), 5 * machine.capacity, 0.0, 1.0)
+    machine.arrivals(stream, 0.1 * machine.capacity, 0.0, 1.0)
+    machine.run(5.0)
+    assert stream.waited
+    assert not stream.refused
+
+
+@pytest.mark.parametrize("length", [1, 8], ids=["steps", "sequences"])
+@pytest.mark.parametrize("overload_wait", [0.0, TARGET])
+def test_a_tenant_that_floods_does_not_make_the_others_wait(length: int, overload_wait: float) -> None:
+    """They wait for the batch that runs and for their own, and are not refused."""
+    machine = Machine(4e-3, 8e-5, max_queue=1000, overload_wait=overload_wait)
+    calm = [Client(tenant=f"calm {number}", deadline=0.5) for number in range(20)]
+    machine.loop_of(calm)
+    machine.arrivals(Client(tenant="flood", length=length), 4 * machine.capacity / length, 0.1, 0.6)
+    machine.run(0.6)
+    assert not any(client.refused for client in calm)
+    assert max(client.p99(0.2) for client in calm) <= 2.5 * (4e-3 + 256 * length * 8e-5)
+
+
+def test_the_queue_has_a_bound_even_if_many_tenants_share_it() -> None:
+    machine = Machine(1e-3, 1e-3, max_queue=400, overload_wait=0.0)
+    for number in range(50):
+        machine.arrivals(Client(tenant=str(number)), 0.1 * machine.capacity, 0.0, 0.5)
+    machine.run(0.5)
+    assert 400 <= machine.most_in_flight <= 500
