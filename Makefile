@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload machine-test crowd-test check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload soak machine-test crowd-test api-fuzz fuzz check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -47,11 +47,20 @@ rollout-test: install ## roll versions of a model out over three replicas while 
 overload: install ## attack a server from another process; print what a calm client notices and the attackers get (minutes; SECONDS=)
 	PYTHONPATH=tests $(BIN)/python -m faults.overload $(if $(SECONDS),--seconds $(SECONDS))
 
+soak: install ## open and close a million sessions in every way; what is held must not grow (an hour; CYCLES=)
+	PYTHONPATH=tests $(BIN)/python -m faults.soak $(if $(CYCLES),--cycles $(CYCLES))
+
 machine-test: install ## random event sequences over two replicas and in the scheduler, longer than in `make test` (minutes; EXAMPLES=)
 	UNROLL_TEST_EXAMPLES=$(or $(EXAMPLES),1000) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults/test_app_machine.py tests/service/scheduler
 
 crowd-test: install ## hundreds of concurrent sessions over every API, longer than in `make test` (minutes; SEEDS=1,2,3)
 	UNROLL_TEST_SEEDS=$(or $(SEEDS),$(shell seq -s, 10)) $(BIN)/python -m pytest -s -o faulthandler_timeout=0 -m '' tests/service/api/test_interleaving.py
+
+api-fuzz: install .tools/schemathesis/.installed ## send requests made of the OpenAPI document; none may fail or have an undocumented answer (SECONDS=, SEED=)
+	PYTHONPATH=tests $(BIN)/python -m api_fuzz --schemathesis .tools/schemathesis/bin/schemathesis --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+
+fuzz: install .tools/atheris/.installed ## bytes for each decoder of what others send and store, led by coverage (12 minutes; SECONDS= for each)
+	PYTHONPATH=tests:.tools/atheris $(BIN)/python -m decoder_fuzz --seconds $(or $(SECONDS),60)
 
 long-test: install ## run the tests that `make test` leaves out: export of every kind of module, and a benchmark (minutes)
 	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
@@ -142,6 +151,16 @@ clean: ## remove environments, caches and build outputs
 
 .venv/.installed-docs: .venv/.installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# Apart from .venv: it is a plugin of pytest, too, and would slow every run of the tests.
+.tools/schemathesis/.installed:
+	$(PYTHON) -m venv .tools/schemathesis
+	.tools/schemathesis/bin/pip install -q --disable-pip-version-check 'schemathesis>=4,<5'
+	@touch $@
+
+.tools/atheris/.installed: .venv/.installed
+	$(BIN)/pip install -q --disable-pip-version-check --target .tools/atheris 'atheris>=3,<4'
 	@touch $@
 
 .tools/ray/.installed: pyproject.toml constraints.txt

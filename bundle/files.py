@@ -16,7 +16,7 @@ from pathlib import Path
 from unroll.bundle.errors import BundleError
 from unroll.bundle.golden import Golden
 from unroll.bundle.graph import check_operators, operators
-from unroll.bundle.manifest import Manifest, check_name, is_version
+from unroll.bundle.manifest import Manifest, check_name, is_name, is_version
 
 MODEL, MANIFEST, GOLDEN = "model.onnx", "manifest.json", "golden.safetensors"
 #: Of a bundle that was signed; see `signature.py`.
@@ -85,7 +85,7 @@ def discover(repository: Path) -> list[Path]:
         except NotADirectoryError:
             continue
         except OSError:
-            found += [folder] if not folder.name.startswith(".") else []
+            found += [folder] if is_name(folder.name) else []  # not lost+found, which is of the disk
         else:
             found += sorted(versions, key=lambda path: int(path.name))
     return found

@@ -39,6 +39,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for title in ("inputs", "outputs"):
         yield ""
         yield from _table([title, "dtype", "a client's tensor", "limit"], [_tensor(t) for t in found[title]])
+        if title == "inputs":
+            yield from (f"  {name}: {rate:g} values per second" for name, rate in found["rates"].items())
     if found["static"]:
         yield ""
         rows = [_tensor(t | {"time": False}) for t in found["static"]]

@@ -6,7 +6,7 @@ It is read strictly: an unknown field, a wrong type or an inconsistent layout is
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, isfinite, prod
 from typing import Literal, Self, get_args
 
@@ -181,6 +181,9 @@ class Manifest:
     precision: Precision = "float32"
     #: Inputs that are given once; a sequence needs all of them to start.
     static: tuple[StaticInput, ...] = ()
+    #: Values per second, by name, of inputs whose time steps are consecutive pieces of a signal, such as sound. For
+    #: clients: no number depends on it.
+    rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -218,7 +221,7 @@ class Manifest:
         return row
 
     def to_json(self) -> bytes:
-        return _ADAPTER.dump_json(self, indent=2) + b"\n"
+        return _ADAPTER.dump_json(self, indent=2, exclude=None if self.rates else {"rates"}) + b"\n"
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
@@ -254,6 +257,8 @@ class Manifest:
             raise ValueError("initial_state does not have state_size values")
         if {entry.output for entry in self.parity} != {tensor.name for tensor in self.outputs} | {"state_out"}:
             raise ValueError("parity must cover every output and state_out")
+        if not self.rates.keys() <= {tensor.name for tensor in self.inputs}:
+            raise ValueError("a rate is of an input that there is not")
         if self.streamable != (self.not_streamable_because is None):
             raise ValueError("streamable and not_streamable_because contradict each other")
 
@@ -280,6 +285,8 @@ class Manifest:
                 raise ValueError(f"a text is too long or cannot be printed: {text[:80]!a}")
         if not all(0 <= value < inf for each in self.parity for value in (each.onnxruntime, each.tolerance)):
             raise ValueError("parity holds a value that is negative or not finite")
+        if not all(0 < rate < inf for rate in self.rates.values()):
+            raise ValueError("a rate is not a finite number above 0")
         if not all(map(isfinite, np.array(self.initial_state or (), np.float32))):
             raise ValueError("initial_state holds a value that is not finite")
 
@@ -293,13 +300,17 @@ class Manifest:
 
 def check_name(name: str, version: str) -> None:
     """Check that name and version are safe as a folder and in a URL. Raises BundleError (`bundle_name`)."""
-    if not _MODEL_NAME.fullmatch(name):
+    if not is_name(name):
         raise BundleError("bundle_name", f"model name {name[:80]!a}: use letters, digits, _ and - (at most 64)")
     if not is_version(version):
         raise BundleError(
             "bundle_name",
             f"version {version[:80]!a}: use up to 18 digits, without a leading zero, as in 1 or 20261129",
         )
+
+
+def is_name(text: str) -> bool:
+    return _MODEL_NAME.fullmatch(text) is not None
 
 
 def is_version(text: str) -> bool:

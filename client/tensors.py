@@ -37,12 +37,14 @@ class Tensor:
         dtype: float32, int64, int32 or bool.
         shape: Of one time step.
         time: One value for each time step; False: one, after the last.
+        rate: Values per second of an input whose time steps are pieces of a signal; None: not declared.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     time: bool = True
+    rate: float | None = None
 
     @cached_property
     def numpy(self) -> np.dtype:
@@ -80,7 +82,8 @@ class Model:
     def from_json(cls, document: dict[str, Any]) -> "Model":
         def tensors(group: str) -> tuple[Tensor, ...]:
             return tuple(
-                Tensor(t["name"], t["dtype"], tuple(t["shape"]), t.get("time", False)) for t in document[group]
+                Tensor(t["name"], t["dtype"], tuple(t["shape"]), t.get("time", False), t.get("rate"))
+                for t in document[group]
             )
 
         return cls(

@@ -16,6 +16,8 @@ export interface Tensor {
   shape: number[];
   /** One value per time step; false: only the last. */
   time: boolean;
+  /** Values per second of an input whose time steps are pieces of a signal. */
+  rate?: number | null;
 }
 
 /** A version of a model, as its server describes it. */

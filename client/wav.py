@@ -34,6 +34,11 @@ class Reader:
             )
         self.frames = self._input.size // self._file.getnchannels()
         self.rate = self._file.getframerate()
+        values = self.rate * self._file.getnchannels()
+        if self._input.rate not in (None, values):
+            raise InvalidInput(
+                f"the file has {values} samples a second, and {model.name!r} takes {self._input.rate:g}: convert it"
+            )
         self.steps = -(-self._file.getnframes() // self.frames)
 
     def __iter__(self) -> Iterator[Row]:

@@ -25,7 +25,10 @@ def main(repository: Path = REPOSITORY, doctor: Path = DOCTOR) -> None:
     model = StackedRNN.load(next_byte.CHECKPOINT)
     print(unroll.export(model, {"x": text}, name="bytes", repository=repository, replace=True))
     frames = torch.from_numpy(synthesis.clip(np.random.default_rng(0)).samples[:48]).reshape(2, 24, -1)
-    print(unroll.export(sound.load(), {"samples": frames}, name="sound", repository=repository, replace=True))
+    rates = {"samples": synthesis.RATE}
+    print(
+        unroll.export(sound.load(), {"samples": frames}, name="sound", rates=rates, repository=repository, replace=True)
+    )
     generator = np.random.default_rng(0)
     curves = torch.from_numpy(np.stack([load.curve(generator, 48) for _ in range(2)]))[..., None]
     model = StackedRNN.load(load.CHECKPOINT)

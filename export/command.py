@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from unroll.export.exporter import export
 from unroll.export.loading import programs
 from unroll.export.loading.checkpoints import from_checkpoint
 from unroll.export.loading.example_inputs import examples, step_examples
-from unroll.export.loading.input_specs import InputSpec, StateSpec, factory_argument
+from unroll.export.loading.input_specs import InputSpec, StateSpec, factory_argument, input_rate
 from unroll.export.loading.user_code import check_not_random, from_factory, importable, saved_arguments
 from unroll.export.loading.weight_files import check_script
 from unroll.export.report import Report
@@ -35,6 +36,8 @@ def run(options: "Export") -> int:
             report = _export(options)
     except ExportError as error:
         print(f"unroll export: {error.code}: {error}", file=sys.stderr)
+        if options.verbose and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
         return 1
     if options.json:
         document = {"path": str(report.path), "notes": report.notes, "manifest": asdict(report.manifest)}
@@ -66,6 +69,7 @@ def _export(options: "Export") -> Report:
             state={spec.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
             step=options.step,
             sign=options.sign,
+            rates=dict(map(input_rate, options.input_rate or ())),
             progress=progress,
         )
     return replace(report, notes=(*notes, *report.notes)) if notes else report

@@ -33,6 +33,7 @@ def export(
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
     step: bool = False,
+    rates: Mapping[str, float] = MappingProxyType({}),
     sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
 ) -> Report:
@@ -57,6 +58,8 @@ def export(
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
         step: forward makes one time step: its inputs are (batch, ...), and `state` names the states that it takes and
             returns, of any shape; one that forward can do without (`state=None`) may be left out of the example.
+        rates: values per second of inputs whose time steps are consecutive pieces of a signal, such as sound. No number
+            depends on them: `unroll stream` checks recordings by them, and the page listens to a microphone at them.
         sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
         progress: called with a line of text at the beginning of each stage.
 
@@ -88,6 +91,7 @@ def export(
         precision=precision,
         max_error=max_error,
         signer=_signer(sign),
+        rates=dict(rates),
     )
     return Pipeline(options, progress).run(module, example_inputs)
 

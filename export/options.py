@@ -1,7 +1,8 @@
 """What the caller of `unroll.export` asks for."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from unroll.bundle import BundleError, Precision
@@ -29,6 +30,15 @@ class ExportOptions:
     precision: Precision
     max_error: float | None
     signer: Signer | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def check_rates(self, example: Mapping[str, object]) -> None:
+        """Raises ExportError(input) for a rate that is none, or of no input with time."""
+        for name, rate in self.rates.items():
+            if name not in example or name in self.arguments.static or name in self.arguments.state:
+                raise ExportError("input", f"a rate is given for {name!r}, which is no input with time")
+            if not 0 < rate < inf:
+                raise ExportError("input", f"the rate of {name!r} is {rate}: give a finite number above 0")
 
     def check_target(self) -> None:
         """Raises ExportError(bundle) if the bundle cannot be written there."""

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,7 @@ class Prepared:
         example: the arguments of forward.
         dtype: of the user's parameters.
         attributes: those in which forward leaves a state for its next call.
+        fitted: those that it fits to the batch size or the length.
     """
 
     model: nn.Module
@@ -84,6 +85,12 @@ class Prepared:
     example: dict[str, Any]
     dtype: torch.dtype
     attributes: list[Attribute]
+    fitted: list[Attribute] = field(default_factory=list)
+
+    @property
+    def is_changed(self) -> bool:
+        """Does a call of forward change the module?"""
+        return bool(self.attributes or self.fitted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +149,8 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """All stages. Raises ExportError, and has then written nothing."""
         try:
-            with _few_threads(module):
+            # The caller's random numbers continue as if nothing had been.
+            with torch.random.fork_rng(devices=[]), _few_threads(module):
                 return self._run(module, example_inputs)
         except ExportError:
             raise
@@ -191,6 +199,7 @@ class Pipeline:
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
         check_arguments(model, example)
+        self._options.check_rates(example)
         preconditions.check_example(example)
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(
@@ -202,11 +211,12 @@ class Pipeline:
         """With the attributes in which forward leaves a state; the model is as it was after every call."""
         model, example = prepared.model, prepared.example
         attributes = attempt("the example", partial(find_module_state, model, example, self._options.arguments.static))
-        RestoreAttributes(model, sorted({*attributes, *self._fitted(model, example)}))
+        fitted = self._fitted(model, example)
+        RestoreAttributes(model, sorted({*attributes, *fitted}))
         tried = copy.deepcopy(model)
         returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), attributes))
         preconditions.check_finite(leaves(returned))
-        return replace(prepared, attributes=attributes)
+        return replace(prepared, attributes=attributes, fitted=fitted)
 
     def _fitted(self, model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
         arguments = self._options.arguments
@@ -226,7 +236,7 @@ class Pipeline:
         reason, made = choose_state(model, history, prepared.attributes, self._options.output_names)
         lifted = Lifted(model, history, reason, observe(model, self._options.output_names), made)
         reference = Subject(torch_runner(model.double, double=True), self._draft(lifted, model.samples), model.samples)
-        long = LongSequences(prepared.exact, model.double, reference, bool(prepared.attributes), self._progress)
+        long = LongSequences(prepared.exact, model.double, reference, prepared.is_changed, self._progress)
         return replace(lifted, far=long.check_loops())
 
     def _trace(self, lifted: Lifted) -> Traced:
@@ -243,7 +253,8 @@ class Pipeline:
 
     def _draft(self, lifted: Lifted, samples: Samples) -> Manifest:
         model = replace(lifted.model, samples=samples)
-        return draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
+        draft = draft_manifest(self._options.name, self._options.version, model, lifted.observation.initial_row)
+        return replace(draft, rates=dict(self._options.rates))
 
     def _judge(self, prepared: Prepared, lifted: Lifted, traced: Traced) -> Judged:
         """Whether it is still the user's model, keeps its rows apart, and streams."""
@@ -253,7 +264,7 @@ class Pipeline:
         samples = probes.with_reached(reference)
         reference, _, served = traced.runners.subjects(samples, draft)
         check_same_as_original(prepared.exact, double, reference, prepared.attributes)
-        long = LongSequences(prepared.exact, double, reference, bool(prepared.attributes), self._progress)
+        long = LongSequences(prepared.exact, double, reference, prepared.is_changed, self._progress)
         long.check_answers(served, lifted.far)
         probes.check_rows(reference)
         reason = lifted.not_streamable_because or probes.why_not_streamable(

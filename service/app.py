@@ -132,7 +132,8 @@ def build(
         operator = app.state.operator = _fastapi(state, None)
     operator.include_router(health_routes.metrics_router(state, workers))
     _add_administration(operator, settings, state, store, clock)
-    app.include_router(absent_routes.router())  # after what is offered
+    loads = settings.offers_operations and operator is app
+    app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
     return app, state
 
 
@@ -267,7 +268,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for path, operation in ((path, o) for path, found in document["paths"].items() for o in found.values()):
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]  # FastAPI's default, which a path of two strings cannot cause
-            operation["responses"] |= refusals(path)
+            operation["responses"] = refusals(path) | operation["responses"]
+        _link_sessions(document["paths"])
         schemas = document["components"]["schemas"]
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
@@ -277,3 +279,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 schemas.setdefault(name, part)
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _link_sessions(paths: dict[str, Any]) -> None:
+    """Say which operations take the id of a session that was opened."""
+    ids = {"model": "$request.path.model", "session_id": "$response.body#/session_id"}
+    found = [operation for path, one in paths.items() if "{session_id}" in path for operation in one.values()]
+    if found:
+        links = {one["operationId"]: {"operationId": one["operationId"], "parameters": ids} for one in found}
+        paths["/v1/models/{model}/sessions"]["post"]["responses"]["201"]["links"] = links

@@ -8,12 +8,11 @@ from conformance.kinds.late import LATE
 from conformance.kinds.layers import LAYERS
 from conformance.kinds.loops import LOOPS
 from conformance.kinds.refused import REFUSED
-from conformance.kinds.shipped import SHIPPED
 from conformance.kinds.states import STATES
 from conformance.kinds.whole_sequence import WHOLE_SEQUENCE
 
 #: Those with an expected outcome.
-TESTED = [*LAYERS, *LOOPS, *HABITS, *SHIPPED, *HISTORIES, *STATES, *DELAYS, *WHOLE_SEQUENCE, *REFUSED, *LATE]
+TESTED = [*LAYERS, *LOOPS, *HABITS, *HISTORIES, *STATES, *DELAYS, *WHOLE_SEQUENCE, *REFUSED, *LATE]
 
 
 def kinds() -> list[Kind]:

@@ -1,4 +1,4 @@
-"""Shapes of modules that public packages ship."""
+"""Shapes of modules that public packages ship, for export's tests; docs/packages.md has the modules themselves."""
 
 from typing import Any, NamedTuple
 
@@ -30,6 +30,35 @@ class Spiking(nn.Module):
             outs.append(v)
             state = (1 - (v > self.p.threshold).to(v.dtype)) * v
         return torch.stack(outs, 1)
+
+
+class Potential(nn.Module):
+    """A neuron, whose potential is an argument, and also a buffer that is made when it is first called."""
+
+    mem: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mem", torch.zeros(0), persistent=False)
+
+    def reset(self) -> Tensor:
+        self.mem = torch.zeros_like(self.mem)
+        return self.mem
+
+    def forward(self, x: Tensor, mem: Tensor) -> tuple[Tensor, Tensor]:
+        self.mem = mem
+        if self.mem.shape != x.shape:
+            self.mem = torch.zeros_like(x)
+        self.mem = 0.9 * self.mem + x - (self.mem > 1.0).to(x.dtype)
+        return (self.mem > 1.0).to(x.dtype), self.mem
+
+
+def potentials(s: Any, x: Tensor) -> Tensor:
+    mem, outs = s.neuron.reset(), []
+    for step in x.unbind(1):
+        spikes, mem = s.neuron(s.fc(step), mem)
+        outs.append(s.head(spikes) + mem[:, :3])
+    return torch.stack(outs, 1)
 
 
 def two_paths(s: Any, x: Tensor) -> Tensor:
@@ -82,6 +111,14 @@ class Detector(nn.Module):
         return y
 
 
+def smoothed(s: Any, x: Tensor) -> Tensor:
+    """An exponential mean that begins with the first value."""
+    outs = [x[:, 0]]
+    for t in range(1, x.shape[1]):
+        outs.append(0.9 * outs[-1] + 0.1 * x[:, t])
+    return s.head(torch.stack(outs, 1))
+
+
 def numbered(s: Any, x: Tensor) -> Tensor:
     """A mean, corrected for having begun at zero."""
     mean, outs = x.new_zeros(x.shape[0], 4), []
@@ -112,6 +149,10 @@ def largest(s: Any, x: Tensor) -> Tensor:
 SHIPPED = [
     Kind("constants in a named tuple", Spiking),
     Kind(
+        "neurons with a buffer that begins empty",
+        lambda: made(potentials, fc=nn.Linear(4, 6), neuron=Potential(), head=head()),
+    ),
+    Kind(
         "layers over the bands and over time",
         lambda: made(
             two_paths, within=gru(1, 3, bidirectional=True), down=nn.Linear(6, 1), over=gru(1, 5), out=nn.Linear(5, 1)
@@ -140,6 +181,12 @@ SHIPPED = [
         lambda: {"x": torch.randn(2, 4, 7)},
         options={"time_last": True},
         bit_exact=False,
+    ),
+    Kind(
+        "a loop from the second step",
+        lambda: made(smoothed, head=head(4)),
+        refused="calls_depend_on_time",
+        says="first time step out of its loop",
     ),
     Kind(
         "another number in each step",

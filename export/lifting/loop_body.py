@@ -101,27 +101,41 @@ def find_bodies(one: fx.GraphModule, three: fx.GraphModule) -> Iterator[LoopBody
                 yield _cut(one, states, first)
 
 
-def differing_numbers(one: fx.GraphModule, three: fx.GraphModule) -> str:
-    """Numbers that a loop's operations are given, another one in each time step; empty if there are none."""
+def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
+    """What is wrong with a loop that `find_bodies` finds none for, and what to change; empty if that is not known."""
     single, triple = _Trace(one.graph), _Trace(three.graph)
     size, odd = divmod(len(triple.operations) - len(single.operations), 2)
     if odd or size < 1:
         return ""
-    for first in range(len(single.operations) - size + 1):
-        if triple.names[first : first + size] * 2 != triple.names[first + size : first + 3 * size]:
+    names, late = triple.names, False
+    for first in range(len(single.operations) + 1):
+        step = names[first : first + size]
+        if step * 2 == names[first + size : first + 3 * size]:
+            return _differing_number(triple.operations[first : first + 3 * size], size)
+        late = late or (
+            step == names[first + size : first + 2 * size] and names[first + 2 * size :] == single.names[first:]
+        )
+    if not late:
+        return ""
+    return (
+        "leaves the first time step out of its loop; let the loop run over all steps, from a state before the first "
+        "one, as x[:, 0] for a mean that begins with it"
+    )
+
+
+def _differing_number(operations: list[fx.Node], size: int) -> str:
+    """A number that an operation is given in each of three time steps, another one in each."""
+    for turns in zip(*(operations[turn * size : (turn + 1) * size] for turn in range(3)), strict=True):
+        if getattr(turns[0].target, "overloadpacket", None) not in _ARITHMETIC:
             continue
-        for index in range(first, first + size):
-            turns = [triple.operations[index + turn * size] for turn in range(3)]
-            if getattr(turns[0].target, "overloadpacket", None) not in _ARITHMETIC:
-                continue
-            for numbers in zip(*map(_numbers, turns), strict=False):
-                if len(set(numbers)) == len(numbers):
-                    shown = ", ".join(f"{number:g}" for number in numbers)
-                    name = str(turns[0].target).removeprefix("aten.").partition(".")[0]
-                    return (
-                        f"another number in each time step ({shown} in {name}); count in a tensor that is handed on, "
-                        "as n = zeros(batch, 1) before the loop and n = n + 1 in it, and compute with n"
-                    )
+        for numbers in zip(*map(_numbers, turns), strict=False):
+            if len(set(numbers)) == len(numbers):
+                shown = ", ".join(f"{number:g}" for number in numbers)
+                name = str(turns[0].target).removeprefix("aten.").partition(".")[0]
+                return (
+                    f"computes with another number in each time step ({shown} in {name}); count in a tensor that is "
+                    "handed on, as n = zeros(batch, 1) before the loop and n = n + 1 in it, and compute with n"
+                )
     return ""
 
 

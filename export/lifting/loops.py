@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from unroll.export.errors import ExportError, attempt, untraceable
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.layers import LAYERS
-from unroll.export.lifting.loop_body import LoopBody, differing_numbers, find_bodies, traced
+from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced, why_no_body
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import replayed
 from unroll.export.lifting.scan import Axes, Scan
@@ -234,8 +234,8 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
             scan = Scan(step, inputs, outputs, states, backwards)
             if all(_is_same(scan, seen) for seen in (wide, long)):
                 return scan
-    if numbers := differing_numbers(one, three):
-        raise ExportError("calls_depend_on_time", f"{name!r} computes with {numbers}")
+    if why := why_no_body(one, three):
+        raise ExportError("calls_depend_on_time", f"{name!r} {why}")
     raise _refusal(name, "its state, or its step from one time step to the next, cannot be identified")
 
 

@@ -64,6 +64,18 @@ class StateSpec:
         return cls(name, output, InputSpec.parse(f"{name}:{dtype}:{row}"), axis)
 
 
+def input_rate(text: str) -> tuple[str, float]:
+    """`NAME=RATE`, such as `samples=16000`."""
+    name, _, value = text.partition("=")
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = 0.0
+    if not name.isidentifier() or not 0 < rate < float("inf"):
+        raise ValueError(f"{text!r} is not NAME=RATE, as in samples=16000")
+    return name, rate
+
+
 def factory_argument(text: str) -> tuple[str, Any]:
     """`NAME=VALUE`, such as `hidden=128`, `sizes=(3, 4)` or `cell=gru`: what is no literal of Python is a string."""
     name, equals, value = text.partition("=")

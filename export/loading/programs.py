@@ -63,8 +63,12 @@ def _from_script(model: nn.Module, example: dict[str, Any]) -> nn.Module:
                 why = "its answers change"
         except Exception as error:  # noqa: BLE001 user code: the reason goes into the refusal
             why = first_line(error)
+    if "INTERNAL ASSERT" in why:
+        why = "PyTorch's own converter fails, as it does on a model that keeps a state in itself"
     raise ExportError(
-        "scripted", f"the scripted model cannot be converted ({why}); export the nn.Module that it was made from"
+        "scripted",
+        f"the scripted model cannot be converted ({why}); export the nn.Module that it was made from, and give its "
+        "weights with --weights: safetensors, or its state_dict",
     )
 
 

@@ -70,6 +70,7 @@ def _suspects(message: str) -> Suspects:
         broken = _broken(guard[2], guard[3]) if guard else None
         if guard is None or broken is None or (broken and max(broken) > _LARGEST_SUSPECT):
             what = guard[3].replace(guard[2], guard[1]) if guard else line.removeprefix("  - ")
+            what = what.replace(f" and {guard[1]} <= IntInfinity()", "") if guard else what
             raise ExportError(
                 "not_exportable",
                 "forward does not treat every length and batch size alike (a branch on a size, or a table of fixed "

@@ -53,14 +53,14 @@ class LongSequences:
     Attributes:
         exact: the user's own, in float64.
         double, reference: the lifted model in float64.
-        keeps_state: does `exact` leave a state in its attributes?
+        is_changed: does a call of `exact` change its attributes?
         progress: called with a line of text before what may take long.
     """
 
     exact: nn.Module
     double: StreamingModule
     reference: Subject
-    keeps_state: bool
+    is_changed: bool
     progress: Callable[[str], None]
 
     def check_loops(self) -> LargeNumber | None:
@@ -144,7 +144,7 @@ class LongSequences:
     def _run(self, trial: Trial, loops: list[str], *, places: bool = False) -> tuple[OperationLog, Arrays]:
         """What the user's own model answers, and what its modules of these paths do."""
         inputs, rows = self.reference.inputs(trial), self.reference.begin(trial)
-        exact = detached_copy(self.exact) if self.keeps_state else self.exact
+        exact = detached_copy(self.exact) if self.is_changed else self.exact
         log = OperationLog(exact, loops, places=places)
         with log.running() if loops else nullcontext():
             what = f"{trial.batch} sequences of {trial.time} time steps"

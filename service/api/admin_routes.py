@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 
 from unroll.service.api.admission import tenant_of
 from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import problem_responses
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.sessions.selection import Selection, select
 from unroll.service.store.interface import Pages
@@ -29,6 +30,13 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
         "/sessions",
         summary="Open sessions, a page at a time, without their states",
         description="`DELETE /v1/models/{model}/sessions/{session_id}` closes one.",
+        responses=problem_responses(
+            {
+                400: "malformed_request: a parameter has no such value",
+                422: "durability_unavailable",
+                503: "store_unavailable",
+            }
+        ),
         openapi_extra={"parameters": _PARAMETERS},
     )
     async def sessions(http: Request) -> dict[str, Any]:

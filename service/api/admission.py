@@ -12,7 +12,12 @@ from unroll.service.access.keys import Key
 from unroll.service.access.tickets import TICKET_PROTOCOL
 from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
-from unroll.service.api.error_responses import open_inference_error, problem, problem_responses
+from unroll.service.api.error_responses import (
+    open_inference_error,
+    open_inference_responses,
+    problem,
+    problem_responses,
+)
 from unroll.service.api.request import TENANT, Headers
 from unroll.service.core.errors import UnrollError
 from unroll.service.core.session_ids import owned
@@ -32,6 +37,8 @@ def scope_of(path: str) -> keys.Scope | None:
         return None
     if path in _SCOPES:
         return _SCOPES[path]
+    if path.startswith("/v2/models/") and path.endswith("/stats"):  # they count the work of all tenants
+        return keys.METRICS
     return next((scope for folder, scope in _SCOPES_OF_FOLDERS.items() if path.startswith(folder)), keys.INFER)
 
 
@@ -42,13 +49,13 @@ def refusals(path: str) -> dict[str, Any]:
     meanings = {
         401: "unauthenticated: the server has keys, and the request has none of them",
         403: f"forbidden: the key has not the scope {scope}; or host_refused, origin_refused",
+        503: "keys_unavailable: the key of a JWT's signature is not known yet; retry after Retry-After seconds",
     }
-    if not path.startswith("/v2"):
-        known = problem_responses(meanings)
-        return {str(status): {"description": a["description"], "content": a["content"]} for status, a in known.items()}
-    error = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
-    content = {"application/json": {"schema": error}}
-    return {str(status): {"description": meaning, "content": content} for status, meaning in meanings.items()}
+    responses = open_inference_responses if path.startswith("/v2") else problem_responses
+    return {
+        str(status): {name: answer[name] for name in ("description", "content")}
+        for status, answer in responses(meanings).items()
+    }
 
 
 class Admission:

@@ -99,6 +99,13 @@ def _fields(error: e.UnrollError) -> bytes:
     return b"retry-after: %d\r\n" % math.ceil(error.retry_after) if isinstance(error, e.Overloaded) else b""
 
 
+def open_inference_responses(meanings: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """`problem_responses` in the form of the Open Inference Protocol."""
+    error = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
+    content = {"application/json": {"schema": error}}
+    return {status: {"description": meaning, "content": content} for status, meaning in meanings.items()}
+
+
 def http_error(status: int, detail: str, is_v2: bool) -> Answer:
     """A request that HTTP or its routes refuse, in the form of the API that it was for."""
     code = reason(status)

@@ -72,7 +72,13 @@ def _bodies(json_model: str | None) -> dict[str, Any]:
 
 
 def _header(name: str, description: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": False, "schema": {"type": "integer"}, "description": description}
+    return {
+        "name": name,
+        "in": "header",
+        "required": False,
+        "schema": {"type": "integer", "minimum": 0},
+        "description": description,
+    }
 
 
 TIMEOUT_HEADER = _header("Unroll-Timeout-Ms", "milliseconds within which the work must start")
@@ -234,8 +240,12 @@ def _info(served: ServedModel, session: Any) -> SessionInfo:
 
 def _describe(app: AppState, served: ServedModel, tenant: str) -> ModelInfo:
     manifest = served.manifest
+    rates = manifest.rates
     tensors = [
-        [Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time, limit=t.limit) for t in group]
+        [
+            Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time, limit=t.limit, rate=rates.get(t.name))
+            for t in group
+        ]
         for group in (manifest.inputs, manifest.outputs)
     ]
     return ModelInfo(

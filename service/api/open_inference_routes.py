@@ -98,7 +98,7 @@ _INFER: dict[str, Any] = {
                 "name": "Inference-Header-Content-Length",
                 "in": "header",
                 "required": False,
-                "schema": {"type": "integer"},
+                "schema": {"type": "integer", "minimum": 0},
                 "description": "length of the JSON when tensors follow it",
             }
         ],

@@ -7,18 +7,24 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unroll.service.api.app_state import AppState
-from unroll.service.api.error_responses import problem_responses
+from unroll.service.api.error_responses import open_inference_responses, problem_responses
 from unroll.service.api.request import read_request
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.protocol import json
 
 _MOST_BYTES = 2**16
 _WORKERS = {501: "not_implemented: several workers share the port, and this would reach one of them"}
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "the body has more than the protocol's `unload_dependents`: models come from the repository"},
-    404: {"description": "model_unknown: the repository has no such model"},
-    503: {"description": "model_unavailable: its bundle is refused, for the reason given"},
-    501: {"description": _WORKERS[501]},
+_DONE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "it is done"},
+    **open_inference_responses(
+        {
+            400: "the body has more than the protocol's `unload_dependents`: models come from the repository",
+            404: "model_unknown: the repository has no such model",
+            413: "body_too_large",
+            503: "model_unavailable: its bundle is refused, for the reason given",
+        }
+        | _WORKERS
+    ),
 }
 
 
@@ -50,7 +56,8 @@ def router(app: AppState) -> APIRouter:
         "/v2/repository/models/{model}/load",
         tags=["Open Inference Protocol v2"],
         summary="Look at the repository again, as at SIGHUP, and serve what it has of this model",
-        responses=_REFUSALS,
+        response_class=Response,
+        responses=_DONE,
     )
     async def load(http: Request, model: str) -> Response:
         _refuse_contents(await parameters(http))
@@ -61,7 +68,8 @@ def router(app: AppState) -> APIRouter:
         "/v2/repository/models/{model}/unload",
         tags=["Open Inference Protocol v2"],
         summary="Take no new sessions of this model; open ones go on until they end",
-        responses=_REFUSALS,
+        response_class=Response,
+        responses=_DONE,
     )
     async def unload(http: Request, model: str) -> Response:
         _refuse_contents(await parameters(http))
@@ -72,7 +80,7 @@ def router(app: AppState) -> APIRouter:
         "/v1/admin/drain",
         tags=["administration"],
         summary="Not ready from now on, and no new sessions; those that are open go on until the process ends",
-        responses=problem_responses({400: "malformed_request: it takes no members"} | _WORKERS),
+        responses=problem_responses({400: "malformed_request: it takes no members", 413: "body_too_large"} | _WORKERS),
     )
     async def drain(http: Request) -> Readiness:
         if await parameters(http):
@@ -84,8 +92,12 @@ def router(app: AppState) -> APIRouter:
         "/v1/admin/log-level",
         tags=["administration"],
         summary="The least level of the lines in the log, until the process ends",
-        responses=problem_responses({400: "malformed_request: there is no such level"} | _WORKERS),
-        openapi_extra={"requestBody": {"content": {"application/json": {"schema": LogLevel.model_json_schema()}}}},
+        responses=problem_responses(
+            {400: "malformed_request: there is no such level", 413: "body_too_large"} | _WORKERS
+        ),
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"application/json": {"schema": LogLevel.model_json_schema()}}}
+        },
     )
     async def log_level(http: Request) -> LogLevel:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import open_inference_responses
 from unroll.service.models.served_model import ServedModel
 
 #: What the server's metadata lists among its extensions.
@@ -47,14 +48,12 @@ _MODEL = {
     },
 }
 _SCHEMA = {"type": "object", "properties": {"model_stats": {"type": "array", "items": _MODEL}}}
-_ERROR = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
 _OK: dict[int | str, dict[str, Any]] = {
     200: {"description": "Counts since each version was loaded.", "content": {"application/json": {"schema": _SCHEMA}}}
 }
 _OK_OR_NOT_FOUND: dict[int | str, dict[str, Any]] = {
     **_OK,
-    404: {"description": "no such model", "content": {"application/json": {"schema": _ERROR}}},
-    503: {"description": "the model's bundle is refused", "content": {"application/json": {"schema": _ERROR}}},
+    **open_inference_responses({404: "no such model", 503: "the model's bundle is refused"}),
 }
 
 

@@ -111,12 +111,13 @@ class ModelLoader:
         self._spill = spill
         self._is_verified = is_verified
 
-    def load(self, path: Path, known: Container[str] = ()) -> list[ServedModel]:
+    def load(self, path: Path, known: Container[str] = (), seconds: float | None = None) -> list[ServedModel]:
         """The version on every device; all share their statistics.
 
         Args:
             path: The bundle's folder.
             known: Identities of bundles that are not to be loaded; the result is empty for them.
+            seconds: Processor time for its trial, if less than a bundle may take.
 
         Raises:
             ModelRefused: The bundle is damaged, differs from PyTorch on a device, or does not fit there.
@@ -130,7 +131,7 @@ class ModelLoader:
                 return []
             if self._options.trusted_keys is not None:
                 self._options.trusted_keys.check(content)
-            parity = self._trials.prove(content)
+            parity = self._trials.prove(content, seconds)
             bundle = bundles.parse(content, self._trials.limits.allowed_operators)
             for device, executor in self._devices:
                 statistics = models[0].figures.statistics if models else None
@@ -143,9 +144,9 @@ class ModelLoader:
         for _, executor in self._devices:
             executor.shutdown()
 
-    def end_trial(self) -> None:
-        """End the process that tries bundles. The next bundle starts another."""
-        self._trials.close()
+    def end_trial(self, *, for_good: bool = False) -> None:
+        """End the process that tries bundles. The next bundle starts another, unless it is for good."""
+        self._trials.close(for_good=for_good)
 
     def _load(
         self,

@@ -18,6 +18,8 @@ _log = structlog.get_logger(__name__)
 
 #: Also the least time between two looks for versions that sessions asked for in vain.
 _HOUSEKEEPING_SECONDS = 1.0
+#: Processor time of a trial for which the other new bundles wait.
+_PATIENCE_SECONDS = 2.0
 
 
 class ModelRepository:
@@ -67,12 +69,14 @@ class ModelRepository:
             DeviceUnavailable: The requested device cannot be used.
         """
         contents = read_contents(self.path)
-        for key, path in contents.bundles.items():
-            try:
-                self._versions.add(self._loader.load(path))
-            except ModelRefused as refusal:
-                self._refuse(self._versions.refused, key, path, refusal)
-        self._loader.end_trial()
+        try:
+            for key, path in contents.bundles.items():
+                try:
+                    self._versions.add(self._loader.load(path))
+                except ModelRefused as refusal:
+                    self._refuse(self._versions.refused, key, path, refusal)
+        finally:
+            self._loader.end_trial()
         refused = len(self._versions.refused)
         if refused and (self._strict or refused == len(contents.bundles)):
             raise RepositoryError(
@@ -136,7 +140,7 @@ class ModelRepository:
                     self._rescan.clear()
                     await self.rescan()
         finally:
-            self._loader.end_trial()  # a thread may wait for it
+            self._loader.end_trial(for_good=True)  # a thread may wait for it
             for model in self._versions:
                 await model.stop()
 
@@ -177,18 +181,11 @@ class ModelRepository:
             _log.error("repository not read", reason=str(error))
             return
         refused: Refusals = {}
-        for (name, version), path in contents.bundles.items():
-            present = [m for m in self._versions.of(name) if m.version == version and not m.retired]
-            try:
-                loaded = await asyncio.to_thread(self._loader.load, path, {m.bundle.identity for m in present})
-            except (ModelRefused, DeviceUnavailable) as refusal:
-                self._refuse(refused, (name, version), path, refusal)
-                continue
-            for model in present if loaded else ():
-                self._retire(model)
-            self._versions.add(loaded)
-            for model in loaded:
-                self._start(model)
+        slow = [key for key in contents.bundles if not await self._reload(key, contents, refused, _PATIENCE_SECONDS)]
+        if slow:
+            self._follow(contents)
+        for key in slow:
+            await self._reload(key, contents, refused)
         await asyncio.to_thread(self._loader.end_trial)
         self._versions.refused = refused
         for model in self._versions:
@@ -196,6 +193,38 @@ class ModelRepository:
                 self._retire(model)
         self._follow(contents)
         await self._drop_retired()
+
+    async def _reload(
+        self, key: tuple[str, str], contents: Contents, refused: Refusals, seconds: float | None = None
+    ) -> bool:
+        """Serve a bundle, unless it is served already.
+
+        Args:
+            key: Its name and version.
+            contents: The repository.
+            refused: Gets why it is refused.
+            seconds: Processor time for its trial; None for as much as a bundle may take.
+
+        Returns:
+            Whether that was enough: otherwise it is to be tried again, after the others.
+        """
+        name, version = key
+        path = contents.bundles[key]
+        present = [m for m in self._versions.of(name) if m.version == version and not m.retired]
+        known = {m.bundle.identity for m in present}
+        try:
+            loaded = await asyncio.to_thread(self._loader.load, path, known, seconds)
+        except (ModelRefused, DeviceUnavailable) as refusal:
+            if seconds is not None and isinstance(refusal, ModelRefused) and refusal.code == "bundle_time":
+                return False
+            self._refuse(refused, key, path, refusal)
+            return True
+        for model in present if loaded else ():
+            self._retire(model)
+        self._versions.add(loaded)
+        for model in loaded:
+            self._start(model)
+        return True
 
     async def _look_for_missing(self) -> None:
         """Rescan if a version that was asked for in vain is in the repository by now."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from signal import SIGKILL
 
@@ -110,34 +111,40 @@ class Trials:
         self.limits = limits
         self._start = start
         self._process: TrialProcess | None = None
+        self._over = False
         self._remembered: dict[str, Differences | BundleError] = {}
 
-    def prove(self, content: Content) -> Differences:
+    def prove(self, content: Content, seconds: float | None = None) -> Differences:
         """Return the largest differences from PyTorch on the CPU.
+
+        Args:
+            content: The bundle.
+            seconds: Processor time that it may take, if less than the limit.
 
         Raises:
             BundleError: It cannot be served, or trying it takes more than it may.
         """
-        found = self._remembered.get(content.identity) or self._try(content)
+        found = self._remembered.get(content.identity) or self._try(content, min(self.limits.seconds, seconds or inf))
         if isinstance(found, BundleError):
             raise found
         return found
 
-    def _try(self, content: Content) -> Differences | BundleError:
+    def _try(self, content: Content, seconds: float) -> Differences | BundleError:
         limits = self.limits
         sizes = [len(content.manifest), len(content.model), len(content.golden)]
         path = str(Path(content.path.parent.name, content.path.name))
         allowed, calls = list(limits.allowed_operators), list(limits.calls)
-        job = Job(path, sizes, allowed, limits.memory, limits.seconds, calls, limits.slack)
-        if self._process is None:
-            self._process = self._start()
-        answer = self._process.ask(job, content)
+        job = Job(path, sizes, allowed, limits.memory, seconds, calls, limits.slack)
+        process = self._process = self._process or self._start()
+        if self._over:
+            self.close()
+        answer = process.ask(job, content)
         if answer is None:
             self.close()
             return BundleError("bundle_crashed", "the process that tried it has ended")
         if "code" in answer:
             error = BundleError(str(answer["code"]), str(answer["message"]))
-            if error.code in _COSTLY:
+            if error.code in _COSTLY and seconds == limits.seconds:
                 self._remember(content, error)
             return error
         parity: Differences = answer["parity"]  # type: ignore[assignment]
@@ -149,8 +156,9 @@ class Trials:
             self._remembered.clear()
         self._remembered[content.identity] = found
 
-    def close(self) -> None:
-        """End the process, also in the middle of a trial. The next trial starts another."""
+    def close(self, *, for_good: bool = False) -> None:
+        """End the process, also in the middle of a trial. The next trial starts another, unless it is for good."""
+        self._over |= for_good
         process, self._process = self._process, None
         if process is not None:
             process.close()

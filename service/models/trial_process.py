@@ -30,7 +30,7 @@ from unroll.service.engine.runner import Runner
 #: What a child answers, at most.
 _MOST_ANSWER = 2**20
 #: A child that waits for others takes longer than its processor time.
-_WALL = 5
+_WALL, _WALL_SECONDS = 5, 60
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "bad allocation")
 
@@ -102,13 +102,14 @@ def _in_child(work: Callable[[], dict[str, Any]], job: Job, connection: socket.s
             os._exit(0)
     os.close(writing)
     try:
-        found = _read(reading, connection, monotonic() + _WALL * job.seconds)
+        found = _read(reading, connection, monotonic() + _WALL * job.seconds + _WALL_SECONDS)
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
     why = _why(status, usage.ru_utime + usage.ru_stime, job, in_time=found is not None)
-    return found or json.dumps(why).encode()
+    answer, _, _ = (found or b"").partition(b"\n")  # whatever the child has become, it answers for one bundle
+    return answer or json.dumps(why).encode()
 
 
 def _read(reading: int, connection: socket.socket, until: float) -> bytes | None:

@@ -28,7 +28,7 @@ function offers(model) {
     found = {};
   if (model.name === "co2" && kind === 1) found["CO₂ at Mauna Loa"] = Example;
   if (kind === "bytes") found.Text = Text;
-  if (kind >= 32) found.Microphone = Microphone;
+  if (typeof kind === "number" && model.inputs[0].rate) found.Microphone = Microphone;
   found["A generated signal"] = Signal;
   if (typeof kind === "number") found["A CSV file"] = File;
   if (typeof kind === "number" && kind < 32) found["A drawn curve"] = Curve;
@@ -116,7 +116,7 @@ class File {
 class Microphone {
   constructor(inputs) {
     this.element = button("Listen", () =>
-      inputs.messages.attempt(async () => inputs.use(await microphone(kindOf(inputs.model)))),
+      inputs.messages.attempt(async () => inputs.use(await microphone(kindOf(inputs.model), inputs.model.inputs[0].rate))),
     );
   }
 }

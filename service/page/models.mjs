@@ -66,7 +66,8 @@ function tensors(model) {
       h("td", {}, h("code", {}, tensor.name)),
       h("td", {}, shape(tensor), note),
     );
-  const note = ({ time, limit }) => (time === false ? ", of the last step" : limit ? `, below ${limit}` : "");
+  const note = ({ time, limit, rate }) =>
+    time === false ? ", of the last step" : limit ? `, below ${limit}` : rate ? `, ${number(rate)} values a second` : "";
   return h(
     "table",
     {},

@@ -85,12 +85,14 @@ export function fromText(text) {
   );
 }
 
-// Frames of the microphone, `width` samples each.
-export async function microphone(width) {
+const AS_HEARD = { echoCancellation: false, noiseSuppression: false, autoGainControl: false };
+
+// Frames of the microphone, `width` samples each, at `rate` samples a second, as it hears them.
+export async function microphone(width, rate) {
   if (!navigator.mediaDevices)
     throw new Error("Browsers offer the microphone to pages over https, or of this machine, only.");
-  const media = await navigator.mediaDevices.getUserMedia({ audio: true });
-  const audio = new AudioContext({ sampleRate: 16000 });
+  const media = await navigator.mediaDevices.getUserMedia({ audio: AS_HEARD });
+  const audio = new AudioContext({ sampleRate: rate });
   await audio.audioWorklet.addModule("page/frames.mjs");
   const node = new AudioWorkletNode(audio, "frames", { processorOptions: { width } });
   const frames = [],
@@ -101,7 +103,7 @@ export async function microphone(width) {
   };
   audio.createMediaStreamSource(media).connect(node);
   return {
-    name: `the microphone, ${width} samples a step`,
+    name: `the microphone, ${width} of ${rate.toLocaleString("en")} samples a second in a step`,
     length: Infinity,
     live: true,
     next: () => (frames.length ? frames.shift() : new Promise((resolve) => waiting.push(resolve))),

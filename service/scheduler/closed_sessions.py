@@ -12,7 +12,7 @@ from unroll.service.core.errors import (
     SessionUnknown,
     UnrollError,
 )
-from unroll.service.core.session_ids import shown
+from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
@@ -33,20 +33,50 @@ class Tombstone:
     opened_with: bytes
 
 
+class _Ends:
+    """What is remembered for one tenant, oldest first. nbytes: of the replies."""
+
+    __slots__ = ("closing_chunks", "nbytes", "tombstones")
+
+    def __init__(self) -> None:
+        self.tombstones: OrderedDict[str, Tombstone] = OrderedDict()
+        self.closing_chunks: OrderedDict[str, AppliedChunk] = OrderedDict()
+        self.nbytes = 0
+
+    def forget(self, session_id: str) -> None:
+        self.tombstones.pop(session_id, None)
+        self.forget_closing_chunk(session_id)
+
+    def forget_closing_chunk(self, session_id: str) -> None:
+        if (last := self.closing_chunks.pop(session_id, None)) is not None:
+            self.nbytes -= last.nbytes
+
+    def keep_closing_chunk(self, session_id: str, last: AppliedChunk) -> None:
+        self.forget_closing_chunk(session_id)
+        self.closing_chunks[session_id] = last
+        self.nbytes += last.nbytes
+
+
+_NOTHING = _Ends()
+
+
 class ClosedSessions:
-    """Tombstones, oldest first, and the chunks that closed sessions, so that their retries are answered."""
+    """Tombstones, and the chunks that closed sessions, so that their retries are answered.
+
+    There is a limit for all. Beyond it, the oldest of the tenant that has the most is forgotten: a tenant that closes
+    many sessions does not push out what is remembered for the others.
+    """
 
     def __init__(self, limits: SessionLimits) -> None:
         self._limits = limits
-        self._tombstones: OrderedDict[str, Tombstone] = OrderedDict()
-        self._closing_chunks: OrderedDict[str, AppliedChunk] = OrderedDict()
-        self._bytes = 0  # of their replies
+        self._of_tenants: OrderedDict[str, _Ends] = OrderedDict()  # the next whose old ones are looked at first
+        self._count = self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._tombstones)
+        return self._count
 
     def __contains__(self, session_id: str) -> bool:
-        return session_id in self._tombstones
+        return session_id in self._of(session_id).tombstones
 
     def add(
         self,
@@ -58,26 +88,34 @@ class ClosedSessions:
     ) -> None:
         """Remember a session that is gone since `now`. last: the chunk that closed it, if one did."""
         self._put(session_id, Tombstone(cause, now, opened_with), last)
-        self._tombstones.move_to_end(session_id)
-        while self._tombstones:
-            oldest, tombstone = next(iter(self._tombstones.items()))
-            if len(self._tombstones) <= self._limits.tombstones and not self._has_expired(tombstone, now):
-                break
-            self.forget(oldest)
+        self._of(session_id).tombstones.move_to_end(session_id)
+        self._expire(tenant_of(session_id), now)
+        self._expire(next(iter(self._of_tenants)), now)  # another's, if there is another
+        while self._count > self._limits.tombstones:
+            most = max(self._of_tenants.values(), key=lambda ends: len(ends.tombstones))
+            self.forget(next(iter(most.tombstones)))
 
     def forget(self, session_id: str) -> None:
         """Keep nothing of a session of that id."""
-        self._tombstones.pop(session_id, None)
-        self._forget_closing_chunk(session_id)
+        tenant = tenant_of(session_id)
+        if (ends := self._of_tenants.get(tenant)) is None:
+            return
+        self._count -= session_id in ends.tombstones
+        self._bytes -= ends.nbytes
+        ends.forget(session_id)
+        self._bytes += ends.nbytes
+        if not ends.tombstones:
+            del self._of_tenants[tenant]
 
     def merge(self, other: "ClosedSessions", living: Container[str]) -> None:
         """Take over what another table remembers, except of ids that are known here or `living`."""
-        for session_id, tombstone in other._tombstones.items():
-            if session_id not in living and session_id not in self._tombstones:
-                self._put(session_id, tombstone, other._closing_chunks.get(session_id))
+        for ends in other._of_tenants.values():
+            for session_id, tombstone in ends.tombstones.items():
+                if session_id not in living and session_id not in self:
+                    self._put(session_id, tombstone, ends.closing_chunks.get(session_id))
 
     def get(self, session_id: str, now: float) -> Tombstone | None:
-        tombstone = self._tombstones.get(session_id)
+        tombstone = self._of(session_id).tombstones.get(session_id)
         return None if tombstone is None or self._has_expired(tombstone, now) else tombstone
 
     def error(self, session_id: str, now: float) -> UnrollError:
@@ -89,7 +127,7 @@ class ClosedSessions:
 
     def reply_to(self, session_id: str, position: int, inputs: Tensors, now: float) -> Reply | None:
         """The reply to the chunk that closed the session, if this is that chunk again."""
-        last = self._closing_chunks.get(session_id)
+        last = self._of(session_id).closing_chunks.get(session_id)
         if last is None or self.get(session_id, now) is None:
             return None
         return last.reply if (position, payload_digest(inputs)) == (last.start, last.digest) else None
@@ -106,22 +144,33 @@ class ClosedSessions:
         digest = payload_digest(inputs)
         if self.was_opened_with(session_id, digest, now):
             return True
-        last = self._closing_chunks.get(session_id)
+        last = self._of(session_id).closing_chunks.get(session_id)
         return last is not None and last.digest == digest and self.get(session_id, now) is not None
 
     def _has_expired(self, tombstone: Tombstone, now: float) -> bool:
         return now >= tombstone.since + self._limits.tombstone_life
 
+    def _of(self, session_id: str) -> _Ends:
+        return self._of_tenants.get(tenant_of(session_id), _NOTHING)
+
+    def _expire(self, tenant: str, now: float) -> None:
+        """Forget what is old of a tenant, whose turn comes again after the others'."""
+        self._of_tenants.move_to_end(tenant)
+        tombstones = self._of_tenants[tenant].tombstones
+        while tombstones and self._has_expired(next(iter(tombstones.values())), now):
+            self.forget(next(iter(tombstones)))
+
     def _put(self, session_id: str, tombstone: Tombstone, last: AppliedChunk | None) -> None:
-        self._tombstones[session_id] = tombstone
+        ends = self._of_tenants.setdefault(tenant_of(session_id), _Ends())
+        self._count += session_id not in ends.tombstones
+        ends.tombstones[session_id] = tombstone
         if last is None or last.reply is None:
             return
-        self._forget_closing_chunk(session_id)
-        self._closing_chunks[session_id] = last
-        self._bytes += last.nbytes
+        before = ends.nbytes
+        ends.keep_closing_chunk(session_id, last)
+        self._bytes += ends.nbytes - before
         while self._bytes > self._limits.closing_reply_bytes:
-            self._forget_closing_chunk(next(iter(self._closing_chunks)))
-
-    def _forget_closing_chunk(self, session_id: str) -> None:
-        if (last := self._closing_chunks.pop(session_id, None)) is not None:
-            self._bytes -= last.nbytes
+            most = max(self._of_tenants.values(), key=lambda ends: ends.nbytes)
+            before = most.nbytes
+            most.forget_closing_chunk(next(iter(most.closing_chunks)))
+            self._bytes += most.nbytes - before

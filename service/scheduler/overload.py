@@ -8,6 +8,8 @@ from unroll.service.scheduler.limits import SchedulerLimits
 _CROWD = 256
 #: Work that arrives in a round, in multiples of what ran: at once an overload, and one if it is so in several rounds.
 _TWICE, _MORE, _ROUNDS = 2.0, 1.1, 3
+#: A queue that stays so many times as long as `most_wait` would be.
+_STANDING = 5.0
 #: An overload is over when nothing was refused for so long.
 _CALM_SECONDS = 0.2
 
@@ -17,8 +19,10 @@ class Overload:
 
     A queue alone is no overload: clients that each wait for their answer fill it once, and then it stays as long as
     they are many. So the work that arrives while everything that waits runs, one round, is compared with what waited.
-    It is an overload if twice as much arrives in a round, or somewhat more in each of several rounds. Fewer chunks than
-    `_CROWD`, or than fit in a batch, never are one.
+    It is an overload if twice as much arrives in a round, or somewhat more in each of several rounds. Many clients that
+    wait look like a load generator whose connections are all taken, which sends as soon as it can: a queue that
+    stays several times as long as it may be in an overload is one. Fewer chunks than `_CROWD`, or than fit in a batch,
+    never are one.
 
     most_wait: seconds that new work may wait; infinite as long as there is no overload. efficient_seconds: of the
     smallest batch in which a step costs about the least: while one runs, the next must be able to fill.
@@ -45,18 +49,24 @@ class Overload:
             self._began, self._waited = now, wait
         elif self._grows(wait, now):
             self._refused_at, self._growing = now, 0
-            self.most_wait = max(self._target, 2 * self.efficient_seconds)
+            self.most_wait = self._limit
             return True
         return False
 
+    @property
+    def _limit(self) -> float:
+        return max(self._target, 2 * self.efficient_seconds)
+
     def _grows(self, wait: float, now: float) -> bool:
-        """Compare the work that has arrived in this round with what has run."""
+        """Compare the work that has arrived in this round with what has run. Also true if too much stays."""
         assert self._began is not None
         passed = now - self._began
         arrived, ran = wait - max(0.0, self._waited - passed), max(self._waited, passed)
         if arrived > _TWICE * ran:
             return True
         if passed >= self._waited:
+            if min(wait, self._waited) > _STANDING * self._limit:
+                return True
             self._growing = self._growing + 1 if arrived > _MORE * ran else 0
             self._began, self._waited = now, wait
         return self._growing == _ROUNDS

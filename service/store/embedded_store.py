@@ -110,11 +110,10 @@ class EmbeddedStore:
         try:
             async with asyncio.timeout(_PATIENCE):
                 await self._exchanges.finish()
-                await self._thread.call(bool)  # its turn has come
+                await self._thread.call(self._folder.close)
         except TimeoutError:
             _log.error("store not closed", store=str(self._config.folder), reason="another process has it")
             return
-        await self._thread.call(self._folder.close)
         self._thread.end()
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:

@@ -15,12 +15,14 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import lmdb
@@ -37,6 +39,8 @@ _log = structlog.get_logger(__name__)
 MAP_BYTES = 16 * 2**30
 #: Processes and threads that may read at the same time.
 READERS = 512
+#: For a transaction of another process, when a folder is opened.
+PATIENCE_SECONDS = 5.0
 #: Freed when the disk is full, so that sessions can still be closed.
 _RESERVE_BYTES = 4 * 2**20
 #: File systems of other machines: LMDB's locks are shared memory of this one.
@@ -51,12 +55,15 @@ class LmdbFolder:
         folder: Made if it does not exist.
         sync: When commits reach the disk.
         map_bytes: Initial size of the map.
+        patience: Seconds to wait for a process that is within a transaction.
 
     Raises:
         StoreUnavailable: The folder cannot be used, and waiting does not change that.
     """
 
-    def __init__(self, folder: Path, sync: Sync, map_bytes: int = MAP_BYTES) -> None:
+    def __init__(
+        self, folder: Path, sync: Sync, map_bytes: int = MAP_BYTES, patience: float = PATIENCE_SECONDS
+    ) -> None:
         self.folder, self.sync = folder, sync
         self._map_bytes = map_bytes
         self._held: Any = None  # a reader of the state that `synced` leads to
@@ -70,6 +77,7 @@ class LmdbFolder:
         try:
             self._join()
             self._environment = self._open()
+            self._await_turn(patience)
             self.reserve()
             self.mark()
         except (lmdb.Error, OSError) as error:
@@ -78,6 +86,24 @@ class LmdbFolder:
         except StoreUnavailable:
             os.close(self._lock)
             raise
+
+    def _await_turn(self, patience: float) -> None:
+        """Raises StoreUnavailable if another process does not end its transaction: LMDB would wait for ever."""
+
+        def take_a_turn() -> None:
+            with self._environment.begin(write=True):
+                pass
+
+        turn = Thread(target=take_a_turn, name="first turn", daemon=True)
+        turn.start()
+        turn.join(patience)
+        if turn.is_alive():
+            raise StoreUnavailable(
+                f"the store {self.folder} is held by another process, which has not ended its transaction for "
+                f"{patience:g} s: {holders(self.folder)}. Let it continue (kill -CONT) or end it (kill -KILL), and "
+                "start again",
+                0,
+            )
 
     # ── transactions ─────────────────────────────────────────────────────────────────────────────
 
@@ -225,6 +251,20 @@ class LmdbFolder:
             mode=0o600,
             readahead=False,
         )
+
+
+def holders(folder: Path) -> str:
+    """The other processes that have the folder open, with what the machine says of them."""
+    lock = (folder / "lock").stat().st_ino
+    found = []
+    with contextlib.suppress(OSError):  # not Linux
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].endswith(f":{lock}") and int(words[4]) not in (0, os.getpid()):
+                status = Path(f"/proc/{words[4]}/status").read_text()
+                name, state = (re.search(rf"^{what}:\s*(.*)$", status, re.M) for what in ("Name", "State"))
+                found.append(f"process {words[4]}, {name and name[1]}, {state and state[1]}")
+    return "; ".join(found) or "its id is not known here"
 
 
 def is_store(folder: Path) -> bool:

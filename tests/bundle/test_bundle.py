@@ -79,6 +79,8 @@ def test_moved_bundle_is_refused(path: Path) -> None:
         {"state_size": "3"},
         {"streamable": False},
         {"initial_state": [1.0]},
+        {"rates": {"z": 8000.0}},
+        {"rates": {"x": 0.0}},
         {"inputs": []},
         {"parity": []},
         *({"parity": [{**asdict(each), "tolerance": value} for each in MANIFEST.parity]} for value in UNUSABLE),
@@ -136,6 +138,12 @@ def test_discover_sorts_versions_as_numbers(tmp_path: Path) -> None:
     (tmp_path / "a/11").mkdir()
     found = [str(path.relative_to(tmp_path)) for path in bundle.discover(tmp_path)]
     assert found == ["a/9", "a/10", "b/1"]
+
+
+def test_a_folder_of_the_disk_that_cannot_be_listed_is_no_bundle(tmp_path: Path) -> None:
+    for name in ("lost+found", "model"):
+        (tmp_path / name).symlink_to("nowhere")
+    assert bundle.discover(tmp_path) == [tmp_path / "model"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 40, b"not a file"])

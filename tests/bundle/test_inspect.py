@@ -28,6 +28,11 @@ def test_the_table_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("forward    h") == 2
 
 
+def test_a_declared_rate_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(BUNDLE.parents[1] / "sound" / "1") == 0
+    assert "samples: 16000 values per second" in capsys.readouterr().out
+
+
 def test_json_is_the_manifest_and_what_the_files_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(BUNDLE, "--json") == 0
     found = json.loads(capsys.readouterr().out)

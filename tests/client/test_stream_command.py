@@ -13,6 +13,9 @@ import pytest
 from serving import Oracle, Running
 
 from unroll import Client, cli
+from unroll.client import wav
+from unroll.client.errors import InvalidInput
+from unroll.client.tensors import Model, Tensor
 
 Oracles = Callable[[str], Oracle]
 #: Runs the command with these arguments and stdin; returns status, stdout and stderr.
@@ -131,6 +134,14 @@ def test_wav_in_and_out(run: Run, oracle: Oracles) -> None:
         assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (16_000, 80, 1)
         samples = np.frombuffer(file.readframes(80), "<i2").reshape(40, 2)
     assert np.abs(samples / 2**15 - right.clip(-1, 1)).max() <= 2**-15
+
+
+def test_a_wav_of_another_rate_than_the_model_declares_is_refused() -> None:
+    samples = Tensor("samples", "float32", (256,), rate=16_000)
+    model = Model("sound", "1", "", (samples,), (), (), True, None, {})
+    assert wav.Reader(model, io.BytesIO(as_wav(np.zeros(512), 16_000))).steps == 2
+    with pytest.raises(InvalidInput, match="the file has 8000 samples a second, and 'sound' takes 16000: convert it"):
+        wav.Reader(model, io.BytesIO(as_wav(np.zeros(512), 8_000)))
 
 
 def test_a_wav_that_ends_within_a_time_step_is_filled_with_zeros(run: Run, oracle: Oracles) -> None:

@@ -95,6 +95,7 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
     code = run(
         "usermodel:both_ways" if suffix == ".pt" else "usermodel:Net",
         *("--weights", str(path), "--input", "token:int64:", "--name", "net", "--version", "3", "--repository", "out"),
+        *("--input-rate", "token=50"),
     )
 
     printed = capsys.readouterr()
@@ -105,7 +106,7 @@ def test_factory_with_weights(folder: Path, suffix: str, capsys: pytest.CaptureF
     else:
         assert code == 0
         manifest = bundle.read(folder / "out/net/3").manifest
-        assert (manifest.inputs[0].limit, manifest.inputs[0].shape) == (17, ())
+        assert (manifest.inputs[0].limit, manifest.inputs[0].shape, manifest.rates) == (17, (), {"token": 50.0})
         onnx_bytes = (folder / "out/net/3/model.onnx").read_bytes()
         assert weights["embed.weight"].numpy().tobytes() in onnx_bytes
 
@@ -132,6 +133,8 @@ TOKEN = ("--input", "token:int64:", "--random-weights")
         (("usermodel:broken", *TOKEN, "--name", "n"), 1, "no such file"),
         (("usermodel:Net", *TOKEN, "--name", "n", "--arg", "both=True"), 1, "unexpected keyword argument 'both'"),
         (("usermodel:Net", *TOKEN, "--name", "n", "--arg", "bidirectional"), 2, "NAME=VALUE"),
+        (("usermodel:Net", *TOKEN, "--name", "n", "--input-rate", "token=0"), 2, "NAME=RATE"),
+        (("usermodel:Net", *TOKEN, "--name", "n", "--input-rate", "x=8000"), 1, "a rate is given for 'x', which is no"),
         (("usermodel:Stateful", *TOKEN, "--name", "n"), 1, "--state hc:DTYPE:SHAPE=OUTPUT"),
         (("usermodel:nothing", *TOKEN, "--name", "n"), 1, "checkpoint: "),
         (("nowhere:Net", *TOKEN, "--name", "n"), 1, "checkpoint: "),
@@ -215,7 +218,11 @@ def test_a_state_that_forward_hands_on(folder: Path, capsys: pytest.CaptureFixtu
     assert run(*delay, "--state", "cache:float32:2x3") == 2
     assert "NAME:DTYPE:SHAPE=OUTPUT" in capsys.readouterr().err
     assert run(*delay, "--state", "cache:float32:3x3=y1") == 1
-    assert "forward fails on the example" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "forward fails on the example" in printed
+    assert "Traceback" not in printed
+    assert run(*delay, "--state", "cache:float32:3x3=y1", "--verbose") == 1
+    assert "Traceback" in capsys.readouterr().err
     assert run(*delay, "--state", "cache:float32:2x3=y1") == 0
     manifest = bundle.read(folder / "out/delay/1").manifest
     assert manifest.streamable
@@ -239,3 +246,28 @@ def test_weights_that_would_run_code_are_refused(folder: Path, capsys: pytest.Ca
     assert "checkpoint: " in capsys.readouterr().err
     assert not (folder / "canary").exists()
     assert not (folder / "out").exists()
+
+
+TIME_LAST = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x.transpose(1, 2))[0].transpose(1, 2)
+"""
+
+
+def test_the_time_may_be_last(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "channels.py").write_text(TIME_LAST)
+    net = ("channels:Net", "--input", "x:float32:3", "--random-weights", "--repository", "out", "--name", "net")
+    assert run(*net, "--time-last", "--time-first") == 1
+    assert "either first or last" in capsys.readouterr().err
+    assert run(*net, "--time-last") == 0
+    manifest = bundle.read(folder / "out/net/1").manifest
+    assert manifest.streamable
+    assert [spec.shape for spec in manifest.inputs + manifest.outputs] == [(3,), (4,)]

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils import _pytree as pytree
 
 from conformance.kinds import TESTED, Kind
+from conformance.kinds.shipped import SHIPPED
 from unroll import bundle
 from unroll.export import ExportError, export
 from unroll.export.signature.outputs import leaves
@@ -51,12 +52,15 @@ LONG = {
 }
 
 
+ALL = [*TESTED, *SHIPPED]
+
+
 def _parameter(kind: Kind, *, long: bool) -> object:
     return pytest.param(kind, id=kind.name, marks=[pytest.mark.long] if long else [])
 
 
-EXPORTED = [_parameter(kind, long=kind.name not in SHORT) for kind in TESTED if kind.refused is None]
-REFUSED = [_parameter(kind, long=kind.name in LONG) for kind in TESTED if kind.refused is not None]
+EXPORTED = [_parameter(kind, long=kind.name not in SHORT) for kind in ALL if kind.refused is None]
+REFUSED = [_parameter(kind, long=kind.name in LONG) for kind in ALL if kind.refused is not None]
 
 
 @pytest.mark.parametrize("kind", EXPORTED)
@@ -64,7 +68,7 @@ def test_exported(kind: Kind, tmp_path: Path) -> None:
     module, example = kind.build(), kind.example()
     given = copy.deepcopy(example)
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    training = module.training
+    training, random_state = module.training, torch.get_rng_state()
 
     report = export(module, example, name="m", repository=tmp_path, **kind.options)
 
@@ -78,6 +82,7 @@ def test_exported(kind: Kind, tmp_path: Path) -> None:
     assert bundle.read(report.path).manifest == manifest
     assert b".py" not in (report.path / "model.onnx").read_bytes()  # no stack traces of this machine
     assert module.training == training
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(map(torch.equal, _tensors(given), _tensors(example))), "the caller's example was changed"
     assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
     _answers_like_torch(kind, module, example, report)
@@ -143,9 +148,9 @@ def test_refused(kind: Kind, tmp_path: Path) -> None:
 
 
 def test_the_kinds_that_are_named_here_exist() -> None:
-    refused = {kind.name for kind in TESTED if kind.refused is not None}
+    refused = {kind.name for kind in ALL if kind.refused is not None}
     assert refused > LONG
-    assert {kind.name for kind in TESTED} - refused > SHORT
+    assert {kind.name for kind in ALL} - refused > SHORT
 
 
 def test_one_node_per_layer(tmp_path: Path) -> None:

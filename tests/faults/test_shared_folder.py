@@ -1,5 +1,6 @@
 """Servers on one folder: any of them takes any step, and one that is stopped while it writes holds up the others."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -15,6 +16,11 @@ from faults.replica import Replica
 from faults.wires import Wires
 from oracle import Oracle
 from waiting import PATIENCE, reached
+
+from unroll.service.core.errors import StoreUnavailable
+from unroll.service.store.lmdb_folder import LmdbFolder
+
+needs_proc_locks = pytest.mark.skipif(not Path("/proc/locks").exists(), reason="no /proc/locks here")
 
 _X = np.ones((1, 2), np.float32)
 
@@ -74,6 +80,17 @@ async def test_a_process_that_stops_within_a_transaction_delays_the_others(
         return (reply.position, reply.outputs) == (1, oracle(_X).tobytes())
 
     await reached(is_answered, "a step")
+
+
+@needs_proc_locks
+async def test_a_server_that_starts_while_another_process_stops_within_a_transaction_says_which(
+    server: Replica, stopped: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    with pytest.raises(StoreUnavailable) as raised:
+        await asyncio.to_thread(LmdbFolder, tmp_path / "store", "everysec", patience=0.5)
+    assert f"process {stopped.pid}, python" in raised.value.message
+    assert "(stopped)" in raised.value.message
+    assert "kill -CONT" in raised.value.message
 
 
 async def test_a_server_can_be_ended_while_another_process_stops_within_a_transaction(

@@ -70,6 +70,16 @@ class Export:
             _spec("InputSpec.parse"),
         ),
     ] = None
+    input_rate: Annotated[
+        list[str] | None,
+        option(
+            "--input-rate",
+            "NAME=RATE",
+            "values per second of an input whose time steps are consecutive pieces of a signal, such as sound: "
+            "the page listens to a microphone at it",
+            _spec("input_rate"),
+        ),
+    ] = None
     static: Annotated[
         list[str] | None,
         option(
@@ -125,6 +135,7 @@ class Export:
         Path | None,
         option("--sign", "FILE", "sign the bundle with this private key, as `unroll keys pair` makes one"),
     ] = None
+    verbose: Annotated[bool, flag("--verbose", "below a refusal, also print what PyTorch said, in full")] = False
     json: Json = False
 
     def run(self) -> int:

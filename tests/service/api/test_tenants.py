@@ -30,6 +30,9 @@ PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 #: Every other route needs `infer`.
 OTHER_SCOPES = {
     "/metrics": "metrics",
+    "/v2/models/stats": "metrics",
+    "/v2/models/{model}/stats": "metrics",
+    "/v2/models/{model}/versions/{version}/stats": "metrics",
     "/v1/admin/sessions": "sessions:admin",
     "/v1/admin/drain": "server:admin",
     "/v1/admin/log-level": "server:admin",
@@ -182,6 +185,10 @@ def test_the_scope_of_every_route(keyed: Keyed, method: str, template: str) -> N
             assert code(answer) == (403, "forbidden")
     if template.endswith("/infer"):
         keyed.clients["acme"].delete("/v1/models/gru/sessions/none").raise_for_status()
+
+
+def test_models_are_loaded_by_post_alone(keyed: Keyed) -> None:
+    assert keyed.clients["models"].get("/v2/repository/models/gru/load").status_code == 405
 
 
 def test_paths_that_do_not_exist_need_a_key_too(keyed: Keyed) -> None:

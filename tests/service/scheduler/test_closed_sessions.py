@@ -17,6 +17,7 @@ from unroll.service.core.errors import (
     SessionClosed,
     SessionUnknown,
 )
+from unroll.service.core.session_ids import owned
 from unroll.service.scheduler.closed_sessions import ClosedSessions
 from unroll.service.scheduler.limits import SessionLimits
 from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
@@ -88,6 +89,22 @@ def test_after_a_while_the_same_request_opens_a_new_session(s, engine):
     again = submit(s, "a", inputs(1), 60, LATER, position=0, start=True)
     run_until_idle(s, engine, 60)
     assert answer(again) == fold([1])
+
+
+def test_a_tenant_that_closes_many_sessions_does_not_push_out_what_is_remembered_for_others():
+    closed = ClosedSessions(SessionLimits(tombstones=20, closing_reply_bytes=1000))
+    outputs = (np.zeros(100, np.uint8),)
+    last = AppliedChunk(0, payload_digest(outputs), Reply(outputs, 1))
+    calm = [owned("calm", f"{i}") for i in range(5)]
+    for i in range(100):
+        if i < 5:
+            closed.add(calm[i], SessionClosed, 0, b"", last)
+        closed.add(owned("busy", f"{i}"), SessionClosed, 0, b"", last)
+    assert len(closed) == 20
+    assert all(closed.get(session_id, 1) and closed.reply_to(session_id, 0, outputs, 1) for session_id in calm)
+    assert owned("busy", "99") in closed
+    closed.add(owned("busy", "100"), SessionClosed, 4000, b"")
+    assert len(closed) == 1, "what is old is forgotten, whoever's it is"
 
 
 def test_the_replies_of_closing_chunks_are_bounded_in_bytes():

@@ -27,8 +27,8 @@ class Client:
     deadline: float = 30.0
     refused: list[float] = field(default_factory=list)
     waited: list[tuple[float, float]] = field(default_factory=list)
-    retry_after: list[float] = field(default_factory=list)
     on_answer: Callable[[float], None] = lambda now: None
+    on_refused: Callable[[float], None] = lambda retry_after: None
 
     def p99(self, since: float = 0.0) -> float:
         return float(np.quantile([seconds for at, seconds in self.waited if at >= since], 0.99))
@@ -66,15 +66,21 @@ class Machine:
         sent = self.now
 
         def answered(outcome: object) -> None:
-            if isinstance(outcome, Reply):
-                client.waited.append((sent, self.now - sent))
+            if isinstance(outcome, Overloaded):
+                refused(outcome)
+                return
+            assert isinstance(outcome, Reply), outcome
+            client.waited.append((sent, self.now - sent))
             client.on_answer(self.now)
+
+        def refused(error: Overloaded) -> None:
+            client.refused.append(self.now)
+            client.on_refused(error.retry_after)
 
         try:
             self.scheduler.submit(chunk, self.now, self.now + client.deadline)
         except Overloaded as error:
-            client.refused.append(self.now)
-            client.retry_after.append(error.retry_after)
+            refused(error)
             return
         chunk.listeners = (answered,)
         self.most_in_flight = max(self.most_in_flight, self.scheduler.in_flight)
@@ -141,15 +147,21 @@ def test_at_five_times_the_capacity_what_is_accepted_waits_about_as_long_as_belo
 
 @machines
 @pytest.mark.parametrize("seconds", [0.0, 0.3], ids=["at once", "one after another"])
-def test_clients_that_wait_for_their_answers_are_not_refused_however_long_the_queue(
-    costs: tuple[float, float], seconds: float
-) -> None:
-    machine, clients = Machine(*costs), [Client() for _ in range(1000)]
+def test_clients_that_wait_for_their_answers_are_not_refused(costs: tuple[float, float], seconds: float) -> None:
+    machine, clients = Machine(*costs), [Client() for _ in range(300)]
     for number, client in enumerate(clients):
         machine.loop_of([client], start=seconds * number / len(clients))
     machine.run(0.8)
     assert not any(client.refused for client in clients)
     assert machine.scheduler.estimated_wait() > TARGET
+
+
+def test_a_queue_that_stays_very_long_is_an_overload_even_if_it_does_not_grow() -> None:
+    machine, clients = Machine(4e-4, 4e-4), [Client() for _ in range(1000)]
+    machine.loop_of(clients)
+    machine.run(1.5)
+    assert any(client.refused for client in clients)
+    assert max(seconds for client in clients for at, seconds in client.waited if at > 1.0) < 0.1
 
 
 def test_when_the_load_ends_nobody_is_refused_any_more() -> None:
@@ -166,14 +178,16 @@ def test_a_client_that_tries_again_when_it_is_told_to_gets_through() -> None:
     machine.arrivals(Client(), 2 * machine.capacity, 0.0, 8.0)
     obedient = [Client() for _ in range(20)]
 
-    def attempt(client: Client) -> None:
-        refused = len(client.refused)
-        machine.send(client)
-        if len(client.refused) > refused:
-            machine.at(machine.now + math.ceil(client.retry_after[-1]), lambda: attempt(client))
-
     for number, client in enumerate(obedient):
-        machine.at(1.0 + number / 1000, lambda client=client: attempt(client))  # type: ignore[misc]
+
+        def attempt(client: Client = client) -> None:
+            machine.send(client)
+
+        def wait(retry_after: float, attempt: Callable[[], None] = attempt) -> None:
+            machine.at(machine.now + math.ceil(retry_after), attempt)
+
+        client.on_refused = wait
+        machine.at(1.0 + number / 1000, attempt)
     machine.run(9.0)
     assert all(len(client.waited) == 1 for client in obedient)
 

@@ -1,0 +1,1 @@
+"""Requests made of the OpenAPI document, by Schemathesis."""
