@@ -112,7 +112,7 @@ def over_time(
     if not state and not kept:
         raise ExportError(
             "input",
-            "a step without a state: the module keeps none, and none is named; name the arguments that are states, with "
+            "a step without a state: the module keeps none, and none is named; name the arguments that are states, and "
             "the outputs that continue them, as in --state h:float32:64=y1 or state={'h': 'y1'}",
         )
     rows = torch.arange(_BATCH * _TIME) % batch
