@@ -9,7 +9,7 @@ CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload soak machine-test crowd-test api-fuzz check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
+.PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload soak machine-test crowd-test api-fuzz fuzz check format docs long-test conformance packages fuzz-export train bundles bench bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,9 @@ crowd-test: install ## hundreds of concurrent sessions over every API, longer th
 
 api-fuzz: install .tools/schemathesis/.installed ## send requests made of the OpenAPI document; none may fail or have an undocumented answer (SECONDS=, SEED=)
 	PYTHONPATH=tests $(BIN)/python -m api_fuzz --schemathesis .tools/schemathesis/bin/schemathesis --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+
+fuzz: install .tools/atheris/.installed ## bytes for each decoder of what others send and store, led by coverage (12 minutes; SECONDS= for each)
+	PYTHONPATH=tests:.tools/atheris $(BIN)/python -m decoder_fuzz --seconds $(or $(SECONDS),60)
 
 long-test: install ## run the tests that `make test` leaves out: export of every kind of module, and a benchmark (minutes)
 	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
@@ -154,6 +157,10 @@ clean: ## remove environments, caches and build outputs
 .tools/schemathesis/.installed:
 	$(PYTHON) -m venv .tools/schemathesis
 	.tools/schemathesis/bin/pip install -q --disable-pip-version-check 'schemathesis>=4,<5'
+	@touch $@
+
+.tools/atheris/.installed: .venv/.installed
+	$(BIN)/pip install -q --disable-pip-version-check --target .tools/atheris 'atheris>=3,<4'
 	@touch $@
 
 .tools/ray/.installed: pyproject.toml constraints.txt

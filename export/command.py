@@ -88,7 +88,7 @@ def _load(options: "Export") -> tuple[Any, dict[str, Any], list[str]]:
     if options.weights or options.arg:
         raise ExportError("checkpoint", "--weights and --arg are for MODULE:FACTORY: name the class or function")
     is_checkpoint = path.suffix in {"", ".safetensors"} and path.with_suffix(".json").is_file()
-    if not is_checkpoint and (path.is_file() or path.suffix in _PROGRAMS):
+    if not is_checkpoint and (path.exists() or path.suffix in _PROGRAMS):
         check_script(path)
         return programs.load(path), examples(*described), []
     if any(described):

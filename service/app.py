@@ -132,7 +132,8 @@ def build(
         operator = app.state.operator = _fastapi(state, None)
     operator.include_router(health_routes.metrics_router(state, workers))
     _add_administration(operator, settings, state, store, clock)
-    app.include_router(absent_routes.router({getattr(route, "path", "") for route in app.routes}))
+    loads = settings.offers_operations and operator is app
+    app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
     return app, state
 
 

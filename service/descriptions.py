@@ -183,6 +183,9 @@ GROUPS = {
         "max_header_bytes": Description("BYTES", "maximum headers of a request, in bytes", "65536"),
         "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
         "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),
+        "max_held_bytes": Description(
+            "BYTES", "maximum bytes of requests and answers at a time, beside the sessions' states", "536870912"
+        ),
         "max_steps": Description("N", "maximum time steps per request", "65536"),
         "max_rollout_steps": Description("N", "maximum time steps per rollout whose inputs are fed back", "4096"),
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),

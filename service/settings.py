@@ -101,6 +101,7 @@ class Settings(BaseModel):
     max_header_bytes: PositiveInt = 65_536
     max_body_bytes: PositiveInt = 16 * 2**20
     max_json_bytes: PositiveInt = 2 * 2**20
+    max_held_bytes: PositiveInt = 512 * 2**20
     max_steps: PositiveInt = 65_536
     max_rollout_steps: PositiveInt = 4096
     max_sequences: PositiveInt = 1024
@@ -276,7 +277,13 @@ class Settings(BaseModel):
     def api_limits(self) -> "ApiLimits":
         from unroll.service.api.app_state import ApiLimits
 
-        return ApiLimits(self.request_timeout, self.max_body_bytes, self.max_json_bytes, self.max_rollout_steps)
+        return ApiLimits(
+            self.request_timeout,
+            self.max_body_bytes,
+            self.max_json_bytes,
+            self.max_rollout_steps,
+            self.max_held_bytes,
+        )
 
 
 def _is_loopback(host: str) -> bool:

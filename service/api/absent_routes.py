@@ -13,12 +13,13 @@ _LOADING = (
 _GENERATE = "generate is not offered; use infer with a sequence_id, or a stream: /v1/models/{model}/stream"
 _TRACE = "traces are not offered; /metrics and /v2/models/{model}/stats have times by stage"
 _LOGGING = "log settings are not offered here; start the server with --log-level and --log-requests"
+#: Of models, which an operator may have; see `operator_routes.py`.
+LOADING = ("/repository/models/{model}/load", "/repository/models/{model}/unload")
 #: Extensions that are not offered, by path below /v2.
 _ABSENT = {
     "/systemsharedmemory/{rest:path}": _SHARED,
     "/cudasharedmemory/{rest:path}": _SHARED,
-    "/repository/models/{model}/load": _LOADING,
-    "/repository/models/{model}/unload": _LOADING,
+    **dict.fromkeys(LOADING, _LOADING),
     **{
         f"/models/{{model}}{version}/{name}": why
         for version in ("", "/versions/{version}")
@@ -30,10 +31,10 @@ _ABSENT = {
 
 
 def router(offered: Collection[str]) -> APIRouter:
-    """offered: the paths that there are."""
+    """offered: those that there are, by path below /v2."""
     api = APIRouter(prefix="/v2", include_in_schema=False)
     for path, why in _ABSENT.items():
-        if f"/v2{path}" in offered:
+        if path in offered:
             continue
         api.add_api_route(path, _refusal(why), methods=["GET", "POST"])
     return api

@@ -19,7 +19,7 @@ def uvicorn_config(
         host=host,
         port=port,
         http=http_protocol(app, limits),
-        ws=stream_protocol(app.turns),
+        ws=stream_protocol(app.turns, app.held),
         ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
         access_log=False,

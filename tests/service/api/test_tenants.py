@@ -187,6 +187,10 @@ def test_the_scope_of_every_route(keyed: Keyed, method: str, template: str) -> N
         keyed.clients["acme"].delete("/v1/models/gru/sessions/none").raise_for_status()
 
 
+def test_models_are_loaded_by_post_alone(keyed: Keyed) -> None:
+    assert keyed.clients["models"].get("/v2/repository/models/gru/load").status_code == 405
+
+
 def test_paths_that_do_not_exist_need_a_key_too(keyed: Keyed) -> None:
     for path in ("/v1/none", "/v2/none", "/livez/none", "/v1/models/"):
         assert keyed.nobody.get(path).status_code == 401, path
