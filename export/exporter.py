@@ -32,6 +32,7 @@ def export(
     max_error: float | None = None,
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
+    step: bool = False,
     rates: Mapping[str, float] = MappingProxyType({}),
     sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
@@ -55,6 +56,8 @@ def export(
         static: the arguments without time, (batch, ...), which are given once when a sequence begins.
         state: the arguments that forward returns for its next call, as a cache is, each with the name of that output:
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
+        step: forward makes one time step: its inputs are (batch, ...), and `state` names the states that it takes and
+            returns, of any shape; one that forward can do without (`state=None`) may be left out of the example.
         rates: values per second of inputs whose time steps are consecutive pieces of a signal, such as sound. No number
             depends on them: `unroll stream` checks recordings by them, and the page listens to a microphone at them.
         sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
@@ -82,6 +85,7 @@ def export(
         repository=Path(repository),
         replace=replace,
         arguments=arguments,
+        step=step,
         time_last=time_last,
         output_names=output_names,
         precision=precision,
