@@ -64,9 +64,9 @@ class Overload:
         arrived, ran = wait - max(0.0, self._waited - passed), max(self._waited, passed)
         if arrived > _TWICE * ran:
             return True
+        if min(wait, self._waited, passed) > _STANDING * self._limit:
+            return True
         if passed >= self._waited:
-            if min(wait, self._waited) > _STANDING * self._limit:
-                return True
             self._growing = self._growing + 1 if arrived > _MORE * ran else 0
             self._began, self._waited = now, wait
         return self._growing == _ROUNDS
