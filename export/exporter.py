@@ -68,15 +68,7 @@ def export(
 
     Raises:
         ExportError: if the model cannot be exported faithfully; `code` says why, the message what to change. Nothing
-            is written then. The codes:
-
-            * the module: `scripted`, `quantized`, `dtype`, `too_large`, `not_copyable`, `checkpoint`
-            * the example: `input`, `batch_time`, `initial_state`, `unbatched`
-            * forward: `forward_failed`, `not_deterministic`, `not_finite`, `output`, `packed_sequence`
-            * its recurrence: `no_recurrent_layer`, `layer_axes`, `calls_depend_on_time`, `keeps_state`, `rows_mixed`
-            * the graph: `not_exportable`, `parity`, `precision`, `max_error`
-            * the target: `bundle`
-            * a fault of export itself: `internal`
+            is written then.
     """
     arguments = DeclaredArguments(frozenset(static), state, batch_first)
     options = ExportOptions(

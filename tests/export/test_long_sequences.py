@@ -21,11 +21,11 @@ from conformance.looping import LoopBlock
 from conformance.trees import Loop
 from unroll.export import ExportError, export
 from unroll.export.lifting.kept_values import kept_values
-from unroll.export.verification import branches, trials
+from unroll.export.verification import branches
 from unroll.export.verification.branches import BranchLog
 from unroll.export.verification.iterations import OperationLog, irregular, step_of
 from unroll.export.verification.large_numbers import find_large_numbers
-from unroll.export.verification.trials import BRANCHES, Trial
+from unroll.export.verification.trials import BRANCHES
 
 CELL = nn.GRUCell(4, 6)
 
@@ -262,13 +262,6 @@ BY_LENGTH = {
 }
 
 
-@pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loops are run over 64 steps where no number says otherwise."""
-    monkeypatch.setattr(trials, "LOOP_STEPS", 64)
-    monkeypatch.setattr(trials, "ORIGINAL_LONG", Trial(2, 64, 29, 30))
-
-
 #: Found as "slice", or refused as "zip" is.
 LIKE_ANOTHER = {"window", "product", "islice", "iterator", "a late row of a table, picked by select"}
 
@@ -303,7 +296,7 @@ def test_rare_branches_without_a_difference_are_exported(few_steps: None, tmp_pa
     assert any(line.startswith("trying it over 100 time steps") for line in said)
 
 
-def test_unknown_bytecode_refuses_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_bytecode_refuses_loops(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branches, "_watched", lambda code: {})
     branches.is_readable.cache_clear()
     try:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from faults.preloaded import Served
 from waiting import PATIENCE
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[1]
 
 
 class Launched(Served):
