@@ -11,7 +11,7 @@ _TWICE, _MORE, _ROUNDS = 2.0, 1.1, 3
 #: A queue that stays so many times as long as `most_wait` would be.
 _STANDING = 5.0
 #: An overload is over when nothing was refused for so long.
-_CALM_SECONDS = 0.2
+_CALM_SECONDS = 0.8
 
 
 class Overload:
