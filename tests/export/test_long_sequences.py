@@ -3,6 +3,7 @@
 The kinds of `conformance/kinds/late.py` are the same through `export`.
 """
 
+import cProfile
 import itertools
 import logging
 from collections import deque
@@ -23,6 +24,7 @@ from unroll.export.lifting.kept_values import kept_values
 from unroll.export.verification import branches
 from unroll.export.verification.branches import BranchLog
 from unroll.export.verification.iterations import OperationLog, irregular, step_of
+from unroll.export.verification.large_numbers import find_large_numbers
 from unroll.export.verification.trials import BRANCHES
 
 CELL = nn.GRUCell(4, 6)
@@ -302,6 +304,14 @@ def test_unknown_bytecode_refuses_loops(few_steps: None, tmp_path: Path, monkeyp
             export(looping(lambda s, t, x, h: s.cell(x, h)), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
     finally:
         branches.is_readable.cache_clear()
+
+
+def test_who_profiles_export_gets_the_whole_profile() -> None:
+    with cProfile.Profile() as profile:
+        assert not find_large_numbers([lambda: None], 10)
+        len(())
+    profile.create_stats()
+    assert any(name == "<built-in method builtins.len>" for _, _, name in profile.stats)
 
 
 def test_a_number_without_source_is_undecided() -> None:

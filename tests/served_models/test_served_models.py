@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from served_models import models
-from unroll.bundle.operators import operators
 
 from unroll import bundle
+from unroll.bundle.graph import operators
 from unroll.service.engine.runner import Runner
 
 #: With layers of two kinds, and with what no layer keeps.
