@@ -13,6 +13,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from unroll.service.access.certificate import Tls
 from unroll.service.access.held_bytes import SMALL
 from unroll.service.access.keys import INFER
 from unroll.service.api import inference_routes
@@ -43,12 +44,16 @@ from unroll.service.transport.head import (
     without_offer,
 )
 from unroll.service.transport.limited import LimitedProtocol
+from unroll.service.transport.tls import Handshake
 
 
-def http_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
+def http_protocol(
+    app: AppState, limits: ConnectionLimits, tls: Tls | None = None
+) -> type[HttpToolsProtocol | Handshake]:
     """The protocol class for `uvicorn.Config(http=...)`."""
     members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
-    return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), members)
+    protocol = type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), members)
+    return protocol if tls is None else type("TlsProtocol", (Handshake,), {"protocol": protocol, "tls": tls})
 
 
 def operator_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
@@ -167,6 +172,8 @@ class HttpProtocol(LimitedProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
         """A client that sends no more may still read: what it asked is answered before the connection is closed."""
+        if self.scheme == "https":  # TLS ends both directions at once
+            return False
         self._sends_no_more = True
         if self._last_words:
             return self._busy()
@@ -386,7 +393,8 @@ class HttpProtocol(LimitedProtocol):
         if self._sends_no_more:
             self.transport.close()
         else:
-            self.transport.write_eof()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
             self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:

@@ -5,6 +5,7 @@ import copy
 import uvicorn
 from fastapi import FastAPI
 
+from unroll.service.access.certificate import Tls
 from unroll.service.api.app_state import AppState
 from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.http import http_protocol, operator_protocol
@@ -12,13 +13,13 @@ from unroll.service.transport.websocket import stream_protocol
 
 
 def uvicorn_config(
-    application: FastAPI, app: AppState, host: str, port: int, limits: ConnectionLimits
+    application: FastAPI, app: AppState, host: str, port: int, limits: ConnectionLimits, tls: Tls | None = None
 ) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         host=host,
         port=port,
-        http=http_protocol(app, limits),
+        http=http_protocol(app, limits, tls),
         ws=stream_protocol(app.turns, app.held),
         ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
