@@ -71,6 +71,8 @@ def _divided(model: Model, values: Sequence[str], where: str) -> Row:
 
 
 def _parsed(spec: Tensor, cells: Sequence[str], where: str) -> np.ndarray:
+    if not all(map(str.strip, cells)):
+        raise InvalidInput(f"{where}: a value of {spec.name!r} is missing: fill the gap, or leave the row out")
     try:
         read = _PARSERS[spec.numpy.kind]
         return np.array([read(cell.strip().lower()) for cell in cells], spec.numpy).reshape(spec.shape)

@@ -51,6 +51,12 @@ GROUPS = {
         "jwt_scope_claim": Description(
             "CLAIM", "claim that has the scopes, as words in a string or as a list", "scope"
         ),
+        "tls_cert": Description(
+            "FILE", "certificate chain in PEM: listen with TLS 1.2 or 1.3; read again at SIGHUP, for new connections"
+        ),
+        "tls_key": Description("FILE", "key of the certificate in PEM (default: it is in the file of --tls-cert)"),
+        "tls_password_file": Description("FILE", "file with the password of the key, if it is encrypted"),
+        "tls_client_ca": Description("FILE", "CAs in PEM: each client needs a certificate of one of them"),
         "allowed_hosts": Description(
             "NAMES",
             'names that clients use for this server, such as ["models.example.com"]; addresses are always allowed '
@@ -183,6 +189,9 @@ GROUPS = {
         "max_header_bytes": Description("BYTES", "maximum headers of a request, in bytes", "65536"),
         "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
         "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),
+        "max_held_bytes": Description(
+            "BYTES", "maximum bytes of requests and answers at a time, beside the sessions' states", "536870912"
+        ),
         "max_steps": Description("N", "maximum time steps per request", "65536"),
         "max_rollout_steps": Description("N", "maximum time steps per rollout whose inputs are fed back", "4096"),
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),

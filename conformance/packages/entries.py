@@ -179,13 +179,21 @@ def _silero_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 @entry("silero-vad", "the detector's weights in a class", "x:float32:512", trained=True, own=_silero_steps)
 def silero() -> nn.Module:
-    from importlib.resources import files
+    from silero_vad import load_silero_vad
 
-    from safetensors.torch import load_file
-
-    model = Silero()
-    model.load_state_dict(load_file(str(files("silero_vad.data") / "silero_vad_16k.safetensors")))
+    model, script = Silero(), load_silero_vad()._model.state_dict()
+    weights = {"stft_conv.weight": script["stft.forward_basis_buffer"]}
+    for theirs, ours in _SILERO_NAMES.items():
+        for kind in [name.removeprefix(theirs) for name in script if name.startswith(theirs)]:
+            weights[ours + kind] = script[theirs + kind]
+    model.load_state_dict(weights)
     return model
+
+
+_SILERO_NAMES = {f"encoder.{number}.reparam_conv": f"conv{number + 1}" for number in range(4)} | {
+    "decoder.rnn": "lstm_cell",
+    "decoder.decoder.2": "final_conv",
+}
 
 
 class Silero(nn.Module):

@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from types import CodeType, FunctionType, GeneratorType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -144,6 +144,7 @@ class _Walk:
 
     def _add(self, *values: Any) -> None:
         for value in values:
+            value = value.__self__ if isinstance(value, MethodType) else value
             if value is None or isinstance(value, (bool, int, str, bytes)):
                 self._leaves.append(value)
             elif id(value) not in self._seen and not isinstance(value, (ModuleType, type, nn.Module, FunctionType)):

@@ -143,7 +143,9 @@ def _made(target: str, arguments: Mapping[str, Any], look_up: Callable[[ModuleTy
     except ExportError:
         raise
     except Exception as error:  # user code
-        raise ExportError("checkpoint", f"{target} cannot be loaded: {first_line(error)}") from error
+        missing = isinstance(error, TypeError) and "missing" in str(error) and "argument" in str(error)
+        how = "; give each with --arg NAME=VALUE" if missing else ""
+        raise ExportError("checkpoint", f"{target} cannot be loaded: {first_line(error)}{how}") from error
     if not isinstance(module, nn.Module):
         raise ExportError("checkpoint", f"{target} gives a {type(module).__name__}, not a torch.nn.Module")
     return module

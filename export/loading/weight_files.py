@@ -17,13 +17,17 @@ from unroll.export.errors import ExportError, first_line
 #: script: TorchScript. program: of torch.export. saved: by torch.save.
 FileKind = Literal["script", "program", "saved", "safetensors"]
 
+#: For models of other frameworks.
+_REWRITE = (
+    "write the model as a PyTorch module, copy the weights into it, and export that: docs/coming-from.md says how"
+)
 _SAVE = 'torch.save(model.state_dict(), "weights.pt")'
 
 
 def kind_of(path: Path) -> FileKind:
     """By its content, whatever its name. Raises ExportError(checkpoint) for any other file, and says what it is."""
     if not path.is_file():
-        raise ExportError("checkpoint", f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
+        raise ExportError("checkpoint", _folder(path) if path.is_dir() else f"there is no file {path}")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = ["/" + name for name in archive.namelist()]
@@ -39,18 +43,29 @@ def kind_of(path: Path) -> FileKind:
         return "safetensors"
     if head.startswith(b"\x80") and head[1:2] <= b"\x05":
         return "saved"
-    raise ExportError("checkpoint", f"{path} {_described(head)}")
+    raise ExportError("checkpoint", f"{path} {_described(path, head)}")
 
 
-def _described(head: bytes) -> str:
+def _folder(path: Path) -> str:
+    saved = (path / "saved_model.pb").is_file()
+    return f"{path} is a SavedModel of TensorFlow; {_REWRITE}" if saved else f"{path} is a folder"
+
+
+def _described(path: Path, head: bytes) -> str:
     if not head:
         return "is empty"
+    if path.suffix == ".keras" or head.startswith(b"\x89HDF"):
+        return f"is a file of Keras; {_REWRITE}"
+    if path.suffix == ".onnx":
+        return f"is a graph of ONNX, from which the hidden state cannot be lifted; {_REWRITE}"
+    if head[4:8] == b"TFL3":
+        return f"is a model of TensorFlow Lite; {_REWRITE}"
+    if zipfile.is_zipfile(path):
+        return "is an archive that torch.save did not write"
     if head.startswith(b"PK"):
         return "is damaged: its end is missing; copy it again"
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS in place of the file; run `git lfs pull`"
-    if head.startswith(b"\x89HDF"):
-        return "is an HDF5 file, as Keras writes them; load it in Python and give the PyTorch module to unroll.export"
     return "holds no weights and no model of PyTorch: neither torch.save, torch.jit.save nor safetensors wrote it"
 
 

@@ -11,6 +11,7 @@
     sessions = 1000
     streams = 10
     steps_per_second = 5000
+    bytes = 100_000_000
 
 A key is 32 random bytes, so that its plain SHA-256 cannot be reversed by guessing. A slow hash is for passwords, which
 people choose.
@@ -76,6 +77,7 @@ class Quota(BaseModel):
     sessions: PositiveInt | None = None
     streams: PositiveInt | None = None
     steps_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    bytes: PositiveInt | None = None
 
 
 class _File(BaseModel):

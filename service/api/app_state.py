@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from unroll.service.access.gate import Gate
+from unroll.service.access.held_bytes import HeldBytes
 from unroll.service.access.quotas import Meter
 from unroll.service.core.errors import Draining, DurabilityUnavailable, QuotaExceeded
 from unroll.service.core.turns import Turns
@@ -23,6 +24,7 @@ class ApiLimits:
     max_body_bytes: int = 16 * 2**20
     max_json_bytes: int = 2 * 2**20
     max_rollout_steps: int = 4096
+    max_held_bytes: int = 512 * 2**20
 
 
 class Drainable(Protocol):
@@ -47,6 +49,7 @@ class AppState:
         shared_port: The port that other worker processes listen on, too; None: there is one process only.
         gate: Lets requests in, or not.
         meter: Of the steps of tenants.
+        held: Bytes of requests and answers.
         request_log: Of the requests that fail, or of all.
         turns: For long work in slices.
         requests: Figures by inference route.
@@ -66,6 +69,7 @@ class AppState:
     shared_port: int | None = None
     gate: Gate = field(default_factory=Gate)
     meter: Meter = field(init=False)
+    held: HeldBytes = field(init=False)
     request_log: RequestLog = field(default_factory=RequestLog)
     turns: Turns = field(default_factory=Turns)
     requests: dict[str, RequestFigures] = field(default_factory=dict)
@@ -77,6 +81,7 @@ class AppState:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.gate.quota)
+        self.held = HeldBytes(self.limits.max_held_bytes, self.gate.quota)
 
     @property
     def in_flight(self) -> int:

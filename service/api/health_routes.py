@@ -44,6 +44,7 @@ def metrics_router(app: AppState, workers: WorkerMetrics | None) -> APIRouter:
         app.sessions.directory.spilled,
         app.models.problems,
         app.sessions.store_figures,
+        app.held.by_kind,
     )
 
     @api.get(

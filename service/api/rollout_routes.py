@@ -1,14 +1,15 @@
 """Rollouts over HTTP, as server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from time import perf_counter
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import StreamingResponse
 
-from unroll.service.api.admission import OwnId
+from unroll.service.access.held_bytes import EVENTS, Holding
+from unroll.service.api.admission import OwnId, tenant_of
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import STATUS, problem
 from unroll.service.api.native_routes import POSITION_HEADER, TIMEOUT_HEADER, parse_body, problems
@@ -51,8 +52,9 @@ def router(app: AppState) -> APIRouter:
             request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
             wanted = parse_body(RolloutRequest, request, app.limits.max_json_bytes)
             wanted.position = position_of({"position": wanted.position}, request.whole_number(POSITION))
-            events = _Events(wanted.send)
+            events = _Events(wanted.send, Holding(app.held, EVENTS), tenant_of(http))
             call = RolloutCall(app, *split_reference(model), own_id, wanted, timeout_of(app, request), events)
+            events.stop = call.cancel
             await call.begin()
             first = await _first(call, events, http.receive)
             if isinstance(first, UnrollError):  # nothing was sent: it has a status of its own
@@ -69,14 +71,26 @@ def router(app: AppState) -> APIRouter:
 class _Events:
     """The events of one rollout: encoded, an error that ends them, or None at the end."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, holding: Holding, tenant: str) -> None:
+        self._holding = holding
+        self._tenant = tenant
+        self._refused = False
+        self.stop: Callable[[], None] = lambda: None  # ends the rollout
         self.queue: asyncio.Queue[bytes | UnrollError | None] = asyncio.Queue()
         self._send: Send = send
 
     def check(self, session: Session) -> None: ...
 
     def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
-        self.queue.put_nowait(_event(b"steps", json.dump(step_members(codec, self._send, position, inputs, outputs))))
+        if self._refused:
+            return
+        event = _event(b"steps", json.dump(step_members(codec, self._send, position, inputs, outputs)))
+        if (error := self._holding.grow(self._holding.size + len(event), self._tenant)) is None:
+            self.queue.put_nowait(event)
+        else:
+            self._refused = True
+            self.on_error(error)
+            asyncio.get_running_loop().call_soon(self.stop)
 
     def on_end(self, position: int, kept: bool) -> None:
         self.queue.put_nowait(_event(b"end", json.dump({"position": position, "reply_kept": kept})))
@@ -85,10 +99,21 @@ class _Events:
     def on_error(self, error: UnrollError) -> None:
         self.queue.put_nowait(error)
 
+    async def get(self) -> bytes | UnrollError | None:
+        """The next one."""
+        event = await self.queue.get()
+        if isinstance(event, bytes) and self._holding.size:
+            self._holding.resize(max(0, self._holding.size - len(event)))
+        return event
+
+    def drop(self) -> None:
+        """Nobody will get the rest."""
+        self._holding.resize(0)
+
 
 async def _first(call: RolloutCall, events: _Events, receive: Receive) -> bytes | UnrollError | None:
     """The first event. If the client goes away before, the rollout ends: raises Cancelled."""
-    arrival, departure = asyncio.ensure_future(events.queue.get()), asyncio.ensure_future(receive())
+    arrival, departure = asyncio.ensure_future(events.get()), asyncio.ensure_future(receive())
     try:
         await asyncio.wait((arrival, departure), return_when=asyncio.FIRST_COMPLETED)
         if departure.done():
@@ -96,6 +121,7 @@ async def _first(call: RolloutCall, events: _Events, receive: Receive) -> bytes 
         return arrival.result()
     except BaseException:
         call.cancel()
+        events.drop()
         raise
     finally:
         arrival.cancel()
@@ -114,10 +140,11 @@ async def _content(
                 yield _event(b"error", problem(item).body)
                 return
             yield item
-            item = await events.queue.get()
+            item = await events.get()
         status = 200
     finally:
         call.cancel()
+        events.drop()
         app.count(_ROUTE, status, perf_counter() - started)
 
 

@@ -106,6 +106,7 @@ HELP = {
     "unroll_store_exchange_seconds": "Duration of exchanges with the store; one carries calls of many sessions.",
     "unroll_store_evicts": "1 if a Redis removes sessions when its memory is full, by its maxmemory-policy.",
     "unroll_store_bytes": "Size of an embedded store: its file, and the part of it in use.",
+    "unroll_held_bytes": "Bytes of requests and answers that are held, by what they are.",
     "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
     "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
@@ -121,6 +122,7 @@ class Collector:
         spilled: Sized,
         refused: Callable[[], Mapping[tuple[str, str], str]],
         store: StoreFigures | None = None,
+        held: Mapping[str, int] | None = None,
     ) -> None:
         self._models = models
         self._requests = requests
@@ -128,6 +130,7 @@ class Collector:
         self._spilled = spilled
         self._refused = refused
         self._store = store
+        self._held = held or {}
 
     def exposition(self) -> bytes:
         """The text of a scrape."""
@@ -139,6 +142,8 @@ class Collector:
         families: dict[str, Metric] = {}
         for name, some in (("unroll_streams", self._streams), ("unroll_sessions_spilled", self._spilled)):
             _family(families, GaugeMetricFamily, name, []).add_metric([], len(some))
+        for kind, size in self._held.items():
+            _family(families, GaugeMetricFamily, "unroll_held_bytes", ["kind"]).add_metric([kind], size)
         for (name, version), why in self._refused().items():
             family = _family(families, GaugeMetricFamily, "unroll_bundle_refused", ["model", "version", "reason"])
             family.add_metric([name, version, why[:_REASON_CHARACTERS]], 1)

@@ -6,19 +6,18 @@ its end writes the reply in one piece. A lost connection cancels its work immedi
 
 import functools
 import socket
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from unroll.service.access.held_bytes import SMALL
 from unroll.service.access.keys import INFER
 from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
-from unroll.service.api.app_state import AppState
 from unroll.service.api.content_coding import decoded
-from unroll.service.api.error_responses import http_error, open_inference_error, problem
+from unroll.service.api.error_responses import STATUS, http_error, open_inference_error, problem
 from unroll.service.api.inference_routes import Route
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
@@ -32,7 +31,6 @@ from unroll.service.api.request import (
 )
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
-from unroll.service.transport.connections import ConnectionLimits, Connections
 from unroll.service.transport.head import (
     Refused,
     check_head,
@@ -42,19 +40,6 @@ from unroll.service.transport.head import (
     without_offer,
 )
 from unroll.service.transport.limited import LimitedProtocol
-
-
-def http_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
-    """The protocol class for `uvicorn.Config(http=...)`."""
-    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
-    return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), members)
-
-
-def operator_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
-    """The same for the operator's port, where there are no inference routes, and few connections."""
-    limits = replace(limits, connections=_OPERATORS, per_address=None)
-    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
-    return type("OperatorProtocol", (OperatorProtocol,), members)
 
 
 class Exchange(Request):
@@ -106,7 +91,7 @@ class HttpProtocol(LimitedProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._exchange = Exchange()
-        self._parts: list[bytes] = []  # of the body, after the first
+        self._parts: list[bytearray] = []  # of the body, after the first
         self._respond = self._answer
         self._route: Route | None = None
         self._path: inference_routes.Path = []
@@ -114,10 +99,32 @@ class HttpProtocol(LimitedProtocol):
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
         self._sends_no_more = False
+        self._is_chunked = False
+        self._rest = b""  # of a chunked body, not yet parsed
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
+        if self._rest:
+            self._rest += data
+        elif self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # each chunk costs as much as many bytes
+            self._rest = data
+            self.flow.pause_reading()
+            self.unroll.turns.call(self._feed_slice)
+        else:
+            self._feed(data)
+
+    def _feed_slice(self) -> None:
+        data, self._rest = self._rest[:_TURN_BYTES], self._rest[_TURN_BYTES:]
+        self._feed(data)
+        if self._last_words or self.transport.is_closing():
+            self._rest = b""
+        if self._rest:
+            self.unroll.turns.call(self._feed_slice)
+        elif not self.pipeline and not self.flow.write_paused:
+            self.flow.resume_reading()
+
+    def _feed(self, data: bytes) -> None:
         if self._last_words:
             return
         self._segment = len(data)
@@ -135,6 +142,8 @@ class HttpProtocol(LimitedProtocol):
             self._refuse(refusal_of(error))
         if self._in_head or self._in_body:
             self._limit_held()
+            if self._in_body and self._busy() and not self._last_words and self._body_bytes() > SMALL:
+                self._cannot_hold(self._body_bytes())
 
     def _new_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
@@ -142,6 +151,8 @@ class HttpProtocol(LimitedProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
         """A client that sends no more may still read: what it asked is answered before the connection is closed."""
+        if self.scheme == "https":  # TLS ends both directions at once
+            return False
         self._sends_no_more = True
         if self._last_words:
             return self._busy()
@@ -197,6 +208,7 @@ class HttpProtocol(LimitedProtocol):
         if self.parser.should_upgrade():
             self._consider_offer(version, headers)
             return
+        self._is_chunked = b"transfer-encoding" in headers
         route = self._find_route()
         if route is None:
             self._begin_for_uvicorn()
@@ -227,7 +239,9 @@ class HttpProtocol(LimitedProtocol):
                 error = BodyTooLarge(f"a body may have {self.unroll.limits.max_body_bytes} bytes")
                 self._answer(exchange.route.failure(error))
             elif exchange.body:
-                self._parts.append(body)
+                if not self._parts or len(self._parts[-1]) > SMALL:
+                    self._parts.append(bytearray())
+                self._parts[-1] += body
             else:
                 exchange.body = body
 
@@ -242,6 +256,8 @@ class HttpProtocol(LimitedProtocol):
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
+            if len(exchange.body) > SMALL and self._cannot_hold(len(exchange.body)):
+                return
             if CONTENT_ENCODING in exchange.headers and not self._decode_body():
                 return
             failpoints.reach("recv")
@@ -260,6 +276,17 @@ class HttpProtocol(LimitedProtocol):
         except UnrollError as error:
             self._answer(exchange.route.failure(error))
         return not exchange.response_complete
+
+    def _cannot_hold(self, size: int) -> bool:
+        """True if the request was answered by an error, because too many bytes are held already."""
+        error = self.body.grow(size, self._exchange.tenant if self.cycle is self._exchange else "")
+        if error is None:
+            return False
+        if self.cycle is self._exchange:
+            self._answer(self._exchange.route.failure(error))
+        else:
+            self._refuse(Refused(STATUS[type(error)], "", error))
+        return True
 
     def _find_route(self) -> Route | None:
         """The requested inference route; None leaves the request to uvicorn and the application."""
@@ -300,6 +327,7 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         exchange.response_complete = True
         exchange.cancel = nothing_to_cancel
+        exchange.body = b""
         self._parts.clear()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
         if answer.status >= self.unroll.request_log.least_status:
@@ -344,11 +372,14 @@ class HttpProtocol(LimitedProtocol):
         if self._sends_no_more:
             self.transport.close()
         else:
-            self.transport.write_eof()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
             self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but without a timer: see `check`."""
+        if self.body.size:
+            self.body.resize(0)
         if self._last_words and not self.pipeline:
             self._end()
             return
@@ -362,6 +393,8 @@ class HttpProtocol(LimitedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._exchange.cancel()
+        self._exchange.body = self._rest = b""
+        self._parts.clear()
 
 
 class CrossOriginProtocol(HttpProtocol):
@@ -377,10 +410,10 @@ class OperatorProtocol(HttpProtocol):
 
 
 _NO_HEADERS: Headers = {}
-#: Connections to the operator's port.
-_OPERATORS = 32
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
+#: Of a chunked body that arrived at once: what is parsed before others get their turn.
+_TURN_BYTES = 8192
 #: For a refused client to stop sending.
 _LINGER_SECONDS = 2.0
 

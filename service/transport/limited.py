@@ -5,6 +5,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from unroll.service.access.held_bytes import ANSWERS, REQUESTS, Holding
 from unroll.service.api.app_state import AppState
 from unroll.service.core.errors import TooManyConnections
 from unroll.service.transport.connections import ConnectionLimits, Connections, UnreadAnswer
@@ -36,6 +37,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._last_words = b""  # the answer behind which the connection is closed
         self._since: float | None = None  # when `check` first saw it waiting for what it still waits for
         self._unread = UnreadAnswer()
+        self.body = Holding(self.unroll.held, REQUESTS)
+        self.unread = Holding(self.unroll.held, ANSWERS)
 
     def _refuse(self, refused: Refused) -> None:
         raise NotImplementedError
@@ -79,6 +82,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.all_connections.leave(self)
+        self.body.resize(0)
+        self.unread.resize(0)
         self.flow.read_paused = False  # there is nothing to resume
         super().connection_lost(exc)
 
@@ -115,9 +120,11 @@ class LimitedProtocol(HttpToolsProtocol):
         """A client that does not read gets no more done."""
         super().pause_writing()
         self.flow.pause_reading()
+        self.unread.resize(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.unread.resize(0)
         if not self.pipeline:
             self.flow.resume_reading()
 

@@ -11,7 +11,8 @@ from websockets.frames import Frame, Opcode, apply_mask  # type: ignore[attr-def
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
 
-from unroll.service.api.stream.allowance import MAX_FRAGMENTS, PINGS, TOO_MUCH, Allowance
+from unroll.service.access.held_bytes import ANSWERS, MESSAGES, SMALL, HeldBytes, Holding
+from unroll.service.api.stream.allowance import MAX_FRAGMENTS, PINGS, TOO_MUCH, TRY_AGAIN, Allowance
 from unroll.service.core import failpoints
 from unroll.service.core.turns import Turns
 
@@ -21,6 +22,8 @@ _FIN, _OPCODE, _CONTROL = 0x80, 0x0F, 0x08
 _MASKED, _TWO_BYTES, _EIGHT_BYTES = 0x80, 126, 127
 #: Seconds after the first message, or bytes of one, after which what else was received waits for another turn.
 _TURN_SECONDS, _TURN_BYTES = 0.0005, 16_384
+#: Characters of the reason of a close.
+_MAX_REASON = 120
 #: Seconds in which a client that was cut off may read why.
 _LINGER_SECONDS = 1.0
 
@@ -79,9 +82,9 @@ class DirectLink:
             self.closed.set_result(None)
 
 
-def stream_protocol(turns: Turns) -> type["StreamProtocol"]:
+def stream_protocol(turns: Turns, held: HeldBytes) -> type["StreamProtocol"]:
     """The protocol class for `uvicorn.Config(ws=...)`."""
-    return type("StreamProtocol", (StreamProtocol,), {"turns": turns})
+    return type("StreamProtocol", (StreamProtocol,), {"turns": turns, "held": held})
 
 
 class StreamProtocol(WebSocketsSansIOProtocol):
@@ -92,6 +95,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     """
 
     turns: Turns
+    held: HeldBytes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -106,6 +110,9 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._waits = self._lined_up = False  # for another turn
         self._cut_off = False
         self._pings = Allowance(*PINGS)
+        self._partial = 0  # bytes of a message that is not complete
+        self._message = Holding(self.held, MESSAGES)
+        self._unread = Holding(self.held, ANSWERS)
         self.on_lost: Callable[[], None] = lambda: None
 
     def handle_connect(self, event: Request) -> None:
@@ -143,6 +150,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         if self._missing:
             taken = min(self._missing, size)
             self._missing -= taken
+            self._partial += taken
             super().data_received(data[:taken])
         while size - taken > 1 and not self._held:
             first, length, begin = data[taken], data[taken + 1] & ~_MASKED, taken + 2
@@ -161,6 +169,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             else:
                 self._parse(first, data[taken:end])
                 self._missing = max(0, end - size)
+                self._partial += min(end, size) - taken
             if end >= size or self._cut_off or self.transport.is_closing():
                 taken = size
                 break
@@ -169,10 +178,20 @@ class StreamProtocol(WebSocketsSansIOProtocol):
                 self._waits = True
                 break
         self._in_turn = False
+        if self._partial:
+            self._count_partial()
         if taken < size or not self._reads:
             self._end_turn(data[taken:])
         elif self._rest:
             self._rest = b""
+
+    def _count_partial(self) -> None:
+        """Count a message that is not complete, and end the connection if there is no room for it."""
+        if not (self._missing or self._fragments) or self._cut_off or self.transport.is_closing():
+            self._partial = 0
+            self._message.resize(0)
+        elif self._partial > SMALL and (error := self._message.grow(self._partial)) is not None:
+            self.send_close(TRY_AGAIN, error.message[:_MAX_REASON])
 
     def _parse(self, first: int, frame: bytes) -> None:
         """Have the library parse a frame, or its begin."""
@@ -249,7 +268,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self.conn.send_close(code, reason)
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
-        self._cut_off = code == TOO_MUCH
+        self._cut_off = code in (TOO_MUCH, TRY_AGAIN)
         self.hold(False)
         linger = _LINGER_SECONDS if self._cut_off else self.close_timeout
         self.close_timer = self.loop.call_later(linger, self.transport.close)
@@ -274,6 +293,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._rest = b""
+        self._message.resize(0)
+        self._unread.resize(0)
         self.on_lost()
         self._direct.end()
 
@@ -287,10 +308,12 @@ class StreamProtocol(WebSocketsSansIOProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._unread.resize(self._direct.unsent())
         self._direct.on_writable(False)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._unread.resize(0)
         self._direct.on_writable(True)
 
 

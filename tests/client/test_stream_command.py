@@ -101,6 +101,7 @@ def test_a_second_run_continues_the_session(run: Run, oracle: Oracles, x: np.nda
     [
         (("lstm",), b"1,2\n", "row 1 has 2 values, and a time step of 'lstm' has 3; --columns chooses some"),
         (("lstm",), b"a,b,c\n1,2,x\n", "row 2: 'x' takes float32: could not convert"),
+        (("lstm",), b"a,b,c\n1,,3\n", "row 2: a value of 'x' is missing: fill the gap, or leave the row out"),
         (("lstm", "--columns", "d"), b"a,b,c\n1,2,3\n", "there is no column 'd'; there are ['a', 'b', 'c']"),
         (("lstm", "--columns", "a"), b"1,2,3\n", "--columns needs a first row that names the columns"),
         (("lstm",), b"1,2,nan\n", "non_finite_input"),

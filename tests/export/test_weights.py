@@ -196,7 +196,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "garbage": (lambda path: path.write_bytes(b"everything else" * 99), "holds no weights and no model of PyTorch"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "lfs": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
-    "hdf5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "is an HDF5 file"),
+    "hdf5": (
+        lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)),
+        "is a file of Keras; write the model as a PyTorch",
+    ),
     "folder": (lambda path: path.mkdir(), "is a folder"),
     "missing": (lambda path: None, "there is no file"),
     "damaged": (damaged, "damaged"),
@@ -216,6 +219,26 @@ def test_a_file_that_is_refused_is_described(
         assert run(*arguments, *INPUT) == 1
         assert says in refusal(capsys)
     assert exported.modules == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("model.keras", b"PK\x05\x06" + bytes(18), "is a file of Keras"),
+        ("model.onnx", b"\x08\x0a" + bytes(99), "is a graph of ONNX"),
+        ("model.tflite", b"\x1c\0\0\0TFL3" + bytes(99), "is a model of TensorFlow Lite"),
+        ("saved/saved_model.pb", b"\x08\x01", "saved is a SavedModel of TensorFlow"),
+    ],
+)
+def test_a_model_of_another_framework_is_named_with_the_way_from_it(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    assert run(name.partition("/")[0], *INPUT) == 1
+    printed = refusal(capsys)
+    assert says in printed
+    assert "write the model as a PyTorch module, copy the weights into it, and export that" in printed
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:

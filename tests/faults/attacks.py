@@ -82,6 +82,32 @@ async def floods(messages: bytes, connections: int, port: int, seconds: float) -
     return ", ".join(f"{count} × {what}" for what, count in got.most_common(3))
 
 
+async def half_sent(head: bytes, content: bytes, connections: int, port: int, seconds: float) -> str:
+    """Begin as many requests, each up to its last byte, and wait."""
+    got: Counter[str] = Counter()
+
+    async def send() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(head)
+            writer.write(content)
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), seconds)
+            got[answer.decode().strip()] += 1
+        except TimeoutError:
+            got["nothing"] += 1
+        except (OSError, asyncio.IncompleteReadError):
+            got["an end"] += 1
+        writer.transport.abort()
+
+    await asyncio.gather(*(send() for _ in range(connections)))
+    return ", ".join(f"{count} × {what}" for what, count in got.most_common(3))
+
+
+def _head(fields: str) -> bytes:
+    path = f"POST /v1/models/{MODEL}/sequences HTTP/1.1\r\nHost: localhost\r\n"
+    return f"{path}Content-Type: application/octet-stream\r\n{fields}\r\n\r\n".encode()
+
+
 _PAIRS = b"".join(
     control("open", sessions=[{"handle": handle}]) + control("close", handles=[handle]) for handle in range(256)
 )
@@ -108,6 +134,10 @@ def _named() -> Iterable[tuple[str, Attack]]:
         for connections in (1, 8):
             yield f"{name}, {connections} streams", partial(floods, messages, connections)
     yield "opens of 1.8 MB", partial(floods, _LARGE_OPEN + _LARGE_CLOSE, 1)
+    size = 16 * 2**20
+    yield "60 bodies of 16 MiB half sent", partial(half_sent, _head(f"Content-Length: {size}"), bytes(size - 1), 60)
+    chunks = b"2\r\nxx\r\n" * 3_000_000
+    yield "a body of 6 MB in chunks of 2 bytes", partial(half_sent, _head("Transfer-Encoding: chunked"), chunks, 1)
 
 
 ATTACKS: dict[str, Attack] = dict(_named())

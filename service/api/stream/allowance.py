@@ -12,6 +12,8 @@ ENTRIES_PER_ERROR = 32
 MAX_FRAGMENTS = 4096
 #: The close code of a connection that sent more: RFC 6455's Policy Violation.
 TOO_MUCH = 1008
+#: Of one whose message has no room here now: RFC 6455's registry calls it Try Again Later.
+TRY_AGAIN = 1013
 
 
 class Allowance:

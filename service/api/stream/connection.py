@@ -61,7 +61,7 @@ class Connection:
         self._errors = Allowance(*ERRORS)
         self._max_frame_bytes = app.limits.max_body_bytes
         self._codec = FrameCodec(served.manifest.inputs, served.codec.max_steps)
-        step_bytes = sum(spec.nbytes for spec in served.manifest.outputs)
+        step_bytes = sum(spec.nbytes for spec in (*served.manifest.inputs, *served.manifest.outputs))
         self._flow = FlowControl(step_bytes, link.pause, link.resume, self._on_drained)
         self._replies = Replies(link, self._flow, call_soon, self._log)
         recurring = RecurringFrames()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-#: Entries of a connection that may be unanswered before reading stops, and bytes of their outputs.
+#: Entries of a connection that may be unanswered before reading stops, and bytes of their inputs and outputs.
 WINDOW = 2048
 WINDOW_BYTES = 16 * 2**20
 
@@ -11,7 +11,7 @@ class FlowControl:
     """Pauses reading while too much is unanswered, or while another reason holds.
 
     Args:
-        step_bytes: bytes of one time step's outputs.
+        step_bytes: bytes of one time step's inputs and outputs.
         pause: stops reading from the connection.
         resume: starts it again.
         on_drained: called once, when the connection drains and everything that was read is answered.

@@ -70,10 +70,10 @@ async def test_the_window(wire: Wire):
 
 
 async def test_the_window_in_bytes(wire: Wire, monkeypatch: pytest.MonkeyPatch):
-    """Few entries may have large answers."""
+    """Few entries may have large inputs and answers."""
     monkeypatch.setattr(flow, "WINDOW_BYTES", 4096)
     await wire.bind(3)
-    steps = 4096 // sum(spec.nbytes for spec in wire.manifest.outputs) // 2
+    steps = 4096 // sum(spec.nbytes for spec in (*wire.manifest.inputs, *wire.manifest.outputs)) // 2
     wire.frame(range(2), steps)
     assert wire.flow == []
     wire.frame(range(2, 3))
