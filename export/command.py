@@ -11,7 +11,7 @@ from unroll.export.errors import ExportError
 from unroll.export.exporter import export
 from unroll.export.loading import programs
 from unroll.export.loading.checkpoints import from_checkpoint
-from unroll.export.loading.example_inputs import examples
+from unroll.export.loading.example_inputs import examples, step_examples
 from unroll.export.loading.input_specs import InputSpec, StateSpec, factory_argument, input_rate
 from unroll.export.loading.user_code import check_not_random, from_factory, importable, saved_arguments
 from unroll.export.loading.weight_files import check_script
@@ -66,7 +66,8 @@ def _export(options: "Export") -> Report:
             max_error=options.max_error,
             output_names=options.outputs.split(",") if options.outputs else None,
             static=[InputSpec.parse(word).name for word in options.static or ()],
-            state={spec.input.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
+            state={spec.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
+            step=options.step,
             sign=options.sign,
             rates=dict(map(input_rate, options.input_rate or ())),
             progress=progress,
@@ -78,8 +79,9 @@ def _load(options: "Export") -> tuple[Any, dict[str, Any], list[str]]:
     """The module that MODEL names, example inputs for it, and notes on what it was made of."""
     inputs, static = ([InputSpec.parse(word) for word in words or ()] for words in (options.input, options.static))
     described = inputs, static, [StateSpec.parse(word) for word in options.state or ()]
+    describe = step_examples if options.step else examples
     if ":" in options.model:
-        example = examples(*described)
+        example = describe(*described)
         module, notes = _make(options)
         return module, example, notes
     path = Path(options.model)
@@ -90,11 +92,11 @@ def _load(options: "Export") -> tuple[Any, dict[str, Any], list[str]]:
     is_checkpoint = path.suffix in {"", ".safetensors"} and path.with_suffix(".json").is_file()
     if not is_checkpoint and (path.exists() or path.suffix in _PROGRAMS):
         check_script(path)
-        return programs.load(path), examples(*described), []
-    if any(described):
+        return programs.load(path), describe(*described), []
+    if any(described) or options.step:
         raise ExportError(
             "checkpoint",
-            "--input, --static and --state are for other models; a checkpoint describes its inputs itself",
+            "--input, --static, --state and --step are for other models; a checkpoint describes its inputs itself",
         )
     return *from_checkpoint(options.model), []
 

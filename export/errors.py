@@ -40,7 +40,16 @@ Code = Literal[
 
 
 class ExportError(Exception):
-    """The model cannot become a bundle. `code` is stable; the message says what to change."""
+    """The model cannot become a bundle. `code` is stable; the message says what to change. The codes:
+
+    * the module: `scripted`, `quantized`, `dtype`, `too_large`, `not_copyable`, `checkpoint`
+    * the example: `input`, `batch_time`, `initial_state`, `unbatched`
+    * forward: `forward_failed`, `not_deterministic`, `not_finite`, `output`, `packed_sequence`
+    * its recurrence: `no_recurrent_layer`, `layer_axes`, `calls_depend_on_time`, `keeps_state`, `rows_mixed`
+    * the graph: `not_exportable`, `parity`, `precision`, `max_error`
+    * the target: `bundle`
+    * a fault of export itself: `internal`
+    """
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)

@@ -32,6 +32,7 @@ def export(
     max_error: float | None = None,
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
+    step: bool = False,
     rates: Mapping[str, float] = MappingProxyType({}),
     sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
@@ -55,6 +56,8 @@ def export(
         static: the arguments without time, (batch, ...), which are given once when a sequence begins.
         state: the arguments that forward returns for its next call, as a cache is, each with the name of that output:
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
+        step: forward makes one time step: its inputs are (batch, ...), and `state` names the states that it takes and
+            returns, of any shape; one that forward can do without (`state=None`) may be left out of the example.
         rates: values per second of inputs whose time steps are consecutive pieces of a signal, such as sound. No number
             depends on them: `unroll stream` checks recordings by them, and the page listens to a microphone at them.
         sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
@@ -65,15 +68,7 @@ def export(
 
     Raises:
         ExportError: if the model cannot be exported faithfully; `code` says why, the message what to change. Nothing
-            is written then. The codes:
-
-            * the module: `scripted`, `quantized`, `dtype`, `too_large`, `not_copyable`, `checkpoint`
-            * the example: `input`, `batch_time`, `initial_state`, `unbatched`
-            * forward: `forward_failed`, `not_deterministic`, `not_finite`, `output`, `packed_sequence`
-            * its recurrence: `no_recurrent_layer`, `layer_axes`, `calls_depend_on_time`, `keeps_state`, `rows_mixed`
-            * the graph: `not_exportable`, `parity`, `precision`, `max_error`
-            * the target: `bundle`
-            * a fault of export itself: `internal`
+            is written then.
     """
     arguments = DeclaredArguments(frozenset(static), state, batch_first)
     options = ExportOptions(
@@ -82,6 +77,7 @@ def export(
         repository=Path(repository),
         replace=replace,
         arguments=arguments,
+        step=step,
         time_last=time_last,
         output_names=output_names,
         precision=precision,

@@ -24,6 +24,7 @@ class ExportOptions:
     repository: Path
     replace: bool
     arguments: DeclaredArguments
+    step: bool
     time_last: bool
     output_names: list[str] | None
     precision: Precision
@@ -47,6 +48,8 @@ class ExportOptions:
             raise ExportError("bundle", error.message) from None
         if self.time_last and not self.arguments.batch_first:
             raise ExportError("input", "the time of the inputs is either first or last: give one of the two")
+        if self.step and (self.time_last or not self.arguments.batch_first):
+            raise ExportError("input", "the inputs of a single step have no time: leave out where it is")
         path = self.repository / self.name / self.version
         if path.exists() and not self.replace:
             raise ExportError("bundle", f"{path} exists; choose another version, or replace it")

@@ -1,6 +1,8 @@
 """The stages from a trained module to a proven bundle. Each takes and returns records; only the last one writes."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -38,6 +40,7 @@ from unroll.export.signature.arguments import check_arguments, resized
 from unroll.export.signature.outputs import leaves
 from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
+from unroll.export.step_form import over_time
 from unroll.export.verification import parity, preconditions, probes
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
@@ -47,6 +50,21 @@ from unroll.export.verification.original import check_continues, check_same_as_o
 from unroll.export.verification.parity import Runners
 from unroll.export.verification.reduced import Candidate, limit, reduce
 from unroll.export.verification.trials import Subject
+
+#: Parameters below which more threads than one take longer, as they wait for each other busily.
+_SMALL = 2**20
+
+
+@contextmanager
+def _few_threads(module: nn.Module | ExportedProgram) -> Iterator[None]:
+    """Runs a small model on one thread."""
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in module.parameters()) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +149,8 @@ class Pipeline:
     def run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         """All stages. Raises ExportError, and has then written nothing."""
         try:
-            with torch.random.fork_rng(devices=[]):  # the caller's random numbers continue as if nothing had been
+            # The caller's random numbers continue as if nothing had been.
+            with torch.random.fork_rng(devices=[]), _few_threads(module):
                 return self._run(module, example_inputs)
         except ExportError:
             raise
@@ -141,6 +160,8 @@ class Pipeline:
     def _run(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Report:
         self._options.check_target()
         self._progress("reading the model")
+        if self._options.step:
+            module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
         self._progress("running it as it is")
         try:
@@ -157,6 +178,14 @@ class Pipeline:
         candidate = self._reduce(candidate, lifted, traced, judged)
         self._progress("writing the bundle")
         return self._write(candidate, prepared, lifted, judged)
+
+    def _over_time(
+        self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """A module of one time step as one over sequences, which has no states among its arguments."""
+        declared = self._options.arguments
+        self._options = replace(self._options, arguments=replace(declared, state={}))
+        return over_time(programs.as_module(module, example_inputs), example_inputs, declared)
 
     def _prepare(self, module: nn.Module | ExportedProgram, example_inputs: dict[str, Any]) -> Prepared:
         plain = programs.as_module(module, example_inputs)

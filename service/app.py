@@ -79,8 +79,6 @@ def build(
         ValueError: It does not have the requested precision, or the file of keys cannot be used.
     """
     gate = settings.gate(ticket_secret)
-    devices, why = resolve_devices(settings.device)
-    _log.info("device", devices=devices, why=why)
     clock = clock or MonotonicClock()
 
     def crash() -> None:
@@ -95,13 +93,7 @@ def build(
             on_error.callback(state_file.close)
         config = settings.store_config()
         store = None if config is None else open_store(config)
-        try:
-            repository, models, sessions = _load(settings, store, clock, devices, crash)
-        except DeviceUnavailable as error:
-            if settings.device != "auto":
-                raise
-            _log.warning("device", devices=["cpu"], why=str(error))
-            repository, models, sessions = _load(settings, store, clock, ["cpu"], crash)
+        repository, models, sessions = _load(settings, store, clock, crash)
         if state_file is not None:
             sessions.directory.spilled.load(state_file)
         on_error.pop_all()
@@ -120,7 +112,8 @@ def build(
     workers = None
     if settings.worker_port is not None:
         ports = range(settings.worker_port, settings.worker_port + settings.workers)
-        workers = WorkerMetrics(settings.host, ports)
+        tls = settings.tls_files()
+        workers = WorkerMetrics(settings.host, ports, None if tls is None else tls.client_context)
     app = _fastapi(state, lambda _: _lifespan(state, state_file, settings.store_timeout))
     _add_inference(app, state)
     if settings.shows_page:
@@ -158,9 +151,25 @@ def _add_administration(app: FastAPI, settings: Settings, state: AppState, store
         app.include_router(admin_routes.router(state, pages, idle_timeout))
 
 
-def _load(
-    settings: Settings, store: Store | None, clock: Clock, devices: Sequence[str], crash: Callable[[], None]
-) -> tuple[ModelRepository, ModelVersions, MemorySessions]:
+_Loaded = tuple[ModelRepository, ModelVersions, MemorySessions]
+
+
+def _load(settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None]) -> _Loaded:
+    """On the devices that the settings ask for, or where those leave it open and there is none that works, the CPU."""
+    devices, why = resolve_devices(settings.device)
+    _log.info("device", devices=devices, why=why)
+    try:
+        return _load_on(devices, settings, store, clock, crash)
+    except DeviceUnavailable as error:
+        if settings.device != "auto":
+            raise
+        _log.warning("device", devices=["cpu"], why=str(error))
+        return _load_on(["cpu"], settings, store, clock, crash)
+
+
+def _load_on(
+    devices: Sequence[str], settings: Settings, store: Store | None, clock: Clock, crash: Callable[[], None]
+) -> _Loaded:
     options = settings.model_options()
     for device in devices:
         options.engine.check(device)

@@ -51,6 +51,12 @@ GROUPS = {
         "jwt_scope_claim": Description(
             "CLAIM", "claim that has the scopes, as words in a string or as a list", "scope"
         ),
+        "tls_cert": Description(
+            "FILE", "certificate chain in PEM: listen with TLS 1.2 or 1.3; read again at SIGHUP, for new connections"
+        ),
+        "tls_key": Description("FILE", "key of the certificate in PEM (default: it is in the file of --tls-cert)"),
+        "tls_password_file": Description("FILE", "file with the password of the key, if it is encrypted"),
+        "tls_client_ca": Description("FILE", "CAs in PEM: each client needs a certificate of one of them"),
         "allowed_hosts": Description(
             "NAMES",
             'names that clients use for this server, such as ["models.example.com"]; addresses are always allowed '

@@ -12,6 +12,7 @@ from threading import Event
 import structlog
 
 from unroll.service import app
+from unroll.service.access.certificate import Tls
 from unroll.service.core.errors import StoreUnavailable, UnrollError
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import RepositoryError
@@ -50,9 +51,12 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
         for flag in exposed:
             log.warning("secret in a flag", flag=flag, reason=_EXPOSED)
     if settings.workers > 1 and worker is None:
-        return supervise(settings.host, settings.port, settings.workers)
+        scheme = "http" if settings.tls_cert is None else "https"
+        return supervise(settings.host, settings.port, settings.workers, scheme)
     limits = ConnectionLimits.of(settings)
     try:
+        files = settings.tls_files()
+        tls = None if files is None else Tls(files)
         if worker is None:
             _check_address(settings.host, settings.port)
         asyncio.run(_check_store(settings))
@@ -66,7 +70,7 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
             operator_listener = bind(settings.admin_host, settings.admin_port)
             log.info("operator's port", host=settings.admin_host, port=operator_listener.getsockname()[1])
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
-        config = uvicorn_config(application, state, settings.host, settings.port, limits)
+        config = uvicorn_config(application, state, settings.host, settings.port, limits, tls)
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
@@ -86,6 +90,8 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     def read_again(*_: object) -> None:
         state.gate.request_reload()
         state.repository.request_rescan()
+        if tls is not None:
+            tls.request_reload()
 
     signal.signal(signal.SIGHUP, read_again)
     if rescan.is_set():

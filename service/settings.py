@@ -25,6 +25,7 @@ from unroll.service.core.choices import SCHEMES, Cells, LogRequests, Precision, 
 from unroll.service.store.record import MEMORY, STORED, current_durability
 
 if TYPE_CHECKING:
+    from unroll.service.access.certificate import TlsFiles
     from unroll.service.access.gate import Gate
     from unroll.service.access.jwt_config import JwtConfig
     from unroll.service.api.app_state import ApiLimits
@@ -58,6 +59,10 @@ class Settings(BaseModel):
     jwt_audience: str | None = None
     jwt_tenant_claim: str = "tenant"
     jwt_scope_claim: str = "scope"
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_password_file: Path | None = None
+    tls_client_ca: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     workers: PositiveInt = 1
@@ -166,6 +171,8 @@ class Settings(BaseModel):
                 "a state file holds memory sessions, which several workers do not offer: remove --state-file"
             )
         self._check_access()
+        if self.tls_cert is None and (self.tls_key or self.tls_password_file or self.tls_client_ca):
+            raise ValueError("--tls-key, --tls-password-file and --tls-client-ca are of a certificate: add --tls-cert")
         if self.admin_port is None and "admin_host" in self.model_fields_set:
             raise ValueError("--admin-host needs a port: add --admin-port")
         if self.workers > 1 and self.admin_port is not None:
@@ -265,6 +272,14 @@ class Settings(BaseModel):
         if self.snapshot_keys:
             ticket_secret = self.snapshot_keys[0].get_secret_value().encode()
         return Gate(self.keys, hosts or None, self.allowed_origins, ticket_secret, self._jwt_config())
+
+    def tls_files(self) -> "TlsFiles | None":
+        from unroll.service.access.certificate import TlsFiles
+
+        if self.tls_cert is None:
+            return None
+        has_workers = self.worker_port is not None
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_password_file, self.tls_client_ca, has_workers)
 
     def _jwt_config(self) -> "JwtConfig | None":
         from unroll.service.access.jwt_config import JwtConfig

@@ -101,7 +101,7 @@ class _End:
         return f"it was ended by signal {-self.status}, {cause or signal.strsignal(-self.status)}"
 
 
-def supervise(host: str, port: int, workers: int) -> int:
+def supervise(host: str, port: int, workers: int, scheme: str = "http") -> int:
     """Run until a signal, or until a worker cannot start. Returns the exit status."""
     try:
         with bind(host, port) as alone:  # detects another server on the port, which SO_REUSEPORT would not
@@ -110,12 +110,12 @@ def supervise(host: str, port: int, workers: int) -> int:
     except OSError as error:
         _log.error("not started", reason=str(error))
         return 1
-    return asyncio.run(_Supervisor(host, port, listeners).run())
+    return asyncio.run(_Supervisor(host, port, listeners, scheme).run())
 
 
 class _Supervisor:
-    def __init__(self, host: str, port: int, listeners: list[socket.socket]) -> None:
-        self._host, self._port = host, port
+    def __init__(self, host: str, port: int, listeners: list[socket.socket], scheme: str) -> None:
+        self._host, self._port, self._scheme = host, port, scheme
         self._listeners = listeners
         self._ticket_secret = secrets.token_hex(32)
         self._running: set[Process] = set()
@@ -229,7 +229,7 @@ class _Supervisor:
             self._served.add(index)
             if len(self._served) == len(self._listeners):
                 host = f"[{self._host}]" if ":" in self._host else self._host
-                _log.info(f"running on http://{host}:{self._port}", workers=len(self._listeners))
+                _log.info(f"running on {self._scheme}://{host}:{self._port}", workers=len(self._listeners))
 
     async def _pause(self, index: int, seconds: float) -> None:
         """Wait before a restart. The other workers take all new connections; those waiting for this one are refused."""

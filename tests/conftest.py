@@ -28,6 +28,7 @@ MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 if "UNROLL_TEST_EXAMPLES" not in os.environ:
     hypothesis.settings.load_profile("repeatable")
+gc.disable()  # until the tests are collected
 torch.set_num_threads(1)
 onnx_registry.cache_registry()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
@@ -39,8 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Imported objects stay: the collector need not scan half a million of them."""
+    """Imported objects stay: the collector need not scan half a million of them, now or while they are imported."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

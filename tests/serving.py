@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from waiting import PATIENCE
 
 from unroll.service import app
+from unroll.service.access.certificate import Tls
 from unroll.service.core.clock import Clock
 from unroll.service.engine.curve import measure
 from unroll.service.engine.engine import BatchResult, Rows
@@ -66,7 +67,9 @@ class Running:
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         application, self.server = app.build(settings, clock)
-        config = uvicorn_config(application, self.server, "127.0.0.1", 0, ConnectionLimits.of(settings))
+        files = settings.tls_files()
+        tls = None if files is None else Tls(files)
+        config = uvicorn_config(application, self.server, "127.0.0.1", 0, ConnectionLimits.of(settings), tls)
         if "keep_alive" not in settings.model_fields_set:
             config.timeout_keep_alive = PATIENCE  # a client that gets no processor for a while finds it open
         operator = None
@@ -85,7 +88,7 @@ class Running:
         assert self.uvicorn.started, "the server did not start"
         self.port: int = self.uvicorn.servers[0].sockets[0].getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
-        self.url = f"http://{self.address}"
+        self.url = f"http{'s' if settings.tls_cert else ''}://{self.address}"
 
     def model(self, name: str, version: str | None = None) -> ServedModel:
         return self.server.models.resolve(name, version)

@@ -14,7 +14,7 @@ from unroll.export.lifting.scan import Axes
 from unroll.export.lifting.state_row import fits_row
 from unroll.export.lifting.tape import Call, Part, Tape
 from unroll.export.signature.arguments import StateArgument, alike_rows
-from unroll.export.signature.outputs import indices_of, leaves
+from unroll.export.signature.outputs import continuing, leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +104,7 @@ def handed_on(
     flat = {name: pytree.tree_flatten(example[name]) for name in state}
     returned = leaves(attempt("the example", lambda: model(**example)))
     for name, (tensors, _) in flat.items():
-        if _shapes(returned, state[name]) != [tensor.shape for tensor in tensors]:
+        if _shapes(returned, state[name], example[name]) != [tensor.shape for tensor in tensors]:
             there = ", ".join(f"{key or 'y'} {tuple(tensor.shape)}" for key, tensor in returned)
             raise ExportError(
                 "input",
@@ -136,8 +136,10 @@ def _fits(
         returned = leaves(attempt("a batch of one", lambda: model(**arguments, **one)))
     except ExportError:
         return False
-    return all(_shapes(returned, state[name]) == [t.shape for t in pytree.tree_leaves(one[name])] for name in found)
+    return all(
+        _shapes(returned, state[name], one[name]) == [t.shape for t in pytree.tree_leaves(one[name])] for name in found
+    )
 
 
-def _shapes(returned: list[tuple[str, Tensor]], output: str) -> list[torch.Size]:
-    return [returned[index][1].shape for index in indices_of(returned, output)]
+def _shapes(returned: list[tuple[str, Tensor]], output: str, state: Any) -> list[torch.Size]:
+    return [returned[index][1].shape for index in continuing(returned, output, state)]

@@ -23,7 +23,7 @@ from unroll.export.lifting.recurrent_arguments import length_arguments, state_ar
 from unroll.export.lifting.streaming import Arguments, StreamingModule
 from unroll.export.lifting.tape import Tape
 from unroll.export.signature.arguments import DeclaredArguments, StateArgument, check_inputs, check_static, resized
-from unroll.export.signature.outputs import indices_of, is_same, leaves
+from unroll.export.signature.outputs import continuing, is_same, leaves
 from unroll.export.signature.samples import Samples, as_tensors
 
 
@@ -168,7 +168,8 @@ class _Lifter:
         random = pytree.tree_map(torch.randn_like, self._example[name])
         returned = leaves(self._call({name: random}))
         pairs = [pair for call in self._tape.calls for pair in zip(call.asked, call.returned, strict=False)]
-        given, found = pytree.tree_leaves(random), [returned[index][1] for index in indices_of(returned, output)]
+        given, indices = pytree.tree_leaves(random), continuing(returned, output, random)
+        found = [returned[index][1] for index in indices]
         return len(given) == len(found) and all(
             any(is_same(asked, one) and is_same(final, other) for asked, final in pairs)
             for one, other in zip(given, found, strict=True)

@@ -23,7 +23,7 @@ from unroll.export.lifting.squeezes import KeepSqueezes, Squeezes, WatchSqueezes
 from unroll.export.lifting.state_row import Layout
 from unroll.export.lifting.tape import Call, Part, Tape, count_up
 from unroll.export.signature.arguments import StateArgument
-from unroll.export.signature.outputs import Output, indices_of, leaves
+from unroll.export.signature.outputs import Output, continuing, leaves
 from unroll.export.signature.samples import as_tensors
 
 Named = list[tuple[str, Tensor]]
@@ -205,7 +205,8 @@ class StreamingModule(nn.Module):
             result = self.model(**arguments)
         returned = leaves(packed.as_padded(result))
         for carried, output in self.arguments.carried.values():
-            tensors = [returned[index][1] for index in indices_of(returned, output)]
+            state = pytree.tree_unflatten(list(carried.first), carried.structure)
+            tensors = [returned[index][1] for index in continuing(returned, output, state)]
             carried.leave(self.tape, rows[carried], tensors, batch, time)
         for (path, name), carried in self.carried_attributes.items():
             tensors = pytree.tree_leaves(module_state.left_by(self.model, (path, name)))

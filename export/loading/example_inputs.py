@@ -22,8 +22,26 @@ def examples(inputs: Sequence[InputSpec], static: Sequence[InputSpec] = (), stat
     return (
         {spec.name: example(spec) for spec in inputs}
         | {spec.name: example(spec)[:, 0] for spec in static}
-        | {spec.input.name: torch.zeros(_BATCH, *spec.input.shape, dtype=_DTYPES[spec.input.dtype]) for spec in state}
+        | {spec.name: _zeros(spec.input, _BATCH, spec.axis) for spec in state if spec.input}
     )
+
+
+def step_examples(
+    inputs: Sequence[InputSpec], static: Sequence[InputSpec] = (), state: Sequence[StateSpec] = ()
+) -> Example:
+    """The same for a forward that makes one time step, (batch, ...). Raises ExportError(input)."""
+    sequences = examples(inputs, static)
+    rows = _BATCH * _TIME
+    once = {spec.name for spec in static}
+    return {
+        name: value.repeat_interleave(_TIME, 0) if name in once else value.flatten(0, 1)
+        for name, value in sequences.items()
+    } | {spec.name: _zeros(spec.input, rows, spec.axis) for spec in state if spec.input}
+
+
+def _zeros(spec: InputSpec, batch: int, axis: int) -> Tensor:
+    size = (*spec.shape[:axis], batch, *spec.shape[axis:])
+    return torch.zeros(size, dtype=_DTYPES[spec.dtype])
 
 
 def example(spec: InputSpec) -> Tensor:

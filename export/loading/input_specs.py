@@ -36,18 +36,32 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """One `--state`: an argument that forward hands on itself, what a row of it holds, and the output it becomes."""
+    """One `--state`: an argument that forward hands on itself, and the output it becomes.
 
-    input: InputSpec
+    Attributes:
+        input: what a row of it holds; None for an argument that is left out, to start with.
+        axis: of the batch.
+    """
+
+    name: str
     output: str
+    input: InputSpec | None
+    axis: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`NAME:DTYPE:SHAPE=OUTPUT`, such as `cache:float32:2x64=y1`."""
+        """`NAME:DTYPE:SHAPE=OUTPUT`, as `cache:float32:2x64=y1`; `h:float32:2xBx64=y1`; or `hx=y1`."""
         spec, equals, output = text.partition("=")
         if not equals or not output:
             raise ValueError(f"{text!r} is not NAME:DTYPE:SHAPE=OUTPUT")
-        return cls(InputSpec.parse(spec), output)
+        if spec.isidentifier():
+            return cls(spec, output, None, 0)
+        name, _, described = spec.partition(":")
+        dtype, _, shape = described.partition(":")
+        sizes = shape.split("x")
+        axis = sizes.index("B") if "B" in sizes else 0
+        row = "x".join(size for number, size in enumerate(sizes) if size != "B" or number != axis)
+        return cls(name, output, InputSpec.parse(f"{name}:{dtype}:{row}"), axis)
 
 
 def input_rate(text: str) -> tuple[str, float]:

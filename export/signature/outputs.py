@@ -69,6 +69,14 @@ def indices_of(named: list[tuple[str, Tensor]], output: str) -> list[int]:
     return exact or [index for index, (name, _) in enumerate(named) if name.startswith(output + "_")]
 
 
+def continuing(named: list[tuple[str, Tensor]], output: str, state: Any) -> list[int]:
+    """Which of the tensors of an output continue which tensor of `state`: by their keys, or else by position."""
+    found = indices_of(named, output)
+    by_key = {named[index][0].removeprefix(f"{output}_"): index for index in found}
+    keys = [key for key, _ in leaves(state)]
+    return [by_key[key] for key in keys] if by_key.keys() == set(keys) else found
+
+
 def is_same(one: Tensor | None, other: Tensor) -> bool:
     """Equal in shape and in every value; NaN equals NaN."""
     return one is not None and one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))

@@ -5,6 +5,7 @@ source, whether it is written there, an attribute, or the length of a table. Whe
 """
 
 import ast
+import cProfile
 import linecache
 import math
 import operator
@@ -68,7 +69,9 @@ def _observed(run: Callable[[], Any], above: int) -> set[LargeNumber]:
     try:
         run()
     finally:
-        sys.setprofile(before)
+        sys.setprofile(before if callable(before) else None)
+        if isinstance(before, cProfile.Profile):  # the caller's, which is no function
+            before.enable()
     return found
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import Mapping
+import ssl
+from collections.abc import Callable, Mapping
 from functools import partial
 
 #: Of a line: the name, and what follows it.
@@ -16,21 +17,23 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 nothing is bound
 
 
 class WorkerMetrics:
-    """ports: of the workers, in the order of their numbers."""
+    """ports: of the workers, in the order of their numbers. tls: makes what they are reached with, if they use TLS."""
 
-    def __init__(self, host: str, ports: range) -> None:
+    def __init__(self, host: str, ports: range, tls: Callable[[], ssl.SSLContext] | None = None) -> None:
+        self._tls = tls
         self._host = _LOOPBACK.get(host, host)
         self._ports = ports
 
     async def exposition(self, key: bytes) -> bytes:
         """The text of a scrape. key: the header line of the API key that asked for it, which asks the workers, too."""
-        texts = await asyncio.gather(*[self._ask(port, key) for port in self._ports])
+        tls = None if self._tls is None else self._tls()
+        texts = await asyncio.gather(*[self._ask(port, key, tls) for port in self._ports])
         return merge(dict(enumerate(texts, 1))).encode()
 
-    async def _ask(self, port: int, key: bytes) -> str | None:
+    async def _ask(self, port: int, key: bytes, tls: ssl.SSLContext | None) -> str | None:
         try:
             async with asyncio.timeout(_PATIENCE):
-                reader, writer = await asyncio.open_connection(self._host, port)
+                reader, writer = await asyncio.open_connection(self._host, port, ssl=tls)
                 writer.write(b"GET /metrics HTTP/1.1\r\nHost: %b\r\n%bConnection: close\r\n\r\n" % (_HOST, key))
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
                 writer.close()

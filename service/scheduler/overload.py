@@ -11,7 +11,7 @@ _TWICE, _MORE, _ROUNDS = 2.0, 1.1, 3
 #: A queue that stays so many times as long as `most_wait` would be.
 _STANDING = 5.0
 #: An overload is over when nothing was refused for so long.
-_CALM_SECONDS = 0.2
+_CALM_SECONDS = 0.8
 
 
 class Overload:
@@ -64,9 +64,9 @@ class Overload:
         arrived, ran = wait - max(0.0, self._waited - passed), max(self._waited, passed)
         if arrived > _TWICE * ran:
             return True
+        if min(wait, self._waited, passed) > _STANDING * self._limit:
+            return True
         if passed >= self._waited:
-            if min(wait, self._waited) > _STANDING * self._limit:
-                return True
             self._growing = self._growing + 1 if arrived > _MORE * ran else 0
             self._began, self._waited = now, wait
         return self._growing == _ROUNDS

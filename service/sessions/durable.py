@@ -34,6 +34,9 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
+#: Records in doubt that are kept.
+_MOST_IN_DOUBT = 1000
+
 
 class DurableSessions(MemorySessions):
     """Sessions of a server with a store, which may have any session of any model; memory sessions are here, too."""
@@ -48,6 +51,8 @@ class DurableSessions(MemorySessions):
         self._tokens = Tokens()
         self._waiting: dict[Key, list[OnVerified]] = {}
         self._verified: Key | None = None
+        #: Records that were being taken when the store did not answer, with the name of the attempt.
+        self._in_doubt: dict[Key, tuple[Record, bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -141,6 +146,9 @@ class DurableSessions(MemorySessions):
             if session.durable is None:
                 return None  # the store has no other
             await _finish_accepted_work(served, session)
+        if (in_doubt := self._in_doubt.get(key)) is not None and await self._take(key, *in_doubt):
+            self._adopt_taken(key, in_doubt[0])
+            return None
         for _ in range(ATTEMPTS):
             record = await self._store.load(key)
             if not isinstance(record, Record):
@@ -148,15 +156,29 @@ class DurableSessions(MemorySessions):
             if self.directory.versions.with_digest(name, record.origin.model) is None:
                 self._drop(key, None)
                 return record
-            if record.origin.durability != MEMORY or await self._store.take(key, record.token):
-                try:
-                    self._adopt(key, record)
-                except UnrollError:
-                    if record.origin.durability == MEMORY:  # it was taken from the store, and is nowhere else
-                        self.directory.spilled.put(key, record)
-                    raise
+            if record.origin.durability != MEMORY:
+                self._adopt(key, record)
+                return None
+            if await self._take(key, record, self._tokens.next()):
+                self._adopt_taken(key, record)
                 return None
         raise contended(session_id)
+
+    async def _take(self, key: Key, record: Record, attempt: bytes) -> bool:
+        """Take a memory session's record from the store. Raises StoreUnavailable: the next lookup finds out."""
+        self._in_doubt[key] = record, attempt
+        if len(self._in_doubt) > _MOST_IN_DOUBT:
+            del self._in_doubt[next(iter(self._in_doubt))]
+        taken = await self._store.take(key, record.token, attempt)
+        self._in_doubt.pop(key, None)
+        return taken
+
+    def _adopt_taken(self, key: Key, record: Record) -> None:
+        try:
+            self._adopt(key, record)
+        except UnrollError:  # it is nowhere else
+            self.directory.spilled.put(key, record)
+            raise
 
     def _adopt(self, key: Key, record: Record) -> None:
         name, session_id = key

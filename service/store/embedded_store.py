@@ -9,6 +9,7 @@ its next transaction: in order, each for itself.
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,8 @@ _PERIOD = 1.0
 _LOOKED, _REMOVED = 2000, 500
 #: Ended entries after which another look follows at once, and seconds of a period for such looks.
 _MANY, _LOOKING_SECONDS = 200, 0.1
+#: Attempts to take a record that are recognised when they are made again.
+_TAKEN = 1000
 #: Seconds for which the end of a server waits for the thread, which waits for the other processes.
 _PATIENCE = 5.0
 
@@ -94,6 +97,7 @@ class EmbeddedStore:
         self.figures.bytes = self._folder.sizes()
         self._maintenance: asyncio.Task[None] | None = None
         self._full: StoreUnavailable | None = None  # the answer to calls that need space
+        self._taken: deque[bytes] = deque(maxlen=_TAKEN)  # the attempts that took a record lately
         self._swept = b""  # entries up to here were looked at
         self._many_ended = False  # among those that were looked at last
 
@@ -129,8 +133,8 @@ class EmbeddedStore:
     async def close(self, key: Key) -> int | None:
         return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next()), "ends"))
 
-    async def take(self, key: Key, token: bytes) -> bool:
-        return await self._exchanges.ask_one(_Call(partial(_take, name_of(key), token), "ends"))
+    async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
+        return await self._exchanges.ask_one(_Call(partial(self._take, name_of(key), token, attempt), "ends"))
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:
@@ -264,11 +268,13 @@ class EmbeddedStore:
         transaction.put(place, pack_entry(name, CLOSED, now + self._config.tombstone_life, token, body))
         return POSITION.unpack_from(trace)[0]
 
-
-def _take(name: bytes, token: bytes, transaction: Any, now: float) -> bool:
-    place = place_of(name)
-    held = Entry.at(transaction, place)
-    return held is not None and held.is_living(now) and held.token == token and transaction.delete(place)
+    def _take(self, name: bytes, token: bytes, attempt: bytes, transaction: Any, now: float) -> bool:
+        place = place_of(name)
+        held = Entry.at(transaction, place)
+        if held is not None and held.is_living(now) and held.token == token:
+            self._taken.append(attempt)
+            return transaction.delete(place)
+        return attempt != b"" and attempt in self._taken
 
 
 def _page(after: bytes, limit: int, own: bytes, transaction: Any, now: float) -> Page:

@@ -125,8 +125,11 @@ class Store(Pages, Protocol):
         """Close a session, whatever its token. Returns its position, or None if there is none."""
         ...
 
-    async def take(self, key: Key, token: bytes) -> bool:
-        """Remove a record without a tombstone if it has this token: the caller owns the session then."""
+    async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
+        """Remove a record without a tombstone if it has this token: the caller owns the session then.
+
+        attempt: names the call, so that it can be made again if it got no answer, with the same result.
+        """
         ...
 
     async def start(self) -> None:

@@ -13,6 +13,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._records: dict[Key, Record] = {}
         self._gone: dict[Key, tuple[Gone, bytes]] = {}
+        self._taken: set[bytes] = set()
         self.figures = StoreFigures()
 
     async def start(self) -> None: ...
@@ -33,10 +34,11 @@ class MemoryStore:
         self._gone[key] = Gone("session_closed", record.origin), b""
         return record.position
 
-    async def take(self, key: Key, token: bytes) -> bool:
+    async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
         record = self._records.get(key)
         if record is None or record.token != token:
-            return False
+            return attempt != b"" and attempt in self._taken
+        self._taken.add(attempt)
         del self._records[key]
         return True
 

@@ -4,7 +4,7 @@
     PREFIX:{MODEL/SESSION}:gone   `e` or `c`, token, position u64, origin, last; lives at least half the tombstone life
                                   longer than the session. `e` is written first: the session expired, which is true as
                                   soon as the first key has expired. `c`: the session was closed. `t`, token, for
-                                  seconds: it was taken, so that the same call is recognised when it is sent again
+                                  minutes: it was taken, so that the same call is recognised when it is sent again
 
 The braces keep both keys of a session on one node of a cluster.
 
@@ -81,7 +81,7 @@ function does.take(state, gone, expected, token)
   if call('GETRANGE', gone, 0, 16) == 't' .. token then return 1 end
   if call('GETRANGE', state, 0, 15) ~= expected then return 0 end
   call('DEL', state, gone)
-  redis.pcall('SET', gone, 't' .. token, 'PX', 10000)
+  redis.pcall('SET', gone, 't' .. token, 'PX', 600000)
   return 1
 end
 local able = redis.pcall('SET', KEYS[1] .. ':never', '', 'XX')
@@ -213,8 +213,8 @@ class RedisStore:
         position = await self._exchanges.ask_one(call)
         return None if position is None else int.from_bytes(position, "little")
 
-    async def take(self, key: Key, token: bytes) -> bool:
-        call = self._call(key, b"take", token, self._tokens.next())  # the same if it is sent again
+    async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
+        call = self._call(key, b"take", token, attempt or self._tokens.next())  # the same if it is sent again
         return bool(await self._exchanges.ask_one(call))
 
     def _call(self, key: Key, function: bytes, *words: bytes) -> _Call:

@@ -6,18 +6,16 @@ its end writes the reply in one piece. A lost connection cancels its work immedi
 
 import functools
 import socket
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from unroll.service.access.held_bytes import SMALL
 from unroll.service.access.keys import INFER
 from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
-from unroll.service.api.app_state import AppState
 from unroll.service.api.content_coding import decoded
 from unroll.service.api.error_responses import STATUS, http_error, open_inference_error, problem
 from unroll.service.api.inference_routes import Route
@@ -33,7 +31,6 @@ from unroll.service.api.request import (
 )
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
-from unroll.service.transport.connections import ConnectionLimits, Connections
 from unroll.service.transport.head import (
     Refused,
     check_head,
@@ -43,19 +40,6 @@ from unroll.service.transport.head import (
     without_offer,
 )
 from unroll.service.transport.limited import LimitedProtocol
-
-
-def http_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
-    """The protocol class for `uvicorn.Config(http=...)`."""
-    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
-    return type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), members)
-
-
-def operator_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
-    """The same for the operator's port, where there are no inference routes, and few connections."""
-    limits = replace(limits, connections=_OPERATORS, per_address=None)
-    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
-    return type("OperatorProtocol", (OperatorProtocol,), members)
 
 
 class Exchange(Request):
@@ -167,6 +151,8 @@ class HttpProtocol(LimitedProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
         """A client that sends no more may still read: what it asked is answered before the connection is closed."""
+        if self.scheme == "https":  # TLS ends both directions at once
+            return False
         self._sends_no_more = True
         if self._last_words:
             return self._busy()
@@ -386,7 +372,8 @@ class HttpProtocol(LimitedProtocol):
         if self._sends_no_more:
             self.transport.close()
         else:
-            self.transport.write_eof()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
             self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
@@ -423,8 +410,6 @@ class OperatorProtocol(HttpProtocol):
 
 
 _NO_HEADERS: Headers = {}
-#: Connections to the operator's port.
-_OPERATORS = 32
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
 #: Of a chunked body that arrived at once: what is parsed before others get their turn.

@@ -10,7 +10,7 @@ last     the application's lifespan ends: see `service/app.py`
 import asyncio
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 
@@ -72,6 +72,10 @@ class DrainingServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         of_all = {"config": config, "server_state": self.server_state, "app_state": self.lifespan.state}
         return await loop.create_server(partial(config.http_protocol_class, **of_all), sock=listener, ssl=config.ssl)
+
+    def _log_started_message(self, listeners: Sequence[socket.SocketType]) -> None:
+        self.config.ssl = getattr(self.config.http, "tls", None)  # for the message only: it listens
+        super()._log_started_message(listeners)
 
     async def main_loop(self) -> None:
         await super().main_loop()

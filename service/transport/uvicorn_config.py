@@ -1,24 +1,31 @@
 """How uvicorn runs the application: with our protocols, and without what a step does not need."""
 
 import copy
+from dataclasses import replace
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from unroll.service.access.certificate import Tls
 from unroll.service.api.app_state import AppState
-from unroll.service.transport.connections import ConnectionLimits
-from unroll.service.transport.http import http_protocol, operator_protocol
+from unroll.service.transport.connections import ConnectionLimits, Connections
+from unroll.service.transport.http import CrossOriginProtocol, HttpProtocol, OperatorProtocol
+from unroll.service.transport.tls import Handshake
 from unroll.service.transport.websocket import stream_protocol
+
+#: Connections to the operator's port.
+_OPERATORS = 32
 
 
 def uvicorn_config(
-    application: FastAPI, app: AppState, host: str, port: int, limits: ConnectionLimits
+    application: FastAPI, app: AppState, host: str, port: int, limits: ConnectionLimits, tls: Tls | None = None
 ) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         host=host,
         port=port,
-        http=http_protocol(app, limits),
+        http=_http_protocol(app, limits, tls),
         ws=stream_protocol(app.turns, app.held),
         ws_max_size=app.limits.max_body_bytes,
         ws_per_message_deflate=False,
@@ -35,5 +42,21 @@ def operator_config(
 ) -> uvicorn.Config:
     """Of the operator's port, which is otherwise as the main one. `main` must not be loaded yet."""
     config = copy.copy(main)
-    config.app, config.http = application, operator_protocol(app, limits)
+    config.app, config.http = application, _operator_protocol(app, limits)
     return config
+
+
+def _http_protocol(
+    app: AppState, limits: ConnectionLimits, tls: Tls | None = None
+) -> type[HttpToolsProtocol | Handshake]:
+    """The protocol class for `uvicorn.Config(http=...)`."""
+    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
+    protocol = type("HttpProtocol", (CrossOriginProtocol if app.gate.origins else HttpProtocol,), members)
+    return protocol if tls is None else type("TlsProtocol", (Handshake,), {"protocol": protocol, "tls": tls})
+
+
+def _operator_protocol(app: AppState, limits: ConnectionLimits) -> type[HttpToolsProtocol]:
+    """The same for the operator's port, where there are no inference routes, and few connections."""
+    limits = replace(limits, connections=_OPERATORS, per_address=None)
+    members = {"unroll": app, "limits": limits, "all_connections": Connections(limits)}
+    return type("OperatorProtocol", (OperatorProtocol,), members)

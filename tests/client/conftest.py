@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from blocking import Blocking
+from served_models import models
 from serving import Oracle, Running
-from torch import Tensor, nn
 from waiting import PATIENCE
 
-import unroll
 from unroll.client import AsyncClient, Client
 from unroll.service.settings import Settings
 
@@ -24,31 +22,11 @@ from unroll.service.settings import Settings
 MakeClient = Callable[..., Any]
 
 
-class Voice(nn.Module):
-    """Has a static input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.speakers = nn.Embedding(5, 3)
-        self.rnn = nn.GRU(5, 6, batch_first=True)
-
-    def forward(self, x: Tensor, speaker: Tensor, gain: Tensor) -> Tensor:
-        given = torch.cat([self.speakers(speaker), gain], -1)[:, None].expand(-1, x.shape[1], -1)
-        return self.rnn(torch.cat([x, given], -1))[0]
-
-
 @pytest.fixture(scope="session")
-def served(repository: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The common models, and one with static inputs."""
-
-    def make(path: Path) -> None:
-        torch.manual_seed(3)
-        example = {"x": torch.randn(2, 9, 1), "speaker": torch.tensor([1, 4]), "gain": torch.randn(2, 1)}
-        unroll.export(Voice().eval(), example, name="voice", static=("speaker", "gain"), repository=path)
-        for model in repository.iterdir():
-            (path / model.name).symlink_to(model)
-
-    return made_once("client-repository", make)
+    names = ("lstm", "gru", "last", "whole", "tokens", "two", "voices")
+    return models.link(tmp_path_factory.mktemp("served"), *names)
 
 
 @pytest.fixture(scope="session")

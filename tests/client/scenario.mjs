@@ -59,12 +59,12 @@ const scenarios = {
     const session = await client.session("two");
     const { level, slope } = await session.steps({ a, b });
     const [whole] = await client.sequences("two", [{ a, b }]);
-    const [spoken] = await client.sequences("voice", [voice.x], { static: [voice.static] });
-    const talking = await client.session("voice", { static: voice.static });
+    const [spoken] = await client.sequences("voices", [voice.x], { static: [voice.static] });
+    const talking = await client.session("voices", { static: voice.static });
     const tokens = await client.session("tokens");
     return {
-      level: rows(level, 1), slope: rows(slope, 2), whole: rows(whole.slope, 2), spoken: rows(spoken, 6),
-      talked: rows(await talking.steps(voice.x), 6), last: Array.from((await client.sequences("last", [x]))[0]),
+      level: rows(level, 1), slope: rows(slope, 2), whole: rows(whole.slope, 2), spoken: rows(spoken, 2),
+      talked: rows(await talking.steps(voice.x), 2), last: Array.from((await client.sequences("last", [x]))[0]),
       token: (await tokens.step(3)).length + (await tokens.steps([3n, 4n])).length,
     };
   },

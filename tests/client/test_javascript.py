@@ -17,7 +17,7 @@ from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 MODULE = ROOT / "client" / "unroll.mjs"
-STATIC = {"speaker": 3, "gain": [0.25]}
+STATIC = {"speaker": 3, "gain": [0.25, -0.5]}
 
 Oracles = Callable[[str], Oracle]
 #: Runs scenarios by name, with the client at an address; returns their results.
@@ -27,7 +27,7 @@ Play = Callable[..., Any]
 @pytest.fixture(scope="module")
 def given() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(4)
-    shapes = {"x": (8, 3), "a": (5, 2), "b": (5, 3), "voice": (4, 1)}
+    shapes = {"x": (8, 3), "a": (5, 2), "b": (5, 3), "voice": (4, 3)}
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -69,8 +69,8 @@ def test_it_gets_the_same_bits(server: Running, oracle: Oracles, given: dict[str
     assert same(tensors["level"], level)
     assert same(tensors["slope"], slope)
     assert same(tensors["whole"], slope)
-    row = oracle("voice").manifest.initial_row({"speaker": np.array(3), "gain": np.float32([0.25])})
-    spoken = oracle("voice").all(given["voice"], state=row)[0][0]
+    row = oracle("voices").manifest.initial_row({"speaker": np.array(3), "gain": np.float32([0.25, -0.5])})
+    spoken = oracle("voices").all(given["voice"], state=row)[0][0]
     assert same(tensors["spoken"], spoken)
     assert same(tensors["talked"], spoken)
     assert same(tensors["last"], oracle("last")(given["x"]))

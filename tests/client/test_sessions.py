@@ -73,19 +73,19 @@ def test_several_inputs_and_outputs_are_dicts(
 
 
 def test_static_inputs_begin_sessions_and_sequences(client: Any, oracle: Oracles, rng: np.random.Generator) -> None:
-    x, static = floats(rng, 6, 1), {"speaker": 3, "gain": [0.1]}
-    row = oracle("voice").manifest.initial_row({"speaker": np.array(3), "gain": np.float32([0.1])})
-    right = oracle("voice").all(x, state=row)[0][0]
-    with client.session("voice", static=static) as session:
+    x, static = floats(rng, 6, 3), {"speaker": 3, "gain": [0.1, 0.5]}
+    row = oracle("voices").manifest.initial_row({"speaker": np.array(3), "gain": np.float32([0.1, 0.5])})
+    right = oracle("voices").all(x, state=row)[0][0]
+    with client.session("voices", static=static) as session:
         assert np.array_equal(session.steps(x), right)
-    assert np.array_equal(client.sequences("voice", [x], static=[static])[0], right)
-    with client.stream("voice") as stream:
+    assert np.array_equal(client.sequences("voices", [x], static=[static])[0], right)
+    with client.stream("voices") as stream:
         (session,) = stream.open(static=static)
         assert np.array_equal(session.steps(x), right)
     with pytest.raises(errors.InvalidInput, match="needs \\['speaker', 'gain'\\]"):
-        client.session("voice", static={"speaker": 3})
+        client.session("voices", static={"speaker": 3})
     with pytest.raises(errors.InvalidInput, match="static inputs for 1"):
-        client.sequences("voice", [x, x], static=[static])
+        client.sequences("voices", [x, x], static=[static])
 
 
 def test_the_description_of_a_model(client: Any) -> None:

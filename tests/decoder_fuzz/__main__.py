@@ -46,7 +46,15 @@ def _fuzz(name: str, seconds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for i, seed in enumerate(decoder.seeds.values()):
             (Path(folder) / str(i)).write_bytes(seed)
-        limits = [f"-max_total_time={seconds}", "-max_len=20000", "-rss_limit_mb=2048", "-timeout=10", "-verbosity=1"]
+        found = f"-artifact_prefix={tempfile.gettempdir()}/decoder-fuzz-"
+        limits = [
+            found,
+            f"-max_total_time={seconds}",
+            "-max_len=20000",
+            "-rss_limit_mb=2048",
+            "-timeout=10",
+            "-verbosity=1",
+        ]
         atheris.Setup([sys.argv[0], folder, *limits], one)
         atheris.Fuzz()
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from unroll.bundle import Manifest, TensorSpec
+from unroll.bundle import BundleError, Manifest, TensorSpec
 from unroll.service.access.jwt_verifier import KeySet
 from unroll.service.access.keys import KeysRefused
 from unroll.service.core.errors import UnrollError
@@ -151,6 +151,6 @@ DECODERS = {
     "origin": Decoder(record.Origin.from_bytes, _golden("origin")),
     "last replies": Decoder(record.unpack_last, _golden("last")),
     "state file": Decoder(_state_file, _golden("sessions")),
-    "manifest": Decoder(Manifest.from_json, {"good": MANIFEST.read_bytes()}, (ValueError,)),
+    "manifest": Decoder(Manifest.from_json, {"good": MANIFEST.read_bytes()}, (BundleError, ValueError)),
     "JWK set": Decoder(KeySet.read, {"none": b'{"keys": []}', "EC": b'{"keys": [{"kty": "EC"}]}'}, (KeysRefused,)),
 }

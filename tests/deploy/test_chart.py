@@ -34,6 +34,7 @@ CASES = {
     "bundles": ["repository.persistentVolumeClaim.claimName=bundles", "args={--max-batch,64}", "env[0].name=A"],
     "monitored": ["serviceMonitor.enabled=true", "serviceMonitor.labels.release=prometheus", "podAnnotations.a=b"],
     "keys": ["auth.keysSecret=keys", "auth.metricsKeySecret=scrape", "serviceMonitor.enabled=true"],
+    "tls": ["tls.secret=certificate", "serviceMonitor.enabled=true"],
     "alerts": ["prometheusRule.enabled=true", "prometheusRule.labels.release=prometheus"],
     "embedded": [*SMALL, "store.embedded.storageClass=fast", "args={--workers,4}", "prometheusRule.enabled=true"],
     "own-password": ["redis.passwordSecret=redis"],
@@ -182,6 +183,14 @@ def test_what_a_user_adds_is_in_the_pod():
     assert "topologySpreadConstraints" not in pod(manifests)
     assert workload(manifests)["spec"]["strategy"] == {"type": "Recreate"}
     assert pod(manifests)["terminationGracePeriodSeconds"] == 40
+
+
+def test_with_a_certificate_probes_and_scrapes_use_tls():
+    manifests = render("tls")
+    probes = [container(manifests)[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
+    [endpoint] = of_kind(manifests, "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["scheme"] == "https"
 
 
 def test_replicas_are_spread_by_their_own_labels():

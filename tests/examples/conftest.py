@@ -1,9 +1,7 @@
-"""A server as a user starts it: `unroll serve` as a child process."""
+"""A server as a user starts it: `unroll serve` as a process."""
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "repository"
@@ -27,26 +26,19 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def serve(environment: dict[str, str]) -> Serve:
+def serve() -> Serve:
     @contextmanager
     def running(repository: Path, *flags: str) -> Iterator[str]:
-        command = [sys.executable, "-m", "unroll", "serve", "--repository", str(repository), "--port", "0", *flags]
-        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr
-            log: list[str] = []
-            for line in process.stderr:
-                log.append(line)
-                if "Uvicorn running on" in line:
-                    break
-            else:
-                pytest.fail("the server did not start:\n" + "".join(log))
-            url = json.loads(log[-1])["event"].split()[3]
-            rest = threading.Thread(target=log.extend, args=[process.stderr])  # so that the pipe never fills
-            rest.start()
-            yield url
-            process.terminate()
-            rest.join()
-        assert process.returncode == 0, "".join(log)
+        process = Process(repository, *flags)
+        rest = threading.Thread(target=process.log.extend, args=[process.popen.stderr])  # so that the pipe never fills
+        rest.start()
+        with process.popen:
+            try:
+                yield process.url
+            finally:
+                process.popen.terminate()
+                rest.join()
+        assert process.popen.returncode == 0, process.log
 
     return running
 

@@ -13,7 +13,10 @@ import pytest
 from redis_server import free_port
 from waiting import PATIENCE
 
+from unroll.examples import run as program
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Refused = Callable[..., str]
 
 
 @pytest.fixture
@@ -67,29 +70,37 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int
     assert "no server from this folder is running" in run("--stop").stdout
 
 
-def test_a_folder_that_cannot_hold_the_sessions(run: Run, port: int, tmp_path: Path):
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """`refused("--port", ...)`: the same in this process, which must end with status 1; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> str:
+        assert program.main([*arguments, "--detach"]) == 1
+        return capsys.readouterr().err
+
+    return call
+
+
+def test_a_folder_that_cannot_hold_the_sessions(refused: Refused, port: int, tmp_path: Path):
     (tmp_path / "file").touch()
-    refused = run("--port", str(port), "--store", str(tmp_path / "file" / "sessions"), "--detach")
-    assert refused.returncode == 1
-    assert refused.stderr == (
+    assert refused("--port", str(port), "--store", str(tmp_path / "file" / "sessions")) == (
         f"make run: the store {tmp_path / 'file' / 'sessions'} cannot be used: Not a directory\n"
         "Choose another folder, on a disk of this machine: make run STORE=/tmp/unroll\n"
     )
 
 
-def test_a_port_that_is_taken(run: Run):
+def test_a_port_that_is_taken(refused: Refused):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        refused = run("--port", str(port), "--detach")
-    assert refused.returncode == 1
-    assert f"port {port} is in use by another program; choose another: make run PORT={port + 1}" in refused.stderr
+        says = refused("--port", str(port))
+    assert f"port {port} is in use by another program; choose another: make run PORT={port + 1}" in says
 
 
-def test_a_server_that_cannot_start_is_told_with_its_log(run: Run, port: int, tmp_path: Path):
+def test_a_server_that_cannot_start_is_told_with_its_log(refused: Refused, port: int, tmp_path: Path):
     bundle = tmp_path / "bundles" / "broken" / "1"
     bundle.mkdir(parents=True)
     (bundle / "manifest.json").write_text("{}")
-    failed = run("--port", str(port), "--repository", str(bundle.parents[1]), "--detach")
-    assert failed.returncode == 1
-    assert "the server exited with status 1" in failed.stderr
-    assert "broken" in failed.stderr
+    says = refused("--port", str(port), "--repository", str(bundle.parents[1]))
+    assert "the server exited with status 1" in says
+    assert "broken" in says

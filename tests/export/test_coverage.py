@@ -44,7 +44,9 @@ class Handwritten(nn.Module):
     ("limit", "node", "kinds"),
     [(None, "LSTM", ["h", "c"]), pytest.param(50.0, "Scan", ["carry", "carry"], marks=pytest.mark.long)],
 )
-def test_a_cell_is_recognised_by_its_numbers(tmp_path: Path, limit, node: str, kinds: list[str]) -> None:
+def test_a_cell_is_recognised_by_its_numbers(
+    few_steps: None, tmp_path: Path, limit, node: str, kinds: list[str]
+) -> None:
     report = export(Handwritten(limit), {"x": torch.randn(2, 6, 4)}, name="m", repository=tmp_path)
     nodes = Counter(each.op_type for each in onnx.load(report.path / "model.onnx").graph.node)
     assert (nodes["LSTM"], nodes["Scan"]) == (node == "LSTM", node == "Scan")
@@ -66,7 +68,7 @@ def one_after_another(s: Any, x: Tensor) -> Tensor:
     return torch.stack([s.head(h) for h in collected(s, collected(s, x.unbind(1)))], 1)
 
 
-def test_loops_over_what_the_loop_before_has_collected_stream(tmp_path: Path) -> None:
+def test_loops_over_what_the_loop_before_has_collected_stream(few_steps: None, tmp_path: Path) -> None:
     module = made(one_after_another, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 3))
     report = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
     assert report.manifest.streamable
@@ -149,7 +151,9 @@ class Rarely(nn.Module):
         return self.rnn(x, h)[0]
 
 
-@pytest.mark.parametrize("which", [pytest.param("count", marks=pytest.mark.long), "past", "has begun"])
+@pytest.mark.parametrize(
+    "which", [pytest.param("count", marks=pytest.mark.long), pytest.param("past", marks=pytest.mark.long), "has begun"]
+)
 def test_what_makes_a_difference_late_or_seldom_is_kept(tmp_path: Path, which: str) -> None:
     manifest = export(Rarely(which), {"token": torch.randint(0, 500, (2, 9))}, name="m", repository=tmp_path).manifest
     assert manifest.streamable

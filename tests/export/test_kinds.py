@@ -1,9 +1,11 @@
 """Every kind of module is either exported, equal to PyTorch, or refused with its reason. Never a third thing.
 
-`make test` leaves out kinds that go through export as another one does; `make long-test` exports them.
+`make test` leaves out kinds that go through export as another one does, and runs loops over few steps; `make long-test`
+exports all of them, and runs loops over as many steps as for a user.
 """
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from served_models.models import BUNDLES
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
@@ -28,7 +31,6 @@ SHORT = {
     "packed with lengths, last valid step",
     "one sequence without a batch",
     "a GRU as a function, with a mask on its weights",
-    "a convolution, a layer and two loops in one forward",
     "arguments changed in place",
     "position in the sequence",
     "state in self.h",
@@ -39,6 +41,7 @@ SHORT = {
 }
 #: Those of the refused kinds that `make test` leaves out: they are refused as another one is, and take seconds.
 LONG = {
+    "a loop that depends on the length",
     "one of two states kept",
     "a loop that skips every 168th step",
     "a loop that returns nothing before step 30",
@@ -53,24 +56,32 @@ LONG = {
 
 
 ALL = [*TESTED, *SHIPPED]
+EXPORTED = [kind for kind in ALL if kind.refused is None]
+REFUSED = [kind for kind in ALL if kind.refused is not None]
 
 
-def _parameter(kind: Kind, *, long: bool) -> object:
-    return pytest.param(kind, id=kind.name, marks=[pytest.mark.long] if long else [])
+def _named(kinds: Iterable[Kind]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name) for kind in kinds])
 
 
-EXPORTED = [_parameter(kind, long=kind.name not in SHORT) for kind in ALL if kind.refused is None]
-REFUSED = [_parameter(kind, long=kind.name in LONG) for kind in ALL if kind.refused is not None]
+@_named(kind for kind in EXPORTED if kind.name in SHORT)
+def test_exported_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
+    _export(kind, tmp_path)
 
 
-@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.long
+@_named(EXPORTED)
 def test_exported(kind: Kind, tmp_path: Path) -> None:
+    _export(kind, tmp_path)
+
+
+def _export(kind: Kind, repository: Path) -> None:
     module, example = kind.build(), kind.example()
     given = copy.deepcopy(example)
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     training, random_state = module.training, torch.get_rng_state()
 
-    report = export(module, example, name="m", repository=tmp_path, **kind.options)
+    report = export(module, example, name="m", repository=repository, **kind.options)
 
     manifest = report.manifest
     assert manifest.streamable == kind.streams, manifest.not_streamable_because
@@ -137,33 +148,40 @@ def _orders(tensor: torch.Tensor) -> list[tuple[int, ...]]:
     return [(a, b, *(i for i in rest if i not in {a, b})) for a in rest for b in rest if a != b]
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@_named(kind for kind in REFUSED if kind.name not in LONG)
+def test_refused_after_few_steps(kind: Kind, few_steps: None, tmp_path: Path) -> None:
+    _refuse(kind, tmp_path)
+
+
+@pytest.mark.long
+@_named(REFUSED)
 def test_refused(kind: Kind, tmp_path: Path) -> None:
+    _refuse(kind, tmp_path)
+
+
+def _refuse(kind: Kind, repository: Path) -> None:
     with pytest.raises(ExportError) as refusal:
-        export(kind.build(), kind.example(), name="m", repository=tmp_path, **kind.options)
+        export(kind.build(), kind.example(), name="m", repository=repository, **kind.options)
     assert refusal.value.code == kind.refused, refusal.value
     assert kind.says in str(refusal.value)
     assert len(str(refusal.value)) < 400
-    assert list(tmp_path.iterdir()) == []
+    assert list(repository.iterdir()) == []
 
 
 def test_the_kinds_that_are_named_here_exist() -> None:
-    refused = {kind.name for kind in ALL if kind.refused is not None}
-    assert refused > LONG
-    assert {kind.name for kind in ALL} - refused > SHORT
+    assert {kind.name for kind in REFUSED} > LONG
+    assert {kind.name for kind in EXPORTED} > SHORT
 
 
-def test_one_node_per_layer(tmp_path: Path) -> None:
-    kind = next(kind for kind in TESTED if kind.name == "embedding, LSTM, norm, GRU")
-    module, example = kind.build(), kind.example()
-    report = export(module, example, name="m", repository=tmp_path)
-    _answers_like_torch(kind, module, example, report)
-    nodes = [node.op_type for node in onnx.load(report.path / "model.onnx").graph.node]
+def test_one_node_per_layer() -> None:
+    """Of the bundle that an export afresh must be equal to; see tests/served_models."""
+    found = bundle.read(BUNDLES / "embedding-LSTM-norm-GRU" / "1")
+    nodes = [node.op_type for node in onnx.ModelProto.FromString(found.model).graph.node]
     assert nodes.count("LSTM") == 2
     assert nodes.count("GRU") == 1
-    assert report.manifest.inputs[0].limit == 11
-    assert report.manifest.state_size == 6 * 2 * 2 + 5
-    assert [(s.module, s.layer, s.kind, s.offset) for s in report.manifest.state] == [
+    assert found.manifest.inputs[0].limit == 11
+    assert found.manifest.state_size == 6 * 2 * 2 + 5
+    assert [(s.module, s.layer, s.kind, s.offset) for s in found.manifest.state] == [
         ("first", 0, "h", 0),
         ("first", 0, "c", 6),
         ("first", 1, "h", 12),

@@ -3,6 +3,7 @@
 The kinds of `conformance/kinds/late.py` are the same through `export`.
 """
 
+import cProfile
 import itertools
 import logging
 from collections import deque
@@ -20,10 +21,11 @@ from conformance.looping import LoopBlock
 from conformance.trees import Loop
 from unroll.export import ExportError, export
 from unroll.export.lifting.kept_values import kept_values
-from unroll.export.verification import branches, trials
+from unroll.export.verification import branches
 from unroll.export.verification.branches import BranchLog
 from unroll.export.verification.iterations import OperationLog, irregular, step_of
-from unroll.export.verification.trials import BRANCHES, Trial
+from unroll.export.verification.large_numbers import find_large_numbers
+from unroll.export.verification.trials import BRANCHES
 
 CELL = nn.GRUCell(4, 6)
 
@@ -260,13 +262,6 @@ BY_LENGTH = {
 }
 
 
-@pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loops are run over 64 steps where no number says otherwise."""
-    monkeypatch.setattr(trials, "LOOP_STEPS", 64)
-    monkeypatch.setattr(trials, "ORIGINAL_LONG", Trial(2, 64, 29, 30))
-
-
 #: Found as "slice", or refused as "zip" is.
 LIKE_ANOTHER = {"window", "product", "islice", "iterator", "a late row of a table, picked by select"}
 
@@ -301,7 +296,7 @@ def test_rare_branches_without_a_difference_are_exported(few_steps: None, tmp_pa
     assert any(line.startswith("trying it over 100 time steps") for line in said)
 
 
-def test_unknown_bytecode_refuses_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_bytecode_refuses_loops(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branches, "_watched", lambda code: {})
     branches.is_readable.cache_clear()
     try:
@@ -309,6 +304,14 @@ def test_unknown_bytecode_refuses_loops(tmp_path: Path, monkeypatch: pytest.Monk
             export(looping(lambda s, t, x, h: s.cell(x, h)), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
     finally:
         branches.is_readable.cache_clear()
+
+
+def test_who_profiles_export_gets_the_whole_profile() -> None:
+    with cProfile.Profile() as profile:
+        assert not find_large_numbers([lambda: None], 10)
+        len(())
+    profile.create_stats()
+    assert any(name == "<built-in method builtins.len>" for _, _, name in profile.stats)
 
 
 def test_a_number_without_source_is_undecided() -> None:

@@ -58,7 +58,10 @@ def test_float32_is_as_it_was(reports) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("LSTM", "float16"), ("LSTM", "int8"), ("GRU", "int8"), pytest.param("GRU", "float16", marks=pytest.mark.long)],
+    [
+        *(("LSTM", precision) for precision in ("float16", "int8")),
+        *(pytest.param("GRU", precision, marks=pytest.mark.long) for precision in ("float16", "int8")),
+    ],
 )
 def test_the_bundle_states_its_error_and_is_served(reports, kind: str, precision: str) -> None:
     report = reports(kind, precision)

@@ -1,6 +1,7 @@
 """Forks an `unroll serve` for each request on a link, until that is closed; see `preloaded.py`.
 
-A request has the arguments, the environment, and a script to run instead or nothing, and the file for what it prints;
+A request has the arguments, the environment, the folder, and a script to run instead or nothing, and the file for what
+it prints;
 the replies are the process's id, and a word once it has lost its parent.
 """
 
@@ -11,10 +12,14 @@ import os
 import socket
 import sys
 import traceback
+from functools import partial
 
 from unroll import cli
 from unroll.service.core import failpoints
+from unroll.service.engine.curve import measure
+from unroll.service.models import loading
 
+loading.measure = partial(measure, budget_seconds=0.02)  # type: ignore[assignment] as in serving.py
 for name in ("unroll.commands.serve", "unroll.commands.program", "unroll.service.serve"):
     importlib.import_module(name)  # what the command itself imports late
 link = socket.socket(fileno=int(sys.argv[1]))
@@ -27,7 +32,8 @@ while True:
             link.send(str(pid).encode())
             os._exit(0)
         link.close()
-        arguments, environment, script = json.loads(request)
+        arguments, environment, folder, script = json.loads(request)
+        os.chdir(folder)
         for descriptor in (1, 2):
             os.dup2(logs[0], descriptor)
         os.environ.clear()
@@ -36,6 +42,7 @@ while True:
         status: object = 1
         try:
             sys.argv[1:] = arguments
+            sys.orig_argv[1:] = ["-m", "unroll", "serve", *arguments]  # which workers are started with
             status = exec(script, {"__name__": "__main__"}) if script else cli.main(["serve", *arguments])
         except SystemExit as ended:
             status = ended.code

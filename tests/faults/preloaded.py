@@ -21,14 +21,14 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Served:
-    """A running `unroll serve`, as subprocess.Popen has it; its parent is this process.
+    """A running `unroll serve`, as subprocess.Popen has it; its parent and its folder are those of this process.
 
     script: Python that is run instead, as `python -c` does.
     """
 
     def __init__(self, arguments: Sequence[str], log: int, environment: Mapping[str, str], script: str = "") -> None:
         link = _preloaded()
-        request = json.dumps([arguments, dict(environment), script]).encode()
+        request = json.dumps([arguments, dict(environment), os.getcwd(), script]).encode()
         socket.send_fds(link, [request], [log])
         self.pid = int(link.recv(64))
         assert link.recv(64) == b"orphaned"

@@ -28,10 +28,10 @@ from faults.history import Verdict
 from faults.replica import Replica, tiny_repository
 from faults.wires import Wires
 from oracle import Oracle
+from served_models import models
 from waiting import reached
 
 import unroll
-from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 
 @dataclass
@@ -94,11 +94,11 @@ class Site:
 def export_versions(folder: Path, count: int) -> Path:
     """A repository with versions 1 to `count` of the tiny LSTM, each with other weights."""
     repository = tiny_repository(folder)
-    for version in range(2, count + 1):
+    shutil.copytree(models.BUNDLES / "tiny" / "2", repository / "tiny" / "2")
+    for version in range(3, count + 1):
         torch.manual_seed(version)
-        config = StackedRNNConfig(cell="lstm", hidden_size=4, layers=2, input_size=2, output_size=1)
-        module = StackedRNN(config).eval()
-        unroll.export(module, {"x": torch.randn(2, 4, 2)}, name="tiny", version=str(version), repository=repository)
+        module, example, _ = models.tiny()
+        unroll.export(module, example, name="tiny", version=str(version), repository=repository)
     return repository
 
 

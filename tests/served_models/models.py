@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import unroll
 from conformance.kinds import TESTED, Kind
+from unroll.models.stacked_rnn import StackedRNN, StackedRNNConfig
 
 BUNDLES = Path(__file__).parent / "bundles"
 
@@ -155,6 +156,17 @@ class Residual(nn.Module):
         return self.head(torch.cat([torch.relu(one), two], -1)) + x[..., :3]
 
 
+class Bare(nn.Module):
+    """Nothing but a layer, whose width no tile of a kernel divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, 37, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
 class StateUsed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -164,6 +176,12 @@ class StateUsed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, (_, c) = self.rnn(x)
         return self.head(c[0])
+
+
+def tiny() -> Model:
+    """What `unroll doctor` has as version 1, with the weights of the seed."""
+    config = StackedRNNConfig(cell="lstm", hidden_size=4, layers=2, input_size=2, output_size=1)
+    return Model(StackedRNN(config).eval(), {"x": torch.randn(2, 4, 2)})
 
 
 def _stack(kind: type[nn.RNNBase], layers: int) -> Model:
@@ -201,7 +219,9 @@ MODELS: dict[str, Callable[[], Model]] = {
         _x() | {"known": torch.randn(2, 2), "cache": torch.zeros(2, 2, 3)},
         {"static": ["known"], "state": {"cache": "y1"}},
     ),
+    "tiny/2": tiny,
     "tables/1": lambda: Model(Tables(), _tables()),
+    "bare/1": lambda: Model(Bare(), _x(4)),
     "residual/1": lambda: Model(Residual(), _x(5)),
     "stateused/1": lambda: Model(StateUsed(), _x(4)),
     **{f"lstm-{layers}/1": partial(_stack, nn.LSTM, layers) for layers in (1, 2, 4)},

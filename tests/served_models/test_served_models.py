@@ -6,10 +6,11 @@ import pytest
 from served_models import models
 
 from unroll import bundle
+from unroll.bundle.graph import operators
 from unroll.service.engine.runner import Runner
 
-#: With two layers, and with what no layer keeps.
-FEW = ["gru/2", "voices/1"]
+#: With layers of two kinds, and with what no layer keeps.
+FEW = ["embedding-LSTM-norm-GRU/1", "voices/1"]
 
 
 @pytest.mark.parametrize(
@@ -23,5 +24,6 @@ def test_exported_afresh_it_gives_the_same_numbers(folder: str, tmp_path: Path) 
         committed.manifest.state,
         committed.manifest.streamable,
     )
+    assert operators(fresh.model) == operators(committed.model)
     for golden, model in ((committed, fresh), (fresh, committed)):
         bundle.Verifier(Runner(model.model, model.manifest), golden.manifest).replay(golden.golden)

@@ -38,6 +38,9 @@ for name in causes:
         structlog.get_logger("x").error(name, exc_info=True)
 structlog.get_logger("x").error("values", text=400_000 * "x", values=100_000 * ["x"], nested={"a": ["y" * 5000]})
 logging.getLogger("uvicorn.error").error("%s", 400_000 * "x")
+hostile = "hostile\\r\\n{} \\x1b[31m \\x00 \\x85 \\u2028 \\u202e \\ud800"
+structlog.get_logger("x").error(hostile, session=hostile, **{hostile: [hostile]})
+logging.getLogger("uvicorn.error").error("%s", hostile)
 """
 
 
@@ -58,9 +61,18 @@ def test_lines_are_bounded_documents(lines: list[str]) -> None:
         "chain",
         "values",
         "xxxxxx",
+        "hostil",
+        "hostil",
     ]
     assert all(document["level"] == "error" for document in documents)
     assert max(map(len, lines)) < 40_000
+
+
+def test_what_a_client_sends_is_escaped(lines: list[str]) -> None:
+    for line in lines[-2:]:
+        assert line.isascii()
+        assert line.isprintable()
+        assert "\x1b" in json.loads(line)["event"]
 
 
 def test_an_exception_keeps_where_it_was_raised(lines: list[str]) -> None:

@@ -94,11 +94,20 @@ class Export:
         option(
             "--state",
             "NAME:DTYPE:SHAPE=OUTPUT",
-            "an argument of forward, (batch, *SHAPE), that starts as zeros and is this output of the call before; "
-            "not needed for the state of a recurrent layer",
+            "an argument of forward, (batch, *SHAPE), that starts as zeros and is this output of the call before: "
+            "y1 is the second of a tuple; not needed for the state of a recurrent layer; B is where the batch is "
+            "if not first, as in 2xBx64; NAME=OUTPUT with --step if forward starts without it",
             _spec("StateSpec.parse"),
         ),
     ] = None
+    step: Annotated[
+        bool,
+        flag(
+            "--step",
+            "forward makes one time step: inputs are (batch, *SHAPE), states are those of --state or what the module "
+            "keeps in itself",
+        ),
+    ] = False
     name: Annotated[
         str | None, option("--name", "NAME", "the model's name in the repository (default: the file name of MODEL)")
     ] = None

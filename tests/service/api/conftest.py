@@ -1,6 +1,7 @@
 """Servers for the tests of the API: one shared by those that need nothing special, more on request."""
 
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +12,15 @@ import numpy as np
 import pytest
 from processes import Process, StartProcess
 from raw_http import Wire
+from redis_server import free_port
 from served_models import models
 from serving import Oracle, Running, Serve
 
 from unroll.service.core.clock import Clock
 from unroll.service.settings import Settings
+
+#: In these tests.
+MOST_WORKERS = 4
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +108,17 @@ def start_process(shelf: Path) -> Iterator[StartProcess]:
     for process in started:
         with process.popen:
             process.popen.kill()
+
+
+@pytest.fixture
+def ports() -> list[int]:
+    """Free ones in a row, for the own ports of workers."""
+    while True:
+        first = free_port()
+        ports = [first + i for i in range(MOST_WORKERS)]
+        try:
+            for port in ports:
+                socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return ports

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from redis_server import RedisServer
 from serving import RAW, Oracle, Running, Serve, raw_steps
+from waiting import until
 from wire import infer, outputs
 
 from unroll.service.core.clock import ManualClock
+from unroll.service.core.errors import StoreUnavailable
+from unroll.service.store.interface import Key
 
 Oracles = Callable[..., Oracle]
 Background = Callable[..., Future]
@@ -418,3 +421,32 @@ def test_sessions_outlive_the_process_in_a_file(serve: Serve, tmp_path: Path, x:
 def test_the_document_names_what_there_is(replicas: Replicas):
     schemas = json.loads(replicas.any.get("/openapi.json").content)["components"]["schemas"]
     assert "snapshot" in schemas["HeldSession"]["properties"]
+
+
+def test_a_memory_session_survives_that_the_store_does_not_answer_when_it_is_taken_back(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x: np.ndarray
+) -> None:
+    settings = {"store": f"file://{tmp_path}/store", "durability": "memory", "session_capacity": 1, "spill_bytes": 0}
+    running = serve(**settings)
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    take, attempts = store.take, []
+
+    async def late(key: Key, token: bytes, attempt: bytes = b"") -> bool:
+        taken = await take(key, token, attempt)
+        attempts.append(attempt)
+        if len(attempts) == 1:
+            raise StoreUnavailable("no answer", 0.1)
+        return taken
+
+    sessions = "/v1/models/gru/sessions"
+    with httpx.Client(base_url=running.url) as client:
+        for name in ("first", "second"):  # there is a row for one; the other is moved to the store
+            client.post(sessions, json={"session_id": name}).raise_for_status()
+            client.post(
+                f"{sessions}/{name}/steps", content=x[:1].tobytes(), headers=raw_steps(x[:1])
+            ).raise_for_status()
+        until(lambda: not running.server.sessions.directory.spilled._parking, "the session in the store")
+        monkeypatch.setattr(store, "take", late)
+        assert client.get(f"{sessions}/first").json()["code"] == "store_unavailable"
+        assert client.get(f"{sessions}/first").json()["position"] == 1
+    assert len(set(attempts)) == 1

@@ -21,7 +21,7 @@ from unroll.service.engine import backend
 #: `make crowd-test` has more of them, and more rounds.
 SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "20261").split(",")]
 CLIENTS = 200
-ROUNDS = 16 if "UNROLL_TEST_SEEDS" in os.environ else 8
+ROUNDS = 16 if "UNROLL_TEST_SEEDS" in os.environ else 4
 AT_ONCE = 64
 BATCH_SECONDS = 0.02
 #: For each request httpx compares every connection of its pool with every other.

@@ -24,7 +24,7 @@ from unroll.service.access.keys import new_key
 
 @pytest.fixture
 def process(start_process: StartProcess) -> Process:
-    return start_process(start=spawn)
+    return start_process("--drain-timeout", str(PATIENCE), start=spawn)
 
 
 def test_signals(

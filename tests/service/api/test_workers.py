@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,8 +15,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from processes import Process, StartProcess, spawn
-from redis_server import RedisServer, free_port
+from processes import Launched, Process, StartProcess
+from redis_server import RedisServer
 from serving import RAW, Oracle, metric
 from waiting import PATIENCE, reached, until
 from websockets.sync.client import connect
@@ -34,23 +33,9 @@ Background = Callable[..., Future]
 
 
 @pytest.fixture
-def ports() -> list[int]:
-    """Free ones in a row, for the workers' own."""
-    while True:
-        first = free_port()
-        ports = [first + i for i in range(NUMBER)]
-        try:
-            for port in ports:
-                socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return ports
-
-
-@pytest.fixture
 def started(start_process: StartProcess, redis_server: RedisServer, ports: list[int]) -> Process:
     flags = ("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", redis_server.url)
-    return start_process(*flags, start=spawn)  # which starts the workers with its own command
+    return start_process(*flags)
 
 
 def ids(started: Process) -> list[int]:
@@ -141,7 +126,7 @@ def test_the_workers_end_with_their_supervisor(started: Process, ports: list[int
 
 def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: RedisServer) -> None:
     flags = ("--repository", str(tmp_path), "--port", "0", "--device", "cpu", "--store", redis_server.url)
-    refused = spawn(*flags, "--workers", "2")
+    refused = Launched(*flags, "--workers", "2")
     _, log = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 1
     assert log.count("holds no bundle") == 1
@@ -289,7 +274,7 @@ def test_keys_and_tickets_are_the_same_to_every_worker(
     keys = tmp_path / "keys.toml"
     keys.write_text(first + second)
     flags = ("--workers", str(NUMBER), "--worker-port", str(ports[0]), "--store", f"file://{tmp_path}/store")
-    started = start_process(*flags, "--keys", str(keys), start=spawn)
+    started = start_process(*flags, "--keys", str(keys))
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     ticket = httpx.post(f"{urls[0]}/v1/tickets", headers={"X-API-Key": kept}).json()["ticket"]
     for url in urls:

@@ -30,22 +30,21 @@ def test_this_machine(tmp_path: Path):
     assert ran.stdout.splitlines()[-1].startswith("ok       --device cpu")
 
 
-def test_this_machine_as_json(tmp_path: Path):
+def test_this_machine_as_json(capsys: pytest.CaptureFixture[str]):
     if resolve_devices("auto")[0] != ("cpu",):
         pytest.skip("needs a machine without a GPU")
-    ran = run("--json", cwd=tmp_path)
-    report = json.loads(ran.stdout)
-    assert ran.returncode == 0
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert (report["works"], report["device"]) == (True, "auto")
     assert report["facts"]["runtime"]["auto"] == ["cpu"]
     assert report["facts"]["sessions"] == {"cpu": None}
     assert report["findings"][-1]["says"].startswith("selects cpu (no GPU: ")
 
 
-def test_a_device_that_is_not_there(tmp_path: Path):
-    ran = run("--device", "cuda:99", "--json", cwd=tmp_path)
-    report = json.loads(ran.stdout)
-    assert (ran.returncode, report["works"]) == (1, False)
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["doctor", "--device", "cuda:99", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["works"]
     assert "cuda:99 was requested, but" in report["facts"]["sessions"]["cuda:99"]
 
 

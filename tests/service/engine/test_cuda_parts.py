@@ -8,13 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from fake_cuda.device import FakeDevice
 from fake_cuda.inputs import random_inputs
 from served_models import models
-from torch import Tensor, nn
 
-import unroll
 from unroll import bundle
 from unroll.service.core.errors import NonFiniteOutput
 from unroll.service.engine.cuda.cells import TILES, tile_for
@@ -30,22 +27,10 @@ NAMES = ["lstm", "gru", "last", "tokens", "two"]
 ROWS = 40
 
 
-class Bare(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(4, 300, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rnn(x)[0]
-
-
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models that are split at other nodes."""
-    path = models.link(tmp_path_factory.mktemp("more"), "residual", "stateused")
-    torch.manual_seed(1)
-    unroll.export(Bare().eval(), {"x": torch.randn(2, 9, 4)}, name="bare", repository=path)
-    return path
+    return models.link(tmp_path_factory.mktemp("more"), "residual", "stateused", "bare")
 
 
 def read(repository: Path, more: Path, name: str) -> bundle.Bundle:

@@ -167,8 +167,8 @@ def test_a_queue_that_stays_very_long_is_an_overload_even_if_it_does_not_grow() 
 def test_when_the_load_ends_nobody_is_refused_any_more() -> None:
     machine, flood, late = Machine(4e-4, 4e-4), Client(), [Client() for _ in range(300)]
     machine.arrivals(flood, 5 * machine.capacity, 0.0, 0.5)
-    machine.loop_of(late, start=0.8)
-    machine.run(1.5)
+    machine.loop_of(late, start=1.4)
+    machine.run(1.8)
     assert flood.refused
     assert not any(client.refused for client in late)
 

@@ -129,8 +129,11 @@ async def test_a_new_session_takes_the_place_of_one_it_knows(store: Store, token
 async def test_who_takes_a_record_is_the_only_one(store: Store, tokens: Tokens):
     first = tokens.next()
     await put(store, commit(first))
-    assert not await store.take(KEY, tokens.next())
-    assert await store.take(KEY, first)
+    assert not await store.take(KEY, tokens.next(), tokens.next())
+    attempt = tokens.next()
+    assert await store.take(KEY, first, attempt)
+    assert await store.take(KEY, first, attempt), "the same call again"
+    assert not await store.take(KEY, first, tokens.next())
     assert not await store.take(KEY, first)
     assert await store.load(KEY) is None
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 from faults.preloaded import Served
 from waiting import PATIENCE
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[1]
 
 
 class Launched(Served):
@@ -72,7 +72,7 @@ class Process:
         self.log: list[dict] = []
         for line in self.popen.stderr:
             self.log.append(json.loads(line))
-            if found := re.search(r"running on (http://\S+:\d+)", self.log[-1]["event"]):
+            if found := re.search(r"running on (https?://\S+:\d+)", self.log[-1]["event"]):
                 self.url = found.group(1)
                 return
         raise AssertionError(f"the server did not start: {self.log}")

@@ -1,0 +1,102 @@
+"""The server's certificate, and the clients that it takes by theirs."""
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+_log = structlog.get_logger(__name__)
+
+
+class TlsRefused(ValueError):
+    """The certificate, its key or the CA cannot be used; the message says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files.
+
+    Attributes:
+        cert: The server's certificate, and those between it and its CA.
+        key: Of the certificate; None if it is in the same file.
+        password: What the key is encrypted with.
+        client_ca: Clients need a certificate of one of these CAs.
+        takes_itself: The server's own certificate will do for a client: workers ask each other for metrics.
+    """
+
+    cert: Path
+    key: Path | None = None
+    password: Path | None = None
+    client_ca: Path | None = None
+    takes_itself: bool = False
+
+    def load(self) -> ssl.SSLContext:
+        """Raises TlsRefused."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            context.load_cert_chain(self.cert, self.key, self._read_password)
+        except OSError as error:  # ssl.SSLError is one
+            files = f"--tls-cert {self.cert}" + ("" if self.key is None else f", --tls-key {self.key}")
+            raise TlsRefused(f"{files}: no certificate with its key in PEM ({_reason(error)})") from error
+        if self.client_ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            try:
+                context.load_verify_locations(self.client_ca)
+                if self.takes_itself:
+                    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+                    context.load_verify_locations(cadata=self._own_certificate())
+            except OSError as error:
+                raise TlsRefused(f"--tls-client-ca {self.client_ca}: no CAs in PEM ({_reason(error)})") from error
+        return context
+
+    def _own_certificate(self) -> str:
+        """Without those between it and its CA, whose other certificates are not those of clients."""
+        begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+        return begin + self.cert.read_text().partition(begin)[2].partition(end)[0] + end
+
+    def client_context(self) -> ssl.SSLContext:
+        """For a process of the same server: it is reached by an address, which its certificate need not have."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        context.load_cert_chain(self.cert, self.key, self._read_password)
+        return context
+
+    def _read_password(self) -> bytes:
+        if self.password is None:
+            raise TlsRefused("the key of --tls-cert is encrypted: add --tls-password-file")
+        try:
+            return self.password.read_bytes().strip()
+        except OSError as error:
+            raise TlsRefused(f"--tls-password-file {self.password}: {_reason(error)}") from error
+
+
+class Tls:
+    """The current certificate."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        """Raises TlsRefused."""
+        self._files = files
+        self._context = files.load()
+        self._stale = False
+
+    def request_reload(self) -> None:
+        """Read the files again for new connections. May be called by a signal."""
+        self._stale = True
+
+    def context(self) -> ssl.SSLContext:
+        if self._stale:
+            self._stale = False
+            try:
+                self._context = self._files.load()
+                _log.info("certificate read again", cert=str(self._files.cert))
+            except TlsRefused as error:
+                _log.error("certificate not read again", reason=str(error))
+        return self._context
+
+
+def _reason(error: OSError) -> str:
+    return str(error.strerror or error)

@@ -1,0 +1,98 @@
+"""A connection until its TLS handshake is complete."""
+
+import asyncio
+from typing import Any
+
+from unroll.service.access.certificate import Tls
+from unroll.service.transport.limited import LimitedProtocol
+
+
+class Handshake(asyncio.Protocol):
+    """A connection until its TLS handshake is complete. Then one of `protocol` serves it.
+
+    uvicorn's server sees it among its connections.
+    """
+
+    protocol: type[LimitedProtocol]
+    tls: Tls
+    cycle = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.transport: asyncio.Transport
+        self._protocol = self.protocol(**kwargs)
+        self._open = self._protocol.connections
+        self._connections = self.protocol.all_connections
+        self._hello = b""
+        self._early: list[bytes] = []  # what came with the end of the handshake
+        self._since: float | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self._open.add(self)  # type: ignore[arg-type]  # it has what the server needs of it
+        self._connections.enter(self, transport.get_extra_info("peername")[0])
+
+    def data_received(self, data: bytes) -> None:
+        if self._hello:
+            self._early.append(data)
+        else:
+            self._hello = data
+            self.transport.pause_reading()  # until there is somebody to read it
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        limit = self.protocol.limits.head_timeout
+        loop = asyncio.get_running_loop()
+        starting = loop.start_tls(
+            self.transport, self, self.tls.context(), server_side=True, ssl_handshake_timeout=limit
+        )
+        shaking = loop.create_task(starting)
+        await asyncio.sleep(0)  # it takes the connection over
+        await asyncio.sleep(0)  # and waits for the handshake
+        try:
+            _feed(self.transport.get_protocol(), self._hello)
+            transport: Any = await shaking
+        except (OSError, asyncio.CancelledError):
+            self.transport.abort()
+            return
+        finally:
+            self._leave()
+        if transport.is_closing():  # the client has gone, or made room
+            return
+        transport.set_protocol(self._protocol)
+        self._protocol.connection_made(transport)
+        for data in self._early:
+            self._protocol.data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._open.discard(self)
+        self._connections.leave(self)
+
+    def check(self, now: float) -> None:
+        """End a client that is silent; a handshake that has begun has its own time."""
+        if self._since is None:
+            self._since = now
+        elif not self._hello and now - self._since > self.protocol.limits.head_timeout:
+            self.transport.close()
+
+    def is_idle(self) -> bool:
+        return True
+
+    def close_for_another(self) -> None:
+        self.transport.abort()
+
+    def shutdown(self) -> None:
+        """The server ends."""
+        self.transport.abort()
+
+
+def _feed(protocol: Any, data: bytes) -> None:
+    """Hand over what arrived before the protocol was there to read it."""
+    while data:
+        buffer = protocol.get_buffer(len(data))
+        size = min(len(buffer), len(data))
+        buffer[:size] = data[:size]
+        protocol.buffer_updated(size)
+        data = data[size:]

@@ -1,0 +1,218 @@
+"""Modules whose forward makes one time step: their bundles answer as the module itself does, called again and again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle
+from torch import Tensor, nn
+
+import unroll
+from unroll import cli
+from unroll.export import ExportError
+
+#: Clients, and steps of each.
+CLIENTS, STEPS = 4, 150
+
+Arguments = dict[str, Any]
+
+
+class Policy(nn.Module):
+    """Layer first, as PyTorch's own layers have their states; an episode that is done starts anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 5, 2), nn.Linear(5, 2)
+
+    def forward(self, obs: Tensor, h: Tensor, c: Tensor, done: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keep = 1 - done[None, :, None]
+        y, (h, c) = self.rnn(obs[None], (h * keep, c * keep))
+        return self.head(y[0]).tanh(), h, c
+
+
+class Swapped(nn.Module):
+    """A dict, whose keys are returned in another order; what a client wants is given once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(3, 5), nn.Linear(5, 2)
+
+    def forward(self, obs: Tensor, state: dict[str, Tensor], goal: Tensor) -> Arguments:
+        h, c = self.cell(obs, (state["h"], state["c"]))
+        return {"action": self.head(h) - goal, "value": h.sum(-1), "state": {"c": c, "h": h}}
+
+
+class OneClient(nn.Module):
+    """Keeps its state in buffers for one client, changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 5, 2), nn.Linear(5, 2)
+        self.register_buffer("hidden", torch.full((2, 1, 5), 0.3))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        y, hidden = self.rnn(obs[None], self.hidden)
+        self.hidden[:] = hidden
+        return self.head(y[0])
+
+
+class Hidden(nn.Module):
+    """Keeps what its layer returns, and nothing before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.hidden = nn.LSTM(3, 5, batch_first=True), None
+
+    def forward(self, obs: Tensor) -> Tensor:
+        y, self.hidden = self.rnn(obs[:, None], self.hidden)
+        return y[:, 0]
+
+
+class Optional(nn.Module):
+    """Starts without its state; counts its steps in whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 5)
+
+    def forward(self, obs: Tensor, steps: Tensor, hx: Any = None) -> Any:
+        y, hx = self.rnn(obs[None], hx)
+        return y[0] / (1 + steps[:, None].float()), steps + 1, hx
+
+
+def zeros(*size: int) -> Tensor:
+    return torch.zeros(size)
+
+
+OBS = torch.randn(6, 3)
+GOAL = torch.randn(6, 2)
+#: The module; its example; the options; and, from what it returned or None, the states that its next step is given.
+CASES: dict[str, tuple[type[nn.Module], Arguments, Arguments, Callable[[Any], Arguments]]] = {
+    "layer first": (
+        Policy,
+        {"obs": OBS, "h": zeros(2, 6, 5), "c": zeros(2, 6, 5), "done": torch.tensor([0.0, 0, 1, 0, 0, 1])},
+        {"state": {"h": "y1", "c": "y2"}},
+        lambda last: {"h": last[1], "c": last[2]} if last else {"h": zeros(2, 1, 5), "c": zeros(2, 1, 5)},
+    ),
+    "dict": (
+        Swapped,
+        {"obs": OBS, "state": {"h": zeros(6, 5), "c": torch.ones(6, 5)}, "goal": GOAL},
+        {"state": {"state": "state"}, "static": ["goal"]},
+        lambda last: {"state": last["state"] if last else {"h": zeros(1, 5), "c": torch.ones(1, 5)}},
+    ),
+    "one client": (OneClient, {"obs": OBS[:1]}, {}, lambda last: {}),
+    "kept": (Hidden, {"obs": OBS}, {}, lambda last: {}),
+    "optional": (
+        Optional,
+        {"obs": OBS, "steps": torch.zeros(6, dtype=torch.int64)},
+        {"state": {"hx": "y2", "steps": "y1"}},
+        lambda last: {"steps": last[1], "hx": last[2]} if last else {"steps": torch.zeros(1, dtype=torch.int64)},
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_a_bundle_answers_as_the_module_called_again_and_again(name: str, repository: Path) -> None:
+    made, example, options, _ = CASES[name]
+    module = made().eval()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    report = unroll.export(module, example, name=made.__name__.lower(), repository=repository, step=True, **options)
+    assert report.manifest.streamable
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())  # it is not stepped
+    check(name, module, repository)
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    module = Policy().eval()
+    torch.save(module.state_dict(), tmp_path / "policy.pt")
+    model = [f"{__file__}:Policy", "--weights", f"{tmp_path}/policy.pt", "--repository", str(tmp_path)]
+    described = ["--name", "policy", "--step", "--input", "obs:float32:3", "--input", "done:float32:"]
+    states = ["--state", "h:float32:2xBx5=y1", "--state", "c:float32:2xBx5=y2"]
+    assert cli.main(["export", *model, *described, *states]) == 0
+    check("layer first", module, tmp_path)
+
+
+def check(name: str, module: nn.Module, repository: Path) -> None:
+    """Compare the bundle over 300 steps with `module`, whose own results are its next arguments."""
+    oracle, following = Oracle(repository, type(module).__name__.lower()), CASES[name][-1]
+    inputs = {spec.name: torch.randn(300, *spec.shape) for spec in oracle.manifest.inputs}
+    if "done" in inputs:
+        inputs["done"] = (torch.rand(300) < 0.1).float()
+    row, fixed = oracle.manifest.blank_row(), {}
+    for spec in oracle.manifest.static:
+        fixed[spec.name] = torch.randn(1, *spec.shape)
+        row[spec.offset : spec.offset + spec.size] = fixed[spec.name].flatten()
+    found, _ = oracle.all(*(value.numpy() for value in inputs.values()), state=row)
+
+    last, answers = None, []
+    with torch.no_grad():
+        for step in range(300):
+            now = {key: value[step : step + 1] for key, value in inputs.items()}
+            last = module(**now, **fixed, **following(last))
+            answers.append(last)
+    for index, spec in enumerate(oracle.manifest.outputs):
+        key = spec.name if name == "dict" else index
+        steps = [one if isinstance(one, Tensor) else one[key] for one in answers]
+        np.testing.assert_allclose(found[index], torch.cat(steps).numpy(), atol=1e-5)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.calls = nn.GRUCell(3, 5), 0
+
+    def forward(self, obs: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        h = self.cell(obs, h)
+        return h.sum(-1), h * (self.calls % 50 > 0)
+
+
+class Normalising(nn.Module):
+    """Its running mean is of all clients together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 5)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, obs: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        self.mean += 0.1 * (obs.mean(0) - self.mean)
+        h = self.cell(obs - self.mean, h)
+        return h.sum(-1), h
+
+
+class Learned(nn.Module):
+    """Begins with a state of its own, which no row of the bundle's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.begin, self.h = nn.GRUCell(3, 5), nn.Parameter(torch.randn(5)), None
+
+    def forward(self, obs: Tensor) -> Tensor:
+        self.h = self.cell(obs, self.begin.expand(len(obs), -1) if self.h is None else self.h)
+        return self.h.sum(-1)
+
+
+REFUSED: list[tuple[type[nn.Module], Arguments, Arguments, str, str]] = [
+    (Counting, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y1"}}, "keeps_state", "calls"),
+    (Normalising, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y1"}}, "keeps_state", "'mean'"),
+    (Learned, {"obs": OBS}, {}, "keeps_state", "does not start from zeros"),
+    (Counting, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y0"}}, "input", "'y0'"),
+    (Policy, {"obs": OBS, "h": zeros(2, 4, 5), "c": zeros(2, 6, 5), "done": OBS[:, 0]}, {"state": {}}, "input", "obs"),
+    (Optional, {"obs": OBS, "steps": OBS[:, 0]}, {"state": {}}, "input", "without a state"),
+    (Hidden, {"obs": OBS}, {"batch_first": False}, "input", "no time"),
+]
+
+
+@pytest.mark.parametrize(("made", "example", "options", "code", "says"), REFUSED)
+def test_what_is_refused(
+    made: type[nn.Module], example: Arguments, options: Arguments, code: str, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=says) as refusal:
+        unroll.export(made(), example, name="refused", repository=tmp_path, step=True, **options)
+    assert refusal.value.code == code
+    assert not [*tmp_path.iterdir()]
