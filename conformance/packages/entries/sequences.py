@@ -263,40 +263,6 @@ def pytorch_tcn() -> nn.Module:
     return TCN(4, [8, 8], input_shape="NLC")
 
 
-def _embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    state, outputs = None, []
-    for step in inputs["x"].unbind(1):
-        y, state = model.encoder.lstm(step.unsqueeze(1), state)
-        outputs.append(model.embedding(y).squeeze(1))
-    return torch.cat(outputs)
-
-
-@entry("Resemblyzer", "embedding of the voice up to each frame", "x:float32:40", trained=True, own=_embeddings)
-def resemblyzer() -> nn.Module:
-    from resemblyzer import VoiceEncoder
-
-    class Voice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = VoiceEncoder("cpu", verbose=False)
-
-        def embedding(self, y: Tensor) -> Tensor:
-            raw = self.encoder.relu(self.encoder.linear(y))
-            return raw / (raw.norm(dim=-1, keepdim=True) + 1e-5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.embedding(self.encoder.lstm(x)[0])
-
-    return Voice()
-
-
-@entry("pytorch-forecasting", "GRU of RecurrentNetwork", "x:float32:4", own=with_state)
-def forecasting_gru() -> nn.Module:
-    from pytorch_forecasting.models.nn.rnn import GRU
-
-    return First(GRU(4, 8, num_layers=2, batch_first=True))
-
-
 @entry("snntorch", "Synaptic and RLeaky", "x:float32:4")
 def snntorch_synaptic() -> nn.Module:
     import snntorch

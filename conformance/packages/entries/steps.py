@@ -189,3 +189,25 @@ def pytorch_tcn_step() -> nn.Module:
             return y.squeeze(1)
 
     return Step()
+
+
+@entry(
+    "tianshou",
+    "step of Recurrent, 2 layers",
+    "obs:float32:4",
+    options=("--step", "--state", "h:float32:Bx2x8=y1", "--state", "c:float32:Bx2x8=y2"),
+    own=with_states,
+)
+def tianshou_step() -> nn.Module:
+    from tianshou.utils.net.common import Recurrent
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Recurrent(layer_num=2, state_shape=4, action_shape=3, hidden_layer_size=8)
+
+        def forward(self, obs: Tensor, h: Any = None, c: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+            y, state = self.net(obs, None if h is None else {"hidden": h, "cell": c})
+            return y, state["hidden"], state["cell"]
+
+    return Step()
