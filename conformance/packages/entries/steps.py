@@ -23,7 +23,8 @@ def _trained_policy() -> Any:
 
     sizes = {"lstm_hidden_size": 16}
     ppo = RecurrentPPO("MlpLstmPolicy", "Pendulum-v1", n_steps=64, seed=1, policy_kwargs=sizes, device="cpu")
-    return ppo.learn(128).policy
+    with torch.enable_grad():
+        return ppo.learn(128).policy
 
 
 def _policy_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
