@@ -249,10 +249,10 @@ def test_addresses_that_are_none(url: str) -> None:
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_seconds_that_are_none(kind: Any) -> None:
     for seconds in (math.inf, math.nan, 0, -1, 1e7):
-        with pytest.raises(errors.InvalidInput, match="timeout is .*: give the seconds for one attempt"):
+        with pytest.raises(errors.InvalidInput, match=r"timeout is .*: give the seconds for one attempt"):
             kind("http://127.0.0.1", timeout=seconds)
     for seconds in (math.nan, -1):
-        with pytest.raises(errors.InvalidInput, match="retry_for is .*: give the seconds"):
+        with pytest.raises(errors.InvalidInput, match=r"retry_for is .*: give the seconds"):
             kind("http://127.0.0.1", retry_for=seconds)
 
 
