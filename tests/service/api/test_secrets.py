@@ -16,7 +16,7 @@ import pytest
 import wire
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
-from processes import Process, StartProcess, spawn
+from processes import Process, StartProcess
 from redis_server import RedisServer
 from serving import raw_steps
 from waiting import PATIENCE
@@ -80,7 +80,7 @@ class Planted:
             *("--admin", "--page", "--store-timeout", "5"),
         ]
         self.redis = redis_server
-        self.process: Process = start(*self.flags, "--workers", "2", start=spawn, script=SCRIPT)
+        self.process: Process = start(*self.flags, "--workers", "2", script=SCRIPT)
         started = [line["event"] for line in self.process.log if "Started server process" in line["event"]]
         self.children = [int(event.partition("[")[2].rstrip("]")) for event in started]
         self.client = httpx.Client(base_url=self.process.url, headers={"Authorization": f"Bearer {api_key}"})
@@ -115,7 +115,7 @@ def planted(start_process: StartProcess, redis_server: RedisServer, tmp_path: Pa
 
 
 def test_secrets_appear_nowhere(planted: Planted, capsys: pytest.CaptureFixture[str]) -> None:
-    for pid in (planted.process.popen.pid, *planted.children):
+    for pid in planted.children:
         planted.heard[f"process {pid}"] = Path(f"/proc/{pid}/cmdline").read_text()
     assert main(["config", "show", "--repository", "x", *planted.flags]) == 0
     planted.heard["settings"] = capsys.readouterr().out
