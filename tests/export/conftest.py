@@ -18,9 +18,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loops are run over 32 steps where no number says otherwise, and probes over few rows."""
-    monkeypatch.setattr(trials, "LOOP_STEPS", 32)
-    monkeypatch.setattr(trials, "ORIGINAL_LONG", Trial(2, 32, 29, 30))
+    """Loops are run over 64 steps where no number says otherwise, and probes over few rows."""
+    monkeypatch.setattr(trials, "LOOP_STEPS", 64)
+    monkeypatch.setattr(trials, "ORIGINAL_LONG", Trial(2, 64, 29, 30))
     monkeypatch.setattr(trials, "LONG_IF_COUNTED", 1)
     monkeypatch.setattr(trials, "STREAMING", trials.STREAMING[:2])
 
