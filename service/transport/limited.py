@@ -34,6 +34,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._held_bytes = 0  # of an open head or trailer, as far as they are known
         self._received = 0  # of an open request, behind the segment it began in
         self._other_body_bytes = 0  # of a request that uvicorn answers
+        self._runs: Any = None  # uvicorn's record of the request that the application answers
         self._last_words = b""  # the answer behind which the connection is closed
         self._since: float | None = None  # when `check` first saw it waiting for what it still waits for
         self._unread = UnreadAnswer()
@@ -69,6 +70,10 @@ class LimitedProtocol(HttpToolsProtocol):
         type(self).on_headers_complete(self)
         self.cycle.keep_alive = False
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._runs = cycle
+        super()._start_asgi_task(cycle, app)
+
     def is_idle(self) -> bool:
         return not (self._in_head or self._in_body or self._busy() or self._last_words)
 
@@ -86,6 +91,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self.unread.resize(0)
         self.flow.read_paused = False  # there is nothing to resume
         super().connection_lost(exc)
+        if self._runs is not None:  # uvicorn tells the last request of the connection only
+            self._runs.disconnected = True
+            self._runs.message_event.set()
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
