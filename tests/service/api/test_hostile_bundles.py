@@ -23,7 +23,7 @@ from unroll.service.models.trial_process import Job
 
 ROW = {"inputs": [[[1.0, 2.0, 3.0]]]}
 #: Of the bundles; so much is more than enough for the good one.
-_MEMORY, _SECONDS = 512 * 2**20, 3
+_MEMORY, _SECONDS = 512 * 2**20, 1
 
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="/proc says which processes there are")
