@@ -118,7 +118,8 @@ def plan_outputs(
             raise ExportError("output", f"{len(given_names)} output names for {len(kept)} outputs ({', '.join(names)})")
         names = given_names
     if not kept:
-        raise ExportError("output", "forward returns no tensor")
+        nothing = "no tensor but its states: return what a client gets beside them" if dropped else "no tensor"
+        raise ExportError("output", f"forward returns {nothing}")
 
     outputs = []
     for index, name in zip(kept, names, strict=True):
