@@ -118,8 +118,7 @@ def plan_outputs(
             raise ExportError("output", f"{len(given_names)} output names for {len(kept)} outputs ({', '.join(names)})")
         names = given_names
     if not kept:
-        nothing = "no tensor but its states: return what a client gets beside them" if dropped else "no tensor"
-        raise ExportError("output", f"forward returns {nothing}")
+        raise ExportError("output", "forward returns no tensor beside its states: return what a client is to get, too")
 
     outputs = []
     for index, name in zip(kept, names, strict=True):
