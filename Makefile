@@ -84,8 +84,8 @@ conformance: install ## write docs/conformance.md: kinds of modules through expo
 	$(BIN)/python -m conformance --write-docs precision
 	$(BIN)/python -m conformance --write-docs matrix
 
-packages: install ## write docs/packages.md: modules of public packages through export and a server (half an hour)
-	$(BIN)/python -m conformance.packages --write-docs
+packages: install ## write docs/packages.md: modules of public packages through export and a server (an hour; ENTRIES=sb3_step for some rows)
+	$(BIN)/python -m conformance.packages --write-docs $(ENTRIES)
 
 fuzz-export: install ## export 2,000 random models; none may be silently wrong (one hour; a restart continues)
 	$(BIN)/python -m conformance --write-docs fuzz

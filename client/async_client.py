@@ -15,7 +15,7 @@ from unroll.client import model_calls
 from unroll.client.async_stream import AsyncStream, as_async
 from unroll.client.errors import ConnectionFailed, ServerError, UnrollError
 from unroll.client.exchange import Exchange, Request, Response
-from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.retries import Retries, RetryPolicy, check_timeout
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, retry_after
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
@@ -51,7 +51,7 @@ class AsyncClient:
         connections: int = 100,
     ) -> None:
         self._address = ServerAddress.of(url, api_key, headers, tls)
-        self._timeout = timeout
+        self._timeout = check_timeout(timeout)
         self._policy = RetryPolicy(retry_for, time.monotonic)
         self._connections = connections
         self._http: aiohttp.ClientSession | None = None

@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from unroll.client import model_calls
 from unroll.client.errors import ConnectionFailed, ServerError
 from unroll.client.exchange import Exchange, Request, Response
-from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.retries import Retries, RetryPolicy, check_timeout
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, retry_after
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
@@ -42,12 +42,12 @@ class Client:
         url: http:// or https://, with a path if the server is behind one.
         api_key: Sent as `Authorization: Bearer …`.
         headers: Sent with every request.
-        timeout: Seconds for one attempt.
-        retry_for: Seconds for which a request is repeated; 0: not at all.
+        timeout: Seconds for one attempt, at most 1,000,000.
+        retry_for: Seconds for which a request is repeated; 0: not at all; inf: for ever.
         tls: For https://; the default verifies the server's certificate.
 
     Raises:
-        InvalidInput: The URL is none.
+        InvalidInput: The URL is none, or the seconds are none.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Client:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._address = ServerAddress.of(url, api_key, headers, tls)
-        self._timeout = timeout
+        self._timeout = check_timeout(timeout)
         self._policy = RetryPolicy(retry_for, time.monotonic)
         self._idle: list[http.client.HTTPConnection] = []
         self._catalogue = model_calls.Catalogue()

@@ -5,6 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from unroll.client.errors import InvalidInput
+
+#: The longest timeout in seconds, about what sockets take.
+_LONGEST_TIMEOUT = 1e6
 #: Seconds before the first repetition; doubled for each further one, up to the longest.
 _FIRST, _LONGEST = 0.05, 2.0
 
@@ -21,10 +25,25 @@ RETRIED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """For how many seconds a request is repeated, and the clock that tells, in seconds."""
+    """For how many seconds a request is repeated, and the clock that tells, in seconds.
+
+    Raises:
+        InvalidInput: It is no number of seconds.
+    """
 
     retry_for: float
     clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        if not self.retry_for >= 0:
+            raise InvalidInput(f"retry_for is {self.retry_for}: give the seconds, 0 for not at all, inf for ever")
+
+
+def check_timeout(timeout: float) -> float:
+    """Returns it. Raises InvalidInput if it is no number of seconds that a socket can wait."""
+    if not 0 < timeout <= _LONGEST_TIMEOUT:
+        raise InvalidInput(f"timeout is {timeout}: give the seconds for one attempt, at most {_LONGEST_TIMEOUT:.0f}")
+    return timeout
 
 
 class Retries:

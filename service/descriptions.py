@@ -185,7 +185,6 @@ GROUPS = {
             "bytes a second at which a body must arrive, and an answer be read, once head_timeout has passed",
             "1024",
         ),
-        "max_url_bytes": Description("BYTES", "maximum URL of a request, in bytes", "8192"),
         "max_header_bytes": Description("BYTES", "maximum headers of a request, in bytes", "65536"),
         "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
         "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),

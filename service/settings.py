@@ -102,7 +102,6 @@ class Settings(BaseModel):
     head_timeout: PositiveFloat = 20.0
     keep_alive: PositiveFloat = 75.0
     min_rate: PositiveInt = 1024
-    max_url_bytes: PositiveInt = 8192
     max_header_bytes: PositiveInt = 65_536
     max_body_bytes: PositiveInt = 16 * 2**20
     max_json_bytes: PositiveInt = 2 * 2**20

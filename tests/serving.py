@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 from oracle import Oracle as Oracle
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import PATIENCE
 
+from unroll.bundle import Content
+from unroll.bundle.verification import Differences
 from unroll.service import app
 from unroll.service.access.certificate import Tls
 from unroll.service.core.clock import Clock
@@ -18,7 +20,7 @@ from unroll.service.engine.curve import measure
 from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.models import loading
 from unroll.service.models.served_model import ServedModel
-from unroll.service.models.trial import TrialProcess, Trials
+from unroll.service.models.trial import TrialLimits, TrialProcess, Trials
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
 from unroll.service.transport.connections import ConnectionLimits
@@ -36,7 +38,19 @@ class _SharedTrialProcess(TrialProcess):
     def close(self) -> None: ...
 
 
-loading.Trials = partial(Trials, start=cache(_SharedTrialProcess))  # type: ignore[assignment, misc]
+class _SharedTrials(Trials):
+    """Bundles that passed with the same limits in another server of this process are not tried again."""
+
+    _PASSED: ClassVar[dict[tuple[TrialLimits, str], Differences]] = {}
+
+    def prove(self, content: Content, seconds: float | None = None) -> Differences:
+        key = self.limits, content.identity
+        if key not in self._PASSED:
+            self._PASSED[key] = super().prove(content, seconds)
+        return self._PASSED[key]
+
+
+loading.Trials = partial(_SharedTrials, start=cache(_SharedTrialProcess))  # type: ignore[assignment, misc]
 
 RAW = {"Content-Type": "application/octet-stream"}
 

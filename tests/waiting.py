@@ -14,29 +14,34 @@ from typing import Self
 
 #: Seconds after which a test gives up. A limit and no measure: a busy machine takes ten times as long as an idle one.
 PATIENCE = 120.0
-_PAUSE_SECONDS = 0.002
+#: A pause grows with what has been waited for already: asking takes processor time from what makes the condition true.
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.05
 #: Turns of the event loop before the first pause: mostly the loop itself makes the condition true.
 _TURNS = 50
 
 
 def until(condition: Callable[[], object], what: str = "the condition") -> None:
     """Return as soon as the condition holds; fail if it does not come true."""
-    end = time.monotonic() + PATIENCE
-    pause = threading.Event()
+    began, pause = time.monotonic(), threading.Event()
     while not condition():
-        assert time.monotonic() < end, f"{what} did not come true"
-        pause.wait(_PAUSE_SECONDS)
+        pause.wait(_next_pause(began, what))
 
 
 async def reached(condition: Callable[[], object | Awaitable[object]], what: str = "the condition") -> None:
     """`until` inside an event loop, whose other tasks run in between. The condition may be a coroutine function."""
-    end = time.monotonic() + PATIENCE
+    began = time.monotonic()
     for turn in itertools.count():
         found = condition()
         if await found if inspect.isawaitable(found) else found:
             return
-        assert time.monotonic() < end, f"{what} did not come true"
-        await asyncio.sleep(0 if turn < _TURNS else _PAUSE_SECONDS)
+        pause = _next_pause(began, what)
+        await asyncio.sleep(0 if turn < _TURNS else pause)
+
+
+def _next_pause(began: float, what: str) -> float:
+    waited = time.monotonic() - began
+    assert waited < PATIENCE, f"{what} did not come true"
+    return min(max(_PAUSE_SECONDS, waited / 10), _LONGEST_PAUSE_SECONDS)
 
 
 async def turns(count: int = 1) -> None:

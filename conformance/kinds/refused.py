@@ -135,7 +135,7 @@ REFUSED = [
         says="'x'",
     ),
     Kind("scripted, and no class of its own to run", scripted, refused="scripted", says="nn.Module"),
-    Kind("kept from training", trained, refused="not_copyable"),
+    Kind("kept from training", trained, refused="not_copyable", says="'h', a Tensor"),
     Kind("quantized", quantized, refused="quantized", says="'rnn'"),
     Kind(
         "one step taken for a sequence",

@@ -1,4 +1,7 @@
-"""`python -m conformance.packages [ENTRY ...]`, as `make packages` runs it; --write-docs writes docs/packages.md."""
+"""`python -m conformance.packages [ENTRY ...]`, as `make packages` runs it; --write-docs writes docs/packages.md.
+
+With ENTRY, the rows of all others stay as they are.
+"""
 
 import argparse
 import json
@@ -28,7 +31,7 @@ def main(argv: list[str]) -> int:
         results[name] = result = _measured(ENTRIES[name])
         print(f"{name}: {result.outcome} {result.says}", flush=True)
     if options.write_docs:
-        documents.replace("packages", _lines(results), _PAGE)
+        documents.replace("packages", block(results, _PAGE.read_text()), _PAGE)
     return 1 if any(result.outcome == "wrong" for result in results.values()) else 0
 
 
@@ -44,15 +47,25 @@ def _measured(entry: Entry) -> Result:
     return Result(**json.loads(done.stdout))
 
 
-def _lines(results: dict[str, Result]) -> list[str]:
-    counts = Counter(result.outcome for result in results.values())
-    rows = [_row(ENTRIES[name], result) for name, result in results.items()]
-    packages = len({ENTRIES[name].package for name in results})
-    head = ["package", "module", "weights", "result", "seconds", "ms a step", "error", "error of its own steps"]
+def block(results: dict[str, Result], page: str) -> list[str]:
+    """The block of the page, with the rows of `page` for what has no result."""
+    before = [line for line in page.splitlines() if line.startswith("| ")]
+    rows = []
+    for name, entry in ENTRIES.items():
+        if name in results:
+            rows.append(_row(entry, results[name]))
+            continue
+        start, module = f"| {entry.package} ", f" | {entry.module} | "
+        kept = [line[2:-2].split(" | ") for line in before if line.startswith(start) and module in line]
+        rows += [[cell.replace("\\|", "|") for cell in cells] for cells in kept]
+    counts = Counter(row[3].partition(":")[0] for row in rows)
+    packages = len({row[0].split()[0] for row in rows})
+    head = ["package", "module", "weights", "result", "seconds", "ms a step"]
+    head += ["error", "error of its own steps", "steps"]
     return [
         documents.circumstances("make packages"),
         "",
-        f"{len(results)} modules of {packages} packages: {', '.join(f'{n} {what}' for what, n in counts.items())}.",
+        f"{len(rows)} modules of {packages} packages: {', '.join(f'{n} {what}' for what, n in counts.items())}.",
         "",
         *documents.table(head, rows),
         "",
@@ -65,7 +78,16 @@ def _row(entry: Entry, result: Result) -> list[str]:
     step = "" if result.step is None else f"{result.step:.1f}"
     errors = ["" if error is None else f"{error:.1e}" for error in (result.error, result.own)]
     weights = "of the wheel" if entry.trained else "random"
-    return [f"{entry.package} {result.version}", entry.module, weights, says, f"{result.seconds:.0f}", step, *errors]
+    return [
+        f"{entry.package} {result.version}",
+        entry.module,
+        weights,
+        says,
+        f"{result.seconds:.0f}",
+        step,
+        *errors,
+        str(result.steps or ""),
+    ]
 
 
 if __name__ == "__main__":

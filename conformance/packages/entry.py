@@ -41,6 +41,11 @@ class Entry:
         """Of the function that makes it."""
         return self.build.__name__
 
+    @property
+    def step(self) -> bool:
+        """Its forward makes one step."""
+        return "--step" in self.options
+
 
 ENTRIES: dict[str, Entry] = {}
 

@@ -23,13 +23,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bench.servers import running_server
-from conformance.packages import entries
 from conformance.packages.entries import ENTRIES
 from conformance.packages.entry import Entry
 from unroll import bundle
 from unroll.client import Client
 
-_STEPS, _SESSIONS, _SECONDS = 48, 3, 900
+_STEPS, _SESSIONS, _SECONDS = 2048, 3, 900
+
+#: Time steps of a request.
+_CHUNKS = 1, 2, 3, 100
 
 #: Of the largest output: differences beyond this are no rounding in float32.
 _CLOSE = 1e-4
@@ -46,6 +48,7 @@ class Result:
         step: the median of a step over HTTP, in milliseconds.
         error: the largest difference from the module's own answer for the whole sequence, of the largest output.
         own: the same from the package's streaming call.
+        steps: of each session.
     """
 
     version: str
@@ -55,6 +58,7 @@ class Result:
     step: float | None = None
     error: float | None = None
     own: float | None = None
+    steps: int | None = None
 
 
 def measure(entry: Entry) -> Result:
@@ -85,7 +89,7 @@ def measure(entry: Entry) -> Result:
 def _arguments(entry: Entry, repository: Path) -> list[str]:
     inputs = [word for spec in entry.inputs for word in ("--input", spec)]
     random = [] if entry.trained else ["--random-weights"]
-    target = f"{entries.__name__}:{entry.name}"
+    target = f"{entry.build.__module__}:{entry.name}"
     return [target, *inputs, *random, *entry.options, "--name", "m", "--repository", str(repository)]
 
 
@@ -94,11 +98,11 @@ def _unroll(*words: str) -> "subprocess.CompletedProcess[str]":
 
 
 def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: Result) -> None:
-    rng = np.random.default_rng(5)
+    rng, result.steps = np.random.default_rng(5), _STEPS
     given = {spec.name: _drawn(spec, rng) for spec in manifest.inputs}
     with torch.no_grad():
         model = entry.build()
-        whole = _leaves(model(**{name: torch.from_numpy(array) for name, array in given.items()}))
+        whole = [] if entry.step else _leaves(model(**{name: torch.from_numpy(a) for name, a in given.items()}))
     command = [sys.executable, "-m", "unroll", "serve", "--repository", str(repository), "--port", "PORT"]
     with (
         running_server(command, os.sched_getaffinity(0), repository / "log", "/readyz") as server,
@@ -110,14 +114,16 @@ def _compare(entry: Entry, manifest: bundle.Manifest, repository: Path, result: 
         else:
             rows = [{name: array[row] for name, array in given.items()} for row in range(_SESSIONS)]
             served = [_by_name(answer) for answer in client.sequences("m", rows)]
-    errors = [_difference(np.stack([answer[name] for answer in served]), whole) for name in served[0]]
-    result.error = max(errors)
+    if not entry.step:
+        result.error = max(_difference(np.stack([answer[name] for answer in served]), whole) for name in served[0])
     if entry.own and manifest.streamable:
         result.own = max(_own_error(entry, given, row, served[row]) for row in range(_SESSIONS))
 
 
 def _drawn(spec: bundle.TensorSpec, rng: np.random.Generator) -> Any:
     shape = (_SESSIONS, _STEPS, *spec.shape)
+    if spec.numpy == np.bool_:  # a mask that begins an episode
+        return rng.random(shape) < 0.01
     if np.issubdtype(spec.numpy, np.floating):
         return rng.standard_normal(shape).astype(spec.numpy)
     return rng.integers(0, spec.limit or 2, shape).astype(spec.numpy)
@@ -131,7 +137,7 @@ def _sessions(
     at, pieces, seconds = [0] * _SESSIONS, [[] for _ in sessions], []  # type: ignore[var-annotated]
     while min(at) < _STEPS:
         row = int(rng.choice([row for row in range(_SESSIONS) if at[row] < _STEPS]))
-        end = min(_STEPS, at[row] + int(rng.integers(1, 7)))
+        end = min(_STEPS, at[row] + int(rng.choice(_CHUNKS)))
         begin = monotonic()
         answer = _by_name(sessions[row].steps({name: array[row, at[row] : end] for name, array in given.items()}))
         if end == at[row] + 1:

@@ -108,8 +108,8 @@ class _Lifter:
             raise ExportError(
                 "no_recurrent_layer",
                 "forward calls no recurrent layer: neither nn.LSTM, nn.GRU, nn.RNN nor a Python loop over time that "
-                "hands a state on. If forward computes all time steps at once, as with cumsum or fft, write it as a "
-                "loop over them",
+                "hands a state on. If forward computes all time steps at once, as with cumsum, fft or convolutions "
+                "alone, write it as a loop over them, or export a forward of one step with --step",
             )
         return self._tape
 

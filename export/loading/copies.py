@@ -33,8 +33,21 @@ def detached_copy(module: nn.Module) -> nn.Module:
             return copied
     except Exception as error:  # user code
         raise ExportError(
-            "not_copyable", f"copy.deepcopy fails on the module; detach or delete tensors kept from training: {error}"
+            "not_copyable",
+            f"copy.deepcopy fails on {_not_copyable(module)}; detach or delete tensors kept from training: {error}",
         ) from error
+
+
+def _not_copyable(module: nn.Module) -> str:
+    """What of the module copy.deepcopy fails on."""
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name != "_modules":
+                try:
+                    copy.deepcopy(value)
+                except (RuntimeError, TypeError):
+                    return f"{'.'.join(filter(None, (path, name)))!r}, a {type(value).__name__}"
+    return "the module"
 
 
 def detached_example(example: dict[str, Any]) -> dict[str, Any]:

@@ -32,29 +32,25 @@ class UnrollError(Exception):
 # ── the request may not come in; nothing of it was decoded ───────────────────────────────────────
 
 
-class Refused(UnrollError):
-    pass
-
-
-class Unauthenticated(Refused):
+class Unauthenticated(UnrollError):
     """It has no API key, or one that is unknown or has expired."""
 
     code = "unauthenticated"
 
 
-class Forbidden(Refused):
+class Forbidden(UnrollError):
     """Its key does not permit it."""
 
     code = "forbidden"
 
 
-class HostRefused(Refused):
+class HostRefused(UnrollError):
     """It is for a host name that this server is not known by."""
 
     code = "host_refused"
 
 
-class OriginRefused(Refused):
+class OriginRefused(UnrollError):
     """A web page of another origin sent it."""
 
     code = "origin_refused"

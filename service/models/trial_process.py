@@ -186,4 +186,7 @@ def _call(runner: Runner, inputs: Arrays, state: np.ndarray, rows: int, steps: i
 
 
 if __name__ == "__main__":
-    serve(quiet(socket.socket(fileno=int(sys.argv[1]))))
+    try:
+        serve(quiet(socket.socket(fileno=int(sys.argv[1]))))
+    finally:
+        os._exit(0)  # the threads of libraries may not end

@@ -41,8 +41,8 @@ export class PlaygroundView {
       (wanted ? undefined : (models.find(({ name }) => name === "co2") ?? models[0]));
     if (!model)
       throw new Error(wanted ? `There is no model ${wanted} that streams.` : "No model of this server streams.");
-    if (this.model?.digest !== model.digest) await this.use(model, models);
     this.visible = true;
+    if (this.model?.digest !== model.digest) await this.use(model, models);
     this.animate();
   }
 
@@ -153,8 +153,8 @@ export class PlaygroundView {
 
   // Close what is open here; a stream that cannot be closed is left to its idle timeout.
   async end() {
-    this.pause();
     const { stream, main } = this;
+    if (main) this.pause(); // else it was asked to play while its first session opens
     this.main = this.stream = undefined;
     delete this.section.dataset.position;
     this.experiments?.reset();

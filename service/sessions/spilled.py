@@ -12,7 +12,14 @@ from functools import partial
 import structlog
 
 from unroll.service.core.clock import Clock
-from unroll.service.core.errors import SessionClosed, SessionEvicted, SessionExpired, SessionGone, UnrollError
+from unroll.service.core.errors import (
+    SessionClosed,
+    SessionEvicted,
+    SessionExpired,
+    SessionGone,
+    StoreUnavailable,
+    UnrollError,
+)
 from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.models.served_model import ServedModel
 from unroll.service.models.versions import ModelVersions
@@ -47,6 +54,7 @@ class SpilledSessions:
         self._parking: dict[Key, tuple[Record, float]] = {}  # on their way to the store
         self._tokens = Tokens()
         self._tasks: dict[Key, asyncio.Task[None]] = {}  # the latest of each session
+        self._finishing = False
 
     def __repr__(self) -> str:
         return f"<SpilledSessions {self._spill!r}, {len(self._parking)} on their way to the store>"
@@ -176,12 +184,24 @@ class SpilledSessions:
         commit = Commit(key, b"", token, origin, record.position, record.row, record.last, begins=True)
         (error,) = await store.commit([commit])
         if self._parking.get(key) is not parked:
-            await store.take(key, token)
+            await self._remove(store, key, token)
             return
         del self._parking[key]
         if error is not None:
             _log.warning("session evicted", model=key[0], session=shown(key[1]), reason=error.message)
             self._add_closed(key, record, SessionEvicted)
+
+    async def _remove(self, store: Store, key: Key, token: bytes) -> None:
+        """Remove the record of a session that was used again; until the store has answered, none takes its place."""
+        while True:
+            try:
+                await store.take(key, token)
+            except StoreUnavailable as error:
+                if self._finishing:
+                    return
+                await asyncio.sleep(error.retry_after)
+            else:
+                return
 
     def _add_closed(self, key: Key, record: Record, cause: type[SessionGone]) -> None:
         name, session_id = key
@@ -232,5 +252,6 @@ class SpilledSessions:
             _log.warning("sessions of models that are not served here; they are kept", sessions=homeless)
 
     async def finish(self) -> None:
+        self._finishing = True
         while self._tasks:
             await asyncio.wait(self._tasks.values())

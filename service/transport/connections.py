@@ -17,7 +17,7 @@ from typing import Protocol, Self
 from unroll.service.settings import Settings
 
 #: Connections beyond the limit that may ask for the server's health.
-PROBES = 32
+PROBE_PLACES = 32
 #: Descriptors that files, models and the store may still need.
 _OTHER_FILES = 64
 #: What `auto` means where files are not limited, or hardly.
@@ -36,7 +36,6 @@ class ConnectionLimits:
     head_timeout: Seconds for a TLS handshake, and for the head of a request.
     keep_alive: Seconds without a request after which a connection is closed.
     min_rate: Bytes a second that a body, or an answer, must move at after its first `head_timeout`.
-    url_bytes: Of a request.
     header_bytes: Of a request: all names and values.
     """
 
@@ -45,7 +44,6 @@ class ConnectionLimits:
     head_timeout: float
     keep_alive: float
     min_rate: int
-    url_bytes: int
     header_bytes: int
 
     @classmethod
@@ -57,7 +55,6 @@ class ConnectionLimits:
             settings.head_timeout,
             settings.keep_alive,
             settings.min_rate,
-            settings.max_url_bytes,
             settings.max_header_bytes,
         )
 
@@ -107,7 +104,7 @@ class Connections:
             self._watched[connection] = address
             self._addresses[address] += 1
             return True
-        if len(self._probes) >= PROBES:
+        if len(self._probes) >= PROBE_PLACES:
             self._probes.popitem(last=False)[0].close_for_another()
         self._probes[connection] = address
         return False
@@ -196,4 +193,4 @@ def _affordable() -> int:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return _MOST
-    return max(min(limit - len(os.listdir("/dev/fd")) - _OTHER_FILES - PROBES, _MOST), 1)
+    return max(min(limit - len(os.listdir("/dev/fd")) - _OTHER_FILES - PROBE_PLACES, _MOST), 1)

@@ -14,6 +14,7 @@ _log = structlog.get_logger(__name__)
 
 Fields = Sequence[tuple[bytes, bytes]]
 
+MAX_URL_BYTES = 8192
 MAX_FIELDS = 100
 MAX_FIELD_BYTES = 16_384
 

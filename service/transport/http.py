@@ -99,30 +99,8 @@ class HttpProtocol(LimitedProtocol):
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
         self._sends_no_more = False
-        self._is_chunked = False
-        self._rest = b""  # of a chunked body, not yet parsed
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
-
-    def data_received(self, data: bytes) -> None:
-        if self._rest:
-            self._rest += data
-        elif self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # each chunk costs as much as many bytes
-            self._rest = data
-            self.flow.pause_reading()
-            self.unroll.turns.call(self._feed_slice)
-        else:
-            self._feed(data)
-
-    def _feed_slice(self) -> None:
-        data, self._rest = self._rest[:_TURN_BYTES], self._rest[_TURN_BYTES:]
-        self._feed(data)
-        if self._last_words or self.transport.is_closing():
-            self._rest = b""
-        if self._rest:
-            self.unroll.turns.call(self._feed_slice)
-        elif not self.pipeline and not self.flow.write_paused:
-            self.flow.resume_reading()
 
     def _feed(self, data: bytes) -> None:
         if self._last_words:
@@ -202,7 +180,7 @@ class HttpProtocol(LimitedProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         version = self._version()
-        if self._segment + self._held_bytes > self.limits.header_bytes:
+        if self._held_bytes or self._segment > self.limits.header_bytes:  # of several segments, or long
             check_size(self.headers, self.limits.header_bytes)
         headers = check_head(version, self.headers)
         if self.parser.should_upgrade():
@@ -393,7 +371,7 @@ class HttpProtocol(LimitedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._exchange.cancel()
-        self._exchange.body = self._rest = b""
+        self._exchange.body = b""
         self._parts.clear()
 
 
@@ -412,8 +390,6 @@ class OperatorProtocol(HttpProtocol):
 _NO_HEADERS: Headers = {}
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
-#: Of a chunked body that arrived at once: what is parsed before others get their turn.
-_TURN_BYTES = 8192
 #: For a refused client to stop sending.
 _LINGER_SECONDS = 2.0
 

@@ -9,13 +9,15 @@ from unroll.service.access.held_bytes import ANSWERS, REQUESTS, Holding
 from unroll.service.api.app_state import AppState
 from unroll.service.core.errors import TooManyConnections
 from unroll.service.transport.connections import ConnectionLimits, Connections, UnreadAnswer
-from unroll.service.transport.head import MAX_FIELD_BYTES, MAX_FIELDS, Refused, too_many_header_bytes
+from unroll.service.transport.head import MAX_FIELD_BYTES, MAX_FIELDS, MAX_URL_BYTES, Refused, too_many_header_bytes
 
 #: What is answered when there are too many connections.
-PROBES = frozenset((b"/livez", b"/readyz", b"/metrics", b"/v2/health/live", b"/v2/health/ready"))
+PROBE_URLS = frozenset((b"/livez", b"/readyz", b"/metrics", b"/v2/health/live", b"/v2/health/ready"))
 #: Of the chunks of a body: lengths, extensions and line ends; as much, and so much more for each byte of the body.
 MAX_FRAMING_BYTES = 65_536
 MAX_FRAMING_FACTOR = 8
+#: Of a chunked body that arrived at once: what is parsed before others get their turn.
+_TURN_BYTES = 8192
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -33,12 +35,17 @@ class LimitedProtocol(HttpToolsProtocol):
         self._segment = 0  # bytes that arrived last
         self._held_bytes = 0  # of an open head or trailer, as far as they are known
         self._received = 0  # of an open request, behind the segment it began in
-        self._other_body_bytes = 0  # of a request that uvicorn answers
+        self._is_chunked = False
+        self._rest = b""  # of a chunked body, not yet parsed
+        self._runs: Any = None  # uvicorn's record of the request that the application answers
         self._last_words = b""  # the answer behind which the connection is closed
         self._since: float | None = None  # when `check` first saw it waiting for what it still waits for
         self._unread = UnreadAnswer()
         self.body = Holding(self.unroll.held, REQUESTS)
         self.unread = Holding(self.unroll.held, ANSWERS)
+
+    def _feed(self, data: bytes) -> None:
+        raise NotImplementedError
 
     def _refuse(self, refused: Refused) -> None:
         raise NotImplementedError
@@ -63,11 +70,15 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _answer_probes_only(self) -> None:
         """In place of `on_headers_complete`, on a connection of more than there may be."""
-        asks = self.url in PROBES and self.parser.get_method() in (b"GET", b"HEAD")
+        asks = self.url in PROBE_URLS and self.parser.get_method() in (b"GET", b"HEAD")
         if not asks or self.parser.should_upgrade():
             raise Refused(503, "", TooManyConnections("the server has as many connections as it may; try again"))
         type(self).on_headers_complete(self)
         self.cycle.keep_alive = False
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._runs = cycle
+        super()._start_asgi_task(cycle, app)
 
     def is_idle(self) -> bool:
         return not (self._in_head or self._in_body or self._busy() or self._last_words)
@@ -84,15 +95,39 @@ class LimitedProtocol(HttpToolsProtocol):
         self.all_connections.leave(self)
         self.body.resize(0)
         self.unread.resize(0)
+        self._rest = b""
         self.flow.read_paused = False  # there is nothing to resume
         super().connection_lost(exc)
+        if self._runs is not None:  # uvicorn tells the last request of the connection only
+            self._runs.disconnected = True
+            self._runs.message_event.set()
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
+    def data_received(self, data: bytes) -> None:
+        if self._rest:
+            self._rest += data
+        elif self._is_chunked and self._in_body and len(data) > _TURN_BYTES:  # each chunk costs as much as many bytes
+            self._rest = data
+            self.flow.pause_reading()
+            self.unroll.turns.call(self._feed_slice)
+        else:
+            self._feed(data)
+
+    def _feed_slice(self) -> None:
+        data, self._rest = self._rest[:_TURN_BYTES], self._rest[_TURN_BYTES:]
+        self._feed(data)
+        if self._last_words or self.transport.is_closing():
+            self._rest = b""
+        if self._rest:
+            self.unroll.turns.call(self._feed_slice)
+        elif not self.pipeline and not self.flow.write_paused:
+            self.flow.resume_reading()
+
     def on_url(self, url: bytes) -> None:
         self.url += url
-        if len(self.url) > self.limits.url_bytes:
-            raise Refused(414, f"a URL may have {self.limits.url_bytes} bytes: see --max-url-bytes")
+        if len(self.url) > MAX_URL_BYTES:
+            raise Refused(414, f"a URL may have {MAX_URL_BYTES} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:

@@ -1,7 +1,9 @@
 """Sessions, sequences and models through both clients, against onnxruntime alone."""
 
 import asyncio
+import itertools
 import json
+import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -242,6 +244,40 @@ def test_addresses_that_are_none(url: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(errors.InvalidInput, match="URL"):
             kind(url)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_seconds_that_are_none(kind: Any) -> None:
+    for seconds in (math.inf, math.nan, 0, -1, 1e7):
+        with pytest.raises(errors.InvalidInput, match=r"timeout is .*: give the seconds for one attempt"):
+            kind("http://127.0.0.1", timeout=seconds)
+    for seconds in (math.nan, -1):
+        with pytest.raises(errors.InvalidInput, match=r"retry_for is .*: give the seconds"):
+            kind("http://127.0.0.1", retry_for=seconds)
+
+
+def test_a_client_that_never_gives_up(make_client: Callable[..., Any]) -> None:
+    """It also waits as long as a socket can."""
+    attempts = itertools.count()
+
+    class Late(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503 if next(attempts) < 2 else 200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"[]")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Late) as late:
+        thread = threading.Thread(target=late.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            client = make_client(f"http://127.0.0.1:{late.server_port}", timeout=1e6, retry_for=math.inf)
+            assert client.models() == []
+        finally:
+            late.shutdown()
+            thread.join()
 
 
 def test_a_refusal_of_one_of_many_sequences(client: Any) -> None:

@@ -35,6 +35,7 @@ CASES = {
     "monitored": ["serviceMonitor.enabled=true", "serviceMonitor.labels.release=prometheus", "podAnnotations.a=b"],
     "keys": ["auth.keysSecret=keys", "auth.metricsKeySecret=scrape", "serviceMonitor.enabled=true"],
     "tls": ["tls.secret=certificate", "serviceMonitor.enabled=true"],
+    "operator": ["adminPort=9090", "tls.secret=certificate", "serviceMonitor.enabled=true"],
     "alerts": ["prometheusRule.enabled=true", "prometheusRule.labels.release=prometheus"],
     "embedded": [*SMALL, "store.embedded.storageClass=fast", "args={--workers,4}", "prometheusRule.enabled=true"],
     "own-password": ["redis.passwordSecret=redis"],
@@ -102,7 +103,9 @@ def test_what_it_renders_is_valid(case: str):
             check(manifest)
 
 
-@pytest.mark.parametrize(("case", "kind"), [("monitored", "ServiceMonitor"), ("alerts", "PrometheusRule")])
+@pytest.mark.parametrize(
+    ("case", "kind"), [("monitored", "ServiceMonitor"), ("operator", "ServiceMonitor"), ("alerts", "PrometheusRule")]
+)
 def test_the_resources_of_the_prometheus_operator_are_valid(case: str, kind: str):
     check_custom(of_kind(render(case), kind))
 
@@ -191,6 +194,16 @@ def test_with_a_certificate_probes_and_scrapes_use_tls():
     assert [probe["scheme"] for probe in probes] == ["HTTPS"] * 3
     [endpoint] = of_kind(manifests, "ServiceMonitor")["spec"]["endpoints"]
     assert endpoint["scheme"] == "https"
+
+
+def test_the_operators_port_is_scraped_and_not_in_the_service():
+    manifests = render("operator")
+    assert variables(container(manifests))["UNROLL_ADMIN_PORT"]["value"] == "9090"
+    assert {"name": "operator", "containerPort": 9090} in container(manifests)["ports"]
+    [endpoint] = of_kind(manifests, "ServiceMonitor")["spec"]["endpoints"]
+    assert (endpoint["targetPort"], "scheme" in endpoint) == ("operator", False)
+    services = [manifest for manifest in manifests if manifest["kind"] == "Service"]
+    assert "9090" not in str(services)
 
 
 def test_replicas_are_spread_by_their_own_labels():

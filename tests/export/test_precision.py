@@ -6,14 +6,17 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from served_models.models import BUNDLES
 from torch import Tensor, nn
 
 from unroll import bundle, cli
 from unroll.bundle import GoldenMismatch
 from unroll.bundle.graph import operators
 from unroll.export import ExportError, Report, export
+from unroll.export.onnx.precision import reduced_graph
 from unroll.export.verification.reduced import limit
 from unroll.service.engine.backend import EngineOptions, open_backend
 from unroll.service.engine.runner import Runner
@@ -94,18 +97,31 @@ def test_the_server_takes_no_looser_bound(reports) -> None:
         bundle.Verifier(Runner(coarse.model, coarse.manifest), fine.manifest).replay(fine.golden)
 
 
-def test_what_becomes_integer(reports, tmp_path: Path) -> None:
-    lstm, gru = counted(reports("LSTM", "int8")), counted(reports("GRU", "int8"))
-    assert lstm["com.microsoft.DynamicQuantizeLSTM"] == 2
-    assert lstm["MatMulInteger"] == 1
-    assert "LSTM" not in lstm
-    assert (gru["GRU"], gru["MatMulInteger"]) == (2, 1)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lstm", {"com.microsoft.DynamicQuantizeLSTM": 2, "MatMulInteger": 1}),
+        ("gru", {"GRU": 2, "MatMulInteger": 1}),
+    ],
+)
+def test_what_becomes_integer(name: str, expected: dict[str, int]) -> None:
+    found = operators(reduced_graph(_graph(name), "int8"))
+    names = {"LSTM", "GRU", "MatMul", "com.microsoft.DynamicQuantizeLSTM", "MatMulInteger"}
+    assert {operator: count for operator, count in found.items() if operator in names} == expected
+
+
+def test_what_has_nothing_to_become_integer_is_refused() -> None:
     with pytest.raises(ExportError, match="has neither") as refusal:
-        exported(tmp_path / "none", Model(nn.GRU, head=False), precision="int8")
+        reduced_graph(_graph("matrices-as-steps"), "int8")
     assert refusal.value.code == "precision"
-    assert not (tmp_path / "none").exists()
 
 
+def _graph(name: str) -> onnx.ModelProto:
+    """Of a bundle in float32."""
+    return onnx.ModelProto.FromString(bundle.read(BUNDLES / name / "1").model)
+
+
+@pytest.mark.long
 def test_too_large_an_error_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="'y' in int8 differs") as refusal:
         exported(tmp_path, Model(), precision="int8", max_error=1e-10)
@@ -119,6 +135,9 @@ def test_what_was_allowed_is_the_bound(reports) -> None:
     allowed = (free.onnxruntime + free.tolerance) / 2
     assert limit(manifest, allowed).parity == (replace(free, tolerance=allowed), state)
     assert limit(manifest, 1.0) == limit(manifest, None) == manifest
+    with pytest.raises(ExportError, match="'y' in int8 differs") as refusal:
+        limit(manifest, 1e-10)
+    assert refusal.value.code == "max_error"
 
 
 class ByHand(nn.Module):
@@ -136,6 +155,7 @@ def test_what_pytorch_cannot_compute_in_float16_is_refused(tmp_path: Path) -> No
     with pytest.raises(ExportError, match="PyTorch cannot run it in float16") as refusal:
         exported(tmp_path, ByHand(), precision="float16")
     assert refusal.value.code == "precision"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gpu_takes_no_integers_and_no_second_reduction(reports) -> None:

@@ -42,7 +42,8 @@ while True:
         status: object = 1
         try:
             sys.argv[1:] = arguments
-            sys.orig_argv[1:] = ["-m", "unroll", "serve", *arguments]  # which workers are started with
+            program = ["-c", script] if script else ["-m", "unroll", "serve"]
+            sys.orig_argv[1:] = [*program, *arguments]  # which workers are started with
             status = exec(script, {"__name__": "__main__"}) if script else cli.main(["serve", *arguments])
         except SystemExit as ended:
             status = ended.code

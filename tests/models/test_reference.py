@@ -48,7 +48,7 @@ def assert_close(actual: tuple[torch.Tensor, list[State]], expected: tuple[torch
 
 
 @given(cases())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @pytest.mark.parametrize("order", ORDERS)
 def test_order_equals_pytorch(order: Callable[..., tuple[torch.Tensor, list[State]]], case: tuple) -> None:
     module, x, states = case
@@ -56,7 +56,7 @@ def test_order_equals_pytorch(order: Callable[..., tuple[torch.Tensor, list[Stat
 
 
 @given(cases())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_orders_are_equal_to_the_last_bit(case: tuple) -> None:
     module, x, states = case
     layers = layers_of(module)
@@ -64,7 +64,7 @@ def test_orders_are_equal_to_the_last_bit(case: tuple) -> None:
 
 
 @given(cases(), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_any_order_that_waits_for_its_two_inputs_is_equal_to_the_last_bit(case: tuple, random: Random) -> None:
     module, x, states = case
     layers = layers_of(module)
@@ -84,7 +84,7 @@ def in_random_order(layers: list[Layer], x: torch.Tensor, states: list[State], r
 
 
 @given(cases())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_one_module_equals_single_layer_modules_in_a_chain(case: tuple) -> None:
     module, x, states = case
     output, reached = x, []
@@ -101,7 +101,7 @@ def test_one_module_equals_single_layer_modules_in_a_chain(case: tuple) -> None:
 
 
 @given(cases(), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_chunks_with_the_state_carried_equal_the_whole(case: tuple, data: st.DataObject) -> None:
     module, x, states = case
     layers = layers_of(module)

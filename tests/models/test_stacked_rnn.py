@@ -47,7 +47,7 @@ def example(config: StackedRNNConfig, batch: int, time: int) -> torch.Tensor:
 
 
 @given(configs(), SIZE, SIZE)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_output_has_the_shape_the_head_says(config: StackedRNNConfig, batch: int, time: int) -> None:
     y = StackedRNN(config)(example(config, batch, time))
     assert y.shape == ((batch, time, config.output_size) if config.head == "step" else (batch, config.output_size))
@@ -104,7 +104,7 @@ def test_a_configuration_without_sense_is_refused(fields: dict[str, Any], messag
 
 
 @given(configs())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_saved_and_loaded_is_the_same_model(tmp_path_factory: pytest.TempPathFactory, config: StackedRNNConfig) -> None:
     stem = tmp_path_factory.mktemp("checkpoint") / "v1.5"
     model = StackedRNN(config).eval()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from chromium import chromium, launch
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 from served_models import models
 from serving import Running
 from waiting import PATIENCE, until
@@ -228,6 +228,19 @@ def test_static_inputs_are_asked_for_and_sessions_begin_with_them(visit: Visit, 
     page.get_by_label("gain").fill("1")
     page.get_by_label("gain").press("Tab")
     says(page, 'gain takes 2 values, each a number: not "1".')
+
+
+def test_play_waits_for_the_session_that_opens(visit: Visit) -> None:
+    page = visit("models")
+
+    def press_before(route: Route) -> None:
+        press(page, "Play")
+        route.continue_()
+
+    page.route("**/v1/models/two:1/sessions/*", press_before, times=1)
+    page.evaluate("location.hash = 'playground/two'")
+    wait_for_position(page, 3)
+    press(page, "Pause")
 
 
 def test_the_rows_of_its_batch_are_shown(visit: Visit, server: Running) -> None:

@@ -156,6 +156,14 @@ def test_the_connection_is_closed_behind_the_answer(wire: Wire, name: str) -> No
     assert wire.closed()
 
 
+def test_headers_are_limited_however_they_arrive(wire: Wire) -> None:
+    sent, [status] = CLOSED["70,000 bytes of headers"]
+    wire.send(NEXT + sent[:60_000])
+    assert wire.answer()[0] == 200  # so the begin of the next request has arrived as well
+    wire.send(sent[60_000:])
+    assert wire.answer()[0] == status
+
+
 @pytest.mark.parametrize("name", OPEN)
 def test_the_connection_serves_on(wire: Wire, name: str) -> None:
     sent, statuses = OPEN[name]

@@ -1,9 +1,11 @@
 """Durable sessions over several servers that share a store: any takes the next step, and none the same one twice."""
 
+import asyncio
 import base64
 import json
 import random
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,8 +18,8 @@ from waiting import until
 from wire import infer, outputs
 
 from unroll.service.core.clock import ManualClock
-from unroll.service.core.errors import StoreUnavailable
-from unroll.service.store.interface import Key
+from unroll.service.core.errors import StoreUnavailable, UnrollError
+from unroll.service.store.interface import Commit, Key
 
 Oracles = Callable[..., Oracle]
 Background = Callable[..., Future]
@@ -450,3 +452,40 @@ def test_a_memory_session_survives_that_the_store_does_not_answer_when_it_is_tak
         assert client.get(f"{sessions}/first").json()["code"] == "store_unavailable"
         assert client.get(f"{sessions}/first").json()["position"] == 1
     assert len(set(attempts)) == 1
+
+
+def test_a_memory_session_that_is_used_while_it_is_moved_to_the_store_leaves_no_record_there(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x: np.ndarray, oracle: Oracles
+) -> None:
+    """Also if the store does not answer at first: the record would refuse the next one, and the session be evicted."""
+    settings = {"store": f"file://{tmp_path}/store", "durability": "memory", "session_capacity": 1, "spill_bytes": 0}
+    running = serve(**settings)
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    commit, take, may_commit, taken = store.commit, store.take, threading.Event(), []
+
+    async def slow(commits: Sequence[Commit]) -> list[UnrollError | None]:
+        await asyncio.to_thread(may_commit.wait)
+        return await commit(commits)
+
+    async def silent_at_first(key: Key, token: bytes, attempt: bytes = b"") -> bool:
+        taken.append(key[1])
+        if taken.count(key[1]) == 1:
+            raise StoreUnavailable("no answer", 0.01)
+        return await take(key, token, attempt)
+
+    monkeypatch.setattr(store, "commit", slow)
+    monkeypatch.setattr(store, "take", silent_at_first)
+    sessions = "/v1/models/lstm/sessions"
+    with httpx.Client(base_url=running.url) as client:
+        for name in ("first", "second"):
+            client.post(sessions, json={"session_id": name}).raise_for_status()
+        replies = []
+        for i, name in enumerate(("first", "second", "first", "second", "first")):  # there is a row for one
+            if i == 2:
+                may_commit.set()
+                until(lambda: not running.server.sessions.directory.spilled._tasks, "the other in the store")
+            step = x[len(replies) // 2 : len(replies) // 2 + 1]
+            reply = client.post(f"{sessions}/{name}/steps", content=step.tobytes(), headers=raw_steps(step))
+            assert reply.status_code == 200, reply.text
+            replies.append(reply.content)
+    assert b"".join(replies[::2]) == oracle("lstm")(x[:3]).tobytes()

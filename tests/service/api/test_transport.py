@@ -1,6 +1,9 @@
 """HTTP as clients may send it, not only as they usually do: the short way and FastAPI's answer alike."""
 
 import itertools
+import json
+import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -138,3 +141,24 @@ def test_an_idle_connection_is_closed_in_time(serve: Callable[..., Running]) -> 
     assert wire.answer()[0] == 200
     assert wire.closed()
     wire.socket.close()
+
+
+def test_a_client_that_goes_with_another_request_behind_ends_the_one_that_runs(
+    server: Running, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is written to a connection that is gone: that would be an error in the log."""
+    rollout = {"steps": 1, "map": {"kind": "columns", "columns": [{"constant": 0.5}] * 3}, "inputs": STEP.tolist()}
+    body = json.dumps(rollout)
+    head = f"POST {path.removesuffix('steps')}rollout HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    wire, tasks = Wire(server.port), server.uvicorn.server_state.tasks
+    with server.holding("lstm") as engine:
+        wire.send(
+            f"{head}Content-Length: {len(body)}\r\n\r\n{body}GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        )
+        engine.wait()
+        address = wire.socket.getsockname()
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wire.socket.close()
+        until(lambda: all(c.client != address for c in [*server.uvicorn.server_state.connections]), "the reset")
+    until(lambda: not tasks, "the end of the request")
+    assert not [record.getMessage() for record in caplog.records if record.exc_info]

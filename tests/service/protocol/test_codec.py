@@ -13,7 +13,7 @@ from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInpu
 from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
 
-BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+BRIEF = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 X = TensorSpec("x", "float32", (3,), True)
 Y = TensorSpec("y", "float32", (2,), True)

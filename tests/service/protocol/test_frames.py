@@ -20,7 +20,7 @@ from unroll.service.protocol.frames import (
     with_positions,
 )
 
-BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+BRIEF = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 X = TensorSpec("x", "float32", (3,), True)
 TOKEN = TensorSpec("token", "int64", (), True, 11)
@@ -78,7 +78,7 @@ def test_the_values_are_not_copied():
     assert np.shares_memory(FrameCodec([X], 9).decode_single(content).inputs[0], np.frombuffer(content, np.uint8))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=64) | st.binary(max_size=56).map(lambda rest: struct.pack("<BBHI", 1, 0, 0, 1) + rest))
 def test_any_bytes_are_decoded_or_refused(content: bytes):
     codec = FrameCodec([X, FLAG, TOKEN], 100)

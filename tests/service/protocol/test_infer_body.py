@@ -13,7 +13,7 @@ from unroll.bundle import Manifest, TensorSpec
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, OutOfRange, UnrollError
 from unroll.service.protocol.open_inference import DATATYPES, InferRequest, encode, parse, read_inputs
 
-BRIEF = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+BRIEF = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 LIMIT = 100_000
 

@@ -1,4 +1,4 @@
-"""All rows. A package is imported only where its module is made, in an environment that has it."""
+"""Modules whose forward takes a sequence."""
 
 from typing import Any
 
@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from conformance.packages.entry import ENTRIES, entry
-
-__all__ = ["ENTRIES"]
+from conformance.packages.entry import entry
 
 
 class First(nn.Module):
@@ -126,24 +124,32 @@ def snntorch_leaky() -> nn.Module:
     return Leaky(snntorch.Leaky)
 
 
-@entry("snntorch", "SLSTM", "x:float32:4")
+class SpikingLSTM(nn.Module):
+    """The loop of snntorch's tutorials around SLSTM."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        import snntorch
+
+        self.lstm = snntorch.SLSTM(inputs, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        synaptic, potential = self.lstm.init_slstm()
+        potentials = []
+        for step in x.unbind(1):
+            _, synaptic, potential = self.lstm(step, synaptic, potential)
+            potentials.append(potential)
+        return torch.stack(potentials, 1)
+
+
+@entry("snntorch", "SLSTM, 8 inputs and 8 states", "x:float32:8")
+def snntorch_slstm_equal() -> nn.Module:
+    return SpikingLSTM(8)
+
+
+@entry("snntorch", "SLSTM, 4 inputs and 8 states: the package sets these to zero in every step", "x:float32:4")
 def snntorch_slstm() -> nn.Module:
-    import snntorch
-
-    class Loop(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = snntorch.SLSTM(4, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            synaptic, potential = self.lstm.init_slstm()
-            potentials = []
-            for step in x.unbind(1):
-                _, synaptic, potential = self.lstm(step, synaptic, potential)
-                potentials.append(potential)
-            return torch.stack(potentials, 1)
-
-    return Loop()
+    return SpikingLSTM(4)
 
 
 @entry("fastai", "AWD_LSTM, 2 layers", "inp:int64:")
@@ -243,3 +249,52 @@ def xlstm_slstm() -> nn.Module:
     from xlstm import sLSTMLayer, sLSTMLayerConfig
 
     return sLSTMLayer(sLSTMLayerConfig(embedding_dim=8, num_heads=2, backend="vanilla", dtype="float32"))
+
+
+def _tcn_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    model.reset_buffers()
+    return torch.cat([model(step.unsqueeze(1), inference=True).squeeze(1) for step in inputs["x"].unbind(1)])
+
+
+@entry("pytorch-tcn", "TCN of 2 blocks", "x:float32:4", own=_tcn_steps)
+def pytorch_tcn() -> nn.Module:
+    from pytorch_tcn import TCN
+
+    return TCN(4, [8, 8], input_shape="NLC")
+
+
+@entry("snntorch", "Synaptic and RLeaky", "x:float32:4")
+def snntorch_synaptic() -> nn.Module:
+    import snntorch
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.first = nn.Linear(4, 8), snntorch.Synaptic(alpha=0.9, beta=0.8)
+            self.second = snntorch.RLeaky(beta=0.9, linear_features=8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            synaptic, potential = self.first.init_synaptic()
+            spikes, last = self.second.init_rleaky()
+            potentials = []
+            for step in x.unbind(1):
+                y, synaptic, potential = self.first(self.fc(step), synaptic, potential)
+                spikes, last = self.second(y, spikes, last)
+                potentials.append(last)
+            return torch.stack(potentials, 1)
+
+    return Loop()
+
+
+@entry("norse", "LSNN, recurrent", "x:float32:4")
+def norse_lsnn() -> nn.Module:
+    from norse.torch import LSNNRecurrent
+
+    return TimeFirst(LSNNRecurrent(4, 6))
+
+
+@entry("ncps", "CfC with a cell of memory", "x:float32:4", own=with_state)
+def ncps_mixed() -> nn.Module:
+    from ncps.torch import CfC
+
+    return First(CfC(4, 12, batch_first=True, mixed_memory=True))
