@@ -16,7 +16,7 @@ from unroll.client.async_stream import AsyncStream, as_async
 from unroll.client.errors import ConnectionFailed, ServerError, UnrollError
 from unroll.client.exchange import Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
-from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, retry_after
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish, retry_after
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.tensors import ArrayLike, Arrays, Model
@@ -251,7 +251,7 @@ class AsyncSession(SessionFacts):
     ) -> AsyncIterator[RolledStep]:
         """As `Session.rollout`."""
         async with self._lock:
-            call = RolloutCall(self._calls, steps, map, on, inputs, outputs)
+            call = RolloutCall(self._calls, RolloutWish(steps, map, on, inputs, outputs))
         async for step in self._client.roll_out(call):
             yield step
 

@@ -1,20 +1,32 @@
 """The asynchronous stream: `AsyncStream`, and its sessions. What they mean is described at `Stream`."""
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Literal, Self, TypeVar
 from weakref import WeakSet
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from unroll.client.errors import ConnectionFailed, InvalidInput
+from unroll.client.errors import InvalidInput
+from unroll.client.places import Place, PlaceFacts
 from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutWish
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode
-from unroll.client.stream import BROKEN, asked_to_wait, final, websocket_options
-from unroll.client.stream_calls import ControlCall, Place, PlaceFacts, StepsCall, StreamCalls
+from unroll.client.stream import BROKEN, pause_after, websocket_options
+from unroll.client.stream_calls import ControlCall, StepsCall, StreamCalls
+from unroll.client.stream_rollouts import StreamRollout
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 T = TypeVar("T")
@@ -182,11 +194,30 @@ class AsyncStream:
             except BROKEN as error:
                 if link is not None and link is self._link:
                     await self.disconnect()
-                if (refused := final(error)) is not None:
-                    raise refused from error
-                if (pause := retries.pause(asked_to_wait(error))) is None:
-                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+                pause = pause_after(error, retries, self._address)
             await asyncio.sleep(pause)
+
+    async def _roll_out(self, rollout: StreamRollout) -> AsyncGenerator[RolledStep]:
+        """Receive a rollout, and send it again after a broken connection."""
+        retries = Retries(self._policy)
+        try:
+            while not rollout.complete:
+                link = None
+                try:
+                    link = await self._connected()
+                    await link.roll(rollout, self._timeout)
+                except BROKEN as error:
+                    if link is not None and link is self._link:
+                        await self.disconnect()
+                    await asyncio.sleep(pause_after(error, retries, self._address))
+                while rollout.ready:
+                    retries = Retries(self._policy)
+                    yield rollout.ready.popleft()
+                if (refused := rollout.refused) is not None:
+                    await asyncio.sleep(rollout.pause(refused, retries))
+        finally:
+            if (message := self._calls.stop(rollout)) is not None and self._link is not None:
+                await self._link.say(message)
 
     async def _connected(self) -> "_Link":
         """The connection; if there is none, a new one, on which the sessions are resumed."""
@@ -233,7 +264,20 @@ class _Link:
             self._post(call)
         await self.wait(call, timeout)
 
-    async def wait(self, call: ControlCall | StepsCall, timeout: float) -> None:
+    async def roll(self, rollout: StreamRollout, timeout: float) -> None:
+        """Wait until there is something for its caller; as `ask`."""
+        if self.broken is not None:
+            raise self.broken
+        if not rollout.sent:
+            await self._socket.send(self._calls.roll_out(rollout))
+        await self.wait(rollout, timeout)
+
+    async def say(self, message: str) -> None:
+        """Send what nobody waits for."""
+        with suppress(ConnectionClosed):
+            await self._socket.send(message)
+
+    async def wait(self, call: ControlCall | StepsCall | StreamRollout, timeout: float) -> None:
         """Wait until the call, which was sent, is settled; as `ask`."""
         if call.settled:
             return
@@ -312,6 +356,23 @@ class AsyncStreamSession(PlaceFacts):
         """As `AsyncSession.stream`."""
         async for values in as_async(inputs):
             yield await self.step(values)
+
+    async def rollout(
+        self,
+        steps: int,
+        *,
+        map: Map,
+        on: On = "fork",
+        inputs: ArrayLike | None = None,
+        outputs: ArrayLike | None = None,
+    ) -> AsyncIterator[RolledStep]:
+        """As `StreamSession.rollout`."""
+        wish = RolloutWish(steps, map, on, inputs, outputs)
+        async with self.lock:
+            rollout = self._stream._calls.rollout(self.place, wish)
+        async with aclosing(self._stream._roll_out(rollout)) as rolling:
+            async for step in rolling:
+                yield step
 
     async def close(self) -> None:
         """End the session on the server."""

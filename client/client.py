@@ -13,7 +13,7 @@ from unroll.client import model_calls
 from unroll.client.errors import ConnectionFailed, ServerError
 from unroll.client.exchange import Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
-from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, retry_after
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish, retry_after
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.stream import Stream
@@ -343,7 +343,7 @@ class Session(SessionFacts):
             InvalidInput, ServerError, ConnectionFailed: As for `step`.
         """
         with self._lock:
-            call = RolloutCall(self._calls, steps, map, on, inputs, outputs)
+            call = RolloutCall(self._calls, RolloutWish(steps, map, on, inputs, outputs))
         return self._client.roll_out(call)
 
     def refresh(self) -> int:

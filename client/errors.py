@@ -77,6 +77,12 @@ class ServerError(UnrollError):
         """The error of a code. A code that this version does not know is a plain ServerError."""
         return ServerError._classes.get(code, ServerError)(detail, code, status, members)
 
+    @staticmethod
+    def in_item(item: Mapping[str, Any]) -> "ServerError | None":
+        """The error of one session in an answer about several, if it has one."""
+        error = item.get("error")
+        return None if error is None else ServerError.of(error["code"], error["detail"], members=error)
+
 
 class Unauthenticated(ServerError):
     """The server has API keys, and the client sent none, or one that is unknown or has expired."""

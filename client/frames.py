@@ -13,6 +13,8 @@ from unroll.client.tensors import Tensor
 
 _HEADER = struct.Struct("<BBHI")
 _STEPS, _OUTPUTS = 1, 2
+#: The first byte of a frame of a rollout.
+ROLLED = b"\x03"
 _ENTRY = np.dtype([("handle", "<u4"), ("steps", "<u4"), ("position", "<u8")])
 
 #: Most entries and bytes of the frames that are sent; servers take at least so much unless they are set to less.
@@ -38,20 +40,24 @@ def pack_steps(handles: np.ndarray, steps: int, positions: np.ndarray, inputs: S
         yield b"".join([header, entries.tobytes(), *[array[rows].tobytes() for array in inputs]])
 
 
-def unpack_outputs(frame: bytes, outputs: Sequence[Tensor]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """The entries of a frame, (N,) of handle, steps and position; and for each output, an array per entry.
+def unpack_outputs(frame: bytes, tensors: Sequence[Tensor]) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """The entries of a frame, (N,) of handle, steps and position; and for each tensor, an array per entry.
+
+    Args:
+        frame: Of outputs, or of the steps of a rollout.
+        tensors: That it has: the outputs; of a rollout, the inputs before them.
 
     Raises:
-        ValueError: It is not a frame of outputs.
+        ValueError: It is no such frame.
     """
     kind, _, _, count = _HEADER.unpack_from(frame)
-    if kind != _OUTPUTS:
+    if kind != _OUTPUTS and frame[:1] != ROLLED:
         raise ValueError(f"a frame of type {kind}")
     entries = np.frombuffer(frame, _ENTRY, count, _HEADER.size)
     steps = entries["steps"].tolist()
     begin = _HEADER.size + entries.nbytes
     columns = []
-    for spec in outputs:
+    for spec in tensors:
         lengths = steps if spec.time else [1] * count
         values = np.frombuffer(frame, spec.numpy, sum(lengths) * spec.size, begin).reshape(-1, *spec.shape)
         begin += values.nbytes

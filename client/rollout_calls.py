@@ -1,4 +1,4 @@
-"""A rollout without I/O: its request, and what its events mean. `Client` and `AsyncClient` receive them.
+"""A rollout without I/O: its request, and what its events mean. The clients and their streams receive them.
 
 After a broken connection the request is sent again, and what was yielded already is skipped: the same request at the
 same position gives the same steps.
@@ -16,7 +16,7 @@ from unroll.client.errors import InvalidInput, ModelUnavailable, ServerError
 from unroll.client.exchange import Request, json_request
 from unroll.client.retries import RETRIED
 from unroll.client.session_calls import SessionCalls
-from unroll.client.tensors import ArrayLike, Arrays, Tensor
+from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor
 
 #: fork: on a copy of the state, the session stays as it is. session: on the session, applied as a whole at the end.
 On = Literal["fork", "session"]
@@ -39,58 +39,99 @@ class RolledStep:
     outputs: Arrays
 
 
-class RolloutCall:
-    """One rollout.
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutWish:
+    """What a caller asks for. See `Session.rollout`."""
+
+    steps: int
+    map: Map
+    on: On
+    inputs: ArrayLike | None = None
+    outputs: ArrayLike | None = None
+
+
+class Rollout:
+    """What is asked for, and which of the time steps its caller has.
 
     Args:
-        session: It begins from. Its position advances when a rollout on the session has ended.
-        steps: Time steps that are fed back.
-        mapped, on: See `Session.rollout`.
-        inputs: Given time steps that come first.
-        outputs: Of the last time step; None: those that this client had, else those that the server has kept.
+        model: Of the session.
+        position: Of the session, where the rollout begins.
+        wish: See there.
+        last: The outputs of the last time step, if this client knows them.
 
     Attributes:
-        complete: The last event was received.
+        members: Of the request.
+        complete: All time steps have come.
+        last: The outputs of the last one that came, as of a chunk.
 
     Raises:
         InvalidInput: Nothing was sent.
     """
 
-    def __init__(
-        self,
-        session: SessionCalls,
-        steps: int,
-        mapped: Map,
-        on: On,
-        inputs: ArrayLike | None = None,
-        outputs: ArrayLike | None = None,
-    ) -> None:
-        if on == "session" and session.sealed is not None:
-            raise InvalidInput("a state that the client holds is rolled out on a fork")
+    def __init__(self, model: Model, position: int, wish: RolloutWish, last: list[np.ndarray] | None) -> None:
         self.complete = False
-        self._session = session
-        self._on = on
-        self._last: list[np.ndarray] = []
-        model = session.model
-        given = [] if inputs is None else model.inputs_of(inputs, "T")
-        last = None if given else session.last_outputs() if outputs is None else model.given_outputs(outputs)
-        document = {
-            "steps": steps,
-            "map": {"kind": mapped} if isinstance(mapped, str) else mapped,
-            "on": on,
-            "position": session.position,
+        self.last: list[np.ndarray] = []
+        self._model = model
+        given = [] if wish.inputs is None else model.inputs_of(wish.inputs, "T")
+        fed = None if given else last if wish.outputs is None else model.given_outputs(wish.outputs)
+        self.members = {
+            "steps": wish.steps,
+            "map": {"kind": wish.map} if isinstance(wish.map, str) else wish.map,
+            "on": wish.on,
+            "position": position,
             "inputs": _lists(model.inputs, given) if given else None,
-            "outputs": None if last is None else _lists(model.outputs, last),
-            "snapshot": None if session.sealed is None else base64.b64encode(session.sealed).decode(),
+            "outputs": None if fed is None else _lists(model.outputs, fed),
         }
-        self._request = json_request("POST", f"{session.path}/rollout", document)
-        self._begin = session.position
-        self._yielded = session.position + max(len(given[0]) - 1 if given else 0, 0)
+        self._reached = self._begin = position
+        self._yielded = position + max(len(given[0]) - 1 if given else 0, 0)
+
+    def restart(self) -> None:
+        """It is sent, for the first time or again."""
+        self._reached = self._begin
+
+    def steps(self, end: int, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> Iterator[RolledStep]:
+        """The steps of an event that were not yielded yet; of the given ones only the last is.
+
+        Args:
+            end: The position after them.
+            inputs, outputs: As of a chunk.
+        """
+        model, begin = self._model, self._reached
+        self._reached = end
+        self.last = [array[-1:] if spec.time else array for spec, array in zip(model.outputs, outputs, strict=True)]
+        for position in range(max(begin, self._yielded) + 1, end + 1):
+            at = position - begin - 1
+            if not all(spec.time for spec in model.outputs) and position < end:
+                continue  # such an output has one value for all steps of an event
+            self._yielded = position
+            step = [array[at] if spec.time else array for spec, array in zip(model.outputs, outputs, strict=True)]
+            fed = [array[at] for array in inputs]
+            yield RolledStep(position, model.named_inputs(fed), model.outputs_of(step))
+
+
+class RolloutCall(Rollout):
+    """A rollout over HTTP.
+
+    Args:
+        session: It begins from. Its position advances when a rollout on the session has ended.
+        wish: See there.
+
+    Raises:
+        InvalidInput: Nothing was sent.
+    """
+
+    def __init__(self, session: SessionCalls, wish: RolloutWish) -> None:
+        if wish.on == "session" and session.sealed is not None:
+            raise InvalidInput("a state that the client holds is rolled out on a fork")
+        super().__init__(session.model, session.position, wish, session.last_outputs())
+        self._session = session
+        snapshot = None if session.sealed is None else base64.b64encode(session.sealed).decode()
+        self._request = json_request("POST", f"{session.path}/rollout", {**self.members, "snapshot": snapshot})
 
     def begin(self) -> Request:
         """What is to be sent, for the first time or again."""
         self._buffer = b""
-        self._reached = self._begin
+        self.restart()
         return self._request
 
     def receive(self, content: bytes) -> Iterator[RolledStep]:
@@ -100,29 +141,17 @@ class RolloutCall:
             fields = dict(line.split(b": ", 1) for line in event.splitlines())
             document = json.loads(fields[b"data"])
             if fields[b"event"] == b"steps":
-                yield from self._steps(document)
+                made = (
+                    _arrays(self._model.inputs, document["inputs"]),
+                    _arrays(self._model.outputs, document["outputs"]),
+                )
+                yield from self.steps(document["position"], *made)
             elif fields[b"event"] == b"end":
                 self.complete = True
-                if self._on == "session":
-                    self._session.rolled_out(document["position"], self._last)
+                if self.members["on"] == "session":
+                    self._session.rolled_out(document["position"], self.last)
             else:
                 raise ServerError.of(document["code"], document["detail"], document["status"], document)
-
-    def _steps(self, document: dict[str, Any]) -> Iterator[RolledStep]:
-        """The steps of an event that were not yielded yet; of the given ones only the last is."""
-        model, begin = self._session.model, self._reached
-        self._reached = document["position"]
-        inputs = _arrays(model.inputs, document["inputs"])
-        outputs = _arrays(model.outputs, document["outputs"])
-        self._last = [array[-1:] if spec.time else array for spec, array in zip(model.outputs, outputs, strict=True)]
-        for position in range(max(begin, self._yielded) + 1, self._reached + 1):
-            at = position - begin - 1
-            if not all(spec.time for spec in model.outputs) and position < self._reached:
-                continue  # such an output has one value for all steps of an event
-            self._yielded = position
-            step = [array[at] if spec.time else array for spec, array in zip(model.outputs, outputs, strict=True)]
-            fed = [array[at] for array in inputs]
-            yield RolledStep(position, model.named_inputs(fed), model.outputs_of(step))
 
 
 def retry_after(error: ServerError) -> float | None:

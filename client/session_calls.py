@@ -152,9 +152,7 @@ class SessionCalls:
 
     def last_outputs(self) -> list[np.ndarray] | None:
         """The outputs of the last time step, each (*shape), if they are known."""
-        if self._last is None:
-            return None
-        return [array[-1] if spec.time else array for spec, array in zip(self.model.outputs, self._last(), strict=True)]
+        return None if self._last is None else self.model.last_step(self._last())
 
     def rolled_out(self, position: int, outputs: list[np.ndarray]) -> None:
         """A rollout on the session has ended at the position; outputs: of its last time step, as of a chunk."""

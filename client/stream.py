@@ -9,10 +9,13 @@ from websockets.sync.client import ClientConnection, connect
 
 from unroll.client.errors import BodyTooLarge, ConnectionFailed, Overloaded, ServerError
 from unroll.client.exchange import Response
+from unroll.client.places import Place, PlaceFacts
 from unroll.client.retries import Retries, RetryPolicy
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutWish
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode
-from unroll.client.stream_calls import ControlCall, Place, PlaceFacts, StepsCall, StreamCalls
+from unroll.client.stream_calls import ControlCall, StepsCall, StreamCalls
+from unroll.client.stream_rollouts import StreamRollout
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 #: Close code of a server that does not take a message of this size.
@@ -52,6 +55,15 @@ def asked_to_wait(error: Exception) -> float | None:
     if isinstance(error, InvalidStatus):
         return _response(error).retry_after
     return error.retry_after if isinstance(error, Overloaded) else None
+
+
+def pause_after(error: Exception, retries: Retries, address: ServerAddress) -> float:
+    """Seconds until a broken connection is replaced. Raises what the caller is told if it is not."""
+    if (refused := final(error)) is not None:
+        raise refused from error
+    if (pause := retries.pause(asked_to_wait(error))) is None:
+        raise ConnectionFailed(address.failed(error, retries.count)) from error
+    return pause
 
 
 def _response(error: InvalidStatus) -> Response:
@@ -194,11 +206,38 @@ class Stream:
                     self.disconnect()  # the server has unbound the handle: first it is bound again
             except BROKEN as error:
                 self.disconnect()
-                if (refused := final(error)) is not None:
-                    raise refused from error
-                if (pause := retries.pause(asked_to_wait(error))) is None:
-                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+                pause = pause_after(error, retries, self._address)
             time.sleep(pause)
+
+    def _roll_out(self, rollout: StreamRollout) -> Iterator[RolledStep]:
+        """Receive a rollout, and send it again after a broken connection."""
+        retries = Retries(self._policy)
+        try:
+            while not rollout.complete:
+                try:
+                    self._await(rollout)
+                except BROKEN as error:
+                    self.disconnect()
+                    time.sleep(pause_after(error, retries, self._address))
+                while rollout.ready:
+                    retries = Retries(self._policy)
+                    yield rollout.ready.popleft()
+                if (refused := rollout.refused) is not None:
+                    time.sleep(rollout.pause(refused, retries))
+        finally:
+            if (message := self._calls.stop(rollout)) is not None and self._socket is not None:
+                try:
+                    self._socket.send(message)
+                except BROKEN:
+                    self.disconnect()
+
+    def _await(self, rollout: StreamRollout) -> None:
+        """Until there is something for its caller."""
+        socket = self._socket or self._connect()
+        if not rollout.sent:
+            socket.send(self._calls.roll_out(rollout))
+        while not rollout.settled:
+            self._calls.receive(socket.recv(self._timeout))
 
     def _connect(self) -> ClientConnection:
         """A new connection, on which the sessions are resumed."""
@@ -244,6 +283,23 @@ class StreamSession(PlaceFacts):
         """Apply one time step for each item, and yield its outputs before the next item is asked for."""
         for values in inputs:
             yield self.step(values)
+
+    def rollout(
+        self,
+        steps: int,
+        *,
+        map: Map,
+        on: On = "fork",
+        inputs: ArrayLike | None = None,
+        outputs: ArrayLike | None = None,
+    ) -> Iterator[RolledStep]:
+        """As `Session.rollout`. Other sessions of the stream may be stepped in between.
+
+        If a rollout on the session is not iterated to its end, its last step may have run, and the next step is refused
+        with PositionError then. The stream opens the session again where it is, with mode resume.
+        """
+        wish = RolloutWish(steps, map, on, inputs, outputs)
+        return self._stream._roll_out(self._stream._calls.rollout(self.place, wish))
 
     def close(self) -> None:
         """End the session on the server."""

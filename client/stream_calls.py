@@ -26,57 +26,17 @@ from unroll.client.errors import (
     SomeFailed,
     UnrollError,
 )
-from unroll.client.frames import pack_steps, unpack_outputs
+from unroll.client.frames import ROLLED, pack_steps, unpack_outputs
+from unroll.client.places import Place
+from unroll.client.rollout_calls import RolloutWish
 from unroll.client.session_calls import Durability, Mode
+from unroll.client.stream_rollouts import StreamRollout
 from unroll.client.tensors import ArrayLike, Arrays, Model
 
 Message = str | bytes
 
 #: Of one control message.
 _MOST_SPECS, _MOST_CHARACTERS = 1000, 2**18
-
-
-class Place:
-    """A session's place on a stream.
-
-    Attributes:
-        handle: The session's number on the stream.
-        id, position, durability: As of the session.
-        lost: Why the session cannot be stepped any more.
-        call: Its steps that are unanswered.
-    """
-
-    __slots__ = ("call", "durability", "handle", "id", "lost", "position")
-
-    def __init__(self, handle: int, session_id: str, position: int, durability: str) -> None:
-        self.handle = handle
-        self.id = session_id
-        self.position = position
-        self.durability = durability
-        self.lost: ServerError | None = None
-        self.call: StepsCall | None = None
-
-
-class PlaceFacts:
-    """What a session on a stream says of itself, in both clients."""
-
-    place: Place
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id!r} at {self.position}>"
-
-    @property
-    def id(self) -> str:
-        return self.place.id
-
-    @property
-    def position(self) -> int:
-        """Time steps that the session has consumed, as far as this client knows."""
-        return self.place.position
-
-    @property
-    def durability(self) -> str:
-        return self.place.durability
 
 
 class Call:
@@ -132,7 +92,7 @@ class ControlCall(Call):
         items: What the server answered, by handle.
     """
 
-    def __init__(self, op: Literal["open", "close", "detach"], specs: Mapping[int, dict[str, Any]]) -> None:
+    def __init__(self, op: Literal["open", "close", "detach", "stop"], specs: Mapping[int, dict[str, Any]]) -> None:
         super().__init__(specs)
         self.op = op
         self._specs = specs
@@ -158,12 +118,14 @@ class ControlCall(Call):
             yield handles, self._message(texts)
 
     def _message(self, texts: Sequence[str]) -> str:
+        if self.op == "stop":
+            return f'{{"op": "stop", "handle": {texts[0]}}}'
         member = "sessions" if self.op == "open" else "handles"
         return f'{{"op": "{self.op}", "{member}": [{", ".join(texts)}]}}'
 
     def receive(self, items: Sequence[dict[str, Any]]) -> None:
         for item in items:
-            error = _error_of(item)
+            error = ServerError.in_item(item)
             if error is None or self.refuse(item["handle"], error):
                 self.items[item["handle"]] = item
                 self.answer(item["handle"])
@@ -181,7 +143,7 @@ class ControlCall(Call):
     def result(self) -> None:
         """Raises ServerError if a session is still there that was to be closed."""
         for item in self.items.values():
-            error = _error_of(item)
+            error = ServerError.in_item(item)
             if error is not None and not isinstance(error, SessionGone | SessionUnknown | InvalidRequest):
                 raise error
 
@@ -209,7 +171,7 @@ class StepsCall(Call):
             for spec in model.outputs
         ]
         self._errors: dict[int, ServerError] = {}
-        self._ends: dict[int, int] = {}
+        self._ends: dict[int, tuple[int, Sequence[np.ndarray]]] = {}
         for place in places:
             place.call = self
             if place.lost is not None:
@@ -221,7 +183,7 @@ class StepsCall(Call):
         if row in self.unanswered and end == self.positions[row] + self.steps:
             for kept, array in zip(self._outputs, outputs, strict=True):
                 kept[row] = array
-            self._ends[row] = end
+            self._ends[row] = end, outputs
             self.answer(row)
 
     def fail(self, handle: int, error: ServerError) -> None:
@@ -247,8 +209,9 @@ class StepsCall(Call):
         Raises:
             SomeFailed: Some sessions failed. If there is only one: its error.
         """
-        for row, end in self._ends.items():
-            self._places[row].position = end
+        for row, (end, last) in self._ends.items():
+            place = self._places[row]
+            place.position, place.last = end, last
         if len(self._places) == 1 and self._errors:
             raise self._errors[0]
         arrays = [
@@ -267,7 +230,8 @@ class StreamCalls:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._places: dict[int, Place] = {}
-        self._controls: list[tuple[ControlCall, list[int]]] = []  # sent and unanswered, with their handles
+        #: Sent and unanswered, with their handles.
+        self._controls: list[tuple[ControlCall | StreamRollout, list[int]]] = []
         self._opening: WeakSet[ControlCall] = WeakSet()
         self._next_handle = 0
 
@@ -312,7 +276,7 @@ class StreamCalls:
         others: list[Place] = []
         refused = None
         for handle, item in sorted(call.items.items()):
-            error = _error_of(item)
+            error = ServerError.in_item(item)
             if error is None:
                 place = Place(handle, item["session_id"], item["position"], item["durability"])
                 self._places[handle] = place
@@ -326,8 +290,7 @@ class StreamCalls:
 
     def steps(self, places: Sequence[Place], inputs: ArrayLike, *, chunk: bool, several: bool) -> StepsCall:
         """The values are read at once. Raises InvalidInput."""
-        if any(place.lost is None and self._places.get(place.handle) is not place for place in places):
-            raise InvalidInput("a session is not of this stream")
+        self._check(places)
         leading: Literal["", "T", "N", "NT"] = ("NT" if chunk else "N") if several else ("T" if chunk else "")
         arrays = self.model.inputs_of(inputs, leading)
         if several and len(arrays[0]) != len(places):
@@ -337,6 +300,10 @@ class StreamCalls:
         copies = [np.array(array if several else array[np.newaxis]) for array in arrays]
         return StepsCall(self.model, places, copies)
 
+    def _check(self, places: Sequence[Place]) -> None:
+        if any(place.lost is None and self._places.get(place.handle) is not place for place in places):
+            raise InvalidInput("a session is not of this stream")
+
     def end(self, op: Literal["close", "detach"], places: Sequence[Place]) -> ControlCall:
         return ControlCall(op, {place.handle: {} for place in places})
 
@@ -344,8 +311,12 @@ class StreamCalls:
         for place in places:
             self._places.pop(place.handle, None)
             place.lost = place.lost or SessionClosed(f"session {place.id!r} was closed")
-            if place.call is not None:
-                place.call.fail(place.handle, place.lost)
+            place.fail(place.lost)
+
+    def rollout(self, place: Place, wish: RolloutWish) -> StreamRollout:
+        """Raises InvalidInput."""
+        self._check([place])
+        return StreamRollout(self.model, place, wish)
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────
 
@@ -369,9 +340,34 @@ class StreamCalls:
             ]
             yield from pack_steps(handles, steps, positions, inputs)
 
+    def roll_out(self, rollout: StreamRollout) -> str:
+        """What begins it. Raises InvalidInput, or ServerError if the session is lost."""
+        place = rollout.place
+        if place.lost is not None:
+            raise place.lost
+        if place.rollout not in (None, rollout):
+            raise InvalidInput(f"session {place.id!r} is rolled out already: end that rollout first")
+        place.rollout = rollout
+        self._controls.append((rollout, [place.handle]))
+        return rollout.message()
+
+    def stop(self, rollout: StreamRollout) -> str | None:
+        """Its caller wants no more. What stops it on the server, if it runs there."""
+        place = rollout.place
+        if place.rollout is not rollout:
+            return None
+        place.rollout = None
+        if rollout.complete or not rollout.sent:
+            return None
+        call = ControlCall("stop", {place.handle: {}})
+        return next(iter(self.controls(call)))
+
     def resume(self) -> ControlCall | None:
-        """After a new connection: what opens the sessions again, if there are any."""
+        """After a new connection: what opens the sessions again, if there are any. Rollouts are to be sent again."""
         self._controls.clear()
+        for place in self._places.values():
+            if place.rollout is not None:
+                place.rollout.sent = False
         for call in self._opening:
             call.ask_again()
         specs = {
@@ -386,44 +382,67 @@ class StreamCalls:
         for refused in call.again.values():
             raise refused
         for handle, item in call.items.items():
-            if (error := _error_of(item)) is not None:
+            if (error := ServerError.in_item(item)) is not None:
                 place = self._places[handle]
                 place.lost = error
-                if place.call is not None:
-                    place.call.fail(handle, error)
+                place.fail(error)
 
     def receive(self, message: Message) -> None:
         """Raises UnrollError if the server does not keep to the protocol."""
         if isinstance(message, str):
             self._receive_text(json.loads(message))
             return
+        rolled = message[:1] == ROLLED
         try:
-            entries, columns = unpack_outputs(message, self.model.outputs)
+            tensors = (*self.model.inputs, *self.model.outputs) if rolled else self.model.outputs
+            entries, columns = unpack_outputs(message, tensors)
         except (ValueError, struct.error) as error:
             raise UnrollError(f"the server sent a frame that is none of {self.model.name!r}: {error}") from error
         for (handle, _, end), *outputs in zip(entries.tolist(), *columns, strict=True):
-            place = self._places.get(handle)
-            if place is not None and place.call is not None:
+            if rolled:
+                if (rollout := self._running(handle)) is not None:
+                    rollout.receive(end, outputs)
+            elif (place := self._places.get(handle)) is not None and place.call is not None:
                 place.call.receive(handle, end, outputs)
 
     def _receive_text(self, document: dict[str, Any]) -> None:
-        if document["op"] in {"opened", "closed", "detached"}:
-            if self._controls:
+        op = document["op"]
+        if op in {"opened", "closed", "detached", "stopped"}:
+            while self._controls:
                 call, handles = self._controls.pop(0)
-                call.receive(document.get("sessions") or [{"handle": handle} for handle in handles])
-        elif document["op"] == "error":
-            error = ServerError.of(document["code"], document["detail"], members=document)
-            place = self._places.get(document.get("handle", -1))
-            if "position" in document:
-                if place is not None and place.call is not None:
-                    place.call.fail(place.handle, error)
-            elif self._controls:
-                call, handles = self._controls.pop(0)
-                call.receive([{"handle": handle, "error": document} for handle in handles])
+                if isinstance(call, ControlCall):  # the rollouts before it have begun
+                    call.receive(document.get("sessions") or [{"handle": handle} for handle in handles])
+                    break
+        elif op == "rolled":
+            if (rollout := self._running(document["handle"])) is not None:
+                rollout.end(document["position"])
+        elif op == "error":
+            self._receive_error(document, ServerError.of(document["code"], document["detail"], members=document))
+
+    def _receive_error(self, document: dict[str, Any], error: ServerError) -> None:
+        if "position" in document:
+            place = self._places.get(document["handle"])
+            if document.get("rollout"):
+                if (rollout := self._running(document["handle"])) is not None:
+                    rollout.fail(error)
+            elif place is not None and place.call is not None:
+                place.call.fail(place.handle, error)
+        elif self._controls:
+            call, handles = self._controls.pop(0)
+            if isinstance(call, StreamRollout):
+                call.fail(error)
             else:
-                raise error
+                call.receive([{"handle": handle, "error": document} for handle in handles])
+        else:
+            raise error
 
-
-def _error_of(item: Mapping[str, Any]) -> ServerError | None:
-    error = item.get("error")
-    return None if error is None else ServerError.of(error["code"], error["detail"], members=error)
+    def _running(self, handle: int) -> StreamRollout | None:
+        """The rollout that an answer is about, if it is not about one that was stopped."""
+        if self._controls:
+            if any(isinstance(call, ControlCall) and call.op == "stop" and handle in at for call, at in self._controls):
+                return None
+            self._controls = [
+                (call, at) for call, at in self._controls if isinstance(call, ControlCall) or handle not in at
+            ]
+        place = self._places.get(handle)
+        return None if place is None else place.rollout

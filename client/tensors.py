@@ -145,6 +145,10 @@ class Model:
             arrays[0] if len(self.inputs) == 1 else dict(zip([spec.name for spec in self.inputs], arrays, strict=True))
         )
 
+    def last_step(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of the outputs of a chunk, those of its last time step."""
+        return [array[-1] if spec.time else array for spec, array in zip(self.outputs, outputs, strict=True)]
+
     def given_outputs(self, values: ArrayLike) -> list[np.ndarray]:
         """The outputs of a time step, which a caller gives as it got them. Raises InvalidInput."""
         names = [spec.name for spec in self.outputs]

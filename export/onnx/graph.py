@@ -52,6 +52,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
     model = program.model_proto
     _rename(model.graph)
     _drop_copies(model.graph)
+    _drop_unused(model.graph)
     return _bare(model), suspects
 
 
@@ -88,6 +89,20 @@ def _drop_copies(graph: onnx.GraphProto) -> None:
     nodes = [node for node in graph.node if not copies.keys() & set(node.output)]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Constants that the exporter wrote for the arguments of an operator that we translate."""
+    used = _read(graph)
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """The names that a graph, or one within it, reads or returns."""
+    inner = [_read(within) for node in graph.node for within in _inner_graphs(node)]
+    return set().union(*(node.input for node in graph.node), (value.name for value in graph.output), *inner)
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:

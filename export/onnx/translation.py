@@ -1,9 +1,10 @@
 """The ONNX nodes that our custom ops become: one LSTM, GRU or RNN per layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from onnx_ir import DataType
 from onnxscript import opset20 as op
 
 
@@ -14,6 +15,8 @@ def translation_table() -> dict[Callable, Callable]:
         torch.ops.unroll.gru.default: _gru,
         torch.ops.unroll.rnn.default: _rnn,
         torch.ops.unroll.cat.default: _cat,
+        torch.ops.aten.mean.dim: _mean,
+        torch.ops.aten.sum.dim_IntList: _sum,
     }
 
 
@@ -38,6 +41,23 @@ def _rnn(x: Any, lens: Any, h: Any, w: Any, r: Any, b: Any, activation: str) -> 
 
 def _cat(tensors: Any, axis: int) -> Any:
     return op.Concat(*tensors, axis=axis)
+
+
+def _mean(x: Any, dim: Sequence[int], keepdim: bool = False, dtype: int = -1) -> Any:
+    return _reduced(op.ReduceMean, x, dim, keepdim)
+
+
+def _sum(x: Any, dim: Sequence[int], keepdim: bool = False, dtype: int = -1) -> Any:
+    return _reduced(op.ReduceSum, x, dim, keepdim)
+
+
+def _reduced(reduce: Callable, x: Any, dim: Sequence[int], keepdim: bool) -> Any:
+    """Over time in float64: onnxruntime adds one after the other, PyTorch in a tree, which rounds less."""
+    axes = sorted({axis % len(x.shape) for axis in dim or range(len(x.shape))})
+    if x.dtype != DataType.FLOAT or all(isinstance(x.shape[axis], int) for axis in axes):
+        return reduce(x, _ints(*axes), keepdims=int(keepdim))
+    exact = op.Cast(x, to=DataType.DOUBLE)
+    return op.Cast(reduce(exact, _ints(*axes), keepdims=int(keepdim)), to=DataType.FLOAT)
 
 
 def _first_twice(tensor: Any, axis: int) -> Any:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from unroll.bundle import TensorSpec
-from unroll.service.api.request import JSON, RAW, Answer
+from unroll.service.api.request import RAW, Answer, json_answer
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
@@ -56,10 +56,8 @@ class ReplyPlan:
 
 
 def _answer(head: dict, outputs: list[tuple[TensorSpec, np.ndarray, bool]]) -> Answer:
-    body, header_length = open_inference.encode(head, outputs)
-    if header_length is None:
-        return Answer(200, JSON, body)
-    return Answer(200, RAW, body, b"inference-header-content-length: %d\r\n" % header_length)
+    document, binary = open_inference.describe(head, outputs)
+    return json_answer(document, sum(array.size for _, array, as_binary in outputs if not as_binary), tensors=binary)
 
 
 def _selected_outputs(served: ServedModel, header: InferHeader) -> list[tuple[TensorSpec, bool]]:

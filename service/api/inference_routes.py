@@ -1,5 +1,6 @@
 """The inference routes: what each path begins, and how its errors look. Called by the transport, and by FastAPI."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -158,6 +159,9 @@ async def answer(app: AppState, path: str, request: Request) -> Answer:
     assert route is not None, path
     started = perf_counter()
     found = await answered(lambda respond: route.handle(app, parts, request, respond))
+    while found.pieces is not None:
+        found.encode_slice()
+        await asyncio.sleep(0)
     app.count(route.name, found.status, perf_counter() - started)
     log(app, route, parts, request, found)
     return found

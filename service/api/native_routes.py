@@ -32,8 +32,9 @@ from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import JSON, RAW, Request, read_request
 from unroll.service.api.rollout import RolloutRequest
 from unroll.service.api.sealed_steps import base64_text
-from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from unroll.service.core.errors import InvalidRequest, UnsupportedMediaType
 from unroll.service.models.served_model import ServedModel
+from unroll.service.protocol import json
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -224,8 +225,7 @@ DOCUMENTED = (Steps, Sequences, OpenSession, ForkSession, RolloutRequest, Proble
 
 def parse_body(kind: type[Body], request: Request, limit: int) -> Body:
     """A JSON body, or the defaults if there is none."""
-    if len(request.body) > limit:
-        raise BodyTooLarge(f"the JSON body has {len(request.body)} bytes, and the limit is {limit}")
+    json.check_size(request.body, limit)
     if request.body and request.media_type != JSON:
         raise UnsupportedMediaType("send the body as application/json")
     try:

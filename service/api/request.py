@@ -1,9 +1,10 @@
 """A request and its answer, with no more than the inference routes need."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -18,6 +19,7 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.core.session_ids import owned
+from unroll.service.protocol import json
 
 _log = structlog.get_logger(__name__)
 
@@ -36,6 +38,10 @@ TENANT = "unroll.tenant"
 
 #: The header line of a reply that was too large to keep: a retry of its chunk is refused.
 NOT_KEPT = b"unroll-reply-kept: false\r\n"
+
+#: Values of an answer in JSON that are encoded at once. More take several turns of the event loop, so long in each.
+_MOST_AT_ONCE = 32_768
+_SLICE_SECONDS = 0.001
 
 #: Of a number in a header: every such number fits into 64 bits.
 _MAX_DIGITS = 18
@@ -92,7 +98,7 @@ class Request:
 class Answer:
     """fields: further header lines, each ended by CR LF; names and values are ours, never a client's.
 
-    error: what the request was answered with, for the log.
+    error: what the request was answered with, for the log. pieces: JSON that is not encoded yet, and precedes `body`.
     """
 
     status: int
@@ -100,11 +106,41 @@ class Answer:
     body: bytes
     fields: bytes = b""
     error: UnrollError | None = None
+    pieces: Iterator[bytes] | None = None
+    _encoded: list[bytes] = field(default_factory=list)
+
+    def encode_slice(self) -> None:
+        """Encode some of the pieces; they are None after the last."""
+        assert self.pieces is not None
+        until = perf_counter() + _SLICE_SECONDS
+        for piece in self.pieces:
+            self._encoded.append(piece)
+            if perf_counter() > until:
+                return
+        self.put_first(b"".join(self._encoded))
+        self.pieces = None
+        self._encoded.clear()
+
+    def put_first(self, text: bytes) -> None:
+        """Put JSON before the tensors, if there are any."""
+        if self.body:
+            self.fields += b"inference-header-content-length: %d\r\n" % len(text)
+        self.body = text + self.body
 
     def response(self) -> Response:
         """The same answer, for routes that FastAPI calls."""
         headers = dict(line.split(": ", 1) for line in self.fields.decode().splitlines())
         return Response(self.body, self.status, headers, self.media_type.decode())
+
+
+def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tensors: bytes = b"") -> Answer:
+    """values: in the arrays of the document. tensors: that follow it."""
+    answer = Answer(200, RAW if tensors else JSON, tensors, fields)
+    if values > _MOST_AT_ONCE:
+        answer.pieces = json.pieces(document)
+    else:
+        answer.put_first(json.dump(document))
+    return answer
 
 
 #: Takes the answer to a request, once.

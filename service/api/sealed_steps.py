@@ -11,10 +11,9 @@ from functools import partial
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION, STEPS, position_of, split_reference, timeout_of
-from unroll.service.api.request import JSON, RAW, Answer, Answering, Cancel, Request, Respond
+from unroll.service.api.request import RAW, Answer, Answering, Cancel, Request, Respond, json_answer
 from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
 from unroll.service.models.served_model import ServedModel
-from unroll.service.protocol import json
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.reply import Reply
 from unroll.service.state.sealed_snapshot import SnapshotKeys
@@ -80,7 +79,7 @@ class _PendingReply:
             fields = position + b"unroll-snapshot-length: %d\r\n" % len(sealed)
             return Answer(200, RAW, sealed + codec.to_raw(reply.outputs), fields)
         body = {"outputs": codec.to_json(reply.outputs), "position": reply.position, "snapshot": base64_text(sealed)}
-        return Answer(200, JSON, json.dump(body), position)
+        return json_answer(body, sum(array.size for array in reply.outputs), position)
 
 
 def base64_text(sealed: bytes) -> str:

@@ -14,7 +14,6 @@ from unroll.service.api.parameters import (
     timeout_of,
 )
 from unroll.service.api.request import (
-    JSON,
     NOT_KEPT,
     RAW,
     Answer,
@@ -22,10 +21,10 @@ from unroll.service.api.request import (
     Cancel,
     Request,
     Respond,
+    json_answer,
     nothing_to_cancel,
 )
 from unroll.service.api.sealed_steps import LENGTH, sealed_steps
-from unroll.service.protocol import json
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.reply import Reply
@@ -62,8 +61,8 @@ def _raw_steps(codec: Codec, reply: Reply) -> Answer:
 
 
 def _json_steps(codec: Codec, reply: Reply) -> Answer:
-    body = json.dump({"outputs": codec.to_json(reply.outputs), "position": reply.position})
-    return Answer(200, JSON, body, _fields(reply))
+    document = {"outputs": codec.to_json(reply.outputs), "position": reply.position}
+    return json_answer(document, sum([array.size for array in reply.outputs]), _fields(reply))
 
 
 def _fields(reply: Reply) -> bytes:
@@ -93,4 +92,5 @@ def _raw_sequence(codec: Codec, replies: list[Reply]) -> Answer:
 
 
 def _json_sequences(codec: Codec, replies: list[Reply]) -> Answer:
-    return Answer(200, JSON, json.dump({"outputs": codec.sequences_to_json([reply.outputs for reply in replies])}))
+    values = sum(array.size for reply in replies for array in reply.outputs)
+    return json_answer({"outputs": codec.sequences_to_json([reply.outputs for reply in replies])}, values)

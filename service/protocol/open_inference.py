@@ -149,6 +149,15 @@ def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.n
 
 def encode(head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]) -> tuple[bytes, int | None]:
     """The response body, and the length of its JSON if tensors follow it. outputs: (spec, array, as binary)."""
+    document, binary = describe(head, outputs)
+    text = json.dump(document)
+    return (text + binary, len(text)) if binary else (text, None)
+
+
+def describe(
+    head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray, bool]]
+) -> tuple[dict[str, Any], bytes]:
+    """The document of a response, and the tensors that follow it."""
     entries: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for spec, array, as_binary in outputs:
@@ -160,8 +169,7 @@ def encode(head: dict[str, Any], outputs: Sequence[tuple[TensorSpec, np.ndarray,
         else:
             entry["data"] = np.ascontiguousarray(array).reshape(-1)
         entries.append(entry)
-    text = json.dump({**head, "outputs": entries})
-    return (b"".join([text, *binary]), len(text)) if binary else (text, None)
+    return {**head, "outputs": entries}, b"".join(binary)
 
 
 def _object(parent: dict[str, Any], key: str) -> dict[str, Any]:

@@ -301,7 +301,18 @@ class HttpProtocol(LimitedProtocol):
 
     # ── answering ────────────────────────────────────────────────────────────────────────────────
 
+    def _encode_on(self, answer: Answer) -> None:
+        """Encode a slice of a long answer; its client may be gone meanwhile."""
+        if self.transport.is_closing():
+            answer.pieces = None
+        else:
+            answer.encode_slice()
+        self._answer(answer)
+
     def _answer(self, answer: Answer) -> None:
+        if answer.pieces is not None:
+            self.unroll.turns.call(functools.partial(self._encode_on, answer))
+            return
         exchange = self._exchange
         exchange.response_complete = True
         exchange.cancel = nothing_to_cancel

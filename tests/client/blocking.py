@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from unroll.client import AsyncClient, AsyncSession, AsyncStream, AsyncStreamSession
@@ -35,7 +35,7 @@ class Blocking:
 
     def _wrapped(self, value: Any) -> Any:
         if inspect.isasyncgen(value):
-            return self._iterate(value.__anext__)
+            return self._iterate(value)
         if inspect.isawaitable(value):
             value = self._run(value)
         if isinstance(value, _WRAPPED):
@@ -44,12 +44,15 @@ class Blocking:
             return [self._wrapped(item) for item in value]
         return value
 
-    def _iterate(self, following: Callable[[], Any]) -> Iterator[Any]:
-        while True:
-            try:
-                yield self._run(following())
-            except StopAsyncIteration:
-                return
+    def _iterate(self, items: AsyncGenerator[Any]) -> Iterator[Any]:
+        try:
+            while True:
+                try:
+                    yield self._run(anext(items))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._run(items.aclose())
 
     def _run(self, awaitable: Any) -> Any:
         async def wait() -> Any:

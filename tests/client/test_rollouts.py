@@ -1,16 +1,19 @@
 """Rollouts through both clients and in JavaScript, against the same steps one by one."""
 
 import asyncio
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from faults.proxy import Fault, FaultProxy
+from faults.replica import Replica, tiny_repository
 from rollouts import sample
 from serving import Running, SlowEngine
-from waiting import reached
+from waiting import reached, until
 
 from unroll.client import AsyncClient, Client, errors
+from unroll.client.rollout_calls import Map, On
 
 SCALED = {
     "kind": "columns",
@@ -124,9 +127,7 @@ def test_refusals_of_rollouts(client: Any, x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("on", ["fork", "session"])
-async def test_a_rollout_goes_on_over_broken_connections(
-    server: Running, x: np.ndarray, on: Literal["fork", "session"]
-) -> None:
+async def test_a_rollout_goes_on_over_broken_connections(server: Running, x: np.ndarray, on: On) -> None:
     faults = iter([Fault.NONE, Fault.CUT_REPLY, Fault.LOSE_REPLY, Fault.CUT_REQUEST])
     with Client(server.url) as direct, direct.session("lstm") as session:
         y = session.steps(x)[-1]
@@ -141,6 +142,145 @@ async def test_a_rollout_goes_on_over_broken_connections(
 
             assert same(await asyncio.to_thread(roll), right)
         assert session.refresh() == (5 if on == "fork" else 9)
+
+
+def test_on_a_stream_it_is_the_same(client: Any, x: np.ndarray) -> None:
+    with client.session("lstm") as session, client.stream("lstm") as stream:
+        y = session.steps(x)[-1]
+        one, two, other = stream.open(3)
+        one.steps(x)
+        two.steps(x)
+        rolled = []
+        for step in one.rollout(4, map=SCALED):
+            other.step(x[0])
+            rolled.append(step)
+        assert [step.position for step in rolled] == [6, 7, 8, 9]
+        assert (one.position, other.position) == (5, 4)
+        right = list(session.rollout(4, map=SCALED))
+        assert same(rolled, [(step.inputs, step.outputs) for step in right])
+        assert same(list(two.rollout(4, map=SCALED, on="session")), by_hand(one, y))
+        assert two.position == 9
+        assert same(list(two.rollout(4, map=SCALED, on="session")), by_hand(one, right[-1].outputs))
+        assert np.array_equal(two.step(x[0]), one.step(x[0]))
+        first, *rest = other.rollout(4, map=SCALED, inputs=x[4:])
+        assert first.position == 5
+        other.step(x[4])
+        assert same(rest, by_hand(other, first.outputs))
+
+
+def test_several_inputs_and_outputs_without_time_on_a_stream(client: Any) -> None:
+    mapped = {"a": {"kind": "identity", "output": "slope"}}
+    mapped["b"] = {"kind": "columns", "output": "level", "columns": [{"from": 0}] * 3}
+    given = {"a": np.ones((2, 2), np.float32), "b": np.ones((2, 3), np.float32)}
+    with client.session("two") as session, client.stream("two") as stream:
+        (streamed,) = stream.open()
+        rolled = list(streamed.rollout(2, map=mapped, inputs=given))
+        for step, right in zip(rolled, session.rollout(2, map=mapped, inputs=given), strict=True):
+            assert step.position == right.position
+            for name in ("a", "b"):
+                assert np.array_equal(step.inputs[name], right.inputs[name])
+            for name in ("level", "slope"):
+                assert np.array_equal(step.outputs[name], right.outputs[name])
+
+
+def test_a_rollout_on_a_stream_that_is_refused_leaves_the_stream(client: Any, x: np.ndarray) -> None:
+    with client.stream("lstm") as stream:
+        one, two = stream.open(2)
+        for session in (one, two):
+            session.steps(x)
+        with pytest.raises(errors.InvalidRequest, match="steps"):  # about the message as a whole
+            list(one.rollout(0, map=SCALED))
+        with pytest.raises(errors.MapInvalid, match="shape"):
+            list(one.rollout(4, map="identity"))
+        with pytest.raises(errors.InvalidInput, match="'x' has the shape"):
+            list(one.rollout(4, map=SCALED, inputs=x[:, :2]))
+        rolling = one.rollout(4, map=SCALED)
+        assert next(iter(rolling)).position == 6
+        with pytest.raises(errors.InvalidInput, match="is rolled out already"):
+            list(one.rollout(4, map=SCALED))
+        client.session("lstm", one.id, mode="resume").step(x[0])
+        with pytest.raises(errors.PositionError):  # of the step, and not of the rollout
+            one.step(x[1])
+        assert [step.position for step in rolling] == [7, 8, 9]
+        with pytest.raises(errors.PositionTooOld):
+            list(one.rollout(4, map=SCALED))
+        rolling = two.rollout(4, map=SCALED)
+        next(iter(rolling))
+        two.close()
+        rolling.close()
+        with pytest.raises(errors.SessionClosed):
+            list(two.rollout(4, map=SCALED))
+
+
+@pytest.mark.parametrize("on", ["fork", "session"])
+async def test_a_rollout_on_a_stream_goes_on_over_broken_connections(server: Running, x: np.ndarray, on: On) -> None:
+    with Client(server.url) as direct, direct.session("lstm") as session:
+        y = session.steps(x)[-1]
+        right = by_hand(session.fork(), y)
+        async with FaultProxy(server.port) as proxy, AsyncClient(f"http://127.0.0.1:{proxy.port}") as client:
+            with Client(f"http://127.0.0.1:{proxy.port}") as blocking:
+
+                def roll() -> list[Any]:
+                    stream = blocking.stream("lstm")
+                    (mine,) = stream.open([session.id], mode="resume")
+                    rolled = []
+                    for step in mine.rollout(4, map=SCALED, on=on, outputs=y):
+                        rolled.append(step)
+                        if len(rolled) in (1, 3):
+                            proxy_loop.call_soon_threadsafe(proxy.cut)
+                    stream.disconnect()
+                    return rolled
+
+                proxy_loop = asyncio.get_running_loop()
+                assert same(await asyncio.to_thread(roll), right)
+            async with client.stream("lstm") as stream:
+                (mine,) = await stream.open([session.id], mode="resume")
+                assert mine.position == (5 if on == "fork" else 9)
+                rolled = []
+                async for step in mine.rollout(4, map=SCALED, outputs=right[-1][1] if on == "session" else y):
+                    rolled.append(step)
+                    proxy.cut()
+        assert [step.position for step in rolled] == [mine.position + i for i in (1, 2, 3, 4)]
+
+
+async def test_a_rollout_on_a_stream_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
+    server = Replica("server", tiny_repository(tmp_path), tmp_path, "--store", f"file://{tmp_path}/store")
+    try:
+        await server.start()
+        async with AsyncClient(f"http://127.0.0.1:{server.port}") as client, client.stream("tiny") as stream:
+            session, other = await stream.open(2, durability="stored")
+            features = stream.model.inputs[0].shape[0]
+            fed: Map = {"kind": "columns", "columns": [{"from": 0, "scale": 0.5}] * features}
+            for each in (session, other):
+                await each.steps(np.ones((3, features), np.float32))
+            rolled = []
+            async for step in session.rollout(1000, map=fed, on="session"):
+                rolled.append(step)
+                if len(rolled) == 1:
+                    server.kill()
+                    await server.start()
+            assert session.position == 1003
+            over_http = await client.session("tiny", other.id, mode="resume")
+            right = [(step.inputs, step.outputs) async for step in over_http.rollout(1000, map=fed)]
+            assert same(rolled, right)  # type: ignore[arg-type]
+            await session.step(np.ones(features, np.float32))  # where the server has it, too
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("on", ["fork", "session"])
+def test_whoever_stops_early_ends_the_rollout_on_a_stream(client: Any, server: Running, x: np.ndarray, on: On) -> None:
+    loop, growing = server.model("lstm").loop, {"kind": "columns", "columns": [{"from": 0}] * 3}
+    with client.stream("lstm") as stream:
+        (session,) = stream.open()
+        y = session.steps(x)[-1]
+        with SlowEngine(loop, 0.005):
+            rolling = session.rollout(4096, map=growing, on=on)
+            assert next(rolling).position == 6
+            rolling.close()
+            until(lambda: not len(loop.scheduler.rollouts))
+        right = list(session.rollout(4, map=SCALED, outputs=y))  # late steps of the first are not taken for these
+        assert same(right, by_hand(session, y))
 
 
 async def test_whoever_stops_early_ends_the_rollout(server: Running, x: np.ndarray) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from unroll.client import Model, errors
-from unroll.client.stream_calls import ControlCall, Place, StreamCalls
+from unroll.client.places import Place
+from unroll.client.stream_calls import ControlCall, StreamCalls
 
 X = np.float32([[1, 2], [3, 4]])
 MODEL = Model.from_json(

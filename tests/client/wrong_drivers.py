@@ -58,7 +58,7 @@ def drops_a_chunk_at_reconnect() -> None:
         for handle, item in call.items.items():
             place = self._places[handle]
             if place.call is not None and "error" not in item:
-                place.call._ends[place.call._rows[handle]] = item["position"]
+                place.call._ends[place.call._rows[handle]] = item["position"], ()
                 place.call.answer(place.call._rows[handle])
 
     StreamCalls.resumed = changed  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from oracle import Oracle
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -198,3 +199,24 @@ def test_models_of_other_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     report = export(Net().to(dtype), {"x": torch.randn(2, 7, 4, dtype=dtype)}, name="m", repository=tmp_path)
     assert report.manifest.inputs[0].dtype == "float32"
     assert any("computes in float32" in note for note in report.notes)
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 5, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, _ = self.rnn(x)
+        return y.mean(1), (x * x).sum(dim=1, keepdim=True)
+
+
+def test_means_and_sums_over_a_long_sequence_round_no_more_than_pytorchs(repository: Path) -> None:
+    module = Pooled().eval()
+    export(module, {"x": torch.randn(2, 8, 3)}, name="pooled", repository=repository)
+    x = torch.randn(5000, 3)
+    found, _ = Oracle(repository, "pooled").all(x.numpy())
+    with torch.no_grad():
+        single, double = module(x[None]), module.double()(x[None].double())
+    for mine, pytorch, truth in zip(found, single, double, strict=True):
+        assert abs(mine - truth[0].numpy()).max() <= 2 * abs(pytorch - truth).max() + 1e-8

@@ -25,7 +25,7 @@ from unroll.service.api.stream.messages import (
 )
 from unroll.service.api.stream.replies import CallSoon, Replies, error_members
 from unroll.service.api.stream.rollouts import StreamRollouts
-from unroll.service.core.errors import BodyTooLarge, EngineFailed, InvalidRequest, UnrollError
+from unroll.service.core.errors import EngineFailed, InvalidRequest, UnrollError
 from unroll.service.core.session_ids import shown
 from unroll.service.core.turns import Turns
 from unroll.service.protocol import json
@@ -94,8 +94,7 @@ class Control:
         Raises:
             InvalidRequest: nothing was done.
         """
-        if len(message) > self._max_bytes:
-            raise BodyTooLarge(f"a text message may have {self._max_bytes} bytes, this one has {len(message)}")
+        json.check_size(message, self._max_bytes)
         request = parse_request(message)
         if isinstance(request, StepsRequest):
             self._steps.submit(request)

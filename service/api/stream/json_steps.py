@@ -1,5 +1,6 @@
 """Steps in JSON: what a person can type, one chunk in a text message, with the positions and errors of frames."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,9 @@ from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.messages import StepsRequest
 from unroll.service.api.stream.replies import Replies
 from unroll.service.api.stream.submission import FrameSubmitter
-from unroll.service.core.errors import UnrollError
+from unroll.service.core.errors import InvalidShape, UnrollError
 from unroll.service.protocol.frames import SingleEntryFrame
+from unroll.service.protocol.json import MAX_VALUES
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.reply import Reply
 
@@ -36,6 +38,7 @@ class JsonSteps:
         over_quota: Callable[[int], UnrollError | None],
     ) -> None:
         self._codec = codec
+        self._step_values = sum(math.prod(spec.shape) for spec in codec.outputs)
         self._handles = handles
         self._submitter = submitter
         self._replies = replies
@@ -45,6 +48,8 @@ class JsonSteps:
     def submit(self, request: StepsRequest) -> None:
         try:
             inputs = self._codec.from_json(request.inputs)
+            if (values := len(inputs[0]) * self._step_values) > MAX_VALUES:
+                raise InvalidShape(f"the answer would have {values} values; at most {MAX_VALUES} in JSON: send frames")
         except UnrollError as error:
             self._flow.acquire(1, 0)
             self._replies.refuse(request.handle, 0, request.position, error)

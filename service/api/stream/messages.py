@@ -11,6 +11,8 @@ from unroll.service.store.record import current_durability
 
 #: The most handles of one connection, and of one message.
 MAX_HANDLES = 65_536
+#: The most sessions that one message may open.
+MAX_OPENS = 8192
 
 Handle = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -32,7 +34,7 @@ class OpenSpec(_Strict):
 
 class OpenRequest(_Strict):
     op: Literal["open"]
-    sessions: Annotated[list[OpenSpec], Field(min_length=1, max_length=MAX_HANDLES, fail_fast=True)]
+    sessions: Annotated[list[OpenSpec], Field(min_length=1, max_length=MAX_OPENS, fail_fast=True)]
 
 
 class HandlesRequest(_Strict):
@@ -73,6 +75,8 @@ _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discrimina
 
 def parse_request(message: bytes) -> Request:
     """Raises InvalidRequest, which names the first member that is wrong."""
+    if message.count(b"{") > 2 * MAX_OPENS + 1:  # each with static inputs
+        raise InvalidRequest(f"a message may open {MAX_OPENS} sessions: send several")
     try:
         return _REQUEST.validate_json(message)
     except ValidationError as error:

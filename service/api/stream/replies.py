@@ -105,10 +105,10 @@ class Replies:
             self._send_binary(encode(with_positions(entries, positions), values, kept=reply.kept))
             self._release(len(entries), len(entries) * int(entries[0]["steps"]))
 
-    def refuse(self, handle: int, steps: int, position: int | None, error: UnrollError) -> None:
-        """Answer an entry with an error."""
+    def refuse(self, handle: int, steps: int, position: int | None, error: UnrollError, **members: bool) -> None:
+        """Answer an entry with an error. members: further ones."""
         self.on_refused(error, handle, position, None)
-        self.send({"op": "error", **error_members(error), "handle": handle, "position": position})
+        self.send({"op": "error", **error_members(error), "handle": handle, "position": position, **members})
         self._release(1, steps)
 
     def refuse_all(self, entries: np.ndarray, error: UnrollError) -> None:

@@ -43,7 +43,7 @@ class StreamRollouts:
             why = (
                 f"no session is bound to handle {handle}" if found is None else f"handle {handle} is rolled out already"
             )
-            self._replies.refuse(handle, 0, request.position, InvalidRequest(why))
+            self._replies.refuse(handle, 0, request.position, InvalidRequest(why), rollout=True)
             return
         sink, timeout = _Sink(self, request, found[1]), self._app.limits.request_timeout
         call = RolloutCall(self._app, self._name, None, found[1].id, request, timeout, sink)
@@ -79,7 +79,7 @@ class StreamRollouts:
 
     def fail(self, request: RolloutRequest, error: UnrollError) -> None:
         del self._running[request.handle]
-        self._replies.refuse(request.handle, 0, request.position, error)
+        self._replies.refuse(request.handle, 0, request.position, error, rollout=True)
 
 
 class _Sink:

@@ -19,8 +19,8 @@ from serving import Oracle, Running, Serve
 from unroll.service.core.clock import Clock
 from unroll.service.settings import Settings
 
-#: In these tests.
-MOST_WORKERS = 4
+#: That a server of these tests has.
+MOST_WORKERS = 2
 
 
 @pytest.fixture(scope="session")

@@ -376,3 +376,16 @@ def test_a_position_that_contradicts_itself(lstm: Watched) -> None:
     lstm.refuses(400, "malformed_request", json={"inputs": GOOD, "position": 3}, headers={"Unroll-Position": "4"})
     twice = [("Unroll-Position", "3"), ("Unroll-Position", "0"), ("Content-Type", "application/json")]
     lstm.refuses(400, "malformed_request", content=b'{"inputs": [[1, 2, 3]]}', headers=twice)
+
+
+@pytest.mark.parametrize("api", ["v1", "v2"])
+def test_a_long_answer_in_json_has_every_value_of_the_raw_one(client: httpx.Client, api: str) -> None:
+    x = np.zeros((20_000, 3), np.float32)
+    raw = client.post("/v1/models/lstm/sequences", content=x.tobytes(), headers=raw_steps(x)).content
+    if api == "v1":
+        answer = client.post("/v1/models/lstm/sequences", json={"inputs": [x.astype(int).tolist()]}).json()["outputs"]
+    else:
+        tensor = {"name": "x", "datatype": "FP32", "shape": [1, *x.shape], "data": x.astype(int).ravel().tolist()}
+        answer = client.post("/v2/models/lstm/infer", json={"inputs": [tensor]}).json()["outputs"][0]["data"]
+    assert np.float32(answer).tobytes() == raw
+    assert np.float32(answer).size > 32_768

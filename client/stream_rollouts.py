@@ -1,0 +1,80 @@
+"""A rollout on a stream, without I/O."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from unroll.client.errors import DeadlineExceeded, ServerError
+from unroll.client.places import Place
+from unroll.client.retries import Retries
+from unroll.client.rollout_calls import RolledStep, Rollout, RolloutWish
+from unroll.client.tensors import Model
+
+
+class StreamRollout(Rollout):
+    """A rollout on a stream.
+
+    Args:
+        model: Of the stream.
+        place: The session, whose position advances when a rollout on it has ended.
+        wish: What is asked for.
+
+    Attributes:
+        place: As given.
+        sent: It is under way on the connection.
+        ready: Steps that its caller has not had yet.
+        refused: Why it has ended.
+        on_settled: Called when something has come.
+
+    Raises:
+        InvalidInput: Nothing was sent.
+    """
+
+    def __init__(self, model: Model, place: Place, wish: RolloutWish) -> None:
+        super().__init__(model, place.position, wish, None if place.last is None else model.last_step(place.last))
+        self.place = place
+        self.sent = False
+        self.ready: deque[RolledStep] = deque()
+        self.refused: ServerError | None = None
+        self.on_settled: Callable[[], object] | None = None
+
+    @property
+    def settled(self) -> bool:
+        """There is something for its caller."""
+        return bool(self.ready) or self.complete or self.refused is not None
+
+    def pause(self, refused: ServerError, retries: Retries) -> float:
+        """Seconds until it is sent again. Raises the refusal if it would only come again, or time is up."""
+        for_now = refused.retry_after is not None or isinstance(refused, DeadlineExceeded)
+        if not for_now or (pause := retries.pause(refused.retry_after)) is None:
+            raise refused
+        self.refused = None
+        return pause
+
+    def message(self) -> str:
+        """What is to be sent, for the first time or again."""
+        self.sent = True
+        self.restart()
+        return json.dumps({"op": "rollout", "handle": self.place.handle, **self.members})
+
+    def receive(self, end: int, arrays: Sequence[np.ndarray]) -> None:
+        """arrays: Inputs, then outputs, of the steps up to the position `end`."""
+        inputs = len(self._model.inputs)
+        self.ready.extend(self.steps(end, arrays[:inputs], arrays[inputs:]))
+        self._wake()
+
+    def end(self, position: int) -> None:
+        self.complete = True
+        if self.members["on"] == "session":
+            self.place.position, self.place.last = position, self.last
+        self._wake()
+
+    def fail(self, error: ServerError) -> None:
+        self.sent, self.refused = False, error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.settled and self.on_settled is not None:
+            self.on_settled()
