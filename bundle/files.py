@@ -94,7 +94,7 @@ def discover(repository: Path) -> list[Path]:
 def stated_digest(path: Path) -> str | None:
     """Return the digest that the manifest of the bundle at `path` states, unchecked; None if it cannot be read."""
     try:
-        return Manifest.from_json(read_regular(path / MANIFEST, _MOST_BYTES[MANIFEST], follow=False)).digest
+        return Manifest.from_json(read_regular(_within(path, MANIFEST), _MOST_BYTES[MANIFEST], follow=False)).digest
     except (BundleError, OSError, ValueError, KeyError):
         return None
 
@@ -122,7 +122,7 @@ def read(path: Path, allowed_operators: Collection[str] | None = ()) -> Bundle:
 def read_content(path: Path) -> Content:
     """Read the bytes of a bundle's files.
 
-    Links that lead to the folder are the operator's; in it must be the files themselves.
+    Links that lead to the folder are the operator's. A link in it must stay in it, as Kubernetes mounts a ConfigMap.
 
     Args:
         path: Its folder.
@@ -133,12 +133,23 @@ def read_content(path: Path) -> Content:
     content = {}
     for name, most in {**_MOST_BYTES, SIGNATURE: _MOST_SIGNATURE_BYTES}.items():
         try:
-            content[name] = read_regular(path / name, most, follow=False)
+            content[name] = read_regular(_within(path, name), most, follow=False)
         except OSError as error:
             if name == SIGNATURE and isinstance(error, FileNotFoundError):
                 continue
             raise BundleError("bundle_file", f"{name} cannot be read: {error.strerror or error}") from error
     return Content(path, content[MANIFEST], content[MODEL], content[GOLDEN], content.get(SIGNATURE))
+
+
+def _within(folder: Path, name: str) -> Path:
+    """The file itself. Raises BundleError if a link leads out of the folder, OSError if it leads nowhere."""
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    found = Path(os.path.realpath(path, strict=True))
+    if not found.is_relative_to(folder.resolve()):
+        raise BundleError("bundle_file", f"{name} is not a file, but a link out of its folder: copy the file there")
+    return found
 
 
 def read_regular(path: Path, most: int, *, follow: bool) -> bytes:

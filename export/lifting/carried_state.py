@@ -102,7 +102,8 @@ def handed_on(
         ExportError: input.
     """
     flat = {name: pytree.tree_flatten(example[name]) for name in state}
-    returned = leaves(attempt("the example", lambda: model(**example)))
+    copied = pytree.tree_map_only(Tensor, Tensor.clone, example)  # forward may change its states in place
+    returned = leaves(attempt("the example", lambda: model(**copied)))
     for name, (tensors, _) in flat.items():
         if _shapes(returned, state[name], example[name]) != [tensor.shape for tensor in tensors]:
             there = ", ".join(f"{key or 'y'} {tuple(tensor.shape)}" for key, tensor in returned)
@@ -131,7 +132,7 @@ def _fits(
     model: nn.Module, arguments: dict[str, Any], found: dict[str, StateArgument], state: Mapping[str, str]
 ) -> bool:
     """Does forward take one row of the states, and return one?"""
-    one = {name: argument.expand(1) for name, argument in found.items()}
+    one = {name: pytree.tree_map_only(Tensor, Tensor.clone, argument.expand(1)) for name, argument in found.items()}
     try:
         returned = leaves(attempt("a batch of one", lambda: model(**arguments, **one)))
     except ExportError:

@@ -118,7 +118,7 @@ def plan_outputs(
             raise ExportError("output", f"{len(given_names)} output names for {len(kept)} outputs ({', '.join(names)})")
         names = given_names
     if not kept:
-        raise ExportError("output", "forward returns no tensor")
+        raise ExportError("output", "forward returns no tensor beside its states: return what a client is to get, too")
 
     outputs = []
     for index, name in zip(kept, names, strict=True):

@@ -83,6 +83,18 @@ class Optional(nn.Module):
         return y[0] / (1 + steps[:, None].float()), steps + 1, hx
 
 
+class InPlace(nn.Module):
+    """Changes the state that it is given, and returns it as the state and as an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 5)
+
+    def forward(self, obs: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h.copy_(self.mix(torch.cat([obs, h], -1)).tanh())
+        return h, h
+
+
 def zeros(*size: int) -> Tensor:
     return torch.zeros(size)
 
@@ -105,6 +117,12 @@ CASES: dict[str, tuple[type[nn.Module], Arguments, Arguments, Callable[[Any], Ar
     ),
     "one client": (OneClient, {"obs": OBS[:1]}, {}, lambda last: {}),
     "kept": (Hidden, {"obs": OBS}, {}, lambda last: {}),
+    "in place": (
+        InPlace,
+        {"obs": OBS, "h": zeros(6, 5)},
+        {"state": {"h": "y1"}},
+        lambda last: {"h": last[1].clone() if last else zeros(1, 5)},
+    ),
     "optional": (
         Optional,
         {"obs": OBS, "steps": torch.zeros(6, dtype=torch.int64)},
@@ -197,6 +215,30 @@ class Learned(nn.Module):
         return self.h.sum(-1)
 
 
+class Difference(nn.Module):
+    """Keeps the input of the step before, which the same input again leaves as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+        self.before = torch.zeros(1, 3)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        y, self.before = self.head(obs - self.before), obs
+        return y
+
+
+class OnlyState(nn.Module):
+    """Returns nothing that is for a client."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(3, 5)
+
+    def forward(self, obs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cell(obs, (h, c))
+
+
 REFUSED: list[tuple[type[nn.Module], Arguments, Arguments, str, str]] = [
     (Counting, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y1"}}, "keeps_state", "calls"),
     (Normalising, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y1"}}, "keeps_state", "'mean'"),
@@ -204,6 +246,14 @@ REFUSED: list[tuple[type[nn.Module], Arguments, Arguments, str, str]] = [
     (Counting, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y0"}}, "input", "'y0'"),
     (Policy, {"obs": OBS, "h": zeros(2, 4, 5), "c": zeros(2, 6, 5), "done": OBS[:, 0]}, {"state": {}}, "input", "obs"),
     (Optional, {"obs": OBS, "steps": OBS[:, 0]}, {"state": {}}, "input", "without a state"),
+    (Difference, {"obs": OBS[:1]}, {}, "calls_depend_on_time", "cannot be identified"),
+    (
+        OnlyState,
+        {"obs": OBS, "h": zeros(6, 5), "c": zeros(6, 5)},
+        {"state": {"h": "y0", "c": "y1"}},
+        "output",
+        "beside its states",
+    ),
     (Hidden, {"obs": OBS}, {"batch_first": False}, "input", "no time"),
 ]
 

@@ -142,6 +142,16 @@ def test_links_that_lead_to_a_bundle_and_hard_links_in_it_are_the_operators(few:
     assert bundles.read(tmp_path / "gru" / "1").manifest.name == "gru"
 
 
+def test_a_version_that_is_a_mounted_configmap_is_read(few: Path, tmp_path: Path) -> None:
+    version = tmp_path / "gru" / "1"
+    shutil.copytree(few / "gru" / "1", version / "..2026_11_30")
+    (version / "..data").symlink_to("..2026_11_30")
+    for file in (version / "..data").iterdir():
+        (version / file.name).symlink_to(f"..data/{file.name}")
+    assert bundles.read(version).manifest.name == "gru"
+    assert bundles.files.stated_digest(version) is not None
+
+
 def trial_of(server: int) -> int:
     """The process in which the server tries a bundle, once it uses its processor."""
     found: list[int] = []
