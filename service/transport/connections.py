@@ -7,11 +7,14 @@ every tenth of a second.
 import asyncio
 import os
 import resource
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fcntl import ioctl
 from ipaddress import IPv6Address
 from itertools import islice
+from termios import TIOCOUTQ
 from typing import Protocol, Self
 
 from unroll.service.settings import Settings
@@ -178,6 +181,14 @@ class UnreadAnswer:
                 self._since = None
                 return self._taken >= limits.min_rate * seconds
         return True
+
+
+def unsent(transport: asyncio.Transport) -> int:
+    """Bytes that the client has not taken. The system takes more of us only once a third of its own buffer is free."""
+    size = transport.get_write_buffer_size()
+    if size and sys.platform == "linux":
+        size += int.from_bytes(ioctl(transport.get_extra_info("socket"), TIOCOUTQ, bytes(4)), sys.byteorder)
+    return size
 
 
 def _network(address: str) -> str:

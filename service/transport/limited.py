@@ -8,7 +8,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from unroll.service.access.held_bytes import ANSWERS, REQUESTS, Holding
 from unroll.service.api.app_state import AppState
 from unroll.service.core.errors import TooManyConnections
-from unroll.service.transport.connections import ConnectionLimits, Connections, UnreadAnswer
+from unroll.service.transport.connections import ConnectionLimits, Connections, UnreadAnswer, unsent
 from unroll.service.transport.head import MAX_FIELD_BYTES, MAX_FIELDS, MAX_URL_BYTES, Refused, too_many_header_bytes
 
 #: What is answered when there are too many connections.
@@ -167,7 +167,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def check(self, now: float) -> None:
         """Close the connection if its client neither sends nor reads as it should."""
-        if not self._unread.check(now, self.transport.get_write_buffer_size(), self.limits):
+        if not self._unread.check(now, unsent(self.transport), self.limits):
             self.transport.abort()
         if self._last_words or self.transport.is_closing():
             return

@@ -133,3 +133,15 @@ def test_a_client_that_does_not_read_is_disconnected(impatient: Running) -> None
         while data := reader.recv(65536):
             received += data
         assert received.count(b"HTTP/1.1 200 ") < 200
+
+
+def test_a_client_that_reads_slowly_and_steadily_is_not_disconnected(impatient: Running) -> None:
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", impatient.port))
+        reader.settimeout(PATIENCE)
+        reader.sendall(200 * b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")  # more than the kernel holds
+        for _ in range(5):
+            for _ in range(20):  # far more than it must, and less than after which the kernel takes more
+                assert reader.recv(1000)
+            waited(impatient)
