@@ -73,7 +73,7 @@ def test_help_and_wrong_arguments_wait_for_no_heavy_import() -> None:
     wrong += [[*command, "--no-such-option"] for command in commands()]
     shown = [["--version"], ["--help"], *([*command, "--help"] for command in commands())]
     run = [sys.executable, "-c", LINES, json.dumps([*wrong, *shown]), *HEAVY, FOR_HELP]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    done = subprocess.run(run, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=True)
     found = json.loads(done.stdout)
     for words, got in zip([*wrong, *shown], found, strict=True):
         assert got == ([0, [FOR_HELP] * ("--help" in words)] if words in shown else [2, []]), words
@@ -130,7 +130,14 @@ def test_a_shell_completes_commands_and_options() -> None:
     for words, completed in (("unroll st", ["stream", "store"]), ("unroll serve --max-b", ["--max-batch"])):
         environment = {"_UNROLL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         run = [sys.executable, "-m", "unroll"]
-        done = subprocess.run(run, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            run,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
         assert {f"plain,{one}" for one in completed} <= set(done.stdout.split()), done
 
 

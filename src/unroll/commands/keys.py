@@ -8,7 +8,7 @@ from typing import Annotated
 from unroll.commands.options import Failed, argument, option
 
 #: Those of `unroll.service.access.keys`, which takes long to import.
-_SCOPES = ("infer", "metrics", "sessions:admin")
+_SCOPES = ("infer", "metrics", "sessions:admin", "models:admin", "server:admin")
 _FILE = argument("FILE", "file of keys, as for `unroll serve --keys`")
 
 

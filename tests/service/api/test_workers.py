@@ -135,7 +135,7 @@ def test_a_worker_that_cannot_start_ends_all(tmp_path: Path, redis_server: Redis
 
 def test_a_port_that_others_share(capfd: pytest.CaptureFixture[str]) -> None:
     """Their connections are not for these workers."""
-    with workers._bind("127.0.0.1", 0, shared=True) as others:
+    with workers.bind("127.0.0.1", 0, shared=True) as others:
         assert workers.supervise("127.0.0.1", others.getsockname()[1], 2) == 1
     assert "in use" in capfd.readouterr().out
 
@@ -184,11 +184,11 @@ class Planned:
         self._starts = folder / "starts"
         self._starts.touch()
         self.wanted = len(plan.split())
-        self.listener = workers._bind("127.0.0.1", 0, shared=True)
+        self.listener = workers.bind("127.0.0.1", 0, shared=True)
         self.port = self.listener.getsockname()[1]
         monkeypatch.setattr(sys, "orig_argv", ["python", "-c", PLANNED, str(self._starts), plan])
         monkeypatch.setattr(workers, "_PAUSES", tuple(pause / 1000 for pause in workers._PAUSES))
-        self.supervisor = workers._Supervisor("127.0.0.1", self.port, [self.listener])
+        self.supervisor = workers._Supervisor("127.0.0.1", self.port, [self.listener], "http")
 
     @property
     def starts(self) -> list[str]:

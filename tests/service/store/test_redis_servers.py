@@ -149,8 +149,8 @@ async def test_sentinels_lead_to_the_new_primary(
 async def test_what_a_store_is_started_with(guarded: RedisServer, url: str) -> None:
     store = RedisStore(RedisStoreConfig(url.format(f"127.0.0.1:{guarded.port}"), timeout=5.0))
     await store.start()
-    # Nothing stays but the mark of a session that was taken, for seconds.
-    assert all(0 < guarded.client.pttl(key) <= 10_000 for key in guarded.client.scan_iter())
+    # Nothing stays but the mark of a session that was taken, for minutes.
+    assert all(0 < guarded.client.pttl(key) <= 600_000 for key in guarded.client.scan_iter())
     await store.stop()
 
 
