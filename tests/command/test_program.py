@@ -117,6 +117,15 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("unroll 0.")
 
 
+def test_no_name_is_cut_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    for command in commands():
+        assert cli.main([*command, "--help"]) == 0
+        assert "…" not in capsys.readouterr().out
+
+
 def test_help_says_nothing_in_the_words_of_python(capsys: pytest.CaptureFixture[str]) -> None:
     for command in commands():
         assert cli.main([*command, "--help"]) == 0

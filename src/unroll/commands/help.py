@@ -57,9 +57,11 @@ def text(ctx: click.Context) -> str:
         console.print(escape(paragraph if paragraph.startswith(" ") else paragraph.replace("\n", " ")))
     sections = list(_sections(ctx))
     names = max(len(name) for _, rows in sections for name, _ in rows)
+    longest = max(len(word) for _, rows in sections for name, _ in rows for word in name.split())
+    left = max(width // 3, longest)  # a name that is cut could not be typed
     for title, rows in sections:
         table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(min_width=min(names, width // 3), max_width=width // 3)
+        table.add_column(min_width=min(names, left), max_width=left)
         table.add_column()
         for name, about in rows:
             table.add_row(f"[bold cyan]{escape(name)}[/]", escape(about))
