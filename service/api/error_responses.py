@@ -115,7 +115,7 @@ def http_error(status: int, detail: str, is_v2: bool) -> Answer:
 
 
 #: Where Python's phrases would not do, or change from version to version.
-_CODES = {400: e.InvalidRequest.code, 414: "uri_too_long"}
+_CODES = {400: e.InvalidRequest.code, 414: "uri_too_long", 499: e.Cancelled.code}
 
 
 def reason(status: int) -> str:

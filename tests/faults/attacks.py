@@ -11,27 +11,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 
+from client_frames import BINARY, PING, PONG, TEXT, masked
+
 Attack = Callable[[int, float], Awaitable[str]]
 
 MODEL, FEATURES = "tiny", 2
-TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
 _BLOCK_BYTES, _BLOCKS_PER_SECOND = 2**16, 40
 _UPGRADE = (
     f"GET /v1/models/{MODEL}/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 ).encode()
-
-
-def masked(first: int, payload: bytes) -> bytes:
-    """A client's frame, with a mask of zeros. first: its first byte, FIN and the opcode."""
-    size = len(payload)
-    if size < 126:
-        head = struct.pack("!BB", first, 0x80 | size)
-    elif size < 1 << 16:
-        head = struct.pack("!BBH", first, 0x80 | 126, size)
-    else:
-        head = struct.pack("!BBQ", first, 0x80 | 127, size)
-    return head + bytes(4) + payload
 
 
 def control(op: str, **members: object) -> bytes:

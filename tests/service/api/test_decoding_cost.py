@@ -71,6 +71,7 @@ CONTROL = {
     "empty sessions": f'{{"op":"open","sessions":[{many("{}")}]}}',
     "a session of unknown members": f'{{"op":"open","sessions":[{INPUTS["an object"]}]}}',
     "unknown members": INPUTS["an object"],
+    "unknown members and spaces": "{" + ",".join(f'"{i}" : 0' for i in range(SIZE // 12)) + "}",
 }
 
 

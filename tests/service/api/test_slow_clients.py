@@ -1,5 +1,6 @@
 """Clients that are silent, slow, or do not read: each is answered or disconnected in time, and others are served."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
 
@@ -8,9 +9,10 @@ import pytest
 from raw_http import STEP, Wire, request
 from served_models import models
 from serving import Running
-from waiting import PATIENCE, until
+from waiting import PATIENCE, reached, turns, until
 
 from unroll.service.settings import Settings
+from unroll.service.transport.connections import unsent
 
 HALF_A_HANDSHAKE = b"GET /v1/models/lstm/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upg"
 SEQUENCES, SESSIONS = "/v1/models/lstm/sequences", "/v1/models/lstm/sessions"
@@ -135,12 +137,21 @@ def test_a_client_that_does_not_read_is_disconnected(impatient: Running) -> None
         assert received.count(b"HTTP/1.1 200 ") < 200
 
 
-def test_a_client_that_reads_slowly_and_steadily_is_not_disconnected(impatient: Running) -> None:
+async def test_what_a_client_takes_of_the_kernel_s_buffer_counts() -> None:
+    """The transport's own buffer stands still meanwhile, so that a slow reader would look like none."""
+    opened = asyncio.get_running_loop().create_future()
+    server = await asyncio.start_server(lambda _, writer: opened.set_result(writer.transport), "127.0.0.1", 0)
     with socket.socket() as reader:
-        reader.connect(("127.0.0.1", impatient.port))
-        reader.settimeout(PATIENCE)
-        reader.sendall(200 * b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")  # more than the kernel holds
-        for _ in range(5):
-            for _ in range(20):  # far more than it must, and less than after which the kernel takes more
-                assert reader.recv(1000)
-            waited(impatient)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)  # little of it free is told to the sender
+        reader.connect(server.sockets[0].getsockname())
+        transport = await opened
+        transport.write(bytes(40_000_000))  # more than the kernel holds
+        before, waiting = 0, 0
+        while (before, waiting) != (before := unsent(transport), waiting := transport.get_write_buffer_size()):
+            await turns(50)
+        taken = len(reader.recv(200_000, socket.MSG_WAITALL))
+        await reached(lambda: unsent(transport) <= before - taken // 4, "room in the kernel's buffer")
+        assert transport.get_write_buffer_size() == waiting
+        transport.abort()
+    server.close()
+    await server.wait_closed()

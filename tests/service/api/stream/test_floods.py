@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from client_frames import BINARY, CONTINUATION, PING, PONG, TEXT, masked
 from raw_http import Wire, request
 from serving import Running
 from streams import Dial, frame
-from test_framing import BINARY, CONTINUATION, PING, PONG, TEXT, RawStream, masked
+from test_framing import RawStream
 from waiting import PATIENCE, until
 
 from unroll.service.api.app_state import AppState

@@ -8,25 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from client_frames import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, masked
 from raw_http import Wire
 from serving import Oracle, Running
 from streams import Reply, frame, replies
-
-TEXT, BINARY, CONTINUATION, CLOSE, PING, PONG = 0x81, 0x82, 0x80, 0x88, 0x89, 0x8A
-MASK = bytes.fromhex("37fa213d")
-
-
-def masked(first: int, payload: bytes, mask: bytes = MASK) -> bytes:
-    """A client's frame. first: its first byte, FIN and the opcode."""
-    size = len(payload)
-    if size < 126:
-        head = struct.pack("!BB", first, 0x80 | size)
-    elif size < 1 << 16:
-        head = struct.pack("!BBH", first, 0x80 | 126, size)
-    else:
-        head = struct.pack("!BBQ", first, 0x80 | 127, size)
-    pad = np.frombuffer((mask * (size // 4 + 1))[:size], np.uint8)
-    return head + mask + (np.frombuffer(payload, np.uint8) ^ pad).tobytes()
 
 
 class RawStream:
