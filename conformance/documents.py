@@ -32,9 +32,9 @@ def replace(block: Block, lines: Iterable[str], page: Path = PAGE) -> None:
 
 
 def circumstances(command: str) -> str:
-    versions = []
+    versions, distributions = [], importlib.metadata.packages_distributions()
     for name in _PACKAGES:
-        for distribution in {name, *importlib.metadata.packages_distributions().get(name, [])}:
+        for distribution in {name, *distributions.get(name, [])}:
             try:
                 versions.append(f"{name} {importlib.metadata.version(distribution)}")
                 break

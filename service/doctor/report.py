@@ -41,7 +41,11 @@ def examine(device: str) -> Facts:
     return Facts(
         python=f"{platform.python_version()}, {sys.executable}",
         unroll=__version__,
-        packages={name: metadata.version(name) for name in metadata.packages_distributions().get("onnxruntime", [])},
+        packages={
+            package.name: package.version
+            for package in metadata.distributions()
+            if "onnxruntime" in (package.read_text("top_level.txt") or "").split()
+        },
         machine=machine.look(),
         bindings=next((package.version for package in metadata.distributions(name="cuda-bindings")), None),
         driver=found,

@@ -45,7 +45,13 @@ def test_every_other_part_was_measured() -> None:
     assert re.search(r"^ +0 silently wrong$", PAGE, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["bidirectional GRU", pytest.param("two speeds", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "learned initial state",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("bidirectional GRU", "two speeds")),
+    ],
+)
 def test_a_row_is_as_the_document_says(name: str) -> None:
     found = matrix.measure_export(name)
     assert found.outcome == OUTCOMES[name]

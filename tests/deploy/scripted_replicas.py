@@ -30,6 +30,7 @@ class Replica(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # the body is sent apart from the headers, and would wait for their receipt
     server: Replica
 
     def do_GET(self) -> None:

@@ -1,5 +1,8 @@
 """The notebook is executed from its first cell to its last."""
 
+import contextlib
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,18 @@ from waiting import PATIENCE
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_model.ipynb"
 
 
+def test_its_code_trains_serves_and_equals_pytorch(monkeypatch: pytest.MonkeyPatch):
+    nbformat = pytest.importorskip("nbformat", reason="the notebook's packages are not installed")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    monkeypatch.setitem(sys.modules, "__main__", type(sys)("__main__"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, vars(sys.modules["__main__"]))
+    check(printed.getvalue())
+
+
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # of the kernel's packages
 def test_first_model_trains_serves_and_equals_pytorch(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     nbformat = pytest.importorskip("nbformat", reason="the notebook's packages are not installed")
@@ -18,6 +33,10 @@ def test_first_model_trains_serves_and_equals_pytorch(environment: dict[str, str
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=PATIENCE).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    check(printed)
+
+
+def check(printed: str) -> None:
     assert "streaming yes" in printed
     assert "61 steps; largest difference from PyTorch" in printed
 

@@ -15,28 +15,17 @@ from waiting import PATIENCE
 
 from unroll.examples import run as program
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 Refused = Callable[..., str]
 
 
 @pytest.fixture
-def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
-    """`run("--detach", ...)` in an empty folder with a space; stops the server that it leaves running."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder with a space, the current one; stops the server that is left running in it."""
     folder = tmp_path / "a folder"
     folder.mkdir()
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "unroll.examples.run", *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-
-    yield call
-    call("--stop")
+    monkeypatch.chdir(folder)
+    yield folder
+    program.main(["--stop"])
 
 
 @pytest.fixture
@@ -44,13 +33,16 @@ def port() -> int:
     return free_port()
 
 
-def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int, tmp_path: Path):
-    started = run("--port", str(port), "--detach")
+def test_detached_it_shows_the_demo_and_serves_until_stopped(
+    folder: Path, port: int, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+):
+    command = [sys.executable, "-m", "unroll.examples.run", "--port", str(port), "--detach"]
+    started = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert started.returncode == 0, started.stderr
     assert re.search(r"^Streamed = whole +yes, bit for bit$", started.stdout, re.MULTILINE)
     with urlopen(f"http://127.0.0.1:{port}/readyz") as ready:
         assert ready.status == 200
-    pid = int((tmp_path / "a folder" / ".run" / "server.pid").read_text())
+    pid = int((folder / ".run" / "server.pid").read_text())
 
     # It is the second server: the first was killed half way, and its session continued.
     [(killed, successor)] = re.findall(r"process (\d+), is killed[^$]+by process (\d+), which", started.stdout)
@@ -60,14 +52,15 @@ def test_detached_it_shows_the_demo_and_serves_until_stopped(run: Run, port: int
     assert "same answer, not applied twice" in started.stdout
     assert re.search(r"^Killed = never killed +yes, bit for bit$", started.stdout, re.MULTILINE)
 
-    again = run("--port", str(port + 1), "--detach")
-    assert again.returncode == 1
-    assert f"a server from this folder is already running (process {pid})" in again.stderr
+    assert program.main(["--port", str(port + 1), "--detach"]) == 1
+    assert f"a server from this folder is already running (process {pid})" in capsys.readouterr().err
 
-    assert f"stopped process {pid}" in run("--stop").stdout
+    assert program.main(["--stop"]) == 0
+    assert f"stopped process {pid}" in capsys.readouterr().out
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
-    assert "no server from this folder is running" in run("--stop").stdout
+    program.main(["--stop"])
+    assert "no server from this folder is running" in capsys.readouterr().out
 
 
 @pytest.fixture

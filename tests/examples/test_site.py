@@ -15,6 +15,7 @@ _LOADED = re.compile(
 )
 
 
+@pytest.mark.long
 def test_site_is_built_without_a_broken_link_and_asks_no_other_host(tmp_path: Path):
     for package in ("material", "mkdocstrings"):
         pytest.importorskip(package, reason="the extra `docs` is not installed: make docs")

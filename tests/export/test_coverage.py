@@ -64,13 +64,18 @@ def collected(s: Any, steps: Iterable[Tensor]) -> list[Tensor]:
     return outs
 
 
-def one_after_another(s: Any, x: Tensor) -> Tensor:
-    """Each loop takes the steps of the one before from a list."""
+def two_loops(s: Any, x: Tensor) -> Tensor:
+    """The second loop takes the steps of the first from a list."""
+    return torch.stack(collected(s, collected(s, x.unbind(1))), 1)
+
+
+def three_loops(s: Any, x: Tensor) -> Tensor:
     return torch.stack([s.head(h) for h in collected(s, collected(s, x.unbind(1)))], 1)
 
 
-def test_loops_over_what_the_loop_before_has_collected_stream(few_steps: None, tmp_path: Path) -> None:
-    module = made(one_after_another, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 3))
+@pytest.mark.parametrize("forward", [two_loops, pytest.param(three_loops, marks=pytest.mark.long)])
+def test_loops_over_what_the_loop_before_has_collected_stream(few_steps: None, tmp_path: Path, forward: Any) -> None:
+    module = made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 3))
     report = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
     assert report.manifest.streamable
     assert report.manifest.ragged

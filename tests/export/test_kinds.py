@@ -27,16 +27,12 @@ from unroll.export.signature.outputs import leaves
 SHORT = {
     "time first throughout",
     "learned initial state",
-    "proj_size",
     "packed with lengths, last valid step",
     "one sequence without a batch",
     "a GRU as a function, with a mask on its weights",
     "arguments changed in place",
     "position in the sequence",
     "state in self.h",
-    "layers over the bands and over time",
-    "a cache that forward takes and returns",
-    "bidirectional LSTM",
     "causal attention",
 }
 #: Those of the refused kinds that `make test` leaves out: they are refused as another one is, and take seconds.
@@ -52,6 +48,9 @@ LONG = {
     "a loop that grows until step 5000",
     "a loop over the first 64 steps",
     "a loop in windows of 50",
+    "a loop that keeps all it has seen",
+    "a layer whose rows of one sequence are apart",
+    "mean over the batch",
 }
 
 

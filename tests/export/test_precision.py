@@ -25,7 +25,7 @@ from unroll.service.engine.runner import Runner
 class Model(nn.Module):
     def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, hidden: int = 48, head: bool = True) -> None:
         super().__init__()
-        self.rnn = kind(8, hidden, 2, batch_first=True)
+        self.rnn = kind(8, hidden, batch_first=True)
         self.head = nn.Linear(hidden, 4) if head else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def test_a_bundle_answers_as_the_module_called_again_and_again(name: str, reposi
     check(name, module, repository)
 
 
-def test_from_the_command_line(tmp_path: Path) -> None:
+def test_from_the_command_line(few_steps: None, tmp_path: Path) -> None:
     module = Policy().eval()
     torch.save(module.state_dict(), tmp_path / "policy.pt")
     model = [f"{__file__}:Policy", "--weights", f"{tmp_path}/policy.pt", "--repository", str(tmp_path)]

@@ -28,9 +28,9 @@ def run(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("onnxruntime", ("serve", "--repository", "none"), "pip install onnxruntime (with an NVIDIA GPU"),
         ("onnxruntime", ("verify", "none"), "pip install onnxruntime (with an NVIDIA GPU"),
-        ("onnxruntime", EXPORT, "pip install onnxruntime (with an NVIDIA GPU"),
+        pytest.param("onnxruntime", EXPORT, "pip install onnxruntime (with an NVIDIA GPU", marks=pytest.mark.long),
         ("torch", EXPORT, "pip install torch onnx onnxscript"),
-        ("onnx", EXPORT, "pip install torch onnx onnxscript"),
+        pytest.param("onnx", EXPORT, "pip install torch onnx onnxscript", marks=pytest.mark.long),
         pytest.param("onnxscript", EXPORT, "pip install torch onnx onnxscript", marks=pytest.mark.long),
         ("redis", ("serve", "--repository", "none"), "pip install 'unroll-serve[cpu]'"),
         ("pydantic", ("inspect", "none"), "pip install 'unroll-serve[cpu]'"),
