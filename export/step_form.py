@@ -66,6 +66,9 @@ class StepForm(nn.Module):
                     _set(self.step, key, _cloned(_get(self.step, key)))
                 now = {name: value[:, t] if name in series else value for name, value in inputs.items()}
                 state, outputs = self._sorted(leaves(self.step(**now, **state)), state)
+                state = _cloned(state)  # so that this step makes what the next one is handed, also of an input alone
+                for key in self._kept:
+                    _set(self.step, key, _cloned(_get(self.step, key)))
                 steps.append(outputs)
         finally:
             for key, value in zip(self._kept, before, strict=True):
@@ -121,7 +124,8 @@ def over_time(
         name: value[rows[:_BATCH]] if name in declared.static else value[rows].unflatten(0, (_BATCH, _TIME))
         for name, value in given.items()
     }
-    return StepForm(step, state, dict(outputs), kept, declared.static), sequences
+    named = type(type(step).__name__, (StepForm,), {})  # as messages call it
+    return named(step, state, dict(outputs), kept, declared.static), sequences
 
 
 def _batch(given: dict[str, Any], static: frozenset[str]) -> int:
@@ -175,7 +179,7 @@ def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, A
         seen.append({key: _cloned(value) for key, value in _held(tried).items()})
     first, before, after = seen
     changed = [key for key, value in after.items() if key not in before or _differs(before[key], value)]
-    starts = {key: first.get(key, pytree.tree_map(torch.zeros_like, after[key])) for key in changed}
+    starts = {key: _start(first.get(key, _ABSENT), after[key]) for key in changed}
     for axes in product(*(alike_rows(tensor, batch) for tensor in pytree.tree_leaves(list(starts.values())))):
         left = iter(axes)
         found = {
@@ -192,7 +196,20 @@ def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, A
             "as an argument and return it",
         )
     _check_starts(step, example, {key: starts[key] for key in changed if key not in first})
+    _check_starts(step, one, {key: argument.expand(1) for key, argument in found.items()})
     return found
+
+
+def _start(first: Any, after: Any) -> Any:
+    """What a sequence starts from: `first`, with a row for each client if the first step makes them; or else zeros."""
+    if first is _ABSENT:
+        return pytree.tree_map(torch.zeros_like, after)
+    before, made = _shapes(first), _shapes(after)
+    if before == made or len(before) != len(made):
+        return first
+    with suppress(RuntimeError):
+        return pytree.tree_map(lambda tensor, other: tensor.expand_as(other), first, after)
+    return first
 
 
 def _check_starts(step: nn.Module, example: dict[str, Any], starts: dict[Attribute, Any]) -> None:
@@ -203,8 +220,8 @@ def _check_starts(step: nn.Module, example: dict[str, Any], starts: dict[Attribu
     if first_difference(_called(tried, example), _called(detached_copy(step), example)) is not None:
         raise ExportError(
             "keeps_state",
-            f"{described([*starts])} holds nothing before the first step, which then does not start from zeros: let it "
-            "hold what a sequence starts from when the module is made",
+            f"{described([*starts])} holds nothing before the first step, or no row for each client, which then does not "
+            "start from zeros, or from that: let it hold what a sequence starts from when the module is made",
         )
 
 
@@ -246,7 +263,8 @@ def _shapes(value: Any) -> list[torch.Size]:
 
 
 def _cloned(values: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.clone, values)
+    """In a row, so that a step which makes its states contiguous does the same each time."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.clone(memory_format=torch.contiguous_format), values)
 
 
 def _get(step: nn.Module, attribute: Attribute) -> Any:

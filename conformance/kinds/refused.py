@@ -1,5 +1,6 @@
 """Modules that are refused, each with its code."""
 
+import threading
 import warnings
 from typing import Any
 
@@ -67,10 +68,10 @@ def scripted() -> nn.Module:
         return made(per_step, rnn=torch.jit.script(gru()), head=head())
 
 
-def trained() -> nn.Module:
-    module = Stateful()
-    module(torch.randn(1, 3, 4))
-    return module
+def locked(s: Any, x: Tensor) -> Tensor:
+    with s.lock:
+        y: Tensor = s.rnn(x)[0]
+    return y
 
 
 def resized_in_place(s: Any, x: Tensor) -> Tensor:
@@ -135,7 +136,12 @@ REFUSED = [
         says="'x'",
     ),
     Kind("scripted, and no class of its own to run", scripted, refused="scripted", says="nn.Module"),
-    Kind("kept from training", trained, refused="not_copyable", says="'h', a Tensor"),
+    Kind(
+        "a lock, which nothing copies",
+        lambda: made(locked, rnn=gru(), lock=threading.Lock()),
+        refused="not_copyable",
+        says="'lock', a lock",
+    ),
     Kind("quantized", quantized, refused="quantized", says="'rnn'"),
     Kind(
         "one step taken for a sequence",

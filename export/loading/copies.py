@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError
 from unroll.export.signature.outputs import is_same
+
+#: PyTorch's own attributes of a module.
+_NOT_OWN = {*vars(nn.Module())}
 
 
 def detached_copy(module: nn.Module) -> nn.Module:
@@ -22,11 +26,14 @@ def detached_copy(module: nn.Module) -> nn.Module:
     """
     module = getattr(module, "_orig_mod", module)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _Detach():
             # A layer's normalised weight is a result of its parameters: it cannot be copied, and forward computes it.
             computed = [w for m in module.modules() if isinstance(m, nn.RNNBase) for w in m._flat_weights]
             memo: dict[int, Any] = {id(w): w.detach() for w in computed if w is not None and not w.is_leaf}
-            copied = copy.deepcopy(module, memo)
+            try:
+                copied = copy.deepcopy(module, dict(memo))
+            except (RuntimeError, TypeError):
+                copied = copy.deepcopy(module, memo | _left_out(module))
             copied.cpu()
             copied.eval()
             copied.requires_grad_(False)
@@ -34,20 +41,57 @@ def detached_copy(module: nn.Module) -> nn.Module:
     except Exception as error:  # user code
         raise ExportError(
             "not_copyable",
-            f"copy.deepcopy fails on {_not_copyable(module)}; detach or delete tensors kept from training: {error}",
+            f"copy.deepcopy fails on the module: {error}; export a module of the layers alone, without what it fails on",
         ) from error
 
 
-def _not_copyable(module: nn.Module) -> str:
-    """What of the module copy.deepcopy fails on."""
+class _Detach(TorchFunctionMode):
+    """Within, tensors that training left behind are copied without their history."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+
+class NotCopied:
+    """In place of an attribute that cannot be copied, such as a lock or a log: using it is a refusal."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self._name, self._kind = name, type(value).__name__
+
+    def __deepcopy__(self, memo: Any) -> "NotCopied":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "fget":  # asked by what looks at every attribute
+            raise AttributeError(name)
+        return self._refuse()
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise ExportError(
+            "not_copyable",
+            f"forward uses {self._name!r}, a {self._kind}, which copy.deepcopy fails on; leave it out of forward, or "
+            "set it to None before the export",
+        )
+
+    __call__ = __enter__ = __exit__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = _refuse
+
+
+def _left_out(module: nn.Module) -> dict[int, NotCopied]:
+    """For copy.deepcopy, the attributes that it fails on."""
+    found = {}
     for path, part in module.named_modules():
         for name, value in vars(part).items():
-            if name != "_modules":
+            if name not in _NOT_OWN:
                 try:
                     copy.deepcopy(value)
                 except (RuntimeError, TypeError):
-                    return f"{'.'.join(filter(None, (path, name)))!r}, a {type(value).__name__}"
-    return "the module"
+                    found[id(value)] = NotCopied(".".join(filter(None, (path, name))), value)
+    return found
 
 
 def detached_example(example: dict[str, Any]) -> dict[str, Any]:
