@@ -28,10 +28,8 @@ SHORT = {
     "time first throughout",
     "learned initial state",
     "packed with lengths, last valid step",
-    "one sequence without a batch",
     "a GRU as a function, with a mask on its weights",
     "arguments changed in place",
-    "position in the sequence",
     "state in self.h",
     "causal attention",
 }

@@ -263,7 +263,14 @@ BY_LENGTH = {
 
 
 #: Found as "slice", or refused as "zip" is.
-LIKE_ANOTHER = {"window", "product", "islice", "iterator", "a late row of a table, picked by select"}
+LIKE_ANOTHER = {
+    "window",
+    "product",
+    "islice",
+    "iterator",
+    "a late row of a table",
+    "a late row of a table, picked by select",
+}
 
 
 @pytest.mark.parametrize(

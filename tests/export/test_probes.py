@@ -108,7 +108,7 @@ class FarBack(nn.Module):
         return self.head(self.rnn(x)[0]) + before
 
 
-@pytest.mark.parametrize("lag", [24, 400])
+@pytest.mark.parametrize("lag", [pytest.param(24, marks=pytest.mark.long), 400])
 def test_what_reaches_far_back_does_not_stream(tmp_path: Path, lag: int) -> None:
     report = export(FarBack(lag), {"x": torch.randn(2, 12, 3)}, name="far", repository=tmp_path)
     assert not report.manifest.streamable

@@ -183,14 +183,27 @@ def test_a_bundle_answers_as_the_module_called_again_and_again(name: str, reposi
     check(name, module, repository)
 
 
-def test_from_the_command_line(few_steps: None, tmp_path: Path) -> None:
-    module = Policy().eval()
-    torch.save(module.state_dict(), tmp_path / "policy.pt")
-    model = [f"{__file__}:Policy", "--weights", f"{tmp_path}/policy.pt", "--repository", str(tmp_path)]
-    described = ["--name", "policy", "--step", "--input", "obs:float32:3", "--input", "done:float32:"]
-    states = ["--state", "h:float32:2xBx5=y1", "--state", "c:float32:2xBx5=y2"]
-    assert cli.main(["export", *model, *described, *states]) == 0
-    check("layer first", module, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("in place", ["--input", "obs:float32:3", "--state", "h:float32:5=y1"]),
+        pytest.param(
+            "layer first",
+            [
+                *("--input", "obs:float32:3", "--input", "done:float32:"),
+                *("--state", "h:float32:2xBx5=y1", "--state", "c:float32:2xBx5=y2"),
+            ],
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_from_the_command_line(name: str, described: list[str], few_steps: None, tmp_path: Path) -> None:
+    module = CASES[name][0]().eval()
+    made = type(module).__name__
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    model = [f"{__file__}:{made}", "--weights", f"{tmp_path}/weights.pt", "--repository", str(tmp_path)]
+    assert cli.main(["export", *model, "--name", made.lower(), "--step", *described]) == 0
+    check(name, module, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rows first", "difference"])

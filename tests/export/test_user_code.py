@@ -124,20 +124,35 @@ from models import Net
 from service import scale
 import bundle, conformance, examples, export, tests
 
-report = unroll.export(Net(), {"x": torch.randn(2, 7, 3) * scale}, name="net", repository="out")
-assert report.manifest.streamable
+net = Net()
+{export}
 assert "site-packages" not in export.__file__ and export.width == 4
 print(unroll.__version__)
 """
 
 
-def test_from_a_script(tmp_path: Path) -> None:
+#: What the script does with its network. `make test` only runs all that `unroll.export` imports, and is then refused.
+EXPORTED = (
+    'assert unroll.export(net, {"x": torch.randn(2, 7, 3) * scale}, name="net", repository="out").manifest.streamable'
+)
+REFUSED = """
+try:
+    unroll.export(net, {"x": net(torch.randn(2, 7, 3) * scale)[..., 0]}, name="net", repository="out")
+except unroll.ExportError as error:
+    assert error.code == "forward_failed", error
+"""
+
+
+@pytest.mark.parametrize(
+    "export", [pytest.param(REFUSED, id="refused"), pytest.param(EXPORTED, id="exported", marks=pytest.mark.long)]
+)
+def test_from_a_script(export: str, tmp_path: Path) -> None:
     files = {f"{name}.py": "width = 4\n" for name in ("bundle", "conformance", "export", "tests")}
     files |= {"service/__init__.py": "scale = 2.0\n", "examples/__init__.py": ""}
     write(tmp_path, files | {"models.py": NET.format(sibling="from block import block"), "block.py": BLOCK})
-    write(tmp_path, {"script.py": SCRIPT})
+    write(tmp_path, {"script.py": SCRIPT.format(export=export)})
     assert run(tmp_path, "script.py").strip()
-    assert bundle.read(tmp_path / "out/net/1").manifest.streamable
+    assert (tmp_path / "out/net/1").exists() == (export == EXPORTED)
 
 
 #: A notebook's cells, as ipykernel runs them: one after another in `__main__`, which has no file.
