@@ -220,7 +220,7 @@ def _check_starts(step: nn.Module, example: dict[str, Any], starts: dict[Attribu
     if first_difference(_called(tried, example), _called(detached_copy(step), example)) is not None:
         raise ExportError(
             "keeps_state",
-            f"{described([*starts])} holds nothing before the first step, or no row for each client, which then does not "
+            f"{described([*starts])} holds nothing before the first step, or no row for each client, which does not "
             "start from zeros, or from that: let it hold what a sequence starts from when the module is made",
         )
 

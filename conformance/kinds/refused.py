@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from conformance.kinds.kind import Kind, gru, head, lstm, made, per_step
 from conformance.kinds.layers import state_dropped
-from conformance.kinds.states import Stateful, with_cache
+from conformance.kinds.states import with_cache
 
 
 def running_mean(s: Any, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def detached_copy(module: nn.Module) -> nn.Module:
     except Exception as error:  # user code
         raise ExportError(
             "not_copyable",
-            f"copy.deepcopy fails on the module: {error}; export a module of the layers alone, without what it fails on",
+            f"copy.deepcopy fails on the module: {error}; export a module of the layers alone, without that",
         ) from error
 
 
