@@ -52,7 +52,10 @@ def not_passed(results: dict[str, Result]) -> dict[str, list[str]]:
     return {name: [result.status, *result.faults] for name, result in results.items() if result.status != "passed"}
 
 
-@pytest.mark.parametrize("options", [(), ("--asynchronous",)], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), id="sync"), pytest.param(("--asynchronous",), id="async", marks=pytest.mark.long)],
+)
 async def test_the_python_clients_master_every_conversation(options: Sequence[str]) -> None:
     assert not_passed(await played([*PYTHON, *options], list(CONVERSATIONS))) == {}
 
