@@ -1,5 +1,6 @@
 """What `unroll inspect` shows: a bundle's inputs, outputs, state, operators and measured parity."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -17,12 +18,16 @@ def describe(bundle: Bundle, signed_by: str | None) -> dict[str, Any]:
         signed_by: Who signed it, or None.
     """
     manifest = bundle.manifest
-    return asdict(manifest) | {
-        "path": str(bundle.path),
-        "signed_by": signed_by,
-        "operators": operators(bundle.model),
-        "bytes": {MODEL: len(bundle.model), GOLDEN: bundle.golden_bytes, "state": 4 * manifest.state_size},
-    }
+    return (
+        asdict(manifest)
+        | json.loads(manifest.to_json())
+        | {
+            "path": str(bundle.path),
+            "signed_by": signed_by,
+            "operators": operators(bundle.model),
+            "bytes": {MODEL: len(bundle.model), GOLDEN: bundle.golden_bytes, "state": 4 * manifest.state_size},
+        }
+    )
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -60,9 +65,11 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _tensor(tensor: dict[str, Any]) -> list[str]:
-    spec = TensorSpec(*(tensor[name] for name in ("name", "dtype", "shape", "time", "limit")))
+    named = {name: tensor.get(name, False) for name in ("name", "dtype", "shape", "time", "limit", "nan")}
+    spec = TensorSpec(**named)
     shape = ", ".join(["time"] * spec.time + [str(size) for size in spec.shape])
-    return [spec.name, spec.dtype, f"({shape})", "" if spec.limit is None else f"0 <= value < {spec.limit}"]
+    limit = "may be NaN" if spec.nan else "" if spec.limit is None else f"0 <= value < {spec.limit}"
+    return [spec.name, spec.dtype, f"({shape})", limit]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:

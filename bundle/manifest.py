@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite, prod
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
@@ -57,6 +57,7 @@ class TensorSpec:
     Attributes:
         time: The tensor is (batch, time, *shape); otherwise it is (batch, *shape), an output of the last step.
         limit: Bounds an integer input to `0 <= value < limit`, the rows of the table that it indexes.
+        nan: A float32 input may hold NaN, for a value that is missing.
     """
 
     __pydantic_config__ = _STRICT
@@ -66,6 +67,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     time: bool
     limit: int | None = None
+    nan: bool = False
 
     @property
     def numpy(self) -> np.dtype[np.generic]:
@@ -221,7 +223,12 @@ class Manifest:
         return row
 
     def to_json(self) -> bytes:
-        return _ADAPTER.dump_json(self, indent=2, exclude=None if self.rates else {"rates"}) + b"\n"
+        # What earlier releases do not read is left out where it says nothing.
+        left_out: dict[str, Any] = {
+            group: {i: {"nan"} for i, tensor in enumerate(getattr(self, group)) if not tensor.nan}
+            for group in ("inputs", "outputs")
+        }
+        return _ADAPTER.dump_json(self, indent=2, exclude=left_out | ({} if self.rates else {"rates": True})) + b"\n"
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
@@ -278,6 +285,8 @@ class Manifest:
                 )
             if tensor.limit is not None and not 0 < tensor.limit <= _MOST_LIMIT:
                 raise ValueError(f"the limit of {tensor.name[:80]!a} is not from 1 to {_MOST_LIMIT}")
+            if isinstance(tensor, TensorSpec) and tensor.nan and (tensor.dtype != "float32" or tensor in self.outputs):
+                raise ValueError("only an input of float32 can hold NaN")
             if not 0 < len(tensor.name) <= _LONGEST_NAME:
                 raise ValueError(f"a tensor's name has no or more than {_LONGEST_NAME} characters")
         for text in self._texts():

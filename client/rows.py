@@ -71,6 +71,8 @@ def _divided(model: Model, values: Sequence[str], where: str) -> Row:
 
 
 def _parsed(spec: Tensor, cells: Sequence[str], where: str) -> np.ndarray:
+    if spec.nan:
+        cells = [cell if cell.strip() else "nan" for cell in cells]
     if not all(map(str.strip, cells)):
         raise InvalidInput(f"{where}: a value of {spec.name!r} is missing: fill the gap, or leave the row out")
     try:

@@ -38,6 +38,7 @@ class Tensor:
         shape: Of one time step.
         time: One value for each time step; False: one, after the last.
         rate: Values per second of an input whose time steps are pieces of a signal; None: not declared.
+        nan: The input may hold NaN, for a value that is missing.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Tensor:
     shape: tuple[int, ...]
     time: bool = True
     rate: float | None = None
+    nan: bool = False
 
     @cached_property
     def numpy(self) -> np.dtype:
@@ -82,7 +84,14 @@ class Model:
     def from_json(cls, document: dict[str, Any]) -> "Model":
         def tensors(group: str) -> tuple[Tensor, ...]:
             return tuple(
-                Tensor(t["name"], t["dtype"], tuple(t["shape"]), t.get("time", False), t.get("rate"))
+                Tensor(
+                    t["name"],
+                    t["dtype"],
+                    tuple(t["shape"]),
+                    t.get("time", False),
+                    t.get("rate"),
+                    t.get("nan", False),
+                )
                 for t in document[group]
             )
 

@@ -38,7 +38,7 @@ export interface ClientOptions {
   apiKey?: string;
   /** Sent with every request; browsers cannot send them with streams. */
   headers?: Record<string, string>;
-  /** Milliseconds for one attempt; 60,000. */
+  /** Milliseconds for one attempt, more than 0; 60,000. */
   timeout?: number;
   /** Milliseconds for which a request is repeated; 60,000. 0: not at all. */
   retryFor?: number;
@@ -150,6 +150,8 @@ export class StreamSession {
   step(values: Inputs): Promise<Outputs>;
   steps(values: Inputs): Promise<Outputs>;
   stream(items: Iterable<Inputs> | AsyncIterable<Inputs>): AsyncGenerator<Outputs>;
+  /** As of a Session. Other sessions of the stream may be stepped in between. */
+  rollout(steps: number, options: RolloutOptions): AsyncGenerator<RolledStep>;
   close(): Promise<void>;
 }
 

@@ -9,7 +9,9 @@
 // that may succeed later are repeated, and sessions are resumed after a broken connection.
 
 const RAW = "application/octet-stream";
-const STEPS = 1, OUTPUTS = 2;
+const STEPS = 1, OUTPUTS = 2, ROLLED = 3;
+// The longest time that a timer can wait, in milliseconds.
+const LONGEST_WAIT = 2 ** 31 - 1;
 // Close code of a stream that pages of this origin may not open.
 const FORBIDDEN = 4403;
 const HEADER_BYTES = 8, ENTRY_BYTES = 16;
@@ -90,6 +92,12 @@ export class Client {
   // url: http:// or https://. apiKey: sent as a Bearer token. headers: sent with every request. timeout: milliseconds
   // for one attempt. retryFor: milliseconds for which a request is repeated. fetch, WebSocket: in place of the global ones.
   constructor(url, { apiKey, headers = {}, timeout = 60_000, retryFor = 60_000, ...own } = {}) {
+    if (!(timeout > 0 && timeout <= LONGEST_WAIT)) {
+      throw new InvalidInput(`timeout must be a number of milliseconds, more than 0 and at most ${LONGEST_WAIT}, not ${timeout}`);
+    }
+    if (!(Number.isFinite(retryFor) && retryFor >= 0)) {
+      throw new InvalidInput(`retryFor must be a finite number of milliseconds, 0 or more, not ${retryFor}`);
+    }
     this.url = new URL(url).href.replace(/\/+$/, "");
     this.headers = apiKey === undefined ? { ...headers } : { ...headers, authorization: `Bearer ${apiKey}` };
     this.timeout = timeout;
@@ -271,7 +279,7 @@ export class Session {
     this.path = sessionPath(`${model.name}:${model.version}`, this.id);
     this.sealed = sealed; // the state, if this client holds it
     this.queue = new Queue();
-    this.last = undefined; // makes the outputs of the last time step, if they are known
+    this.lastOutputs = undefined; // makes those of the last time step, if they are known
   }
 
   // One time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
@@ -292,40 +300,25 @@ export class Session {
   // Feed outputs back as inputs on the server: yields {position, inputs, outputs} for each time step, see
   // docs/rollout.md. on: fork, a copy of the state, or session. inputs: time steps that come first; the last of them is
   // yielded, too. outputs: those of the last time step, in place of inputs; else those that the session gave last.
-  async *rollout(steps, { map, on = "fork", inputs, outputs } = {}) {
-    if (on === "session" && this.sealed) throw new InvalidInput("a state that the client holds is rolled out on a fork");
-    const given = inputs === undefined ? undefined : flatInputs(this.model, inputs, null);
-    const body = await this.queue.run(async () => this.rolloutBody(steps, map, on, given, outputs));
-    const all = this.model.outputs.every(({ time }) => time);
-    let yielded = body.position + (given ? given.steps - 1 : 0);
+  async *rollout(steps, options) {
+    const { sealed } = this;
+    if (options?.on === "session" && sealed) throw new InvalidInput("a state that the client holds is rolled out on a fork");
+    const rollout = await this.queue.run(async () => new Rollout(this, this.model, steps, options));
+    const body = { ...rollout.members, snapshot: this.sealed && base64(this.sealed) };
     let retries = new Retries(this.client.retryFor);
-    for (;;) {
-      let reached = body.position;
-      let last;
+    while (!rollout.complete) {
+      rollout.restart();
       try {
         for await (const [name, data] of this.client.events(`${this.path}/rollout`, body)) {
           if (name === "error") throw new ServerError(data, data.status);
           if (name === "end") {
-            if (on === "session") [this.position, this.last] = [data.position, last];
-            return;
+            rollout.end(data.position);
+            break;
           }
-          const begin = reached;
-          reached = data.position;
-          const fed = tensorsOf(data.inputs, this.model.inputs);
-          const made = tensorsOf(data.outputs, this.model.outputs);
-          last = () => this.model.outputs.map((spec, i) => rowOf(made[i], spec, spec.time ? reached - begin - 1 : 0));
-          for (let position = all ? Math.max(begin, yielded) + 1 : reached; position <= reached; position++) {
-            if (position <= yielded) continue;
-            [yielded, retries] = [position, new Retries(this.client.retryFor)];
-            const row = position - begin - 1;
-            yield {
-              position,
-              inputs: named(this.model.inputs.map((spec, i) => rowOf(fed[i], spec, row)), this.model.inputs),
-              outputs: named(
-                this.model.outputs.map((spec, i) => rowOf(made[i], spec, spec.time ? row : 0)),
-                this.model.outputs,
-              ),
-            };
+          const arrays = [tensorsOf(data.inputs, this.model.inputs), tensorsOf(data.outputs, this.model.outputs)];
+          for (const step of rollout.steps(data.position, ...arrays)) {
+            retries = new Retries(this.client.retryFor);
+            yield step;
           }
         }
       } catch (error) {
@@ -335,26 +328,12 @@ export class Session {
     }
   }
 
-  rolloutBody(steps, map, on, given, outputs) {
-    const { inputs, outputs: made } = this.model;
-    const last = outputs === undefined ? this.last?.() : tensorsOf(outputs, made);
-    return {
-      steps,
-      map: typeof map === "string" ? { kind: map } : map,
-      on,
-      position: this.position,
-      inputs: given && listsOf(given.arrays, inputs, [given.steps]),
-      outputs: given || !last ? undefined : listsOf(last, made, []),
-      snapshot: this.sealed && base64(this.sealed),
-    };
-  }
-
   // Ask the server for the position, and continue from there.
   refresh() {
     return this.queue.run(async () => {
       if (this.sealed) return this.position;
       const { position } = (await this.client.ask("GET", this.path)).json;
-      if (position !== this.position) this.last = undefined;
+      if (position !== this.position) this.lastOutputs = undefined;
       return (this.position = position);
     });
   }
@@ -363,7 +342,7 @@ export class Session {
   fork(id = randomId()) {
     return this.queue.run(async () => {
       const forked = await this.copy(id);
-      forked.last = this.last;
+      forked.lastOutputs = this.lastOutputs;
       return forked;
     });
   }
@@ -395,7 +374,7 @@ export class Session {
         const answer = await this.client.ask("PUT", `${this.path}/state`, snapshot, { "content-type": RAW });
         this.position = answer.json.position;
       }
-      this.last = undefined;
+      this.lastOutputs = undefined;
       return this.position;
     });
   }
@@ -429,13 +408,61 @@ export class Session {
     const begin = this.sealed ? number(answer, "unroll-snapshot-length") : 0;
     const end = number(answer, "unroll-position");
     const outputs = named(splitOutputs(this.model, answer.bytes, begin, steps), this.model.outputs);
-    this.last = () => {
+    this.lastOutputs = () => {
       const arrays = splitOutputs(this.model, answer.bytes, begin, steps);
       return this.model.outputs.map((spec, i) => rowOf(arrays[i], spec, spec.time ? steps - 1 : 0));
     };
     if (this.sealed) this.sealed = answer.bytes.slice(0, begin);
     this.position = end;
     return outputs;
+  }
+}
+
+// A rollout without I/O: its request, and which of its time steps the caller has.
+class Rollout {
+  // session: of HTTP or of a stream, whose position advances when a rollout on it has ended.
+  constructor(session, model, steps, { map, on = "fork", inputs, outputs } = {}) {
+    const given = inputs === undefined ? undefined : flatInputs(model, inputs, null);
+    const fed = outputs === undefined ? session.lastOutputs?.() : tensorsOf(outputs, model.outputs);
+    const { position } = session;
+    Object.assign(this, { session, model, complete: false, yielded: position + (given ? given.steps - 1 : 0) });
+    this.members = {
+      steps,
+      map: typeof map === "string" ? { kind: map } : map,
+      on,
+      position,
+      inputs: given && listsOf(given.arrays, model.inputs, [given.steps]),
+      outputs: given || !fed ? undefined : listsOf(fed, model.outputs, []),
+    };
+  }
+
+  // It is sent, for the first time or again.
+  restart() {
+    this.reached = this.members.position;
+  }
+
+  // The steps of an event that were not yielded yet; of the given ones only the last is. end: the position after them.
+  *steps(end, fed, made) {
+    const { model, reached: begin } = this;
+    const outputsAt = (row) => model.outputs.map((spec, i) => rowOf(made[i], spec, spec.time ? row : 0));
+    this.reached = end;
+    this.last = () => outputsAt(end - begin - 1);
+    const all = model.outputs.every(({ time }) => time); // others have one value for all steps of an event
+    for (let position = all ? Math.max(begin, this.yielded) + 1 : end; position <= end; position++) {
+      if (position <= this.yielded) continue;
+      this.yielded = position;
+      const row = position - begin - 1;
+      yield {
+        position,
+        inputs: named(model.inputs.map((spec, i) => rowOf(fed[i], spec, row)), model.inputs),
+        outputs: named(outputsAt(row), model.outputs),
+      };
+    }
+  }
+
+  end(position) {
+    this.complete = true;
+    if (this.members.on === "session") Object.assign(this.session, { position, lastOutputs: this.last });
   }
 }
 
@@ -526,7 +553,7 @@ export class Stream {
   // Close the connection; the sessions stay open on the server, and the next call resumes them.
   disconnect() {
     const socket = this.socket;
-    this.socket = undefined;
+    this.socket = this.connected = undefined;
     socket?.then((open) => ((open.onmessage = null), open.close()), () => {});
   }
 
@@ -553,6 +580,61 @@ export class Stream {
     return call.result();
   }
 
+  // Yield the steps of a rollout, which is sent again after a broken connection.
+  async *rollOut(rollout) {
+    const { session } = rollout;
+    if (session.underway) throw new InvalidInput(`session ${session.id} is rolled out already: end that rollout first`);
+    session.underway = rollout;
+    let retries = new Retries(this.client.retryFor);
+    try {
+      while (!rollout.complete) {
+        const failure = await this.attempt(rollout);
+        while (rollout.ready.length) {
+          retries = new Retries(this.client.retryFor);
+          yield rollout.ready.shift();
+        }
+        if (failure && !(await retries.pause(failure.retryAfter ?? failure.retry_after))) throw failure;
+      }
+    } finally {
+      session.underway = undefined;
+      this.stop(rollout);
+    }
+  }
+
+  // Until there is something for the rollout's caller. Returns what may pass; raises what is final after the last step.
+  async attempt(rollout) {
+    let socket;
+    try {
+      socket = await (this.socket ??= this.connect());
+      if (rollout.session.lost) throw rollout.session.lost;
+      await this.send(socket, rollout);
+    } catch (error) {
+      if (!(error instanceof ConnectionFailed)) throw error;
+      await this.drop(socket);
+      return error;
+    }
+    return rollout.ready.length ? undefined : rollout.takeRefusal();
+  }
+
+  // No more of it is wanted.
+  stop({ complete, socket, session: { handle } }) {
+    if (complete || !socket || socket.broken || socket !== this.connected) return;
+    this.controls.push([new ControlCall("stop", [{ handle }]), [handle]]);
+    socket.send(JSON.stringify({ op: "stop", handle }));
+  }
+
+  // The rollout that an answer is about, if it is not about one that was stopped.
+  rolling(handle) {
+    if (this.controls.some(([call, handles]) => call.op === "stop" && handles.includes(handle))) return undefined;
+    this.controls = this.controls.filter(([call, handles]) => !(call instanceof Rollout && handles.includes(handle)));
+    return this.places.get(handle)?.underway;
+  }
+
+  // Disconnect, unless others have a new connection already.
+  async drop(socket) {
+    if (socket === undefined || (await this.socket?.catch(() => undefined)) === socket) this.disconnect();
+  }
+
   // Send, wait until all is answered, and send again what is refused for now or was cut off.
   async exchange(call) {
     const retries = new Retries(this.client.retryFor);
@@ -568,7 +650,7 @@ export class Stream {
         if (call.op === "close") this.disconnect(); // the server has unbound the handle: first it is bound again
       } catch (error) {
         if (!(error instanceof ConnectionFailed)) throw error;
-        if (socket === undefined || (await this.socket?.catch(() => undefined)) === socket) this.disconnect();
+        await this.drop(socket);
         if (!(await retries.pause(error.retryAfter))) throw error;
       }
     }
@@ -584,6 +666,7 @@ export class Stream {
     socket.binaryType = "arraybuffer";
     socket.waiting = new Set();
     this.controls = [];
+    this.connected = socket;
     await new Promise((resolve, reject) => {
       const failed = () => reject(new ConnectionFailed(`no connection to ${this.url}`));
       const late = setTimeout(() => (socket.close(), failed()), this.client.timeout);
@@ -637,8 +720,8 @@ export class Stream {
       const done = () => (clearTimeout(late), socket.waiting.delete(fail), (call.onSettled = undefined));
       socket.waiting.add(fail);
       call.onSettled = () => (done(), resolve());
-      if (call.unanswered.size === 0) return call.onSettled();
-      for (const [message, handles] of call.messages()) {
+      if (call.settled) return call.onSettled();
+      for (const [message, handles] of call.messages(socket)) {
         if (handles) this.controls.push([call, handles]);
         socket.send(message);
       }
@@ -648,7 +731,8 @@ export class Stream {
   receive(data) {
     if (typeof data !== "string") return this.receiveOutputs(data);
     const message = JSON.parse(data);
-    if (["opened", "closed", "detached"].includes(message.op)) {
+    if (["opened", "closed", "detached", "stopped"].includes(message.op)) {
+      while (this.controls[0]?.[0] instanceof Rollout) this.controls.shift(); // those before it have begun
       const [call, handles] = this.controls.shift() ?? [];
       call?.receive(message.sessions ?? handles.map((handle) => ({ handle })));
     }
@@ -657,31 +741,39 @@ export class Stream {
       if (place) place.batchRows = message.batch_rows;
       place?.call?.receive(message.handle, message.position, tensorsOf(message.outputs, this.model.outputs));
     }
+    if (message.op === "rolled") this.rolling(message.handle)?.end(message.position);
     if (message.op !== "error") return;
+    if (message.rollout) return this.rolling(message.handle)?.fail(message);
     if ("position" in message) return place?.call?.fail(place, message);
     const [call, handles] = this.controls.shift() ?? [];
+    if (call instanceof Rollout) return call.fail(message);
     if (call) return call.receive(handles.map((handle) => ({ handle, error: message })));
     for (const each of this.places.values()) each.call?.fail(each, message); // about a frame, none of which was applied
   }
 
   receiveOutputs(buffer) {
     const head = new DataView(buffer);
-    if (head.getUint8(0) !== OUTPUTS) return;
+    const rolled = head.getUint8(0) === ROLLED;
+    if (!rolled && head.getUint8(0) !== OUTPUTS) return;
     const count = head.getUint32(4, true);
     const entries = Array.from({ length: count }, (_, i) => {
       const at = HEADER_BYTES + ENTRY_BYTES * i;
       return [head.getUint32(at, true), head.getUint32(at + 4, true), Number(head.getBigUint64(at + 8, true))];
     });
     let begin = HEADER_BYTES + ENTRY_BYTES * count;
-    const outputs = entries.map(() => []);
-    for (const spec of this.model.outputs) {
+    const { inputs, outputs } = this.model;
+    const tensors = entries.map(() => []);
+    for (const spec of rolled ? [...inputs, ...outputs] : outputs) {
       for (let i = 0; i < count; i++) {
         const array = read(buffer, begin, spec, spec.time ? entries[i][1] : 1);
-        outputs[i].push(array);
+        tensors[i].push(array);
         begin += array.byteLength;
       }
     }
-    entries.forEach(([handle, , end], i) => this.places.get(handle)?.call?.receive(handle, end, outputs[i]));
+    entries.forEach(([handle, , end], i) => {
+      if (rolled) this.rolling(handle)?.receive(end, tensors[i].slice(0, inputs.length), tensors[i].slice(inputs.length));
+      else this.places.get(handle)?.call?.receive(handle, end, tensors[i]);
+    });
   }
 }
 
@@ -706,6 +798,12 @@ export class StreamSession {
     for await (const values of items) yield await this.step(values);
   }
 
+  // As Session.rollout. Other sessions of the stream may be stepped in between.
+  async *rollout(steps, options) {
+    await this.last;
+    yield* this.streamOf.rollOut(new StreamRollout(this, this.streamOf.model, steps, options));
+  }
+
   close() {
     return this.streamOf.closeSessions([this]);
   }
@@ -721,6 +819,48 @@ export class StreamSession {
   lose(error) {
     this.lost = error;
     this.call?.fail(this, error);
+    this.underway?.fail(error);
+  }
+}
+
+// A rollout on a stream. ready: steps that its caller has not had. socket: on which it is under way.
+class StreamRollout extends Rollout {
+  ready = [];
+
+  get settled() {
+    return this.ready.length > 0 || this.complete || this.refused !== undefined;
+  }
+
+  *messages(socket) {
+    if (this.socket === socket) return;
+    this.socket = socket;
+    this.restart();
+    const { handle } = this.session;
+    yield [JSON.stringify({ op: "rollout", handle, ...this.members }), [handle]];
+  }
+
+  receive(end, fed, made) {
+    this.ready.push(...this.steps(end, fed, made));
+    if (this.settled) this.onSettled?.();
+  }
+
+  end(position) {
+    super.end(position);
+    this.onSettled?.();
+  }
+
+  fail(error) {
+    this.socket = undefined;
+    this.refused = error instanceof ServerError ? error : new ServerError(error);
+    this.onSettled?.();
+  }
+
+  // Returns why it ended, if it may be sent again; raises it if not.
+  takeRefusal() {
+    const { refused } = this;
+    if (refused && refused.retry_after === undefined && refused.code !== "deadline_exceeded") throw refused;
+    this.refused = undefined;
+    return refused;
   }
 }
 
@@ -732,8 +872,12 @@ class Call {
     this.unanswered = new Set(keys);
   }
 
+  get settled() {
+    return this.unanswered.size === 0;
+  }
+
   get complete() {
-    return this.unanswered.size + this.again.size === 0;
+    return this.settled && this.again.size === 0;
   }
 
   get retryAfter() {
@@ -828,6 +972,7 @@ class StepsCall extends Call {
     this.given = given;
     this.positions = sessions.map(({ position }) => position);
     this.outputs = new Array(sessions.length);
+    this.lastOf = new Array(sessions.length); // makes the outputs of the last step, by row
     this.rows = new Map(sessions.map(({ handle }, row) => [handle, row]));
     for (const session of sessions) {
       session.call = this;
@@ -878,13 +1023,15 @@ class StepsCall extends Call {
   receive(handle, end, outputs) {
     const row = this.rows.get(handle);
     if (!this.unanswered.has(row) || end !== this.positions[row] + this.given[row].steps) return;
+    const last = this.model.outputs.map((spec, i) => rowOf(outputs[i], spec, spec.time ? this.given[row].steps - 1 : 0));
+    this.lastOf[row] = () => last; // the caller may change the outputs
     this.outputs[row] = named(outputs, this.model.outputs);
     this.ends.set(row, end);
     this.answer(row);
   }
 
   advance() {
-    for (const [row, end] of this.ends) this.sessions[row].position = end;
+    for (const [row, end] of this.ends) Object.assign(this.sessions[row], { position: end, lastOutputs: this.lastOf[row] });
   }
 
   result() {

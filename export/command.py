@@ -69,6 +69,7 @@ def _export(options: "Export") -> Report:
             state={spec.name: spec.output for spec in map(StateSpec.parse, options.state or ())},
             step=options.step,
             sign=options.sign,
+            allow_nan=options.allow_nan or (),
             rates=dict(map(input_rate, options.input_rate or ())),
             progress=progress,
         )

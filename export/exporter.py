@@ -33,6 +33,7 @@ def export(
     static: Collection[str] = (),
     state: Mapping[str, str] = MappingProxyType({}),
     step: bool = False,
+    allow_nan: Collection[str] = (),
     rates: Mapping[str, float] = MappingProxyType({}),
     sign: Path | str | None = None,
     progress: Progress = lambda stage: None,
@@ -58,6 +59,8 @@ def export(
             `y1` is the second of a tuple. Their example, the same in every row, is what a sequence starts from.
         step: forward makes one time step: its inputs are (batch, ...), and `state` names the states that it takes and
             returns, of any shape; one that forward can do without (`state=None`) may be left out of the example.
+        allow_nan: inputs of float32 that may hold NaN, for a value that is missing: forward chooses what to compute
+            then, as with torch.where(torch.isnan(x), ...). It is tried with NaN at random places.
         rates: values per second of inputs whose time steps are consecutive pieces of a signal, such as sound. No number
             depends on them: `unroll stream` checks recordings by them, and the page listens to a microphone at them.
         sign: file of a private key, as `unroll keys pair` makes one; the bundle is signed with it.
@@ -84,6 +87,7 @@ def export(
         max_error=max_error,
         signer=_signer(sign),
         rates=dict(rates),
+        allow_nan=frozenset(allow_nan),
     )
     return Pipeline(options, progress).run(module, example_inputs)
 

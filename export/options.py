@@ -4,12 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from unroll.bundle import BundleError, Precision
 from unroll.bundle.manifest import check_name
 from unroll.bundle.signature import Signer
 from unroll.export.errors import ExportError
 from unroll.export.signature.arguments import DeclaredArguments
+from unroll.export.signature.samples import missing
 
 #: Called with a line at the beginning of each stage.
 Progress = Callable[[str], None]
@@ -31,6 +36,17 @@ class ExportOptions:
     max_error: float | None
     signer: Signer | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
+    allow_nan: frozenset[str] = frozenset()
+
+    def with_missing(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The example with NaN at random places of the inputs that may hold it. Raises ExportError(input)."""
+        for name in self.allow_nan:
+            value = example.get(name)
+            if name in self.arguments.static or name in self.arguments.state or not isinstance(value, Tensor):
+                raise ExportError("input", f"NaN is allowed in {name!r}, which is no input with time")
+            if value.dtype != torch.float32:
+                raise ExportError("input", f"NaN is allowed in {name!r}, which is {value.dtype} and not float32")
+        return {name: missing(value) if name in self.allow_nan else value for name, value in example.items()}
 
     def check_rates(self, example: Mapping[str, object]) -> None:
         """Raises ExportError(input) for a rate that is none, or of no input with time."""

@@ -200,7 +200,8 @@ class Pipeline:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
         check_arguments(model, example)
         self._options.check_rates(example)
-        preconditions.check_example(example)
+        preconditions.check_example(example, self._options.allow_nan)
+        example = self._options.with_missing(example)
         if missing := {*declared.static, *declared.state} - example.keys():
             raise ExportError(
                 "input", f"{', '.join(sorted(missing))} is in `static` or `state`, and not in the example inputs"
@@ -215,7 +216,7 @@ class Pipeline:
         RestoreAttributes(model, sorted({*attributes, *fitted}))
         tried = copy.deepcopy(model)
         returned = attempt("the example", lambda: preconditions.check_steady(lambda: tried(**example), attributes))
-        preconditions.check_finite(leaves(returned))
+        preconditions.check_finite(leaves(returned), self._options.allow_nan)
         return replace(prepared, attributes=attributes, fitted=fitted)
 
     def _fitted(self, model: nn.Module, example: dict[str, Any]) -> list[Attribute]:

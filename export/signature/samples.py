@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unroll.bundle import Manifest
 from unroll.bundle.golden import Arrays
+
+#: Of the values of an input that may hold NaN.
+_MISSING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ class Samples:
         else:
             # Multiplied, not added: zeros stay zero and signs stay, whatever each feature's scale.
             jittered = chosen * (1 + 0.1 * noise)
+        if np.isnan(array).any():  # as an input that may hold NaN does
+            jittered = np.where(rng.random(shape) < _MISSING, np.nan, jittered)
         return jittered.astype(array.dtype)
 
 
@@ -85,3 +91,10 @@ def states(batch: int, initial: np.ndarray, seed: int) -> np.ndarray:
 def as_tensors(arrays: Arrays, *, double: bool) -> dict[str, torch.Tensor]:
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     return {name: t.double() if double and t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def missing(tensor: Tensor) -> Tensor:
+    """The tensor with NaN at random places, and in its last one."""
+    places = torch.rand(tensor.shape) < _MISSING
+    places.view(-1)[-1] = True
+    return tensor.masked_fill(places, torch.nan)

@@ -20,7 +20,14 @@ def draft_manifest(name: str, version: str, lifted: LiftedModel, initial_row: np
     """
     single, samples = lifted.single, lifted.samples
     inputs = tuple(
-        TensorSpec(key, DTYPES[torch.from_numpy(array).dtype], array.shape[2:], True, samples.limits.get(key))
+        TensorSpec(
+            key,
+            DTYPES[torch.from_numpy(array).dtype],
+            array.shape[2:],
+            True,
+            samples.limits.get(key),
+            nan=bool(np.isnan(array).any()),
+        )
         for key, array in samples.example.items()
     )
     offsets = {slot.module: slot.offset for slot in single.layout.slots if slot.kind == "static"}

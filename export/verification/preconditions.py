@@ -1,6 +1,6 @@
 """Checks of the user's model before it is lifted: kinds of modules, dtypes, equal answers to equal calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -53,14 +53,18 @@ def in_its_own_precision(error: ExportError, dtype: torch.dtype) -> ExportError:
     )
 
 
-def check_example(example: dict[str, Any]) -> None:
+def check_example(example: dict[str, Any], allow_nan: Collection[str]) -> None:
     """Raises ExportError(not_finite) for an input that holds NaN or infinity: a server refuses such values."""
     for name, value in example.items():
-        if any(isinstance(leaf, Tensor) and not torch.isfinite(leaf).all() for leaf in pytree.tree_leaves(value)):
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        if name in allow_nan:
+            tensors = [tensor.nan_to_num(0, posinf=torch.inf, neginf=-torch.inf) for tensor in tensors]
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
             raise ExportError(
                 "not_finite",
-                f"input {name!r} of the example holds NaN or infinity, which a server refuses. Give missing values as "
-                "numbers, and say which they are in an input of their own: torch.isnan(x).float()",
+                f"input {name!r} of the example holds NaN or infinity, which a server refuses. If NaN stands for a "
+                f"missing value, allow it: --allow-nan {name}, or allow_nan=[{name!r}]; or give numbers, and say which "
+                "are missing in an input of their own: torch.isnan(x).float()",
             )
 
 
@@ -81,7 +85,12 @@ def check_steady(forward: Callable[[], Any], state: list[Attribute]) -> Any:
     )
 
 
-def check_finite(named: list[tuple[str, Tensor]]) -> None:
+def check_finite(named: list[tuple[str, Tensor]], allow_nan: Collection[str]) -> None:
+    """Raises ExportError(not_finite) for an output that holds NaN or infinity."""
     for name, tensor in named:
         if not torch.isfinite(tensor).all():
-            raise ExportError("not_finite", f"output {name or 'y'!r} holds NaN or infinity on the example inputs")
+            where = f", with NaN in {', '.join(sorted(allow_nan))}: choose what to compute with" if allow_nan else ""
+            advice = f"{where} torch.where(torch.isnan(x), a, b), as NaN * 0 is NaN" if allow_nan else ""
+            raise ExportError(
+                "not_finite", f"output {name or 'y'!r} holds NaN or infinity on the example inputs{advice}"
+            )

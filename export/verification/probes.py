@@ -38,11 +38,20 @@ def check_rows(reference: Subject) -> None:
     """Check that a sequence's outputs do not depend on the other sequences of its batch.
 
     Raises:
-        ExportError: rows_mixed, if they do.
+        ExportError: rows_mixed, if they do; not_finite, if an allowed NaN stays in an output or in the state.
     """
+    missing = ", ".join(spec.name for spec in reference.manifest.inputs if spec.nan)
     for trial in trials.ROWS:
         inputs, rows = reference.inputs(trial), reference.rows(trial)
         together = reference.whole(inputs, rows)
+        kept = next((name for name, array in together.items() if np.isnan(array).any()), None)
+        if missing and kept is not None:
+            what = "the state" if kept == "state_out" else f"output {kept!r}"
+            raise ExportError(
+                "not_finite",
+                f"{what} is NaN where {missing} is; choose with torch.where(torch.isnan(x), a, b), or fill with "
+                "torch.nan_to_num, before anything is computed or handed on",
+            )
         for row in range(trial.batch):
             alone = reference.whole(select_rows(inputs, slice(row, row + 1)), rows[row : row + 1])
             for name, array in alone.items():

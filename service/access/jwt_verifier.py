@@ -139,8 +139,12 @@ class JwtVerifier:
                 signed_by=kid or next(iter(self.keys or {""})),
             )
         except ValidationError as error:
-            if error.errors()[0]["loc"] == ("scopes",):
+            field = error.errors()[0]["loc"][0]
+            if field == "scopes":
                 raise Forbidden(f"the JWT has none of the scopes {', '.join(SCOPES)}") from None
+            if field != "tenant":
+                where = "its claim 'sub'" if field == "name" else "its kid"
+                raise Unauthenticated(f"the JWT is not accepted: {where} has a lone surrogate") from None
             claim = self._config.tenant
             raise Unauthenticated(
                 f"the JWT is not accepted: its claim {claim!r} is no tenant: 1 to 32 letters, digits, . _ -"

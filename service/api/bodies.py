@@ -102,6 +102,7 @@ class Tensor(BaseModel):
     rate: float | None = Field(
         None, description="values per second of an input whose time steps are pieces of a signal; null: not declared"
     )
+    nan: bool = Field(False, description="the input may hold NaN, in JSON null, for a value that is missing")
 
 
 class StaticTensor(BaseModel):

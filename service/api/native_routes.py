@@ -242,10 +242,7 @@ def _describe(app: AppState, served: ServedModel, tenant: str) -> ModelInfo:
     manifest = served.manifest
     rates = manifest.rates
     tensors = [
-        [
-            Tensor(name=t.name, dtype=t.dtype, shape=list(t.shape), time=t.time, limit=t.limit, rate=rates.get(t.name))
-            for t in group
-        ]
+        [Tensor(**asdict(t) | {"shape": list(t.shape), "rate": rates.get(t.name)}) for t in group]
         for group in (manifest.inputs, manifest.outputs)
     ]
     return ModelInfo(

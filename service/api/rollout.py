@@ -6,7 +6,9 @@ chunk of it: applied as a whole at its end, once, and a retry gets the same outp
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -41,6 +43,11 @@ _log = structlog.get_logger(__name__)
 
 #: What is sent of each step: the inputs, which the map made, or the outputs.
 Send = Literal["both", "inputs", "outputs"]
+#: Time steps as they ran: their inputs and outputs.
+_Piece = tuple[Tensors, Tensors]
+
+#: Seconds for which steps that are all there are encoded in one turn of the event loop.
+_TURN_SECONDS = 0.001
 
 
 class RolloutSpec(BaseModel):
@@ -125,8 +132,10 @@ class RolloutCall:
         self._served: ServedModel | None = None
         self._rollout: Rollout | None = None  # what was asked for
         self._running: Rollout | None = None  # what runs: the same, or that of an earlier request
-        self._waiting: list[tuple[Tensors, Tensors]] = []  # steps that will be sent together
-        self._sent = 0
+        self._waiting: list[_Piece] = []  # steps that will be sent together
+        self._steps_waiting = self._sent = 0
+        self._is_behind = False  # pieces that ran before are being sent
+        self._outcome: Outcome | None = None  # that came meanwhile
         self._over = False
 
     async def begin(self) -> None:
@@ -229,17 +238,34 @@ class RolloutCall:
             served.scheduler.rollouts.add(rollout)
         elif not isinstance(accepted, Rollout):
             return  # the reply of an earlier request was sent
-        else:
-            for inputs, outputs in zip(accepted.fed, accepted.pieces or (), strict=False):
-                self._on_piece(inputs, outputs)
-        self._running = accepted
-        accepted.followers.append(self._follower)
+        self._running, self._is_behind = accepted, True
+        self._deliver(_pieces_of(accepted), partial(self._follow, accepted))
+
+    def _follow(self, running: Rollout) -> None:
+        """All that ran before was sent; the next pieces come as they run."""
+        self._is_behind = False
+        running.followers.append(self._follower)
+        if self._outcome is not None:
+            self._finish(self._outcome)
 
     # ── what it brings ───────────────────────────────────────────────────────────────────────────
 
+    def _deliver(self, pieces: Iterator[_Piece], then: Callable[[], None]) -> None:
+        """Send pieces that are all there, in as many turns of the event loop as they need."""
+        until = perf_counter() + _TURN_SECONDS
+        for inputs, outputs in pieces:
+            if self._over:
+                return
+            self._on_piece(inputs, outputs)
+            if perf_counter() > until:
+                self._app.turns.call(partial(self._deliver, pieces, then))
+                return
+        then()
+
     def _on_piece(self, inputs: Tensors, outputs: Tensors) -> None:
         self._waiting.append((inputs, outputs))
-        if sum(len(each[0]) for each, _ in self._waiting) >= self._wanted.steps_per_event:
+        self._steps_waiting += len(inputs[0])
+        if self._steps_waiting >= self._wanted.steps_per_event:
             self._flush()
 
     def _flush(self) -> None:
@@ -248,7 +274,7 @@ class RolloutCall:
         assert self._served is not None
         assert self._rollout is not None
         columns = [zip(*tensors, strict=True) for tensors in zip(*self._waiting, strict=True)]
-        self._waiting = []
+        self._waiting, self._steps_waiting = [], 0
         inputs, outputs = [
             tuple([parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in column]) for column in columns
         ]
@@ -261,6 +287,9 @@ class RolloutCall:
             asyncio.get_running_loop().call_soon(self.cancel)
 
     def _finish(self, outcome: Outcome) -> None:
+        if self._is_behind:
+            self._outcome = outcome
+            return
         if self._over:
             return
         if isinstance(outcome, UnrollError):
@@ -269,24 +298,24 @@ class RolloutCall:
                 return
             self._fail(outcome)
             return
-        if self._running is not None:
-            inputs = self._running.fed[-1]
-            steps = len(inputs[0])
-            self._on_piece(inputs, self._last_of(outcome, steps))
-        else:
-            self._replay(outcome)
+        last = self._pieces_again(outcome) if self._running is None else self._last_piece(outcome, self._running)
+        self._deliver(iter(last), partial(self._end, outcome))
+
+    def _end(self, outcome: Reply) -> None:
         self._flush()
         if self._over:  # they could not be encoded
             return
         self._over = True
         self._sink.on_end(outcome.position, outcome.kept)
 
-    def _last_of(self, reply: Reply, steps: int) -> Tensors:
+    def _last_piece(self, reply: Reply, running: Rollout) -> list[_Piece]:
         assert self._served is not None
-        specs = self._served.manifest.outputs
-        return tuple([array[-steps:] if spec.time else array for spec, array in zip(specs, reply.outputs, strict=True)])
+        specs, inputs = self._served.manifest.outputs, running.fed[-1]
+        steps = len(inputs[0])
+        cut = [array[-steps:] if spec.time else array for spec, array in zip(specs, reply.outputs, strict=True)]
+        return [(inputs, tuple(cut))]
 
-    def _replay(self, reply: Reply) -> None:
+    def _pieces_again(self, reply: Reply) -> Iterator[_Piece]:
         """An earlier request was applied: the inputs are made again of its outputs."""
         assert self._rollout is not None
         rollout = self._rollout
@@ -294,7 +323,7 @@ class RolloutCall:
         while True:
             end = done + len(inputs[0])
             outputs = tuple([array[done:end] for array in reply.outputs])
-            self._on_piece(inputs, outputs)
+            yield inputs, outputs
             if end == rollout.length:
                 return
             done, inputs = end, rollout.feed(outputs, rollout.start + end)
@@ -304,6 +333,16 @@ class RolloutCall:
             self._flush()
             self._over = True
             self._sink.on_error(error)
+
+
+def _pieces_of(running: Rollout) -> Iterator[_Piece]:
+    """Those that have run, also while they are sent. The last one of all comes with the reply."""
+    done = 0
+    for index, outputs in enumerate(running.pieces or ()):
+        inputs = running.fed[index]
+        done += len(inputs[0])
+        if done < running.length:
+            yield inputs, outputs
 
 
 def step_members(codec: Codec, send: Send, position: int, inputs: Tensors, outputs: Tensors) -> dict[str, Any]:

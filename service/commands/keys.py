@@ -29,6 +29,8 @@ def add(path: Path, name: str, tenant: str, scopes: Sequence[str]) -> str:
 
 def lines(ring: KeyRing) -> Iterator[str]:
     """Yield the keys and quotas in words."""
+    if not ring.keys:
+        yield "no keys: for a server with --jwt-keys"
     for key in ring.keys.values():
         end = "" if key.expires is None else f"  {'expired' if key.is_over() else 'expires'} {key.expires.isoformat()}"
         yield f"{key.name}  tenant {key.tenant}  {' '.join(sorted(key.scopes))}{end}"

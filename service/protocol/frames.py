@@ -205,10 +205,7 @@ class FrameCodec:
         if len(chunk[0]) > self.max_steps:
             return InvalidShape(f"{len(chunk[0])} time steps in one chunk; at most {self.max_steps} are allowed")
         for spec, array in zip(self.inputs, chunk, strict=True):
-            if spec.dtype == "float32":
-                if not all_finite(array):
-                    return _invalid_value(spec)
-            elif _valid_values(spec, array) is not None:
+            if _valid_values(spec, array) is not None:
                 return _invalid_value(spec)
         return None
 
@@ -278,7 +275,7 @@ def _split(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
 def _valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
     """Which values the tensor may hold; None if it may hold all of them."""
     if spec.dtype == "float32":
-        valid = np.isfinite(array)
+        valid = ~np.isinf(array) if spec.nan else np.isfinite(array)
     elif spec.dtype == "bool":
         valid = array.view(np.uint8) < 2
     elif spec.limit is not None:
@@ -290,7 +287,7 @@ def _valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
 
 def _invalid_value(spec: TensorSpec) -> UnrollError:
     if spec.dtype == "float32":
-        return NonFiniteInput(f"{spec.name!r} holds NaN or infinity")
+        return NonFiniteInput(f"{spec.name!r} holds {'' if spec.nan else 'NaN or '}infinity")
     if spec.dtype == "bool":
         return OutOfRange(f"{spec.name!r} must hold bytes 0 or 1")
     return OutOfRange(f"{spec.name!r} must be in 0 … {(spec.limit or 0) - 1}")

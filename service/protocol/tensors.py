@@ -178,7 +178,7 @@ class Codec:
     def checked(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
         """Returns the array if it is a valid input (time, *shape) of this model; raises InvalidRequest if not."""
         self._check_shape(spec, array)
-        if spec.dtype == "float32" and not all_finite(array):
+        if spec.dtype == "float32" and not all_finite(array) and not (spec.nan and not np.isinf(array).any()):
             raise _non_finite(spec)
         self._check_limit(spec, array)
         return array
@@ -224,11 +224,13 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 def numbers(spec: TensorSpec, value: Any) -> np.ndarray:
-    """A JSON list, nested or flat, as a finite array of the tensor's dtype; the caller checks its shape.
+    """A JSON list, nested or flat, as an array of values that the tensor takes; the caller checks its shape.
 
     Types and lengths are compared before NumPy sees a value: it would make room for the longest string at every place.
     """
     values, shape = _flat(spec, value)
+    if spec.nan and None in values:
+        values = [math.nan if value is None else value for value in values]
     if values and not _ACCEPTED[spec.numpy.kind].issuperset(map(type, values)):
         raise InvalidDtype(f"{spec.name!r} must contain values of type {spec.dtype} only")
     if spec.numpy.kind == "f":
@@ -264,13 +266,13 @@ def _floats(spec: TensorSpec, values: list[float]) -> np.ndarray:
             converted = array.astype(spec.numpy)
     except OverflowError:  # a whole number larger than any float
         raise _non_finite(spec) from None
-    if not np.isfinite(converted).all():
+    if not (np.isfinite(converted) | (spec.nan & np.isnan(converted))).all():
         raise _non_finite(spec)
     return converted
 
 
 def _non_finite(spec: TensorSpec) -> NonFiniteInput:
-    return NonFiniteInput(f"{spec.name!r} holds NaN, infinity or a value too large for float32")
+    return NonFiniteInput(f"{spec.name!r} holds {'' if spec.nan else 'NaN, '}infinity or a value too large for float32")
 
 
 def dtype_hint(spec: TensorSpec, size: int, each: int, steps: int | None) -> str:

@@ -108,6 +108,38 @@ const scenarios = {
     ];
     return { forks, applied, position: applied.at(-1)[0], drawn, refused };
   },
+  async streamRollouts() {
+    const plain = ({ position, inputs, outputs }) => [position, Array.from(inputs, Number), Array.from(outputs)];
+    const map = { kind: "columns", columns: [{ from: 1 }, { from: 0, scale: -0.7, offset: 0.1 }, { constant: 0.5 }] };
+    const stream = await client.stream("lstm");
+    const [one, two, other] = await stream.open(3);
+    await stream.steps([one, two], [x, x]);
+    const roll = async (session, steps, options) => {
+      const found = [];
+      for await (const step of session.rollout(steps, options)) {
+        found.push(plain(step));
+        if (options.breaks && found.length % 2 === 1) stream.disconnect();
+        if (options.between) await other.step(x[0]);
+      }
+      return found;
+    };
+    const found = await Promise.all([roll(one, 4, { map, between: true }), roll(two, 4, { map, breaks: true })]);
+    for await (const step of one.rollout(4096, { map })) if (step.position > 0) break;
+    found.push(await roll(one, 4, { map }));
+    found.push((await roll(other, 4, { map: { kind: "columns", columns: [{ constant: 1 }, { constant: 2 }, { constant: 3 }] }, inputs: x })).length);
+    found.push([...(await roll(one, 2, { map, on: "session", breaks: true })), ...(await roll(one, 2, { map, on: "session" }))]);
+    const after = Array.from(await one.step(x[0]));
+    const refused = [
+      await refusal(() => roll(one, 3, { map: "identity" })), await refusal(() => roll(one, 3, { map, inputs: [1] })),
+      await refusal(() => roll(one, 0, { map })),
+    ];
+    await one.close();
+    refused.push(await refusal(() => roll(one, 3, { map })));
+    for (const wrong of [Infinity, Number.NaN, -1, "1s"]) {
+      for (const name of ["timeout", "retryFor"]) refused.push(await refusal(() => new Client(url, { [name]: wrong })));
+    }
+    return { found, after, position: one.position, refused };
+  },
   async refusals() {
     const session = await client.session("lstm", { id: "a/b ö" });
     const stream = await client.stream("lstm");

@@ -71,6 +71,12 @@ async def test_the_javascript_client_masters_every_conversation(node: list[str])
     }
 
 
+async def test_steps_in_json_are_judged_like_frames(node: list[str]) -> None:
+    names = ("stream-steps-and-chunks", "stream-several-tensors", "stream-outputs-lost", "stream-outputs-cut-in-half")
+    names += ("stream-outputs-twice", "stream-deadline-exceeded", "stream-gap", "stream-wrong-values")
+    assert not_passed(await played([*node, suite.FOLDER / "driver.mjs", "--json"], names)) == {}
+
+
 async def test_the_python_example_goes_as_far_as_it_says() -> None:
     assert not_passed(await played([sys.executable, HERE / "example_driver.py"], OF_EXAMPLES)) == {}
 

@@ -83,16 +83,20 @@ def test_it_gets_the_same_bits(server: Running, oracle: Oracles, given: dict[str
     assert same(streamed["after"], longer[9])
 
 
-def test_it_rolls_sessions_out(server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play) -> None:
-    found = play(server.url, "rollouts")["rollouts"]
-    x = given["x"]
-    y = oracle("lstm")(x)
+def rolled(lstm: Oracle, x: np.ndarray) -> tuple[list[list], np.ndarray]:
+    """Four steps after x that are made of the outputs before them, and all steps."""
     right = []
     for position in range(9, 13):
-        inputs = np.array([y[-1][1], float(y[-1][0]) * -0.7 + 0.1, 0.5]).astype(np.float32)
+        y = lstm(x)[-1]
+        inputs = np.array([y[1], float(y[0]) * -0.7 + 0.1, 0.5]).astype(np.float32)
         x = np.concatenate([x, inputs[np.newaxis]])
-        y = oracle("lstm")(x)
-        right.append([position, inputs.tolist(), y[-1].tolist()])
+        right.append([position, inputs.tolist(), lstm(x)[-1].tolist()])
+    return right, x
+
+
+def test_it_rolls_sessions_out(server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play) -> None:
+    found = play(server.url, "rollouts")["rollouts"]
+    right, _ = rolled(oracle("lstm"), given["x"])
     assert found["forks"] == [right] * 6
     assert found["applied"] == right
     tokens = [3]
@@ -102,6 +106,23 @@ def test_it_rolls_sessions_out(server: Running, oracle: Oracles, given: dict[str
         tokens.append(token)
         assert same(logits, oracle("tokens")(np.array(tokens))[-1])
     assert found["refused"] == ["map_invalid", "InvalidInput"]
+
+
+def test_it_rolls_sessions_of_a_stream_out_over_broken_connections(
+    server: Running, oracle: Oracles, given: dict[str, np.ndarray], play: Play
+) -> None:
+    found = play(server.url, "streamRollouts")["streamRollouts"]
+    right, x = rolled(oracle("lstm"), given["x"])
+    assert found["found"] == [right, right, right, 5, right]
+    assert same(found["after"], oracle("lstm")(np.concatenate([x, given["x"][:1]]))[-1])
+    assert found["position"] == 13
+    assert found["refused"] == [
+        "map_invalid",
+        "InvalidInput",
+        "malformed_request",
+        "session_closed",
+        *["InvalidInput"] * 8,
+    ]
 
 
 def test_refusals_have_their_codes(server: Running, play: Play) -> None:

@@ -178,6 +178,23 @@ class StateUsed(nn.Module):
         return self.head(c[0])
 
 
+class Gaps(nn.Module):
+    """A missing value is the last one that was there, which fades away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fade, self.cell, self.head = nn.Parameter(torch.rand(3)), nn.GRUCell(7, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, known: Tensor) -> Tensor:
+        h, last, answers = x.new_zeros(x.shape[0], 6), x.new_zeros(x.shape[0], 3), []
+        for t in range(x.shape[1]):
+            is_missing = torch.isnan(x[:, t])
+            last = torch.where(is_missing, self.fade * last, x[:, t])
+            h = self.cell(torch.cat([last, is_missing.float(), known[:, t]], 1), h)
+            answers.append(self.head(h))
+        return torch.stack(answers, 1)
+
+
 def tiny() -> Model:
     """What `unroll doctor` has as version 1, with the weights of the seed."""
     config = StackedRNNConfig(cell="lstm", hidden_size=4, layers=2, input_size=2, output_size=1)
@@ -219,6 +236,7 @@ MODELS: dict[str, Callable[[], Model]] = {
         _x() | {"known": torch.randn(2, 2), "cache": torch.zeros(2, 2, 3)},
         {"static": ["known"], "state": {"cache": "y1"}},
     ),
+    "gaps/1": lambda: Model(Gaps(), _x() | {"known": torch.randn(2, 9, 1)}, {"allow_nan": ["x"]}),
     "tiny/2": tiny,
     "tables/1": lambda: Model(Tables(), _tables()),
     "bare/1": lambda: Model(Bare(), _x(4)),

@@ -70,6 +70,14 @@ class Export:
             _spec("InputSpec.parse"),
         ),
     ] = None
+    allow_nan: Annotated[
+        list[str] | None,
+        option(
+            "--allow-nan",
+            "INPUT",
+            "this input of float32 may hold NaN, for a value that is missing: forward must know what to do with it",
+        ),
+    ] = None
     input_rate: Annotated[
         list[str] | None,
         option(

@@ -51,7 +51,10 @@ class New:
 
 @dataclass(frozen=True)
 class Check:
-    """Read a file of keys, and list them. The exit status is 1 if it cannot be used."""
+    """Read a file of keys, and list them. The exit status is 1 if it cannot be used.
+
+    A file with quotas of tenants and no keys can be used beside `--jwt-keys` only, and the list says so.
+    """
 
     file: Annotated[Path, _FILE]
 
@@ -60,7 +63,10 @@ class Check:
         from unroll.service.commands import keys
 
         try:
-            print(*keys.lines(KeyRing.read(self.file)), sep="\n")
+            ring = KeyRing.read(self.file, only_keys=False)
+            if ring.keys or not ring.quotas:
+                ring = KeyRing.read(self.file)
+            print(*keys.lines(ring), sep="\n")
         except KeysRefused as error:
             raise Failed(str(error)) from error
         return 0

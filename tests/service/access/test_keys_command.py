@@ -38,7 +38,19 @@ def test_a_new_file_is_its_owners(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "keys.toml").stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("content", ["keys = [", "[[keys]]\nname = 'x'\n"])
+def test_quotas_without_keys_are_for_a_server_that_takes_jwts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text("[tenants.acme]\nsessions = 7\n")
+    assert keys("check", str(path)) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "no keys: for a server with --jwt-keys",
+        "tenant acme: sessions 7",
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "keys = [", "[[keys]]\nname = 'x'\n"])
 def test_a_file_that_cannot_be_used_stays_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:

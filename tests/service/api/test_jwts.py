@@ -217,6 +217,13 @@ def test_attacks(guarded: Guarded, provider: Provider, name: str, attack: str, c
     assert set(provider.asked[before:]) <= {"/jwks"}
 
 
+@pytest.mark.parametrize("claim", ["sub", "tenant"])
+def test_a_claim_with_a_lone_surrogate_is_named(guarded: Guarded, claim: str) -> None:
+    answer = guarded.get(token(**{claim: "\ud800"}))
+    assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
+    assert f"its claim {claim!r}" in answer.json()["detail"]
+
+
 def test_scopes_of_others_open_nothing(guarded: Guarded) -> None:
     assert guarded.get(token(scope="openid profile")).json()["code"] == "forbidden"
     assert guarded.get(token(scope="metrics")).json()["code"] == "forbidden"

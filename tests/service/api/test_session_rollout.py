@@ -13,6 +13,7 @@ import pytest
 from rollouts import by_hand, events, roll, sample
 from serving import Running, Serve, SlowEngine, metric
 from waiting import until
+from websockets.sync.client import connect
 
 from unroll.service.settings import Settings
 
@@ -234,6 +235,25 @@ def test_a_retry_gets_the_same_and_applies_nothing(store_client: httpx.Client, d
         assert (answer.status_code, answer.json()["code"], answer.json()["expected"]) == (409, code, 8)
     client.post(f"{session}/steps", json={"inputs": X[:1]})
     assert client.post(f"{session}/rollout", json=body).json()["code"] == "position_too_old"
+
+
+def test_others_are_answered_while_a_retry_gets_its_steps(server: Running) -> None:
+    steps = {"op": "steps", "handle": 1, "position": 0, "inputs": X}
+    wanted = {"steps": 1000, "map": COLUMNS, "on": "session", "inputs": X, "position": 0, "values": "json"}
+    rollout = json.dumps({"op": "rollout", "handle": 0, **wanted})
+    with connect(f"ws{server.url[4:]}/v1/models/lstm/stream") as stream:
+        stream.send(json.dumps({"op": "open", "sessions": [{"handle": 0}, {"handle": 1}]}))
+        stream.recv()
+        stream.send(rollout)
+        first = [json.loads(stream.recv()) for _ in range(1002)]
+        stream.send(rollout)
+        stream.send(json.dumps(steps))
+        again = [json.loads(stream.recv()) for _ in range(1003)]
+    (at,) = [index for index, message in enumerate(again) if message["op"] == "outputs"]
+    del again[at]
+    assert again == first
+    assert first[-1] == {"op": "rolled", "handle": 0, "position": 1002, "reply_kept": True}
+    assert at < 1000
 
 
 def test_the_next_server_knows_a_rollout_that_was_committed(serve: Serve, tmp_path: Path) -> None:
