@@ -1,6 +1,8 @@
 # `make` alone lists the targets. pip's own configuration applies to all of them.
 PYTHON  ?= python3
 PORT    ?= 8000
+# Of tests: one more than cores, since a third of their time they wait for servers.
+PROCESSES ?= 3
 RUNTIME ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),gpu,cpu)
 BIN     := .venv/bin
 # With an NVIDIA driver, serving also needs the CUDA libraries, which are available as wheels.
@@ -22,12 +24,12 @@ run: .venv-serve/.installed ## serve the example bundles on :8000 and run the de
 stop: ## stop the server that `make run DETACH=1` left running
 	@test ! -e .venv-serve/.installed || .venv-serve/bin/python -m unroll.examples.run --stop
 
-test: install ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: install ## run all tests (PROCESSES=3)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 coverage: install ## run the tests, print their line and branch coverage of unroll, and write htmlcov/
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/coverage run -m pytest -n $(PROCESSES) --dist worksteal
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage html -q
 	$(BIN)/coverage report
@@ -63,7 +65,7 @@ fuzz: install .tools/atheris/.installed ## bytes for each decoder of what others
 	PYTHONPATH=tests:.tools/atheris $(BIN)/python -m decoder_fuzz --seconds $(or $(SECONDS),60)
 
 long-test: install ## run the tests that `make test` leaves out: export of every kind of module, and a benchmark (minutes)
-	$(BIN)/python -m pytest -m long -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m long -n $(PROCESSES) --dist worksteal
 
 check: install ## check format, lint, types, import contracts and spelling
 	$(BIN)/ruff format --check .

@@ -109,11 +109,6 @@ def build(
         gate,
         RequestLog(settings.log_requests),
     )
-    workers = None
-    if settings.worker_port is not None:
-        ports = range(settings.worker_port, settings.worker_port + settings.workers)
-        tls = settings.tls_files()
-        workers = WorkerMetrics(settings.host, ports, None if tls is None else tls.client_context)
     app = _fastapi(state, lambda _: _lifespan(state, state_file, settings.store_timeout))
     _add_inference(app, state)
     if settings.shows_page:
@@ -123,11 +118,19 @@ def build(
     operator = app
     if settings.admin_port is not None:
         operator = app.state.operator = _fastapi(state, None)
-    operator.include_router(health_routes.metrics_router(state, workers))
+    operator.include_router(health_routes.metrics_router(state, _worker_metrics(settings)))
     _add_administration(operator, settings, state, store, clock)
     loads = settings.offers_operations and operator is app
     app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
     return app, state
+
+
+def _worker_metrics(settings: Settings) -> WorkerMetrics | None:
+    if settings.worker_port is None:
+        return None
+    ports = range(settings.worker_port, settings.worker_port + settings.workers)
+    tls = settings.tls_files()
+    return WorkerMetrics(settings.host, ports, None if tls is None else tls.client_context)
 
 
 def _add_inference(app: FastAPI, state: AppState) -> None:

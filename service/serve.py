@@ -65,10 +65,7 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
             log.info("sessions", durability=settings.default_durability, **asyncio.run(where))
         shared = () if worker is None else (worker.shared_port, worker.ticket_secret)
         application, state = app.build(settings, None, *shared)
-        operator_listener = None
-        if settings.admin_port is not None:
-            operator_listener = bind(settings.admin_host, settings.admin_port)
-            log.info("operator's port", host=settings.admin_host, port=operator_listener.getsockname()[1])
+        operator_listener = _operator_listener(settings)
         listeners = None if worker is None else worker.listeners(settings.host, settings.worker_port)
         config = uvicorn_config(application, state, settings.host, settings.port, limits, tls)
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
@@ -77,10 +74,7 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     operator = None
     if operator_listener is not None:
         operator = operator_config(config, application.state.operator, state, limits), operator_listener
-    # The objects built so far stay, and reference counting frees those of a step: the collector can skip both.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    _spare_the_collector()
     terminate = partial(signal.raise_signal, signal.SIGTERM)
     on_started = None if worker is None else partial(worker.serving, terminate)
     draining = DrainingServer(config, state, settings.drain_delay, settings.drain_timeout, on_started, operator)
@@ -100,6 +94,22 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     draining.run(listeners)
     _ignore_late_signals()
     return 1 if state.crashed or state.failed else 0
+
+
+def _operator_listener(settings: Settings) -> socket.socket | None:
+    """Listen at the operator's port, if there is one. Raises OSError."""
+    if settings.admin_port is None:
+        return None
+    listener = bind(settings.admin_host, settings.admin_port)
+    structlog.get_logger(__name__).info("operator's port", host=settings.admin_host, port=listener.getsockname()[1])
+    return listener
+
+
+def _spare_the_collector() -> None:
+    """The objects built so far stay, and reference counting frees those of a step: the collector can skip both."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _ignore_late_signals() -> None:

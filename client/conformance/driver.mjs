@@ -3,6 +3,7 @@ import { createInterface } from "node:readline";
 import { Client, ConnectionFailed, InvalidInput, ServerError, SomeFailed } from "../unroll.mjs";
 
 let client, sessions, streams;
+const inJson = process.argv.includes("--json"); // steps of streams
 
 const base64 = (bytes) => Buffer.from(bytes).toString("base64");
 const sizeOf = (spec) => spec.shape.reduce((product, length) => product * length, 1);
@@ -47,7 +48,7 @@ const operations = {
     const options = { mode, durability, static: fixed };
     if (over === "stream") {
       streams[model] ??= await client.stream(model);
-      [sessions[session]] = await streams[model].open(id === undefined ? 1 : [id], options);
+      [sessions[session]] = await streams[model].open(id === undefined ? 1 : [id], { ...options, batchRows: inJson });
     } else {
       const content = snapshot && new Uint8Array(Buffer.from(snapshot, "base64"));
       sessions[session] = await client.session(model, { ...options, id, snapshot: content });

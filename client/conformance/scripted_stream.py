@@ -3,7 +3,7 @@
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +62,9 @@ class ScriptedStream:
         acts = {"open": self._open, "close": self._close, "detach": self._detach}
         try:
             document = json.loads(text)
+            if document["op"] == "steps":
+                await self._json_steps(document)
+                return
             op, items = document["op"], document["sessions" if document["op"] == "open" else "handles"]
             act = acts[op]
         except (ValueError, KeyError, TypeError) as error:
@@ -133,6 +136,27 @@ class ScriptedStream:
             self._script.faults.append(f"a frame that is none: {refusal}")
             await self._say({"op": "error", **refusal.document})
             return
+        await self._chunks(chunks, rules, write_outputs)
+
+    async def _json_steps(self, document: Mapping[str, Any]) -> None:
+        """A chunk in JSON. Raises KeyError if it is none."""
+        rules = {rule.does: rule for rule in self._script.meets("frame")}
+        handle, position = document["handle"], document.get("position")
+        try:
+            inputs = self._model.inputs_of_json(document["inputs"])
+        except Refusal as refusal:
+            await self._say({"op": "error", "handle": handle, "position": position, **refusal.document})
+            return
+        await self._chunks([Chunk(handle, len(inputs[0]), position, inputs)], rules, self._json_outputs)
+
+    def _json_outputs(self, entries: Sequence[Outputs], flags: int = 0) -> str:
+        ((handle, _, end, outputs),) = entries
+        members = {"handle": handle, "position": end, "outputs": self._model.json_of(outputs)}
+        return json.dumps({"op": "outputs", **members, "reply_kept": not flags, "batch_rows": 1})
+
+    async def _chunks(
+        self, chunks: Sequence[Chunk], rules: Mapping[str, Rule], write: Callable[..., str | bytes]
+    ) -> None:
         if await self._before(rules, self._sessions.get(chunks[0].handle)):
             return
         if (rule := rules.get("malformed")) is not None:
@@ -147,9 +171,9 @@ class ScriptedStream:
                 await self._say({"op": "error", **entry, **refusal.document})
         if outputs and "split" in rules:
             for each in reversed(outputs):
-                await self._answer(write_outputs([each]), rules)
+                await self._answer(write([each]), rules)
         elif outputs:
-            await self._answer(write_outputs(outputs, flags=1 if "unkept" in rules else 0), rules)
+            await self._answer(write(outputs, flags=1 if "unkept" in rules else 0), rules)
 
     def _apply(self, chunk: Chunk, refuse: Rule | None) -> Outputs:
         """Raises Refusal."""

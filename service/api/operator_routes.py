@@ -45,13 +45,6 @@ class Readiness(BaseModel):
 def router(app: AppState) -> APIRouter:
     api = APIRouter()
 
-    async def parameters(http: Request) -> dict[str, Any]:
-        """The members of the body, which may be missing."""
-        if app.shared_port is not None:
-            raise HTTPException(501, "several workers share this port: send their supervisor SIGHUP or SIGTERM instead")
-        body = (await read_request(http.scope, http.receive, _MOST_BYTES)).body
-        return json.parse_object(body, _MOST_BYTES) if body else {}
-
     @api.post(
         "/v2/repository/models/{model}/load",
         tags=["Open Inference Protocol v2"],
@@ -60,7 +53,7 @@ def router(app: AppState) -> APIRouter:
         responses=_DONE,
     )
     async def load(http: Request, model: str) -> Response:
-        _refuse_contents(await parameters(http))
+        _refuse_contents(await _members(app, http))
         await app.repository.load(model)
         return Response()
 
@@ -72,7 +65,7 @@ def router(app: AppState) -> APIRouter:
         responses=_DONE,
     )
     async def unload(http: Request, model: str) -> Response:
-        _refuse_contents(await parameters(http))
+        _refuse_contents(await _members(app, http))
         await app.repository.unload(model)
         return Response()
 
@@ -83,7 +76,7 @@ def router(app: AppState) -> APIRouter:
         responses=problem_responses({400: "malformed_request: it takes no members", 413: "body_too_large"} | _WORKERS),
     )
     async def drain(http: Request) -> Readiness:
-        if await parameters(http):
+        if await _members(app, http):
             raise InvalidRequest("a drain takes no members; it lasts until the process ends")
         app.drain()
         return Readiness(ready=app.ready)
@@ -101,13 +94,21 @@ def router(app: AppState) -> APIRouter:
     )
     async def log_level(http: Request) -> LogLevel:
         try:
-            asked = LogLevel.model_validate(await parameters(http))
+            asked = LogLevel.model_validate(await _members(app, http))
         except ValidationError:
             raise InvalidRequest('the body is {"level": …}: debug, info, warning or error') from None
         logging.getLogger().setLevel(asked.level.upper())
         return asked
 
     return api
+
+
+async def _members(app: AppState, http: Request) -> dict[str, Any]:
+    """The members of the body, which may be missing."""
+    if app.shared_port is not None:
+        raise HTTPException(501, "several workers share this port: send their supervisor SIGHUP or SIGTERM instead")
+    body = (await read_request(http.scope, http.receive, _MOST_BYTES)).body
+    return json.parse_object(body, _MOST_BYTES) if body else {}
 
 
 def _refuse_contents(body: dict[str, Any]) -> None:

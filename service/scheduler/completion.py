@@ -5,6 +5,8 @@ then, failing or cancelling it leaves the session as it was. A durable session's
 has it: what has run is handed over as a `PendingCommit` before.
 """
 
+from collections import Counter
+
 import numpy as np
 
 from unroll.service.core.errors import SessionClosed, UnrollError
@@ -17,7 +19,7 @@ from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import AppliedChunk, Outcome, Reply
-from unroll.service.scheduler.session import OPEN, Life, Session
+from unroll.service.scheduler.session import OPEN, Life, Owner, Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 
@@ -138,6 +140,16 @@ class Completion:
             chunk.abandoned = error
         else:
             self.fail(chunk, error, now)
+
+    def shed(self, now: float) -> None:
+        """An overload has begun: refuse what waits longer than new work may, of every owner what came last."""
+        waiting = [work for work in self._lanes if isinstance(work, Chunk) and work.is_new and not work.patient]
+        room = self._admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting}))
+        steps = Counter[Owner]()
+        for chunk in waiting:
+            steps[chunk.owner] += self._lanes.next_steps(chunk)
+            if steps[chunk.owner] > room:
+                self.fail(chunk, self._admission.refusal(), now)
 
     def close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
         """Close a session at once: waiting work fails with `session_closed`, what runs is completed first."""

@@ -20,7 +20,6 @@ Rules, and the files that hold them:
   stored reply needs a session that was just verified with the store, else it is `NeedsStoreLookup`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -44,7 +43,7 @@ from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, Sessio
 from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import Reply, payload_digest
 from unroll.service.scheduler.rollout import Rollouts
-from unroll.service.scheduler.session import Owner, Session, Work
+from unroll.service.scheduler.session import Session, Work
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
 from unroll.service.state.slots import FIRST, INITIAL, Slots
@@ -280,18 +279,8 @@ class Scheduler:
             row += 1
         self._completion.batch_rows = 0
         if self._admission.begins_overload(len(batch), now):
-            self._shed(now)
+            self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
-
-    def _shed(self, now: float) -> None:
-        """An overload has begun: refuse what waits longer than new work may, of every owner what came last."""
-        waiting = [work for work in self._lanes if isinstance(work, Chunk) and work.is_new and not work.patient]
-        room = self._admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting}))
-        steps = Counter[Owner]()
-        for chunk in waiting:
-            steps[chunk.owner] += self._lanes.next_steps(chunk)
-            if steps[chunk.owner] > room:
-                self._completion.fail(chunk, self._admission.refusal(), now)
 
     def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
         """The store has what `complete` returned, as the commit of that token, or it may not have it."""

@@ -180,7 +180,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         self._in_turn = False
         if self._partial:
             self._count_partial()
-        if taken < size or not self._reads:
+        if taken < size or self._reads == self._held:
             self._end_turn(data[taken:])
         elif self._rest:
             self._rest = b""

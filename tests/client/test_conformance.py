@@ -52,7 +52,10 @@ def not_passed(results: dict[str, Result]) -> dict[str, list[str]]:
     return {name: [result.status, *result.faults] for name, result in results.items() if result.status != "passed"}
 
 
-@pytest.mark.parametrize("options", [(), ("--asynchronous",)], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), id="sync"), pytest.param(("--asynchronous",), id="async", marks=pytest.mark.long)],
+)
 async def test_the_python_clients_master_every_conversation(options: Sequence[str]) -> None:
     assert not_passed(await played([*PYTHON, *options], list(CONVERSATIONS))) == {}
 
@@ -66,6 +69,12 @@ async def test_the_javascript_client_masters_every_conversation(node: list[str])
             "start: a WebSocket of a browser has no headers of a refusal",
         ],
     }
+
+
+async def test_steps_in_json_are_judged_like_frames(node: list[str]) -> None:
+    names = ("stream-steps-and-chunks", "stream-several-tensors", "stream-outputs-lost", "stream-outputs-cut-in-half")
+    names += ("stream-outputs-twice", "stream-deadline-exceeded", "stream-gap", "stream-wrong-values")
+    assert not_passed(await played([*node, suite.FOLDER / "driver.mjs", "--json"], names)) == {}
 
 
 async def test_the_python_example_goes_as_far_as_it_says() -> None:

@@ -73,7 +73,8 @@ def three_loops(s: Any, x: Tensor) -> Tensor:
     return torch.stack([s.head(h) for h in collected(s, collected(s, x.unbind(1)))], 1)
 
 
-@pytest.mark.parametrize("forward", [two_loops, pytest.param(three_loops, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("forward", [two_loops, three_loops])
 def test_loops_over_what_the_loop_before_has_collected_stream(few_steps: None, tmp_path: Path, forward: Any) -> None:
     module = made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 3))
     report = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)

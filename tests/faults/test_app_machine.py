@@ -26,7 +26,7 @@ from waiting import until
 from unroll.service.core.clock import ManualClock
 from unroll.service.state.snapshot import Snapshot
 
-EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "4"))
 CAPACITY, DEPTH = 3, 4
 IDLE_SECONDS = 900.0
 START, END = {"sequence_start": True}, {"sequence_end": True}

@@ -11,7 +11,7 @@ from oracle import Oracle
 from redis_server import RedisServer
 
 
-@pytest.mark.parametrize("store", ["redis", "embedded"])
+@pytest.mark.parametrize("store", [pytest.param("redis", marks=pytest.mark.long), "embedded"])
 async def test_replicas_are_killed(tmp_path: Path, store: Literal["redis", "embedded"]) -> None:
     result = await kill_loop.run(tmp_path, 11, kills=3, seconds=250, sessions=40, replicas=2, store=store)
     assert result.verdict.good, result.verdict.findings
@@ -27,6 +27,7 @@ async def test_replicas_are_restarted_behind_haproxy(tmp_path: Path) -> None:
     assert result.statuses == [0, 0, 0]
 
 
+@pytest.mark.long
 async def test_a_version_comes_replica_by_replica_and_the_one_before_it_goes(tmp_path: Path) -> None:
     result = await rollout.run(tmp_path, 14)
     assert result.verdict.good, result.verdict.findings

@@ -1,5 +1,6 @@
 """Modules that make one step, exported with `--step`: what their users call in a loop, and the loop itself."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,12 +151,23 @@ def torchrl_lstm_step() -> nn.Module:
     return Step()
 
 
-def _recurrent_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    model.rnn.reset()
-    return torch.cat([model(step) for step in inputs["x"].unbind(1)])
+def _after(reset: Callable[[Any], None]) -> Callable[[Any, dict[str, Tensor]], Tensor]:
+    """The module, which keeps its state, is reset and called for one step after another."""
+
+    def steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        reset(model)
+        return torch.cat([model(step) for step in inputs["x"].unbind(1)])
+
+    return steps
 
 
-@entry("rsl-rl-lib", "RNN of an actor, which keeps its state", "x:float32:4", options=("--step",), own=_recurrent_steps)
+@entry(
+    "rsl-rl-lib",
+    "RNN of an actor, which keeps its state",
+    "x:float32:4",
+    options=("--step",),
+    own=_after(lambda actor: actor.rnn.reset()),
+)
 def rsl_rl_step() -> nn.Module:
     from rsl_rl.modules import RNN
 
@@ -171,12 +183,13 @@ def rsl_rl_step() -> nn.Module:
     return Actor()
 
 
-def _tcn_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    model.network.reset_buffers()
-    return torch.cat([model(step) for step in inputs["x"].unbind(1)])
-
-
-@entry("pytorch-tcn", "TCN of 2 blocks, its streaming call", "x:float32:4", options=("--step",), own=_tcn_steps)
+@entry(
+    "pytorch-tcn",
+    "TCN of 2 blocks, its streaming call",
+    "x:float32:4",
+    options=("--step",),
+    own=_after(lambda step: step.network.reset_buffers()),
+)
 def pytorch_tcn_step() -> nn.Module:
     from pytorch_tcn import TCN
 

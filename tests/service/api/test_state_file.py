@@ -136,8 +136,11 @@ sys.exit(main(["serve", *sys.argv[3:]]))
 @pytest.mark.parametrize(
     ("method", "number"),
     [
-        *product(["__init__", "read", "remove", "write"], [signal.SIGTERM, signal.SIGKILL]),
-        ("read", signal.SIGINT),
+        *product(["read", "remove"], [signal.SIGTERM, signal.SIGKILL]),
+        *(
+            pytest.param(*moment, marks=pytest.mark.long)
+            for moment in [*product(["__init__", "write"], [signal.SIGTERM, signal.SIGKILL]), ("read", signal.SIGINT)]
+        ),
     ],
 )
 def test_a_signal_at_any_moment_of_a_start_loses_nothing(

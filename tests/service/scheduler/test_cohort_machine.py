@@ -15,7 +15,7 @@ from unroll.service.core.errors import (
 from unroll.service.scheduler.session import Session
 
 #: `make machine-test` has more of them.
-EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "25"))
 
 IDS = st.sampled_from("abcde")
 

@@ -15,7 +15,7 @@ from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import Cohort, Session
 
 #: `make machine-test` has more of them.
-EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("UNROLL_TEST_EXAMPLES", "25"))
 
 IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)

@@ -1,0 +1,132 @@
+"""Quotas: how many sessions, streams and steps a tenant may have, and that no tenant takes the place of another."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import wire
+from serving import Running, raw_steps
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from unroll.service.access.keys import new_key
+from unroll.service.settings import Settings
+
+X = np.random.default_rng(3).standard_normal((6, 3)).astype(np.float32)
+MAP = {"kind": "columns", "columns": [{"future": [0.5]}] * 3}
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json().get("code", "")
+
+
+Limited = Callable[..., tuple[Running, dict[str, httpx.Client]]]
+
+
+@pytest.fixture
+def limited(few: Path, tmp_path: Path) -> Iterator[Limited]:
+    """`limited(quotas, **settings)`: a server with these quotas, and a client of each tenant."""
+    with ExitStack() as at_end:
+        yield partial(_limited, few, tmp_path, at_end)
+
+
+def _limited(
+    few: Path, folder: Path, at_end: ExitStack, text: str, **settings: object
+) -> tuple[Running, dict[str, httpx.Client]]:
+    keys = {tenant: new_key(tenant, tenant, ["infer"]) for tenant in ("acme", "other")}
+    path = folder / "keys.toml"
+    path.write_text("\n".join(entry for _, entry in keys.values()) + text)
+    running = Running(Settings.model_validate({"repository": few, "keys": path, **settings}))
+    at_end.callback(running.stop)
+    clients = {
+        tenant: at_end.enter_context(httpx.Client(base_url=running.url, headers={"X-API-Key": secret}))
+        for tenant, (secret, _) in keys.items()
+    }
+    return running, clients
+
+
+@pytest.mark.parametrize("spill_bytes", [0, 2000])
+def test_no_tenant_evicts_the_session_of_another(limited: Limited, spill_bytes: int) -> None:
+    clients = limited("", session_capacity=4, spill_bytes=spill_bytes)[1]
+    whole = clients["acme"].post("/v1/models/gru/sequences", content=X.tobytes(), headers=raw_steps(X)).content
+    path = "/v1/models/gru/sessions/calm"
+    clients["acme"].post("/v1/models/gru/sessions", json={"session_id": "calm"}).raise_for_status()
+    parts = [clients["acme"].post(f"{path}/steps", content=X[:3].tobytes(), headers=raw_steps(X[:3])).content]
+    for i in range(100):
+        opened = clients["other"].post("/v1/models/gru/sessions", json={"session_id": f"flood-{i}"})
+        assert opened.status_code == 201, opened.text
+    parts.append(clients["acme"].post(f"{path}/steps", content=X[3:].tobytes(), headers=raw_steps(X[3:])).content)
+    assert b"".join(parts) == whole
+    assert code(clients["other"].get("/v1/models/gru/sessions/flood-0")) == (410, "session_evicted")
+    for i in range(4):  # a tenant's own sessions make room for each other
+        assert clients["acme"].post("/v1/models/gru/sessions", json={"session_id": f"own-{i}"}).status_code in (
+            201,
+            503,
+        )
+
+
+def test_the_number_of_sessions_of_a_tenant(limited: Limited) -> None:
+    quota = "\n[tenants.acme]\nsessions = 3\n"
+    running, clients = limited(quota, session_capacity=2)
+    for i in range(3):  # one is in host memory
+        clients["acme"].post("/v1/models/gru/sessions", json={"session_id": f"s{i}"}).raise_for_status()
+    made = wire.body({"x": X[np.newaxis]}, sequence_id=9, sequence_start=True)
+    headers = {"X-API-Key": clients["acme"].headers["x-api-key"]}
+    with connect(running.url.replace("http", "ws") + "/v1/models/gru/stream", additional_headers=headers) as stream:
+        stream.send(
+            json.dumps({"op": "open", "sessions": [{"handle": 1}, {"handle": 2, "session_id": "s0", "mode": "resume"}]})
+        )
+        opened = json.loads(stream.recv())["sessions"]
+        assert opened[0]["error"]["code"] == "quota_exceeded"
+        assert opened[1]["position"] == 0
+    for answer in (
+        clients["acme"].post("/v1/models/gru/sessions"),
+        clients["acme"].post("/v1/models/lstm/sessions"),
+        clients["acme"].post("/v1/models/gru/sessions/s1/fork"),
+        clients["acme"].post("/v2/models/gru/infer", content=made.content, headers=made.headers),
+    ):
+        assert code(answer) == (429, "quota_exceeded"), answer.text
+        assert answer.headers["retry-after"] == "1"
+    clients["other"].post("/v1/models/gru/sessions").raise_for_status()
+    clients["acme"].delete("/v1/models/gru/sessions/s0").raise_for_status()
+    clients["acme"].post("/v1/models/gru/sessions").raise_for_status()
+
+
+def test_the_number_of_streams_of_a_tenant(limited: Limited) -> None:
+    running, clients = limited("\n[tenants.acme]\nstreams = 1\n")
+    url = running.url.replace("http", "ws") + "/v1/models/gru/stream"
+    headers = {tenant: {"X-API-Key": client.headers["x-api-key"]} for tenant, client in clients.items()}
+    with connect(url, additional_headers=headers["acme"]), connect(url, additional_headers=headers["other"]):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(url, additional_headers=headers["acme"])
+        assert refused.value.response.status_code == 429
+
+
+def test_the_steps_of_a_tenant(limited: Limited) -> None:
+    running, clients = limited("\n[tenants.acme]\nsteps_per_second = 0.01\n")
+    path = clients["acme"].post("/v1/models/gru/sessions").json()["session_id"]
+    steps = {"content": X[:1].tobytes(), "headers": raw_steps(X[:1])}
+    url = f"/v1/models/gru/sessions/{path}/steps"
+    assert clients["acme"].post(url, **steps).status_code == 200
+    made = wire.body({"x": X[np.newaxis]}, sequence_id=9, sequence_start=True)
+    for answer in (
+        clients["acme"].post(url, **steps),
+        clients["acme"].post("/v1/models/gru/sequences", **steps),
+        clients["acme"].post("/v2/models/gru/infer", content=made.content, headers=made.headers),
+    ):
+        assert code(answer) == (429, "quota_exceeded")
+    headers = {"X-API-Key": clients["acme"].headers["x-api-key"]}
+    with connect(running.url.replace("http", "ws") + "/v1/models/gru/stream", additional_headers=headers) as stream:
+        stream.send(json.dumps({"op": "open", "sessions": [{"handle": 1, "session_id": path, "mode": "resume"}]}))
+        stream.recv()
+        stream.send(json.dumps({"op": "steps", "handle": 1, "inputs": {"x": X[:1].tolist()}}))
+        assert json.loads(stream.recv())["code"] == "quota_exceeded"
+    mapped = {"steps": 1, "map": MAP, "inputs": {"x": X[:1].tolist()}}
+    assert code(clients["acme"].post(url.replace("/steps", "/rollout"), json=mapped)) == (429, "quota_exceeded")
+    assert clients["acme"].get(url.removesuffix("/steps")).json()["position"] == 1
+    assert clients["other"].post("/v1/models/gru/sequences", **steps).status_code == 200
