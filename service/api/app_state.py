@@ -12,7 +12,7 @@ from unroll.service.models.repository import ModelRepository
 from unroll.service.models.versions import ModelVersions
 from unroll.service.sessions.in_memory import MemorySessions
 from unroll.service.state.sealed_snapshot import SnapshotKeys
-from unroll.service.telemetry.metrics import RequestFigures
+from unroll.service.telemetry.metrics import ConnectionFigures, RequestFigures
 from unroll.service.telemetry.request_log import RequestLog
 
 
@@ -73,6 +73,7 @@ class AppState:
     request_log: RequestLog = field(default_factory=RequestLog)
     turns: Turns = field(default_factory=Turns)
     requests: dict[str, RequestFigures] = field(default_factory=dict)
+    connections: ConnectionFigures = field(default_factory=ConnectionFigures)
     streams: set[Drainable] = field(default_factory=set)
     ready: bool = False
     draining: bool = False

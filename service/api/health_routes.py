@@ -45,6 +45,7 @@ def metrics_router(app: AppState, workers: WorkerMetrics | None) -> APIRouter:
         app.models.problems,
         app.sessions.store_figures,
         app.held.by_kind,
+        app.connections,
     )
 
     @api.get(

@@ -13,6 +13,9 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: Of a commit: written; another replica was first; the store did not answer or could not write.
 COMMIT_OUTCOMES = ("stored", "contended", "unavailable")
 
+#: Limits of connections: of the process, and of one client address.
+OF_ALL, OF_ADDRESS = "process", "address"
+
 #: Of a reason in a label; the log has all of it.
 _REASON_CHARACTERS = 300
 
@@ -45,6 +48,14 @@ class RequestFigures:
     def observe(self, status: int, seconds: float) -> None:
         self.by_status[status] = self.by_status.get(status, 0) + 1
         self.seconds.observe(seconds)
+
+
+@dataclass(slots=True)
+class ConnectionFigures:
+    """The main port's connections that are open, and how many each limit has refused."""
+
+    open: Sized = ()
+    refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys((OF_ALL, OF_ADDRESS), 0))
 
 
 @dataclass(slots=True)
@@ -107,6 +118,8 @@ HELP = {
     "unroll_store_evicts": "1 if a Redis removes sessions when its memory is full, by its maxmemory-policy.",
     "unroll_store_bytes": "Size of an embedded store: its file, and the part of it in use.",
     "unroll_held_bytes": "Bytes of requests and answers that are held, by what they are.",
+    "unroll_connections": "Open connections, streams included, without those to the operator's port.",
+    "unroll_connections_refused": "Connections refused because there were too many, by the limit that they exceeded.",
     "unroll_streams": "Open WebSocket streams.",
     "unroll_requests": "HTTP requests on the inference routes.",
     "unroll_request_seconds": "Duration of HTTP requests on the inference routes.",
@@ -123,6 +136,7 @@ class Collector:
         refused: Callable[[], Mapping[tuple[str, str], str]],
         store: StoreFigures | None = None,
         held: Mapping[str, int] | None = None,
+        connections: ConnectionFigures | None = None,
     ) -> None:
         self._models = models
         self._requests = requests
@@ -131,6 +145,7 @@ class Collector:
         self._refused = refused
         self._store = store
         self._held = held or {}
+        self._connections = connections or ConnectionFigures()
 
     def exposition(self) -> bytes:
         """The text of a scrape."""
@@ -142,6 +157,10 @@ class Collector:
         families: dict[str, Metric] = {}
         for name, some in (("unroll_streams", self._streams), ("unroll_sessions_spilled", self._spilled)):
             _family(families, GaugeMetricFamily, name, []).add_metric([], len(some))
+        _family(families, GaugeMetricFamily, "unroll_connections", []).add_metric([], len(self._connections.open))
+        refused = _family(families, CounterMetricFamily, "unroll_connections_refused", ["limit"])
+        for limit, count in self._connections.refused.items():
+            refused.add_metric([limit], count)
         for kind, size in self._held.items():
             _family(families, GaugeMetricFamily, "unroll_held_bytes", ["kind"]).add_metric([kind], size)
         for (name, version), why in self._refused().items():

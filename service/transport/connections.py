@@ -18,6 +18,7 @@ from termios import TIOCOUTQ
 from typing import Protocol, Self
 
 from unroll.service.settings import Settings
+from unroll.service.telemetry.metrics import OF_ADDRESS, OF_ALL, ConnectionFigures
 
 #: Connections beyond the limit that may ask for the server's health.
 PROBE_PLACES = 32
@@ -79,8 +80,10 @@ class Connection(Protocol):
 class Connections:
     """All connections of a process, streams included; a stream looks after itself, and is only counted."""
 
-    def __init__(self, limits: ConnectionLimits) -> None:
+    def __init__(self, limits: ConnectionLimits, figures: ConnectionFigures | None = None) -> None:
         """Raises ValueError if there are not enough descriptors."""
+        self._figures = figures or ConnectionFigures()
+        self._figures.open = self
         affordable = _affordable()
         self._most = limits.connections or affordable
         if self._most > affordable:
@@ -98,24 +101,27 @@ class Connections:
     def __len__(self) -> int:
         return len(self._watched) + len(self._probes) + self._streams
 
-    def enter(self, connection: Connection, address: str) -> bool:
-        """A new connection. False: there are too many, and it may only ask for the server's health."""
+    def enter(self, connection: Connection, address: str) -> str | None:
+        """A new connection. Returns the limit that it is beyond: it may only ask for the server's health."""
         address = _network(address)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._look)
-        if self._has_room(address):
+        if (limit := self._exceeded(address)) is None:
             self._watched[connection] = address
             self._addresses[address] += 1
-            return True
+            return None
         if len(self._probes) >= PROBE_PLACES:
             self._probes.popitem(last=False)[0].close_for_another()
         self._probes[connection] = address
-        return False
+        return limit
 
-    def _has_room(self, address: str) -> bool:
+    def count_refused(self, limit: str) -> None:
+        self._figures.refused[limit] += 1
+
+    def _exceeded(self, address: str) -> str | None:
         if self._most_of_one is not None and self._addresses[address] >= self._most_of_one:
-            return False
-        return len(self._watched) + self._streams < self._most or self._make_room()
+            return OF_ADDRESS
+        return None if len(self._watched) + self._streams < self._most or self._make_room() else OF_ALL
 
     def _make_room(self) -> bool:
         """Close one of the idle connections that are here for longest."""

@@ -1,6 +1,7 @@
 """What a client may take of a connection: time, bytes and a place among the others."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -64,14 +65,16 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        if not self.all_connections.enter(self, self.client[0] if self.client else ""):
-            self.on_headers_complete = self._answer_probes_only  # type: ignore[method-assign]
+        limit = self.all_connections.enter(self, self.client[0] if self.client else "")
+        if limit is not None:
+            self.on_headers_complete = partial(self._answer_probes_only, limit)  # type: ignore[method-assign]
             self._new_parser()
 
-    def _answer_probes_only(self) -> None:
+    def _answer_probes_only(self, limit: str) -> None:
         """In place of `on_headers_complete`, on a connection of more than there may be."""
         asks = self.url in PROBE_URLS and self.parser.get_method() in (b"GET", b"HEAD")
         if not asks or self.parser.should_upgrade():
+            self.all_connections.count_refused(limit)
             raise Refused(503, "", TooManyConnections("the server has as many connections as it may; try again"))
         type(self).on_headers_complete(self)
         self.cycle.keep_alive = False

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from processes import Launched, Process, StartProcess
 from raw_http import Wire, request
-from serving import Running, Serve
+from serving import Running, Serve, metric
 
 HALF_A_REQUEST = b"GET /livez HTTP/1.1\r\nX: "
 #: `unroll serve` with few descriptors.
@@ -49,9 +49,16 @@ def occupied(dial: Callable[[int], Wire], running: Running, count: int) -> list[
     return wires
 
 
+def scrape(dial: Callable[[int], Wire], running: Running, name: str, **labels: str) -> float:
+    wire = dial(running.port)
+    wire.send(get("/metrics"))
+    return metric(wire.answer()[2].decode(), name, **labels)
+
+
 def test_beyond_the_limit_probes_are_answered_and_others_refused(serve: Serve, dial: Callable[[int], Wire]) -> None:
     running = serve(max_connections=3)
     busy = occupied(dial, running, 3)
+    assert scrape(dial, running, "unroll_connections") == 4  # with that of the scrape
     for path in ("/livez", "/readyz", "/metrics", "/v2/health/ready"):
         wire = dial(running.port)
         wire.send(get(path))
@@ -64,6 +71,7 @@ def test_beyond_the_limit_probes_are_answered_and_others_refused(serve: Serve, d
         status, headers, content = wire.answer()
         assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
         assert b'"too_many_connections"' in content
+    assert scrape(dial, running, "unroll_connections_refused_total", limit="process") == 3
     busy[0].send(b"\r\nHost: localhost\r\n\r\n")
     assert busy[0].answer()[0] == 200
     wire = dial(running.port)
@@ -110,6 +118,7 @@ def test_one_address_may_have_fewer_than_all(serve: Serve, dial: Callable[[int],
     wire = dial(running.port)
     wire.send(get("/v1/models"))
     assert wire.answer()[0] == 503
+    assert scrape(dial, running, "unroll_connections_refused_total", limit="address") == 1
     with socket.create_connection(("127.0.0.1", running.port), source_address=("127.0.0.2", 0)) as other:
         other.sendall(get("/v1/models"))
         assert other.recv(65536).startswith(b"HTTP/1.1 200 ")
