@@ -21,8 +21,8 @@ from unroll.service.api.error_responses import STATUS, http_error, open_inferenc
 from unroll.service.api.inference_routes import Route
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
-    TENANT,
     CONTENT_ENCODING,
+    TENANT,
     Answer,
     Cancel,
     Headers,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -135,8 +135,15 @@ def test_the_steps_of_a_tenant(limited: Limited) -> None:
     assert clients["other"].post("/v1/models/gru/sequences", **steps).status_code == 200
 
 
+@contextmanager
+def dialled(running: Running) -> Iterator[Wire]:
+    wire = Wire(running.port)
+    with wire.socket:
+        yield wire
+
+
 def test_the_bytes_that_requests_and_answers_of_a_tenant_hold(limited: Limited) -> None:
-    """Of every kind: bodies of routes of every sort, messages of a stream, and answers that are not read."""
+    """Bodies of routes of every sort, and messages of a stream."""
     limit, half = 400_000, 250_000
     running, clients = limited(f"\n[tenants.acme]\nbytes = {limit}\n")
     key = f"X-API-Key: {clients['acme'].headers['x-api-key']}"
@@ -147,7 +154,7 @@ def test_the_bytes_that_requests_and_answers_of_a_tenant_hold(limited: Limited) 
     begun = masked(BINARY, bytes(half))[:-1]
 
     def refused(path: str) -> tuple[int, str]:
-        with closing(Wire(running.port)) as wire:
+        with dialled(running) as wire:
             wire.send(request(path, bytes(half), key))
             status, _, body = wire.answer()
             return status, json.loads(body).get("code", "")
@@ -160,12 +167,12 @@ def test_the_bytes_that_requests_and_answers_of_a_tenant_hold(limited: Limited) 
             assert other.status_code != 429, other.text
 
     for path in ("/v1/models/lstm/sequences", "/v2/models/lstm/infer", "/v1/models/lstm/sessions"):
-        with closing(Wire(running.port)) as wire:
+        with dialled(running) as wire:
             wire.send(request(path, bytes(half), key)[:-half])
             wire.send(bytes(half - 1))
             holds(f"the body of {path}")
         until(lambda: not running.server.held.of_tenants, "the end of the connection")
-    with closing(Wire(running.port)) as wire, closing(Wire(running.port)) as second:
+    with dialled(running) as wire, dialled(running) as second:
         for stream in (wire, second):
             stream.send(upgrade.encode())
             assert stream.head()[0] == 101
