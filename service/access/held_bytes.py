@@ -78,8 +78,10 @@ class Holding:
 
     def grow(self, size: int, tenant: str | None = None) -> Overloaded | None:
         """It is about to hold more; returns why it may not, and then it holds as much as before."""
+        if tenant is not None:
+            self.resize(self.size, tenant)
         more = size - self.size
-        refusal = self._account.refusal(self._tenant if tenant is None else tenant, more) if more > 0 else None
+        refusal = self._account.refusal(self._tenant, more) if more > 0 else None
         if refusal is None:
-            self.resize(size, tenant)
+            self.resize(size)
         return refusal

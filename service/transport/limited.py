@@ -8,6 +8,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from unroll.service.access.held_bytes import ANSWERS, REQUESTS, Holding
 from unroll.service.api.app_state import AppState
+from unroll.service.api.request import TENANT, Request
 from unroll.service.core.errors import TooManyConnections
 from unroll.service.transport.connections import ConnectionLimits, Connections, UnreadAnswer, unsent
 from unroll.service.transport.head import MAX_FIELD_BYTES, MAX_FIELDS, MAX_URL_BYTES, Refused, too_many_header_bytes
@@ -55,8 +56,10 @@ class LimitedProtocol(HttpToolsProtocol):
         raise NotImplementedError
 
     def _tenant(self) -> str:
-        """Of the latest request; empty if it was not let in, or has none."""
-        raise NotImplementedError
+        """Of the latest request; empty without keys."""
+        cycle = self.cycle
+        tenant: str = cycle.tenant if isinstance(cycle, Request) else cycle.scope.get(TENANT, "") if cycle else ""
+        return tenant
 
     def _body_bytes(self) -> int:
         """Of the open request, as far as they have arrived."""
