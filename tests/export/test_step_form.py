@@ -325,7 +325,7 @@ REFUSED: list[tuple[type[nn.Module], Arguments, Arguments, str, str]] = [
         {"obs": OBS, "h": zeros(6, 5), "c": zeros(6, 5)},
         {"state": {"h": "y0", "c": "y1"}},
         "output",
-        "beside its states",
+        "only its states",
     ),
     (Hidden, {"obs": OBS}, {"batch_first": False}, "input", "no time"),
 ]

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,3 +28,9 @@ def test_files_classes_and_functions_are_short() -> None:
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     assert len(paths) > 100
     assert [found for path in paths for found in too_long(path)] == []
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest would import one in place of the other."""
+    counts = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in counts.items() if count > 1] == []

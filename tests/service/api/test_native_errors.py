@@ -66,7 +66,7 @@ MET = {
     "forbidden": "test_tenants.test_the_scope_of_every_route",
     "host_refused": "test_tenants.test_a_name_that_points_here_is_refused",
     "origin_refused": "test_tenants.test_a_page_of_another_origin_can_change_nothing",
-    "quota_exceeded": "test_tenants.test_the_steps_of_a_tenant",
+    "quota_exceeded": "test_tenant_quotas.test_the_steps_of_a_tenant",
     "session_unknown": "test_native_inputs.test_paths",
     "snapshot_invalid": "test_native_sessions.test_a_damaged_snapshot_is_refused_and_changes_nothing",
     "map_invalid": "test_session_rollout.test_a_map_that_does_not_fit_the_model",
