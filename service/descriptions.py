@@ -35,43 +35,40 @@ GROUPS = {
         "worker_port": Description("PORT", "first per-worker port: worker N also listens on this port + N - 1"),
         "auth": Description(
             "keys|none",
-            "who may connect: keys (of --keys), or none: anybody who can reach the address, which is allowed only by "
-            "this word unless the address is of this machine alone",
+            "who may connect: clients with a key of --keys, or everyone (none); without --keys, everyone is the "
+            "default on a loopback address only",
         ),
         "keys": Description("FILE", "file of API keys, which `unroll keys new` writes; read again at SIGHUP"),
         "jwt_keys": Description(
             "FILE",
-            "JWK set of an identity provider, a file or a URL, whose JWTs are taken as keys are; a file is read again "
-            "at SIGHUP, a URL "
-            "(https, or http of this machine) every five minutes; needs the package extra jwt",
+            "JWK set of an identity provider, whose JWTs are accepted like keys: a file, read again at SIGHUP, or a "
+            "URL (https, or http on this machine), read every five minutes; needs the package extra jwt",
         ),
-        "jwt_issuer": Description("ISSUER", "what JWTs say in iss; needed with --jwt-keys"),
-        "jwt_audience": Description("AUDIENCE", "what JWTs for this server say in aud; needed with --jwt-keys"),
-        "jwt_tenant_claim": Description("CLAIM", "claim that has the tenant", "tenant"),
-        "jwt_scope_claim": Description(
-            "CLAIM", "claim that has the scopes, as words in a string or as a list", "scope"
-        ),
+        "jwt_issuer": Description("ISSUER", "required value of the claim iss; needed with --jwt-keys"),
+        "jwt_audience": Description("AUDIENCE", "required value of the claim aud; needed with --jwt-keys"),
+        "jwt_tenant_claim": Description("CLAIM", "claim with the tenant", "tenant"),
+        "jwt_scope_claim": Description("CLAIM", "claim with the scopes, a list or a string of words", "scope"),
         "tls_cert": Description(
             "FILE", "certificate chain in PEM: listen with TLS 1.2 or 1.3; read again at SIGHUP, for new connections"
         ),
-        "tls_key": Description("FILE", "key of the certificate in PEM (default: it is in the file of --tls-cert)"),
+        "tls_key": Description("FILE", "private key in PEM (default: read from the file of --tls-cert)"),
         "tls_password_file": Description("FILE", "file with the password of the key, if it is encrypted"),
-        "tls_client_ca": Description("FILE", "CAs in PEM: each client needs a certificate of one of them"),
+        "tls_client_ca": Description("FILE", "CAs in PEM: require a client certificate from one of them"),
         "allowed_hosts": Description(
             "NAMES",
-            'names that clients use for this server, such as ["models.example.com"]; addresses are always allowed '
+            'host names that this server answers to, such as ["models.example.com"]; addresses are always allowed '
             "(default: any with keys or --auth none, and localhost without)",
             several=True,
         ),
-        "page": Description("no", "answer / with a page of the models; by default only on a loopback address"),
+        "page": Description("no", "serve a web page of the models at / (default: only on a loopback address)"),
         "allowed_origins": Description(
             "ORIGINS",
-            "origins of the other pages that may use this server from a browser, "
-            'such as ["https://app.example"], or ["*"] for all; to pages of its own origin it always answers',
+            "other origins whose web pages may use this server, "
+            'such as ["https://app.example"], or ["*"] for all; its own origin is always allowed',
             several=True,
         ),
         "drain_delay": Description(
-            "SECONDS", "seconds between SIGTERM and the end of listening, for load balancers to notice", "0"
+            "SECONDS", "seconds to keep listening after SIGTERM, for load balancers to notice", "0"
         ),
         "drain_timeout": Description(
             "SECONDS", "seconds for connected clients to receive their answers at shutdown", "10"
@@ -81,25 +78,25 @@ GROUPS = {
         "repository": Description("DIR", "bundle repository: a folder of <name>/<version>/"),
         "serve": Description(
             "NAME=VERSION",
-            "version that new sessions of a model begin on, such as co2=1; "
-            "otherwise what the file <name>/serve says, else the highest",
+            "version for new sessions of a model, such as co2=1 "
+            "(default: the one in the file <name>/serve, else the highest)",
             several=True,
         ),
-        "strict": Description("", "do not start if any bundle cannot be served; else serve the others"),
+        "strict": Description("", "do not start if any bundle cannot be served (default: serve the others)"),
         "bundle_memory": Description(
-            "BYTES", "memory that a bundle may take when it is tried before it is served, in bytes", "4294967296"
+            "BYTES", "maximum memory of the trial of a bundle before it is served, in bytes", "4294967296"
         ),
         "bundle_time": Description(
-            "SECONDS", "processor time that a bundle may take when it is tried before it is served", "30"
+            "SECONDS", "maximum processor time of the trial of a bundle before it is served", "30"
         ),
         "trusted_keys": Description(
             "PATH",
-            "public key, or folder of them (*.pem), as `unroll keys pair` makes them; "
-            "a bundle that none of them has signed is refused",
+            "public key of `unroll keys pair`, or a folder of them (*.pem); "
+            "bundles without a signature by one of them are refused",
         ),
         "allow_operators": Description(
             "OPERATORS",
-            'operators that graphs may have besides those that export writes, such as ["RandomNormal"]',
+            'operators to allow in graphs besides those that export writes, such as ["RandomNormal"]',
             several=True,
         ),
     },
@@ -122,15 +119,13 @@ GROUPS = {
             "SHARE", "fraction of the free memory that auto may use for a model's sessions", "0.5"
         ),
         "idle_timeout": Description("SECONDS", "seconds until an idle session expires; 0: never", "900"),
-        "tombstone_life": Description("SECONDS", "seconds for which the server remembers why a session ended", "3600"),
+        "tombstone_life": Description("SECONDS", "seconds to remember why a session ended", "3600"),
         "spill_bytes": Description(
             "BYTES", "host memory for idle sessions that do not fit in session_capacity, in bytes", "268435456"
         ),
-        "reply_bytes": Description(
-            "BYTES", "memory per model for replies that are kept for retries, in bytes", "268435456"
-        ),
+        "reply_bytes": Description("BYTES", "memory per model for replies kept for retries, in bytes", "268435456"),
         "state_file": Description(
-            "FILE", "file for memory sessions, also beside a store: written at shutdown, read at startup"
+            "FILE", "file for memory sessions, with or without a store: written at shutdown, read at startup"
         ),
         "snapshot_keys": Description(
             "KEYS",
@@ -153,9 +148,7 @@ GROUPS = {
             "when file:/// is synced to the disk: after every commit, every second, or at the end",
             "everysec",
         ),
-        "store_timeout": Description(
-            "SECONDS", "seconds without an answer after which the store counts as down", "0.5"
-        ),
+        "store_timeout": Description("SECONDS", "seconds to wait for the store before it counts as down", "0.5"),
         "durability": Description(
             "memory|stored", "default durability of new sessions (stored if --store is set, otherwise memory)"
         ),
@@ -165,34 +158,32 @@ GROUPS = {
         "max_batch_steps": Description("N", "maximum rows x time steps per model call", "2048"),
         "piece_steps": Description("N", "time steps of a long request per model call", "64"),
         "max_queue": Description("N", "maximum waiting requests per model", "8192"),
-        "overload_wait": Description(
-            "SECONDS", "seconds a new request may wait while more work arrives than runs (0: no limit)", "0.02"
-        ),
-        "request_timeout": Description("SECONDS", "seconds within which the work on a request must start", "30"),
+        "overload_wait": Description("SECONDS", "seconds a new request may wait in an overload; 0: no limit", "0.02"),
+        "request_timeout": Description("SECONDS", "seconds until work on a request must start", "30"),
         "max_connections": Description(
             "N|auto",
-            "connections of a process at a time; beyond, idle ones are closed, then only probes and metrics answered; "
+            "maximum connections per process; above, idle ones are closed, then only probes and metrics are answered; "
             "auto: as many as the limit of open files allows",
             "auto",
         ),
         "max_connections_per_address": Description(
-            "N", "connections of a process from one client address; a proxy is one address (default: any number)"
+            "N", "maximum connections per process and client address; a proxy is one address (default: no limit)"
         ),
         "head_timeout": Description("SECONDS", "seconds for a TLS handshake, and for the head of a request", "20"),
-        "keep_alive": Description("SECONDS", "seconds after which a connection without requests is closed", "75"),
+        "keep_alive": Description("SECONDS", "seconds until a connection without requests is closed", "75"),
         "min_rate": Description(
             "BYTES",
-            "bytes a second at which a body must arrive, and an answer be read, once head_timeout has passed",
+            "minimum bytes per second of a body sent and of an answer read, after the first head_timeout seconds",
             "1024",
         ),
-        "max_header_bytes": Description("BYTES", "maximum headers of a request, in bytes", "65536"),
-        "max_body_bytes": Description("BYTES", "maximum request body, in bytes", "16777216"),
-        "max_json_bytes": Description("BYTES", "maximum JSON in a request, in bytes", "2097152"),
+        "max_header_bytes": Description("BYTES", "maximum size of a request's headers, in bytes", "65536"),
+        "max_body_bytes": Description("BYTES", "maximum size of a request's body, in bytes", "16777216"),
+        "max_json_bytes": Description("BYTES", "maximum size of JSON in a request, in bytes", "2097152"),
         "max_held_bytes": Description(
-            "BYTES", "maximum bytes of requests and answers at a time, beside the sessions' states", "536870912"
+            "BYTES", "maximum memory for requests and answers, not counting the sessions' states, in bytes", "536870912"
         ),
         "max_steps": Description("N", "maximum time steps per request", "65536"),
-        "max_rollout_steps": Description("N", "maximum time steps per rollout whose inputs are fed back", "4096"),
+        "max_rollout_steps": Description("N", "maximum time steps per rollout", "4096"),
         "max_sequences": Description("N", "maximum whole sequences per request", "1024"),
     },
     "operation": {
@@ -202,12 +193,12 @@ GROUPS = {
             "server and set its log level",
         ),
         "admin_port": Description(
-            "PORT", "port of its own for /metrics, and with --admin for /v1/admin and the loading of models"
+            "PORT", "separate port for /metrics and, with --admin, for /v1/admin and the loading of models"
         ),
         "admin_host": Description("ADDRESS", "address that the --admin-port listens on", "127.0.0.1"),
         "log_requests": Description(
             "none|errors|all",
-            "requests that leave a line in the log, at most 100 a second: none, errors, all",
+            "requests to log, at most 100 lines a second",
             "errors",
         ),
         "log_level": Description("debug|info|warning|error", "minimum severity of log lines", "info"),

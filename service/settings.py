@@ -135,7 +135,7 @@ class Settings(BaseModel):
         if url.scheme in ("http", "https") and "@" in url.netloc:
             raise ValueError("a URL with a password is not taken: a JWK set is public")
         if url.scheme == "http" and not _is_loopback(url.hostname or ""):
-            raise ValueError("whoever is between could give it other keys: use https://, or a file")
+            raise ValueError("an attacker on the network could replace the keys: use https://, or a file")
         return place
 
     @field_validator("store")
@@ -206,8 +206,9 @@ class Settings(BaseModel):
         open_hosts = [host for host in hosts if not _is_loopback(host)]
         if self.auth is None and not has_keys and open_hosts:
             raise ValueError(
-                f"anybody who reaches {open_hosts[0]} could use the models and end the sessions of others: add --keys "
-                "FILE (`unroll keys new` writes an entry), or --auth none if a proxy or the network keeps strangers out"
+                f"everyone who can reach {open_hosts[0]} could use the models and end the sessions of others: add "
+                "--keys FILE (`unroll keys new` writes an entry), or --auth none if a "
+                "proxy or the network keeps strangers out"
             )
 
     def model_options(self) -> "ModelOptions":

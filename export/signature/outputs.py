@@ -118,7 +118,7 @@ def plan_outputs(
             raise ExportError("output", f"{len(given_names)} output names for {len(kept)} outputs ({', '.join(names)})")
         names = given_names
     if not kept:
-        raise ExportError("output", "forward returns no tensor beside its states: return what a client is to get, too")
+        raise ExportError("output", "forward returns only its states: also return the output for the client")
 
     outputs = []
     for index, name in zip(kept, names, strict=True):

@@ -23,12 +23,13 @@ class HeldBytes:
 
     Attributes:
         by_kind: Bytes that are held now.
+        of_tenants: The same, of each tenant that holds any.
     """
 
     def __init__(self, limit: int, quota_of: Callable[[str], Quota | None]) -> None:
         self._limit = limit
         self._quota_of = quota_of
-        self._of_tenants: Counter[str] = Counter()
+        self.of_tenants: Counter[str] = Counter()
         self._total = 0
         self.by_kind = dict.fromkeys(KINDS, 0)
 
@@ -36,9 +37,9 @@ class HeldBytes:
         self.by_kind[kind] += size
         self._total += size
         if tenant:
-            self._of_tenants[tenant] += size
-            if not self._of_tenants[tenant]:
-                del self._of_tenants[tenant]
+            self.of_tenants[tenant] += size
+            if not self.of_tenants[tenant]:
+                del self.of_tenants[tenant]
 
     def refusal(self, tenant: str, size: int) -> Overloaded | None:
         """Why so many bytes more cannot be held."""
@@ -49,7 +50,7 @@ class HeldBytes:
                 _RETRY_SECONDS,
             )
         quota = self._quota_of(tenant) if tenant else None
-        if quota is not None and quota.bytes is not None and self._of_tenants[tenant] + size > quota.bytes:
+        if quota is not None and quota.bytes is not None and self.of_tenants[tenant] + size > quota.bytes:
             return QuotaExceeded(
                 f"the requests and answers of the tenant {tenant!r} may hold {quota.bytes} bytes here", _RETRY_SECONDS
             )

@@ -48,7 +48,7 @@ def router(app: AppState) -> APIRouter:
     @api.post(
         "/v2/repository/models/{model}/load",
         tags=["Open Inference Protocol v2"],
-        summary="Look at the repository again, as at SIGHUP, and serve what it has of this model",
+        summary="Read the repository again, as at SIGHUP, and serve the versions of this model that it has",
         response_class=Response,
         responses=_DONE,
     )
@@ -60,7 +60,7 @@ def router(app: AppState) -> APIRouter:
     @api.post(
         "/v2/repository/models/{model}/unload",
         tags=["Open Inference Protocol v2"],
-        summary="Take no new sessions of this model; open ones go on until they end",
+        summary="Accept no new sessions of this model; open ones continue until they end",
         response_class=Response,
         responses=_DONE,
     )
@@ -72,7 +72,7 @@ def router(app: AppState) -> APIRouter:
     @api.post(
         "/v1/admin/drain",
         tags=["administration"],
-        summary="Not ready from now on, and no new sessions; those that are open go on until the process ends",
+        summary="Become not ready and accept no new sessions; open ones continue until the process ends",
         responses=problem_responses({400: "malformed_request: it takes no members", 413: "body_too_large"} | _WORKERS),
     )
     async def drain(http: Request) -> Readiness:
@@ -84,7 +84,7 @@ def router(app: AppState) -> APIRouter:
     @api.put(
         "/v1/admin/log-level",
         tags=["administration"],
-        summary="The least level of the lines in the log, until the process ends",
+        summary="Set the minimum level of log lines until the process ends",
         responses=problem_responses(
             {400: "malformed_request: there is no such level", 413: "body_too_large"} | _WORKERS
         ),

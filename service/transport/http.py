@@ -22,6 +22,7 @@ from unroll.service.api.inference_routes import Route
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
     CONTENT_ENCODING,
+    TENANT,
     Answer,
     Cancel,
     Headers,
@@ -255,9 +256,16 @@ class HttpProtocol(LimitedProtocol):
             self._answer(exchange.route.failure(error))
         return not exchange.response_complete
 
+    def _tenant(self) -> str:
+        cycle = self.cycle
+        if cycle is None or cycle is self._exchange:
+            return self._exchange.tenant
+        tenant: str = cycle.scope.get(TENANT, "")
+        return tenant
+
     def _cannot_hold(self, size: int) -> bool:
         """True if the request was answered by an error, because too many bytes are held already."""
-        error = self.body.grow(size, self._exchange.tenant if self.cycle is self._exchange else "")
+        error = self.body.grow(size, self._tenant())
         if error is None:
             return False
         if self.cycle is self._exchange:

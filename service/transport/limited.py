@@ -54,6 +54,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def _new_parser(self) -> None:
         raise NotImplementedError
 
+    def _tenant(self) -> str:
+        """Of the latest request; empty if it was not let in, or has none."""
+        raise NotImplementedError
+
     def _body_bytes(self) -> int:
         """Of the open request, as far as they have arrived."""
         raise NotImplementedError
@@ -158,7 +162,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """A client that does not read gets no more done."""
         super().pause_writing()
         self.flow.pause_reading()
-        self.unread.resize(self.transport.get_write_buffer_size())
+        self.unread.resize(self.transport.get_write_buffer_size(), self._tenant())
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -37,6 +37,7 @@ class DirectLink:
     def __init__(self, protocol: "StreamProtocol") -> None:
         self._protocol = protocol
         self.closed: asyncio.Future[None] = protocol.loop.create_future()
+        self.tenant = ""
         self.on_text: Callable[[bytes], None] | None = None
         self.on_binary: Callable[[bytes], None] | None = None
         self.on_writable: Callable[[bool], None] = lambda writable: None
@@ -190,7 +191,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         if not (self._missing or self._fragments) or self._cut_off or self.transport.is_closing():
             self._partial = 0
             self._message.resize(0)
-        elif self._partial > SMALL and (error := self._message.grow(self._partial)) is not None:
+        elif self._partial > SMALL and (error := self._message.grow(self._partial, self._direct.tenant)) is not None:
             self.send_close(TRY_AGAIN, error.message[:_MAX_REASON])
 
     def _parse(self, first: int, frame: bytes) -> None:
@@ -308,7 +309,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread.resize(self._direct.unsent())
+        self._unread.resize(self._direct.unsent(), self._direct.tenant)
         self._direct.on_writable(False)
 
     def resume_writing(self) -> None:

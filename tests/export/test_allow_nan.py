@@ -61,7 +61,7 @@ def test_from_the_command_line(few_steps: None, tmp_path: Path) -> None:
     ("model", "example", "allowed", "code", "says"),
     [
         (Spread, {"x": X, "known": KNOWN}, "x", "not_finite", "torch.where"),
-        (Before, {"x": X}, "x", "not_finite", "the state is NaN"),
+        pytest.param(Before, {"x": X}, "x", "not_finite", "the state is NaN", marks=pytest.mark.long),
         (Gaps, {"x": X, "known": KNOWN}, "y", "input", "'y', which is no input"),
         (Gaps, {"x": X, "known": KNOWN.long()}, "known", "input", "int64"),
         (Gaps, {"x": X.clone().fill_(torch.inf), "known": KNOWN}, "x", "not_finite", "infinity"),

@@ -186,6 +186,7 @@ def test_a_torchscript_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert nodes["LSTM"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 def test_a_program_of_torch_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x, both = torch.randn(2, 7, 4), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}

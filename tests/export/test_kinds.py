@@ -31,10 +31,10 @@ SHORT = {
     "a GRU as a function, with a mask on its weights",
     "arguments changed in place",
     "state in self.h",
-    "causal attention",
 }
 #: Those of the refused kinds that `make test` leaves out: they are refused as another one is, and take seconds.
 LONG = {
+    "an operator that ONNX lacks",
     "a loop that depends on the length",
     "one of two states kept",
     "a loop that skips every 168th step",

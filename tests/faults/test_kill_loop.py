@@ -20,6 +20,7 @@ async def test_replicas_are_killed(tmp_path: Path, store: Literal["redis", "embe
     assert result.verdict.steps > 100
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(haproxy.missing()), reason=haproxy.missing())
 async def test_replicas_are_restarted_behind_haproxy(tmp_path: Path) -> None:
     result = await rolling.run(tmp_path, 12, sessions=20, before=30)

@@ -40,6 +40,7 @@ def test_split_is_by_file_and_about_one_in_ten(library: Files) -> None:
     assert 0.05 < len(held_out) / (len(training) + len(held_out)) < 0.15
 
 
+@pytest.mark.long
 def test_beats_trigram_and_5_gram_on_held_out_files(model: StackedRNN, library: Files) -> None:
     training, held_out = library
     sample = [text[:4096] for text in held_out[::4]]

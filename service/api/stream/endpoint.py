@@ -39,8 +39,8 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
         link: Link = extensions.get("unroll.stream") or AsgiLink(websocket)
         try:
             key = admit_stream(server, websocket)
-            tenant = "" if key is None else key.tenant
-            connection = Connection(server, tenant, model, link, asyncio.get_running_loop().call_soon)
+            link.tenant = "" if key is None else key.tenant
+            connection = Connection(server, link.tenant, model, link, asyncio.get_running_loop().call_soon)
         except UnrollError as error:
             log_error(server.request_log, "v1/stream", error, model=split_reference(model)[0])
             await _deny(websocket, problem(error))

@@ -17,9 +17,11 @@ class Link(Protocol):
 
     Attributes:
         closed: done when there will be no more messages.
+        tenant: whose it is; empty without keys.
     """
 
     closed: asyncio.Future[None]
+    tenant: str
 
     def attach(
         self,
@@ -57,6 +59,7 @@ class AsgiLink:
     """A link over ASGI's `receive` and `send`. A transport that offers `unroll.stream` works without the queue."""
 
     closed: asyncio.Future[None]
+    tenant = ""
 
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket

@@ -53,7 +53,7 @@ class New:
 class Check:
     """Read a file of keys, and list them. The exit status is 1 if it cannot be used.
 
-    A file with quotas of tenants and no keys can be used beside `--jwt-keys` only, and the list says so.
+    A file with quotas of tenants and no keys can be used with `--jwt-keys` only, and the list says so.
     """
 
     file: Annotated[Path, _FILE]
@@ -77,7 +77,7 @@ class Pair:
     """Make a pair of keys that sign bundles.
 
     FILE gets the private key, which `unroll export --sign` uses; keep it secret. The public key, for `unroll serve
-    --trusted-keys`, is written beside it. No file is replaced.
+    --trusted-keys`, is written next to it. No file is replaced.
     """
 
     file: Annotated[Path, argument("FILE", "file of the private key, such as key.pem")]

@@ -12,7 +12,7 @@ from unroll.commands.options import LOCAL, ApiKey, Url, WrongOption, argument, f
 class Rollout:
     """Feed a model's outputs back as its inputs on the server, and print each time step.
 
-    The rows of FILE or of stdin come first: a forecast goes on where they end. Or --session continues a session, and
+    The rows of FILE or of stdin come first: a forecast continues where they end. Or --session continues a session, and
     needs no rows. By default the rollout runs on a copy of the session, which stays as it is.
 
     The output has the format of the rows: CSV, JSONL or raw values of the outputs; with lines, the bytes themselves.

@@ -65,7 +65,7 @@ class List(Filtered):
 
 @dataclass(frozen=True, kw_only=True)
 class Show(OnStore):
-    __doc__ = "Show one session, and what is known of one that has ended.\n" + _EPILOG
+    __doc__ = "Show one session, also one that has ended.\n" + _EPILOG
 
     model: Annotated[str, argument("MODEL", "name of its model")]
     session: Annotated[str, argument("SESSION", "id of the session")]

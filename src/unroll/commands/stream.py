@@ -16,7 +16,7 @@ class Stream:
     file, from -1 to 1, as many per time step as the input has values. lines: text for models of bytes, a byte each; the
     output is the most probable next byte.
 
-    The steps are applied once, even if the server is restarted meanwhile. With --session, the session is kept: a
+    The steps are applied once, even if the server restarts. With --session, the session is kept: a
     second run with the same id skips as many rows as the session has had, so give it all rows from the first one on.
     """
 

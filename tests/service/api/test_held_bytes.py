@@ -209,4 +209,4 @@ def test_a_tenant_has_a_quota_of_bytes() -> None:
     of_acme.resize(0)
     of_others.resize(0)
     assert not any(account.by_kind.values())
-    assert not account._of_tenants
+    assert not account.of_tenants

@@ -155,9 +155,9 @@ def test_models_are_described(client: httpx.Client, oracle: Oracles) -> None:
     listed = {model["name"]: model for model in client.get("/v1/models").json()}
     assert {"lstm", "gru", "last", "whole", "tokens", "two", "hot"} == listed.keys()
     assert listed["gru"]["version"] == "2"
-    token = {"name": "token", "dtype": "int64", "shape": [], "time": True, "limit": 11, "rate": None}
+    token = {"name": "token", "dtype": "int64", "shape": [], "time": True, "limit": 11, "rate": None, "nan": False}
     assert listed["tokens"]["inputs"] == [token]
-    y = {"name": "y", "dtype": "float32", "shape": [2], "time": False, "limit": None, "rate": None}
+    y = {"name": "y", "dtype": "float32", "shape": [2], "time": False, "limit": None, "rate": None, "nan": False}
     assert listed["last"]["outputs"] == [y]
     assert not listed["whole"]["streamable"]
     assert listed["lstm"]["state_size"] == oracle("lstm").manifest.state_size

@@ -149,7 +149,7 @@ def test_the_operators_port_takes_the_keys_too(shelf: Path, tmp_path_factory: py
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"admin_port": 0, "admin_host": "0.0.0.0"}, "anybody who reaches 0.0.0.0"),
+        ({"admin_port": 0, "admin_host": "0.0.0.0"}, "everyone who can reach 0.0.0.0"),
         ({"admin_host": "127.0.0.2"}, "add --admin-port"),
         ({"admin_port": 0, "workers": 2, "store": "file:///x"}, "would reach one worker"),
     ],

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,10 @@ import httpx
 import numpy as np
 import pytest
 import wire
+from client_frames import BINARY, CLOSE, masked
+from raw_http import Wire, request
 from serving import Running, raw_steps
+from waiting import until
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -130,3 +133,52 @@ def test_the_steps_of_a_tenant(limited: Limited) -> None:
     assert code(clients["acme"].post(url.replace("/steps", "/rollout"), json=mapped)) == (429, "quota_exceeded")
     assert clients["acme"].get(url.removesuffix("/steps")).json()["position"] == 1
     assert clients["other"].post("/v1/models/gru/sequences", **steps).status_code == 200
+
+
+@contextmanager
+def dialled(running: Running) -> Iterator[Wire]:
+    wire = Wire(running.port)
+    with wire.socket:
+        yield wire
+
+
+def test_the_bytes_that_requests_and_answers_of_a_tenant_hold(limited: Limited) -> None:
+    """Bodies of routes of every sort, and messages of a stream."""
+    limit, half = 400_000, 250_000
+    running, clients = limited(f"\n[tenants.acme]\nbytes = {limit}\n")
+    key = f"X-API-Key: {clients['acme'].headers['x-api-key']}"
+    upgrade = (
+        "GET /v1/models/lstm/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{key}\r\n\r\n"
+    )
+    begun = masked(BINARY, bytes(half))[:-1]
+
+    def refused(path: str) -> tuple[int, str]:
+        with dialled(running) as wire:
+            wire.send(request(path, bytes(half), key))
+            status, _, body = wire.answer()
+            return status, json.loads(body).get("code", "")
+
+    def holds(what: str) -> None:
+        until(lambda: running.server.held.of_tenants["acme"] > limit - half, what)
+        assert refused("/v1/models/lstm/sequences") == (429, "quota_exceeded")
+        for path in ("/v1/models/lstm/sequences", "/v1/models/lstm/sessions"):
+            other = clients["other"].post(path, content=bytes(half))
+            assert other.status_code != 429, other.text
+
+    for path in ("/v1/models/lstm/sequences", "/v2/models/lstm/infer", "/v1/models/lstm/sessions"):
+        with dialled(running) as wire:
+            wire.send(request(path, bytes(half), key)[:-half])
+            wire.send(bytes(half - 1))
+            holds(f"the body of {path}")
+        until(lambda: not running.server.held.of_tenants, "the end of the connection")
+    with dialled(running) as wire, dialled(running) as second:
+        for stream in (wire, second):
+            stream.send(upgrade.encode())
+            assert stream.head()[0] == 101
+        wire.send(begun)
+        holds("the message of a stream")
+        second.send(begun)
+        first, size = second.exactly(2)
+        assert (first, int.from_bytes(second.exactly(size)[:2])) == (CLOSE, 1013)
+    until(lambda: not running.server.held.of_tenants, "the end of the streams")
