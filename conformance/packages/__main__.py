@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 def _measured(entry: Entry) -> Result:
     try:
-        python = environments.python(entry.package)
+        python = environments.python(entry.package, entry.alone)
     except environments.NotInstalled as error:
         return Result("", "not installed", str(error).splitlines()[-1])
     command = [str(python), "-m", "conformance.packages.trial", entry.name]

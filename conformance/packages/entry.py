@@ -26,6 +26,7 @@ class Entry:
         options: more arguments of `unroll export`.
         trained: the package's wheel holds its weights.
         own: the package's own streaming call, or None if it has none.
+        alone: the module needs nothing of what the package requires, which is left out.
     """
 
     package: str
@@ -35,6 +36,7 @@ class Entry:
     options: tuple[str, ...] = ()
     trained: bool = False
     own: Streaming | None = None
+    alone: bool = False
 
     @property
     def name(self) -> str:

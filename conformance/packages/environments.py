@@ -14,8 +14,8 @@ class NotInstalled(Exception):
     """A package could not be installed; the message has the end of pip's output."""
 
 
-def python(package: str) -> Path:
-    """The interpreter that has `package`; installs it first. Raises NotInstalled."""
+def python(package: str, alone: bool = False) -> Path:
+    """The interpreter that has `package`; installs it first, `alone` without what it requires. Raises NotInstalled."""
     folder = FOLDER / package
     found, done = folder / "bin" / "python", folder / "installed"
     if not done.is_file():
@@ -24,8 +24,9 @@ def python(package: str) -> Path:
         # As a site folder, so that links to other folders in it count, too.
         shared = sysconfig.get_path("purelib")
         (site / "shared.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
+        more = ["--no-deps"] if alone else []
         pip = [sys.executable, "-m", "pip", "--python", str(found)]
-        _run(*pip, "install", "-q", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"), package)
+        _run(*pip, "install", "-q", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"), *more, package)
         done.touch()
     return found
 
