@@ -1,8 +1,8 @@
 """The code stays in pieces that one can read: the sizes of files, classes and functions have limits."""
 
 import ast
-from collections.abc import Iterator
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
