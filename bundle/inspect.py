@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from unroll.bundle.files import GOLDEN, MODEL, Bundle
@@ -18,16 +17,14 @@ def describe(bundle: Bundle, signed_by: str | None) -> dict[str, Any]:
         signed_by: Who signed it, or None.
     """
     manifest = bundle.manifest
-    return (
-        asdict(manifest)
-        | json.loads(manifest.to_json())
-        | {
-            "path": str(bundle.path),
-            "signed_by": signed_by,
-            "operators": operators(bundle.model),
-            "bytes": {MODEL: len(bundle.model), GOLDEN: bundle.golden_bytes, "state": 4 * manifest.state_size},
-        }
-    )
+    return {
+        **json.loads(manifest.to_json()),
+        "rates": manifest.rates,
+        "path": str(bundle.path),
+        "signed_by": signed_by,
+        "operators": operators(bundle.model),
+        "bytes": {MODEL: len(bundle.model), GOLDEN: bundle.golden_bytes, "state": 4 * manifest.state_size},
+    }
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
