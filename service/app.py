@@ -68,8 +68,6 @@ def build(
     """Load every bundle, and make the application and the state that the transport shares with it.
 
     Args:
-        settings: What to serve, and how.
-        clock: The clock of sessions and loops.
         shared_port: The port that other worker processes listen on, too.
         ticket_secret: Of all workers.
 

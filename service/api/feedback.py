@@ -113,9 +113,6 @@ class Feedback:
     """A map that fits a model.
 
     Args:
-        spec: of the request.
-        codec: the model's.
-        manifest: the model's.
         steps: that are fed back.
         begin: position of the first of them.
 

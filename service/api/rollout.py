@@ -104,9 +104,7 @@ class RolloutCall:
     """One rollout, from its request to its end.
 
     Args:
-        app: the state of the app.
         name, version, session_id: whose session it begins from.
-        wanted: the request.
         timeout: seconds until it must have begun.
         sink: gets the outputs, and the end or an error.
     """

@@ -35,11 +35,8 @@ class Connection:
     """Gets what the link receives.
 
     Args:
-        app: the state of the app.
-        tenant: whose it is; empty without keys.
         model: the model's, `name` or `name:version`.
         link: the connection, which need not be accepted yet.
-        call_soon: calls a function in the next turn of the event loop.
 
     Raises:
         ModelUnknown: there is no such model.

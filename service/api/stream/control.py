@@ -49,14 +49,6 @@ class Control:
 
     While one runs, the messages behind it wait in the backlog, in their order.
 
-    Args:
-        handles: the connection's sessions.
-        work: takes steps in JSON, and rollouts.
-        replies: where the answers go.
-        flow: pauses reading while a request runs.
-        turns: run the slices.
-        max_bytes: of one message.
-
     Attributes:
         running: a request is under way; later messages must be deferred.
     """
@@ -261,7 +253,6 @@ class Goodbyes:
     """Tells the client where its sessions are, and closes the connection: the server is about to end.
 
     Args:
-        handles: the connection's sessions.
         replies: where the messages go.
         link: closed after the last of them.
         call_soon: calls a function in the next turn of the event loop.
