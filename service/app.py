@@ -117,14 +117,7 @@ def build(
     if settings.shows_page:
         app.include_router(page_routes.router())
     if settings.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_methods=("DELETE", "GET", "POST", "PUT"),
-            allow_headers=("*",),
-            expose_headers=_EXPOSED,
-            max_age=_PREFLIGHT_SECONDS,
-        )
+        _allow_pages_of(app, settings.allowed_origins)
     operator = app
     if settings.admin_port is not None:
         operator = app.state.operator = _fastapi(state, None)
@@ -133,6 +126,18 @@ def build(
     loads = settings.offers_operations and operator is app
     app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
     return app, state
+
+
+def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
+    """Answer pages of other origins, and tell their browsers so."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("DELETE", "GET", "POST", "PUT"),
+        allow_headers=("*",),
+        expose_headers=_EXPOSED,
+        max_age=_PREFLIGHT_SECONDS,
+    )
 
 
 def _worker_metrics(settings: Settings) -> WorkerMetrics | None:

@@ -236,7 +236,6 @@ def _secret(name: bytes, value: bytes) -> bytes:
 
 
 def host_name(host: str) -> str:
-    """The name in a header `Host`, without the port."""
     if (address := _BRACKETED.fullmatch(host)) is not None:
         return address[1]
     return host.partition(":")[0].rstrip(".").lower()

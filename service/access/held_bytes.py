@@ -38,7 +38,6 @@ class HeldBytes:
                 del self.of_tenants[tenant]
 
     def refusal(self, tenant: str, size: int) -> Overloaded | None:
-        """Why so many bytes more cannot be held."""
         if self._total + size > self._limit:
             return QueueFull(
                 f"requests and answers hold {self._total} bytes here, and {self._limit} are allowed "

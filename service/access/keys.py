@@ -49,8 +49,6 @@ class KeysRefused(ValueError):
 
 
 class Key(BaseModel):
-    """One key."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(min_length=1, max_length=64)]

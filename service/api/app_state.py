@@ -119,7 +119,6 @@ class AppState:
         return durability
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """A request of an inference route was answered."""
         figures = self.requests.get(route)
         if figures is None:
             figures = self.requests[route] = RequestFigures()

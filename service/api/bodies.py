@@ -17,7 +17,6 @@ class Strict(BaseModel):
 
 
 def first_fault(error: ValidationError) -> str:
-    """What is wrong with a body, and with which of its members."""
     if error.error_count() > _MOST_FAULTS:
         return f"{error.error_count()} members are wrong or unknown"
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]

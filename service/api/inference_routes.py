@@ -148,7 +148,6 @@ def find(path: Path) -> Route | None:
 
 
 def log(app: AppState, route: Route, path: Path, request: Request, answer: Answer) -> None:
-    """Log the request, if such are logged."""
     session = path[5] if route is _STEPS else request.session
     known = {"model": split_reference(path[3])[0], "session": session, "position": request.position}
     log_answer(app.request_log, route.name, answer.status, answer.error, **known)

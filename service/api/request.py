@@ -127,7 +127,6 @@ class Answer:
         self.body = text + self.body
 
     def response(self) -> Response:
-        """The same answer, for routes that FastAPI calls."""
         headers = dict(line.split(": ", 1) for line in self.fields.decode().splitlines())
         return Response(self.body, self.status, headers, self.media_type.decode())
 

@@ -343,7 +343,6 @@ def _pieces_of(running: Rollout) -> Iterator[_Piece]:
 
 
 def step_members(codec: Codec, send: Send, position: int, inputs: Tensors, outputs: Tensors) -> dict[str, Any]:
-    """Time steps of a rollout as members of a JSON object."""
     members: dict[str, Any] = {"position": position}
     if send != "outputs":
         members["inputs"] = codec.inputs_to_json(inputs)

@@ -28,7 +28,6 @@ def add(path: Path, name: str, tenant: str, scopes: Sequence[str]) -> str:
 
 
 def lines(ring: KeyRing) -> Iterator[str]:
-    """Yield the keys and quotas in words."""
     if not ring.keys:
         yield "no keys: for a server with --jwt-keys"
     for key in ring.keys.values():

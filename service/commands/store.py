@@ -6,7 +6,6 @@ from unroll.service.store.embedded_check import Report
 
 
 def lines(report: Report) -> Iterator[str]:
-    """Yield the report in words."""
     if report.result == "unreadable":
         yield f"unreadable: {report.reason}"
         return

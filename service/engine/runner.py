@@ -116,7 +116,6 @@ class Runner:
         return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
 
     def part(self, model: bytes) -> "GraphPart":
-        """Open another graph with the same device and options."""
         return GraphPart(self._open(model))
 
 

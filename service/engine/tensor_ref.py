@@ -23,7 +23,6 @@ class TensorRef:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Self:
-        """Refer to an array in host memory."""
         return cls(array.ctypes.data, array.shape, array.dtype)
 
     @property

@@ -118,7 +118,6 @@ class ModelRepository:
         self._loader.shut_down()
 
     def request_rescan(self) -> None:
-        """Look for new, changed and removed bundles soon."""
         self._rescan.set()
 
     async def run(self) -> None:

@@ -114,7 +114,6 @@ class ServedModel:
     # ── sessions from and to records ──────────────────────────────────────────────────────────────────────
 
     def origin(self, durability: str) -> Origin:
-        """The origin of a session that begins here."""
         return Origin(self.manifest.digest, durability, os.urandom(ID_BYTES))
 
     def record(self, session: Session) -> Record:

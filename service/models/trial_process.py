@@ -125,7 +125,6 @@ def _read(reading: int, connection: socket.socket, until: float) -> bytes | None
 
 
 def _why(status: int, seconds: float, job: Job, *, in_time: bool) -> dict[str, Any]:
-    """Why a child gave no answer."""
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if not in_time or number == signal.SIGXCPU or (number == signal.SIGKILL and seconds >= job.seconds):
         return {"code": "bundle_time", "message": f"trying it takes more than {job.seconds:g} s"}

@@ -23,8 +23,6 @@ from unroll.service.scheduler.session_table import SessionTable
 
 
 class Groups:
-    """Queues groups and completes them."""
-
     def __init__(
         self,
         admission: Admission,
@@ -170,7 +168,6 @@ class Groups:
             follower.answer(errors.get(row) or Reply(row_of(outputs, row), int(positions[row])).copy())
 
     def fail(self, group: Group, error: UnrollError, now: float) -> None:
-        """Answer a group that did not run."""
         self.complete(group, (), dict.fromkeys(range(len(group.sessions)), error), now)
 
     def _queue(self, group: Group, now: float) -> None:

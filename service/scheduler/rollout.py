@@ -106,7 +106,6 @@ class Rollouts:
             raise QueueFull(f"{self._most} rollouts run on this model, half of --max-batch; retry later")
 
     def add(self, rollout: Rollout) -> None:
-        """It was accepted."""
         self._running = [each for each in self._running if each.outcome is None]
         self._running.append(rollout)
         rollout.counters = self._counters

@@ -91,7 +91,6 @@ class Scheduler:
 
     @property
     def rows(self) -> int:
-        """Rows the arena must have."""
         return self.workspaces.end
 
     @property

@@ -126,7 +126,6 @@ class SessionTable:
 
     @property
     def everyone(self) -> list[Session]:
-        """The open sessions and those that are leaving."""
         return [*self._live.values(), *self._leaving]
 
     def check_room(self) -> None:

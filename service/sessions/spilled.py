@@ -58,12 +58,10 @@ class SpilledSessions:
         return f"<SpilledSessions {self._spill!r}, {len(self._parking)} on their way to the store>"
 
     def __len__(self) -> int:
-        """Sessions in host memory."""
         return len(self._spill) + len(self._parking)
 
     @property
     def of_tenants(self) -> Counter[str]:
-        """The number of sessions of each tenant in host memory."""
         return self._spill.of_tenants
 
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
@@ -72,7 +70,6 @@ class SpilledSessions:
         yield from ((key, record, used) for key, (record, used) in self._parking.items())
 
     def has(self, digest: str) -> bool:
-        """Whether a session is on the version with this digest."""
         self.expire()
         return any(record.origin.model == digest for _, record, _ in self)
 

@@ -86,7 +86,6 @@ class Exchanges(Generic[C]):
         return results
 
     async def finish(self) -> None:
-        """Wait for all calls."""
         while self._under_way:
             await asyncio.wait(self._under_way)
 
@@ -159,7 +158,6 @@ class Exchanges(Generic[C]):
 
 
 def unavailable(reason: Exception) -> StoreUnavailable:
-    """The error for clients."""
     return StoreUnavailable(f"the session store is unavailable: {_first_line(reason)}", _RETRY_AFTER)
 
 

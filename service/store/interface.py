@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from unroll.service.core.errors import UnrollError
-from unroll.service.store.record import Gone, Kept, Origin, Record
+from unroll.service.store.record import Gone, Record
 from unroll.service.telemetry.metrics import StoreFigures
 
 Key = tuple[str, str]
@@ -141,19 +141,3 @@ class Tokens:
 
     def next(self) -> bytes:
         return self._process + next(self._count).to_bytes(8, "little")
-
-
-__all__ = [
-    "Commit",
-    "Gone",
-    "Kept",
-    "Key",
-    "Listed",
-    "Origin",
-    "Page",
-    "Pages",
-    "Record",
-    "Store",
-    "StoreRefused",
-    "Tokens",
-]

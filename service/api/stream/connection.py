@@ -89,7 +89,6 @@ class Connection:
         )
 
     def on_text(self, message: bytes) -> None:
-        """A control message."""
         if self._flow.drained:
             return
         if self._control.running:
@@ -101,7 +100,6 @@ class Connection:
             self._replies.send_error(error)
 
     def on_binary(self, message: bytes) -> None:
-        """A frame of steps."""
         if self._flow.drained:
             return
         if self._control.running:

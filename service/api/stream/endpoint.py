@@ -26,7 +26,6 @@ STALLED_SECONDS = 30.0
 
 
 def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
-    """The route `/v1/models/{model}/stream`."""
     api = APIRouter()
 
     @api.websocket("/v1/models/{model}/stream")

@@ -72,7 +72,6 @@ class FlowControl:
         self._steps += steps
 
     def release(self, entries: int, steps: int) -> None:
-        """They are answered."""
         self.entries -= entries
         self._steps -= steps
         if self.paused:

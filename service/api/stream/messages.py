@@ -61,8 +61,6 @@ class RolloutRequest(RolloutSpec):
 
 
 class StopRequest(Strict):
-    """Stop the rollout of the handle."""
-
     op: Literal["stop"]
     handle: Handle
 

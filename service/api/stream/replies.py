@@ -49,7 +49,6 @@ class Replies:
         self.send_text(json.dump(document))
 
     def send_frame(self, frame: bytes) -> None:
-        """A frame that answers no entry."""
         self._send_binary(frame)
 
     def send_error(self, error: UnrollError) -> None:
@@ -65,7 +64,6 @@ class Replies:
         self._release(1, entry.steps)
 
     def answer_text(self, entry: SingleEntryFrame, document: dict[str, Any]) -> None:
-        """In a text message."""
         self.flush()
         self.send(document)
         self._release(1, entry.steps)
@@ -120,13 +118,11 @@ class Replies:
         self._release(len(handles), sum(steps))
 
     def close(self) -> None:
-        """The connection is gone."""
         self.closed = True
         self._coalesced.clear()
 
 
 def error_members(error: UnrollError) -> dict[str, Any]:
-    """An error as members of a JSON object."""
     members: dict[str, Any] = {**error.details, "code": error.code, "detail": error.message}
     if isinstance(error, Overloaded):
         members["retry_after"] = error.retry_after

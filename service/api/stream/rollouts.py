@@ -53,7 +53,6 @@ class StreamRollouts:
             self._flow.release(1, 0)
 
     def close(self) -> None:
-        """The connection is gone."""
         for call in self._running.values():
             call.cancel()
         self._running.clear()

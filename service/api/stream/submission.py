@@ -121,7 +121,6 @@ class FrameSubmitter:
         return [i for i in range(len(frame.entries)) if i not in taken] if len(taken) < len(frame.entries) else []
 
     def submit_apart(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
-        """Submit entries of a frame chunk by chunk."""
         for i in entries:
             entry = SingleEntryFrame(frame.handles[i], frame.steps[i], frame.positions[i], frame.chunk(i))
             self.submit(entry, faults.get(i), self._replies.coalesce)

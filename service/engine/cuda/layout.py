@@ -56,7 +56,6 @@ class BlockLayout:
 
 
 def input_tensors(manifest: Manifest, rows: int) -> list[Tensor]:
-    """Return shape and type of each input of one step."""
     return [((rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
 
 
@@ -85,5 +84,4 @@ def buckets(wanted: Sequence[int], max_batch: int) -> tuple[int, ...]:
 
 
 def bucket_of(sizes: Sequence[int], rows: int) -> int:
-    """Return the smallest of `sizes` that has room for `rows`."""
     return sizes[bisect_left(sizes, rows)]
