@@ -34,7 +34,6 @@ class Check:
     """One line of the report.
 
     Attributes:
-        what: The property that was checked.
         output: The output, or `state_out`.
         difference: The largest absolute difference over all its values; NaN if an answer was not finite.
         allowed: The largest difference that passes.

@@ -134,8 +134,6 @@ class Gate:
         """The tenant of a request that may come in; empty without keys.
 
         Args:
-            headers: Of the request.
-            scope: That its key needs.
             changes: Whether it may change anything, or only asks.
 
         Raises:

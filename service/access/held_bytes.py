@@ -17,10 +17,6 @@ _RETRY_SECONDS = 1.0
 class HeldBytes:
     """The account.
 
-    Args:
-        limit: Of all.
-        quota_of: The quota of a tenant.
-
     Attributes:
         by_kind: Bytes that are held now.
         of_tenants: The same, of each tenant that holds any.

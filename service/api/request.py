@@ -56,7 +56,6 @@ class Request:
 
     Attributes:
         headers: By lower-case name.
-        body: As received.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
         again: Looks a session up in the store and handles the request again; None without a store.
@@ -157,10 +156,6 @@ class Answering(Generic[C, T]):
     """Called by the scheduler with the outcome of a request's work; answers the request, and never raises.
 
     Args:
-        respond: Takes the answer.
-        failure: Makes the answer of an error.
-        encode: Makes the answer of `context` and the outcome.
-        context: Passed to `encode`.
         again: Handles the request again if another replica updated its session; returns False if it gave up.
     """
 

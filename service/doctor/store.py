@@ -32,11 +32,8 @@ class Folder:
     """The folder of an embedded store.
 
     Attributes:
-        exists: A store is in it.
         sync: As of the servers that have it open, or had it last.
         file_system: Its kind, if the machine says it.
-        free: Free bytes on the disk.
-        report: On its entries.
     """
 
     exists: bool
@@ -53,7 +50,6 @@ class StoreFacts:
     Attributes:
         problem: Why it cannot be used.
         commit_seconds: Median time of a commit.
-        folder: Of an embedded store.
     """
 
     problem: str | None = None

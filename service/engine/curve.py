@@ -95,8 +95,6 @@ def measure(
         max_batch: Rows of the largest call. It and the call of one row are always measured.
         piece_steps: Time steps of the longest call.
         max_batch_steps: Largest product of rows and steps in a call.
-        budget_seconds: Time for all measurements.
-        now: The clock, in seconds.
     """
     steps = min(piece_steps, _SEVERAL_STEPS)
     best: dict[tuple[int, int], float] = {}

@@ -13,7 +13,6 @@ class TensorRef:
 
     Attributes:
         device_type: onnxruntime's name of the device, `cpu` or `cuda`.
-        device_index: Which device of that type.
     """
 
     pointer: int

@@ -44,8 +44,6 @@ class ModelOptions:
     """How every model is served.
 
     Attributes:
-        max_steps: Time steps per request.
-        max_sequences: Whole sequences per request.
         spill_bytes: Host memory for idle sessions that lost their row.
         trusted_keys: Who must have signed a bundle, if anybody.
         trial: What a bundle may take and hold; its `calls` and `slack` are those of the server.
@@ -86,10 +84,7 @@ class ModelLoader:
     """Loads a bundle on every device.
 
     Args:
-        options: How models are served.
-        clock: The clock of their loops.
         devices: Names, each with the executor that is its engine thread.
-        store: Where durable sessions are kept, if anywhere.
         spill: Keeps an idle session that must give up its row; returns False if it cannot.
         is_verified: Whether the session of that model and id was looked up in the store for the running call.
     """
@@ -115,7 +110,6 @@ class ModelLoader:
         """The version on every device; all share their statistics.
 
         Args:
-            path: The bundle's folder.
             known: Identities of bundles that are not to be loaded; the result is empty for them.
             seconds: Processor time for its trial, if less than a bundle may take.
 

@@ -30,8 +30,6 @@ class Serving:
 
     Attributes:
         device: `cpu` or `cuda:N`.
-        provider: onnxruntime's execution provider.
-        precision: Of matrix products.
         parity: Largest absolute difference from PyTorch float64 at load, by output and `state_out`.
         stability: Largest absolute difference of a row's results between batches of other sizes or company, at load.
     """

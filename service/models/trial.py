@@ -34,7 +34,6 @@ class TrialLimits:
 
     Attributes:
         memory: Bytes, besides those of the process.
-        seconds: Processor time.
         allowed_operators: Operators that a graph may have besides those of the allow-list.
         calls: Rows and time steps of the largest calls.
         slack: How many times the manifest's tolerance an answer on the CPU may be off.
@@ -100,12 +99,7 @@ def _fork(ours: socket.socket, theirs: socket.socket) -> int:
 
 
 class Trials:
-    """Tries bundles one after the other, and remembers what came of it.
-
-    Args:
-        limits: Of each.
-        start: Starts the process.
-    """
+    """Tries bundles one after the other, and remembers what came of it."""
 
     def __init__(self, limits: TrialLimits, start: Callable[[], TrialProcess] = TrialProcess) -> None:
         self.limits = limits
@@ -118,7 +112,6 @@ class Trials:
         """Return the largest differences from PyTorch on the CPU.
 
         Args:
-            content: The bundle.
             seconds: Processor time that it may take, if less than the limit.
 
         Raises:

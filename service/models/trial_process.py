@@ -40,11 +40,8 @@ class Job:
     """One bundle to try.
 
     Attributes:
-        path: Its folder.
         sizes: Bytes of manifest, graph and golden vectors, which follow.
         allowed_operators: Operators that its graph may have besides those of the allow-list.
-        memory: Bytes that it may take.
-        seconds: Processor time that it may take.
         calls: Rows and time steps of the largest calls that the server will make.
         slack: How many times the manifest's tolerance an answer may be off.
     """

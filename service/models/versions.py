@@ -127,8 +127,6 @@ class ModelVersions:
         """Where a session or snapshot of the version with this digest continues; a version that is not here is noted.
 
         Args:
-            name: The model's.
-            digest: The version's.
             what: Subject and verb of the error, such as "the snapshot was taken from".
 
         Raises:

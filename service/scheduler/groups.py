@@ -57,7 +57,6 @@ class Groups:
         """Queue the next steps of each session that is idle and at its position.
 
         Args:
-            sessions: those of the rows.
             positions: the position that the client named for each, or None.
             inputs: each (len(sessions), time, *shape).
             now, deadline: the time, and when the steps must have begun.

@@ -30,10 +30,7 @@ class Lanes:
     """Queues of ready work.
 
     Args:
-        traits: of the model.
-        limits: of batches.
         workspaces: arena rows of chunks between their pieces.
-        pace: says how long a piece may be.
         drop: Is this work over, so that it must not run any more?
     """
 

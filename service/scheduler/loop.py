@@ -50,11 +50,6 @@ class Loop:
     """Runs the batches of one model version, and calls the listeners of their work.
 
     Args:
-        name: of the model.
-        scheduler: decides what runs.
-        engine: runs it.
-        store: has the durable sessions; None: there are none.
-        clock: for deadlines and idle times.
         on_batch: called after each batch with the number of failed rows and the seconds it took.
     """
 

@@ -31,9 +31,7 @@ class Rollout(Chunk):
     Args:
         digest: of the request, (n,) uint8 with n > 1.
         first: the given inputs, each (T, *shape).
-        length: time steps in all.
         feed: makes the inputs of the others. If it raises UnrollError, the rollout fails.
-        position: of the first step.
         session, state_row: as of a chunk; without a session the rollout runs on the state row alone.
     """
 

@@ -54,9 +54,6 @@ class Scheduler:
     """All sessions of one model on one device, and their work.
 
     Args:
-        traits: of the model.
-        sessions: the limits of sessions.
-        limits: the limits of work.
         is_verified: Was the session of this id looked up in the store for the call that is running?
         spill: asked to keep a session that is about to be evicted; see `SessionTable`.
     """

@@ -95,8 +95,6 @@ class MemorySessions:
         """A new session.
 
         Args:
-            served: The version that it will live on.
-            new: Its id.
             start: The state to begin from; None for the model's initial state.
             durability: One of `durabilities`.
 

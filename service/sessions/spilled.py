@@ -36,9 +36,7 @@ class SpilledSessions:
     """The memory sessions without a row.
 
     Args:
-        limit: Bytes of host memory.
         idle_timeout: Seconds until an idle session expires; None for never.
-        clock: The clock of the sessions.
         versions: Where sessions come from and return to.
         store: Takes the sessions beyond the limit, if there is one; else they are evicted.
     """
@@ -84,8 +82,6 @@ class SpilledSessions:
         """Keep an idle session that is about to lose its row.
 
         Args:
-            model: The version it lives on.
-            session: It.
             at_cost: Whether others of its tenant, or it itself, may be evicted for it.
 
         Returns:

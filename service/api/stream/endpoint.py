@@ -83,13 +83,7 @@ async def _deny(websocket: WebSocket, answer: Answer) -> None:
 
 
 class SlowReaderTimer:
-    """Cuts off a client that takes nothing for a while although much waits for it.
-
-    Args:
-        link: the connection.
-        on_writable: called when the client stops reading or reads again.
-        seconds: how long the client may take nothing.
-    """
+    """Cuts off a client that takes nothing for a while although much waits for it."""
 
     def __init__(self, link: Link, on_writable: Callable[[bool], None], seconds: float) -> None:
         self._link = link

@@ -29,12 +29,6 @@ OnRefused = Callable[[UnrollError, int | None, int | None, str | None], None]
 class Replies:
     """Sends the answers to entries, and the answers to control messages.
 
-    Args:
-        link: the connection.
-        flow: where the entries that are answered are counted.
-        call_soon: calls a function in the next turn of the event loop.
-        on_refused: logs an error.
-
     Attributes:
         closed: the connection is gone; nothing is sent any more.
         send_text: sends what is encoded already.
@@ -87,7 +81,6 @@ class Replies:
         """In a frame of its own, but for the rows that failed.
 
         Args:
-            frame: the client's.
             rows: the rows of the frame that were submitted; None if all were.
             reply: the answer to some of those rows, or to all.
         """

@@ -19,10 +19,6 @@ class StreamRollouts:
     """Begins and stops rollouts, and sends what they bring.
 
     Args:
-        app: the state of the app.
-        name: the model's.
-        handles: the connection's sessions.
-        replies: where the steps go.
         flow: where each rollout counts as an entry.
     """
 

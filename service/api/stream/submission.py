@@ -57,8 +57,6 @@ class PendingChunk:
     """A chunk that is not answered; called with its outcome.
 
     Attributes:
-        entry: the chunk as the client sent it.
-        answer: sends its reply.
         served, session, chunk: what it was submitted to and as.
         attempts: looks its session up in the store and submits it again; None as long as that was not needed.
     """
@@ -79,11 +77,7 @@ class FrameSubmitter:
     """Submits frames, retries chunks whose session another replica updated, and hands the outcomes to the replies.
 
     Args:
-        app: the state of the app.
-        name: the model's.
-        handles: the connection's sessions.
         recurring: the connection's frames; cleared when a handle is unbound.
-        replies: where the answers go.
     """
 
     def __init__(
@@ -178,8 +172,6 @@ class FrameSubmitter:
         """Submit one chunk, or refuse it.
 
         Args:
-            entry: the chunk.
-            fault: the error in its values.
             answer: sends its reply; by default in a frame of its own.
         """
         if fault is not None:

@@ -24,7 +24,6 @@ class BlockLayout:
 
     Attributes:
         offsets: First byte of each tensor.
-        nbytes: Bytes of the block.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -75,7 +74,6 @@ def buckets(wanted: Sequence[int], max_batch: int) -> tuple[int, ...]:
     Args:
         wanted: Row counts instead of BUCKETS. With a single one, a row is always computed in a call of the same size,
             and so gives the same bits.
-        max_batch: Rows of the largest batch.
 
     Raises:
         ValueError: None has room for `max_batch` rows.
