@@ -134,10 +134,13 @@ class FrameSubmitter:
         positions = None if sent[0] == NO_POSITION and (sent == NO_POSITION).all() else sent
         on_reply = partial(self._complete_group, frame, None, None)
         try:
-            return served.loop.submit_cohorts(recurring.cohorts, positions, inputs, self._timeout, on_reply)
+            now, groups = served.loop.clock.now(), served.scheduler.groups
+            taken = groups.submit_cohorts(recurring.cohorts, positions, inputs, now, now + self._timeout, on_reply)
         except UnrollError as error:
             self._replies.refuse_all(frame.entries, error)
             return True
+        served.loop.wake()
+        return taken
 
     def _submit_group(
         self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session], recurring: RecurringFrame
@@ -153,10 +156,12 @@ class FrameSubmitter:
             positions = [positions[i] for i in rows]
         on_reply = partial(self._complete_group, frame, None if whole else rows, recurring)
         try:
-            declined = served.loop.submit_group(members, positions, inputs, self._timeout, on_reply, again=again)
+            now, groups = served.loop.clock.now(), served.scheduler.groups
+            declined = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
         except UnrollError as error:
             self._replies.refuse_all(frame.entries[rows], error)
             return rows
+        served.loop.wake()
         if not declined:
             return rows
         others = set(declined)
