@@ -215,7 +215,7 @@ class Settings(BaseModel):
         from unroll.bundle.signature import TrustedKeys
         from unroll.service.engine.backend import EngineOptions
         from unroll.service.models.loading import ModelOptions
-        from unroll.service.models.trial import TrialLimits
+        from unroll.service.models.trial_process import TrialLimits
         from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 
         fill_memory = self.session_capacity == "auto"

@@ -151,28 +151,18 @@ def nothing_to_cancel() -> None:
     """The request was answered at once."""
 
 
+@dataclass(slots=True, eq=False)
 class Answering(Generic[C, T]):
     """Called by the scheduler with the outcome of a request's work; answers the request, and never raises.
 
-    Args:
-        again: Handles the request again if another replica updated its session; returns False if it gave up.
+    again: handles the request again if another replica updated its session; returns False if it gave up.
     """
 
-    __slots__ = ("again", "context", "encode", "failure", "respond")
-
-    def __init__(
-        self,
-        respond: Respond,
-        failure: Callable[[UnrollError], Answer],
-        encode: Callable[[C, T], Answer],
-        context: C,
-        again: Callable[[], bool] | None = None,
-    ) -> None:
-        self.again = again
-        self.respond = respond
-        self.failure = failure
-        self.encode = encode
-        self.context = context
+    respond: Respond
+    failure: Callable[[UnrollError], Answer]
+    encode: Callable[[C, T], Answer]
+    context: C
+    again: Callable[[], bool] | None = None
 
     def __call__(self, outcome: T | UnrollError) -> None:
         if isinstance(outcome, UnrollError):

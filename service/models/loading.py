@@ -25,7 +25,8 @@ from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.served_model import ServedModel, Serving
 from unroll.service.models.serving_figures import ServingFigures
-from unroll.service.models.trial import ANY, TrialLimits, Trials
+from unroll.service.models.trial import ANY, Trials
+from unroll.service.models.trial_process import TrialLimits
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import EngineThread, Loop

@@ -102,6 +102,9 @@ class ServedModel:
             self.write_snapshot(session, start)
         return session
 
+    def snapshot(self, session: Session) -> Snapshot:
+        return Snapshot(self.manifest.digest, session.position, self.engine.read(session.source))
+
     def write_snapshot(self, session: Session, snapshot: Snapshot) -> None:
         self.engine.write(session.slot, snapshot.row)
         session.source = session.slot

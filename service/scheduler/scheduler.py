@@ -85,9 +85,7 @@ class Scheduler:
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
-        self.groups = Groups(
-            self._admission, self._lanes, self._queues, self.sessions, self.replay, self._completion, self.counters
-        )
+        self.groups = Groups(self._completion)
 
     @property
     def rows(self) -> int:
