@@ -88,7 +88,6 @@ class ControlCall(Call):
     """A control message for several sessions. Keys are handles.
 
     Attributes:
-        op: Of the message.
         items: What the server answered, by handle.
     """
 

@@ -17,12 +17,9 @@ class StreamRollout(Rollout):
     """A rollout on a stream.
 
     Args:
-        model: Of the stream.
         place: The session, whose position advances when a rollout on it has ended.
-        wish: What is asked for.
 
     Attributes:
-        place: As given.
         sent: It is under way on the connection.
         ready: Steps that its caller has not had yet.
         refused: Why it has ended.
