@@ -36,7 +36,6 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     """Serve until a signal ends it.
 
     Args:
-        settings: What to serve, and how.
         exposed: Flags that have secrets in them.
 
     Returns:

@@ -7,14 +7,16 @@ from functools import partial
 from time import perf_counter
 
 import structlog
+from fastapi import Request as HttpRequest
+from fastapi import Response
 
-from unroll.service.api.answer_log import log_answer
+from unroll.service.api.answer_log import ERROR, log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem
 from unroll.service.api.infer import infer
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.path_segments import split
-from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel
+from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel, read_request
 from unroll.service.api.steps import sequences, steps
 from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, UnrollError
 from unroll.service.sessions.attempts import Attempts
@@ -162,17 +164,18 @@ def find(path: Path) -> Route | None:
 
 
 def log(app: AppState, route: Route, path: Path, request: Request, answer: Answer) -> None:
-    """Log the request, if such are logged."""
     session = path[5] if route is _STEPS else request.session
     known = {"model": split_reference(path[3])[0], "session": session, "position": request.position}
     log_answer(app.request_log, route.name, answer.status, answer.error, **known)
 
 
-async def answer(app: AppState, path: str, request: Request) -> Answer:
-    """The answer to a POST to the encoded path of an inference route; cancelling the caller cancels the work."""
-    parts = split(path)
+async def respond(app: AppState, http: HttpRequest) -> Response:
+    """The response to a POST to an inference route; cancelling the caller cancels the work."""
+    request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+    http.scope[ERROR] = None  # it is logged here
+    parts = split(http.url.path)
     route = find(parts)
-    assert route is not None, path
+    assert route is not None, parts
     started = perf_counter()
     found = await answered(lambda respond: route.handle(app, parts, request, respond))
     while found.pieces is not None:
@@ -180,4 +183,4 @@ async def answer(app: AppState, path: str, request: Request) -> Answer:
         await asyncio.sleep(0)
     app.count(route.name, found.status, perf_counter() - started)
     log(app, route, parts, request, found)
-    return found
+    return found.response()

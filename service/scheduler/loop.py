@@ -17,10 +17,10 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCommit
+from unroll.service.scheduler.chunk import Action, Chunk, PendingCommit
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.session import Cohort, Session
+from unroll.service.scheduler.session import Session
 from unroll.service.store.interface import Commit, Store, Tokens
 
 T = TypeVar("T")
@@ -50,11 +50,6 @@ class Loop:
     """Runs the batches of one model version, and calls the listeners of their work.
 
     Args:
-        name: of the model.
-        scheduler: decides what runs.
-        engine: runs it.
-        store: has the durable sessions; None: there are none.
-        clock: for deadlines and idle times.
         on_batch: called after each batch with the number of failed rows and the seconds it took.
     """
 
@@ -148,45 +143,9 @@ class Loop:
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
-    def submit_group(
-        self,
-        sessions: Sequence[Session],
-        positions: Sequence[int | None],
-        inputs: Tensors,
-        timeout: float,
-        then: Callable[[GroupReply], None],
-        *,
-        again: bool = False,
-    ) -> list[int]:
-        """Queue the next steps of many sessions, see `Groups.submit`."""
-        now = self.clock.now()
-        rejected = self.scheduler.groups.submit(sessions, positions, inputs, now, now + timeout, then, again=again)
+    def wake(self) -> None:
+        """Something was queued at the scheduler itself."""
         self._work.set()
-        return rejected
-
-    def submit_cohorts(
-        self,
-        cohorts: Sequence[Cohort],
-        positions: np.ndarray | None,
-        inputs: Tensors,
-        timeout: float,
-        then: Callable[[GroupReply], None],
-    ) -> bool:
-        """Queue the next step of all sessions of some cohorts, see `Groups.submit_cohorts`."""
-        now = self.clock.now()
-        queued = self.scheduler.groups.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
-        self._work.set()
-        return queued
-
-    async def sequences(self, batch: Sequence[Tensors], timeout: float) -> list[Reply]:
-        """`submit_sequences` for coroutines; cancelling the caller cancels the sequences."""
-        future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
-        cancel = self.submit_sequences(batch, timeout, partial(_resolve, future))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            cancel()
-            raise
 
     def act(self, session: Session, run: Callable[[Session], T]) -> "asyncio.Future[T]":
         """Run `run(session)` between batches, after the session's accepted work; until then it keeps its row."""

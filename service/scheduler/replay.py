@@ -27,8 +27,6 @@ class ReplayCache:
     """Remembers applied chunks and recognises their retries.
 
     Args:
-        traits: of the model.
-        rows: of the arena.
         limit: bytes of all replies that sessions keep, except of single steps in the table.
 
     Attributes:
@@ -68,7 +66,6 @@ class ReplayCache:
         """Remember the chunk that the session has just applied; a single step must be in the table already.
 
         Args:
-            start: the chunk's position.
             closes: the session closes with it and loses its row of the table.
 
         Returns:

@@ -54,9 +54,6 @@ class Scheduler:
     """All sessions of one model on one device, and their work.
 
     Args:
-        traits: of the model.
-        sessions: the limits of sessions.
-        limits: the limits of work.
         is_verified: Was the session of this id looked up in the store for the call that is running?
         spill: asked to keep a session that is about to be evicted; see `SessionTable`.
     """
@@ -88,13 +85,10 @@ class Scheduler:
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
-        self.groups = Groups(
-            self._admission, self._lanes, self._queues, self.sessions, self.replay, self._completion, self.counters
-        )
+        self.groups = Groups(self._completion)
 
     @property
     def rows(self) -> int:
-        """Rows the arena must have."""
         return self.workspaces.end
 
     @property

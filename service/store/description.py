@@ -36,7 +36,6 @@ class Description:
     Attributes:
         kind: The program or library, with its version.
         where: Its place, without user and password.
-        survives: What sessions survive.
         settings: Of Redis: those that decide what is kept, so far as it says them.
     """
 

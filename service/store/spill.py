@@ -15,11 +15,7 @@ _MOST_LOOKED_AT = 1000
 
 
 class Spill:
-    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`.
-
-    Attributes:
-        of_tenants: The number of records of each tenant.
-    """
+    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -17,7 +17,6 @@ class Link(Protocol):
 
     Attributes:
         closed: done when there will be no more messages.
-        tenant: whose it is; empty without keys.
     """
 
     closed: asyncio.Future[None]

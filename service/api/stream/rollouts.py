@@ -19,10 +19,6 @@ class StreamRollouts:
     """Begins and stops rollouts, and sends what they bring.
 
     Args:
-        app: the state of the app.
-        name: the model's.
-        handles: the connection's sessions.
-        replies: where the steps go.
         flow: where each rollout counts as an entry.
     """
 
@@ -57,7 +53,6 @@ class StreamRollouts:
             self._flow.release(1, 0)
 
     def close(self) -> None:
-        """The connection is gone."""
         for call in self._running.values():
             call.cancel()
         self._running.clear()

@@ -34,9 +34,7 @@ class CudaEngine:
     """An engine on a GPU.
 
     Args:
-        device: The GPU.
         runner: Runs the graph on the device's stream.
-        manifest: The model's tensors.
         rows: Rows of the arena, the initial and the scratch row included.
         buckets: Row counts of the captured single-step calls, ascending; none for a model that takes whole sequences.
         parts: The graph in parts, if kernels of our own run the layers.
@@ -164,7 +162,6 @@ class CudaEngine:
         """Return the graph for a step of `rows` rows, to inspect and measure it.
 
         Args:
-            rows: Rows of the batch.
             transfers: Include the copies between host and device.
         """
         call = self._steps[bucket_of(self._buckets, rows), 1][-1]

@@ -28,12 +28,8 @@ class Kernel:
     """A kernel in one of this package's CUDA files, and how it is launched.
 
     Attributes:
-        file: The CUDA file.
-        name: The kernel's name in the file.
         constants: The file's compile-time constants, by name.
-        threads: Threads of a block.
         cluster: Blocks that can access one another's shared memory.
-        shared_bytes: Shared memory of each block.
         overlaps_previous: The kernel may start while the previous kernel runs; it waits for that kernel itself.
     """
 
@@ -70,7 +66,6 @@ class Device(Protocol):
     Attributes:
         name: `cuda:N`.
         stream: The stream's address, for onnxruntime.
-        multiprocessors: Number of multiprocessors.
     """
 
     name: str

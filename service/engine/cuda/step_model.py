@@ -51,8 +51,6 @@ class StepModel(Protocol):
 
 
 class WholeModel:
-    """The whole graph, in onnxruntime."""
-
     gathers = True
 
     def __init__(self, runner: Runner) -> None:
