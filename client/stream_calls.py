@@ -414,7 +414,7 @@ class StreamCalls:
                     break
         elif op == "rolled":
             if (rollout := self._running(document["handle"])) is not None:
-                rollout.end(document["position"])
+                rollout.end()
         elif op == "error":
             self._receive_error(document, ServerError.of(document["code"], document["detail"], members=document))
 
