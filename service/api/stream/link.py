@@ -29,29 +29,23 @@ class Link(Protocol):
         on_writable: Callable[[bool], None],
     ) -> None:
         """Call these for each message, and when the client stops reading or reads again."""
-        ...
 
     def send_binary(self, message: bytes) -> None: ...
     def send_text(self, message: bytes) -> None: ...
     def pause(self) -> None:
         """Stop reading."""
-        ...
 
     def resume(self) -> None:
         """Read again."""
-        ...
 
     def unsent(self) -> int:
         """Bytes that were sent here and that the client has not taken."""
-        ...
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection when everything sent here has left. What the client still sends is discarded."""
-        ...
 
     def abort(self) -> None:
         """Cut the connection; what is unsent is lost."""
-        ...
 
 
 class AsgiLink:
