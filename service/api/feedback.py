@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from unroll.bundle import Manifest, TensorSpec
+from unroll.service.api.bodies import Strict
 from unroll.service.core.errors import EngineFailed, InvalidShape, MapInvalid, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import Codec, numbers
@@ -38,11 +39,7 @@ def draw(seed: int, position: int) -> float:
     return float(((z ^ (z >> 31)) >> 11) * 2.0**-53)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Source(_Strict):
+class _Source(Strict):
     output: str | None = Field(None, description="name of the output; may be left out if the model has one")
 
 
@@ -61,17 +58,17 @@ class Sample(_Source):
     seed: int = Field(ge=0, le=MAX_SEED)
 
 
-class FromColumn(_Strict):
+class FromColumn(Strict):
     from_: int = Field(alias="from", ge=0, description="index into the output's values")
     scale: float = Field(1.0, allow_inf_nan=False)
     offset: float = Field(0.0, allow_inf_nan=False)
 
 
-class ConstantColumn(_Strict):
+class ConstantColumn(Strict):
     constant: int | float | bool
 
 
-class FutureColumn(_Strict):
+class FutureColumn(Strict):
     future: list[int | float | bool] = Field(description="one value for each step that is fed back")
 
 
@@ -113,9 +110,6 @@ class Feedback:
     """A map that fits a model.
 
     Args:
-        spec: of the request.
-        codec: the model's.
-        manifest: the model's.
         steps: that are fed back.
         begin: position of the first of them.
 
