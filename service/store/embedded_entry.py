@@ -97,8 +97,9 @@ class Entry:
         return Gone(SessionExpired.code, record.origin) if self.expires + tombstone_life > now else None
 
 
-def pack_entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes) -> bytes:
-    return _ENVELOPE.seal(b"".join((_HEADERS[kind], _ENTRY.pack(expires, token, len(name)), name, body)))
+def pack_entry(name: bytes, kind: int, expires: float, token: bytes, *body: bytes) -> bytes:
+    """body: in parts."""
+    return _ENVELOPE.seal(b"".join((_HEADERS[kind], _ENTRY.pack(expires, token, len(name)), name, *body)))
 
 
 def token_of(content: Any, now: float) -> tuple[bytes, bool]:

@@ -44,7 +44,7 @@ from unroll.service.store.embedded_entry import (
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
 from unroll.service.store.lmdb_folder import LmdbFolder
-from unroll.service.store.record import Gone, Record, pack, pack_last
+from unroll.service.store.record import Gone, Record, pack_last, parts
 
 _log = structlog.get_logger(__name__)
 
@@ -239,12 +239,12 @@ class EmbeddedStore:
             return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
         if commit.ends:
             kind, life = CLOSED, self._config.tombstone_life
-            body = POSITION.pack(commit.position) + commit.origin + commit.last
+            body: tuple[bytes, ...] = POSITION.pack(commit.position), commit.origin, commit.last
         else:
             idle = self._config.idle_timeout
             kind, life = SESSION, math.inf if idle is None else idle
-            body = pack(commit.origin, commit.position, commit.row, commit.last)
-        transaction.put(place, pack_entry(name, kind, now + life, commit.token, body))
+            body = parts(commit.origin, commit.position, commit.row, commit.last)
+        transaction.put(place, pack_entry(name, kind, now + life, commit.token, *body))
         return None
 
     def _load(self, name: bytes, transaction: Any, now: float) -> Record | Gone | UnrollError | None:

@@ -134,7 +134,12 @@ class Gone:
 
 def pack(origin: bytes, position: int, row: bytes, last: bytes) -> bytes:
     """Return the bytes of a record without its token and checksum."""
-    return b"".join((origin, _WHOLE.pack(position, len(row), len(last)), row, last))
+    return b"".join(parts(origin, position, row, last))
+
+
+def parts(origin: bytes, position: int, row: bytes, last: bytes) -> tuple[bytes, ...]:
+    """What `pack` joins."""
+    return origin, _WHOLE.pack(position, len(row), len(last)), row, last
 
 
 def pack_last(depth: int, kept: tuple[Kept, ...]) -> bytes:

@@ -23,7 +23,6 @@ from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
     CONTENT_ENCODING,
     Answer,
-    Cancel,
     Headers,
     Request,
     check_headers,
@@ -49,7 +48,6 @@ class Exchange(Request):
     """
 
     __slots__ = (
-        "cancel",
         "disconnected",
         "keep_alive",
         "more_body",
@@ -61,7 +59,6 @@ class Exchange(Request):
 
     def __init__(self) -> None:
         super().__init__({}, b"")
-        self.cancel: Cancel = nothing_to_cancel
         self.response_complete = True
         self.disconnected = False
         self.more_body = False
@@ -239,11 +236,10 @@ class HttpProtocol(LimitedProtocol):
             if CONTENT_ENCODING in exchange.headers and not self._decode_body():
                 return
             failpoints.reach("recv")
-            cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
+            exchange.route.handle(self.unroll, self._path, exchange, self._respond)
             self.headers.clear()
-            exchange.headers, exchange.body = _NO_HEADERS, b""
-            if not exchange.response_complete:
-                exchange.cancel = cancel
+            if exchange.again is None:
+                exchange.headers, exchange.body = _NO_HEADERS, b""
 
     def _decode_body(self) -> bool:
         """False if the request was answered by an error instead."""
@@ -315,8 +311,8 @@ class HttpProtocol(LimitedProtocol):
             return
         exchange = self._exchange
         exchange.response_complete = True
-        exchange.cancel = nothing_to_cancel
-        exchange.body = b""
+        exchange.cancel, exchange.again = nothing_to_cancel, None
+        exchange.headers, exchange.body = _NO_HEADERS, b""
         self._parts.clear()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
         if answer.status >= self.unroll.request_log.least_status:
