@@ -98,7 +98,8 @@ class Rollout:
             inputs, outputs: As of a chunk.
         """
         model, begin = self._model, self._reached
-        self._reached, self.last = end, outputs
+        self._reached = end
+        self.last = [array.copy() for array in outputs]  # the caller may change what it gets
         timed = all(spec.time for spec in model.outputs)  # other outputs have one value for all steps of an event
         for position in range(max(begin if timed else end - 1, self._yielded) + 1, end + 1):
             self._yielded = position

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -58,16 +57,14 @@ class Request:
         headers: By lower-case name.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
-        again: Looks a session up in the store and handles the request again; None without a store.
     """
 
-    __slots__ = ("again", "body", "headers", "position", "session", "tenant")
+    __slots__ = ("body", "headers", "position", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.tenant = tenant
-        self.again: Callable[[str], bool] | None = None
         self.session: str | None = None
         self.position: int | None = None
 
@@ -76,7 +73,8 @@ class Request:
         return owned(self.tenant, session_id)
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        return None if self.again is None else partial(self.again, session_id)
+        """What handles the request again after it has looked the session up in the store; None without a store."""
+        return None
 
     @property
     def media_type(self) -> bytes:

@@ -6,6 +6,7 @@ has it: what has run is handed over as a `PendingCommit` before.
 """
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -71,10 +72,10 @@ class Completion:
             self.complete(chunk, outputs, now)
         else:
             chunk.running = True
-            self.commits.append(PendingCommit(chunk, session, outputs, self.batch_rows))
+            self.commits.append((chunk, outputs))
 
     def take_commits(self) -> list[PendingCommit]:
-        """What must be put into the store; it is the caller's now, and ends with `complete_commit`."""
+        """What must be put into the store; it is the caller's now, and ends with `complete_commits`."""
         commits, self.commits = self.commits, []
         return commits
 
@@ -95,21 +96,31 @@ class Completion:
         if chunk.final and session is not None and session.life is OPEN:
             self.close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
 
-    def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
-        """The store has what was handed over, as the commit of that token; with an error, it may not have it.
+    def complete_commits(
+        self,
+        pending: Sequence[PendingCommit],
+        tokens: Iterable[bytes],
+        errors: Sequence[UnrollError | None],
+        batch_rows: int,
+        now: float,
+    ) -> None:
+        """See `Scheduler.complete_commits`."""
+        self.batch_rows = batch_rows
+        for (chunk, outputs), token, error in zip(pending, tokens, errors, strict=True):
+            session = chunk.session
+            assert session is not None
+            assert session.durable is not None
+            chunk.running = False
+            if error is None:
+                session.durable.token = token
+                self.complete(chunk, outputs, now)
+            else:
+                session.durable.stale = True
+                self._fail_accepted(session, chunk, error, now)
+        self.batch_rows = 0
 
-        Then this copy of the session is stale, and everything accepted for it fails.
-        """
-        chunk, session = commit.chunk, commit.session
-        assert session.durable is not None
-        chunk.running = False
-        if error is None:
-            session.durable.token = token
-            self.batch_rows = commit.batch_rows
-            self.complete(chunk, commit.outputs, now)
-            self.batch_rows = 0
-            return
-        session.durable.stale = True
+    def _fail_accepted(self, session: Session, chunk: Chunk, error: UnrollError, now: float) -> None:
+        """Fail the chunk, which has run, and everything else that is accepted for its session."""
         progress = session.own_progress
         pending, progress.pending = progress.pending or [], None
         self.fail(chunk, error, now)

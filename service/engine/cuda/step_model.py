@@ -47,7 +47,6 @@ class StepModel(Protocol):
 
     def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
         """Return a function that queues a step of `size` rows. It neither waits nor allocates memory."""
-        ...
 
 
 class WholeModel:
