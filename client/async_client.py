@@ -139,7 +139,7 @@ class AsyncClient:
                     return
                 raise ConnectionResetError("the answer was cut off")
             except (ServerError, *_BROKEN) as error:
-                pause = call.pause(error, retries, self._address)
+                pause = call.pause(error, retries, self._address.failed)
             await asyncio.sleep(pause)
 
     async def run(self, exchange: Exchange[T]) -> T:

@@ -170,7 +170,7 @@ class Client:
                     return
                 raise ConnectionResetError("the answer was cut off")
             except (ServerError, *_BROKEN) as error:
-                pause = call.pause(error, retries, self._address)
+                pause = call.pause(error, retries, self._address.failed)
             time.sleep(pause)
 
     def _receive(self, request: Request) -> Iterator[bytes]:

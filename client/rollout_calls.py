@@ -6,7 +6,7 @@ same position gives the same steps.
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ import numpy as np
 from unroll.client.errors import ConnectionFailed, InvalidInput, ModelUnavailable, ServerError
 from unroll.client.exchange import Request, json_request
 from unroll.client.retries import RETRIED, Retries
-from unroll.client.server import ServerAddress
 from unroll.client.session_calls import SessionCalls
 from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor, named
 
@@ -152,11 +151,15 @@ class RolloutCall(Rollout):
             else:
                 raise ServerError.of(document["code"], document["detail"], document["status"], document)
 
-    def pause(self, error: Exception, retries: Retries, address: ServerAddress) -> float:
-        """Seconds until it is sent again. Raises what its caller is told if that would be in vain, or time is up."""
+    def pause(self, error: Exception, retries: Retries, failed: Callable[[Exception, int], str]) -> float:
+        """Seconds until it is sent again. Raises what its caller is told if that would be in vain, or time is up.
+
+        Args:
+            failed: Makes the message of a ConnectionFailed of the error and the number of attempts.
+        """
         if not isinstance(error, ServerError):
             if (pause := retries.pause()) is None:
-                raise ConnectionFailed(address.failed(error, retries.count)) from error
+                raise ConnectionFailed(failed(error, retries.count)) from error
             return pause
         for_now = error.status in RETRIED and not isinstance(error, ModelUnavailable)
         if not for_now or (pause := retries.pause(error.retry_after)) is None:
