@@ -1,7 +1,7 @@
 """Sessions without a row in the arena, as bytes in host memory, oldest first."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from unroll.service.core.session_ids import tenant_of
@@ -39,6 +39,9 @@ class Spill:
 
     def __repr__(self) -> str:
         return f"<Spill {len(self)} sessions, {self._bytes} of {self.limit} bytes>"
+
+    def keys(self) -> Iterable[Key]:
+        return self._records.keys()
 
     def get(self, key: Key) -> tuple[Record, float] | None:
         return self._records.get(key)
