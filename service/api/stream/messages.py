@@ -4,17 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from unroll.service.api.bodies import first_fault
+from unroll.service.api.bodies import MAX_ITEMS, check_members, first_fault
 from unroll.service.api.rollout import RolloutSpec
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.store.record import current_durability
 
 #: The most handles of one connection, and of one message.
 MAX_HANDLES = 65_536
-#: The most sessions that one message may open.
-MAX_OPENS = 8192
-#: Of an object in a message, on average.
-_MOST_COLONS = 256
 
 Handle = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -36,7 +32,7 @@ class OpenSpec(_Strict):
 
 class OpenRequest(_Strict):
     op: Literal["open"]
-    sessions: Annotated[list[OpenSpec], Field(min_length=1, max_length=MAX_OPENS, fail_fast=True)]
+    sessions: Annotated[list[OpenSpec], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class HandlesRequest(_Strict):
@@ -77,11 +73,7 @@ _REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discrimina
 
 def parse_request(message: bytes) -> Request:
     """Raises InvalidRequest, which names the first member that is wrong."""
-    objects = message.count(b"{")
-    if message.count(b":") > _MOST_COLONS * (objects + 1):  # each unknown member would be an error of its own
-        raise InvalidRequest(f"an object of the message has more than {_MOST_COLONS} members")
-    if objects > 2 * MAX_OPENS + 1:  # each with static inputs
-        raise InvalidRequest(f"a message may open {MAX_OPENS} sessions: send several")
+    check_members(message)
     try:
         return _REQUEST.validate_json(message)
     except ValidationError as error:
