@@ -1,7 +1,6 @@
 """The memory sessions of this process, page by page in the order of their names."""
 
 import asyncio
-from heapq import nsmallest
 
 from unroll.service.core.clock import Clock
 from unroll.service.core.session_ids import tenant_of
@@ -42,9 +41,9 @@ class MemoryPages:
         """
         keys, first = self._keys(), list[tuple[str, Key]]()
         for begin in range(0, len(keys), _SLICE):
-            part = [("/".join(key), key) for key in keys[begin : begin + _SLICE]]
-            later = [named for named in part if named[0] > after and tenant in (None, tenant_of(named[1][1]))]
-            first = nsmallest(count, first + later)
+            part = [("/".join(key), key) for key in keys[begin : begin + _SLICE] if tenant in (None, tenant_of(key[1]))]
+            last = first[-1] if len(first) == count else None
+            first = sorted(first + [each for each in part if each[0] > after and (last is None or each < last)])[:count]
             await asyncio.sleep(0)
         return first
 

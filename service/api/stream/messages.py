@@ -1,7 +1,9 @@
 """The control messages that a client of a stream sends, as JSON in text messages."""
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from unroll.service.api.bodies import MAX_ITEMS, check_members, first_fault
@@ -75,6 +77,8 @@ def parse_request(message: bytes) -> Request:
     """Raises InvalidRequest, which names the first member that is wrong."""
     check_members(message)
     try:
+        with suppress(orjson.JSONDecodeError):  # which takes half the time, but no number of more than 64 bits
+            return _REQUEST.validate_python(orjson.loads(message))
         return _REQUEST.validate_json(message)
     except ValidationError as error:
         raise InvalidRequest(first_fault(error)) from error
