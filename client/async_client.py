@@ -5,7 +5,6 @@ import ssl
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from http import HTTPStatus
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -14,7 +13,7 @@ from yarl import URL
 from unroll.client import model_calls
 from unroll.client.async_stream import AsyncStream, as_async
 from unroll.client.errors import ConnectionFailed, ServerError, UnrollError
-from unroll.client.exchange import Exchange, Request, Response
+from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish, retry_after
 from unroll.client.server import ServerAddress
@@ -130,7 +129,7 @@ class AsyncClient:
         while not call.complete:
             try:
                 async with self._request(call.begin(), aiohttp.ClientTimeout(None, sock_read=self._timeout)) as answer:
-                    if answer.status != HTTPStatus.OK:
+                    if answer.content_type != EVENTS:
                         raise Response(answer.status, _headers(answer), await answer.read()).refusal()
                     async for content in answer.content.iter_any():
                         for step in call.receive(content):

@@ -6,12 +6,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from typing import Self, TypeVar
 
 from unroll.client import model_calls
 from unroll.client.errors import ConnectionFailed, ServerError
-from unroll.client.exchange import Exchange, Request, Response
+from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
 from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish, retry_after
 from unroll.client.server import ServerAddress
@@ -185,7 +184,7 @@ class Client:
             connection.send(self._head(request) + request.body)
             with http.client.HTTPResponse(connection.sock, method=request.method) as answer:
                 answer.begin()
-                if answer.status != HTTPStatus.OK:
+                if answer.headers.get_content_type() != EVENTS:
                     raise Response(answer.status, _headers(answer), answer.read()).refusal()
                 while content := answer.read1(_PART_BYTES):
                     yield content

@@ -57,11 +57,7 @@ class Retries:
         self.count = 0
 
     def pause(self, retry_after: float | None = None) -> float | None:
-        """Seconds to wait before the next repetition; None if it is time to give up.
-
-        Args:
-            retry_after: What the server said, in seconds.
-        """
+        """Seconds to wait before the next repetition; None if it is time to give up."""
         now = self._policy.clock()
         if self._deadline is None:
             self._deadline = now + self._policy.retry_for

@@ -36,11 +36,9 @@ class SessionCalls:
     """One session. Each operation is a generator of requests, see `exchange.py`.
 
     Attributes:
-        id: Of the session.
         model: The version that it runs on, for its whole life.
         position: Time steps that it has consumed, as far as this client knows.
         durability: memory, stored or client.
-        path: Of its routes.
         sealed: The state, if this client holds it.
     """
 

@@ -88,7 +88,6 @@ class ControlCall(Call):
     """A control message for several sessions. Keys are handles.
 
     Attributes:
-        op: Of the message.
         items: What the server answered, by handle.
     """
 
@@ -415,7 +414,7 @@ class StreamCalls:
                     break
         elif op == "rolled":
             if (rollout := self._running(document["handle"])) is not None:
-                rollout.end(document["position"])
+                rollout.end()
         elif op == "error":
             self._receive_error(document, ServerError.of(document["code"], document["detail"], members=document))
 

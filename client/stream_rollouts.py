@@ -17,12 +17,9 @@ class StreamRollout(Rollout):
     """A rollout on a stream.
 
     Args:
-        model: Of the stream.
         place: The session, whose position advances when a rollout on it has ended.
-        wish: What is asked for.
 
     Attributes:
-        place: As given.
         sent: It is under way on the connection.
         ready: Steps that its caller has not had yet.
         refused: Why it has ended.
@@ -65,11 +62,20 @@ class StreamRollout(Rollout):
         self.ready.extend(self.steps(end, arrays[:inputs], arrays[inputs:]))
         self._wake()
 
-    def end(self, position: int) -> None:
+    def take(self) -> RolledStep:
+        """The next step that is ready. The session advances with the last: whoever stops before does not know of it."""
+        step = self.ready.popleft()
+        self._advance()
+        return step
+
+    def end(self) -> None:
         self.complete = True
-        if self.members["on"] == "session":
-            self.place.position, self.place.last = position, self.last
+        self._advance()
         self._wake()
+
+    def _advance(self) -> None:
+        if self.complete and not self.ready and self.members["on"] == "session":
+            self.place.position, self.place.last = self._reached, self.last
 
     def fail(self, error: ServerError) -> None:
         self.sent, self.refused = False, error

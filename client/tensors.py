@@ -144,15 +144,11 @@ class Model:
 
     def outputs_of(self, arrays: Sequence[np.ndarray]) -> Arrays:
         """One array, or a dict of several."""
-        if len(self.outputs) == 1:
-            return arrays[0]
-        return {spec.name: array for spec, array in zip(self.outputs, arrays, strict=True)}
+        return _named(self.outputs, arrays)
 
     def named_inputs(self, arrays: Sequence[np.ndarray]) -> Arrays:
         """One array, or a dict of several."""
-        return (
-            arrays[0] if len(self.inputs) == 1 else dict(zip([spec.name for spec in self.inputs], arrays, strict=True))
-        )
+        return _named(self.inputs, arrays)
 
     def last_step(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Of the outputs of a chunk, those of its last time step."""
@@ -216,6 +212,10 @@ class Model:
             elif leading == "T" and axes == 2:
                 message += "; a session has no batch axis"
         return message
+
+
+def _named(specs: Sequence[Tensor], arrays: Sequence[np.ndarray]) -> Arrays:
+    return arrays[0] if len(specs) == 1 else dict(zip([spec.name for spec in specs], arrays, strict=True))
 
 
 def as_numpy(name: str, value: ArrayLike) -> np.ndarray:

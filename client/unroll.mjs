@@ -591,7 +591,7 @@ export class Stream {
         const failure = await this.attempt(rollout);
         while (rollout.ready.length) {
           retries = new Retries(this.client.retryFor);
-          yield rollout.ready.shift();
+          yield rollout.take();
         }
         if (failure && !(await retries.pause(failure.retryAfter ?? failure.retry_after))) throw failure;
       }
@@ -741,7 +741,7 @@ export class Stream {
       if (place) place.batchRows = message.batch_rows;
       place?.call?.receive(message.handle, message.position, tensorsOf(message.outputs, this.model.outputs));
     }
-    if (message.op === "rolled") this.rolling(message.handle)?.end(message.position);
+    if (message.op === "rolled") this.rolling(message.handle)?.end();
     if (message.op !== "error") return;
     if (message.rollout) return this.rolling(message.handle)?.fail(message);
     if ("position" in message) return place?.call?.fail(place, message);
@@ -844,9 +844,21 @@ class StreamRollout extends Rollout {
     if (this.settled) this.onSettled?.();
   }
 
-  end(position) {
-    super.end(position);
+  // The next step that is ready. The session advances with the last: whoever stops before does not know of it.
+  take() {
+    const step = this.ready.shift();
+    this.advance();
+    return step;
+  }
+
+  end() {
+    this.complete = true;
+    this.advance();
     this.onSettled?.();
+  }
+
+  advance() {
+    if (this.complete && !this.ready.length) super.end(this.reached);
   }
 
   fail(error) {

@@ -75,8 +75,6 @@ class TlsFiles:
 
 
 class Tls:
-    """The current certificate."""
-
     def __init__(self, files: TlsFiles) -> None:
         """Raises TlsRefused."""
         self._files = files

@@ -134,8 +134,6 @@ class Gate:
         """The tenant of a request that may come in; empty without keys.
 
         Args:
-            headers: Of the request.
-            scope: That its key needs.
             changes: Whether it may change anything, or only asks.
 
         Raises:
@@ -238,7 +236,6 @@ def _secret(name: bytes, value: bytes) -> bytes:
 
 
 def host_name(host: str) -> str:
-    """The name in a header `Host`, without the port."""
     if (address := _BRACKETED.fullmatch(host)) is not None:
         return address[1]
     return host.partition(":")[0].rstrip(".").lower()

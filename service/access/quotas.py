@@ -17,12 +17,7 @@ class _Bucket:
 
 
 class Meter:
-    """A token bucket for each tenant that has a limit. It holds one second's worth of steps.
-
-    Args:
-        quota_of: The quota of a tenant.
-        now: Seconds of a clock that is never set.
-    """
+    """A token bucket for each tenant that has a limit. It holds one second's worth of steps."""
 
     def __init__(self, quota_of: Callable[[str], Quota | None], now: Callable[[], float] = time.monotonic) -> None:
         self._quota_of = quota_of

@@ -14,9 +14,7 @@ class KeyWatch:
     """Calls `on_end` when the key is good no longer, until `stop`.
 
     Args:
-        key: It.
         current: The key as it is permitted now, with its expiry; None if it is good no longer.
-        on_end: Called once.
     """
 
     def __init__(self, key: Key, current: Callable[[Key], Key | None], on_end: Callable[[], None]) -> None:

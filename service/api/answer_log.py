@@ -24,10 +24,6 @@ def log_answer(log: RequestLog, route: str, status: int, error: UnrollError | No
     """Log an answer, if such are logged.
 
     Args:
-        log: The log of requests.
-        route: Which API it was.
-        status: Of the answer.
-        error: That it was answered with, if there was one.
         known: What the request named: `model`, `session`, `position`.
     """
     if status < log.least_status:

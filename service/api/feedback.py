@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from unroll.bundle import Manifest, TensorSpec
-from unroll.service.api.bodies import MAX_ITEMS
+from unroll.service.api.bodies import MAX_ITEMS, Strict
 from unroll.service.core.errors import EngineFailed, InvalidShape, MapInvalid, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import Codec, numbers
@@ -40,11 +40,7 @@ def draw(seed: int, position: int) -> float:
     return float(((z ^ (z >> 31)) >> 11) * 2.0**-53)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Source(_Strict):
+class _Source(Strict):
     output: str | None = Field(None, description="name of the output; may be left out if the model has one")
 
 
@@ -63,13 +59,13 @@ class Sample(_Source):
     seed: int = Field(ge=0, le=MAX_SEED)
 
 
-class FromColumn(_Strict):
+class FromColumn(Strict):
     from_: int = Field(alias="from", ge=0, description="index into the output's values")
     scale: float = Field(1.0, allow_inf_nan=False)
     offset: float = Field(0.0, allow_inf_nan=False)
 
 
-class ConstantColumn(_Strict):
+class ConstantColumn(Strict):
     constant: int | float | bool
 
 
@@ -80,7 +76,7 @@ def _only_numbers(values: list[Any]) -> list[Any]:
     return values
 
 
-class FutureColumn(_Strict):
+class FutureColumn(Strict):
     future: Annotated[list[Any], AfterValidator(_only_numbers)] = Field(
         description="one value for each step that is fed back",
         json_schema_extra={"items": {"type": ["number", "boolean"]}},
@@ -128,9 +124,6 @@ class Feedback:
     """A map that fits a model.
 
     Args:
-        spec: of the request.
-        codec: the model's.
-        manifest: the model's.
         steps: that are fed back.
         begin: position of the first of them.
 

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -56,19 +55,16 @@ class Request:
 
     Attributes:
         headers: By lower-case name.
-        body: As received.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
-        again: Looks a session up in the store and handles the request again; None without a store.
     """
 
-    __slots__ = ("again", "body", "headers", "position", "session", "tenant")
+    __slots__ = ("body", "headers", "position", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.tenant = tenant
-        self.again: Callable[[str], bool] | None = None
         self.session: str | None = None
         self.position: int | None = None
 
@@ -77,7 +73,8 @@ class Request:
         return owned(self.tenant, session_id)
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        return None if self.again is None else partial(self.again, session_id)
+        """What handles the request again after it has looked the session up in the store; None without a store."""
+        return None
 
     @property
     def media_type(self) -> bytes:
@@ -128,7 +125,6 @@ class Answer:
         self.body = text + self.body
 
     def response(self) -> Response:
-        """The same answer, for routes that FastAPI calls."""
         headers = dict(line.split(": ", 1) for line in self.fields.decode().splitlines())
         return Response(self.body, self.status, headers, self.media_type.decode())
 
@@ -153,32 +149,18 @@ def nothing_to_cancel() -> None:
     """The request was answered at once."""
 
 
+@dataclass(slots=True, eq=False)
 class Answering(Generic[C, T]):
     """Called by the scheduler with the outcome of a request's work; answers the request, and never raises.
 
-    Args:
-        respond: Takes the answer.
-        failure: Makes the answer of an error.
-        encode: Makes the answer of `context` and the outcome.
-        context: Passed to `encode`.
-        again: Handles the request again if another replica updated its session; returns False if it gave up.
+    again: handles the request again if another replica updated its session; returns False if it gave up.
     """
 
-    __slots__ = ("again", "context", "encode", "failure", "respond")
-
-    def __init__(
-        self,
-        respond: Respond,
-        failure: Callable[[UnrollError], Answer],
-        encode: Callable[[C, T], Answer],
-        context: C,
-        again: Callable[[], bool] | None = None,
-    ) -> None:
-        self.again = again
-        self.respond = respond
-        self.failure = failure
-        self.encode = encode
-        self.context = context
+    respond: Respond
+    failure: Callable[[UnrollError], Answer]
+    encode: Callable[[C, T], Answer]
+    context: C
+    again: Callable[[], bool] | None = None
 
     def __call__(self, outcome: T | UnrollError) -> None:
         if isinstance(outcome, UnrollError):

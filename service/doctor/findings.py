@@ -32,8 +32,6 @@ class Finding:
 
     Attributes:
         name: The part that was examined.
-        says: Its state.
-        mend: The remedy.
         needed: The requested device needs it.
     """
 
@@ -52,7 +50,6 @@ def judge(facts: Facts, device: str) -> list[Finding]:
     """Return the findings.
 
     Args:
-        facts: The facts.
         device: The requested device: `cpu`, one or several `cuda:N`, or `auto`.
     """
     wanted = devices(device, facts.runtime)

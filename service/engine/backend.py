@@ -56,7 +56,6 @@ class DeviceBackend(Protocol):
     """One model on one device.
 
     Attributes:
-        runner: Runs the bundle's graph on the device.
         slack: How many times the manifest's tolerance an answer may be off.
     """
 
@@ -70,21 +69,15 @@ class DeviceBackend(Protocol):
             row_bytes: A session's state row.
             host_bytes: A session's other memory, on the host.
         """
-        ...
 
     def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
         """Create an engine and prove it with the golden vectors.
-
-        Args:
-            rows: Rows of the arena.
-            max_batch: Rows of the largest batch.
 
         Raises:
             InsufficientMemory: The state rows do not fit.
             GoldenMismatch: The engine's answers are wrong.
             ValueError: The largest bucket has fewer than `max_batch` rows.
         """
-        ...
 
 
 class HostBackend:
@@ -161,9 +154,7 @@ def open_backend(bundle: Bundle, device: str, options: EngineOptions) -> DeviceB
     """Load a model on a device.
 
     Args:
-        bundle: The model.
         device: `cpu` or `cuda:N`.
-        options: How to run it.
 
     Raises:
         DeviceUnavailable: The device cannot be used.

@@ -11,10 +11,7 @@ class Build:
     """The installed onnxruntime.
 
     Attributes:
-        version: Its version.
         cuda: The CUDA version it was built for; empty if none.
-        providers: Its execution providers.
-        folder: The folder of its shared libraries.
     """
 
     version: str

@@ -61,7 +61,6 @@ class Runner:
 
     Args:
         model: The graph, as bytes: onnxruntime opens no file for it.
-        manifest: The model's tensors.
         device: `cpu` or `cuda:N`.
         threads: onnxruntime's threads for one call, on the CPU.
         stream: Address of the CUDA stream to run on, instead of one of onnxruntime's own.
@@ -117,7 +116,6 @@ class Runner:
         return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
 
     def part(self, model: bytes) -> "GraphPart":
-        """Open another graph with the same device and options."""
         return GraphPart(self._open(model))
 
 
@@ -135,9 +133,6 @@ class BoundCall:
     """A call of a graph on bound memory, which costs less than passing arrays.
 
     Args:
-        session: The graph.
-        inputs: Memory by input name.
-        outputs: Memory by output name.
         keep: An object that must live as long as the call.
     """
 

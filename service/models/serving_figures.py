@@ -34,7 +34,6 @@ class ServingFigures:
         return self.statistics.document(self._clock.now(), wall)
 
     def of(self, name: str, version: str, device: str) -> ModelFigures:
-        """The figures of this moment, as metrics want them."""
         scheduler, counters = self._scheduler, self._scheduler.counters
         return ModelFigures(
             name,

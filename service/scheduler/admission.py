@@ -88,10 +88,6 @@ class Admission:
 
     in_flight: chunks accepted and not yet answered. waiting_steps: their steps that run before new work, about: all of
     a short chunk, the next piece of a long one.
-
-    Args:
-        limits, pace, counters: of the scheduler.
-        waiting: the owners whose work waits.
     """
 
     def __init__(
@@ -128,7 +124,6 @@ class Admission:
 
         Args:
             now, deadline: the time, and when it must have begun.
-            owner: whose it is.
             patient: an overload is no reason to refuse it, because its client is held back otherwise.
 
         Raises:

@@ -32,10 +32,7 @@ class Lanes:
     """Queues of ready work.
 
     Args:
-        traits: of the model.
-        limits: of batches.
         workspaces: arena rows of chunks between their pieces.
-        pace: says how long a piece may be.
         drop: Is this work over, so that it must not run any more?
     """
 
@@ -59,13 +56,11 @@ class Lanes:
         self._sweep_at = 0.0  # when they are looked at again, all of them
 
     def __iter__(self) -> Iterator[Chunk | Group]:
-        """All that waits."""
         for lane in self._lanes.values():
             yield from lane
         yield from self._starved
 
     def owners(self) -> set[Owner]:
-        """Whose work waits."""
         found = self._starved.owners()
         for lane in self._lanes.values():
             found |= lane.owners() if isinstance(lane, FairQueue) else {work.owner for work in lane}
@@ -80,7 +75,6 @@ class Lanes:
         return steps > self._longest
 
     def most_rows(self, steps: int) -> int:
-        """Rows of so many steps that fit in a batch."""
         return min(self._limits.max_batch, max(1, self._limits.max_batch_steps // steps))
 
     def next_steps(self, work: Chunk | Group) -> int:

@@ -18,8 +18,6 @@ class MemoryPages:
     """Reads sessions as they are: none is used by that, and no cohort dissolved.
 
     Args:
-        directory: Of the sessions.
-        clock: Of the sessions.
         idle_timeout: Seconds until an idle session expires; None: never.
     """
 

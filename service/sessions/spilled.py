@@ -36,9 +36,7 @@ class SpilledSessions:
     """The memory sessions without a row.
 
     Args:
-        limit: Bytes of host memory.
         idle_timeout: Seconds until an idle session expires; None for never.
-        clock: The clock of the sessions.
         versions: Where sessions come from and return to.
         store: Takes the sessions beyond the limit, if there is one; else they are evicted.
     """
@@ -56,16 +54,11 @@ class SpilledSessions:
         self._tasks: dict[Key, asyncio.Task[None]] = {}  # the latest of each session
         self._finishing = False
 
-    def __repr__(self) -> str:
-        return f"<SpilledSessions {self._spill!r}, {len(self._parking)} on their way to the store>"
-
     def __len__(self) -> int:
-        """Sessions in host memory."""
         return len(self._spill) + len(self._parking)
 
     @property
     def of_tenants(self) -> Counter[str]:
-        """The number of sessions of each tenant in host memory."""
         return self._spill.of_tenants
 
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
@@ -81,7 +74,6 @@ class SpilledSessions:
         return self._spill.get(key) or self._parking.get(key)
 
     def has(self, digest: str) -> bool:
-        """Whether a session is on the version with this digest."""
         self.expire()
         return any(record.origin.model == digest for _, record, _ in self)
 
@@ -91,8 +83,6 @@ class SpilledSessions:
         """Keep an idle session that is about to lose its row.
 
         Args:
-            model: The version it lives on.
-            session: It.
             at_cost: Whether others of its tenant, or it itself, may be evicted for it.
 
         Returns:

@@ -15,11 +15,7 @@ _MOST_LOOKED_AT = 1000
 
 
 class Spill:
-    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`.
-
-    Attributes:
-        of_tenants: The number of records of each tenant.
-    """
+    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -36,9 +32,6 @@ class Spill:
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
         """Each with when it was last used."""
         return ((key, record, used) for key, (record, used) in self._records.items())
-
-    def __repr__(self) -> str:
-        return f"<Spill {len(self)} sessions, {self._bytes} of {self.limit} bytes>"
 
     def keys(self) -> Iterable[Key]:
         return self._records.keys()

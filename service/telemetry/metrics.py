@@ -64,7 +64,6 @@ class StoreFigures:
 
     Attributes:
         up: It answers, so far as is known.
-        commits: Counts by outcome.
         exchange_seconds: Durations of exchanges, each of which carries the calls of many sessions.
         evicts: A Redis removes sessions when its memory is full; None: not known, or no Redis.
         bytes: Of an embedded store, by what they are; as of the last second.

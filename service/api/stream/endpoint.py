@@ -26,7 +26,6 @@ STALLED_SECONDS = 30.0
 
 
 def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
-    """The route `/v1/models/{model}/stream`."""
     api = APIRouter()
 
     @api.websocket("/v1/models/{model}/stream")
@@ -83,13 +82,7 @@ async def _deny(websocket: WebSocket, answer: Answer) -> None:
 
 
 class SlowReaderTimer:
-    """Cuts off a client that takes nothing for a while although much waits for it.
-
-    Args:
-        link: the connection.
-        on_writable: called when the client stops reading or reads again.
-        seconds: how long the client may take nothing.
-    """
+    """Cuts off a client that takes nothing for a while although much waits for it."""
 
     def __init__(self, link: Link, on_writable: Callable[[bool], None], seconds: float) -> None:
         self._link = link

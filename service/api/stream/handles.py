@@ -29,14 +29,10 @@ class Handles:
     """Opens, finds and ends the sessions of a connection.
 
     Args:
-        app: the state of the app.
-        tenant: the connection's.
-        model: the connection's, `name` or `name:version`.
         served: the version the connection began with; sessions of another must have the same inputs and outputs.
         on_unbind: called when a handle is free again.
 
     Attributes:
-        by_model: the sessions by handle, of each version.
         has_store: opening and closing a session may suspend.
     """
 

@@ -20,11 +20,6 @@ class JsonSteps:
     """Decodes and submits them.
 
     Args:
-        codec: of the connection's model.
-        handles: its sessions.
-        submitter: submits the chunks.
-        replies: where the answers go.
-        flow: where they are counted.
         over_quota: the error of a tenant that may not take so many steps now.
     """
 

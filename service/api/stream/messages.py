@@ -4,9 +4,9 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from unroll.service.api.bodies import MAX_ITEMS, check_members, first_fault
+from unroll.service.api.bodies import MAX_ITEMS, Strict, check_members, first_fault
 from unroll.service.api.rollout import RolloutSpec
 from unroll.service.core.errors import InvalidRequest
 from unroll.service.store.record import current_durability
@@ -17,11 +17,7 @@ MAX_HANDLES = 65_536
 Handle = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class OpenSpec(_Strict):
+class OpenSpec(Strict):
     """One session to open or to resume, and the handle to bind it to."""
 
     handle: Handle
@@ -32,19 +28,19 @@ class OpenSpec(_Strict):
     depth: Annotated[int, Field(ge=1, le=64)] = 1
 
 
-class OpenRequest(_Strict):
+class OpenRequest(Strict):
     op: Literal["open"]
     sessions: Annotated[list[OpenSpec], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
-class HandlesRequest(_Strict):
+class HandlesRequest(Strict):
     """close: end the sessions. detach: free the handles only."""
 
     op: Literal["close", "detach"]
     handles: Annotated[list[Handle], Field(min_length=1, max_length=MAX_HANDLES, fail_fast=True)]
 
 
-class StepsRequest(_Strict):
+class StepsRequest(Strict):
     """One chunk of a session, in JSON instead of a frame. batch_rows: the answer says in how large a batch it ran."""
 
     op: Literal["steps"]
@@ -62,9 +58,7 @@ class RolloutRequest(RolloutSpec):
     values: Literal["frames", "json"] = "frames"
 
 
-class StopRequest(_Strict):
-    """Stop the rollout of the handle."""
-
+class StopRequest(Strict):
     op: Literal["stop"]
     handle: Handle
 

@@ -47,12 +47,9 @@ class StepModel(Protocol):
 
     def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
         """Return a function that queues a step of `size` rows. It neither waits nor allocates memory."""
-        ...
 
 
 class WholeModel:
-    """The whole graph, in onnxruntime."""
-
     gathers = True
 
     def __init__(self, runner: Runner) -> None:
