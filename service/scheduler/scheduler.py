@@ -20,7 +20,7 @@ Rules, and the files that hold them:
   stored reply needs a session that was just verified with the store, else it is `NeedsStoreLookup`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from unroll.service.core.errors import (
@@ -85,6 +85,7 @@ class Scheduler:
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
+        self.complete_commits = self._completion.complete_commits
         self.groups = Groups(self._completion)
 
     @property
@@ -275,27 +276,6 @@ class Scheduler:
         if self._admission.begins_overload(batch.rows, now):
             self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
-
-    def complete_commits(
-        self,
-        pending: Sequence[PendingCommit],
-        tokens: Iterable[bytes],
-        errors: Sequence[UnrollError | None],
-        batch_rows: int,
-        now: float,
-    ) -> None:
-        """The store has what `complete` returned, as the commits of these tokens.
-
-        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
-
-        Args:
-            pending: what `complete` returned.
-            tokens: of each commit.
-            errors: of each commit; None: the store has it.
-            batch_rows: of the batch that they ran in.
-            now: the time.
-        """
-        self._completion.complete_commits(pending, tokens, errors, batch_rows, now)
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, from the pace seen lately."""

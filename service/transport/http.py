@@ -4,6 +4,7 @@ A request of these routes costs no task and no ASGI messages: the work starts wh
 its end writes the reply in one piece. A lost connection cancels its work immediately.
 """
 
+import asyncio
 import functools
 import socket
 from time import perf_counter
@@ -197,7 +198,7 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
-        self.cycle = exchange
+        self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
             check_headers(self.headers, headers, limit)
@@ -236,24 +237,46 @@ class HttpProtocol(LimitedProtocol):
                 self._parts.clear()
             if len(exchange.body) > SMALL and self._cannot_hold(len(exchange.body)):
                 return
-            if CONTENT_ENCODING in exchange.headers and not self._decode_body():
-                return
-            failpoints.reach("recv")
-            cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
-            self.headers.clear()
-            exchange.headers, exchange.body = _NO_HEADERS, b""
-            if not exchange.response_complete:
-                exchange.cancel = cancel
+            if CONTENT_ENCODING in exchange.headers:
+                self._decode_body()
+            else:
+                self._handle()
 
-    def _decode_body(self) -> bool:
-        """False if the request was answered by an error instead."""
+    def _handle(self) -> None:
         exchange = self._exchange
+        failpoints.reach("recv")
+        cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
+        self.headers.clear()
+        exchange.headers, exchange.body = _NO_HEADERS, b""
+        if not exchange.response_complete:
+            exchange.cancel = cancel
+
+    def _decode_body(self) -> None:
+        exchange = self._exchange
+        coding, limit = exchange.headers[CONTENT_ENCODING], self.unroll.limits.max_body_bytes
         try:
-            coding, limit = exchange.headers[CONTENT_ENCODING], self.unroll.limits.max_body_bytes
-            exchange.body = decoded(exchange.body, coding, limit)
+            body = decoded(exchange.body, coding, limit)
         except UnrollError as error:
             self._answer(exchange.route.failure(error))
-        return not exchange.response_complete
+            return
+        if isinstance(body, bytes):
+            exchange.body = body
+            self._handle()
+        else:
+            exchange.cancel = body.cancel
+            body.add_done_callback(self._on_decoded)
+
+    def _on_decoded(self, body: asyncio.Future[bytes]) -> None:
+        """A long body was decompressed in a thread; its client may be gone meanwhile."""
+        if body.cancelled() or self.transport.is_closing():
+            return
+        exchange = self._exchange
+        if isinstance(error := body.exception(), UnrollError):
+            self._answer(exchange.route.failure(error))
+            return
+        exchange.body = body.result()
+        if not self._cannot_hold(len(exchange.body)):
+            self._handle()
 
     def _cannot_hold(self, size: int) -> bool:
         """True if the request was answered by an error, because too many bytes are held already."""

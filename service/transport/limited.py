@@ -39,7 +39,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._received = 0  # of an open request, behind the segment it began in
         self._is_chunked = False
         self._rest = b""  # of a chunked body, not yet parsed
-        self._runs: Any = None  # uvicorn's record of the request that the application answers
+        self._runs: Any = None  # the record of the request that is being answered, or was last; others may wait
         self._last_words = b""  # the answer behind which the connection is closed
         self._since: float | None = None  # when `check` first saw it waiting for what it still waits for
         self._unread = UnreadAnswer()
@@ -56,8 +56,8 @@ class LimitedProtocol(HttpToolsProtocol):
         raise NotImplementedError
 
     def _tenant(self) -> str:
-        """Of the latest request; empty without keys."""
-        cycle = self.cycle
+        """Of the request that is being answered, or was last; empty without keys."""
+        cycle = self._runs
         tenant: str = cycle.tenant if isinstance(cycle, Request) else cycle.scope.get(TENANT, "") if cycle else ""
         return tenant
 
