@@ -108,7 +108,7 @@ class Lanes:
             del self._lanes[length]
             if lane:
                 self._lanes[length] = FairQueue(lane) if isinstance(lane, deque) else lane
-            if batch:
+            if batch.rows:
                 return batch.seal(now)
         return Batch()
 
@@ -128,7 +128,7 @@ class Lanes:
         batch = Batch()
         while lane:
             work = lane[0]
-            if len(batch) and len(batch) + work.row_count > most:
+            if batch.rows and batch.rows + work.row_count > most:
                 break
             lane.popleft()
             if self._drop(work, now) or not self._has_room(work, batch):

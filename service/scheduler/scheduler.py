@@ -220,7 +220,7 @@ class Scheduler:
         self.sessions.expire(now)
         batch = self._lanes.take(now)
         actions = self._queues.take_actions() if self._queues.actions else []
-        if not batch and not actions:
+        if not batch.rows and not actions:
             self.pace.rest()
         return actions, batch
 
@@ -249,9 +249,9 @@ class Scheduler:
             What must be put into the store, to be followed by `complete_commits`; until then its sessions are busy.
         """
         steps, longest = batch.steps, batch.longest
-        self._completion.batch_rows = len(batch)
+        self._completion.batch_rows = batch.rows
         self.counters.batches += 1
-        self.counters.padded_steps += len(batch) * longest - steps
+        self.counters.padded_steps += batch.rows * longest - steps
         if seconds is not None:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
@@ -273,7 +273,7 @@ class Scheduler:
                 take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
             row += 1
         self._completion.batch_rows = 0
-        if self._admission.begins_overload(len(batch), now):
+        if self._admission.begins_overload(batch.rows, now):
             self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
 
