@@ -6,7 +6,6 @@ its end writes the reply in one piece. A lost connection cancels its work immedi
 
 import asyncio
 import functools
-import socket
 from time import perf_counter
 from typing import Any
 
@@ -99,7 +98,6 @@ class HttpProtocol(LimitedProtocol):
         self._route_url = b""
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
-        self._sends_no_more = False
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
@@ -127,42 +125,6 @@ class HttpProtocol(LimitedProtocol):
     def _new_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-
-    def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
-        """A client that sends no more may still read: what it asked is answered before the connection is closed."""
-        if self.scheme == "https":  # TLS ends both directions at once
-            return False
-        self._sends_no_more = True
-        if self._last_words:
-            return self._busy()
-        if self._in_head or self._in_body:
-            self._refuse(Refused(400, "the request ended before it was complete"))
-        elif self._busy():
-            self.cycle.keep_alive = False
-            if self._version() == "1.1":
-                self.loop.call_later(_PROBE_SECONDS, self._probe)
-        else:
-            return False
-        return True
-
-    def _probe(self, sent: bool = False) -> None:
-        """End the work for a client that is gone.
-
-        A client that closed its connection looks like one that only sends no more, until it gets something: an interim
-        answer, which every client of HTTP/1.1 skips.
-        """
-        if self.transport.is_closing() or not self._busy() or getattr(self.cycle, "response_started", False):
-            return
-        if not sent:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.transport.abort()
-            return
-        self.loop.call_later(_PROBE_SECONDS, self._probe, True)
-
-    def _version(self) -> str:
-        version: str = self.parser.get_http_version()
-        return version
 
     def _body_bytes(self) -> int:
         exchange = self._exchange
@@ -422,8 +384,6 @@ class OperatorProtocol(HttpProtocol):
 
 
 _NO_HEADERS: Headers = {}
-#: Until the first look whether a client that has ended its half of the connection is still there, and between two.
-_PROBE_SECONDS = 0.1
 #: For a refused client to stop sending.
 _LINGER_SECONDS = 2.0
 
