@@ -58,16 +58,18 @@ class Request:
         headers: By lower-case name.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
+        repeat: Begins the same again with another body, which makes no request of its own necessary.
         again: Looks a session up in the store and handles the request again; None without a store.
     """
 
-    __slots__ = ("again", "body", "headers", "position", "session", "tenant")
+    __slots__ = ("again", "body", "headers", "position", "repeat", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.tenant = tenant
         self.again: Callable[[str], bool] | None = None
+        self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.session: str | None = None
         self.position: int | None = None
 

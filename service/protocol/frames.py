@@ -23,7 +23,7 @@ import numpy as np
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.protocol.tensors import all_finite, dtype_hint
+from unroll.service.protocol.tensors import all_finite, dtype_hint, valid_values
 
 STEPS, OUTPUTS, ROLLED = 1, 2, 3
 #: A flag of outputs.
@@ -205,7 +205,7 @@ class FrameCodec:
         if len(chunk[0]) > self.max_steps:
             return InvalidShape(f"{len(chunk[0])} time steps in one chunk; at most {self.max_steps} are allowed")
         for spec, array in zip(self.inputs, chunk, strict=True):
-            if _valid_values(spec, array) is not None:
+            if valid_values(spec, array) is not None:
                 return _invalid_value(spec)
         return None
 
@@ -217,7 +217,7 @@ class FrameCodec:
         count, steps = frame.uniform_inputs[0].shape[:2]
         rows = set(range(count)) if steps > self.max_steps else set()
         for spec, array in zip(self.inputs, frame.uniform_inputs, strict=True):
-            if (valid := _valid_values(spec, array)) is not None:
+            if (valid := valid_values(spec, array)) is not None:
                 rows.update(np.flatnonzero(~valid.reshape(len(array), -1).all(axis=1)).tolist())
         return {i: fault for i in sorted(rows) if (fault := self.fault(frame.chunk(i))) is not None}
 
@@ -270,19 +270,6 @@ def _split(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
         parts.append(values[start : start + length])
         start += length
     return parts
-
-
-def _valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
-    """Which values the tensor may hold; None if it may hold all of them."""
-    if spec.dtype == "float32":
-        valid = ~np.isinf(array) if spec.nan else np.isfinite(array)
-    elif spec.dtype == "bool":
-        valid = array.view(np.uint8) < 2
-    elif spec.limit is not None:
-        valid = (array >= 0) & (array < spec.limit)
-    else:
-        return None
-    return valid if b"\0" in valid.tobytes() else None  # for one step, half the time of valid.all()
 
 
 def _invalid_value(spec: TensorSpec) -> UnrollError:
