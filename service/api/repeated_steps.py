@@ -1,10 +1,10 @@
-"""Raw single steps that a connection sends again and again: what was looked up for one is kept for the next."""
+"""Raw single steps that come again and again on one connection: what was looked up for one is kept for the next."""
 
 from collections.abc import Sequence
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
-from unroll.service.api.parameters import POSITION, STEPS, TIMEOUT
+from unroll.service.api.parameters import POSITION, TIMEOUT
 from unroll.service.api.request import RAW, Answer, Cancel, Request, Respond
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.tensors import Codec
@@ -13,8 +13,8 @@ from unroll.service.scheduler.session import Session
 
 
 def repeat_of(app: AppState, served: ServedModel, session: Session, request: Request) -> "RepeatedStep | None":
-    """Begins the next raw step that is asked for with the same headers; None if each needs a look at everything."""
-    if app.sessions.has_store or TIMEOUT in request.headers or STEPS in request.headers:
+    """Begins the next raw step with the same headers, but for its position; None if each must begin like the first."""
+    if app.sessions.has_store or TIMEOUT in request.headers:
         return None
     return RepeatedStep(app, served, session, request.tenant)
 

@@ -53,7 +53,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
-    request.repeat = repeat_of(app, served, session, request) if raw else None
+    request.repeat = repeat_of(app, served, session, request) if raw and len(inputs[0]) == 1 else None
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 

@@ -110,7 +110,7 @@ class JoinedSteps:
             or progress.active is not None
             or (position is not None and position != progress.position)
             or session.durable is not None
-            or session.depth > 1
+            or session.applied is not None
         ):
             return False
         group = self._open
