@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from unroll.bundle import TensorSpec
 from unroll.service.core.errors import Cancelled, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission
@@ -22,6 +21,9 @@ from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.session import OPEN, Session
 from unroll.service.scheduler.session_queue import SessionQueues
 from unroll.service.scheduler.session_table import SessionTable
+
+#: Of each input: the bytes of a row, the dtype, and the shape of all rows.
+Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
 
 _NO_POSITIONS = np.zeros(0, np.uint64)
 
@@ -41,10 +43,10 @@ class StepForm(Protocol):
 class OpenGroup(Group):
     """A group that steps join. values: of each row, its inputs one after another; `inputs` are made of them at last."""
 
-    __slots__ = ("_specs", "form", "listeners", "values")
+    __slots__ = ("_layout", "form", "listeners", "values")
 
-    def __init__(self, specs: Sequence[TensorSpec], deadline: float, form: StepForm) -> None:
-        self._specs = specs
+    def __init__(self, layout: Layout, deadline: float, form: StepForm) -> None:
+        self._layout = layout
         self.form = form
         self.values: list[bytes] = []
         self.listeners: list[Any] = []
@@ -55,10 +57,11 @@ class OpenGroup(Group):
 
     def read(self, values: Sequence[bytes]) -> Tensors:
         """Such rows as inputs, each (rows, 1, *shape)."""
-        block, end, arrays = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), -1), 0, []
-        for spec in self._specs:
-            begin, end = end, end + spec.nbytes
-            arrays.append(np.frombuffer(block[:, begin:end].tobytes(), spec.numpy).reshape(-1, 1, *spec.shape))
+        block = np.frombuffer(b"".join(values), np.uint8).reshape(-1, sum([size for size, _, _ in self._layout]))
+        end, arrays = 0, []
+        for size, dtype, shape in self._layout:
+            begin, end = end, end + size
+            arrays.append(np.frombuffer(block[:, begin:end].tobytes(), dtype).reshape(shape))
         return tuple(arrays)
 
 
@@ -75,7 +78,7 @@ class JoinedSteps:
         completion: Completion,
         counters: Counters,
     ) -> None:
-        self._specs = traits.inputs
+        self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
         self._most = lanes.most_rows(1)
         self._admission = admission
         self._lanes = lanes
@@ -83,7 +86,7 @@ class JoinedSteps:
         self._sessions = sessions
         self._completion = completion
         self._counters = counters
-        self._open: OpenGroup | None = None
+        self.group: OpenGroup | None = None
 
     def join(
         self,
@@ -113,16 +116,16 @@ class JoinedSteps:
             or session.applied is not None
         ):
             return False
-        group = self._open
+        group = self.group
         if group is None:
             if not self._lanes.idle:
                 return False
             self._sessions.expire(now)
-            group = OpenGroup(self._specs, deadline, form)
+            group = OpenGroup(self._layout, deadline, form)
         if session.life is not OPEN or len(group.sessions) == self._most or not self._admission.take(1, now, deadline):
             return False
-        if self._open is None:
-            self._open = group
+        if self.group is None:
+            self.group = group
             self._lanes.put(group, now)
         progress.active = group
         progress.expected = progress.position + 1
@@ -133,20 +136,21 @@ class JoinedSteps:
 
     def close(self, now: float) -> None:
         """No more steps may join, because a batch is formed. Those with invalid values leave with the error."""
-        group, self._open = self._open, None
+        group, self.group = self.group, None
         if group is None:
             return
-        faults = group.form.faults(group.read(group.values)) if group.sessions else {}
-        for row in sorted(faults, reverse=True):
-            self._fail(group, row, faults[row], now)
         if group.sessions:
             group.inputs = group.read(group.values)
-        else:
+            if faults := group.form.faults(group.inputs):
+                for row in sorted(faults, reverse=True):
+                    self._fail(group, row, faults[row], now)
+                group.inputs = group.read(group.values)
+        if not group.sessions:
             group.outcome = GroupReply(slice(0), _NO_POSITIONS, (), {})
 
     def cancel(self, session: Session, listener: Any, now: float) -> None:
         """The client went away: its step leaves the group, unless a batch has it, or a retry waits for it, too."""
-        group = self._open
+        group = self.group
         if group is None or session not in group.sessions:
             return
         row = group.sessions.index(session)
@@ -156,7 +160,7 @@ class JoinedSteps:
 
     def refuse(self, session: Session, error: UnrollError, now: float) -> None:
         """If a step of the session waits here, it fails."""
-        group = self._open
+        group = self.group
         if group is not None and session in group.sessions:
             self._counters.count_failed(error)
             self._fail(group, group.sessions.index(session), error, now)

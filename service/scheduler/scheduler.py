@@ -226,7 +226,8 @@ class Scheduler:
     def next_turn(self, now: float) -> tuple[list[Action], Batch]:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
-        self.joined.close(now)
+        if self.joined.group is not None:
+            self.joined.close(now)
         batch = self._lanes.take(now)
         actions = self._queues.take_actions() if self._queues.actions else []
         if not batch and not actions:
@@ -257,10 +258,10 @@ class Scheduler:
         Returns:
             What must be put into the store, each to be followed by `complete_commit`; until then its session is busy.
         """
-        steps, longest = batch.steps, batch.longest
-        self._completion.batch_rows = len(batch)
+        rows, steps, longest = len(batch), batch.steps, batch.longest
+        self._completion.batch_rows = rows
         self.counters.batches += 1
-        self.counters.padded_steps += len(batch) * longest - steps
+        self.counters.padded_steps += rows * longest - steps
         if seconds is not None:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
@@ -282,7 +283,7 @@ class Scheduler:
                 take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
             row += 1
         self._completion.batch_rows = 0
-        if self._admission.begins_overload(len(batch), now):
+        if self._admission.begins_overload(rows, now):
             self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
 
