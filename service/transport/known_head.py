@@ -9,6 +9,8 @@ from unroll.service.api.request import CONTENT_ENCODING, Headers
 _END = b"\r\n\r\n"
 _POSITION_LINE = b"\r\n%b:" % POSITION
 _MAX_DIGITS = 18
+#: A longer head is not kept.
+_MOST_BYTES = 4096
 
 
 class KnownHead:
@@ -30,13 +32,9 @@ class KnownHead:
     def of(cls, data: bytes, headers: Headers, body: bytes) -> Self | None:
         """data: received at once, when no earlier request was open. None if it has more than one small request."""
         size = len(data) - len(body)
-        is_alone = data.startswith(b"POST ") and data.find(_END) + len(_END) == size
-        if (
-            not is_alone
-            or not 0 < len(body) <= SMALL
-            or b"content-length" not in headers
-            or CONTENT_ENCODING in headers
-        ):
+        if not 0 < len(body) <= SMALL or b"content-length" not in headers or CONTENT_ENCODING in headers:
+            return None
+        if size > _MOST_BYTES or not data.startswith(b"POST ") or data.find(_END) + len(_END) != size:
             return None
         position, begin = headers.get(POSITION), size
         if position is not None:
