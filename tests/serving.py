@@ -20,7 +20,8 @@ from unroll.service.engine.curve import measure
 from unroll.service.engine.engine import BatchResult, Rows
 from unroll.service.models import loading
 from unroll.service.models.served_model import ServedModel
-from unroll.service.models.trial import TrialLimits, TrialProcess, Trials
+from unroll.service.models.trial import TrialProcess, Trials
+from unroll.service.models.trial_process import TrialLimits
 from unroll.service.scheduler.loop import Loop
 from unroll.service.settings import Settings
 from unroll.service.transport.connections import ConnectionLimits

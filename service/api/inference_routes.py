@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import structlog
@@ -62,25 +63,40 @@ class Route:
         return nothing_to_cancel
 
 
-class _DurableCall:
-    """A request whose session may be in the store, or be updated by another replica while it is handled."""
+class _DurableCall(Request):
+    """A request whose session may be in the store, or be updated by another replica while it is handled.
+
+    A copy of the transport's, which is used for the next request.
+    """
+
+    __slots__ = ("_app", "_attempts", "_cancel", "_original", "_over", "_path", "_respond", "_route")
 
     def __init__(self, route: Route, app: AppState, path: Path, request: Request, respond: Respond) -> None:
+        super().__init__(request.headers, request.body, request.tenant)
         self._route = route
         self._app = app
         self._path = path
+        self._original = request
         self._respond = respond
         self._cancel: Cancel = nothing_to_cancel
         self._over = False
-        self._attempts = Attempts(app.sessions, split_reference(path[3])[0], self._begin, self._fail)
-        self._original = request
-        # The transport uses its own for the next request.
-        self._request = Request(request.headers, request.body, request.tenant)
-        self._request.again = self._attempts.again
+        self._attempts: Attempts | None = None  # most need no second one
 
     def run(self) -> Cancel:
-        self._attempts.run()
+        try:
+            self._begin()
+        except NeedsStoreLookup as needed:
+            self._again(needed.session_id)
         return self.cancel
+
+    def again_with(self, session_id: str) -> Callable[[], bool]:
+        return partial(self._again, session_id)
+
+    def _again(self, session_id: str) -> bool:
+        if self._attempts is None:
+            name = split_reference(self._path[3])[0]
+            self._attempts = Attempts(self._app.sessions, name, self._begin, self._fail)
+        return self._attempts.again(session_id)
 
     def cancel(self) -> None:
         self._over = True
@@ -90,7 +106,7 @@ class _DurableCall:
         if self._over:
             return
         self._cancel = nothing_to_cancel
-        cancel = self._route.attempt(self._app, self._path, self._request, self._finish)
+        cancel = self._route.attempt(self._app, self._path, self, self._finish)
         if not self._over:
             self._cancel = cancel
 
@@ -101,8 +117,8 @@ class _DurableCall:
     def _finish(self, answer: Answer) -> None:
         """Answer, and release what would keep this alive until the garbage is collected."""
         self._over = True
-        self._cancel, self._request.again = nothing_to_cancel, None
-        self._original.session, self._original.position = self._request.session, self._request.position
+        self._cancel, self._attempts = nothing_to_cancel, None
+        self._original.session, self._original.position = self.session, self.position
         self._respond(answer)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -58,17 +57,15 @@ class Request:
         headers: By lower-case name.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
-        repeat: Begins the same again with another body, which makes no request of its own necessary.
-        again: Looks a session up in the store and handles the request again; None without a store.
+        repeat: Begins the next request with the same headers; see `repeated_steps.py`.
     """
 
-    __slots__ = ("again", "body", "headers", "position", "repeat", "session", "tenant")
+    __slots__ = ("body", "headers", "position", "repeat", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.tenant = tenant
-        self.again: Callable[[str], bool] | None = None
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.session: str | None = None
         self.position: int | None = None
@@ -78,7 +75,8 @@ class Request:
         return owned(self.tenant, session_id)
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        return None if self.again is None else partial(self.again, session_id)
+        """What handles the request again after it has looked the session up in the store; None without a store."""
+        return None
 
     @property
     def media_type(self) -> bytes:
@@ -153,28 +151,18 @@ def nothing_to_cancel() -> None:
     """The request was answered at once."""
 
 
+@dataclass(slots=True, eq=False)
 class Answering(Generic[C, T]):
     """Called by the scheduler with the outcome of a request's work; answers the request, and never raises.
 
-    Args:
-        again: Handles the request again if another replica updated its session; returns False if it gave up.
+    again: handles the request again if another replica updated its session; returns False if it gave up.
     """
 
-    __slots__ = ("again", "context", "encode", "failure", "respond")
-
-    def __init__(
-        self,
-        respond: Respond,
-        failure: Callable[[UnrollError], Answer],
-        encode: Callable[[C, T], Answer],
-        context: C,
-        again: Callable[[], bool] | None = None,
-    ) -> None:
-        self.again = again
-        self.respond = respond
-        self.failure = failure
-        self.encode = encode
-        self.context = context
+    respond: Respond
+    failure: Callable[[UnrollError], Answer]
+    encode: Callable[[C, T], Answer]
+    context: C
+    again: Callable[[], bool] | None = None
 
     def __call__(self, outcome: T | UnrollError) -> None:
         if isinstance(outcome, UnrollError):

@@ -4,7 +4,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import import_module, metadata
+from importlib import metadata
 from itertools import groupby
 from typing import Any
 
@@ -58,12 +58,11 @@ def examine(device: str) -> Facts:
 def _examine_store(url: str) -> tuple[dict[str, Any] | None, list[Finding]]:
     """Return the facts and the findings. Imported on demand: the packages of the server may be missing."""
     try:
-        examine_store = import_module("unroll.service.doctor.store").examine
-        judge_store = import_module("unroll.service.doctor.store_findings").judge_store
+        from unroll.service.doctor import store
     except ImportError as error:
         return None, [Finding("store", Status.BROKEN, str(error), "pip install 'unroll-serve[cpu]'")]
-    known = examine_store(url)
-    return asdict(known), list(judge_store(known))
+    known = store.examine(url)
+    return asdict(known), list(store.judge(known))
 
 
 def lines(findings: Sequence[Finding]) -> Iterator[str]:

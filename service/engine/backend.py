@@ -69,7 +69,6 @@ class DeviceBackend(Protocol):
             row_bytes: A session's state row.
             host_bytes: A session's other memory, on the host.
         """
-        ...
 
     def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
         """Create an engine and prove it with the golden vectors.
@@ -79,7 +78,6 @@ class DeviceBackend(Protocol):
             GoldenMismatch: The engine's answers are wrong.
             ValueError: The largest bucket has fewer than `max_batch` rows.
         """
-        ...
 
 
 class HostBackend:

@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 
 import numpy as np
@@ -115,18 +115,9 @@ class Runner:
         named = dict(zip(self._inputs, inputs, strict=True)) | {"sequence_lens": TensorRef.of(lens)}
         return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
 
-    def part(self, model: bytes) -> "GraphPart":
-        return GraphPart(self._open(model))
-
-
-class GraphPart:
-    """A graph whose inputs and outputs are not a bundle's."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
-
-    def bind(self, inputs: Mapping[str, TensorRef], outputs: Mapping[str, TensorRef]) -> "BoundCall":
-        return BoundCall(self._session, inputs, outputs)
+    def part(self, model: bytes) -> "BindPart":
+        """Open another graph with the same device and options. Returns what binds a call of it."""
+        return partial(BoundCall, self._open(model))
 
 
 class BoundCall:
@@ -161,6 +152,10 @@ class BoundCall:
     def queue(self) -> None:
         """Queue the call on the stream that was passed in, without waiting; a capture can record it."""
         self._session.run_with_iobinding(self._binding, _without_waiting())
+
+
+#: Memory by input name, and by output name.
+BindPart = Callable[[Mapping[str, TensorRef], Mapping[str, TensorRef]], BoundCall]
 
 
 @cache

@@ -73,9 +73,6 @@ class ServedModel:
     def version(self) -> str:
         return self.manifest.version
 
-    def __repr__(self) -> str:
-        return f"<ServedModel {self.name}:{self.version} on {self.serving.device} {self.scheduler!r}>"
-
     @property
     def current_load(self) -> int:
         """Current load: new sessions go to the least loaded device."""
@@ -101,6 +98,9 @@ class ServedModel:
         if start is not None:
             self.write_snapshot(session, start)
         return session
+
+    def snapshot(self, session: Session) -> Snapshot:
+        return Snapshot(self.manifest.digest, session.position, self.engine.read(session.source))
 
     def write_snapshot(self, session: Session, snapshot: Snapshot) -> None:
         self.engine.write(session.slot, snapshot.row)

@@ -174,14 +174,5 @@ class Action(Work):
             listener(outcome)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PendingCommit:
-    """A durable session's chunk that has run. It counts as applied only once the store has it.
-
-    batch_rows: of the batch that it ran in.
-    """
-
-    chunk: Chunk
-    session: Session
-    outputs: Tensors
-    batch_rows: int
+#: A durable session's chunk that has run, with its outputs. It counts as applied only once the store has it.
+PendingCommit = tuple[Chunk, Tensors]

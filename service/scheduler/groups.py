@@ -9,37 +9,19 @@ import numpy as np
 
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.admission import Admission
 from unroll.service.scheduler.batch import row_of
 from unroll.service.scheduler.chunk import Group, GroupReply
 from unroll.service.scheduler.completion import Completion
-from unroll.service.scheduler.counters import Counters
-from unroll.service.scheduler.lanes import Lanes
-from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import OPEN, Cohort, Session
-from unroll.service.scheduler.session_queue import SessionQueues
-from unroll.service.scheduler.session_table import SessionTable
 
 
 class Groups:
-    def __init__(
-        self,
-        admission: Admission,
-        lanes: Lanes,
-        queues: SessionQueues,
-        sessions: SessionTable,
-        replay: ReplayCache,
-        completion: Completion,
-        counters: Counters,
-    ) -> None:
-        self._admission = admission
-        self._lanes = lanes
-        self._queues = queues
-        self._sessions = sessions
-        self._replay = replay
+    def __init__(self, completion: Completion) -> None:
+        """They work on the same parts as the completion of chunks."""
         self._completion = completion
-        self._counters = counters
+        self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
+        self._sessions, self._replay, self._counters = completion.sessions, completion.replay, completion.counters
 
     def submit(
         self,

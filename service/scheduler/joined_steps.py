@@ -12,15 +12,10 @@ import numpy as np
 
 from unroll.service.core.errors import Cancelled, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.admission import Admission
 from unroll.service.scheduler.chunk import Group, GroupReply
 from unroll.service.scheduler.completion import Completion
-from unroll.service.scheduler.counters import Counters
-from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.session import OPEN, Session
-from unroll.service.scheduler.session_queue import SessionQueues
-from unroll.service.scheduler.session_table import SessionTable
 
 #: Of each input: the bytes of a row, the dtype, and the shape of all rows.
 Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
@@ -68,24 +63,12 @@ class OpenGroup(Group):
 class JoinedSteps:
     """The group that is open, if there is one."""
 
-    def __init__(
-        self,
-        traits: ModelTraits,
-        admission: Admission,
-        lanes: Lanes,
-        queues: SessionQueues,
-        sessions: SessionTable,
-        completion: Completion,
-        counters: Counters,
-    ) -> None:
+    def __init__(self, traits: ModelTraits, completion: Completion) -> None:
         self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
-        self._most = lanes.most_rows(1)
-        self._admission = admission
-        self._lanes = lanes
-        self._queues = queues
-        self._sessions = sessions
+        self._most = completion.lanes.most_rows(1)
         self._completion = completion
-        self._counters = counters
+        self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
+        self._sessions, self._counters = completion.sessions, completion.counters
         self.group: OpenGroup | None = None
 
     def join(

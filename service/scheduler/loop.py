@@ -248,39 +248,48 @@ class Loop:
         commits = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
         self._on_batch(begun.batch, len(failed), seconds)
         if commits:
-            task = asyncio.create_task(self._commit(commits), name=f"commit {self.name}")
+            task = asyncio.create_task(self._commit(commits, len(begun.batch)), name=f"commit {self.name}")
             self._commits.add(task)
             task.add_done_callback(self._committed)
 
     # ── durable sessions ─────────────────────────────────────────────────────────────────────────
 
-    async def _commit(self, pending: Sequence[PendingCommit]) -> None:
+    async def _commit(self, pending: Sequence[PendingCommit], batch_rows: int) -> None:
         """Put chunks that have run into the store, and complete them. Other batches run in the meantime."""
         assert self.store is not None
-        rows = self.engine.read_rows([each.session.slot for each in pending])
-        commits = [self._commit_of(each, row.tobytes()) for each, row in zip(pending, rows, strict=True)]
+        commits = self._commits_of(pending)
         failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
         failpoints.reach("after_commit")
-        now = self.clock.now()
-        for each, commit, error in zip(pending, commits, errors, strict=True):
-            self.scheduler.complete_commit(each, commit.token, error, now)
+        tokens = [commit.token for commit in commits]
+        self.scheduler.complete_commits(pending, tokens, errors, batch_rows, self.clock.now())
         self._work.set()
 
-    def _commit_of(self, pending: PendingCommit, row: bytes) -> Commit:
-        session, chunk = pending.session, pending.chunk
-        assert session.durable is not None
-        return Commit(
-            key=(self.name, session.id),
-            expected=session.durable.token,
-            token=self._tokens.next(),
-            origin=session.durable.origin,
-            position=chunk.start + chunk.length,
-            row=row,
-            last=self.scheduler.replay.last_after(pending),
-            begins=chunk.opening is not None or not session.durable.token,
-            ends=chunk.final,
-        )
+    def _commits_of(self, pending: Sequence[PendingCommit]) -> list[Commit]:
+        name, last_after, next_token = self.name, self.scheduler.replay.last_after, self._tokens.next
+        rows = self.engine.read_rows([chunk.session.slot for chunk, _ in pending])  # type: ignore[union-attr]
+        content, size, begin = rows.tobytes(), rows[0].nbytes, 0
+        commits = []
+        for chunk, outputs in pending:
+            session = chunk.session
+            assert session is not None
+            durable = session.durable
+            assert durable is not None
+            commits.append(
+                Commit(
+                    (name, session.id),
+                    durable.token,
+                    next_token(),
+                    durable.origin,
+                    chunk.start + chunk.length,
+                    content[begin : begin + size],
+                    last_after(session, chunk, outputs),
+                    chunk.opening is not None or not durable.token,
+                    chunk.final,
+                )
+            )
+            begin += size
+        return commits
 
     def _committed(self, task: asyncio.Task[None]) -> None:
         self._commits.discard(task)

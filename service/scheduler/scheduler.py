@@ -20,7 +20,7 @@ Rules, and the files that hold them:
   stored reply needs a session that was just verified with the store, else it is `NeedsStoreLookup`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from unroll.service.core.errors import (
@@ -87,13 +87,8 @@ class Scheduler:
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
-        self.groups = Groups(
-            self._admission, self._lanes, self._queues, self.sessions, self.replay, self._completion, self.counters
-        )
-
-        self.joined = JoinedSteps(
-            traits, self._admission, self._lanes, self._queues, self.sessions, self._completion, self.counters
-        )
+        self.groups = Groups(self._completion)
+        self.joined = JoinedSteps(traits, self._completion)
 
     @property
     def rows(self) -> int:
@@ -256,7 +251,7 @@ class Scheduler:
             seconds: how long the batch took, for the estimate of waiting times.
 
         Returns:
-            What must be put into the store, each to be followed by `complete_commit`; until then its session is busy.
+            What must be put into the store, to be followed by `complete_commits`; until then its sessions are busy.
         """
         rows, steps, longest = len(batch), batch.steps, batch.longest
         self._completion.batch_rows = rows
@@ -287,9 +282,26 @@ class Scheduler:
             self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
 
-    def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
-        """The store has what `complete` returned, as the commit of that token, or it may not have it."""
-        self._completion.complete_commit(commit, token, error, now)
+    def complete_commits(
+        self,
+        pending: Sequence[PendingCommit],
+        tokens: Iterable[bytes],
+        errors: Sequence[UnrollError | None],
+        batch_rows: int,
+        now: float,
+    ) -> None:
+        """The store has what `complete` returned, as the commits of these tokens.
+
+        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
+
+        Args:
+            pending: what `complete` returned.
+            tokens: of each commit.
+            errors: of each commit; None: the store has it.
+            batch_rows: of the batch that they ran in.
+            now: the time.
+        """
+        self._completion.complete_commits(pending, tokens, errors, batch_rows, now)
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, from the pace seen lately."""

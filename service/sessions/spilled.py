@@ -54,9 +54,6 @@ class SpilledSessions:
         self._tasks: dict[Key, asyncio.Task[None]] = {}  # the latest of each session
         self._finishing = False
 
-    def __repr__(self) -> str:
-        return f"<SpilledSessions {self._spill!r}, {len(self._parking)} on their way to the store>"
-
     def __len__(self) -> int:
         return len(self._spill) + len(self._parking)
 

@@ -33,9 +33,6 @@ class Spill:
         """Each with when it was last used."""
         return ((key, record, used) for key, (record, used) in self._records.items())
 
-    def __repr__(self) -> str:
-        return f"<Spill {len(self)} sessions, {self._bytes} of {self.limit} bytes>"
-
     def get(self, key: Key) -> tuple[Record, float] | None:
         return self._records.get(key)
 

@@ -10,7 +10,7 @@ from unroll.bundle import Manifest
 from unroll.service.engine.cuda.cells import CellKernel
 from unroll.service.engine.cuda.device import Device
 from unroll.service.engine.cuda.parts import Layer, Segment
-from unroll.service.engine.runner import BoundCall, GraphPart, Runner
+from unroll.service.engine.runner import BindPart, BoundCall, Runner
 from unroll.service.engine.tensor_ref import TensorRef
 
 #: Runs until onnxruntime has allocated all memory of a call, which a capture forbids: it plans the memory in the first
@@ -47,7 +47,6 @@ class StepModel(Protocol):
 
     def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
         """Return a function that queues a step of `size` rows. It neither waits nor allocates memory."""
-        ...
 
 
 class WholeModel:
@@ -115,12 +114,12 @@ class SeparateModel:
         return queue
 
 
-def _bind_segment(runner: GraphPart, segment: Segment, size: int, named: dict[str, TensorRef]) -> Callable[[], None]:
+def _bind_segment(bind: BindPart, segment: Segment, size: int, named: dict[str, TensorRef]) -> Callable[[], None]:
     def memory(name: str, source: str) -> TensorRef:
         shape = tuple(size if length == -1 else length for length in segment.shapes[name])
         return named[source].at(0, shape, named[source].dtype)
 
-    call = runner.bind(
+    call = bind(
         {name: memory(name, source) for name, source in segment.inputs.items()},
         {name: memory(name, name) for name in segment.outputs},
     )

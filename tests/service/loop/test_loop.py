@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from memory_store import MemoryStore
 from waiting import PATIENCE, turns
 
 from unroll.bundle import TensorSpec
@@ -21,7 +22,6 @@ from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.store.interface import Commit
-from unroll.service.store.memory_store import MemoryStore
 from unroll.service.store.record import Origin
 
 NUMBER = TensorSpec("x", "float32", (), True)
