@@ -144,7 +144,7 @@ def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tens
 #: Takes the answer to a request, once.
 Respond = Callable[[Answer], None]
 #: Cancels the work on a request whose client disconnected.
-Cancel = Callable[[], None]
+Cancel = Callable[[], object]
 
 
 def nothing_to_cancel() -> None:
@@ -242,5 +242,6 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
     if declared is not None and declared != len(body):
         raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
     if (coding := headers.get(CONTENT_ENCODING)) is not None:
-        body = decoded(body, coding, limit)
+        made = decoded(body, coding, limit)
+        body = made if isinstance(made, bytes) else await made
     return Request(headers, body, scope.get(TENANT, ""))

@@ -53,11 +53,7 @@ class InsufficientMemory(Exception):
 
 
 class DeviceBackend(Protocol):
-    """One model on one device.
-
-    Attributes:
-        slack: How many times the manifest's tolerance an answer may be off.
-    """
+    """One model on one device. slack: How many times the manifest's tolerance an answer may be off."""
 
     runner: Runner
     slack: float

@@ -8,11 +8,7 @@ import onnxruntime as ort
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """The installed onnxruntime.
-
-    Attributes:
-        cuda: The CUDA version it was built for; empty if none.
-    """
+    """The installed onnxruntime. cuda: The CUDA version it was built for; empty if none."""
 
     version: str
     cuda: str

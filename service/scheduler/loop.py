@@ -196,7 +196,7 @@ class Loop:
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
             self._act(action)
-        if batch:
+        if batch.rows:
             failpoints.reach("batched")
             await self._begin(batch)
         elif self._launched and self._launched[0].ready:
@@ -217,7 +217,7 @@ class Loop:
                 await self._end(self._launched.popleft())
             result = partial(self.engine.run, batch)
         begun = _BegunBatch(batch, started, result)
-        if self._cost(len(batch), batch.longest) > (LAUNCHED_SECONDS if launched else INLINE_SECONDS):
+        if self._cost(batch.rows, batch.longest) > (LAUNCHED_SECONDS if launched else INLINE_SECONDS):
             begun.future = asyncio.get_running_loop().run_in_executor(self._executor, result)
             begun.future.add_done_callback(lambda _: self._work.set())
         if launched:
@@ -248,7 +248,7 @@ class Loop:
         commits = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
         self._on_batch(begun.batch, len(failed), seconds)
         if commits:
-            task = asyncio.create_task(self._commit(commits, len(begun.batch)), name=f"commit {self.name}")
+            task = asyncio.create_task(self._commit(commits, begun.batch.rows), name=f"commit {self.name}")
             self._commits.add(task)
             task.add_done_callback(self._committed)
 

@@ -20,7 +20,7 @@ Rules, and the files that hold them:
   stored reply needs a session that was just verified with the store, else it is `NeedsStoreLookup`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from unroll.service.core.errors import (
@@ -87,6 +87,7 @@ class Scheduler:
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
+        self.complete_commits = self._completion.complete_commits
         self.groups = Groups(self._completion)
         self.joined = JoinedSteps(traits, self._completion)
 
@@ -225,7 +226,7 @@ class Scheduler:
             self.joined.close(now)
         batch = self._lanes.take(now)
         actions = self._queues.take_actions() if self._queues.actions else []
-        if not batch and not actions:
+        if not batch.rows and not actions:
             self.pace.rest()
         return actions, batch
 
@@ -253,10 +254,10 @@ class Scheduler:
         Returns:
             What must be put into the store, to be followed by `complete_commits`; until then its sessions are busy.
         """
-        rows, steps, longest = len(batch), batch.steps, batch.longest
-        self._completion.batch_rows = rows
+        steps, longest = batch.steps, batch.longest
+        self._completion.batch_rows = batch.rows
         self.counters.batches += 1
-        self.counters.padded_steps += rows * longest - steps
+        self.counters.padded_steps += batch.rows * longest - steps
         if seconds is not None:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
@@ -278,30 +279,9 @@ class Scheduler:
                 take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
             row += 1
         self._completion.batch_rows = 0
-        if self._admission.begins_overload(rows, now):
+        if self._admission.begins_overload(batch.rows, now):
             self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
-
-    def complete_commits(
-        self,
-        pending: Sequence[PendingCommit],
-        tokens: Iterable[bytes],
-        errors: Sequence[UnrollError | None],
-        batch_rows: int,
-        now: float,
-    ) -> None:
-        """The store has what `complete` returned, as the commits of these tokens.
-
-        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
-
-        Args:
-            pending: what `complete` returned.
-            tokens: of each commit.
-            errors: of each commit; None: the store has it.
-            batch_rows: of the batch that they ran in.
-            now: the time.
-        """
-        self._completion.complete_commits(pending, tokens, errors, batch_rows, now)
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, from the pace seen lately."""

@@ -144,7 +144,7 @@ def turn(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -> Batch:
     actions, batch = scheduler.next_turn(now)
     for action in actions:
         scheduler.complete_action(action, action.run(), now)
-    if batch:
+    if batch.rows:
         scheduler.complete(batch, *engine.run(batch), now)
     return batch
 

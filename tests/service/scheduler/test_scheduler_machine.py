@@ -269,20 +269,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def begin_batch(self) -> None:
         """The batch runs while other things happen, as it does in a thread."""
-        if not self.running:
+        if not self.running.rows:
             actions, self.running = self.scheduler.next_turn(self.now)
             for action in actions:
                 self.scheduler.complete_action(action, action.run(), self.now)
 
     @rule(seconds=st.sampled_from([1e-4, 1e-3, 1e-1]))
     def end_batch(self, seconds: float = 1e-3) -> None:
-        if self.running:
+        if self.running.rows:
             batch, self.running = self.running, Batch()
             self.scheduler.complete(batch, *self.engine.run(batch), self.now, seconds)
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        if hasattr(self, "scheduler") and not self.running:
+        if hasattr(self, "scheduler") and not self.running.rows:
             self.scheduler.check_invariants()
             assert self.accepted - self.answered == self.scheduler.in_flight == len(self.open_chunks) + self.grouped
 
