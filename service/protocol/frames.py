@@ -66,6 +66,7 @@ class Frame:
         entries: the table of entries as it came, (N,) of handle, steps and position.
         columns: each input of all entries one after another, (total, *shape), views into the frame.
         longest: time steps of the longest entry.
+        total: time steps of all entries.
         uniform_inputs: each input (N, T, *shape), likewise, if every entry has T steps; else None.
     """
 
@@ -73,15 +74,11 @@ class Frame:
         self.entries = entries
         self.columns = columns
         self.longest = longest
+        self.total = len(columns[0])
         count = len(entries)
         self.uniform_inputs: Tensors | None = (
             tuple([column.reshape(count, longest, *column.shape[1:]) for column in columns]) if uniform else None
         )
-
-    @property
-    def total(self) -> int:
-        """Time steps of all entries."""
-        return len(self.columns[0])
 
     @cached_property
     def _chunks(self) -> list[Tensors]:
