@@ -32,7 +32,7 @@ def joined(s: Scheduler, names: str, log: Log, step: int = 2) -> list[bool]:
 def test_steps_that_join_run_in_one_batch_and_are_answered_each(settled, engine):
     log = Log()
     assert joined(settled, "abcd", log) == [True, True, True, False]  # a batch has three rows
-    assert len(turn(settled, engine)) == 3
+    assert turn(settled, engine).rows == 3
     assert log == dict.fromkeys("abc", fold([1, 2])[-1:])
     assert settled.idle
     settled.check_invariants()
@@ -103,7 +103,7 @@ def test_only_the_step_with_invalid_values_fails_and_those_behind_it_move_up(set
 def test_a_group_of_invalid_steps_only_runs_nothing(settled, engine):
     log = Log()
     joined(settled, "ab", log, FoldForm.invalid)
-    assert not turn(settled, engine)
+    assert turn(settled, engine).rows == 0
     assert log == dict.fromkeys("ab", "non_finite_input")
     assert settled.idle
     settled.check_invariants()
