@@ -248,13 +248,14 @@ class Settings(BaseModel):
 
     def store_config(self) -> "StoreConfig | None":
         from unroll.service.store.embedded_store import EmbeddedStoreConfig
-        from unroll.service.store.redis_store import RedisStoreConfig
 
         if self.store is None:
             return None
         times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
         if (folder := store_folder(self.store)) is not None:
             return EmbeddedStoreConfig(folder, self.store_sync, *times)
+        from unroll.service.store.redis_store import RedisStoreConfig
+
         return RedisStoreConfig(self.store, *times, self.store_prefix)
 
     @property

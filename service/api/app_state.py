@@ -32,7 +32,6 @@ class Drainable(Protocol):
 
     def drain(self) -> None:
         """End in order."""
-        ...
 
 
 @dataclass(slots=True)

@@ -60,9 +60,10 @@ class Request:
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
         again: Looks a session up in the store and handles the request again; None without a store.
         cancel: Cancels the work on it.
+        repeat: Begins the next request with the same headers; see `repeated_steps.py`.
     """
 
-    __slots__ = ("again", "body", "cancel", "headers", "position", "session", "tenant")
+    __slots__ = ("again", "body", "cancel", "headers", "position", "repeat", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
@@ -70,6 +71,7 @@ class Request:
         self.tenant = tenant
         self.again: Callable[[str], bool] | None = None
         self.cancel: Cancel = nothing_to_cancel
+        self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.session: str | None = None
         self.position: int | None = None
 
@@ -146,7 +148,7 @@ def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tens
 #: Takes the answer to a request, once.
 Respond = Callable[[Answer], None]
 #: Cancels the work on a request whose client disconnected.
-Cancel = Callable[[], None]
+Cancel = Callable[[], object]
 
 
 def nothing_to_cancel() -> None:
@@ -244,5 +246,6 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
     if declared is not None and declared != len(body):
         raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
     if (coding := headers.get(CONTENT_ENCODING)) is not None:
-        body = decoded(body, coding, limit)
+        made = decoded(body, coding, limit)
+        body = made if isinstance(made, bytes) else await made
     return Request(headers, body, scope.get(TENANT, ""))

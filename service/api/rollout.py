@@ -86,15 +86,12 @@ class Sink(Protocol):
 
     def check(self, session: Session) -> None:
         """Raises UnrollError if this is not the session that is meant."""
-        ...
 
     def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
         """Time steps that have run, as of a chunk. position: reached."""
-        ...
 
     def on_end(self, position: int, kept: bool) -> None:
         """All have run; kept: as of a reply."""
-        ...
 
     def on_error(self, error: UnrollError) -> None: ...
 

@@ -102,8 +102,6 @@ def measure(
         max_batch: Rows of the largest call. It and the call of one row are always measured.
         piece_steps: Time steps of the longest call.
         max_batch_steps: Largest product of rows and steps in a call.
-        budget_seconds: Time for all measurements.
-        now: The clock, in seconds.
         alike: The curve, within the same limits, of a model that seems to be built alike. It is the result if these two
             calls cost the same.
     """

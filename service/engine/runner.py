@@ -2,8 +2,10 @@
 
 import ctypes
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -41,6 +43,19 @@ def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
         if missing := _missing_for_cuda(int(device.partition(":")[2])):
             raise DeviceUnavailable(f"{device} was requested, but {missing}; --device cpu or auto works without it")
     return devices, "requested"
+
+
+def installed() -> tuple[dict[str, Any], Path]:
+    """The installed onnxruntime, for `unroll doctor`; its CUDA libraries are loaded as for a model.
+
+    Returns:
+        Its version, the CUDA version it was built for (empty if none) and its providers; and the folder of its
+        libraries.
+    """
+    ort.preload_dlls()  # prints the missing ones, and raises nothing
+    cuda = getattr(ort, "cuda_version", "")
+    about = {"version": ort.__version__, "cuda": cuda, "providers": ort.get_available_providers()}
+    return about, Path(ort.__file__).parent / "capi"
 
 
 def _missing_for_cuda(index: int) -> str | None:
@@ -115,18 +130,9 @@ class Runner:
         named = dict(zip(self._inputs, inputs, strict=True)) | {"sequence_lens": TensorRef.of(lens)}
         return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
 
-    def part(self, model: bytes) -> "GraphPart":
-        return GraphPart(self._open(model))
-
-
-class GraphPart:
-    """A graph whose inputs and outputs are not a bundle's."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
-
-    def bind(self, inputs: Mapping[str, TensorRef], outputs: Mapping[str, TensorRef]) -> "BoundCall":
-        return BoundCall(self._session, inputs, outputs)
+    def part(self, model: bytes) -> "BindPart":
+        """Open another graph with the same device and options. Returns what binds a call of it."""
+        return partial(BoundCall, self._open(model))
 
 
 class BoundCall:
@@ -161,6 +167,10 @@ class BoundCall:
     def queue(self) -> None:
         """Queue the call on the stream that was passed in, without waiting; a capture can record it."""
         self._session.run_with_iobinding(self._binding, _without_waiting())
+
+
+#: Memory by input name, and by output name.
+BindPart = Callable[[Mapping[str, TensorRef], Mapping[str, TensorRef]], BoundCall]
 
 
 @cache

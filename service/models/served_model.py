@@ -73,9 +73,6 @@ class ServedModel:
     def version(self) -> str:
         return self.manifest.version
 
-    def __repr__(self) -> str:
-        return f"<ServedModel {self.name}:{self.version} on {self.serving.device} {self.scheduler!r}>"
-
     @property
     def current_load(self) -> int:
         """Current load: new sessions go to the least loaded device."""

@@ -41,9 +41,6 @@ class ModelVersions:
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
 
-    def __repr__(self) -> str:
-        return f"<ModelVersions {self._models}>"
-
     def add(self, models: Sequence[ServedModel]) -> None:
         self._models = sorted([*self._models, *models], key=lambda model: (model.name, int(model.version)))
         self._index()

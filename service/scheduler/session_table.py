@@ -90,6 +90,10 @@ class SessionTable:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._live
 
+    def get(self, session_id: str) -> Session | None:
+        """The open session of that id as it is: in its cohort, or idle for too long and not looked at since."""
+        return self._live.get(session_id)
+
     def __repr__(self) -> str:
         return f"<SessionTable {len(self._live)} live, {len(self._leaving)} leaving, {len(self.closed)} tombstones>"
 

@@ -55,9 +55,6 @@ class DurableSessions(MemorySessions):
         self._in_doubt: dict[Key, tuple[Record, bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def __repr__(self) -> str:
-        return f"<DurableSessions {len(self._waiting)} sessions being looked up>"
-
     async def start(self) -> None:
         await self._store.start()
 

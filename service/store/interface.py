@@ -89,7 +89,6 @@ class Pages(Protocol):
             StoreUnavailable: The store does not answer.
             InvalidRequest: `after` names no page.
         """
-        ...
 
 
 class Store(Pages, Protocol):
@@ -107,27 +106,22 @@ class Store(Pages, Protocol):
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         """The result of each commit: None if it is in the store, also if it was sent twice; SessionContended if the
         store has another token; StoreUnavailable if that is unknown. Never raises."""
-        ...
 
     async def load(self, key: Key) -> Record | Gone | None:
         """The record; how the session ended; or None if nothing is known of it. Does not prolong the session's life."""
-        ...
 
     async def close(self, key: Key) -> int | None:
         """Close a session, whatever its token. Returns its position, or None if there is none."""
-        ...
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
         """Remove a record without a tombstone if it has this token: the caller owns the session then.
 
         attempt: names the call, so that it can be made again if it got no answer, with the same result.
         """
-        ...
 
     async def start(self) -> None:
         """Called once, before any other method. Returns when the store has answered once; until then it is logged.
         Raises StoreRefused."""
-        ...
 
     async def stop(self) -> None: ...
 

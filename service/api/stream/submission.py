@@ -173,11 +173,7 @@ class FrameSubmitter:
         fault: UnrollError | None,
         answer: Callable[[SingleEntryFrame, Reply], None] | None = None,
     ) -> None:
-        """Submit one chunk, or refuse it.
-
-        Args:
-            answer: sends its reply; by default in a frame of its own.
-        """
+        """Submit one chunk, or refuse it. answer: sends its reply; by default in a frame of its own."""
         if fault is not None:
             self._replies.refuse(entry.handle, entry.steps, entry.position, fault)
             return

@@ -83,10 +83,6 @@ class CudaEngine:
         #: Sequences run step by step as well, which is faster and gives the same bits as single steps.
         self._stepwise = self.captured and bool(parts)
 
-    def __repr__(self) -> str:
-        captured = f"graphs of {self._buckets} rows" if self.captured else "no graphs"
-        return f"<CudaEngine {self._arena.shape[0]} rows on {self._device.name}, {captured}>"
-
     def run(self, rows: Rows) -> BatchResult:
         if (result := self.launch(rows)) is not None:
             return result()
