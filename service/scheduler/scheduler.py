@@ -27,10 +27,11 @@ from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
     NeedsStoreLookup,
+    SessionClosed,
     SessionError,
     UnrollError,
 )
-from unroll.service.core.session_ids import tenant_of
+from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch
@@ -38,6 +39,7 @@ from unroll.service.scheduler.chunk import Action, Chunk, Group, Opening, Pendin
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
+from unroll.service.scheduler.joined_steps import JoinedSteps
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
@@ -87,6 +89,7 @@ class Scheduler:
         )
         self.complete_commits = self._completion.complete_commits
         self.groups = Groups(self._completion)
+        self.joined = JoinedSteps(traits, self._completion)
 
     @property
     def rows(self) -> int:
@@ -201,6 +204,7 @@ class Scheduler:
         Raises SessionError if the session is not open.
         """
         self.sessions.require_open(session, now)
+        self.joined.refuse(session, SessionClosed(f"session {shown(session.id)!r} was closed"), now)
         self._completion.close(session, now)
 
     def restart(self, session: Session, now: float) -> None:
@@ -218,6 +222,8 @@ class Scheduler:
     def next_turn(self, now: float) -> tuple[list[Action], Batch]:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
+        if self.joined.group is not None:
+            self.joined.close(now)
         batch = self._lanes.take(now)
         actions = self._queues.take_actions() if self._queues.actions else []
         if not batch.rows and not actions:

@@ -39,6 +39,7 @@ from unroll.service.transport.head import (
     refusal_of,
     without_offer,
 )
+from unroll.service.transport.known_head import KnownHead
 from unroll.service.transport.limited import LimitedProtocol
 
 
@@ -96,6 +97,8 @@ class HttpProtocol(LimitedProtocol):
         self._route: Route | None = None
         self._path: inference_routes.Path = []
         self._route_url = b""
+        self._known: KnownHead | None = None  # of the last request, if it was for this route
+        self._data = b""  # that is being parsed, if no request was open before it
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
 
@@ -104,7 +107,11 @@ class HttpProtocol(LimitedProtocol):
     def _feed(self, data: bytes) -> None:
         if self._last_words:
             return
+        if (known := self._known) is not None and (body := known.body_of(data)) is not None and self.is_idle():
+            self._begin_known(known, body)
+            return
         self._segment = len(data)
+        self._data = b"" if self._in_head or self._in_body else data
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as end:
@@ -117,6 +124,7 @@ class HttpProtocol(LimitedProtocol):
                 self.data_received(head + rest)
         except httptools.HttpParserError as error:
             self._refuse(refusal_of(error))
+        self._data = b""
         if self._in_head or self._in_body:
             self._limit_held()
             if self._in_body and self._busy() and not self._last_words and self._body_bytes() > SMALL:
@@ -137,6 +145,7 @@ class HttpProtocol(LimitedProtocol):
         self.expect_100_continue = False
         self.headers = []
         self._in_head = True
+        self._known = None
         self._held_bytes = self._received = 0
         self._since = None
 
@@ -160,6 +169,7 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
+        exchange.repeat = None
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
@@ -199,15 +209,33 @@ class HttpProtocol(LimitedProtocol):
                 self._parts.clear()
             if len(exchange.body) > SMALL and self._cannot_hold(len(exchange.body)):
                 return
+            if exchange.keep_alive:
+                self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
             if CONTENT_ENCODING in exchange.headers:
                 self._decode_body()
             else:
                 self._handle()
 
+    def _begin_known(self, known: KnownHead, body: bytes) -> None:
+        """A whole request whose head was checked when it came first; what its key permits may have changed since."""
+        exchange, route = self._exchange, self._route
+        assert route is not None
+        exchange.begin(route, 0, not self.unroll.draining)
+        self.cycle = self._runs = exchange
+        try:
+            exchange.tenant = self.unroll.gate.admit(known.headers, INFER, changes=True)
+        except UnrollError as error:
+            self._answer(route.failure(error))
+            return
+        exchange.headers, exchange.body = known.headers, body
+        self._handle()
+
     def _handle(self) -> None:
         exchange = self._exchange
         failpoints.reach("recv")
-        cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
+        cancel = None if exchange.repeat is None else exchange.repeat(exchange, self._respond)
+        if cancel is None:
+            cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
         self.headers.clear()
         exchange.headers, exchange.body = _NO_HEADERS, b""
         if not exchange.response_complete:
