@@ -35,6 +35,7 @@ class Operator:
         self.entries = {name: new_key(name, "acme", ["infer"]) for name in ("client", "guest")}
         self.operator, entry = new_key("operator", "operators", ["models:admin", "server:admin"])
         self.entries["operator"] = self.operator, entry
+        shutil.copytree(source / "lstm" / "1", shelf / "lstm" / "1")  # without any bundle it is no repository
         self.put_version("1")
         self.write_keys()
         port = free_port()
@@ -63,7 +64,7 @@ class Operator:
         """Do one thing; returns its name."""
         done = chance.choice(
             ["put 1", "put 2", "take 1", "take 2", "load", "unload", "rescan", "rescan", "guest", "no guest"]
-            + ["damaged keys", "log level", "pause"]
+            + ["damaged keys", "log level"]
         )
         match done.split():
             case ["put", version]:
@@ -84,8 +85,6 @@ class Operator:
             case ["log", "level"]:
                 level = chance.choice(["debug", "info", "warning"])
                 assert (await self.http.put("/v1/admin/log-level", json={"level": level})).status_code == 200
-            case ["pause"]:
-                await asyncio.sleep(chance.random() * 0.02)
         return done
 
 
@@ -99,8 +98,9 @@ class Stepper:
         while not stop.is_set():
             opened = await self._http.post("/v1/models/gru/sessions")
             if opened.status_code != 201:
-                assert opened.json()["code"] in ("model_unknown", "draining"), opened.text
+                assert opened.json()["code"] in ("model_unknown", "model_unavailable", "draining"), opened.text
                 self._told[opened.json()["code"]] += 1
+                self._told["refused"] += 1
                 await asyncio.sleep(0.005)
                 continue
             version = opened.json()["model_version"]
@@ -117,10 +117,11 @@ class Stepper:
             assert answer.status_code == 200, answer.text
             outputs.append(np.frombuffer(answer.content, "<f4").reshape(-1, 2))
             position += len(x)
+            self._told["steps"] += len(x)
+            await asyncio.sleep(self._chance.choice([0.0, 0.0, 0.01]))  # most sessions have nothing in flight
         if outputs:
             expected = self._oracles[version](X[:position])
             assert np.array_equal(np.concatenate(outputs), expected), (session, version, position)
-        self._told["steps"] += position
         assert (await self._http.delete(session)).status_code == 200
 
 
@@ -145,7 +146,9 @@ async def test_operations_in_any_order(seed: int, operator: Operator, repository
             for i in range(CLIENTS):
                 group.create_task(Stepper(http, oracles, seed * 1000 + i, told).live(stop))
             for _ in range(OPERATIONS):
+                wanted = told["steps"] + told["refused"] + chance.randint(0, 60)
                 told[await operator.act(chance)] += 1
+                await reached(lambda wanted=wanted: told["steps"] + told["refused"] >= wanted, "answers")
 
             # What is so in the end is what was done last.
             operator.put_version("2")
@@ -163,5 +166,5 @@ async def test_operations_in_any_order(seed: int, operator: Operator, repository
             await reached(lambda: told["draining"] > CLIENTS, "the refusal of new sessions")
             stop.set()
     assert await operator.replica.terminate() == 0
-    assert told["steps"] > 100, told
-    assert '"level":"error"' not in operator.replica.log.read_text()
+    assert told["1"] and told["2"] and told["steps"] > 10 * OPERATIONS, told
+    assert "Traceback" not in operator.replica.log.read_text()
