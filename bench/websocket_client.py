@@ -39,6 +39,14 @@ def websocket_client(
     return Client(connect, requests, sessions, weight=entries)
 
 
+def handshake(path: str, key: bytes) -> bytes:
+    head = (
+        f"GET {path} HTTP/1.1\r\nhost: {HOST}\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        f"sec-websocket-version: 13\r\nsec-websocket-key: {key.decode()}\r\n\r\n"
+    )
+    return head.encode()
+
+
 def opening_message(prefix: str, sessions: Sequence[int]) -> bytes:
     """Opens or resumes the sessions; a session's handle is its number."""
     sessions_to_open = [{"handle": number, "session_id": f"{prefix}-{number}", "mode": "either"} for number in sessions]
@@ -91,11 +99,7 @@ class WebSocketConnection(Connection):
         self._key = base64.b64encode(os.urandom(16))
 
     def begin(self) -> None:
-        head = (
-            f"GET {self._path} HTTP/1.1\r\nhost: {HOST}\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
-            f"sec-websocket-version: 13\r\nsec-websocket-key: {self._key.decode()}\r\n\r\n"
-        )
-        self.transport.write(head.encode())
+        self.transport.write(handshake(self._path, self._key))
 
     def data_received(self, data: bytes) -> None:
         self._received += data

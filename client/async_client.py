@@ -5,7 +5,6 @@ import ssl
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from http import HTTPStatus
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -14,9 +13,9 @@ from yarl import URL
 from unroll.client import model_calls
 from unroll.client.async_stream import AsyncStream, as_async
 from unroll.client.errors import ConnectionFailed, ServerError, UnrollError
-from unroll.client.exchange import Exchange, Request, Response
+from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
-from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish, retry_after
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.tensors import ArrayLike, Arrays, Model
@@ -130,7 +129,7 @@ class AsyncClient:
         while not call.complete:
             try:
                 async with self._request(call.begin(), aiohttp.ClientTimeout(None, sock_read=self._timeout)) as answer:
-                    if answer.status != HTTPStatus.OK:
+                    if answer.content_type != EVENTS:
                         raise Response(answer.status, _headers(answer), await answer.read()).refusal()
                     async for content in answer.content.iter_any():
                         for step in call.receive(content):
@@ -139,12 +138,8 @@ class AsyncClient:
                 if call.complete:
                     return
                 raise ConnectionResetError("the answer was cut off")
-            except ServerError as error:
-                if (pause := retries.pause(retry_after(error))) is None:
-                    raise
-            except _BROKEN as error:
-                if (pause := retries.pause()) is None:
-                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            except (ServerError, *_BROKEN) as error:
+                pause = call.pause(error, retries, self._address.failed)
             await asyncio.sleep(pause)
 
     async def run(self, exchange: Exchange[T]) -> T:

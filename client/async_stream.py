@@ -212,7 +212,7 @@ class AsyncStream:
                     await asyncio.sleep(pause_after(error, retries, self._address))
                 while rollout.ready:
                     retries = Retries(self._policy)
-                    yield rollout.ready.popleft()
+                    yield rollout.take()
                 if (refused := rollout.refused) is not None:
                     await asyncio.sleep(rollout.pause(refused, retries))
         finally:

@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 JSON = "application/json"
 RAW = "application/octet-stream"
+EVENTS = "text/event-stream"
 
 
 @dataclass(slots=True)

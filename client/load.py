@@ -62,7 +62,6 @@ class Measured:
         ends, latencies: Of the accepted requests, in seconds: when each ended, since the begin, and how long it took.
         steps: Time steps that were accepted.
         refused: Requests that were not, by the code of the error.
-        seconds: From the first request to the last reply.
         cores: Processor cores that the load generator kept busy.
         load: The machine's load average at the end.
     """

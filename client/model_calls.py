@@ -43,9 +43,7 @@ def sequence(model: Model, inputs: ArrayLike, static: Mapping[str, ArrayLike] | 
     """One whole sequence from the model's initial state.
 
     Args:
-        model: The version to run.
         inputs: (T, *shape).
-        static: The model's static inputs.
 
     Raises:
         InvalidInput: Nothing was sent.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from unroll.client.errors import InvalidInput
+from unroll.client.errors import DeadlineExceeded, InvalidInput, ServerError
 
 #: The longest timeout in seconds, about what sockets take.
 _LONGEST_TIMEOUT = 1e6
@@ -57,11 +57,7 @@ class Retries:
         self.count = 0
 
     def pause(self, retry_after: float | None = None) -> float | None:
-        """Seconds to wait before the next repetition; None if it is time to give up.
-
-        Args:
-            retry_after: What the server said, in seconds.
-        """
+        """Seconds to wait before the next repetition; None if it is time to give up."""
         now = self._policy.clock()
         if self._deadline is None:
             self._deadline = now + self._policy.retry_for
@@ -69,3 +65,8 @@ class Retries:
         seconds = backoff if retry_after is None else max(retry_after, 0.0) + backoff * 0.1
         self.count += 1
         return seconds if now + seconds <= self._deadline else None
+
+
+def refused_for_now(error: ServerError) -> bool:
+    """Whether what was asked on a stream may succeed later."""
+    return error.retry_after is not None or isinstance(error, DeadlineExceeded)

@@ -221,7 +221,7 @@ class Stream:
                     time.sleep(pause_after(error, retries, self._address))
                 while rollout.ready:
                     retries = Retries(self._policy)
-                    yield rollout.ready.popleft()
+                    yield rollout.take()
                 if (refused := rollout.refused) is not None:
                     time.sleep(rollout.pause(refused, retries))
         finally:

@@ -15,7 +15,6 @@ from weakref import WeakSet
 import numpy as np
 
 from unroll.client.errors import (
-    DeadlineExceeded,
     InvalidInput,
     InvalidRequest,
     ServerError,
@@ -28,6 +27,7 @@ from unroll.client.errors import (
 )
 from unroll.client.frames import ROLLED, pack_steps, unpack_outputs
 from unroll.client.places import Place
+from unroll.client.retries import refused_for_now
 from unroll.client.rollout_calls import RolloutWish
 from unroll.client.session_calls import Durability, Mode
 from unroll.client.stream_rollouts import StreamRollout
@@ -71,7 +71,7 @@ class Call:
 
     def refuse(self, key: int, error: ServerError) -> bool:
         """Note a refusal. Returns whether it is final: those for now say when to come again."""
-        if error.retry_after is None and not isinstance(error, DeadlineExceeded):
+        if not refused_for_now(error):
             return True
         self.again[key] = error
         self.retry_after = max(self.retry_after, error.retry_after or 0.0)
@@ -88,7 +88,6 @@ class ControlCall(Call):
     """A control message for several sessions. Keys are handles.
 
     Attributes:
-        op: Of the message.
         items: What the server answered, by handle.
     """
 
@@ -415,7 +414,7 @@ class StreamCalls:
                     break
         elif op == "rolled":
             if (rollout := self._running(document["handle"])) is not None:
-                rollout.end(document["position"])
+                rollout.end()
         elif op == "error":
             self._receive_error(document, ServerError.of(document["code"], document["detail"], members=document))
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unroll.client.errors import DeadlineExceeded, ServerError
+from unroll.client.errors import ServerError
 from unroll.client.places import Place
-from unroll.client.retries import Retries
+from unroll.client.retries import Retries, refused_for_now
 from unroll.client.rollout_calls import RolledStep, Rollout, RolloutWish
 from unroll.client.tensors import Model
 
@@ -17,12 +17,9 @@ class StreamRollout(Rollout):
     """A rollout on a stream.
 
     Args:
-        model: Of the stream.
         place: The session, whose position advances when a rollout on it has ended.
-        wish: What is asked for.
 
     Attributes:
-        place: As given.
         sent: It is under way on the connection.
         ready: Steps that its caller has not had yet.
         refused: Why it has ended.
@@ -47,8 +44,7 @@ class StreamRollout(Rollout):
 
     def pause(self, refused: ServerError, retries: Retries) -> float:
         """Seconds until it is sent again. Raises the refusal if it would only come again, or time is up."""
-        for_now = refused.retry_after is not None or isinstance(refused, DeadlineExceeded)
-        if not for_now or (pause := retries.pause(refused.retry_after)) is None:
+        if not refused_for_now(refused) or (pause := retries.pause(refused.retry_after)) is None:
             raise refused
         self.refused = None
         return pause
@@ -65,11 +61,20 @@ class StreamRollout(Rollout):
         self.ready.extend(self.steps(end, arrays[:inputs], arrays[inputs:]))
         self._wake()
 
-    def end(self, position: int) -> None:
+    def take(self) -> RolledStep:
+        """The next step that is ready. The session advances with the last: whoever stops before does not know of it."""
+        step = self.ready.popleft()
+        self._advance()
+        return step
+
+    def end(self) -> None:
         self.complete = True
-        if self.members["on"] == "session":
-            self.place.position, self.place.last = position, self.last
+        self._advance()
         self._wake()
+
+    def _advance(self) -> None:
+        if self.complete and not self.ready and self.members["on"] == "session":
+            self.place.position, self.place.last = self._reached, self.last
 
     def fail(self, error: ServerError) -> None:
         self.sent, self.refused = False, error

@@ -144,15 +144,7 @@ class Model:
 
     def outputs_of(self, arrays: Sequence[np.ndarray]) -> Arrays:
         """One array, or a dict of several."""
-        if len(self.outputs) == 1:
-            return arrays[0]
-        return {spec.name: array for spec, array in zip(self.outputs, arrays, strict=True)}
-
-    def named_inputs(self, arrays: Sequence[np.ndarray]) -> Arrays:
-        """One array, or a dict of several."""
-        return (
-            arrays[0] if len(self.inputs) == 1 else dict(zip([spec.name for spec in self.inputs], arrays, strict=True))
-        )
+        return named(self.outputs, arrays)
 
     def last_step(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Of the outputs of a chunk, those of its last time step."""
@@ -216,6 +208,11 @@ class Model:
             elif leading == "T" and axes == 2:
                 message += "; a session has no batch axis"
         return message
+
+
+def named(specs: Sequence[Tensor], values: Sequence[Any]) -> Any:
+    """One value, or a dict of several by name."""
+    return values[0] if len(specs) == 1 else {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
 
 def as_numpy(name: str, value: ArrayLike) -> np.ndarray:

@@ -12,12 +12,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from unroll import __version__
 from unroll.service.api import (
     absent_routes,
     admin_routes,
-    cross_origin,
     health_routes,
     native_routes,
     open_inference_routes,
@@ -26,7 +26,6 @@ from unroll.service.api import (
     repository_routes,
     rollout_routes,
     statistics_routes,
-    ticket_routes,
 )
 from unroll.service.api.admission import Admission, refusals
 from unroll.service.api.answer_log import ERROR, LogAnswers
@@ -58,6 +57,11 @@ from unroll.service.telemetry.request_log import RequestLog
 
 _log = structlog.get_logger(__name__)
 
+#: Headers of answers that scripts of other origins may read.
+_EXPOSED = ("Allow", "Retry-After", "Unroll-Position", "Unroll-Reply-Kept", "Unroll-Snapshot-Length")
+#: Seconds for which a browser need not ask again whether it may send a request.
+_PREFLIGHT_SECONDS = 600
+
 
 def build(
     settings: Settings,
@@ -68,8 +72,6 @@ def build(
     """Load every bundle, and make the application and the state that the transport shares with it.
 
     Args:
-        settings: What to serve, and how.
-        clock: The clock of sessions and loops.
         shared_port: The port that other worker processes listen on, too.
         ticket_secret: Of all workers.
 
@@ -114,7 +116,7 @@ def build(
     if settings.shows_page:
         app.include_router(page_routes.router())
     if settings.allowed_origins:
-        cross_origin.allow(app, settings.allowed_origins)
+        _allow_pages_of(app, settings.allowed_origins)
     operator = app
     if settings.admin_port is not None:
         operator = app.state.operator = _fastapi(state, None)
@@ -123,6 +125,18 @@ def build(
     loads = settings.offers_operations and operator is app
     app.include_router(absent_routes.router(absent_routes.LOADING if loads else ()))
     return app, state
+
+
+def _allow_pages_of(app: FastAPI, origins: Sequence[str]) -> None:
+    """Answer pages of other origins, and tell their browsers so."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("DELETE", "GET", "POST", "PUT"),
+        allow_headers=("*",),
+        expose_headers=_EXPOSED,
+        max_age=_PREFLIGHT_SECONDS,
+    )
 
 
 def _worker_metrics(settings: Settings) -> WorkerMetrics | None:
@@ -137,7 +151,6 @@ def _add_inference(app: FastAPI, state: AppState) -> None:
     app.include_router(native_routes.router(state))
     app.include_router(rollout_routes.router(state))
     app.include_router(endpoint.router(state))
-    app.include_router(ticket_routes.router(state))
     app.include_router(statistics_routes.router(state))
     app.include_router(repository_routes.router(state))
     app.include_router(open_inference_routes.router(state, __version__))

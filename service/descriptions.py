@@ -15,7 +15,6 @@ class Description:
 
     Attributes:
         metavar: What its value is; empty if it is a switch, and `no` if it is one that --no-… turns off.
-        about: What it decides.
         default: Its default, as help shows it; empty if `about` says it or there is none.
         several: Its flag may be given several times.
     """

@@ -18,8 +18,8 @@ from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.contents import RepositoryError
 from unroll.service.settings import Settings
 from unroll.service.store.description import where_sessions_are
+from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.interface import StoreRefused
-from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 from unroll.service.telemetry import logs
 from unroll.service.transport.connections import ConnectionLimits
 from unroll.service.transport.server import DrainingServer
@@ -36,7 +36,6 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     """Serve until a signal ends it.
 
     Args:
-        settings: What to serve, and how.
         exposed: Flags that have secrets in them.
 
     Returns:
@@ -71,8 +70,10 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
+    application.openapi()  # the first of these, and FastAPI's first look at its routes, take a tenth of a second
     operator = None
     if operator_listener is not None:
+        application.state.operator.openapi()
         operator = operator_config(config, application.state.operator, state, limits), operator_listener
     _spare_the_collector()
     terminate = partial(signal.raise_signal, signal.SIGTERM)
@@ -142,7 +143,9 @@ def _check_address(host: str, port: int) -> None:
 async def _check_store(settings: Settings) -> None:
     """Find out before the models are loaded that a Redis can never work as it is set. Raises StoreRefused."""
     config = settings.store_config()
-    if isinstance(config, RedisStoreConfig):
+    if config is not None and not isinstance(config, EmbeddedStoreConfig):
+        from unroll.service.store.redis_store import RedisStore  # only now: its client takes megabytes
+
         store = RedisStore(config)
         try:
             await store.check()

@@ -215,7 +215,7 @@ class Settings(BaseModel):
         from unroll.bundle.signature import TrustedKeys
         from unroll.service.engine.backend import EngineOptions
         from unroll.service.models.loading import ModelOptions
-        from unroll.service.models.trial import TrialLimits
+        from unroll.service.models.trial_process import TrialLimits
         from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 
         fill_memory = self.session_capacity == "auto"
@@ -244,18 +244,18 @@ class Settings(BaseModel):
 
     @property
     def default_durability(self) -> str:
-        """Of new sessions."""
         return self.durability or (MEMORY if self.store is None else STORED)
 
     def store_config(self) -> "StoreConfig | None":
         from unroll.service.store.embedded_store import EmbeddedStoreConfig
-        from unroll.service.store.redis_store import RedisStoreConfig
 
         if self.store is None:
             return None
         times = self.store_timeout, self.idle_timeout or None, self.tombstone_life
         if (folder := store_folder(self.store)) is not None:
             return EmbeddedStoreConfig(folder, self.store_sync, *times)
+        from unroll.service.store.redis_store import RedisStoreConfig
+
         return RedisStoreConfig(self.store, *times, self.store_prefix)
 
     @property
@@ -309,5 +309,4 @@ def _is_loopback(host: str) -> bool:
 
 
 def store_folder(url: str) -> Path | None:
-    """The folder that `--store` names, if it names one."""
     return Path(unquote(url.removeprefix(_FOLDER))) if url.startswith(f"{_FOLDER}/") else None

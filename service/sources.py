@@ -191,7 +191,6 @@ def _json(name: str, word: str, problem: Mapping[str, Any], origin: str) -> Any:
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The settings that the environment has, by name."""
     found = {
         name.upper().removeprefix(PREFIX).lower(): value
         for name, value in environment.items()

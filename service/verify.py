@@ -18,7 +18,8 @@ from unroll.service.core.choices import Precision
 from unroll.service.engine.backend import DeviceBackend, EngineOptions, InsufficientMemory, open_backend
 from unroll.service.engine.engine import DeviceFailed
 from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
-from unroll.service.models.trial import TrialLimits, Trials
+from unroll.service.models.trial import Trials
+from unroll.service.models.trial_process import TrialLimits
 from unroll.service.state.slots import FIRST
 
 #: Sequences that are cut at random, and rows of the largest batch.
@@ -34,7 +35,6 @@ class Check:
     """One line of the report.
 
     Attributes:
-        what: The property that was checked.
         output: The output, or `state_out`.
         difference: The largest absolute difference over all its values; NaN if an answer was not finite.
         allowed: The largest difference that passes.

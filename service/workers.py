@@ -57,7 +57,6 @@ class Worker:
 
     @property
     def shared_port(self) -> int:
-        """The port that all workers listen on."""
         return self.listener.getsockname()[1]
 
     def listeners(self, host: str, first_own_port: int | None) -> list[socket.socket]:
@@ -224,7 +223,6 @@ class _Supervisor:
         return process, ours
 
     def _announce(self, index: int) -> None:
-        """Log once all workers serve."""
         if index not in self._served:
             self._served.add(index)
             if len(self._served) == len(self._listeners):

@@ -21,8 +21,8 @@ from redis import Redis
 
 from bench.servers import HOST, running_server
 from deploy import local_redis
-from unroll.service.store.interface import Commit, Kept, Origin, Store, Tokens
-from unroll.service.store.record import pack_last
+from unroll.service.store.interface import Commit, Store, Tokens
+from unroll.service.store.record import Kept, Origin, pack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 _BATCH = 64

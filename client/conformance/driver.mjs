@@ -17,23 +17,25 @@ function numbers(values) {
   return values ?? Number.NaN;
 }
 
-// A flat typed array as nested lists, as the commands have them. single: without the time axis.
-function lists(model, outputs, single) {
+// Flat typed arrays as nested lists, as the commands have them. single: without the time axis.
+function lists(specs, tensors, single) {
   const one = (spec) => {
-    const values = Array.from(model.outputs.length === 1 ? outputs : outputs[spec.name], Number);
+    const values = Array.from(specs.length === 1 ? tensors : tensors[spec.name], Number);
     const step = (begin) => (spec.shape.length ? values.slice(begin, begin + sizeOf(spec)) : values[begin]);
     if (single || !spec.time) return step(0);
     return Array.from({ length: values.length / sizeOf(spec) }, (_, i) => step(i * sizeOf(spec)));
   };
-  if (model.outputs.length === 1) return one(model.outputs[0]);
-  return Object.fromEntries(model.outputs.map((spec) => [spec.name, one(spec)]));
+  if (specs.length === 1) return one(specs[0]);
+  return Object.fromEntries(specs.map((spec) => [spec.name, one(spec)]));
 }
+
+const modelOf = (session) => session.model ?? session.streamOf.model;
 
 async function apply({ session: name, values, at }, single) {
   const session = sessions[name];
   if (at !== undefined) throw new Error("no operation with a position");
   const outputs = await (single ? session.step(numbers(values)) : session.steps(numbers(values)));
-  return { outputs: lists(session.model ?? session.streamOf.model, outputs, single), position: session.position };
+  return { outputs: lists(modelOf(session).outputs, outputs, single), position: session.position };
 }
 
 const operations = {
@@ -67,9 +69,19 @@ const operations = {
     });
     return { outputs: outputs.map((each) => each && Array.from(each)), positions: chosen.map((each) => each.position), errors };
   },
+  async rollout({ session: name, steps, take, map, applies, inputs }) {
+    const session = sessions[name], rolled = [];
+    const { inputs: given, outputs: made } = modelOf(session);
+    const options = { map, on: applies ? "session" : "fork", inputs: inputs && numbers(inputs) };
+    for await (const step of session.rollout(steps, options)) {
+      const values = { inputs: lists(given, step.inputs, true), outputs: lists(made, step.outputs, true) };
+      if (rolled.push({ position: step.position, ...values }) === take) break;
+    }
+    return { steps: rolled, position: session.position };
+  },
   async sequence({ model, values, static: fixed }) {
     const [outputs] = await client.sequences(model, [numbers(values)], { static: fixed && [fixed] });
-    return { outputs: lists(await client.model(model), outputs, false) };
+    return { outputs: lists((await client.model(model)).outputs, outputs, false) };
   },
   models: async () => ({ models: (await client.models()).map(({ name }) => name) }),
   refresh: async ({ session }) => ({ position: await sessions[session].refresh() }),

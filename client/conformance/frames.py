@@ -8,10 +8,11 @@ import numpy as np
 
 from unroll.client.conformance.refusals import Refusal
 from unroll.client.conformance.toy_models import ToyModel
+from unroll.client.conformance.toy_rollouts import Rolled
 
 _HEADER = struct.Struct("<BBHI")
 _ENTRY = struct.Struct("<IIQ")
-_STEPS, _OUTPUTS = 1, 2
+_STEPS, _OUTPUTS, _ROLLED = 1, 2, 3
 _UNSPECIFIED = 2**64 - 1
 
 
@@ -60,3 +61,8 @@ def write_outputs(entries: Sequence[Outputs], flags: int = 0) -> bytes:
     for tensor in zip(*[outputs for *_, outputs in entries], strict=True):
         parts += [array.tobytes() for array in tensor]
     return b"".join(parts)
+
+
+def write_rolled(handle: int, rolled: Rolled) -> bytes:
+    head = _HEADER.pack(_ROLLED, 0, 0, 1) + _ENTRY.pack(handle, len(rolled.inputs[0]), rolled.end)
+    return head + b"".join(array.tobytes() for array in (*rolled.inputs, *rolled.outputs))

@@ -15,7 +15,8 @@ from unroll.client.conformance.refusals import Refusal
 from unroll.client.conformance.script import Conversation
 from unroll.client.conformance.scripted_server import ScriptedServer
 from unroll.client.conformance.snapshots import read_snapshot
-from unroll.client.conformance.toy_models import MODELS, ToyModel
+from unroll.client.conformance.toy_models import MODELS, ToyModel, json_of
+from unroll.client.conformance.toy_rollouts import Rolled, roll
 from unroll.client.conformance.toy_sessions import ToySession, ToySessions
 
 #: Members of a command that are not for the client: what its outcome must be.
@@ -63,6 +64,7 @@ async def _talk(conversation: Conversation, server: ScriptedServer, driver: Driv
                 result.faults.append(f"command {number}, {json.dumps(command)}: {fault}")
                 break
         else:
+            await server.script.settle()
             result.faults += player.end()
     except _Unsupported as reason:
         result.status, result.faults = "unsupported", [str(reason)]
@@ -169,6 +171,18 @@ class _Player:
                 _check_outputs(session.model, expected, ok["outputs"][index], single=True)
             _check(f"position of {name!r}", session.position, ok["positions"][index])
 
+    def _rollout(self, command: Mapping[str, Any], ok: Mapping[str, Any]) -> None:
+        session, begin = self._sessions[command["session"]], self._sessions[command["session"]].position
+        model = session.model
+        last = model.json_of(model.last_of(model.outputs_of([session.state], begin - 1)))
+        origin = {} if "inputs" in command else {"outputs": last}
+        pieces = list(roll(session, begin, {**origin, **command}))
+        _check("steps", [_last_step(model, piece) for piece in pieces][: command.get("take")], ok["steps"])
+        if command.get("applies") and "take" not in command:
+            for piece in pieces:
+                _advance(session, session.position, json_of(model.inputs, piece.inputs))
+        self._has(command, session, ok)
+
     def _fork(self, command: Mapping[str, Any], ok: Mapping[str, Any]) -> None:
         fork = _copy_of(self._sessions[command["session"]], ok["id"])
         self._has(command, fork, ok)
@@ -225,6 +239,12 @@ def _advance(session: ToySession, begin: int, values: Any) -> list[np.ndarray]:
     session.states |= {begin + 1 + step: state for step, state in enumerate(states)}
     session.position = begin + len(states)
     return session.model.outputs_of(states, begin)
+
+
+def _last_step(model: ToyModel, piece: Rolled) -> dict[str, Any]:
+    """As a client yields it."""
+    inputs = json_of(model.inputs, [array[-1] for array in piece.inputs])
+    return {"position": piece.end, "inputs": inputs, "outputs": model.json_of(model.last_of(piece.outputs))}
 
 
 def _check_outputs(model: ToyModel, expected: list[np.ndarray], found: Any, *, single: bool = False) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from unroll.client import AsyncClient, Client, errors
+from unroll.client.async_stream import as_async
 
 Command = dict[str, Any]
 
@@ -83,6 +84,19 @@ class PythonDriver:
         except errors.SomeFailed as some:
             outputs, refused = some.outputs, {str(index): error.code for index, error in some.errors.items()}
         return {"outputs": outputs.tolist(), "positions": [each.position for each in sessions], "errors": refused}
+
+    async def _rollout(self, command: Command) -> dict[str, Any]:
+        session, steps = self._sessions[command["session"]], []
+        options = {name: _numbers(command[name]) for name in ("inputs", "outputs") if name in command}
+        on = "session" if command.get("applies") else "fork"
+        rolling = session.rollout(command["steps"], map=command["map"], on=on, **options)
+        async for step in as_async(rolling):
+            inputs, outputs = _lists(step.inputs), _lists(step.outputs)
+            steps.append({"position": step.position, "inputs": inputs, "outputs": outputs})
+            if len(steps) == command.get("take"):
+                break
+        await _result(rolling.aclose() if hasattr(rolling, "aclose") else rolling.close())
+        return {"steps": steps, "position": session.position}
 
     async def _sequence(self, command: Command) -> dict[str, Any]:
         static = [command["static"]] if "static" in command else None

@@ -1,5 +1,6 @@
 """Conversations as their files have them: what the client is told, and what the server does to it meanwhile."""
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,19 +10,23 @@ from typing import Any, Literal
 
 import yaml
 
+from unroll.client.conformance.refusals import Refusal
+
 #: What a request over HTTP, or a message of a stream, asks for.
-HTTP_KINDS = ("models", "model", "sequences", "open", "get", "close", "steps", "fork", "save", "restore")
-STREAM_KINDS = ("upgrade", "stream-open", "stream-close", "stream-detach", "frame")
+HTTP_KINDS = ("models", "model", "sequences", "open", "get", "close", "steps", "fork", "save", "restore", "rollout")
+STREAM_KINDS = ("upgrade", "stream-open", "stream-close", "stream-detach", "frame", "stream-rollout", "stream-stop")
 
 #: What the server does. docs/client-conformance.md says what each means.
 DEEDS = (
     *("cut-before", "cut-after", "cut-inside", "late", "pieces", "refuse", "refuse-after", "restart", "end", "move"),
     *("chunked", "close-idle", "redirect", "foreign", "short", "no-position"),
-    *("twice", "split", "closing", "stray", "noise", "unkept", "malformed", "too-large"),
+    *("twice", "split", "closing", "stray", "noise", "unkept", "malformed", "too-large", "hold"),
 )
 
 #: Seconds by which timers may be early.
 _EARLY = 0.05
+#: Seconds for which a client may take to end what it wants no more of.
+_SETTLED = 5.0
 
 
 class ScriptError(Exception):
@@ -42,6 +47,7 @@ class Rule:
         kept: Whether sessions survive `restart`.
         steps: By how many `move` moves the session.
         handles: Of a frame: which entries are refused; empty: all.
+        after: Of a rollout: how many answers come before it. The given time steps are one.
     """
 
     when: str
@@ -55,6 +61,7 @@ class Rule:
     kept: bool = True
     steps: int = 1
     handles: tuple[int, ...] = ()
+    after: int = 0
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Rule":
@@ -71,6 +78,10 @@ class Rule:
         if rule.does not in DEEDS:
             raise ScriptError(f"the server cannot do {rule.does!r}")
         return rule
+
+    def refusal(self) -> Refusal:
+        members = {} if self.retry_after is None else {"retry_after": self.retry_after}
+        return Refusal(self.code, f"the script refuses with {self.code}", **members)
 
     def meets(self, count: int, command: int) -> bool:
         return (not self.nth or count in self.nth) and self.command in (None, command)
@@ -131,6 +142,7 @@ class Script:
         command: The number of the client's command.
         counts: Exchanges by kind.
         faults: What the client did that no client may do.
+        holds: Rollouts that wait until the client ends them.
     """
 
     def __init__(self, rules: Iterable[Rule] = ()) -> None:
@@ -139,6 +151,17 @@ class Script:
         self.command = 0
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
+        self.holds: list[asyncio.Future[None]] = []
+
+    def hold(self) -> asyncio.Future[None]:
+        """Done when the client has ended the rollout."""
+        self.holds.append(asyncio.get_running_loop().create_future())
+        return self.holds[-1]
+
+    async def settle(self) -> None:
+        """Note a fault if the client has left a rollout running."""
+        if self.holds and (await asyncio.wait(self.holds, timeout=_SETTLED))[1]:
+            self.faults.append("a rollout still runs, of which the client wants no more")
 
     def meets(self, kind: str) -> list[Rule]:
         """Count an exchange. Returns the rules for it, in the order of the file."""

@@ -12,9 +12,11 @@ from aiohttp import web
 
 from unroll.client.conformance.refusals import STATUS, Refusal
 from unroll.client.conformance.script import Rule, Script
+from unroll.client.conformance.scripted_rollouts import send_events
 from unroll.client.conformance.scripted_stream import ScriptedStream
 from unroll.client.conformance.snapshots import read_snapshot, seal, unseal
 from unroll.client.conformance.toy_models import MODELS
+from unroll.client.conformance.toy_rollouts import ToyRollout
 from unroll.client.conformance.toy_sessions import ToySession, ToySessions, model_of
 
 _HOST = "127.0.0.1"
@@ -24,9 +26,12 @@ _ROUTES = (
     *(("POST", "/{model}/sessions", "open"), ("GET", "/{model}/sessions/{id}", "get")),
     *(("DELETE", "/{model}/sessions/{id}", "close"), ("POST", "/{model}/sessions/{id}/steps", "steps")),
     *(("POST", "/{model}/sessions/{id}/fork", "fork"), ("GET", "/{model}/sessions/{id}/state", "save")),
+    ("POST", "/{model}/sessions/{id}/rollout", "rollout"),
     *(("PUT", "/{model}/sessions/{id}/state", "restore"), ("GET", "/{model}/stream", "upgrade")),
 )
-_PAGE = b"<!doctype html><title>Sign in</title><p>This is the page of a proxy."
+#: What answers in place of a stream, or of events.
+_UNLIKE = {"refuse", "redirect", "foreign"}
+_PAGE = b"<!doctype html><title>Sign in</title>\n\n<p>This is the page of a proxy."
 
 
 @dataclass
@@ -135,8 +140,10 @@ class ScriptedServer:
             if transport.is_closing():
                 return web.Response()
             try:
-                if kind == "upgrade" and not rules.keys() & {"refuse", "redirect", "foreign"}:
+                if kind == "upgrade" and not rules.keys() & _UNLIKE:
                     return await ScriptedStream(self, model_of(request.match_info["model"])).run(request)
+                if kind == "rollout" and not any(rule.does in _UNLIKE and not rule.after for rule in rules.values()):
+                    return await self._roll_out(request, body, rules)
                 answer = self._answer(kind, request, body, rules)
             except Refusal as refusal:
                 answer = Answer.refusal(refusal)
@@ -148,7 +155,7 @@ class ScriptedServer:
         """What happens before the request is looked at."""
         if rule.does == "cut-before":
             transport.abort()
-        elif rule.does == "restart":
+        elif rule.does == "restart" and not rule.after:
             await self.restart(rule)
         elif rule.does in {"end", "move"}:
             self.disturb(rule, self.sessions.find(request.match_info["id"]))
@@ -301,6 +308,15 @@ class ScriptedServer:
         if sealed:
             fields["Unroll-Snapshot-Length"] = str(len(again))
         return Answer(again + b"".join(array.tobytes() for array in reply.outputs), 200, _RAW, fields)
+
+    async def _roll_out(self, request: web.Request, body: bytes, rules: Mapping[str, Rule]) -> web.StreamResponse:
+        """Raises Refusal."""
+        wish = _document(body)
+        sealed = base64.b64decode(wish.pop("snapshot", None) or "")
+        session = self._held(request, sealed) if sealed else self._session(request)
+        if "Unroll-Position" in request.headers:
+            wish.setdefault("position", int(request.headers["Unroll-Position"]))
+        return await send_events(self, request, session.model, ToyRollout(session, wish), rules)
 
     def _session(self, request: web.Request) -> ToySession:
         model_of(request.match_info["model"])

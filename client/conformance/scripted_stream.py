@@ -3,7 +3,7 @@
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from aiohttp import WSMsgType, web
 from unroll.client.conformance.frames import Chunk, Outputs, read_steps, write_outputs
 from unroll.client.conformance.refusals import Refusal
 from unroll.client.conformance.script import Rule
+from unroll.client.conformance.scripted_rollouts import StreamRollouts
 from unroll.client.conformance.toy_models import ToyModel
 from unroll.client.conformance.toy_sessions import ToySession
 
@@ -31,9 +32,15 @@ class ScriptedStream:
         self._server = server
         self._script = server.script
         self._model = model
-        self._sessions: dict[int, ToySession] = {}
+        self.sessions: dict[int, ToySession] = {}
         self._socket = web.WebSocketResponse(timeout=1.0, max_msg_size=0, compress=False)
         self._transport: asyncio.Transport | None = None
+        self._rollouts = StreamRollouts(server, self, model)
+        self._operations: dict[str, Callable[[Any], Awaitable[None]]] = {
+            "steps": self._json_steps,
+            "rollout": self._rollouts.begin,
+            "stop": self._stop,
+        }
 
     async def run(self, request: web.Request) -> web.WebSocketResponse:
         await self._socket.prepare(request)
@@ -45,13 +52,14 @@ class ScriptedStream:
                 await self._frame(message.data)
             if self._is_cut:
                 break
+        await self._rollouts.close()
         return self._socket
 
     @property
     def _is_cut(self) -> bool:
         return self._transport is None or self._transport.is_closing() or self._socket.closed
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
         assert self._transport
         self._transport.abort()
 
@@ -62,26 +70,28 @@ class ScriptedStream:
         acts = {"open": self._open, "close": self._close, "detach": self._detach}
         try:
             document = json.loads(text)
-            if document["op"] == "steps":
-                await self._json_steps(document)
+            if (operation := self._operations.get(document["op"])) is not None:
+                await operation(document)
                 return
             op, items = document["op"], document["sessions" if document["op"] == "open" else "handles"]
             act = acts[op]
         except (ValueError, KeyError, TypeError) as error:
             self._script.faults.append(f"a control message that is none: {error!r}: {text[:200]}")
-            await self._say({"op": "error", "code": "malformed_request", "detail": f"no control message: {error}"})
+            await self.say({"op": "error", "code": "malformed_request", "detail": f"no control message: {error}"})
             return
         kind = f"stream-{op}"
         rules = {rule.does: rule for rule in self._script.meets(kind)}
-        if await self._before(rules, None):
+        if await self.before(rules, None):
             return
         found = []
         for item in items:
             handle = item["handle"] if op == "open" else item
             self._script.comes(kind, handle)
+            if op != "open":
+                await self._rollouts.stop(handle)
             try:
                 if (rule := rules.get("refuse")) is not None and (not rule.handles or handle in rule.handles):
-                    raise self._refused(rule, kind, handle)
+                    raise self.refused(rule, kind, handle)
                 found.append({"handle": handle} | act(item))
             except Refusal as refusal:
                 found.append({"handle": handle, "error": refusal.document})
@@ -89,16 +99,23 @@ class ScriptedStream:
         members = {"handles": items} if op == "detach" else {"sessions": found}
         await self._answer(json.dumps({"op": done, **members}), rules)
 
-    def _refused(self, rule: Rule, kind: str, key: object) -> Refusal:
-        members = {} if rule.retry_after is None else {"retry_after": rule.retry_after}
+    def refused(self, rule: Rule, kind: str, key: object) -> Refusal:
         if rule.retry_after is not None:
             self._script.asked_to_wait(kind, key, rule.retry_after)
-        return Refusal(rule.code, f"the script refuses with {rule.code}", **members)
+        return rule.refusal()
+
+    async def _stop(self, document: Mapping[str, Any]) -> None:
+        handle = document["handle"]
+        rules = {rule.does: rule for rule in self._script.meets("stream-stop")}
+        if await self.before(rules, None):
+            return
+        await self._rollouts.stop(handle)
+        await self._answer(json.dumps({"op": "stopped", "handle": handle}), rules)
 
     def _open(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         """Raises Refusal."""
         mode, session_id, handle = spec.get("mode", "new"), spec.get("session_id"), spec["handle"]
-        if handle in self._sessions:
+        if handle in self.sessions:
             raise Refusal("malformed_request", f"handle {handle} is bound already")
         sessions = self._server.sessions
         try:
@@ -110,20 +127,20 @@ class ScriptedStream:
                 raise
             session = sessions.open(self._model, session_id, spec.get("durability"), static=spec.get("static"))
         session.depth = spec.get("depth", 1)
-        self._sessions[handle] = session
+        self.sessions[handle] = session
         described = session.description()
         return {name: described[name] for name in ("session_id", "position", "model_version", "durability")}
 
     def _close(self, handle: int) -> dict[str, Any]:
         """Raises Refusal."""
-        session = self._sessions.pop(handle, None)
+        session = self.sessions.pop(handle, None)
         if session is None:
             raise Refusal("malformed_request", f"handle {handle} is not bound")
         self._server.sessions.end(self._server.sessions.find(session.id), "session_closed")
         return {"position": session.position}
 
     def _detach(self, handle: int) -> dict[str, Any]:
-        self._sessions.pop(handle, None)
+        self.sessions.pop(handle, None)
         return {}
 
     # ── frames ───────────────────────────────────────────────────────────────────────────────────
@@ -134,7 +151,7 @@ class ScriptedStream:
             chunks = read_steps(self._model, frame)
         except Refusal as refusal:
             self._script.faults.append(f"a frame that is none: {refusal}")
-            await self._say({"op": "error", **refusal.document})
+            await self.say({"op": "error", **refusal.document})
             return
         await self._chunks(chunks, rules, write_outputs)
 
@@ -145,7 +162,7 @@ class ScriptedStream:
         try:
             inputs = self._model.inputs_of_json(document["inputs"])
         except Refusal as refusal:
-            await self._say({"op": "error", "handle": handle, "position": position, **refusal.document})
+            await self.say({"op": "error", "handle": handle, "position": position, **refusal.document})
             return
         await self._chunks([Chunk(handle, len(inputs[0]), position, inputs)], rules, self._json_outputs)
 
@@ -157,10 +174,10 @@ class ScriptedStream:
     async def _chunks(
         self, chunks: Sequence[Chunk], rules: Mapping[str, Rule], write: Callable[..., str | bytes]
     ) -> None:
-        if await self._before(rules, self._sessions.get(chunks[0].handle)):
+        if await self.before(rules, self.sessions.get(chunks[0].handle)):
             return
         if (rule := rules.get("malformed")) is not None:
-            await self._say({"op": "error", "code": rule.code, "detail": "the script refuses the whole message"})
+            await self.say({"op": "error", "code": rule.code, "detail": "the script refuses the whole message"})
             return
         outputs: list[Outputs] = []
         for chunk in chunks:
@@ -168,7 +185,7 @@ class ScriptedStream:
                 outputs.append(self._apply(chunk, rules.get("refuse")))
             except Refusal as refusal:
                 entry = {"handle": chunk.handle, "position": chunk.position}
-                await self._say({"op": "error", **entry, **refusal.document})
+                await self.say({"op": "error", **entry, **refusal.document})
         if outputs and "split" in rules:
             for each in reversed(outputs):
                 await self._answer(write([each]), rules)
@@ -177,13 +194,13 @@ class ScriptedStream:
 
     def _apply(self, chunk: Chunk, refuse: Rule | None) -> Outputs:
         """Raises Refusal."""
-        bound = self._sessions.get(chunk.handle)
+        bound = self.sessions.get(chunk.handle)
         if bound is None:
             raise Refusal("malformed_request", f"handle {chunk.handle} is not bound")
         self._script.comes("frame", bound.id)
         session = self._server.sessions.find(bound.id)
         if refuse is not None and (not refuse.handles or chunk.handle in refuse.handles):
-            raise self._refused(refuse, "frame", bound.id)
+            raise self.refused(refuse, "frame", bound.id)
         if not all(np.isfinite(array).all() for array in chunk.inputs):
             raise Refusal("non_finite_input", "the inputs contain NaN or infinity")
         if chunk.position is None:
@@ -193,22 +210,22 @@ class ScriptedStream:
 
     # ── what happens around an exchange ──────────────────────────────────────────────────────────
 
-    async def _before(self, rules: Mapping[str, Rule], session: ToySession | None) -> bool:
+    async def before(self, rules: Mapping[str, Rule], session: ToySession | None) -> bool:
         """Whether the message is not looked at any more."""
         if "cut-before" in rules:
-            self._cut()
-        if (rule := rules.get("restart")) is not None:
+            self.cut()
+        if (rule := rules.get("restart")) is not None and not rule.after:
             await self._server.restart(rule)
         for does in ("end", "move"):
             if does in rules and session is not None:
                 self._server.disturb(rules[does], session)
         if "noise" in rules:
-            await self._say({"op": "notice", "detail": "an operation of a later version"})
+            await self.say({"op": "notice", "detail": "an operation of a later version"})
             await self._socket.ping(b"are you there")
         if "stray" in rules:
             await self._socket.send_bytes(self._stray_outputs())
         if "closing" in rules:
-            await self._say({"op": "closing", "sessions": self._whereabouts()})
+            await self.say({"op": "closing", "sessions": self._whereabouts()})
             await self._socket.close(code=_RESTART)
         if "too-large" in rules:
             await self._socket.close(code=_TOO_LARGE)
@@ -222,29 +239,35 @@ class ScriptedStream:
     def _whereabouts(self) -> list[dict[str, Any]]:
         return [
             {"handle": handle, "session_id": session.id, "position": session.position}
-            for handle, session in self._sessions.items()
+            for handle, session in self.sessions.items()
         ]
 
     async def _answer(self, message: str | bytes, rules: Mapping[str, Rule]) -> None:
         if (rule := rules.get("late")) is not None:
             await asyncio.sleep(rule.seconds)
         if "cut-after" in rules:
-            self._cut()
+            self.cut()
         for _ in range(2 if "twice" in rules else 1):
-            if self._is_cut:
-                return
-            if rules.keys() & {"pieces", "cut-inside"}:
-                await self._send_in_pieces(message, whole="pieces" in rules)
-            elif isinstance(message, str):
-                await self._socket.send_str(message)
+            if "cut-inside" in rules and not self._is_cut:
+                await self.send_in_pieces(message, whole=False)
             else:
-                await self._socket.send_bytes(message)
+                await self.send(message, in_pieces="pieces" in rules)
 
-    async def _say(self, document: Mapping[str, Any]) -> None:
+    async def send(self, message: str | bytes, *, in_pieces: bool) -> None:
+        if self._is_cut:
+            return
+        if in_pieces:
+            await self.send_in_pieces(message, whole=True)
+        elif isinstance(message, str):
+            await self._socket.send_str(message)
+        else:
+            await self._socket.send_bytes(message)
+
+    async def say(self, document: Mapping[str, Any]) -> None:
         if not self._is_cut:
             await self._socket.send_str(json.dumps(document))
 
-    async def _send_in_pieces(self, message: str | bytes, *, whole: bool) -> None:
+    async def send_in_pieces(self, message: str | bytes, *, whole: bool) -> None:
         """A message of several fragments, or only the first half of them."""
         assert self._transport
         content = message.encode() if isinstance(message, str) else message
@@ -257,5 +280,6 @@ class ScriptedStream:
             first = (1 if isinstance(message, str) else 2) if index == 0 else 0
             last = 0x80 if index == len(pieces) - 1 else 0
             length = bytes([len(piece)]) if len(piece) < 126 else b"\x7e" + struct.pack(">H", len(piece))
+            if index:
+                await asyncio.sleep(0.002)
             self._transport.write(bytes([first | last]) + length + piece)
-            await asyncio.sleep(0.002)

@@ -120,9 +120,26 @@ class ToyModel:
                 raise Refusal("invalid_shape", f"{spec.name!r} has the shape {array.shape}")
         return _finite(arrays)
 
+    def last_of(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Those of the last time step."""
+        return [array[-1] if spec.time else array for spec, array in zip(self.outputs, outputs, strict=True)]
+
+    def last_outputs_of_json(self, values: Any) -> list[np.ndarray]:
+        """values: of one time step, as `json_of` gives them. Raises Refusal."""
+        named = values if len(self.outputs) > 1 else {self.outputs[0].name: values}
+        try:
+            return [np.array(named[spec.name], spec.numpy).reshape(spec.shape) for spec in self.outputs]
+        except (KeyError, ValueError, TypeError) as error:
+            raise Refusal("invalid_shape", f"the outputs are not those of {self.name!r}: {error}") from error
+
     def json_of(self, outputs: Sequence[np.ndarray]) -> Any:
-        lists = {spec.name: array.tolist() for spec, array in zip(self.outputs, outputs, strict=True)}
-        return lists if len(lists) > 1 else next(iter(lists.values()))
+        return json_of(self.outputs, outputs)
+
+
+def json_of(specs: Sequence[Tensor], arrays: Sequence[np.ndarray]) -> Any:
+    """One value, or {name: value} of several tensors."""
+    lists = {spec.name: array.tolist() for spec, array in zip(specs, arrays, strict=True)}
+    return lists if len(lists) > 1 else next(iter(lists.values()))
 
 
 def _finite(arrays: list[np.ndarray]) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from unroll.client.conformance.toy_models import MODELS, ToyModel
 
 @dataclass
 class Reply:
-    """The answer to a chunk. content: its inputs as bytes. end: the position after it."""
+    """The answer to a chunk. content: what a retry must repeat. end: the position after it."""
 
     content: bytes
     end: int
@@ -51,17 +51,25 @@ class ToySession:
     def state(self) -> float:
         return self.states[self.position]
 
-    def apply(self, position: int, inputs: Sequence[np.ndarray]) -> Reply:
-        """Apply a chunk, or answer a retry of it. Raises Refusal."""
-        content = b"".join(array.tobytes() for array in inputs)
+    def apply(self, position: int, inputs: Sequence[np.ndarray], content: bytes | None = None) -> Reply:
+        """Apply a chunk, or answer a retry of it. content: what makes it the same; its values. Raises Refusal."""
+        if content is None:
+            content = b"".join(array.tobytes() for array in inputs)
+        return self.answered(position, content) or self._advance(content, inputs)
+
+    def answered(self, position: int, content: bytes) -> Reply | None:
+        """The answer to a chunk that was applied; None if it can be applied. Raises Refusal."""
         if (kept := self.replies.get(position)) is not None:
             if kept.content == content:
                 return kept
             raise self._refusal("payload_mismatch", f"the chunk at {position} was applied with other values")
         if position != self.position:
-            code = "position_gap" if position > self.position else "position_too_old"
-            raise self._refusal(code, f"the session is at {self.position}, the chunk begins at {position}")
-        return self._advance(content, inputs)
+            raise self.misplaced(position)
+        return None
+
+    def misplaced(self, position: int) -> Refusal:
+        code = "position_gap" if position > self.position else "position_too_old"
+        return self._refusal(code, f"the session is at {self.position}, the chunk begins at {position}")
 
     def _advance(self, content: bytes, inputs: Sequence[np.ndarray]) -> Reply:
         begin = self.position

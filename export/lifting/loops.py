@@ -10,16 +10,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll.export.errors import ExportError, attempt, untraceable
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.layers import LAYERS
-from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced, why_no_body
+from unroll.export.lifting.loop_body import LoopBody, find_body, find_iterations, traced, why_no_body
 from unroll.export.lifting.recording import CannotSplitError
-from unroll.export.lifting.replay import replayed
+from unroll.export.lifting.replay import Piece, replayed
 from unroll.export.lifting.scan import Axes, Scan
 from unroll.export.lifting.splitting import BATCHES, TIMES, split
 from unroll.export.lifting.tape import Call, Part, Tape
@@ -32,6 +32,9 @@ _SIZES = ((2, 3), (3, 3), (2, 5))
 
 #: As much longer again. A loop does as much more work; what is done once, such as a table that grows, is no loop.
 _LONGER = (2, 7)
+
+#: The time steps of the traces in which a loop's state is looked for: the more, the older the steps it may come from.
+_TURNS = 3, 5, 17
 
 #: Of a call whose answers a forward without its loops must give, too.
 _TRIED = (4, 7)
@@ -222,21 +225,36 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
     """The scan that gives the module's answers. Raises ExportError(calls_depend_on_time) if there is none."""
     whole = _tensors(wide.given)
     first = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(whole, inputs, strict=True)]
-    try:
-        one, three = (traced(flat, tensors, [axes.batch for axes in inputs]) for tensors in (first, whole))
-    except Exception as error:
-        raise untraceable(repr(name), error) from error
-    for step in find_bodies(one, three):
-        states = _states(step, name, first, inputs)
-        if states is None:
-            continue
-        for backwards in (False, True):
-            scan = Scan(step, inputs, outputs, states, backwards)
-            if all(_is_same(scan, seen) for seen in (wide, long)):
-                return scan
-    if why := why_no_body(one, three):
+    traces = [_traced(flat, name, first, inputs)]
+    for turns in _TURNS[:2] if isinstance(flat.module, Piece) else _TURNS:
+        longer = [t if a.time is None else _repeated(t, a.time, turns) for t, a in zip(whole, inputs, strict=True)]
+        traces.append(_traced(flat, name, longer, inputs))
+        found = find_iterations(traces[0], traces[-1], turns)
+        for step in filter(None, (find_body(traces[0], traces[-1], loop) for loop in found)):
+            states = _states(step, name, first, inputs)
+            if states is None:
+                continue
+            for backwards in (False, True):
+                scan = Scan(step, inputs, outputs, states, backwards)
+                if all(_is_same(scan, seen) for seen in (wide, long)):
+                    return scan
+        if not found:
+            break
+    if why := why_no_body(*traces[:2]):
         raise ExportError("calls_depend_on_time", f"{name!r} {why}")
     raise _refusal(name, "its state, or its step from one time step to the next, cannot be identified")
+
+
+def _repeated(tensor: Tensor, time: int, turns: int) -> Tensor:
+    steps = torch.arange(turns) % tensor.shape[time]
+    return tensor.index_select(time, steps)
+
+
+def _traced(flat: _Flat, name: str, tensors: list[Tensor], inputs: list[Axes]) -> fx.GraphModule:
+    try:
+        return traced(flat, tensors, [axes.batch for axes in inputs])
+    except Exception as error:
+        raise untraceable(repr(name), error) from error
 
 
 def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:

@@ -56,7 +56,7 @@ class Scan(nn.Module):
         self, step: LoopBody, inputs: list[Axes], outputs: list[Axes], states: list[Axes], backwards: bool = False
     ) -> None:
         super().__init__()
-        self.body, self.start, self.finals = step.body, step.start, step.finals
+        self.body, self.start, self.finals, self.delay = step.body, step.start, step.finals, step.delay
         self.inputs, self.outputs, self.states, self.backwards = inputs, outputs, states, backwards
 
     def initial(self, tensors: list[Tensor]) -> list[Tensor]:

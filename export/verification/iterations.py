@@ -150,17 +150,18 @@ def is_foreign(code: CodeType) -> bool:
     return file.startswith(_FOREIGN) or (file.startswith(_LIBRARY) and "site-packages" not in file)
 
 
-def irregular(operations: list[Operation], short: tuple[int, int], steps: int) -> int | None:
+def irregular(operations: list[Operation], short: tuple[int, int], steps: int, delay: int = 0) -> int | None:
     """The first operation that is not what the iterations before it say; None if all iterations do the same.
 
     Args:
         operations: of a call over `steps` time steps.
         short: how many a call over 3 and over 5 time steps has.
         steps: the number of iterations there should be.
+        delay: how many iterations before the oldest value is made that an iteration takes.
     """
     size = (short[1] - short[0]) // 2
     around = short[0] - 3 * size
-    for index in range(around + _SETTLED * size, len(operations) - around - size):
+    for index in range(around + max(_SETTLED, delay + 2) * size, len(operations) - around - size):
         (key, now), (before, last), (_, earlier) = (operations[index - turn * size] for turn in range(3))
         if key != before or any(a - b != b - c for a, b, c in zip(now, last, earlier, strict=False)):
             return index

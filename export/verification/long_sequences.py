@@ -161,9 +161,10 @@ class LongSequences:
     def _check_call(
         self, path: str, number: int, call: Call, shape: Shape, trial: Trial, far: LargeNumber | None
     ) -> None:
+        delay = getattr(getattr(self.double.model.get_submodule(path), "unroll_scan", None), "delay", 0)
         for part, before, around, size in shape.loops(len(call.operations), trial.time):
             operations = call.operations[part]
-            index = irregular(operations, (around + 3 * size, around + 5 * size), trial.time)
+            index = irregular(operations, (around + 3 * size, around + 5 * size), trial.time, delay)
             if index is None:
                 continue
             again = self._run(trial, [path], places=True)[0].calls[path][number]

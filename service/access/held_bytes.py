@@ -17,10 +17,6 @@ _RETRY_SECONDS = 1.0
 class HeldBytes:
     """The account.
 
-    Args:
-        limit: Of all.
-        quota_of: The quota of a tenant.
-
     Attributes:
         by_kind: Bytes that are held now.
         of_tenants: The same, of each tenant that holds any.
@@ -42,7 +38,6 @@ class HeldBytes:
                 del self.of_tenants[tenant]
 
     def refusal(self, tenant: str, size: int) -> Overloaded | None:
-        """Why so many bytes more cannot be held."""
         if self._total + size > self._limit:
             return QueueFull(
                 f"requests and answers hold {self._total} bytes here, and {self._limit} are allowed "

@@ -19,6 +19,7 @@ people choose.
 
 import hashlib
 import hmac
+import os
 import secrets
 import tomllib
 from collections.abc import Sequence
@@ -49,8 +50,6 @@ class KeysRefused(ValueError):
 
 
 class Key(BaseModel):
-    """One key."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -139,3 +138,23 @@ def new_key(name: str, tenant: str, scopes: Sequence[str]) -> tuple[str, str]:
     listed = ", ".join(f'"{scope}"' for scope in SCOPES if scope in key.scopes)
     quoted = name.replace("\\", "\\\\").replace('"', '\\"')
     return secret, f'[[keys]]\nname = "{quoted}"\ntenant = "{tenant}"\nscopes = [{listed}]\nsha256 = "{digest}"\n'
+
+
+def add_key(path: Path, name: str, tenant: str, scopes: Sequence[str]) -> str:
+    """Add an entry to the file, which is made if it is not there. Returns the key. Raises KeysRefused, OSError."""
+    secret, entry = new_key(name, tenant, scopes)
+    before = ""
+    if path.exists():
+        KeyRing.read(path)
+        before = path.read_text("utf-8").rstrip("\n") + "\n\n"
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.touch(mode=0o600)
+        draft.write_text(before + entry, "utf-8")
+        KeyRing.read(draft)
+        if path.exists():
+            draft.chmod(path.stat().st_mode & 0o777)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return secret

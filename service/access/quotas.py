@@ -17,17 +17,17 @@ class _Bucket:
 
 
 class Meter:
-    """A token bucket for each tenant that has a limit. It holds one second's worth of steps.
-
-    Args:
-        quota_of: The quota of a tenant.
-        now: Seconds of a clock that is never set.
-    """
+    """A token bucket for each tenant that has a limit. It holds one second's worth of steps."""
 
     def __init__(self, quota_of: Callable[[str], Quota | None], now: Callable[[], float] = time.monotonic) -> None:
         self._quota_of = quota_of
         self._now = now
         self._buckets: dict[str, _Bucket] = {}
+
+    def limits(self, tenant: str) -> bool:
+        """Whether the tenant may take only so many steps a second."""
+        quota = self._quota_of(tenant)
+        return quota is not None and quota.steps_per_second is not None
 
     def take(self, tenant: str, steps: int) -> None:
         """Count steps that are about to be queued. A request that is larger than the bucket waits for a full one.

@@ -21,15 +21,7 @@ def log_error(log: RequestLog, route: str, error: UnrollError, **known: str | in
 
 
 def log_answer(log: RequestLog, route: str, status: int, error: UnrollError | None, **known: str | int | None) -> None:
-    """Log an answer, if such are logged.
-
-    Args:
-        log: The log of requests.
-        route: Which API it was.
-        status: Of the answer.
-        error: That it was answered with, if there was one.
-        known: What the request named: `model`, `session`, `position`.
-    """
+    """Log an answer, if such are logged. known: What the request named: `model`, `session`, `position`."""
     if status < log.least_status:
         return
     code = error.code if error is not None else reason(status) if status >= 400 else None

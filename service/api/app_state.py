@@ -32,7 +32,6 @@ class Drainable(Protocol):
 
     def drain(self) -> None:
         """End in order."""
-        ...
 
 
 @dataclass(slots=True)
@@ -40,20 +39,11 @@ class AppState:
     """What all routes share.
 
     Attributes:
-        models: The served versions.
-        repository: Keeps them up to date.
         sessions: Where sessions are, and what can be done to them besides steps.
-        limits: Of requests.
         durability: The default of new sessions.
         snapshot_keys: Sign the snapshots that clients hold; None: durability `client` is unavailable.
         shared_port: The port that other worker processes listen on, too; None: there is one process only.
-        gate: Lets requests in, or not.
-        meter: Of the steps of tenants.
-        held: Bytes of requests and answers.
-        request_log: Of the requests that fail, or of all.
-        turns: For long work in slices.
         requests: Figures by inference route.
-        streams: The open ones.
         ready: Every model is loaded, its loop runs, and the store, if any, has answered once.
         draining: The process is about to end. It finishes its work and opens no sessions.
         crashed: A loop ended with an error, and the process ends because of it.
@@ -128,7 +118,6 @@ class AppState:
         return durability
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """A request of an inference route was answered."""
         figures = self.requests.get(route)
         if figures is None:
             figures = self.requests[route] = RequestFigures()

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from unroll.bundle import Manifest, TensorSpec
+from unroll.service.api.bodies import MAX_ITEMS, Strict
 from unroll.service.core.errors import EngineFailed, InvalidShape, MapInvalid, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import Codec, numbers
@@ -38,11 +40,7 @@ def draw(seed: int, position: int) -> float:
     return float(((z ^ (z >> 31)) >> 11) * 2.0**-53)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Source(_Strict):
+class _Source(Strict):
     output: str | None = Field(None, description="name of the output; may be left out if the model has one")
 
 
@@ -61,26 +59,39 @@ class Sample(_Source):
     seed: int = Field(ge=0, le=MAX_SEED)
 
 
-class FromColumn(_Strict):
+class FromColumn(Strict):
     from_: int = Field(alias="from", ge=0, description="index into the output's values")
     scale: float = Field(1.0, allow_inf_nan=False)
     offset: float = Field(0.0, allow_inf_nan=False)
 
 
-class ConstantColumn(_Strict):
+class ConstantColumn(Strict):
     constant: int | float | bool
 
 
-class FutureColumn(_Strict):
-    future: list[int | float | bool] = Field(description="one value for each step that is fed back")
+def _only_numbers(values: list[Any]) -> list[Any]:
+    """A union would look at each value several times."""
+    if not {int, float, bool}.issuperset(map(type, values)):
+        raise PydanticCustomError("numbers", "Input should be a list of numbers, true and false")
+    return values
 
 
-Column = FromColumn | ConstantColumn | FutureColumn
+class FutureColumn(Strict):
+    future: Annotated[list[Any], AfterValidator(_only_numbers)] = Field(
+        description="one value for each step that is fed back",
+        json_schema_extra={"items": {"type": ["number", "boolean"]}},
+    )
+
+
+#: Each has a member that the others have not, so the first that fits is the one.
+Column = Annotated[FromColumn | ConstantColumn | FutureColumn, Field(union_mode="left_to_right")]
 
 
 class Columns(_Source):
     kind: Literal["columns"]
-    columns: list[Column] = Field(description="one for each value of the input, in row-major order")
+    columns: Annotated[list[Column], Field(max_length=MAX_ITEMS, fail_fast=True)] = Field(
+        description="one for each value of the input, in row-major order"
+    )
 
 
 Source = Annotated[Identity | Argmax | Sample | Columns, Field(discriminator="kind")]
@@ -113,9 +124,6 @@ class Feedback:
     """A map that fits a model.
 
     Args:
-        spec: of the request.
-        codec: the model's.
-        manifest: the model's.
         steps: that are fed back.
         begin: position of the first of them.
 

@@ -3,17 +3,20 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import structlog
+from fastapi import Request as HttpRequest
+from fastapi import Response
 
-from unroll.service.api.answer_log import log_answer
+from unroll.service.api.answer_log import ERROR, log_answer
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error, problem
 from unroll.service.api.infer import infer
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.path_segments import split
-from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel
+from unroll.service.api.request import Answer, Cancel, Request, Respond, answered, nothing_to_cancel, read_request
 from unroll.service.api.steps import sequences, steps
 from unroll.service.core.errors import EngineFailed, NeedsStoreLookup, UnrollError
 from unroll.service.sessions.attempts import Attempts
@@ -60,25 +63,40 @@ class Route:
         return nothing_to_cancel
 
 
-class _DurableCall:
-    """A request whose session may be in the store, or be updated by another replica while it is handled."""
+class _DurableCall(Request):
+    """A request whose session may be in the store, or be updated by another replica while it is handled.
+
+    A copy of the transport's, which is used for the next request.
+    """
+
+    __slots__ = ("_app", "_attempts", "_cancel", "_original", "_over", "_path", "_respond", "_route")
 
     def __init__(self, route: Route, app: AppState, path: Path, request: Request, respond: Respond) -> None:
+        super().__init__(request.headers, request.body, request.tenant)
         self._route = route
         self._app = app
         self._path = path
+        self._original = request
         self._respond = respond
         self._cancel: Cancel = nothing_to_cancel
         self._over = False
-        self._attempts = Attempts(app.sessions, split_reference(path[3])[0], self._begin, self._fail)
-        self._original = request
-        # The transport uses its own for the next request.
-        self._request = Request(request.headers, request.body, request.tenant)
-        self._request.again = self._attempts.again
+        self._attempts: Attempts | None = None  # most need no second one
 
     def run(self) -> Cancel:
-        self._attempts.run()
+        try:
+            self._begin()
+        except NeedsStoreLookup as needed:
+            self._again(needed.session_id)
         return self.cancel
+
+    def again_with(self, session_id: str) -> Callable[[], bool]:
+        return partial(self._again, session_id)
+
+    def _again(self, session_id: str) -> bool:
+        if self._attempts is None:
+            name = split_reference(self._path[3])[0]
+            self._attempts = Attempts(self._app.sessions, name, self._begin, self._fail)
+        return self._attempts.again(session_id)
 
     def cancel(self) -> None:
         self._over = True
@@ -88,7 +106,7 @@ class _DurableCall:
         if self._over:
             return
         self._cancel = nothing_to_cancel
-        cancel = self._route.attempt(self._app, self._path, self._request, self._finish)
+        cancel = self._route.attempt(self._app, self._path, self, self._finish)
         if not self._over:
             self._cancel = cancel
 
@@ -99,8 +117,8 @@ class _DurableCall:
     def _finish(self, answer: Answer) -> None:
         """Answer, and release what would keep this alive until the garbage is collected."""
         self._over = True
-        self._cancel, self._request.again = nothing_to_cancel, None
-        self._original.session, self._original.position = self._request.session, self._request.position
+        self._cancel, self._attempts = nothing_to_cancel, None
+        self._original.session, self._original.position = self.session, self.position
         self._respond(answer)
 
 
@@ -146,17 +164,18 @@ def find(path: Path) -> Route | None:
 
 
 def log(app: AppState, route: Route, path: Path, request: Request, answer: Answer) -> None:
-    """Log the request, if such are logged."""
     session = path[5] if route is _STEPS else request.session
     known = {"model": split_reference(path[3])[0], "session": session, "position": request.position}
     log_answer(app.request_log, route.name, answer.status, answer.error, **known)
 
 
-async def answer(app: AppState, path: str, request: Request) -> Answer:
-    """The answer to a POST to the encoded path of an inference route; cancelling the caller cancels the work."""
-    parts = split(path)
+async def respond(app: AppState, http: HttpRequest) -> Response:
+    """The response to a POST to an inference route; cancelling the caller cancels the work."""
+    request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
+    http.scope[ERROR] = None  # it is logged here
+    parts = split(http.url.path)
     route = find(parts)
-    assert route is not None, path
+    assert route is not None, parts
     started = perf_counter()
     found = await answered(lambda respond: route.handle(app, parts, request, respond))
     while found.pieces is not None:
@@ -164,4 +183,4 @@ async def answer(app: AppState, path: str, request: Request) -> Answer:
         await asyncio.sleep(0)
     app.count(route.name, found.status, perf_counter() - started)
     log(app, route, parts, request, found)
-    return found
+    return found.response()

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 
 from unroll.service.api import inference_routes, session_operations
 from unroll.service.api.admission import OwnId, tenant_of
-from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
 from unroll.service.api.bodies import (
     ForkSession,
@@ -25,6 +24,7 @@ from unroll.service.api.bodies import (
     Steps,
     StepsReply,
     Tensor,
+    check_members,
     first_fault,
 )
 from unroll.service.api.error_responses import problem_responses
@@ -112,11 +112,6 @@ def _add_models(api: APIRouter, app: AppState) -> None:
 
 
 def _add_inference(api: APIRouter, app: AppState) -> None:
-    async def respond(http: HttpRequest) -> Response:
-        request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
-        http.scope[ERROR] = None  # it is logged there
-        return (await inference_routes.answer(app, http.url.path, request)).response()
-
     @api.post(
         "/models/{model}/sequences",
         summary="Whole sequences, each from the initial state",
@@ -125,7 +120,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         openapi_extra={**_bodies("Sequences"), "parameters": [_STEPS, TIMEOUT_HEADER]},
     )
     async def sequences(model: str, http: HttpRequest) -> Response:
-        return await respond(http)
+        return await inference_routes.respond(app, http)
 
     @api.post(
         "/models/{model}/sessions/{session_id:segment}/steps",
@@ -135,7 +130,7 @@ def _add_inference(api: APIRouter, app: AppState) -> None:
         openapi_extra={**_bodies("Steps"), "parameters": [POSITION_HEADER, _STEPS, TIMEOUT_HEADER]},
     )
     async def steps(model: str, session_id: str, http: HttpRequest) -> Response:
-        return await respond(http)
+        return await inference_routes.respond(app, http)
 
 
 def _add_sessions(api: APIRouter, app: AppState) -> None:
@@ -228,6 +223,7 @@ def parse_body(kind: type[Body], request: Request, limit: int) -> Body:
     json.check_size(request.body, limit)
     if request.body and request.media_type != JSON:
         raise UnsupportedMediaType("send the body as application/json")
+    check_members(request.body)
     try:
         return kind.model_validate_json(request.body or b"{}")
     except ValidationError as error:

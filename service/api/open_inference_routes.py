@@ -7,19 +7,16 @@ from fastapi import Request as HttpRequest
 
 from unroll.bundle import TensorSpec
 from unroll.service.api import inference_routes
-from unroll.service.api.answer_log import ERROR
 from unroll.service.api.app_state import AppState
+from unroll.service.api.error_responses import open_inference_responses
 from unroll.service.api.http_methods import add_probe
-from unroll.service.api.request import read_request
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.open_inference import DATATYPES
 
 EXTENSIONS = ["sequence", "sequence(string_id)", "binary_tensor_data", "statistics"]
 
-_ERROR = {"type": "object", "properties": {"error": {"type": "string"}, "code": {"type": "string"}}}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": description, "content": {"application/json": {"schema": _ERROR}}}
-    for status, description in {
+_ERRORS = open_inference_responses(
+    {
         400: "malformed, or a sequence that was not started",
         404: "no such model",
         409: "a position or version conflict; the state is unchanged",
@@ -30,8 +27,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         500: "the model failed on this input; the state is unchanged",
         503: "the model's bundle is refused; or no room now: retry after Retry-After seconds",
         504: "the deadline passed before the work started",
-    }.items()
-}
+    }
+)
 
 _TENSOR = {
     "type": "object",
@@ -132,18 +129,13 @@ def router(app: AppState, version: str) -> APIRouter:
     add_probe(api, of_model, model_ready, summary="Readiness of a model", responses=_NOT_FOUND)
     add_probe(api, of_version, version_ready, summary="Readiness of a version", responses=_NOT_FOUND)
 
-    async def respond(http: HttpRequest) -> Response:
-        request = await read_request(http.scope, http.receive, app.limits.max_body_bytes)
-        http.scope[ERROR] = None  # it is logged there
-        return (await inference_routes.answer(app, http.url.path, request)).response()
-
     @api.post("/models/{model}/infer", summary="Infer: whole sequences, or steps of a sequence", **_INFER)
     async def infer(model: str, http: HttpRequest) -> Response:
-        return await respond(http)
+        return await inference_routes.respond(app, http)
 
     @api.post("/models/{model}/versions/{version}/infer", summary="Infer on a version", **_INFER)
     async def version_infer(model: str, version: str, http: HttpRequest) -> Response:
-        return await respond(http)
+        return await inference_routes.respond(app, http)
 
     return api
 

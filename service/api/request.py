@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -56,19 +55,18 @@ class Request:
 
     Attributes:
         headers: By lower-case name.
-        body: As received.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
-        again: Looks a session up in the store and handles the request again; None without a store.
+        repeat: Begins the next request with the same headers; see `repeated_steps.py`.
     """
 
-    __slots__ = ("again", "body", "headers", "position", "session", "tenant")
+    __slots__ = ("body", "headers", "position", "repeat", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.tenant = tenant
-        self.again: Callable[[str], bool] | None = None
+        self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.session: str | None = None
         self.position: int | None = None
 
@@ -77,7 +75,8 @@ class Request:
         return owned(self.tenant, session_id)
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        return None if self.again is None else partial(self.again, session_id)
+        """What handles the request again after it has looked the session up in the store; None without a store."""
+        return None
 
     @property
     def media_type(self) -> bytes:
@@ -128,7 +127,6 @@ class Answer:
         self.body = text + self.body
 
     def response(self) -> Response:
-        """The same answer, for routes that FastAPI calls."""
         headers = dict(line.split(": ", 1) for line in self.fields.decode().splitlines())
         return Response(self.body, self.status, headers, self.media_type.decode())
 
@@ -146,39 +144,25 @@ def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tens
 #: Takes the answer to a request, once.
 Respond = Callable[[Answer], None]
 #: Cancels the work on a request whose client disconnected.
-Cancel = Callable[[], None]
+Cancel = Callable[[], object]
 
 
 def nothing_to_cancel() -> None:
     """The request was answered at once."""
 
 
+@dataclass(slots=True, eq=False)
 class Answering(Generic[C, T]):
     """Called by the scheduler with the outcome of a request's work; answers the request, and never raises.
 
-    Args:
-        respond: Takes the answer.
-        failure: Makes the answer of an error.
-        encode: Makes the answer of `context` and the outcome.
-        context: Passed to `encode`.
-        again: Handles the request again if another replica updated its session; returns False if it gave up.
+    again: handles the request again if another replica updated its session; returns False if it gave up.
     """
 
-    __slots__ = ("again", "context", "encode", "failure", "respond")
-
-    def __init__(
-        self,
-        respond: Respond,
-        failure: Callable[[UnrollError], Answer],
-        encode: Callable[[C, T], Answer],
-        context: C,
-        again: Callable[[], bool] | None = None,
-    ) -> None:
-        self.again = again
-        self.respond = respond
-        self.failure = failure
-        self.encode = encode
-        self.context = context
+    respond: Respond
+    failure: Callable[[UnrollError], Answer]
+    encode: Callable[[C, T], Answer]
+    context: C
+    again: Callable[[], bool] | None = None
 
     def __call__(self, outcome: T | UnrollError) -> None:
         if isinstance(outcome, UnrollError):
@@ -258,5 +242,6 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
     if declared is not None and declared != len(body):
         raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
     if (coding := headers.get(CONTENT_ENCODING)) is not None:
-        body = decoded(body, coding, limit)
+        made = decoded(body, coding, limit)
+        body = made if isinstance(made, bytes) else await made
     return Request(headers, body, scope.get(TENANT, ""))

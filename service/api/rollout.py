@@ -13,10 +13,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import structlog
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import Base64Bytes, Field
 
 from unroll.bundle import TensorSpec
 from unroll.service.api.app_state import AppState
+from unroll.service.api.bodies import Strict
 from unroll.service.api.feedback import Feedback, FeedbackSpec
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.sealed_steps import keys_of
@@ -50,10 +51,8 @@ _Piece = tuple[Tensors, Tensors]
 _TURN_SECONDS = 0.001
 
 
-class RolloutSpec(BaseModel):
+class RolloutSpec(Strict):
     """A rollout, as HTTP and streams ask for it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     steps: int = Field(ge=1, description="time steps whose inputs are made of the outputs before them")
     map: FeedbackSpec = Field(description="how; of a model with several inputs, {input: how}")
@@ -87,15 +86,12 @@ class Sink(Protocol):
 
     def check(self, session: Session) -> None:
         """Raises UnrollError if this is not the session that is meant."""
-        ...
 
     def on_steps(self, codec: Codec, position: int, inputs: Tensors, outputs: Tensors) -> None:
         """Time steps that have run, as of a chunk. position: reached."""
-        ...
 
     def on_end(self, position: int, kept: bool) -> None:
         """All have run; kept: as of a reply."""
-        ...
 
     def on_error(self, error: UnrollError) -> None: ...
 
@@ -104,9 +100,7 @@ class RolloutCall:
     """One rollout, from its request to its end.
 
     Args:
-        app: the state of the app.
         name, version, session_id: whose session it begins from.
-        wanted: the request.
         timeout: seconds until it must have begun.
         sink: gets the outputs, and the end or an error.
     """
@@ -346,7 +340,6 @@ def _pieces_of(running: Rollout) -> Iterator[_Piece]:
 
 
 def step_members(codec: Codec, send: Send, position: int, inputs: Tensors, outputs: Tensors) -> dict[str, Any]:
-    """Time steps of a rollout as members of a JSON object."""
     members: dict[str, Any] = {"position": position}
     if send != "outputs":
         members["inputs"] = codec.inputs_to_json(inputs)

@@ -100,14 +100,12 @@ class _Events:
         self.queue.put_nowait(error)
 
     async def get(self) -> bytes | UnrollError | None:
-        """The next one."""
         event = await self.queue.get()
         if isinstance(event, bytes) and self._holding.size:
             self._holding.resize(max(0, self._holding.size - len(event)))
         return event
 
     def drop(self) -> None:
-        """Nobody will get the rest."""
         self._holding.resize(0)
 
 

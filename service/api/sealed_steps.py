@@ -5,7 +5,6 @@ Any replica with the same keys can take any step. The same request always gets t
 
 import base64
 import binascii
-from dataclasses import dataclass
 from functools import partial
 
 from unroll.service.api.app_state import AppState
@@ -13,7 +12,7 @@ from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION, STEPS, position_of, split_reference, timeout_of
 from unroll.service.api.request import RAW, Answer, Answering, Cancel, Request, Respond, json_answer
 from unroll.service.core.errors import DurabilityUnavailable, InvalidRequest, PositionGap, SnapshotInvalid
-from unroll.service.models.served_model import ServedModel
+from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.reply import Reply
 from unroll.service.state.sealed_snapshot import SnapshotKeys
@@ -37,7 +36,8 @@ def sealed_steps(
 ) -> Cancel:
     """T >= 1 time steps from the snapshot in the request. document: the JSON body; None for a raw body."""
     sealed, values = _from_raw(request) if document is None else (_from_json(document), b"")
-    content = keys_of(app).open(session_id, sealed)
+    keys = keys_of(app)
+    content = keys.open(session_id, sealed)
     served = app.models.of_snapshot(*split_reference(model), Snapshot.model_of(content))
     snapshot = served.read_snapshot(content)
     position = request.position = request.whole_number(POSITION)
@@ -52,34 +52,22 @@ def sealed_steps(
         )
     chunk = Chunk(inputs, position=snapshot.position, state_row=snapshot.row)
     chunk.tenant = request.tenant
-    pending = _PendingReply(keys_of(app), served, session_id, chunk, document is None)
-    settled = Answering(respond, problem, _PendingReply.encode, pending)
-    app.meter.take(request.tenant, len(inputs[0]))
-    served.loop.submit(chunk, timeout_of(app, request), settled)
-    return partial(served.loop.leave, chunk, settled)
+    raw = document is None
 
-
-@dataclass(frozen=True, slots=True)
-class _PendingReply:
-    """What the reply to a chunk is encoded with. raw: as bytes instead of JSON."""
-
-    keys: SnapshotKeys
-    served: ServedModel
-    session_id: str
-    chunk: Chunk
-    raw: bool
-
-    def encode(self, reply: Reply) -> Answer:
-        assert self.chunk.state_row is not None  # the loop put the new state there
-        codec = self.served.codec
-        snapshot = Snapshot(self.served.manifest.digest, reply.position, self.chunk.state_row)
-        sealed = self.keys.seal(self.session_id, snapshot)
+    def encode(codec: Codec, reply: Reply) -> Answer:
+        assert chunk.state_row is not None  # the loop put the new state there
+        sealed = keys.seal(session_id, Snapshot(served.manifest.digest, reply.position, chunk.state_row))
         position = b"unroll-position: %d\r\n" % reply.position
-        if self.raw:
+        if raw:
             fields = position + b"unroll-snapshot-length: %d\r\n" % len(sealed)
             return Answer(200, RAW, sealed + codec.to_raw(reply.outputs), fields)
         body = {"outputs": codec.to_json(reply.outputs), "position": reply.position, "snapshot": base64_text(sealed)}
         return json_answer(body, sum(array.size for array in reply.outputs), position)
+
+    settled = Answering(respond, problem, encode, served.codec)
+    app.meter.take(request.tenant, len(inputs[0]))
+    served.loop.submit(chunk, timeout_of(app, request), settled)
+    return partial(served.loop.leave, chunk, settled)
 
 
 def base64_text(sealed: bytes) -> str:

@@ -13,6 +13,7 @@ from unroll.service.api.parameters import (
     split_reference,
     timeout_of,
 )
+from unroll.service.api.repeated_steps import repeat_of
 from unroll.service.api.request import (
     NOT_KEPT,
     RAW,
@@ -52,6 +53,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
+    request.repeat = repeat_of(app, served, session, request) if raw and len(inputs[0]) == 1 else None
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 

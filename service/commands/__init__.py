@@ -1,1 +1,1 @@
-"""Commands that look after a store: `unroll store` and `unroll sessions`."""
+"""What `unroll sessions` does with the sessions of a store."""

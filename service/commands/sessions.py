@@ -4,6 +4,7 @@ import asyncio
 import json
 import struct
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +53,9 @@ async def _run(options: "commands.OnStore", url: str) -> int:
 
 async def _list(store: Store, config: StoreConfig, options: "commands.List") -> int:
     found, after = await select(store, _selection(options, config), options.after, options.limit)
-    if options.json:
-        print(json.dumps(found.document(after), indent=2))
-        return 0
-    for session in found.sessions:
-        print(session.line())
-    for key in found.damaged:
-        print(f"damaged: {_words(key)}")
-    print(f"{len(found.sessions)} sessions" + (f"; more: --after {after}" if after else ""))
+    lines = [*(session.line() for session in found.sessions), *(f"damaged: {_words(key)}" for key in found.damaged)]
+    lines.append(f"{len(found.sessions)} sessions" + (f"; more: --after {after}" if after else ""))
+    _print(options, found.document(after), lines)
     return 0
 
 
@@ -77,51 +73,44 @@ async def _show(store: Store, config: StoreConfig, options: "commands.Show") -> 
         document |= {"position": known.position, "state_bytes": len(known.row)}
         if options.state:
             document |= {"state": _floats(known)}
-    if options.json:
-        print(json.dumps(document, indent=2))
-    else:
-        for name, value in document.items():
-            print(f"{name:<12} {describe(value) if isinstance(value, str) else value}")
+    shown = {name: describe(value) if isinstance(value, str) else value for name, value in document.items()}
+    _print(options, document, [f"{name:<12} {value}" for name, value in shown.items()])
     return int(isinstance(known, Gone))
 
 
 async def _close(store: Store, config: StoreConfig, options: "commands.Close") -> int:
     keys = {session: (options.model, owned(options.tenant, session)) for session in options.session}
     positions = {session: await store.close(key) for session, key in keys.items()}
-    if options.json:
-        print(json.dumps({"closed": positions}, indent=2))
-    else:
-        for session, position in positions.items():
-            print(f"{describe(session)}: {'not open' if position is None else f'closed at position {position}'}")
+    became = {id: "not open" if at is None else f"closed at position {at}" for id, at in positions.items()}
+    _print(options, {"closed": positions}, [f"{describe(session)}: {what}" for session, what in became.items()])
     return int(None in positions.values())
 
 
 async def _export(store: Store, config: StoreConfig, options: "commands.Export") -> int:
     count, damaged = await transfer.export(store, _selection(options, config), options.file)
-    if options.json:
-        print(json.dumps({"written": count, "file": str(options.file), "damaged": [*map(named, damaged)]}, indent=2))
-        return int(bool(damaged))
-    print(f"{count} sessions written to {options.file}")
-    for key in damaged:
-        print(f"damaged, not written: {_words(key)}")
+    document = {"written": count, "file": str(options.file), "damaged": [*map(named, damaged)]}
+    left = [f"damaged, not written: {_words(key)}" for key in damaged]
+    _print(options, document, [f"{count} sessions written to {options.file}", *left])
     return int(bool(damaged))
 
 
 async def _import(store: Store, config: StoreConfig, options: "commands.Import") -> int:
-    outcomes: dict[str, int] = {}
+    outcomes: Counter[str] = Counter()
     left: list[tuple[Key, str]] = []
     async for key, outcome in transfer.import_file(store, options.file, replace=options.replace):
-        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        outcomes[outcome] += 1
         if outcome not in (transfer.IMPORTED, transfer.REPLACED):
             left.append((key, outcome))
-    if options.json:
-        documents = [named(key) | {"outcome": outcome} for key, outcome in left]
-        print(json.dumps({"outcomes": outcomes, "left": documents}, indent=2))
-        return int(bool(left))
-    for key, outcome in left:
-        print(f"{outcome}: {_words(key)}")
-    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())) or "no sessions in the file")
+    documents = [named(key) | {"outcome": outcome} for key, outcome in left]
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    lines = [*(f"{outcome}: {_words(key)}" for key, outcome in left), counts or "no sessions in the file"]
+    _print(options, {"outcomes": outcomes, "left": documents}, lines)
     return int(bool(left))
+
+
+def _print(options: Any, document: dict[str, Any], lines: list[str]) -> None:
+    """One JSON document, if that was asked for, else the lines."""
+    print(json.dumps(document, indent=2) if options.json else "\n".join(lines))
 
 
 def _floats(record: Record) -> list[float]:

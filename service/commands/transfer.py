@@ -58,8 +58,6 @@ async def import_file(store: Store, path: Path, *, replace: bool) -> AsyncIterat
     """Yield each session of a file, and what became of it. Its idle time begins anew.
 
     Args:
-        store: Takes the sessions.
-        path: The file.
         replace: Also import those that are open in the store, or that the store knows to have ended.
 
     Raises:

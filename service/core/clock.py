@@ -7,7 +7,6 @@ from typing import Protocol
 class Clock(Protocol):
     def now(self) -> float:
         """Seconds on a clock that never jumps. Only differences mean anything."""
-        ...
 
 
 class MonotonicClock:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """Return the number of processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

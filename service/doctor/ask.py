@@ -40,7 +40,6 @@ def session(device: str) -> str | None:
 
 
 def _run(*arguments: str) -> tuple[dict[str, Any], str]:
-    """Return the result and the log."""
     try:
         ran = subprocess.run(_command(*arguments), capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:

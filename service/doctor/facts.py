@@ -9,7 +9,6 @@ class Gpu:
 
     Attributes:
         capability: NVIDIA's compute capability.
-        memory: Bytes of memory.
         free: Free bytes; None if the driver does not report them.
     """
 
@@ -26,8 +25,6 @@ class Driver:
     Attributes:
         path: Path of libcuda.so.1, with links followed.
         cuda: The newest CUDA version that it supports, if it reports one.
-        gpus: The GPUs, in the order of `cuda:N`.
-        problem: Why there is no GPU.
     """
 
     path: str
@@ -64,7 +61,6 @@ class Machine:
         memory, free: Bytes of memory, and of free memory.
         files, files_limit: Limit of open files, and the limit that the user may raise it to.
         nodes: Device files of NVIDIA's GPUs.
-        visible_devices: CUDA_VISIBLE_DEVICES, if it is set.
     """
 
     cores: float
@@ -84,7 +80,6 @@ class Facts:
     Attributes:
         packages: Versions of the distributions that install the Python package `onnxruntime`.
         bindings: Version of NVIDIA's Python bindings.
-        runtime_problem: Why there is no runtime.
         sessions: For each device that was tried, the problem, or None.
     """
 

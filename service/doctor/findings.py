@@ -32,8 +32,6 @@ class Finding:
 
     Attributes:
         name: The part that was examined.
-        says: Its state.
-        mend: The remedy.
         needed: The requested device needs it.
     """
 
@@ -49,12 +47,7 @@ class Finding:
 
 
 def judge(facts: Facts, device: str) -> list[Finding]:
-    """Return the findings.
-
-    Args:
-        facts: The facts.
-        device: The requested device: `cpu`, one or several `cuda:N`, or `auto`.
-    """
+    """Return the findings. device: The requested device: `cpu`, one or several `cuda:N`, or `auto`."""
     wanted = devices(device, facts.runtime)
     gpu = "cpu" not in wanted and not _work(facts, wanted)
     return [

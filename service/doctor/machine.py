@@ -34,7 +34,6 @@ def _cores(root: Path) -> float:
 
 
 def _memory(root: Path) -> tuple[int, int]:
-    """Return total and available bytes."""
     memory, free = host_memory(root)
     limit, used = _control_group(root, "memory.max"), _control_group(root, "memory.current")
     if limit.isdigit() and used.isdigit():

@@ -16,7 +16,6 @@ def find() -> Driver | None:
 
 
 def ask(cuda: Any, path: str) -> Driver:
-    """Query the driver through its loaded library `cuda`."""
     version, count = c_int(0), c_int(0)
     code = cuda.cuInit(0) or cuda.cuDeviceGetCount(byref(count))
     known = cuda.cuDriverGetVersion(byref(version)) == 0 and version.value

@@ -1,4 +1,4 @@
-"""Examines a store: what it is, whether it answers and takes writes, and how long a commit takes.
+"""Examines a store: what it is, whether it answers and takes writes, and how long a commit takes; and judges that.
 
 It needs the packages of the server, unlike the rest of the doctor.
 """
@@ -7,10 +7,12 @@ import asyncio
 import shutil
 import time
 import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
 from unroll.service.core.errors import UnrollError
+from unroll.service.doctor.findings import Finding, Status
 from unroll.service.sources import SettingsRefused, store_config_of
 from unroll.service.store.description import Description, describe
 from unroll.service.store.embedded_check import Report, check
@@ -25,6 +27,10 @@ from unroll.service.telemetry import logs
 _COMMITS = 20
 #: Seconds for which the session of an interrupted trial stays.
 _IDLE_SECONDS = "60"
+_GIB = 2**30
+#: Free bytes on the disk of a folder below which there is a note.
+_LITTLE = _GIB // 4
+_NO_EVICTION = "set maxmemory-policy to noeviction: clients then get 503 instead of losing sessions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +38,8 @@ class Folder:
     """The folder of an embedded store.
 
     Attributes:
-        exists: A store is in it.
         sync: As of the servers that have it open, or had it last.
         file_system: Its kind, if the machine says it.
-        free: Free bytes on the disk.
-        report: On its entries.
     """
 
     exists: bool
@@ -53,7 +56,6 @@ class StoreFacts:
     Attributes:
         problem: Why it cannot be used.
         commit_seconds: Median time of a commit.
-        folder: Of an embedded store.
     """
 
     problem: str | None = None
@@ -108,3 +110,55 @@ async def _commit_seconds(config: StoreConfig) -> float:
     finally:
         await store.stop()
     return median(spent)
+
+
+def judge(facts: StoreFacts) -> Iterator[Finding]:
+    if facts.description is not None:
+        says = f"{facts.description.kind}, {facts.description.where}; sessions survive {facts.description.survives}"
+        yield Finding("store", Status.OK, says)
+        yield from _redis(facts.description.settings)
+    if facts.folder is not None:
+        yield from _judge_folder(facts.folder)
+    if facts.problem is not None:
+        yield Finding("store", Status.BROKEN, facts.problem, "see `unroll serve --help`, --store")
+    elif facts.commit_seconds is not None:
+        yield Finding("commits", Status.OK, f"accepted; one takes {facts.commit_seconds * 1e3:.2f} ms (median of 20)")
+
+
+def _redis(settings: Mapping[str, str]) -> Iterator[Finding]:
+    if not settings:
+        return
+    said = ", ".join(
+        f"{name} {settings[name] or 'off'}" for name in ("appendonly", "appendfsync", "save") if name in settings
+    )
+    if settings["appendonly"] == "yes":
+        yield Finding("persistence", Status.OK, said)
+    else:
+        yield Finding("persistence", Status.NOTE, said, "to lose at most a second in a crash: appendonly yes")
+    policy, limit = settings["maxmemory-policy"], settings["maxmemory"]
+    says = f"maxmemory {limit}, maxmemory-policy {policy}"
+    if policy == "noeviction":
+        yield Finding("eviction", Status.OK, says)
+    elif limit == "0":
+        yield Finding("eviction", Status.NOTE, f"{says}; nothing is removed, because there is no limit", _NO_EVICTION)
+    else:
+        yield Finding("eviction", Status.NOTE, f"{says}: when memory is full, open sessions are lost", _NO_EVICTION)
+
+
+def _judge_folder(folder: Folder) -> Iterator[Finding]:
+    disk = f"{folder.free / _GIB:.1f} GiB free" + (f" on {folder.file_system}" if folder.file_system else "")
+    yield Finding("disk", *((Status.OK, disk) if folder.free >= _LITTLE else (Status.NOTE, disk, "make room")))
+    report = folder.report
+    if report is None:
+        yield Finding("sessions", Status.NOTE, "no store in the folder yet", "`unroll serve` makes it")
+    elif report.result == "unreadable":
+        yield Finding("sessions", Status.BROKEN, report.reason, "see `unroll store check`")
+    else:
+        says = (
+            f"{report.sessions} open, {report.closed} closed, {report.expired} expired, {len(report.damaged)} damaged"
+        )
+        says += f"; {report.used_bytes} bytes, --store-sync {folder.sync}"
+        if report.damaged:
+            yield Finding("sessions", Status.BROKEN, says, "`unroll store check --repair` removes the damaged ones")
+        else:
+            yield Finding("sessions", Status.OK, says)

@@ -1,7 +1,6 @@
 """A device that serves models: the host or a GPU. Chooses the engine and proves it before it serves."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 
@@ -52,16 +51,17 @@ class InsufficientMemory(Exception):
     """The state rows do not fit in the device's memory."""
 
 
-class DeviceBackend(Protocol):
-    """One model on one device.
+class HostBackend:
+    """One model on the host; `CudaBackend` is the same on a GPU.
 
-    Attributes:
-        runner: Runs the bundle's graph on the device.
-        slack: How many times the manifest's tolerance an answer may be off.
+    slack: How many times the manifest's tolerance an answer may be off.
     """
 
-    runner: Runner
-    slack: float
+    slack = 1.0
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
+        self.runner = Runner(bundle.model, bundle.manifest, threads=options.threads)
 
     def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
         """Return how many sessions fit in the allowed share of the free memory.
@@ -70,34 +70,16 @@ class DeviceBackend(Protocol):
             row_bytes: A session's state row.
             host_bytes: A session's other memory, on the host.
         """
-        ...
+        return int(self._options.memory_share * host_memory()[1] / (row_bytes + host_bytes))
 
     def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
         """Create an engine and prove it with the golden vectors.
-
-        Args:
-            rows: Rows of the arena.
-            max_batch: Rows of the largest batch.
 
         Raises:
             InsufficientMemory: The state rows do not fit.
             GoldenMismatch: The engine's answers are wrong.
             ValueError: The largest bucket has fewer than `max_batch` rows.
         """
-        ...
-
-
-class HostBackend:
-    slack = 1.0
-
-    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
-        self.runner = Runner(bundle.model, bundle.manifest, threads=options.threads)
-
-    def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
-        return int(self._options.memory_share * host_memory()[1] / (row_bytes + host_bytes))
-
-    def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
         engine = HostEngine(self.runner, self._manifest, rows)
         sizes = (1, min(max_batch, len(self._golden.state))) if self._manifest.streamable else ()
         return engine, prove_steps(engine, self._manifest, self._golden, sizes, rows, self.slack)
@@ -157,13 +139,14 @@ class CudaBackend:
         _log.warning("onnxruntime runs the recurrent layers", model=name, device=self.device.name, reason=reason)
 
 
+DeviceBackend = HostBackend | CudaBackend
+
+
 def open_backend(bundle: Bundle, device: str, options: EngineOptions) -> DeviceBackend:
     """Load a model on a device.
 
     Args:
-        bundle: The model.
         device: `cpu` or `cuda:N`.
-        options: How to run it.
 
     Raises:
         DeviceUnavailable: The device cannot be used.

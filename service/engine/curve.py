@@ -12,6 +12,8 @@ import numpy as np
 
 #: (rows, seconds) of a call.
 Point = tuple[int, float]
+#: (rows, steps) of a call.
+Size = tuple[int, int]
 
 #: A larger call is worth its wait only if a row costs at least this share less in it.
 _WORTH_WAITING = 0.03
@@ -21,9 +23,13 @@ _TURN_SECONDS = 20e-6
 _SEVERAL_STEPS = 16
 #: Rounds over all points; a later round corrects a measurement that other work disturbed.
 _ROUNDS = 16
+#: A point is known once its lowest measurements, so many, differ by at most this share.
+_AGREEING, _AGREE_WITHIN = 3, 0.1
+#: The curve of another model is taken if the smallest and the largest call differ by at most this share.
+_ALIKE_WITHIN = 0.25
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Curve:
     """The measured costs.
 
@@ -87,36 +93,72 @@ def measure(
     max_batch_steps: int,
     budget_seconds: float = 0.15,
     now: Callable[[], float] = perf_counter,
+    alike: Curve | None = None,
 ) -> Curve:
-    """Measure the cost of calls: the minimum over several calls of each size, as many as fit in the budget.
+    """Measure the cost of calls: the minimum over several calls of each size, until they agree or the budget is spent.
 
     Args:
         run: `run(rows, steps)` makes a call; an exception of it is raised.
         max_batch: Rows of the largest call. It and the call of one row are always measured.
         piece_steps: Time steps of the longest call.
         max_batch_steps: Largest product of rows and steps in a call.
-        budget_seconds: Time for all measurements.
-        now: The clock, in seconds.
+        alike: The curve, within the same limits, of a model that seems to be built alike. It is the result if these two
+            calls cost the same.
     """
     steps = min(piece_steps, _SEVERAL_STEPS)
-    best: dict[tuple[int, int], float] = {}
-    started = now()
-
-    def room_for(size: tuple[int, int]) -> bool:
-        return now() - started + _estimate(best, size) <= budget_seconds
-
-    for round_ in range(_ROUNDS):
-        for size in _sizes(max_batch, steps, min(max_batch, max(1, max_batch_steps // piece_steps))):
-            needed = round_ == 0 and size in ((1, 1), (max_batch, 1))
-            if not needed and not (room_for(size) and (round_ == 0 or size in best)):
-                continue
-            before = now()
-            run(*size)
-            best[size] = min(best.get(size, float("inf")), now() - before)
+    measured = _Measured(run, budget_seconds, now)
+    ends = [*dict.fromkeys([(1, 1), (max_batch, 1)])]
+    for size in ends:
+        measured.take(size)
+    if alike is not None and measured.agrees_with(alike, ends):
+        return alike
+    sizes = _sizes(max_batch, steps, min(max_batch, max(1, max_batch_steps // piece_steps)))
+    for size in sizes:
+        if size not in ends:
+            measured.take_in_time(size)
+    for size in sizes * (_ROUNDS - 1):
+        if size in measured.best and not measured.is_known(size):
+            measured.take_in_time(size)
+    best = measured.best
     return Curve(_points(best, 1), _points(best, steps) if steps > 1 else (), steps)
 
 
-def _sizes(max_batch: int, steps: int, long_rows: int) -> list[tuple[int, int]]:
+class _Measured:
+    """best: the lowest seconds of the calls of each size."""
+
+    def __init__(self, run: Callable[[int, int], object], budget: float, now: Callable[[], float]) -> None:
+        self.best: dict[Size, float] = {}
+        self._lowest: dict[Size, list[float]] = {}
+        self._run = run
+        self._now = now
+        self._until = now() + budget
+
+    def take(self, size: Size) -> None:
+        before = self._now()
+        self._run(*size)
+        self._lowest[size] = sorted([*self._lowest.get(size, []), self._now() - before])[:_AGREEING]
+        self.best[size] = self._lowest[size][0]
+
+    def take_in_time(self, size: Size) -> None:
+        if self._now() + _estimate(self.best, size) <= self._until:
+            self.take(size)
+
+    def is_known(self, size: Size) -> bool:
+        lowest = self._lowest[size]
+        return len(lowest) == _AGREEING and lowest[-1] <= lowest[0] * (1 + _AGREE_WITHIN)
+
+    def agrees_with(self, curve: Curve, sizes: Sequence[Size]) -> bool:
+        """Make more calls of these sizes until they cost what the curve says, or have been made often enough."""
+        for _ in range(_ROUNDS):
+            others = [size for size in sizes if abs(self.best[size] / curve.seconds(*size) - 1) > _ALIKE_WITHIN]
+            for size in others:
+                self.take_in_time(size)
+            if not others:
+                return True
+        return False
+
+
+def _sizes(max_batch: int, steps: int, long_rows: int) -> list[Size]:
     """Return (rows, steps) to measure: first the required sizes, then powers of two, then sizes between them."""
     powers = [2**i for i in range(1, max_batch.bit_length()) if 2**i < max_batch]
     between = [3 * power // 2 for power in powers[1:] if 3 * power // 2 < max_batch]
@@ -126,7 +168,7 @@ def _sizes(max_batch: int, steps: int, long_rows: int) -> list[tuple[int, int]]:
     return [(rows, 1) for rows in single] + several + [(rows, 1) for rows in between]
 
 
-def _estimate(best: dict[tuple[int, int], float], size: tuple[int, int]) -> float:
+def _estimate(best: dict[Size, float], size: Size) -> float:
     """Return the most seconds that a call will take, from earlier calls of its size or of smaller ones."""
     if size in best:
         return best[size]
@@ -136,7 +178,7 @@ def _estimate(best: dict[tuple[int, int], float], size: tuple[int, int]) -> floa
     return seconds * rows * steps / area
 
 
-def _points(best: dict[tuple[int, int], float], steps: int) -> tuple[Point, ...]:
+def _points(best: dict[Size, float], steps: int) -> tuple[Point, ...]:
     """Return the points, ascending. One that cost more than a larger call gets the cost of that call."""
     points: list[Point] = []
     ceiling = float("inf")

@@ -24,7 +24,6 @@ class Rows(Protocol):
     @property
     def inputs(self) -> Tensors:
         """Each (rows, longest, *shape)."""
-        ...
 
     @property
     def lens(self) -> Sequence[int]: ...
@@ -66,7 +65,6 @@ class Engine(Protocol):
         Raises:
             DeviceFailed: The device failed.
         """
-        ...
 
     def launch(self, rows: Rows) -> Callable[[], BatchResult] | None:
         """Start a batch on the device and return a function that waits for its result.
@@ -79,24 +77,18 @@ class Engine(Protocol):
         Raises:
             DeviceFailed: The device failed.
         """
-        ...
 
     def close(self) -> None:
         """Free the memory. The engine must not be used after this."""
-        ...
 
     def read(self, slot: int) -> np.ndarray:
         """Return a copy of one state row: (state_size,) float32."""
-        ...
 
     def read_rows(self, slots: Sequence[int]) -> np.ndarray:
         """Return copies of several state rows: (len(slots), state_size) float32."""
-        ...
 
     def write(self, slot: int, row: np.ndarray) -> None:
         """Set one state row: (state_size,) float32."""
-        ...
 
     def copy(self, source: int, target: int) -> None:
         """Copy one state row to another slot."""
-        ...

@@ -33,8 +33,6 @@ def prove_steps(
 
     Args:
         engine: The engine. Its last rows are overwritten.
-        manifest: The model's tensors and tolerances.
-        golden: The model's golden vectors.
         sizes: Rows of the calls to try; none for a model that cannot be streamed.
         rows: Rows of the engine's arena; larger calls are not tried.
         slack: How many times the manifest's tolerance an answer may be off.

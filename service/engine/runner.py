@@ -2,8 +2,10 @@
 
 import ctypes
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -43,6 +45,19 @@ def resolve_devices(wanted: str) -> tuple[tuple[str, ...], str]:
     return devices, "requested"
 
 
+def installed() -> tuple[dict[str, Any], Path]:
+    """The installed onnxruntime, for `unroll doctor`; its CUDA libraries are loaded as for a model.
+
+    Returns:
+        Its version, the CUDA version it was built for (empty if none) and its providers; and the folder of its
+        libraries.
+    """
+    ort.preload_dlls()  # prints the missing ones, and raises nothing
+    cuda = getattr(ort, "cuda_version", "")
+    about = {"version": ort.__version__, "cuda": cuda, "providers": ort.get_available_providers()}
+    return about, Path(ort.__file__).parent / "capi"
+
+
 def _missing_for_cuda(index: int) -> str | None:
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         return "this onnxruntime has no CUDA provider (install onnxruntime-gpu, the extra `gpu`)"
@@ -61,7 +76,6 @@ class Runner:
 
     Args:
         model: The graph, as bytes: onnxruntime opens no file for it.
-        manifest: The model's tensors.
         device: `cpu` or `cuda:N`.
         threads: onnxruntime's threads for one call, on the CPU.
         stream: Address of the CUDA stream to run on, instead of one of onnxruntime's own.
@@ -116,28 +130,15 @@ class Runner:
         named = dict(zip(self._inputs, inputs, strict=True)) | {"sequence_lens": TensorRef.of(lens)}
         return BoundCall(self.session, named, dict(zip(self._outputs, outputs, strict=True)), keep=lens)
 
-    def part(self, model: bytes) -> "GraphPart":
-        """Open another graph with the same device and options."""
-        return GraphPart(self._open(model))
-
-
-class GraphPart:
-    """A graph whose inputs and outputs are not a bundle's."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
-
-    def bind(self, inputs: Mapping[str, TensorRef], outputs: Mapping[str, TensorRef]) -> "BoundCall":
-        return BoundCall(self._session, inputs, outputs)
+    def part(self, model: bytes) -> "BindPart":
+        """Open another graph with the same device and options. Returns what binds a call of it."""
+        return partial(BoundCall, self._open(model))
 
 
 class BoundCall:
     """A call of a graph on bound memory, which costs less than passing arrays.
 
     Args:
-        session: The graph.
-        inputs: Memory by input name.
-        outputs: Memory by output name.
         keep: An object that must live as long as the call.
     """
 
@@ -166,6 +167,10 @@ class BoundCall:
     def queue(self) -> None:
         """Queue the call on the stream that was passed in, without waiting; a capture can record it."""
         self._session.run_with_iobinding(self._binding, _without_waiting())
+
+
+#: Memory by input name, and by output name.
+BindPart = Callable[[Mapping[str, TensorRef], Mapping[str, TensorRef]], BoundCall]
 
 
 @cache

@@ -13,7 +13,6 @@ class TensorRef:
 
     Attributes:
         device_type: onnxruntime's name of the device, `cpu` or `cuda`.
-        device_index: Which device of that type.
     """
 
     pointer: int
@@ -24,7 +23,6 @@ class TensorRef:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Self:
-        """Refer to an array in host memory."""
         return cls(array.ctypes.data, array.shape, array.dtype)
 
     @property

@@ -1,18 +1,20 @@
 """Loads one version of a model: reads its bundle, proves it on the device, and measures what calls cost there."""
 
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from weakref import WeakValueDictionary
 
 import numpy as np
 import structlog
 
 from unroll import bundle as bundles
 from unroll.bundle import Bundle, BundleError, Manifest
+from unroll.bundle.graph import operators
 from unroll.bundle.signature import TrustedKeys
 from unroll.bundle.verification import Differences
 from unroll.service.core.clock import Clock
@@ -23,7 +25,8 @@ from unroll.service.engine.engine import Engine, PlainRows
 from unroll.service.engine.runner import DeviceUnavailable
 from unroll.service.models.served_model import ServedModel, Serving
 from unroll.service.models.serving_figures import ServingFigures
-from unroll.service.models.trial import ANY, TrialLimits, Trials
+from unroll.service.models.trial import ANY, Trials
+from unroll.service.models.trial_process import TrialLimits
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.loop import EngineThread, Loop
@@ -44,8 +47,6 @@ class ModelOptions:
     """How every model is served.
 
     Attributes:
-        max_steps: Time steps per request.
-        max_sequences: Whole sequences per request.
         spill_bytes: Host memory for idle sessions that lost their row.
         trusted_keys: Who must have signed a bundle, if anybody.
         trial: What a bundle may take and hold; its `calls` and `slack` are those of the server.
@@ -86,10 +87,7 @@ class ModelLoader:
     """Loads a bundle on every device.
 
     Args:
-        options: How models are served.
-        clock: The clock of their loops.
         devices: Names, each with the executor that is its engine thread.
-        store: Where durable sessions are kept, if anywhere.
         spill: Keeps an idle session that must give up its row; returns False if it cannot.
         is_verified: Whether the session of that model and id was looked up in the store for the running call.
     """
@@ -110,12 +108,12 @@ class ModelLoader:
         self._store = store
         self._spill = spill
         self._is_verified = is_verified
+        self._curves: WeakValueDictionary[Hashable, Curve] = WeakValueDictionary()  # of served models, by form
 
     def load(self, path: Path, known: Container[str] = (), seconds: float | None = None) -> list[ServedModel]:
         """The version on every device; all share their statistics.
 
         Args:
-            path: The bundle's folder.
             known: Identities of bundles that are not to be loaded; the result is empty for them.
             seconds: Processor time for its trial, if less than a bundle may take.
 
@@ -176,7 +174,8 @@ class ModelLoader:
         parity = parity | {name: max(worst, parity[name]) for name, worst in proof.parity.items()}
         precision = options.engine.precision if manifest.precision == "float32" else manifest.precision
         serving = Serving(device, backend.runner.provider, precision, parity, proof.stability)
-        curve = _warm_up(engine, bundle, options.scheduler)
+        form = _form(bundle, device)
+        curve = self._curves[form] = _warm_up(engine, bundle, options.scheduler, self._curves.get(form))
         scheduler.pace.seconds_per_step = curve.seconds(curve.max_rows) / curve.max_rows
         scheduler.overload.efficient_seconds = curve.seconds(curve.best_rows())
         figures = ServingFigures(scheduler, self._clock, statistics or Statistics(curve.points(), curve.best_rows()))
@@ -222,7 +221,14 @@ def _session_limits(backend: DeviceBackend, manifest: Manifest, options: ModelOp
     return replace(options.sessions, capacity=max(1, rows))
 
 
-def _warm_up(engine: Engine, bundle: Bundle, limits: SchedulerLimits) -> Curve:
+def _form(bundle: Bundle, device: str) -> Hashable:
+    """What models have in common whose calls probably cost the same, as the versions of one model do."""
+    about = bundle.manifest
+    counts = tuple(operators(bundle.model).items())
+    return device, about.inputs, about.outputs, about.state_size, about.precision, counts
+
+
+def _warm_up(engine: Engine, bundle: Bundle, limits: SchedulerLimits, alike: Curve | None) -> Curve:
     """Measure what calls on the scratch row cost, with inputs that the model takes: not every model takes zeros."""
     golden = [bundle.golden.inputs[spec.name] for spec in bundle.manifest.inputs]
 
@@ -232,4 +238,4 @@ def _warm_up(engine: Engine, bundle: Bundle, limits: SchedulerLimits) -> Curve:
         if failures := [error for error in failed.values() if not isinstance(error, NonFiniteOutput)]:
             raise ModelRefused("bundle_unusable", f"it cannot run a batch of {rows}: {failures[0].message}")
 
-    return measure(run, limits.max_batch, limits.piece_steps, limits.max_batch_steps)
+    return measure(run, limits.max_batch, limits.piece_steps, limits.max_batch_steps, alike=alike)

@@ -26,9 +26,6 @@ class ModelRepository:
     """Loads, starts, retires and stops versions.
 
     Args:
-        path: The folder of bundles.
-        versions: The index that it keeps up to date.
-        loader: Loads a bundle.
         has_spilled: Whether sessions without a row are on the version with this digest.
         on_crash: Called when a model's loop ends with an error.
         serve: The version of a model that new sessions begin on, by name; stands above the model's own pointer.
@@ -121,7 +118,6 @@ class ModelRepository:
         self._loader.shut_down()
 
     def request_rescan(self) -> None:
-        """Look for new, changed and removed bundles soon."""
         self._rescan.set()
 
     async def run(self) -> None:
@@ -200,8 +196,6 @@ class ModelRepository:
         """Serve a bundle, unless it is served already.
 
         Args:
-            key: Its name and version.
-            contents: The repository.
             refused: Gets why it is refused.
             seconds: Processor time for its trial; None for as much as a bundle may take.
 

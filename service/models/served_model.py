@@ -30,8 +30,6 @@ class Serving:
 
     Attributes:
         device: `cpu` or `cuda:N`.
-        provider: onnxruntime's execution provider.
-        precision: Of matrix products.
         parity: Largest absolute difference from PyTorch float64 at load, by output and `state_out`.
         stability: Largest absolute difference of a row's results between batches of other sizes or company, at load.
     """
@@ -75,9 +73,6 @@ class ServedModel:
     def version(self) -> str:
         return self.manifest.version
 
-    def __repr__(self) -> str:
-        return f"<ServedModel {self.name}:{self.version} on {self.serving.device} {self.scheduler!r}>"
-
     @property
     def current_load(self) -> int:
         """Current load: new sessions go to the least loaded device."""
@@ -104,6 +99,9 @@ class ServedModel:
             self.write_snapshot(session, start)
         return session
 
+    def snapshot(self, session: Session) -> Snapshot:
+        return Snapshot(self.manifest.digest, session.position, self.engine.read(session.source))
+
     def write_snapshot(self, session: Session, snapshot: Snapshot) -> None:
         self.engine.write(session.slot, snapshot.row)
         session.source = session.slot
@@ -116,7 +114,6 @@ class ServedModel:
     # ── sessions from and to records ──────────────────────────────────────────────────────────────────────
 
     def origin(self, durability: str) -> Origin:
-        """The origin of a session that begins here."""
         return Origin(self.manifest.digest, durability, os.urandom(ID_BYTES))
 
     def record(self, session: Session) -> Record:

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -18,7 +18,7 @@ from signal import SIGKILL
 from unroll.bundle import BundleError, Content
 from unroll.bundle.verification import Differences
 from unroll.service.models import trial_process
-from unroll.service.models.trial_process import Job
+from unroll.service.models.trial_process import Job, TrialLimits
 
 #: What is remembered of the bundles of a repository: it may change for as long as the server runs.
 _MOST_REMEMBERED = 1000
@@ -26,25 +26,6 @@ _MOST_REMEMBERED = 1000
 ANY = 1e300
 #: Tries that end like this end so again, and may take long.
 _COSTLY = {"bundle_memory", "bundle_time", "bundle_crashed"}
-
-
-@dataclass(frozen=True, slots=True)
-class TrialLimits:
-    """What a bundle may take, and what it will be asked for.
-
-    Attributes:
-        memory: Bytes, besides those of the process.
-        seconds: Processor time.
-        allowed_operators: Operators that a graph may have besides those of the allow-list.
-        calls: Rows and time steps of the largest calls.
-        slack: How many times the manifest's tolerance an answer on the CPU may be off.
-    """
-
-    memory: int = 4 * 2**30
-    seconds: float = 30.0
-    allowed_operators: tuple[str, ...] = ()
-    calls: tuple[tuple[int, int], ...] = ()
-    slack: float = 1.0
 
 
 class TrialProcess:
@@ -100,12 +81,7 @@ def _fork(ours: socket.socket, theirs: socket.socket) -> int:
 
 
 class Trials:
-    """Tries bundles one after the other, and remembers what came of it.
-
-    Args:
-        limits: Of each.
-        start: Starts the process.
-    """
+    """Tries bundles one after the other, and remembers what came of it."""
 
     def __init__(self, limits: TrialLimits, start: Callable[[], TrialProcess] = TrialProcess) -> None:
         self.limits = limits
@@ -118,7 +94,6 @@ class Trials:
         """Return the largest differences from PyTorch on the CPU.
 
         Args:
-            content: The bundle.
             seconds: Processor time that it may take, if less than the limit.
 
         Raises:
@@ -130,11 +105,9 @@ class Trials:
         return found
 
     def _try(self, content: Content, seconds: float) -> Differences | BundleError:
-        limits = self.limits
         sizes = [len(content.manifest), len(content.model), len(content.golden)]
         path = str(Path(content.path.parent.name, content.path.name))
-        allowed, calls = list(limits.allowed_operators), list(limits.calls)
-        job = Job(path, sizes, allowed, limits.memory, seconds, calls, limits.slack)
+        job = Job(path, sizes, replace(self.limits, seconds=seconds))
         process = self._process = self._process or self._start()
         if self._over:
             self.close()
@@ -144,7 +117,7 @@ class Trials:
             return BundleError("bundle_crashed", "the process that tried it has ended")
         if "code" in answer:
             error = BundleError(str(answer["code"]), str(answer["message"]))
-            if error.code in _COSTLY and seconds == limits.seconds:
+            if error.code in _COSTLY and seconds == self.limits.seconds:
                 self._remember(content, error)
             return error
         parity: Differences = answer["parity"]  # type: ignore[assignment]

@@ -36,26 +36,30 @@ _OUT_OF_MEMORY = ("bad_alloc", "allocate memory", "bad allocation")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One bundle to try.
+class TrialLimits:
+    """What a bundle may take, and what it will be asked for.
 
     Attributes:
-        path: Its folder.
-        sizes: Bytes of manifest, graph and golden vectors, which follow.
-        allowed_operators: Operators that its graph may have besides those of the allow-list.
-        memory: Bytes that it may take.
-        seconds: Processor time that it may take.
-        calls: Rows and time steps of the largest calls that the server will make.
-        slack: How many times the manifest's tolerance an answer may be off.
+        memory: Bytes, besides those of the process.
+        allowed_operators: Operators that a graph may have besides those of the allow-list.
+        calls: Rows and time steps of the largest calls.
+        slack: How many times the manifest's tolerance an answer on the CPU may be off.
     """
+
+    memory: int = 4 * 2**30
+    seconds: float = 30.0
+    allowed_operators: tuple[str, ...] = ()
+    calls: tuple[tuple[int, int], ...] = ()
+    slack: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One bundle to try. sizes: bytes of manifest, graph and golden vectors, which follow."""
 
     path: str
     sizes: list[int]
-    allowed_operators: list[str]
-    memory: int
-    seconds: float
-    calls: list[tuple[int, int]]
-    slack: float
+    limits: TrialLimits
 
     def head(self) -> bytes:
         content = json.dumps(asdict(self)).encode()
@@ -66,7 +70,8 @@ def serve(connection: socket.socket) -> None:
     """Try one bundle after the other, and answer each with a line of JSON, until the connection ends."""
     stream = connection.makefile("rb")
     while head := stream.read(4):
-        job = Job(**json.loads(stream.read(int.from_bytes(head, "big"))))
+        told = json.loads(stream.read(int.from_bytes(head, "big")))
+        job = Job(told["path"], told["sizes"], TrialLimits(**told["limits"]))
         parts = [stream.read(size) for size in job.sizes]
         content = Content(Path(job.path), *parts)
         answer = _in_child(lambda job=job, content=content: _try(job, content), job, connection)  # type: ignore[misc]
@@ -102,7 +107,7 @@ def _in_child(work: Callable[[], dict[str, Any]], job: Job, connection: socket.s
             os._exit(0)
     os.close(writing)
     try:
-        found = _read(reading, connection, monotonic() + _WALL * job.seconds + _WALL_SECONDS)
+        found = _read(reading, connection, monotonic() + _WALL * job.limits.seconds + _WALL_SECONDS)
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)
@@ -128,10 +133,9 @@ def _read(reading: int, connection: socket.socket, until: float) -> bytes | None
 
 
 def _why(status: int, seconds: float, job: Job, *, in_time: bool) -> dict[str, Any]:
-    """Why a child gave no answer."""
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    if not in_time or number == signal.SIGXCPU or (number == signal.SIGKILL and seconds >= job.seconds):
-        return {"code": "bundle_time", "message": f"trying it takes more than {job.seconds:g} s"}
+    if not in_time or number == signal.SIGXCPU or (number == signal.SIGKILL and seconds >= job.limits.seconds):
+        return {"code": "bundle_time", "message": f"trying it takes more than {job.limits.seconds:g} s"}
     if number == signal.SIGKILL:
         return {"code": "bundle_memory", "message": "the system has not the memory to try it"}
     how = signal.Signals(number).name if number else f"status {os.waitstatus_to_exitcode(status)}"
@@ -147,10 +151,10 @@ def _limit(job: Job) -> None:
             Path("/proc/self/oom_score_adj").write_text("1000")
         with suppress(OSError):
             in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    seconds = ceil(job.seconds)
+    seconds = ceil(job.limits.seconds)
     for what, soft, hard in (
         (resource.RLIMIT_CPU, seconds, seconds + 1),
-        (resource.RLIMIT_AS, in_use + job.memory, in_use + job.memory),
+        (resource.RLIMIT_AS, in_use + job.limits.memory, in_use + job.limits.memory),
         (resource.RLIMIT_CORE, 0, 0),
         (resource.RLIMIT_FSIZE, 0, 0),
     ):
@@ -163,10 +167,10 @@ def _limit(job: Job) -> None:
 def _try(job: Job, content: Content) -> dict[str, Any]:
     """Load the bundle as the server would, and make the calls that the server makes before it serves."""
     try:
-        bundle = bundles.parse(content, job.allowed_operators)
+        bundle = bundles.parse(content, job.limits.allowed_operators)
         runner = Runner(bundle.model, bundle.manifest)
-        parity = Verifier(runner, bundle.manifest).replay(bundle.golden, job.slack)
-        for rows, steps in job.calls:
+        parity = Verifier(runner, bundle.manifest).replay(bundle.golden, job.limits.slack)
+        for rows, steps in job.limits.calls:
             _call(runner, bundle.golden.inputs, bundle.golden.state, rows, steps)
         return {"parity": parity}
     except BundleError as error:
@@ -176,7 +180,10 @@ def _try(job: Job, content: Content) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 whatever it is, the bundle is refused for it
         text = f"{type(error).__name__}: {error}"[:2000]
         if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
-            return {"code": "bundle_memory", "message": f"trying it takes more than {job.memory} bytes of memory"}
+            return {
+                "code": "bundle_memory",
+                "message": f"trying it takes more than {job.limits.memory} bytes of memory",
+            }
         return {"code": "bundle_unusable", "message": text}
 
 

@@ -41,9 +41,6 @@ class ModelVersions:
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
 
-    def __repr__(self) -> str:
-        return f"<ModelVersions {self._models}>"
-
     def add(self, models: Sequence[ServedModel]) -> None:
         self._models = sorted([*self._models, *models], key=lambda model: (model.name, int(model.version)))
         self._index()
@@ -70,7 +67,6 @@ class ModelVersions:
         return self._by_name.get(name, ())
 
     def open_sessions(self, name: str, version: str, tenant: str) -> int:
-        """Open sessions of a tenant and a version on all devices."""
         return sum(model.scheduler.sessions.of_tenants[tenant] for model in self.of(name) if model.version == version)
 
     def available(self, name: str) -> list[ServedModel]:
@@ -91,7 +87,6 @@ class ModelVersions:
         return list(found.values())
 
     def has_current(self, name: str) -> bool:
-        """Whether requests without a version are served."""
         return any(model.version == self.current.get(name) and not model.retired for model in self.of(name))
 
     def resolve(self, name: str, version: str | None = None) -> ServedModel:
@@ -127,8 +122,6 @@ class ModelVersions:
         """Where a session or snapshot of the version with this digest continues; a version that is not here is noted.
 
         Args:
-            name: The model's.
-            digest: The version's.
             what: Subject and verb of the error, such as "the snapshot was taken from".
 
         Raises:

@@ -43,7 +43,6 @@ def dump(document: object) -> bytes:
 
 
 def pieces(document: object) -> Iterator[bytes]:
-    """What `dump` writes, some thousand values at a time."""
     if isinstance(document, np.ndarray) and document.size > _PIECE:
         rows = max(1, _PIECE * len(document) // document.size)
         for begin in range(0, len(document), rows):

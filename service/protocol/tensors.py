@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unroll.bundle import Manifest, TensorSpec
-from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange
+from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from unroll.service.engine.engine import Tensors
 
 #: By the kind of a tensor's dtype: the types that its values in JSON may have.
@@ -89,6 +89,14 @@ class Codec:
 
     def to_raw(self, outputs: Tensors) -> bytes:
         return outputs[0].tobytes() if len(outputs) == 1 else b"".join([array.tobytes() for array in outputs])
+
+    def rows_to_raw(self, outputs: Tensors) -> list[bytes]:
+        """`to_raw` for single steps, by row; outputs: each (rows, 1, *shape), or (rows, *shape) without time."""
+        columns = []
+        for array in outputs:
+            content, size = array.tobytes(), array.nbytes // len(array)
+            columns.append([content[begin : begin + size] for begin in range(0, len(content), size)])
+        return columns[0] if len(columns) == 1 else [b"".join(row) for row in zip(*columns, strict=True)]
 
     # ── JSON ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -183,6 +191,19 @@ class Codec:
         self._check_limit(spec, array)
         return array
 
+    def faults(self, inputs: Tensors) -> dict[int, UnrollError]:
+        """The errors in the values of single steps, by row; inputs: each (rows, 1, *shape)."""
+        found: dict[int, UnrollError] = {}
+        for spec, array in zip(self.inputs, inputs, strict=True):
+            if valid_values(spec, array) is None:
+                continue
+            for row, values in enumerate(array):
+                try:
+                    self.checked(spec, from_bytes(spec, values.tobytes(), values.shape))
+                except UnrollError as error:
+                    found.setdefault(row, error)
+        return found
+
     def _from_list(self, spec: TensorSpec, value: Any) -> np.ndarray:
         array = numbers(spec, value)
         self._check_shape(spec, array)
@@ -221,6 +242,19 @@ def _named(specs: Sequence[TensorSpec], arrays: Tensors) -> dict[str, np.ndarray
 def all_finite(array: np.ndarray) -> bool:
     """Whether the array has neither NaN nor infinity. The dot product decides for few values, unless it overflows."""
     return (array.size <= _FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
+
+
+def valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
+    """Which values the tensor may hold; None if it may hold all of them."""
+    if spec.dtype == "float32":
+        valid = ~np.isinf(array) if spec.nan else np.isfinite(array)
+    elif spec.dtype == "bool":
+        valid = array.view(np.uint8) < 2
+    elif spec.limit is not None:
+        valid = (array >= 0) & (array < spec.limit)
+    else:
+        return None
+    return valid if b"\0" in valid.tobytes() else None  # for one step, half the time of valid.all()
 
 
 def numbers(spec: TensorSpec, value: Any) -> np.ndarray:

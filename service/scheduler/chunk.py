@@ -150,6 +150,9 @@ class Group(Work):
     def row_count(self) -> int:
         return len(self.sessions)
 
+    def inputs_of(self, row: int) -> Tensors:
+        return tuple([array[row, ...] for array in self.inputs])
+
     def answer(self, reply: GroupReply) -> None:
         self.outcome = reply
         self.then(reply)
@@ -171,14 +174,5 @@ class Action(Work):
             listener(outcome)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PendingCommit:
-    """A durable session's chunk that has run. It counts as applied only once the store has it.
-
-    batch_rows: of the batch that it ran in.
-    """
-
-    chunk: Chunk
-    session: Session
-    outputs: Tensors
-    batch_rows: int
+#: A durable session's chunk that has run, with its outputs. It counts as applied only once the store has it.
+PendingCommit = tuple[Chunk, Tensors]

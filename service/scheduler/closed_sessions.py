@@ -96,7 +96,6 @@ class ClosedSessions:
             self.forget(next(iter(most.tombstones)))
 
     def forget(self, session_id: str) -> None:
-        """Keep nothing of a session of that id."""
         tenant = tenant_of(session_id)
         if (ends := self._of_tenants.get(tenant)) is None:
             return

@@ -17,7 +17,6 @@ class Cohorts:
 
     Args:
         recency: the order of use of all sessions, in which a cohort has one place.
-        on_dissolved: called with each cohort that is dissolved.
     """
 
     def __init__(self, recency: Recency[Session | Cohort], on_dissolved: Callable[[Cohort], None]) -> None:

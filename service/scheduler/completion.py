@@ -6,6 +6,7 @@ has it: what has run is handed over as a `PendingCommit` before.
 """
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -42,19 +43,19 @@ class Completion:
         counters: Counters,
     ) -> None:
         self._outputs = traits.outputs
-        self._admission = admission
-        self._lanes = lanes
-        self._queues = queues
-        self._sessions = sessions
-        self._replay = replay
-        self._counters = counters
+        self.admission = admission
+        self.lanes = lanes
+        self.queues = queues
+        self.sessions = sessions
+        self.replay = replay
+        self.counters = counters
         self.commits: list[PendingCommit] = []
         self.batch_rows = 0
 
     def take_in(self, chunk: Chunk, outputs: Tensors, steps: int, now: float) -> None:
         """A batch ran the next `steps` steps of the chunk; outputs: of these steps, as the model returns them."""
         chunk.running = False
-        self._admission.waiting_steps -= self._lanes.next_steps(chunk)
+        self.admission.waiting_steps -= self.lanes.next_steps(chunk)
         chunk.done += steps
         if steps < chunk.length:
             pieces = chunk.pieces = chunk.pieces or []
@@ -71,17 +72,17 @@ class Completion:
             self.complete(chunk, outputs, now)
         else:
             chunk.running = True
-            self.commits.append(PendingCommit(chunk, session, outputs, self.batch_rows))
+            self.commits.append((chunk, outputs))
 
     def take_commits(self) -> list[PendingCommit]:
-        """What must be put into the store; it is the caller's now, and ends with `complete_commit`."""
+        """What must be put into the store; it is the caller's now, and ends with `complete_commits`."""
         commits, self.commits = self.commits, []
         return commits
 
     def complete(self, chunk: Chunk, outputs: Tensors, now: float) -> None:
         """Apply the chunk and answer it: all of its steps have run and, of a durable session, are in the store."""
-        self._counters.chunks += 1
-        self._counters.steps += chunk.length
+        self.counters.chunks += 1
+        self.counters.steps += chunk.length
         reply = Reply(outputs, chunk.start + chunk.length)
         session = chunk.session
         if session is not None:
@@ -90,26 +91,46 @@ class Completion:
             progress.position = reply.position
             session.source = session.slot
             if session.applied is not None or len(chunk.inputs[0]) > 1 or chunk.final:
-                reply.kept = self._replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
+                reply.kept = self.replay.remember(session, chunk.start, chunk.inputs, outputs, closes=chunk.final)
         self._answer(chunk, reply, now)
         if chunk.final and session is not None and session.life is OPEN:
-            self.close(session, now, self._replay.applied_chunks(session)[-1] if chunk.pinned else None)
+            self.close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
 
-    def complete_commit(self, commit: PendingCommit, token: bytes, error: UnrollError | None, now: float) -> None:
-        """The store has what was handed over, as the commit of that token; with an error, it may not have it.
+    def complete_commits(
+        self,
+        pending: Sequence[PendingCommit],
+        tokens: Iterable[bytes],
+        errors: Sequence[UnrollError | None],
+        batch_rows: int,
+        now: float,
+    ) -> None:
+        """The store has what `Scheduler.complete` returned, as the commits of these tokens.
 
-        Then this copy of the session is stale, and everything accepted for it fails.
+        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
+
+        Args:
+            pending: what `Scheduler.complete` returned.
+            tokens: of each commit.
+            errors: of each commit; None: the store has it.
+            batch_rows: of the batch that they ran in.
+            now: the time.
         """
-        chunk, session = commit.chunk, commit.session
-        assert session.durable is not None
-        chunk.running = False
-        if error is None:
-            session.durable.token = token
-            self.batch_rows = commit.batch_rows
-            self.complete(chunk, commit.outputs, now)
-            self.batch_rows = 0
-            return
-        session.durable.stale = True
+        self.batch_rows = batch_rows
+        for (chunk, outputs), token, error in zip(pending, tokens, errors, strict=True):
+            session = chunk.session
+            assert session is not None
+            assert session.durable is not None
+            chunk.running = False
+            if error is None:
+                session.durable.token = token
+                self.complete(chunk, outputs, now)
+            else:
+                session.durable.stale = True
+                self._fail_accepted(session, chunk, error, now)
+        self.batch_rows = 0
+
+    def _fail_accepted(self, session: Session, chunk: Chunk, error: UnrollError, now: float) -> None:
+        """Fail the chunk, which has run, and everything else that is accepted for its session."""
         progress = session.own_progress
         pending, progress.pending = progress.pending or [], None
         self.fail(chunk, error, now)
@@ -131,7 +152,7 @@ class Completion:
             session.opened_with = b""  # nothing was applied: the request may be tried again
             self.close(session, now)
             if session.durable is not None:
-                self._sessions.closed.forget(session.id)  # the store knows whether there is one
+                self.sessions.closed.forget(session.id)  # the store knows whether there is one
         self.renumber(session, now)
 
     def cancel(self, chunk: Chunk, error: UnrollError, now: float) -> None:
@@ -143,13 +164,13 @@ class Completion:
 
     def shed(self, now: float) -> None:
         """An overload has begun: refuse what waits longer than new work may, of every owner what came last."""
-        waiting = [work for work in self._lanes if isinstance(work, Chunk) and work.is_new and not work.patient]
-        room = self._admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting}))
+        waiting = [work for work in self.lanes if isinstance(work, Chunk) and work.is_new and not work.patient]
+        room = self.admission.most_waiting() / max(1, len({chunk.owner for chunk in waiting}))
         steps = Counter[Owner]()
         for chunk in waiting:
-            steps[chunk.owner] += self._lanes.next_steps(chunk)
+            steps[chunk.owner] += self.lanes.next_steps(chunk)
             if steps[chunk.owner] > room:
-                self.fail(chunk, self._admission.refusal(), now)
+                self.fail(chunk, self.admission.refusal(), now)
 
     def close(self, session: Session, now: float, last: AppliedChunk | None = None) -> None:
         """Close a session at once: waiting work fails with `session_closed`, what runs is completed first."""
@@ -159,7 +180,7 @@ class Completion:
         if isinstance(active, Group):
             active.followed = running = True
         progress.pending = None
-        self._sessions.close(session, now, last, running=running)
+        self.sessions.close(session, now, last, running=running)
         if session.life is Life.GONE:
             progress.active = None
         for work in accepted:
@@ -171,29 +192,29 @@ class Completion:
 
     def renumber(self, session: Session, now: float) -> None:
         """Give accepted chunks new positions; those that insist on the old one fail."""
-        for chunk, gap in self._queues.renumber(session):
+        for chunk, gap in self.queues.renumber(session):
             if chunk.outcome is None:  # the listener of one may have cancelled another
                 self._answer(chunk, gap, now)
 
     def _continue(self, chunk: Chunk, now: float) -> None:
         """Let a chunk that runs in pieces wait for its next one."""
         error = chunk.abandoned or chunk.prepare_next()
-        self._admission.waiting_steps += self._lanes.next_steps(chunk)
+        self.admission.waiting_steps += self.lanes.next_steps(chunk)
         if error is not None:
             self.fail(chunk, error, now)
         else:
-            self._lanes.put(chunk, now)
+            self.lanes.put(chunk, now)
 
     def _answer(self, chunk: Chunk, outcome: Outcome, now: float) -> None:
         """Answer, and let the session's next work take its turn."""
-        self._admission.in_flight -= 1
+        self.admission.in_flight -= 1
         if chunk.done < chunk.length:
-            self._admission.waiting_steps -= self._lanes.next_steps(chunk)
+            self.admission.waiting_steps -= self.lanes.next_steps(chunk)
         if chunk.workspace is not None:
-            self._lanes.give_back_workspace(chunk)
+            self.lanes.give_back_workspace(chunk)
         if isinstance(outcome, UnrollError):
-            self._counters.count_failed(outcome)
+            self.counters.count_failed(outcome)
         chunk.answer(outcome)
         session = chunk.session
         if session is not None and (progress := session.progress) is not None and progress.active is chunk:
-            self._queues.advance(session, now)
+            self.queues.advance(session, now)

@@ -9,39 +9,19 @@ import numpy as np
 
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.admission import Admission
 from unroll.service.scheduler.batch import row_of
 from unroll.service.scheduler.chunk import Group, GroupReply
 from unroll.service.scheduler.completion import Completion
-from unroll.service.scheduler.counters import Counters
-from unroll.service.scheduler.lanes import Lanes
-from unroll.service.scheduler.replay import ReplayCache
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import OPEN, Cohort, Session
-from unroll.service.scheduler.session_queue import SessionQueues
-from unroll.service.scheduler.session_table import SessionTable
 
 
 class Groups:
-    """Queues groups and completes them."""
-
-    def __init__(
-        self,
-        admission: Admission,
-        lanes: Lanes,
-        queues: SessionQueues,
-        sessions: SessionTable,
-        replay: ReplayCache,
-        completion: Completion,
-        counters: Counters,
-    ) -> None:
-        self._admission = admission
-        self._lanes = lanes
-        self._queues = queues
-        self._sessions = sessions
-        self._replay = replay
+    def __init__(self, completion: Completion) -> None:
+        """They work on the same parts as the completion of chunks."""
         self._completion = completion
-        self._counters = counters
+        self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
+        self._sessions, self._replay, self._counters = completion.sessions, completion.replay, completion.counters
 
     def submit(
         self,
@@ -57,7 +37,6 @@ class Groups:
         """Queue the next steps of each session that is idle and at its position.
 
         Args:
-            sessions: those of the rows.
             positions: the position that the client named for each, or None.
             inputs: each (len(sessions), time, *shape).
             now, deadline: the time, and when the steps must have begun.
@@ -171,7 +150,6 @@ class Groups:
             follower.answer(errors.get(row) or Reply(row_of(outputs, row), int(positions[row])).copy())
 
     def fail(self, group: Group, error: UnrollError, now: float) -> None:
-        """Answer a group that did not run."""
         self.complete(group, (), dict.fromkeys(range(len(group.sessions)), error), now)
 
     def _queue(self, group: Group, now: float) -> None:
@@ -192,7 +170,7 @@ class Groups:
                 progress.position = start + steps
                 if steps > 1 or session.applied is not None:
                     session.source = session.slot
-                    kept &= self._replay.remember(session, start, row_of(group.inputs, row), row_of(outputs, row))
+                    kept &= self._replay.remember(session, start, group.inputs_of(row), row_of(outputs, row))
             positions.append(progress.position)
         return np.array(positions, np.uint64), kept
 

@@ -17,10 +17,11 @@ from unroll.service.core.errors import UnrollError
 from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Action, Chunk, GroupReply, PendingCommit
+from unroll.service.scheduler.chunk import Action, Chunk, PendingCommit
+from unroll.service.scheduler.joined_steps import StepForm
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
-from unroll.service.scheduler.session import Cohort, Session
+from unroll.service.scheduler.session import Session
 from unroll.service.store.interface import Commit, Store, Tokens
 
 T = TypeVar("T")
@@ -50,11 +51,6 @@ class Loop:
     """Runs the batches of one model version, and calls the listeners of their work.
 
     Args:
-        name: of the model.
-        scheduler: decides what runs.
-        engine: runs it.
-        store: has the durable sessions; None: there are none.
-        clock: for deadlines and idle times.
         on_batch: called after each batch with the number of failed rows and the seconds it took.
     """
 
@@ -148,45 +144,26 @@ class Loop:
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
-    def submit_group(
-        self,
-        sessions: Sequence[Session],
-        positions: Sequence[int | None],
-        inputs: Tensors,
-        timeout: float,
-        then: Callable[[GroupReply], None],
-        *,
-        again: bool = False,
-    ) -> list[int]:
-        """Queue the next steps of many sessions, see `Groups.submit`."""
-        now = self.clock.now()
-        rejected = self.scheduler.groups.submit(sessions, positions, inputs, now, now + timeout, then, again=again)
-        self._work.set()
-        return rejected
+    def join(
+        self, session: Session, position: int | None, step: bytes, timeout: float, form: StepForm, listener: object
+    ) -> Callable[[], None] | None:
+        """Queue the next step of a session with those of others, see `JoinedSteps.join`.
 
-    def submit_cohorts(
-        self,
-        cohorts: Sequence[Cohort],
-        positions: np.ndarray | None,
-        inputs: Tensors,
-        timeout: float,
-        then: Callable[[GroupReply], None],
-    ) -> bool:
-        """Queue the next step of all sessions of some cohorts, see `Groups.submit_cohorts`."""
-        now = self.clock.now()
-        queued = self.scheduler.groups.submit_cohorts(cohorts, positions, inputs, now, now + timeout, then)
+        Returns:
+            A function that cancels the step; None if it must be submitted as a chunk.
+        """
+        now, joined = self.clock.now(), self.scheduler.joined
+        if not joined.join(session, position, step, now, now + timeout, form, listener):
+            return None
         self._work.set()
-        return queued
+        return partial(self._leave_joined, session, listener)
 
-    async def sequences(self, batch: Sequence[Tensors], timeout: float) -> list[Reply]:
-        """`submit_sequences` for coroutines; cancelling the caller cancels the sequences."""
-        future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
-        cancel = self.submit_sequences(batch, timeout, partial(_resolve, future))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            cancel()
-            raise
+    def _leave_joined(self, session: Session, listener: object) -> None:
+        self.scheduler.joined.cancel(session, listener, self.clock.now())
+
+    def wake(self) -> None:
+        """Something was queued at the scheduler itself."""
+        self._work.set()
 
     def act(self, session: Session, run: Callable[[Session], T]) -> "asyncio.Future[T]":
         """Run `run(session)` between batches, after the session's accepted work; until then it keeps its row."""
@@ -219,7 +196,7 @@ class Loop:
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
             self._act(action)
-        if batch:
+        if batch.rows:
             failpoints.reach("batched")
             await self._begin(batch)
         elif self._launched and self._launched[0].ready:
@@ -240,7 +217,7 @@ class Loop:
                 await self._end(self._launched.popleft())
             result = partial(self.engine.run, batch)
         begun = _BegunBatch(batch, started, result)
-        if self._cost(len(batch), batch.longest) > (LAUNCHED_SECONDS if launched else INLINE_SECONDS):
+        if self._cost(batch.rows, batch.longest) > (LAUNCHED_SECONDS if launched else INLINE_SECONDS):
             begun.future = asyncio.get_running_loop().run_in_executor(self._executor, result)
             begun.future.add_done_callback(lambda _: self._work.set())
         if launched:
@@ -271,39 +248,48 @@ class Loop:
         commits = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
         self._on_batch(begun.batch, len(failed), seconds)
         if commits:
-            task = asyncio.create_task(self._commit(commits), name=f"commit {self.name}")
+            task = asyncio.create_task(self._commit(commits, begun.batch.rows), name=f"commit {self.name}")
             self._commits.add(task)
             task.add_done_callback(self._committed)
 
     # ── durable sessions ─────────────────────────────────────────────────────────────────────────
 
-    async def _commit(self, pending: Sequence[PendingCommit]) -> None:
+    async def _commit(self, pending: Sequence[PendingCommit], batch_rows: int) -> None:
         """Put chunks that have run into the store, and complete them. Other batches run in the meantime."""
         assert self.store is not None
-        rows = self.engine.read_rows([each.session.slot for each in pending])
-        commits = [self._commit_of(each, row.tobytes()) for each, row in zip(pending, rows, strict=True)]
+        commits = self._commits_of(pending)
         failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
         failpoints.reach("after_commit")
-        now = self.clock.now()
-        for each, commit, error in zip(pending, commits, errors, strict=True):
-            self.scheduler.complete_commit(each, commit.token, error, now)
+        tokens = [commit.token for commit in commits]
+        self.scheduler.complete_commits(pending, tokens, errors, batch_rows, self.clock.now())
         self._work.set()
 
-    def _commit_of(self, pending: PendingCommit, row: bytes) -> Commit:
-        session, chunk = pending.session, pending.chunk
-        assert session.durable is not None
-        return Commit(
-            key=(self.name, session.id),
-            expected=session.durable.token,
-            token=self._tokens.next(),
-            origin=session.durable.origin,
-            position=chunk.start + chunk.length,
-            row=row,
-            last=self.scheduler.replay.last_after(pending),
-            begins=chunk.opening is not None or not session.durable.token,
-            ends=chunk.final,
-        )
+    def _commits_of(self, pending: Sequence[PendingCommit]) -> list[Commit]:
+        name, last_after, next_token = self.name, self.scheduler.replay.last_after, self._tokens.next
+        rows = self.engine.read_rows([chunk.session.slot for chunk, _ in pending])  # type: ignore[union-attr]
+        content, size, begin = rows.tobytes(), rows[0].nbytes, 0
+        commits = []
+        for chunk, outputs in pending:
+            session = chunk.session
+            assert session is not None
+            durable = session.durable
+            assert durable is not None
+            commits.append(
+                Commit(
+                    (name, session.id),
+                    durable.token,
+                    next_token(),
+                    durable.origin,
+                    chunk.start + chunk.length,
+                    content[begin : begin + size],
+                    last_after(session, chunk, outputs),
+                    chunk.opening is not None or not durable.token,
+                    chunk.final,
+                )
+            )
+            begin += size
+        return commits
 
     def _committed(self, task: asyncio.Task[None]) -> None:
         self._commits.discard(task)

@@ -11,13 +11,12 @@ import numpy as np
 
 from unroll.service.core.errors import PayloadMismatch, PositionGap, PositionTooOld, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.batch import row_of
-from unroll.service.scheduler.chunk import Chunk, Group, PendingCommit
+from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
 from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.state.step_table import StepTable
-from unroll.service.store.record import Kept, pack_last
+from unroll.service.store.record import Kept, pack_last, pack_last_chunk
 
 #: As many of the largest replies fit in the limit of all.
 _LEAST_REPLIES = 64
@@ -27,8 +26,6 @@ class ReplayCache:
     """Remembers applied chunks and recognises their retries.
 
     Args:
-        traits: of the model.
-        rows: of the arena.
         limit: bytes of all replies that sessions keep, except of single steps in the table.
 
     Attributes:
@@ -38,6 +35,7 @@ class ReplayCache:
     def __init__(self, traits: ModelTraits, rows: int, limit: int) -> None:
         self._outputs = traits.outputs
         self._limit = limit
+        self._largest = limit // _LEAST_REPLIES  # bytes of one: a few large ones must not take the room of all others
         self.kept_bytes = 0
         fits = StepTable.fits(traits.inputs, traits.outputs)
         self._steps = StepTable(rows, traits.inputs, traits.outputs) if fits else None
@@ -67,7 +65,6 @@ class ReplayCache:
         """Remember the chunk that the session has just applied; a single step must be in the table already.
 
         Args:
-            start: the chunk's position.
             closes: the session closes with it and loses its row of the table.
 
         Returns:
@@ -168,14 +165,17 @@ class ReplayCache:
         """The chunks of a session that can be retried, as its record has them."""
         return _kept(self.applied_chunks(session))
 
-    def last_after(self, pending: PendingCommit) -> bytes:
-        """The record's `last` once this commit is done."""
-        chunk, session = pending.chunk, pending.session
-        before = _kept(session.applied or ()) if session.depth > 1 else ()
-        if sum(array.nbytes for array in pending.outputs) > self._largest:
-            return pack_last(session.depth, before[max(0, len(before) + 1 - session.depth) :])
-        new = Kept(chunk.start, chunk.length, payload_digest(chunk.inputs), _bytes(pending.outputs))
-        return pack_last(session.depth, (*before, new)[-session.depth :])
+    def last_after(self, session: Session, chunk: Chunk, outputs: Tensors) -> bytes:
+        """The record's `last` once the session has applied the chunk."""
+        content, depth = _bytes(outputs), session.depth
+        fits = len(content) <= self._largest
+        if depth == 1 and fits:
+            return pack_last_chunk(chunk.start, chunk.length, payload_digest(chunk.inputs), content)
+        before = _kept(session.applied or ()) if depth > 1 else ()
+        if not fits:
+            return pack_last(depth, before[max(0, len(before) + 1 - depth) :])
+        new = Kept(chunk.start, chunk.length, payload_digest(chunk.inputs), content)
+        return pack_last(depth, (*before, new)[-depth:])
 
     def read(self, kept: Kept) -> AppliedChunk:
         """A chunk as a record has it."""
@@ -191,11 +191,6 @@ class ReplayCache:
         return tuple(arrays)
 
     # ── room ─────────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def _largest(self) -> int:
-        """Bytes of one reply: a few large ones must not take the room of all others."""
-        return self._limit // _LEAST_REPLIES
 
     def _has_room(self, size: int) -> bool:
         return size <= self._largest and self.kept_bytes + size <= self._limit
@@ -223,7 +218,7 @@ def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
             return work
         if isinstance(work, Group) and session.position == position:
             row = work.sessions.index(session)
-            if chunk.final or not _same(row_of(work.inputs, row), chunk.inputs):
+            if chunk.final or not _same(work.inputs_of(row), chunk.inputs):
                 raise _mismatch(session, position)
             chunk.running = True
             work.followers.append((row, chunk))

@@ -52,7 +52,7 @@ class AppliedChunk:
 
 def payload_digest(inputs: Tensors) -> bytes:
     """Digest of a payload's values: the same for every encoding in which a client can send them."""
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for array in inputs:
+    digest = hashlib.blake2b(inputs[0].tobytes(), digest_size=_DIGEST_BYTES)
+    for array in inputs[1:]:
         digest.update(array.tobytes())
     return digest.digest()

@@ -31,9 +31,7 @@ class Rollout(Chunk):
     Args:
         digest: of the request, (n,) uint8 with n > 1.
         first: the given inputs, each (T, *shape).
-        length: time steps in all.
         feed: makes the inputs of the others. If it raises UnrollError, the rollout fails.
-        position: of the first step.
         session, state_row: as of a chunk; without a session the rollout runs on the state row alone.
     """
 
@@ -108,7 +106,6 @@ class Rollouts:
             raise QueueFull(f"{self._most} rollouts run on this model, half of --max-batch; retry later")
 
     def add(self, rollout: Rollout) -> None:
-        """It was accepted."""
         self._running = [each for each in self._running if each.outcome is None]
         self._running.append(rollout)
         rollout.counters = self._counters

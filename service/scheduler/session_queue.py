@@ -21,7 +21,6 @@ class SessionQueues:
         self.actions: deque[Action] = deque()
 
     def add(self, progress: Progress, work: Chunk | Action, now: float) -> None:
-        """Queue work of the session with this progress."""
         active = progress.active
         if active is None:
             progress.active = work

@@ -53,15 +53,9 @@ class SessionTable:
     """The open sessions of a model on a device.
 
     Args:
-        limits: of sessions.
         on_gone: called with the cause for each session that expires or is evicted.
-        on_dissolved: called with each cohort that is dissolved.
         spill: called with each memory session that is about to be evicted, and whether room may be made for it at the
             cost of its tenant's other sessions; true if it keeps the session elsewhere.
-        on_end: called with each session that is gone.
-
-    Attributes:
-        of_tenants: the number of open sessions of each.
     """
 
     def __init__(
@@ -96,6 +90,10 @@ class SessionTable:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._live
 
+    def get(self, session_id: str) -> Session | None:
+        """The open session of that id as it is: in its cohort, or idle for too long and not looked at since."""
+        return self._live.get(session_id)
+
     def __repr__(self) -> str:
         return f"<SessionTable {len(self._live)} live, {len(self._leaving)} leaving, {len(self.closed)} tombstones>"
 
@@ -105,8 +103,6 @@ class SessionTable:
         """Open a session.
 
         Args:
-            session_id: its id.
-            now: the time.
             position: steps consumed elsewhere.
             origin: of a session that has a record, or will have one.
             token: of its last commit, if there was one.
@@ -134,7 +130,6 @@ class SessionTable:
 
     @property
     def everyone(self) -> list[Session]:
-        """The open sessions and those that are leaving."""
         return [*self._live.values(), *self._leaving]
 
     def check_room(self) -> None:
@@ -226,8 +221,6 @@ class SessionTable:
         """Close a session.
 
         Args:
-            session: an open one.
-            now: the time.
             last: the chunk that closed it, if its retry must be answered.
             running: its work runs and is completed first.
         """

@@ -14,8 +14,6 @@ class Attempts:
     """Calls `begin` until its session needs no further lookup. Calls for one session wait in the order they came.
 
     Args:
-        sessions: Looks sessions up.
-        name: The model's.
         begin: Begins the work; may raise NeedsStoreLookup.
         fail: Called with the error if the session cannot be looked up.
     """

@@ -55,9 +55,6 @@ class DurableSessions(MemorySessions):
         self._in_doubt: dict[Key, tuple[Record, bytes]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def __repr__(self) -> str:
-        return f"<DurableSessions {len(self._waiting)} sessions being looked up>"
-
     async def start(self) -> None:
         await self._store.start()
 
@@ -80,7 +77,7 @@ class DurableSessions(MemorySessions):
 
     def owner(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session | None]:
         living = self.directory.living(name, session_id)
-        if not self.is_verified(name, session_id):
+        if (living is None or self._waiting) and not self.is_verified(name, session_id):
             absent = living is None and self.directory.versions.of(name)
             if absent or (name, session_id) in self._waiting:  # waiting calls come first
                 raise NeedsStoreLookup(session_id)

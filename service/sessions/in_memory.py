@@ -95,8 +95,6 @@ class MemorySessions:
         """A new session.
 
         Args:
-            served: The version that it will live on.
-            new: Its id.
             start: The state to begin from; None for the model's initial state.
             durability: One of `durabilities`.
 
@@ -114,21 +112,11 @@ class MemorySessions:
 
     async def fork(self, name: str, version: str | None, session_id: str, new: NewId) -> tuple[ServedModel, Session]:
         """A second session that continues from the state after the work accepted so far."""
-
-        def begin() -> tuple[ServedModel, Awaitable[Session]]:
-            served, session = self.directory.find(name, version, session_id)
-            return served, self._fork(served, session, new)
-
-        served, forking = await self.verified(name, session_id, begin)
-        return served, await forking
+        return await self._act(name, version, session_id, lambda served, session: self._fork(served, session, new))
 
     async def save(self, name: str, version: str | None, session_id: str) -> Snapshot:
         """The state after the work accepted so far."""
-
-        def begin() -> Awaitable[Snapshot]:
-            return self._read(*self.directory.find(name, version, session_id))
-
-        return await (await self.verified(name, session_id, begin))
+        return (await self._act(name, version, session_id, self._read))[1]
 
     async def copy(
         self, name: str, version: str | None, session_id: str, check: Callable[[Session], None]
@@ -138,30 +126,38 @@ class MemorySessions:
         check: Raises if the session that is found is not the one that is meant.
         """
 
-        def begin() -> Awaitable[tuple[ServedModel, Snapshot, Tensors | None]]:
-            served, session = self.directory.find(name, version, session_id)
-
+        def begin(served: ServedModel, session: Session) -> Awaitable[tuple[Snapshot, Tensors | None]]:
             check(session)
 
-            def read(session: Session) -> tuple[ServedModel, Snapshot, Tensors | None]:
-                snapshot = Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))
-                return served, snapshot, served.scheduler.replay.last_outputs(session)
+            def read(session: Session) -> tuple[Snapshot, Tensors | None]:
+                return served.snapshot(session), served.scheduler.replay.last_outputs(session)
 
             return served.loop.act(session, read)
 
-        return await (await self.verified(name, session_id, begin))
+        served, (snapshot, outputs) = await self._act(name, version, session_id, begin)
+        return served, snapshot, outputs
 
     async def restore(
         self, name: str, version: str | None, session_id: str, content: bytes
     ) -> tuple[ServedModel, Session]:
         """Return a session to the state of a snapshot, after the work accepted so far."""
 
-        def begin() -> tuple[ServedModel, Awaitable[Session]]:
-            served, session = self.directory.find(name, version, session_id)
-            return served, self._restore(served, session, served.read_snapshot(content))
+        def begin(served: ServedModel, session: Session) -> Awaitable[Session]:
+            return self._restore(served, session, served.read_snapshot(content))
 
-        served, restoring = await self.verified(name, session_id, begin)
-        return served, await restoring
+        return await self._act(name, version, session_id, begin)
+
+    async def _act(
+        self, name: str, version: str | None, session_id: str, begin: Callable[[ServedModel, Session], Awaitable[T]]
+    ) -> tuple[ServedModel, T]:
+        """The session's version, and what it comes to that is begun while the session is verified."""
+
+        def find_and_begin() -> tuple[ServedModel, Awaitable[T]]:
+            served, session = self.directory.find(name, version, session_id)
+            return served, begin(served, session)
+
+        served, acting = await self.verified(name, session_id, find_and_begin)
+        return served, await acting
 
     async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
         """End a session. Returns its record instead if the version it began on is not here: closing needs no model."""
@@ -198,10 +194,7 @@ class MemorySessions:
         return served.loop.act(session, copy)
 
     def _read(self, served: ServedModel, session: Session) -> Awaitable[Snapshot]:
-        def read(session: Session) -> Snapshot:
-            return Snapshot(served.manifest.digest, session.position, served.engine.read(session.source))
-
-        return served.loop.act(session, read)
+        return served.loop.act(session, served.snapshot)
 
     def _restore(self, served: ServedModel, session: Session, snapshot: Snapshot) -> Awaitable[Session]:
         def write(session: Session) -> Session:

@@ -116,7 +116,6 @@ async def select(pages: Pages, selection: Selection, after: str, limit: int) -> 
 
 
 async def every(pages: Pages, selection: Selection) -> AsyncIterator[Found]:
-    """Yield all pages."""
     after = ""
     while True:
         found, after = await select(pages, selection, after, _PAGE)

@@ -36,9 +36,7 @@ class SpilledSessions:
     """The memory sessions without a row.
 
     Args:
-        limit: Bytes of host memory.
         idle_timeout: Seconds until an idle session expires; None for never.
-        clock: The clock of the sessions.
         versions: Where sessions come from and return to.
         store: Takes the sessions beyond the limit, if there is one; else they are evicted.
     """
@@ -56,16 +54,11 @@ class SpilledSessions:
         self._tasks: dict[Key, asyncio.Task[None]] = {}  # the latest of each session
         self._finishing = False
 
-    def __repr__(self) -> str:
-        return f"<SpilledSessions {self._spill!r}, {len(self._parking)} on their way to the store>"
-
     def __len__(self) -> int:
-        """Sessions in host memory."""
         return len(self._spill) + len(self._parking)
 
     @property
     def of_tenants(self) -> Counter[str]:
-        """The number of sessions of each tenant in host memory."""
         return self._spill.of_tenants
 
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
@@ -73,8 +66,14 @@ class SpilledSessions:
         yield from self._spill
         yield from ((key, record, used) for key, (record, used) in self._parking.items())
 
+    def keys(self) -> list[Key]:
+        return [*self._spill.keys(), *self._parking]
+
+    def get(self, key: Key) -> tuple[Record, float] | None:
+        """A record as it is, and when it was last used; None if it is not here."""
+        return self._spill.get(key) or self._parking.get(key)
+
     def has(self, digest: str) -> bool:
-        """Whether a session is on the version with this digest."""
         self.expire()
         return any(record.origin.model == digest for _, record, _ in self)
 
@@ -84,8 +83,6 @@ class SpilledSessions:
         """Keep an idle session that is about to lose its row.
 
         Args:
-            model: The version it lives on.
-            session: It.
             at_cost: Whether others of its tenant, or it itself, may be evicted for it.
 
         Returns:
@@ -129,7 +126,7 @@ class SpilledSessions:
 
     def find_stranded(self, name: str, session_id: str) -> Record | None:
         """The session, if it is here and the version it began on is not."""
-        found = self._spill.get((name, session_id)) or self._parking.get((name, session_id))
+        found = self.get((name, session_id))
         if found is None or self._is_expired(found[1]):
             return None
         return found[0] if self._versions.with_digest(name, found[0].origin.model) is None else None

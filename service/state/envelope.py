@@ -41,7 +41,6 @@ class Envelope:
     tags: int = 1
 
     def header(self, tag: int = 0) -> bytes:
-        """Return the bytes before the content."""
         return _HEADER.pack(self.magic, self.version, tag, 0)
 
     def read_header(self, content: bytes) -> int:
@@ -61,7 +60,6 @@ class Envelope:
         return tag
 
     def seal(self, content: bytes) -> bytes:
-        """Append the checksum to header and content."""
         return content + checksum(content).digest()
 
     def unseal(self, content: bytes) -> bytes:

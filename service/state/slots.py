@@ -34,6 +34,3 @@ class Slots:
     @property
     def taken(self) -> int:
         return self._fresh - self._first - len(self._returned)
-
-    def __repr__(self) -> str:
-        return f"<Slots {self.taken}/{self.count}>"

@@ -24,7 +24,6 @@ class DaemonThread:
         return asyncio.wrap_future(future)
 
     def end(self) -> None:
-        """Let the thread end after the calls made so far."""
         self._calls.put(None)
 
     def _run(self) -> None:

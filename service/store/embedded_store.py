@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lmdb
 import structlog
@@ -62,13 +62,10 @@ _PATIENCE = 5.0
 
 @dataclass(slots=True)
 class _Call:
-    """work: within a transaction, at the store's time.
-
-    does: it reads, or ends a session, which a full disk must not prevent, or writes.
-    """
+    """work: within a transaction, at the store's time. reads: it writes nothing."""
 
     work: Callable[[Any, float], Any]
-    does: Literal["reads", "ends", "writes"]
+    reads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +118,20 @@ class EmbeddedStore:
         self._thread.end()
 
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
-        calls = [_Call(partial(self._commit, commit), "ends" if commit.ends else "writes") for commit in commits]
+        call = _Call(partial(self._commit_all, commits))
         try:
-            return self._exchanges.counted(await self._exchanges.ask(calls))
+            return self._exchanges.counted(await self._exchanges.ask_one(call))
         except StoreUnavailable as error:
             return self._exchanges.counted([error] * len(commits))
 
     async def load(self, key: Key) -> Record | Gone | None:
-        return await self._exchanges.ask_one(_Call(partial(self._load, name_of(key)), "reads"))
+        return await self._exchanges.ask_one(_Call(partial(self._load, name_of(key)), reads=True))
 
     async def close(self, key: Key) -> int | None:
-        return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next()), "ends"))
+        return await self._exchanges.ask_one(_Call(partial(self._close, name_of(key), self._tokens.next())))
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
-        return await self._exchanges.ask_one(_Call(partial(self._take, name_of(key), token, attempt), "ends"))
+        return await self._exchanges.ask_one(_Call(partial(self._take, name_of(key), token, attempt)))
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:
@@ -142,7 +139,7 @@ class EmbeddedStore:
         except ValueError:
             raise InvalidRequest(f"no page of sessions is called {after!r}; use what the page before said") from None
         return await self._exchanges.ask_one(
-            _Call(partial(_page, place, limit, mark(tenant).encode() if tenant else b""), "reads")
+            _Call(partial(_page, place, limit, mark(tenant).encode() if tenant else b""), reads=True)
         )
 
     # ── the thread ───────────────────────────────────────────────────────────────────────────────
@@ -151,14 +148,13 @@ class EmbeddedStore:
         return await self._thread.call(partial(self._run, calls))
 
     def _run(self, calls: list[_Call]) -> list[Any]:
-        """In the thread: all calls in one transaction; while the disk is full, only those that end sessions."""
+        """In the thread: all calls in one transaction."""
 
         def work(transaction: Any) -> list[Any]:
             now = self._now()
-            refused = self._full
-            return [refused if refused and call.does == "writes" else call.work(transaction, now) for call in calls]
+            return [call.work(transaction, now) for call in calls]
 
-        if all(call.does == "reads" for call in calls):
+        if all(call.reads for call in calls):
             with self._folder.read() as transaction:
                 return work(transaction)
         if self._full is None:
@@ -226,6 +222,11 @@ class EmbeddedStore:
         return self._offset + since_boot()
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────────
+
+    def _commit_all(self, commits: Sequence[Commit], transaction: Any, now: float) -> list[UnrollError | None]:
+        """While the disk is full, only those that end a session."""
+        full = self._full
+        return [full if full and not commit.ends else self._commit(commit, transaction, now) for commit in commits]
 
     def _commit(self, commit: Commit, transaction: Any, now: float) -> UnrollError | None:
         name = name_of(commit.key)

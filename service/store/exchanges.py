@@ -36,11 +36,7 @@ class Exchanges(Generic[C]):
         execute: Performs calls; a reply or an exception per call. Raises if there are no replies.
         failures: What `execute` raises if the store is unavailable; anything else is logged with its traceback.
         timeout: Seconds without an answer after which calls fail.
-        most: Exchanges under way at the same time.
         cancels: Whether a late exchange is cancelled. If not, it stays under way until it ends.
-
-    Attributes:
-        figures: For metrics.
     """
 
     def __init__(
@@ -90,7 +86,6 @@ class Exchanges(Generic[C]):
         return results
 
     async def finish(self) -> None:
-        """Wait for all calls."""
         while self._under_way:
             await asyncio.wait(self._under_way)
 
@@ -163,7 +158,6 @@ class Exchanges(Generic[C]):
 
 
 def unavailable(reason: Exception) -> StoreUnavailable:
-    """The error for clients."""
     return StoreUnavailable(f"the session store is unavailable: {_first_line(reason)}", _RETRY_AFTER)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from unroll.service.core.errors import UnrollError
-from unroll.service.store.record import Gone, Kept, Origin, Record
+from unroll.service.store.record import Gone, Record
 from unroll.service.telemetry.metrics import StoreFigures
 
 Key = tuple[str, str]
@@ -27,9 +27,7 @@ class Commit:
     """The next state of a session.
 
     Attributes:
-        key: Of the session.
         expected: The token of the record that this one follows; empty: the session must not exist.
-        token: The new token.
         origin, position, row, last: As in a record.
         begins: This is the session's first commit.
         ends: The commit closes the session: `last` stays available for retries, and the row is removed.
@@ -54,7 +52,6 @@ class Listed:
         digest: SHA-256 of its model, hexadecimal.
         durability: One of `DURABILITIES`.
         expires_in: Seconds until it expires, unless it is used before; None: never.
-        bytes: Of its record.
     """
 
     key: Key
@@ -86,15 +83,12 @@ class Pages(Protocol):
         several.
 
         Args:
-            after: Of the page before.
-            limit: Maximum sessions.
             tenant: Only its sessions, and no page is named by another's; None: all. Empty: may be all.
 
         Raises:
             StoreUnavailable: The store does not answer.
             InvalidRequest: `after` names no page.
         """
-        ...
 
 
 class Store(Pages, Protocol):
@@ -105,9 +99,6 @@ class Store(Pages, Protocol):
 
     `load`, `close` and `take` raise StoreUnavailable if the store does not answer in time or cannot write; `commit`
     returns the error instead.
-
-    Attributes:
-        figures: For metrics.
     """
 
     figures: StoreFigures
@@ -115,27 +106,22 @@ class Store(Pages, Protocol):
     async def commit(self, commits: Sequence[Commit]) -> list[UnrollError | None]:
         """The result of each commit: None if it is in the store, also if it was sent twice; SessionContended if the
         store has another token; StoreUnavailable if that is unknown. Never raises."""
-        ...
 
     async def load(self, key: Key) -> Record | Gone | None:
         """The record; how the session ended; or None if nothing is known of it. Does not prolong the session's life."""
-        ...
 
     async def close(self, key: Key) -> int | None:
         """Close a session, whatever its token. Returns its position, or None if there is none."""
-        ...
 
     async def take(self, key: Key, token: bytes, attempt: bytes = b"") -> bool:
         """Remove a record without a tombstone if it has this token: the caller owns the session then.
 
         attempt: names the call, so that it can be made again if it got no answer, with the same result.
         """
-        ...
 
     async def start(self) -> None:
         """Called once, before any other method. Returns when the store has answered once; until then it is logged.
         Raises StoreRefused."""
-        ...
 
     async def stop(self) -> None: ...
 
@@ -149,19 +135,3 @@ class Tokens:
 
     def next(self) -> bytes:
         return self._process + next(self._count).to_bytes(8, "little")
-
-
-__all__ = [
-    "Commit",
-    "Gone",
-    "Kept",
-    "Key",
-    "Listed",
-    "Origin",
-    "Page",
-    "Pages",
-    "Record",
-    "Store",
-    "StoreRefused",
-    "Tokens",
-]

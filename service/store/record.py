@@ -27,6 +27,7 @@ _ENVELOPE = Envelope(b"UNRO", 1, "a stored session", _ORIGIN.size, tags=len(DURA
 ORIGIN_BYTES = HEADER_BYTES + _ORIGIN.size
 _COUNTS = struct.Struct("<II")
 _KEPT = struct.Struct("<QI16sI")
+_ONE_KEPT = struct.Struct("<IIQI16sI")
 _WHOLE = struct.Struct("<QII")
 
 
@@ -141,6 +142,11 @@ def pack_last(depth: int, kept: tuple[Kept, ...]) -> bytes:
     for chunk in kept:
         parts += (_KEPT.pack(chunk.start, chunk.steps, chunk.digest, len(chunk.outputs)), chunk.outputs)
     return b"".join(parts)
+
+
+def pack_last_chunk(start: int, steps: int, digest: bytes, outputs: bytes) -> bytes:
+    """`pack_last` of depth 1 and one chunk, as most records have it: written with every step."""
+    return _ONE_KEPT.pack(1, 1, start, steps, digest, len(outputs)) + outputs
 
 
 def unpack_last(content: bytes) -> tuple[tuple[Kept, ...], int]:

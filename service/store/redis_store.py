@@ -137,9 +137,6 @@ class RedisStore:
         self._script = _with_lives(config).encode()
         self._digest = hashlib.sha1(self._script, usedforsecurity=False).hexdigest().encode()
 
-    def __repr__(self) -> str:
-        return f"<RedisStore {self._exchanges!r}>"
-
     async def start(self) -> None:
         while True:
             try:

@@ -1,7 +1,7 @@
 """Sessions without a row in the arena, as bytes in host memory, oldest first."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from unroll.service.core.session_ids import tenant_of
@@ -15,11 +15,7 @@ _MOST_LOOKED_AT = 1000
 
 
 class Spill:
-    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`.
-
-    Attributes:
-        of_tenants: The number of records of each tenant.
-    """
+    """limit: bytes. The caller moves what exceeds it elsewhere; see `overflow`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -37,8 +33,8 @@ class Spill:
         """Each with when it was last used."""
         return ((key, record, used) for key, (record, used) in self._records.items())
 
-    def __repr__(self) -> str:
-        return f"<Spill {len(self)} sessions, {self._bytes} of {self.limit} bytes>"
+    def keys(self) -> Iterable[Key]:
+        return self._records.keys()
 
     def get(self, key: Key) -> tuple[Record, float] | None:
         return self._records.get(key)

@@ -20,15 +20,7 @@ _LEAST_STATUS: dict[LogRequests, int] = {"none": 1000, "errors": 400, "all": 0}
 
 
 class RequestLog:
-    """Writes the lines.
-
-    Args:
-        which: Which requests leave one.
-        now: A clock, in seconds.
-
-    Attributes:
-        least_status: A request with a lower status leaves none.
-    """
+    """Writes the lines. least_status: A request with a lower status leaves none."""
 
     def __init__(self, which: LogRequests = "errors", now: Callable[[], float] = time.monotonic) -> None:
         self.least_status = _LEAST_STATUS[which]
@@ -41,9 +33,6 @@ class RequestLog:
         """Write a line, unless too many were written in this second; the next one then has their number.
 
         Args:
-            route: Which API it was.
-            status: Of the answer.
-            code: Of the error.
             fields: Of the line; `session` is an id, of which the line has the digest. None leaves one out.
         """
         second = int(self._now())

@@ -66,15 +66,12 @@ class ConnectionLimits:
 class Connection(Protocol):
     def check(self, now: float) -> None:
         """Close it if it has been silent for too long."""
-        ...
 
     def is_idle(self) -> bool:
         """Nothing is lost if it is closed."""
-        ...
 
     def close_for_another(self) -> None:
         """Make room."""
-        ...
 
 
 class Connections:

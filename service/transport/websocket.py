@@ -13,6 +13,7 @@ from websockets.server import ServerProtocol
 
 from unroll.service.access.held_bytes import ANSWERS, MESSAGES, SMALL, HeldBytes, Holding
 from unroll.service.api.stream.allowance import MAX_FRAGMENTS, PINGS, TOO_MUCH, TRY_AGAIN, Allowance
+from unroll.service.api.stream.link import OnMessage, OnWritable
 from unroll.service.core import failpoints
 from unroll.service.core.turns import Turns
 
@@ -38,16 +39,11 @@ class DirectLink:
         self._protocol = protocol
         self.closed: asyncio.Future[None] = protocol.loop.create_future()
         self.tenant = ""
-        self.on_text: Callable[[bytes], None] | None = None
-        self.on_binary: Callable[[bytes], None] | None = None
-        self.on_writable: Callable[[bool], None] = lambda writable: None
+        self.on_text: OnMessage | None = None
+        self.on_binary: OnMessage | None = None
+        self.on_writable: OnWritable = lambda writable: None
 
-    def attach(
-        self,
-        on_text: Callable[[bytes], None],
-        on_binary: Callable[[bytes], None],
-        on_writable: Callable[[bool], None],
-    ) -> None:
+    def attach(self, on_text: OnMessage, on_binary: OnMessage, on_writable: OnWritable) -> None:
         """Deliver messages by calls from now on, earlier ones included. `closed`: no more messages will arrive."""
         self.on_text, self.on_binary, self.on_writable = on_text, on_binary, on_writable
         self._protocol.hand_over(on_text, on_binary)
@@ -235,7 +231,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         if not self.close_sent:
             sink(message)
 
-    def hand_over(self, on_text: Callable[[bytes], None], on_binary: Callable[[bytes], None]) -> None:
+    def hand_over(self, on_text: OnMessage, on_binary: OnMessage) -> None:
         """Deliver the messages queued for the application to these callbacks instead."""
         while not self.queue.empty():
             event: Any = self.queue.get_nowait()

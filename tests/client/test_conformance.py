@@ -38,6 +38,12 @@ CAUGHT = {
     "drops_a_chunk_at_reconnect": (["stream-frame-lost", "stream-outputs-of-some-lost"], ["rest-answer-lost"]),
     "takes_any_outputs": (["stream-outputs-twice"], ["stream-outputs-lost"]),
     "begins_anew": (["rest-restarted-without-its-sessions", "rest-expired"], ["rest-resume"]),
+    "forgets_where_a_rollout_ended": (["rest-rollout", "stream-rollout"], ["rest-rollout-map-invalid"]),
+    "yields_steps_again": (["rest-rollout-cut-off", "stream-rollout-cut-off"], ["rest-rollout"]),
+    "takes_a_cut_for_the_end": (["rest-rollout-cut-off", "rest-rollout-end-lost"], ["rest-rollout"]),
+    "rolls_out_the_rest": (["stream-rollout-cut-off"], ["stream-rollout-request-lost"]),
+    "never_stops": (["rest-rollout-ended-early", "stream-rollout-ended-early"], ["rest-rollout"]),
+    "takes_late_steps": (["stream-rollout-ended-early"], ["stream-rollout-cut-off"]),
 }
 
 
@@ -75,6 +81,11 @@ async def test_steps_in_json_are_judged_like_frames(node: list[str]) -> None:
     names = ("stream-steps-and-chunks", "stream-several-tensors", "stream-outputs-lost", "stream-outputs-cut-in-half")
     names += ("stream-outputs-twice", "stream-deadline-exceeded", "stream-gap", "stream-wrong-values")
     assert not_passed(await played([*node, suite.FOLDER / "driver.mjs", "--json"], names)) == {}
+
+
+async def test_rollouts_in_json_are_judged_like_frames() -> None:
+    names = [f"stream-rollout{name}" for name in ("", "-of-several-tensors", "-in-pieces", "-cut-off", "-ended-early")]
+    assert not_passed(await played([sys.executable, HERE / "wrong_drivers.py", "rollouts_in_json"], names)) == {}
 
 
 async def test_the_python_example_goes_as_far_as_it_says() -> None:

@@ -1,8 +1,10 @@
-"""Drives clients that are wrong on purpose: the first argument says in what. The conversations must find it."""
+"""Drives changed clients, as the first argument says: most are wrong, which the conversations must find."""
 
 import asyncio
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.client import HTTPException
 from typing import Any
 
@@ -10,8 +12,10 @@ from unroll.client import Client, errors
 from unroll.client.conformance.python_driver import PythonDriver, drive
 from unroll.client.exchange import Request, Response
 from unroll.client.retries import Retries
+from unroll.client.rollout_calls import RolledStep, Rollout, RolloutCall, _arrays
 from unroll.client.session_calls import SessionCalls
 from unroll.client.stream_calls import ControlCall, StepsCall, StreamCalls
+from unroll.client.stream_rollouts import StreamRollout
 
 
 def never_retries() -> None:
@@ -89,6 +93,80 @@ def begins_anew() -> None:
     SessionCalls._apply = changed  # type: ignore[method-assign]
 
 
+def forgets_where_a_rollout_ended() -> None:
+    SessionCalls.rolled_out = lambda self, position, outputs: None  # type: ignore[method-assign]
+    StreamRollout._advance = lambda self: None  # type: ignore[method-assign]
+
+
+def yields_steps_again() -> None:
+    """After a broken connection it yields the steps of a rollout from the first."""
+    restart = Rollout.restart
+
+    def changed(self: Rollout) -> None:
+        restart(self)
+        self._yielded = self.members["position"]
+
+    Rollout.restart = changed  # type: ignore[method-assign]
+
+
+def takes_a_cut_for_the_end() -> None:
+    def roll_out(self: Client, call: RolloutCall) -> Iterator[RolledStep]:
+        with suppress(OSError, HTTPException):
+            for content in self._receive(call.begin()):
+                yield from call.receive(content)
+
+    Client.roll_out = roll_out  # type: ignore[method-assign]
+
+
+def rolls_out_the_rest() -> None:
+    """After a broken connection it asks for the steps that have not come, from the position of the last that has."""
+    restart = Rollout.restart
+
+    def changed(self: Rollout) -> None:
+        done = self._reached - self.members["position"]
+        self.members |= {"position": self._reached, "steps": self.members["steps"] - done}
+        restart(self)
+
+    Rollout.restart = changed  # type: ignore[method-assign]
+
+
+def never_stops() -> None:
+    """It leaves rollouts running of which it wants no more."""
+    roll_out, left = Client.roll_out, []
+
+    def changed(self: Client, call: RolloutCall) -> Iterator[RolledStep]:
+        left.append(roll_out(self, call))
+        for step in left[-1]:  # noqa: UP028 that would close it
+            yield step
+
+    Client.roll_out = changed  # type: ignore[method-assign]
+    StreamCalls.stop = lambda self, rollout: setattr(rollout.place, "rollout", None)  # type: ignore[method-assign]
+
+
+def takes_late_steps() -> None:
+    """It does not tell the steps of a rollout that was stopped from those of the next."""
+
+    def running(self: StreamCalls, handle: int) -> StreamRollout | None:
+        return self._places[handle].rollout
+
+    StreamCalls._running = running  # type: ignore[method-assign]
+
+
+def rollouts_in_json() -> None:
+    """It is right: on streams it asks for rollouts in JSON."""
+    message, receive = StreamRollout.message, StreamCalls._receive_text
+
+    def changed(self: StreamCalls, document: dict[str, Any]) -> None:
+        if document["op"] == "rolling" and (rollout := self._running(document["handle"])) is not None:
+            model = self.model
+            inputs, outputs = _arrays(model.inputs, document["inputs"]), _arrays(model.outputs, document["outputs"])
+            rollout.receive(document["position"], [*inputs, *outputs])
+        receive(self, document)
+
+    StreamRollout.message = lambda self: json.dumps(json.loads(message(self)) | {"values": "json"})  # type: ignore[method-assign]
+    StreamCalls._receive_text = changed  # type: ignore[method-assign]
+
+
 WRONGS: dict[str, Callable[[], None]] = {
     wrong.__name__: wrong
     for wrong in (
@@ -99,9 +177,15 @@ WRONGS: dict[str, Callable[[], None]] = {
         drops_a_chunk_at_reconnect,
         takes_any_outputs,
         begins_anew,
+        forgets_where_a_rollout_ended,
+        yields_steps_again,
+        takes_a_cut_for_the_end,
+        rolls_out_the_rest,
+        never_stops,
+        takes_late_steps,
     )
 }
 
 if __name__ == "__main__":
-    WRONGS[sys.argv[1]]()
+    {**WRONGS, "rollouts_in_json": rollouts_in_json}[sys.argv[1]]()
     asyncio.run(drive(PythonDriver(Client)))

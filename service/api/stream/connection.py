@@ -12,17 +12,21 @@ server offers a connection, and `endpoint` is the route.
 """
 
 import asyncio
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
 
 from unroll.service.api.answer_log import log_error
 from unroll.service.api.app_state import AppState
 from unroll.service.api.parameters import require_streamable, split_reference
 from unroll.service.api.stream.allowance import ENTRIES_PER_ERROR, ERRORS, TOO_MUCH, Allowance
-from unroll.service.api.stream.control import SLICE, Control, Goodbyes
+from unroll.service.api.stream.control import SLICE, Control
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.json_steps import JsonSteps
 from unroll.service.api.stream.link import Link
-from unroll.service.api.stream.replies import CallSoon, Replies
+from unroll.service.api.stream.replies import CallSoon, Replies, error_members
 from unroll.service.api.stream.rollouts import StreamRollouts
 from unroll.service.api.stream.submission import FrameSubmitter, RecurringFrames
 from unroll.service.core import failpoints
@@ -30,16 +34,16 @@ from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnrollError
 from unroll.service.core.session_ids import shown
 from unroll.service.protocol.frames import Frame, FrameCodec, SingleEntryFrame
 
+#: Close code of a stream whose server ends: RFC 6455's registry calls it Service Restart.
+RESTART = 1012
+
 
 class Connection:
     """Gets what the link receives.
 
     Args:
-        app: the state of the app.
-        tenant: whose it is; empty without keys.
         model: the model's, `name` or `name:version`.
         link: the connection, which need not be accepted yet.
-        call_soon: calls a function in the next turn of the event loop.
 
     Raises:
         ModelUnknown: there is no such model.
@@ -58,6 +62,7 @@ class Connection:
         self._app = app
         self._model = model
         self._link = link
+        self._call_soon = call_soon
         self._errors = Allowance(*ERRORS)
         self._max_frame_bytes = app.limits.max_body_bytes
         self._codec = FrameCodec(served.manifest.inputs, served.codec.max_steps)
@@ -74,7 +79,6 @@ class Connection:
             app.turns,
             app.limits.max_json_bytes,
         )
-        self._goodbyes = Goodbyes(self._handles, self._replies, link, call_soon)
         app.streams.add(self)
 
     def __repr__(self) -> str:
@@ -85,7 +89,6 @@ class Connection:
         )
 
     def on_text(self, message: bytes) -> None:
-        """A control message."""
         if self._flow.drained:
             return
         if self._control.running:
@@ -97,7 +100,6 @@ class Connection:
             self._replies.send_error(error)
 
     def on_binary(self, message: bytes) -> None:
-        """A frame of steps."""
         if self._flow.drained:
             return
         if self._control.running:
@@ -169,5 +171,23 @@ class Connection:
         if wrong and self._errors.take(1 if handle is None else 1 / ENTRIES_PER_ERROR):
             self._link.close(TOO_MUCH, f"too many malformed messages: {ERRORS[0]:g} a second are allowed")
 
+    # ── goodbyes: tell the client where its sessions are, and close the connection ───────────────
+
     def _on_drained(self) -> None:
-        self._goodbyes.send_goodbyes()
+        self._send_goodbyes(iter([*self._handles]))
+
+    def _send_goodbyes(self, handles: Iterator[int]) -> None:
+        """Describe some of the sessions now, and more in the next turn of the event loop."""
+        if self._replies.closed:
+            return
+        if described := [self._describe(handle) for handle in islice(handles, SLICE)]:
+            self._replies.send({"op": "closing", "sessions": described})
+            self._call_soon(partial(self._send_goodbyes, handles))
+        else:
+            self._link.close(RESTART, "the server is about to end: resume elsewhere")
+
+    def _describe(self, handle: int) -> dict[str, Any]:
+        try:
+            return self._handles.describe_session(handle)
+        except UnrollError as error:
+            return {"handle": handle, "error": error_members(error)}

@@ -1,10 +1,9 @@
-"""Control messages: requests to open and close sessions and to detach handles; goodbyes when the server shuts down."""
+"""Control messages: requests to open and close sessions and to detach handles."""
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar
 
 import structlog
@@ -14,7 +13,6 @@ from unroll.service.api.stream.allowance import CONTROLS, Allowance
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.handles import Handles
 from unroll.service.api.stream.json_steps import JsonSteps
-from unroll.service.api.stream.link import Link
 from unroll.service.api.stream.messages import (
     OpenRequest,
     OpenSpec,
@@ -23,7 +21,7 @@ from unroll.service.api.stream.messages import (
     StopRequest,
     parse_request,
 )
-from unroll.service.api.stream.replies import CallSoon, Replies, error_members
+from unroll.service.api.stream.replies import Replies, error_members
 from unroll.service.api.stream.rollouts import StreamRollouts
 from unroll.service.core.errors import EngineFailed, InvalidRequest, UnrollError
 from unroll.service.core.session_ids import shown
@@ -36,26 +34,18 @@ T = TypeVar("T")
 
 #: Sessions, or chunks of a frame, that are handled in one turn of the event loop.
 SLICE = 64
+#: Handles, each of which costs next to nothing.
+_DETACH_SLICE = 4096
 #: Sessions that a store is asked for at once.
 _STORE_SLICE = 256
 #: Seconds for which a client is not read that sends too many control messages.
 _LEAST_PAUSE = 0.02
-#: Close code of a stream whose server ends: RFC 6455's registry calls it Service Restart.
-RESTART = 1012
 
 
 class Control:
     """Runs the client's requests: one at a time, and a slice of it in each turn of the event loop.
 
     While one runs, the messages behind it wait in the backlog, in their order.
-
-    Args:
-        handles: the connection's sessions.
-        work: takes steps in JSON, and rollouts.
-        replies: where the answers go.
-        flow: pauses reading while a request runs.
-        turns: run the slices.
-        max_bytes: of one message.
 
     Attributes:
         running: a request is under way; later messages must be deferred.
@@ -156,11 +146,18 @@ class Control:
         return {"handle": handle, "position": position}
 
     def _detach(self, handles: list[int]) -> None:
-        if unknown := [handle for handle in handles if handle not in self._handles]:
-            raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
-        for handle in handles:
-            self._rollouts.stop(handle)
-            self._handles.unbind(handle)
+        if unknown := self._handles.unbound(handles):
+            first = next(handle for handle in handles if handle in unknown)
+            raise InvalidRequest(f"no session is bound to handle {first}", handle=first)
+        self.carry_out(self._detach_in_slices(handles))
+
+    async def _detach_in_slices(self, handles: list[int]) -> None:
+        for begin in range(0, len(handles), _DETACH_SLICE):
+            if begin:
+                await asyncio.sleep(0)
+            for handle in handles[begin : begin + _DETACH_SLICE]:
+                self._rollouts.stop(handle)
+                self._handles.unbind(handle)
         self._replies.send({"op": "detached", "handles": handles})
 
     def _roll_out(self, request: RolloutRequest) -> None:
@@ -255,39 +252,3 @@ class Control:
             handle(message)
         self._flow.busy, self._flow.backlogged = self.running, bool(self._backlog)
         self._flow.update()
-
-
-class Goodbyes:
-    """Tells the client where its sessions are, and closes the connection: the server is about to end.
-
-    Args:
-        handles: the connection's sessions.
-        replies: where the messages go.
-        link: closed after the last of them.
-        call_soon: calls a function in the next turn of the event loop.
-    """
-
-    def __init__(self, handles: Handles, replies: Replies, link: Link, call_soon: CallSoon) -> None:
-        self._handles = handles
-        self._replies = replies
-        self._link = link
-        self._call_soon = call_soon
-
-    def send_goodbyes(self) -> None:
-        self._send_slice(iter([*self._handles]))
-
-    def _send_slice(self, handles: Iterator[int]) -> None:
-        """Describe some of the sessions now, and more in the next turn of the event loop."""
-        if self._replies.closed:
-            return
-        if described := [self._describe(handle) for handle in islice(handles, SLICE)]:
-            self._replies.send({"op": "closing", "sessions": described})
-            self._call_soon(partial(self._send_slice, handles))
-        else:
-            self._link.close(RESTART, "the server is about to end: resume elsewhere")
-
-    def _describe(self, handle: int) -> dict[str, Any]:
-        try:
-            return self._handles.describe_session(handle)
-        except UnrollError as error:
-            return {"handle": handle, "error": error_members(error)}

@@ -11,18 +11,12 @@ class FlowControl:
     """Pauses reading while too much is unanswered, or while another reason holds.
 
     Args:
-        step_bytes: bytes of one time step's inputs and outputs.
-        pause: stops reading from the connection.
-        resume: starts it again.
         on_drained: called once, when the connection drains and everything that was read is answered.
 
     Attributes:
-        entries: how many are unanswered.
-        paused: nothing is read from the connection.
         busy: a control message, or what waits behind one, is being worked on.
         throttled: the client has sent more control messages than it may, and waits.
         backlogged: messages wait behind a control message. Until then the connection is read, to notice its end.
-        writable: the client reads what is sent to it.
         draining: nothing more is read; the connection ends when everything is answered.
         drained: `on_drained` was called; messages that still arrive are ignored.
     """
@@ -78,7 +72,6 @@ class FlowControl:
         self._steps += steps
 
     def release(self, entries: int, steps: int) -> None:
-        """They are answered."""
         self.entries -= entries
         self._steps -= steps
         if self.paused:

@@ -29,14 +29,10 @@ class Handles:
     """Opens, finds and ends the sessions of a connection.
 
     Args:
-        app: the state of the app.
-        tenant: the connection's.
-        model: the connection's, `name` or `name:version`.
         served: the version the connection began with; sessions of another must have the same inputs and outputs.
         on_unbind: called when a handle is free again.
 
     Attributes:
-        by_model: the sessions by handle, of each version.
         has_store: opening and closing a session may suspend.
     """
 
@@ -64,6 +60,10 @@ class Handles:
 
     def __contains__(self, handle: int) -> bool:
         return self.find(handle) is not None
+
+    def unbound(self, handles: list[int]) -> set[int]:
+        """Those that no session is bound to."""
+        return {*handles}.difference(*self.by_model.values())
 
     def find(self, handle: int) -> tuple[ServedModel, Session] | None:
         """The session as it was bound, whatever became of it."""

@@ -17,16 +17,7 @@ from unroll.service.scheduler.reply import Reply
 
 
 class JsonSteps:
-    """Decodes and submits them.
-
-    Args:
-        codec: of the connection's model.
-        handles: its sessions.
-        submitter: submits the chunks.
-        replies: where the answers go.
-        flow: where they are counted.
-        over_quota: the error of a tenant that may not take so many steps now.
-    """
+    """Decodes and submits them. over_quota: the error of a tenant that may not take so many steps now."""
 
     def __init__(
         self,

@@ -11,48 +11,35 @@ from starlette.websockets import WebSocketDisconnect
 #: Bytes written and not yet sent, above which an ASGI client counts as not reading, and below which it reads again.
 _HIGH_WATER, _LOW_WATER = 65_536, 16_384
 
+OnMessage = Callable[[bytes], None]
+OnWritable = Callable[[bool], None]
+
 
 class Link(Protocol):
-    """An accepted connection, of any server.
-
-    Attributes:
-        closed: done when there will be no more messages.
-        tenant: whose it is; empty without keys.
-    """
+    """An accepted connection, of any server. closed: done when there will be no more messages."""
 
     closed: asyncio.Future[None]
     tenant: str
 
-    def attach(
-        self,
-        on_text: Callable[[bytes], None],
-        on_binary: Callable[[bytes], None],
-        on_writable: Callable[[bool], None],
-    ) -> None:
+    def attach(self, on_text: OnMessage, on_binary: OnMessage, on_writable: OnWritable) -> None:
         """Call these for each message, and when the client stops reading or reads again."""
-        ...
 
     def send_binary(self, message: bytes) -> None: ...
     def send_text(self, message: bytes) -> None: ...
     def pause(self) -> None:
         """Stop reading."""
-        ...
 
     def resume(self) -> None:
         """Read again."""
-        ...
 
     def unsent(self) -> int:
         """Bytes that were sent here and that the client has not taken."""
-        ...
 
     def close(self, code: int, reason: str) -> None:
         """Close the connection when everything sent here has left. What the client still sends is discarded."""
-        ...
 
     def abort(self) -> None:
         """Cut the connection; what is unsent is lost."""
-        ...
 
 
 class AsgiLink:
@@ -70,12 +57,7 @@ class AsgiLink:
         self._reading.set()
         self._aborted = asyncio.Event()
 
-    def attach(
-        self,
-        on_text: Callable[[bytes], None],
-        on_binary: Callable[[bytes], None],
-        on_writable: Callable[[bool], None],
-    ) -> None:
+    def attach(self, on_text: OnMessage, on_binary: OnMessage, on_writable: OnWritable) -> None:
         self._on_text, self._on_binary, self._on_writable = on_text, on_binary, on_writable
         self.closed = asyncio.ensure_future(self._run())
 

@@ -29,12 +29,6 @@ OnRefused = Callable[[UnrollError, int | None, int | None, str | None], None]
 class Replies:
     """Sends the answers to entries, and the answers to control messages.
 
-    Args:
-        link: the connection.
-        flow: where the entries that are answered are counted.
-        call_soon: calls a function in the next turn of the event loop.
-        on_refused: logs an error.
-
     Attributes:
         closed: the connection is gone; nothing is sent any more.
         send_text: sends what is encoded already.
@@ -55,7 +49,6 @@ class Replies:
         self.send_text(json.dump(document))
 
     def send_frame(self, frame: bytes) -> None:
-        """A frame that answers no entry."""
         self._send_binary(frame)
 
     def send_error(self, error: UnrollError) -> None:
@@ -71,7 +64,6 @@ class Replies:
         self._release(1, entry.steps)
 
     def answer_text(self, entry: SingleEntryFrame, document: dict[str, Any]) -> None:
-        """In a text message."""
         self.flush()
         self.send(document)
         self._release(1, entry.steps)
@@ -87,7 +79,6 @@ class Replies:
         """In a frame of its own, but for the rows that failed.
 
         Args:
-            frame: the client's.
             rows: the rows of the frame that were submitted; None if all were.
             reply: the answer to some of those rows, or to all.
         """
@@ -127,13 +118,11 @@ class Replies:
         self._release(len(handles), sum(steps))
 
     def close(self) -> None:
-        """The connection is gone."""
         self.closed = True
         self._coalesced.clear()
 
 
 def error_members(error: UnrollError) -> dict[str, Any]:
-    """An error as members of a JSON object."""
     members: dict[str, Any] = {**error.details, "code": error.code, "detail": error.message}
     if isinstance(error, Overloaded):
         members["retry_after"] = error.retry_after

@@ -57,8 +57,6 @@ class PendingChunk:
     """A chunk that is not answered; called with its outcome.
 
     Attributes:
-        entry: the chunk as the client sent it.
-        answer: sends its reply.
         served, session, chunk: what it was submitted to and as.
         attempts: looks its session up in the store and submits it again; None as long as that was not needed.
     """
@@ -79,11 +77,7 @@ class FrameSubmitter:
     """Submits frames, retries chunks whose session another replica updated, and hands the outcomes to the replies.
 
     Args:
-        app: the state of the app.
-        name: the model's.
-        handles: the connection's sessions.
         recurring: the connection's frames; cleared when a handle is unbound.
-        replies: where the answers go.
     """
 
     def __init__(
@@ -127,7 +121,6 @@ class FrameSubmitter:
         return [i for i in range(len(frame.entries)) if i not in taken] if len(taken) < len(frame.entries) else []
 
     def submit_apart(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
-        """Submit entries of a frame chunk by chunk."""
         for i in entries:
             entry = SingleEntryFrame(frame.handles[i], frame.steps[i], frame.positions[i], frame.chunk(i))
             self.submit(entry, faults.get(i), self._replies.coalesce)
@@ -141,10 +134,13 @@ class FrameSubmitter:
         positions = None if sent[0] == NO_POSITION and (sent == NO_POSITION).all() else sent
         on_reply = partial(self._complete_group, frame, None, None)
         try:
-            return served.loop.submit_cohorts(recurring.cohorts, positions, inputs, self._timeout, on_reply)
+            now, groups = served.loop.clock.now(), served.scheduler.groups
+            taken = groups.submit_cohorts(recurring.cohorts, positions, inputs, now, now + self._timeout, on_reply)
         except UnrollError as error:
             self._replies.refuse_all(frame.entries, error)
             return True
+        served.loop.wake()
+        return taken
 
     def _submit_group(
         self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session], recurring: RecurringFrame
@@ -160,10 +156,12 @@ class FrameSubmitter:
             positions = [positions[i] for i in rows]
         on_reply = partial(self._complete_group, frame, None if whole else rows, recurring)
         try:
-            declined = served.loop.submit_group(members, positions, inputs, self._timeout, on_reply, again=again)
+            now, groups = served.loop.clock.now(), served.scheduler.groups
+            declined = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
         except UnrollError as error:
             self._replies.refuse_all(frame.entries[rows], error)
             return rows
+        served.loop.wake()
         if not declined:
             return rows
         others = set(declined)
@@ -175,13 +173,7 @@ class FrameSubmitter:
         fault: UnrollError | None,
         answer: Callable[[SingleEntryFrame, Reply], None] | None = None,
     ) -> None:
-        """Submit one chunk, or refuse it.
-
-        Args:
-            entry: the chunk.
-            fault: the error in its values.
-            answer: sends its reply; by default in a frame of its own.
-        """
+        """Submit one chunk, or refuse it. answer: sends its reply; by default in a frame of its own."""
         if fault is not None:
             self._replies.refuse(entry.handle, entry.steps, entry.position, fault)
             return

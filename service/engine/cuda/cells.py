@@ -95,12 +95,7 @@ class Packed:
 
 
 def pack(layer: Layer, parts: int) -> Packed:
-    """Pack a layer's weights.
-
-    Args:
-        layer: The layer.
-        parts: float16 numbers that hold one weight: 2 for float32's accuracy, 1 for TF32's.
-    """
+    """Pack a layer's weights. parts: float16 numbers that hold one weight: 2 for float32's accuracy, 1 for TF32's."""
     gates, hidden = layer.r.shape[0] // layer.hidden, layer.hidden
     padded = -(-hidden // _UNITS) * _UNITS
     sides = []
@@ -150,7 +145,6 @@ class CellKernel:
         """Return a function that queues one step.
 
         Args:
-            size: Rows of the batch.
             x: The layer's input, (size, inputs).
             arena: The state rows, (slots, width).
             sources: The rows that hold h and c, (size,).

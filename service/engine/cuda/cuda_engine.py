@@ -34,9 +34,7 @@ class CudaEngine:
     """An engine on a GPU.
 
     Args:
-        device: The GPU.
         runner: Runs the graph on the device's stream.
-        manifest: The model's tensors.
         rows: Rows of the arena, the initial and the scratch row included.
         buckets: Row counts of the captured single-step calls, ascending; none for a model that takes whole sequences.
         parts: The graph in parts, if kernels of our own run the layers.
@@ -84,10 +82,6 @@ class CudaEngine:
         self.captured = bool(self._steps)
         #: Sequences run step by step as well, which is faster and gives the same bits as single steps.
         self._stepwise = self.captured and bool(parts)
-
-    def __repr__(self) -> str:
-        captured = f"graphs of {self._buckets} rows" if self.captured else "no graphs"
-        return f"<CudaEngine {self._arena.shape[0]} rows on {self._device.name}, {captured}>"
 
     def run(self, rows: Rows) -> BatchResult:
         if (result := self.launch(rows)) is not None:
@@ -164,7 +158,6 @@ class CudaEngine:
         """Return the graph for a step of `rows` rows, to inspect and measure it.
 
         Args:
-            rows: Rows of the batch.
             transfers: Include the copies between host and device.
         """
         call = self._steps[bucket_of(self._buckets, rows), 1][-1]

@@ -28,12 +28,8 @@ class Kernel:
     """A kernel in one of this package's CUDA files, and how it is launched.
 
     Attributes:
-        file: The CUDA file.
-        name: The kernel's name in the file.
         constants: The file's compile-time constants, by name.
-        threads: Threads of a block.
         cluster: Blocks that can access one another's shared memory.
-        shared_bytes: Shared memory of each block.
         overlaps_previous: The kernel may start while the previous kernel runs; it waits for that kernel itself.
     """
 
@@ -57,11 +53,9 @@ class Event(Protocol):
 
     def record(self) -> None:
         """Move the event to the end of the stream."""
-        ...
 
     def wait(self) -> None:
         """Wait until the stream has reached the event."""
-        ...
 
 
 class Device(Protocol):
@@ -70,7 +64,6 @@ class Device(Protocol):
     Attributes:
         name: `cuda:N`.
         stream: The stream's address, for onnxruntime.
-        multiprocessors: Number of multiprocessors.
     """
 
     name: str
@@ -79,7 +72,6 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Free all memory and all graphs. None of them may be used after this."""
-        ...
 
     def allocate(self, shape: Sequence[int], dtype: Any) -> TensorRef:
         """Allocate a tensor of zeros.
@@ -87,35 +79,27 @@ class Device(Protocol):
         Raises:
             OutOfDeviceMemory: There is too little free memory.
         """
-        ...
 
     def free(self, memory: TensorRef) -> None:
         """Free an allocated tensor."""
-        ...
 
     def host_block(self, nbytes: int) -> np.ndarray:
         """Allocate zeroed host memory that kernels access at `array.ctypes.data`. It is freed by `close`."""
-        ...
 
     def free_bytes(self) -> int:
         """Return the bytes that are free on the device."""
-        ...
 
     def upload(self, target: int, array: np.ndarray) -> None:
         """Copy a contiguous array to the device, and wait."""
-        ...
 
     def download(self, array: np.ndarray, source: int) -> None:
         """Fill a contiguous array from the device, and wait."""
-        ...
 
     def download_rows(self, rows: np.ndarray, sources: Sequence[int]) -> None:
         """Fill each row of a contiguous array from its own device address, and wait once."""
-        ...
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy between two device addresses."""
-        ...
 
     def prepare(self, kernel: Kernel) -> None:
         """Compile and load a kernel, which must not happen during a capture.
@@ -123,19 +107,15 @@ class Device(Protocol):
         Raises:
             CompilationFailed: The kernel cannot be compiled.
         """
-        ...
 
     def run(self, kernel: Kernel, blocks: tuple[int, int], *arguments: Argument) -> None:
         """Queue a kernel. An `int` argument is an address or a 64-bit number."""
-        ...
 
     def capture(self, queue: Callable[[], None]) -> Graph:
         """Record the work that `queue` queues, without running it. The memory it uses must outlive the graph."""
-        ...
 
     def event(self) -> Event:
         """Create an event."""
-        ...
 
     def synchronize(self) -> None:
         """Wait for all queued work.
@@ -143,4 +123,3 @@ class Device(Protocol):
         Raises:
             DeviceFailed: Some of it failed.
         """
-        ...

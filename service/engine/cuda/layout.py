@@ -20,12 +20,7 @@ Tensor = tuple[tuple[int, ...], "np.dtype[Any]"]
 
 
 class BlockLayout:
-    """Tensors one after another in a block.
-
-    Attributes:
-        offsets: First byte of each tensor.
-        nbytes: Bytes of the block.
-    """
+    """Tensors one after another in a block. offsets: First byte of each tensor."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -57,7 +52,6 @@ class BlockLayout:
 
 
 def input_tensors(manifest: Manifest, rows: int) -> list[Tensor]:
-    """Return shape and type of each input of one step."""
     return [((rows, 1, *spec.shape), spec.numpy) for spec in manifest.inputs]
 
 
@@ -75,7 +69,6 @@ def buckets(wanted: Sequence[int], max_batch: int) -> tuple[int, ...]:
     Args:
         wanted: Row counts instead of BUCKETS. With a single one, a row is always computed in a call of the same size,
             and so gives the same bits.
-        max_batch: Rows of the largest batch.
 
     Raises:
         ValueError: None has room for `max_batch` rows.
@@ -87,5 +80,4 @@ def buckets(wanted: Sequence[int], max_batch: int) -> tuple[int, ...]:
 
 
 def bucket_of(sizes: Sequence[int], rows: int) -> int:
-    """Return the smallest of `sizes` that has room for `rows`."""
     return sizes[bisect_left(sizes, rows)]

@@ -15,7 +15,6 @@ class Layer:
     """A recurrent layer, with weights in ONNX's order: gates i, o, f, c of an LSTM and z, r, h of a GRU.
 
     Attributes:
-        cell: The kind of layer.
         x: Name of the input tensor, (1, batch, inputs).
         y: Name of the output tensor, (1, 1, batch, hidden).
         w: Input weights, (gates * hidden, inputs).
@@ -49,9 +48,7 @@ class Segment:
     """A part of the graph.
 
     Attributes:
-        model: The part as an ONNX file.
         inputs: For each input, the tensor of the whole graph that holds its values, maybe in another shape.
-        outputs: Names of the outputs.
         shapes: Shapes of inputs and outputs for one time step; -1 is the batch.
     """
 

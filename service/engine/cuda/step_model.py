@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from unroll.bundle import Manifest
 from unroll.service.engine.cuda.cells import CellKernel
 from unroll.service.engine.cuda.device import Device
 from unroll.service.engine.cuda.parts import Layer, Segment
-from unroll.service.engine.runner import BoundCall, GraphPart, Runner
+from unroll.service.engine.runner import BindPart, BoundCall, Runner
 from unroll.service.engine.tensor_ref import TensorRef
 
 #: Runs until onnxruntime has allocated all memory of a call, which a capture forbids: it plans the memory in the first
@@ -36,22 +35,11 @@ class StepTensors:
     outputs: Sequence[TensorRef]
 
 
-class StepModel(Protocol):
-    """Runs the model in a step.
-
-    Attributes:
-        gathers: The states must be gathered into `state` first. Otherwise the model reads them from the arena.
-    """
-
-    gathers: bool
-
-    def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
-        """Return a function that queues a step of `size` rows. It neither waits nor allocates memory."""
-        ...
-
-
 class WholeModel:
-    """The whole graph, in onnxruntime."""
+    """The whole graph.
+
+    gathers: The states must be gathered into `state` first. Otherwise the model reads them from the arena.
+    """
 
     gathers = True
 
@@ -59,6 +47,7 @@ class WholeModel:
         self._runner = runner
 
     def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
+        """Return a function that queues a step of `size` rows. It neither waits nor allocates memory."""
         inputs, outputs = [*tensors.inputs, tensors.state], [*tensors.outputs, tensors.state_out]
         call = self._runner.bind(inputs, np.ones(size, np.int32), outputs)
         _warm_up(call)
@@ -117,12 +106,15 @@ class SeparateModel:
         return queue
 
 
-def _bind_segment(runner: GraphPart, segment: Segment, size: int, named: dict[str, TensorRef]) -> Callable[[], None]:
+StepModel = WholeModel | SeparateModel
+
+
+def _bind_segment(bind: BindPart, segment: Segment, size: int, named: dict[str, TensorRef]) -> Callable[[], None]:
     def memory(name: str, source: str) -> TensorRef:
         shape = tuple(size if length == -1 else length for length in segment.shapes[name])
         return named[source].at(0, shape, named[source].dtype)
 
-    call = runner.bind(
+    call = bind(
         {name: memory(name, source) for name, source in segment.inputs.items()},
         {name: memory(name, name) for name in segment.outputs},
     )

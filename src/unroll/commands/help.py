@@ -20,11 +20,8 @@ class Command(click.Command):
         return text(ctx)
 
 
-class Group(click.Group):
+class Group(Command, click.Group):
     """A command with commands of its own."""
-
-    def get_help(self, ctx: click.Context) -> str:
-        return text(ctx)
 
 
 def usage(ctx: click.Context) -> str:

@@ -1,11 +1,14 @@
 """`unroll keys new|check`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from unroll.commands.options import Failed, argument, option
+
+if TYPE_CHECKING:
+    from unroll.service.access.keys import KeyRing
 
 #: Those of `unroll.service.access.keys`, which takes long to import.
 _SCOPES = ("infer", "metrics", "sessions:admin", "models:admin", "server:admin")
@@ -39,11 +42,10 @@ class New:
     ] = None
 
     def run(self) -> int:
-        from unroll.service.access.keys import KeysRefused
-        from unroll.service.commands import keys
+        from unroll.service.access.keys import KeysRefused, add_key
 
         try:
-            print(keys.add(self.file, self.name or self.tenant, self.tenant, self.scope or ["infer"]))
+            print(add_key(self.file, self.name or self.tenant, self.tenant, self.scope or ["infer"]))
         except (KeysRefused, OSError) as error:
             raise Failed(str(error)) from error
         return 0
@@ -60,16 +62,25 @@ class Check:
 
     def run(self) -> int:
         from unroll.service.access.keys import KeyRing, KeysRefused
-        from unroll.service.commands import keys
 
         try:
             ring = KeyRing.read(self.file, only_keys=False)
             if ring.keys or not ring.quotas:
                 ring = KeyRing.read(self.file)
-            print(*keys.lines(ring), sep="\n")
+            print(*_lines(ring), sep="\n")
         except KeysRefused as error:
             raise Failed(str(error)) from error
         return 0
+
+
+def _lines(ring: "KeyRing") -> Iterator[str]:
+    if not ring.keys:
+        yield "no keys: for a server with --jwt-keys"
+    for key in ring.keys.values():
+        end = "" if key.expires is None else f"  {'expired' if key.is_over() else 'expires'} {key.expires.isoformat()}"
+        yield f"{key.name}  tenant {key.tenant}  {' '.join(sorted(key.scopes))}{end}"
+    for tenant, quota in ring.quotas.items():
+        yield f"tenant {tenant}: " + ", ".join(f"{name} {most:g}" for name, most in quota if most is not None)
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,9 @@ class Declared:
     Attributes:
         flags: Such as `--json` or `--page/--no-page`; empty for an argument.
         metavar: What the value is, in help; words with | between them are all that is allowed. Empty for a switch.
-        help: What it decides.
         check: Gets the value, and raises ValueError with the reason if it is not allowed.
         envvar: The variable that it is taken from if it is not given.
         group: The heading below which help lists it.
-        hidden: Help does not list it.
-        show_default: Help adds its default.
     """
 
     flags: str

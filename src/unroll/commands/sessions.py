@@ -97,6 +97,3 @@ class Import(OnStore):
     file: Annotated[Path, argument("FILE", "written by `unroll sessions export`, or by a server's --state-file")]
     replace: Annotated[bool, flag("--replace", "also sessions that are open, or have ended; else they stay so")] = False
     json: Json = False
-
-
-SESSIONS: dict[str, type[OnStore]] = {"list": List, "show": Show, "close": Close, "export": Export, "import": Import}

@@ -44,7 +44,8 @@ class Verify:
 
     def run(self) -> int:
         from unroll.service import verify
-        from unroll.service.models.trial import ANY, TrialLimits
+        from unroll.service.models.trial import ANY
+        from unroll.service.models.trial_process import TrialLimits
 
         # Its answers are compared below, on each device.
         limits = TrialLimits(self.bundle_memory, self.bundle_time, tuple(self.allow_operators or ()), slack=ANY)

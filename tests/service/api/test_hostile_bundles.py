@@ -18,8 +18,8 @@ from waiting import until
 from unroll import bundle as bundles
 from unroll.bundle import BundleError, Content
 from unroll.bundle.errors import REMEDIES, printable
-from unroll.service.models.trial import TrialLimits, TrialProcess, Trials
-from unroll.service.models.trial_process import Job
+from unroll.service.models.trial import TrialProcess, Trials
+from unroll.service.models.trial_process import Job, TrialLimits
 
 ROW = {"inputs": [[[1.0, 2.0, 3.0]]]}
 #: Of the bundles; so much is more than enough for the good one.

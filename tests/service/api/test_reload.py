@@ -16,6 +16,8 @@ from serving import RAW, Oracle, Running, Serve, raw_steps
 from waiting import until
 
 from unroll import bundle
+from unroll.service.engine.curve import Curve
+from unroll.service.models import loading
 
 Oracles = Callable[..., Oracle]
 
@@ -45,6 +47,25 @@ def add(repository: Path, shelf: Path, version: str) -> None:
     """Put a version on the shelf in one rename, as export does."""
     shutil.copytree(repository / "gru" / version, shelf / ".coming")
     (shelf / ".coming").rename(shelf / "gru" / version)
+
+
+def test_versions_of_a_model_are_measured_as_models_built_alike(
+    serve: Serve, repository: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[Curve | None, Curve]] = []
+    measure = loading.measure
+
+    def spy(*arguments: object, alike: Curve | None) -> Curve:
+        measured.append((alike, measure(*arguments, alike=alike)))  # type: ignore[arg-type]
+        return measured[-1][1]
+
+    monkeypatch.setattr(loading, "measure", spy)
+    add(repository, shelf, "2")
+    serve(repository=shelf)
+    (of_first, first), (of_second, _), (of_other, _) = measured  # gru:1, gru:2, lstm:1
+    assert of_first is None
+    assert of_second is first
+    assert of_other is None
 
 
 def versions(running: Running) -> list[tuple[str, bool]]:

@@ -37,9 +37,14 @@ class Machine:
         self.calls.append((rows, steps))
 
     def measure(
-        self, max_batch: int = 256, piece_steps: int = 64, max_batch_steps: int = 2048, budget: float = 0.15
+        self,
+        max_batch: int = 256,
+        piece_steps: int = 64,
+        max_batch_steps: int = 2048,
+        budget: float = 0.15,
+        alike: Curve | None = None,
     ) -> Curve:
-        return measure(self.run, max_batch, piece_steps, max_batch_steps, budget, self._clock.now)
+        return measure(self.run, max_batch, piece_steps, max_batch_steps, budget, self._clock.now, alike)
 
     @property
     def spent(self) -> float:
@@ -99,11 +104,39 @@ def test_a_model_that_is_only_run_step_by_step() -> None:
     assert curve.seconds(8, 4) >= straight(8, 4)  # a single step is an upper bound for a step of a sequence
 
 
-def test_a_small_model_is_measured_often_and_within_the_budget() -> None:
+def test_a_call_is_repeated_until_three_agree() -> None:
     machine = Machine(straight)
+    machine.measure()
+    assert {machine.calls.count(size) for size in {*machine.calls}} == {3}
+
+
+def test_a_disturbed_small_model_is_measured_often_and_within_the_budget() -> None:
+    machine = Machine(lambda rows, steps: straight(rows, steps) * (1 + len(machine.calls) % 7 / 5))
     machine.measure(budget=0.15)
     assert machine.calls.count((256, 1)) > 5
     assert machine.spent <= 0.15
+
+
+def test_a_model_that_costs_what_one_built_alike_does_has_its_curve() -> None:
+    alike = Machine(straight).measure()
+    for cost in (straight, lambda rows, steps: 1.2 * straight(rows, steps)):
+        machine = Machine(cost, slow=lambda call: call < 2)  # the first calls are slower on most machines
+        assert machine.measure(alike=alike) is alike
+        assert len(machine.calls) == 4
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_model_that_costs_other_than_one_built_alike_is_measured(factor: float) -> None:
+    alike = Machine(straight).measure()
+    curve = Machine(lambda rows, steps: factor * straight(rows, steps)).measure(budget=0.5, alike=alike)
+    assert curve.seconds(64) == pytest.approx(factor * straight(64, 1))
+
+
+def test_a_large_model_unlike_the_other_is_measured_within_the_budget() -> None:
+    machine = Machine(lambda rows, steps: 1e-3 + 4e-4 * rows * steps)  # 103 ms for 256 rows
+    curve = machine.measure(alike=Machine(straight).measure())
+    assert machine.spent <= 0.15
+    assert curve.seconds(256) == pytest.approx(1e-3 + 4e-4 * 256)
 
 
 def test_a_large_model_is_measured_at_fewer_points() -> None:

@@ -5,9 +5,11 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
+from memory_store import MemoryStore
 from waiting import PATIENCE, turns
 
 from unroll.bundle import TensorSpec
@@ -20,7 +22,6 @@ from unroll.service.scheduler.loop import EngineThread, Loop
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.store.interface import Commit
-from unroll.service.store.memory_store import MemoryStore
 from unroll.service.store.record import Origin
 
 NUMBER = TensorSpec("x", "float32", (), True)
@@ -121,24 +122,35 @@ async def running(
                 await task
 
 
-async def steps(loop: Loop, session_id: str, inputs: Tensors, timeout: float, position: int | None = None) -> Reply:
+async def answered(begin: Callable[[Callable[[Any], None]], Callable[[], None]]) -> Any:
     """As a client waits for its answer; one that is cancelled has gone away."""
-    future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-    def then(outcome: Outcome) -> None:
+    def then(outcome: Any) -> None:
         if isinstance(outcome, UnrollError):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
 
-    session = loop.scheduler.sessions.find_detached(session_id, loop.clock.now())
-    chunk = loop.submit(Chunk(inputs, session, position), timeout, then)
+    leave = begin(then)
     try:
         return await future
     except asyncio.CancelledError:
-        assert chunk is not None
-        loop.leave(chunk, then)
+        leave()
         raise
+
+
+async def sequences(loop: Loop, timeout: float) -> list[Reply]:
+    return await answered(lambda then: loop.submit_sequences([X], timeout, then))
+
+
+async def steps(loop: Loop, session_id: str, inputs: Tensors, timeout: float, position: int | None = None) -> Reply:
+    def begin(then: Callable[[Outcome], None]) -> Callable[[], None]:
+        session = loop.scheduler.sessions.find_detached(session_id, loop.clock.now())
+        chunk = loop.submit(Chunk(inputs, session, position), timeout, then)
+        return lambda: None if chunk is None else loop.leave(chunk, then)
+
+    return await answered(begin)
 
 
 X = (np.array([1.0, 2.0], np.float32),)
@@ -154,7 +166,7 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
         loop.scheduler.open("a", 0, origin=ORIGIN)
         waiting = asyncio.create_task(steps(loop, "a", X, 10, position=0))
         await store.committing.wait()
-        assert (await loop.sequences([X], 10))[0].position == 2, "work without a commit must not wait for commits"
+        assert (await sequences(loop, 10))[0].position == 2, "work without a commit must not wait for commits"
         assert not waiting.done()
         assert loop.scheduler.sessions.find_detached("a", 0).position == 0, (
             "a step that is not in the store must not be visible"
@@ -166,9 +178,9 @@ async def test_no_reply_leaves_before_its_commit(seconds_per_step: float):
 
 async def test_what_arrives_while_a_batch_runs_forms_the_next():
     async with running() as (loop, _, _, engine):
-        first = asyncio.create_task(loop.sequences([X], 10))
+        first = asyncio.create_task(sequences(loop, 10))
         await engine.began()
-        others = [asyncio.create_task(loop.sequences([X], 10)) for _ in range(5)]
+        others = [asyncio.create_task(sequences(loop, 10)) for _ in range(5)]
         await turns()
         engine.gate.set()
         await asyncio.gather(first, *others)
@@ -177,9 +189,9 @@ async def test_what_arrives_while_a_batch_runs_forms_the_next():
 
 async def test_a_caller_that_leaves_takes_its_queued_work_along():
     async with running() as (loop, _, _, engine):
-        first = asyncio.create_task(loop.sequences([X], 10))
+        first = asyncio.create_task(sequences(loop, 10))
         await engine.began()
-        leaving = asyncio.create_task(loop.sequences([X], 10))
+        leaving = asyncio.create_task(sequences(loop, 10))
         await turns()
         leaving.cancel()
         engine.gate.set()
@@ -193,7 +205,7 @@ async def test_a_caller_that_leaves_takes_its_queued_work_along():
 async def test_a_retry_that_joined_keeps_the_work_alive():
     async with running() as (loop, _, _, engine):
         loop.scheduler.open("a", 0)
-        blocker = asyncio.create_task(loop.sequences([X], 10))
+        blocker = asyncio.create_task(sequences(loop, 10))
         await engine.began()
         first = asyncio.create_task(steps(loop, "a", X, 10, position=0))
         retry = asyncio.create_task(steps(loop, "a", X, 10, position=0))
@@ -208,10 +220,10 @@ async def test_a_retry_that_joined_keeps_the_work_alive():
 
 async def test_errors_reach_the_caller():
     async with running() as (loop, _, clock, engine):
-        blocker = asyncio.create_task(loop.sequences([X], 10))
+        blocker = asyncio.create_task(sequences(loop, 10))
         await engine.began()
         session = loop.scheduler.open("a", 0)
-        late = asyncio.create_task(loop.sequences([X], 5))
+        late = asyncio.create_task(sequences(loop, 5))
         closed = asyncio.create_task(steps(loop, "a", X, 10))
         await turns()
         clock.advance(6)
@@ -241,9 +253,9 @@ async def test_the_next_batch_is_launched_before_the_last_is_answered():
     async with running(1e-1, LaunchingEngine) as (loop, _, _, engine):
         assert isinstance(engine, LaunchingEngine)
         engine.gate.set()
-        first = asyncio.create_task(loop.sequences([X], 10))
+        first = asyncio.create_task(sequences(loop, 10))
         await engine.launched()
-        second = asyncio.create_task(loop.sequences([X], 10))
+        second = asyncio.create_task(sequences(loop, 10))
         await engine.launched()
         assert engine.log == ["launch 0", "launch 1"]
         assert not first.done()
@@ -272,7 +284,7 @@ async def test_a_device_that_fails_ends_the_loop():
         thread = EngineThread(engine, executor, lambda rows, steps: 0.0)
         loop = Loop("m", scheduler, thread, None, ManualClock())
         task = asyncio.create_task(loop.run())
-        waiting = asyncio.create_task(loop.sequences([X], 10))
+        waiting = asyncio.create_task(sequences(loop, 10))
         with pytest.raises(DeviceFailed, match="off the bus"):
             await task
         waiting.cancel()

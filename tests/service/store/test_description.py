@@ -1,10 +1,13 @@
 """What the server says at its start of where sessions are, and what they survive."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from redis_server import RedisServer
+from waiting import PATIENCE
 
 from unroll.service.store.description import describe, where_sessions_are
 from unroll.service.store.embedded_store import EmbeddedStoreConfig
@@ -58,3 +61,14 @@ async def test_what_a_folder_and_memory_survive(tmp_path: Path) -> None:
     }
     memory = await where_sessions_are(None, tmp_path / "file")
     assert memory == {"where": "memory", "survive": f"an orderly end of the server, in {tmp_path}/file"}
+
+
+def test_server_without_a_redis_does_not_import_its_client(tmp_path: Path) -> None:
+    source = (
+        "import sys; from unroll.service import serve; from unroll.service.settings import Settings\n"
+        "from unroll.service.store.opening import open_store\n"
+        f"open_store(Settings(repository='.', store={tmp_path.as_uri()!r}).store_config())\n"
+        "assert 'lmdb' in sys.modules and 'redis' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=PATIENCE)
+    assert run.returncode == 0, run.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from faults.proxy import Fault, FaultProxy
+from memory_store import MemoryStore
 from redis_server import RedisServer
 from structlog.testing import capture_logs
 from waiting import until
@@ -17,7 +18,6 @@ from unroll.service.core.errors import InvalidRequest, SessionContended, Snapsho
 from unroll.service.core.session_ids import owned
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Commit, Key, Store, Tokens
-from unroll.service.store.memory_store import MemoryStore
 from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 

@@ -1,0 +1,123 @@
+"""What a loop over time may hand on: what it was given, what it made, under more than one name, and for how long."""
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle
+from torch import Tensor, nn
+
+from conformance.kinds.kind import Forward, made
+from unroll.export import export
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[0], 4)
+
+
+def many_names(s: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The previous input, the one before that, the state before the update, and two states under other names."""
+    h, older, other, before, second, outs = zeros(x), zeros(x), zeros(x) + 1, zeros(x), zeros(x), []
+    for t in range(x.shape[1]):
+        outs.append(torch.cat([h, before], 1))
+        new = torch.tanh(x[:, t] + s.r * h - before + 0.1 * second - older + other)
+        second, before, older, h = before, x[:, t], h, new
+        other = h
+    return torch.stack(outs, 1), h, before
+
+
+def previous_of_unbound(s: Any, x: Tensor) -> Tensor:
+    before, outs = torch.zeros(x.shape[0], 2), []
+    for step in s.head(x).unbind(1):
+        outs.append(torch.cat([step[:, :2] - before, s.r.expand(x.shape[0], -1)], 1))
+        before = step[:, 2:]
+    return torch.stack(outs, 1)
+
+
+def previous_from_the_first(s: Any, x: Tensor) -> Tensor:
+    h, before, outs = zeros(x), x[:, 0], []
+    for t in range(x.shape[1]):
+        h = torch.tanh(h * s.r + x[:, t] - before)
+        outs.append(h)
+        before = x[:, t]
+    return torch.stack(outs, 1)
+
+
+def previous_by_index(s: Any, x: Tensor) -> Tensor:
+    outs = []
+    for t in range(x.shape[1]):
+        before = x[:, t - 1 : t] if t else torch.zeros(x.shape[0], 1, 4)
+        outs.append(s.head(x[:, t : t + 1] - before))
+    return torch.cat(outs, 1)
+
+
+def delayed(s: Any, x: Tensor) -> Tensor:
+    """The loop itself computes nothing."""
+    before, outs = zeros(x), []
+    for t in range(x.shape[1]):
+        outs.append(before)
+        before = x[:, t]
+    return s.head(torch.stack(outs, 1))
+
+
+def swapped(s: Any, x: Tensor) -> Tensor:
+    a, b, outs = zeros(x), zeros(x) + 1, []
+    for t in range(x.shape[1]):
+        a, b = b, a
+        a = torch.tanh(a * s.r + x[:, t])
+        outs.append(a + b)
+    return torch.stack(outs, 1)
+
+
+def window(s: Any, x: Tensor) -> Tensor:
+    steps, outs = deque([zeros(x)] * 6, maxlen=6), []
+    for t in range(x.shape[1]):
+        steps.append(x[:, t])
+        outs.append(s.head(torch.stack(list(steps)).mean(0)))
+    return torch.stack(outs, 1)
+
+
+def window_of_states(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    h, states, outs = zeros(x), [zeros(x)] * 3, []
+    for t in range(x.shape[1]):
+        h = torch.tanh(s.head(x[:, t]) + s.r * states[0])
+        states = [*states[1:], h]
+        outs.append(h)
+    return torch.stack(outs, 1), torch.stack(states, 1)
+
+
+def two_loops(s: Any, x: Tensor) -> Tensor:
+    return previous_from_the_first(s, s.head(delayed(s, x)))
+
+
+def viewed(s: Any, x: Tensor) -> Tensor:
+    h, before, outs = zeros(x).t(), x.new_zeros(x.shape[0], 2, 2), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(x[:, t] + h.t() * s.r + before.transpose(1, 2).reshape(-1, 4)).t()
+        outs.append(h.t())
+        before = x[:, t : t + 1].squeeze(1).view(-1, 2, 2)
+    return torch.stack(outs, 1)
+
+
+OTHERS: list[Forward] = [
+    *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
+    *(two_loops, viewed),
+]
+
+
+@pytest.mark.parametrize("forward", [many_names, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)])
+def test_a_loop_may_hand_on_what_it_was_given_or_made(few_steps: None, tmp_path: Path, forward: Forward) -> None:
+    module = made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4)).eval()
+    manifest = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path).manifest
+    assert manifest.streamable
+    oracle, x, row, steps = Oracle(tmp_path, "m"), torch.randn(23, 4), None, []
+    for step in x.numpy()[:, None]:
+        (y, *_), row = oracle.all(step, state=row)
+        steps.append(y[0])
+    with torch.no_grad():
+        returned = module(x[None])
+    expected = returned[0] if isinstance(returned, tuple) else returned
+    assert np.allclose(steps, expected[0].numpy(), atol=1e-5)
