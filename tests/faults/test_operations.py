@@ -19,7 +19,9 @@ from waiting import reached
 from unroll.service.access.keys import new_key
 
 SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "1").split(",")]
-OPERATIONS, CLIENTS = 60, 8
+OPERATIONS = ["put 1", "put 2", "take 1", "take 2", "load", "unload", "rescan", "rescan"]
+OPERATIONS += ["guest", "no guest", "damaged keys", "log level"]
+COUNT, CLIENTS = 60, 8
 X = np.random.default_rng(11).standard_normal((200, 3)).astype(np.float32)
 RAW = {"Content-Type": "application/octet-stream"}
 
@@ -62,10 +64,7 @@ class Operator:
 
     async def act(self, chance: random.Random) -> str:
         """Do one thing; returns its name."""
-        done = chance.choice(
-            ["put 1", "put 2", "take 1", "take 2", "load", "unload", "rescan", "rescan", "guest", "no guest"]
-            + ["damaged keys", "log level"]
-        )
+        done = chance.choice(OPERATIONS)
         match done.split():
             case ["put", version]:
                 self.put_version(version)
@@ -141,30 +140,34 @@ async def test_operations_in_any_order(seed: int, operator: Operator, repository
     url = f"http://127.0.0.1:{operator.replica.port}"
     client = {"X-API-Key": operator.entries["client"][0]}
     guest = {"X-API-Key": operator.entries["guest"][0]}
-    async with httpx.AsyncClient(base_url=url, headers=client, timeout=120) as http, operator.http:
-        async with asyncio.TaskGroup() as group:
-            for i in range(CLIENTS):
-                group.create_task(Stepper(http, oracles, seed * 1000 + i, told).live(stop))
-            for _ in range(OPERATIONS):
-                wanted = told["steps"] + told["refused"] + chance.randint(0, 60)
-                told[await operator.act(chance)] += 1
-                await reached(lambda wanted=wanted: told["steps"] + told["refused"] >= wanted, "answers")
+    async with (
+        httpx.AsyncClient(base_url=url, headers=client, timeout=120) as http,
+        operator.http,
+        asyncio.TaskGroup() as group,
+    ):
+        for i in range(CLIENTS):
+            group.create_task(Stepper(http, oracles, seed * 1000 + i, told).live(stop))
+        for _ in range(COUNT):
+            wanted = told["steps"] + told["refused"] + chance.randint(0, 60)
+            told[await operator.act(chance)] += 1
+            await reached(lambda wanted=wanted: told["steps"] + told["refused"] >= wanted, "answers")
 
-            # What is so in the end is what was done last.
-            operator.put_version("2")
-            operator.write_keys("guest")
-            operator.replica.rescan()
-            await operator.http.post("/v2/repository/models/gru/load")
-            before = told["2"]
-            await reached(lambda: told["2"] > before + CLIENTS, "sessions on the newest version")
+        # What is so in the end is what was done last.
+        operator.put_version("2")
+        operator.write_keys("guest")
+        operator.replica.rescan()
+        await operator.http.post("/v2/repository/models/gru/load")
+        before = told["2"]
+        await reached(lambda: told["2"] > before + CLIENTS, "sessions on the newest version")
 
-            async def refused() -> bool:
-                return (await http.get("/v1/models", headers=guest)).status_code == 401
+        async def refused() -> bool:
+            return (await http.get("/v1/models", headers=guest)).status_code == 401
 
-            await reached(refused, "the guest's refusal")
-            assert (await operator.http.post("/v1/admin/drain")).json() == {"ready": False}
-            await reached(lambda: told["draining"] > CLIENTS, "the refusal of new sessions")
-            stop.set()
+        await reached(refused, "the guest's refusal")
+        assert (await operator.http.post("/v1/admin/drain")).json() == {"ready": False}
+        await reached(lambda: told["draining"] > CLIENTS, "the refusal of new sessions")
+        stop.set()
     assert await operator.replica.terminate() == 0
-    assert told["1"] and told["2"] and told["steps"] > 10 * OPERATIONS, told
+    assert min(told["1"], told["2"]) > 0
+    assert told["steps"] > 10 * COUNT
     assert "Traceback" not in operator.replica.log.read_text()
