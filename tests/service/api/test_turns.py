@@ -239,6 +239,20 @@ def test_no_message_holds_the_loop(
         holds_briefly(act)
 
 
+def test_entries_for_which_there_is_no_room_do_not_hold_the_loop(
+    watched: Running, holds_briefly: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act() -> None:
+        socket.send(entries(_ONE))
+        answers(socket, MAX_ENTRIES)
+
+    with connect(f"ws://{watched.address}/v1/models/lstm/stream", compression=None, max_size=None) as socket:
+        socket.send(control("open", sessions=[{"handle": handle} for handle in _HANDLES]))
+        socket.recv()
+        monkeypatch.setattr(watched.model("lstm").scheduler._admission, "_max_queue", 0)
+        holds_briefly(act)
+
+
 @pytest.mark.parametrize("query", ["limit=1000", "limit=1000&min_idle=1000"])
 def test_a_list_of_many_sessions_does_not_hold_the_loop(watched: Running, holds_briefly: Callable, query: str) -> None:
     with connect(f"ws://{watched.address}/v1/models/lstm/stream", compression=None, max_size=None) as socket:
