@@ -60,10 +60,11 @@ class Request:
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
         again: Looks a session up in the store and handles the request again; None without a store.
         cancel: Cancels the work on it.
-        repeat: Begins the next request with the same headers; see `repeated_steps.py`.
+        repeats: Its connection had a request with the same headers before, but for the position.
+        repeat: Begins the next of them; see `repeated_steps.py`.
     """
 
-    __slots__ = ("again", "body", "cancel", "headers", "position", "repeat", "session", "tenant")
+    __slots__ = ("again", "body", "cancel", "headers", "position", "repeat", "repeats", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
@@ -71,6 +72,7 @@ class Request:
         self.tenant = tenant
         self.again: Callable[[str], bool] | None = None
         self.cancel: Cancel = nothing_to_cancel
+        self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.session: str | None = None
         self.position: int | None = None

@@ -23,7 +23,8 @@ import numpy as np
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.protocol.tensors import all_finite, dtype_hint, valid_values
+from unroll.service.engine.rows import all_finite
+from unroll.service.protocol.tensors import dtype_hint, valid_values
 
 STEPS, OUTPUTS, ROLLED = 1, 2, 3
 #: A flag of outputs.

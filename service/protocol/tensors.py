@@ -14,6 +14,7 @@ import numpy as np
 from unroll.bundle import Manifest, TensorSpec
 from unroll.service.core.errors import InvalidDtype, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from unroll.service.engine.engine import Tensors
+from unroll.service.engine.rows import FEW, all_finite
 
 #: By the kind of a tensor's dtype: the types that its values in JSON may have.
 _ACCEPTED: dict[str, set[type]] = {"f": {float, int}, "i": {int}, "b": {bool}}
@@ -28,9 +29,6 @@ _MISTAKEN = {
 
 #: If the squares of all values add up to less, every value is finite in float32.
 _FAR_FROM_OVERFLOW = 1e70
-
-#: Up to so many values, their dot product with themselves is cheaper than a check of each.
-_FEW = 1024
 
 
 class Codec:
@@ -239,11 +237,6 @@ def _named(specs: Sequence[TensorSpec], arrays: Tensors) -> dict[str, np.ndarray
     return {spec.name: array for spec, array in zip(specs, arrays, strict=True)}
 
 
-def all_finite(array: np.ndarray) -> bool:
-    """Whether the array has neither NaN nor infinity. The dot product decides for few values, unless it overflows."""
-    return (array.size <= _FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
-
-
 def valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
     """Which values the tensor may hold; None if it may hold all of them."""
     if spec.dtype == "float32":
@@ -294,7 +287,7 @@ def _flat(spec: TensorSpec, value: Any) -> tuple[list[Any], list[int]]:
 def _floats(spec: TensorSpec, values: list[float]) -> np.ndarray:
     try:
         array = np.array(values)
-        if array.size <= _FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
+        if array.size <= FEW and np.vdot(array, array) < _FAR_FROM_OVERFLOW:
             return array.astype(spec.numpy)
         with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity
             converted = array.astype(spec.numpy)

@@ -15,7 +15,7 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Group, GroupReply
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.limits import ModelTraits
-from unroll.service.scheduler.session import OPEN, Session
+from unroll.service.scheduler.session import OPEN, Owner, Session
 
 #: Of each input: the bytes of a row, the dtype, and the shape of all rows.
 Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
@@ -46,6 +46,10 @@ class OpenGroup(Group):
         self.values: list[bytes] = []
         self.listeners: list[Any] = []
         super().__init__([], slice(0), (), 1, deadline, partial(form.answer, self.listeners))
+
+    @property
+    def owners(self) -> set[Owner]:
+        return {session.owner for session in self.sessions}
 
     def inputs_of(self, row: int) -> Tensors:
         return tuple([array[0] for array in self.read(self.values[row : row + 1])])

@@ -63,7 +63,7 @@ class Lanes:
     def owners(self) -> set[Owner]:
         found = self._starved.owners()
         for lane in self._lanes.values():
-            found |= lane.owners() if isinstance(lane, FairQueue) else {work.owner for work in lane}
+            found |= lane.owners() if isinstance(lane, FairQueue) else set().union(*(work.owners for work in lane))
         return found
 
     @property

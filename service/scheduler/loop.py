@@ -231,8 +231,8 @@ class Loop:
         This waits for nothing: a request that is there must be read anyway, and costs less in the next batch.
         """
         seen = -1
-        while seen < self.scheduler.in_flight:
-            seen = self.scheduler.in_flight
+        while seen < (in_flight := self.scheduler.in_flight):
+            seen = in_flight
             await asyncio.sleep(0)
             if seen >= self.scheduler.limits.max_batch:
                 return

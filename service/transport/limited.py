@@ -188,7 +188,10 @@ class LimitedProtocol(HttpToolsProtocol):
             raise Refused(431, f"a header field may have {MAX_FIELD_BYTES} bytes, this one has {len(value)}")
         if len(self.headers) == MAX_FIELDS:
             raise Refused(431, f"a request may have {MAX_FIELDS} header fields, this one has more")
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def _limit_held(self) -> None:
         """The parser holds an open head or trailer. The segment it began in may have much else, and is not counted."""

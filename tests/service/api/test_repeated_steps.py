@@ -164,3 +164,13 @@ def test_a_head_inside_a_field_of_another_is_not_taken_for_one(
     wire.send(complete)
     wire.answer()
     assert (position_of(client, mine), position_of(client, theirs)) == (2, 1)
+
+
+def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:
+    name = open_session("unlike")
+    for i in range(12):
+        wire.send(
+            head("gru", name, position=i).replace(b"\r\n\r\n", b"\r\nx-request-id: %d\r\n\r\n" % i) + STEP.tobytes()
+        )
+        assert wire.answer()[1]["unroll-position"] == str(i + 1)
+    assert [step(wire, name)[1]["unroll-position"] for _ in range(3)] == ["13", "14", "15"]

@@ -3,8 +3,10 @@
 import pytest
 from fold import LATER, FoldForm, answer, failure, find, fold, inputs, join, run_until_idle, submit, turn
 
-from unroll.service.core.errors import PayloadMismatch, UnrollError
-from unroll.service.scheduler.limits import SchedulerLimits
+from unroll.service.core.errors import PayloadMismatch, QueueFull, UnrollError
+from unroll.service.core.session_ids import owned
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
 
 
@@ -136,3 +138,21 @@ def test_a_full_queue_takes_no_step(settled):
     assert [join(scheduler, session, 2, print) for session in sessions] == [True, True, False]
     assert scheduler.in_flight == 2
     assert [session.expected for session in sessions] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("joined", ["other", "left"])
+def test_a_full_queue_has_a_place_for_another_tenant_than_those_that_wait(settled, joined):
+    scheduler = Scheduler(settled.traits, SessionLimits(7), SchedulerLimits(max_queue=4))
+    mine = [scheduler.open(owned("mine", str(i)), 0) for i in range(6)]
+    theirs = scheduler.open(owned("theirs", "0"), 0)
+    for session in (*mine, theirs):
+        session.applied = None
+    assert join(scheduler, mine[0], 2, print)
+    if joined == "left":
+        scheduler.joined.cancel(mine[0], print, 0)
+    for session in mine[1 : 4 if joined == "other" else 5]:
+        scheduler.submit(Chunk(inputs(2), session), 0, LATER)
+    scheduler.submit(Chunk(inputs(2), theirs), 0, LATER)
+    with pytest.raises(QueueFull):
+        scheduler.submit(Chunk(inputs(2), mine[5]), 0, LATER)
+    assert scheduler.in_flight == 5
