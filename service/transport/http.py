@@ -107,7 +107,7 @@ class HttpProtocol(LimitedProtocol):
     def _feed(self, data: bytes) -> None:
         if self._last_words:
             return
-        if (known := self._known) is not None and (body := known.body_of(data)) is not None and self.is_idle():
+        if (known := self._known) is not None and self.is_idle() and (body := known.body_of(data)) is not None:
             self._begin_known(known, body)
             return
         self._segment = len(data)
