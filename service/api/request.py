@@ -57,15 +57,17 @@ class Request:
         headers: By lower-case name.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
-        repeat: Begins the next request with the same headers; see `repeated_steps.py`.
+        repeats: Its connection had a request with the same headers before, but for the position.
+        repeat: Begins the next of them; see `repeated_steps.py`.
     """
 
-    __slots__ = ("body", "headers", "position", "repeat", "session", "tenant")
+    __slots__ = ("body", "headers", "position", "repeat", "repeats", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.tenant = tenant
+        self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.session: str | None = None
         self.position: int | None = None

@@ -199,3 +199,13 @@ def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_
         status, headers, body = wire.answer()
         outputs = oracle("gru", "2")(np.concatenate([STEP, second]))
         assert (status, headers["unroll-position"], body) == (200, "2", outputs[1:].tobytes())
+
+
+def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:
+    name = open_session("unlike")
+    for i in range(12):
+        wire.send(
+            head("gru", name, position=i).replace(b"\r\n\r\n", b"\r\nx-request-id: %d\r\n\r\n" % i) + STEP.tobytes()
+        )
+        assert wire.answer()[1]["unroll-position"] == str(i + 1)
+    assert [step(wire, name)[1]["unroll-position"] for _ in range(3)] == ["13", "14", "15"]
