@@ -10,6 +10,9 @@ ifneq ($(wildcard /proc/driver/nvidia/version),)
 CUDA    ?= 'onnxruntime-gpu[cuda,cudnn]'
 endif
 
+# Tests start a few hundred processes; without bytecode each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help screenshots install run stop test coverage kill-test client-test rolling-test rollout-test overload soak machine-test crowd-test api-fuzz fuzz check format docs long-test conformance packages fuzz-export train bundles bench bench-check bench-peers profile figures check-deploy check-compose check-ray check-cluster deploy-tools clean
 

@@ -15,7 +15,7 @@ from unroll.client.async_stream import AsyncStream, as_async
 from unroll.client.errors import ConnectionFailed, ServerError, UnrollError
 from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
-from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish, retry_after
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.tensors import ArrayLike, Arrays, Model
@@ -138,12 +138,8 @@ class AsyncClient:
                 if call.complete:
                     return
                 raise ConnectionResetError("the answer was cut off")
-            except ServerError as error:
-                if (pause := retries.pause(retry_after(error))) is None:
-                    raise
-            except _BROKEN as error:
-                if (pause := retries.pause()) is None:
-                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            except (ServerError, *_BROKEN) as error:
+                pause = call.pause(error, retries, self._address.failed)
             await asyncio.sleep(pause)
 
     async def run(self, exchange: Exchange[T]) -> T:

@@ -12,7 +12,7 @@ from unroll.client import model_calls
 from unroll.client.errors import ConnectionFailed, ServerError
 from unroll.client.exchange import EVENTS, Exchange, Request, Response
 from unroll.client.retries import Retries, RetryPolicy, check_timeout
-from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish, retry_after
+from unroll.client.rollout_calls import Map, On, RolledStep, RolloutCall, RolloutWish
 from unroll.client.server import ServerAddress
 from unroll.client.session_calls import Durability, Mode, SessionCalls, SessionFacts, Snapshot, Start
 from unroll.client.stream import Stream
@@ -169,12 +169,8 @@ class Client:
                 if call.complete:
                     return
                 raise ConnectionResetError("the answer was cut off")
-            except ServerError as error:
-                if (pause := retries.pause(retry_after(error))) is None:
-                    raise
-            except _BROKEN as error:
-                if (pause := retries.pause()) is None:
-                    raise ConnectionFailed(self._address.failed(error, retries.count)) from error
+            except (ServerError, *_BROKEN) as error:
+                pause = call.pause(error, retries, self._address.failed)
             time.sleep(pause)
 
     def _receive(self, request: Request) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from unroll.client.errors import InvalidInput
+from unroll.client.errors import DeadlineExceeded, InvalidInput, ServerError
 
 #: The longest timeout in seconds, about what sockets take.
 _LONGEST_TIMEOUT = 1e6
@@ -65,3 +65,8 @@ class Retries:
         seconds = backoff if retry_after is None else max(retry_after, 0.0) + backoff * 0.1
         self.count += 1
         return seconds if now + seconds <= self._deadline else None
+
+
+def refused_for_now(error: ServerError) -> bool:
+    """Whether what was asked on a stream may succeed later."""
+    return error.retry_after is not None or isinstance(error, DeadlineExceeded)

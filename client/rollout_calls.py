@@ -6,17 +6,17 @@ same position gives the same steps.
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from unroll.client.errors import InvalidInput, ModelUnavailable, ServerError
+from unroll.client.errors import ConnectionFailed, InvalidInput, ModelUnavailable, ServerError
 from unroll.client.exchange import Request, json_request
-from unroll.client.retries import RETRIED
+from unroll.client.retries import RETRIED, Retries
 from unroll.client.session_calls import SessionCalls
-from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor
+from unroll.client.tensors import ArrayLike, Arrays, Model, Tensor, named
 
 #: fork: on a copy of the state, the session stays as it is. session: on the session, applied as a whole at the end.
 On = Literal["fork", "session"]
@@ -62,7 +62,7 @@ class Rollout:
     Attributes:
         members: Of the request.
         complete: All time steps have come.
-        last: The outputs of the last one that came, as of a chunk.
+        last: The outputs of those that came last, as of a chunk.
 
     Raises:
         InvalidInput: Nothing was sent.
@@ -70,24 +70,24 @@ class Rollout:
 
     def __init__(self, model: Model, position: int, wish: RolloutWish, last: list[np.ndarray] | None) -> None:
         self.complete = False
-        self.last: list[np.ndarray] = []
+        self.last: Sequence[np.ndarray] = []
         self._model = model
         given = [] if wish.inputs is None else model.inputs_of(wish.inputs, "T")
         fed = None if given else last if wish.outputs is None else model.given_outputs(wish.outputs)
-        self.members = {
+        self.members: dict[str, Any] = {
             "steps": wish.steps,
             "map": {"kind": wish.map} if isinstance(wish.map, str) else wish.map,
             "on": wish.on,
             "position": position,
-            "inputs": _lists(model.inputs, given) if given else None,
-            "outputs": None if fed is None else _lists(model.outputs, fed),
+            "inputs": named(model.inputs, [array.tolist() for array in given]) if given else None,
+            "outputs": None if fed is None else named(model.outputs, [array.tolist() for array in fed]),
         }
-        self._reached = self._begin = position
+        self._reached = position
         self._yielded = position + max(len(given[0]) - 1 if given else 0, 0)
 
     def restart(self) -> None:
         """It is sent, for the first time or again."""
-        self._reached = self._begin
+        self._reached = self.members["position"]
 
     def steps(self, end: int, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> Iterator[RolledStep]:
         """The steps of an event that were not yielded yet; of the given ones only the last is.
@@ -98,15 +98,13 @@ class Rollout:
         """
         model, begin = self._model, self._reached
         self._reached = end
-        self.last = [array[-1:] if spec.time else array for spec, array in zip(model.outputs, outputs, strict=True)]
-        for position in range(max(begin, self._yielded) + 1, end + 1):
-            at = position - begin - 1
-            if not all(spec.time for spec in model.outputs) and position < end:
-                continue  # such an output has one value for all steps of an event
+        self.last = [array.copy() for array in outputs]  # the caller may change what it gets
+        timed = all(spec.time for spec in model.outputs)  # other outputs have one value for all steps of an event
+        for position in range(max(begin if timed else end - 1, self._yielded) + 1, end + 1):
             self._yielded = position
+            at = position - begin - 1
             step = [array[at] if spec.time else array for spec, array in zip(model.outputs, outputs, strict=True)]
-            fed = [array[at] for array in inputs]
-            yield RolledStep(position, model.named_inputs(fed), model.outputs_of(step))
+            yield RolledStep(position, named(model.inputs, [array[at] for array in inputs]), model.outputs_of(step))
 
 
 class RolloutCall(Rollout):
@@ -153,19 +151,20 @@ class RolloutCall(Rollout):
             else:
                 raise ServerError.of(document["code"], document["detail"], document["status"], document)
 
+    def pause(self, error: Exception, retries: Retries, failed: Callable[[Exception, int], str]) -> float:
+        """Seconds until it is sent again. Raises what its caller is told if that would be in vain, or time is up.
 
-def retry_after(error: ServerError) -> float | None:
-    """Seconds after which a rollout that failed so may be sent again. Raises the error if it would only come again."""
-    if error.status not in RETRIED or isinstance(error, ModelUnavailable):
-        raise error
-    return error.retry_after
-
-
-def _lists(specs: Sequence[Tensor], arrays: Sequence[np.ndarray]) -> object:
-    """Arrays as JSON has them."""
-    if len(specs) == 1:
-        return arrays[0].tolist()
-    return {spec.name: array.tolist() for spec, array in zip(specs, arrays, strict=True)}
+        Args:
+            failed: Makes the message of a ConnectionFailed of the error and the number of attempts.
+        """
+        if not isinstance(error, ServerError):
+            if (pause := retries.pause()) is None:
+                raise ConnectionFailed(failed(error, retries.count)) from error
+            return pause
+        for_now = error.status in RETRIED and not isinstance(error, ModelUnavailable)
+        if not for_now or (pause := retries.pause(error.retry_after)) is None:
+            raise error
+        return pause
 
 
 def _arrays(specs: Sequence[Tensor], value: Any) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 import base64
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack
@@ -50,7 +50,7 @@ class SessionCalls:
         self._catalogue = catalogue
         self.path = session_path(f"{model.name}:{model.version}", self.id)
         self.sealed = sealed
-        self._last: Callable[[], list[np.ndarray]] | None = None  # the outputs of the last chunk, if they are known
+        self._last: Callable[[], Sequence[np.ndarray]] | None = None  # the outputs of the last chunk, if they are known
 
     @classmethod
     def start(
@@ -152,7 +152,7 @@ class SessionCalls:
         """The outputs of the last time step, each (*shape), if they are known."""
         return None if self._last is None else self.model.last_step(self._last())
 
-    def rolled_out(self, position: int, outputs: list[np.ndarray]) -> None:
+    def rolled_out(self, position: int, outputs: Sequence[np.ndarray]) -> None:
         """A rollout on the session has ended at the position; outputs: of its last time step, as of a chunk."""
         self.position = position
         self._last = lambda: outputs

@@ -15,7 +15,6 @@ from weakref import WeakSet
 import numpy as np
 
 from unroll.client.errors import (
-    DeadlineExceeded,
     InvalidInput,
     InvalidRequest,
     ServerError,
@@ -28,6 +27,7 @@ from unroll.client.errors import (
 )
 from unroll.client.frames import ROLLED, pack_steps, unpack_outputs
 from unroll.client.places import Place
+from unroll.client.retries import refused_for_now
 from unroll.client.rollout_calls import RolloutWish
 from unroll.client.session_calls import Durability, Mode
 from unroll.client.stream_rollouts import StreamRollout
@@ -71,7 +71,7 @@ class Call:
 
     def refuse(self, key: int, error: ServerError) -> bool:
         """Note a refusal. Returns whether it is final: those for now say when to come again."""
-        if error.retry_after is None and not isinstance(error, DeadlineExceeded):
+        if not refused_for_now(error):
             return True
         self.again[key] = error
         self.retry_after = max(self.retry_after, error.retry_after or 0.0)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unroll.client.errors import DeadlineExceeded, ServerError
+from unroll.client.errors import ServerError
 from unroll.client.places import Place
-from unroll.client.retries import Retries
+from unroll.client.retries import Retries, refused_for_now
 from unroll.client.rollout_calls import RolledStep, Rollout, RolloutWish
 from unroll.client.tensors import Model
 
@@ -44,8 +44,7 @@ class StreamRollout(Rollout):
 
     def pause(self, refused: ServerError, retries: Retries) -> float:
         """Seconds until it is sent again. Raises the refusal if it would only come again, or time is up."""
-        for_now = refused.retry_after is not None or isinstance(refused, DeadlineExceeded)
-        if not for_now or (pause := retries.pause(refused.retry_after)) is None:
+        if not refused_for_now(refused) or (pause := retries.pause(refused.retry_after)) is None:
             raise refused
         self.refused = None
         return pause

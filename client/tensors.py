@@ -144,11 +144,7 @@ class Model:
 
     def outputs_of(self, arrays: Sequence[np.ndarray]) -> Arrays:
         """One array, or a dict of several."""
-        return _named(self.outputs, arrays)
-
-    def named_inputs(self, arrays: Sequence[np.ndarray]) -> Arrays:
-        """One array, or a dict of several."""
-        return _named(self.inputs, arrays)
+        return named(self.outputs, arrays)
 
     def last_step(self, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Of the outputs of a chunk, those of its last time step."""
@@ -214,8 +210,9 @@ class Model:
         return message
 
 
-def _named(specs: Sequence[Tensor], arrays: Sequence[np.ndarray]) -> Arrays:
-    return arrays[0] if len(specs) == 1 else dict(zip([spec.name for spec in specs], arrays, strict=True))
+def named(specs: Sequence[Tensor], values: Sequence[Any]) -> Any:
+    """One value, or a dict of several by name."""
+    return values[0] if len(specs) == 1 else {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
 
 def as_numpy(name: str, value: ArrayLike) -> np.ndarray:

@@ -203,10 +203,7 @@ export class Client {
       let failure, retryAfter;
       try {
         const answer = await this.fetch(this.url + path, { ...options, signal: AbortSignal.timeout(this.timeout) });
-        if (answer.type === "opaqueredirect" || (answer.status >= 300 && answer.status < 400)) {
-          const where = answer.headers.get("location") ?? "another URL";
-          throw new ServerError({ code: `http_${answer.status || 308}`, detail: `redirected to ${where}: use that URL` }, answer.status);
-        }
+        refuseRedirect(answer);
         const bytes = new Uint8Array(await answer.arrayBuffer());
         const document = answer.headers.get("content-type")?.includes("json") ? parse(bytes) : undefined;
         if (answer.ok && !document && answer.headers.get("content-type") !== RAW) {
@@ -234,9 +231,11 @@ export class Client {
     };
     try {
       const headers = { ...this.headers, "content-type": "application/json" };
-      const options = { method: "POST", body: JSON.stringify(body), headers, signal: stop.signal };
+      const options = { method: "POST", redirect: "manual", body: JSON.stringify(body), headers, signal: stop.signal };
       const answer = await within(this.fetch(this.url + path, options));
+      refuseRedirect(answer);
       if (!answer.headers.get("content-type")?.startsWith("text/event-stream")) {
+        if (answer.ok) throw foreign(answer.status);
         throw refusalOf(answer, await within(answer.json().catch(() => undefined)));
       }
       const reader = answer.body.getReader(), decoder = new TextDecoder();
@@ -259,12 +258,22 @@ export class Client {
   }
 }
 
+// Raises ServerError.
+function refuseRedirect({ type, status, headers }) {
+  if (type !== "opaqueredirect" && (status < 300 || status >= 400)) return;
+  const where = headers.get("location") ?? "another URL";
+  throw new ServerError({ code: `http_${status || 308}`, detail: `redirected to ${where}: use that URL` }, status);
+}
+
 function refusalOf(answer, document) {
   const refusal = new ServerError(document ?? { code: `http_${answer.status}` }, answer.status);
   const after = Number(answer.headers.get("retry-after") ?? Number.NaN);
   if (!Number.isNaN(after)) refusal.retryAfter = after;
   return refusal;
 }
+
+// Of a stream: whether what was refused may succeed later.
+const refusedForNow = ({ retry_after: after, code }) => after !== undefined || code === "deadline_exceeded";
 
 const mayComeAgain = ({ status, code }) => [429, 502, 503, 504].includes(status) && code !== "model_unavailable";
 
@@ -447,9 +456,8 @@ class Rollout {
     const outputsAt = (row) => model.outputs.map((spec, i) => rowOf(made[i], spec, spec.time ? row : 0));
     this.reached = end;
     this.last = () => outputsAt(end - begin - 1);
-    const all = model.outputs.every(({ time }) => time); // others have one value for all steps of an event
-    for (let position = all ? Math.max(begin, this.yielded) + 1 : end; position <= end; position++) {
-      if (position <= this.yielded) continue;
+    const timed = model.outputs.every(({ time }) => time); // other outputs have one value for all steps of an event
+    for (let position = Math.max(timed ? begin : end - 1, this.yielded) + 1; position <= end; position++) {
       this.yielded = position;
       const row = position - begin - 1;
       yield {
@@ -588,32 +596,27 @@ export class Stream {
     let retries = new Retries(this.client.retryFor);
     try {
       while (!rollout.complete) {
-        const failure = await this.attempt(rollout);
+        let failure, socket;
+        try {
+          socket = await (this.socket ??= this.connect());
+          if (session.lost) throw session.lost;
+          await this.send(socket, rollout); // until there is something for its caller
+        } catch (error) {
+          if (!(error instanceof ConnectionFailed)) throw error;
+          await this.drop(socket);
+          failure = error;
+        }
         while (rollout.ready.length) {
           retries = new Retries(this.client.retryFor);
           yield rollout.take();
         }
+        failure ??= rollout.takeRefusal();
         if (failure && !(await retries.pause(failure.retryAfter ?? failure.retry_after))) throw failure;
       }
     } finally {
       session.underway = undefined;
       this.stop(rollout);
     }
-  }
-
-  // Until there is something for the rollout's caller. Returns what may pass; raises what is final after the last step.
-  async attempt(rollout) {
-    let socket;
-    try {
-      socket = await (this.socket ??= this.connect());
-      if (rollout.session.lost) throw rollout.session.lost;
-      await this.send(socket, rollout);
-    } catch (error) {
-      if (!(error instanceof ConnectionFailed)) throw error;
-      await this.drop(socket);
-      return error;
-    }
-    return rollout.ready.length ? undefined : rollout.takeRefusal();
   }
 
   // No more of it is wanted.
@@ -870,7 +873,7 @@ class StreamRollout extends Rollout {
   // Returns why it ended, if it may be sent again; raises it if not.
   takeRefusal() {
     const { refused } = this;
-    if (refused && refused.retry_after === undefined && refused.code !== "deadline_exceeded") throw refused;
+    if (refused && !refusedForNow(refused)) throw refused;
     this.refused = undefined;
     return refused;
   }
@@ -903,7 +906,7 @@ class Call {
 
   // Returns whether the refusal is final: those for now say when to come again.
   refuse(key, error) {
-    if (error.retry_after === undefined && error.code !== "deadline_exceeded") return true;
+    if (!refusedForNow(error)) return true;
     this.again.set(key, error);
     this.answer(key);
     return false;

@@ -80,7 +80,7 @@ class Client:
                 return self._ask(method, path, body, headers)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            raise ServerError(f"no answer from {self.url}: {error or type(error).__name__}") from error
+            raise ServerError(f"no answer from {self.url}: {str(error) or type(error).__name__}") from error
 
     def _ask(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str]

@@ -26,7 +26,6 @@ from unroll.service.api import (
     repository_routes,
     rollout_routes,
     statistics_routes,
-    ticket_routes,
 )
 from unroll.service.api.admission import Admission, refusals
 from unroll.service.api.answer_log import ERROR, LogAnswers
@@ -152,7 +151,6 @@ def _add_inference(app: FastAPI, state: AppState) -> None:
     app.include_router(native_routes.router(state))
     app.include_router(rollout_routes.router(state))
     app.include_router(endpoint.router(state))
-    app.include_router(ticket_routes.router(state))
     app.include_router(statistics_routes.router(state))
     app.include_router(repository_routes.router(state))
     app.include_router(open_inference_routes.router(state, __version__))

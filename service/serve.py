@@ -70,8 +70,10 @@ def main(settings: Settings, exposed: Sequence[str] = ()) -> int:
     except (RepositoryError, DeviceUnavailable, StoreRefused, UnrollError, OSError, ValueError) as error:
         log.error("not started", reason=str(error))
         return 1
+    application.openapi()  # the first of these, and FastAPI's first look at its routes, take a tenth of a second
     operator = None
     if operator_listener is not None:
+        application.state.operator.openapi()
         operator = operator_config(config, application.state.operator, state, limits), operator_listener
     _spare_the_collector()
     terminate = partial(signal.raise_signal, signal.SIGTERM)

@@ -1,6 +1,7 @@
 """A server on a real socket inside the test process, an engine that can be held, and the correct outputs."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -122,6 +123,18 @@ class Running:
         for model in self.server.models:
             assert model.scheduler.in_flight == 0, model
             model.scheduler.check_invariants()
+
+    def keep_little_for(self, client: socket.socket) -> None:
+        """Let the kernel keep next to nothing of what is sent to this client, whose connection was used before."""
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        address = client.getsockname()
+        (sends,) = [
+            connection.transport.get_extra_info("socket")
+            for connection in [*self.uvicorn.server_state.connections]
+            if connection.client == address
+        ]
+        with socket.fromfd(sends.fileno(), socket.AF_INET, socket.SOCK_STREAM) as copy:
+            copy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     @contextmanager
     def holding(self, name: str, version: str | None = None) -> Iterator["HeldEngine"]:

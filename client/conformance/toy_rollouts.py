@@ -90,7 +90,7 @@ def _check(wish: Mapping[str, Any]) -> None:
         raise Refusal("malformed_request", "a rollout on the session needs inputs or outputs")
     if wish.get("send", "both") != "both":
         raise Refusal("malformed_request", "the toy models send both inputs and outputs")
-    if not isinstance(wish.get("steps"), int) or wish["steps"] < 1 or "map" not in wish:
+    if not isinstance(wish.get("steps"), int) or wish["steps"] < 1 or not isinstance(wish.get("map"), dict):
         raise Refusal("malformed_request", "a rollout needs steps, 1 or more, and a map")
 
 

@@ -47,12 +47,12 @@ class TlsFiles:
                 context.load_verify_locations(self.client_ca)
                 if self.takes_itself:
                     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-                    context.load_verify_locations(cadata=self._own_certificate())
+                    context.load_verify_locations(cadata=self.own_certificate())
             except OSError as error:
                 raise TlsRefused(f"--tls-client-ca {self.client_ca}: no CAs in PEM ({_reason(error)})") from error
         return context
 
-    def _own_certificate(self) -> str:
+    def own_certificate(self) -> str:
         """Without those between it and its CA, whose other certificates are not those of clients."""
         begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
         return begin + self.cert.read_text().partition(begin)[2].partition(end)[0] + end

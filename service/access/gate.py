@@ -5,6 +5,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ import structlog
 from unroll.service.access.jwt_config import JwtConfig
 from unroll.service.access.keys import JwtKey, Key, KeyRing, KeysRefused, Quota, Scope
 from unroll.service.access.tickets import Tickets
-from unroll.service.access.watch import KeyWatch
 from unroll.service.core.errors import Forbidden, HostRefused, OriginRefused, Unauthenticated
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ _BRACKETED = re.compile(r"\[([0-9A-Fa-f:.]+)\](:\d*)?")
 _BEARER = b"bearer "
 #: Host headers and keys that were good; a client repeats its own.
 _MOST_REMEMBERED = 4096
+#: The clock of the machine may be set: look again at least so often.
+_MOST_SECONDS = 3600.0
 
 
 class Gate:
@@ -215,6 +217,35 @@ class Gate:
         if scope not in key.scopes:
             raise Forbidden(f"the API key {key.name!r} has not the scope {scope!r}, which this needs")
         return key.tenant
+
+
+class KeyWatch:
+    """Calls `on_end` when the key is good no longer, until `stop`.
+
+    Args:
+        current: The key as it is permitted now, with its expiry; None if it is good no longer.
+    """
+
+    def __init__(self, key: Key, current: Callable[[Key], Key | None], on_end: Callable[[], None]) -> None:
+        self._key = key
+        self._current = current
+        self._on_end = on_end
+        self._timer: asyncio.TimerHandle | None = None
+        self.check()
+
+    def check(self) -> None:
+        """Look now, and again when the key expires."""
+        self.stop()
+        key = self._current(self._key)
+        if key is None:
+            self._on_end()
+        elif key.expires is not None:
+            left = (key.expires - datetime.now(UTC)).total_seconds()
+            self._timer = asyncio.get_running_loop().call_later(min(left, _MOST_SECONDS), self.check)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def _verifier(config: JwtConfig) -> "Jwts":

@@ -72,11 +72,7 @@ class UnknownKid(Exception):
 
 
 class JwtVerifier:
-    """Verifies tokens with the newest set.
-
-    Attributes:
-        keys: None until a set has been read.
-    """
+    """Verifies tokens with the newest set. keys: None until a set has been read."""
 
     def __init__(self, config: JwtConfig) -> None:
         self._config = config

@@ -24,6 +24,11 @@ class Meter:
         self._now = now
         self._buckets: dict[str, _Bucket] = {}
 
+    def limits(self, tenant: str) -> bool:
+        """Whether the tenant may take only so many steps a second."""
+        quota = self._quota_of(tenant)
+        return quota is not None and quota.steps_per_second is not None
+
     def take(self, tenant: str, steps: int) -> None:
         """Count steps that are about to be queued. A request that is larger than the bucket waits for a full one.
 

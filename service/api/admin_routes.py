@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from unroll.service.api.admission import tenant_of
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem_responses
 from unroll.service.core.errors import InvalidRequest
+from unroll.service.protocol import json
 from unroll.service.sessions.selection import Selection, select
 from unroll.service.store.interface import Pages
 
@@ -28,6 +29,7 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
 
     @api.get(
         "/sessions",
+        response_model=dict[str, Any],
         summary="Open sessions, a page at a time, without their states",
         description="`DELETE /v1/models/{model}/sessions/{session_id}` closes one.",
         responses=problem_responses(
@@ -39,7 +41,7 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
         ),
         openapi_extra={"parameters": _PARAMETERS},
     )
-    async def sessions(http: Request) -> dict[str, Any]:
+    async def sessions(http: Request) -> Any:
         asked = _parse(http)
         durability = app.durability_of(asked.get("durability"))
         selection = Selection(
@@ -54,7 +56,7 @@ def router(app: AppState, pages: Mapping[str, Pages], idle_timeout: float | None
         if not 1 <= limit <= _MOST:
             raise InvalidRequest(f"limit is from 1 to {_MOST}; use `after` for more")
         found, after = await select(pages[durability], selection, after, limit)
-        return found.document(after)
+        return Response(json.dump(found.document(after)), media_type="application/json")
 
     return api
 

@@ -21,11 +21,7 @@ def log_error(log: RequestLog, route: str, error: UnrollError, **known: str | in
 
 
 def log_answer(log: RequestLog, route: str, status: int, error: UnrollError | None, **known: str | int | None) -> None:
-    """Log an answer, if such are logged.
-
-    Args:
-        known: What the request named: `model`, `session`, `position`.
-    """
+    """Log an answer, if such are logged. known: What the request named: `model`, `session`, `position`."""
     if status < log.least_status:
         return
     code = error.code if error is not None else reason(status) if status >= 400 else None

@@ -4,12 +4,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Base64Bytes, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from unroll.service.core.errors import InvalidRequest
 from unroll.service.store.record import current_durability
 
 #: Beyond so many, the faults of a body are counted only: to list them costs a thousand times the body.
 _MOST_FAULTS = 100
 
+#: Sessions that one message may open, and columns that a map may have.
+MAX_ITEMS = 8192
+#: Of an object, on average.
+_MOST_COLONS = 256
+
 _Floats = Annotated[list[float], Field(fail_fast=True)]
+
+
+def check_members(text: bytes) -> None:
+    """Raises InvalidRequest for JSON whose objects would be many errors. Call it before the text is parsed."""
+    objects = text.count(b"{")
+    if text.count(b":") > _MOST_COLONS * (objects + 1):  # each unknown member would be an error of its own
+        raise InvalidRequest(f"an object of the message has more than {_MOST_COLONS} members")
+    if objects > 2 * MAX_ITEMS + 1:  # sessions with static inputs each
+        raise InvalidRequest(f"{objects} objects: a message may open {MAX_ITEMS} sessions, or map {MAX_ITEMS} columns")
 
 
 class Strict(BaseModel):

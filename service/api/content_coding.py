@@ -1,9 +1,13 @@
 """Compressed bodies of requests: gzip and deflate."""
 
+import asyncio
 import zlib
+from functools import partial
 
 from unroll.service.core.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
+#: Bytes that are decompressed at once. More are in a thread, which zlib lets run beside the event loop.
+_AT_ONCE = 2**18
 _GZIP, _ZLIB, _DEFLATE = 31, 15, -15  # zlib's `wbits`
 
 
@@ -14,14 +18,24 @@ def check_coding(coding: bytes) -> None:
         raise UnsupportedMediaType(f"Content-Encoding {name!r} is not taken: send gzip, deflate, or the body as it is")
 
 
-def decoded(body: bytes, coding: bytes, limit: int) -> bytes:
-    """The body as it was before its coding, which `check_coding` accepted.
+def decoded(body: bytes, coding: bytes, limit: int) -> bytes | asyncio.Future[bytes]:
+    """The body as it was before its coding, which `check_coding` accepted; a long one is made in a thread.
 
     Raises:
         InvalidRequest: The body is damaged.
         BodyTooLarge: It would have more than `limit` bytes; no more are made.
     """
     coding = coding.strip().lower()
+    try:
+        return _decompressed(body, coding, min(limit, _AT_ONCE))
+    except BodyTooLarge:
+        if limit <= _AT_ONCE:
+            raise
+    make = partial(_decompressed, body, coding, limit)
+    return asyncio.get_running_loop().run_in_executor(None, make)
+
+
+def _decompressed(body: bytes, coding: bytes, limit: int) -> bytes:
     if coding in (b"", b"identity"):
         return body
     decompressor = zlib.decompressobj(_window(body) if coding == b"deflate" else _GZIP)

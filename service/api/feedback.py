@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from unroll.bundle import Manifest, TensorSpec
-from unroll.service.api.bodies import Strict
+from unroll.service.api.bodies import MAX_ITEMS, Strict
 from unroll.service.core.errors import EngineFailed, InvalidShape, MapInvalid, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.protocol.tensors import Codec, numbers
@@ -68,16 +69,29 @@ class ConstantColumn(Strict):
     constant: int | float | bool
 
 
+def _only_numbers(values: list[Any]) -> list[Any]:
+    """A union would look at each value several times."""
+    if not {int, float, bool}.issuperset(map(type, values)):
+        raise PydanticCustomError("numbers", "Input should be a list of numbers, true and false")
+    return values
+
+
 class FutureColumn(Strict):
-    future: list[int | float | bool] = Field(description="one value for each step that is fed back")
+    future: Annotated[list[Any], AfterValidator(_only_numbers)] = Field(
+        description="one value for each step that is fed back",
+        json_schema_extra={"items": {"type": ["number", "boolean"]}},
+    )
 
 
-Column = FromColumn | ConstantColumn | FutureColumn
+#: Each has a member that the others have not, so the first that fits is the one.
+Column = Annotated[FromColumn | ConstantColumn | FutureColumn, Field(union_mode="left_to_right")]
 
 
 class Columns(_Source):
     kind: Literal["columns"]
-    columns: list[Column] = Field(description="one for each value of the input, in row-major order")
+    columns: Annotated[list[Column], Field(max_length=MAX_ITEMS, fail_fast=True)] = Field(
+        description="one for each value of the input, in row-major order"
+    )
 
 
 Source = Annotated[Identity | Argmax | Sample | Columns, Field(discriminator="kind")]

@@ -64,6 +64,6 @@ def metrics_router(app: AppState, workers: WorkerMetrics | None) -> APIRouter:
             names = (b"authorization", b"x-api-key")
             keys = [b"%b: %b\r\n" % header for header in request.scope["headers"] if header[0] in names]
             return Response(await workers.exposition(b"".join(keys)), media_type=_TEXT)
-        return Response(collector.exposition(), media_type=_TEXT)
+        return Response(b"".join(await app.turns.make(collector.exposition())), media_type=_TEXT)
 
     return api

@@ -35,10 +35,8 @@ class ReplyPlan:
             position: Of the sequence after the step; None for whole sequences.
         """
         arrays = dict(zip((spec.name for spec in self.manifest.outputs), outputs, strict=True))
-        if position is None:
-            return _answer(self._head, [(spec, arrays[spec.name], binary) for spec, binary in self._selected])
-        if not self._binary:
-            head = {**self._head, "parameters": {"sequence_position": position}}
+        if position is None or not self._binary:
+            head = self._head if position is None else {**self._head, "parameters": {"sequence_position": position}}
             return _answer(head, [(spec, arrays[spec.name], binary) for spec, binary in self._selected])
         selected = [arrays[spec.name] for spec, _ in self._selected]
         shapes = tuple([array.shape for array in selected])

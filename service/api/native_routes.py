@@ -24,6 +24,7 @@ from unroll.service.api.bodies import (
     Steps,
     StepsReply,
     Tensor,
+    check_members,
     first_fault,
 )
 from unroll.service.api.error_responses import problem_responses
@@ -222,6 +223,7 @@ def parse_body(kind: type[Body], request: Request, limit: int) -> Body:
     json.check_size(request.body, limit)
     if request.body and request.media_type != JSON:
         raise UnsupportedMediaType("send the body as application/json")
+    check_members(request.body)
     try:
         return kind.model_validate_json(request.body or b"{}")
     except ValidationError as error:

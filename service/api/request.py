@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -57,14 +58,22 @@ class Request:
         headers: By lower-case name.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
+        again: Looks a session up in the store and handles the request again; None without a store.
+        cancel: Cancels the work on it.
+        repeats: Its connection had a request with the same headers before, but for the position.
+        repeat: Begins the next of them; see `repeated_steps.py`.
     """
 
-    __slots__ = ("body", "headers", "position", "session", "tenant")
+    __slots__ = ("again", "body", "cancel", "headers", "position", "repeat", "repeats", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.tenant = tenant
+        self.again: Callable[[str], bool] | None = None
+        self.cancel: Cancel = nothing_to_cancel
+        self.repeats = False
+        self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.session: str | None = None
         self.position: int | None = None
 
@@ -73,8 +82,7 @@ class Request:
         return owned(self.tenant, session_id)
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        """What handles the request again after it has looked the session up in the store; None without a store."""
-        return None
+        return None if self.again is None else partial(self.again, session_id)
 
     @property
     def media_type(self) -> bytes:
@@ -142,7 +150,7 @@ def json_answer(document: dict[str, Any], values: int, fields: bytes = b"", tens
 #: Takes the answer to a request, once.
 Respond = Callable[[Answer], None]
 #: Cancels the work on a request whose client disconnected.
-Cancel = Callable[[], None]
+Cancel = Callable[[], object]
 
 
 def nothing_to_cancel() -> None:
@@ -240,5 +248,6 @@ async def read_request(scope: Scope, receive: Receive, limit: int) -> Request:
     if declared is not None and declared != len(body):
         raise InvalidRequest(f"Content-Length announced {declared} bytes, and the body has {len(body)}")
     if (coding := headers.get(CONTENT_ENCODING)) is not None:
-        body = decoded(body, coding, limit)
+        made = decoded(body, coding, limit)
+        body = made if isinstance(made, bytes) else await made
     return Request(headers, body, scope.get(TENANT, ""))

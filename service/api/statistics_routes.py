@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_responses
 from unroll.service.models.served_model import ServedModel
+from unroll.service.protocol import json
 
 #: What the server's metadata lists among its extensions.
 EXTENSION = "statistics"
@@ -60,24 +61,31 @@ _OK_OR_NOT_FOUND: dict[int | str, dict[str, Any]] = {
 def router(app: AppState) -> APIRouter:
     api = APIRouter(prefix="/v2/models", tags=["Open Inference Protocol v2"])
 
-    def statistics(models: Iterable[ServedModel]) -> dict[str, Any]:
+    def statistics(models: Iterable[ServedModel]) -> Response:
         wall = time.time()
-        return {
-            "model_stats": [
-                {"name": served.name, "version": served.version, **served.figures.document(wall)} for served in models
-            ]
-        }
+        found = [{"name": served.name, "version": served.version, **served.figures.document(wall)} for served in models]
+        return Response(json.dump({"model_stats": found}), media_type="application/json")
 
-    @api.get("/stats", summary="Statistics of all models", responses=_OK)
-    async def all_models() -> dict[str, Any]:
+    @api.get("/stats", summary="Statistics of all models", response_model=dict[str, Any], responses=_OK)
+    async def all_models() -> Any:
         return statistics(served for name in app.models.names() for served in app.models.available(name))
 
-    @api.get("/{model}/stats", summary="Statistics of a model's versions", responses=_OK_OR_NOT_FOUND)
-    async def all_versions(model: str) -> dict[str, Any]:
+    @api.get(
+        "/{model}/stats",
+        summary="Statistics of a model's versions",
+        response_model=dict[str, Any],
+        responses=_OK_OR_NOT_FOUND,
+    )
+    async def all_versions(model: str) -> Any:
         return statistics(app.models.available(model))
 
-    @api.get("/{model}/versions/{version}/stats", summary="Statistics of a version", responses=_OK_OR_NOT_FOUND)
-    async def one_version(model: str, version: str) -> dict[str, Any]:
+    @api.get(
+        "/{model}/versions/{version}/stats",
+        summary="Statistics of a version",
+        response_model=dict[str, Any],
+        responses=_OK_OR_NOT_FOUND,
+    )
+    async def one_version(model: str, version: str) -> Any:
         return statistics([app.models.resolve(model, version)])
 
     return api

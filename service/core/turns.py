@@ -2,7 +2,14 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import TypeVar
+
+T = TypeVar("T")
+
+#: Of long work in one turn.
+SLICE_SECONDS = 0.001
 
 
 class Turns:
@@ -18,6 +25,25 @@ class Turns:
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._advance)
+
+    async def make(self, parts: Iterator[T]) -> list[T]:
+        """All parts, made a slice at a time."""
+        made: list[T] = []
+        while True:
+            await self._next()
+            until = perf_counter() + SLICE_SECONDS
+            for part in parts:
+                made.append(part)
+                if perf_counter() > until:
+                    break
+            else:
+                return made
+
+    async def _next(self) -> None:
+        """Wait for a turn with room for a slice."""
+        turn = asyncio.get_running_loop().create_future()
+        self.call(lambda: None if turn.done() else turn.set_result(None))
+        await turn
 
     def _advance(self) -> None:
         run = self._waiting.popleft()

@@ -47,11 +47,7 @@ class Finding:
 
 
 def judge(facts: Facts, device: str) -> list[Finding]:
-    """Return the findings.
-
-    Args:
-        device: The requested device: `cpu`, one or several `cuda:N`, or `auto`.
-    """
+    """Return the findings. device: The requested device: `cpu`, one or several `cuda:N`, or `auto`."""
     wanted = devices(device, facts.runtime)
     gpu = "cpu" not in wanted and not _work(facts, wanted)
     return [

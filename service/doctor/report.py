@@ -3,9 +3,10 @@
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from unroll import __version__
@@ -14,16 +15,32 @@ from unroll.service.doctor.facts import Driver, Facts, Runtime
 from unroll.service.doctor.findings import Finding, Status, devices, judge
 
 
-def report(device: str, store: str | None) -> tuple[list[Finding], dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a server would be given, which must work.
+
+    Attributes:
+        store: A URL.
+        tls_cert, tls_key, tls_password_file, keys: Paths of files.
+    """
+
+    store: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_password_file: Path | None = None
+    keys: Path | None = None
+
+
+def report(device: str, given: Given) -> tuple[list[Finding], dict[str, Any]]:
     """Examine this machine; return the findings and the facts behind them.
 
     Args:
         device: The device that must work: cpu, auto, cuda:N or several of these.
-        store: The URL of a store that must work.
+        given: What else must work.
     """
     facts = examine(device)
-    stored, about_store = _examine_store(store) if store else (None, [])
-    return [*judge(facts, device), *about_store], asdict(facts) | {"store": stored}
+    stored, about_store = _examine_store(given.store) if given.store else (None, [])
+    return [*judge(facts, device), *about_store, *_examine_files(given)], asdict(facts) | {"store": stored}
 
 
 def examine(device: str) -> Facts:
@@ -63,6 +80,17 @@ def _examine_store(url: str) -> tuple[dict[str, Any] | None, list[Finding]]:
         return None, [Finding("store", Status.BROKEN, str(error), "pip install 'unroll-serve[cpu]'")]
     known = store.examine(url)
     return asdict(known), list(store.judge(known))
+
+
+def _examine_files(given: Given) -> list[Finding]:
+    """Imported on demand, likewise."""
+    try:
+        from unroll.service.access.certificate import TlsFiles
+        from unroll.service.doctor import files
+    except ImportError as error:
+        return [Finding("files", Status.BROKEN, str(error), "pip install 'unroll-serve[cpu]'")]
+    tls = None if given.tls_cert is None else TlsFiles(given.tls_cert, given.tls_key, given.tls_password_file)
+    return [*files.examine(tls, given.keys)]
 
 
 def lines(findings: Sequence[Finding]) -> Iterator[str]:

@@ -12,8 +12,7 @@ from typing import Any
 
 from unroll.service.core.clock import MonotonicClock
 from unroll.service.doctor import libraries
-from unroll.service.engine import probe
-from unroll.service.engine.runner import DeviceUnavailable, resolve_devices
+from unroll.service.engine.runner import DeviceUnavailable, installed, resolve_devices
 from unroll.service.models.loading import ModelLoader, ModelOptions, ModelRefused
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.telemetry import logs
@@ -34,18 +33,10 @@ def main(argv: list[str]) -> int:
 
 def runtime() -> dict[str, Any]:
     """Return the fields of `facts.Runtime`."""
-    build = probe.build()
-    probe.load_cuda_libraries()
+    about, folder = installed()
     auto, why = resolve_devices("auto")
-    names = cuda_libraries(build.folder)
-    return {
-        "version": build.version,
-        "cuda": build.cuda,
-        "providers": build.providers,
-        "libraries": {name: libraries.find(name) for name in names},
-        "auto": auto,
-        "auto_why": why,
-    }
+    found = {name: libraries.find(name) for name in cuda_libraries(folder)}
+    return about | {"libraries": found, "auto": auto, "auto_why": why}
 
 
 def cuda_libraries(folder: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """A device that serves models: the host or a GPU. Chooses the engine and proves it before it serves."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 
@@ -52,15 +51,17 @@ class InsufficientMemory(Exception):
     """The state rows do not fit in the device's memory."""
 
 
-class DeviceBackend(Protocol):
-    """One model on one device.
+class HostBackend:
+    """One model on the host; `CudaBackend` is the same on a GPU.
 
-    Attributes:
-        slack: How many times the manifest's tolerance an answer may be off.
+    slack: How many times the manifest's tolerance an answer may be off.
     """
 
-    runner: Runner
-    slack: float
+    slack = 1.0
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
+        self.runner = Runner(bundle.model, bundle.manifest, threads=options.threads)
 
     def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
         """Return how many sessions fit in the allowed share of the free memory.
@@ -69,6 +70,7 @@ class DeviceBackend(Protocol):
             row_bytes: A session's state row.
             host_bytes: A session's other memory, on the host.
         """
+        return int(self._options.memory_share * host_memory()[1] / (row_bytes + host_bytes))
 
     def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
         """Create an engine and prove it with the golden vectors.
@@ -78,19 +80,6 @@ class DeviceBackend(Protocol):
             GoldenMismatch: The engine's answers are wrong.
             ValueError: The largest bucket has fewer than `max_batch` rows.
         """
-
-
-class HostBackend:
-    slack = 1.0
-
-    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        self._manifest, self._golden, self._options = bundle.manifest, bundle.golden, options
-        self.runner = Runner(bundle.model, bundle.manifest, threads=options.threads)
-
-    def max_sessions(self, row_bytes: int, host_bytes: int) -> int:
-        return int(self._options.memory_share * host_memory()[1] / (row_bytes + host_bytes))
-
-    def create_engine(self, rows: int, max_batch: int) -> tuple[Engine, Proof]:
         engine = HostEngine(self.runner, self._manifest, rows)
         sizes = (1, min(max_batch, len(self._golden.state))) if self._manifest.streamable else ()
         return engine, prove_steps(engine, self._manifest, self._golden, sizes, rows, self.slack)
@@ -148,6 +137,9 @@ class CudaBackend:
     def _fall_back(self, reason: str) -> None:
         name = f"{self._manifest.name}:{self._manifest.version}"
         _log.warning("onnxruntime runs the recurrent layers", model=name, device=self.device.name, reason=reason)
+
+
+DeviceBackend = HostBackend | CudaBackend
 
 
 def open_backend(bundle: Bundle, device: str, options: EngineOptions) -> DeviceBackend:

@@ -5,7 +5,7 @@ import numpy as np
 from unroll.bundle import Manifest
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import BatchResult, Rows, Tensors
-from unroll.service.engine.rows import non_finite, one_by_one
+from unroll.service.engine.rows import all_finite, non_finite, one_by_one
 from unroll.service.engine.runner import BoundCall, Runner
 from unroll.service.engine.tensor_ref import TensorRef
 from unroll.service.state.arena import HostArena
@@ -47,7 +47,7 @@ class HostEngine:
             by_name, state_out = self._runner(inputs, state, lens)
             outputs = tuple(by_name[spec.name] for spec in self._manifest.outputs)
         failed: dict[int, UnrollError] = {}
-        if not all(np.isfinite(array).all() for array in (state_out, *outputs)):
+        if not all(map(all_finite, (state_out, *outputs))):
             failed = non_finite(self._manifest, outputs, rows.lens, state_out)
         if failed:
             good = [i for i in range(len(rows.lens)) if i not in failed]

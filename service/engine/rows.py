@@ -1,5 +1,6 @@
 """Rows that fail: both engines find them here, so that no other row of the batch fails."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,6 +11,14 @@ from unroll.service.core.errors import EngineFailed, NonFiniteOutput, UnrollErro
 from unroll.service.engine.engine import BatchResult, DeviceFailed, PlainRows, Rows, Tensors
 
 _log = structlog.get_logger(__name__)
+
+#: Up to so many values, their dot product with themselves is cheaper than a check of each.
+FEW = 1024
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether the array has neither NaN nor infinity. The dot product decides for few values, unless it overflows."""
+    return (array.size <= FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
 
 
 def one_by_one(manifest: Manifest, run: Callable[[Rows], BatchResult], rows: Rows) -> BatchResult:

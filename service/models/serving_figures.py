@@ -22,11 +22,11 @@ class ServingFigures:
 
     def observe(self, batch: Batch, failed: int, seconds: float) -> None:
         """Count a finished batch; failed: rows without an answer; seconds: duration of the call."""
-        self._batch_rows.observe(len(batch))
+        self._batch_rows.observe(batch.rows)
         self._batch_seconds.observe(seconds)
         answered = self._scheduler.counters.chunks
         now = self._clock.now()
-        self.statistics.observe(now, len(batch), batch.steps, answered - self._answered, failed, batch.waited, seconds)
+        self.statistics.observe(now, batch.rows, batch.steps, answered - self._answered, failed, batch.waited, seconds)
         self._answered = answered
 
     def document(self, wall: float) -> dict[str, Any]:

@@ -23,7 +23,8 @@ import numpy as np
 from unroll.bundle import TensorSpec
 from unroll.service.core.errors import InvalidRequest, InvalidShape, NonFiniteInput, OutOfRange, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.protocol.tensors import all_finite, dtype_hint
+from unroll.service.engine.rows import all_finite
+from unroll.service.protocol.tensors import dtype_hint, valid_values
 
 STEPS, OUTPUTS, ROLLED = 1, 2, 3
 #: A flag of outputs.
@@ -64,16 +65,25 @@ class Frame:
 
     Attributes:
         entries: the table of entries as it came, (N,) of handle, steps and position.
+        columns: each input of all entries one after another, (total, *shape), views into the frame.
+        longest: time steps of the longest entry.
         total: time steps of all entries.
-        uniform_inputs: each input (N, T, *shape), views into the frame, if every entry has T steps; else None.
-        chunks: the inputs of each entry, (T, *shape), if `uniform_inputs` is None; else empty.
+        uniform_inputs: each input (N, T, *shape), likewise, if every entry has T steps; else None.
     """
 
-    def __init__(self, entries: np.ndarray, total: int, uniform_inputs: Tensors | None, chunks: list[Tensors]) -> None:
+    def __init__(self, entries: np.ndarray, columns: Tensors, longest: int, *, uniform: bool) -> None:
         self.entries = entries
-        self.total = total
-        self.uniform_inputs = uniform_inputs
-        self.chunks = chunks
+        self.columns = columns
+        self.longest = longest
+        self.total = len(columns[0])
+        count = len(entries)
+        self.uniform_inputs: Tensors | None = (
+            tuple([column.reshape(count, longest, *column.shape[1:]) for column in columns]) if uniform else None
+        )
+
+    @cached_property
+    def _chunks(self) -> list[Tensors]:
+        return list(zip(*[_split(column, self.steps) for column in self.columns], strict=True))
 
     @cached_property
     def handles(self) -> list[int]:
@@ -99,7 +109,7 @@ class Frame:
     def chunk(self, i: int) -> Tensors:
         """The inputs of entry i: each (T, *shape)."""
         uniform = self.uniform_inputs
-        return self.chunks[i] if uniform is None else tuple(array[i] for array in uniform)
+        return self._chunks[i] if uniform is None else tuple(array[i] for array in uniform)
 
 
 class FrameCodec:
@@ -166,25 +176,12 @@ class FrameCodec:
         shortest, longest = int(steps.min()), int(steps.max())
         total = longest * count if shortest == longest else int(steps.sum(dtype=np.uint64))
         self._check_length(frame, count, total, shortest)
-        if shortest < longest:
-            return Frame(entries, total, None, self._ragged_chunks(frame, total, steps.tolist()))
-        offset = _HEADER.size + entries.nbytes
-        inputs = []
+        offset, columns = _HEADER.size + entries.nbytes, []
         for dtype, shape, size in self._layout:
             values = _values(frame, dtype, total * size, offset)
             offset += values.nbytes
-            inputs.append(values.reshape(count, longest, *shape))
-        return Frame(entries, total, tuple(inputs), [])
-
-    def _ragged_chunks(self, frame: bytes, total: int, steps: list[int]) -> list[Tensors]:
-        """The inputs of each entry, (T, *shape), where T differs."""
-        offset = _HEADER.size + len(steps) * _ENTRY.itemsize
-        columns = []
-        for dtype, shape, size in self._layout:
-            values = _values(frame, dtype, total * size, offset)
-            offset += values.nbytes
-            columns.append(_split(values.reshape(total, *shape), steps))
-        return list(zip(*columns, strict=True))
+            columns.append(values.reshape(total, *shape))
+        return Frame(entries, tuple(columns), longest, uniform=shortest == longest)
 
     def _check_length(self, frame: bytes, count: int, steps: int, shortest: int) -> None:
         """steps: of all entries. shortest: the fewest of one entry."""
@@ -203,23 +200,27 @@ class FrameCodec:
         if self._all_float and len(chunk[0]) <= self.max_steps and all(map(all_finite, chunk)):
             return None
         if len(chunk[0]) > self.max_steps:
-            return InvalidShape(f"{len(chunk[0])} time steps in one chunk; at most {self.max_steps} are allowed")
+            return self._too_long(len(chunk[0]))
         for spec, array in zip(self.inputs, chunk, strict=True):
-            if _valid_values(spec, array) is not None:
+            if valid_values(spec, array) is not None:
                 return _invalid_value(spec)
         return None
 
     def faults(self, frame: Frame) -> dict[int, UnrollError]:
-        """The errors in a frame's chunks, by the index of the entry."""
-        if frame.uniform_inputs is None:
-            found = [(i, self.fault(chunk)) for i, chunk in enumerate(frame.chunks)]
-            return {i: fault for i, fault in found if fault is not None}
-        count, steps = frame.uniform_inputs[0].shape[:2]
-        rows = set(range(count)) if steps > self.max_steps else set()
-        for spec, array in zip(self.inputs, frame.uniform_inputs, strict=True):
-            if (valid := _valid_values(spec, array)) is not None:
-                rows.update(np.flatnonzero(~valid.reshape(len(array), -1).all(axis=1)).tolist())
-        return {i: fault for i in sorted(rows) if (fault := self.fault(frame.chunk(i))) is not None}
+        """The errors in a frame's chunks, by the index of the entry; chunks with the same error share it."""
+        found: dict[int, UnrollError] = {}
+        if frame.longest > self.max_steps:
+            found = {i: self._too_long(steps) for i, steps in enumerate(frame.steps) if steps > self.max_steps}
+        for spec, column in zip(self.inputs, frame.columns, strict=True):
+            if (valid := valid_values(spec, column)) is not None:
+                error, ends = _invalid_value(spec), np.cumsum(frame.entries["steps"], dtype=np.int64)
+                by_step = valid.reshape(len(column), -1).all(axis=1)
+                by_entry = np.logical_and.reduceat(by_step, ends - frame.entries["steps"])
+                found = dict.fromkeys(np.flatnonzero(~by_entry).tolist(), error) | found
+        return found
+
+    def _too_long(self, steps: int) -> InvalidShape:
+        return InvalidShape(f"{steps} time steps in one chunk; at most {self.max_steps} are allowed")
 
 
 def pack_entries(handles: Sequence[int], steps: Sequence[int], positions: Sequence[int]) -> np.ndarray:
@@ -270,19 +271,6 @@ def _split(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
         parts.append(values[start : start + length])
         start += length
     return parts
-
-
-def _valid_values(spec: TensorSpec, array: np.ndarray) -> np.ndarray | None:
-    """Which values the tensor may hold; None if it may hold all of them."""
-    if spec.dtype == "float32":
-        valid = ~np.isinf(array) if spec.nan else np.isfinite(array)
-    elif spec.dtype == "bool":
-        valid = array.view(np.uint8) < 2
-    elif spec.limit is not None:
-        valid = (array >= 0) & (array < spec.limit)
-    else:
-        return None
-    return valid if b"\0" in valid.tobytes() else None  # for one step, half the time of valid.all()
 
 
 def _invalid_value(spec: TensorSpec) -> UnrollError:

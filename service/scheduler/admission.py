@@ -143,13 +143,22 @@ class Admission:
 
     def admit(self, chunk: Chunk, steps: int, now: float) -> None:
         """Accept a chunk of which so many steps wait. Raises what `check` raises."""
-        wait = self.waiting_steps * self._pace.seconds_per_step
-        if self.in_flight >= self._max_queue or now + wait > chunk.deadline or wait > self.overload.most_wait:
-            owner = chunk.owner
-            self.check(now, chunk.deadline, owner, patient=chunk.patient)
-            self._shares.count(owner)
+        if self.take(steps, now, chunk.deadline):
+            return
+        owner = chunk.owner
+        self.check(now, chunk.deadline, owner, patient=chunk.patient)
+        self._shares.count(owner)
         self.in_flight += 1
         self.waiting_steps += steps
+
+    def take(self, steps: int, now: float, deadline: float) -> bool:
+        """Accept a chunk of which so many steps wait, if there is room for any."""
+        wait = self.waiting_steps * self._pace.seconds_per_step
+        if self.in_flight >= self._max_queue or now + wait > deadline or wait > self.overload.most_wait:
+            return False
+        self.in_flight += 1
+        self.waiting_steps += steps
+        return True
 
     def check_invariants(self) -> None:
         """Raises AssertionError. Meant for a moment when there is no work."""

@@ -21,7 +21,7 @@ class Batch:
     work: chunks, one row each, and groups, in the order of their rows. lens: steps of each row. sources, targets: the
     arena rows that each row reads its state from and writes the new state to. uploads: states to write into arena rows
     before the batch runs. readback: chunks whose state is read from their workspace afterwards.
-    steps: of all rows together. longest: of a row. waited: seconds the work waited for its turn, all rows together.
+    rows: their number. steps: of all together. longest: of a row. waited: seconds of waiting, of all work together.
     """
 
     def __init__(self) -> None:
@@ -29,14 +29,11 @@ class Batch:
         self.uploads: list[tuple[int, np.ndarray]] = []
         self.readback: list[Chunk] = []
         self.lens: list[int] = []
-        self.steps = self.longest = 0
+        self.rows = self.steps = self.longest = 0
         self.waited = 0.0
         self._sources: list[Indices] = []
         self._targets: list[Indices] = []
         self._blocks: list[Tensors] = []
-
-    def __len__(self) -> int:
-        return len(self.lens)
 
     def add(self, work: Chunk | Group, block: Tensors, length: int, sources: Indices, targets: Indices) -> None:
         """Add the rows of one piece of work.
@@ -47,6 +44,7 @@ class Batch:
         rows = len(targets)
         self.work.append(work)
         self.lens += [length] * rows
+        self.rows += rows
         self.steps += length * rows
         self.longest = max(self.longest, length)
         self._sources.append(sources)
@@ -66,9 +64,9 @@ class Batch:
         for work in self.work:
             self.waited += (now - work.ready_at) * (len(work.sessions) if isinstance(work, Group) else 1)
         self.inputs = tuple([_padded(blocks, self.lens, self.longest) for blocks in zip(*self._blocks, strict=True)])
-        self.targets = _indices(self._targets, len(self))
+        self.targets = _indices(self._targets, self.rows)
         same = all(map(operator.is_, self._sources, self._targets))
-        self.sources = self.targets if same else _indices(self._sources, len(self))
+        self.sources = self.targets if same else _indices(self._sources, self.rows)
         return self
 
 

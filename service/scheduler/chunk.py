@@ -150,6 +150,9 @@ class Group(Work):
     def row_count(self) -> int:
         return len(self.sessions)
 
+    def inputs_of(self, row: int) -> Tensors:
+        return tuple([array[row, ...] for array in self.inputs])
+
     def answer(self, reply: GroupReply) -> None:
         self.outcome = reply
         self.then(reply)

@@ -104,7 +104,17 @@ class Completion:
         batch_rows: int,
         now: float,
     ) -> None:
-        """See `Scheduler.complete_commits`."""
+        """The store has what `Scheduler.complete` returned, as the commits of these tokens.
+
+        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
+
+        Args:
+            pending: what `Scheduler.complete` returned.
+            tokens: of each commit.
+            errors: of each commit; None: the store has it.
+            batch_rows: of the batch that they ran in.
+            now: the time.
+        """
         self.batch_rows = batch_rows
         for (chunk, outputs), token, error in zip(pending, tokens, errors, strict=True):
             session = chunk.session

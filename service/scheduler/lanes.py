@@ -24,6 +24,8 @@ _Lane = deque[Chunk | Group] | FairQueue[Chunk | Group]
 
 #: The lane of the chunks that run in pieces.
 _LONG = sys.maxsize
+#: Between two looks at all chunks that are starved: a look at thousands takes longer than a batch.
+_SWEEP_SECONDS = 0.1
 
 
 class Lanes:
@@ -51,6 +53,7 @@ class Lanes:
         #: By length class, in the order in which they take turns. With more than a batch, a lane is a fair queue.
         self._lanes: dict[int, _Lane] = {}
         self._starved: FairQueue[Chunk] = FairQueue()  # they need a workspace, and all are taken
+        self._sweep_at = 0.0  # when they are looked at again, all of them
 
     def __iter__(self) -> Iterator[Chunk | Group]:
         for lane in self._lanes.values():
@@ -60,7 +63,7 @@ class Lanes:
     def owners(self) -> set[Owner]:
         found = self._starved.owners()
         for lane in self._lanes.values():
-            found |= lane.owners() if isinstance(lane, FairQueue) else {work.owner for work in lane}
+            found |= lane.owners() if isinstance(lane, FairQueue) else set().union(*(work.owners for work in lane))
         return found
 
     @property
@@ -105,7 +108,7 @@ class Lanes:
             del self._lanes[length]
             if lane:
                 self._lanes[length] = FairQueue(lane) if isinstance(lane, deque) else lane
-            if batch:
+            if batch.rows:
                 return batch.seal(now)
         return Batch()
 
@@ -125,7 +128,7 @@ class Lanes:
         batch = Batch()
         while lane:
             work = lane[0]
-            if len(batch) and len(batch) + work.row_count > most:
+            if batch.rows and batch.rows + work.row_count > most:
                 break
             lane.popleft()
             if self._drop(work, now) or not self._has_room(work, batch):
@@ -180,20 +183,20 @@ class Lanes:
         return batch
 
     def _feed_starved(self, now: float) -> None:
-        """Return as many starved chunks to the lanes as there are workspaces for."""
+        """Return as many starved chunks to the lanes as there are workspaces for; now and then, drop what is over."""
         if not self._starved:
             return
-        starved, self._starved = self._starved, FairQueue()
+        if now >= self._sweep_at:
+            self._sweep_at = now + _SWEEP_SECONDS
+            left = [chunk for chunk in self._starved if not self._drop(chunk, now)]
+            if len(left) < len(self._starved):
+                self._starved = FairQueue(left)
         free = self._workspaces.count - self._workspaces.taken
-        while starved:
-            chunk = starved.popleft()
-            if self._drop(chunk, now):
-                continue
-            if free > 0:
+        while self._starved and free > 0:
+            chunk = self._starved.popleft()
+            if not self._drop(chunk, now):
                 self.put(chunk, now)
                 free -= 1
-            else:
-                self._starved.append(chunk)
 
 
 def _add_piece(batch: Batch, chunk: Chunk, inputs: Tensors, steps: int) -> None:

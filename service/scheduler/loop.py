@@ -18,6 +18,7 @@ from unroll.service.core.resources import usable_cores
 from unroll.service.engine.engine import MAX_LAUNCHED, BatchResult, Engine, Tensors
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, PendingCommit
+from unroll.service.scheduler.joined_steps import StepForm
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
@@ -143,6 +144,23 @@ class Loop:
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
+    def join(
+        self, session: Session, position: int | None, step: bytes, timeout: float, form: StepForm, listener: object
+    ) -> Callable[[], None] | None:
+        """Queue the next step of a session with those of others, see `JoinedSteps.join`.
+
+        Returns:
+            A function that cancels the step; None if it must be submitted as a chunk.
+        """
+        now, joined = self.clock.now(), self.scheduler.joined
+        if not joined.join(session, position, step, now, now + timeout, form, listener):
+            return None
+        self._work.set()
+        return partial(self._leave_joined, session, listener)
+
+    def _leave_joined(self, session: Session, listener: object) -> None:
+        self.scheduler.joined.cancel(session, listener, self.clock.now())
+
     def wake(self) -> None:
         """Something was queued at the scheduler itself."""
         self._work.set()
@@ -178,7 +196,7 @@ class Loop:
         actions, batch = self.scheduler.next_turn(self.clock.now())
         for action in actions:
             self._act(action)
-        if batch:
+        if batch.rows:
             failpoints.reach("batched")
             await self._begin(batch)
         elif self._launched and self._launched[0].ready:
@@ -199,7 +217,7 @@ class Loop:
                 await self._end(self._launched.popleft())
             result = partial(self.engine.run, batch)
         begun = _BegunBatch(batch, started, result)
-        if self._cost(len(batch), batch.longest) > (LAUNCHED_SECONDS if launched else INLINE_SECONDS):
+        if self._cost(batch.rows, batch.longest) > (LAUNCHED_SECONDS if launched else INLINE_SECONDS):
             begun.future = asyncio.get_running_loop().run_in_executor(self._executor, result)
             begun.future.add_done_callback(lambda _: self._work.set())
         if launched:
@@ -213,8 +231,8 @@ class Loop:
         This waits for nothing: a request that is there must be read anyway, and costs less in the next batch.
         """
         seen = -1
-        while seen < self.scheduler.in_flight:
-            seen = self.scheduler.in_flight
+        while seen < (in_flight := self.scheduler.in_flight):
+            seen = in_flight
             await asyncio.sleep(0)
             if seen >= self.scheduler.limits.max_batch:
                 return
@@ -230,7 +248,7 @@ class Loop:
         commits = self.scheduler.complete(begun.batch, outputs, failed, self.clock.now(), seconds)
         self._on_batch(begun.batch, len(failed), seconds)
         if commits:
-            task = asyncio.create_task(self._commit(commits, len(begun.batch)), name=f"commit {self.name}")
+            task = asyncio.create_task(self._commit(commits, begun.batch.rows), name=f"commit {self.name}")
             self._commits.add(task)
             task.add_done_callback(self._committed)
 

@@ -1,7 +1,7 @@
 """The order of last use: a linked list, so that several entries can take the place of one."""
 
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 
 class Used:
@@ -23,14 +23,15 @@ class Recency(Generic[T]):
         ends.newer = ends.older = ends
 
     def __iter__(self) -> Iterator[T]:
-        entry = self._ends.newer
+        entry: Any = self._ends.newer
         while entry is not self._ends:
-            yield cast(T, entry)
+            yield entry
             entry = entry.newer
 
     @property
     def oldest(self) -> T | None:
-        return cast(T, self._ends.newer) if self._ends.newer is not self._ends else None
+        entry: Any = self._ends.newer
+        return None if entry is self._ends else entry
 
     def add(self, entry: T) -> None:
         """The last to be used."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from unroll.service.core.errors import PayloadMismatch, PositionGap, PositionTooOld, UnrollError
 from unroll.service.engine.engine import Tensors
-from unroll.service.scheduler.batch import row_of
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits
 from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
@@ -219,7 +218,7 @@ def _accepted(session: Session, chunk: Chunk) -> Chunk | None:
             return work
         if isinstance(work, Group) and session.position == position:
             row = work.sessions.index(session)
-            if chunk.final or not _same(row_of(work.inputs, row), chunk.inputs):
+            if chunk.final or not _same(work.inputs_of(row), chunk.inputs):
                 raise _mismatch(session, position)
             chunk.running = True
             work.followers.append((row, chunk))

@@ -20,17 +20,18 @@ Rules, and the files that hold them:
   stored reply needs a session that was just verified with the store, else it is `NeedsStoreLookup`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from unroll.service.core.errors import (
     Cancelled,
     DeadlineExceeded,
     NeedsStoreLookup,
+    SessionClosed,
     SessionError,
     UnrollError,
 )
-from unroll.service.core.session_ids import tenant_of
+from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch
@@ -38,6 +39,7 @@ from unroll.service.scheduler.chunk import Action, Chunk, Group, Opening, Pendin
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
+from unroll.service.scheduler.joined_steps import JoinedSteps
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.replay import ReplayCache
@@ -85,7 +87,9 @@ class Scheduler:
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
+        self.complete_commits = self._completion.complete_commits
         self.groups = Groups(self._completion)
+        self.joined = JoinedSteps(traits, self._completion)
 
     @property
     def rows(self) -> int:
@@ -200,6 +204,7 @@ class Scheduler:
         Raises SessionError if the session is not open.
         """
         self.sessions.require_open(session, now)
+        self.joined.refuse(session, SessionClosed(f"session {shown(session.id)!r} was closed"), now)
         self._completion.close(session, now)
 
     def restart(self, session: Session, now: float) -> None:
@@ -217,9 +222,11 @@ class Scheduler:
     def next_turn(self, now: float) -> tuple[list[Action], Batch]:
         """The actions to run first, then the batch, which is empty when nothing waits."""
         self.sessions.expire(now)
+        if self.joined.group is not None:
+            self.joined.close(now)
         batch = self._lanes.take(now)
         actions = self._queues.take_actions() if self._queues.actions else []
-        if not batch and not actions:
+        if not batch.rows and not actions:
             self.pace.rest()
         return actions, batch
 
@@ -248,9 +255,9 @@ class Scheduler:
             What must be put into the store, to be followed by `complete_commits`; until then its sessions are busy.
         """
         steps, longest = batch.steps, batch.longest
-        self._completion.batch_rows = len(batch)
+        self._completion.batch_rows = batch.rows
         self.counters.batches += 1
-        self.counters.padded_steps += len(batch) * longest - steps
+        self.counters.padded_steps += batch.rows * longest - steps
         if seconds is not None:
             first = batch.work[0]
             self.pace.observe(steps, seconds, now, long=isinstance(first, Chunk) and self._lanes.is_long(first.length))
@@ -272,30 +279,9 @@ class Scheduler:
                 take_in(work, batch.outputs_of(row, outputs, self.traits), batch.lens[row], now)
             row += 1
         self._completion.batch_rows = 0
-        if self._admission.begins_overload(len(batch), now):
+        if self._admission.begins_overload(batch.rows, now):
             self._completion.shed(now)
         return self._completion.take_commits() if self._completion.commits else []
-
-    def complete_commits(
-        self,
-        pending: Sequence[PendingCommit],
-        tokens: Iterable[bytes],
-        errors: Sequence[UnrollError | None],
-        batch_rows: int,
-        now: float,
-    ) -> None:
-        """The store has what `complete` returned, as the commits of these tokens.
-
-        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
-
-        Args:
-            pending: what `complete` returned.
-            tokens: of each commit.
-            errors: of each commit; None: the store has it.
-            batch_rows: of the batch that they ran in.
-            now: the time.
-        """
-        self._completion.complete_commits(pending, tokens, errors, batch_rows, now)
 
     def estimated_wait(self) -> float:
         """Seconds until work accepted now would begin, from the pace seen lately."""

@@ -33,6 +33,10 @@ class Work:
         raise NotImplementedError
 
     @property
+    def owners(self) -> set[Owner]:
+        return {self.owner}
+
+    @property
     def row_count(self) -> int:
         """Rows of a batch that it takes."""
         return 1

@@ -40,10 +40,7 @@ from unroll.service.store.record import Origin
 _MOST_LOOKED_AT = 1000
 
 TRANSITIONS = {
-    (Life.OPEN, "expire"): Life.GONE,
-    (Life.OPEN, "evict"): Life.GONE,
-    (Life.OPEN, "drop"): Life.GONE,
-    (Life.OPEN, "close"): Life.GONE,
+    (Life.OPEN, "end"): Life.GONE,
     (Life.OPEN, "leave"): Life.LEAVING,
     (Life.LEAVING, "rest"): Life.GONE,
 }
@@ -89,6 +86,10 @@ class SessionTable:
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._live
+
+    def get(self, session_id: str) -> Session | None:
+        """The open session of that id as it is: in its cohort, or idle for too long and not looked at since."""
+        return self._live.get(session_id)
 
     def __repr__(self) -> str:
         return f"<SessionTable {len(self._live)} live, {len(self._leaving)} leaving, {len(self.closed)} tombstones>"
@@ -220,7 +221,8 @@ class SessionTable:
             last: the chunk that closed it, if its retry must be answered.
             running: its work runs and is completed first.
         """
-        self._remove(session, "leave" if running else "close", SessionClosed, now, last)
+        self._take_out(session, "leave" if running else "end")
+        self.closed.add(session.id, SessionClosed, now, session.opened_with, last)
 
     def expire(self, now: float) -> None:
         """Remove every session that was idle for the idle timeout."""
@@ -236,15 +238,11 @@ class SessionTable:
             elif oldest.durable is not None:
                 self.drop(oldest)
             else:
-                self._remove(oldest, "expire", SessionExpired, now)
-                self._on_gone(SessionExpired)
+                self._lose(oldest, SessionExpired, now)
 
     def drop(self, session: Session) -> None:
         """Remove a session that is somewhere else now, without a tombstone."""
-        self.advance(session, "drop")
-        self._forget(session)
-        self._recency.remove(session)
-        self.slots.give_back(session.slot)
+        self._take_out(session, "end")
 
     def _evict_one(self, tenant: str, now: float) -> None:
         """Take a row from the least recently used idle session. One of another tenant loses nothing but its row."""
@@ -259,31 +257,29 @@ class SessionTable:
                 self.drop(session)
                 return
             if is_own:
-                self._remove(session, "evict", SessionEvicted, now)
-                self._on_gone(SessionEvicted)
+                self._lose(session, SessionEvicted, now)
                 return
             others_fit = False
         whose = " or are of other tenants" if tenant else ""
         raise CapacityExhausted(f"all {self.limits.capacity} sessions have work in progress{whose}")
 
-    def _remove(
-        self, session: Session, event: str, cause: type[SessionGone], now: float, last: AppliedChunk | None = None
-    ) -> None:
-        self.advance(session, event)
-        self._forget(session)
-        self._recency.remove(session)
-        if session.life is Life.LEAVING:
-            self._leaving.add(session)
-        else:
-            self.slots.give_back(session.slot)
-        self.closed.add(session.id, cause, now, session.opened_with, last)
+    def _lose(self, session: Session, cause: type[SessionGone], now: float) -> None:
+        self._take_out(session, "end")
+        self.closed.add(session.id, cause, now, session.opened_with)
+        self._on_gone(cause)
 
-    def _forget(self, session: Session) -> None:
+    def _take_out(self, session: Session, event: str) -> None:
+        self.advance(session, event)
         del self._live[session.id]
         tenant = tenant_of(session.id)
         self.of_tenants[tenant] -= 1
         if not self.of_tenants[tenant]:
             del self.of_tenants[tenant]
+        self._recency.remove(session)
+        if session.life is Life.LEAVING:
+            self._leaving.add(session)
+        else:
+            self.slots.give_back(session.slot)
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the table contradicts itself."""

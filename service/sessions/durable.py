@@ -224,15 +224,7 @@ class DurableSessions(MemorySessions):
         return served.adopt(new.id, record)
 
     async def close(self, name: str, version: str | None, session_id: str) -> tuple[ServedModel, Session] | Record:
-        def close_if_memory() -> tuple[ServedModel, Session] | Record:
-            if (stranded := self._close_stranded(name, version, session_id)) is not None:
-                return stranded
-            served, session = self.directory.find(name, version, session_id)
-            if session.durable is None:
-                served.scheduler.close(session, served.loop.clock.now())
-            return served, session
-
-        closed = await self.verified(name, session_id, close_if_memory)
+        closed = await super().close(name, version, session_id)
         if isinstance(closed, Record):
             return replace(closed, position=await self._close_stored(name, session_id)) if closed.token else closed
         served, session = closed

@@ -166,7 +166,8 @@ class MemorySessions:
             if (stranded := self._close_stranded(name, version, session_id)) is not None:
                 return stranded
             served, session = self.directory.find(name, version, session_id)
-            served.scheduler.close(session, served.loop.clock.now())
+            if session.durable is None:  # else the store ends it first
+                served.scheduler.close(session, served.loop.clock.now())
             return served, session
 
         return await self.verified(name, session_id, close_here)

@@ -1,8 +1,6 @@
 """The memory sessions of this process, page by page in the order of their names."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from heapq import nsmallest
+import asyncio
 
 from unroll.service.core.clock import Clock
 from unroll.service.core.session_ids import tenant_of
@@ -11,6 +9,9 @@ from unroll.service.scheduler.session import Session
 from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.store.interface import Key, Listed, Page
 from unroll.service.store.record import MEMORY, Record
+
+#: Sessions that are looked at in one turn of the event loop.
+_SLICE = 2048
 
 
 class MemoryPages:
@@ -27,23 +28,43 @@ class MemoryPages:
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         """See `Store.page`. A page is named by the last session of the one before."""
-        later = ((key, read) for key, read in self._all(tenant) if "/".join(key) > after)
-        chosen = nsmallest(limit + 1, later, key=lambda entry: "/".join(entry[0]))
-        more = "/".join(chosen[limit - 1][0]) if len(chosen) > limit else ""
-        return Page([read() for _, read in chosen[:limit]], [], more)
+        chosen = await self._first(after, limit + 1, tenant)
+        found = [listed for _, key in chosen[:limit] if (listed := self._listed(key)) is not None]
+        return Page(found, [], chosen[limit - 1][0] if len(chosen) > limit else "")
 
-    def _all(self, tenant: str | None) -> Iterator[tuple[Key, Callable[[], Listed]]]:
-        for model in self._directory.versions:
-            for session in model.scheduler.sessions:
-                if session.durable is None and tenant in (None, tenant_of(session.id)):
-                    yield (model.name, session.id), partial(self._resident, model, session)
-        for key, record, used in self._directory.spilled:
-            if tenant in (None, tenant_of(key[1])):
-                yield key, partial(self._spilled, key, record, used)
+    async def _first(self, after: str, count: int, tenant: str | None) -> list[tuple[str, Key]]:
+        """So many keys of the sessions that are here now, with their names, in the order of these.
+
+        A slice of them is looked at in each turn of the event loop.
+        """
+        keys, first = self._keys(), list[tuple[str, Key]]()
+        for begin in range(0, len(keys), _SLICE):
+            part = [("/".join(key), key) for key in keys[begin : begin + _SLICE] if tenant in (None, tenant_of(key[1]))]
+            last = first[-1] if len(first) == count else None
+            first = sorted(first + [each for each in part if each[0] > after and (last is None or each < last)])[:count]
+            await asyncio.sleep(0)
+        return first
+
+    def _keys(self) -> list[Key]:
+        resident = [
+            (model.name, session.id)
+            for model in self._directory.versions
+            for session in model.scheduler.sessions
+            if session.durable is None
+        ]
+        return resident + self._directory.spilled.keys()
+
+    def _listed(self, key: Key) -> Listed | None:
+        """None: it ended since."""
+        for model in self._directory.versions.of(key[0]):
+            if (session := model.scheduler.sessions.get(key[1])) is not None and session.durable is None:
+                return self._resident(model, session)
+        found = self._directory.spilled.get(key)
+        return None if found is None else self._spilled(key, *found)
 
     def _resident(self, model: ServedModel, session: Session) -> Listed:
         if (cohort := session.cohort) is not None:
-            position, used = int(cohort.positions[cohort.sessions.index(session)]), cohort.last_used
+            position, used = int(cohort.positions[cohort.slots == session.slot][0]), cohort.last_used
         else:
             position, used = session.position, session.last_used
         size = 4 * model.manifest.state_size

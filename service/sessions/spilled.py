@@ -66,6 +66,13 @@ class SpilledSessions:
         yield from self._spill
         yield from ((key, record, used) for key, (record, used) in self._parking.items())
 
+    def keys(self) -> list[Key]:
+        return [*self._spill.keys(), *self._parking]
+
+    def get(self, key: Key) -> tuple[Record, float] | None:
+        """A record as it is, and when it was last used; None if it is not here."""
+        return self._spill.get(key) or self._parking.get(key)
+
     def has(self, digest: str) -> bool:
         self.expire()
         return any(record.origin.model == digest for _, record, _ in self)
@@ -119,7 +126,7 @@ class SpilledSessions:
 
     def find_stranded(self, name: str, session_id: str) -> Record | None:
         """The session, if it is here and the version it began on is not."""
-        found = self._spill.get((name, session_id)) or self._parking.get((name, session_id))
+        found = self.get((name, session_id))
         if found is None or self._is_expired(found[1]):
             return None
         return found[0] if self._versions.with_digest(name, found[0].origin.model) is None else None

@@ -1,7 +1,7 @@
 """Sessions without a row in the arena, as bytes in host memory, oldest first."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from unroll.service.core.session_ids import tenant_of
@@ -32,6 +32,9 @@ class Spill:
     def __iter__(self) -> Iterator[tuple[Key, Record, float]]:
         """Each with when it was last used."""
         return ((key, record, used) for key, (record, used) in self._records.items())
+
+    def keys(self) -> Iterable[Key]:
+        return self._records.keys()
 
     def get(self, key: Key) -> tuple[Record, float] | None:
         return self._records.get(key)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest, registry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -146,13 +146,11 @@ class Collector:
         self._held = held or {}
         self._connections = connections or ConnectionFigures()
 
-    def exposition(self) -> bytes:
-        """The text of a scrape."""
-        registry = CollectorRegistry()
-        registry.register(self)
-        return generate_latest(registry)
+    def exposition(self) -> Iterator[bytes]:
+        """The text of a scrape, family by family, as of the moment of the call."""
+        return (generate_latest(_Alone(family)) for family in [*self._collect()])
 
-    def collect(self) -> Iterator[Metric]:
+    def _collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         for name, some in (("unroll_streams", self._streams), ("unroll_sessions_spilled", self._spilled)):
             _family(families, GaugeMetricFamily, name, []).add_metric([], len(some))
@@ -187,6 +185,16 @@ class Collector:
         yield from families.values()
         if self._store is not None:
             yield from _store(self._store)
+
+
+class _Alone(registry.Collector):
+    """One family, for `generate_latest`."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
 
 
 def _store(figures: StoreFigures) -> Iterator[Metric]:

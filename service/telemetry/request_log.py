@@ -20,11 +20,7 @@ _LEAST_STATUS: dict[LogRequests, int] = {"none": 1000, "errors": 400, "all": 0}
 
 
 class RequestLog:
-    """Writes the lines.
-
-    Attributes:
-        least_status: A request with a lower status leaves none.
-    """
+    """Writes the lines. least_status: A request with a lower status leaves none."""
 
     def __init__(self, which: LogRequests = "errors", now: Callable[[], float] = time.monotonic) -> None:
         self.least_status = _LEAST_STATUS[which]

@@ -4,8 +4,8 @@ A request of these routes costs no task and no ASGI messages: the work starts wh
 its end writes the reply in one piece. A lost connection cancels its work immediately.
 """
 
+import asyncio
 import functools
-import socket
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +23,6 @@ from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
     CONTENT_ENCODING,
     Answer,
-    Cancel,
     Headers,
     Request,
     check_headers,
@@ -39,6 +38,7 @@ from unroll.service.transport.head import (
     refusal_of,
     without_offer,
 )
+from unroll.service.transport.known_head import KnownHead
 from unroll.service.transport.limited import LimitedProtocol
 
 
@@ -49,7 +49,6 @@ class Exchange(Request):
     """
 
     __slots__ = (
-        "cancel",
         "disconnected",
         "keep_alive",
         "more_body",
@@ -61,7 +60,6 @@ class Exchange(Request):
 
     def __init__(self) -> None:
         super().__init__({}, b"")
-        self.cancel: Cancel = nothing_to_cancel
         self.response_complete = True
         self.disconnected = False
         self.more_body = False
@@ -96,16 +94,24 @@ class HttpProtocol(LimitedProtocol):
         self._route: Route | None = None
         self._path: inference_routes.Path = []
         self._route_url = b""
+        self._known: KnownHead | None = None  # of the last request, if it was for this route
+        self._misses = 0  # requests in a row with another head than the one before
+        self._data = b""  # that is being parsed, if no request was open before it
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
-        self._sends_no_more = False
 
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
     def _feed(self, data: bytes) -> None:
         if self._last_words:
             return
+        if (known := self._known) is not None and self.is_idle():
+            if (body := known.body_of(data)) is not None:
+                self._begin_known(known, body)
+                return
+            self._misses += 1
         self._segment = len(data)
+        self._data = b"" if self._in_head or self._in_body else data
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as end:
@@ -118,6 +124,7 @@ class HttpProtocol(LimitedProtocol):
                 self.data_received(head + rest)
         except httptools.HttpParserError as error:
             self._refuse(refusal_of(error))
+        self._data = b""
         if self._in_head or self._in_body:
             self._limit_held()
             if self._in_body and self._busy() and not self._last_words and self._body_bytes() > SMALL:
@@ -126,42 +133,6 @@ class HttpProtocol(LimitedProtocol):
     def _new_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-
-    def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
-        """A client that sends no more may still read: what it asked is answered before the connection is closed."""
-        if self.scheme == "https":  # TLS ends both directions at once
-            return False
-        self._sends_no_more = True
-        if self._last_words:
-            return self._busy()
-        if self._in_head or self._in_body:
-            self._refuse(Refused(400, "the request ended before it was complete"))
-        elif self._busy():
-            self.cycle.keep_alive = False
-            if self._version() == "1.1":
-                self.loop.call_later(_PROBE_SECONDS, self._probe)
-        else:
-            return False
-        return True
-
-    def _probe(self, sent: bool = False) -> None:
-        """End the work for a client that is gone.
-
-        A client that closed its connection looks like one that only sends no more, until it gets something: an interim
-        answer, which every client of HTTP/1.1 skips.
-        """
-        if self.transport.is_closing() or not self._busy() or getattr(self.cycle, "response_started", False):
-            return
-        if not sent:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.transport.abort()
-            return
-        self.loop.call_later(_PROBE_SECONDS, self._probe, True)
-
-    def _version(self) -> str:
-        version: str = self.parser.get_http_version()
-        return version
 
     def _body_bytes(self) -> int:
         exchange = self._exchange
@@ -174,6 +145,7 @@ class HttpProtocol(LimitedProtocol):
         self.expect_100_continue = False
         self.headers = []
         self._in_head = True
+        self._known = None
         self._held_bytes = self._received = 0
         self._since = None
 
@@ -197,7 +169,8 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
-        self.cycle = exchange
+        exchange.repeats, exchange.repeat = False, None
+        self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
             check_headers(self.headers, headers, limit)
@@ -236,24 +209,66 @@ class HttpProtocol(LimitedProtocol):
                 self._parts.clear()
             if len(exchange.body) > SMALL and self._cannot_hold(len(exchange.body)):
                 return
-            if CONTENT_ENCODING in exchange.headers and not self._decode_body():
-                return
-            failpoints.reach("recv")
-            cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
-            self.headers.clear()
-            exchange.headers, exchange.body = _NO_HEADERS, b""
-            if not exchange.response_complete:
-                exchange.cancel = cancel
+            if exchange.keep_alive and self._misses < _MOST_MISSES:
+                self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
+            if CONTENT_ENCODING in exchange.headers:
+                self._decode_body()
+            else:
+                self._handle()
 
-    def _decode_body(self) -> bool:
-        """False if the request was answered by an error instead."""
-        exchange = self._exchange
+    def _begin_known(self, known: KnownHead, body: bytes) -> None:
+        """A whole request whose head was checked when it came first; what its key permits may have changed since."""
+        exchange, route = self._exchange, self._route
+        assert route is not None
+        exchange.begin(route, 0, not self.unroll.draining)
+        exchange.repeats, self._misses = True, 0
+        self.cycle = self._runs = exchange
         try:
-            coding, limit = exchange.headers[CONTENT_ENCODING], self.unroll.limits.max_body_bytes
-            exchange.body = decoded(exchange.body, coding, limit)
+            exchange.tenant = self.unroll.gate.admit(known.headers, INFER, changes=True)
+        except UnrollError as error:
+            self._answer(route.failure(error))
+            return
+        exchange.headers, exchange.body = known.headers, body
+        self._handle()
+
+    def _handle(self) -> None:
+        exchange = self._exchange
+        failpoints.reach("recv")
+        cancel = None if exchange.repeat is None else exchange.repeat(exchange, self._respond)
+        if cancel is None:
+            exchange.route.handle(self.unroll, self._path, exchange, self._respond)
+        elif not exchange.response_complete:
+            exchange.cancel = cancel
+        self.headers.clear()
+        if exchange.again is None:
+            exchange.headers, exchange.body = _NO_HEADERS, b""
+
+    def _decode_body(self) -> None:
+        exchange = self._exchange
+        coding, limit = exchange.headers[CONTENT_ENCODING], self.unroll.limits.max_body_bytes
+        try:
+            body = decoded(exchange.body, coding, limit)
         except UnrollError as error:
             self._answer(exchange.route.failure(error))
-        return not exchange.response_complete
+            return
+        if isinstance(body, bytes):
+            exchange.body = body
+            self._handle()
+        else:
+            exchange.cancel = body.cancel
+            body.add_done_callback(self._on_decoded)
+
+    def _on_decoded(self, body: asyncio.Future[bytes]) -> None:
+        """A long body was decompressed in a thread; its client may be gone meanwhile."""
+        if body.cancelled() or self.transport.is_closing():
+            return
+        exchange = self._exchange
+        if isinstance(error := body.exception(), UnrollError):
+            self._answer(exchange.route.failure(error))
+            return
+        exchange.body = body.result()
+        if not self._cannot_hold(len(exchange.body)):
+            self._handle()
 
     def _cannot_hold(self, size: int) -> bool:
         """True if the request was answered by an error, because too many bytes are held already."""
@@ -315,8 +330,8 @@ class HttpProtocol(LimitedProtocol):
             return
         exchange = self._exchange
         exchange.response_complete = True
-        exchange.cancel = nothing_to_cancel
-        exchange.body = b""
+        exchange.cancel, exchange.again = nothing_to_cancel, None
+        exchange.headers, exchange.body = _NO_HEADERS, b""
         self._parts.clear()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
         if answer.status >= self.unroll.request_log.least_status:
@@ -399,8 +414,8 @@ class OperatorProtocol(HttpProtocol):
 
 
 _NO_HEADERS: Headers = {}
-#: Until the first look whether a client that has ended its half of the connection is still there, and between two.
-_PROBE_SECONDS = 0.1
+#: After so many, the heads of a connection are not kept any more: each of its requests has one of its own.
+_MOST_MISSES = 8
 #: For a refused client to stop sending.
 _LINGER_SECONDS = 2.0
 

@@ -1,6 +1,7 @@
 """What a client may take of a connection: time, bytes and a place among the others."""
 
 import asyncio
+import socket
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ PROBE_URLS = frozenset((b"/livez", b"/readyz", b"/metrics", b"/v2/health/live", 
 #: Of the chunks of a body: lengths, extensions and line ends; as much, and so much more for each byte of the body.
 MAX_FRAMING_BYTES = 65_536
 MAX_FRAMING_FACTOR = 8
+#: Until the first look whether a client that has ended its half of the connection is still there, and between two.
+_PROBE_SECONDS = 0.1
 #: Of a chunked body that arrived at once: what is parsed before others get their turn.
 _TURN_BYTES = 8192
 
@@ -39,8 +42,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._received = 0  # of an open request, behind the segment it began in
         self._is_chunked = False
         self._rest = b""  # of a chunked body, not yet parsed
-        self._runs: Any = None  # uvicorn's record of the request that the application answers
+        self._runs: Any = None  # the record of the request that is being answered, or was last; others may wait
         self._last_words = b""  # the answer behind which the connection is closed
+        self._sends_no_more = False
         self._since: float | None = None  # when `check` first saw it waiting for what it still waits for
         self._unread = UnreadAnswer()
         self.body = Holding(self.unroll.held, REQUESTS)
@@ -56,8 +60,8 @@ class LimitedProtocol(HttpToolsProtocol):
         raise NotImplementedError
 
     def _tenant(self) -> str:
-        """Of the latest request; empty without keys."""
-        cycle = self.cycle
+        """Of the request that is being answered, or was last; empty without keys."""
+        cycle = self._runs
         tenant: str = cycle.tenant if isinstance(cycle, Request) else cycle.scope.get(TENANT, "") if cycle else ""
         return tenant
 
@@ -112,6 +116,44 @@ class LimitedProtocol(HttpToolsProtocol):
             self._runs.disconnected = True
             self._runs.message_event.set()
 
+    # ── its end ──────────────────────────────────────────────────────────────────────────────────
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
+        """A client that sends no more may still read: what it asked is answered before the connection is closed."""
+        if self.scheme == "https":  # TLS ends both directions at once
+            return False
+        self._sends_no_more = True
+        if self._last_words:
+            return self._busy()
+        if self._in_head or self._in_body:
+            self._refuse(Refused(400, "the request ended before it was complete"))
+        elif self._busy():
+            self.cycle.keep_alive = False
+            if self._version() == "1.1":
+                self.loop.call_later(_PROBE_SECONDS, self._probe)
+        else:
+            return False
+        return True
+
+    def _probe(self, sent: bool = False) -> None:
+        """End the work for a client that is gone.
+
+        A client that closed its connection looks like one that only sends no more, until it gets something: an interim
+        answer, which every client of HTTP/1.1 skips.
+        """
+        if self.transport.is_closing() or not self._busy() or getattr(self.cycle, "response_started", False):
+            return
+        if not sent:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        self.loop.call_later(_PROBE_SECONDS, self._probe, True)
+
+    def _version(self) -> str:
+        version: str = self.parser.get_http_version()
+        return version
+
     # ── bytes ────────────────────────────────────────────────────────────────────────────────────
 
     def data_received(self, data: bytes) -> None:
@@ -146,7 +188,10 @@ class LimitedProtocol(HttpToolsProtocol):
             raise Refused(431, f"a header field may have {MAX_FIELD_BYTES} bytes, this one has {len(value)}")
         if len(self.headers) == MAX_FIELDS:
             raise Refused(431, f"a request may have {MAX_FIELDS} header fields, this one has more")
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def _limit_held(self) -> None:
         """The parser holds an open head or trailer. The segment it began in may have much else, and is not counted."""

@@ -66,6 +66,10 @@ async def test_the_python_clients_master_every_conversation(options: Sequence[st
     assert not_passed(await played([*PYTHON, *options], list(CONVERSATIONS))) == {}
 
 
+async def test_what_an_asynchronous_client_has_received_of_a_rollout_does_not_move_it_on_before_its_caller() -> None:
+    assert not_passed(await played([*PYTHON, "--asynchronous"], ["stream-rollout-ended-too-late"])) == {}
+
+
 async def test_the_javascript_client_masters_every_conversation(node: list[str]) -> None:
     results = await played([*node, suite.FOLDER / "driver.mjs"], list(CONVERSATIONS))
     assert not_passed(results) == {

@@ -104,7 +104,7 @@ def yields_steps_again() -> None:
 
     def changed(self: Rollout) -> None:
         restart(self)
-        self._yielded = self._begin
+        self._yielded = self.members["position"]
 
     Rollout.restart = changed  # type: ignore[method-assign]
 
@@ -123,9 +123,8 @@ def rolls_out_the_rest() -> None:
     restart = Rollout.restart
 
     def changed(self: Rollout) -> None:
-        done = self._reached - self._begin
+        done = self._reached - self.members["position"]
         self.members |= {"position": self._reached, "steps": self.members["steps"] - done}
-        self._begin = self._reached
         restart(self)
 
     Rollout.restart = changed  # type: ignore[method-assign]

@@ -17,12 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
+from faults import flood
 from faults.attacks import ATTACKS
 from faults.replica import ROOT, Replica, tiny_repository
 
 MODEL, FEATURES = "tiny", 2
 #: Seconds between two steps of the calm client, and between two probes.
 _STEP_PAUSE, _PROBE_PAUSE = 0.01, 0.05
+#: Beside the attacks: a tenant that does nothing wrong, but much too much.
+_FLOOD = "a tenant that floods"
 _COLUMNS = ("attack", "calm p50/p99 alone, ms", "under attack", "steps", "probe", "memory", "the attackers got")
 
 
@@ -152,12 +155,17 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    names = [*ATTACKS, _FLOOD]
     parser = argparse.ArgumentParser(prog="python -m faults.overload", description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each attack")
-    parser.add_argument("--only", nargs="*", choices=sorted(ATTACKS), default=[*ATTACKS], metavar="ATTACK")
+    parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="ATTACK")
     arguments = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="overload-"))
-    print(table(asyncio.run(run(folder, arguments.only, arguments.seconds))))
+    attacks = [name for name in arguments.only if name != _FLOOD]
+    if attacks:
+        print(table(asyncio.run(run(folder / "attacks", attacks, arguments.seconds))))
+    if _FLOOD in arguments.only:
+        print(flood.table(*asyncio.run(flood.run(folder / "flood", arguments.seconds))))
     shutil.rmtree(folder)
     return 0
 

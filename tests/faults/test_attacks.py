@@ -1,8 +1,9 @@
-"""A short version of `make overload`: a flood from another process, beside a client and a probe."""
+"""A short version of `make overload`: floods from another process, beside calm clients and a probe."""
 
+import statistics
 from pathlib import Path
 
-from faults import overload
+from faults import flood, overload
 
 
 async def test_a_calm_client_and_probes_are_answered_under_a_flood(tmp_path: Path) -> None:
@@ -10,3 +11,13 @@ async def test_a_calm_client_and_probes_are_answered_under_a_flood(tmp_path: Pat
     assert "1008" in row.answer or "nothing" in row.answer
     assert len(row.under.steps) > 1
     assert row.under.slowest_probe < 10.0
+
+
+async def test_a_tenant_that_floods_is_refused_and_another_waits_for_a_few_batches(tmp_path: Path) -> None:
+    """Of an engine that is much slower than HTTP; time is counted in its batches."""
+    alone, under, answers = await flood.run(tmp_path, seconds=1.5)
+    assert {*alone.statuses} == {200}
+    assert statistics.median(answers.refusals) < statistics.median(answers.seconds["200"])
+    waited = [batches for batches, status in zip(under.batches, under.statuses, strict=True) if status == 200]
+    assert waited
+    assert max(waited) < 10, "the queue of the other is much longer"

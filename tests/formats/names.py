@@ -88,7 +88,7 @@ def metrics(client: httpx.Client) -> list[str]:
 def store_metrics() -> list[str]:
     """Those that a server has only with a store."""
     figures = StoreFigures(evicts=False, bytes={"file": 0, "used": 0})
-    text = Collector(list, {}, (), (), dict, figures).exposition().decode()
+    text = b"".join(Collector(list, {}, (), (), dict, figures).exposition()).decode()
     return [name for name in _samples(text) if name.startswith("unroll_store")]
 
 

@@ -32,7 +32,7 @@ def run(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("torch", EXPORT, "pip install torch onnx onnxscript"),
         pytest.param("onnx", EXPORT, "pip install torch onnx onnxscript", marks=pytest.mark.long),
         pytest.param("onnxscript", EXPORT, "pip install torch onnx onnxscript", marks=pytest.mark.long),
-        ("redis", ("serve", "--repository", "none"), "pip install 'unroll-serve[cpu]'"),
+        ("redis", ("serve", "--repository", "none", "--store", "redis://localhost"), "pip install 'unroll-serve[cpu]'"),
         ("pydantic", ("inspect", "none"), "pip install 'unroll-serve[cpu]'"),
         ("safetensors", ("demo",), "pip install 'unroll-serve[cpu]'"),
     ],

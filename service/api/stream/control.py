@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 #: Sessions, or chunks of a frame, that are handled in one turn of the event loop.
 SLICE = 64
+#: Handles, each of which costs next to nothing.
+_DETACH_SLICE = 4096
 #: Sessions that a store is asked for at once.
 _STORE_SLICE = 256
 #: Seconds for which a client is not read that sends too many control messages.
@@ -144,11 +146,18 @@ class Control:
         return {"handle": handle, "position": position}
 
     def _detach(self, handles: list[int]) -> None:
-        if unknown := [handle for handle in handles if handle not in self._handles]:
-            raise InvalidRequest(f"no session is bound to handle {unknown[0]}", handle=unknown[0])
-        for handle in handles:
-            self._rollouts.stop(handle)
-            self._handles.unbind(handle)
+        if unknown := self._handles.unbound(handles):
+            first = next(handle for handle in handles if handle in unknown)
+            raise InvalidRequest(f"no session is bound to handle {first}", handle=first)
+        self.carry_out(self._detach_in_slices(handles))
+
+    async def _detach_in_slices(self, handles: list[int]) -> None:
+        for begin in range(0, len(handles), _DETACH_SLICE):
+            if begin:
+                await asyncio.sleep(0)
+            for handle in handles[begin : begin + _DETACH_SLICE]:
+                self._rollouts.stop(handle)
+                self._handles.unbind(handle)
         self._replies.send({"op": "detached", "handles": handles})
 
     def _roll_out(self, request: RolloutRequest) -> None:

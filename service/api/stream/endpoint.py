@@ -1,16 +1,20 @@
-"""The WebSocket route of a stream: who may connect, and what becomes of a client that does not read."""
+"""The WebSocket route of a stream: who may connect, and what becomes of a client that does not read.
+
+A web page, which cannot send a header with a WebSocket, connects with a ticket.
+"""
 
 import asyncio
 from collections.abc import Callable
 
 import structlog
-from fastapi import APIRouter, WebSocket
+from fastapi import APIRouter, Request, WebSocket
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from unroll.service.api.admission import admit_stream
 from unroll.service.api.answer_log import log_answer, log_error
 from unroll.service.api.app_state import AppState
-from unroll.service.api.error_responses import problem, problem_of, reason
+from unroll.service.api.error_responses import problem, problem_of, problem_responses, reason
 from unroll.service.api.parameters import split_reference
 from unroll.service.api.request import Answer
 from unroll.service.api.stream.connection import Connection
@@ -23,6 +27,13 @@ _log = structlog.get_logger(__name__)
 PROTOCOL = "unroll.v1"
 #: Seconds after which a client that does not read is cut off.
 STALLED_SECONDS = 30.0
+
+
+class Ticket(BaseModel):
+    """seconds: for which it opens streams."""
+
+    ticket: str
+    seconds: float
 
 
 def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> APIRouter:
@@ -58,6 +69,19 @@ def router(server: AppState, *, stalled_seconds: float = STALLED_SECONDS) -> API
     async def without_upgrade(model: str) -> None:
         headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
         raise HTTPException(426, "this is a stream: connect by WebSocket, version 13", headers)
+
+    @api.post(
+        "/v1/tickets",
+        tags=["native v1"],
+        summary="A ticket that opens streams in place of the API key, for a short time",
+        description="Connect with the protocols `unroll.v1` and `unroll.ticket.` followed by the ticket.",
+        responses=problem_responses({404: "not_found: this server has no keys, and streams need no ticket"}),
+    )
+    async def ticket(http: Request) -> Ticket:
+        if not server.gate.has_keys:
+            raise HTTPException(404, "this server has no keys: streams need no ticket")
+        ticket, seconds = server.gate.ticket(server.gate.key_of(dict(http.scope["headers"])))
+        return Ticket(ticket=ticket, seconds=seconds)
 
     return api
 

@@ -61,6 +61,10 @@ class Handles:
     def __contains__(self, handle: int) -> bool:
         return self.find(handle) is not None
 
+    def unbound(self, handles: list[int]) -> set[int]:
+        """Those that no session is bound to."""
+        return {*handles}.difference(*self.by_model.values())
+
     def find(self, handle: int) -> tuple[ServedModel, Session] | None:
         """The session as it was bound, whatever became of it."""
         for served, bound in self.by_model.items():

@@ -17,11 +17,7 @@ from unroll.service.scheduler.reply import Reply
 
 
 class JsonSteps:
-    """Decodes and submits them.
-
-    Args:
-        over_quota: the error of a tenant that may not take so many steps now.
-    """
+    """Decodes and submits them. over_quota: the error of a tenant that may not take so many steps now."""
 
     def __init__(
         self,

@@ -16,11 +16,7 @@ OnWritable = Callable[[bool], None]
 
 
 class Link(Protocol):
-    """An accepted connection, of any server.
-
-    Attributes:
-        closed: done when there will be no more messages.
-    """
+    """An accepted connection, of any server. closed: done when there will be no more messages."""
 
     closed: asyncio.Future[None]
     tenant: str

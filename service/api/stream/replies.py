@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from unroll.service.api.stream.flow import FlowControl
 from unroll.service.api.stream.link import Link
 from unroll.service.core.errors import Overloaded, UnrollError
@@ -86,7 +84,8 @@ class Replies:
         entries, positions, outputs = frame.entries[answered], reply.positions, reply.outputs
         if reply.errors:
             for i, error in reply.errors.items():
-                self.refuse_all(entries[i : i + 1], error)
+                handle, steps, position = entries[i].tolist()
+                self.refuse(handle, steps, None if position == NO_POSITION else position, error)
             good = [i for i in range(len(entries)) if i not in reply.errors]
             entries, positions = entries[good], positions[good]
             outputs = tuple(output[good] for output in outputs)
@@ -101,11 +100,6 @@ class Replies:
         self.on_refused(error, handle, position, None)
         self.send({"op": "error", **error_members(error), "handle": handle, "position": position, **members})
         self._release(1, steps)
-
-    def refuse_all(self, entries: np.ndarray, error: UnrollError) -> None:
-        """Answer each of a frame's entries with the same error."""
-        for handle, steps, position in entries.tolist():
-            self.refuse(handle, steps, None if position == NO_POSITION else position, error)
 
     def flush(self) -> None:
         """Send the answers that were coalesced, if there are any."""

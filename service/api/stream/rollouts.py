@@ -14,11 +14,7 @@ from unroll.service.scheduler.session import Session
 
 
 class StreamRollouts:
-    """Begins and stops rollouts, and sends what they bring.
-
-    Args:
-        flow: where each rollout counts as an entry.
-    """
+    """Begins and stops rollouts, and sends what they bring. flow: where each rollout counts as an entry."""
 
     def __init__(self, app: AppState, name: str, handles: Handles, replies: Replies, flow: FlowControl) -> None:
         self._app = app

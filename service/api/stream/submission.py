@@ -104,7 +104,7 @@ class FrameSubmitter:
 
         Args:
             frame: of several entries.
-            faults: the errors in their values, by the index of the entry.
+            faults: the errors in their values, by the index of the entry; gets those of entries there is no room for.
 
         Returns:
             The indexes of the other entries, which `submit_apart` takes.
@@ -112,12 +112,16 @@ class FrameSubmitter:
         taken: set[int] = set()
         if frame.uniform_inputs is not None:
             recurring = self._recurring.recognise(frame)
-            if not faults and self._submit_cohorts(frame, frame.uniform_inputs, recurring):
-                return []
-            for served, bound in self._handles.by_model.items():
-                rows, members = _members(bound, frame.handles, faults)
-                if rows:
-                    taken.update(self._submit_group(frame, served, rows, members, recurring))
+            rows: list[int] | None = None  # that are being submitted; None: all
+            try:
+                if not faults and self._submit_cohorts(frame, frame.uniform_inputs, recurring):
+                    return []
+                for served, bound in self._handles.by_model.items():
+                    rows, members = _members(bound, frame.handles, faults)
+                    if rows:
+                        taken.update(self._submit_group(frame, served, rows, members, recurring))
+            except UnrollError as error:
+                faults.update(dict.fromkeys(range(len(frame.entries)) if rows is None else rows, error))
         return [i for i in range(len(frame.entries)) if i not in taken] if len(taken) < len(frame.entries) else []
 
     def submit_apart(self, frame: Frame, faults: dict[int, UnrollError], entries: Iterable[int]) -> None:
@@ -126,26 +130,25 @@ class FrameSubmitter:
             self.submit(entry, faults.get(i), self._replies.coalesce)
 
     def _submit_cohorts(self, frame: Frame, inputs: Tensors, recurring: RecurringFrame) -> bool:
-        """False if the frame's sessions are no cohorts, or cannot take this step as such."""
+        """False if the frame's sessions are no cohorts, or cannot take this step as such.
+
+        Raises QueueFull, DeadlineUnreachable.
+        """
         served = recurring.served
         if served is None or sum(len(cohort.sessions) for cohort in recurring.cohorts) < len(frame.entries):
             return False
         sent = frame.entries["position"]
         positions = None if sent[0] == NO_POSITION and (sent == NO_POSITION).all() else sent
         on_reply = partial(self._complete_group, frame, None, None)
-        try:
-            now, groups = served.loop.clock.now(), served.scheduler.groups
-            taken = groups.submit_cohorts(recurring.cohorts, positions, inputs, now, now + self._timeout, on_reply)
-        except UnrollError as error:
-            self._replies.refuse_all(frame.entries, error)
-            return True
+        now, groups = served.loop.clock.now(), served.scheduler.groups
+        taken = groups.submit_cohorts(recurring.cohorts, positions, inputs, now, now + self._timeout, on_reply)
         served.loop.wake()
         return taken
 
     def _submit_group(
         self, frame: Frame, served: ServedModel, rows: list[int], members: list[Session], recurring: RecurringFrame
     ) -> list[int]:
-        """Returns the rows of the frame that are accepted or refused."""
+        """Returns the rows of the frame that are accepted. Raises QueueFull, DeadlineUnreachable."""
         assert frame.uniform_inputs is not None
         inputs, positions = frame.uniform_inputs, frame.positions
         whole = len(rows) == len(frame.entries)
@@ -155,12 +158,8 @@ class FrameSubmitter:
             inputs = tuple(array[rows] for array in inputs)
             positions = [positions[i] for i in rows]
         on_reply = partial(self._complete_group, frame, None if whole else rows, recurring)
-        try:
-            now, groups = served.loop.clock.now(), served.scheduler.groups
-            declined = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
-        except UnrollError as error:
-            self._replies.refuse_all(frame.entries[rows], error)
-            return rows
+        now, groups = served.loop.clock.now(), served.scheduler.groups
+        declined = groups.submit(members, positions, inputs, now, now + self._timeout, on_reply, again=again)
         served.loop.wake()
         if not declined:
             return rows
@@ -173,11 +172,7 @@ class FrameSubmitter:
         fault: UnrollError | None,
         answer: Callable[[SingleEntryFrame, Reply], None] | None = None,
     ) -> None:
-        """Submit one chunk, or refuse it.
-
-        Args:
-            answer: sends its reply; by default in a frame of its own.
-        """
+        """Submit one chunk, or refuse it. answer: sends its reply; by default in a frame of its own."""
         if fault is not None:
             self._replies.refuse(entry.handle, entry.steps, entry.position, fault)
             return

@@ -95,11 +95,7 @@ class Packed:
 
 
 def pack(layer: Layer, parts: int) -> Packed:
-    """Pack a layer's weights.
-
-    Args:
-        parts: float16 numbers that hold one weight: 2 for float32's accuracy, 1 for TF32's.
-    """
+    """Pack a layer's weights. parts: float16 numbers that hold one weight: 2 for float32's accuracy, 1 for TF32's."""
     gates, hidden = layer.r.shape[0] // layer.hidden, layer.hidden
     padded = -(-hidden // _UNITS) * _UNITS
     sides = []

@@ -20,11 +20,7 @@ Tensor = tuple[tuple[int, ...], "np.dtype[Any]"]
 
 
 class BlockLayout:
-    """Tensors one after another in a block.
-
-    Attributes:
-        offsets: First byte of each tensor.
-    """
+    """Tensors one after another in a block. offsets: First byte of each tensor."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors

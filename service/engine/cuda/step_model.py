@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -36,26 +35,19 @@ class StepTensors:
     outputs: Sequence[TensorRef]
 
 
-class StepModel(Protocol):
-    """Runs the model in a step.
+class WholeModel:
+    """The whole graph.
 
-    Attributes:
-        gathers: The states must be gathered into `state` first. Otherwise the model reads them from the arena.
+    gathers: The states must be gathered into `state` first. Otherwise the model reads them from the arena.
     """
 
-    gathers: bool
-
-    def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
-        """Return a function that queues a step of `size` rows. It neither waits nor allocates memory."""
-
-
-class WholeModel:
     gathers = True
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
 
     def bind(self, size: int, tensors: StepTensors) -> Callable[[], None]:
+        """Return a function that queues a step of `size` rows. It neither waits nor allocates memory."""
         inputs, outputs = [*tensors.inputs, tensors.state], [*tensors.outputs, tensors.state_out]
         call = self._runner.bind(inputs, np.ones(size, np.int32), outputs)
         _warm_up(call)
@@ -112,6 +104,9 @@ class SeparateModel:
                 each()
 
         return queue
+
+
+StepModel = WholeModel | SeparateModel
 
 
 def _bind_segment(bind: BindPart, segment: Segment, size: int, named: dict[str, TensorRef]) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 from unroll.commands.options import Json, option
@@ -17,7 +18,7 @@ def _device(word: str) -> None:
 class Doctor:
     """Check this machine and its installation, and suggest fixes.
 
-    The exit status is 0 if the requested device and store work.
+    The exit status is 0 if the requested device, and the store and files that are named, work.
     """
 
     device: Annotated[
@@ -39,12 +40,25 @@ class Doctor:
             envvar="UNROLL_STORE",
         ),
     ] = None
+    tls_cert: Annotated[
+        Path | None,
+        option("--tls-cert", "FILE", "certificate that must work, as for `unroll serve`", envvar="UNROLL_TLS_CERT"),
+    ] = None
+    tls_key: Annotated[Path | None, option("--tls-key", "FILE", "its key", envvar="UNROLL_TLS_KEY")] = None
+    tls_password_file: Annotated[
+        Path | None,
+        option("--tls-password-file", "FILE", "the key's password", envvar="UNROLL_TLS_PASSWORD_FILE"),
+    ] = None
+    keys: Annotated[
+        Path | None, option("--keys", "FILE", "file of API keys that must work, likewise", envvar="UNROLL_KEYS")
+    ] = None
     json: Json = False
 
     def run(self) -> int:
-        from unroll.service.doctor.report import lines, report
+        from unroll.service.doctor.report import Given, lines, report
 
-        findings, facts = report(self.device, self.store)
+        given = Given(self.store, self.tls_cert, self.tls_key, self.tls_password_file, self.keys)
+        findings, facts = report(self.device, given)
         works = not any(finding.fault for finding in findings)
         if self.json:
             found = {"works": works, "device": self.device, "findings": list(map(asdict, findings))}

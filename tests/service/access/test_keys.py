@@ -122,7 +122,7 @@ async def test_the_end_of_a_key_is_told_when_it_expires(tmp_path: Path, monkeypa
     entries = ENTRY.format(DIGEST) + f"expires = {later}\n" + ENTRY.format(hashlib.sha256(b"other").hexdigest())
     gate = Gate(written(tmp_path, entries))
     keys = [gate.key_of(bearer(secret)) for secret in ("secret", "other")]
-    monkeypatch.setattr("unroll.service.access.watch.datetime", _clock_at(later - timedelta(milliseconds=20)))
+    monkeypatch.setattr("unroll.service.access.gate.datetime", _clock_at(later - timedelta(milliseconds=20)))
     with gate.watching(keys[0], told.set), gate.watching(keys[1], other.set):
         monkeypatch.setattr("unroll.service.access.keys.datetime", _clock_at(later))
         async with asyncio.timeout(PATIENCE):

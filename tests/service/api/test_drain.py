@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import wire
+from raw_http import Wire
 from redis_server import RedisServer
 from serving import Oracle, Running, Serve, raw_steps
 from streams import Client, frame, last_messages, replies
@@ -70,23 +71,23 @@ def test_while_load_balancers_notice(serve: Serve, monkeypatch: pytest.MonkeyPat
 
 def test_idle_connections_are_closed_and_busy_ones_answered(serve: Serve, background: Background) -> None:
     running = serve()
-    idle = socket.create_connection(("127.0.0.1", running.port), 20)
-    idle.sendall(b"POST /v1/models/lstm/sessions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
-    session_id = json.loads(idle.recv(65536).partition(b"\r\n\r\n")[2])["session_id"]
+    idle = Wire(running.port)
+    idle.send(b"POST /v1/models/lstm/sessions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")
+    session_id = json.loads(idle.answer()[2])["session_id"]
     with httpx.Client(base_url=running.url) as client:
         with running.holding("lstm") as held:
             path = f"/v1/models/lstm/sessions/{session_id}/steps"
             busy = background(client.post, path, content=X.tobytes(), headers=raw_steps(X))
             held.wait()
             terminate(running)
-            assert idle.recv(65536) == b""
+            assert idle.closed()
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", running.port))
             assert not busy.done()
         answer = busy.result()
     assert (answer.status_code, answer.headers["connection"]) == (200, "close")
     assert answer.headers["unroll-position"] == "2"
-    idle.close()
+    idle.socket.close()
     running.stop()
 
 

@@ -1,7 +1,6 @@
 """The account of bytes that requests and answers hold: limited in all and for a tenant, and nothing is left in it."""
 
 import json
-import socket
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -106,31 +105,23 @@ def test_messages_of_streams_that_are_half_sent(small: Running, dial: Callable[[
     assert b"try again" in reason or b"--max-held-bytes" in reason
 
 
-def deaf(running: Running, dial: Callable[[], Wire]) -> Wire:
-    """A connection whose client does not read, and for which the kernel keeps next to nothing."""
+def unread(running: Running, dial: Callable[[], Wire]) -> Wire:
+    """A connection that was used, and whose client does not read any more."""
     wire = dial()
-    wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     wire.send(request(_ROUTES["steps"]))
     assert wire.answer()[0] == 200
-    address = wire.socket.getsockname()
-    (sends,) = [
-        connection.transport.get_extra_info("socket")
-        for connection in [*running.uvicorn.server_state.connections]
-        if connection.client == address
-    ]
-    with socket.fromfd(sends.fileno(), socket.AF_INET, socket.SOCK_STREAM) as copy:
-        copy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    running.keep_little_for(wire.socket)
     return wire
 
 
 def test_answers_that_are_not_read(small: Running, dial: Callable[[], Wire]) -> None:
     steps = 40_000
-    deaf(small, dial).send(request(_ROUTES["sequences"], bytes(steps * STEP.nbytes), steps=steps))
+    unread(small, dial).send(request(_ROUTES["sequences"], bytes(steps * STEP.nbytes), steps=steps))
     until(lambda: held(small, "answers") > 0, "an answer that is not read")
 
 
 def test_events_of_a_rollout_that_are_not_read(small: Running, dial: Callable[[], Wire]) -> None:
-    wire = deaf(small, dial)
+    wire = unread(small, dial)
     columns = [{"from": 0}, {"from": 1}, {"constant": 0.5}]
     body = json.dumps({"steps": 4096, "map": {"kind": "columns", "columns": columns}, "inputs": [[0.1, 0.2, 0.3]]})
     fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -182,3 +182,18 @@ def test_the_bytes_that_requests_and_answers_of_a_tenant_hold(limited: Limited) 
         first, size = second.exactly(2)
         assert (first, int.from_bytes(second.exactly(size)[:2])) == (CLOSE, 1013)
     until(lambda: not running.server.held.of_tenants, "the end of the streams")
+
+
+def test_answers_that_a_tenant_does_not_read_are_its_own(limited: Limited) -> None:
+    """Of requests that are sent one behind the other, when only the first of them is being answered."""
+    running, clients = limited("\n[tenants.acme]\nbytes = 1_000_000\n")
+    key = f"X-API-Key: {clients['acme'].headers['x-api-key']}"
+    with dialled(running) as wire:
+        asks = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n{key}\r\n\r\n".encode()
+        wire.send(asks)
+        assert wire.answer()[0] == 200
+        running.keep_little_for(wire.socket)
+        wire.send(asks * 100)
+        until(lambda: running.server.held.by_kind["answers"] > 0, "answers that are not read")
+        assert running.server.held.of_tenants == {"acme": running.server.held.by_kind["answers"]}
+    until(lambda: not running.server.held.of_tenants, "the end of the connection")

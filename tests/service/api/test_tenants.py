@@ -7,12 +7,14 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import wire
+from raw_http import Wire, request
 from serving import Running, raw_steps
 from waiting import PATIENCE
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -335,19 +337,29 @@ def test_a_ticket_opens_a_stream_in_place_of_the_key(keyed: Keyed) -> None:
     assert code(keyed.nobody.post("/v1/tickets")) == (401, "unauthenticated")
 
 
-def test_a_stream_ends_with_its_key(few: Path, tmp_path: Path) -> None:
+def test_a_key_that_is_taken_away_ends_its_streams_and_is_read_again_on_its_connections(
+    few: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "keys.toml"
     (leaked, first), (kept, second) = new_key("leaked", "acme", ["infer"]), new_key("kept", "acme", ["infer"])
     path.write_text(first + second)
     running = Running(Settings.model_validate({"repository": few, "keys": path}))
     url = running.url.replace("http", "ws") + "/v1/models/gru/stream"
-    with connect(url, additional_headers={"X-API-Key": leaked}) as stream:
+    connection, opened = Wire(running.port), "/v1/models/gru/sessions/opened"
+    with connect(url, additional_headers={"X-API-Key": leaked}) as stream, closing(connection.socket):
+        asked = {"headers": {"X-API-Key": leaked}, "json": {"session_id": "opened"}}
+        assert httpx.post(f"{running.url}/v1/models/gru/sessions", **asked).status_code == 201
+        for position in ("1", "2", "3"):
+            connection.send(request(f"{opened}/steps", X[0].tobytes(), f"X-API-Key: {leaked}"))
+            assert connection.answer()[1]["unroll-position"] == position
         path.write_text(second)
         running.uvicorn.loop.call_soon_threadsafe(running.server.gate.request_reload)
         with pytest.raises(ConnectionClosed) as closed:
             stream.recv(PATIENCE)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
+        connection.send(request(f"{opened}/steps", X[0].tobytes(), f"X-API-Key: {leaked}"))
+        assert connection.answer()[0] == 401
     with pytest.raises(InvalidStatus) as refused:
         connect(url, additional_headers={"X-API-Key": leaked})
     assert refused.value.response.status_code == 401

@@ -11,7 +11,7 @@ def test_samples_of_all_workers_are_kept_apart_and_their_families_together() -> 
     for number in (1, 2):
         requests = {'a "route" { of } words': RequestFigures()}
         requests['a "route" { of } words'].observe(200, 0.5 * number)
-        texts[number] = Collector(list, requests, (), (), dict, StoreFigures()).exposition().decode()
+        texts[number] = b"".join(Collector(list, requests, (), (), dict, StoreFigures()).exposition()).decode()
     merged = merge({**texts, 3: None})
     heads = [line for line in merged.splitlines() if line.startswith("# HELP")]
     assert len(heads) == len(set(heads)) > 5

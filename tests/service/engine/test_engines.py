@@ -73,7 +73,7 @@ def alone(runner: Runner, manifest: bundle.Manifest, inputs: tuple[np.ndarray, .
 def run_all(scheduler: Scheduler, engine: Engine) -> None:
     while not scheduler.idle:
         _, batch = scheduler.next_turn(0)
-        if batch:
+        if batch.rows:
             scheduler.complete(batch, *engine.run(batch), 0)
 
 

@@ -1,14 +1,14 @@
 """An engine whose state is a number anyone can recompute, and the fold that recomputes it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from unroll.bundle import TensorSpec
-from unroll.service.core.errors import EngineFailed, UnrollError
+from unroll.service.core.errors import EngineFailed, NonFiniteInput, UnrollError
 from unroll.service.engine.engine import Rows, Tensors
 from unroll.service.scheduler.batch import Batch
-from unroll.service.scheduler.chunk import Chunk, Opening
+from unroll.service.scheduler.chunk import Chunk, GroupReply, Opening
 from unroll.service.scheduler.limits import ModelTraits, SchedulerLimits, SessionLimits
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.scheduler import Scheduler
@@ -50,6 +50,30 @@ class FoldEngine:
             self.rows[target] = int(states[i, length - 1])
         last = np.array([states[i, length - 1] for i, length in enumerate(rows.lens)])
         return (states, last), failed
+
+
+class FoldForm:
+    """Steps that join, each the bytes of its number; a listener is called with the outputs over time, or the error."""
+
+    invalid = 97
+
+    def faults(self, inputs: Tensors) -> dict[int, UnrollError]:
+        return {row: NonFiniteInput("as asked") for row in np.flatnonzero(inputs[0][:, 0] == self.invalid).tolist()}
+
+    def answer(self, listeners: Sequence[Callable[[list[int] | UnrollError], None]], reply: GroupReply) -> None:
+        for row, listener in enumerate(listeners):
+            listener(reply.errors[row] if row in reply.errors else reply.outputs[0][row].tolist())
+
+
+def join(
+    scheduler: Scheduler,
+    session: Session,
+    step: int,
+    listener: Callable[[list[int] | UnrollError], None],
+    now: float = 0.0,
+    position: int | None = None,
+) -> bool:
+    return scheduler.joined.join(session, position, np.int64(step).tobytes(), now, now + 50, FoldForm(), listener)
 
 
 def scheduler(
@@ -120,7 +144,7 @@ def turn(scheduler: Scheduler, engine: FoldEngine, now: float = 0.0) -> Batch:
     actions, batch = scheduler.next_turn(now)
     for action in actions:
         scheduler.complete_action(action, action.run(), now)
-    if batch:
+    if batch.rows:
         scheduler.complete(batch, *engine.run(batch), now)
     return batch
 

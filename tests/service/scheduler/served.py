@@ -80,7 +80,7 @@ class Served:
 
     def end(self, now: float) -> None:
         batch, self.batch = self.batch, Batch()
-        if batch:
+        if batch.rows:
             self.scheduler.complete(batch, *self.engine.run(batch), now, 1e-3)
 
     def run(self, now: float = 0.0) -> None:

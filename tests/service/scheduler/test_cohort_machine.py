@@ -53,7 +53,7 @@ class CohortMachine(RuleBasedStateMachine):
     def frames(self, value: int, turns: int, unsaid: bool, answered: bool) -> None:
         """The same sessions again and again, as most often; the last may not have run."""
         ids = [session.id for session in self.other.scheduler.sessions]
-        if self.one.batch or not ids:
+        if self.one.batch.rows or not ids:
             return
         if set(ids) == set(self.ids):
             ids = self.ids
@@ -141,7 +141,7 @@ class CohortMachine(RuleBasedStateMachine):
     @rule()
     def begin_batch(self) -> None:
         """The batch runs while other things happen."""
-        if not self.one.batch:
+        if not self.one.batch.rows:
             self.both(Served.begin, self.now)
             for name in ("lens", "sources", "targets", "inputs"):
                 one, other = (getattr(served.batch, name, None) for served in (self.one, self.other))
@@ -160,7 +160,7 @@ class CohortMachine(RuleBasedStateMachine):
             assert self.one.scheduler.counters == self.other.scheduler.counters
             assert self.one.scheduler.estimated_wait() == self.other.scheduler.estimated_wait()
             assert self.other.as_cohorts == 0
-            if not self.one.batch:
+            if not self.one.batch.rows:
                 self.one.scheduler.check_invariants()
                 self.other.scheduler.check_invariants()
 

@@ -104,12 +104,12 @@ class Machine:
     def run(self, until: float) -> None:
         while self.now < until and (self._events or not self.scheduler.idle):
             _, batch = self.scheduler.next_turn(self.now)
-            if not batch:
+            if not batch.rows:
                 self._deliver(self._events[0][0])
                 continue
             seconds = self.call + batch.steps * self.row
             self._deliver(self.now + seconds)
-            rows = len(batch)
+            rows = batch.rows
             outputs = np.zeros((rows, batch.longest), np.int64), np.zeros(rows, np.int64)
             self.scheduler.complete(batch, outputs, {}, self.now, seconds)
             self._deliver(self.now)

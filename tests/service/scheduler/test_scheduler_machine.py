@@ -1,10 +1,11 @@
 """Any order of events: every reply is the fold over what its session was given, and nothing is lost or mixed."""
 
 import os
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import numpy as np
-from fold import START, FoldEngine, find, fold, inputs, scheduler, submit, submit_sequence
+from fold import START, FoldEngine, FoldForm, find, fold, inputs, join, scheduler, submit, submit_sequence
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -21,6 +22,9 @@ IDS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(0, 9), min_size=1, max_size=11)
 BAD = 99
 
+#: Of a step that joined.
+Listener = Callable[[list[int] | UnrollError], None]
+
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(ragged=st.booleans(), cuttable=st.booleans())
@@ -34,6 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open_chunks: list[Chunk] = []
         self.accepted = self.answered = self.grouped = 0
         self.cohorts: list[Cohort] = []
+        self.joined: dict[Listener, Session] = {}
 
     # ── the oracle ───────────────────────────────────────────────────────────────────────────────
 
@@ -123,6 +128,48 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sessions[row].active is not None or positions[row] != sessions[row].position or length > 4
         self.accepted += len(taken)
         self.grouped += len(taken)
+
+    @rule(
+        session_id=IDS,
+        step=st.sampled_from([0, 1, 2, 3, BAD, FoldForm.invalid]),
+        ahead=st.sampled_from([None, 0, 0, 1]),
+    )
+    def join(self, session_id: str, step: int, ahead: int | None) -> None:
+        """A step that runs with others if nothing waits."""
+        if session_id not in self.scheduler.sessions:
+            return
+        session = self.scheduler.sessions.find_detached(session_id, self.now)
+        position = None if ahead is None else session.position + ahead
+
+        def listener(outcome: list[int] | UnrollError) -> None:
+            self.leave(listener)
+            history = self.histories[session]
+            if isinstance(outcome, UnrollError):
+                code = {BAD: "engine_failed", FoldForm.invalid: "non_finite_input"}.get(step)
+                assert outcome.code in (code, "deadline_exceeded", "session_closed")
+            else:
+                history.append(step)
+                assert outcome == fold(history)[-1:]
+
+        if join(self.scheduler, session, step, listener, self.now, position):
+            assert ahead != 1
+            self.joined[listener] = session
+            self.accepted += 1
+            self.grouped += 1
+
+    def leave(self, listener: Listener) -> None:
+        del self.joined[listener]
+        self.answered += 1
+        self.grouped -= 1
+
+    @rule(index=st.integers(0, 50))
+    def cancel_joined(self, index: int) -> None:
+        if self.joined:
+            listener, session = [*self.joined.items()][index % len(self.joined)]
+            before = self.scheduler.in_flight
+            self.scheduler.joined.cancel(session, listener, self.now)
+            if self.scheduler.in_flight < before:
+                self.leave(listener)
 
     @rule(data=st.data(), said=st.sampled_from([None, 0, 0, 1]))
     def cohort(self, data: st.DataObject, said: int | None) -> None:
@@ -222,20 +269,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def begin_batch(self) -> None:
         """The batch runs while other things happen, as it does in a thread."""
-        if not self.running:
+        if not self.running.rows:
             actions, self.running = self.scheduler.next_turn(self.now)
             for action in actions:
                 self.scheduler.complete_action(action, action.run(), self.now)
 
     @rule(seconds=st.sampled_from([1e-4, 1e-3, 1e-1]))
     def end_batch(self, seconds: float = 1e-3) -> None:
-        if self.running:
+        if self.running.rows:
             batch, self.running = self.running, Batch()
             self.scheduler.complete(batch, *self.engine.run(batch), self.now, seconds)
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        if hasattr(self, "scheduler") and not self.running:
+        if hasattr(self, "scheduler") and not self.running.rows:
             self.scheduler.check_invariants()
             assert self.accepted - self.answered == self.scheduler.in_flight == len(self.open_chunks) + self.grouped
 

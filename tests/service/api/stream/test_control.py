@@ -12,8 +12,8 @@ from streams import Dial, Plain, frame
 from waiting import PATIENCE, reached, turns
 from websockets.exceptions import ConnectionClosed
 
+from unroll.service.api.bodies import MAX_ITEMS
 from unroll.service.api.stream.control import SLICE
-from unroll.service.api.stream.messages import MAX_OPENS
 from unroll.service.settings import Settings
 
 Oracles = Callable[..., Oracle]
@@ -78,13 +78,13 @@ def test_invalid_control_messages(dial: Dial, message: str, handle: int | None):
     client.bind(1)  # nothing was done, and the connection is as good as before
 
 
-@pytest.mark.parametrize("count", [MAX_OPENS + 1, 3 * MAX_OPENS])
+@pytest.mark.parametrize("count", [MAX_ITEMS + 1, 3 * MAX_ITEMS])
 def test_a_message_that_opens_too_many_sessions_opens_none(dial: Dial, count: int):
     client = dial()
     client.socket.send(json.dumps({"op": "open", "sessions": [{"handle": handle} for handle in range(count)]}))
     _, (error,) = client.receive(1)
     assert error["code"] == "malformed_request"
-    assert str(MAX_OPENS) in error["detail"]
+    assert str(MAX_ITEMS) in error["detail"]
     client.bind(1)
 
 

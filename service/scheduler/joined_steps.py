@@ -1,0 +1,170 @@
+"""Single steps that arrive one by one while nothing waits: they join a group, which the next batch takes.
+
+A step that cannot join is submitted as a chunk. Until the batch is formed a step can leave its group, and then it is as
+if it had never come.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from unroll.service.core.errors import Cancelled, UnrollError
+from unroll.service.engine.engine import Tensors
+from unroll.service.scheduler.chunk import Group, GroupReply
+from unroll.service.scheduler.completion import Completion
+from unroll.service.scheduler.limits import ModelTraits
+from unroll.service.scheduler.session import OPEN, Owner, Session
+
+#: Of each input: the bytes of a row, the dtype, and the shape of all rows.
+Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
+
+_NO_POSITIONS = np.zeros(0, np.uint64)
+
+
+class StepForm(Protocol):
+    """How the joined steps of a model are checked and answered. `Any`: a listener, which only this calls."""
+
+    def faults(self, inputs: Tensors) -> dict[int, UnrollError]:
+        """The errors in the values of the rows; inputs: each (rows, 1, *shape)."""
+        ...
+
+    def answer(self, listeners: Sequence[Any], reply: GroupReply) -> None:
+        """Answer each row. Must not raise."""
+        ...
+
+
+class OpenGroup(Group):
+    """A group that steps join. values: of each row, its inputs one after another; `inputs` are made of them at last."""
+
+    __slots__ = ("_layout", "form", "listeners", "values")
+
+    def __init__(self, layout: Layout, deadline: float, form: StepForm) -> None:
+        self._layout = layout
+        self.form = form
+        self.values: list[bytes] = []
+        self.listeners: list[Any] = []
+        super().__init__([], slice(0), (), 1, deadline, partial(form.answer, self.listeners))
+
+    @property
+    def owners(self) -> set[Owner]:
+        return {session.owner for session in self.sessions}
+
+    def inputs_of(self, row: int) -> Tensors:
+        return tuple([array[0] for array in self.read(self.values[row : row + 1])])
+
+    def read(self, values: Sequence[bytes]) -> Tensors:
+        """Such rows as inputs, each (rows, 1, *shape)."""
+        block = np.frombuffer(b"".join(values), np.uint8).reshape(-1, sum([size for size, _, _ in self._layout]))
+        end, arrays = 0, []
+        for size, dtype, shape in self._layout:
+            begin, end = end, end + size
+            arrays.append(np.frombuffer(block[:, begin:end].tobytes(), dtype).reshape(shape))
+        return tuple(arrays)
+
+
+class JoinedSteps:
+    """The group that is open, if there is one."""
+
+    def __init__(self, traits: ModelTraits, completion: Completion) -> None:
+        self._layout = [(spec.nbytes, spec.numpy, (-1, 1, *spec.shape)) for spec in traits.inputs]
+        self._most = completion.lanes.most_rows(1)
+        self._completion = completion
+        self._admission, self._lanes, self._queues = completion.admission, completion.lanes, completion.queues
+        self._sessions, self._counters = completion.sessions, completion.counters
+        self.group: OpenGroup | None = None
+
+    def join(
+        self,
+        session: Session,
+        position: int | None,
+        step: bytes,
+        now: float,
+        deadline: float,
+        form: StepForm,
+        listener: Any,
+    ) -> bool:
+        """Queue the next step of a session. False: it must be submitted as a chunk, and nothing was changed.
+
+        Args:
+            position: the position that the client named, or None.
+            step: its inputs one after another, of the right length.
+            deadline: when it must have begun; not earlier than that of any step that joined before.
+            form: of the model.
+            listener: to be answered by the form.
+        """
+        progress = session.progress
+        if (
+            progress is None
+            or progress.active is not None
+            or (position is not None and position != progress.position)
+            or session.durable is not None
+            or session.applied is not None
+        ):
+            return False
+        group = self.group
+        if group is None:
+            if not self._lanes.idle:
+                return False
+            self._sessions.expire(now)
+            group = OpenGroup(self._layout, deadline, form)
+        if session.life is not OPEN or len(group.sessions) == self._most or not self._admission.take(1, now, deadline):
+            return False
+        if self.group is None:
+            self.group = group
+            self._lanes.put(group, now)
+        progress.active = group
+        progress.expected = progress.position + 1
+        group.sessions.append(session)
+        group.values.append(step)
+        group.listeners.append(listener)
+        return True
+
+    def close(self, now: float) -> None:
+        """No more steps may join, because a batch is formed. Those with invalid values leave with the error."""
+        group, self.group = self.group, None
+        if group is None:
+            return
+        if group.sessions:
+            group.inputs = group.read(group.values)
+            if faults := group.form.faults(group.inputs):
+                for row in sorted(faults, reverse=True):
+                    self._fail(group, row, faults[row], now)
+                group.inputs = group.read(group.values)
+        if not group.sessions:
+            group.outcome = GroupReply(slice(0), _NO_POSITIONS, (), {})
+
+    def cancel(self, session: Session, listener: Any, now: float) -> None:
+        """The client went away: its step leaves the group, unless a batch has it, or a retry waits for it, too."""
+        group = self.group
+        if group is None or session not in group.sessions:
+            return
+        row = group.sessions.index(session)
+        if group.listeners[row] is listener and all(row != followed for followed, _ in group.followers):
+            self._counters.count_failed(Cancelled("the client went away"))
+            self._remove(group, row, now)
+
+    def refuse(self, session: Session, error: UnrollError, now: float) -> None:
+        """If a step of the session waits here, it fails."""
+        group = self.group
+        if group is not None and session in group.sessions:
+            self._counters.count_failed(error)
+            self._fail(group, group.sessions.index(session), error, now)
+
+    def _fail(self, group: OpenGroup, row: int, error: UnrollError, now: float) -> None:
+        retries = [follower for followed, follower in group.followers if followed == row]
+        listener = self._remove(group, row, now)
+        group.form.answer([listener], GroupReply(slice(1), _NO_POSITIONS, (), {0: error}))
+        for follower in retries:
+            follower.answer(error)
+
+    def _remove(self, group: OpenGroup, row: int, now: float) -> Any:
+        """Returns the listener."""
+        session, _ = group.sessions.pop(row), group.values.pop(row)
+        group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]
+        self._admission.in_flight -= 1
+        self._admission.waiting_steps -= 1
+        self._queues.advance(session, now)
+        self._completion.renumber(session, now)
+        return group.listeners.pop(row)

@@ -1,0 +1,96 @@
+"""A tenant that sends five times what a real server runs, beside twenty calm clients of another: for `make overload`.
+
+The engine is slowed to 200 steps a second. The flood comes from another process, which says what it was answered.
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+from faults.open_loop import MODEL, Answers, ask
+from faults.replica import ROOT, tiny_repository
+from serving import Running, SlowEngine
+
+from unroll.service.access.keys import new_key
+from unroll.service.settings import Settings
+
+#: A batch, and the seconds it takes: 200 steps a second.
+_ROWS, _BATCH_SECONDS = 4, 0.02
+_CALM_CLIENTS, _CALM_PAUSE = 20, 1.0
+
+
+@dataclass
+class Calm:
+    """What calm clients noticed of each step. batches: that ended while it was on its way."""
+
+    seconds: list[float] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)
+
+
+async def step_calmly(running: Running, key: str, calm: Calm, over: asyncio.Future[object]) -> None:
+    """Each of the clients steps now and then, until it is over, and once at least."""
+    counters = running.model(MODEL).scheduler.counters
+
+    async def one(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        await asyncio.wait([over], timeout=_CALM_PAUSE * number / _CALM_CLIENTS)
+        first = True
+        while first or not over.done():
+            sent, before = perf_counter(), counters.batches
+            calm.statuses.append(await ask(reader, writer, key))
+            calm.seconds.append(perf_counter() - sent)
+            calm.batches.append(counters.batches - before)
+            first = False
+            await asyncio.wait([over], timeout=_CALM_PAUSE)
+        writer.close()
+
+    await asyncio.gather(*map(one, range(_CALM_CLIENTS)))
+
+
+async def run(folder: Path, seconds: float) -> tuple[Calm, Calm, Answers]:
+    """The calm clients alone, then beside the flood, and what the flood was answered."""
+    repository = tiny_repository(folder)
+    keys = {tenant: new_key(tenant, tenant, ["infer"]) for tenant in ("calm", "flood")}
+    file = folder / "keys.toml"
+    file.write_text("\n".join(entry for _, entry in keys.values()))
+    running = await asyncio.to_thread(Running, Settings(repository=repository, keys=file, max_batch=_ROWS))
+    alone, under = Calm(), Calm()
+    command = [sys.executable, "-m", "faults.open_loop", str(running.port), str(seconds)]
+    environment = os.environ | {"UNROLL_API_KEY": keys["flood"][0]}
+    with SlowEngine(running.model(MODEL).loop, _BATCH_SECONDS):
+        await step_calmly(running, keys["calm"][0], alone, asyncio.ensure_future(asyncio.sleep(seconds)))
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=ROOT / "tests", env=environment, stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        await process.stdout.readline()  # it has begun
+        answer = asyncio.ensure_future(process.communicate())
+        await step_calmly(running, keys["calm"][0], under, answer)
+    await asyncio.to_thread(running.stop)
+    return alone, under, Answers(**json.loads(answer.result()[0]))
+
+
+def table(alone: Calm, under: Calm, flood: Answers) -> str:
+    columns = ("a tenant that floods", "p50/p99, ms", "answers")
+    rows = [
+        ("20 calm clients alone", alone.seconds),
+        ("beside the flood", under.seconds),
+        *((f"the flood, {status}", each) for status, each in sorted(flood.seconds.items())),
+        (f"refusals after the first, which came after {flood.noticed or 0:.2f} s", flood.refusals),
+    ]
+    lines = [columns, ("---",) * 3]
+    lines += [
+        (name, "/".join(f"{1e3 * percentile(each, p):.1f}" for p in (50, 99)), str(len(each))) for name, each in rows
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percentile(values: Sequence[float], share: int) -> float:
+    return statistics.quantiles(values, n=100)[share - 1] if len(values) > 1 else values[0]

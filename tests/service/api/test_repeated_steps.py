@@ -1,0 +1,211 @@
+"""A client that sends the same head again and again is not read anew each time: nothing of what it asks gets lost."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from oracle import Oracle
+from raw_http import STEP, Answer, Wire
+from serving import Running, Serve
+from waiting import PATIENCE, until
+
+from unroll.service.store.interface import Key
+from unroll.service.store.record import Gone, Record
+
+ROUNDS = 5
+
+
+def head(model: str, session: str, size: int = STEP.nbytes, position: object = None) -> bytes:
+    lines = [f"POST /v1/models/{model}/sessions/{session}/steps HTTP/1.1"]
+    lines += ["host: localhost", "content-type: application/octet-stream"]
+    lines += [] if position is None else [f"unroll-position: {position}"]
+    return "\r\n".join([*lines, "unroll-steps: 1", f"content-length: {size}", "\r\n"]).encode()
+
+
+def step(wire: Wire, session: str, x: np.ndarray = STEP, position: object = None, model: str = "gru") -> Answer:
+    wire.send(head(model, session, x.nbytes, position) + x.tobytes())
+    return wire.answer()
+
+
+def position_of(client: httpx.Client, session: str, model: str = "gru") -> int:
+    return client.get(f"/v1/models/{model}/sessions/{session}").json()["position"]
+
+
+@pytest.fixture
+def open_session(client: httpx.Client) -> Iterator[Callable[[str, str], str]]:
+    paths = []
+
+    def call(name: str, model: str = "gru") -> str:
+        client.post(f"/v1/models/{model}/sessions", json={"session_id": name}).raise_for_status()
+        paths.append(f"/v1/models/{model}/sessions/{name}")
+        return name
+
+    yield call
+    for path in paths:
+        client.delete(path)
+
+
+@pytest.fixture
+def wires(server: Running) -> Iterator[Callable[[int], list[Wire]]]:
+    with ExitStack() as stack:
+
+        def call(count: int) -> list[Wire]:
+            wires = [Wire(server.port) for _ in range(count)]
+            for wire in wires:
+                stack.enter_context(closing(wire.socket))
+            return wires
+
+        yield call
+
+
+@pytest.mark.parametrize(("model", "version"), [("gru", "2"), ("two", "1"), ("last", "1")])
+def test_clients_that_step_together_get_what_each_would_get_alone(
+    server: Running, wires: Callable, open_session: Callable, oracle: Callable[..., Oracle], model: str, version: str
+) -> None:
+    alone = oracle(model, version)
+    specs = alone.manifest.inputs
+    rng, names = np.random.default_rng(5), [open_session(f"together-{i}", model) for i in range(6)]
+    given = [[rng.standard_normal((ROUNDS, *spec.shape)).astype("<f4") for spec in specs] for _ in names]
+    connections = wires(len(names))
+    for t in range(ROUNDS):
+        for wire, name, xs in zip(connections, names, given, strict=True):
+            body = b"".join(x[t].tobytes() for x in xs)
+            wire.send(head(model, name, len(body), t if len(name) % 2 else None) + body)
+        for wire, xs in zip(connections, given, strict=True):
+            status, headers, body = wire.answer()
+            assert (status, headers["unroll-position"]) == (200, str(t + 1))
+            outputs, _ = alone.all(*[x[: t + 1] for x in xs])
+            last = [
+                output[-1] if spec.time else output
+                for spec, output in zip(alone.manifest.outputs, outputs, strict=True)
+            ]
+            assert body == b"".join(output.tobytes() for output in last)
+
+
+def test_what_waits_together_fails_is_cancelled_and_is_closed_one_by_one(
+    server: Running, client: httpx.Client, wires: Callable, open_session: Callable, oracle: Callable[..., Oracle]
+) -> None:
+    names = [open_session(f"crowd-{i}") for i in range(6)]
+    *connections, other = wires(len(names) + 1)
+    for wire, name in zip(connections, names, strict=True):
+        for position in range(2):
+            assert step(wire, name, STEP, position)[0] == 200
+    invalid, scheduler = np.full_like(STEP, np.nan), server.model("gru").scheduler
+    with server.holding("gru") as held:
+        connections[0].send(head("gru", names[0], position=2) + STEP.tobytes())
+        held.wait()
+        for wire, name, x in zip(connections[1:], names[1:], [invalid, STEP, STEP, STEP, STEP], strict=True):
+            wire.send(head("gru", name, position=2) + x.tobytes())
+        until(lambda: scheduler.in_flight == len(names))
+        assert client.delete(f"/v1/models/gru/sessions/{names[2]}").status_code == 200
+        assert connections[2].answer()[0] == 410
+        connections[3].socket.close()
+        until(lambda: scheduler.in_flight == len(names) - 2)
+        other.send(head("gru", names[4], position=2) + STEP.tobytes())  # a retry: its first answer may be lost
+        assert step(wires(1)[0], names[5], 2 * STEP, 2)[0] == 409
+    third = oracle("gru", "2")(np.repeat(STEP, 3, axis=0))[2:].tobytes()
+    for wire in (connections[0], connections[4], connections[5], other):
+        status, headers, body = wire.answer()
+        assert (status, headers["unroll-position"], body) == (200, "3", third)
+    status, _, body = connections[1].answer()
+    assert (status, b"non_finite_input" in body) == (422, True)
+    assert [position_of(client, names[i]) for i in (0, 1, 3, 4, 5)] == [3, 2, 2, 3, 3]
+    assert step(connections[1], names[1], STEP, 2)[2] == third
+
+
+def test_a_position_is_read_although_the_rest_of_the_head_is_known(wire: Wire, open_session: Callable) -> None:
+    name = open_session("known")
+    first = step(wire, name, STEP, 0)
+    assert step(wire, name, STEP, 0) == first
+    assert [step(wire, name, STEP, p)[1]["unroll-position"] for p in range(1, 12)] == [str(p + 1) for p in range(1, 12)]
+    assert step(wire, name, STEP, 13)[0] == 409
+    assert step(wire, name, 2 * STEP, 11)[0] == 409
+    assert step(wire, name, STEP, "9" * 30)[0] == 400
+    assert step(wire, name, STEP, "+12")[0] == 400
+    assert step(wire, name, np.float32([1, 2]), 12)[0] == 422
+    assert step(wire, name, STEP, 12)[1]["unroll-position"] == "13"
+
+
+def test_a_session_that_was_opened_again_is_the_one_that_steps(
+    client: httpx.Client, wire: Wire, open_session: Callable
+) -> None:
+    name = open_session("twice")
+    for _ in range(3):
+        last = step(wire, name)
+    assert last[1]["unroll-position"] == "3"
+    client.delete(f"/v1/models/gru/sessions/{name}")
+    assert step(wire, name)[0] == 410
+    client.post("/v1/models/gru/sessions", json={"session_id": name})
+    assert [step(wire, name)[1]["unroll-position"] for _ in range(3)] == ["1", "2", "3"]
+
+
+def test_several_requests_in_one_segment_are_all_read(wire: Wire, open_session: Callable) -> None:
+    name = open_session("several")
+    one = head("gru", name) + STEP.tobytes()
+    wire.send(one)
+    wire.answer()
+    wire.send(one + one + one[:-5])
+    assert [wire.answer()[1]["unroll-position"] for _ in range(2)] == ["2", "3"]
+    wire.send(one[-5:])
+    assert wire.answer()[1]["unroll-position"] == "4"
+    assert step(wire, name)[1]["unroll-position"] == "5"
+
+
+def test_a_head_inside_a_field_of_another_is_not_taken_for_one(
+    client: httpx.Client, wire: Wire, open_session: Callable
+) -> None:
+    mine, theirs = open_session("mine"), open_session("theirs")
+    complete = head("gru", theirs) + STEP.tobytes()
+    begun = f"POST /v1/models/gru/sessions/{mine}/steps HTTP/1.1\r\nx-field: ".encode()
+    wire.send(head("gru", mine) + STEP.tobytes() + begun)
+    wire.answer()
+    wire.send(complete)  # its first line is the value of the field
+    wire.answer()
+    assert (position_of(client, mine), position_of(client, theirs)) == (2, 0)
+    wire.send(complete)
+    wire.answer()
+    assert (position_of(client, mine), position_of(client, theirs)) == (2, 1)
+
+
+def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_comes_behind_it(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle: Callable[..., Oracle]
+) -> None:
+    running = serve(store=f"file://{tmp_path}/store")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    load, looked_up, may_look, second = store.load, threading.Event(), threading.Event(), 2 * STEP
+
+    async def slow(key: Key) -> Record | Gone | None:
+        looked_up.set()
+        await asyncio.to_thread(may_look.wait)
+        return await load(key)
+
+    with httpx.Client(base_url=running.url) as client:
+        client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
+    wire = Wire(running.port)
+    with closing(wire.socket):
+        first = step(wire, "stored", STEP, 0)
+        monkeypatch.setattr(store, "load", slow)
+        wire.send(head("gru", "stored", position=0) + STEP.tobytes())
+        assert looked_up.wait(PATIENCE)
+        wire.send(head("gru", "stored", position=1) + second.tobytes())
+        until(lambda: any(connection.pipeline for connection in [*running.uvicorn.server_state.connections]))
+        may_look.set()
+        assert wire.answer() == first
+        status, headers, body = wire.answer()
+        outputs = oracle("gru", "2")(np.concatenate([STEP, second]))
+        assert (status, headers["unroll-position"], body) == (200, "2", outputs[1:].tobytes())
+
+
+def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:
+    name = open_session("unlike")
+    for i in range(12):
+        wire.send(
+            head("gru", name, position=i).replace(b"\r\n\r\n", b"\r\nx-request-id: %d\r\n\r\n" % i) + STEP.tobytes()
+        )
+        assert wire.answer()[1]["unroll-position"] == str(i + 1)
+    assert [step(wire, name)[1]["unroll-position"] for _ in range(3)] == ["13", "14", "15"]

@@ -1,0 +1,256 @@
+"""No legal request holds the event loop for long: whatever its size, others get their turn in between.
+
+The server is a real one, whose loop says how much processor time its longest turn took. The limit is a multiple of what
+this machine needs to parse the largest JSON body that is allowed, which cannot be done in parts.
+"""
+
+import asyncio
+import gzip
+import json
+import selectors
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from time import thread_time
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+import serving
+from raw_http import Wire
+from serving import RAW, Running, raw_steps
+from streams import frame
+from websockets.sync.client import ClientConnection, connect
+
+from unroll.service.api.bodies import MAX_ITEMS
+from unroll.service.api.stream.allowance import Allowance
+from unroll.service.api.stream.messages import MAX_HANDLES
+from unroll.service.protocol.frames import MAX_ENTRIES
+from unroll.service.settings import Settings
+
+#: Of what parsing the largest body takes, which is about 20 ms; decoding its values takes three times as long.
+_TIMES = 5.0
+#: The least of so many counts: the collector, and other servers of this process, cost something, too.
+_TRIES = 5
+_AT_ONCE = 32
+_JSON = {"Content-Type": "application/json"}
+_X = np.random.default_rng(1).standard_normal((65_536, 3)).astype("<f4")
+#: Steps in JSON, as many as its limit of values allows.
+_ROWS = [f"[{a:.3f},{b:.3f},{c:.3f}]" for a, b, c in _X[:65_000].tolist()]
+_STEPS = ",".join(_ROWS)
+_STRINGS = ",".join(['["a","b",1]'] * 60_000)
+_HANDLES = range(MAX_ENTRIES)
+
+
+class Stopwatch(selectors.DefaultSelector):
+    """Of one event loop. longest: the processor time of its longest turn, in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest = self._began = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.longest = max(self.longest, thread_time() - self._began)
+        found = super().select(timeout)
+        self._began = thread_time()
+        return found
+
+
+@pytest.fixture(scope="module")
+def stopwatch() -> Stopwatch:
+    return Stopwatch()
+
+
+@pytest.fixture(scope="module")
+def watched(few: Path, stopwatch: Stopwatch) -> Iterator[Running]:
+    make = serving.uvicorn_config
+
+    def config(*arguments: object) -> object:
+        made = make(*arguments)  # type: ignore[arg-type]
+        made.get_loop_factory = lambda: lambda: asyncio.SelectorEventLoop(stopwatch)  # type: ignore[method-assign]
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "uvicorn_config", config)
+        running = Running(Settings(repository=few, admin=True, session_capacity=2 * MAX_ITEMS, spill_bytes=0))
+    httpx.get(f"{running.url}/openapi.json").raise_for_status()  # a server of `unroll serve` makes it before
+    httpx.post(f"{running.url}/v1/models/lstm/sessions", json={"session_id": "s"}).raise_for_status()
+    yield running
+    running.stop()
+
+
+def parsing() -> float:
+    """What the largest body takes now, in seconds: a machine under load is slower than an idle one."""
+    body, began = f'{{"inputs":[{_STEPS}]}}', thread_time()
+    orjson.loads(body)
+    return thread_time() - began
+
+
+@pytest.fixture
+def holds_briefly(watched: Running, stopwatch: Stopwatch) -> Callable[[Callable[[], object]], None]:
+    def turns(act: Callable[[], object]) -> float:
+        """The longest turn, in multiples of what parsing takes."""
+        for stream in watched.server.streams:
+            stream._errors = Allowance(1.0, 1e9)  # type: ignore[attr-defined]
+        httpx.get(f"{watched.url}/livez").raise_for_status()
+        stopwatch.longest = 0.0
+        act()
+        httpx.get(f"{watched.url}/livez").raise_for_status()  # the turn before it is over
+        return stopwatch.longest / parsing()
+
+    def check(act: Callable[[], object]) -> None:
+        found: list[float] = []
+        while not found or (min(found) >= _TIMES and len(found) < _TRIES):
+            found.append(turns(act))
+        assert min(found) < _TIMES, f"turns took {found} times as long as it takes to parse the largest body"
+
+    return check
+
+
+def infer(shape: list[int], data: str, **more: object) -> str:
+    head = {"name": "x", "datatype": "FP32", "shape": shape}
+    return json.dumps({"inputs": [{**head, "data": "DATA"}], **more}).replace('"DATA"', f"[{data}]")
+
+
+def rollout(columns: list[dict[str, object]], **more: object) -> str:
+    return json.dumps({"steps": 1, "map": {"kind": "columns", "columns": columns}, **more})
+
+
+def packed(content: bytes) -> tuple[bytes, dict[str, str]]:
+    return gzip.compress(content, 1), {**raw_steps(content[::12]), "Content-Encoding": "gzip"}
+
+
+_SESSION = "/v1/models/lstm/sessions/s"
+_MIB = 2**20
+#: The largest bodies that each route takes, or refuses only when it has read them.
+BODIES: dict[str, tuple[str, str | bytes, dict[str, str]]] = {
+    "a sequence in JSON": ("/v1/models/lstm/sequences", f'{{"inputs":[[{_STEPS}]]}}', _JSON),
+    "strings for numbers": ("/v1/models/lstm/sequences", f'{{"inputs":[[{_STRINGS}]]}}', _JSON),
+    "a raw sequence": ("/v1/models/lstm/sequences", _X.tobytes(), raw_steps(_X)),
+    "raw bytes of no length": ("/v1/models/lstm/sequences", bytes(16 * _MIB), raw_steps(_X)),
+    "a compressed body": ("/v1/models/lstm/sequences", *packed(bytes(16 * _MIB - 4))),
+    "a bomb": ("/v1/models/lstm/sequences", *packed(bytes(64 * _MIB))),
+    "a bomb for the application": ("/v1/models/lstm/sessions", *packed(bytes(64 * _MIB))),
+    "steps in JSON": (f"{_SESSION}/steps", f'{{"inputs":[{_STEPS}]}}', _JSON),
+    "raw steps": (f"{_SESSION}/steps", _X.tobytes(), raw_steps(_X)),
+    "an inference in JSON": ("/v2/models/lstm/infer", infer([1, 65_000, 3], _STEPS), _JSON),
+    "many sequences": ("/v2/models/lstm/infer", infer([1024, 60, 3], ",".join(_ROWS[: 1024 * 60])), _JSON),
+    "a state": ("/v1/models/lstm/sessions", f'{{"state":[{"0.5," * 262_000}0]}}', _JSON),
+    "static inputs": ("/v1/models/lstm/sessions", f'{{"static":{{"a":[{"0.5," * 262_000}0]}}}}', _JSON),
+    "a snapshot in JSON": ("/v1/models/lstm/sessions", f'{{"snapshot":"{"A" * 2_000_000}"}}', _JSON),
+    "a raw snapshot": ("/v1/models/lstm/sessions", bytes(16 * _MIB), RAW),
+    "unknown members": (f"{_SESSION}/fork", json.dumps({f"{i}": 0 for i in range(100_000)}), _JSON),
+    "a map": (f"{_SESSION}/rollout", rollout([{"from": 0, "scale": 0.5, "offset": 1.0}] * MAX_ITEMS), _JSON),
+    "a map that is too large": (f"{_SESSION}/rollout", rollout([{"from": 0}] * 100_000), _JSON),
+    "a map of nothing": (f"{_SESSION}/rollout", rollout([{"x": 0}] * 2 * MAX_ITEMS), _JSON),
+    "maps of many inputs": (
+        f"{_SESSION}/rollout",
+        json.dumps({"steps": 1, "map": {f"{i}": {"kind": "argmax"} for i in range(2 * MAX_ITEMS - 1)}}),
+        _JSON,
+    ),
+    "values to come": (f"{_SESSION}/rollout", rollout([{"future": [0.5] * 80_000}] * 3), _JSON),
+    "an index": ("/v2/repository/index", f'{{"a":[{"0.5," * 262_000}0]}}', _JSON),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), BODIES.values(), ids=BODIES)
+def test_no_body_holds_the_loop(
+    watched: Running, holds_briefly: Callable, path: str, body: str | bytes, headers: dict[str, str]
+) -> None:
+    holds_briefly(lambda: httpx.post(watched.url + path, content=body, headers=headers))
+
+
+def test_scrapes_that_come_at_the_same_time_do_not_hold_the_loop(watched: Running, holds_briefly: Callable) -> None:
+    with ExitStack() as opened:
+        wires = [Wire(watched.port) for _ in range(_AT_ONCE)]
+        for wire in wires:
+            opened.callback(wire.socket.close)
+
+        def scrape() -> None:
+            stopped = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), watched.uvicorn.loop)
+            for wire in wires:
+                wire.send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            stopped.result()
+            assert {wire.answer()[0] for wire in wires} == {200}
+
+        holds_briefly(scrape)
+
+
+def control(op: str, **members: object) -> str:
+    return json.dumps({"op": op, **members})
+
+
+def entries(x: np.ndarray, position: int | None = None, *, uneven: bool = False) -> bytes:
+    return frame(*[(handle, position, x[: 1 + handle % 2] if uneven else x) for handle in _HANDLES])
+
+
+_ONE, _TWO, _NAN = _X[:1], _X[:2], np.full((2, 3), np.nan, "<f4")
+_IDS = [{"handle": i, "session_id": f"{i:0128}", "mode": "either", "depth": 64} for i in range(MAX_ITEMS)]
+#: Whether the frame's handles are bound before; the messages; and how many entries or messages answer them.
+MESSAGES: dict[str, tuple[bool, list[str | bytes], int]] = {
+    "sessions and their ends": (False, [control("open", sessions=_IDS), control("close", handles=[*range(8192)])], 2),
+    "sessions that are not there": (
+        False,
+        [control("open", sessions=[{"handle": i, "session_id": "?", "mode": "resume"} for i in range(MAX_ITEMS)])],
+        1,
+    ),
+    "handles to detach that are unbound": (False, [control("detach", handles=[*range(MAX_HANDLES)])], 1),
+    "handles to detach": (True, [control("detach", handles=[*_HANDLES] * 16)], 1),
+    "entries of unbound handles": (False, [entries(_ONE)], MAX_ENTRIES),
+    "uneven entries of unbound handles": (False, [entries(_TWO, uneven=True)], MAX_ENTRIES),
+    "entries": (True, [entries(_ONE)], MAX_ENTRIES),
+    "uneven entries": (True, [entries(_TWO, uneven=True)], MAX_ENTRIES),
+    "entries at a wrong position": (True, [entries(_ONE, 7777)], MAX_ENTRIES),
+    "entries that are not finite": (True, [entries(_NAN)], MAX_ENTRIES),
+    "uneven entries that are not finite": (True, [entries(_NAN, uneven=True)], MAX_ENTRIES),
+    "entries of one session": (True, [frame(*[(1, None, _ONE)] * MAX_ENTRIES)], MAX_ENTRIES),
+    "steps in JSON": (True, [f'{{"op":"steps","handle":0,"inputs":[{_STEPS}]}}'], 1),
+    "a map of nothing": (True, [rollout([{"x": 0}] * MAX_ITEMS, op="rollout", handle=0)], 1),
+}
+
+
+def answers(socket: ClientConnection, count: int) -> None:
+    while count > 0:
+        message = socket.recv()
+        count -= 1 if isinstance(message, str) else struct.unpack_from("<I", message, 4)[0]
+
+
+@pytest.mark.parametrize(("bound", "messages", "count"), MESSAGES.values(), ids=MESSAGES)
+def test_no_message_holds_the_loop(
+    watched: Running, holds_briefly: Callable, bound: bool, messages: list[str | bytes], count: int
+) -> None:
+    def act() -> None:
+        for message in messages:
+            socket.send(message)
+        answers(socket, count)
+
+    with connect(f"ws://{watched.address}/v1/models/lstm/stream", compression=None, max_size=None) as socket:
+        if bound:
+            socket.send(control("open", sessions=[{"handle": handle, "depth": 64} for handle in _HANDLES]))
+            socket.recv()
+        holds_briefly(act)
+
+
+def test_entries_for_which_there_is_no_room_do_not_hold_the_loop(
+    watched: Running, holds_briefly: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act() -> None:
+        socket.send(entries(_ONE))
+        answers(socket, MAX_ENTRIES)
+
+    with connect(f"ws://{watched.address}/v1/models/lstm/stream", compression=None, max_size=None) as socket:
+        socket.send(control("open", sessions=[{"handle": handle} for handle in _HANDLES]))
+        socket.recv()
+        monkeypatch.setattr(watched.model("lstm").scheduler._admission, "_max_queue", 0)
+        holds_briefly(act)
+
+
+def test_lists_of_many_sessions_do_not_hold_the_loop(watched: Running, holds_briefly: Callable) -> None:
+    with connect(f"ws://{watched.address}/v1/models/lstm/stream", compression=None, max_size=None) as socket:
+        for begin in (0, MAX_ITEMS):
+            socket.send(control("open", sessions=[{"handle": begin + i} for i in range(MAX_ITEMS)]))
+            socket.recv()
+        for query in ("limit=1000", "limit=1000&min_idle=1000"):
+            holds_briefly(lambda query=query: httpx.get(f"{watched.url}/v1/admin/sessions?{query}").raise_for_status())

@@ -1,0 +1,158 @@
+"""Steps that arrive one by one while nothing waits run as one group, and until then can leave it."""
+
+import pytest
+from fold import LATER, FoldForm, answer, failure, find, fold, inputs, join, run_until_idle, submit, turn
+
+from unroll.service.core.errors import PayloadMismatch, QueueFull, UnrollError
+from unroll.service.core.session_ids import owned
+from unroll.service.scheduler.chunk import Chunk
+from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
+from unroll.service.scheduler.scheduler import Scheduler
+
+
+@pytest.fixture
+def settled(s: Scheduler, engine) -> Scheduler:
+    """Sessions a, b, c and d, each after one step: a step that joins must be preceded by one."""
+    for name in "abcd":
+        s.open(name, 0)
+        submit(s, name, inputs(1), 0, LATER)
+    run_until_idle(s, engine)
+    return s
+
+
+class Log(dict):
+    """What was answered, by session."""
+
+    def of(self, name: str):
+        return lambda outcome: self.update({name: outcome.code if isinstance(outcome, UnrollError) else outcome})
+
+
+def joined(s: Scheduler, names: str, log: Log, step: int = 2) -> list[bool]:
+    return [join(s, find(s, name), step, log.of(name)) for name in names]
+
+
+def test_steps_that_join_run_in_one_batch_and_are_answered_each(settled, engine):
+    log = Log()
+    assert joined(settled, "abcd", log) == [True, True, True, False]  # a batch has three rows
+    assert turn(settled, engine).rows == 3
+    assert log == dict.fromkeys("abc", fold([1, 2])[-1:])
+    assert settled.idle
+    settled.check_invariants()
+
+
+def test_a_step_joins_only_its_session_at_its_position_and_at_rest(settled, engine):
+    log = Log()
+    a, b = find(settled, "a"), find(settled, "b")
+    assert not join(settled, a, 2, log.of("a"), position=0)
+    assert not join(settled, a, 2, log.of("a"), position=2)
+    assert join(settled, a, 2, log.of("a"), position=1)
+    assert not join(settled, a, 3, log.of("a"))
+    settled.close(b, 0)
+    assert not join(settled, b, 2, log.of("b"))
+    assert not join(settled, settled.open("e", 0), 2, log.of("e"))  # its reply to a retry is not in the table yet
+    run_until_idle(settled, engine)
+
+
+def test_no_step_joins_while_other_work_waits(settled, engine):
+    submit(settled, "a", inputs(2), 0, LATER)
+    assert joined(settled, "b", Log()) == [False]
+    run_until_idle(settled, engine)
+    assert joined(settled, "b", Log()) == [True]
+    run_until_idle(settled, engine)
+
+
+def test_a_step_that_left_is_as_if_it_had_never_come(settled, engine):
+    log = Log()
+    listeners = {name: log.of(name) for name in "abc"}
+    for name, listener in listeners.items():
+        join(settled, find(settled, name), 2, listener)
+    behind = submit(settled, "b", inputs(3), 0, LATER)
+    pinned = submit(settled, "b", inputs(3), 0, LATER, position=3)
+    settled.joined.cancel(find(settled, "b"), listeners["b"], 0)
+    assert failure(pinned) == "position_gap"
+    run_until_idle(settled, engine)
+    assert log == dict.fromkeys("ac", fold([1, 2])[-1:])
+    assert answer(behind) == fold([1, 3])[-1:]
+    assert settled.counters.failed["cancelled"] == 1
+
+
+def test_a_step_whose_retry_waits_is_not_cancelled(settled, engine):
+    log = Log()
+    listener = log.of("b")
+    joined(settled, "a", log)
+    join(settled, find(settled, "b"), 2, listener)
+    again = submit(settled, "b", inputs(2), 0, LATER, position=1)
+    with pytest.raises(PayloadMismatch):
+        submit(settled, "b", inputs(3), 0, LATER, position=1)
+    settled.joined.cancel(find(settled, "b"), listener, 0)
+    run_until_idle(settled, engine)
+    assert answer(again) == fold([1, 2])[-1:]
+    assert find(settled, "b").position == 2
+
+
+def test_only_the_step_with_invalid_values_fails_and_those_behind_it_move_up(settled, engine):
+    log = Log()
+    joined(settled, "b", log, FoldForm.invalid)
+    joined(settled, "ac", log)
+    again = submit(settled, "c", inputs(2), 0, LATER, position=1)
+    behind = submit(settled, "b", inputs(3), 0, LATER)
+    run_until_idle(settled, engine)
+    assert log == {"b": "non_finite_input"} | dict.fromkeys("ac", fold([1, 2])[-1:])
+    assert answer(behind) == fold([1, 3])[-1:]
+    assert answer(again) == fold([1, 2])[-1:]
+
+
+def test_a_group_of_invalid_steps_only_runs_nothing(settled, engine):
+    log = Log()
+    joined(settled, "ab", log, FoldForm.invalid)
+    assert turn(settled, engine).rows == 0
+    assert log == dict.fromkeys("ab", "non_finite_input")
+    assert settled.idle
+    settled.check_invariants()
+
+
+def test_a_session_that_is_closed_fails_its_step_that_waits_and_the_retry(settled, engine):
+    log = Log()
+    joined(settled, "ab", log)
+    again = submit(settled, "a", inputs(2), 0, LATER, position=1)
+    settled.close(find(settled, "a"), 0)
+    assert (log["a"], failure(again)) == ("session_closed", "session_closed")
+    run_until_idle(settled, engine)
+    assert log["b"] == fold([1, 2])[-1:]
+
+
+def test_steps_that_are_late_fail(settled, engine):
+    log = Log()
+    joined(settled, "ab", log)
+    run_until_idle(settled, engine, now=51)
+    assert log == dict.fromkeys("ab", "deadline_exceeded")
+    assert find(settled, "a", 51).position == 1
+
+
+def test_a_full_queue_takes_no_step(settled):
+    full = SchedulerLimits(max_queue=2)
+    scheduler = Scheduler(settled.traits, settled.sessions.limits, full)
+    sessions = [scheduler.open(name, 0) for name in "abc"]
+    for session in sessions:
+        session.applied = None
+    assert [join(scheduler, session, 2, print) for session in sessions] == [True, True, False]
+    assert scheduler.in_flight == 2
+    assert [session.expected for session in sessions] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("joined", ["other", "left"])
+def test_a_full_queue_has_a_place_for_another_tenant_than_those_that_wait(settled, joined):
+    scheduler = Scheduler(settled.traits, SessionLimits(7), SchedulerLimits(max_queue=4))
+    mine = [scheduler.open(owned("mine", str(i)), 0) for i in range(6)]
+    theirs = scheduler.open(owned("theirs", "0"), 0)
+    for session in (*mine, theirs):
+        session.applied = None
+    assert join(scheduler, mine[0], 2, print)
+    if joined == "left":
+        scheduler.joined.cancel(mine[0], print, 0)
+    for session in mine[1 : 4 if joined == "other" else 5]:
+        scheduler.submit(Chunk(inputs(2), session), 0, LATER)
+    scheduler.submit(Chunk(inputs(2), theirs), 0, LATER)
+    with pytest.raises(QueueFull):
+        scheduler.submit(Chunk(inputs(2), mine[5]), 0, LATER)
+    assert scheduler.in_flight == 5
