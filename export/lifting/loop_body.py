@@ -118,6 +118,16 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
     )
 
 
+def why_in_place(one: fx.GraphModule) -> str:
+    """What to change if a loop changes a tensor in place; empty if it changes none."""
+    if all(node.target is not torch.ops.aten.copy_.default for node in one.graph.nodes):
+        return ""
+    return (
+        "hands on a state that cannot be identified, and changes tensors in place, as state[k] = part; make a new "
+        "state in each step, as parts.append(part) and then state = torch.stack(parts)"
+    )
+
+
 def _differing_number(operations: list[fx.Node], size: int) -> str:
     """A number that an operation is given in each of three time steps, another one in each."""
     for turns in zip(*(operations[turn * size : (turn + 1) * size] for turn in range(3)), strict=True):

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from unroll.export.errors import COMPLEX, ExportError, attempt, untraceable
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.layers import LAYERS
-from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced, why_no_body
+from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced, why_in_place, why_no_body
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import Piece, replayed
 from unroll.export.lifting.scan import Axes, Scan
@@ -240,7 +240,8 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
                 scan = Scan(step, inputs, outputs, states, backwards)
                 if all(_is_same(scan, seen) for seen in (wide, long)):
                     return scan
-        why = why or (why_no_body(one, more) if (turns, functional) == _TRACES[0] else "")
+        if (turns, functional) == _TRACES[0]:
+            why = why_no_body(one, more) or why_in_place(one)
     if why:
         raise ExportError("calls_depend_on_time", f"{name!r} {why}")
     raise _refusal(name, "its state, or its step from one time step to the next, cannot be identified")

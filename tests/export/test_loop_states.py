@@ -152,6 +152,28 @@ def test_a_loop_may_hand_on_what_it_was_given_or_made(few_steps: None, tmp_path:
     assert np.allclose(steps, expected[0].numpy(), atol=1e-5)
 
 
+def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
+    h, states, outs = torch.zeros(1, x.shape[0], 4), torch.zeros(2, x.shape[0], 4), []
+    for step in x.unbind(1):
+        before = h.view(h.size(1), -1)
+        parts = s.head(step) + s.head(before)
+        for k in range(2):
+            states[k] = torch.tanh(states[k].clone() * s.r + parts)
+        h = torch.zeros(1, x.shape[0], 4)
+        for state in states.unbind(0):
+            h += state
+        outs.append(h[0].clone())
+    return torch.stack(outs, 1)
+
+
+@pytest.mark.long
+def test_a_state_changed_in_place_that_cannot_be_followed_is_refused_with_what_to_change(tmp_path: Path) -> None:
+    module = made(changed_through_a_view, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4)).eval()
+    with pytest.raises(ExportError, match=r"in place, as state\[k\] = part; make a new state") as refused:
+        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+    assert refused.value.code == "calls_depend_on_time"
+
+
 def rotated(s: Any, x: Tensor) -> Tensor:
     h, outs = torch.zeros(x.shape[0], 4, dtype=torch.complex64), []
     for t in range(x.shape[1]):
