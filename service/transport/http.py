@@ -23,7 +23,6 @@ from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
     CONTENT_ENCODING,
     Answer,
-    Cancel,
     Headers,
     Request,
     check_headers,
@@ -50,7 +49,6 @@ class Exchange(Request):
     """
 
     __slots__ = (
-        "cancel",
         "disconnected",
         "keep_alive",
         "more_body",
@@ -62,7 +60,6 @@ class Exchange(Request):
 
     def __init__(self) -> None:
         super().__init__({}, b"")
-        self.cancel: Cancel = nothing_to_cancel
         self.response_complete = True
         self.disconnected = False
         self.more_body = False
@@ -239,11 +236,12 @@ class HttpProtocol(LimitedProtocol):
         failpoints.reach("recv")
         cancel = None if exchange.repeat is None else exchange.repeat(exchange, self._respond)
         if cancel is None:
-            cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
-        self.headers.clear()
-        exchange.headers, exchange.body = _NO_HEADERS, b""
-        if not exchange.response_complete:
+            exchange.route.handle(self.unroll, self._path, exchange, self._respond)
+        elif not exchange.response_complete:
             exchange.cancel = cancel
+        self.headers.clear()
+        if exchange.again is None:
+            exchange.headers, exchange.body = _NO_HEADERS, b""
 
     def _decode_body(self) -> None:
         exchange = self._exchange
@@ -332,8 +330,8 @@ class HttpProtocol(LimitedProtocol):
             return
         exchange = self._exchange
         exchange.response_complete = True
-        exchange.cancel = nothing_to_cancel
-        exchange.body = b""
+        exchange.cancel, exchange.again = nothing_to_cancel, None
+        exchange.headers, exchange.body = _NO_HEADERS, b""
         self._parts.clear()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
         if answer.status >= self.unroll.request_log.least_status:
