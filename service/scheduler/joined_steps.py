@@ -177,6 +177,10 @@ class JoinedSteps:
         group.followers = [(each - (each > row), follower) for each, follower in group.followers if each != row]
         self._admission.in_flight -= 1
         self._admission.waiting_steps -= 1
-        self._queues.advance(session, now)
+        progress = session.own_progress
+        if progress.pending is None and session.life is OPEN:
+            progress.active = None  # it does not rest: that would be a use
+        else:
+            self._queues.advance(session, now)
         self._completion.renumber(session, now)
         return group.listeners.pop(row)

@@ -1,9 +1,12 @@
 """A client that sends the same head again and again is not read anew each time: nothing of what it asks gets lost."""
 
 import asyncio
+import itertools
+import json
+import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -209,3 +212,79 @@ def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Call
         )
         assert wire.answer()[1]["unroll-position"] == str(i + 1)
     assert [step(wire, name)[1]["unroll-position"] for _ in range(3)] == ["13", "14", "15"]
+
+
+@contextmanager
+def in_one_turn(running: Running) -> Iterator[None]:
+    """What is sent inside the block is read at once."""
+    paused, go_on = threading.Event(), threading.Event()
+
+    def pause() -> None:
+        paused.set()
+        go_on.wait(PATIENCE)
+
+    running.uvicorn.loop.call_soon_threadsafe(pause)
+    try:
+        assert paused.wait(PATIENCE)
+        yield
+    finally:
+        go_on.set()
+
+
+def outcomes(
+    taken: list[np.ndarray], sent: list[tuple[int | None, np.ndarray]]
+) -> Iterator[tuple[list[np.ndarray], list[int | str]]]:
+    """For each order that steps may come in: what their session has taken afterwards, and the position, or the code of
+    the error, that each gets.
+    """
+    for order in itertools.permutations(range(len(sent))):
+        after, got = [*taken], dict[int, int | str]()
+        for i in order:
+            position, x = sent[i]
+            ahead = 0 if position is None else position - len(after)
+            if not np.isfinite(x).all():
+                got[i] = "non_finite_input"
+            elif ahead == 0:
+                after.append(x)
+                got[i] = len(after)
+            elif ahead == -1:
+                got[i] = len(after) if np.array_equal(x, after[-1]) else "payload_mismatch"
+            else:
+                got[i] = "position_gap" if ahead > 0 else "position_too_old"
+        yield after, [got[i] for i in range(len(sent))]
+
+
+def test_steps_that_are_read_at_once_get_what_they_would_get_in_some_order(
+    server: Running, wires: Callable, open_session: Callable, oracle: Callable[..., Oracle]
+) -> None:
+    chance, alone = random.Random(3), oracle("gru", "2")
+    taken: dict[str, list[np.ndarray]] = {open_session(f"turn-{i}"): [] for i in range(4)}
+    connections = {name: wires(3) for name in taken}
+    valid = [STEP, 2 * STEP]
+    for _ in range(40):
+        sent: dict[str, list[tuple[int | None, np.ndarray]]] = {name: [] for name in taken}
+        with in_one_turn(server):
+            for name, each in connections.items():
+                at = len(taken[name])
+                for wire, knows in zip(each[: chance.randint(1, 3)], (True, True, False), strict=False):
+                    position = max(0, at + chance.choice([0, 0, 0, 0, -1, 1, -2])) if knows else None
+                    x = chance.choice([*valid, *valid, np.full_like(STEP, np.nan)])
+                    wire.send(head("gru", name, position=position) + x.tobytes())
+                    sent[name].append((position, x))
+        for name, steps in sent.items():
+            answers = [wire.answer() for wire, _ in zip(connections[name], steps, strict=False)]
+            got = [
+                int(headers["unroll-position"]) if status == 200 else json.loads(body)["code"]
+                for status, headers, body in answers
+            ]
+            for after, expected in outcomes(taken[name], steps):
+                outputs = alone(np.concatenate(after)) if after else ()
+                if got == expected and all(
+                    outputs[reached - 1].tobytes() == body
+                    for reached, (_, _, body) in zip(got, answers, strict=True)
+                    if isinstance(reached, int)
+                ):
+                    taken[name] = after
+                    break
+            else:
+                raise AssertionError((name, len(taken[name]), steps, got))

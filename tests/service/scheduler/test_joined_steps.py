@@ -3,7 +3,7 @@
 import pytest
 from fold import LATER, FoldForm, answer, failure, find, fold, inputs, join, run_until_idle, submit, turn
 
-from unroll.service.core.errors import PayloadMismatch, QueueFull, UnrollError
+from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionExpired, UnrollError
 from unroll.service.core.session_ids import owned
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
@@ -147,6 +147,13 @@ def test_an_invalid_step_does_not_take_the_position_of_a_valid_one(settled, engi
     assert log == {"a": "non_finite_input"}
     run_until_idle(settled, engine)
     assert answer(valid) == fold([1, 3])[-1:]
+
+
+def test_an_invalid_step_is_no_use_of_its_session(settled, engine):
+    join(settled, find(settled, "a"), FoldForm.invalid, Log().of("a"), now=60)
+    run_until_idle(settled, engine, now=60)
+    with pytest.raises(SessionExpired):
+        find(settled, "a", 101)
 
 
 def test_a_full_queue_takes_no_step(settled):
