@@ -56,6 +56,12 @@ class ExportError(Exception):
         self.code: Code = code
 
 
+#: What to change where numbers are complex.
+COMPLEX = (
+    "ONNX has no complex numbers: keep real and imaginary parts as two tensors, as torch.view_as_real(w).unbind(-1) "
+    "gives them, and compute with both: (a + ib)(c + id) is (ac - bd) + i(ad + bc)"
+)
+
 #: What a terminal takes for a colour.
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 

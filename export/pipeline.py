@@ -150,7 +150,7 @@ class Pipeline:
         """All stages. Raises ExportError, and has then written nothing."""
         try:
             # The caller's random numbers continue as if nothing had been.
-            with torch.random.fork_rng(devices=[]), _few_threads(module):
+            with torch.random.fork_rng(devices=[]), _few_threads(module), programs.functions_in_python():
                 return self._run(module, example_inputs)
         except ExportError:
             raise

@@ -6,6 +6,7 @@ iterations. The values that an iteration takes from the one before it are the lo
 
 import copy
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,18 @@ class LoopBody:
     delay: int
 
 
-def traced(module: nn.Module, arguments: list[Tensor], batch_axes: list[int | None]) -> fx.GraphModule:
-    """`module` traced over the time steps of `arguments`, for any batch size. Raises the errors of torch.export."""
+def traced(
+    module: nn.Module, arguments: list[Tensor], batch_axes: list[int | None], *, functional: bool = False
+) -> fx.GraphModule:
+    """`module` traced over the time steps of `arguments`, for any batch size. Raises the errors of torch.export.
+
+    functional: what is changed in place becomes a new tensor.
+    """
     batch = Dim("batch", min=1)
     shapes = (tuple({} if axis is None else {axis: batch} for axis in batch_axes),)
     with quiet():
         program = torch.export.export(module, tuple(arguments), dynamic_shapes=shapes, strict=False)
+        program = program.run_decompositions({}) if functional else program
     graph_module = program.module(check_guards=False)
     graph_module.graph.set_codegen(fx.graph.CodeGen())  # takes and returns what its graph does, one by one
     _drop_copies(graph_module)
@@ -73,30 +80,24 @@ def _is_constant(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
-def find_iterations(one: fx.GraphModule, more: fx.GraphModule, turns: int) -> list[Iterations]:
-    """Where iterations may be in the traces of a module over one and over more time steps, the likeliest first.
+def find_bodies(one: fx.GraphModule, more: fx.GraphModule, turns: int) -> Iterator[LoopBody]:
+    """Every loop body that explains the traces of a module over one and over more time steps, the likeliest first.
 
     turns: the time steps of `more`.
     """
-    single, long = Trace(one.graph).names, Trace(more.graph).names
-    size, odd = divmod(len(long) - len(single), turns - 1)
-    found: list[Iterations] = []
-    for first in range(len(single) - size + 1) if not odd and size >= 0 else ():
-        if single[: first + size] != long[: first + size]:
-            break
-        if long[first:] == long[first : first + size] * turns + single[first + size :]:
-            found.append(Iterations(first, size, turns))
-    return found
-
-
-def find_body(one: fx.GraphModule, more: fx.GraphModule, loop: Iterations) -> LoopBody | None:
-    """The loop body that explains both traces, if these are its iterations."""
-    states = find_states(Trace(one.graph), Trace(more.graph), loop)
-    return _cut(one, more, states, loop.first) if states or (loop.size and states is not None) else None
+    single, long = Trace(one.graph), Trace(more.graph)
+    size, odd = divmod(len(long.operations) - len(single.operations), turns - 1)
+    for first in range(len(single.operations) - size + 1) if not odd and size >= 0 else ():
+        if single.names[: first + size] != long.names[: first + size]:
+            return
+        if long.names[first:] == long.names[first : first + size] * turns + single.names[first + size :]:
+            states = find_states(single, long, Iterations(first, size, turns))
+            if states or (size and states is not None):
+                yield _cut(one, more, states, first)
 
 
 def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
-    """What is wrong with a loop that `find_body` finds none for, and what to change; empty if that is not known."""
+    """What is wrong with a loop that `find_bodies` finds none for, and what to change; empty if that is not known."""
     single, triple = Trace(one.graph), Trace(three.graph)
     size, odd = divmod(len(triple.operations) - len(single.operations), 2)
     if odd or size < 1:
@@ -114,6 +115,16 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
     return (
         "leaves the first time step out of its loop; let the loop run over all steps, from a state before the first "
         "one, as x[:, 0] for a mean that begins with it"
+    )
+
+
+def why_in_place(one: fx.GraphModule) -> str:
+    """What to change if a loop changes a tensor in place; empty if it changes none."""
+    if all(node.target is not torch.ops.aten.copy_.default for node in one.graph.nodes):
+        return ""
+    return (
+        "hands on a state that cannot be identified, and changes tensors in place, as state[k] = part; make a new "
+        "state in each step, as parts.append(part) and then state = torch.stack(parts)"
     )
 
 

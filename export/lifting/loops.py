@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from unroll.export.errors import ExportError, attempt, untraceable
+from unroll.export.errors import COMPLEX, ExportError, attempt, untraceable
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.layers import LAYERS
-from unroll.export.lifting.loop_body import LoopBody, find_body, find_iterations, traced, why_no_body
+from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced, why_in_place, why_no_body
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import Piece, replayed
 from unroll.export.lifting.scan import Axes, Scan
@@ -33,8 +33,9 @@ _SIZES = ((2, 3), (3, 3), (2, 5))
 #: As much longer again. A loop does as much more work; what is done once, such as a table that grows, is no loop.
 _LONGER = (2, 7)
 
-#: The time steps of the traces in which a loop's state is looked for: the more, the older the steps it may come from.
-_TURNS = 3, 5, 17
+#: The traces in which a loop's state is looked for: their time steps (more show what comes from older ones), and
+#: whether a state that is changed in place becomes a new one.
+_TRACES = (3, False), (3, True), (5, False), (17, False)
 
 #: Of a call whose answers a forward without its loops must give, too.
 _TRIED = (4, 7)
@@ -225,12 +226,13 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
     """The scan that gives the module's answers. Raises ExportError(calls_depend_on_time) if there is none."""
     whole = _tensors(wide.given)
     first = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(whole, inputs, strict=True)]
-    traces = [_traced(flat, name, first, inputs)]
-    for turns in _TURNS[:2] if isinstance(flat.module, Piece) else _TURNS:
+    why = ""
+    for turns, functional in _TRACES:
+        if isinstance(flat.module, Piece) and turns not in TIMES:
+            continue
         longer = [t if a.time is None else _repeated(t, a.time, turns) for t, a in zip(whole, inputs, strict=True)]
-        traces.append(_traced(flat, name, longer, inputs))
-        found = find_iterations(traces[0], traces[-1], turns)
-        for step in filter(None, (find_body(traces[0], traces[-1], loop) for loop in found)):
+        one, more = (_traced(flat, name, tensors, inputs, functional) for tensors in (first, longer))
+        for step in find_bodies(one, more, turns):
             states = _states(step, name, first, inputs)
             if states is None:
                 continue
@@ -238,9 +240,9 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
                 scan = Scan(step, inputs, outputs, states, backwards)
                 if all(_is_same(scan, seen) for seen in (wide, long)):
                     return scan
-        if not found:
-            break
-    if why := why_no_body(*traces[:2]):
+        if (turns, functional) == _TRACES[0]:
+            why = why_no_body(one, more) or why_in_place(one)
+    if why:
         raise ExportError("calls_depend_on_time", f"{name!r} {why}")
     raise _refusal(name, "its state, or its step from one time step to the next, cannot be identified")
 
@@ -250,9 +252,9 @@ def _repeated(tensor: Tensor, time: int, turns: int) -> Tensor:
     return tensor.index_select(time, steps)
 
 
-def _traced(flat: _Flat, name: str, tensors: list[Tensor], inputs: list[Axes]) -> fx.GraphModule:
+def _traced(flat: _Flat, name: str, tensors: list[Tensor], inputs: list[Axes], functional: bool) -> fx.GraphModule:
     try:
-        return traced(flat, tensors, [axes.batch for axes in inputs])
+        return traced(flat, tensors, [axes.batch for axes in inputs], functional=functional)
     except Exception as error:
         raise untraceable(repr(name), error) from error
 
@@ -264,8 +266,7 @@ def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) 
     if any(tensor.is_complex() for tensor in after[0]):
         raise ExportError(
             "dtype",
-            f"the loop of {name!r} hands on complex numbers, which ONNX does not have; hand on their real and "
-            "imaginary parts as two tensors",
+            f"the loop of {name!r} hands on complex numbers; {COMPLEX}",
         )
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
     known = [each for each in axes if each is not None and each.batch is not None]

@@ -5,6 +5,8 @@ same weights. Comparing answers tells whether the result is the model.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,21 @@ def without_scripts(model: nn.Module) -> nn.Module:
     copied = copy.copy(model)
     copied._modules = {name: children.get(name) for name in model._modules}
     return copied
+
+
+@contextmanager
+def functions_in_python() -> Iterator[None]:
+    """Within, functions of torch.jit.script run as the Python functions that they were compiled from."""
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, "_torchdynamo_inline", partial(compiled, self))(*args, **kwargs)
+
+    compiled: Any = torch.jit.ScriptFunction.__call__
+    torch.jit.ScriptFunction.__call__ = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.jit.ScriptFunction.__call__ = compiled  # type: ignore[method-assign]
 
 
 def _rebuilt(model: nn.Module, kind: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll.bundle.manifest import RESERVED_NAMES
-from unroll.export.errors import ExportError
+from unroll.export.errors import COMPLEX, ExportError
 from unroll.export.signature.outputs import DTYPES
 
 
@@ -69,7 +69,8 @@ def check_arguments(model: nn.Module, example: dict[str, Any]) -> None:
             if not isinstance(leaf, Tensor):
                 raise ExportError("input", f"input {name!r} holds a {type(leaf).__name__}; give tensors only")
             if leaf.dtype not in DTYPES:
-                raise ExportError("dtype", f"input {name!r} is {leaf.dtype}; use float32, int64, int32 or bool")
+                change = COMPLEX if leaf.is_complex() else "use float32, int64, int32 or bool"
+                raise ExportError("dtype", f"input {name!r} is {leaf.dtype}; {change}")
 
 
 def _missing(signature: inspect.Signature, example: dict[str, Any]) -> str:

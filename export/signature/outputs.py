@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from unroll.bundle import TensorSpec
 from unroll.bundle.manifest import Dtype
-from unroll.export.errors import ExportError
+from unroll.export.errors import COMPLEX, ExportError
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32",
@@ -136,7 +136,8 @@ def plan_outputs(
                 "input's length, and there may be only one",
             )
         if tensor.dtype not in DTYPES:
-            raise ExportError("dtype", f"output {name!r} is {tensor.dtype}; use float32, int64, int32 or bool")
+            change = COMPLEX if tensor.is_complex() else "use float32, int64, int32 or bool"
+            raise ExportError("dtype", f"output {name!r} is {tensor.dtype}; {change}")
         time_axis = by_time[0] if by_time else None
         shape = tuple(size for axis, size in enumerate(tensor.shape) if axis not in {by_batch[0], time_axis})
         spec = TensorSpec(name, DTYPES[tensor.dtype], shape, time_axis is not None)

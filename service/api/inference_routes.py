@@ -43,11 +43,18 @@ class Route:
     def matches(self, path: Path) -> bool:
         return len(path) == self.parts and all(path[i] == part for i, part in self.fixed.items())
 
-    def handle(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
-        """Begin the work; `respond` is called once, whatever happens."""
+    def handle(self, app: AppState, path: Path, request: Request, respond: Respond) -> None:
+        """Begin the work, which `request.cancel` cancels; `respond` is called once, whatever happens.
+
+        With a store, the request may be handled again until then: it keeps its headers and its body.
+        """
+        request.cancel = nothing_to_cancel
         if app.sessions.has_store:
-            return _DurableCall(self, app, path, request, respond).run()
-        return self.attempt(app, path, request, respond)
+            request.again = partial(_handle_again, self, app, path, request, respond)
+        try:
+            request.cancel = self.attempt(app, path, request, respond)
+        except NeedsStoreLookup as needed:
+            _handle_again(self, app, path, request, respond, needed.session_id)
 
     def attempt(self, app: AppState, path: Path, request: Request, respond: Respond) -> Cancel:
         """Raises NeedsStoreLookup."""
@@ -64,12 +71,9 @@ class Route:
 
 
 class _DurableCall(Request):
-    """A request whose session may be in the store, or be updated by another replica while it is handled.
+    """A request that is handled again: after a look into the store, or because another replica updated its session."""
 
-    A copy of the transport's, which is used for the next request.
-    """
-
-    __slots__ = ("_app", "_attempts", "_cancel", "_original", "_over", "_path", "_respond", "_route")
+    __slots__ = ("_app", "_begun", "_original", "_over", "_path", "_respond", "_route")
 
     def __init__(self, route: Route, app: AppState, path: Path, request: Request, respond: Respond) -> None:
         super().__init__(request.headers, request.body, request.tenant)
@@ -78,37 +82,26 @@ class _DurableCall(Request):
         self._path = path
         self._original = request
         self._respond = respond
-        self._cancel: Cancel = nothing_to_cancel
+        self._begun: Cancel = nothing_to_cancel
         self._over = False
-        self._attempts: Attempts | None = None  # most need no second one
+        request.cancel = self._stop
 
-    def run(self) -> Cancel:
-        try:
-            self._begin()
-        except NeedsStoreLookup as needed:
-            self._again(needed.session_id)
-        return self.cancel
+    def look_up(self, session_id: str) -> bool:
+        again = Attempts(self._app.sessions, split_reference(self._path[3])[0], self._begin, self._fail).again
+        self.again = again
+        return again(session_id)
 
-    def again_with(self, session_id: str) -> Callable[[], bool]:
-        return partial(self._again, session_id)
-
-    def _again(self, session_id: str) -> bool:
-        if self._attempts is None:
-            name = split_reference(self._path[3])[0]
-            self._attempts = Attempts(self._app.sessions, name, self._begin, self._fail)
-        return self._attempts.again(session_id)
-
-    def cancel(self) -> None:
+    def _stop(self) -> None:
         self._over = True
-        self._cancel()
+        self._begun()
 
     def _begin(self) -> None:
         if self._over:
             return
-        self._cancel = nothing_to_cancel
+        self._begun = nothing_to_cancel
         cancel = self._route.attempt(self._app, self._path, self, self._finish)
         if not self._over:
-            self._cancel = cancel
+            self._begun = cancel
 
     def _fail(self, error: UnrollError) -> None:
         if not self._over:
@@ -117,9 +110,13 @@ class _DurableCall(Request):
     def _finish(self, answer: Answer) -> None:
         """Answer, and release what would keep this alive until the garbage is collected."""
         self._over = True
-        self._cancel, self._attempts = nothing_to_cancel, None
+        self._begun, self.again = nothing_to_cancel, None
         self._original.session, self._original.position = self.session, self.position
         self._respond(answer)
+
+
+def _handle_again(route: Route, app: AppState, path: Path, request: Request, respond: Respond, session_id: str) -> bool:
+    return _DurableCall(route, app, path, request, respond).look_up(session_id)
 
 
 _STEPS = Route(
@@ -177,7 +174,13 @@ async def respond(app: AppState, http: HttpRequest) -> Response:
     route = find(parts)
     assert route is not None, parts
     started = perf_counter()
-    found = await answered(lambda respond: route.handle(app, parts, request, respond))
+
+    def begin(respond: Respond) -> Cancel:
+        route.handle(app, parts, request, respond)
+        return lambda: request.cancel()
+
+    found = await answered(begin)
+    request.again = None  # which would keep it alive until the garbage is collected
     while found.pieces is not None:
         found.encode_slice()
         await asyncio.sleep(0)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
-from unroll.service.api.parameters import POSITION, TIMEOUT
+from unroll.service.api.parameters import POSITION
 from unroll.service.api.request import RAW, Answer, Cancel, Request, Respond
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.tensors import Codec
@@ -12,15 +12,8 @@ from unroll.service.scheduler.chunk import GroupReply
 from unroll.service.scheduler.session import Session
 
 
-def repeat_of(app: AppState, served: ServedModel, session: Session, request: Request) -> "RepeatedStep | None":
-    """Begins the next raw step with the same headers, but for its position; None if each must begin like the first."""
-    if app.sessions.has_store or TIMEOUT in request.headers:
-        return None
-    return RepeatedStep(app, served, session, request.tenant)
-
-
 class RepeatedStep:
-    """A step of a session that is known, in which only the position and the values are new."""
+    """A step of a memory session, with headers that are known: only the position and the values are new."""
 
     __slots__ = ("_app", "_form", "_served", "_session", "_tenant")
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -57,15 +58,21 @@ class Request:
         headers: By lower-case name.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
-        repeat: Begins the next request with the same headers; see `repeated_steps.py`.
+        again: Looks a session up in the store and handles the request again; None without a store.
+        cancel: Cancels the work on it.
+        repeats: Its connection had a request with the same headers before, but for the position.
+        repeat: Begins the next of them; see `repeated_steps.py`.
     """
 
-    __slots__ = ("body", "headers", "position", "repeat", "session", "tenant")
+    __slots__ = ("again", "body", "cancel", "headers", "position", "repeat", "repeats", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
         self.tenant = tenant
+        self.again: Callable[[str], bool] | None = None
+        self.cancel: Cancel = nothing_to_cancel
+        self.repeats = False
         self.repeat: Callable[[Request, Respond], Cancel | None] | None = None
         self.session: str | None = None
         self.position: int | None = None
@@ -75,8 +82,7 @@ class Request:
         return owned(self.tenant, session_id)
 
     def again_with(self, session_id: str) -> Callable[[], bool] | None:
-        """What handles the request again after it has looked the session up in the store; None without a store."""
-        return None
+        return None if self.again is None else partial(self.again, session_id)
 
     @property
     def media_type(self) -> bytes:

@@ -7,13 +7,14 @@ from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import (
     POSITION,
     STEPS,
+    TIMEOUT,
     json_body,
     position_of,
     require_streamable,
     split_reference,
     timeout_of,
 )
-from unroll.service.api.repeated_steps import repeat_of
+from unroll.service.api.repeated_steps import RepeatedStep
 from unroll.service.api.request import (
     NOT_KEPT,
     RAW,
@@ -53,7 +54,8 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
     if session is None:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
-    request.repeat = repeat_of(app, served, session, request) if raw and len(inputs[0]) == 1 else None
+    if request.repeats and raw and len(inputs[0]) == 1 and TIMEOUT not in request.headers:
+        request.repeat = RepeatedStep(app, served, session, request.tenant)
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 

@@ -21,6 +21,8 @@ from unroll.service.scheduler.session import OPEN, Owner, Session
 Layout = Sequence[tuple[int, np.dtype, tuple[int, ...]]]
 
 _NO_POSITIONS = np.zeros(0, np.uint64)
+#: A group has one deadline, that of its first step: others join only in the first tenth of the time until then.
+_SHARE = 10
 
 
 class StepForm(Protocol):
@@ -109,6 +111,8 @@ class JoinedSteps:
                 return False
             self._sessions.expire(now)
             group = OpenGroup(self._layout, deadline, form)
+        elif (now - group.ready_at) * _SHARE > deadline - now:
+            return False
         if session.life is not OPEN or len(group.sessions) == self._most or not self._admission.take(1, now, deadline):
             return False
         if self.group is None:
@@ -144,6 +148,14 @@ class JoinedSteps:
         if group.listeners[row] is listener and all(row != followed for followed, _ in group.followers):
             self._counters.count_failed(Cancelled("the client went away"))
             self._remove(group, row, now)
+
+    def check(self, session: Session, now: float) -> None:
+        """If a step of the session waits here and has invalid values, it fails now: it must not take a position."""
+        group = self.group
+        if group is not None and session in group.sessions:
+            row = group.sessions.index(session)
+            if faults := group.form.faults(group.read(group.values[row : row + 1])):
+                self._fail(group, row, faults[0], now)
 
     def refuse(self, session: Session, error: UnrollError, now: float) -> None:
         """If a step of the session waits here, it fails."""

@@ -7,7 +7,8 @@ from typing import Final
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
 
-_DIGEST_BYTES: Final = 16
+#: A copy of it takes half the time of a new one.
+_NOTHING: Final = hashlib.blake2b(digest_size=16)
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +53,7 @@ class AppliedChunk:
 
 def payload_digest(inputs: Tensors) -> bytes:
     """Digest of a payload's values: the same for every encoding in which a client can send them."""
-    digest = hashlib.blake2b(inputs[0].tobytes(), digest_size=_DIGEST_BYTES)
-    for array in inputs[1:]:
+    digest = _NOTHING.copy()
+    for array in inputs:
         digest.update(array.tobytes())
     return digest.digest()

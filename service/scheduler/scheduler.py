@@ -147,7 +147,9 @@ class Scheduler:
         if not chunk.pinned:
             chunk.start = progress.expected
         elif chunk.start != progress.expected:
-            return self._recognise(session, chunk)
+            self.joined.check(session, now)
+            if chunk.start != progress.expected:
+                return self._recognise(session, chunk)
         self._admission.admit(chunk, self._lanes.next_steps(chunk), now)
         progress.expected += chunk.length
         self._queues.add(progress, chunk, now)
@@ -204,8 +206,8 @@ class Scheduler:
         Raises SessionError if the session is not open.
         """
         self.sessions.require_open(session, now)
-        self.joined.refuse(session, SessionClosed(f"session {shown(session.id)!r} was closed"), now)
         self._completion.close(session, now)
+        self.joined.refuse(session, SessionClosed(f"session {shown(session.id)!r} was closed"), now)
 
     def restart(self, session: Session, now: float) -> None:
         """Close a session because its client began another under the same id; counted."""

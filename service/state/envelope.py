@@ -17,6 +17,8 @@ from unroll.service.core.errors import SnapshotInvalid
 
 _HEADER = struct.Struct("<4sHBB")
 _CHECKSUM = 16
+#: A copy of it takes half the time of a new one.
+_NOTHING = hashlib.blake2b(digest_size=_CHECKSUM)
 
 #: Bytes before a format's content.
 HEADER_BYTES = _HEADER.size
@@ -77,4 +79,6 @@ class Envelope:
 
 def checksum(content: bytes = b"") -> "hashlib.blake2b":
     """Return the running checksum of `content`, to be updated with the bytes that follow."""
-    return hashlib.blake2b(content, digest_size=_CHECKSUM)
+    running = _NOTHING.copy()
+    running.update(content)
+    return running

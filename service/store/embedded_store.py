@@ -36,6 +36,7 @@ from unroll.service.store.embedded_entry import (
     key_of,
     name_of,
     pack_entry,
+    pack_session,
     place_of,
     since_boot,
     this_boot,
@@ -44,7 +45,7 @@ from unroll.service.store.embedded_entry import (
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
 from unroll.service.store.lmdb_folder import LmdbFolder
-from unroll.service.store.record import Gone, Record, pack, pack_last
+from unroll.service.store.record import Gone, Record, pack_last
 
 _log = structlog.get_logger(__name__)
 
@@ -84,6 +85,7 @@ class EmbeddedStore:
 
     def __init__(self, config: EmbeddedStoreConfig) -> None:
         self._config = config
+        self._life = math.inf if config.idle_timeout is None else config.idle_timeout
         self._folder = LmdbFolder(config.folder, config.sync)
         self._offset = self._folder.write(agreed_offset)
         self._thread = DaemonThread("store")
@@ -238,13 +240,11 @@ class EmbeddedStore:
         if (token if is_living else b"") != commit.expected:
             return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
         if commit.ends:
-            kind, life = CLOSED, self._config.tombstone_life
             body = POSITION.pack(commit.position) + commit.origin + commit.last
+            entry = pack_entry(name, CLOSED, now + self._config.tombstone_life, commit.token, body)
         else:
-            idle = self._config.idle_timeout
-            kind, life = SESSION, math.inf if idle is None else idle
-            body = pack(commit.origin, commit.position, commit.row, commit.last)
-        transaction.put(place, pack_entry(name, kind, now + life, commit.token, body))
+            entry = pack_session(name, now + self._life, commit)
+        transaction.put(place, entry)
         return None
 
     def _load(self, name: bytes, transaction: Any, now: float) -> Record | Gone | UnrollError | None:

@@ -28,7 +28,8 @@ ORIGIN_BYTES = HEADER_BYTES + _ORIGIN.size
 _COUNTS = struct.Struct("<II")
 _KEPT = struct.Struct("<QI16sI")
 _ONE_KEPT = struct.Struct("<IIQI16sI")
-_WHOLE = struct.Struct("<QII")
+#: Behind the origin: position, lengths of row and last.
+WHOLE = struct.Struct("<QII")
 
 
 def current_durability(name: Any) -> Any:
@@ -108,10 +109,10 @@ class Record:
     @classmethod
     def unpack(cls, content: bytes, token: bytes = b"") -> Self:
         """Read what `pack` wrote. Raises SnapshotInvalid."""
-        begin = ORIGIN_BYTES + _WHOLE.size
+        begin = ORIGIN_BYTES + WHOLE.size
         if len(content) < begin:
             raise SnapshotInvalid("a stored session is too short")
-        position, row, last = _WHOLE.unpack_from(content, ORIGIN_BYTES)
+        position, row, last = WHOLE.unpack_from(content, ORIGIN_BYTES)
         if begin + row + last != len(content):
             raise SnapshotInvalid("the lengths in a stored session contradict its size")
         origin = Origin.from_bytes(content[:ORIGIN_BYTES])
@@ -134,7 +135,7 @@ class Gone:
 
 def pack(origin: bytes, position: int, row: bytes, last: bytes) -> bytes:
     """Return the bytes of a record without its token and checksum."""
-    return b"".join((origin, _WHOLE.pack(position, len(row), len(last)), row, last))
+    return b"".join((origin, WHOLE.pack(position, len(row), len(last)), row, last))
 
 
 def pack_last(depth: int, kept: tuple[Kept, ...]) -> bytes:

@@ -23,7 +23,6 @@ from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
     CONTENT_ENCODING,
     Answer,
-    Cancel,
     Headers,
     Request,
     check_headers,
@@ -50,7 +49,6 @@ class Exchange(Request):
     """
 
     __slots__ = (
-        "cancel",
         "disconnected",
         "keep_alive",
         "more_body",
@@ -62,7 +60,6 @@ class Exchange(Request):
 
     def __init__(self) -> None:
         super().__init__({}, b"")
-        self.cancel: Cancel = nothing_to_cancel
         self.response_complete = True
         self.disconnected = False
         self.more_body = False
@@ -98,6 +95,7 @@ class HttpProtocol(LimitedProtocol):
         self._path: inference_routes.Path = []
         self._route_url = b""
         self._known: KnownHead | None = None  # of the last request, if it was for this route
+        self._misses = 0  # requests in a row with another head than the one before
         self._data = b""  # that is being parsed, if no request was open before it
         self._other_body_bytes = 0  # of a request that uvicorn answers
         self._takes_offer = False
@@ -107,9 +105,11 @@ class HttpProtocol(LimitedProtocol):
     def _feed(self, data: bytes) -> None:
         if self._last_words:
             return
-        if (known := self._known) is not None and (body := known.body_of(data)) is not None and self.is_idle():
-            self._begin_known(known, body)
-            return
+        if (known := self._known) is not None and self.is_idle():
+            if (body := known.body_of(data)) is not None:
+                self._begin_known(known, body)
+                return
+            self._misses += 1
         self._segment = len(data)
         self._data = b"" if self._in_head or self._in_body else data
         try:
@@ -169,7 +169,7 @@ class HttpProtocol(LimitedProtocol):
         exchange = self._exchange
         keep_alive = self.parser.should_keep_alive() and version != "1.0"
         exchange.begin(route, limit, keep_alive and not self.unroll.draining)
-        exchange.repeat = None
+        exchange.repeats, exchange.repeat = False, None
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(headers, INFER, changes=True)
@@ -209,7 +209,7 @@ class HttpProtocol(LimitedProtocol):
                 self._parts.clear()
             if len(exchange.body) > SMALL and self._cannot_hold(len(exchange.body)):
                 return
-            if exchange.keep_alive:
+            if exchange.keep_alive and self._misses < _MOST_MISSES:
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
             if CONTENT_ENCODING in exchange.headers:
                 self._decode_body()
@@ -221,6 +221,7 @@ class HttpProtocol(LimitedProtocol):
         exchange, route = self._exchange, self._route
         assert route is not None
         exchange.begin(route, 0, not self.unroll.draining)
+        exchange.repeats, self._misses = True, 0
         self.cycle = self._runs = exchange
         try:
             exchange.tenant = self.unroll.gate.admit(known.headers, INFER, changes=True)
@@ -235,11 +236,12 @@ class HttpProtocol(LimitedProtocol):
         failpoints.reach("recv")
         cancel = None if exchange.repeat is None else exchange.repeat(exchange, self._respond)
         if cancel is None:
-            cancel = exchange.route.handle(self.unroll, self._path, exchange, self._respond)
-        self.headers.clear()
-        exchange.headers, exchange.body = _NO_HEADERS, b""
-        if not exchange.response_complete:
+            exchange.route.handle(self.unroll, self._path, exchange, self._respond)
+        elif not exchange.response_complete:
             exchange.cancel = cancel
+        self.headers.clear()
+        if exchange.again is None:
+            exchange.headers, exchange.body = _NO_HEADERS, b""
 
     def _decode_body(self) -> None:
         exchange = self._exchange
@@ -328,8 +330,8 @@ class HttpProtocol(LimitedProtocol):
             return
         exchange = self._exchange
         exchange.response_complete = True
-        exchange.cancel = nothing_to_cancel
-        exchange.body = b""
+        exchange.cancel, exchange.again = nothing_to_cancel, None
+        exchange.headers, exchange.body = _NO_HEADERS, b""
         self._parts.clear()
         self.unroll.count(exchange.route.name, answer.status, perf_counter() - exchange.started)
         if answer.status >= self.unroll.request_log.least_status:
@@ -412,6 +414,8 @@ class OperatorProtocol(HttpProtocol):
 
 
 _NO_HEADERS: Headers = {}
+#: After so many, the heads of a connection are not kept any more: each of its requests has one of its own.
+_MOST_MISSES = 8
 #: For a refused client to stop sending.
 _LINGER_SECONDS = 2.0
 

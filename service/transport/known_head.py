@@ -45,7 +45,10 @@ class KnownHead:
         return cls(data[:size], slice(begin, begin + len(position or b"")), headers, len(body))
 
     def body_of(self, data: bytes) -> bytes | None:
-        """The body, if the data is one whole request with this head."""
+        """The body, if the data is one whole request with this head; then `headers` are its own.
+
+        Call it only when the last request with this head is answered: until then, that one may be begun again.
+        """
         begin, end = len(self._before), len(data) - self._rest
         if not data.startswith(self._before) or not begin <= end <= begin + self._most_digits:
             return None

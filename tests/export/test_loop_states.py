@@ -1,5 +1,6 @@
 """What a loop over time may hand on: what it was given, what it made, under more than one name, and for how long."""
 
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from oracle import Oracle
 from torch import Tensor, nn
 
 from conformance.kinds.kind import Forward, made
-from unroll.export import export
+from unroll.export import ExportError, export
 
 
 def zeros(x: Tensor) -> Tensor:
@@ -102,9 +103,37 @@ def viewed(s: Any, x: Tensor) -> Tensor:
     return torch.stack(outs, 1)
 
 
+def changed_in_place(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both states are parts of one tensor."""
+    states, outs = torch.zeros(2, x.shape[0], 4), []
+    for t in range(x.shape[1]):
+        states[0] = torch.tanh(s.head(x[:, t]) + s.r * states[1].clone())
+        states[1] = states[0] - 0.5 * states[1].clone()
+        outs.append(states[1].clone())
+    return torch.stack(outs, 1), states
+
+
+def recurrence(x: Tensor, r: Tensor) -> Tensor:
+    h = torch.zeros_like(x[:, 0])
+    outs: list[Tensor] = []
+    for t in range(x.size(1)):
+        h = torch.tanh(x[:, t] + r * h)
+        outs += [h]
+    return torch.stack(outs, 1)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecated, and still found in the wild
+    scripted = torch.jit.script(recurrence)
+
+
+def in_a_scripted_function(s: Any, x: Tensor) -> Tensor:
+    return scripted(s.head(x), s.r)
+
+
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
-    *(two_loops, viewed),
+    *(two_loops, viewed, changed_in_place, in_a_scripted_function),
 ]
 
 
@@ -121,3 +150,53 @@ def test_a_loop_may_hand_on_what_it_was_given_or_made(few_steps: None, tmp_path:
         returned = module(x[None])
     expected = returned[0] if isinstance(returned, tuple) else returned
     assert np.allclose(steps, expected[0].numpy(), atol=1e-5)
+
+
+def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
+    h, states, outs = torch.zeros(1, x.shape[0], 4), torch.zeros(2, x.shape[0], 4), []
+    for step in x.unbind(1):
+        before = h.view(h.size(1), -1)
+        parts = s.head(step) + s.head(before)
+        for k in range(2):
+            states[k] = torch.tanh(states[k].clone() * s.r + parts)
+        h = torch.zeros(1, x.shape[0], 4)
+        for state in states.unbind(0):
+            h += state
+        outs.append(h[0].clone())
+    return torch.stack(outs, 1)
+
+
+@pytest.mark.long
+def test_a_state_changed_in_place_that_cannot_be_followed_is_refused_with_what_to_change(tmp_path: Path) -> None:
+    module = made(changed_through_a_view, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4)).eval()
+    with pytest.raises(ExportError, match=r"in place, as state\[k\] = part; make a new state") as refused:
+        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+    assert refused.value.code == "calls_depend_on_time"
+
+
+def rotated(s: Any, x: Tensor) -> Tensor:
+    h, outs = torch.zeros(x.shape[0], 4, dtype=torch.complex64), []
+    for t in range(x.shape[1]):
+        h = torch.polar(s.r, s.r) * h + x[:, t]
+        outs.append(h.real)
+    return torch.stack(outs, 1)
+
+
+def rotated_by_a_parameter(s: Any, x: Tensor) -> Tensor:
+    return (s.r * x).real
+
+
+@pytest.mark.parametrize(
+    ("forward", "dtype", "says"),
+    [
+        (rotated, torch.float32, "the loop of 'Made' hands on"),
+        (rotated_by_a_parameter, torch.complex64, "parameter 'r'"),
+    ],
+)
+def test_complex_numbers_are_refused_with_what_to_change(
+    tmp_path: Path, forward: Forward, dtype: torch.dtype, says: str
+) -> None:
+    module = made(forward, r=nn.Parameter(torch.rand(4, dtype=dtype))).eval()
+    with pytest.raises(ExportError, match=rf"{says}.*two tensors, as torch\.view_as_real") as refused:
+        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
+    assert refused.value.code == "dtype"

@@ -17,7 +17,7 @@ from unroll.service.state.sealed_snapshot import SnapshotKeys
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store import state_file
 from unroll.service.store.interface import Commit
-from unroll.service.store.record import Origin, Record, pack_last, unpack_last
+from unroll.service.store.record import Origin, Record, pack_last, pack_last_chunk, unpack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 
@@ -85,6 +85,8 @@ def test_origin_and_replies() -> None:
     assert Origin.from_bytes(golden("origin")) == ORIGIN
     assert pack_last(4, KEPT) == golden("last")
     assert unpack_last(golden("last")) == (KEPT, 4)
+    one = KEPT[-1]
+    assert pack_last_chunk(one.start, one.steps, one.digest, one.outputs) == pack_last(1, (one,))
 
 
 def test_record() -> None:

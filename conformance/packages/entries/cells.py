@@ -87,3 +87,88 @@ def array_lstm() -> nn.Module:
     from arrayLSTM import ArrayLSTM
 
     return First(ArrayLSTM(4, 8, 2))
+
+
+@entry("conv-lstm", "ConvLSTM, frames of 4 by 4", "x:float32:2x4x4", alone=True)
+def conv_lstm() -> nn.Module:
+    from conv_lstm import ConvLSTM
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = ConvLSTM(2, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.lstm(x)[0][0]
+            return y
+
+    return Layer()
+
+
+@entry("torchxlstm", "sLSTM, which keeps its states in one tensor", "x:float32:8", alone=True)
+def torchxlstm_slstm() -> nn.Module:
+    from torchxlstm import sLSTM
+
+    return First(sLSTM(8, 4, 2, batch_first=True))
+
+
+@entry("torchxlstm", "mLSTM, which sums over the batch", "x:float32:8", alone=True)
+def torchxlstm_mlstm() -> nn.Module:
+    from torchxlstm import mLSTM
+
+    return First(mLSTM(8, 4, 2, batch_first=True))
+
+
+@entry("neuralfields", "NeuralField", "inputs:float32:4", alone=True)
+def neural_field() -> nn.Module:
+    from neuralfields import NeuralField
+
+    field: nn.Module = NeuralField(input_size=4, hidden_size=8, output_size=2)
+    return field
+
+
+@entry("pytorch-spiking", "Lowpass", "inputs:float32:4", alone=True)
+def lowpass() -> nn.Module:
+    from pytorch_spiking import Lowpass
+
+    layer: nn.Module = Lowpass(0.01, 4)
+    return layer
+
+
+@entry("pytorch-sublstm", "SubLSTM, 2 layers", "x:float32:4", alone=True)
+def sublstm() -> nn.Module:
+    from subLSTM.nn import SubLSTM
+
+    return First(SubLSTM(4, 8, num_layers=2, batch_first=True))
+
+
+@entry("minimamba", "S6, another scan from 32 steps on", "hidden_states:float32:8", alone=True)
+def minimamba() -> nn.Module:
+    from minimamba.config import MambaConfig
+    from minimamba.s6 import S6
+
+    layer: nn.Module = S6(MambaConfig(d_model=8, n_layer=1))
+    return layer
+
+
+@entry("sru", "SRU, 2 layers, a step of which is in C++", "x:float32:4", alone=True)
+def sru() -> nn.Module:
+    from sru import SRU
+
+    return TimeFirst(SRU(4, 8, 2))
+
+
+@entry("additive-recurrent-unit", "ARU, a loop in TorchScript", "x:float32:4", alone=True)
+def aru() -> nn.Module:
+    from aru import ARU
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aru = ARU(4, 8, use_embedding=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.aru(x, return_all_states=True)
+            return y
+
+    return Layer()

@@ -1,15 +1,21 @@
 """A client that sends the same head again and again is not read anew each time: nothing of what it asks gets lost."""
 
+import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from oracle import Oracle
 from raw_http import STEP, Answer, Wire
-from serving import Running
-from waiting import until
+from serving import Running, Serve
+from waiting import PATIENCE, until
+
+from unroll.service.store.interface import Key
+from unroll.service.store.record import Gone, Record
 
 ROUNDS = 5
 
@@ -164,3 +170,42 @@ def test_a_head_inside_a_field_of_another_is_not_taken_for_one(
     wire.send(complete)
     wire.answer()
     assert (position_of(client, mine), position_of(client, theirs)) == (2, 1)
+
+
+def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_comes_behind_it(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle: Callable[..., Oracle]
+) -> None:
+    running = serve(store=f"file://{tmp_path}/store")
+    store = running.server.sessions._store  # type: ignore[attr-defined]
+    load, looked_up, may_look, second = store.load, threading.Event(), threading.Event(), 2 * STEP
+
+    async def slow(key: Key) -> Record | Gone | None:
+        looked_up.set()
+        await asyncio.to_thread(may_look.wait)
+        return await load(key)
+
+    with httpx.Client(base_url=running.url) as client:
+        client.post("/v1/models/gru/sessions", json={"session_id": "stored"}).raise_for_status()
+    wire = Wire(running.port)
+    with closing(wire.socket):
+        first = step(wire, "stored", STEP, 0)
+        monkeypatch.setattr(store, "load", slow)
+        wire.send(head("gru", "stored", position=0) + STEP.tobytes())
+        assert looked_up.wait(PATIENCE)
+        wire.send(head("gru", "stored", position=1) + second.tobytes())
+        until(lambda: any(connection.pipeline for connection in [*running.uvicorn.server_state.connections]))
+        may_look.set()
+        assert wire.answer() == first
+        status, headers, body = wire.answer()
+        outputs = oracle("gru", "2")(np.concatenate([STEP, second]))
+        assert (status, headers["unroll-position"], body) == (200, "2", outputs[1:].tobytes())
+
+
+def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:
+    name = open_session("unlike")
+    for i in range(12):
+        wire.send(
+            head("gru", name, position=i).replace(b"\r\n\r\n", b"\r\nx-request-id: %d\r\n\r\n" % i) + STEP.tobytes()
+        )
+        assert wire.answer()[1]["unroll-position"] == str(i + 1)
+    assert [step(wire, name)[1]["unroll-position"] for _ in range(3)] == ["13", "14", "15"]

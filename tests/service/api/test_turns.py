@@ -30,10 +30,10 @@ from unroll.service.api.stream.messages import MAX_HANDLES
 from unroll.service.protocol.frames import MAX_ENTRIES
 from unroll.service.settings import Settings
 
-#: Of what parsing the largest body takes.
-_TIMES = 4.0
+#: Of what parsing the largest body takes, which is about 20 ms; decoding its values takes three times as long.
+_TIMES = 5.0
 #: The least of so many counts: the collector, and other servers of this process, cost something, too.
-_TRIES = 4
+_TRIES = 5
 _AT_ONCE = 32
 _JSON = {"Content-Type": "application/json"}
 _X = np.random.default_rng(1).standard_normal((65_536, 3)).astype("<f4")
@@ -81,35 +81,30 @@ def watched(few: Path, stopwatch: Stopwatch) -> Iterator[Running]:
     running.stop()
 
 
-@pytest.fixture(scope="module")
-def limit() -> float:
-    body = f'{{"inputs":[{_STEPS}]}}'
-
-    def once() -> float:
-        began = thread_time()
-        orjson.loads(body)
-        return thread_time() - began
-
-    return _TIMES * min(once() for _ in range(_TRIES))
+def parsing() -> float:
+    """What the largest body takes now, in seconds: a machine under load is slower than an idle one."""
+    body, began = f'{{"inputs":[{_STEPS}]}}', thread_time()
+    orjson.loads(body)
+    return thread_time() - began
 
 
 @pytest.fixture
-def holds_briefly(watched: Running, stopwatch: Stopwatch, limit: float) -> Callable[[Callable[[], object]], None]:
-    def once(act: Callable[[], object]) -> float:
+def holds_briefly(watched: Running, stopwatch: Stopwatch) -> Callable[[Callable[[], object]], None]:
+    def turns(act: Callable[[], object]) -> float:
+        """The longest turn, in multiples of what parsing takes."""
         for stream in watched.server.streams:
             stream._errors = Allowance(1.0, 1e9)  # type: ignore[attr-defined]
         httpx.get(f"{watched.url}/livez").raise_for_status()
         stopwatch.longest = 0.0
         act()
         httpx.get(f"{watched.url}/livez").raise_for_status()  # the turn before it is over
-        return stopwatch.longest
+        return stopwatch.longest / parsing()
 
     def check(act: Callable[[], object]) -> None:
-        longest = once(act)
-        for _ in range(_TRIES - 1):
-            if longest >= limit:
-                longest = min(longest, once(act))
-        assert longest < limit, f"a turn took {1e3 * longest:.0f} ms, and {1e3 * limit:.0f} ms are allowed"
+        found: list[float] = []
+        while not found or (min(found) >= _TIMES and len(found) < _TRIES):
+            found.append(turns(act))
+        assert min(found) < _TIMES, f"turns took {found} times as long as it takes to parse the largest body"
 
     return check
 
@@ -201,7 +196,6 @@ MESSAGES: dict[str, tuple[bool, list[str | bytes], int]] = {
         [control("open", sessions=[{"handle": i, "session_id": "?", "mode": "resume"} for i in range(MAX_ITEMS)])],
         1,
     ),
-    "handles to close that are unbound": (False, [control("close", handles=[*range(MAX_HANDLES)])], 1),
     "handles to detach that are unbound": (False, [control("detach", handles=[*range(MAX_HANDLES)])], 1),
     "handles to detach": (True, [control("detach", handles=[*_HANDLES] * 16)], 1),
     "entries of unbound handles": (False, [entries(_ONE)], MAX_ENTRIES),
@@ -253,10 +247,10 @@ def test_entries_for_which_there_is_no_room_do_not_hold_the_loop(
         holds_briefly(act)
 
 
-@pytest.mark.parametrize("query", ["limit=1000", "limit=1000&min_idle=1000"])
-def test_a_list_of_many_sessions_does_not_hold_the_loop(watched: Running, holds_briefly: Callable, query: str) -> None:
+def test_lists_of_many_sessions_do_not_hold_the_loop(watched: Running, holds_briefly: Callable) -> None:
     with connect(f"ws://{watched.address}/v1/models/lstm/stream", compression=None, max_size=None) as socket:
         for begin in (0, MAX_ITEMS):
             socket.send(control("open", sessions=[{"handle": begin + i} for i in range(MAX_ITEMS)]))
             socket.recv()
-        holds_briefly(lambda: httpx.get(f"{watched.url}/v1/admin/sessions?{query}").raise_for_status())
+        for query in ("limit=1000", "limit=1000&min_idle=1000"):
+            holds_briefly(lambda query=query: httpx.get(f"{watched.url}/v1/admin/sessions?{query}").raise_for_status())

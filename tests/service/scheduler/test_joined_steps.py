@@ -111,12 +111,13 @@ def test_a_group_of_invalid_steps_only_runs_nothing(settled, engine):
     settled.check_invariants()
 
 
-def test_a_session_that_is_closed_fails_its_step_that_waits_and_the_retry(settled, engine):
+def test_a_session_that_is_closed_fails_its_step_that_waits_the_retry_and_what_is_behind(settled, engine):
     log = Log()
     joined(settled, "ab", log)
     again = submit(settled, "a", inputs(2), 0, LATER, position=1)
+    behind = submit(settled, "a", inputs(3), 0, LATER, position=2)
     settled.close(find(settled, "a"), 0)
-    assert (log["a"], failure(again)) == ("session_closed", "session_closed")
+    assert {log["a"], failure(again), failure(behind)} == {"session_closed"}
     run_until_idle(settled, engine)
     assert log["b"] == fold([1, 2])[-1:]
 
@@ -127,6 +128,25 @@ def test_steps_that_are_late_fail(settled, engine):
     run_until_idle(settled, engine, now=51)
     assert log == dict.fromkeys("ab", "deadline_exceeded")
     assert find(settled, "a", 51).position == 1
+
+
+def test_a_step_does_not_join_a_group_that_would_be_late_long_before_it(settled, engine):
+    log = Log()
+    took = [join(settled, find(settled, name), 2, log.of(name), now) for name, now in (("a", 0), ("b", 5), ("c", 6))]
+    assert took == [True, True, False]
+    alone = submit(settled, "c", inputs(2), 6, 56)
+    run_until_idle(settled, engine, now=51)
+    assert log == dict.fromkeys("ab", "deadline_exceeded")
+    assert answer(alone) == fold([1, 2])[-1:]
+
+
+def test_an_invalid_step_does_not_take_the_position_of_a_valid_one(settled, engine):
+    log = Log()
+    joined(settled, "ab", log, FoldForm.invalid)
+    valid = submit(settled, "a", inputs(3), 0, LATER, position=1)
+    assert log == {"a": "non_finite_input"}
+    run_until_idle(settled, engine)
+    assert answer(valid) == fold([1, 3])[-1:]
 
 
 def test_a_full_queue_takes_no_step(settled):

@@ -5,7 +5,7 @@ import pytest
 from fold import FoldEngine, answer, fold, inputs, scheduler, submit, submit_sequence
 
 from unroll.service.scheduler.admission import Pace
-from unroll.service.scheduler.chunk import Group
+from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.lanes import Lanes
 from unroll.service.scheduler.limits import SchedulerLimits
 from unroll.service.scheduler.reply import Reply
@@ -88,3 +88,23 @@ def test_a_group_cannot_be_lost_in_the_lane_of_long_chunks() -> None:
     lanes.put(Group([session], [0], (np.zeros((1, 5), np.int64),), 5, 1e9, lambda reply: None), 0)
     with pytest.raises(AssertionError, match="groups are short"):
         lanes.take(0)
+
+
+def test_chunks_that_wait_for_a_workspace_are_not_all_looked_at_before_each_batch() -> None:
+    s, looked, count = scheduler(max_batch=3), list[Chunk | Group](), 200
+
+    def look(work: Chunk | Group, now: float) -> bool:
+        looked.append(work)
+        return False
+
+    lanes = Lanes(s.traits, s.limits, s.workspaces, s.pace, look)
+    for _ in range(count):
+        lanes.put(Chunk(inputs(*range(50))), 0.0)
+    for number in range(20):
+        batch = lanes.take(number / 1000)
+        assert len(batch.work) == 3
+        for work in batch.work:
+            lanes.put(work, number / 1000)  # it has pieces left
+    assert len(looked) < 3 * count
+    lanes.take(1.0)
+    assert len({*looked[-count:]}) == count, "now and then they are, so that none stays beyond its deadline"
