@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import httptools
 import structlog
 
-from unroll.service.api.request import Headers
+from unroll.service.api.error_responses import http_error, open_inference_error, problem
+from unroll.service.api.request import Answer, Headers
 from unroll.service.core.errors import UnrollError
 
 _log = structlog.get_logger(__name__)
@@ -30,6 +31,11 @@ class Refused(Exception):
         self.status = status
         self.detail = detail
         self.error = error
+
+    def answer(self, *, is_v2: bool) -> Answer:
+        if self.error is None:
+            return http_error(self.status, self.detail, is_v2)
+        return (open_inference_error if is_v2 else problem)(self.error)
 
 
 def check_head(version: str, fields: Fields) -> Headers:

@@ -17,7 +17,7 @@ from unroll.service.access.keys import INFER
 from unroll.service.api import inference_routes
 from unroll.service.api.answer_log import log_answer
 from unroll.service.api.content_coding import decoded
-from unroll.service.api.error_responses import STATUS, http_error, open_inference_error, problem
+from unroll.service.api.error_responses import STATUS
 from unroll.service.api.inference_routes import Route
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
@@ -346,11 +346,7 @@ class HttpProtocol(LimitedProtocol):
 
     def _refuse(self, refused: Refused) -> None:
         """Answer a request that is not valid, behind those before it, and close the connection."""
-        is_v2 = self.url.startswith(b"/v2")
-        if refused.error is None:
-            answer = http_error(refused.status, refused.detail, is_v2)
-        else:
-            answer = (open_inference_error if is_v2 else problem)(refused.error)
+        answer = refused.answer(is_v2=self.url.startswith(b"/v2"))
         log_answer(self.unroll.request_log, "invalid HTTP", refused.status, refused.error)
         self._last_words = _encoded(answer, keep_alive=False)
         cycle = self.cycle
@@ -367,18 +363,6 @@ class HttpProtocol(LimitedProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
             self._end()
-
-    def _end(self) -> None:
-        """Say the last words. What the client still sends is read: else the kernel would discard them with it."""
-        if self.transport.is_closing():
-            return
-        self.transport.write(self._last_words)
-        if self._sends_no_more:
-            self.transport.close()
-        else:
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def on_response_complete(self) -> None:
         """As uvicorn's, but without a timer: see `check`."""
@@ -416,8 +400,6 @@ class OperatorProtocol(HttpProtocol):
 _NO_HEADERS: Headers = {}
 #: After so many, the heads of a connection are not kept any more: each of its requests has one of its own.
 _MOST_MISSES = 8
-#: For a refused client to stop sending.
-_LINGER_SECONDS = 2.0
 
 
 def _encoded(answer: Answer, keep_alive: bool) -> bytes:

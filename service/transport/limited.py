@@ -21,6 +21,8 @@ MAX_FRAMING_BYTES = 65_536
 MAX_FRAMING_FACTOR = 8
 #: Until the first look whether a client that has ended its half of the connection is still there, and between two.
 _PROBE_SECONDS = 0.1
+#: For a refused client to stop sending.
+_LINGER_SECONDS = 2.0
 #: Of a chunked body that arrived at once: what is parsed before others get their turn.
 _TURN_BYTES = 8192
 
@@ -134,6 +136,18 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             return False
         return True
+
+    def _end(self) -> None:
+        """Say the last words. What the client still sends is read: else the kernel would discard them with it."""
+        if self.transport.is_closing():
+            return
+        self.transport.write(self._last_words)
+        if self._sends_no_more:
+            self.transport.close()
+        else:
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(_LINGER_SECONDS, self.transport.close)
 
     def _probe(self, sent: bool = False) -> None:
         """End the work for a client that is gone.

@@ -64,7 +64,7 @@ def test_a_damaged_bundle_is_refused_alone(running: Running, second: Path, name:
 def test_any_error_while_a_bundle_is_loaded_refuses_it(
     running: Running, second: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: Exception
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     with monkeypatch.context() as patch:
