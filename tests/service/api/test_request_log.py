@@ -4,6 +4,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from waiting import until
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from unroll.service.settings import Settings
 from unroll.service.telemetry.request_log import LINES_PER_SECOND, RequestLog
 
 Lines = Callable[[], list[dict[str, Any]]]
@@ -25,6 +27,14 @@ Lines = Callable[[], list[dict[str, Any]]]
 
 def digest(session_id: str) -> str:
     return hashlib.sha256(session_id.encode()).hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[Running]:
+    """One of its own: a server has only so many lines for a second, and other tests leave many."""
+    running = Running(Settings(repository=repository))
+    yield running
+    running.stop()
 
 
 @pytest.fixture
