@@ -14,6 +14,18 @@ from unroll import bundle, cli
 from unroll.export import ExportError, export
 
 
+class Filled(nn.Module):
+    """A missing value is zero, and its absence an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(7, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, known: Tensor) -> Tensor:
+        is_missing = torch.isnan(x)
+        return self.head(self.rnn(torch.cat([x.nan_to_num(), is_missing.float(), known], -1))[0])
+
+
 class Spread(Gaps):
     """NaN * 0 is NaN."""
 
@@ -40,12 +52,16 @@ class Before(nn.Module):
 X, KNOWN = torch.randn(2, 9, 3), torch.randn(2, 9, 1)
 
 
-def test_from_the_command_line(few_steps: None, tmp_path: Path) -> None:
-    model = Gaps().eval()
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [(Filled, "test_allow_nan:Filled"), pytest.param(Gaps, "served_models.models:Gaps", marks=pytest.mark.long)],
+)
+def test_from_the_command_line(kind: type[nn.Module], source: str, few_steps: None, tmp_path: Path) -> None:
+    model = kind().eval()
     torch.save(model.state_dict(), tmp_path / "gaps.pt")
     words = ["--weights", str(tmp_path / "gaps.pt"), "--repository", str(tmp_path), "--name", "gaps"]
     described = ["--input", "x:float32:3", "--input", "known:float32:1", "--allow-nan", "x"]
-    assert cli.main(["export", "served_models.models:Gaps", *words, *described]) == 0
+    assert cli.main(["export", source, *words, *described]) == 0
     found = bundle.read(tmp_path / "gaps" / "1")
     assert {spec.name: spec.nan for spec in found.manifest.inputs} == {"x": True, "known": False}
     assert np.isnan(found.golden.inputs["x"]).any()  # each server proves it anew

@@ -133,11 +133,11 @@ def in_a_scripted_function(s: Any, x: Tensor) -> Tensor:
 
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
-    *(two_loops, viewed, changed_in_place, in_a_scripted_function),
+    *(two_loops, many_names, changed_in_place, in_a_scripted_function),
 ]
 
 
-@pytest.mark.parametrize("forward", [many_names, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)])
+@pytest.mark.parametrize("forward", [viewed, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)])
 def test_a_loop_may_hand_on_what_it_was_given_or_made(few_steps: None, tmp_path: Path, forward: Forward) -> None:
     module = made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4)).eval()
     manifest = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path).manifest

@@ -206,7 +206,8 @@ def test_from_the_command_line(name: str, described: list[str], few_steps: None,
     check(name, module, tmp_path)
 
 
-@pytest.mark.parametrize("name", [pytest.param("rows first", marks=pytest.mark.long), "difference"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["rows first", "difference"])
 def test_what_a_step_hands_on_may_be_turned_an_input_or_of_one_row(name: str, few_steps: None, tmp_path: Path) -> None:
     made, example, options, _ = CASES[name]
     module = made().eval()

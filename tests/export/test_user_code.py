@@ -143,9 +143,8 @@ except unroll.ExportError as error:
 """
 
 
-@pytest.mark.parametrize(
-    "export", [pytest.param(REFUSED, id="refused"), pytest.param(EXPORTED, id="exported", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("export", [REFUSED, EXPORTED], ids=["refused", "exported"])
 def test_from_a_script(export: str, tmp_path: Path) -> None:
     files = {f"{name}.py": "width = 4\n" for name in ("bundle", "conformance", "export", "tests")}
     files |= {"service/__init__.py": "scale = 2.0\n", "examples/__init__.py": ""}

@@ -21,7 +21,7 @@ from unroll.service.access.keys import new_key
 SEEDS = [int(seed) for seed in os.environ.get("UNROLL_TEST_SEEDS", "1").split(",")]
 OPERATIONS = ["put 1", "put 2", "take 1", "take 2", "load", "unload", "rescan", "rescan"]
 OPERATIONS += ["guest", "no guest", "damaged keys", "log level"]
-COUNT, CLIENTS = 24, 8
+COUNT, CLIENTS = 12, 8
 X = np.random.default_rng(11).standard_normal((200, 3)).astype(np.float32)
 RAW = {"Content-Type": "application/octet-stream"}
 

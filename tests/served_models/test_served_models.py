@@ -1,4 +1,4 @@
-"""The bundles that tests serve are what export writes today. `make long-test` exports all of them."""
+"""The bundles that tests serve are what export writes today."""
 
 from pathlib import Path
 
@@ -9,13 +9,9 @@ from unroll import bundle
 from unroll.bundle.graph import operators
 from unroll.service.engine.runner import Runner
 
-#: The most usual one.
-FEW = ["lstm/1"]
 
-
-@pytest.mark.parametrize(
-    "folder", [name if name in FEW else pytest.param(name, marks=pytest.mark.long) for name in models.MODELS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("folder", models.MODELS)
 def test_exported_afresh_it_gives_the_same_numbers(folder: str, tmp_path: Path) -> None:
     models.export(folder, tmp_path)
     committed, fresh = bundle.read(models.BUNDLES / folder), bundle.read(tmp_path / folder)
