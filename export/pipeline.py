@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unroll import bundle
 from unroll.bundle import BundleError, Manifest
 from unroll.export.errors import ExportError, attempt, internal
+from unroll.export.lifting.decisions import Decided, decide, notes_on_ways
 from unroll.export.lifting.float64 import converted
 from unroll.export.lifting.history import Place
 from unroll.export.lifting.lift import lift
@@ -163,6 +164,12 @@ class Pipeline:
         if self._options.step:
             module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
+        ways = decide(prepared.exact, prepared.example)
+        with Decided(ways) if ways else nullcontext():
+            report = self._export(prepared)
+        return replace(report, notes=(*report.notes, *notes_on_ways(ways)))
+
+    def _export(self, prepared: Prepared) -> Report:
         self._progress("running it as it is")
         try:
             prepared = self._find_state(prepared)

@@ -37,12 +37,29 @@ def detached_copy(module: nn.Module) -> nn.Module:
             copied.cpu()
             copied.eval()
             copied.requires_grad_(False)
+            for part in copied.modules():
+                _copy_whole(part)
             return copied
     except Exception as error:  # user code
         raise ExportError(
             "not_copyable",
             f"copy.deepcopy fails on the module: {error}; export a module of the layers alone, without that",
         ) from error
+
+
+def _copy_whole(module: nn.Module) -> None:
+    """Further copies of a module that copies itself hold what its own copies may leave out."""
+    kind = type(module)
+    own = next((base for base in kind.__mro__ if "__deepcopy__" in vars(base)), torch.nn.Module)
+    if not own.__module__.startswith(("torch.", "unroll.")):
+        module.__class__ = type(kind.__name__, (kind,), {"__deepcopy__": _whole, "__module__": kind.__module__})
+
+
+def _whole(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    copied: nn.Module = object.__new__(type(module))
+    memo[id(module)] = copied
+    vars(copied).update(copy.deepcopy(vars(module), memo))
+    return copied
 
 
 class _Detach(TorchFunctionMode):
