@@ -6,7 +6,7 @@ chunk of it: applied as a whole at its end, once, and a retry gets the same outp
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
