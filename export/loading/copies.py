@@ -31,14 +31,12 @@ def detached_copy(module: nn.Module) -> nn.Module:
             computed = [w for m in module.modules() if isinstance(m, nn.RNNBase) for w in m._flat_weights]
             memo: dict[int, Any] = {id(w): w.detach() for w in computed if w is not None and not w.is_leaf}
             try:
-                copied = copy.deepcopy(module, dict(memo))
+                copied = _copied(module, dict(memo))
             except (RuntimeError, TypeError):
-                copied = copy.deepcopy(module, memo | _left_out(module))
+                copied = _copied(module, memo | _left_out(module))
             copied.cpu()
             copied.eval()
             copied.requires_grad_(False)
-            for part in copied.modules():
-                _copy_whole(part)
             return copied
     except Exception as error:  # user code
         raise ExportError(
@@ -47,16 +45,18 @@ def detached_copy(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _copy_whole(module: nn.Module) -> None:
-    """Further copies of a module that copies itself hold what its own copies may leave out."""
-    kind = type(module)
-    own = next((base for base in kind.__mro__ if "__deepcopy__" in vars(base)), torch.nn.Module)
-    if not own.__module__.startswith(("torch.", "unroll.")):
-        module.__class__ = type(kind.__name__, (kind,), {"__deepcopy__": _whole, "__module__": kind.__module__})
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, also of parts that copy themselves: their own copies may leave out what export puts there."""
+    for part in reversed([*module.modules()]):
+        owner = next((kind for kind in type(part).__mro__ if "__deepcopy__" in vars(kind)), None)
+        if owner and not owner.__module__.startswith(("torch.", "unroll.")):
+            memo[id(part)] = _whole(part, memo)
+    return copy.deepcopy(module, memo)
 
 
 def _whole(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    copied: nn.Module = object.__new__(type(module))
+    kind = type(module)
+    copied: nn.Module = object.__new__(type(kind.__name__, (kind,), {"__deepcopy__": _whole}))
     memo[id(module)] = copied
     vars(copied).update(copy.deepcopy(vars(module), memo))
     return copied

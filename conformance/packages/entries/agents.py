@@ -28,24 +28,6 @@ def rl_games_lstm() -> nn.Module:
 _HC = "--step", "--state", "h:float32:1xBx8=y1", "--state", "c:float32:1xBx8=y2"
 
 
-@entry("rl-games", "step of LSTMWithDones", "x:float32:4", "done:float32:", options=_HC, own=with_states, alone=True)
-def rl_games_step() -> nn.Module:
-    from rl_games.common.layers.recurrent import LSTMWithDones
-
-    class Step(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = LSTMWithDones(4, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor, done: Tensor, h: Any = None, c: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-            zeros = x.new_zeros(1, len(x), 8)
-            states = (zeros, zeros) if h is None else (h, c)
-            y, (h, c) = self.rnn(x.unsqueeze(0), states, done.unsqueeze(0).unsqueeze(2))
-            return self.head(y.squeeze(0)), h, c
-
-    return Step()
-
-
 @entry("pfrl", "step of RecurrentSequential", "x:float32:4", options=_HC, own=with_states)
 def pfrl_step() -> nn.Module:
     from pfrl.nn import RecurrentSequential
@@ -71,7 +53,7 @@ class _SkrlPolicy(nn.Module):
         from gymnasium.spaces import Box
         from skrl.models.torch import DeterministicMixin, Model
 
-        class Policy(DeterministicMixin, Model):  # type: ignore[misc]
+        class Policy(DeterministicMixin, Model):
             def __init__(self) -> None:
                 spaces: dict[str, Any] = {"observation_space": Box(-1, 1, (4,)), "action_space": Box(-1, 1, (2,))}
                 Model.__init__(self, **spaces, device="cpu")
