@@ -143,7 +143,7 @@ def _element(type_: int | memoryview) -> int:
 
 def _reversed(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Of a field that is there twice, the last counts."""
-    return reversed([*fields(message)])  # type: ignore[return-value]
+    return reversed([*fields(message)])
 
 
 def _kind(tensor: memoryview) -> int:
