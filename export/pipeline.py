@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import PackedSequence
 from unroll import bundle
 from unroll.bundle import BundleError, Manifest
 from unroll.export.errors import ExportError, attempt, internal
-from unroll.export.lifting.decisions import Decided, decide, notes_on_ways
 from unroll.export.lifting.float64 import converted
 from unroll.export.lifting.history import Place
 from unroll.export.lifting.lift import lift
@@ -43,6 +42,7 @@ from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
 from unroll.export.step_form import over_time
 from unroll.export.verification import parity, preconditions, probes
+from unroll.export.verification.decisions import Decided, decide, notes_on_ways
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
 from unroll.export.verification.large_numbers import LargeNumber

@@ -11,12 +11,12 @@ from torch import nn
 
 from unroll.bundle.golden import Arrays
 from unroll.export.errors import ExportError
-from unroll.export.lifting.decisions import Decided
 from unroll.export.lifting.splitting import Split
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.loading.copies import detached_copy
 from unroll.export.verification import trials
 from unroll.export.verification.branches import Branch, BranchLog, is_readable
+from unroll.export.verification.decisions import Decided
 from unroll.export.verification.iterations import Call, OperationLog, Place, irregular, step_of
 from unroll.export.verification.large_numbers import LargeNumber, find_large_numbers
 from unroll.export.verification.original import ask_original

@@ -8,13 +8,13 @@ from torch import nn
 
 from unroll.bundle.golden import Arrays
 from unroll.export.errors import ExportError, attempt
-from unroll.export.lifting.decisions import Decided
 from unroll.export.lifting.float64 import double_precision
 from unroll.export.lifting.module_state import Attribute, refusal
 from unroll.export.lifting.streaming import Named, StreamingModule
 from unroll.export.loading.copies import detached_copy
 from unroll.export.signature.samples import as_tensors
 from unroll.export.verification import trials
+from unroll.export.verification.decisions import Decided
 from unroll.export.verification.trials import Subject
 
 #: Of float64: a lifted model computes in another order at most.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from conformance.kinds.kind import made
-from unroll.export.lifting.decisions import Decided, decide, notes_on_ways
 from unroll.export.source_lines import as_where
+from unroll.export.verification.decisions import Decided, decide, notes_on_ways
 
 
 def reset(s: Any, x: Tensor, done: Tensor) -> Tensor:
