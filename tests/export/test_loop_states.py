@@ -113,6 +113,35 @@ def changed_in_place(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outs, 1), states
 
 
+def cut_before(s: Any, x: Tensor) -> Tensor:
+    h, outs, steps = zeros(x), [], [x[:, t] for t in range(x.shape[1])]
+    for t, (step, same) in enumerate(zip(steps, x.unbind(1), strict=True)):
+        h = torch.tanh(s.head(step + same) + s.r * h - x[:, t])
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+def layers_over_lists(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each layer goes over the list of what the layer before it made."""
+    steps, last = list(x.split(1, 1)), []
+    for layer in s.layers:
+        h, outs = zeros(x).unsqueeze(1), []
+        for step in [layer(step) for step in steps]:
+            h = torch.tanh(step + s.r * h)
+            outs.append(h)
+        steps, last = outs, [*last, h]
+    return torch.cat(steps, 1), torch.cat(last, 1)
+
+
+def from_the_first(s: Any, x: Tensor) -> Tensor:
+    """Every step takes the first one, in the loop and outside."""
+    h, outs, first = zeros(x), [], x[:, 0]
+    for step in x.unbind(1):
+        h = torch.tanh(s.head(step - first) + s.r * h)
+        outs.append(h)
+    return torch.stack(outs, 1) / (1 + x[:, :1].abs())
+
+
 def recurrence(x: Tensor, r: Tensor) -> Tensor:
     h = torch.zeros_like(x[:, 0])
     outs: list[Tensor] = []
@@ -120,6 +149,20 @@ def recurrence(x: Tensor, r: Tensor) -> Tensor:
         h = torch.tanh(x[:, t] + r * h)
         outs += [h]
     return torch.stack(outs, 1)
+
+
+def count_of_all_rows(s: Any, x: Tensor) -> Tensor:
+    h, n, outs = zeros(x), torch.zeros(1), []
+    for step in x.unbind(1):
+        n = n + 1
+        h = torch.tanh(step + s.r * h)
+        outs.append(s.head(h) / n)
+    return torch.stack(outs, 1)
+
+
+def running(s: Any, x: Tensor) -> Tensor:
+    x = torch.cummax(x, 1).values - x.cummin(dim=1)[0] + x.sigmoid().cumprod(1) + torch.logcumsumexp(x, 1)
+    return recurrence(x, s.r)
 
 
 with warnings.catch_warnings():
@@ -133,13 +176,17 @@ def in_a_scripted_function(s: Any, x: Tensor) -> Tensor:
 
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
-    *(two_loops, many_names, changed_in_place, in_a_scripted_function),
+    *(two_loops, many_names, changed_in_place, in_a_scripted_function, layers_over_lists, from_the_first),
+    *(count_of_all_rows, running),
 ]
 
 
-@pytest.mark.parametrize("forward", [viewed, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)])
+@pytest.mark.parametrize(
+    "forward", [viewed, cut_before, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)]
+)
 def test_a_loop_may_hand_on_what_it_was_given_or_made(few_steps: None, tmp_path: Path, forward: Forward) -> None:
-    module = made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4)).eval()
+    layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+    module = made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4), layers=layers).eval()
     manifest = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path).manifest
     assert manifest.streamable
     oracle, x, row, steps = Oracle(tmp_path, "m"), torch.randn(23, 4), None, []
