@@ -202,12 +202,7 @@ SHIPPED = [
         refused="calls_depend_on_time",
         says="count in a tensor",
     ),
-    Kind(
-        "a complex state",
-        lambda: made(turning, radius=nn.Buffer(torch.rand(4)), angle=nn.Buffer(torch.rand(4))),
-        refused="dtype",
-        says="real and imaginary",
-    ),
+    Kind("a complex state", lambda: made(turning, radius=nn.Buffer(torch.rand(4)), angle=nn.Buffer(torch.rand(4)))),
     Kind(
         "a state that begins at infinity",
         lambda: made(largest, decay=nn.Buffer(torch.rand(4))),
