@@ -161,7 +161,7 @@ class Recorder(TorchFunctionMode):
         number = len(self.ops)
         # Layers of a model are loops of their own, although one line of code makes their calls.
         owned = tuple(leaf.name for leaf in leaves_of(described) if isinstance(leaf, Own))
-        self.ops.append(Op(func, described, (getattr(func, "__name__", func), owned, _where()), raw))
+        self.ops.append(Op(func, described, (getattr(func, "__name__", func), _where(), owned), raw))
         self.results.append(result)
         for item, leaf in [(None, result)] if isinstance(result, Tensor) else enumerate(result):
             if isinstance(leaf, Tensor):
