@@ -143,6 +143,18 @@ class FrameCodec:
         inputs = self._single_inputs(frame, steps)
         return SingleEntryFrame(handle, steps, None if position == NO_POSITION else position, inputs)
 
+    def split_step(self, frame: bytes) -> tuple[int, int | None, bytes] | None:
+        """The handle, the position and the values of a frame of one step, which are not checked; None if it is another.
+
+        The values are the inputs one after another.
+        """
+        if len(frame) != _SINGLE_ENTRY.size + self._step_bytes:
+            return None
+        header, handle, steps, position = _SINGLE_ENTRY.unpack_from(frame)
+        if header != _SINGLE_STEPS or steps != 1:
+            return None
+        return handle, None if position == NO_POSITION else position, frame[_SINGLE_ENTRY.size :]
+
     def _single_inputs(self, frame: bytes, steps: int) -> Tensors:
         """The inputs of a frame's only entry, each (steps, *shape)."""
         if len(self._layout) == 1:
@@ -250,6 +262,11 @@ def encode_single(handle: int, steps: int, position: int, outputs: Tensors, *, k
     if len(outputs) == 1:
         return head + outputs[0].tobytes()
     return b"".join((head, *[output.tobytes() for output in outputs]))
+
+
+def encode_step(handle: int, position: int, values: bytes) -> bytes:
+    """The frame of the outputs of one step; values: one output after another."""
+    return _SINGLE_ENTRY.pack(_SINGLE_OUTPUTS, handle, 1, position) + values
 
 
 def encode_rolled(handle: int, steps: int, position: int, tensors: Tensors) -> bytes:
