@@ -118,6 +118,9 @@ class FrameCodec:
     Args:
         inputs: the model's inputs.
         max_steps: time steps allowed in one chunk.
+
+    Attributes:
+        step_frame_bytes: the length of a frame of one step.
     """
 
     def __init__(self, inputs: Sequence[TensorSpec], max_steps: int) -> None:
@@ -125,6 +128,7 @@ class FrameCodec:
         self.max_steps = max_steps
         self._layout = [(spec.numpy, spec.shape, spec.size) for spec in inputs]
         self._step_bytes = sum(spec.nbytes for spec in inputs)
+        self.step_frame_bytes = _SINGLE_ENTRY.size + self._step_bytes
         self._all_float = all(spec.dtype == "float32" for spec in inputs)
 
     def decode_single(self, frame: bytes) -> SingleEntryFrame | None:
@@ -144,12 +148,10 @@ class FrameCodec:
         return SingleEntryFrame(handle, steps, None if position == NO_POSITION else position, inputs)
 
     def split_step(self, frame: bytes) -> tuple[int, int | None, bytes] | None:
-        """The handle, the position and the values of a frame of one step, which are not checked; None if it is another.
+        """The handle, the position and the values of a frame of one step, of `step_frame_bytes`; None if it is another.
 
-        The values are the inputs one after another.
+        The values are the inputs one after another, and are not checked.
         """
-        if len(frame) != _SINGLE_ENTRY.size + self._step_bytes:
-            return None
         header, handle, steps, position = _SINGLE_ENTRY.unpack_from(frame)
         if header != _SINGLE_STEPS or steps != 1:
             return None

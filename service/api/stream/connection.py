@@ -107,9 +107,9 @@ class Connection:
             return
         failpoints.reach("recv")
         codec, flow = self._codec, self._flow
-        step = codec.split_step(message)
-        if step is not None and not (self.tenant and self._app.meter.limits(self.tenant)):
-            if self._submitter.join(*step):
+        if len(message) == codec.step_frame_bytes and not (self.tenant and self._app.meter.limits(self.tenant)):
+            step = codec.split_step(message)
+            if step is not None and self._submitter.join(*step):
                 flow.acquire(1, 1)
                 flow.update()
                 return
