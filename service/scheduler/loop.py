@@ -139,7 +139,7 @@ class Loop:
 
     def leave(self, chunk: Chunk, then: Callable[[Outcome], None]) -> None:
         """Do not call `then` any more; a chunk without listeners is cancelled."""
-        chunk.listeners = tuple(listener for listener in chunk.listeners if listener is not then)
+        chunk.listeners = tuple(listener for listener in chunk.listeners if listener != then)
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
