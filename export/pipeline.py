@@ -54,7 +54,7 @@ from unroll.export.verification.reduced import Candidate, limit, reduce
 from unroll.export.verification.trials import Subject
 
 #: Parameters below which more threads than one take longer, as they wait for each other busily.
-_SMALL = 2**20
+_SMALL = 2**25
 
 
 @contextmanager
