@@ -57,7 +57,16 @@ def traced(
     graph_module = program.module(check_guards=False)
     graph_module.graph.set_codegen(fx.graph.CodeGen())  # takes and returns what its graph does, one by one
     _drop_copies(graph_module)
+    if functional:
+        _sink_views(graph_module.graph)
     return graph_module
+
+
+def _sink_views(graph: fx.Graph) -> None:
+    """Put each view before what takes it first: a view of what is changed in place is made again after the change."""
+    for node in reversed(list(graph.nodes)):
+        if node.target is torch.ops.aten.view.default and node.users:
+            min(node.users).prepend(node)
 
 
 def _drop_copies(module: fx.GraphModule) -> None:

@@ -174,10 +174,24 @@ def in_a_scripted_function(s: Any, x: Tensor) -> Tensor:
     return scripted(s.head(x), s.r)
 
 
+def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
+    h, states, outs = torch.zeros(1, x.shape[0], 4), torch.zeros(2, x.shape[0], 4), []
+    for step in x.unbind(1):
+        before = h.view(h.size(1), -1)
+        parts = s.head(step) + s.head(before)
+        for k in range(2):
+            states[k] = torch.tanh(states[k].clone() * s.r + parts)
+        h = torch.zeros(1, x.shape[0], 4)
+        for state in states.unbind(0):
+            h += state
+        outs.append(h[0].clone())
+    return torch.stack(outs, 1)
+
+
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
     *(two_loops, many_names, changed_in_place, in_a_scripted_function, layers_over_lists, from_the_first),
-    *(count_of_all_rows, running),
+    *(count_of_all_rows, running, changed_through_a_view),
 ]
 
 
@@ -202,28 +216,6 @@ def answers_step_by_step(module: nn.Module, tmp_path: Path) -> None:
         returned = module(x[None])
     expected = returned[0] if isinstance(returned, tuple) else returned
     assert np.allclose(steps, expected[0].numpy(), atol=1e-5)
-
-
-def changed_through_a_view(s: Any, x: Tensor) -> Tensor:
-    h, states, outs = torch.zeros(1, x.shape[0], 4), torch.zeros(2, x.shape[0], 4), []
-    for step in x.unbind(1):
-        before = h.view(h.size(1), -1)
-        parts = s.head(step) + s.head(before)
-        for k in range(2):
-            states[k] = torch.tanh(states[k].clone() * s.r + parts)
-        h = torch.zeros(1, x.shape[0], 4)
-        for state in states.unbind(0):
-            h += state
-        outs.append(h[0].clone())
-    return torch.stack(outs, 1)
-
-
-@pytest.mark.long
-def test_a_state_changed_in_place_that_cannot_be_followed_is_refused_with_what_to_change(tmp_path: Path) -> None:
-    module = made(changed_through_a_view, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4)).eval()
-    with pytest.raises(ExportError, match=r"in place, as state\[k\] = part; make a new state") as refused:
-        export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
-    assert refused.value.code == "calls_depend_on_time"
 
 
 class LinearRecurrence(nn.Module):
