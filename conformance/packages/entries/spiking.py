@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from conformance.packages.entries.sequences import First, TimeFirst
+from conformance.packages.entries.sequences import First
 from conformance.packages.entries.steps import after
 from conformance.packages.entry import entry
 
@@ -29,13 +28,6 @@ def spikingjelly_lif() -> nn.Module:
     network = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(), layer.Linear(8, 3), neuron.ParametricLIFNode())
     functional.set_step_mode(network, "m")
     return _TimeFirstAll(network)
-
-
-@entry("spikingjelly", "SpikingLSTM, 2 layers", "x:float32:4")
-def spikingjelly_lstm() -> nn.Module:
-    from spikingjelly.activation_based.rnn import SpikingLSTM
-
-    return TimeFirst(SpikingLSTM(4, 8, 2))
 
 
 def _reset(model: Any) -> None:
@@ -89,45 +81,3 @@ def rockpool_lif() -> nn.Module:
     from rockpool.nn.modules import LIFTorch
 
     return First(LIFTorch((6, 6), has_rec=True))
-
-
-@entry("bindsnet", "step of LIFNodes", "x:float32:6", options=("--step",), alone=True)
-def bindsnet_step() -> nn.Module:
-    from bindsnet.network.nodes import LIFNodes
-
-    class Step(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.nodes = LIFNodes(6, rest=0.0, reset=0.0, thresh=1.0)
-            self.nodes.compute_decays(1.0)
-            self.nodes.set_batch_size(1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.nodes(x.clone())
-            spikes: Tensor = self.nodes.s
-            return spikes.float()
-
-    return Step()
-
-
-@entry("snntorch", "Alpha and RSynaptic", "x:float32:4")
-def snntorch_alpha() -> nn.Module:
-    import snntorch
-
-    class Loop(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.first = nn.Linear(4, 8), snntorch.Alpha(alpha=0.9, beta=0.8)
-            self.second = snntorch.RSynaptic(alpha=0.9, beta=0.8, linear_features=8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            excited, inhibited, potential = self.first.init_alpha()
-            spikes, synaptic, last = self.second.init_rsynaptic()
-            potentials = []
-            for step in x.unbind(1):
-                y, excited, inhibited, potential = self.first(self.fc(step), excited, inhibited, potential)
-                spikes, synaptic, last = self.second(y, spikes, synaptic, last)
-                potentials.append(last)
-            return torch.stack(potentials, 1)
-
-    return Loop()
