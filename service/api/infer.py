@@ -13,7 +13,16 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.infer_reply import ReplyPlan
 from unroll.service.api.parameters import require_streamable
-from unroll.service.api.request import NOT_KEPT, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.request import (
+    HEADER_LENGTH,
+    NOT_KEPT,
+    Answer,
+    Answering,
+    Cancel,
+    Request,
+    Respond,
+    nothing_to_cancel,
+)
 from unroll.service.core.errors import InvalidRequest, InvalidShape
 from unroll.service.core.session_ids import check_id, shown
 from unroll.service.engine.engine import Tensors
@@ -23,8 +32,6 @@ from unroll.service.protocol.open_inference import InferRequest, SequenceParamet
 from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import Session
-
-HEADER_LENGTH = b"inference-header-content-length"
 
 _log = structlog.get_logger(__name__)
 
@@ -39,7 +46,10 @@ def _plan(served: ServedModel, name: str, parsed: InferRequest) -> ReplyPlan:
 
 def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
-    parsed = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
+    if request.document is not None:
+        parsed = InferRequest(open_inference.header(request.document), memoryview(b""))
+    else:
+        parsed = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
     if parsed.header.sequence is not None:
         return _sequence_steps(app, name, version, parsed, parsed.header.sequence, request, respond)
     served = app.models.resolve(name, version)
@@ -182,8 +192,6 @@ def _batch(served: ServedModel, parsed: InferRequest) -> list[Tensors]:
     specs = served.manifest.inputs
     arrays = open_inference.read_inputs(parsed, specs)
     served.codec.check_sequences(len(arrays[0]))
-    checked = served.codec.checked
-    return [
-        tuple([checked(spec, array[i]) for spec, array in zip(specs, arrays, strict=True)])
-        for i in range(len(arrays[0]))
-    ]
+    for spec, array in zip(specs, arrays, strict=True):
+        served.codec.checked(spec, array, batch=True)
+    return [tuple([array[i] for array in arrays]) for i in range(len(arrays[0]))]

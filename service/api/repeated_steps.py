@@ -6,6 +6,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION
 from unroll.service.api.request import RAW, Answer, Cancel, Request, Respond
+from unroll.service.core.errors import SessionContended
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import GroupReply
@@ -13,16 +14,22 @@ from unroll.service.scheduler.session import Session
 
 
 class RepeatedStep:
-    """A step of a memory session, with headers that are known: only the position and the values are new."""
+    """A step with headers that are known: only the position and the values are new.
 
-    __slots__ = ("_app", "_form", "_served", "_session", "_tenant")
+    request, respond: of the first such step of a connection, which has one of each.
+    """
 
-    def __init__(self, app: AppState, served: ServedModel, session: Session, tenant: str) -> None:
+    __slots__ = ("_again", "_app", "_form", "_respond", "_served", "_session", "_tenant")
+
+    def __init__(
+        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond
+    ) -> None:
         self._app = app
         self._served = served
         self._session = session
-        self._tenant = tenant
+        self._tenant = request.tenant
         self._form = _RawSteps(served.codec)
+        self._again, self._respond = request.again, respond
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
         """Begin it together with others; None if it must be begun as any request."""
@@ -31,7 +38,14 @@ class RepeatedStep:
             return None
         position = request.position = request.whole_number(POSITION)
         timeout = self._app.limits.request_timeout
+        if self._session.durable is not None:
+            request.again, respond = self._again, self._finish
         return self._served.loop.join(self._session, position, request.body, timeout, self._form, respond)
+
+    def _finish(self, answer: Answer) -> None:
+        """Answer a durable session's step, or begin it again, because another replica updated the session."""
+        if not (isinstance(answer.error, SessionContended) and self._again and self._again(self._session.id)):
+            self._respond(answer)
 
 
 class _RawSteps:

@@ -86,11 +86,11 @@ def parse(body: bytes, header_length: int | None, json_limit: int) -> InferReque
     text, binary = body[:header_length], memoryview(body)[header_length:]
     if binary and header_length <= min(_CACHED_BYTES, json_limit):
         return InferRequest(_cached_header(text), binary)
-    return InferRequest(_header(text, json_limit), binary)
+    return InferRequest(header(json.parse_object(text, json_limit)), binary)
 
 
-def _header(text: bytes, json_limit: int) -> InferHeader:
-    document = json.parse_object(text, json_limit)
+def header(document: dict[str, Any]) -> InferHeader:
+    """What the JSON of a request says. Raises InvalidRequest."""
     parameters = _object(document, "parameters")
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
@@ -111,7 +111,7 @@ def _header(text: bytes, json_limit: int) -> InferHeader:
 
 @functools.lru_cache(maxsize=2048)
 def _cached_header(text: bytes) -> InferHeader:
-    return _header(text, _CACHED_BYTES)
+    return header(json.parse_object(text, _CACHED_BYTES))
 
 
 def read_inputs(request: InferRequest, specs: Sequence[TensorSpec]) -> list[np.ndarray]:

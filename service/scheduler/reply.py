@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
 
@@ -57,3 +59,13 @@ def payload_digest(inputs: Tensors) -> bytes:
     for array in inputs:
         digest.update(array.tobytes())
     return digest.digest()
+
+
+def payload_digests(rows: np.ndarray) -> list[bytes]:
+    """`payload_digest` of many payloads; rows: the values of each one after another, (payloads, bytes), uint8."""
+    digests = []
+    for row in rows:
+        digest = _NOTHING.copy()
+        digest.update(row)
+        digests.append(digest.digest())
+    return digests

@@ -1,0 +1,165 @@
+"""Commits: what has run of durable sessions is put into the store, and counts as applied once the store has it."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from unroll.service.core.errors import UnrollError
+from unroll.service.engine.engine import Tensors
+from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit
+from unroll.service.scheduler.completion import Completion
+from unroll.service.scheduler.groups import Groups
+from unroll.service.scheduler.reply import payload_digests
+from unroll.service.scheduler.session import Session, Work
+from unroll.service.store.interface import Commit, Tokens
+from unroll.service.store.record import pack, pack_steps
+
+#: The commits, and the result of each.
+_Results = Iterator[tuple[Commit, UnrollError | None]]
+
+
+class Commits:
+    """Makes the commits of what has run, and completes it once they have a result."""
+
+    def __init__(self, completion: Completion, groups: Groups) -> None:
+        self._completion = completion
+        self._groups = groups
+        self._last_after = completion.replay.last_after
+        self._next_token = Tokens().next
+
+    def of(
+        self, model: str, pending: Sequence[PendingCommit], read_rows: Callable[[list[int]], np.ndarray]
+    ) -> list[Commit]:
+        """A commit of each chunk, and of each row of a group that did not fail.
+
+        Args:
+            model: its name.
+            pending: what `Scheduler.complete` returned.
+            read_rows: returns the states in some slots.
+        """
+        rows = read_rows([session.slot for work, _, _ in pending for session in _sessions_of(work)])
+        commits: list[Commit] = []
+        end = 0
+        for work, outputs, failed in pending:
+            begin, end = end, end + work.row_count
+            if isinstance(work, Chunk):
+                commits.append(self._of_chunk(model, work, outputs, rows[begin].tobytes()))
+            else:
+                commits += self._of_group(model, work, outputs, failed, rows[begin:end])
+        return commits
+
+    def _of_chunk(self, model: str, chunk: Chunk, outputs: Tensors, row: bytes) -> Commit:
+        session = chunk.session
+        assert session is not None
+        durable = session.durable
+        assert durable is not None
+        last = self._last_after(session, chunk, outputs)
+        content = pack(durable.origin, chunk.start + chunk.length, row, last)
+        begins = chunk.opening is not None or not durable.token
+        return Commit((model, session.id), durable.token, self._next_token(), content, begins, chunk.final)
+
+    def _of_group(
+        self, model: str, group: Group, outputs: Tensors, failed: dict[int, UnrollError], rows: np.ndarray
+    ) -> Iterator[Commit]:
+        links = [(session, session.durable) for session in group.sessions if session.durable is not None]
+        positions = np.array([session.own_progress.position for session in group.sessions], np.uint64)
+        contents = pack_steps(
+            [durable.origin for _, durable in links],
+            positions + np.uint64(group.length),
+            group.length,
+            rows,
+            payload_digests(_bytes_of_rows(group.inputs)),
+            _bytes_of_rows(outputs),
+        )
+        next_token = self._next_token
+        for row, ((session, durable), content) in enumerate(zip(links, contents, strict=True)):
+            if row not in failed:
+                yield Commit((model, session.id), durable.token, next_token(), content)
+
+    def complete(
+        self,
+        pending: Sequence[PendingCommit],
+        commits: Sequence[Commit],
+        errors: Sequence[UnrollError | None],
+        batch_rows: int,
+        now: float,
+    ) -> None:
+        """The store has taken the commits that were made of what is pending.
+
+        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
+
+        Args:
+            errors: of each commit; None: the store has it.
+            batch_rows: of the batch that they ran in.
+            now: the time.
+        """
+        self._completion.batch_rows = batch_rows
+        results = zip(commits, errors, strict=True)
+        for work, outputs, failed in pending:
+            if isinstance(work, Group):
+                self._complete_group(work, outputs, failed, results, now)
+            else:
+                self._complete_chunk(work, outputs, *next(results), now)
+        self._completion.batch_rows = 0
+
+    def _complete_chunk(
+        self, chunk: Chunk, outputs: Tensors, commit: Commit, error: UnrollError | None, now: float
+    ) -> None:
+        assert chunk.session is not None
+        chunk.running = False
+        behind = _note(chunk.session, commit, error)
+        if error is None:
+            self._completion.complete(chunk, outputs, now)
+        else:
+            self._completion.fail(chunk, error, now)
+            self._fail_behind(behind, error, now)
+
+    def _complete_group(
+        self, group: Group, outputs: Tensors, failed: dict[int, UnrollError], results: _Results, now: float
+    ) -> None:
+        errors, behind = dict(failed), []
+        for row, session in enumerate(group.sessions):
+            if row not in failed:
+                commit, error = next(results)
+                works = _note(session, commit, error)
+                if error is not None:
+                    errors[row] = error
+                    behind.append((works, error))
+        self._groups.complete(group, outputs, errors, now)
+        for works, error in behind:
+            self._fail_behind(works, error, now)
+
+    def _fail_behind(self, behind: Sequence[Work], error: UnrollError, now: float) -> None:
+        for work in behind:
+            if isinstance(work, Action):
+                work.answer(error)
+                continue
+            assert isinstance(work, Chunk), "groups are never pending"
+            if work.outcome is None:
+                self._completion.fail(work, error, now)
+
+
+def _note(session: Session, commit: Commit, error: UnrollError | None) -> Sequence[Work]:
+    """What the result of its commit means for the session; returns the work that waits behind it and must fail."""
+    durable = session.durable
+    assert durable is not None
+    if error is None:
+        durable.token = commit.token
+        return ()
+    durable.stale = True
+    progress = session.own_progress
+    behind, progress.pending = progress.pending or [], None
+    return behind
+
+
+def _sessions_of(work: Chunk | Group) -> list[Session]:
+    if isinstance(work, Group):
+        return work.sessions
+    assert work.session is not None
+    return [work.session]
+
+
+def _bytes_of_rows(tensors: Tensors) -> np.ndarray:
+    """The values of each row's tensors one after another: (rows, bytes), uint8."""
+    blocks = [np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8) for array in tensors]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
