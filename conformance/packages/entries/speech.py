@@ -1,17 +1,18 @@
 """Layers of toolkits for speech and sound."""
 
-from typing import Any
+import sys
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from conformance.packages.entries.sequences import First, with_state
-from conformance.packages.entries.steps import with_states
 from conformance.packages.entry import bare, entry
 
+_ASTEROID = "asteroid-filterbanks", "tqdm"
 
-@entry("asteroid", "StackedResidualRNN", "x:float32:8", alone=True)
+
+@entry("asteroid", "StackedResidualRNN", "x:float32:8", alone=True, needs=_ASTEROID)
 def asteroid_residual() -> nn.Module:
     bare("asteroid", "asteroid.masknn")
     from asteroid.masknn.recurrent import StackedResidualRNN
@@ -20,7 +21,14 @@ def asteroid_residual() -> nn.Module:
     return layers
 
 
-@entry("asteroid", "DPRNNBlock, causal between chunks", "x:float32:8x6", alone=True, options=("--time-last",))
+@entry(
+    "asteroid",
+    "DPRNNBlock, causal between chunks",
+    "x:float32:8x6",
+    options=("--time-last",),
+    alone=True,
+    needs=_ASTEROID,
+)
 def asteroid_dprnn() -> nn.Module:
     bare("asteroid", "asteroid.masknn")
     from asteroid.masknn.recurrent import DPRNNBlock
@@ -29,7 +37,9 @@ def asteroid_dprnn() -> nn.Module:
     return block
 
 
-@entry("denoiser", "Demucs, causal, which starts with the sound it needs", "mix:float32:16", alone=True)
+@entry(
+    "denoiser", "Demucs, causal, which starts with the sound it needs", "mix:float32:16", alone=True, needs=("tqdm",)
+)
 def denoiser_demucs() -> nn.Module:
     from denoiser.demucs import Demucs
 
@@ -49,7 +59,14 @@ def denoiser_demucs() -> nn.Module:
     return Frames()
 
 
-@entry("deepfilternet", "GroupedGRU, 2 layers", "x:float32:16", own=with_state, alone=True)
+@entry(
+    "deepfilternet",
+    "GroupedGRU, 2 layers",
+    "x:float32:16",
+    own=with_state,
+    alone=True,
+    needs=("deepfilterlib", "loguru"),
+)
 def df_grouped() -> nn.Module:
     bare("df")
     from df.modules import GroupedGRU
@@ -57,15 +74,7 @@ def df_grouped() -> nn.Module:
     return First(GroupedGRU(16, 16, num_layers=2, groups=2, add_outputs=True))
 
 
-@entry("deepfilternet", "SqueezedGRU_S", "x:float32:16", own=with_state, alone=True)
-def df_squeezed() -> nn.Module:
-    bare("df")
-    from df.modules import SqueezedGRU_S
-
-    return First(SqueezedGRU_S(16, 16, 8, num_layers=2, gru_skip_op=nn.Identity))
-
-
-@entry("resemblyzer", "VoiceEncoder", "mels:float32:40", trained=True, alone=True)
+@entry("resemblyzer", "VoiceEncoder", "mels:float32:40", trained=True, alone=True, needs=("librosa", "webrtcvad"))
 def voice_encoder() -> nn.Module:
     bare("resemblyzer")
     from resemblyzer.voice_encoder import VoiceEncoder
@@ -74,23 +83,21 @@ def voice_encoder() -> nn.Module:
     return encoder
 
 
-def _speechbrain(name: str, **more: Any) -> nn.Module:
-    from speechbrain.nnet import RNN
-
-    return First(getattr(RNN, name)(8, input_shape=(None, None, 4), num_layers=2, **more))
-
-
-@entry("speechbrain", "LSTM, 2 layers", "x:float32:4", own=with_state, alone=True)
+@entry("speechbrain", "LSTM, 2 layers", "x:float32:4", own=with_state)
 def speechbrain_lstm() -> nn.Module:
-    return _speechbrain("LSTM")
+    from speechbrain.nnet.RNN import LSTM
+
+    return First(LSTM(8, (None, None, 4), 2))
 
 
-@entry("speechbrain", "LiGRU, 2 layers", "x:float32:4", alone=True)
+@entry("speechbrain", "LiGRU, 2 layers", "x:float32:4")
 def speechbrain_ligru() -> nn.Module:
-    return _speechbrain("LiGRU")
+    from speechbrain.nnet.RNN import LiGRU
+
+    return First(LiGRU(8, (None, None, 4), num_layers=2))
 
 
-@entry("speechbrain", "QuasiRNN, 2 layers, from zeros", "x:float32:4", alone=True)
+@entry("speechbrain", "QuasiRNN, 2 layers, from zeros", "x:float32:4")
 def speechbrain_qrnn() -> nn.Module:
     from speechbrain.nnet.RNN import QuasiRNN
 
@@ -127,7 +134,9 @@ def espnet_encoder() -> nn.Module:
 @entry("torchaudio", "the predictor of an RNN transducer", "x:int64:", alone=True)
 def rnnt_predictor() -> nn.Module:
     bare("torchaudio", "torchaudio.models")
-    _emformer()
+    from torchaudio.models.emformer import Emformer
+
+    sys.modules["torchaudio.models"].__dict__["Emformer"] = Emformer  # which its transducer imports from there
     from torchaudio.models.rnnt import _Predictor
 
     class Predictor(nn.Module):
@@ -140,12 +149,3 @@ def rnnt_predictor() -> nn.Module:
             return y
 
     return Predictor()
-
-
-def _emformer() -> Any:
-    import sys
-
-    from torchaudio.models.emformer import Emformer
-
-    sys.modules["torchaudio.models"].Emformer = Emformer
-    return Emformer
