@@ -21,20 +21,21 @@ def asteroid_residual() -> nn.Module:
     return layers
 
 
-@entry(
-    "asteroid",
-    "DPRNNBlock, causal between chunks",
-    "x:float32:8x6",
-    options=("--time-last",),
-    alone=True,
-    needs=_ASTEROID,
-)
+@entry("asteroid", "DPRNNBlock, causal between chunks", "x:float32:8x6", alone=True, needs=_ASTEROID)
 def asteroid_dprnn() -> nn.Module:
     bare("asteroid", "asteroid.masknn")
     from asteroid.masknn.recurrent import DPRNNBlock
 
-    block: nn.Module = DPRNNBlock(8, 6, norm_type="cLN", bidirectional=False)
-    return block
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = DPRNNBlock(8, 6, norm_type="cLN", bidirectional=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.block(x.movedim(1, 3))
+            return y.movedim(3, 1)
+
+    return Block()
 
 
 @entry(
