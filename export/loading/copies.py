@@ -3,7 +3,7 @@
 import copy
 import operator
 from collections.abc import Collection
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -37,12 +37,21 @@ def detached_copy(module: nn.Module) -> nn.Module:
             copied.cpu()
             copied.eval()
             copied.requires_grad_(False)
-            return copied
     except Exception as error:  # user code
         raise ExportError(
             "not_copyable",
             f"copy.deepcopy fails on the module: {error}; export a module of the layers alone, without that",
         ) from error
+    for path, part in copied.named_modules():
+        forward = vars(part).get("forward")
+        held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+        if any(isinstance(getattr(one, "__self__", one), nn.Module) for one in held):
+            raise ExportError(
+                "not_copyable",
+                f"forward of {path or type(part).__name__!r} was replaced by a function that holds the layer, and runs "
+                "that one in every copy; put a plain layer with the same weights in its place",
+            )
+    return copied
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -134,11 +143,17 @@ def move_time(model: nn.Module, example: dict[str, Any], others: Collection[str]
     return moved(example, -1, 1)
 
 
-def keep_arguments(model: nn.Module, example: dict[str, Any]) -> None:
-    """Call a forward that changes its arguments in place with copies from now on."""
+def keep_arguments(model: nn.Module, example: dict[str, Any], watch: AbstractContextManager[Any]) -> None:
+    """Call a forward that changes its arguments in place with copies from now on.
+
+    Args:
+        model: the user's, copied.
+        example: the arguments of forward.
+        watch: entered for the call that finds out.
+    """
     given, before = _fresh(example), pytree.tree_leaves(example)
     left = pytree.tree_leaves(given)
-    with torch.no_grad(), suppress(Exception):  # a later check has a clearer message
+    with torch.no_grad(), suppress(Exception), watch:  # a later check has a clearer message
         copy.deepcopy(model)(**given)
     now = pytree.tree_leaves(given)
     if len(now) == len(left) and all(map(operator.is_, now, left)) and all(map(_is_same, now, before)):

@@ -134,7 +134,8 @@ def _reason(
         return f"output {ahead!r} at a time step depends on later time steps ({where})"
     return (
         f"{output!r} depends on how the sequence is cut: something other than a recurrent layer carries values "
-        f"from one time step to another ({where})"
+        f"from one time step to another ({where}). A delay streams as torch.cat([zeros, x[:, :-1]], 1), a difference "
+        "as torch.diff(x, dim=1, prepend=x[:, :1]), and anything as a loop over time steps"
     )
 
 
