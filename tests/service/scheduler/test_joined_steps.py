@@ -2,7 +2,20 @@
 
 import numpy as np
 import pytest
-from fold import LATER, FoldForm, answer, failure, find, fold, inputs, join, run_until_idle, submit, turn
+from fold import (
+    LATER,
+    FoldForm,
+    answer,
+    failure,
+    find,
+    fold,
+    inputs,
+    join,
+    run_until_idle,
+    submit,
+    submit_sequence,
+    turn,
+)
 
 from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionContended, SessionExpired, UnrollError
 from unroll.service.core.session_ids import owned
@@ -215,3 +228,17 @@ def test_a_full_queue_has_a_place_for_another_tenant_than_those_that_wait(settle
     with pytest.raises(QueueFull):
         scheduler.submit(Chunk(inputs(2), mine[5]), 0, LATER)
     assert scheduler.in_flight == 5
+
+
+def test_when_an_overload_begins_steps_that_joined_count_as_waiting(settled, engine, monkeypatch):
+    submit_sequence(settled, inputs(1), 0, LATER)
+    _, batch = settled.next_turn(0)
+    log = Log()
+    assert joined(settled, "abc", log) == [True, True, True]
+    chunks = [submit_sequence(settled, inputs(1), 0, LATER) for _ in range(6)]
+    monkeypatch.setattr(settled.overload, "begins", lambda *_: True)
+    settled.pace.seconds_per_step, settled.overload.most_wait = 1.0, 4.5
+    settled.complete(batch, *engine.run(batch), 0, 1.0)
+    assert [chunk.outcome is None for chunk in chunks] == [True] + 5 * [False]  # with the three, four steps wait
+    run_until_idle(settled, engine)
+    assert log == dict.fromkeys("abc", fold([1, 2])[-1:])
