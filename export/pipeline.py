@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unroll import bundle
 from unroll.bundle import BundleError, Manifest
 from unroll.export.errors import ExportError, attempt, internal
+from unroll.export.lifting.complex_pairs import ComplexNumbers, in_pairs
 from unroll.export.lifting.float64 import converted
 from unroll.export.lifting.history import Place
 from unroll.export.lifting.lift import lift
@@ -42,6 +43,7 @@ from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
 from unroll.export.step_form import over_time
 from unroll.export.verification import parity, preconditions, probes
+from unroll.export.verification.decisions import Decided, decide, notes_on_ways
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
 from unroll.export.verification.large_numbers import LargeNumber
@@ -52,7 +54,7 @@ from unroll.export.verification.reduced import Candidate, limit, reduce
 from unroll.export.verification.trials import Subject
 
 #: Parameters below which more threads than one take longer, as they wait for each other busily.
-_SMALL = 2**20
+_SMALL = 2**25
 
 
 @contextmanager
@@ -163,6 +165,12 @@ class Pipeline:
         if self._options.step:
             module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
+        ways = decide(prepared.exact, prepared.example)
+        with Decided(ways) if ways else nullcontext():
+            report = self._export(prepared)
+        return replace(report, notes=(*report.notes, *notes_on_ways(ways)))
+
+    def _export(self, prepared: Prepared) -> Report:
         self._progress("running it as it is")
         try:
             prepared = self._find_state(prepared)
@@ -194,7 +202,12 @@ class Pipeline:
         declared = self._options.arguments
         if self._options.time_last:
             example = move_time(model, example, {*declared.static, *declared.state})
-        keep_arguments(model, example)
+        numbers = ComplexNumbers()
+        keep_arguments(model, example, numbers)
+        if numbers.seen:
+            packed = any(isinstance(value, PackedSequence) for value in example.values())
+            others = () if packed else ((2, 3), (3, 8))
+            model = in_pairs(model, [example, *(self._resized(example, size) for size in others)])
         exact, dtype = converted(model, torch.float64), preconditions.precision(model)
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
@@ -220,15 +233,18 @@ class Pipeline:
         return replace(prepared, attributes=attributes, fitted=fitted)
 
     def _fitted(self, model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
-        arguments = self._options.arguments
         if any(isinstance(value, PackedSequence) for value in example.values()):
             return []
 
         def run(size: tuple[int, int], model: nn.Module) -> None:
             with torch.no_grad():
-                model(**resized(example, size, arguments.static, arguments.batch_first))
+                model(**self._resized(example, size))
 
         return find_fitted(model, [partial(run, size) for size in ((2, 3), (3, 3), (2, 5))])
+
+    def _resized(self, example: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        arguments = self._options.arguments
+        return resized(example, size, arguments.static, arguments.batch_first)
 
     def _lift(self, prepared: Prepared) -> Lifted:
         model = lift(prepared.model, prepared.exact, prepared.example, self._options.arguments)
