@@ -6,7 +6,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
@@ -214,23 +214,6 @@ def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Call
     assert [step(wire, name)[1]["unroll-position"] for _ in range(3)] == ["13", "14", "15"]
 
 
-@contextmanager
-def in_one_turn(running: Running) -> Iterator[None]:
-    """What is sent inside the block is read at once."""
-    paused, go_on = threading.Event(), threading.Event()
-
-    def pause() -> None:
-        paused.set()
-        go_on.wait(PATIENCE)
-
-    running.uvicorn.loop.call_soon_threadsafe(pause)
-    try:
-        assert paused.wait(PATIENCE)
-        yield
-    finally:
-        go_on.set()
-
-
 def outcomes(
     taken: list[np.ndarray], sent: list[tuple[int | None, np.ndarray]]
 ) -> Iterator[tuple[list[np.ndarray], list[int | str]]]:
@@ -263,7 +246,7 @@ def test_steps_that_are_read_at_once_get_what_they_would_get_in_some_order(
     valid = [STEP, 2 * STEP]
     for _ in range(40):
         sent: dict[str, list[tuple[int | None, np.ndarray]]] = {name: [] for name in taken}
-        with in_one_turn(server):
+        with server.in_one_turn():
             for name, each in connections.items():
                 at = len(taken[name])
                 for wire, knows in zip(each[: chance.randint(1, 3)], (True, True, False), strict=False):
