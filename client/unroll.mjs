@@ -30,13 +30,21 @@ export class ServerError extends Error {
     const text = detail ?? error ?? "no explanation was given";
     super(`${code}: ${text}`);
     this.name = "ServerError";
-    Object.assign(this, members, { code, detail: text, status });
+    Object.assign(this, members, { code, detail: text, status, retryAfter: members.retry_after });
+  }
+
+  // Whether the same may succeed later. A stream says so by `retry_after`.
+  get isForNow() {
+    const { code, status, retry_after: after } = this;
+    if (status === 0) return after !== undefined || code === "deadline_exceeded";
+    return [429, 502, 503, 504].includes(status) && code !== "model_unavailable";
   }
 }
 
 // No server answered for as long as the client repeats. Whether the step was applied is unknown: send it again.
 export class ConnectionFailed extends Error {
   name = "ConnectionFailed";
+  isForNow = true;
 }
 
 // An array does not fit the model; nothing was sent.
@@ -64,7 +72,12 @@ class Retries {
     this.retryFor = retryFor;
   }
 
-  // Waits. Returns false, at once, if it is time to give up.
+  // Waits until the same may be asked again. Raises the error if that is of no use, or it is time to give up.
+  async after(error) {
+    if (!error.isForNow || !(await this.pause(error.retryAfter))) throw error;
+  }
+
+  // Returns false, at once, if it is time to give up.
   async pause(retryAfter) {
     const now = performance.now();
     this.deadline ??= now + this.retryFor;
@@ -77,15 +90,13 @@ class Retries {
   }
 }
 
-// Serialises what is asked of one session.
-class Queue {
-  last = Promise.resolve();
-
-  run(task) {
-    const result = this.last.then(task);
-    this.last = result.catch(() => {});
-    return result;
-  }
+// The result of a promise. Raises ConnectionFailed if that takes longer.
+function within(milliseconds, promise, address) {
+  let timer;
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new ConnectionFailed(`no answer from ${address} in time`)), milliseconds);
+  });
+  return Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }
 
 export class Client {
@@ -190,57 +201,66 @@ export class Client {
   }
 
   // Send a request until it has its final answer: {bytes, json, headers, repeated}. Raises ServerError.
-  async ask(method, path, body, headers = {}) {
+  async ask(method, path, body, headers) {
     const retries = new Retries(this.retryFor);
+    for (;;) {
+      const repeated = retries.count > 0;
+      try {
+        const answer = await this.send(method, path, body, headers, AbortSignal.timeout(this.timeout));
+        const { headers: received } = answer, type = received.get("content-type") ?? "";
+        if (type.includes("json")) return { json: await this.receive(answer.json()), headers: received, repeated };
+        if (type !== RAW) throw foreign(answer.status);
+        return { bytes: new Uint8Array(await this.receive(answer.arrayBuffer())), headers: received, repeated };
+      } catch (error) {
+        await retries.after(Object.assign(error, { repeated }));
+      }
+    }
+  }
+
+  // Send a request once. Returns the answer, unless it is a refusal. Raises ServerError or ConnectionFailed.
+  async send(method, path, body, headers, signal) {
     const json = body !== undefined && !(body instanceof Uint8Array);
     const options = {
       method,
       redirect: "manual",
       body: json ? JSON.stringify(body) : body,
       headers: { ...this.headers, ...(json ? { "content-type": "application/json" } : {}), ...headers },
+      signal,
     };
-    for (;;) {
-      let failure, retryAfter;
-      try {
-        const answer = await this.fetch(this.url + path, { ...options, signal: AbortSignal.timeout(this.timeout) });
-        refuseRedirect(answer);
-        const bytes = new Uint8Array(await answer.arrayBuffer());
-        const document = answer.headers.get("content-type")?.includes("json") ? parse(bytes) : undefined;
-        if (answer.ok && !document && answer.headers.get("content-type") !== RAW) {
-          throw foreign(answer.status);
-        }
-        if (answer.ok) return { bytes, json: document, headers: answer.headers, repeated: retries.count > 0 };
-        failure = refusalOf(answer, document);
-        failure.repeated = retries.count > 0;
-        retryAfter = failure.retryAfter;
-        if (!mayComeAgain(failure)) throw failure;
-      } catch (error) {
-        if (error instanceof ServerError) throw error;
-        failure = new ConnectionFailed(`${this.url} did not answer: ${error.message}`, { cause: error });
-      }
-      if (!(await retries.pause(retryAfter))) throw failure;
+    const answer = await this.receive(this.fetch(this.url + path, options));
+    if (answer.ok) return answer;
+    const { status, type } = answer;
+    if (type === "opaqueredirect" || (status >= 300 && status < 400)) {
+      const where = answer.headers.get("location") ?? "another URL";
+      throw new ServerError({ code: `http_${status || 308}`, detail: `redirected to ${where}: use that URL` }, status || 308);
+    }
+    const isJson = answer.headers.get("content-type")?.includes("json");
+    const document = isJson ? await this.receive(answer.json()) : { code: `http_${status}` };
+    const refusal = new ServerError(document, status);
+    const after = Number.parseFloat(answer.headers.get("retry-after"));
+    refusal.retryAfter = Number.isNaN(after) ? undefined : after;
+    throw refusal;
+  }
+
+  // What a request brings. Raises ConnectionFailed.
+  async receive(promise) {
+    try {
+      return await promise;
+    } catch (error) {
+      throw new ConnectionFailed(`${this.url} did not answer: ${error.message}`, { cause: error });
     }
   }
 
   // The server-sent events of a POST as they come: [name, document]. Raises ServerError or ConnectionFailed.
   async *events(path, body) {
     const stop = new AbortController();
-    const within = async (promise) => {
-      const late = setTimeout(() => stop.abort(new Error("no answer in time")), this.timeout);
-      return promise.finally(() => clearTimeout(late));
-    };
+    const inTime = (promise) => within(this.timeout, promise, this.url);
     try {
-      const headers = { ...this.headers, "content-type": "application/json" };
-      const options = { method: "POST", redirect: "manual", body: JSON.stringify(body), headers, signal: stop.signal };
-      const answer = await within(this.fetch(this.url + path, options));
-      refuseRedirect(answer);
-      if (!answer.headers.get("content-type")?.startsWith("text/event-stream")) {
-        if (answer.ok) throw foreign(answer.status);
-        throw refusalOf(answer, await within(answer.json().catch(() => undefined)));
-      }
+      const answer = await inTime(this.send("POST", path, body, {}, stop.signal));
+      if (!answer.headers.get("content-type")?.startsWith("text/event-stream")) throw foreign(answer.status);
       const reader = answer.body.getReader(), decoder = new TextDecoder();
       let text = "", part;
-      while (!(part = await within(reader.read())).done) {
+      while (!(part = await inTime(this.receive(reader.read()))).done) {
         const events = (text + decoder.decode(part.value, { stream: true })).split("\n\n");
         text = events.pop();
         for (const event of events) {
@@ -248,34 +268,12 @@ export class Client {
           yield [name, JSON.parse(data)];
         }
       }
-      throw new Error("the answer was cut off");
-    } catch (error) {
-      if (error instanceof ServerError) throw error;
-      throw new ConnectionFailed(`${this.url} did not answer: ${error.message}`, { cause: error });
+      throw new ConnectionFailed(`the answer of ${this.url} was cut off`);
     } finally {
       stop.abort(); // whoever stops early ends it on the server
     }
   }
 }
-
-// Raises ServerError.
-function refuseRedirect({ type, status, headers }) {
-  if (type !== "opaqueredirect" && (status < 300 || status >= 400)) return;
-  const where = headers.get("location") ?? "another URL";
-  throw new ServerError({ code: `http_${status || 308}`, detail: `redirected to ${where}: use that URL` }, status);
-}
-
-function refusalOf(answer, document) {
-  const refusal = new ServerError(document ?? { code: `http_${answer.status}` }, answer.status);
-  const after = Number(answer.headers.get("retry-after") ?? Number.NaN);
-  if (!Number.isNaN(after)) refusal.retryAfter = after;
-  return refusal;
-}
-
-// Of a stream: whether what was refused may succeed later.
-const refusedForNow = ({ retry_after: after, code }) => after !== undefined || code === "deadline_exceeded";
-
-const mayComeAgain = ({ status, code }) => [429, 502, 503, 504].includes(status) && code !== "model_unavailable";
 
 // One session. Its steps are applied once and in order, whatever breaks between; calls wait for each other.
 export class Session {
@@ -287,18 +285,27 @@ export class Session {
     this.durability = info.durability;
     this.path = sessionPath(`${model.name}:${model.version}`, this.id);
     this.sealed = sealed; // the state, if this client holds it
-    this.queue = new Queue();
-    this.lastOutputs = undefined; // makes those of the last time step, if they are known
+    this.last = Promise.resolve(); // what was asked before
+    this.lastOutputs = undefined; // of the last time step, if they are known
+  }
+
+  // What is asked of a session waits for what was asked before.
+  run(task) {
+    const result = this.last.then(task);
+    this.last = result.catch(() => {});
+    return result;
   }
 
   // One time step: an array, nested or flat, or {input: array}. Returns the outputs, flat.
   async step(values) {
-    return this.apply(flatInputs(this.model, values, 1));
+    const inputs = flatInputs(this.model, values, 1);
+    return this.run(() => this.send(inputs));
   }
 
   // T time steps.
   async steps(values) {
-    return this.apply(flatInputs(this.model, values, null));
+    const inputs = flatInputs(this.model, values, null);
+    return this.run(() => this.send(inputs));
   }
 
   // A step for each item, which may come from an asynchronous iterator; yields its outputs.
@@ -312,7 +319,7 @@ export class Session {
   async *rollout(steps, options) {
     const { sealed } = this;
     if (options?.on === "session" && sealed) throw new InvalidInput("a state that the client holds is rolled out on a fork");
-    const rollout = await this.queue.run(async () => new Rollout(this, this.model, steps, options));
+    const rollout = await this.run(async () => new Rollout(this, this.model, steps, options));
     const body = { ...rollout.members, snapshot: this.sealed && base64(this.sealed) };
     let retries = new Retries(this.client.retryFor);
     while (!rollout.complete) {
@@ -324,22 +331,21 @@ export class Session {
             rollout.end(data.position);
             break;
           }
-          const arrays = [tensorsOf(data.inputs, this.model.inputs), tensorsOf(data.outputs, this.model.outputs)];
-          for (const step of rollout.steps(data.position, ...arrays)) {
+          const fed = tensorsOf(data.inputs, this.model.inputs);
+          for (const step of rollout.steps(data.position, fed, tensorsOf(data.outputs, this.model.outputs))) {
             retries = new Retries(this.client.retryFor);
             yield step;
           }
         }
       } catch (error) {
-        if (error instanceof ServerError && !mayComeAgain(error)) throw error;
-        if (!(await retries.pause(error.retryAfter))) throw error;
+        await retries.after(error);
       }
     }
   }
 
   // Ask the server for the position, and continue from there.
   refresh() {
-    return this.queue.run(async () => {
+    return this.run(async () => {
       if (this.sealed) return this.position;
       const { position } = (await this.client.ask("GET", this.path)).json;
       if (position !== this.position) this.lastOutputs = undefined;
@@ -349,7 +355,7 @@ export class Session {
 
   // A second session in the same state.
   fork(id = randomId()) {
-    return this.queue.run(async () => {
+    return this.run(async () => {
       const forked = await this.copy(id);
       forked.lastOutputs = this.lastOutputs;
       return forked;
@@ -368,14 +374,14 @@ export class Session {
 
   // The state and position, as a Uint8Array.
   snapshot() {
-    return this.queue.run(async () =>
+    return this.run(async () =>
       this.sealed ? unsealed(this.sealed) : (await this.client.ask("GET", `${this.path}/state`)).bytes,
     );
   }
 
   // Return to the state of a snapshot. Returns the position.
   rewind(snapshot) {
-    return this.queue.run(async () => {
+    return this.run(async () => {
       if (this.sealed) {
         const earlier = await this.reopen(this.id, snapshot);
         [this.sealed, this.position] = [earlier.sealed, earlier.position];
@@ -390,7 +396,7 @@ export class Session {
 
   // End the session on the server. One that is closed already is no error.
   close() {
-    return this.queue.run(async () => {
+    return this.run(async () => {
       if (this.sealed) return;
       try {
         await this.client.ask("DELETE", this.path);
@@ -405,10 +411,6 @@ export class Session {
     return this.client.session(`${this.model.name}:${this.model.version}`, { id, durability: "client", snapshot });
   }
 
-  apply(inputs) {
-    return this.queue.run(() => this.send(inputs));
-  }
-
   async send({ arrays, steps }) {
     const headers = { "content-type": RAW, "unroll-position": this.position, "unroll-steps": steps };
     if (this.sealed) headers["unroll-snapshot-length"] = this.sealed.length;
@@ -416,14 +418,11 @@ export class Session {
     const answer = await this.client.ask("POST", `${this.path}/steps`, content, headers);
     const begin = this.sealed ? number(answer, "unroll-snapshot-length") : 0;
     const end = number(answer, "unroll-position");
-    const outputs = named(splitOutputs(this.model, answer.bytes, begin, steps), this.model.outputs);
-    this.lastOutputs = () => {
-      const arrays = splitOutputs(this.model, answer.bytes, begin, steps);
-      return this.model.outputs.map((spec, i) => rowOf(arrays[i], spec, spec.time ? steps - 1 : 0));
-    };
+    const outputs = splitOutputs(this.model, answer.bytes, begin, steps);
+    this.lastOutputs = outputsAt(this.model, outputs, steps - 1);
     if (this.sealed) this.sealed = answer.bytes.slice(0, begin);
     this.position = end;
-    return outputs;
+    return named(outputs, this.model.outputs);
   }
 }
 
@@ -432,7 +431,7 @@ class Rollout {
   // session: of HTTP or of a stream, whose position advances when a rollout on it has ended.
   constructor(session, model, steps, { map, on = "fork", inputs, outputs } = {}) {
     const given = inputs === undefined ? undefined : flatInputs(model, inputs, null);
-    const fed = outputs === undefined ? session.lastOutputs?.() : tensorsOf(outputs, model.outputs);
+    const fed = outputs === undefined ? session.lastOutputs : tensorsOf(outputs, model.outputs);
     const { position } = session;
     Object.assign(this, { session, model, complete: false, yielded: position + (given ? given.steps - 1 : 0) });
     this.members = {
@@ -453,9 +452,8 @@ class Rollout {
   // The steps of an event that were not yielded yet; of the given ones only the last is. end: the position after them.
   *steps(end, fed, made) {
     const { model, reached: begin } = this;
-    const outputsAt = (row) => model.outputs.map((spec, i) => rowOf(made[i], spec, spec.time ? row : 0));
     this.reached = end;
-    this.last = () => outputsAt(end - begin - 1);
+    this.last = outputsAt(model, made, end - begin - 1);
     const timed = model.outputs.every(({ time }) => time); // other outputs have one value for all steps of an event
     for (let position = Math.max(timed ? begin : end - 1, this.yielded) + 1; position <= end; position++) {
       this.yielded = position;
@@ -463,7 +461,7 @@ class Rollout {
       yield {
         position,
         inputs: named(model.inputs.map((spec, i) => rowOf(fed[i], spec, row)), model.inputs),
-        outputs: named(outputsAt(row), model.outputs),
+        outputs: named(outputsAt(model, made, row), model.outputs),
       };
     }
   }
@@ -506,7 +504,7 @@ export class Stream {
     for (const { handle } of specs) {
       const item = call.items.get(handle);
       if (item.error) {
-        refused ??= new ServerError(item.error);
+        refused ??= item.error;
         continue;
       }
       const session = new StreamSession(this, item, batchRows);
@@ -548,7 +546,7 @@ export class Stream {
     }
     for (const { error } of call.items.values()) {
       const gone = !error || error.code.startsWith("session_") || error.code === "malformed_request";
-      if (!gone) throw new ServerError(error);
+      if (!gone) throw error;
     }
   }
 
@@ -596,22 +594,19 @@ export class Stream {
     let retries = new Retries(this.client.retryFor);
     try {
       while (!rollout.complete) {
-        let failure, socket;
+        let failure;
         try {
-          socket = await (this.socket ??= this.connect());
-          if (session.lost) throw session.lost;
-          await this.send(socket, rollout); // until there is something for its caller
+          await this.attempt(rollout, session); // until there is something for its caller
         } catch (error) {
-          if (!(error instanceof ConnectionFailed)) throw error;
-          await this.drop(socket);
           failure = error;
         }
         while (rollout.ready.length) {
           retries = new Retries(this.client.retryFor);
           yield rollout.take();
         }
-        failure ??= rollout.takeRefusal();
-        if (failure && !(await retries.pause(failure.retryAfter ?? failure.retry_after))) throw failure;
+        failure ??= rollout.refused;
+        rollout.refused = undefined;
+        if (failure) await retries.after(failure);
       }
     } finally {
       session.underway = undefined;
@@ -633,9 +628,18 @@ export class Stream {
     return this.places.get(handle)?.underway;
   }
 
-  // Disconnect, unless others have a new connection already.
-  async drop(socket) {
-    if (socket === undefined || (await this.socket?.catch(() => undefined)) === socket) this.disconnect();
+  // Send on the connection, and wait until the call is settled. A connection that breaks is dropped.
+  async attempt(call, session) {
+    let socket;
+    try {
+      socket = await (this.socket ??= this.connect());
+      if (session?.lost) throw session.lost;
+      await this.send(socket, call);
+    } catch (error) {
+      const isMine = socket === undefined || (await this.socket?.catch(() => undefined)) === socket;
+      if (error instanceof ConnectionFailed && isMine) this.disconnect(); // others may have a new one already
+      throw error;
+    }
   }
 
   // Send, wait until all is answered, and send again what is refused for now or was cut off.
@@ -643,19 +647,15 @@ export class Stream {
     const retries = new Retries(this.client.retryFor);
     while (!call.complete) {
       call.begin();
-      let retryAfter, socket;
       try {
-        socket = await (this.socket ??= this.connect());
-        await this.send(socket, call);
-        if (call.complete) return;
-        retryAfter = call.retryAfter;
-        if (!(await retries.pause(retryAfter))) return call.giveUp();
-        if (call.op === "close") this.disconnect(); // the server has unbound the handle: first it is bound again
+        await this.attempt(call);
       } catch (error) {
-        if (!(error instanceof ConnectionFailed)) throw error;
-        await this.drop(socket);
-        if (!(await retries.pause(error.retryAfter))) throw error;
+        await retries.after(error);
+        continue;
       }
+      if (call.complete) return;
+      if (!(await retries.pause(call.retryAfter))) return call.giveUp();
+      if (call.op === "close") this.disconnect(); // the server has unbound the handle: first it is bound again
     }
   }
 
@@ -670,17 +670,14 @@ export class Stream {
     socket.waiting = new Set();
     this.controls = [];
     this.connected = socket;
-    await new Promise((resolve, reject) => {
-      const failed = () => reject(new ConnectionFailed(`no connection to ${this.url}`));
-      const late = setTimeout(() => (socket.close(), failed()), this.client.timeout);
-      socket.onopen = () => (clearTimeout(late), resolve());
-      socket.onerror = socket.onclose = () => (clearTimeout(late), failed());
+    const opened = new Promise((resolve, reject) => {
+      socket.onopen = resolve;
+      socket.onerror = socket.onclose = () => reject(new ConnectionFailed(`no connection to ${this.url}`));
     });
+    await within(this.client.timeout, opened, this.url).catch((error) => (socket.close(), Promise.reject(error)));
     socket.onerror = socket.onclose = ({ code, reason }) => {
-      socket.broken =
-        code === FORBIDDEN
-          ? new ServerError({ code: "forbidden", detail: reason }, 403)
-          : new ConnectionFailed(`the connection to ${this.url} broke`);
+      socket.broken = new ConnectionFailed(`the connection to ${this.url} broke`);
+      if (code === FORBIDDEN) socket.broken = new ServerError({ code: "forbidden", detail: reason }, 403);
       for (const reject of [...socket.waiting]) reject(socket.broken);
     };
     socket.onmessage = ({ data }) => this.receive(data);
@@ -711,24 +708,28 @@ export class Stream {
       const asked = { retryAfter: call.retryAfter };
       throw Object.assign(new ConnectionFailed("the server asks to come again"), asked);
     }
-    for (const [handle, { error }] of call.items) if (error) this.places.get(handle)?.lose(new ServerError(error));
+    for (const [handle, { error }] of call.items) if (error) this.places.get(handle)?.lose(error);
   }
 
   // Send a call and wait until it is settled. Raises ConnectionFailed.
-  send(socket, call) {
-    return new Promise((resolve, reject) => {
-      if (socket.broken) return reject(socket.broken);
-      const fail = (error) => (done(), reject(error));
-      const late = setTimeout(() => fail(new ConnectionFailed(`no answer from ${this.url}`)), this.client.timeout);
-      const done = () => (clearTimeout(late), socket.waiting.delete(fail), (call.onSettled = undefined));
-      socket.waiting.add(fail);
-      call.onSettled = () => (done(), resolve());
-      if (call.settled) return call.onSettled();
+  async send(socket, call) {
+    if (socket.broken) throw socket.broken;
+    if (call.settled) return;
+    let fail;
+    const settled = new Promise((resolve, reject) => {
+      call.onSettled = resolve;
+      socket.waiting.add((fail = reject));
+    });
+    try {
       for (const [message, handles] of call.messages(socket)) {
         if (handles) this.controls.push([call, handles]);
         socket.send(message);
       }
-    });
+      await within(this.client.timeout, settled, this.url);
+    } finally {
+      socket.waiting.delete(fail);
+      call.onSettled = undefined;
+    }
   }
 
   receive(data) {
@@ -737,7 +738,8 @@ export class Stream {
     if (["opened", "closed", "detached", "stopped"].includes(message.op)) {
       while (this.controls[0]?.[0] instanceof Rollout) this.controls.shift(); // those before it have begun
       const [call, handles] = this.controls.shift() ?? [];
-      call?.receive(message.sessions ?? handles.map((handle) => ({ handle })));
+      const items = message.sessions ?? handles.map((handle) => ({ handle }));
+      call?.receive(items.map((item) => (item.error ? { ...item, error: new ServerError(item.error) } : item)));
     }
     const place = this.places.get(message.handle);
     if (message.op === "outputs") {
@@ -746,12 +748,13 @@ export class Stream {
     }
     if (message.op === "rolled") this.rolling(message.handle)?.end();
     if (message.op !== "error") return;
-    if (message.rollout) return this.rolling(message.handle)?.fail(message);
-    if ("position" in message) return place?.call?.fail(place, message);
+    const error = new ServerError(message);
+    if (message.rollout) return this.rolling(message.handle)?.fail(error);
+    if ("position" in message) return place?.call?.fail(place, error);
     const [call, handles] = this.controls.shift() ?? [];
-    if (call instanceof Rollout) return call.fail(message);
-    if (call) return call.receive(handles.map((handle) => ({ handle, error: message })));
-    for (const each of this.places.values()) each.call?.fail(each, message); // about a frame, none of which was applied
+    if (call instanceof Rollout) return call.fail(error);
+    if (call) return call.receive(handles.map((handle) => ({ handle, error })));
+    for (const each of this.places.values()) each.call?.fail(each, error); // about a frame, none of which was applied
   }
 
   receiveOutputs(buffer) {
@@ -763,15 +766,11 @@ export class Stream {
       const at = HEADER_BYTES + ENTRY_BYTES * i;
       return [head.getUint32(at, true), head.getUint32(at + 4, true), Number(head.getBigUint64(at + 8, true))];
     });
-    let begin = HEADER_BYTES + ENTRY_BYTES * count;
+    const next = reader(buffer, HEADER_BYTES + ENTRY_BYTES * count);
     const { inputs, outputs } = this.model;
     const tensors = entries.map(() => []);
     for (const spec of rolled ? [...inputs, ...outputs] : outputs) {
-      for (let i = 0; i < count; i++) {
-        const array = read(buffer, begin, spec, spec.time ? entries[i][1] : 1);
-        tensors[i].push(array);
-        begin += array.byteLength;
-      }
+      entries.forEach(([, steps], i) => tensors[i].push(next(spec, steps)));
     }
     entries.forEach(([handle, , end], i) => {
       if (rolled) this.rolling(handle)?.receive(end, tensors[i].slice(0, inputs.length), tensors[i].slice(inputs.length));
@@ -866,16 +865,8 @@ class StreamRollout extends Rollout {
 
   fail(error) {
     this.socket = undefined;
-    this.refused = error instanceof ServerError ? error : new ServerError(error);
+    this.refused = error;
     this.onSettled?.();
-  }
-
-  // Returns why it ended, if it may be sent again; raises it if not.
-  takeRefusal() {
-    const { refused } = this;
-    if (refused && !refusedForNow(refused)) throw refused;
-    this.refused = undefined;
-    return refused;
   }
 }
 
@@ -896,7 +887,7 @@ class Call {
   }
 
   get retryAfter() {
-    return Math.max(...[...this.again.values()].map((error) => error.retry_after ?? 0));
+    return Math.max(...[...this.again.values()].map((error) => error.retryAfter ?? 0));
   }
 
   begin() {
@@ -904,17 +895,21 @@ class Call {
     this.again.clear();
   }
 
-  // Returns whether the refusal is final: those for now say when to come again.
+  // A refusal for now is not final: it is asked again.
   refuse(key, error) {
-    if (!refusedForNow(error)) return true;
-    this.again.set(key, error);
+    if (error.isForNow) this.again.set(key, error);
+    else this.refused(key, error);
     this.answer(key);
-    return false;
   }
 
   answer(key) {
     this.unanswered.delete(key);
-    if (this.unanswered.size === 0) this.onSettled?.();
+    if (this.settled) this.onSettled?.();
+  }
+
+  giveUp() {
+    for (const [key, error] of this.again) this.refused(key, error);
+    this.again.clear();
   }
 }
 
@@ -927,29 +922,18 @@ class ControlCall extends Call {
   }
 
   // A message that is sent a second time may have been handled the first time.
-  messages() {
+  *messages() {
     const specs = this.specs.filter(({ handle }) => this.unanswered.has(handle));
-    const repeated = this.sent;
+    const texts = specs.map((spec) => {
+      const again = this.sent && spec.mode === "new" ? { ...spec, mode: "either" } : spec;
+      return [spec.handle, this.op === "open" ? JSON.stringify(again) : String(spec.handle)];
+    });
     this.sent = true;
-    const parts = [];
-    let texts = [], handles = [], size = 0;
-    for (const spec of specs) {
-      const again = repeated && spec.mode === "new" ? { ...spec, mode: "either" } : spec;
-      const text = this.op === "open" ? JSON.stringify(again) : String(spec.handle);
-      if (texts.length === MOST_SPECS || (texts.length && size + text.length > MOST_CHARACTERS)) {
-        parts.push([this.message(texts), handles]);
-        [texts, handles, size] = [[], [], 0];
-      }
-      texts.push(text);
-      handles.push(spec.handle);
-      size += text.length;
+    const name = this.op === "open" ? "sessions" : "handles";
+    for (const part of parts(texts, MOST_SPECS, MOST_CHARACTERS, ([, text]) => text.length)) {
+      const list = part.map(([, text]) => text).join(", ");
+      yield [`{"op": "${this.op}", "${name}": [${list}]}`, part.map(([handle]) => handle)];
     }
-    if (texts.length) parts.push([this.message(texts), handles]);
-    return parts;
-  }
-
-  message(texts) {
-    return `{"op": "${this.op}", "${this.op === "open" ? "sessions" : "handles"}": [${texts.join(", ")}]}`;
   }
 
   // The connection that has these sessions is gone: what is answered already must be asked again.
@@ -963,16 +947,17 @@ class ControlCall extends Call {
 
   receive(items) {
     for (const item of items) {
-      if (!item.error || this.refuse(item.handle, item.error)) {
+      if (item.error) {
+        this.refuse(item.handle, item.error);
+      } else {
         this.items.set(item.handle, item);
         this.answer(item.handle);
       }
     }
   }
 
-  giveUp() {
-    for (const [handle, error] of this.again) this.items.set(handle, { handle, error });
-    this.again.clear();
+  refused(handle, error) {
+    this.items.set(handle, { handle, error });
   }
 }
 
@@ -987,7 +972,7 @@ class StepsCall extends Call {
     this.given = given;
     this.positions = sessions.map(({ position }) => position);
     this.outputs = new Array(sessions.length);
-    this.lastOf = new Array(sessions.length); // makes the outputs of the last step, by row
+    this.lastOf = new Array(sessions.length); // outputs of the last step, by row
     this.rows = new Map(sessions.map(({ handle }, row) => [handle, row]));
     for (const session of sessions) {
       session.call = this;
@@ -997,21 +982,11 @@ class StepsCall extends Call {
 
   // The steps that have no outputs yet, in frames or in JSON.
   *messages() {
-    let rows = [], size = 0;
-    for (const row of [...this.unanswered]) {
-      if (this.sessions[row].inJson) {
-        yield [this.text(row)];
-        continue;
-      }
-      const bytes = this.given[row].arrays.reduce((sum, array) => sum + array.byteLength, 0);
-      if (rows.length === MOST_ENTRIES || (rows.length && size + bytes > MOST_BYTES)) {
-        yield [this.frame(rows)];
-        [rows, size] = [[], 0];
-      }
-      rows.push(row);
-      size += bytes;
-    }
-    if (rows.length) yield [this.frame(rows)];
+    const rows = [...this.unanswered];
+    for (const row of rows.filter((each) => this.sessions[each].inJson)) yield [this.text(row)];
+    const inFrames = rows.filter((row) => !this.sessions[row].inJson);
+    const size = (row) => this.given[row].arrays.reduce((sum, array) => sum + array.byteLength, 0);
+    for (const part of parts(inFrames, MOST_ENTRIES, MOST_BYTES, size)) yield [this.frame(part)];
   }
 
   text(row) {
@@ -1038,8 +1013,7 @@ class StepsCall extends Call {
   receive(handle, end, outputs) {
     const row = this.rows.get(handle);
     if (!this.unanswered.has(row) || end !== this.positions[row] + this.given[row].steps) return;
-    const last = this.model.outputs.map((spec, i) => rowOf(outputs[i], spec, spec.time ? this.given[row].steps - 1 : 0));
-    this.lastOf[row] = () => last; // the caller may change the outputs
+    this.lastOf[row] = outputsAt(this.model, outputs, this.given[row].steps - 1); // the caller may change the outputs
     this.outputs[row] = named(outputs, this.model.outputs);
     this.ends.set(row, end);
     this.answer(row);
@@ -1056,16 +1030,27 @@ class StepsCall extends Call {
 
   fail(session, error) {
     const row = this.rows.get(session.handle);
-    if (this.unanswered.has(row) && this.refuse(row, error)) {
-      this.errors.set(row, error instanceof ServerError ? error : new ServerError(error));
-      this.answer(row);
-    }
+    if (this.unanswered.has(row)) this.refuse(row, error);
   }
 
-  giveUp() {
-    for (const [row, error] of this.again) this.errors.set(row, new ServerError(error));
-    this.again.clear();
+  refused(row, error) {
+    this.errors.set(row, error);
   }
+}
+
+// Lists of at most `most` items, and of so much in all unless one alone has more.
+function* parts(items, most, room, sizeOfItem) {
+  let part = [], used = 0;
+  for (const item of items) {
+    const size = sizeOfItem(item);
+    if (part.length === most || (part.length && used + size > room)) {
+      yield part;
+      [part, used] = [[], 0];
+    }
+    part.push(item);
+    used += size;
+  }
+  if (part.length) yield part;
 }
 
 // ── arrays ───────────────────────────────────────────────────────────────────────────────────────
@@ -1117,6 +1102,9 @@ function flat(values, spec) {
 // The tensors of a JSON value, flat: one value, or {name: value}.
 const tensorsOf = (value, specs) => specs.map((spec) => flat(specs.length === 1 ? value : value[spec.name], spec));
 
+// The outputs of one time step.
+const outputsAt = (model, arrays, row) => model.outputs.map((spec, i) => rowOf(arrays[i], spec, spec.time ? row : 0));
+
 // One time step of a flat tensor.
 const rowOf = (array, spec, row) => array.slice(row * sizeOf(spec), (row + 1) * sizeOf(spec));
 
@@ -1144,20 +1132,22 @@ function plain(value) {
 
 const sizeOf = (spec) => spec.shape.reduce((product, length) => product * length, 1);
 
-function read(buffer, begin, spec, rows) {
-  const Kind = ARRAYS[spec.dtype];
-  return new Kind(buffer.slice(begin, begin + rows * sizeOf(spec) * Kind.BYTES_PER_ELEMENT));
+const bytesOf = (spec, steps) => (spec.time ? steps : 1) * sizeOf(spec) * ARRAYS[spec.dtype].BYTES_PER_ELEMENT;
+
+// Reads flat tensors that follow each other.
+function reader(buffer, begin) {
+  return (spec, steps) => {
+    const end = begin + bytesOf(spec, steps);
+    const array = new ARRAYS[spec.dtype](buffer.slice(begin, end));
+    begin = end;
+    return array;
+  };
 }
 
-function splitOutputs(model, bytes, begin, steps) {
-  const sizes = model.outputs.map((spec) => (spec.time ? steps : 1) * sizeOf(spec) * ARRAYS[spec.dtype].BYTES_PER_ELEMENT);
-  if (bytes.byteLength !== sizes.reduce((sum, size) => sum + size, begin)) throw foreign(200);
-  const buffer = bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
-  return model.outputs.map((spec) => {
-    const array = read(buffer, begin, spec, spec.time ? steps : 1);
-    begin += array.byteLength;
-    return array;
-  });
+function splitOutputs({ outputs }, { buffer }, begin, steps) {
+  if (buffer.byteLength !== outputs.reduce((sum, spec) => sum + bytesOf(spec, steps), begin)) throw foreign(200);
+  const next = reader(buffer, begin);
+  return outputs.map((spec) => next(spec, steps));
 }
 
 // A header of an answer. Raises ServerError if it is missing.
@@ -1187,7 +1177,6 @@ function join(parts) {
 const modelPath = (model) => `/v1/models/${encodeURIComponent(model).replaceAll("%3A", ":")}`;
 const sessionPath = (model, id) => `${modelPath(model)}/sessions/${encodeURIComponent(id)}`;
 const randomId = () => base64(globalThis.crypto.getRandomValues(new Uint8Array(16))).replace(/[+/=]/g, "_");
-const parse = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
 const view = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 const base64 = (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
 const fromBase64 = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));

@@ -68,4 +68,6 @@ class ExportOptions:
             raise ExportError("input", "the inputs of a single step have no time: leave out where it is")
         path = self.repository / self.name / self.version
         if path.exists() and not self.replace:
-            raise ExportError("bundle", f"{path} exists; choose another version, or replace it")
+            free = 1 + max(int(each.name) for each in path.parent.iterdir() if each.name.isdecimal())
+            how = f"choose another version (--version {free}), or overwrite it (--replace)"
+            raise ExportError("bundle", f"{path} exists; {how}")

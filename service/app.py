@@ -295,7 +295,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 del operation["responses"]["422"]  # FastAPI's default, which a path of two strings cannot cause
             operation["responses"] = refusals(path) | operation["responses"]
         _link_sessions(document["paths"])
-        schemas = document["components"]["schemas"]
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})  # the port of metrics alone has none
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         for model in native_routes.DOCUMENTED:

@@ -69,15 +69,17 @@ const operations = {
     });
     return { outputs: outputs.map((each) => each && Array.from(each)), positions: chosen.map((each) => each.position), errors };
   },
-  async rollout({ session: name, steps, take, map, applies, inputs }) {
-    const session = sessions[name], rolled = [];
+  async rollout({ session: name, steps, take, map, applies, inputs, between = [] }) {
+    const session = sessions[name], rolled = [], outcomes = [];
     const { inputs: given, outputs: made } = modelOf(session);
     const options = { map, on: applies ? "session" : "fork", inputs: inputs && numbers(inputs) };
     for await (const step of session.rollout(steps, options)) {
       const values = { inputs: lists(given, step.inputs, true), outputs: lists(made, step.outputs, true) };
-      if (rolled.push({ position: step.position, ...values }) === take) break;
+      rolled.push({ position: step.position, ...values });
+      if (rolled.length === 1) for (const command of between) outcomes.push(await outcome(command));
+      if (rolled.length === take) break;
     }
-    return { steps: rolled, position: session.position };
+    return { steps: rolled, position: session.position, between: outcomes };
   },
   async sequence({ model, values, static: fixed }) {
     const [outputs] = await client.sequences(model, [numbers(values)], { static: fixed && [fixed] });

@@ -178,6 +178,8 @@ class _Player:
         origin = {} if "inputs" in command else {"outputs": last}
         pieces = list(roll(session, begin, {**origin, **command}))
         _check("steps", [_last_step(model, piece) for piece in pieces][: command.get("take")], ok["steps"])
+        for between, outcome in zip(command.get("between", ()), ok.get("between", ()), strict=True):
+            self.judge(between, outcome)
         if command.get("applies") and "take" not in command:
             for piece in pieces:
                 _advance(session, session.position, json_of(model.inputs, piece.inputs))

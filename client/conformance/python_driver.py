@@ -86,17 +86,19 @@ class PythonDriver:
         return {"outputs": outputs.tolist(), "positions": [each.position for each in sessions], "errors": refused}
 
     async def _rollout(self, command: Command) -> dict[str, Any]:
-        session, steps = self._sessions[command["session"]], []
+        session, steps, between = self._sessions[command["session"]], [], []
         options = {name: _numbers(command[name]) for name in ("inputs", "outputs") if name in command}
         on = "session" if command.get("applies") else "fork"
         rolling = session.rollout(command["steps"], map=command["map"], on=on, **options)
         async for step in as_async(rolling):
             inputs, outputs = _lists(step.inputs), _lists(step.outputs)
             steps.append({"position": step.position, "inputs": inputs, "outputs": outputs})
+            if len(steps) == 1:
+                between = [await self.do(each) for each in command.get("between", ())]
             if len(steps) == command.get("take"):
                 break
         await _result(rolling.aclose() if hasattr(rolling, "aclose") else rolling.close())
-        return {"steps": steps, "position": session.position}
+        return {"steps": steps, "position": session.position, "between": between}
 
     async def _sequence(self, command: Command) -> dict[str, Any]:
         static = [command["static"]] if "static" in command else None

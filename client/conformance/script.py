@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ STREAM_KINDS = ("upgrade", "stream-open", "stream-close", "stream-detach", "fram
 DEEDS = (
     *("cut-before", "cut-after", "cut-inside", "late", "pieces", "refuse", "refuse-after", "restart", "end", "move"),
     *("chunked", "close-idle", "redirect", "foreign", "short", "no-position"),
-    *("twice", "split", "closing", "stray", "noise", "unkept", "malformed", "too-large", "hold"),
+    *("twice", "split", "closing", "stray", "noise", "unkept", "malformed", "too-large", "hold", "await-step"),
 )
 
 #: Seconds by which timers may be early.
@@ -143,6 +143,7 @@ class Script:
         counts: Exchanges by kind.
         faults: What the client did that no client may do.
         holds: Rollouts that wait until the client ends them.
+        stepped: Steps have come since a rollout began.
     """
 
     def __init__(self, rules: Iterable[Rule] = ()) -> None:
@@ -152,6 +153,7 @@ class Script:
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         self.holds: list[asyncio.Future[None]] = []
+        self.stepped = asyncio.Event()
 
     def hold(self) -> asyncio.Future[None]:
         """Done when the client has ended the rollout."""
@@ -163,9 +165,20 @@ class Script:
         if self.holds and (await asyncio.wait(self.holds, timeout=_SETTLED))[1]:
             self.faults.append("a rollout still runs, of which the client wants no more")
 
+    async def await_step(self, ended: Coroutine[Any, Any, object]) -> None:
+        """Wait until steps come. Note a fault if none do. ended: is awaited until the client has ended the rollout."""
+        waiting = [asyncio.create_task(self.stepped.wait()), asyncio.create_task(ended)]
+        await asyncio.wait(waiting, timeout=_SETTLED, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if not self.stepped.is_set():
+            self.faults.append("no session was stepped while a rollout ran")
+
     def meets(self, kind: str) -> list[Rule]:
         """Count an exchange. Returns the rules for it, in the order of the file."""
         self.counts[kind] += 1
+        if kind in ("steps", "frame"):
+            self.stepped.set()
         return [rule for rule in self._rules if rule.when == kind and rule.meets(self.counts[kind], self.command)]
 
     def asked_to_wait(self, kind: str, key: object, seconds: float) -> None:

@@ -29,7 +29,7 @@ class _Outlet(Protocol):
     async def send(self, message: Any) -> None: ...
     async def send_half(self, message: Any) -> None: ...
     async def fail(self, refusal: Refusal) -> None: ...
-    async def until_ended(self) -> object:
+    async def until_ended(self) -> None:
         """By the client."""
 
     def cut(self) -> None: ...
@@ -43,6 +43,7 @@ async def _send(
     rules: Mapping[str, Rule],
 ) -> None:
     """messages: of the rollout's pieces, and of its end. It is applied even if nobody gets them."""
+    server.script.stepped.clear()
     if not rollout.is_placed:
         server.script.faults.append("a rollout on the session came without its position")
     if not any(rule.does in _ENDS and rule.after < len(rollout.pieces) for rule in rules.values()):
@@ -53,6 +54,8 @@ async def _send(
         for rule in [each for each in rules.values() if each.after == count]:
             if rule.does == "late":
                 await asyncio.sleep(rule.seconds)
+            elif rule.does == "await-step":
+                await server.script.await_step(outlet.until_ended())
             elif rule.does == "cut-inside":
                 await outlet.send_half(message)
             elif rule.does == "restart":

@@ -30,7 +30,8 @@ class InputSpec:
             return cls(name, _DTYPES[dtype], sizes)
         except (ValueError, KeyError):
             raise ValueError(
-                f"{text!r} is not NAME:DTYPE:SHAPE (DTYPE: {', '.join(_DTYPES)}; SHAPE such as 64, 8x3 or empty)"
+                f"{text!r} is not NAME:DTYPE:SHAPE (DTYPE: {', '.join(_DTYPES)}; SHAPE such as 64 or 8x3, empty for "
+                "a single value: x:int64:)"
             ) from None
 
 

@@ -40,7 +40,8 @@ class TlsFiles:
             context.load_cert_chain(self.cert, self.key, self._read_password)
         except OSError as error:  # ssl.SSLError is one
             files = f"--tls-cert {self.cert}" + ("" if self.key is None else f", --tls-key {self.key}")
-            raise TlsRefused(f"{files}: no certificate with its key in PEM ({_reason(error)})") from error
+            how = "; if the key has a file of its own, name it by --tls-key" if self.key is None else ""
+            raise TlsRefused(f"{files}: no certificate with its key in PEM ({_reason(error)}){how}") from error
         if self.client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
             try:

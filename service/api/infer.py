@@ -14,7 +14,16 @@ from unroll.service.api.error_responses import open_inference_error
 from unroll.service.api.infer_reply import ReplyPlan
 from unroll.service.api.parameters import require_streamable
 from unroll.service.api.repeated_steps import RepeatedStep
-from unroll.service.api.request import NOT_KEPT, Answer, Answering, Cancel, Request, Respond, nothing_to_cancel
+from unroll.service.api.request import (
+    HEADER_LENGTH,
+    NOT_KEPT,
+    Answer,
+    Answering,
+    Cancel,
+    Request,
+    Respond,
+    nothing_to_cancel,
+)
 from unroll.service.core.errors import InvalidRequest, InvalidShape, UnrollError
 from unroll.service.core.session_ids import check_id, shown
 from unroll.service.engine.engine import Tensors
@@ -24,8 +33,6 @@ from unroll.service.protocol.open_inference import InferRequest, RepeatedText, S
 from unroll.service.scheduler.chunk import Chunk, Opening
 from unroll.service.scheduler.reply import Reply
 from unroll.service.scheduler.session import Session
-
-HEADER_LENGTH = b"inference-header-content-length"
 
 #: Of a reply: its plan, and the id of the request.
 _Form = tuple[ReplyPlan, str | None]
@@ -40,8 +47,10 @@ class RepeatedInferStep(RepeatedStep):
 
     failure = staticmethod(open_inference_error)
 
-    def __init__(self, app: AppState, served: ServedModel, session: Session, tenant: str, name: str) -> None:
-        super().__init__(app, served, session, tenant)
+    def __init__(
+        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond, name: str
+    ) -> None:
+        super().__init__(app, served, session, request, respond)
         self._name = name
         self._id = shown(session.id)
         self._text = RepeatedText()
@@ -84,7 +93,10 @@ def _form(served: ServedModel, name: str, parsed: InferRequest) -> _Form:
 
 def infer(app: AppState, name: str, version: str | None, request: Request, respond: Respond) -> Cancel:
     """Whole sequences, or the next steps of one sequence if the request carries a `sequence_id`."""
-    parsed = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
+    if request.document is not None:
+        parsed = open_inference.read(request.document, memoryview(b""))
+    else:
+        parsed = open_inference.parse(request.body, request.whole_number(HEADER_LENGTH), app.limits.max_json_bytes)
     if parsed.sequence is not None:
         return _sequence_steps(app, name, version, parsed, parsed.sequence, request, respond)
     served = app.models.resolve(name, version)
@@ -152,7 +164,7 @@ def _sequence_steps(
     app.meter.take(request.tenant, len(batch[0][0]))
     accepted = served.loop.submit(chunk, timeout, settled)
     if request.repeats and chunk.length == 1 and chunk.session is not None:
-        request.repeat = RepeatedInferStep(app, served, chunk.session, request.tenant, name)
+        request.repeat = RepeatedInferStep(app, served, chunk.session, request, respond, name)
     return nothing_to_cancel if accepted is None else partial(served.loop.leave, accepted, settled)
 
 
@@ -233,8 +245,6 @@ def _batch(served: ServedModel, parsed: InferRequest) -> list[Tensors]:
     specs = served.manifest.inputs
     arrays = open_inference.read_inputs(parsed, specs)
     served.codec.check_sequences(len(arrays[0]))
-    checked = served.codec.checked
-    return [
-        tuple([checked(spec, array[i]) for spec, array in zip(specs, arrays, strict=True)])
-        for i in range(len(arrays[0]))
-    ]
+    for spec, array in zip(specs, arrays, strict=True):
+        served.codec.checked(spec, array, batch=True)
+    return [tuple([array[i] for array in arrays]) for i in range(len(arrays[0]))]

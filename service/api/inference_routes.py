@@ -77,6 +77,7 @@ class _DurableCall(Request):
 
     def __init__(self, route: Route, app: AppState, path: Path, request: Request, respond: Respond) -> None:
         super().__init__(request.headers, request.body, request.tenant)
+        self.document = request.document
         self._route = route
         self._app = app
         self._path = path

@@ -7,7 +7,7 @@ from unroll.service.api.app_state import AppState
 from unroll.service.api.error_responses import problem
 from unroll.service.api.parameters import POSITION, position_of
 from unroll.service.api.request import JSON, RAW, Answer, Cancel, Request, Respond
-from unroll.service.core.errors import UnrollError
+from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol import json
@@ -17,25 +17,31 @@ from unroll.service.scheduler.session import Session
 
 
 class RepeatedStep:
-    """A step in raw bytes of a memory session, with headers that are known: only the numbers in them may be new.
+    """A step in raw bytes, with headers that are known: only the numbers in them may be new.
+
+    Args:
+        request: The first such step of a connection, which has one.
+        respond: Takes the answers to all of them.
 
     Attributes:
-        respond: Takes the answer to the step that was begun last.
+        failure: The form of an error.
         write: Writes what the answers to a group's rows have of the outputs.
     """
 
-    __slots__ = ("_app", "_form", "_served", "_session", "_tenant", "respond", "write")
+    __slots__ = ("_again", "_app", "_form", "_served", "_session", "_tenant", "respond", "write")
 
     failure = staticmethod(problem)
-    respond: Respond
     write: Callable[[Tensors], Sequence[Any]]
 
-    def __init__(self, app: AppState, served: ServedModel, session: Session, tenant: str) -> None:
+    def __init__(
+        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond
+    ) -> None:
         self._app = app
         self._served = served
         self._session = session
-        self._tenant = tenant
+        self._tenant = request.tenant
         self._form = _Joined(served.codec)
+        self._again, self.respond = request.again, respond
         self.write = served.codec.rows_to_raw
 
     def __call__(self, request: Request, respond: Respond) -> Cancel | None:
@@ -46,8 +52,9 @@ class RepeatedStep:
         step = self.read(request)
         if step is None:
             return None
-        self.respond = respond
         timeout = self._app.limits.request_timeout
+        if self._session.durable is not None:
+            request.again = self._again
         return self._served.loop.join(self._session, request.position, step, timeout, self._form, self)
 
     def read(self, request: Request) -> bytes | None:
@@ -61,14 +68,21 @@ class RepeatedStep:
         """The answer. written: what `write` wrote for it."""
         return Answer(200, RAW, written, b"unroll-position: %d\r\n" % position)
 
+    def fail(self, error: UnrollError) -> None:
+        """Answer with the error; or begin it again, because another replica updated the session."""
+        if not (isinstance(error, SessionContended) and self._again and self._again(self._session.id)):
+            self.respond(self.failure(error))
+
 
 class RepeatedJsonStep(RepeatedStep):
     """The same in JSON."""
 
     __slots__ = ()
 
-    def __init__(self, app: AppState, served: ServedModel, session: Session, tenant: str) -> None:
-        super().__init__(app, served, session, tenant)
+    def __init__(
+        self, app: AppState, served: ServedModel, session: Session, request: Request, respond: Respond
+    ) -> None:
+        super().__init__(app, served, session, request, respond)
         self.write = served.codec.rows_to_json
 
     def read(self, request: Request) -> bytes | None:
@@ -99,7 +113,7 @@ class _Joined:
         written: dict[Callable[[Tensors], Sequence[Any]], Sequence[Any]] = {}
         for row, step in enumerate(listeners):
             if row in errors:
-                step.respond(step.failure(errors[row]))
+                step.fail(errors[row])
                 continue
             rows = written.get(step.write)
             if rows is None:

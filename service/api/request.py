@@ -33,6 +33,7 @@ Headers = dict[bytes, bytes]
 JSON = b"application/json"
 RAW = b"application/octet-stream"
 CONTENT_ENCODING = b"content-encoding"
+HEADER_LENGTH = b"inference-header-content-length"
 #: Member of an ASGI scope: the tenant of a request that was let in.
 TENANT = "unroll.tenant"
 
@@ -56,6 +57,7 @@ class Request:
 
     Attributes:
         headers: By lower-case name.
+        document: A long body in JSON, if it is parsed already.
         tenant: Whose it is; empty without keys.
         session: The id of its session, if it has one. position: Where the client expects it. Both are for the log.
         again: Looks a session up in the store and handles the request again; None without a store.
@@ -64,11 +66,12 @@ class Request:
         repeat: Begins the next of them; see `repeated_steps.py`.
     """
 
-    __slots__ = ("again", "body", "cancel", "headers", "position", "repeat", "repeats", "session", "tenant")
+    __slots__ = ("again", "body", "cancel", "document", "headers", "position", "repeat", "repeats", "session", "tenant")
 
     def __init__(self, headers: Headers, body: bytes, tenant: str = "") -> None:
         self.headers = headers
         self.body = body
+        self.document: dict[str, Any] | None = None
         self.tenant = tenant
         self.again: Callable[[str], bool] | None = None
         self.cancel: Cancel = nothing_to_cancel

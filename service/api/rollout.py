@@ -6,8 +6,7 @@ chunk of it: applied as a whole at its end, once, and a retry gets the same outp
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
@@ -31,11 +30,12 @@ from unroll.service.core.errors import (
     UnrollError,
 )
 from unroll.service.core.session_ids import tenant_of
+from unroll.service.core.turns import SLICE_SECONDS
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.tensors import Codec, numbers
 from unroll.service.scheduler.reply import Outcome, Reply
-from unroll.service.scheduler.rollout import Rollout
+from unroll.service.scheduler.rollout import Piece, Rollout
 from unroll.service.scheduler.session import Session
 from unroll.service.sessions.attempts import Attempts
 from unroll.service.state.snapshot import Snapshot
@@ -44,11 +44,8 @@ _log = structlog.get_logger(__name__)
 
 #: What is sent of each step: the inputs, which the map made, or the outputs.
 Send = Literal["both", "inputs", "outputs"]
-#: Time steps as they ran: their inputs and outputs.
-_Piece = tuple[Tensors, Tensors]
-
-#: Seconds for which steps that are all there are encoded in one turn of the event loop.
-_TURN_SECONDS = 0.001
+#: Values in an event, which is encoded in one turn of the event loop, unless one time step has more.
+_EVENT_VALUES = 8192
 
 
 class RolloutSpec(Strict):
@@ -120,16 +117,15 @@ class RolloutCall:
         self._wanted = wanted
         self._timeout = timeout
         self._sink = sink
-        self._then: Callable[[Outcome], None] = self._finish  # one object, by which it can be left
-        self._follower = self._on_piece
         self._attempts = Attempts(app.sessions, name, self._begin_on_session, self._fail)
         self._served: ServedModel | None = None
-        self._rollout: Rollout | None = None  # what was asked for
-        self._running: Rollout | None = None  # what runs: the same, or that of an earlier request
-        self._waiting: list[_Piece] = []  # steps that will be sent together
-        self._steps_waiting = self._sent = 0
-        self._is_behind = False  # pieces that ran before are being sent
-        self._outcome: Outcome | None = None  # that came meanwhile
+        self._running: Rollout | None = None  # what was asked for, or the same of an earlier request
+        self._pieces: Iterator[Piece | None] = iter(())
+        self._waiting: list[Piece] = []  # steps that will be sent together
+        self._together = wanted.steps_per_event  # at most
+        self._steps_waiting = self._sent = self._start = 0
+        self._outcome: Outcome | None = None
+        self._has_turn = False  # in which it sends more
         self._over = False
 
     async def begin(self) -> None:
@@ -147,9 +143,9 @@ class RolloutCall:
         """Nobody waits for it any more. It ends within a step, and a session is as before."""
         self._over = True
         if self._running is not None and self._served is not None:
-            if self._follower in self._running.followers:
-                self._running.followers.remove(self._follower)
-            self._served.loop.leave(self._running, self._then)
+            if self._wake in self._running.followers:
+                self._running.followers.remove(self._wake)
+            self._served.loop.leave(self._running, self._on_outcome)
 
     # ── beginning ────────────────────────────────────────────────────────────────────────────────
 
@@ -186,7 +182,7 @@ class RolloutCall:
         """Raises NeedsStoreLookup. Any other error is the answer."""
         if self._over:
             return
-        self._running = None
+        self._running = self._outcome = None
         try:
             served, session = self._app.sessions.owner(*self._where)
             require_streamable(served)
@@ -226,47 +222,88 @@ class RolloutCall:
         served.scheduler.rollouts.check_room()
         self._app.meter.take(tenant_of(self._where[2]), rollout.length)
         rollout.tenant = tenant_of(self._where[2])
-        self._served, self._rollout = served, rollout
-        accepted = served.loop.submit(rollout, self._timeout, self._then)
+        self._served, self._start = served, rollout.start
+        values = sum(spec.size for spec in (*served.manifest.inputs, *served.manifest.outputs))
+        most = max(1, _EVENT_VALUES // values)
+        self._together = min(self._wanted.steps_per_event, most)
+        self._pieces = self._pieces_again(rollout, most)
+        accepted = served.loop.submit(rollout, self._timeout, self._on_outcome)
         if accepted is rollout:
             served.scheduler.rollouts.add(rollout)
         elif not isinstance(accepted, Rollout):
             return  # the reply of an earlier request was sent
-        self._running, self._is_behind = accepted, True
-        self._deliver(_pieces_of(accepted), partial(self._follow, accepted))
-
-    def _follow(self, running: Rollout) -> None:
-        """All that ran before was sent; the next pieces come as they run."""
-        self._is_behind = False
-        running.followers.append(self._follower)
-        if self._outcome is not None:
-            self._finish(self._outcome)
+        self._running = accepted
+        self._pieces = self._pieces_of(accepted)
+        accepted.followers.append(self._wake)
+        self._advance()
 
     # ── what it brings ───────────────────────────────────────────────────────────────────────────
 
-    def _deliver(self, pieces: Iterator[_Piece], then: Callable[[], None]) -> None:
-        """Send pieces that are all there, in as many turns of the event loop as they need."""
-        until = perf_counter() + _TURN_SECONDS
-        for inputs, outputs in pieces:
-            if self._over:
+    def _pieces_of(self, running: Rollout) -> Iterator[Piece | None]:
+        """All pieces in order; None when the next has not run."""
+        assert self._served is not None
+        sent = 0
+        while self._outcome is None or sent < len(running.ran):
+            if sent < len(running.ran):
+                yield running.ran[sent]
+                sent += 1
+            else:
+                yield None
+        if isinstance(reply := self._outcome, Reply):
+            steps = len(running.begun[0])
+            columns = zip(self._served.manifest.outputs, reply.outputs, strict=True)
+            yield running.begun, tuple([array[-steps:] if spec.time else array for spec, array in columns])
+
+    def _pieces_again(self, rollout: Rollout, most: int) -> Iterator[Piece]:
+        """An earlier request was applied: the inputs are made again of its outputs. most: steps in a piece."""
+        assert isinstance(self._outcome, Reply)
+        done, given = 0, len(rollout.given[0])
+        outputs: Tensors = ()
+        while done < rollout.length:
+            part = slice(done, min(done + most, given) if done < given else done + 1)
+            inputs = tuple([array[part] for array in rollout.given])
+            if done >= given:
+                inputs = rollout.feed(outputs, rollout.start + done)
+            outputs = tuple([array[part] for array in self._outcome.outputs])
+            yield inputs, outputs
+            done = part.stop
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._has_turn:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Send what is there, in as many turns of the event loop as it needs, and at last the end."""
+        self._has_turn = False
+        if self._over:
+            return
+        until = perf_counter() + SLICE_SECONDS
+        for piece in self._pieces:
+            if piece is None:
                 return
-            self._on_piece(inputs, outputs)
+            self._on_piece(*piece)
+            if self._over:  # it could not be encoded
+                return
             if perf_counter() > until:
-                self._app.turns.call(partial(self._deliver, pieces, then))
+                self._has_turn = True
+                self._app.turns.call(self._advance)
                 return
-        then()
+        self._end()
 
     def _on_piece(self, inputs: Tensors, outputs: Tensors) -> None:
         self._waiting.append((inputs, outputs))
         self._steps_waiting += len(inputs[0])
-        if self._steps_waiting >= self._wanted.steps_per_event:
+        if self._steps_waiting >= self._together:
             self._flush()
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         assert self._served is not None
-        assert self._rollout is not None
         columns = [zip(*tensors, strict=True) for tensors in zip(*self._waiting, strict=True)]
         self._waiting, self._steps_waiting = [], 0
         inputs, outputs = [
@@ -274,69 +311,30 @@ class RolloutCall:
         ]
         self._sent += len(inputs[0])
         try:
-            self._sink.on_steps(self._served.codec, self._rollout.start + self._sent, inputs, outputs)
+            self._sink.on_steps(self._served.codec, self._start + self._sent, inputs, outputs)
         except Exception as error:  # noqa: BLE001 the loop that calls this serves all clients
             _log.error("rollout not encoded", exc_info=error)
             self._fail(EngineFailed("the outputs could not be encoded; the server's log has the reason"))
             asyncio.get_running_loop().call_soon(self.cancel)
 
-    def _finish(self, outcome: Outcome) -> None:
-        if self._is_behind:
-            self._outcome = outcome
-            return
-        if self._over:
-            return
+    def _end(self) -> None:
+        outcome = self._outcome
+        assert outcome is not None
         if isinstance(outcome, UnrollError):
             is_new = not (self._sent or self._waiting)
-            if is_new and isinstance(outcome, SessionContended) and self._attempts.again(self._where[2]):
-                return
-            self._fail(outcome)
+            if not (is_new and isinstance(outcome, SessionContended) and self._attempts.again(self._where[2])):
+                self._fail(outcome)
             return
-        last = self._pieces_again(outcome) if self._running is None else self._last_piece(outcome, self._running)
-        self._deliver(iter(last), partial(self._end, outcome))
-
-    def _end(self, outcome: Reply) -> None:
         self._flush()
-        if self._over:  # they could not be encoded
-            return
-        self._over = True
-        self._sink.on_end(outcome.position, outcome.kept)
-
-    def _last_piece(self, reply: Reply, running: Rollout) -> list[_Piece]:
-        assert self._served is not None
-        specs, inputs = self._served.manifest.outputs, running.fed[-1]
-        steps = len(inputs[0])
-        cut = [array[-steps:] if spec.time else array for spec, array in zip(specs, reply.outputs, strict=True)]
-        return [(inputs, tuple(cut))]
-
-    def _pieces_again(self, reply: Reply) -> Iterator[_Piece]:
-        """An earlier request was applied: the inputs are made again of its outputs."""
-        assert self._rollout is not None
-        rollout = self._rollout
-        inputs, done = rollout.take_inputs(rollout.steps_ready), 0
-        while True:
-            end = done + len(inputs[0])
-            outputs = tuple([array[done:end] for array in reply.outputs])
-            yield inputs, outputs
-            if end == rollout.length:
-                return
-            done, inputs = end, rollout.feed(outputs, rollout.start + end)
+        if not self._over:  # all could be encoded
+            self._over = True
+            self._sink.on_end(outcome.position, outcome.kept)
 
     def _fail(self, error: UnrollError) -> None:
         if not self._over:
             self._flush()
             self._over = True
             self._sink.on_error(error)
-
-
-def _pieces_of(running: Rollout) -> Iterator[_Piece]:
-    """Those that have run, also while they are sent. The last one of all comes with the reply."""
-    done = 0
-    for index, outputs in enumerate(running.pieces or ()):
-        inputs = running.fed[index]
-        done += len(inputs[0])
-        if done < running.length:
-            yield inputs, outputs
 
 
 def step_members(codec: Codec, send: Send, position: int, inputs: Tensors, outputs: Tensors) -> dict[str, Any]:

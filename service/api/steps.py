@@ -55,7 +55,7 @@ def steps(app: AppState, model: str, session_id: str, request: Request, respond:
         raise served.scheduler.sessions.closed.error(session_id, served.loop.clock.now())
     app.meter.take(request.tenant, len(inputs[0]))
     if request.repeats and len(inputs[0]) == 1 and TIMEOUT not in request.headers:
-        request.repeat = (RepeatedStep if raw else RepeatedJsonStep)(app, served, session, request.tenant)
+        request.repeat = (RepeatedStep if raw else RepeatedJsonStep)(app, served, session, request, respond)
     chunk = served.loop.submit(Chunk(inputs, session, position), timeout, settled)
     return nothing_to_cancel if chunk is None else partial(served.loop.leave, chunk, settled)
 

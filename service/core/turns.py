@@ -10,6 +10,8 @@ T = TypeVar("T")
 
 #: Of long work in one turn.
 SLICE_SECONDS = 0.001
+#: A body or message with more bytes is read in turns of its own: JSON of so many takes about a slice to parse.
+LONG_BYTES = 65_536
 
 
 class Turns:

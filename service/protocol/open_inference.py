@@ -96,7 +96,11 @@ def parse(body: bytes, header_length: int | None, json_limit: int) -> InferReque
         header_length = len(body)
     if not 0 < header_length <= len(body):
         raise InvalidRequest(f"Inference-Header-Content-Length is {header_length}; the body has {len(body)} bytes")
-    document, binary = json.parse_object(body[:header_length], json_limit), memoryview(body)[header_length:]
+    return read(json.parse_object(body[:header_length], json_limit), memoryview(body)[header_length:])
+
+
+def read(document: dict[str, Any], binary: memoryview) -> InferRequest:
+    """The request with this JSON. Raises InvalidRequest."""
     parameters = _object(document, "parameters")
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):

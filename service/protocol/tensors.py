@@ -201,9 +201,13 @@ class Codec:
             return [outputs[0] for outputs in sequences]
         return {spec.name: [outputs[i] for outputs in sequences] for i, spec in enumerate(self.outputs)}
 
-    def checked(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-        """Returns the array if it is a valid input (time, *shape) of this model; raises InvalidRequest if not."""
-        self._check_shape(spec, array)
+    def checked(self, spec: TensorSpec, array: np.ndarray, *, batch: bool = False) -> np.ndarray:
+        """Returns the array if it is a valid input of this model; raises InvalidRequest if not.
+
+        Args:
+            array: (time, *shape), or (batch, time, *shape) of sequences that are equally long.
+        """
+        self._check_shape(spec, array[0] if batch else array)
         if spec.dtype == "float32" and not all_finite(array) and not (spec.nan and not np.isinf(array).any()):
             raise _non_finite(spec)
         self._check_limit(spec, array)

@@ -126,7 +126,7 @@ class Group(Work):
     inputs: each (len(sessions), time, *shape). rows: the rows of the submission that it is made of. A group is never
     cancelled: a session that is closed before the group is done stays until then. followed: one of the sessions was
     closed, or has more work now. followers: retries of a row, answered with it. cohort: of its sessions, when it was
-    submitted. again: the sessions will probably step together again.
+    submitted. again: the sessions will probably step together again. is_durable: all of the sessions are, or none.
     """
 
     sessions: list[Session]
@@ -137,6 +137,7 @@ class Group(Work):
     then: Callable[[GroupReply], None]
     cohort: Cohort | None = None
     again: bool = False
+    is_durable: bool = False
     ready_at: float = 0.0
     followed: bool = False
     followers: list[tuple[int, Chunk]] = field(default_factory=list)
@@ -174,5 +175,6 @@ class Action(Work):
             listener(outcome)
 
 
-#: A durable session's chunk that has run, with its outputs. It counts as applied only once the store has it.
-PendingCommit = tuple[Chunk, Tensors]
+#: Work of durable sessions that has run, its outputs, and the errors of a group's rows that failed. It counts as
+#: applied only once the store has it.
+PendingCommit = tuple[Chunk | Group, Tensors, dict[int, UnrollError]]

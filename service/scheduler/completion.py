@@ -6,7 +6,6 @@ has it: what has run is handed over as a `PendingCommit` before.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -72,10 +71,10 @@ class Completion:
             self.complete(chunk, outputs, now)
         else:
             chunk.running = True
-            self.commits.append((chunk, outputs))
+            self.commits.append((chunk, outputs, {}))
 
     def take_commits(self) -> list[PendingCommit]:
-        """What must be put into the store; it is the caller's now, and ends with `complete_commits`."""
+        """What must be put into the store; it is the caller's now, and ends with `Commits.complete`."""
         commits, self.commits = self.commits, []
         return commits
 
@@ -95,52 +94,6 @@ class Completion:
         self._answer(chunk, reply, now)
         if chunk.final and session is not None and session.life is OPEN:
             self.close(session, now, self.replay.applied_chunks(session)[-1] if chunk.pinned else None)
-
-    def complete_commits(
-        self,
-        pending: Sequence[PendingCommit],
-        tokens: Iterable[bytes],
-        errors: Sequence[UnrollError | None],
-        batch_rows: int,
-        now: float,
-    ) -> None:
-        """The store has what `Scheduler.complete` returned, as the commits of these tokens.
-
-        With an error, it may not have it: the copy of the session here is stale, and all that it accepted fails.
-
-        Args:
-            pending: what `Scheduler.complete` returned.
-            tokens: of each commit.
-            errors: of each commit; None: the store has it.
-            batch_rows: of the batch that they ran in.
-            now: the time.
-        """
-        self.batch_rows = batch_rows
-        for (chunk, outputs), token, error in zip(pending, tokens, errors, strict=True):
-            session = chunk.session
-            assert session is not None
-            assert session.durable is not None
-            chunk.running = False
-            if error is None:
-                session.durable.token = token
-                self.complete(chunk, outputs, now)
-            else:
-                session.durable.stale = True
-                self._fail_accepted(session, chunk, error, now)
-        self.batch_rows = 0
-
-    def _fail_accepted(self, session: Session, chunk: Chunk, error: UnrollError, now: float) -> None:
-        """Fail the chunk, which has run, and everything else that is accepted for its session."""
-        progress = session.own_progress
-        pending, progress.pending = progress.pending or [], None
-        self.fail(chunk, error, now)
-        for work in pending:
-            if isinstance(work, Action):
-                work.answer(error)
-                continue
-            assert isinstance(work, Chunk), "groups are never pending"
-            if work.outcome is None:
-                self.fail(work, error, now)
 
     def fail(self, chunk: Chunk, error: UnrollError, now: float) -> None:
         """Answer the chunk with an error; a session that it opened is closed, and what comes after it is renumbered."""

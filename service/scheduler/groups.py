@@ -123,7 +123,7 @@ class Groups:
         return True
 
     def complete(self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], now: float) -> None:
-        """Apply and answer a group that ran, except for the rows with errors.
+        """Apply and answer a group that ran and, of durable sessions, is in the store, except for the rows with errors.
 
         Args:
             outputs: each (len(group.sessions), ...).
@@ -131,7 +131,6 @@ class Groups:
         """
         count = len(group.sessions)
         self._admission.in_flight -= count
-        self._admission.waiting_steps -= count * group.length
         self._counters.chunks += count - len(errors)
         self._counters.steps += (count - len(errors)) * group.length
         cohort, kept = group.cohort, True
@@ -150,6 +149,7 @@ class Groups:
             follower.answer(errors.get(row) or Reply(row_of(outputs, row), int(positions[row])).copy())
 
     def fail(self, group: Group, error: UnrollError, now: float) -> None:
+        self._admission.waiting_steps -= len(group.sessions) * group.length
         self.complete(group, (), dict.fromkeys(range(len(group.sessions)), error), now)
 
     def _queue(self, group: Group, now: float) -> None:

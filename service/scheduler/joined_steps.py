@@ -102,11 +102,12 @@ class JoinedSteps:
             progress is None
             or progress.active is not None
             or (position is not None and position != progress.position)
-            or session.durable is not None
             or session.applied is not None
         ):
             return False
-        group = self.group
+        group, durable = self.group, session.durable
+        if durable is not None and durable.stale:
+            return False
         if group is None:
             self._room = self._most
             if not self._lanes.idle:
@@ -115,7 +116,8 @@ class JoinedSteps:
                     return False
             self._sessions.expire(now)
             group = OpenGroup(self._layout, deadline, form)
-        elif (now - group.ready_at) * _SHARE > deadline - now:
+            group.is_durable = durable is not None
+        elif group.is_durable is (durable is None) or (now - group.ready_at) * _SHARE > deadline - now:
             return False
         if session.life is not OPEN or len(group.sessions) >= self._room or not self._admission.take(1, now, deadline):
             return False

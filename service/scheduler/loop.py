@@ -22,7 +22,7 @@ from unroll.service.scheduler.joined_steps import StepForm
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Session
-from unroll.service.store.interface import Commit, Store, Tokens
+from unroll.service.store.interface import Store
 
 T = TypeVar("T")
 
@@ -74,7 +74,6 @@ class Loop:
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._launched: deque[_BegunBatch] = deque()
-        self._tokens = Tokens()
         self._commits: set[asyncio.Task[None]] = set()
         self._crash: BaseException | None = None
         self._ended = 0.0  # when the last batch was
@@ -140,7 +139,7 @@ class Loop:
 
     def leave(self, chunk: Chunk, then: Callable[[Outcome], None]) -> None:
         """Do not call `then` any more; a chunk without listeners is cancelled."""
-        chunk.listeners = tuple(listener for listener in chunk.listeners if listener is not then)
+        chunk.listeners = tuple(listener for listener in chunk.listeners if listener != then)
         if not chunk.listeners:
             self.scheduler.cancel(chunk, self.clock.now())
 
@@ -255,41 +254,14 @@ class Loop:
     # ── durable sessions ─────────────────────────────────────────────────────────────────────────
 
     async def _commit(self, pending: Sequence[PendingCommit], batch_rows: int) -> None:
-        """Put chunks that have run into the store, and complete them. Other batches run in the meantime."""
+        """Put what has run into the store, and complete it. Other batches run in the meantime."""
         assert self.store is not None
-        commits = self._commits_of(pending)
+        commits = self.scheduler.commits.of(self.name, pending, self.engine.read_rows)
         failpoints.reach("before_commit")
         errors = await self.store.commit(commits)
         failpoints.reach("after_commit")
-        tokens = [commit.token for commit in commits]
-        self.scheduler.complete_commits(pending, tokens, errors, batch_rows, self.clock.now())
+        self.scheduler.commits.complete(pending, commits, errors, batch_rows, self.clock.now())
         self._work.set()
-
-    def _commits_of(self, pending: Sequence[PendingCommit]) -> list[Commit]:
-        name, last_after, next_token = self.name, self.scheduler.replay.last_after, self._tokens.next
-        rows = self.engine.read_rows([chunk.session.slot for chunk, _ in pending])  # type: ignore[union-attr]
-        content, size, begin = rows.tobytes(), rows[0].nbytes, 0
-        commits = []
-        for chunk, outputs in pending:
-            session = chunk.session
-            assert session is not None
-            durable = session.durable
-            assert durable is not None
-            commits.append(
-                Commit(
-                    (name, session.id),
-                    durable.token,
-                    next_token(),
-                    durable.origin,
-                    chunk.start + chunk.length,
-                    content[begin : begin + size],
-                    last_after(session, chunk, outputs),
-                    chunk.opening is not None or not durable.token,
-                    chunk.final,
-                )
-            )
-            begin += size
-        return commits
 
     def _committed(self, task: asyncio.Task[None]) -> None:
         self._commits.discard(task)

@@ -53,7 +53,12 @@ class AppliedChunk:
 
 def payload_digest(inputs: Tensors) -> bytes:
     """Digest of a payload's values: the same for every encoding in which a client can send them."""
-    digest = _NOTHING.copy()
-    for array in inputs:
-        digest.update(array.tobytes())
-    return digest.digest()
+    return digest(*[array.tobytes() for array in inputs])
+
+
+def digest(*values: bytes) -> bytes:
+    """`payload_digest` of inputs as bytes."""
+    state = _NOTHING.copy()
+    for value in values:
+        state.update(value)
+    return state.digest()

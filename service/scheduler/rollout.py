@@ -18,19 +18,20 @@ from unroll.service.scheduler.session import Session
 
 #: Makes the inputs of one step, each (1, *shape), of the outputs of the piece before it and the step's position.
 Feed = Callable[[Tensors, int], Tensors]
-#: Called with the inputs and the outputs of each piece but the last, whose outputs come with the reply.
-Follower = Callable[[Tensors, Tensors], None]
+#: Time steps that have run: their inputs and outputs.
+Piece = tuple[Tensors, Tensors]
 
 
 class Rollout(Chunk):
     """`length` time steps, of which only the first are given.
 
-    inputs: what a retry is recognised by, the digest of the request. fed: the inputs of each piece that has begun.
-    followers: called between two pieces.
+    inputs: what a retry is recognised by, the digest of the request. given: the first time steps. ran: the pieces that
+    have run, but the last, whose outputs come with the reply. begun: the inputs of the last piece that has begun.
+    followers: called after each of `ran`.
 
     Args:
         digest: of the request, (n,) uint8 with n > 1.
-        first: the given inputs, each (T, *shape).
+        given: inputs, each (T, *shape).
         feed: makes the inputs of the others. If it raises UnrollError, the rollout fails.
         session, state_row: as of a chunk; without a session the rollout runs on the state row alone.
     """
@@ -40,7 +41,7 @@ class Rollout(Chunk):
     def __init__(
         self,
         digest: np.ndarray,
-        first: Tensors,
+        given: Tensors,
         length: int,
         feed: Feed,
         position: int,
@@ -50,12 +51,13 @@ class Rollout(Chunk):
     ) -> None:
         super().__init__((digest,), session, position, state_row=state_row)
         self.length = length
-        self.fed: list[Tensors] = []
-        self.followers: list[Follower] = []
-        self.counters: Counters | None = None
-        self._given = len(first[0])
-        self._ready = first  # inputs of steps that have not run
+        self.given = given
         self.feed = feed
+        self.ran: list[Piece] = []
+        self.followers: list[Callable[[], None]] = []
+        self.counters: Counters | None = None
+        self._ready = given  # inputs of steps that have not run
+        self.begun: Tensors = ()
 
     @property
     def steps_ready(self) -> int:
@@ -64,17 +66,17 @@ class Rollout(Chunk):
 
     def take_inputs(self, steps: int) -> Tensors:
         """The inputs of the next piece, which runs now."""
-        inputs = tuple([array[:steps] for array in self._ready])
-        self.fed.append(inputs)
-        return inputs
+        self.begun = tuple([array[:steps] for array in self._ready])
+        return self.begun
 
     def prepare_next(self) -> UnrollError | None:
         assert self.pieces is not None
-        inputs, outputs = self.fed[-1], self.pieces[-1]
+        outputs = self.pieces[-1]
+        self.ran.append((self.begun, outputs))
         for follower in tuple(self.followers):
-            follower(inputs, outputs)
-        if self.done < self._given:
-            self._ready = tuple([array[len(inputs[0]) :] for array in self._ready])
+            follower()
+        if self.done < len(self.given[0]):
+            self._ready = tuple([array[self.done :] for array in self.given])
             return None
         try:
             self._ready = self.feed(outputs, self.start + self.done)
@@ -94,10 +96,10 @@ class Rollouts:
     def __init__(self, limits: SchedulerLimits, counters: Counters) -> None:
         self._most = max(1, limits.max_batch // 2)
         self._counters = counters
-        self._running: list[Rollout] = []
+        self.begun: list[Rollout] = []
 
     def __len__(self) -> int:
-        return sum(rollout.outcome is None for rollout in self._running)
+        return sum(rollout.outcome is None for rollout in self.begun)
 
     def check_room(self) -> None:
         """Raises QueueFull."""
@@ -106,6 +108,6 @@ class Rollouts:
             raise QueueFull(f"{self._most} rollouts run on this model, half of --max-batch; retry later")
 
     def add(self, rollout: Rollout) -> None:
-        self._running = [each for each in self._running if each.outcome is None]
-        self._running.append(rollout)
+        self.begun = [each for each in self.begun if each.outcome is None]
+        self.begun.append(rollout)
         rollout.counters = self._counters

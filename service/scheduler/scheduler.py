@@ -36,6 +36,7 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.admission import Admission, Pace
 from unroll.service.scheduler.batch import Batch
 from unroll.service.scheduler.chunk import Action, Chunk, Group, Opening, PendingCommit
+from unroll.service.scheduler.commits import Commits
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.counters import Counters
 from unroll.service.scheduler.groups import Groups
@@ -87,8 +88,8 @@ class Scheduler:
         self._completion = Completion(
             traits, self._admission, self._lanes, self._queues, self.sessions, self.replay, self.counters
         )
-        self.complete_commits = self._completion.complete_commits
         self.groups = Groups(self._completion)
+        self.commits = Commits(self._completion, self.groups)
         self.joined = JoinedSteps(traits, self._completion)
 
     @property
@@ -254,7 +255,7 @@ class Scheduler:
             seconds: how long the batch took, for the estimate of waiting times.
 
         Returns:
-            What must be put into the store, to be followed by `complete_commits`; until then its sessions are busy.
+            What must be put into the store, to be followed by `Commits.complete`; until then its sessions are busy.
         """
         steps, longest = batch.steps, batch.longest
         self._completion.batch_rows = batch.rows
@@ -271,7 +272,12 @@ class Scheduler:
             if isinstance(work, Group):
                 end = row + len(work.sessions)
                 errors = {i - row: failed[i] for i in range(row, end) if i in failed} if failed else {}
-                self.groups.complete(work, tuple([array[row:end] for array in outputs]), errors, now)
+                own = tuple([array[row:end] for array in outputs])
+                self._admission.waiting_steps -= (end - row) * work.length
+                if work.is_durable and len(errors) < end - row:
+                    self._completion.commits.append((work, own, errors))
+                else:
+                    self.groups.complete(work, own, errors, now)
                 row = end
                 continue
             if row in failed:

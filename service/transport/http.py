@@ -22,6 +22,8 @@ from unroll.service.api.inference_routes import Route
 from unroll.service.api.path_segments import split
 from unroll.service.api.request import (
     CONTENT_ENCODING,
+    HEADER_LENGTH,
+    RAW,
     Answer,
     Headers,
     Request,
@@ -30,6 +32,8 @@ from unroll.service.api.request import (
 )
 from unroll.service.core import failpoints
 from unroll.service.core.errors import BodyTooLarge, UnrollError
+from unroll.service.core.turns import LONG_BYTES
+from unroll.service.protocol import json
 from unroll.service.transport.head import (
     Refused,
     check_head,
@@ -207,12 +211,15 @@ class HttpProtocol(LimitedProtocol):
             if self._parts:
                 exchange.body = b"".join([exchange.body, *self._parts])
                 self._parts.clear()
-            if len(exchange.body) > SMALL and self._cannot_hold(len(exchange.body)):
+            size = len(exchange.body)
+            if size > SMALL and self._cannot_hold(size):
                 return
             if exchange.keep_alive and self._misses < _MOST_MISSES:
                 self._known = KnownHead.of(self._data, exchange.headers, exchange.body)
             if CONTENT_ENCODING in exchange.headers:
                 self._decode_body()
+            elif size > LONG_BYTES:
+                self._handle_later()
             else:
                 self._handle()
 
@@ -243,6 +250,30 @@ class HttpProtocol(LimitedProtocol):
         if exchange.again is None:
             exchange.headers, exchange.body = _NO_HEADERS, b""
 
+    def _handle_later(self) -> None:
+        """Read a long body in turns of its own: JSON is parsed in one, and becomes arrays in the next."""
+        exchange = self._exchange
+        if exchange.document is None and exchange.media_type != RAW and HEADER_LENGTH not in exchange.headers:
+            self.unroll.turns.call(self._parse)
+        else:
+            self.unroll.turns.call(self._handle_unless_lost)
+
+    def _parse(self) -> None:
+        if self.transport.is_closing():
+            return
+        exchange = self._exchange
+        try:
+            exchange.document = json.parse_object(exchange.body, self.unroll.limits.max_json_bytes)
+        except UnrollError as error:
+            self._answer(exchange.route.failure(error))
+        else:
+            self.unroll.turns.call(self._handle_unless_lost)
+
+    def _handle_unless_lost(self) -> None:
+        if not self.transport.is_closing():
+            self._handle()
+        self._exchange.document = None
+
     def _decode_body(self) -> None:
         exchange = self._exchange
         coding, limit = exchange.headers[CONTENT_ENCODING], self.unroll.limits.max_body_bytes
@@ -268,7 +299,7 @@ class HttpProtocol(LimitedProtocol):
             return
         exchange.body = body.result()
         if not self._cannot_hold(len(exchange.body)):
-            self._handle()
+            self._handle_later()
 
     def _cannot_hold(self, size: int) -> bool:
         """True if the request was answered by an error, because too many bytes are held already."""

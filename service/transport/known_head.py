@@ -3,9 +3,8 @@
 from typing import Self
 
 from unroll.service.access.held_bytes import SMALL
-from unroll.service.api.infer import HEADER_LENGTH
 from unroll.service.api.parameters import POSITION
-from unroll.service.api.request import CONTENT_ENCODING, RAW, Headers
+from unroll.service.api.request import CONTENT_ENCODING, HEADER_LENGTH, RAW, Headers
 
 _END = b"\r\n\r\n"
 _LENGTH = b"content-length"

@@ -43,6 +43,8 @@ CAUGHT = {
     "takes_a_cut_for_the_end": (["rest-rollout-cut-off", "rest-rollout-end-lost"], ["rest-rollout"]),
     "rolls_out_the_rest": (["stream-rollout-cut-off"], ["stream-rollout-request-lost"]),
     "never_stops": (["rest-rollout-ended-early", "stream-rollout-ended-early"], ["rest-rollout"]),
+    "yields_at_the_end": (["rest-rollout-and-steps-between"], ["rest-rollout"]),
+    "takes_rolled_steps_for_outputs": (["stream-rollout-and-steps-between"], ["rest-rollout-and-steps-between"]),
     "takes_late_steps": (["stream-rollout-ended-early"], ["stream-rollout-cut-off"]),
 }
 

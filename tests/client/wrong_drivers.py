@@ -5,7 +5,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from http.client import HTTPException
+from types import SimpleNamespace
 from typing import Any
 
 from unroll.client import Client, errors
@@ -143,6 +145,31 @@ def never_stops() -> None:
     StreamCalls.stop = lambda self, rollout: setattr(rollout.place, "rollout", None)  # type: ignore[method-assign]
 
 
+def yields_at_the_end() -> None:
+    """It yields the steps of a rollout when all have come, so nothing can be done between them."""
+    roll_out = Client.roll_out
+
+    def changed(self: Client, call: RolloutCall) -> Iterator[RolledStep]:
+        yield from list(roll_out(self, call))
+
+    Client.roll_out = changed  # type: ignore[method-assign]
+
+
+def takes_rolled_steps_for_outputs() -> None:
+    """What comes of a rollout while it waits for another session, it takes for the outputs of that one."""
+    running = StreamCalls._running
+
+    def changed(self: StreamCalls, handle: int) -> Any:
+        for place in self._places.values():
+            if (call := place.call) is not None:
+                end = int(call.positions[call._rows[place.handle]]) + call.steps
+                taken = partial(call.receive, place.handle, end)
+                return SimpleNamespace(receive=lambda _, arrays, taken=taken: taken(arrays[1:]), end=lambda: None)
+        return running(self, handle)
+
+    StreamCalls._running = changed  # type: ignore[method-assign]
+
+
 def takes_late_steps() -> None:
     """It does not tell the steps of a rollout that was stopped from those of the next."""
 
@@ -182,6 +209,8 @@ WRONGS: dict[str, Callable[[], None]] = {
         takes_a_cut_for_the_end,
         rolls_out_the_rest,
         never_stops,
+        yields_at_the_end,
+        takes_rolled_steps_for_outputs,
         takes_late_steps,
     )
 }

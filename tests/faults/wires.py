@@ -56,7 +56,7 @@ class Wires:
     model: str
     features: tuple[str, str]  # the names of its input and its output
     timeout: float = 5.0
-    _idle: dict[int, list["_Connection"]] = field(default_factory=lambda: defaultdict(list))
+    _idle: dict[int, dict[str, list["_Connection"]]] = field(default_factory=lambda: defaultdict(dict))
 
     async def send(
         self, way: str, port: int, session: str, x: np.ndarray, position: int | None, **flags: bool
@@ -107,12 +107,17 @@ class Wires:
     async def ask(
         self, port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the answer. Raises Broken."""
+        """Status, headers and body of the answer. Raises Broken.
+
+        The requests on a connection are alike, so that its server may take the head of each for the one before.
+        """
+        headers = headers or {}
+        idle = self._idle[port].setdefault(f"{path} {headers.get('unroll-steps', headers)}", [])
         try:
             async with asyncio.timeout(self.timeout):
-                connection = self._idle[port].pop() if self._idle[port] else await _Connection.open(port)
+                connection = idle.pop() if idle else await _Connection.open(port)
                 try:
-                    answer = await connection.ask(method, path, body, headers or {})
+                    answer = await connection.ask(method, path, body, headers)
                 except BaseException:
                     connection.close()
                     raise
@@ -122,7 +127,7 @@ class Wires:
         if answer[1].get("connection") == "close":
             connection.close()
         else:
-            self._idle[port].append(connection)
+            idle.append(connection)
         return answer
 
     def close(self) -> None:
@@ -131,8 +136,9 @@ class Wires:
 
     def _forget(self, port: int) -> None:
         """Drop all connections: if one broke, the others probably did."""
-        for connection in self._idle.pop(port, []):
-            connection.close()
+        for connections in self._idle.pop(port, {}).values():
+            for connection in connections:
+                connection.close()
 
 
 class _Connection:

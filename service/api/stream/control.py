@@ -25,7 +25,7 @@ from unroll.service.api.stream.replies import Replies, error_members
 from unroll.service.api.stream.rollouts import StreamRollouts
 from unroll.service.core.errors import EngineFailed, InvalidRequest, UnrollError
 from unroll.service.core.session_ids import shown
-from unroll.service.core.turns import Turns
+from unroll.service.core.turns import LONG_BYTES, Turns
 from unroll.service.protocol import json
 
 _log = structlog.get_logger(__name__)
@@ -87,7 +87,10 @@ class Control:
         json.check_size(message, self._max_bytes)
         request = parse_request(message)
         if isinstance(request, StepsRequest):
-            self._steps.submit(request)
+            if len(message) > LONG_BYTES:
+                self.carry_out(self._submit_steps(request))
+            else:
+                self._steps.submit(request)
             return
         if seconds := self._allowance.take():
             self._throttle(seconds)
@@ -144,6 +147,10 @@ class Control:
             self._replies.on_refused(error, handle, None, None)
             return {"handle": handle, "error": error_members(error)}
         return {"handle": handle, "position": position}
+
+    async def _submit_steps(self, request: StepsRequest) -> None:
+        await asyncio.sleep(0)  # a turn for the values, which took one to parse
+        self._steps.submit(request)
 
     def _detach(self, handles: list[int]) -> None:
         if unknown := self._handles.unbound(handles):

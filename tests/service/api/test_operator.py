@@ -51,6 +51,14 @@ def test_each_port_has_its_own_routes(operated: Running) -> None:
     assert httpx.get(operated.operator_url + "/readyz", headers={"Host": "evil.example"}).status_code == 403
 
 
+def test_the_operators_port_may_have_the_metrics_alone(shelf: Path) -> None:
+    running = Running(Settings(repository=shelf, admin_port=0))
+    assert httpx.get(running.operator_url + "/metrics").status_code == 200
+    assert "/metrics" in httpx.get(running.operator_url + "/openapi.json").json()["paths"]
+    assert httpx.get(running.operator_url + "/v1/admin/sessions").status_code == 404
+    running.stop()
+
+
 def test_models_are_unloaded_and_loaded(operated: Running, shelf: Path, repository: Path) -> None:
     client = triton.InferenceServerClient(operated.operator_url.removeprefix("http://"))
     sessions = f"{operated.url}/v1/models/gru/sessions"

@@ -17,8 +17,9 @@ from raw_http import STEP, Answer, Wire
 from serving import Running, Serve
 from waiting import PATIENCE, until
 
-from unroll.service.store.interface import Key
-from unroll.service.store.record import Gone, Record
+from unroll.service.core.errors import StoreUnavailable, UnrollError
+from unroll.service.store.interface import Commit, Key
+from unroll.service.store.record import Gone, Record, pack_last
 
 ROUNDS = 5
 
@@ -202,6 +203,63 @@ def test_a_retry_that_waits_for_the_store_keeps_its_position_when_the_next_step_
         status, headers, body = wire.answer()
         outputs = oracle("gru", "2")(np.concatenate([STEP, second]))
         assert (status, headers["unroll-position"], body) == (200, "2", outputs[1:].tobytes())
+
+
+def test_durable_steps_share_a_commit_and_each_has_its_own_result(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle: Callable[..., Oracle]
+) -> None:
+    running = serve(store=f"file://{tmp_path}/store", durability="stored")
+    store, scheduler = running.server.sessions._store, running.model("gru").scheduler  # type: ignore[attr-defined]
+    commit, together, may_commit = store.commit, list[int](), threading.Event()
+    result: list[UnrollError | None] = []
+
+    async def slow(commits: list[Commit]) -> list[UnrollError | None]:
+        together.append(len(commits))
+        await asyncio.to_thread(may_commit.wait)
+        return result * len(commits) or await commit(commits)
+
+    async def begin_anew(name: str) -> None:
+        record = await store.load(("gru", name))
+        new = Commit(
+            ("gru", name), record.token, b"another process.", record.origin.to_bytes(), 0, b"", pack_last(1, ())
+        )
+        assert await store.commit([new]) == [None]
+
+    names = [f"stored-{i}" for i in range(5)]
+    with httpx.Client(base_url=running.url) as client, ExitStack() as stack:
+        for name in names:
+            client.post("/v1/models/gru/sessions", json={"session_id": name}).raise_for_status()
+        wires = [Wire(running.port) for _ in names]
+        other = Wire(running.port)
+        for wire in (*wires, other):
+            stack.enter_context(closing(wire.socket))
+        for position, (wire, name) in itertools.product(range(3), zip(wires, names, strict=True)):
+            assert step(wire, name, STEP, position)[0] == 200
+        asyncio.run_coroutine_threadsafe(begin_anew(names[1]), running.uvicorn.loop).result()
+        monkeypatch.setattr(store, "commit", slow)
+        with running.in_one_turn():
+            for i, (wire, name) in enumerate(zip(wires, names, strict=True)):
+                wire.send(head("gru", name, position=None if i == 1 else 3) + STEP.tobytes())
+        until(lambda: together == [len(names)])
+        other.send(head("gru", names[2], position=3) + STEP.tobytes())
+        wires[1].send(head("gru", names[1]) + STEP.tobytes())
+        until(lambda: scheduler.counters.replayed == 1)
+        may_commit.set()
+        outputs = oracle("gru", "2")(np.repeat(STEP, 5, axis=0))
+        for at, wires_at in ((4, [wires[0], *wires[2:], other]), (1, wires[1:2]), (2, wires[1:2])):
+            for wire in wires_at:
+                status, headers, body = wire.answer()
+                assert (status, headers["unroll-position"], body) == (200, str(at), outputs[at - 1].tobytes())
+        result.append(StoreUnavailable("as asked", 0.1))
+        with running.in_one_turn():
+            for i in (0, 2):
+                wires[i].send(head("gru", names[i], position=4) + STEP.tobytes())
+        for i in (0, 2):
+            status, _, body = wires[i].answer()
+            assert (status, b"store_unavailable" in body) == (503, True)
+        result.clear()
+        assert step(wires[0], names[0], STEP, 4)[2] == outputs[4].tobytes()
+        assert position_of(client, names[2]) == 4
 
 
 def test_heads_that_never_come_again_are_all_read(wire: Wire, open_session: Callable) -> None:

@@ -113,6 +113,16 @@ def test_a_prompt_longer_than_a_piece_runs_in_pieces(client: httpx.Client) -> No
     assert step["outputs"][150:] == [outputs for _, outputs in by_hand(client, twin, columns, last, 152, 3)]
 
 
+def test_many_steps_in_an_event_are_several_events_of_no_more_than_is_encoded_at_once(client: httpx.Client) -> None:
+    session, _ = opened(client, "lstm", X)
+    body = {"steps": 1, "map": COLUMNS, "inputs": X * 1000, "on": "session", "position": 2, "steps_per_event": 4096}
+    first, again = [roll(client, session, **body)[0] for _ in range(2)]
+    for events_of_it in (first, again):
+        assert [step["position"] for step in events_of_it[1:]] == [2003]
+        assert 1638 <= len(events_of_it[0]["inputs"]) < 1638 + 64  # of 5 values each
+    assert pairs(first) == pairs(again)
+
+
 def test_the_server_knows_the_outputs_of_the_last_step(client: httpx.Client) -> None:
     session, last = opened(client, "lstm", X)
     known, _ = roll(client, session, steps=4, map=COLUMNS)

@@ -1,18 +1,23 @@
 """HTTP as clients may send it, not only as they usually do: the short way and FastAPI's answer alike."""
 
+import asyncio
 import itertools
 import json
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import numpy as np
+import orjson
 import pytest
 from raw_http import STEP, Answer, Wire, request
 from serving import RAW, Running
 from waiting import until
+
+from unroll.service.protocol import open_inference
+from unroll.service.protocol.tensors import Codec
 
 _ids = itertools.count()
 
@@ -162,3 +167,46 @@ def test_a_client_that_goes_with_another_request_behind_ends_the_one_that_runs(
         until(lambda: all(c.client != address for c in [*server.uvicorn.server_state.connections]), "the reset")
     until(lambda: not tasks, "the end of the request")
     assert not [record.getMessage() for record in caplog.records if record.exc_info]
+
+
+def test_long_bodies_are_parsed_and_read_in_turns_of_their_own(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn of the event loop has no more than one part of this work, however many bodies come at the same time."""
+    ran_in: list[tuple[str, int]] = []
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def watch(owner: object, name: str) -> None:
+        run = getattr(owner, name)
+
+        def watched(*arguments: object) -> object:
+            ran_in.append((name, turns))
+            return run(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(orjson, "loads")
+    watch(Codec, "sequences_from_json")
+    watch(open_inference, "read_inputs")
+    rows = np.ones((8000, 3)).tolist()
+    bodies = {
+        "/v1/models/lstm/sequences": {"inputs": [rows]},
+        "/v2/models/lstm/infer": {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 8000, 3], "data": [rows]}]},
+    }
+    counting = asyncio.run_coroutine_threadsafe(count(), server.uvicorn.loop)
+    with ExitStack() as opened:
+        opened.callback(counting.cancel)
+        wires = [(Wire(server.port), path) for path in bodies for _ in range(3)]
+        for wire, path in wires:
+            opened.callback(wire.socket.close)
+            head, _, body = request(path, json.dumps(bodies[path]).encode()).partition(b"\r\n\r\n")
+            wire.send(head.replace(b"octet-stream", b"json") + b"\r\n\r\n" + body)
+        assert [wire.answer()[0] for wire, _ in wires] == [200] * 6
+    assert sorted(name for name, _ in ran_in) == ["loads"] * 6 + ["read_inputs"] * 3 + ["sequences_from_json"] * 3
+    assert len({turn for _, turn in ran_in}) == 12, ran_in

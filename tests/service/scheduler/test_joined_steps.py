@@ -1,13 +1,15 @@
 """Steps that arrive one by one while nothing else waits run as one group, and until then can leave it."""
 
+import numpy as np
 import pytest
 from fold import LATER, FoldForm, answer, failure, find, fold, inputs, join, run_until_idle, submit, turn
 
-from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionExpired, UnrollError
+from unroll.service.core.errors import PayloadMismatch, QueueFull, SessionContended, SessionExpired, UnrollError
 from unroll.service.core.session_ids import owned
 from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
+from unroll.service.scheduler.session import Durable
 
 
 @pytest.fixture
@@ -83,6 +85,34 @@ def test_a_step_that_left_is_as_if_it_had_never_come(settled, engine):
     assert log == dict.fromkeys("ac", fold([1, 2])[-1:])
     assert answer(behind) == fold([1, 3])[-1:]
     assert settled.counters.failed["cancelled"] == 1
+
+
+def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(settled, engine):
+    """Of three, the second fails in the engine, and the store has another state of the third."""
+    log, sessions = Log(), [find(settled, name) for name in "abc"]
+    for session in sessions:
+        session.durable = Durable(b"origin", b"token")
+    assert joined(settled, "a", log, 2) + joined(settled, "b", log, 13) + joined(settled, "c", log, 2) == [True] * 3
+    assert joined(settled, "d", log) == [False]  # it is no durable session
+    engine.failing = {13}
+    _, batch = settled.next_turn(0)
+    outputs, failed = engine.run(batch)
+    pending = settled.complete(batch, outputs, failed, 0)
+    assert (log, [session.position for session in sessions]) == ({}, [1, 1, 1])
+    behind = submit(settled, "c", inputs(3), 0, LATER)
+    commits = settled.commits.of("model", pending, lambda slots: np.float32(slots)[:, None])
+    assert [(commit.key, commit.position, commit.row) for commit in commits] == [
+        (("model", session.id), 2, np.float32(session.slot).tobytes()) for session in (sessions[0], sessions[2])
+    ]
+    settled.commits.complete(pending, commits, [None, SessionContended("moved on", 0.1)], 3, 0)
+    assert log == {"a": fold([1, 2])[-1:], "b": "engine_failed", "c": "session_contended"}
+    assert failure(behind) == "session_contended"
+    assert [session.position for session in sessions] == [2, 1, 1]
+    assert joined(settled, "abc", log) == [True, True, False]  # the copy is stale
+    settled.joined.refuse(sessions[0], SessionExpired("as asked"), 0)
+    settled.joined.refuse(sessions[1], SessionExpired("as asked"), 0)
+    settled.next_turn(0)
+    settled.check_invariants()
 
 
 def test_a_step_whose_retry_waits_is_not_cancelled(settled, engine):
