@@ -4,21 +4,24 @@ Operators are counted in the graph, in its subgraphs (of Scan, Loop and If) and 
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from unroll.bundle.errors import BundleError
+from unroll.bundle.hazards import Node, Scope
 from unroll.bundle.protobuf import fields, numbers
 
 # Field numbers of onnx.proto.
 _GRAPH, _TRAINING, _FUNCTION = 7, 20, 25  # of a model
-_NODE, _INITIALIZER, _SPARSE = 1, 5, 15  # of a graph
-_FUNCTION_NODE = 7
-_OP_TYPE, _ATTRIBUTE, _DOMAIN = 4, 5, 7  # of a node
+_NODE, _INITIALIZER, _INPUT, _OUTPUT, _SPARSE = 1, 5, 11, 12, 15  # of a graph
+_FUNCTION_NODE, _FUNCTION_DOMAIN = 7, 10
+_INPUTS, _OUTPUTS, _OP_TYPE, _ATTRIBUTE, _DOMAIN = 1, 2, 4, 5, 7  # of a node
+_NAME, _NUMBER = 1, 3  # of an attribute
 _TENSOR, _SUBGRAPH, _TENSORS, _SUBGRAPHS, _SPARSE_TENSOR, _SPARSE_TENSORS = 5, 6, 10, 11, 22, 23  # of an attribute
 _DIMS, _DATA_TYPE, _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 9, 13, 14  # of a tensor
 _TYPED_DATA = {4, 5, 7, 10, 11}
 
 _DEFAULT_DOMAINS = {"", "ai.onnx"}
+_KNOWN_DOMAINS = _DEFAULT_DOMAINS | {"com.microsoft"}
 #: Bytes of a value, by ONNX's number of its type: numbers only.
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 #: A layer of export has some dozen nodes; subgraphs of EmbeddingBag are five deep.
@@ -62,7 +65,7 @@ def operators(model: bytes) -> dict[str, int]:
             holds its weights.
     """
     try:
-        found = Counter(_Walk().model(model))
+        found = _Walk().model(model)
     except ValueError as error:
         raise BundleError("bundle_graph", f"model.onnx: {error}") from error
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
@@ -80,57 +83,90 @@ class _Walk:
 
     def __init__(self) -> None:
         self._nodes = 0
+        self._found: Counter[str] = Counter()
 
-    def model(self, content: bytes) -> Iterator[str]:
+    def model(self, content: bytes) -> Counter[str]:
         graphs = 0
         for number, part in fields(memoryview(content)):
             if number == _GRAPH:
                 graphs += 1
-                yield from self._graph(_message(part), 0)
+                self._graph(_message(part), Scope(), 0)
             elif number == _FUNCTION:
-                yield from self._nodes_of(_message(part), _FUNCTION_NODE, 0)
+                self._function(_message(part))
             elif number == _TRAINING:
                 raise ValueError("it holds instructions for training")
         if graphs != 1:
             raise ValueError(f"not an ONNX model: it has {graphs} graphs")
+        return self._found
 
-    def _graph(self, graph: memoryview, depth: int) -> Iterator[str]:
+    def _function(self, function: memoryview) -> None:
+        domains = [str(_message(part), "utf-8") for number, part in fields(function) if number == _FUNCTION_DOMAIN]
+        if not domains or not _KNOWN_DOMAINS.isdisjoint(domains):
+            raise ValueError("a function takes the place of an operator")
+        self._nodes_of(function, _FUNCTION_NODE, Scope(), 0)
+
+    def _graph(self, graph: memoryview, scope: Scope, depth: int) -> list[bool]:
+        """Which of its outputs are floats. scope: of what is around it."""
         if depth > _MOST_DEPTH:
             raise BundleError("bundle_too_large", f"model.onnx nests graphs deeper than {_MOST_DEPTH}")
+        scope, outputs = scope.inner(), []
         for number, part in fields(graph):
             if number == _INITIALIZER:
                 _check_tensor(_message(part))
+                scope.add_constant(_message(part))
+            elif number == _INPUT:
+                scope.add_value(_message(part))
+            elif number == _OUTPUT:
+                outputs.append(_message(part))
             elif number == _SPARSE:
                 raise ValueError("it holds a sparse tensor")
-        yield from self._nodes_of(graph, _NODE, depth)
+        self._nodes_of(graph, _NODE, scope, depth)
+        return [scope.floats[scope.add_value(output)] for output in outputs]
 
-    def _nodes_of(self, message: memoryview, node: int, depth: int) -> Iterator[str]:
+    def _nodes_of(self, message: memoryview, node: int, scope: Scope, depth: int) -> None:
         for number, part in fields(message):
             if number == node:
                 self._nodes += 1
                 if self._nodes > _MOST_NODES:
                     raise BundleError("bundle_too_large", f"model.onnx has more than {_MOST_NODES} nodes")
-                yield from self._node(_message(part), depth)
+                self._found[scope.add_node(self._node(_message(part), scope, depth))] += 1
 
-    def _node(self, node: memoryview, depth: int) -> Iterator[str]:
-        name = domain = ""
-        for number, part in fields(node):
+    def _node(self, message: memoryview, scope: Scope, depth: int) -> Node:
+        node, name, domain = Node(), "", ""
+        for number, part in fields(message):
             if number == _OP_TYPE:
                 name = str(_message(part), "utf-8")
             elif number == _DOMAIN:
                 domain = str(_message(part), "utf-8")
+            elif number in {_INPUTS, _OUTPUTS}:
+                (node.inputs if number == _INPUTS else node.outputs).append(str(_message(part), "utf-8"))
             elif number == _ATTRIBUTE:
-                yield from self._attribute(_message(part), depth)
-        yield name if domain in _DEFAULT_DOMAINS else f"{domain}.{name}"
+                self._attribute(node, _message(part), scope, depth)
+        node.operator = name if domain in _DEFAULT_DOMAINS else f"{domain}.{name}"
+        return node
 
-    def _attribute(self, attribute: memoryview, depth: int) -> Iterator[str]:
+    def _attribute(self, node: Node, attribute: memoryview, scope: Scope, depth: int) -> None:
+        name, tensor, number_ = "", None, None
         for number, part in fields(attribute):
-            if number in {_SUBGRAPH, _SUBGRAPHS}:
-                yield from self._graph(_message(part), depth + 1)
+            if number == _NAME:
+                name = str(_message(part), "utf-8")
+            elif number == _NUMBER and isinstance(part, int):
+                number_ = part
+            elif number in {_SUBGRAPH, _SUBGRAPHS}:
+                node.bodies.append(self._graph(_message(part), scope, depth + 1))
             elif number in {_TENSOR, _TENSORS}:
                 _check_tensor(_message(part))
+                if tensor is not None and number == _TENSOR:
+                    raise ValueError("an attribute holds two tensors")
+                tensor = _message(part)
             elif number in {_SPARSE_TENSOR, _SPARSE_TENSORS}:
                 raise ValueError("it holds a sparse tensor")
+        if name in node.tensors or name in node.numbers:
+            raise ValueError("a node has an attribute twice")
+        if tensor is not None:
+            node.tensors[name] = tensor
+        if number_ is not None:
+            node.numbers[name] = number_
 
 
 def _message(part: int | memoryview) -> memoryview:

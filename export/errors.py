@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from unroll.export.source_lines import source_line
+from unroll.export.source_lines import as_where, source_line
 
 Code = Literal[
     "batch_time",  # an input's first two dimensions are not the batch and the time of the others
@@ -90,10 +90,12 @@ def untraceable(what: str, error: Exception) -> ExportError:
     """The refusal for `what` torch.export or its translation to ONNX cannot follow."""
     text = str(error)
     if "data-dependent" in text:
+        written = as_where(error)
         return ExportError(
             "not_exportable",
             f"{what} decides by the value of a tensor, as `if x.sum() > 0` or int(x) does{source_line(error)}; a graph "
-            "runs the same operations for every input: choose with torch.where(condition, a, b)",
+            "runs the same operations for every input: choose with torch.where(condition, a, b), for each row by itself"
+            + (f", as {written}" if written else ""),
         )
     if unknown := _NO_OPERATOR.search(text):
         return ExportError(

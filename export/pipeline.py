@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ from unroll.export.signature.samples import Samples
 from unroll.export.state_choice import choose_state
 from unroll.export.step_form import over_time
 from unroll.export.verification import parity, preconditions, probes
+from unroll.export.verification.decisions import Decided, decide, notes_on_ways
 from unroll.export.verification.draft import draft_manifest
 from unroll.export.verification.input_ranges import find_ranges, split_ranges
 from unroll.export.verification.large_numbers import LargeNumber
@@ -163,6 +164,12 @@ class Pipeline:
         if self._options.step:
             module, example_inputs = self._over_time(module, example_inputs)
         prepared = self._prepare(module, example_inputs)
+        ways = decide(prepared.exact, prepared.example)
+        with Decided(ways) if ways else nullcontext():
+            report = self._export(prepared)
+        return replace(report, notes=(*report.notes, *notes_on_ways(ways)))
+
+    def _export(self, prepared: Prepared) -> Report:
         self._progress("running it as it is")
         try:
             prepared = self._find_state(prepared)

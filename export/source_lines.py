@@ -1,8 +1,11 @@
-"""Finds the line of the user's code at which an error was raised."""
+"""Finds the line of the user's code at which an error was raised, and how to write its branch without one."""
 
+import ast
+import linecache
 import os
 import sysconfig
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 #: Packages whose frames are not the user's.
@@ -16,19 +19,53 @@ _SHORT = 80
 
 def source_line(error: BaseException) -> str:
     """` (at net.py:14: y = x.view(7))`, or nothing if none of the user's code was running."""
+    if (frame := _frame(error)) is None:
+        return ""
+    line = (frame.line or "").strip()
+    code = f": {line}" if 0 < len(line) <= _SHORT else ""
+    return f" (at {shown(frame.filename)}:{frame.lineno}{code})"
+
+
+def _frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The user's own innermost one."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     for each in reversed(chain):
-        frames = [frame for frame in traceback.extract_tb(each.__traceback__) if _is_users(frame.filename)]
+        frames = [frame for frame in traceback.extract_tb(each.__traceback__) if is_users(frame.filename)]
         if frames:
-            line = (frames[-1].line or "").strip()
-            code = f": {line}" if 0 < len(line) <= _SHORT else ""
-            return f" (at {_shown(frames[-1].filename)}:{frames[-1].lineno}{code})"
-    return ""
+            return frames[-1]
+    return None
 
 
-def _is_users(filename: str) -> bool:
+def statement_at(filename: str, line: int) -> ast.stmt | None:
+    """The `if` or `assert` that begins at a line."""
+    with suppress(SyntaxError):
+        nodes = ast.walk(ast.parse("".join(linecache.getlines(filename))))
+        return next((node for node in nodes if isinstance(node, (ast.If, ast.Assert)) and node.lineno == line), None)
+    return None
+
+
+def as_where(error: BaseException) -> str:
+    """The branch at which an error was raised as one assignment, `y = torch.where(n == 0, a, b)`; or nothing."""
+    frame = _frame(error)
+    statement = statement_at(frame.filename, frame.lineno or 0) if frame else None
+    if not isinstance(statement, ast.If) or not isinstance(statement.test, ast.Call):
+        return ""
+    call, branches = statement.test, [statement.body, statement.orelse or statement.body]
+    one, other = (branch[0] for branch in branches)
+    if not isinstance(one, ast.Assign) or not isinstance(other, ast.Assign) or {*map(len, branches)} != {1}:
+        return ""
+    (target, *_), targets = one.targets, {ast.unparse(each.targets[0]) for each in (one, other)}
+    reduced = call.args[0] if call.args else call.func.value if isinstance(call.func, ast.Attribute) else call
+    if len(targets) > 1 or not isinstance(target, ast.Name):
+        return ""
+    otherwise = ast.unparse(other.value) if statement.orelse else target.id
+    return f"{target.id} = torch.where({ast.unparse(reduced)}, {ast.unparse(one.value)}, {otherwise})"
+
+
+def is_users(filename: str) -> bool:
+    """Is it code of the user's, or of a package that they use, and not of this one's or PyTorch's?"""
     path = Path(os.path.realpath(filename))
     parts = path.parts
     if "site-packages" in parts:
@@ -36,6 +73,7 @@ def _is_users(filename: str) -> bool:
     return path.suffix == ".py" and not path.is_relative_to(_OWN) and not path.is_relative_to(_STANDARD)
 
 
-def _shown(filename: str) -> str:
+def shown(filename: str) -> str:
+    """The path of a file, as messages have it."""
     path = Path(filename)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name

@@ -179,6 +179,9 @@ def _kept(step: nn.Module, example: dict[str, Any], batch: int, one: dict[str, A
         seen.append({key: _cloned(value) for key, value in _held(tried).items()})
     first, before, after = seen
     changed = [key for key, value in after.items() if key not in before or _differs(before[key], value)]
+    if not changed:
+        _called(detached_copy(step), one)
+        return {}
     starts = {key: _start(first.get(key, _ABSENT), after[key]) for key in changed}
     for axes in product(*(alike_rows(tensor, batch) for tensor in pytree.tree_leaves(list(starts.values())))):
         left = iter(axes)

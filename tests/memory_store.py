@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from unroll.service.core.errors import SessionContended, UnrollError
 from unroll.service.core.session_ids import shown, tenant_of
 from unroll.service.store.interface import Commit, Key, Listed, Page
-from unroll.service.store.record import Gone, Origin, Record, unpack_last
+from unroll.service.store.record import Gone, Record
 from unroll.service.telemetry.metrics import StoreFigures
 
 
@@ -57,13 +57,12 @@ class MemoryStore:
             return None
         if held != commit.expected:
             return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
-        kept, depth = unpack_last(commit.last)
-        origin = Origin.from_bytes(commit.origin)
+        new = Record.unpack(commit.content, commit.token)
         if commit.ends:
             self._records.pop(commit.key, None)
-            self._gone[commit.key] = Gone("session_closed", origin, kept), commit.token
+            self._gone[commit.key] = Gone("session_closed", new.origin, new.kept), commit.token
             return None
-        self._records[commit.key] = Record(origin, commit.position, commit.row, kept, depth, commit.token)
+        self._records[commit.key] = new
         self._gone.pop(commit.key, None)
         return None
 

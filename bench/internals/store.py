@@ -22,7 +22,7 @@ from redis import Redis
 from bench.servers import HOST, running_server
 from deploy import local_redis
 from unroll.service.store.interface import Commit, Store, Tokens
-from unroll.service.store.record import Kept, Origin, pack_last
+from unroll.service.store.record import Kept, Origin, pack, pack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 _BATCH = 64
@@ -95,10 +95,8 @@ class Sessions:
         expected, self._tokens_by_id[each] = self._tokens_by_id[each], self._tokens.next()
         row = os.urandom(4 * self._model.state)
         last = pack_last(1, (Kept(0, 1, os.urandom(16), os.urandom(4 * self._model.output)),))
-        origin = self._origin.to_bytes()
-        return Commit(
-            (self._model.name[:4], each), expected, self._tokens_by_id[each], origin, 1, row, last, opens, ends
-        )
+        content = pack(self._origin.to_bytes(), 1, row, last)
+        return Commit((self._model.name[:4], each), expected, self._tokens_by_id[each], content, opens, ends)
 
     @property
     def ids(self) -> list[str]:

@@ -117,6 +117,17 @@ class Cell(nn.Module):
         return torch.stack(outs, 1)
 
 
+def reset_where_needed(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    assert torch.isfinite(x).all()
+    h, outs = x.new_zeros(x.shape[0], 6), []
+    for t in range(x.shape[1]):
+        if done[:, t].any():
+            h = h * (1 - done[:, t]).unsqueeze(1)
+        h = s.cell(x[:, t], h)
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
 def causal(s: Any, x: Tensor) -> Tensor:
     return s.cell(s.conv(functional.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))
 
@@ -193,6 +204,11 @@ HABITS = [
     ),
     Kind("unflattened to batch and time", lambda: made(unflattened, rnn=gru(), head=head())),
     Kind("a module that does not return itself", Silent),
+    Kind(
+        "a branch that saves work",
+        lambda: made(reset_where_needed, cell=nn.GRUCell(4, 6)),
+        lambda: {"x": torch.randn(2, 7, 4), "done": (torch.rand(2, 7) < 0.3).float()},
+    ),
     Kind("a looping layer without a state", lambda: made(lambda s, x: s.cell(x, None), cell=Cell())),
     Kind(
         "a causal convolution, then a loop", lambda: made(causal, conv=nn.Conv1d(4, 4, 3), cell=Cell()), bit_exact=False

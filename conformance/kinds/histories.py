@@ -51,6 +51,12 @@ def cumulative_norm_by_position(s: Any, x: Tensor) -> Tensor:
 
 
 HISTORIES = [
+    Kind(
+        "causal convolutions alone",
+        lambda: nn.Sequential(Causal(4, 3), nn.ReLU(), Causal(4, 2)),
+        lambda: {"input": torch.randn(2, 7, 4)},
+        bit_exact=False,
+    ),
     Kind("causal convolution", lambda: made(causal, conv=nn.Conv1d(4, 4, 3), rnn=gru()), bit_exact=False),
     Kind(
         "convolutions that are cut to the length",

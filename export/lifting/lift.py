@@ -104,13 +104,6 @@ class _Lifter:
     def _record(self, values: dict[str, Any]) -> Tape:
         """Run forward on the example with other `values`; returns the tape with its calls."""
         self._call(values)
-        if not self._tape.calls and not self._declared.state:
-            raise ExportError(
-                "no_recurrent_layer",
-                "forward calls no recurrent layer: neither nn.LSTM, nn.GRU, nn.RNN nor a Python loop over time that "
-                "hands a state on. If forward computes all time steps at once, as with cumsum, fft or convolutions "
-                "alone, write it as a loop over them, or export a forward of one step with --step",
-            )
         return self._tape
 
     def _call(self, values: dict[str, Any]) -> Any:

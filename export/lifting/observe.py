@@ -138,13 +138,25 @@ def _final_states(tensors: list[Tensor], calls: list[Call]) -> set[int]:
 
 
 def _layout(calls_at: dict[tuple[int, int], list[Call]]) -> Layout:
-    """The layout, the same at every batch size and length. Raises ExportError(calls_depend_on_time | layer_axes)."""
+    """The layout, the same at every batch size and length.
+
+    Raises:
+        ExportError: calls_depend_on_time, layer_axes, or no_recurrent_layer if forward hands on nothing.
+    """
     layouts = [Layout.of(calls) for calls in calls_at.values()]
     for calls, layout in zip(calls_at.values(), layouts, strict=True):
         if layout != layouts[0]:
             raise call_count(calls[-1].module)
     for (batch, time), calls in calls_at.items():
         _check_axes(calls, batch, time)
+    if all(slot.kind == "static" for slot in layouts[0].slots):
+        raise ExportError(
+            "no_recurrent_layer",
+            "forward hands nothing on from one time step to the next: it has no nn.LSTM, nn.GRU or nn.RNN, no Python "
+            "loop over time, and no convolution, delay or cumsum that looks back and not ahead. If it computes all "
+            "time steps at once, as with fft or a parallel scan, write it as a loop over them, or export a forward of "
+            "one step with --step",
+        )
     return layouts[0]
 
 

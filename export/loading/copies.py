@@ -31,9 +31,9 @@ def detached_copy(module: nn.Module) -> nn.Module:
             computed = [w for m in module.modules() if isinstance(m, nn.RNNBase) for w in m._flat_weights]
             memo: dict[int, Any] = {id(w): w.detach() for w in computed if w is not None and not w.is_leaf}
             try:
-                copied = copy.deepcopy(module, dict(memo))
+                copied = _copied(module, dict(memo))
             except (RuntimeError, TypeError):
-                copied = copy.deepcopy(module, memo | _left_out(module))
+                copied = _copied(module, memo | _left_out(module))
             copied.cpu()
             copied.eval()
             copied.requires_grad_(False)
@@ -43,6 +43,23 @@ def detached_copy(module: nn.Module) -> nn.Module:
             "not_copyable",
             f"copy.deepcopy fails on the module: {error}; export a module of the layers alone, without that",
         ) from error
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, also of parts that copy themselves: their own copies may leave out what export puts there."""
+    for part in reversed([*module.modules()]):
+        owner = next((kind for kind in type(part).__mro__ if "__deepcopy__" in vars(kind)), None)
+        if owner and not owner.__module__.startswith(("torch.", "unroll.")):
+            memo[id(part)] = _whole(part, memo)
+    return copy.deepcopy(module, memo)
+
+
+def _whole(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    kind = type(module)
+    copied: nn.Module = object.__new__(type(kind.__name__, (kind,), {"__deepcopy__": _whole}))
+    memo[id(module)] = copied
+    vars(copied).update(copy.deepcopy(vars(module), memo))
+    return copied
 
 
 class _Detach(TorchFunctionMode):

@@ -103,5 +103,5 @@ async def _replace(store: Store, key: Key, record: Record, tokens: Tokens) -> st
 
 
 def _commit(key: Key, expected: bytes, token: bytes, record: Record) -> Commit:
-    origin = changed(record.origin, durability=STORED).to_bytes()  # any server can continue it
-    return Commit(key, expected, token, origin, record.position, record.row, record.last, begins=True)
+    record = changed(record, origin=changed(record.origin, durability=STORED))  # any server can continue it
+    return Commit(key, expected, token, record.packed(), begins=True)

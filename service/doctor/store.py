@@ -20,7 +20,7 @@ from unroll.service.store.embedded_store import EmbeddedStoreConfig
 from unroll.service.store.interface import Commit, StoreRefused, Tokens
 from unroll.service.store.lmdb_folder import file_system, is_store
 from unroll.service.store.opening import StoreConfig, open_store
-from unroll.service.store.record import STORED, Origin, pack_last
+from unroll.service.store.record import STORED, Origin, pack, pack_last
 from unroll.service.store.redis_store import RedisStore
 from unroll.service.telemetry import logs
 
@@ -101,7 +101,8 @@ async def _commit_seconds(config: StoreConfig) -> float:
         for position in range(_COMMITS):
             before, token = token, tokens.next()
             begun = time.perf_counter()
-            commit = Commit(key, before, token, origin, position, bytes(1024), pack_last(1, ()), begins=not before)
+            content = pack(origin, position, bytes(1024), pack_last(1, ()))
+            commit = Commit(key, before, token, content, begins=not before)
             (error,) = await store.commit([commit])
             spent.append(time.perf_counter() - begun)
             if error is not None:

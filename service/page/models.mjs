@@ -95,7 +95,7 @@ function layout(model) {
       "tr",
       {},
       h("td", {}, h("i", { class: `swatch kind-${slot.kind}` }), slotName(slot, model.state)),
-      h("td", { class: "figure" }, `${slot.offset} … ${slot.offset + slot.size - 1}`),
+      h("td", { class: "figure" }, slot.size > 1 ? `${slot.offset} … ${slot.offset + slot.size - 1}` : slot.offset),
     ),
   );
   return h("div", {}, bar, h("div", { class: "scrolls" }, h("table", {}, h("tbody", {}, rows))));
@@ -124,8 +124,8 @@ function parity(model) {
   const exact = model.bit_exact ? "On the CPU, chunking and batching change no bit." : "";
   const stable =
     model.stability === 0
-      ? "Batches of any company gave identical bits."
-      : `In other batches, results differed by at most ${number(model.stability)}.`;
+      ? "What else was in a batch changed no bit."
+      : `What else was in a batch changed results by at most ${number(model.stability)}.`;
   return h("div", {}, h("table", {}, h("tbody", {}, rows)), h("p", { class: "soft" }, `${exact} ${stable}`));
 }
 

@@ -9,8 +9,10 @@ from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Action, Chunk, Group, PendingCommit
 from unroll.service.scheduler.completion import Completion
 from unroll.service.scheduler.groups import Groups
+from unroll.service.scheduler.reply import payload_digests
 from unroll.service.scheduler.session import Session, Work
 from unroll.service.store.interface import Commit, Tokens
+from unroll.service.store.record import pack, pack_steps
 
 #: The commits, and the result of each.
 _Results = Iterator[tuple[Commit, UnrollError | None]]
@@ -22,7 +24,7 @@ class Commits:
     def __init__(self, completion: Completion, groups: Groups) -> None:
         self._completion = completion
         self._groups = groups
-        self._replay = completion.replay
+        self._last_after = completion.replay.last_after
         self._next_token = Tokens().next
 
     def of(
@@ -35,31 +37,44 @@ class Commits:
             pending: what `Scheduler.complete` returned.
             read_rows: returns the states in some slots.
         """
-        rows = read_rows([session.slot for work, _, failed in pending for session in _sessions_of(work, failed)])
-        content, size = rows.tobytes(), rows[0].nbytes
-        states = iter([content[begin : begin + size] for begin in range(0, len(content), size)])
+        rows = read_rows([session.slot for work, _, _ in pending for session in _sessions_of(work)])
         commits: list[Commit] = []
+        end = 0
         for work, outputs, failed in pending:
-            if isinstance(work, Group):
-                lasts = self._replay.lasts_after(work, outputs)
-                for row, (session, last) in enumerate(zip(work.sessions, lasts, strict=True)):
-                    if row not in failed:
-                        commits.append(self._commit(model, session, session.position + work.length, next(states), last))
-                continue
-            assert work.session is not None
-            last = self._replay.last_after(work.session, work, outputs)
-            commit = self._commit(model, work.session, work.start + work.length, next(states), last)
-            commit.begins |= work.opening is not None
-            commit.ends = work.final
-            commits.append(commit)
+            begin, end = end, end + work.row_count
+            if isinstance(work, Chunk):
+                commits.append(self._of_chunk(model, work, outputs, rows[begin].tobytes()))
+            else:
+                commits += self._of_group(model, work, outputs, failed, rows[begin:end])
         return commits
 
-    def _commit(self, model: str, session: Session, position: int, state: bytes, last: bytes) -> Commit:
+    def _of_chunk(self, model: str, chunk: Chunk, outputs: Tensors, row: bytes) -> Commit:
+        session = chunk.session
+        assert session is not None
         durable = session.durable
         assert durable is not None
-        token = durable.token
-        key = model, session.id
-        return Commit(key, token, self._next_token(), durable.origin, position, state, last, not token)
+        last = self._last_after(session, chunk, outputs)
+        content = pack(durable.origin, chunk.start + chunk.length, row, last)
+        begins = chunk.opening is not None or not durable.token
+        return Commit((model, session.id), durable.token, self._next_token(), content, begins, chunk.final)
+
+    def _of_group(
+        self, model: str, group: Group, outputs: Tensors, failed: dict[int, UnrollError], rows: np.ndarray
+    ) -> Iterator[Commit]:
+        links = [(session, session.durable) for session in group.sessions if session.durable is not None]
+        positions = np.array([session.own_progress.position for session in group.sessions], np.uint64)
+        contents = pack_steps(
+            [durable.origin for _, durable in links],
+            positions + np.uint64(group.length),
+            group.length,
+            rows,
+            payload_digests(_bytes_of_rows(group.inputs)),
+            _bytes_of_rows(outputs),
+        )
+        next_token = self._next_token
+        for row, ((session, durable), content) in enumerate(zip(links, contents, strict=True)):
+            if row not in failed:
+                yield Commit((model, session.id), durable.token, next_token(), content)
 
     def complete(
         self,
@@ -82,7 +97,7 @@ class Commits:
         results = zip(commits, errors, strict=True)
         for work, outputs, failed in pending:
             if isinstance(work, Group):
-                self._complete_group(work, outputs, dict(failed), results, now)
+                self._complete_group(work, outputs, failed, results, now)
             else:
                 self._complete_chunk(work, outputs, *next(results), now)
         self._completion.batch_rows = 0
@@ -100,12 +115,11 @@ class Commits:
             self._fail_behind(behind, error, now)
 
     def _complete_group(
-        self, group: Group, outputs: Tensors, errors: dict[int, UnrollError], results: _Results, now: float
+        self, group: Group, outputs: Tensors, failed: dict[int, UnrollError], results: _Results, now: float
     ) -> None:
-        """errors: of the rows that were not committed."""
-        behind = []
+        errors, behind = dict(failed), []
         for row, session in enumerate(group.sessions):
-            if row not in errors:
+            if row not in failed:
                 commit, error = next(results)
                 works = _note(session, commit, error)
                 if error is not None:
@@ -115,7 +129,7 @@ class Commits:
         for works, error in behind:
             self._fail_behind(works, error, now)
 
-    def _fail_behind(self, behind: list[Work], error: UnrollError, now: float) -> None:
+    def _fail_behind(self, behind: Sequence[Work], error: UnrollError, now: float) -> None:
         for work in behind:
             if isinstance(work, Action):
                 work.answer(error)
@@ -125,22 +139,27 @@ class Commits:
                 self._completion.fail(work, error, now)
 
 
-def _note(session: Session, commit: Commit, error: UnrollError | None) -> list[Work]:
+def _note(session: Session, commit: Commit, error: UnrollError | None) -> Sequence[Work]:
     """What the result of its commit means for the session; returns the work that waits behind it and must fail."""
     durable = session.durable
     assert durable is not None
     if error is None:
         durable.token = commit.token
-        return []
+        return ()
     durable.stale = True
     progress = session.own_progress
     behind, progress.pending = progress.pending or [], None
     return behind
 
 
-def _sessions_of(work: Chunk | Group, failed: dict[int, UnrollError]) -> list[Session]:
-    """The sessions that are committed."""
+def _sessions_of(work: Chunk | Group) -> list[Session]:
     if isinstance(work, Group):
-        return [session for row, session in enumerate(work.sessions) if row not in failed] if failed else work.sessions
+        return work.sessions
     assert work.session is not None
     return [work.session]
+
+
+def _bytes_of_rows(tensors: Tensors) -> np.ndarray:
+    """The values of each row's tensors one after another: (rows, bytes), uint8."""
+    blocks = [np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8) for array in tensors]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)

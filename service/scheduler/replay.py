@@ -13,7 +13,7 @@ from unroll.service.core.errors import PayloadMismatch, PositionGap, PositionToo
 from unroll.service.engine.engine import Tensors
 from unroll.service.scheduler.chunk import Chunk, Group
 from unroll.service.scheduler.limits import ModelTraits
-from unroll.service.scheduler.reply import AppliedChunk, Reply, digest, payload_digest
+from unroll.service.scheduler.reply import AppliedChunk, Reply, payload_digest
 from unroll.service.scheduler.session import Cohort, Session
 from unroll.service.state.step_table import StepTable
 from unroll.service.store.record import Kept, pack_last, pack_last_chunk
@@ -177,16 +177,6 @@ class ReplayCache:
         new = Kept(chunk.start, chunk.length, payload_digest(chunk.inputs), content)
         return pack_last(depth, (*before, new)[-depth:])
 
-    def lasts_after(self, group: Group, outputs: Tensors) -> list[bytes]:
-        """`last_after` of each row of a group whose sessions keep one chunk each."""
-        contents, payloads = _rows_of_bytes(outputs), _rows_of_bytes(group.inputs)
-        if len(contents[0]) > self._largest:
-            return [pack_last(1, ())] * len(contents)
-        return [
-            pack_last_chunk(session.position, group.length, digest(payload), content)
-            for session, payload, content in zip(group.sessions, payloads, contents, strict=True)
-        ]
-
     def read(self, kept: Kept) -> AppliedChunk:
         """A chunk as a record has it."""
         return AppliedChunk(kept.start, kept.digest, Reply(self._tensors(kept), kept.start + kept.steps))
@@ -256,11 +246,3 @@ def _kept(chunks: Iterable[AppliedChunk]) -> tuple[Kept, ...]:
 
 def _bytes(outputs: Tensors) -> bytes:
     return outputs[0].tobytes() if len(outputs) == 1 else b"".join([array.tobytes() for array in outputs])
-
-
-def _rows_of_bytes(tensors: Tensors) -> list[bytes]:
-    """Of each row of a batch, the values of its tensors one after another."""
-    blocks = [np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8) for array in tensors]
-    block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-    content, size = block.tobytes(), block.shape[1]
-    return [content[begin : begin + size] for begin in range(0, len(content), size)]

@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from unroll.service.core.errors import UnrollError
 from unroll.service.engine.engine import Tensors
 
@@ -53,12 +55,17 @@ class AppliedChunk:
 
 def payload_digest(inputs: Tensors) -> bytes:
     """Digest of a payload's values: the same for every encoding in which a client can send them."""
-    return digest(*[array.tobytes() for array in inputs])
+    digest = _NOTHING.copy()
+    for array in inputs:
+        digest.update(array.tobytes())
+    return digest.digest()
 
 
-def digest(*values: bytes) -> bytes:
-    """`payload_digest` of inputs as bytes."""
-    state = _NOTHING.copy()
-    for value in values:
-        state.update(value)
-    return state.digest()
+def payload_digests(rows: np.ndarray) -> list[bytes]:
+    """`payload_digest` of many payloads; rows: the values of each one after another, (payloads, bytes), uint8."""
+    digests = []
+    for row in rows:
+        digest = _NOTHING.copy()
+        digest.update(row)
+        digests.append(digest.digest())
+    return digests

@@ -28,7 +28,7 @@ from unroll.service.sessions.directory import SessionDirectory
 from unroll.service.sessions.in_memory import MemorySessions, OnVerified
 from unroll.service.state.snapshot import Snapshot
 from unroll.service.store.interface import Commit, Key, Store, Tokens
-from unroll.service.store.record import MEMORY, STORED, Gone, Record, pack_last
+from unroll.service.store.record import MEMORY, STORED, Gone, Record, pack, pack_last
 
 T = TypeVar("T")
 
@@ -213,7 +213,7 @@ class DurableSessions(MemorySessions):
         served.scheduler.sessions.check_room()
         position, row = (start.position, _bytes(start)) if start is not None else (0, b"")
         record = Record(served.origin(durability), position, row, token=self._tokens.next())
-        commit = Commit(key, b"", record.token, record.origin.to_bytes(), position, row, record.last, begins=True)
+        commit = Commit(key, b"", record.token, record.packed(), begins=True)
         (error,) = await self._store.commit([commit])
         if isinstance(error, SessionContended):
             await self.verified(*key, lambda: self.directory.check_free(*key))  # raises SessionExists with the position
@@ -265,7 +265,8 @@ class DurableSessions(MemorySessions):
         for _ in range(ATTEMPTS):
             assert session.durable is not None
             durable, last = session.durable, pack_last(session.depth, ())
-            commit = Commit(key, durable.token, self._tokens.next(), durable.origin, snapshot.position, row, last)
+            content = pack(durable.origin, snapshot.position, row, last)
+            commit = Commit(key, durable.token, self._tokens.next(), content)
             (error,) = await self._store.commit([commit])
             session = await self.verified(*key, find)
             if not isinstance(error, SessionContended):

@@ -177,8 +177,7 @@ class SpilledSessions:
         if self._parking.get(key) is not parked:
             return
         record, token = parked[0], self._tokens.next()
-        origin = record.origin.to_bytes()
-        commit = Commit(key, b"", token, origin, record.position, record.row, record.last, begins=True)
+        commit = Commit(key, b"", token, record.packed(), begins=True)
         (error,) = await store.commit([commit])
         if self._parking.get(key) is not parked:
             await self._remove(store, key, token)

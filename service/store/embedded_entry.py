@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from unroll.service.core.errors import SessionClosed, SessionExpired, SnapshotInvalid
-from unroll.service.state.envelope import HEADER_BYTES, Envelope, checksum
-from unroll.service.store.interface import Commit, Key
+from unroll.service.state.envelope import HEADER_BYTES, Envelope
+from unroll.service.store.interface import Key
 from unroll.service.store.lmdb_folder import boot
-from unroll.service.store.record import ORIGIN_BYTES, WHOLE, Gone, Origin, Record, unpack_last
+from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, unpack_last
 
 POSITION = struct.Struct("<Q")
 SESSION, CLOSED, EXPIRED = range(3)
@@ -99,23 +99,6 @@ class Entry:
 
 def pack_entry(name: bytes, kind: int, expires: float, token: bytes, body: bytes) -> bytes:
     return _ENVELOPE.seal(b"".join((_HEADERS[kind], _ENTRY.pack(expires, token, len(name)), name, body)))
-
-
-def pack_session(name: bytes, expires: float, commit: Commit) -> bytes:
-    """`pack_entry` of a session's record, joined once: every step writes one."""
-    row, last = commit.row, commit.last
-    content = b"".join(
-        (
-            _HEADERS[SESSION],
-            _ENTRY.pack(expires, commit.token, len(name)),
-            name,
-            commit.origin,
-            WHOLE.pack(commit.position, len(row), len(last)),
-            row,
-            last,
-        )
-    )
-    return content + checksum(content).digest()
 
 
 def token_of(content: Any, now: float) -> tuple[bytes, bool]:

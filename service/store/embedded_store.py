@@ -36,7 +36,6 @@ from unroll.service.store.embedded_entry import (
     key_of,
     name_of,
     pack_entry,
-    pack_session,
     place_of,
     since_boot,
     this_boot,
@@ -45,7 +44,7 @@ from unroll.service.store.embedded_entry import (
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Listed, Page, Tokens
 from unroll.service.store.lmdb_folder import LmdbFolder
-from unroll.service.store.record import Gone, Record, pack_last
+from unroll.service.store.record import Gone, Record, pack_last, unpack_trace
 
 _log = structlog.get_logger(__name__)
 
@@ -240,10 +239,11 @@ class EmbeddedStore:
         if (token if is_living else b"") != commit.expected:
             return SessionContended(f"session {shown(commit.key[1])!r} was updated by another replica; retry", 0.1)
         if commit.ends:
-            body = POSITION.pack(commit.position) + commit.origin + commit.last
+            origin, position, last = unpack_trace(commit.content)
+            body = POSITION.pack(position) + origin + last
             entry = pack_entry(name, CLOSED, now + self._config.tombstone_life, commit.token, body)
         else:
-            entry = pack_session(name, now + self._life, commit)
+            entry = pack_entry(name, SESSION, now + self._life, commit.token, commit.content)
         transaction.put(place, entry)
         return None
 

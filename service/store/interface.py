@@ -28,18 +28,15 @@ class Commit:
 
     Attributes:
         expected: The token of the record that this one follows; empty: the session must not exist.
-        origin, position, row, last: As in a record.
+        content: The record, as `pack` makes it.
         begins: This is the session's first commit.
-        ends: The commit closes the session: `last` stays available for retries, and the row is removed.
+        ends: The commit closes the session: its last chunk stays available for retries, and the row is removed.
     """
 
     key: Key
     expected: bytes
     token: bytes
-    origin: bytes
-    position: int
-    row: bytes
-    last: bytes
+    content: bytes
     begins: bool = False
     ends: bool = False
 

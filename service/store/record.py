@@ -10,7 +10,10 @@ last     depth u32, count u32, and for each chunk that can be asked for again: s
 
 import struct
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
+
+import numpy as np
 
 from unroll.service.core.errors import SnapshotInvalid
 from unroll.service.state.envelope import HEADER_BYTES, Envelope
@@ -99,7 +102,11 @@ class Record:
 
     def to_bytes(self) -> bytes:
         """Return all of it but the token, with a checksum."""
-        return _ENVELOPE.seal(pack(self.origin.to_bytes(), self.position, self.row, self.last))
+        return _ENVELOPE.seal(self.packed())
+
+    def packed(self) -> bytes:
+        """Return all of it but the token, without a checksum."""
+        return pack(self.origin.to_bytes(), self.position, self.row, self.last)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
@@ -136,6 +143,45 @@ class Gone:
 def pack(origin: bytes, position: int, row: bytes, last: bytes) -> bytes:
     """Return the bytes of a record without its token and checksum."""
     return b"".join((origin, WHOLE.pack(position, len(row), len(last)), row, last))
+
+
+def pack_steps(
+    origins: list[bytes], positions: np.ndarray, steps: int, rows: np.ndarray, digests: list[bytes], outputs: np.ndarray
+) -> list[bytes]:
+    """`pack` of many sessions at once, each of depth 1 with its last chunk.
+
+    Args:
+        positions: after the chunk, uint64.
+        steps: of the chunk.
+        rows: (sessions, state_size), float32.
+        digests: of each payload.
+        outputs: (sessions, bytes), uint8.
+    """
+    row, kept = rows[0].nbytes, outputs.shape[1]
+    records = np.empty(len(origins), _steps_dtype(row, kept))
+    records["origin"] = np.frombuffer(b"".join(origins), records.dtype["origin"])
+    records["position"], records["start"], records["steps"] = positions, positions - np.uint64(steps), steps
+    records["row_bytes"], records["last_bytes"], records["output_bytes"] = row, _ONE_KEPT.size + kept, kept
+    records["depth"] = records["count"] = 1
+    records["row"] = np.ascontiguousarray(rows).view(records.dtype["row"])[:, 0]
+    records["digest"] = np.frombuffer(b"".join(digests), records.dtype["digest"])
+    records["outputs"] = outputs.view(records.dtype["outputs"])[:, 0]
+    content, size = records.tobytes(), records.itemsize
+    return [content[begin : begin + size] for begin in range(0, len(content), size)]
+
+
+@cache
+def _steps_dtype(row: int, outputs: int) -> np.dtype:
+    """A record of depth 1 with its last chunk, as `pack` and `pack_last_chunk` make it; in bytes."""
+    whole = [("origin", f"V{ORIGIN_BYTES}"), ("position", "<u8"), ("row_bytes", "<u4"), ("last_bytes", "<u4")]
+    last = [("depth", "<u4"), ("count", "<u4"), ("start", "<u8"), ("steps", "<u4"), ("digest", "V16")]
+    return np.dtype([*whole, ("row", f"V{row}"), *last, ("output_bytes", "<u4"), ("outputs", f"V{outputs}")])
+
+
+def unpack_trace(content: bytes) -> tuple[bytes, int, bytes]:
+    """Origin, position and last chunks of what `pack` made."""
+    position, row, _ = WHOLE.unpack_from(content, ORIGIN_BYTES)
+    return content[:ORIGIN_BYTES], position, content[ORIGIN_BYTES + WHOLE.size + row :]
 
 
 def pack_last(depth: int, kept: tuple[Kept, ...]) -> bytes:

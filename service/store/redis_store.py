@@ -28,7 +28,7 @@ from unroll.service.core.errors import SessionClosed, SessionContended, SessionE
 from unroll.service.core.session_ids import shown
 from unroll.service.store.exchanges import Exchanges, unavailable
 from unroll.service.store.interface import Commit, Key, Page, StoreRefused, Tokens
-from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack, pack_last, unpack_last
+from unroll.service.store.record import ORIGIN_BYTES, Gone, Origin, Record, pack_last, unpack_last, unpack_trace
 from unroll.service.store.redis_client import FAILURES, connect, disconnect, eviction_policy, refusal
 from unroll.service.store.redis_listing import read_page
 
@@ -221,9 +221,9 @@ class RedisStore:
     def _call_of(self, commit: Commit) -> _Call:
         who = commit.key, b"finish" if commit.ends else b"write", commit.expected, commit.token
         if commit.ends:
-            return self._call(*who, commit.last, commit.position.to_bytes(8, "little"), commit.origin)
-        record = pack(commit.origin, commit.position, commit.row, commit.last)
-        return self._call(*who, record, b"", commit.origin if commit.begins else b"")
+            origin, position, last = unpack_trace(commit.content)
+            return self._call(*who, last, position.to_bytes(8, "little"), origin)
+        return self._call(*who, commit.content, b"", commit.content[:ORIGIN_BYTES] if commit.begins else b"")
 
     async def page(self, after: str, limit: int, tenant: str | None = None) -> Page:
         try:

@@ -85,8 +85,9 @@ def test_help_and_wrong_arguments_wait_for_no_heavy_import() -> None:
         (["steam"], "unroll: no such command 'steam'; did you mean 'stream'"),
         (["sessions", "lst"], "unroll sessions: no such command 'lst'; did you mean 'list'?"),
         (["sessions"], "unroll sessions: missing command"),
-        (["serve", "--max-bathc", "3"], "unroll serve: there is no option '--max-bathc'; did you mean '--max-batch'?"),
-        (["stream", "co2", "--formats=csv"], "unroll stream: there is no option '--formats'; did you mean '--format'?"),
+        (["serve", "--max-bathc", "3"], "unroll serve: there is no option '--max-bathc'; did you mean --max-batch?"),
+        (["stream", "co2", "--formats=csv"], "unroll stream: there is no option '--formats'; did you mean --format?"),
+        (["store", "check", "--store", "file:///x"], "unroll store check: there is no option '--store'\n"),
         (["stream"], "unroll stream: missing argument 'MODEL'"),
         (["stream", "co2", "--format", "xml"], "unroll stream: invalid value for '--format': 'xml' is none of csv"),
         (["stream", "co2", "--rate", "0"], "unroll stream: invalid value for '--rate': 0.0 is not a number above 0"),
@@ -100,7 +101,7 @@ def test_a_wrong_argument_is_named_with_the_nearest_one(
     printed = capsys.readouterr()
     assert printed.out == ""
     first, usage = printed.err.splitlines()
-    assert first.startswith(says)
+    assert f"{first}\n".startswith(says)
     assert usage.startswith("usage: unroll ")
     assert "--help lists the " in usage
 

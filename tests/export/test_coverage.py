@@ -1,5 +1,6 @@
 """What the exporter makes of a model: which nodes, which inputs; and where the model may come from."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from conformance.kinds.kind import made
 from unroll import cli
 from unroll.bundle import Manifest
 from unroll.export import ExportError, export
+from unroll.export.loading.copies import detached_copy
 
 
 class Handwritten(nn.Module):
@@ -227,3 +229,22 @@ def test_means_and_sums_over_a_long_sequence_round_no_more_than_pytorchs(reposit
         single, double = module(x[None]), module.double()(x[None].double())
     for mine, pytorch, truth in zip(found, single, double, strict=True):
         assert abs(mine - truth[0].numpy()).max() <= 2 * abs(pytorch - truth).max() + 1e-8
+
+
+class CopiesItself(nn.Linear):
+    """Leaves out what else it holds, and cannot copy its weights."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CopiesItself":
+        copied = CopiesItself(self.in_features, self.out_features)
+        copied.state.data = self.state.data.clone()  # type: ignore[union-attr, operator]
+        return copied
+
+
+def test_copies_of_a_module_that_copies_itself_hold_all_that_export_put_there() -> None:
+    module = nn.Sequential(CopiesItself(3, 2))
+    copied = detached_copy(module)
+    copied[0].put = copied[0].weight
+    again = copy.deepcopy(copied)
+    assert isinstance(again[0], CopiesItself)
+    assert again[0].put is again[0].weight
+    torch.testing.assert_close(again[0].weight, module[0].weight)

@@ -301,6 +301,18 @@ class FirstStep(nn.Module):
         return self.head(obs * 0.9**self.steps), torch.maximum(obs, h)
 
 
+class Several(nn.Module):
+    """Is for two clients or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 5)
+
+    def forward(self, obs: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.cell(obs, h)
+        return h.sum(-1) + obs[1, 0], h
+
+
 class OnlyState(nn.Module):
     """Returns nothing that is for a client."""
 
@@ -321,6 +333,7 @@ REFUSED: list[tuple[type[nn.Module], Arguments, Arguments, str, str]] = [
     (Optional, {"obs": OBS, "steps": OBS[:, 0]}, {"state": {}}, "input", "without a state"),
     (Locked, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y1"}}, "not_copyable", "'lock', a lock"),
     (FirstStep, {"obs": OBS, "h": zeros(6, 3)}, {"state": {"h": "y1"}}, "keeps_state", "steps"),
+    (Several, {"obs": OBS, "h": zeros(6, 5)}, {"state": {"h": "y1"}}, "forward_failed", "IndexError"),
     (
         OnlyState,
         {"obs": OBS, "h": zeros(6, 5), "c": zeros(6, 5)},

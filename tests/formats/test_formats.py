@@ -114,11 +114,11 @@ async def test_sessions_in_redis(redis_server: RedisServer) -> None:
             assert await store.load(KEY) == expected
         client.delete(gone)
 
-        commit = Commit(KEY, b"", RECORD.token, ORIGIN.to_bytes(), 42, RECORD.row, RECORD.last, begins=True)
+        commit = Commit(KEY, b"", RECORD.token, RECORD.packed(), begins=True)
         assert await store.commit([commit]) == [None]
         assert client.get(state) == golden("redis_state")
         assert client.get(gone) == golden("redis_gone_expired")
-        end = Commit(KEY, RECORD.token, b"u" * 16, ORIGIN.to_bytes(), 42, b"", RECORD.last, ends=True)
+        end = Commit(KEY, RECORD.token, b"u" * 16, RECORD.packed(), ends=True)
         assert await store.commit([end]) == [None]
         assert client.get(state) is None
         assert client.get(gone) == golden("redis_gone_closed")

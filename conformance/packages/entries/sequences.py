@@ -298,3 +298,70 @@ def ncps_mixed() -> nn.Module:
     from ncps.torch import CfC
 
     return First(CfC(4, 12, batch_first=True, mixed_memory=True))
+
+
+@entry("mingru-scans", "MinGRU, in parallel", "x:float32:4")
+def min_gru_scans() -> nn.Module:
+    from mingru import MinGRU
+
+    layer: nn.Module = MinGRU(4, 8)
+    return layer
+
+
+@entry("yet-another-retnet", "RetNetDecoderLayer, in parallel", "x:float32:16", alone=True)
+def retnet() -> nn.Module:
+    from yet_another_retnet.retnet import RetNetDecoderLayer
+
+    return RetNetDecoderLayer(16, 2, dim_feedforward=16)
+
+
+@entry("yet-another-retnet", "RetNetDecoderLayer, in a loop", "x:float32:16", alone=True)
+def retnet_loop() -> nn.Module:
+    from yet_another_retnet.retnet import RetNetDecoderLayer
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = RetNetDecoderLayer(16, 2, dim_feedforward=16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state, outputs = None, []
+            for t in range(x.shape[1]):
+                y, state = self.layer.forward_recurrent(x[:, t], t, state)
+                outputs.append(y)
+            return torch.stack(outputs, 1)
+
+    return Loop()
+
+
+@entry("auto-esn", "DeepESN, 2 layers", "x:float32:4")
+def auto_esn() -> nn.Module:
+    from auto_esn.esn.esn import DeepESN
+
+    class Reservoir(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reservoir = DeepESN(4, 8).reservoir
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.reservoir(x)
+            return y
+
+    return Reservoir()
+
+
+@entry("pytorch-nlp", "a language model with WeightDropLSTM and LockedDropout", "x:int64:", alone=True)
+def torchnlp_language_model() -> nn.Module:
+    from torchnlp.nn import LockedDropout, WeightDropLSTM
+
+    class LanguageModel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.drop = nn.Embedding(20, 8), LockedDropout(0.3)
+            self.rnn, self.head = WeightDropLSTM(8, 12, num_layers=2, weight_dropout=0.5), nn.Linear(12, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.rnn(self.drop(self.embed(x.transpose(0, 1))))[0])
+            return y.transpose(0, 1)
+
+    return LanguageModel()

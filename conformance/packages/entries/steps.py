@@ -151,7 +151,7 @@ def torchrl_lstm_step() -> nn.Module:
     return Step()
 
 
-def _after(reset: Callable[[Any], None]) -> Callable[[Any, dict[str, Tensor]], Tensor]:
+def after(reset: Callable[[Any], None]) -> Callable[[Any, dict[str, Tensor]], Tensor]:
     """The module, which keeps its state, is reset and called for one step after another."""
 
     def steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -166,7 +166,7 @@ def _after(reset: Callable[[Any], None]) -> Callable[[Any, dict[str, Tensor]], T
     "RNN of an actor, which keeps its state",
     "x:float32:4",
     options=("--step",),
-    own=_after(lambda actor: actor.rnn.reset()),
+    own=after(lambda actor: actor.rnn.reset()),
 )
 def rsl_rl_step() -> nn.Module:
     from rsl_rl.modules import RNN
@@ -188,7 +188,7 @@ def rsl_rl_step() -> nn.Module:
     "TCN of 2 blocks, its streaming call",
     "x:float32:4",
     options=("--step",),
-    own=_after(lambda step: step.network.reset_buffers()),
+    own=after(lambda step: step.network.reset_buffers()),
 )
 def pytorch_tcn_step() -> nn.Module:
     from pytorch_tcn import TCN
@@ -223,5 +223,42 @@ def tianshou_step() -> nn.Module:
         def forward(self, obs: Tensor, h: Any = None, c: Any = None) -> tuple[Tensor, Tensor, Tensor]:
             y, state = self.net(obs, None if h is None else {"hidden": h, "cell": c})
             return y, state["hidden"], state["cell"]
+
+    return Step()
+
+
+class _MinStep(nn.Module):
+    """A step of a minimal GRU, whose state is its output."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, h: Any = None) -> tuple[Tensor, Tensor]:
+        y, h = self.layer(x.unsqueeze(1), h, return_next_prev_hidden=True)
+        return y.squeeze(1), h
+
+
+@entry("minGRU-pytorch", "step of minGRU", "x:float32:4", options=("--step", "--state", "h=y1"), own=with_states)
+def min_gru_step() -> nn.Module:
+    from minGRU_pytorch import minGRU
+
+    return _MinStep(minGRU(4))
+
+
+@entry(
+    "mingru-scans", "step of MinGRU", "x:float32:4", options=("--step", "--state", "h:float32:8=y1"), own=with_states
+)
+def min_gru_scans_step() -> nn.Module:
+    from mingru import MinGRU
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = MinGRU(4, 8)
+
+        def forward(self, x: Tensor, h: Any = None) -> tuple[Tensor, Tensor]:
+            h = self.layer.step(x, h)
+            return h, h
 
     return Step()

@@ -131,9 +131,9 @@ def _explained(error: click.UsageError) -> str:
     ctx = error.ctx
     assert ctx is not None
     if isinstance(error, click.NoSuchOption):
-        names = [name for param in ctx.command.get_params(ctx) for name in param.opts if name.startswith("--")]
-        meant = get_close_matches(error.option_name, names, 1)
-        what = f"there is no option {error.option_name!r}{f'; did you mean {meant[0]!r}?' if meant else ''}"
+        names = [name[2:] for param in ctx.command.get_params(ctx) for name in param.opts if name.startswith("--")]
+        meant = get_close_matches(error.option_name.lstrip("-"), names, 1)  # dashes would make all of them alike
+        what = f"there is no option {error.option_name!r}{f'; did you mean --{meant[0]}?' if meant else ''}"
     else:
         message = error.format_message().rstrip(".")
         what = message[:1].lower() + message[1:]

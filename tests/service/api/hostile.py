@@ -310,6 +310,28 @@ def function(model: onnx.ModelProto) -> None:
     feed(model, helper.make_node("Made", ["zero"], ["extra"], domain="local"), constants={"zero": np.float32(0)})
 
 
+def replacing(model: onnx.ModelProto) -> None:
+    made = helper.make_node("Identity", ["a"], ["b"])
+    model.functions.append(helper.make_function("", "Exp", ["a"], ["b"], [made], [helper.make_opsetid("", 20)]))
+
+
+def divided(operator: str, result: str = "extra") -> list[onnx.NodeProto]:
+    """The result is 0, unless the processor refuses the division: of the least integer by -1."""
+    return [
+        helper.make_node("Cast", ["sequence_lens"], ["divisor"], to=TensorProto.INT64),
+        helper.make_node(operator, ["least", "divisor"], ["quotients"]),
+        helper.make_node("Cast", ["quotients"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["floats"], ["float"], keepdims=0),
+        helper.make_node("Mul", ["float", "zero"], [result]),
+    ]
+
+
+def cast_twice() -> onnx.NodeProto:
+    node = helper.make_node("Cast", ["zero"], ["extra"], to=TensorProto.INT64)
+    node.attribute.add(name="to", type=onnx.AttributeProto.INT, i=TensorProto.FLOAT)
+    return node
+
+
 def twice(model: onnx.ModelProto) -> None:
     model.graph.node.append(model.graph.node[-1])
 
@@ -336,6 +358,7 @@ def halve_state(model: onnx.ModelProto) -> None:
 
 
 ZERO, YES = np.float32(0), np.array(True)
+LEAST = np.int64(-(2**63))
 
 _GRAPHS = {
     "a loop of 2^62 turns": fed("bundle_time", endless(), turns=np.int64(2**62), yes=YES, zero=ZERO),
@@ -375,6 +398,41 @@ _GRAPHS = {
         "bundle_operator", helper.make_node("\x1b[31m", ["zero"], ["extra"]), zero=ZERO
     ),
     "a function": graph("bundle_operator", function),
+    "a function in an operator's place": graph("bundle_graph", replacing),
+    "integers divided by computed ones": fed("bundle_operator", *divided("Div"), zero=ZERO, least=LEAST),
+    "remainders of computed integers": fed("bundle_operator", *divided("Mod"), zero=ZERO, least=LEAST),
+    "integers divided in a branch": fed(
+        "bundle_operator",
+        helper.make_node(
+            "If",
+            ["yes"],
+            ["extra"],
+            then_branch=body(*divided("Div", "inner")),
+            else_branch=body(helper.make_node("Identity", ["zero"], ["inner"])),
+        ),
+        yes=YES,
+        zero=ZERO,
+        least=LEAST,
+    ),
+    "a spectrum of a computed length": fed(
+        "bundle_operator",
+        helper.make_node("Cast", ["sequence_lens"], ["lengths"], to=TensorProto.INT64),
+        helper.make_node("ReduceMin", ["lengths"], ["length"], keepdims=0),
+        helper.make_node("STFT", ["signal", "step", "", "length"], ["spectrum"]),
+        helper.make_node("ReduceMin", ["spectrum"], ["least"], keepdims=0),
+        helper.make_node("Mul", ["least", "zero"], ["extra"]),
+        zero=ZERO,
+        signal=np.zeros((1, 4096, 1), np.float32),
+        step=np.int64(1),
+    ),
+    "random numbers of a dropout": fed(
+        "bundle_operator",
+        helper.make_node("Dropout", ["zero", "ratio", "yes"], ["extra"]),
+        zero=ZERO,
+        ratio=ZERO,
+        yes=YES,
+    ),
+    "an attribute twice": fed("bundle_graph", cast_twice(), zero=ZERO),
     "weights in another file": graph("bundle_external_data", weights(elsewhere)),
     "a constant in another file": fed(
         "bundle_external_data", helper.make_node("Constant", [], ["extra"], value=external())

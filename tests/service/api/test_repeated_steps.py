@@ -6,7 +6,12 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
+<<<<<<< HEAD
 from contextlib import ExitStack, closing
+=======
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+>>>>>>> main
 from pathlib import Path
 
 import httpx
@@ -19,7 +24,7 @@ from waiting import PATIENCE, until
 
 from unroll.service.core.errors import StoreUnavailable, UnrollError
 from unroll.service.store.interface import Commit, Key
-from unroll.service.store.record import Gone, Record, pack_last
+from unroll.service.store.record import Gone, Record
 
 ROUNDS = 5
 
@@ -221,7 +226,7 @@ def test_durable_steps_share_a_commit_and_each_has_its_own_result(
     async def begin_anew(name: str) -> None:
         record = await store.load(("gru", name))
         new = Commit(
-            ("gru", name), record.token, b"another process.", record.origin.to_bytes(), 0, b"", pack_last(1, ())
+            ("gru", name), record.token, b"another process.", replace(record, position=0, row=b"", kept=()).packed()
         )
         assert await store.commit([new]) == [None]
 

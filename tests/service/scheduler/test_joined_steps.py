@@ -10,6 +10,7 @@ from unroll.service.scheduler.chunk import Chunk
 from unroll.service.scheduler.limits import SchedulerLimits, SessionLimits
 from unroll.service.scheduler.scheduler import Scheduler
 from unroll.service.scheduler.session import Durable
+from unroll.service.store.record import STORED, Origin, Record
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(s
     """Of three, the second fails in the engine, and the store has another state of the third."""
     log, sessions = Log(), [find(settled, name) for name in "abc"]
     for session in sessions:
-        session.durable = Durable(b"origin", b"token")
+        session.durable = Durable(Origin("ab" * 32, STORED, b"born" * 4).to_bytes(), b"token")
     assert joined(settled, "a", log, 2) + joined(settled, "b", log, 13) + joined(settled, "c", log, 2) == [True] * 3
     assert joined(settled, "d", log) == [False]  # it is no durable session
     engine.failing = {13}
@@ -101,9 +102,10 @@ def test_durable_steps_that_join_count_once_the_store_has_them_each_for_itself(s
     assert (log, [session.position for session in sessions]) == ({}, [1, 1, 1])
     behind = submit(settled, "c", inputs(3), 0, LATER)
     commits = settled.commits.of("model", pending, lambda slots: np.float32(slots)[:, None])
-    assert [(commit.key, commit.position, commit.row) for commit in commits] == [
-        (("model", session.id), 2, np.float32(session.slot).tobytes()) for session in (sessions[0], sessions[2])
-    ]
+    records = {commit.key[1]: Record.unpack(commit.content) for commit in commits}
+    assert {name: (record.position, record.row) for name, record in records.items()} == {
+        session.id: (2, np.float32(session.slot).tobytes()) for session in (sessions[0], sessions[2])
+    }
     settled.commits.complete(pending, commits, [None, SessionContended("moved on", 0.1)], 3, 0)
     assert log == {"a": fold([1, 2])[-1:], "b": "engine_failed", "c": "session_contended"}
     assert failure(behind) == "session_contended"

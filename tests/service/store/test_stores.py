@@ -18,7 +18,7 @@ from unroll.service.core.errors import InvalidRequest, SessionContended, Snapsho
 from unroll.service.core.session_ids import owned
 from unroll.service.store.embedded_store import EmbeddedStore, EmbeddedStoreConfig
 from unroll.service.store.interface import Commit, Key, Store, Tokens
-from unroll.service.store.record import Gone, Kept, Origin, Record, pack_last
+from unroll.service.store.record import Gone, Kept, Origin, Record, pack, pack_last
 from unroll.service.store.redis_store import RedisStore, RedisStoreConfig
 
 KEY: Key = ("lstm", "a")
@@ -60,9 +60,16 @@ def tokens() -> Tokens:
     return Tokens()
 
 
-def commit(token: bytes, expected: bytes = b"", position: int = 2, **options: object) -> Commit:
-    row, last = b"%d" % position * 8, pack_last(1, KEPT)
-    made = Commit(KEY, expected, token, ORIGIN.to_bytes(), position, row, last, begins=not expected)
+def commit(
+    token: bytes,
+    expected: bytes = b"",
+    position: int = 2,
+    row: bytes | None = None,
+    origin: bytes = ORIGIN.to_bytes(),
+    **options: object,
+) -> Commit:
+    row, last = b"%d" % position * 8 if row is None else row, pack_last(1, KEPT)
+    made = Commit(KEY, expected, token, pack(origin, position, row, last), begins=not expected)
     return replace(made, **options)
 
 

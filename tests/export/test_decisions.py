@@ -1,0 +1,103 @@
+"""A branch by the value of a tensor goes one way for good if forward shows that this way does what both do."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conformance.kinds.kind import made
+from unroll.export.source_lines import as_where
+from unroll.export.verification.decisions import Decided, decide, notes_on_ways
+
+
+def reset(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    h, ys = x.new_zeros(len(x), 6), []
+    for t in range(x.shape[1]):
+        if done[:, t].any():
+            h = h * (1 - done[:, t]).unsqueeze(1)
+        h = s.cell(x[:, t], h)
+        ys.append(h)
+    return torch.stack(ys, 1)
+
+
+def whole_if_it_can(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    if torch.all(done == 0):
+        return s.rnn(x)[0]
+    h, ys = x.new_zeros(1, len(x), 6), []
+    for t in range(x.shape[1]):
+        y, h = s.rnn(x[:, t : t + 1], h * (1 - done[:, t])[None, :, None])
+        ys.append(y)
+    return torch.cat(ys, 1)
+
+
+def checked(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    assert torch.isfinite(x).all()
+    if done.isnan().any():
+        raise ValueError("not a number")
+    return s.rnn(x)[0]
+
+
+def doubled(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    y: Tensor = s.rnn(x)[0]
+    if done.any():
+        y = 2 * y
+    return y
+
+
+def rare(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    y: Tensor = s.rnn(x)[0]
+    if (x > 1e6).any():
+        y = 2 * y
+    return y
+
+
+def started(s: Any, x: Tensor, done: Tensor) -> Tensor:
+    n, ys = x.new_zeros(len(x), 4), []
+    for step in x.unbind(1):
+        if torch.all(n == 0.0):
+            n = step.abs() + 1
+        else:
+            n = torch.max(step, n - 0.1)
+        ys.append(n)
+    return torch.stack(ys, 1)
+
+
+def decided(forward: Any) -> tuple[nn.Module, dict[str, Tensor], dict[Any, bool]]:
+    model = made(forward, rnn=nn.GRU(4, 6, batch_first=True), cell=nn.GRUCell(4, 6)).eval().double()
+    example = {"x": torch.randn(2, 7, 4), "done": (torch.rand(2, 7) < 0.3).float()}
+    return model, example, decide(model, example)
+
+
+@pytest.mark.parametrize(("forward", "way"), [(reset, [True]), (whole_if_it_can, [False]), (checked, [True, False])])
+def test_a_way_that_does_what_both_do_is_taken(forward: Any, way: list[bool]) -> None:
+    model, _, ways = decided(forward)
+    assert [*ways.values()] == way
+    assert all("test_decisions.py:" in note for note in notes_on_ways(ways))
+    for done in (torch.zeros(3, 9), torch.ones(3, 9), (torch.rand(3, 9) < 0.5).float()):
+        x = torch.randn(3, 9, 4).double()
+        expected = model(x=x, done=done.double())
+        with Decided(ways):
+            torch.testing.assert_close(model(x=x, done=done.double()), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("forward", [doubled, rare, started])
+def test_a_way_is_not_taken_that_differs_or_that_nothing_shows_to_be_equal(forward: Any) -> None:
+    assert decided(forward)[2] == {}
+
+
+def test_within_undone_forward_is_as_written() -> None:
+    model, example, _ = decided(doubled)
+    x, zeros = example["x"].double(), torch.zeros(2, 7).double()
+    line = doubled.__code__.co_filename, doubled.__code__.co_firstlineno + 2
+    expected = model(x=x, done=zeros)
+    with Decided({line: True}):
+        torch.testing.assert_close(model(x=x, done=zeros), 2 * expected)
+        with Decided.undone():
+            torch.testing.assert_close(model(x=x, done=zeros), expected)
+
+
+def test_a_refusal_writes_the_branch_with_where() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        started(None, torch.ones(2, 3, 4, device="meta"), torch.ones(2, 3))
+    assert as_where(raised.value) == "n = torch.where(n == 0.0, step.abs() + 1, torch.max(step, n - 0.1))"
