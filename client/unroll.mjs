@@ -135,24 +135,17 @@ export class Client {
   async sequences(model, inputs, { static: fixed } = {}) {
     const served = await this.model(model);
     const path = `${modelPath(`${served.name}:${served.version}`)}/sequences`;
-    if (fixed !== undefined || served.static.length) return this.sequencesWithStatic(served, path, inputs, fixed);
-    return Promise.all(
-      inputs.map(async (values) => {
-        const { arrays, steps } = flatInputs(served, values, null);
-        const { bytes } = await this.ask("POST", path, join(arrays), { "content-type": RAW, "unroll-steps": steps });
-        return named(splitOutputs(served, bytes, 0, steps), served.outputs);
-      }),
-    );
-  }
-
-  async sequencesWithStatic(served, path, inputs, fixed) {
-    const lists = Object.fromEntries(served.inputs.map((spec) => [spec.name, []]));
-    for (const values of inputs) {
-      const { arrays, steps } = flatInputs(served, values, null);
-      served.inputs.forEach((spec, i) => {
-        lists[spec.name].push(listOf(arrays[i], spec, [steps]));
-      });
+    const given = inputs.map((values) => flatInputs(served, values, null));
+    if (fixed === undefined && !served.static.length) {
+      return Promise.all(
+        given.map(async ({ arrays, steps }) => {
+          const { bytes } = await this.ask("POST", path, join(arrays), { "content-type": RAW, "unroll-steps": steps });
+          return named(splitOutputs(served, bytes, 0, steps), served.outputs);
+        }),
+      );
     }
+    const column = (spec, i) => [spec.name, given.map(({ arrays, steps }) => listOf(arrays[i], spec, [steps]))];
+    const lists = Object.fromEntries(served.inputs.map(column));
     const statics = Object.fromEntries(served.static.map(({ name }) => [name, (fixed ?? []).map((one) => one[name])]));
     const { json } = await this.ask("POST", path, { inputs: lists, static: statics });
     return inputs.map((_, row) => {
@@ -744,7 +737,7 @@ export class Stream {
     const place = this.places.get(message.handle);
     if (message.op === "outputs") {
       if (place) place.batchRows = message.batch_rows;
-      place?.call?.receive(message.handle, message.position, tensorsOf(message.outputs, this.model.outputs));
+      place?.call?.receive(place, message.position, tensorsOf(message.outputs, this.model.outputs));
     }
     if (message.op === "rolled") this.rolling(message.handle)?.end();
     if (message.op !== "error") return;
@@ -774,7 +767,7 @@ export class Stream {
     }
     entries.forEach(([handle, , end], i) => {
       if (rolled) this.rolling(handle)?.receive(end, tensors[i].slice(0, inputs.length), tensors[i].slice(inputs.length));
-      else this.places.get(handle)?.call?.receive(handle, end, tensors[i]);
+      else this.places.get(handle)?.call?.receive(this.places.get(handle), end, tensors[i]);
     });
   }
 }
@@ -962,18 +955,14 @@ class ControlCall extends Call {
 }
 
 class StepsCall extends Call {
-  errors = new Map();
-  ends = new Map(); // positions after the steps, by row
+  errors = new Map(); // by index
 
   constructor(model, sessions, given) {
-    super(sessions.keys());
+    super(sessions);
     this.model = model;
-    this.sessions = sessions;
-    this.given = given;
-    this.positions = sessions.map(({ position }) => position);
     this.outputs = new Array(sessions.length);
-    this.lastOf = new Array(sessions.length); // outputs of the last step, by row
-    this.rows = new Map(sessions.map(({ handle }, row) => [handle, row]));
+    const entry = (session, index) => [session, { ...given[index], index, handle: session.handle, position: session.position }];
+    this.entries = new Map(sessions.map(entry));
     for (const session of sessions) {
       session.call = this;
       if (session.lost) this.fail(session, session.lost);
@@ -982,45 +971,42 @@ class StepsCall extends Call {
 
   // The steps that have no outputs yet, in frames or in JSON.
   *messages() {
-    const rows = [...this.unanswered];
-    for (const row of rows.filter((each) => this.sessions[each].inJson)) yield [this.text(row)];
-    const inFrames = rows.filter((row) => !this.sessions[row].inJson);
-    const size = (row) => this.given[row].arrays.reduce((sum, array) => sum + array.byteLength, 0);
-    for (const part of parts(inFrames, MOST_ENTRIES, MOST_BYTES, size)) yield [this.frame(part)];
+    const sessions = [...this.unanswered];
+    for (const session of sessions.filter(({ inJson }) => inJson)) yield [this.text(this.entries.get(session))];
+    const entries = sessions.filter(({ inJson }) => !inJson).map((session) => this.entries.get(session));
+    const size = ({ arrays }) => arrays.reduce((sum, array) => sum + array.byteLength, 0);
+    for (const part of parts(entries, MOST_ENTRIES, MOST_BYTES, size)) yield [this.frame(part)];
   }
 
-  text(row) {
-    const { arrays, steps } = this.given[row];
+  text({ handle, position, arrays, steps }) {
     const inputs = listsOf(arrays, this.model.inputs, [steps]);
-    const { handle } = this.sessions[row];
-    return JSON.stringify({ op: "steps", handle, position: this.positions[row], inputs, batch_rows: true });
+    return JSON.stringify({ op: "steps", handle, position, inputs, batch_rows: true });
   }
 
-  frame(rows) {
-    const head = new DataView(new ArrayBuffer(HEADER_BYTES + ENTRY_BYTES * rows.length));
+  frame(entries) {
+    const head = new DataView(new ArrayBuffer(HEADER_BYTES + ENTRY_BYTES * entries.length));
     head.setUint8(0, STEPS);
-    head.setUint32(4, rows.length, true);
-    rows.forEach((row, i) => {
+    head.setUint32(4, entries.length, true);
+    entries.forEach(({ handle, steps, position }, i) => {
       const at = HEADER_BYTES + ENTRY_BYTES * i;
-      head.setUint32(at, this.sessions[row].handle, true);
-      head.setUint32(at + 4, this.given[row].steps, true);
-      head.setBigUint64(at + 8, BigInt(this.positions[row]), true);
+      head.setUint32(at, handle, true);
+      head.setUint32(at + 4, steps, true);
+      head.setBigUint64(at + 8, BigInt(position), true);
     });
-    const values = this.model.inputs.flatMap((_, tensor) => rows.map((row) => this.given[row].arrays[tensor]));
-    return join([head, ...values]);
+    return join([head, ...this.model.inputs.flatMap((_, tensor) => entries.map(({ arrays }) => arrays[tensor]))]);
   }
 
-  receive(handle, end, outputs) {
-    const row = this.rows.get(handle);
-    if (!this.unanswered.has(row) || end !== this.positions[row] + this.given[row].steps) return;
-    this.lastOf[row] = outputsAt(this.model, outputs, this.given[row].steps - 1); // the caller may change the outputs
-    this.outputs[row] = named(outputs, this.model.outputs);
-    this.ends.set(row, end);
-    this.answer(row);
+  receive(session, end, outputs) {
+    const entry = this.entries.get(session);
+    if (!this.unanswered.has(session) || end !== entry.position + entry.steps) return;
+    const lastOutputs = outputsAt(this.model, outputs, entry.steps - 1); // the caller may change the outputs
+    entry.reached = { position: end, lastOutputs };
+    this.outputs[entry.index] = named(outputs, this.model.outputs);
+    this.answer(session);
   }
 
   advance() {
-    for (const [row, end] of this.ends) Object.assign(this.sessions[row], { position: end, lastOutputs: this.lastOf[row] });
+    for (const [session, { reached }] of this.entries) Object.assign(session, reached);
   }
 
   result() {
@@ -1029,12 +1015,11 @@ class StepsCall extends Call {
   }
 
   fail(session, error) {
-    const row = this.rows.get(session.handle);
-    if (this.unanswered.has(row)) this.refuse(row, error);
+    if (this.unanswered.has(session)) this.refuse(session, error);
   }
 
-  refused(row, error) {
-    this.errors.set(row, error);
+  refused(session, error) {
+    this.errors.set(this.entries.get(session).index, error);
   }
 }
 
@@ -1116,11 +1101,10 @@ function listOf(array, spec, leading) {
 // Tensors as JSON has them: one value, or {name: value}.
 const listsOf = (arrays, specs, leading) => named(arrays.map((array, i) => listOf(array, specs[i], leading)), specs);
 
-function nested(array, shape) {
-  if (shape.length === 0) return plain(array[0]);
-  if (shape.length <= 1) return Array.from(array, plain);
-  const size = array.length / shape[0];
-  return Array.from({ length: shape[0] }, (_, i) => nested(array.slice(i * size, (i + 1) * size), shape.slice(1)));
+function nested(array, [length, ...shape]) {
+  if (length === undefined) return plain(array[0]);
+  const size = array.length / length;
+  return Array.from({ length }, (_, i) => nested(array.slice(i * size, (i + 1) * size), shape));
 }
 
 // A value as JSON has it.
@@ -1144,9 +1128,9 @@ function reader(buffer, begin) {
   };
 }
 
-function splitOutputs({ outputs }, { buffer }, begin, steps) {
-  if (buffer.byteLength !== outputs.reduce((sum, spec) => sum + bytesOf(spec, steps), begin)) throw foreign(200);
-  const next = reader(buffer, begin);
+function splitOutputs({ outputs }, bytes, begin, steps) {
+  if (bytes?.length !== outputs.reduce((sum, spec) => sum + bytesOf(spec, steps), begin)) throw foreign(200);
+  const next = reader(bytes.buffer, begin);
   return outputs.map((spec) => next(spec, steps));
 }
 

@@ -6,12 +6,8 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
-<<<<<<< HEAD
 from contextlib import ExitStack, closing
-=======
-from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
->>>>>>> main
 from pathlib import Path
 
 import httpx
