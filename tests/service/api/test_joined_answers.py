@@ -131,7 +131,7 @@ ODDITIES: list[Callable[[str], str]] = [
     lambda text: text.replace("0.", "1e999", 1),
     lambda text: text.replace("0.", "-0.0, 0.", 1),
     lambda text: text.replace("0.", "1, 0.", 1),
-    lambda text: text.replace("0.", "tru", 1).replace("[", "[true, ", 1),
+    lambda text: text.replace("0.", "x", 1).replace("[", "[true, ", 1),
     lambda text: text.replace("[", "[[", 1).replace("]", "]]", 1),
     lambda text: text.replace("[", "[null, ", 1),
     lambda text: text.replace("{", '{"unknown": 1, ', 1),
