@@ -61,7 +61,7 @@ class Verifier:
         return join_chunks(answers, self.manifest) | {"state_out": state}
 
     def padded(self, inputs: Arrays, state: np.ndarray, lens: np.ndarray) -> Iterator[Differences]:
-        """Run sequences of different lengths as one padded batch, and yield each row's differences from the row alone.
+        """Run sequences of different lengths as one padded batch; yield how much those of each length differ unpadded.
 
         Args:
             inputs: As for `whole`; a row's values after its length are the padding.
@@ -69,16 +69,15 @@ class Verifier:
             lens: Time steps of each row, (batch,) int32; the longest is all of `inputs`.
         """
         outputs, after = self.run(inputs, state, lens)
-        for row, length in enumerate(lens):
-            one = slice(row, row + 1)
-            alone, alone_after = self.run(
-                {name: array[one, :length] for name, array in inputs.items()}, state[one], lens[one]
-            )
+        for length in np.unique(lens)[::-1]:
+            rows = np.flatnonzero(lens == length)
+            unpadded = {name: array[rows, :length] for name, array in inputs.items()}
+            expected, expected_after = self.run(unpadded, state[rows], lens[rows])
             found = {
-                spec.name: outputs[spec.name][one, :length] if spec.time else outputs[spec.name][one]
+                spec.name: outputs[spec.name][rows, :length] if spec.time else outputs[spec.name][rows]
                 for spec in self.manifest.outputs
             }
-            yield differences(found | {"state_out": after[one]}, alone | {"state_out": alone_after})
+            yield differences(found | {"state_out": after[rows]}, expected | {"state_out": expected_after})
 
     def replayed(self, golden: Golden) -> Iterator[tuple[tuple[int, ...], Arrays]]:
         """Run the golden sequences in each of their chunkings, or only whole if the model cannot be streamed."""

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unroll import bundle
 from unroll.bundle import BundleError, Manifest
 from unroll.export.errors import ExportError, attempt, internal
+from unroll.export.lifting.complex_pairs import ComplexNumbers, in_pairs
 from unroll.export.lifting.float64 import converted
 from unroll.export.lifting.history import Place
 from unroll.export.lifting.lift import lift
@@ -53,7 +54,7 @@ from unroll.export.verification.reduced import Candidate, limit, reduce
 from unroll.export.verification.trials import Subject
 
 #: Parameters below which more threads than one take longer, as they wait for each other busily.
-_SMALL = 2**20
+_SMALL = 2**25
 
 
 @contextmanager
@@ -201,7 +202,12 @@ class Pipeline:
         declared = self._options.arguments
         if self._options.time_last:
             example = move_time(model, example, {*declared.static, *declared.state})
-        keep_arguments(model, example)
+        numbers = ComplexNumbers()
+        keep_arguments(model, example, numbers)
+        if numbers.seen:
+            packed = any(isinstance(value, PackedSequence) for value in example.values())
+            others = () if packed else ((2, 3), (3, 8))
+            model = in_pairs(model, [example, *(self._resized(example, size) for size in others)])
         exact, dtype = converted(model, torch.float64), preconditions.precision(model)
         if dtype != torch.float32:
             model, example = converted(model, torch.float32), as_float32(example, dtype)
@@ -227,15 +233,18 @@ class Pipeline:
         return replace(prepared, attributes=attributes, fitted=fitted)
 
     def _fitted(self, model: nn.Module, example: dict[str, Any]) -> list[Attribute]:
-        arguments = self._options.arguments
         if any(isinstance(value, PackedSequence) for value in example.values()):
             return []
 
         def run(size: tuple[int, int], model: nn.Module) -> None:
             with torch.no_grad():
-                model(**resized(example, size, arguments.static, arguments.batch_first))
+                model(**self._resized(example, size))
 
         return find_fitted(model, [partial(run, size) for size in ((2, 3), (3, 3), (2, 5))])
+
+    def _resized(self, example: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        arguments = self._options.arguments
+        return resized(example, size, arguments.static, arguments.batch_first)
 
     def _lift(self, prepared: Prepared) -> Lifted:
         model = lift(prepared.model, prepared.exact, prepared.example, self._options.arguments)

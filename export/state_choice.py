@@ -31,11 +31,15 @@ def choose_state(
     Returns:
         Why a model that would stream does not, or None; and its graph, if that was made.
     """
-    # Numbers that are counted may be of the sequence, or of this call only, as a mask's are.
-    without_counts = [place if place and not place.counted else None for place in history]
+    # Numbers that are counted may be of the sequence, or of this call only, as a mask's are. First time steps are kept
+    # only by a model that does not stream without: they may as well be those that other steps begin with.
+    known = [place for place in history if place is None or place.first is None]
+    histories = [known, _without_counts(known)]
+    if len(known) < len(history):
+        histories += [history, _without_counts(history)]
     carried = find_carried_attributes(lifted, attributes)
     reason = None
-    for kept, places in product((carried, {}) if carried else ({},), (history, without_counts)):
+    for kept, places in product((carried, {}) if carried else ({},), histories):
         _give(lifted, kept, places if any(places) else [])
         if (kept or any(places)) and _streams(lifted, output_names):
             if not lifted.single.row_by_row:
@@ -47,6 +51,10 @@ def choose_state(
                 break
     _give(lifted, {}, [])
     return reason, None
+
+
+def _without_counts(history: list[Place | None]) -> list[Place | None]:
+    return [place if place and not place.counted else None for place in history]
 
 
 def _give(lifted: LiftedModel, attributes: dict[Attribute, Carried], history: list[Place | None]) -> None:

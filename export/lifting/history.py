@@ -7,7 +7,8 @@ history streams is found out later, by running it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,21 +16,28 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from unroll.export.lifting.dataflow import Observer
-from unroll.export.lifting.history_rules import HistoryCalls, Memory
+from unroll.export.lifting.history_rules import HistoryCall, HistoryCalls, Memory
 from unroll.export.lifting.state_row import fits_row, from_row, to_row
 from unroll.export.lifting.tape import Call, Part, Tape, count_up
 
-#: The sequence of each call that may need the past, and whether the call counts time steps.
-Watched = list[tuple[Tensor, bool]]
+#: Calls that may need the past, and the sequence of each.
+Watched = list[tuple[Tensor, HistoryCall]]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The axes of a tensor whose time is the input's. counted: it is numbers along time, without a batch."""
+    """The axes of a tensor whose time is the input's.
+
+    Attributes:
+        batch, time: their numbers.
+        counted: it is numbers along time, without a batch.
+        first: for a call that picks the first time step, how many that may have come before it.
+    """
 
     batch: int
     time: int
     counted: bool = False
+    first: int | None = None
 
 
 class WatchHistory(Observer):
@@ -44,7 +52,7 @@ class WatchHistory(Observer):
         call = self._calls.find(func, args, kwargs)
         result = func(*args, **kwargs)
         if call:
-            self.seen.append((result if call.sequence is None else call.sequence, call.counts))
+            self.seen.append((result if call.sequence is None else call.sequence, call))
         self._calls.add(func, args, result)
         return result
 
@@ -52,13 +60,22 @@ class WatchHistory(Observer):
 def places(base: Watched, wide: Watched, long: Watched, time: int) -> list[Place | None]:
     """Where batch and time are in the sequences watched at three sizes; None where a sequence is not the input's.
 
+    Those of calls that pick the first time step come last, and are left out where a sequence is not the input's.
+
     base, wide, long: of the same forward; wide has another batch size, long another length. time: the length of base.
     """
-    if not len(base) == len(wide) == len(long):
-        return []
     found: list[Place | None] = []
-    for watched in zip(base, wide, long, strict=True):
-        tensors, counted = [tensor for tensor, _ in watched], watched[0][1]
+    for of_start in (False, True):
+        chosen = [[one for one in watched if one[1].of_start == of_start] for watched in (base, wide, long)]
+        each = _places(chosen, time) if len({len(one) for one in chosen}) == 1 else []
+        found += [replace(p, first=n) for n, p in enumerate(each) if p] if of_start else each
+    return found
+
+
+def _places(sizes: list[Watched], time: int) -> list[Place | None]:
+    found: list[Place | None] = []
+    for watched in zip(*sizes, strict=True):
+        tensors, call = [tensor for tensor, _ in watched], watched[0][1]
         batch, steps = (
             [axis for axis in range(tensors[0].dim()) if tensors[0].shape[axis] != other.shape[axis]]
             if other.dim() == tensors[0].dim()
@@ -67,23 +84,27 @@ def places(base: Watched, wide: Watched, long: Watched, time: int) -> list[Place
         )
         if len(steps) != 1 or len(batch) > 1 or batch == steps or tensors[0].shape[steps[0]] != time:
             found.append(None)
-        elif counted:
+        elif call.counts:
             alike = torch.equal(tensors[0], tensors[2][:time])
             found.append(Place(0, 0, counted=True) if alike else None)
         else:
-            found.append(Place(batch[0], steps[0]) if batch else None)
+            picked = batch and (not call.of_start or call.memory(steps[0]))
+            found.append(Place(batch[0], steps[0]) if picked else None)
     return found
 
 
 class KeepHistory(Observer):
     """Within, calls that may need the past take it from the tape and leave it there.
 
-    places: of these calls, in order; None for one that does not get it. batch: of the input of forward; 1 where time
-    steps are counted, since rows are not equally far.
+    places: of these calls, as `places` returns them; None for one that does not get it. batch: of the input of
+    forward; 1 where time steps are counted, since rows are not equally far.
     """
 
     def __init__(self, tape: Tape, model: nn.Module, places: list[Place | None], batch: int) -> None:
-        self._tape, self._places, self._batch = tape, iter(places), batch
+        self._tape, self._batch = tape, batch
+        self._places = iter([place for place in places if place is None or place.first is None])
+        self._firsts = {place.first: place for place in places if place and place.first is not None}
+        self._picked = count()
         self._root = type(model).__name__
         # Known by its attributes: a tracer calls a stand-in that shares them.
         self._paths = {id(vars(module)): path or type(module).__name__ for path, module in model.named_modules()}
@@ -113,7 +134,7 @@ class KeepHistory(Observer):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = self._calls.find(func, args, kwargs)
-        place = next(self._places, None) if call else None
+        place = self._place(call) if call else None
         if call and place:
             if call.counts:
                 return self._count(func(*args, **kwargs), args[2] if len(args) > 2 else kwargs.get("step", 1))
@@ -124,6 +145,9 @@ class KeepHistory(Observer):
         self._calls.add(func, args, result)
         return result
 
+    def _place(self, call: HistoryCall) -> Place | None:
+        return self._firsts.get(next(self._picked)) if call.of_start else next(self._places, None)
+
     def _path(self) -> str:
         """Of the module that is running."""
         return next((path for path in reversed(self._stack) if path), self._root)
@@ -132,10 +156,10 @@ class KeepHistory(Observer):
         """numbers: (time,), that begin where a sequence does, each `step` more than the last."""
         path, zero = self._path(), torch.zeros(self._batch, 1, dtype=torch.int64)
         index, (start,) = self._tape.begin(path, lambda: [to_row(zero)])
-        count, time = from_row(start, zero.dtype), numbers.shape[0]
-        final = to_row(count + (time if self._tape.lens is None else self._tape.lens.long().unsqueeze(1)))
+        before, time = from_row(start, zero.dtype), numbers.shape[0]
+        final = to_row(before + (time if self._tape.lens is None else self._tape.lens.long().unsqueeze(1)))
         self._tape.calls.append(Call(path, index, (Part("count"),), self._batch, time, [start], [final]))
-        return numbers if self._tape.given is None else numbers + (step * count[0]).to(numbers.dtype)
+        return numbers if self._tape.given is None else numbers + (step * before[0]).to(numbers.dtype)
 
     def _run(self, memory: Memory, place: Place) -> Tensor:
         x, path, batch_axis, time_axis = memory.x, self._path(), place.batch, place.time
@@ -146,9 +170,12 @@ class KeepHistory(Observer):
         past = from_row(start, x.dtype).reshape(batch, frames, *rest)
         joined = torch.cat([past, major], 1).movedim((0, 1), (batch_axis, time_axis))
         result = memory.finish(joined)
-        kept = (result if memory.of_result else joined).movedim((batch_axis, time_axis), (0, 1))
-        final = _last(kept, frames, time, self._tape.lens)
-        self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [start], [to_row(final)]))
+        final = start
+        if not memory.of_start:
+            values = result[0] if isinstance(result, tuple) else result
+            kept = (values if memory.of_result else joined).movedim((batch_axis, time_axis), (0, 1))
+            final = to_row(_last(kept, frames, time, self._tape.lens))
+        self._tape.calls.append(Call(path, index, (Part("past"),), batch, time, [start], [final]))
         return result
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from unroll.export.lifting.scan import accumulate
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -22,12 +24,14 @@ class Memory:
         first: the placeholder for its past, in as many frames as are kept.
         finish: from the past and the sequence, joined along time, to the result of the call.
         of_result: the frames to keep are those of the result, not of the sequence.
+        of_start: the frames to keep are those that a sequence began with.
     """
 
     x: Tensor
     first: Tensor
     finish: Callable[[Tensor], Tensor]
     of_result: bool = False
+    of_start: bool = False
 
 
 #: From a call's arguments and the time axis to what it remembers, or None if it needs nothing of the past.
@@ -41,10 +45,12 @@ class HistoryCall:
     Attributes:
         sequence: what it is given along time; None for a call that counts, whose result is the sequence.
         memory: from the time axis to what it remembers.
+        of_start: it picks the first time step, or what is first along another axis.
     """
 
     sequence: Tensor | None
     memory: Callable[[int], Memory | None] = lambda time: None
+    of_start: bool = False
 
     @property
     def counts(self) -> bool:
@@ -68,6 +74,9 @@ class HistoryCalls:
             return HistoryCall(sequence, lambda time: rule(args, kwargs, time))
         if func is torch.arange:
             return HistoryCall(None)
+        if func is Tensor.__getitem__:
+            x, index = args
+            return HistoryCall(x, lambda time: _first_step(x, index, time), True) if _is_first(index) else None
         return self._delay(args, kwargs) if func in {torch.cat, torch.concat} else None
 
     def add(self, func: Any, args: Any, result: Any) -> None:
@@ -117,6 +126,29 @@ def _from_the_beginning(index: Any) -> bool:
         and index.step in (None, 1)
         and (index.start is None or (isinstance(index.start, int) and index.start == 0))
     )
+
+
+def _is_first(index: Any) -> bool:
+    """Does it pick what is first along some axis?"""
+    each = index if isinstance(index, tuple) else (index,)
+    return all(isinstance(one, (int, slice)) or one is ... for one in each) and any(map(_is_zero, each))
+
+
+def _is_zero(index: Any) -> bool:
+    if isinstance(index, slice):
+        return _from_the_beginning(index) and isinstance(index.stop, int) and index.stop == 1
+    return isinstance(index, int) and not isinstance(index, bool) and index == 0
+
+
+def _first_step(x: Tensor, index: Any, time: int) -> Memory | None:
+    """The first time step of a sequence, however it is cut."""
+    each = list(index) if isinstance(index, tuple) else [index]
+    if ... in each:
+        place = each.index(...)
+        each[place : place + 1] = [slice(None)] * (x.dim() - len(each) + 1)
+    if time >= len(each) or not _is_zero(each[time]):
+        return None
+    return Memory(x, x.narrow(time, 0, 1), lambda joined: joined[tuple(each)], of_start=True)
 
 
 def _full(x: Tensor, time: int, frames: int, value: float) -> Tensor:
@@ -195,6 +227,28 @@ def _sum(args: Any, kwargs: Any, time: int) -> Memory | None:
     return call(*args, **kwargs)
 
 
+def _running(step: Callable[[Tensor, Tensor], Tensor], first: float, returned: Any = None) -> Rule:
+    """A running maximum, product and the like: it continues from its last value. first: what comes before the first.
+
+    returned: the type of a result that has indices, too. Those are not known: they count from the first step.
+    """
+
+    def rule(args: Any, kwargs: Any, time: int) -> Memory | None:
+        def call(input: Tensor, dim: int, **options: Any) -> Memory | None:
+            if dim % input.dim() != time or not input.is_floating_point() or options:
+                return None
+
+            def finish(joined: Tensor) -> Any:
+                values = accumulate(step, joined, time)
+                return returned((values, torch.full_like(values, -1, dtype=torch.int64))) if returned else values
+
+            return Memory(input, _full(input, time, 1, first), finish, of_result=True)
+
+        return call(*args, **kwargs)
+
+    return rule
+
+
 def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
     """The difference of each step from an earlier one; `prepend` comes before the first."""
 
@@ -208,6 +262,18 @@ def _difference(args: Any, kwargs: Any, time: int) -> Memory | None:
     return call(*args, **kwargs)
 
 
+def _logaddexp(one: Tensor, other: Tensor) -> Tensor:
+    """Without overflow, which ONNX's translation of PyTorch's own has."""
+    return torch.maximum(one, other) + torch.log1p(torch.exp(-(one - other).abs()))
+
+
+#: Below all numbers, and still one that a state may be.
+_LEAST = torch.finfo(torch.float32).min
+
+_CUMMAX = _running(torch.maximum, _LEAST, torch.return_types.cummax)
+_CUMMIN = _running(torch.minimum, -_LEAST, torch.return_types.cummin)
+_CUMPROD, _LOGCUMSUMEXP = _running(torch.mul, 1.0), _running(_logaddexp, _LEAST)
+
 RULES: dict[Any, Rule] = {
     functional.pad: _pad,
     torch.conv1d: _convolution(torch.conv1d),
@@ -216,4 +282,12 @@ RULES: dict[Any, Rule] = {
     Tensor.diff: _difference,
     torch.cumsum: _sum,
     Tensor.cumsum: _sum,
+    torch.cummax: _CUMMAX,
+    Tensor.cummax: _CUMMAX,
+    torch.cummin: _CUMMIN,
+    Tensor.cummin: _CUMMIN,
+    torch.cumprod: _CUMPROD,
+    Tensor.cumprod: _CUMPROD,
+    torch.logcumsumexp: _LOGCUMSUMEXP,
+    Tensor.logcumsumexp: _LOGCUMSUMEXP,
 }

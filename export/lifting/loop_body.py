@@ -86,14 +86,25 @@ def find_bodies(one: fx.GraphModule, more: fx.GraphModule, turns: int) -> Iterat
     turns: the time steps of `more`.
     """
     single, long = Trace(one.graph), Trace(more.graph)
-    size, odd = divmod(len(long.operations) - len(single.operations), turns - 1)
-    for first in range(len(single.operations) - size + 1) if not odd and size >= 0 else ():
-        if single.names[: first + size] != long.names[: first + size]:
+    for first, size in _steps(single.names, long.names, turns):
+        states = find_states(single, long, Iterations(first, size, turns))
+        if states or (size and states is not None):
+            yield _cut(one, more, states, first)
+
+
+def repeats(one: fx.GraphModule, more: fx.GraphModule, turns: int) -> bool:
+    """Does the longer trace make the same calls for each time step?"""
+    return any(_steps(Trace(one.graph).names, Trace(more.graph).names, turns))
+
+
+def _steps(single: list[Any], long: list[Any], turns: int) -> Iterator[tuple[int, int]]:
+    """Where the first iteration may begin, and how many operations one has."""
+    size, odd = divmod(len(long) - len(single), turns - 1)
+    for first in range(len(single) - size + 1) if not odd and size >= 0 else ():
+        if single[: first + size] != long[: first + size]:
             return
-        if long.names[first:] == long.names[first : first + size] * turns + single.names[first + size :]:
-            states = find_states(single, long, Iterations(first, size, turns))
-            if states or (size and states is not None):
-                yield _cut(one, more, states, first)
+        if long[first:] == long[first : first + size] * turns + single[first + size :]:
+            yield first, size
 
 
 def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
@@ -116,6 +127,12 @@ def why_no_body(one: fx.GraphModule, three: fx.GraphModule) -> str:
         "leaves the first time step out of its loop; let the loop run over all steps, from a state before the first "
         "one, as x[:, 0] for a mean that begins with it"
     )
+
+
+def changes_in_place(one: fx.GraphModule) -> bool:
+    """Does it change any tensor in place?"""
+    targets = (node.target for node in one.graph.nodes)
+    return any(target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
 
 
 def why_in_place(one: fx.GraphModule) -> str:

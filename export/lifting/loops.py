@@ -17,7 +17,15 @@ from torch.utils import _pytree as pytree
 from unroll.export.errors import COMPLEX, ExportError, attempt, untraceable
 from unroll.export.lifting.cell_matching import Recipe, match_cell
 from unroll.export.lifting.layers import LAYERS
-from unroll.export.lifting.loop_body import LoopBody, find_bodies, traced, why_in_place, why_no_body
+from unroll.export.lifting.loop_body import (
+    LoopBody,
+    changes_in_place,
+    find_bodies,
+    repeats,
+    traced,
+    why_in_place,
+    why_no_body,
+)
 from unroll.export.lifting.recording import CannotSplitError
 from unroll.export.lifting.replay import Piece, replayed
 from unroll.export.lifting.scan import Axes, Scan
@@ -226,12 +234,19 @@ def _find(flat: _Flat, name: str, inputs: list[Axes], outputs: list[Axes], wide:
     """The scan that gives the module's answers. Raises ExportError(calls_depend_on_time) if there is none."""
     whole = _tensors(wide.given)
     first = [t if a.time is None else t.narrow(a.time, 0, 1) for t, a in zip(whole, inputs, strict=True)]
-    why = ""
+    why, ones, unlike = "", dict[bool, fx.GraphModule](), set[bool]()
     for turns, functional in _TRACES:
         if isinstance(flat.module, Piece) and turns not in TIMES:
             continue
+        # A trace takes long: none is made of steps that are known to differ.
+        if functional in unlike or (functional and not changes_in_place(ones[False])):
+            continue
         longer = [t if a.time is None else _repeated(t, a.time, turns) for t, a in zip(whole, inputs, strict=True)]
-        one, more = (_traced(flat, name, tensors, inputs, functional) for tensors in (first, longer))
+        if functional not in ones:
+            ones[functional] = _traced(flat, name, first, inputs, functional)
+        one, more = ones[functional], _traced(flat, name, longer, inputs, functional)
+        if not repeats(one, more, turns):
+            unlike.add(functional)
         for step in find_bodies(one, more, turns):
             states = _states(step, name, first, inputs)
             if states is None:
@@ -260,7 +275,7 @@ def _traced(flat: _Flat, name: str, tensors: list[Tensor], inputs: list[Axes], f
 
 
 def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) -> list[Axes] | None:
-    """The axes of the states, from two batch sizes; None if a row has no state of its own."""
+    """The axes of the states, from two batch sizes; None if those differ in more than the batch."""
     fewer = [t if a.batch is None else t.narrow(a.batch, 0, 2) for t, a in zip(first, inputs, strict=True)]
     after = [step.body(*tensors, *step.start(*tensors))[len(step.finals) :] for tensors in (fewer, first)]
     if any(tensor.is_complex() for tensor in after[0]):
@@ -269,13 +284,20 @@ def _states(step: LoopBody, name: str, first: list[Tensor], inputs: list[Axes]) 
             f"the loop of {name!r} hands on complex numbers; {COMPLEX}",
         )
     axes = [Axes.of(two, three, two) for two, three in zip(*after, strict=True)]
-    known = [each for each in axes if each is not None and each.batch is not None]
-    return known if len(known) == len(axes) else None
+    return None if None in axes else [_with_batch(each) for each in axes if each]
+
+
+def _with_batch(axes: Axes) -> Axes:
+    """A state that all rows share, as a count of time steps is, becomes one of each row: rows may be unequally far."""
+    return axes if axes.batch is not None else replace(axes, batch=0, shape=(2, *(axes.shape or (1,))))
 
 
 def _is_same(scan: Scan, seen: Seen) -> bool:
     given = _tensors(seen.given)
-    results, _ = scan(given, scan.initial(given), None)
+    try:
+        results, _ = scan(given, scan.initial(given), None)
+    except RuntimeError:
+        return False  # a state that all rows share may not be taken for one of each
     return all(map(_close, results, _tensors(seen.gave)))
 
 

@@ -159,7 +159,9 @@ class Recorder(TorchFunctionMode):
     def _add(self, func: Any, arguments: Any, result: Any, raw: int, *, done: bool = False) -> None:
         described = arguments if done else mapped(arguments, self._reference)
         number = len(self.ops)
-        self.ops.append(Op(func, described, (getattr(func, "__name__", func), _where()), raw))
+        # Layers of a model are loops of their own, although one line of code makes their calls.
+        owned = tuple(leaf.name for leaf in leaves_of(described) if isinstance(leaf, Own))
+        self.ops.append(Op(func, described, (getattr(func, "__name__", func), _where(), owned), raw))
         self.results.append(result)
         for item, leaf in [(None, result)] if isinstance(result, Tensor) else enumerate(result):
             if isinstance(leaf, Tensor):

@@ -3,6 +3,7 @@
 A row that has ended keeps its state and its last results.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,20 @@ class Scan(nn.Module):
             pair for pair in zip(tensors, self.inputs, strict=True) if None not in {pair[1].batch, pair[1].time}
         )
         return tensor.shape[axes.batch], tensor.shape[axes.time]  # type: ignore[index]
+
+
+def accumulate(step: Callable[[Tensor, Tensor], Tensor], tensor: Tensor, axis: int) -> Tensor:
+    """What `step` makes of the first element along an axis and the second, of that and the third, and so on."""
+    major = tensor.movedim(axis, 0)
+
+    def once(carry: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        made = step(carry[0], x[0])
+        return (made,), (made.clone(),)
+
+    run = higher_order_scan if torch.compiler.is_exporting() else _run
+    with without_observers():
+        _, (each,) = run(once, (major[0].contiguous(),), (major[1:],), dim=0, reverse=False)
+    return each.movedim(0, axis)
 
 
 def _run(once: Any, carry: Any, sequences: Any, dim: int, reverse: bool) -> tuple[Any, Any]:

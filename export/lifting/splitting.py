@@ -331,7 +331,7 @@ def split(module: nn.Module, calls: dict[tuple[int, int], tuple[list[Any], Any]]
             break
         layers = [path for path, (one, other) in zip(layers, counts, strict=True) if one == other]
     loops = None
-    for part in (slice(None), slice(1)):
+    for part in (slice(None), slice(2), slice(1)):
         keys = [[op.key[part] for op in one.ops if not op.creates] for one in (three, five)]
         loops = loops or find_loops(*keys)
     if not loops:

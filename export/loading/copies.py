@@ -3,7 +3,7 @@
 import copy
 import operator
 from collections.abc import Collection
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -134,11 +134,17 @@ def move_time(model: nn.Module, example: dict[str, Any], others: Collection[str]
     return moved(example, -1, 1)
 
 
-def keep_arguments(model: nn.Module, example: dict[str, Any]) -> None:
-    """Call a forward that changes its arguments in place with copies from now on."""
+def keep_arguments(model: nn.Module, example: dict[str, Any], watch: AbstractContextManager[Any]) -> None:
+    """Call a forward that changes its arguments in place with copies from now on.
+
+    Args:
+        model: the user's, copied.
+        example: the arguments of forward.
+        watch: entered for the call that finds out.
+    """
     given, before = _fresh(example), pytree.tree_leaves(example)
     left = pytree.tree_leaves(given)
-    with torch.no_grad(), suppress(Exception):  # a later check has a clearer message
+    with torch.no_grad(), suppress(Exception), watch:  # a later check has a clearer message
         copy.deepcopy(model)(**given)
     now = pytree.tree_leaves(given)
     if len(now) == len(left) and all(map(operator.is_, now, left)) and all(map(_is_same, now, before)):

@@ -1,7 +1,13 @@
 """The lifted model as an ONNX graph: a node per recurrent layer, a Scan per other loop; batch and time dynamic."""
 
+from contextlib import AbstractContextManager
+from operator import attrgetter
+from typing import Any
+from unittest import mock
+
 import onnx
 import torch
+from onnxscript import TracedOnnxFunction
 
 from unroll.bundle.golden import Arrays
 from unroll.export.errors import ExportError, untraceable
@@ -30,7 +36,7 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
     arguments = (torch.zeros(size, module.layout.size), torch.full((size,), time, dtype=torch.int32), *tensors.values())
     inputs_of_graph = ["state", "sequence_lens", *module.names]
     outputs_of_graph = [*(output.spec.name for output in module.outputs), "state_out"]
-    with quiet():
+    with quiet(), unparsed_functions():
         try:
             traced, suspects = trace(module, arguments)
             program = torch.onnx.export(
@@ -54,6 +60,11 @@ def to_onnx(module: StreamingModule, inputs: Arrays) -> Trace:
     _drop_copies(model.graph)
     _drop_unused(model.graph)
     return _bare(model), suspects
+
+
+def unparsed_functions() -> AbstractContextManager[Any]:
+    """PyTorch asks onnxscript's 500 functions for their domain only, for which onnxscript would parse their sources."""
+    return mock.patch.object(TracedOnnxFunction, "function_ir", property(attrgetter("opset")), create=True)
 
 
 def _leave_vmap() -> None:

@@ -54,6 +54,11 @@ class Call:
     operations: list[Operation]
     places: list[Place]
 
+    def signature(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The name of each operation, and where it is called."""
+        pairs = zip(self.operations, self.places, strict=True)
+        return [(key[0], place.instructions) for (key, _), place in pairs]
+
 
 class OperationLog(TorchFunctionMode):
     """Logs what some modules do, everything inside them included.

@@ -11,7 +11,7 @@ from torch import nn
 
 from unroll.bundle.golden import Arrays
 from unroll.export.errors import ExportError
-from unroll.export.lifting.splitting import Split
+from unroll.export.lifting.splitting import Split, find_loops
 from unroll.export.lifting.streaming import StreamingModule
 from unroll.export.loading.copies import detached_copy
 from unroll.export.verification import trials
@@ -78,12 +78,9 @@ class LongSequences:
         if not loops:
             return None
         brief = [replace(trials.ORIGINAL_LONG, time=time) for time in (3, 5)]
-        short = [self._run(trial, loops)[0].calls for trial in brief]
+        short = [self._run(trial, loops, places=True)[0].calls for trial in brief]
         shapes = {
-            path: [
-                self._shape(path, len(a.operations), len(b.operations))
-                for a, b in zip(*(c[path] for c in short), strict=True)
-            ]
+            path: [self._shape(path, three, five) for three, five in zip(*(c[path] for c in short), strict=True)]
             for path in loops
         }
         each = sum(size for found in shapes.values() for shape in found for size in shape.sizes)
@@ -153,11 +150,20 @@ class LongSequences:
         outputs = self.double.outputs
         return log, {o.spec.name: o.batch_major(returned[o.index][1]).numpy() for o in outputs}
 
-    def _shape(self, path: str, three: int, five: int) -> Shape:
-        """Of a call that makes so many calls over three and over five time steps."""
+    def _shape(self, path: str, three: Call, five: Call) -> Shape:
+        """From calls over three and over five time steps."""
         found: Split | None = getattr(self.double.model.get_submodule(path), "unroll_split", None)
-        size = (five - three) // 2
-        return Shape(found.gaps, found.sizes) if found else Shape([0, three - 3 * size], [size])
+        if found:
+            return Shape(found.gaps, found.sizes)
+        # What is one loop to a trace may be several to Python: one that cuts the inputs, and one that takes the parts.
+        loops = find_loops(three.signature(), five.signature()) or []
+        if len(loops) > 1:
+            sizes = [size for _, size in loops]
+            begins = [*(begin for begin, _ in loops), len(three.operations)]
+            ends = [0, *(begin + 3 * size for begin, size in loops)]
+            return Shape([begin - end for begin, end in zip(begins, ends, strict=True)], sizes)
+        size = (len(five.operations) - len(three.operations)) // 2
+        return Shape([0, len(three.operations) - 3 * size], [size])
 
     def _check_call(
         self, path: str, number: int, call: Call, shape: Shape, trial: Trial, far: LargeNumber | None

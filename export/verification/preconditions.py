@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from unroll.export.errors import COMPLEX, ExportError
+from unroll.export.errors import ExportError
 from unroll.export.lifting.module_state import Attribute, refusal
 from unroll.export.signature.outputs import first_difference
 from unroll.export.source_lines import source_line
@@ -26,9 +26,8 @@ def check_modules(model: nn.Module) -> None:
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torch.nn.quantizable")):
             raise ExportError("quantized", f"{where} is quantized; export the model as it was before quantization")
     for name, parameter in model.named_parameters():
-        if parameter.dtype not in _FLOATS:
-            change = COMPLEX if parameter.is_complex() else "export a model of float32 parameters"
-            raise ExportError("dtype", f"parameter {name!r} is {parameter.dtype}; {change}")
+        if parameter.dtype not in _FLOATS and not parameter.is_complex():
+            raise ExportError("dtype", f"parameter {name!r} is {parameter.dtype}; export a model of float32 parameters")
     size = sum(4 * parameter.numel() for parameter in model.parameters())
     if size > _LARGEST:
         raise ExportError("too_large", f"the parameters take {size / 2**30:.1f} GiB; a bundle holds less than 2 GiB")

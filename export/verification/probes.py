@@ -70,7 +70,9 @@ def why_not_streamable(subject: Subject, module: StreamingModule) -> str | None:
         subject: in float64.
         module: the same as a module, to find the layer where it differs.
     """
+    most = _rows(subject, trials.STREAMING_VALUES, trials.STREAMING_LEAST)
     for trial in trials.STREAMING:
+        trial = replace(trial, batch=min(trial.batch, most))
         inputs = subject.inputs(trial)
         rows = subject.samples.rows(trial.batch + 1, subject.manifest, seed=trial.row_seed)
         rows = rows[: trial.batch] if trial.batch > 1 else rows[1:]
@@ -132,7 +134,8 @@ def _reason(
         return f"output {ahead!r} at a time step depends on later time steps ({where})"
     return (
         f"{output!r} depends on how the sequence is cut: something other than a recurrent layer carries values "
-        f"from one time step to another ({where})"
+        f"from one time step to another ({where}). A delay streams as torch.cat([zeros, x[:, :-1]], 1), a difference "
+        "as torch.diff(x, dim=1, prepend=x[:, :1]), and anything as a loop over time steps"
     )
 
 
@@ -157,12 +160,19 @@ def padding_differs(served: Subject) -> Differences:
     """
     rng = np.random.default_rng(50)
     few = _fewest_steps(served)
-    lens = np.concatenate([rng.integers(few, 14, 48), np.minimum(few + rng.integers(0, 3, 200), 13)]).astype(np.int32)
+    batch = min(trials.PADDED[0].batch, _rows(served, trials.PADDED_VALUES, trials.PADDED_LEAST)) // 2 * 2
+    long, short = rng.integers(few, 14, batch // 5), np.minimum(few + rng.integers(0, 3, batch - batch // 5), 13)
+    lens = np.concatenate([long, short]).astype(np.int32)
     lens[0] = _MOST_STEPS
-    tries = [_padded(served, trial, lens) for trial in trials.PADDED]
+    tries = [_padded(served, replace(trial, batch=batch), lens) for trial in trials.PADDED]
     with suppress(ExportError):  # a table of positions may end before
         tries.append(_padded(served, trials.PADDED_LONG, np.array(trials.PADDED_LONG_LENGTHS, np.int32)))
     return {name: max(each[name] for each in tries) for name in tries[0]}
+
+
+def _rows(subject: Subject, values: int, least: int) -> int:
+    """Rows whose states have so many values in all, and at least so many."""
+    return max(values // max(subject.manifest.state_size, 1), least)
 
 
 def _padded(served: Subject, trial: Trial, lens: np.ndarray) -> Differences:
@@ -196,7 +206,8 @@ def is_bit_exact(served: Subject) -> bool:
     trial = Trial(batch, time, trials.BITS_INPUT_SEED, trials.BITS_ROW_SEED)
     inputs, rows = served.inputs(trial), served.rows(trial)
     whole = served.whole(inputs, rows)
-    for size in (8, 17, 33, batch, *(1, 2, 3, 4, 5) * 8):
+    often = min(trials.BITS_MOST, _rows(served, _MANY, trials.BITS_LEAST))
+    for size in (8, 17, 33, batch, *(1, 2, 3, 4, 5) * often):
         chosen = rng.integers(0, batch, size)
         chunks = random_chunks(time, rng) if served.manifest.streamable else (time,)
         part = served.chunked(select_rows(inputs, chosen), rows[chosen], chunks)

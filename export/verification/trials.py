@@ -43,6 +43,9 @@ STREAMING = (
     Trial(32, 24, 73, 43, -2, _CUTS_OF_24[1:]),
 )
 
+#: The most rows of a trial of streaming, fewer where the state of one has many values to compare.
+STREAMING_VALUES, STREAMING_LEAST = 2**16, 8
+
 #: Does it over a long sequence? At least so many steps; 16 times as many if it counts steps and its row does not.
 LONG = Trial(1, 1024, 53, 54)
 LONG_IF_COUNTED = 16
@@ -57,14 +60,17 @@ AHEAD_SEED = 47
 REACHED = tuple(Trial(4, time, 81, 82) for time in (4, 7, 19))
 
 #: Does padding make a difference? Long rows, and many short ones: a maximum over time hides the padding
-#: unless that is the largest.
+#: unless that is the largest. Fewer rows, down to the least, where the state of one has many values to compare.
 PADDED = tuple(Trial(248, 13, 51, 52, scale) for scale in (1, -1, 3, -3))
+PADDED_VALUES, PADDED_LEAST = 2**17, 62
 PADDED_LONG = Trial(4, 300, 51, 52)
 PADDED_LONG_LENGTHS = (300, 40, 150, 283)
 PADDED_START_SEED = 53
 
-#: Do cuts, batch size and neighbours change a bit? At least 32 rows, at most 1024.
+#: Do cuts, batch size and neighbours change a bit? At least 32 rows, at most 1024. Small batches so many times, fewer
+#: where a state has thousands of values.
 BITS_TIME, BITS_INPUT_SEED, BITS_ROW_SEED = 24, 62, 63
+BITS_MOST, BITS_LEAST = 8, 2
 
 #: Golden vectors: the first that fits into the file.
 GOLDEN = tuple(Trial(batch, time, 71, 72) for batch, time in ((3, 24), (3, 16), (2, 16), (2, 12), (2, 8)))

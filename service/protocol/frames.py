@@ -118,6 +118,9 @@ class FrameCodec:
     Args:
         inputs: the model's inputs.
         max_steps: time steps allowed in one chunk.
+
+    Attributes:
+        step_frame_bytes: the length of a frame of one step.
     """
 
     def __init__(self, inputs: Sequence[TensorSpec], max_steps: int) -> None:
@@ -125,6 +128,7 @@ class FrameCodec:
         self.max_steps = max_steps
         self._layout = [(spec.numpy, spec.shape, spec.size) for spec in inputs]
         self._step_bytes = sum(spec.nbytes for spec in inputs)
+        self.step_frame_bytes = _SINGLE_ENTRY.size + self._step_bytes
         self._all_float = all(spec.dtype == "float32" for spec in inputs)
 
     def decode_single(self, frame: bytes) -> SingleEntryFrame | None:
@@ -142,6 +146,16 @@ class FrameCodec:
             self._check_length(frame, 1, steps, steps)
         inputs = self._single_inputs(frame, steps)
         return SingleEntryFrame(handle, steps, None if position == NO_POSITION else position, inputs)
+
+    def split_step(self, frame: bytes) -> tuple[int, int | None, bytes] | None:
+        """The handle, the position and the values of a frame of one step, of `step_frame_bytes`; None if it is another.
+
+        The values are the inputs one after another, and are not checked.
+        """
+        header, handle, steps, position = _SINGLE_ENTRY.unpack_from(frame)
+        if header != _SINGLE_STEPS or steps != 1:
+            return None
+        return handle, None if position == NO_POSITION else position, frame[_SINGLE_ENTRY.size :]
 
     def _single_inputs(self, frame: bytes, steps: int) -> Tensors:
         """The inputs of a frame's only entry, each (steps, *shape)."""
@@ -250,6 +264,11 @@ def encode_single(handle: int, steps: int, position: int, outputs: Tensors, *, k
     if len(outputs) == 1:
         return head + outputs[0].tobytes()
     return b"".join((head, *[output.tobytes() for output in outputs]))
+
+
+def encode_step(handle: int, position: int, values: bytes) -> bytes:
+    """The frame of the outputs of one step; values: one output after another."""
+    return _SINGLE_ENTRY.pack(_SINGLE_OUTPUTS, handle, 1, position) + values
 
 
 def encode_rolled(handle: int, steps: int, position: int, tensors: Tensors) -> bytes:

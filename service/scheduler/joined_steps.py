@@ -117,7 +117,11 @@ class JoinedSteps:
             self._sessions.expire(now)
             group = OpenGroup(self._layout, deadline, form)
             group.is_durable = durable is not None
-        elif group.is_durable is (durable is None) or (now - group.ready_at) * _SHARE > deadline - now:
+        elif (
+            group.is_durable is (durable is None)
+            or type(group.form) is not type(form)
+            or (now - group.ready_at) * _SHARE > deadline - now
+        ):
             return False
         if session.life is not OPEN or len(group.sessions) >= self._room or not self._admission.take(1, now, deadline):
             return False

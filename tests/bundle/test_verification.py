@@ -68,6 +68,19 @@ def test_padded_rows_are_compared_with_the_row_alone(golden: Golden) -> None:
     assert shortest["state_out"] > 0.1, "the padding was added to the sum"
 
 
+def test_rows_of_one_length_are_run_together_without_padding(golden: Golden) -> None:
+    sizes = []
+
+    def counted(inputs, state, sequence_lens):
+        sizes.append(inputs["x"].shape[:2])
+        return by_length(inputs, state, sequence_lens)
+
+    four = {name: np.concatenate([array, array]) for name, array in golden.inputs.items()}
+    lens = np.array([6, 2, 2, 6], np.int32)
+    assert largest(Verifier(counted, MANIFEST).padded(four, np.concatenate([golden.state] * 2), lens))["y"] == 0.0
+    assert sizes == [(4, 6), (2, 6), (2, 2)]
+
+
 def test_arrays_of_other_shapes_differ_infinitely() -> None:
     assert difference(np.zeros((2, 1)), np.zeros((2, 2))) == np.inf
     assert difference(np.array([True]), np.array([False])) == 1.0

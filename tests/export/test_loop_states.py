@@ -113,6 +113,35 @@ def changed_in_place(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outs, 1), states
 
 
+def cut_before(s: Any, x: Tensor) -> Tensor:
+    h, outs, steps = zeros(x), [], [x[:, t] for t in range(x.shape[1])]
+    for t, (step, same) in enumerate(zip(steps, x.unbind(1), strict=True)):
+        h = torch.tanh(s.head(step + same) + s.r * h - x[:, t])
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+def layers_over_lists(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each layer goes over the list of what the layer before it made."""
+    steps, last = list(x.split(1, 1)), []
+    for layer in s.layers:
+        h, outs = zeros(x).unsqueeze(1), []
+        for step in [layer(step) for step in steps]:
+            h = torch.tanh(step + s.r * h)
+            outs.append(h)
+        steps, last = outs, [*last, h]
+    return torch.cat(steps, 1), torch.cat(last, 1)
+
+
+def from_the_first(s: Any, x: Tensor) -> Tensor:
+    """Every step takes the first one, in the loop and outside."""
+    h, outs, first = zeros(x), [], x[:, 0]
+    for step in x.unbind(1):
+        h = torch.tanh(s.head(step - first) + s.r * h)
+        outs.append(h)
+    return torch.stack(outs, 1) / (1 + x[:, :1].abs())
+
+
 def recurrence(x: Tensor, r: Tensor) -> Tensor:
     h = torch.zeros_like(x[:, 0])
     outs: list[Tensor] = []
@@ -120,6 +149,20 @@ def recurrence(x: Tensor, r: Tensor) -> Tensor:
         h = torch.tanh(x[:, t] + r * h)
         outs += [h]
     return torch.stack(outs, 1)
+
+
+def count_of_all_rows(s: Any, x: Tensor) -> Tensor:
+    h, n, outs = zeros(x), torch.zeros(1), []
+    for step in x.unbind(1):
+        n = n + 1
+        h = torch.tanh(step + s.r * h)
+        outs.append(s.head(h) / n)
+    return torch.stack(outs, 1)
+
+
+def running(s: Any, x: Tensor) -> Tensor:
+    x = torch.cummax(x, 1).values - x.cummin(dim=1)[0] + x.sigmoid().cumprod(1) + torch.logcumsumexp(x, 1)
+    return recurrence(x, s.r)
 
 
 with warnings.catch_warnings():
@@ -133,14 +176,23 @@ def in_a_scripted_function(s: Any, x: Tensor) -> Tensor:
 
 OTHERS: list[Forward] = [
     *(previous_of_unbound, previous_from_the_first, previous_by_index, delayed, swapped, window, window_of_states),
-    *(two_loops, many_names, changed_in_place, in_a_scripted_function),
+    *(two_loops, many_names, changed_in_place, in_a_scripted_function, layers_over_lists, from_the_first),
+    *(count_of_all_rows, running),
 ]
 
 
-@pytest.mark.parametrize("forward", [viewed, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)])
+@pytest.mark.parametrize(
+    "forward", [viewed, cut_before, *(pytest.param(one, marks=pytest.mark.long) for one in OTHERS)]
+)
 def test_a_loop_may_hand_on_what_it_was_given_or_made(few_steps: None, tmp_path: Path, forward: Forward) -> None:
-    module = made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4)).eval()
-    manifest = export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path).manifest
+    layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+    answers_step_by_step(
+        made(forward, r=nn.Parameter(torch.rand(4) / 2), head=nn.Linear(4, 4), layers=layers), tmp_path
+    )
+
+
+def answers_step_by_step(module: nn.Module, tmp_path: Path) -> None:
+    manifest = export(module.eval(), {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path).manifest
     assert manifest.streamable
     oracle, x, row, steps = Oracle(tmp_path, "m"), torch.randn(23, 4), None, []
     for step in x.numpy()[:, None]:
@@ -174,29 +226,53 @@ def test_a_state_changed_in_place_that_cannot_be_followed_is_refused_with_what_t
     assert refused.value.code == "calls_depend_on_time"
 
 
-def rotated(s: Any, x: Tensor) -> Tensor:
-    h, outs = torch.zeros(x.shape[0], 4, dtype=torch.complex64), []
-    for t in range(x.shape[1]):
-        h = torch.polar(s.r, s.r) * h + x[:, t]
-        outs.append(h.real)
-    return torch.stack(outs, 1)
+class LinearRecurrence(nn.Module):
+    """An LRU, as its paper defines it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nu, self.theta, self.d = (nn.Parameter(torch.rand(size)) for size in (6, 6, 4))
+        self.b = nn.Parameter(torch.randn(6, 4, dtype=torch.complex64))
+        self.c = nn.Parameter(torch.randn(4, 6, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        turn = torch.exp(torch.complex(-self.nu.exp(), self.theta.exp()))
+        h, outs = torch.zeros(x.shape[0], 6, dtype=torch.complex64), []
+        for t in range(x.shape[1]):
+            h = turn * h + (1 - turn.abs() ** 2).sqrt() * (x[:, t].to(self.b.dtype) @ self.b.T)
+            outs.append((h @ self.c.T).real + self.d * x[:, t])
+        return torch.stack(outs, 1)
 
 
-def rotated_by_a_parameter(s: Any, x: Tensor) -> Tensor:
-    return (s.r * x).real
+def state_space(s: Any, x: Tensor) -> Tensor:
+    """The recurrent form of S4D, whose parameters are real."""
+    turn = torch.polar(torch.sigmoid(s.r), s.r) - 0.1j
+    h, outs = x.new_zeros(x.shape[0], 4, dtype=torch.cfloat), []
+    for step in x.unbind(1):
+        h = torch.einsum("n,bn->bn", turn.conj(), h) + (turn - 1) / (1 + s.r) * step
+        outs.append(torch.view_as_real(h).flatten(1))
+    return torch.stack(outs, 1) * s.head(x).repeat(1, 1, 2)
+
+
+@pytest.mark.parametrize("build", [LinearRecurrence, pytest.param(None, marks=pytest.mark.long)])
+def test_complex_states_are_pairs_of_real_numbers(few_steps: None, tmp_path: Path, build: Any) -> None:
+    parts = {"r": nn.Parameter(torch.rand(4) / 2), "head": nn.Linear(4, 4)}
+    answers_step_by_step(build() if build else made(state_space, **parts), tmp_path)
+
+
+def squashed(s: Any, x: Tensor) -> Tensor:
+    return torch.tanh(s.r * x).real
+
+
+def complex_output(s: Any, x: Tensor) -> Tensor:
+    return s.r * x
 
 
 @pytest.mark.parametrize(
-    ("forward", "dtype", "says"),
-    [
-        (rotated, torch.float32, "the loop of 'Made' hands on"),
-        (rotated_by_a_parameter, torch.complex64, "parameter 'r'"),
-    ],
+    ("forward", "says"), [(squashed, "forward calls torch.tanh with"), (complex_output, "an output is complex")]
 )
-def test_complex_numbers_are_refused_with_what_to_change(
-    tmp_path: Path, forward: Forward, dtype: torch.dtype, says: str
-) -> None:
-    module = made(forward, r=nn.Parameter(torch.rand(4, dtype=dtype))).eval()
+def test_other_complex_numbers_are_refused_with_what_to_change(tmp_path: Path, forward: Forward, says: str) -> None:
+    module = made(forward, r=nn.Parameter(torch.rand(4, dtype=torch.complex64))).eval()
     with pytest.raises(ExportError, match=rf"{says}.*two tensors, as torch\.view_as_real") as refused:
         export(module, {"x": torch.randn(2, 7, 4)}, name="m", repository=tmp_path)
     assert refused.value.code == "dtype"

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from onnxscript.function_libs.torch_lib.ops.core import aten_abs
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from unroll.export.lifting import recurrent_ops
+from unroll.export.onnx.graph import unparsed_functions
 
 LAYERS = [
     pytest.param("LSTM", nn.LSTM, {}, id="lstm"),
@@ -45,3 +47,9 @@ def test_fake_kernel_has_the_real_shapes(kind, layer, options) -> None:
     state = tuple(torch.randn(2, 1, 3, 5).double())[: 2 if kind == "LSTM" else 1]
     operator, arguments = call(kind, module, torch.randn(7, 3, 4).double(), torch.full((3,), 7), state)
     torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_domain_of_a_function_of_onnxscript_is_known_without_its_source() -> None:
+    domain = aten_abs.function_ir.domain
+    with unparsed_functions():
+        assert aten_abs.function_ir.domain == domain

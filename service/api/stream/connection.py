@@ -107,6 +107,12 @@ class Connection:
             return
         failpoints.reach("recv")
         codec, flow = self._codec, self._flow
+        if len(message) == codec.step_frame_bytes and not (self.tenant and self._app.meter.limits(self.tenant)):
+            step = codec.split_step(message)
+            if step is not None and self._submitter.join(*step):
+                flow.acquire(1, 1)
+                flow.update()
+                return
         try:
             if len(message) > self._max_frame_bytes:
                 raise BodyTooLarge(f"a frame may have {self._max_frame_bytes} bytes, this one has {len(message)}")

@@ -13,6 +13,7 @@ from unroll.service.protocol.frames import (
     SingleEntryFrame,
     encode,
     encode_single,
+    encode_step,
     pack_entries,
     with_positions,
 )
@@ -60,6 +61,13 @@ class Replies:
             self.flush()  # an earlier chunk of the session may be among them
         self._send_binary(encode_single(entry.handle, entry.steps, reply.position, reply.outputs, kept=reply.kept))
         self._release(1, entry.steps)
+
+    def answer_step(self, handle: int, position: int, values: bytes) -> None:
+        """One step in a frame of its own, at once; values: its outputs one after another."""
+        if self._coalesced:
+            self.flush()
+        self._send_binary(encode_step(handle, position, values))
+        self._release(1, 1)
 
     def answer_text(self, entry: SingleEntryFrame, document: dict[str, Any]) -> None:
         self.flush()

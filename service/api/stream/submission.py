@@ -1,6 +1,6 @@
-"""From the frames of a client to the work of the scheduler: as cohorts, as a group, or chunk by chunk."""
+"""From the frames of a client to the work of the scheduler: as cohorts, as a group, as joined steps or as chunks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,7 +11,9 @@ from unroll.service.core.errors import NeedsStoreLookup, QueueFull, SessionConte
 from unroll.service.engine.engine import Tensors
 from unroll.service.models.served_model import ServedModel
 from unroll.service.protocol.frames import NO_POSITION, Frame, SingleEntryFrame
+from unroll.service.protocol.tensors import Codec
 from unroll.service.scheduler.chunk import Action, Chunk, GroupReply
+from unroll.service.scheduler.joined_steps import StepForm
 from unroll.service.scheduler.reply import Outcome, Reply
 from unroll.service.scheduler.session import Cohort, Life, Session
 from unroll.service.sessions.attempts import Attempts
@@ -34,10 +36,15 @@ class RecurringFrame:
 
 
 class RecurringFrames:
-    """The frames of a connection by signature, as long as every handle means the same session."""
+    """The frames of a connection by signature, as long as every handle means the same session.
+
+    Attributes:
+        steps: those of one step, by handle.
+    """
 
     def __init__(self) -> None:
         self._by_signature: dict[bytes, RecurringFrame] = {}
+        self.steps: dict[int, RecurringStep] = {}
 
     def recognise(self, frame: Frame) -> RecurringFrame:
         signature = frame.signature
@@ -50,6 +57,41 @@ class RecurringFrames:
 
     def clear(self) -> None:
         self._by_signature.clear()
+        self.steps.clear()
+
+
+@dataclass(slots=True, eq=False)
+class RecurringStep:
+    """The single steps of a memory session that come in frames of their own, and join the steps of others.
+
+    Attributes:
+        position: of the last one, as the client named it.
+        leave: takes it back.
+    """
+
+    submitter: "FrameSubmitter"
+    handle: int
+    served: ServedModel
+    session: Session
+    form: StepForm
+    position: int | None = None
+    leave: Callable[[], None] = lambda: None
+
+
+class JoinedFrames:
+    """Steps in frames of their own, and their answers."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._rows = codec.rows_to_raw
+        self.faults = codec.faults
+
+    def answer(self, steps: Sequence[RecurringStep], reply: GroupReply) -> None:
+        outputs, positions, errors = self._rows(reply.outputs), reply.positions.tolist(), reply.errors
+        for row, step in enumerate(steps):
+            if row in errors:
+                step.submitter.refuse_step(step, errors[row])
+            else:
+                step.submitter.complete_step(step, positions[row], outputs[row])
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +114,11 @@ class PendingChunk:
     def __call__(self, outcome: Outcome) -> None:
         self.submitter.complete(self, outcome)
 
+    def leave(self) -> None:
+        """Cancel it, unless it has begun to run."""
+        if self.served is not None and self.chunk is not None:
+            self.served.loop.leave(self.chunk, self)
+
 
 class FrameSubmitter:
     """Submits frames, retries chunks whose session another replica updated, and hands the outcomes to the replies.
@@ -89,15 +136,26 @@ class FrameSubmitter:
         self._handles = handles
         self._recurring = recurring
         self._replies = replies
-        self._pending: dict[PendingChunk, None] = {}
+        self._pending: dict[PendingChunk | RecurringStep, None] = {}
 
     def close(self) -> None:
         """The connection is gone. Chunks that have not begun to run are cancelled, the last first."""
         for pending in reversed([*self._pending]):
-            if pending.served is not None and pending.chunk is not None:
-                pending.served.loop.leave(pending.chunk, pending)
+            pending.leave()
         self._pending.clear()
         self._recurring.clear()
+
+    def join(self, handle: int, position: int | None, values: bytes) -> bool:
+        """Submit a frame of one step together with those of others; False if it must be submitted as any frame."""
+        step = self._recurring.steps.get(handle)
+        if step is None or self._replies.closed:
+            return False
+        leave = step.served.loop.join(step.session, position, values, self._timeout, step.form, step)
+        if leave is None:
+            return False
+        step.position, step.leave = position, leave
+        self._pending[step] = None
+        return True
 
     def submit_frame(self, frame: Frame, faults: dict[int, UnrollError]) -> list[int]:
         """Submit as cohorts if its sessions are, else as one group, what can be.
@@ -200,6 +258,9 @@ class FrameSubmitter:
             pending.chunk = served.loop.submit(chunk, self._timeout, pending)
             if pending.chunk is not None:
                 self._pending[pending] = None
+            if entry.steps == 1 and session.durable is None and entry.handle not in self._recurring.steps:
+                step = RecurringStep(self, entry.handle, served, session, JoinedFrames(served.codec))
+                self._recurring.steps[entry.handle] = step
         except UnrollError as error:
             self._fail(pending, error)
 
@@ -225,6 +286,16 @@ class FrameSubmitter:
                 self._fail(pending, outcome)
         else:
             pending.answer(pending.entry, outcome)
+
+    def complete_step(self, step: RecurringStep, position: int, outputs: bytes) -> None:
+        if not self._replies.closed:
+            self._pending.pop(step, None)
+            self._replies.answer_step(step.handle, position, outputs)
+
+    def refuse_step(self, step: RecurringStep, error: UnrollError) -> None:
+        if not self._replies.closed:
+            self._pending.pop(step, None)
+            self._replies.refuse(step.handle, 1, step.position, error)
 
     def _complete_group(
         self, frame: Frame, rows: list[int] | None, recurring: RecurringFrame | None, reply: GroupReply

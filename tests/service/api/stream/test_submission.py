@@ -6,9 +6,10 @@ from collections.abc import Callable
 import httpx
 import numpy as np
 import pytest
+from fake_link import Wire
 from serving import Oracle, Running, Serve, raw_steps
 from streams import Dial, frame
-from waiting import until
+from waiting import reached, until
 from websockets.sync.client import connect
 
 from unroll.bundle import Manifest
@@ -72,6 +73,29 @@ def test_single_entry_frames(any_server: Running, dial: Dial, oracle: Oracles, x
     client.bind(0)
     got = [client.step((0, None, x[i : i + 1]))[0].outputs[0] for i in range(len(x))]
     assert np.array_equal(np.concatenate(got), oracle("lstm")(x))
+
+
+async def test_steps_in_frames_of_their_own_join_and_leave_with_their_connection(wire: Wire):
+    await wire.bind(3)
+    wire.engine.release()
+    (model,) = wire.server.models
+    for answers in (3, 5):
+        await reached(lambda: not model.scheduler.in_flight)
+        wire.frame(range(1))
+        wire.connection.on_binary(frame((1, None, np.full((1, 3), 1 if answers == 3 else np.nan, "<f4"))))
+        wire.frame(range(2, 3))
+        group = model.scheduler.joined.group
+        assert (group is not None) == (answers == 5), "at first, a session must be looked up"
+        await reached(lambda count=answers: len(wire.answered()) == count)
+    assert [(reply.handle, reply.position) for reply in wire.answered()[3:]] == [(0, 2), (2, 2)]
+    (refused,) = (message for message in wire.sent if isinstance(message, dict))
+    assert (refused["handle"], refused["code"]) == (1, "non_finite_input")
+    await reached(lambda: not model.scheduler.in_flight)
+    wire.frame(range(1))
+    wire.frame(range(1, 2))
+    assert len(model.scheduler.joined.group.sessions) == 2
+    wire.connection.close()
+    assert (model.scheduler.in_flight, model.scheduler.joined.group.sessions) == (0, [])
 
 
 def test_the_largest_frame(dial: Dial, oracle: Oracles, rng: np.random.Generator):
