@@ -1,4 +1,4 @@
-"""Steps that arrive one by one while nothing waits run as one group, and until then can leave it."""
+"""Steps that arrive one by one while nothing else waits run as one group, and until then can leave it."""
 
 import numpy as np
 import pytest
@@ -69,8 +69,17 @@ def test_a_step_joins_only_its_session_at_its_position_and_at_rest(settled, engi
     run_until_idle(settled, engine)
 
 
+def test_steps_join_beside_single_steps_that_wait_as_many_as_the_batch_has_room_for(settled, engine):
+    log = Log()
+    alone = submit(settled, "a", inputs(2), 0, LATER)
+    assert joined(settled, "bcd", log) == [True, True, False]
+    assert turn(settled, engine).rows == 3
+    assert [answer(alone), *log.values()] == [fold([1, 2])[-1:]] * 3
+    settled.check_invariants()
+
+
 def test_no_step_joins_while_other_work_waits(settled, engine):
-    submit(settled, "a", inputs(2), 0, LATER)
+    submit(settled, "a", inputs(2, 3), 0, LATER)
     assert joined(settled, "b", Log()) == [False]
     run_until_idle(settled, engine)
     assert joined(settled, "b", Log()) == [True]
