@@ -1,6 +1,7 @@
 """What `unroll stream` and `unroll rollout` do: rows go through a session, and outputs are written."""
 
 import csv
+import json
 import os
 import sys
 import time
@@ -57,10 +58,11 @@ def _stream(options: "Stream") -> int:
     kind = _kind(options.format, options.file, [*READERS, _WAV])
     with ExitStack() as stack:
         client = stack.enter_context(Client(options.url, api_key=options.api_key))
+        new: Any = {"durability": options.durability, "static": _static(options)}
         if options.session is None:
-            session = stack.enter_context(client.session(options.model, durability=options.durability))
+            session = stack.enter_context(client.session(options.model, **new))
         else:
-            session = client.session(options.model, options.session, mode="either", durability=options.durability)
+            session = client.session(options.model, options.session, mode="either", **new)
         model = session.model
         source = _source(options.file, stack)
         samples = wav.Reader(model, source) if kind == _WAV else None
@@ -86,7 +88,7 @@ def _roll_out(options: "Rollout", mapped: Any) -> int:
     with ExitStack() as stack:
         client = stack.enter_context(Client(options.url, api_key=options.api_key))
         if options.session is None:
-            session = stack.enter_context(client.session(options.model))
+            session = stack.enter_context(client.session(options.model, static=_static(options)))
         else:
             session = client.session(options.model, options.session, mode="resume")
         model = session.model
@@ -112,6 +114,10 @@ def _roll_out(options: "Rollout", mapped: Any) -> int:
         if plot:
             plot.draw(end=True)
         return options.steps
+
+
+def _static(options: "Stream | Rollout") -> Any:
+    return None if options.static is None else json.loads(options.static)
 
 
 def _kind(wanted: str | None, file: Path | None, kinds: Sequence[str]) -> str:

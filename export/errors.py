@@ -66,7 +66,7 @@ COMPLEX = (
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 #: An operator without a translation.
-_NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='aten\.(\w+)'")
+_NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)'")
 
 #: Characters of another error's message: whole sentences, and at least one.
 _MESSAGE = 200
@@ -98,10 +98,11 @@ def untraceable(what: str, error: Exception) -> ExportError:
             + (f", as {written}" if written else ""),
         )
     if unknown := _NO_OPERATOR.search(text):
+        library = "torch" if unknown[1] == "aten" else unknown[1]
         return ExportError(
             "not_exportable",
-            f"{what} calls torch.{unknown[1]}, which ONNX has no operator for; write it with other operators, or one "
-            "time step after another in a Python loop",
+            f"{what} calls {library}.{unknown[2]}, which ONNX has no operator for; write it with other operators of "
+            "PyTorch, or one time step after another in a Python loop",
         )
     return ExportError("not_exportable", f"torch.export cannot follow {what}: {first_line(error)}")
 

@@ -37,12 +37,21 @@ def detached_copy(module: nn.Module) -> nn.Module:
             copied.cpu()
             copied.eval()
             copied.requires_grad_(False)
-            return copied
     except Exception as error:  # user code
         raise ExportError(
             "not_copyable",
             f"copy.deepcopy fails on the module: {error}; export a module of the layers alone, without that",
         ) from error
+    for path, part in copied.named_modules():
+        forward = vars(part).get("forward")
+        held = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+        if any(isinstance(getattr(one, "__self__", one), nn.Module) for one in held):
+            raise ExportError(
+                "not_copyable",
+                f"forward of {path or type(part).__name__!r} was replaced by a function that holds the layer, and runs "
+                "that one in every copy; put a plain layer with the same weights in its place",
+            )
+    return copied
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -66,6 +66,19 @@ def test_csv_of_a_pipe_and_of_a_file(run: Run, oracle: Oracles, x: np.ndarray, t
     assert run("lstm", tmp_path / "x.csv", "--rate", "1e9") == (status, out, err)
 
 
+def test_static_inputs_are_an_object(run: Run, oracle: Oracles, x: np.ndarray) -> None:
+    row = oracle("voices").manifest.initial_row({"speaker": np.array(3), "gain": np.float32([0.25, -0.5])})
+    given = '{"speaker": 3, "gain": [0.25, -0.5]}'
+    _, out, _ = run("voices", "--static", given, stdin=as_csv(x))
+    assert np.array_equal(from_csv(out), oracle("voices").all(x, state=row)[0][0])
+    constant = '{"kind": "columns", "columns": [{"constant": 1}, {"constant": 1}, {"constant": 1}]}'
+    options = ("--static", given, "--steps", 1, "--map", constant)
+    _, rolled, _ = run("voices", *options, stdin=as_csv(x), command="rollout")
+    assert np.array_equal(from_csv(rolled)[0], from_csv(out)[-1])
+    status, _, err = run("voices", "--static", "[3]")
+    assert (status, err.splitlines()[0]) == (2, "unroll stream: invalid value for '--static': [3] is no JSON object")
+
+
 def test_columns_are_chosen_by_name(run: Run, oracle: Oracles, x: np.ndarray) -> None:
     _, out, _ = run("lstm", "--columns", "c,a,b", stdin=b"\xef\xbb\xbf" + as_csv(x, "a,b,c"))
     assert np.array_equal(from_csv(out), oracle("lstm")(x[:, [2, 0, 1]]))

@@ -248,3 +248,12 @@ def test_copies_of_a_module_that_copies_itself_hold_all_that_export_put_there() 
     assert isinstance(again[0], CopiesItself)
     assert again[0].put is again[0].weight
     torch.testing.assert_close(again[0].weight, module[0].weight)
+
+
+def test_a_forward_that_holds_its_layer_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(3, 2))
+    before = module[0].forward
+    module[0].forward = lambda x: before(x)
+    with pytest.raises(ExportError, match="forward of '0' was replaced") as refused:
+        detached_copy(module)
+    assert refused.value.code == "not_copyable"

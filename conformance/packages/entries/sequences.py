@@ -251,12 +251,7 @@ def xlstm_slstm() -> nn.Module:
     return sLSTMLayer(sLSTMLayerConfig(embedding_dim=8, num_heads=2, backend="vanilla", dtype="float32"))
 
 
-def _tcn_steps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    model.reset_buffers()
-    return torch.cat([model(step.unsqueeze(1), inference=True).squeeze(1) for step in inputs["x"].unbind(1)])
-
-
-@entry("pytorch-tcn", "TCN of 2 blocks", "x:float32:4", own=_tcn_steps)
+@entry("pytorch-tcn", "TCN of 2 blocks", "x:float32:4")
 def pytorch_tcn() -> nn.Module:
     from pytorch_tcn import TCN
 
@@ -308,14 +303,14 @@ def min_gru_scans() -> nn.Module:
     return layer
 
 
-@entry("yet-another-retnet", "RetNetDecoderLayer, in parallel", "x:float32:16", alone=True)
+@entry("yet-another-retnet", "RetNetDecoderLayer, in parallel", "x:float32:16")
 def retnet() -> nn.Module:
     from yet_another_retnet.retnet import RetNetDecoderLayer
 
     return RetNetDecoderLayer(16, 2, dim_feedforward=16)
 
 
-@entry("yet-another-retnet", "RetNetDecoderLayer, in a loop", "x:float32:16", alone=True)
+@entry("yet-another-retnet", "RetNetDecoderLayer, in a loop", "x:float32:16")
 def retnet_loop() -> nn.Module:
     from yet_another_retnet.retnet import RetNetDecoderLayer
 

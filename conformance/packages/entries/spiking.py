@@ -22,7 +22,7 @@ class _TimeFirstAll(nn.Module):
         return y.transpose(0, 1)
 
 
-@entry("spikingjelly", "LIFNode and ParametricLIFNode between linear layers", "x:float32:4", alone=True)
+@entry("spikingjelly", "LIFNode and ParametricLIFNode between linear layers", "x:float32:4")
 def spikingjelly_lif() -> nn.Module:
     from spikingjelly.activation_based import functional, layer, neuron
 
@@ -31,7 +31,7 @@ def spikingjelly_lif() -> nn.Module:
     return _TimeFirstAll(network)
 
 
-@entry("spikingjelly", "SpikingLSTM, 2 layers", "x:float32:4", alone=True)
+@entry("spikingjelly", "SpikingLSTM, 2 layers", "x:float32:4")
 def spikingjelly_lstm() -> nn.Module:
     from spikingjelly.activation_based.rnn import SpikingLSTM
 
@@ -44,11 +44,20 @@ def _reset(model: Any) -> None:
     functional.reset_net(model)
 
 
-@entry("spikingjelly", "step of LIFNode", "x:float32:4", options=("--step",), own=after(_reset), alone=True)
+@entry("spikingjelly", "step of LIFNode", "x:float32:4", options=("--step",), own=after(_reset))
 def spikingjelly_step() -> nn.Module:
     from spikingjelly.activation_based import neuron
 
-    return nn.Sequential(nn.Linear(4, 8), neuron.LIFNode(), nn.Linear(8, 3))
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 8), neuron.LIFNode(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layers(x)
+            return y
+
+    return Step()
 
 
 @entry("sinabs", "LIF with synapses, and ExpLeak", "x:float32:4")

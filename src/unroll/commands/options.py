@@ -1,5 +1,6 @@
 """How commands declare their options, and what they raise for a wrong one."""
 
+import json
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from math import isfinite
@@ -78,9 +79,16 @@ def flag(name: str, help: str) -> Declared:
     return Declared(name, "", help)
 
 
+def json_object(text: str | None) -> None:
+    """The JSON of an object."""
+    if text is not None and not isinstance(json.loads(text), dict):
+        raise ValueError(f"{text} is no JSON object")
+
+
 #: The URL of the server, and the key for it, of every command that is a client.
 Url = Annotated[str, option("--url", "URL", "URL of the server")]
 ApiKey = Annotated[str | None, option("--api-key", "KEY", "", envvar="UNROLL_API_KEY", hidden=True)]
+Static = Annotated[str | None, option("--static", "JSON", "static inputs of a new session: {name: value}", json_object)]
 Json = Annotated[bool, flag("--json", "print one JSON document")]
 
 

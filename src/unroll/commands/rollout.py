@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from unroll.commands.options import LOCAL, ApiKey, Url, WrongOption, argument, flag, option, positive
+from unroll.commands.options import LOCAL, ApiKey, Static, Url, WrongOption, argument, flag, option, positive
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Rollout:
         option("--format", "csv|jsonl|raw|lines", "of input and output (default: by FILE's name, else csv)"),
     ] = None
     session: Annotated[str | None, option("--session", "ID", "id of an open session to begin from")] = None
+    static: Static = None
     on: Annotated[
         Literal["fork", "session"],
         option("--on", "fork|session", "a copy of the session, or the session itself, which then has had the steps"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from unroll.commands.options import LOCAL, ApiKey, Url, argument, flag, option, positive
+from unroll.commands.options import LOCAL, ApiKey, Static, Url, argument, flag, option, positive
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Stream:
         Literal["memory", "stored"] | None,
         option("--durability", "memory|stored", "of a new session (default: the server's)"),
     ] = None
+    static: Static = None
     rate: Annotated[
         float | None, option("--rate", "N", "time steps per second (default: as fast as possible)", check=positive)
     ] = None
